@@ -1,0 +1,1 @@
+"""edgetune: one small adapter a task on one quantized base, from a recipe to a bundle."""

@@ -1,0 +1,1 @@
+"""What a method trained in, plain GGUF files and a bundle out."""

@@ -1,0 +1,1 @@
+"""One writer a format; the file name is the backend name."""

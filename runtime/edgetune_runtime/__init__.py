@@ -1,0 +1,1 @@
+"""Runs a bundle: base mapped once, adapters switched by pointer. No torch."""

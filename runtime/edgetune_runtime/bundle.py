@@ -1,0 +1,188 @@
+"""Bundle folder in, verified Manifest out: the contract between the host that builds and the board that runs.
+
+A bundle is a folder of plain files and `manifest.json`, which names each file with its digest and ties the adapters to the
+base they were trained on. Standard library only, so that a board can read it before any engine is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from .errors import NotFoundError, VerificationError
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+SHAPES = ("low_rank", "prefix", "tensors", "merged")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Digest and size of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class BaseEntry:
+    """The base model that all adapters of the bundle belong to.
+
+    `fingerprint` is the sha256 of the GGUF file whose weights the adapters were trained on. `files` maps a backend to the
+    base's path in the bundle. `context_length` is what the base was trained for, in tokens.
+    """
+
+    name: str
+    fingerprint: str
+    architecture: str
+    quantization: str
+    parameters: int
+    context_length: int
+    layers: int
+    kv_bytes_per_token: int
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """One adapter: its shape, its file per backend, and what is known about it.
+
+    `ranks` maps a module's name in the trained model to its rank; `scale` is the factor applied when a caller names none.
+    `metric` is the name of the score that `edgetune evaluate` computes. `parity` maps a backend to `kl`, `top1`, … .
+    """
+
+    name: str
+    method: str
+    shape: str
+    files: Mapping[str, str]
+    base_fingerprint: str
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    scale: float = 1.0
+    system: str | None = None
+    metric: str = "exact"
+    labels: tuple[str, ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
+    parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a bundle says about itself. `context_length` (tokens) and `threads` are what the runtime uses by default."""
+
+    name: str
+    base: BaseEntry
+    adapters: Mapping[str, AdapterEntry]
+    files: Mapping[str, FileEntry]
+    context_length: int
+    threads: int | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+    schema: int = SCHEMA_VERSION
+
+    def adapter(self, name: str) -> AdapterEntry:
+        """The adapter called `name`; NotFoundError names those there are."""
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise NotFoundError(f"no adapter {name!r} in bundle {self.name!r}", f"choose one of: {known}")
+        return self.adapters[name]
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read and check `bundle/manifest.json`; opens no other file.
+
+    Raises NotFoundError when `bundle` is no bundle and VerificationError when the manifest is broken, of a newer schema,
+    or names paths outside the bundle.
+    """
+    path = bundle / MANIFEST_NAME
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        remedy = "give the folder that `edgetune build --out` wrote"
+        raise NotFoundError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}", remedy) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise VerificationError(f"{path} is not JSON: {error}", "build or copy the bundle again") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
+        raise VerificationError(f"{path} has no schema number", "build or copy the bundle again")
+    if raw["schema"] > SCHEMA_VERSION:
+        message = f"{path} has schema {raw['schema']}, this runtime reads up to {SCHEMA_VERSION}"
+        raise VerificationError(message, "update edgetune-runtime")
+    manifest = _parse(raw, path)
+    _check_references(manifest, path)
+    return manifest
+
+
+def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare size and sha256 of the named files (default: all) with the manifest; VerificationError at the first that differs."""
+    for name in manifest.files if names is None else names:
+        entry = manifest.files[name]
+        path = resolve(bundle, name)
+        if not path.is_file():
+            raise VerificationError(f"{name} is missing from bundle {bundle}", "build or copy the bundle again")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            message = f"{name} has {size} bytes, the manifest says {entry.bytes}"
+            raise VerificationError(message, "build or copy the bundle again")
+        if sha256_of(path) != entry.sha256:
+            raise VerificationError(f"{name} does not match its digest in the manifest", "build or copy the bundle again")
+
+
+def resolve(bundle: Path, name: str) -> Path:
+    """The path of the bundle's file `name`; VerificationError when it leads outside the bundle, through a link too."""
+    root = bundle.resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise VerificationError(f"{name} leads outside the bundle {bundle}", "do not use this bundle")
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
+    try:
+        adapters = {name: _build(AdapterEntry, value) for name, value in raw["adapters"].items()}
+        adapters = {name: _with_labels(entry) for name, entry in adapters.items()}
+        files = {name: _build(FileEntry, value) for name, value in raw["files"].items()}
+        return _build(Manifest, {**raw, "base": _build(BaseEntry, raw["base"]), "adapters": adapters, "files": files})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise VerificationError(f"{path} is not a manifest: {error}", "build or copy the bundle again") from error
+
+
+def _build(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{key: value for key, value in raw.items() if key in known})
+
+
+def _with_labels(entry: AdapterEntry) -> AdapterEntry:
+    values = {f.name: getattr(entry, f.name) for f in fields(entry)}
+    return AdapterEntry(**{**values, "labels": tuple(entry.labels)})
+
+
+def _check_references(manifest: Manifest, path: Path) -> None:
+    named = [*manifest.base.files.values(), *(f for a in manifest.adapters.values() for f in a.files.values())]
+    for name in [*manifest.files, *named]:
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+            raise VerificationError(f"{path} names {name!r}, which leads outside the bundle", "do not use this bundle")
+        if name not in manifest.files:
+            raise VerificationError(f"{path} gives no digest for {name!r}", "build or copy the bundle again")
+    for adapter in manifest.adapters.values():
+        if adapter.shape not in SHAPES:
+            raise VerificationError(f"adapter {adapter.name!r} has unknown shape {adapter.shape!r}", "update edgetune-runtime")

@@ -1,0 +1,1 @@
+"""One engine a format; the file name is the engine name."""
