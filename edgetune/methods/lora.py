@@ -1,0 +1,103 @@
+"""LoRA and its everyday forms (rsLoRA, LoRA+, rank and alpha per module), through PEFT.
+
+LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+: Hayou et al. 2024,
+arXiv:2402.12354.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from edgetune_runtime.errors import UsageError
+from pydantic import AliasChoices, Field, PositiveInt
+
+from ._base import Options, trainable
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+ALL_LINEAR = "all-linear"
+
+
+class LoraOptions(Options):
+    """Options of LoRA, by PEFT's names; `rank`, `alpha` and `dropout` are accepted as well."""
+
+    r: PositiveInt = Field(16, validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")
+    lora_alpha: float = Field(
+        32,
+        gt=0,
+        validation_alias=AliasChoices("lora_alpha", "alpha"),
+        description="The update counts alpha / r (with use_rslora: alpha / sqrt(r)).",
+    )
+    lora_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        validation_alias=AliasChoices("lora_dropout", "dropout"),
+        description="Share of an update's inputs dropped in training.",
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r), steadier for large ranks.")
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default_factory=dict, description="Module name or regular expression -> its own rank."
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="Module name or regular expression -> its own alpha."
+    )
+    target_modules: str | tuple[str, ...] = Field(
+        ALL_LINEAR, description="Modules to adapt: all-linear, or names such as [q_proj, v_proj]."
+    )
+    loraplus_lr_ratio: float = Field(
+        1.0, gt=0, description="Learning rate of B as a multiple of A's; LoRA+ takes about 16."
+    )
+
+
+class Lora:
+    """A low-rank update B·A beside each target module."""
+
+    options = LoraOptions
+    shapes = ("low_rank", "merged")
+
+    def attach(self, base: PreTrainedModel, options: LoraOptions) -> PeftModel:
+        """Add LoRA modules in float32 to `base`; UsageError names target modules or patterns that match nothing."""
+        from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - torch only when training
+
+        _check_names(base, options)
+        targets = options.target_modules
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=options.r,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            use_rslora=options.use_rslora,
+            rank_pattern=dict(options.rank_pattern),
+            alpha_pattern=dict(options.alpha_pattern),
+            target_modules=targets if isinstance(targets, str) else list(targets),
+        )
+        return get_peft_model(base, config)
+
+    def parameter_groups(self, model: PeftModel, options: LoraOptions, learning_rate: float) -> list[dict[str, Any]]:
+        """A at the learning rate, B at `loraplus_lr_ratio` times it (LoRA+, section 4)."""
+        named = trainable(model)
+        b_learning_rate = learning_rate * options.loraplus_lr_ratio
+        return [
+            {"params": [p for name, p in named if "lora_B" not in name], "lr": learning_rate},
+            {"params": [p for name, p in named if "lora_B" in name], "lr": b_learning_rate},
+        ]
+
+
+def _check_names(base: PreTrainedModel, options: LoraOptions) -> None:
+    targets = options.target_modules
+    if targets == ALL_LINEAR:
+        return
+    linear = {n for n, m in base.named_modules() if type(m).__name__ == "Linear"}
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    for target in [targets] if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            near = difflib.get_close_matches(target, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UsageError(f"the base has no module {target!r}", f"{hint}target_modules: all-linear, or any of {known}")
+
+
+METHOD = Lora()

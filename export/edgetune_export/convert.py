@@ -1,0 +1,115 @@
+"""Hugging Face folder in, unquantized GGUF file out, through llama.cpp's own converter.
+
+The converter must be of the llama.cpp version that will read the file. The source distribution of the installed
+llama-cpp-python carries it, so pip fetches that once; what is needed of it is kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import platformdirs
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+
+SCRIPT = "convert_hf_to_gguf.py"
+# What of vendor/llama.cpp the converter needs.
+PARTS = (SCRIPT, "conversion", "gguf-py/gguf", "LICENSE")
+# Digests of source distributions that were looked at; for other versions pip's own check against the index has to do.
+SDIST_SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
+# `model_type` in config.json of the architectures that the tests cover, and the name that GGUF gives them.
+MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+
+
+def check_folder(folder: Path) -> str:
+    """The GGUF architecture of a Hugging Face model folder, before any work is done.
+
+    Raises NotFoundError when the folder holds no model and IncompatibleError for an architecture that is not supported.
+    """
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise NotFoundError(f"{folder} has no config.json", "give a Hugging Face model folder, a .gguf file or a hub id")
+    try:
+        model_type = json.loads(config_path.read_text(encoding="utf-8"))["model_type"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise VerificationError(f"{config_path} names no model_type", "get the model again") from error
+    if model_type not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise IncompatibleError(f"architecture {model_type!r} of {folder} is not supported", f"choose one of: {known}")
+    if not any(folder.glob("*.safetensors")):
+        raise NotFoundError(f"{folder} has no .safetensors file", "save the model with save_pretrained, not as a pickle")
+    return MODEL_TYPES[model_type]
+
+
+def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: Path | None = None) -> None:
+    """Write `out`, the GGUF of the model in `folder`. `dtype` is f32, f16, bf16, or auto (the nearest to the source).
+
+    `converter` is a llama.cpp checkout or its convert_hf_to_gguf.py; None fetches the matching one through pip.
+    """
+    check_folder(folder)
+    script = find_converter(converter)
+    command = [sys.executable, str(script), str(folder), "--outfile", str(out), "--outtype", dtype]
+    path = os.pathsep.join([str(script.parent / "gguf-py"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    if done.returncode != 0 or not out.is_file():
+        out.unlink(missing_ok=True)
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise IncompatibleError(f"llama.cpp cannot convert {folder}: {reason}", "check the model's files and tokenizer")
+
+
+def find_converter(given: Path | None = None) -> Path:
+    """The path of convert_hf_to_gguf.py: the given one, the cached one, or fetched now through pip."""
+    if given is not None:
+        script = given / SCRIPT if given.is_dir() else given
+        if not script.is_file():
+            raise NotFoundError(f"{given} holds no {SCRIPT}", "give a llama.cpp checkout")
+        return script
+    version = importlib.metadata.version("llama-cpp-python")
+    cached = Path(platformdirs.user_cache_dir("edgetune")) / f"llama-cpp-python-{version}"
+    if not (cached / SCRIPT).is_file():
+        _fetch(version, cached)
+    return cached / SCRIPT
+
+
+def _fetch(version: str, target: Path) -> None:
+    """Download the source distribution with pip, check it, and keep the converter's part of it in `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        requirement = f"llama-cpp-python=={version}"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        command += ["--no-binary", "llama-cpp-python", requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        archives = list(Path(folder).glob("*.tar.gz"))
+        if done.returncode != 0 or not archives:
+            remedy = "go online once, or give a llama.cpp checkout with --converter"
+            raise NotFoundError(f"pip could not fetch the source of {requirement}", remedy)
+        expected = SDIST_SHA256.get(version)
+        if expected and sha256_of(archives[0]) != expected:
+            message = f"the source of {requirement} is not the one that edgetune knows"
+            raise VerificationError(message, "check pip's index, or give a llama.cpp checkout with --converter")
+        unpacked = _extract(archives[0], Path(folder))
+        try:
+            unpacked.rename(target)
+        except OSError:
+            # Another process was first; its copy is as good.
+            if not (target / SCRIPT).is_file():
+                raise
+
+
+def _extract(archive: Path, folder: Path) -> Path:
+    """Unpack the converter's files of a source distribution; returns the folder that holds the script."""
+    root = f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/"
+    wanted = tuple(root + part for part in PARTS)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, [m for m in tar.getmembers() if m.name.startswith(wanted)], filter="data")
+    unpacked = folder / root
+    if not (unpacked / SCRIPT).is_file():
+        raise VerificationError(f"{archive.name} carries no {SCRIPT}", "give a llama.cpp checkout with --converter")
+    return unpacked
