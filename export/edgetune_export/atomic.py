@@ -1,0 +1,59 @@
+"""A destination path in, a temporary path out: files that appear whole under their name or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgetune_runtime.errors import OutOfSpaceError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Give a temporary path beside `out`; rename it to `out` when the block ends, delete it when the block fails.
+
+    Makes the parent folder. Raises OutOfSpaceError when the block or the flush to disk meets a full disk.
+    """
+    with raising_out_of_space(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+        try:
+            yield temporary
+            flush_to_disk(temporary)
+            temporary.replace(out)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def raising_out_of_space(out: Path) -> Iterator[None]:
+    """Turn the system's "no space left" inside the block into an OutOfSpaceError about `out`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OutOfSpaceError(f"no space left to write {out}", "free some space or choose another folder") from error
+
+
+def require_space(out: Path, needed_bytes: int) -> None:
+    """OutOfSpaceError unless the disk that will hold `out` has `needed_bytes` free; the parent folder must exist."""
+    free_bytes = shutil.disk_usage(out.parent).free
+    if free_bytes < needed_bytes:
+        message = f"writing {out} takes {needed_bytes / 1e6:.1f} MB, the disk has {free_bytes / 1e6:.1f} MB free"
+        raise OutOfSpaceError(message, "free some space or choose another folder")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

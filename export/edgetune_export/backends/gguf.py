@@ -1,0 +1,188 @@
+"""Folded adapter and base GGUF in, GGUF LoRA file or merged GGUF out, as llama.cpp loads them.
+
+llama.cpp computes W·x + alpha/rank · B·(A·x) for each pair `<tensor>.lora_a`, `<tensor>.lora_b`. Files of the llama
+architecture hold the rows of q and k in another order than Hugging Face models, so B's rows are reordered too.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.gguf_file import GgufHeader, TensorInfo, read_header
+
+from edgetune_export.atomic import replacing, require_space
+from edgetune_export.fold import Delta, Floats, LowRank
+from edgetune_export.quantize import quantize_rows
+
+SHAPES = ("low_rank", "merged")
+SUPPORTED = ("llama", "qwen2", "qwen3", "gemma3")
+DTYPES = ("f32", "f16", "q8_0")
+
+_Q8_0_BLOCK = 32
+_F16_MAX = float(np.finfo(np.float16).max)
+_QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.weight")
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A delta with the base tensor that it changes, rows in the base's order."""
+
+    tensor: TensorInfo
+    delta: Delta
+
+
+def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f16", base_fingerprint: str) -> None:
+    """Write the adapter as a GGUF LoRA file for the base GGUF `base`, whose sha256 is `base_fingerprint`.
+
+    `dtype` is f32, f16 or q8_0; a matrix whose columns 32 does not divide stays f16 under q8_0. Raises
+    IncompatibleError when the adapter does not fit the base, VerificationError when a value is beyond the range of f16,
+    OutOfSpaceError when the disk is full.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(DTYPES)}")
+    header = read_header(base)
+    placed = _place(adapter, header)
+    alpha = max(item.delta.rank for item in placed)
+    with replacing(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, header.architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(adapter.name)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+        writer.add_string("edgetune.base_fingerprint", base_fingerprint)
+        writer.add_string("edgetune.method", adapter.method)
+        for item in placed:
+            # llama.cpp multiplies by alpha / rank, and alpha is one number for the whole file.
+            b = item.delta.b * np.float32(item.delta.rank / alpha)
+            _add_tensor(writer, f"{item.tensor.name}.lora_a", item.delta.a, dtype)
+            _add_tensor(writer, f"{item.tensor.name}.lora_b", b, dtype)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def write_merged(adapter: LowRank, base: Path, out: Path, scale: float = 1.0) -> None:
+    """Write a copy of `base` with `scale` times the adapter added: same header, same type and place of each tensor.
+
+    Only the adapted tensors are dequantized and quantized again. Raises IncompatibleError when the adapter does not fit
+    the base or a tensor's type cannot be written, OutOfSpaceError when the disk is full.
+    """
+    header = read_header(base)
+    placed = _place(adapter, header)
+    with replacing(out) as temporary:
+        require_space(out, base.stat().st_size)
+        shutil.copyfile(base, temporary)
+        with temporary.open("r+b") as file:
+            for item in placed:
+                file.seek(item.tensor.offset)
+                weights = _dequantize(file.read(item.tensor.nbytes), item.tensor)
+                weights += np.float32(scale) * (item.delta.b @ item.delta.a)
+                file.seek(item.tensor.offset)
+                file.write(quantize_rows(weights, item.tensor.ggml_type))
+
+
+def _place(adapter: LowRank, header: GgufHeader) -> list[_Placed]:
+    """Find the base tensor of each module and check that it fits; IncompatibleError lists the modules that do not."""
+    if header.architecture not in SUPPORTED:
+        message = f"bases of architecture {header.architecture!r} are not supported"
+        raise IncompatibleError(message, f"choose one of: {', '.join(SUPPORTED)}")
+    if not adapter.modules:
+        raise IncompatibleError(f"adapter {adapter.name!r} changes no module", "train it with target modules")
+    names = _name_map(header)
+    placed: list[_Placed] = []
+    problems: list[str] = []
+    for module, delta in adapter.modules.items():
+        tensor = header.tensors.get(f"{names.get_name(module)}.weight")
+        problem = _misfit(module, delta, tensor)
+        if problem or tensor is None:
+            problems.append(problem)
+        else:
+            placed.append(_Placed(tensor, _in_base_order(delta, tensor, header)))
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        message = f"adapter {adapter.name!r} does not fit this base: {'; '.join(problems[:3])}{more}"
+        raise IncompatibleError(message, "give the base that the adapter was trained on")
+    return placed
+
+
+def _name_map(header: GgufHeader) -> gguf.TensorNameMap:
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture)
+    return gguf.get_tensor_name_map(architecture, _count(header.metadata, f"{header.architecture}.block_count"))
+
+
+def _misfit(module: str, delta: Delta, tensor: TensorInfo | None) -> str:
+    if tensor is None:
+        tied = " (its output layer is its token embedding)" if module == "lm_head" else ""
+        return f"the base has no tensor for {module}{tied}"
+    if tensor.name == "token_embd.weight" or len(tensor.shape) != 2:
+        return f"{module} is no linear layer"
+    columns, rows = tensor.shape
+    if (rows, columns) == (delta.b.shape[0], delta.a.shape[1]):
+        return ""
+    return f"{module} is {delta.b.shape[0]}x{delta.a.shape[1]} in the adapter, {rows}x{columns} in the base"
+
+
+def _in_base_order(delta: Delta, tensor: TensorInfo, header: GgufHeader) -> Delta:
+    match = _QUERY_OR_KEY.fullmatch(tensor.name)
+    if header.architecture != "llama" or match is None:
+        return delta
+    key = "head_count" if match["which"] == "q" else "head_count_kv"
+    if f"llama.attention.{key}" not in header.metadata:
+        key = "head_count"
+    return Delta(delta.a, _interleave_halves(delta.b, _count(header.metadata, f"llama.attention.{key}")))
+
+
+def _interleave_halves(b: Floats, heads: int) -> Floats:
+    """Rows of each head from (first half, second half) to pairs, as the converter does for rotary embedding."""
+    rows, rank = b.shape
+    if rows % (2 * heads):
+        raise IncompatibleError(f"{rows} rows do not divide into {heads} heads", "give a base that llama.cpp runs")
+    return b.reshape(heads, 2, rows // heads // 2, rank).swapaxes(1, 2).reshape(rows, rank)
+
+
+def _count(metadata: Mapping[str, Any], key: str) -> int:
+    value = metadata.get(key)
+    if not isinstance(value, int) or value < 1:
+        remedy = "give a base with the same number of heads in each layer, converted by llama.cpp"
+        raise IncompatibleError(f"the base's {key} is {value!r}", remedy)
+    return value
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, values: Floats, dtype: str) -> None:
+    if dtype == "f32":
+        writer.add_tensor(name, np.ascontiguousarray(values))
+    elif dtype == "q8_0" and values.shape[1] % _Q8_0_BLOCK == 0:
+        _require_f16_range(name, values)
+        packed = np.frombuffer(quantize_rows(values, gguf.GGMLQuantizationType.Q8_0), np.uint8)
+        writer.add_tensor(name, packed.reshape(values.shape[0], -1), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    else:
+        _require_f16_range(name, values)
+        writer.add_tensor(name, np.ascontiguousarray(values, np.float16))
+
+
+def _require_f16_range(name: str, values: Floats) -> None:
+    largest = float(np.abs(values).max())
+    if not largest <= _F16_MAX:
+        raise VerificationError(f"{name} reaches {largest:.3g}, f16 ends at {_F16_MAX:.0f}", "write it with dtype: f32")
+
+
+def _dequantize(data: bytes, tensor: TensorInfo) -> Floats:
+    columns, rows = tensor.shape
+    raw = np.frombuffer(data, np.uint8).reshape(rows, -1)
+    try:
+        values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.ggml_type))
+    except (NotImplementedError, ValueError) as error:
+        message = f"cannot merge into {tensor.name} of type {tensor.type_name}"
+        raise IncompatibleError(message, "quantize the base to q8_0") from error
+    return np.array(values, np.float32).reshape(rows, columns)

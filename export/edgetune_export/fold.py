@@ -1,0 +1,263 @@
+"""PEFT adapter folder in, LowRank out: the low-rank deltas with the true scale folded in, without loading the base.
+
+PEFT computes W + s·B·A with s = alpha / r, or alpha / sqrt(r) for rsLoRA, where r and alpha may differ per module. Here
+s goes into B, so that no later step has to know how the adapter was scaled. The folder may come from anywhere and is
+not trusted: what GGUF cannot carry and what does not fit together is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
+from safetensors import SafetensorError, deserialize
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_MERGE = "merge it with PEFT's merge_and_unload(), save the whole model and use that folder as the base"
+_SAVE_AGAIN = "save or copy the adapter again"
+# Options whose effect is not a plain B·A on a linear layer, with what turns each off.
+_REFUSED_OPTIONS = {
+    "use_dora": "train with use_dora: false",
+    "lora_bias": "train with lora_bias: false",
+    "modules_to_save": "train without modules_to_save",
+    "trainable_token_indices": "train without new tokens",
+    "layer_replication": "train on the base's own layers",
+    "fan_in_fan_out": "train with fan_in_fan_out: false",
+    "target_parameters": "target modules instead of parameters",
+    "alora_invocation_tokens": "train without alora_invocation_tokens",
+    "use_qalora": "train with use_qalora: false",
+    "use_bdlora": "train without use_bdlora",
+    "kasa_config": "train without kasa_config",
+    "arrow_config": "train without arrow_config",
+    "monteclora_config": "train without monteclora_config",
+    "megatron_config": "train without megatron_config",
+}
+# These initializations also change the base's weights, so their B·A means nothing on the unchanged base.
+_BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_LANGUAGE_LAYER = re.compile(r"(?:model\.language_model\.|language_model\.model\.|model\.)?(?P<rest>layers\.\d+\..+)")
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a linear module learned: W + b @ a, with a [rank, columns] and b [rows, rank] in float32, scale included."""
+
+    a: Floats
+    b: Floats
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of `a`."""
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A folded adapter: `modules` maps a module's name in the Hugging Face model to its delta."""
+
+    name: str
+    method: str
+    modules: dict[str, Delta]
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """The part of adapter_config.json that decides each module's rank and scale."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+
+    def of(self, module: str) -> tuple[int, float]:
+        """Rank and scale that PEFT gives the module of this name (as it is called in the model that was trained)."""
+        rank = self.rank_pattern.get(_pattern_of(self.rank_pattern, module), self.rank)
+        alpha = self.alpha_pattern.get(_pattern_of(self.alpha_pattern, module), self.alpha)
+        return rank, alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def fold_peft(folder: Path, name: str) -> LowRank:
+    """Read the PEFT LoRA adapter in `folder` and fold its scale into B.
+
+    Raises NotFoundError when a file is missing, VerificationError when one is damaged or they contradict each other,
+    and IncompatibleError, with the way out, for what a GGUF LoRA cannot carry.
+    """
+    config = _read_config(folder)
+    _refuse_unsupported(config, name)
+    scales = _read_scales(config, folder / CONFIG_NAME)
+    pairs = _pair(_read_tensors(folder), name)
+    modules: dict[str, Delta] = {}
+    problems: list[str] = []
+    for module, (a, b) in pairs.items():
+        rank, scale = scales.of(module)
+        problem = _mismatch(module, a, b, rank)
+        if problem:
+            problems.append(problem)
+        else:
+            modules[_canonical(module)] = Delta(a, (b * np.float64(scale)).astype(np.float32))
+    _raise_all(VerificationError, f"adapter {name!r} is damaged", problems, _SAVE_AGAIN)
+    if len(modules) != len(pairs):
+        raise VerificationError(f"adapter {name!r} names a module twice", _SAVE_AGAIN)
+    return LowRank(name, "lora", dict(sorted(modules.items())))
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        remedy = "give the folder that PEFT's save_pretrained wrote"
+        raise NotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG_NAME}", remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{path} is not JSON: {error}", _SAVE_AGAIN) from error
+    if not isinstance(config, dict):
+        raise VerificationError(f"{path} holds no JSON object", _SAVE_AGAIN)
+    return config
+
+
+def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        message = f"adapter {name!r} has peft_type {peft_type!r}, which a GGUF LoRA cannot carry"
+        raise IncompatibleError(message, f"train it with lora, or {_MERGE}")
+    problems = [f"{key} ({remedy})" for key, remedy in _REFUSED_OPTIONS.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias: {config['bias']} (train with bias: none)")
+    initialization = config.get("init_lora_weights")
+    if isinstance(initialization, str) and initialization.lower().startswith(_BASE_CHANGING):
+        remedy = "save it again with save_pretrained(path_initial_model_for_weight_conversion=…)"
+        problems.append(f"init_lora_weights: {initialization}, which changes the base ({remedy})")
+    _raise_all(IncompatibleError, f"adapter {name!r} uses what a GGUF LoRA cannot carry", problems, f"or {_MERGE}")
+
+
+def _read_scales(config: Mapping[str, Any], path: Path) -> _Scales:
+    problems: list[str] = []
+
+    def number(key: str, value: object, kind: type[int] | type[float]) -> None:
+        # An int is a float here as in JSON; the bound also catches NaN, infinity and integers too big for a float.
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) < 1e9
+        if not fits or (kind is int and cast(int, value) < 1):
+            problems.append(f"{key} is {value!r}")
+
+    number("r", config.get("r"), int)
+    number("lora_alpha", config.get("lora_alpha"), float)
+    patterns: dict[str, dict[str, Any]] = {}
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict):
+            problems.append(f"{key} is no mapping")
+            pattern = {}
+        for expression, value in pattern.items():
+            number(f"{key}.{expression}", value, kind)
+            if not _compiles(expression):
+                problems.append(f"{key}.{expression} is no regular expression")
+        patterns[key] = pattern
+    _raise_all(VerificationError, f"{path} is broken", problems, _SAVE_AGAIN)
+    rslora = bool(config.get("use_rslora"))
+    return _Scales(config["r"], config["lora_alpha"], rslora, patterns["rank_pattern"], patterns["alpha_pattern"])
+
+
+def _compiles(expression: str) -> bool:
+    try:
+        re.compile(rf"(.*\.)?({expression})$")
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _pattern_of(patterns: Mapping[str, Any], module: str) -> str:
+    # PEFT's get_pattern_key (peft/utils/other.py), which cannot be imported without torch: the first that matches wins.
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+
+
+def _read_tensors(folder: Path) -> dict[str, Floats]:
+    path = folder / WEIGHTS_NAME
+    try:
+        raw = cast(Any, deserialize)(path.read_bytes())
+    except FileNotFoundError as error:
+        if (folder / "adapter_model.bin").exists():
+            message = f"{folder} holds adapter_model.bin, a pickle that can run code when it is read"
+            remedy = "save it as safetensors: save_pretrained(…, safe_serialization=True)"
+            raise IncompatibleError(message, remedy) from error
+        raise NotFoundError(f"{folder} has no {WEIGHTS_NAME}", _SAVE_AGAIN) from error
+    except SafetensorError as error:
+        raise VerificationError(f"{path} is not a safetensors file: {error}", _SAVE_AGAIN) from error
+    return {key: _decode(key, value, path) for key, value in raw}
+
+
+def _decode(key: str, value: Mapping[str, Any], path: Path) -> Floats:
+    dtype = _DTYPES.get(value["dtype"])
+    if dtype is None:
+        known = ", ".join(_DTYPES)
+        raise IncompatibleError(f"{path}: {key} has dtype {value['dtype']}", f"save the adapter in one of: {known}")
+    values = np.frombuffer(value["data"], dtype).reshape(value["shape"])
+    if value["dtype"] == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def _pair(tensors: Mapping[str, Floats], name: str) -> dict[str, tuple[Floats, Floats]]:
+    """Sort tensors into (A, B) per module, named as in the model that was trained."""
+    sides: dict[str, dict[str, Floats]] = {}
+    foreign: list[str] = []
+    adapters: set[str] = set()
+    for key, values in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match:
+            adapters.add(match["adapter"] or "default")
+            sides.setdefault(_strip_wrappers(match["module"]), {})[match["side"]] = values
+        # PEFT saves a frozen copy of an adapted output layer beside its adapter.
+        elif not key.endswith(".base_layer.weight"):
+            foreign.append(key)
+    remedy = f"train only LoRA on linear layers, or {_MERGE}"
+    _raise_all(IncompatibleError, f"adapter {name!r} has tensors that a GGUF LoRA cannot carry", foreign, remedy)
+    if len(adapters) > 1:
+        message = f"adapter {name!r} holds several adapters: {', '.join(sorted(adapters))}"
+        raise IncompatibleError(message, "save each in a folder of its own")
+    if not sides:
+        raise VerificationError(f"adapter {name!r} holds no LoRA weights", _SAVE_AGAIN)
+    lonely = [f"{module} has lora_A or lora_B only" for module, pair in sides.items() if len(pair) != 2]
+    _raise_all(VerificationError, f"adapter {name!r} is damaged", lonely, _SAVE_AGAIN)
+    return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
+
+
+def _strip_wrappers(module: str) -> str:
+    bare = ".".join(part for part in module.split(".") if part not in _WRAPPERS)
+    return bare.removeprefix("module.").removeprefix("base_model.model.")
+
+
+def _canonical(module: str) -> str:
+    """The name in a text-only causal model: multimodal classes hold the same layers under a language_model."""
+    match = _LANGUAGE_LAYER.fullmatch(module)
+    return f"model.{match['rest']}" if match else module.removeprefix("language_model.")
+
+
+def _mismatch(module: str, a: Floats, b: Floats, rank: int) -> str:
+    if a.ndim != 2 or b.ndim != 2 or 0 in (*a.shape, *b.shape) or a.shape[0] != b.shape[1]:
+        return f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not pair"
+    if a.shape[0] != rank:
+        return f"{module}: lora_A has rank {a.shape[0]}, {CONFIG_NAME} says {rank}"
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return f"{module}: holds values that are not finite"
+    return ""
+
+
+def _raise_all(error: type[EdgetuneError], what: str, problems: Sequence[str], remedy: str) -> None:
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise error(f"{what}: {'; '.join(problems[:3])}{more}", remedy)
