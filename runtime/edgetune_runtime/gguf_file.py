@@ -85,7 +85,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """All that a GGUF file says before its weights. Arrays are tuples; `value_types` has each key's GGUF type number."""
+    """All that a GGUF file says before its weights. Arrays are tuples; `value_types` has each key's type number."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
