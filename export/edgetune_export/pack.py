@@ -1,0 +1,131 @@
+"""Staged files and a manifest in, bundle folder out: digests filled in, whole under its name or not there at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, read_manifest, sha256_of
+from edgetune_runtime.errors import EdgetuneError, UsageError
+
+from .atomic import flush_to_disk, raising_out_of_space, require_space
+
+PARTS = ("base", "adapters")
+
+# Room for the manifest, the folders and the file system's own books.
+_MARGIN_BYTES = 1 << 20
+
+
+def pack(work: Path, out: Path, manifest: Manifest) -> Path:
+    """Make the bundle `out` of all files in `work/base` and `work/adapters`, and return it.
+
+    `manifest.files` is filled in here; links to files are followed. An existing bundle is replaced. Raises UsageError
+    when `out` is anything else (see `check_destination`), VerificationError when the manifest names files that were not
+    staged, OutOfSpaceError when the disk is full.
+    """
+    check_destination(out)
+    with raising_out_of_space(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _clean_up(out)
+        staged = _staged_files(work)
+        require_space(out, _MARGIN_BYTES + sum(path.stat().st_size for path in staged.values()))
+        temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+        try:
+            _fill(temporary, staged, manifest)
+            _swap_in(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def check_destination(out: Path) -> None:
+    """UsageError unless `out` is free, an empty folder, or a bundle with nothing in it that a new one would lose."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise UsageError(f"{out} is not a folder", "choose another --out")
+    held = _files_below(out)
+    if not held and not any(out.iterdir()):
+        return
+    try:
+        known = {*read_manifest(out).files, MANIFEST_NAME}
+    except EdgetuneError as error:
+        remedy = "choose another --out, or delete that folder first"
+        raise UsageError(f"{out} exists and is not a bundle of this version", remedy) from error
+    foreign = sorted(held - known)
+    if foreign:
+        message = f"{out} holds files that are no part of the bundle, such as {foreign[0]}"
+        raise UsageError(message, "move them away or choose another --out")
+
+
+def _staged_files(work: Path) -> dict[str, Path]:
+    """The path in the bundle, with slashes, of each file that goes into it."""
+    return {name: work / name for part in PARTS for name in sorted(_files_below(work / part, part))}
+
+
+def _files_below(folder: Path, prefix: str = "") -> set[str]:
+    names = (Path(root, name) for root, _, files in os.walk(folder) for name in files)
+    return {Path(prefix, path.relative_to(folder)).as_posix() for path in names}
+
+
+def _fill(folder: Path, staged: Mapping[str, Path], manifest: Manifest) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    entries: dict[str, FileEntry] = {}
+    for name, source in staged.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Never linked: what is done to a bundle must not reach the user's base or what a later build resumes from.
+        shutil.copyfile(source, target)
+        flush_to_disk(target)
+        entries[name] = FileEntry(sha256_of(target), target.stat().st_size)
+    (folder / MANIFEST_NAME).write_text(replace(manifest, files=entries).to_json(), encoding="utf-8")
+    flush_to_disk(folder / MANIFEST_NAME)
+    read_manifest(folder)
+    for root, _, _ in os.walk(folder):
+        flush_to_disk(Path(root))
+
+
+def _swap_in(temporary: Path, out: Path) -> None:
+    """Rename `temporary` to `out`; what was there stays until the new bundle has its name."""
+    aside = out.with_name(f".{out.name}.old-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if out.exists():
+        out.rename(aside)
+    try:
+        temporary.rename(out)
+    except BaseException:
+        if aside.exists():
+            aside.rename(out)
+        raise
+    flush_to_disk(out.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clean_up(out: Path) -> None:
+    """Remove what killed builds left beside `out`, and put back a bundle that one had just renamed aside."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.(?P<kind>tmp|old)-(?P<process>\d+)")
+    for path in list(out.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None or _is_running(int(match["process"])):
+            continue
+        if match["kind"] == "old" and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid():
+        return False  # a former process with the same number left it
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # it runs, as another user
+    return True
