@@ -3,139 +3,39 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import weakref
-from collections import deque
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.gguf_file import read_header
+import numpy as np
 
-_SPM_VOCABULARY = 1
-_ERROR_LEVEL = 3
-_INSTALL = (
-    'run: pip install "edgetune-runtime[gguf]", which needs a C++ compiler '
-    "(Debian: apt install g++, macOS: xcode-select --install)"
-)
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.gguf_file import check_adapter, read_header
 
-_errors: deque[str] = deque(maxlen=3)
+from ._base import Logits
+from ._llama import Vocabulary, last_errors, library, load_model
 
+T = TypeVar("T")
 
-@cache
-def library() -> Any:  # noqa: ANN401 - a module of ctypes functions
-    """The llama_cpp module with its log silenced; IncompatibleError that says what to install when it is missing."""
-    try:
-        import llama_cpp  # noqa: PLC0415 - heavy and optional
-    except ImportError as error:
-        raise IncompatibleError("GGUF bundles need llama-cpp-python, which is not installed", _INSTALL) from error
-    except (OSError, RuntimeError) as error:
-        raise IncompatibleError(f"llama-cpp-python does not load: {error}", _INSTALL) from error
-    llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    return llama_cpp
+MAIN = 0
+"""The sequence that callers see; the others are branches of it while `score` runs."""
+
+BRANCHES = 32
+"""Continuations scored in one pass. llama.cpp keeps a row of logits for each: 0.6 MB at 150,000 tokens."""
+
+_CONTEXT_FULL = 1
 
 
-@cache
-def _log_callback(llama_cpp: Any) -> Any:  # noqa: ANN401 - as above; cached because C code keeps a bare pointer to it
-    def keep_errors(level: int, text: bytes, _: object) -> None:
-        if level == _ERROR_LEVEL:
-            _errors.append(text.decode("utf-8", "replace").strip())
-
-    return llama_cpp.llama_log_callback(keep_errors)
-
-
-def last_errors() -> str:
-    """What llama.cpp logged as errors since the last call, in one line."""
-    lines = [line for line in _errors if line]
-    _errors.clear()
-    return " / ".join(lines) or "llama.cpp gave no reason"
-
-
-class _Vocabulary:
-    """The tokenizer of a loaded model."""
-
-    def __init__(self, model: Any) -> None:  # noqa: ANN401 - a bare pointer
-        llama = library()
-        self._model = model
-        self._vocab = llama.llama_model_get_vocab(model)
-        self.vocab_size: int = llama.llama_vocab_n_tokens(self._vocab)
-        self._bos: int = llama.llama_vocab_bos(self._vocab)
-        eos: int = llama.llama_vocab_eos(self._vocab)
-        eot: int = llama.llama_vocab_eot(self._vocab)
-        self._end = eot if eot >= 0 else eos
-        self.bos = self._text(self._bos)
-        self.eos = self._text(eos)
-        template = llama.llama_model_chat_template(model, None)
-        self.chat_template: str | None = template.decode("utf-8", "replace") if template else None
-        self._adds_bos = self._bos >= 0 and bool(llama.llama_vocab_get_add_bos(self._vocab))
-        spm = llama.llama_vocab_type(self._vocab) == _SPM_VOCABULARY
-        self._adds_space = spm and self.piece(self._raw("a")[0]).startswith(b" ")
-
-    @property
-    def end_token(self) -> int:
-        """The token that ends a turn, or else the one that ends a text."""
-        return self._end
-
-    def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
-        """Token ids of `text`; see `Tokenizer.tokenize`."""
-        if continues:
-            return self._after_newline(text) if self._adds_space else self._raw(text)
-        tokens = self._raw(text)
-        if self._adds_bos and tokens[:1] != [self._bos]:
-            tokens.insert(0, self._bos)
-        return tokens
-
-    def piece(self, token: int) -> bytes:
-        """The bytes that `token` stands for; empty for control tokens."""
-        self._check(token)
-        llama = library()
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            written: int = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
-            if written >= 0:
-                return buffer.raw[:written]
-            size = -written
-
-    def is_end(self, token: int) -> bool:
-        """Whether generation ends with `token`."""
-        self._check(token)
-        return bool(library().llama_vocab_is_eog(self._vocab, token))
-
-    def _raw(self, text: str) -> list[int]:
-        data = text.encode("utf-8", "replace")
-        room = len(data) + 8
-        while True:
-            tokens = (ctypes.c_int32 * room)()
-            count: int = library().llama_tokenize(self._vocab, data, len(data), tokens, room, False, True)
-            if count >= 0:
-                return tokens[:count]
-            room = -count
-
-    def _after_newline(self, text: str) -> list[int]:
-        # llama.cpp puts a space in front of the first word, which cannot be turned off; behind a newline it does not.
-        newline: int = library().llama_vocab_nl(self._vocab)
-        tokens = self._raw("\n" + text)
-        return tokens[tokens.index(newline) + 1 :] if newline in tokens else self._raw(text)
-
-    def _text(self, token: int) -> str:
-        text = library().llama_vocab_get_text(self._vocab, token) if token >= 0 else None
-        return text.decode("utf-8", "replace") if text else ""
-
-    def _check(self, token: int) -> None:
-        # llama.cpp throws C++ exceptions through ctypes, which end the process.
-        if not 0 <= token < self.vocab_size:
-            raise UsageError(f"no token {token} in a vocabulary of {self.vocab_size}", "use this base's own tokenizer")
-
-
-class GgufTokenizer(_Vocabulary):
+class GgufTokenizer(Vocabulary):
     """The tokenizer of a GGUF file, read without its weights."""
 
     def __init__(self, path: Path) -> None:
         read_header(path)
-        model = _load_model(path, vocabulary_only=True)
+        model = load_model(path, vocabulary_only=True)
         self._free = weakref.finalize(self, library().llama_model_free, model)
         super().__init__(model)
 
@@ -144,18 +44,280 @@ class GgufTokenizer(_Vocabulary):
         self._free()
 
 
-def _load_model(path: Path, *, vocabulary_only: bool) -> Any:  # noqa: ANN401 - a bare pointer
+class GgufEngine:
+    """One GGUF base, mapped once, with its LoRA adapters and one sequence; see `Engine`.
+
+    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8.
+    """
+
+    def __init__(self, path: Path, *, context_length: int, threads: int | None = None, batch: int = 512) -> None:
+        if context_length < 1 or batch < 1 or (threads is not None and threads < 1):
+            message = f"context_length {context_length}, batch {batch} and threads {threads} must be positive"
+            raise UsageError(message, "give larger numbers")
+        self.context_length = context_length
+        self._header = read_header(path)
+        self._model = load_model(path, vocabulary_only=False)
+        self._adapters: dict[str, Any] = {}
+        self._context = _make_context(self._model, context_length, threads or _usable_cores(), batch)
+        self._free = weakref.finalize(self, _free_all, self._context, self._adapters, self._model)
+        llama = library()
+        self._memory = llama.llama_get_memory(self._context)
+        self._cells: int = llama.llama_n_ctx(self._context)
+        self._batch: int = llama.llama_n_batch(self._context)
+        self._outputs = min(BRANCHES, self._batch)
+        self.tokenizer = Vocabulary(self._model)
+        self._length = 0
+        self._last: Logits | None = None
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        """Check the adapter file against the base, load it and keep it; a name already loaded is left as it is.
+
+        VerificationError for a damaged file, IncompatibleError for one of another base.
+        """
+        if name in self._adapters:
+            return
+        check_adapter(read_header(path), self._header, name)
+        last_errors()
+        adapter = library().llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
+            message = f"llama.cpp cannot load adapter {name!r}: {last_errors()}"
+            raise IncompatibleError(message, "export it again for this base")
+        self._adapters[name] = adapter
+
+    def activate(self, adapters: Mapping[str, float]) -> None:
+        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base. The sequence stays."""
+        for name, scale in adapters.items():
+            if name not in self._adapters:
+                raise NotFoundError(f"adapter {name!r} is not loaded", "load it first")
+            if not math.isfinite(scale):
+                raise UsageError(f"adapter {name!r} has scale {scale}", "give a finite number")
+        llama = library()
+        count = len(adapters)
+        pointers = (llama.llama_adapter_lora_p_ctypes * count)(*(self._adapters[name] for name in adapters))
+        scales = (ctypes.c_float * count)(*adapters.values())
+        llama.llama_set_adapters_lora(self._context, pointers, count, scales)
+
+    def forget(self, keep: int) -> int:
+        """Drop the sequence's tokens from position `keep` on; returns how many are left (0 if it cannot trim)."""
+        if keep >= self._length:
+            return self._length
+        self._last = None
+        llama = library()
+        if keep > 0 and llama.llama_memory_seq_rm(self._memory, MAIN, keep, -1):
+            self._length = keep
+        else:
+            llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
+            self._length = 0
+        return self._length
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
+        self._check_room(tokens)
+        for part in _parts(tokens, self._batch):
+            self._append(part, [False] * (len(part) - 1) + [True])
+            self._last = self._view(1)[0].copy()
+        assert self._last is not None
+        return self._last
+
+    def decode_all(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; logits after each, shape [tokens, vocab]. UsageError when they do not fit in the context."""
+        self._check_room(tokens)
+        logits = np.empty((len(tokens), self.tokenizer.vocab_size), np.float32)
+        for number, part in enumerate(_parts(tokens, self._outputs)):
+            self._append(part, [True] * len(part))
+            logits[number * self._outputs :][: len(part)] = self._view(len(part))
+        self._last = logits[-1].copy()
+        return logits
+
+    def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
+        """Sum of log probabilities (nats) of each continuation after the sequence, which stays as it is.
+
+        The continuations form a tree whose shared beginnings are decoded once, as branches of the sequence. UsageError
+        when nothing was decoded last, or when the longest continuation does not fit in the context.
+        """
+        if self._last is None:
+            raise UsageError("there are no logits to score continuations from", "decode at least one token first")
+        wanted = sorted({tuple(tokens) for tokens in continuations})
+        longest = max(map(len, wanted), default=0)
+        if self._length + longest > self.context_length:
+            message = f"{self._length} tokens and {longest} of a label do not fit in a context of {self.context_length}"
+            raise UsageError(message, "shorten the prompt, or open the bundle with a longer context")
+        scores: dict[tuple[int, ...], float] = {}
+        for group in self._groups(wanted):
+            scores.update(self._score_group(group))
+        return [scores[tuple(tokens)] for tokens in continuations]
+
+    def save_state(self) -> bytes:
+        """The sequence's keys and values, for `restore_state` of the same base."""
+        llama = library()
+        size: int = llama.llama_state_seq_get_size(self._context, MAIN)
+        buffer = (ctypes.c_uint8 * size)()
+        if llama.llama_state_seq_get_data(self._context, buffer, size, MAIN) != size:
+            raise EdgetuneError(f"llama.cpp cannot save a state of {size} bytes: {last_errors()}")
+        return bytes(buffer)
+
+    def restore_state(self, state: bytes) -> None:
+        """Replace the sequence by a saved one; decode at least one token before `score`."""
+        llama = library()
+        self.forget(0)
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if not llama.llama_state_seq_set_data(self._context, buffer, len(state), MAIN):
+            llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
+            raise VerificationError(f"llama.cpp refuses a saved state: {last_errors()}", "start without it")
+        self._length = llama.llama_memory_seq_pos_max(self._memory, MAIN) + 1
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing, and no other call may follow."""
+        self._free()
+
+    def _check_room(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise UsageError("there are no tokens to decode", "give at least one")
+        if self._length + len(tokens) > self.context_length:
+            message = f"{self._length + len(tokens)} tokens do not fit in a context of {self.context_length}"
+            raise UsageError(message, "shorten the prompt, or open the bundle with a longer context")
+
+    def _append(self, tokens: Sequence[int], outputs: Sequence[bool]) -> None:
+        self._last = None
+        positions = range(self._length, self._length + len(tokens))
+        try:
+            self._submit(tokens, positions, [(MAIN,)] * len(tokens), outputs)
+        except EdgetuneError:
+            library().llama_memory_seq_rm(self._memory, MAIN, self._length, -1)
+            raise
+        self._length += len(tokens)
+
+    def _submit(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[tuple[int, ...]],
+        outputs: Sequence[bool],
+    ) -> None:
+        """Decode one batch; tokens that belong to several sequences are computed once."""
+        llama = library()
+        count = len(tokens)
+        if not 0 <= min(tokens) <= max(tokens) < self.tokenizer.vocab_size:
+            message = f"a token is outside the vocabulary of {self.tokenizer.vocab_size}"
+            raise UsageError(message, "use this base's own tokenizer")
+        members = {ids: (ctypes.c_int32 * len(ids))(*ids) for ids in set(sequences)}
+        pointer = ctypes.POINTER(ctypes.c_int32)
+        batch = llama.llama_batch(
+            n_tokens=count,
+            token=(ctypes.c_int32 * count)(*tokens),
+            pos=(ctypes.c_int32 * count)(*positions),
+            n_seq_id=(ctypes.c_int32 * count)(*map(len, sequences)),
+            seq_id=(pointer * count)(*(ctypes.cast(members[ids], pointer) for ids in sequences)),
+            logits=(ctypes.c_int8 * count)(*outputs),
+        )
+        last_errors()
+        result: int = llama.llama_decode(self._context, batch)
+        if result == _CONTEXT_FULL:
+            raise UsageError(f"the context of {self._cells} tokens is full", "open the bundle with a longer context")
+        if result != 0:
+            raise EdgetuneError(f"llama.cpp cannot decode {count} tokens ({result}): {last_errors()}")
+
+    def _view(self, count: int) -> Logits:
+        """The last batch's logits where llama.cpp keeps them; the next batch overwrites them."""
+        logits = library().llama_get_logits(self._context)
+        rows: Logits = np.ctypeslib.as_array(logits, (count, self.tokenizer.vocab_size))
+        return rows
+
+    def _groups(self, wanted: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+        """Split sorted continuations so that the tree of each group fits in the branches and the free cells."""
+        free = self._cells - self._length
+        group: list[tuple[int, ...]] = []
+        for tokens in wanted:
+            if group and (len(group) == BRANCHES or sum(map(len, group)) + len(tokens) > free):
+                yield group
+                group = []
+            group.append(tokens)
+        if group:
+            yield group
+
+    def _score_group(self, group: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+        # The last token of a continuation is only looked up, so only what lies before it is decoded.
+        branches: dict[tuple[int, ...], list[int]] = {}
+        for branch, tokens in enumerate(group, MAIN + 1):
+            for end in range(1, len(tokens)):
+                branches.setdefault(tokens[:end], []).append(branch)
+        steps = {tokens[: end + 1] for tokens in group for end in range(len(tokens))}
+        assert self._last is not None
+        log_p = _step_scores([()], self._last[None], steps)
+        with self._branched(len(group)):
+            for nodes in _parts(sorted(branches, key=len), self._outputs):
+                positions = [self._length + len(node) - 1 for node in nodes]
+                sequences = [tuple(branches[node]) for node in nodes]
+                self._submit([node[-1] for node in nodes], positions, sequences, [True] * len(nodes))
+                log_p |= _step_scores(nodes, self._view(len(nodes)), steps)
+        return {tokens: math.fsum(log_p[tokens[: end + 1]] for end in range(len(tokens))) for tokens in group}
+
+    @contextmanager
+    def _branched(self, count: int) -> Iterator[None]:
+        """While it lasts, sequences 1 to `count` share all cells of the main one."""
+        llama = library()
+        branches = range(MAIN + 1, MAIN + 1 + count)
+        for branch in branches:
+            llama.llama_memory_seq_cp(self._memory, MAIN, branch, -1, -1)
+        try:
+            yield
+        finally:
+            for branch in branches:
+                llama.llama_memory_seq_rm(self._memory, branch, -1, -1)
+
+
+def _make_context(model: Any, context_length: int, threads: int, batch: int) -> Any:  # noqa: ANN401 - pointers
     llama = library()
-    params = llama.llama_model_default_params()
-    params.vocab_only = vocabulary_only
-    params.load_mode = llama.LLAMA_LOAD_MODE_MMAP
-    # Repacked weights lie in memory beside the mapped file, which doubles what a board needs.
-    params.use_extra_bufts = False
-    # A host with a GPU has to give the numbers that the board gives.
-    params.n_gpu_layers = 0
+    params = llama.llama_context_default_params()
+    params.n_ctx = context_length
+    params.n_batch = params.n_ubatch = batch
+    params.n_seq_max = BRANCHES + 1
+    params.n_outputs_max = BRANCHES + 1
+    params.n_threads = params.n_threads_batch = threads
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_AUTO
+    # One buffer for all sequences: branches share the cells of the sequence that they start from.
+    params.kv_unified = True
+    # A sliding window that forgets cannot be trimmed back to an earlier position.
+    params.swa_full = True
+    params.offload_kqv = params.op_offload = False
     last_errors()
-    model = llama.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        message = f"llama.cpp cannot load {path}: {last_errors()}"
-        raise VerificationError(message, "check the file, or update llama-cpp-python")
-    return model
+    context = llama.llama_init_from_model(model, params)
+    if not context:
+        message = f"no context of {context_length} tokens: {last_errors()}"
+        llama.llama_model_free(model)
+        raise IncompatibleError(message, "open the bundle with a shorter context")
+    return context
+
+
+def _free_all(context: Any, adapters: dict[str, Any], model: Any) -> None:  # noqa: ANN401 - bare pointers
+    llama = library()
+    llama.llama_free(context)
+    for adapter in adapters.values():
+        llama.llama_adapter_lora_free(adapter)
+    adapters.clear()
+    llama.llama_model_free(model)
+
+
+def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _usable_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+def _step_scores(
+    nodes: Sequence[tuple[int, ...]], rows: Logits, steps: set[tuple[int, ...]]
+) -> dict[tuple[int, ...], float]:
+    """Log probability of the last token of each step, from the logits after the node that it continues."""
+    following: dict[tuple[int, ...], list[int]] = {}
+    for step in steps:
+        following.setdefault(step[:-1], []).append(step[-1])
+    scores = {}
+    # Row by row: all rows at once in float64 would take more memory than a small base.
+    for node, row in zip(nodes, rows, strict=True):
+        top = float(row.max())
+        total = top + math.log(float(np.exp(row - top).sum(dtype=np.float64)))
+        scores.update({(*node, token): float(row[token]) - total for token in following[node]})
+    return scores

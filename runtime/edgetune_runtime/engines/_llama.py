@@ -1,0 +1,146 @@
+"""llama.cpp's library in, its tokenizer and models out: what every call into llama_cpp shares."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+
+_SPM_VOCABULARY = 1
+_ERROR_LEVEL = 3
+_INSTALL = (
+    'run: pip install "edgetune-runtime[gguf]", which needs a C++ compiler '
+    "(Debian: apt install g++, macOS: xcode-select --install)"
+)
+
+_errors: deque[str] = deque(maxlen=3)
+
+
+@cache
+def library() -> Any:  # noqa: ANN401 - a module of ctypes functions
+    """The llama_cpp module with its log silenced; IncompatibleError that says what to install when it is missing."""
+    try:
+        import llama_cpp  # noqa: PLC0415 - heavy and optional
+    except ImportError as error:
+        raise IncompatibleError("GGUF bundles need llama-cpp-python, which is not installed", _INSTALL) from error
+    except (OSError, RuntimeError) as error:
+        raise IncompatibleError(f"llama-cpp-python does not load: {error}", _INSTALL) from error
+    llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+@cache
+def _log_callback(llama_cpp: Any) -> Any:  # noqa: ANN401 - as above; cached because C code keeps a bare pointer to it
+    def keep_errors(level: int, text: bytes, _: object) -> None:
+        if level == _ERROR_LEVEL:
+            _errors.append(text.decode("utf-8", "replace").strip())
+
+    return llama_cpp.llama_log_callback(keep_errors)
+
+
+def last_errors() -> str:
+    """What llama.cpp logged as errors since the last call, in one line."""
+    lines = [line for line in _errors if line]
+    _errors.clear()
+    return " / ".join(lines) or "llama.cpp gave no reason"
+
+
+def load_model(path: Path, *, vocabulary_only: bool) -> Any:  # noqa: ANN401 - a bare pointer
+    """Map a GGUF file that `read_header` has checked; VerificationError if llama.cpp refuses it. The caller frees it."""
+    llama = library()
+    params = llama.llama_model_default_params()
+    params.vocab_only = vocabulary_only
+    params.load_mode = llama.LLAMA_LOAD_MODE_MMAP
+    # Repacked weights lie in memory beside the mapped file, which doubles what a board needs.
+    params.use_extra_bufts = False
+    # A host with a GPU has to give the numbers that the board gives.
+    params.n_gpu_layers = 0
+    last_errors()
+    model = llama.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        message = f"llama.cpp cannot load {path}: {last_errors()}"
+        raise VerificationError(message, "check the file, or update llama-cpp-python")
+    return model
+
+
+class Vocabulary:
+    """The tokenizer of a loaded model."""
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401 - a bare pointer
+        llama = library()
+        self._model = model
+        self._vocab = llama.llama_model_get_vocab(model)
+        self.vocab_size: int = llama.llama_vocab_n_tokens(self._vocab)
+        self._bos: int = llama.llama_vocab_bos(self._vocab)
+        eos: int = llama.llama_vocab_eos(self._vocab)
+        eot: int = llama.llama_vocab_eot(self._vocab)
+        self._end = eot if eot >= 0 else eos
+        self.bos = self._text(self._bos)
+        self.eos = self._text(eos)
+        template = llama.llama_model_chat_template(model, None)
+        self.chat_template: str | None = template.decode("utf-8", "replace") if template else None
+        self._adds_bos = self._bos >= 0 and bool(llama.llama_vocab_get_add_bos(self._vocab))
+        spm = llama.llama_vocab_type(self._vocab) == _SPM_VOCABULARY
+        self._adds_space = spm and self.piece(self._raw("a")[0]).startswith(b" ")
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a turn, or else the one that ends a text."""
+        return self._end
+
+    def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
+        """Token ids of `text`; see `Tokenizer.tokenize`."""
+        if continues:
+            return self._after_newline(text) if self._adds_space else self._raw(text)
+        tokens = self._raw(text)
+        if self._adds_bos and tokens[:1] != [self._bos]:
+            tokens.insert(0, self._bos)
+        return tokens
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that `token` stands for; empty for control tokens."""
+        self._check(token)
+        llama = library()
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            written: int = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if written >= 0:
+                return buffer.raw[:written]
+            size = -written
+
+    def is_end(self, token: int) -> bool:
+        """Whether generation ends with `token`."""
+        self._check(token)
+        return bool(library().llama_vocab_is_eog(self._vocab, token))
+
+    def _raw(self, text: str) -> list[int]:
+        data = text.encode("utf-8", "replace")
+        room = len(data) + 8
+        while True:
+            tokens = (ctypes.c_int32 * room)()
+            count: int = library().llama_tokenize(self._vocab, data, len(data), tokens, room, False, True)
+            if count >= 0:
+                return tokens[:count]
+            room = -count
+
+    def _after_newline(self, text: str) -> list[int]:
+        # llama.cpp puts a space in front of the first word, which cannot be turned off; behind a newline it does not.
+        newline: int = library().llama_vocab_nl(self._vocab)
+        tokens = self._raw("\n" + text)
+        return tokens[tokens.index(newline) + 1 :] if newline in tokens else self._raw(text)
+
+    def _text(self, token: int) -> str:
+        text = library().llama_vocab_get_text(self._vocab, token) if token >= 0 else None
+        return text.decode("utf-8", "replace") if text else ""
+
+    def _check(self, token: int) -> None:
+        # llama.cpp throws C++ exceptions through ctypes, which end the process.
+        if not 0 <= token < self.vocab_size:
+            raise UsageError(f"no token {token} in a vocabulary of {self.vocab_size}", "use this base's own tokenizer")
