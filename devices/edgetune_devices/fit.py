@@ -1,0 +1,222 @@
+"""Needs and a board in; memory item by item, predicted speed, and the quantization to choose out.
+
+An MB is 2**20 bytes. docs/boards.md shows how far predictions lie from measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.gguf_file import GgufHeader
+
+from .boards import Board
+from .needs import (
+    AdapterSize,
+    Needs,
+    estimate_needs,
+    kv_bytes_per_token,
+    lora_size,
+    needs_of_bundle,
+    needs_of_header,
+)
+
+__all__ = [
+    "AdapterSize",
+    "Choice",
+    "Fit",
+    "Item",
+    "Needs",
+    "choose",
+    "estimate_needs",
+    "fit",
+    "kv_bytes_per_token",
+    "lora_size",
+    "needs_of_bundle",
+    "needs_of_header",
+    "require_fit",
+    "table",
+]
+
+MB = 2**20
+RUNTIME_MB = 46
+"""Resident memory of Python 3.11 on x86-64 Linux with numpy, jinja2, llama_cpp and the runtime imported, no model."""
+
+QUALITY = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+"""Quantizations to choose from, best first."""
+USABLE_TOKENS_PER_S = 5.0
+"""Decoding slower than people read is not chosen while a smaller quantization is faster."""
+CONTEXTS = (1024, 512, 256)
+"""Context lengths to choose from, in tokens, the wanted one first."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One part of the memory needed."""
+
+    name: str
+    mb: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How needs and a board go together. `adapter_tokens_per_s` is decoding with the slowest adapter active."""
+
+    device: str
+    items: tuple[Item, ...]
+    available_mb: int
+    decode_tokens_per_s: float
+    adapter_tokens_per_s: float
+    prefill_tokens_per_s: float
+
+    @property
+    def needed_mb(self) -> float:
+        """The sum of all items."""
+        return sum(item.mb for item in self.items)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the board leaves enough memory."""
+        return self.needed_mb <= self.available_mb
+
+    @property
+    def largest(self) -> Item:
+        """The item that takes most."""
+        return max(self.items, key=lambda item: item.mb)
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        return {
+            "device": self.device,
+            "fits": self.fits,
+            "items": [{"name": item.name, "mb": round(item.mb, 1)} for item in self.items],
+            "needed_mb": round(self.needed_mb, 1),
+            "available_mb": self.available_mb,
+            "decode_tokens_per_s": round(self.decode_tokens_per_s, 1),
+            "adapter_tokens_per_s": round(self.adapter_tokens_per_s, 1),
+            "prefill_tokens_per_s": round(self.prefill_tokens_per_s, 1),
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a board asks of a recipe; `quantize` is None for a base that ships as it is. `reason` is one sentence."""
+
+    quantize: str | None
+    threads: int
+    context_length: int
+    reason: str
+
+
+def fit(needs: Needs, board: Board) -> Fit:
+    """Sum what `needs` takes against what `board` leaves, and predict its speed there."""
+    items = [
+        Item("base weights", needs.base_bytes / MB),
+        *(Item(f"adapter {name}", size.file_bytes / MB) for name, size in needs.adapters.items()),
+        *(Item(f"merged model {name}", (size + needs.engine_bytes) / MB) for name, size in needs.merged.items()),
+        Item(f"keys and values of {needs.context_length} tokens", needs.kv_bytes_per_token * needs.context_length / MB),
+        Item("computing", needs.compute_bytes / MB),
+        Item("vocabulary", needs.vocabulary_bytes / MB),
+        Item("runtime (Python and libraries)", float(RUNTIME_MB)),
+    ]
+    slowest = max((_adapter_seconds(size, board) for size in needs.adapters.values()), default=0.0)
+    seconds = _token_seconds(needs, board)
+    body = max(needs.read_parameters - needs.head_parameters, 1)
+    return Fit(
+        device=board.name,
+        items=tuple(items),
+        available_mb=board.ram_free_mb,
+        decode_tokens_per_s=1 / seconds,
+        adapter_tokens_per_s=1 / (seconds + slowest),
+        prefill_tokens_per_s=board.compute_gflop_per_s * 1e9 / (2 * body),
+    )
+
+
+def require_fit(needs: Needs, board: Board) -> Fit:
+    """`fit`, or IncompatibleError that says what is needed, what the board leaves, and what to make smaller."""
+    result = fit(needs, board)
+    if not result.fits:
+        largest = result.largest
+        message = (
+            f"needs {result.needed_mb:.0f} MB, but {board.name} leaves {result.available_mb} MB; "
+            f"the largest part is {largest.name} with {largest.mb:.0f} MB"
+        )
+        raise IncompatibleError(message, _remedy(needs, result, board))
+    return result
+
+
+def choose(
+    board: Board,
+    header: GgufHeader,
+    *,
+    adapters: Mapping[str, AdapterSize] | None = None,
+    merged: Sequence[str] = (),
+    quantize: str | None = None,
+    context_length: int | None = None,
+    requantize: bool = True,
+) -> Choice:
+    """What a recipe for `board` should say where it says nothing: quantization, context and threads.
+
+    `quantize` and `context_length` are kept where given; `requantize=False` is for a base whose file ships as it is.
+    The best quantization that fits and decodes at `USABLE_TOKENS_PER_S` is taken; when none is that fast, the fastest
+    that fits. IncompatibleError when nothing fits.
+    """
+    schemes: Sequence[str | None] = (quantize,) if quantize else QUALITY if requantize else (None,)
+    fitting: list[tuple[str | None, int, Fit]] = []
+    for length in (context_length,) if context_length else CONTEXTS:
+        for scheme in schemes:
+            needs = needs_of_header(header, context_length=length, scheme=scheme, adapters=adapters, merged=merged)
+            found = fit(needs, board)
+            if found.fits:
+                fitting.append((scheme, length, found))
+        if fitting:
+            break
+    if not fitting:
+        require_fit(needs, board)
+    usable = [choice for choice in fitting if choice[2].adapter_tokens_per_s >= USABLE_TOKENS_PER_S]
+    scheme, length, found = usable[0] if usable else max(fitting, key=lambda choice: choice[2].adapter_tokens_per_s)
+    what = f"{scheme or 'the base as it is'} with a context of {length} tokens"
+    why = "the best that fits" if usable else f"the fastest that fits, though below {USABLE_TOKENS_PER_S:.0f} tokens/s"
+    reason = (
+        f"{what} is {why} on {board.name}: {found.needed_mb:.0f} of {found.available_mb} MB, "
+        f"about {found.adapter_tokens_per_s:.1f} tokens/s with an adapter"
+    )
+    return Choice(scheme, board.cores, length, reason)
+
+
+def table(result: Fit) -> list[tuple[str, str]]:
+    """The lines of a result as pairs of label and value, for a person to read."""
+    return [
+        *((item.name, f"{item.mb:.1f} MB") for item in result.items),
+        ("needed", f"{result.needed_mb:.1f} MB"),
+        (f"left by {result.device}", f"{result.available_mb} MB"),
+        ("fits", "yes" if result.fits else "no"),
+        ("decode, base", f"{result.decode_tokens_per_s:.1f} tokens/s"),
+        ("decode, slowest adapter", f"{result.adapter_tokens_per_s:.1f} tokens/s"),
+        ("prefill, base", f"{result.prefill_tokens_per_s:.0f} tokens/s"),
+    ]
+
+
+def _token_seconds(needs: Needs, board: Board) -> float:
+    """Time of one token with half the context filled: the longer of reading and computing, and the layers' own."""
+    read = needs.read_bytes + needs.kv_bytes_per_token * needs.context_length / 2
+    reading = read / (board.bandwidth_gb_per_s * 1e9)
+    computing = 2 * needs.read_parameters / (board.compute_gflop_per_s * 1e9)
+    return max(reading, computing) + needs.layers * board.layer_us / 1e6
+
+
+def _adapter_seconds(size: AdapterSize, board: Board) -> float:
+    return size.file_bytes / (board.bandwidth_gb_per_s * 1e9) + size.modules * board.adapter_module_us / 1e6
+
+
+def _remedy(needs: Needs, result: Fit, board: Board) -> str:
+    without_context = result.needed_mb - needs.kv_bytes_per_token * needs.context_length / MB
+    if without_context < board.ram_free_mb and needs.kv_bytes_per_token:
+        tokens = int((board.ram_free_mb - without_context) * MB / needs.kv_bytes_per_token)
+        if tokens >= CONTEXTS[-1]:
+            return f"set context_length to {tokens} or less, or quantize the base further"
+    if result.largest.name.startswith("merged"):
+        return "ship fewer merged adapters, or take a board with more memory"
+    return "quantize the base further, take a smaller base, or a board with more memory"

@@ -1,0 +1,266 @@
+"""Bundle, GGUF header or plain sizes in; what a base with its adapters takes in memory and reads a token out.
+
+What the figures are estimated from was measured with the runtime's own GGUF engine: weights mapped once (the engine
+turns off llama.cpp's repacking, which would keep a second copy on boards with dot products), f16 keys and values,
+batches of `BATCH` tokens. docs/boards.md shows how far predictions lie from measurements.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.bundle import read_manifest, resolve
+from edgetune_runtime.engines.gguf import BRANCHES
+from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, read_header
+
+BATCH = 512
+"""Tokens that the engine computes at once, its default."""
+VOCABULARY_BYTES_PER_TOKEN = 350
+"""llama.cpp's tables of a vocabulary: 17 MB for the 49,152 tokens and 48,900 merges of SmolLM2."""
+
+_SCHEMES: Mapping[str, tuple[str, str, str]] = {
+    "f32": ("f32", "f32", "f32"),
+    "f16": ("f16", "f16", "f16"),
+    "bf16": ("bf16", "bf16", "bf16"),
+    "q8_0": ("q8_0", "q8_0", "q8_0"),
+    "q6_k": ("q6_k", "q6_k", "q6_k"),
+    "q5_k_m": ("q5_k", "q6_k", "q6_k"),
+    "q5_k_s": ("q5_k", "q5_k", "q6_k"),
+    "q4_k_m": ("q4_k", "q6_k", "q6_k"),
+    "q4_k_s": ("q4_k", "q5_k", "q6_k"),
+    "q4_1": ("q4_1", "q4_1", "q6_k"),
+    "q4_0": ("q4_0", "q4_0", "q6_k"),
+}
+"""Types that llama.cpp gives to most matrices, to half of the value and down projections, and to the output head."""
+_NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""What llama.cpp takes instead when 256 does not divide the columns."""
+_TYPES = {name: (block, size) for name, block, size in GGML_TYPES.values()}
+
+_MODULES = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+_ADAPTER_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """Bytes of an adapter's file, and the modules that it changes."""
+
+    file_bytes: int
+    modules: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a base with its adapters takes in memory and reads a token.
+
+    `read_bytes` and `read_parameters` are those of the weights that every token passes through: all but the rows of an
+    embedding that is only looked up. `merged` holds the file sizes of adapters that are whole models.
+    """
+
+    base_bytes: int
+    read_bytes: int
+    read_parameters: int
+    head_parameters: int
+    layers: int
+    embedding_length: int
+    feed_forward_length: int
+    vocabulary: int
+    kv_bytes_per_token: int
+    context_length: int
+    adapters: Mapping[str, AdapterSize] = field(default_factory=dict)
+    merged: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def engine_bytes(self) -> int:
+        """What one loaded model takes beside its weights: keys and values, computing, vocabulary."""
+        return self.kv_bytes_per_token * self.context_length + self.compute_bytes + self.vocabulary_bytes
+
+    @property
+    def compute_bytes(self) -> int:
+        """Activations of a full batch and the logits of all branches; the factors are fitted to measured sizes."""
+        rows = min(BATCH, self.context_length)
+        activations = rows * 4 * (4.4 * self.embedding_length + 3.2 * self.feed_forward_length)
+        return int(activations) + 2 * (BRANCHES + 1) * 4 * self.vocabulary
+
+    @property
+    def vocabulary_bytes(self) -> int:
+        """Memory of the tokenizer's tables."""
+        return self.vocabulary * VOCABULARY_BYTES_PER_TOKEN
+
+
+def kv_bytes_per_token(header: GgufHeader) -> int:
+    """Bytes of keys and values that one token adds, in f16, over all layers.
+
+    Sliding-window layers (Gemma 3) count whole: the engine keeps them so (`swa_full`), to be able to trim a sequence.
+    """
+    heads = _number(header, "attention.head_count_kv", total=True)
+    queries = _metadata(header, "attention.head_count")
+    queries = max(queries) if isinstance(queries, Sequence) else queries
+    default = _number(header, "embedding_length") // queries
+    key = int(header.metadata.get(f"{header.architecture}.attention.key_length", default))
+    value = int(header.metadata.get(f"{header.architecture}.attention.value_length", default))
+    return heads * (key + value) * 2
+
+
+def needs_of_header(
+    header: GgufHeader,
+    *,
+    context_length: int,
+    scheme: str | None = None,
+    adapters: Mapping[str, AdapterSize] | None = None,
+    merged: Sequence[str] = (),
+) -> Needs:
+    """What a base takes as its file is, or after quantization to `scheme`; `merged` names whole models.
+
+    UsageError for an unknown scheme.
+    """
+    if scheme is not None and scheme not in _SCHEMES:
+        raise UsageError(f"no quantization {scheme!r}", f"choose one of: {', '.join(_SCHEMES)}")
+    sizes = {name: _tensor_bytes(t, header, scheme) for name, t in header.tensors.items()}
+    counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
+    looked_up = "token_embd.weight" if "output.weight" in header.tensors else ""
+    head = "output.weight" if looked_up else "token_embd.weight"
+    start = min((tensor.offset for tensor in header.tensors.values()), default=0)
+    base_bytes = start + sum(sizes.values())
+    return Needs(
+        base_bytes=base_bytes,
+        read_bytes=sum(sizes.values()) - sizes.get(looked_up, 0),
+        read_parameters=sum(counts.values()) - counts.get(looked_up, 0),
+        head_parameters=counts.get(head, 0),
+        layers=_number(header, "block_count"),
+        embedding_length=_number(header, "embedding_length"),
+        feed_forward_length=_number(header, "feed_forward_length"),
+        vocabulary=_vocabulary(header),
+        kv_bytes_per_token=kv_bytes_per_token(header),
+        context_length=context_length,
+        adapters=dict(adapters or {}),
+        merged=dict.fromkeys(merged, base_bytes),
+    )
+
+
+def needs_of_bundle(bundle: Path, *, context_length: int | None = None) -> Needs:
+    """What a bundle takes, from its manifest and the header of its base; weights are not read.
+
+    Raises NotFoundError and VerificationError as `read_manifest` and `read_header` do.
+    """
+    manifest = read_manifest(bundle)
+    if "gguf" not in manifest.base.files:
+        raise IncompatibleError(f"bundle {manifest.name!r} has no GGUF base", "build it with targets: [gguf]")
+    header = read_header(resolve(bundle, manifest.base.files["gguf"]))
+    adapters: dict[str, AdapterSize] = {}
+    merged: dict[str, int] = {}
+    for name, entry in manifest.adapters.items():
+        file_bytes = manifest.files[entry.files["gguf"]].bytes if "gguf" in entry.files else 0
+        if entry.shape == "merged":
+            merged[name] = file_bytes
+        else:
+            adapters[name] = AdapterSize(file_bytes, len(entry.ranks))
+    needs = needs_of_header(header, context_length=context_length or manifest.context_length, adapters=adapters)
+    return replace(needs, merged=merged)
+
+
+def estimate_needs(
+    *,
+    parameters: int,
+    bits_per_weight: float,
+    layers: int,
+    kv_bytes_per_token: int,
+    context_length: int,
+    adapter_bytes: int = 0,
+    adapter_modules: int = 0,
+    vocabulary: int = 49152,
+) -> Needs:
+    """What a base of these sizes takes, for when there is no header yet; widths are guessed from size and depth.
+
+    The embedding is taken to be tied to the output head.
+    """
+    # A layer of a transformer has about 12 squares of its width, the feed-forward part being three widths wide.
+    width = math.isqrt(parameters // (12 * layers))
+    size = math.ceil(parameters * bits_per_weight / 8)
+    return Needs(
+        base_bytes=size,
+        read_bytes=size,
+        read_parameters=parameters,
+        head_parameters=vocabulary * width,
+        layers=layers,
+        embedding_length=width,
+        feed_forward_length=3 * width,
+        vocabulary=vocabulary,
+        kv_bytes_per_token=kv_bytes_per_token,
+        context_length=context_length,
+        adapters={"adapters": AdapterSize(adapter_bytes, adapter_modules)} if adapter_bytes else {},
+    )
+
+
+def lora_size(
+    header: GgufHeader, rank: int, targets: Sequence[str] | str = "all-linear", *, dtype: str = "f16"
+) -> AdapterSize:
+    """The size of a LoRA adapter before it is trained: `targets` as in a recipe (`q_proj`, …), `dtype` of its file."""
+    chosen = list(_MODULES) if isinstance(targets, str) and targets == "all-linear" else targets
+    chosen = [chosen] if isinstance(chosen, str) else chosen
+    parts = [_MODULES.get(name.rpartition(".")[2], name) for name in chosen]
+    pattern = re.compile(rf"blk\.\d+\.({'|'.join(map(re.escape, parts))})\.weight")
+    tensors = [t for name, t in header.tensors.items() if pattern.fullmatch(name) and len(t.shape) == 2]
+    values = rank * sum(columns + rows for columns, rows in (t.shape for t in tensors))
+    return AdapterSize(math.ceil(values * _ADAPTER_TYPES[dtype]), len(tensors))
+
+
+def _tensor_bytes(tensor: TensorInfo, header: GgufHeader, scheme: str | None) -> int:
+    if scheme is None:
+        return tensor.nbytes
+    if len(tensor.shape) < 2:
+        return math.prod(tensor.shape) * 4
+    most, some, head = _SCHEMES[scheme]
+    columns = tensor.shape[0]
+    rows = math.prod(tensor.shape[1:])
+    head_name = "output.weight" if "output.weight" in header.tensors else "token_embd.weight"
+    if tensor.name == head_name:
+        return rows * _row_bytes(head, columns)
+    if tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
+        return rows * (_row_bytes(most, columns) + _row_bytes(some, columns)) // 2
+    return rows * _row_bytes(most, columns)
+
+
+def _row_bytes(type_name: str, columns: int) -> int:
+    block, size = _TYPES[type_name]
+    if columns % block and type_name in _NARROW:
+        return _row_bytes(_NARROW[type_name], columns)
+    if columns % block:
+        return columns * 2
+    return columns // block * size
+
+
+def _vocabulary(header: GgufHeader) -> int:
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if tokens is not None:
+        return len(tokens)
+    embedding = header.tensors.get("token_embd.weight")
+    return embedding.shape[1] if embedding is not None else 0
+
+
+def _number(header: GgufHeader, key: str, *, total: bool = False) -> int:
+    """A whole number of the architecture; some files give one a layer, of which the largest or the sum is taken."""
+    value = _metadata(header, key)
+    if isinstance(value, Sequence):
+        return sum(map(int, value)) if total else max(map(int, value))
+    return int(value) * (_number(header, "block_count") if total else 1)
+
+
+def _metadata(header: GgufHeader, key: str) -> Any:  # noqa: ANN401 - a number or one a layer
+    full = f"{header.architecture}.{key}"
+    if full not in header.metadata:
+        raise IncompatibleError(f"the base's header has no {full}", "give a GGUF file of a language model")
+    return header.metadata[full]
