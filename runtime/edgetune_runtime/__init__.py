@@ -1,1 +1,55 @@
-"""Runs a bundle: base mapped once, adapters switched by pointer. No torch."""
+"""A bundle in, answers out: runs one quantized base and switches its adapters by pointer. No torch.
+
+    with Runtime.open("build/smart-home") as runtime:
+        answer = runtime.generate("turn off the lamp in the hall", adapter="command")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CancelledError,
+    EdgetuneError,
+    IncompatibleError,
+    NotFoundError,
+    OutOfSpaceError,
+    UsageError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from .generation import Answer, Timings
+    from .runtime import Runtime
+    from .sampling import Sampling
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "CancelledError",
+    "EdgetuneError",
+    "IncompatibleError",
+    "NotFoundError",
+    "OutOfSpaceError",
+    "Runtime",
+    "Sampling",
+    "Timings",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+]
+
+# These need numpy, which takes longer to import than all the rest: loaded at first use.
+_LAZY = {"Answer": "generation", "Timings": "generation", "Runtime": "runtime", "Sampling": "sampling"}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -52,7 +52,7 @@ def last_errors() -> str:
 
 
 def load_model(path: Path, *, vocabulary_only: bool) -> Any:  # noqa: ANN401 - a bare pointer
-    """Map a GGUF file that `read_header` has checked; VerificationError if llama.cpp refuses it. The caller frees it."""
+    """Map a GGUF file that `read_header` has checked; VerificationError if llama.cpp refuses it. Free it after use."""
     llama = library()
     params = llama.llama_model_default_params()
     params.vocab_only = vocabulary_only

@@ -62,6 +62,7 @@ class GgufEngine:
         self._free = weakref.finalize(self, _free_all, self._context, self._adapters, self._model)
         llama = library()
         self._memory = llama.llama_get_memory(self._context)
+        self._window: int = llama.llama_model_n_swa(self._model)
         self._cells: int = llama.llama_n_ctx(self._context)
         self._batch: int = llama.llama_n_batch(self._context)
         self._outputs = min(BRANCHES, self._batch)
@@ -99,11 +100,12 @@ class GgufEngine:
 
     def forget(self, keep: int) -> int:
         """Drop the sequence's tokens from position `keep` on; returns how many are left (0 if it cannot trim)."""
-        if keep >= self._length:
-            return self._length
+        if 0 < keep == self._length:
+            return keep
         self._last = None
         llama = library()
-        if keep > 0 and llama.llama_memory_seq_rm(self._memory, MAIN, keep, -1):
+        can_trim = 0 < keep < self._length and self._has_window_before(keep)
+        if can_trim and llama.llama_memory_seq_rm(self._memory, MAIN, keep, -1):
             self._length = keep
         else:
             llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
@@ -168,7 +170,14 @@ class GgufEngine:
 
     def close(self) -> None:
         """Free everything; a second call does nothing, and no other call may follow."""
+        self._length = 0
         self._free()
+
+    def _has_window_before(self, position: int) -> bool:
+        # Of sliding-window layers, a saved state has only the window before its own end. Trimmed further back and
+        # continued, it would attend to less than the model was trained on, and nothing would say so.
+        first: int = library().llama_memory_seq_pos_min(self._memory, MAIN)
+        return first <= max(0, position - self._window + 1)
 
     def _check_room(self, tokens: Sequence[int]) -> None:
         if not tokens:
@@ -321,3 +330,7 @@ def _step_scores(
         total = top + math.log(float(np.exp(row - top).sum(dtype=np.float64)))
         scores.update({(*node, token): float(row[token]) - total for token in following[node]})
     return scores
+
+
+ENGINE = GgufEngine
+"""What `Runtime.open(engine="gguf")` makes."""

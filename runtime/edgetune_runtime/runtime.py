@@ -1,0 +1,294 @@
+"""Bundle in, answers out: the base is loaded once, and each call says which adapters answer it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from threading import Lock
+from types import TracebackType
+from typing import Any, Self, TypedDict
+
+import numpy as np
+
+from . import engines
+from .bundle import AdapterEntry, Manifest, read_manifest, resolve, verify_files
+from .cache import StateCache
+from .chat import Message, messages_for, render
+from .engines._base import Engine, Logits
+from .errors import IncompatibleError, UsageError, VerificationError
+from .generation import Answer, Call, Outcome, Stream, generate
+from .gguf_file import read_header
+from .sampling import Sampling
+from .session import Session
+
+Prompt = str | Sequence[Message]
+Adapters = str | Mapping[str, float] | None
+
+_ROWS = 64
+"""Rows of logits looked at in one go; a vocabulary of 150,000 takes 0.6 MB a row."""
+
+
+class _Options(TypedDict):
+    engine: str
+    context_length: int
+    threads: int | None
+    verify: bool
+    cache_mb: float
+
+
+class Runtime:
+    """A bundle that is ready to answer. Use it in a `with` block, or call `close`. Safe to use from several threads."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, session: Session, options: _Options) -> None:
+        self.bundle = bundle
+        self.manifest = manifest
+        self._session = session
+        self._merged: dict[str, Session] = {}
+        self._merged_lock = Lock()
+        self._options = options
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        engine: str = "gguf",
+        threads: int | None = None,
+        context_length: int | None = None,
+        verify: bool = True,
+        cache_mb: float = 64,
+    ) -> Self:
+        """Open a bundle: check its files, map the base and load the adapters.
+
+        `context_length` (tokens) and `threads` default to the manifest's. `verify` compares digests before anything is
+        loaded; without it only the files' structure is checked. Up to `cache_mb` of memory keep the last state of each
+        set of adapters, so that switching back does not compute the prompt again. A merged adapter is a whole model,
+        which is checked and mapped when it is first used.
+
+        Raises NotFoundError, VerificationError for damaged files, IncompatibleError for adapters of another base or a
+        missing engine, UsageError for options that cannot be.
+        """
+        bundle = Path(path)
+        manifest = read_manifest(bundle)
+        longest = manifest.base.context_length
+        if context_length is not None and not 2 <= context_length <= longest:
+            raise UsageError(f"context_length is {context_length}", f"give 2 to {longest}, as the base was trained")
+        options: _Options = {
+            "engine": engine,
+            "context_length": context_length or manifest.context_length,
+            "threads": threads or manifest.threads,
+            "verify": verify,
+            "cache_mb": cache_mb,
+        }
+        file = _file_of(manifest.base.files, engine, "the base")
+        if manifest.files[file].sha256 != manifest.base.fingerprint:
+            raise VerificationError(f"{file} is not the base that the adapters were made for", "build the bundle again")
+        runtime = cls(bundle, manifest, _open_session(bundle, manifest, file, options), options)
+        try:
+            for entry in manifest.adapters.values():
+                runtime._load(entry)
+        except BaseException:
+            runtime.close()
+            raise
+        return runtime
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the bundle's adapters."""
+        return list(self.manifest.adapters)
+
+    def generate(
+        self, prompt: Prompt, *, adapter: Adapters = None, sampling: Sampling | None = None, **overrides: object
+    ) -> Answer:
+        """Answer a prompt, a text or chat messages, with one adapter by name, several {name: scale} or the base.
+
+        A name alone means the manifest's scale. The (first) adapter's own system prompt is used unless the messages
+        bring one. `overrides` change single fields of `sampling`, such as `temperature=0.7`.
+
+        Raises NotFoundError for an unknown adapter, UsageError for a prompt that does not fit in the context.
+        """
+        outcome = Outcome()
+        for _ in generate(self._call(prompt, adapter), _sampling(sampling, overrides), outcome):
+            pass
+        assert outcome.answer is not None
+        return outcome.answer
+
+    def stream(
+        self, prompt: Prompt, *, adapter: Adapters = None, sampling: Sampling | None = None, **overrides: object
+    ) -> Stream:
+        """As `generate`, but yields the text in pieces as it comes. Other calls wait until that ends or is closed."""
+        outcome = Outcome()
+        return Stream(generate(self._call(prompt, adapter), _sampling(sampling, overrides), outcome), outcome)
+
+    def classify(
+        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None
+    ) -> tuple[str, dict[str, float]]:
+        """The likeliest of `labels` (default: the adapter's) as the answer, and the probability of each among them.
+
+        All labels are scored in one pass that computes the prompt and their shared beginnings once.
+        """
+        if labels is None:
+            first = next(iter(self._scales(adapter)), None)
+            labels = self.manifest.adapter(first).labels if first else ()
+        if not labels or len(set(labels)) != len(labels) or not all(labels):
+            raise UsageError(f"cannot classify among {list(labels)}", "give labels, none of them empty or twice")
+        call = self._call(prompt, adapter)
+        tokenizer = call.session.engine.tokenizer
+        endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
+        with call.session.hold():
+            call.session.start(call.adapters, call.tokens)
+            scores = np.asarray(call.session.engine.score(endings))
+        weights = np.exp(scores - scores.max())
+        probabilities = dict(zip(labels, (weights / weights.sum()).tolist(), strict=True))
+        return max(probabilities, key=probabilities.__getitem__), probabilities
+
+    def perplexity(self, text: str, *, adapter: Adapters = None) -> tuple[float, int]:
+        """Sum of the negative log likelihoods (nats) of the text's tokens but the first, and how many were counted.
+
+        A text longer than the context is taken in windows that overlap by one token.
+        """
+        session, adapters = self.session(adapter)
+        tokens = session.engine.tokenizer.tokenize(text)
+        if len(tokens) < 2:
+            raise UsageError(f"a text of {len(tokens)} tokens has no perplexity", "give a longer text")
+        window = session.engine.context_length
+        with session.hold():
+            starts = range(0, len(tokens) - 1, window - 1)
+            total = math.fsum(_window_loss(session, adapters, tokens[start : start + window]) for start in starts)
+        return total, len(tokens) - 1
+
+    def clear_cache(self) -> None:
+        """Forget all prompts and answers: the next call computes everything."""
+        for session in (self._session, *self._merged.values()):
+            with session.hold():
+                session.clear()
+
+    def close(self) -> None:
+        """Free base and adapters once other threads' calls have ended; a second call does nothing."""
+        for session in (self._session, *self._merged.values()):
+            session.close()
+
+    def session(self, adapter: Adapters = None) -> tuple[Session, dict[str, float]]:
+        """Where a call with these adapters runs, and what is active there: for measurements, inside `Session.hold`."""
+        scales = self._scales(adapter)
+        merged = [name for name in scales if self.manifest.adapter(name).shape == "merged"]
+        if not merged:
+            return self._session, scales
+        if len(scales) > 1 or scales[merged[0]] != 1:
+            message = f"adapter {merged[0]!r} is merged, so it cannot be scaled or added to others"
+            raise IncompatibleError(message, "use it alone with scale 1")
+        return self._merged_session(self.manifest.adapter(merged[0])), {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, prompt: Prompt, adapter: Adapters) -> Call:
+        begin = time.perf_counter()
+        session, active = self.session(adapter)
+        first = next(iter(self._scales(adapter)), None)
+        system = self.manifest.adapter(first).system if first else None
+        tokenizer = session.engine.tokenizer
+        messages = messages_for(prompt, system)
+        text = render(
+            tokenizer.chat_template, messages, add_generation_prompt=True, bos=tokenizer.bos, eos=tokenizer.eos
+        )
+        tokens = tokenizer.tokenize(text)
+        longest = session.engine.context_length
+        if not 0 < len(tokens) <= longest:
+            message = f"the prompt has {len(tokens)} tokens, the context holds 1 to {longest}"
+            raise UsageError(message, "change the prompt, or open the bundle with a longer context")
+        return Call(session, active, tokens, time.perf_counter() - begin)
+
+    def _scales(self, adapter: Adapters) -> dict[str, float]:
+        if adapter is None:
+            return {}
+        if isinstance(adapter, str):
+            return {adapter: self.manifest.adapter(adapter).scale}
+        if not isinstance(adapter, Mapping):
+            raise UsageError(f"adapter is {adapter!r}", "give a name, {name: scale}, or None for the base")
+        for name, scale in adapter.items():
+            self.manifest.adapter(name)
+            if not isinstance(scale, int | float) or not math.isfinite(scale):
+                raise UsageError(f"adapter {name!r} has scale {scale!r}", "give a finite number")
+        return {name: float(scale) for name, scale in adapter.items()}
+
+    def _load(self, entry: AdapterEntry) -> None:
+        """Check one adapter and load it beside the base; a merged one waits until it is used."""
+        if entry.shape == "merged":
+            return
+        if entry.shape != "low_rank":
+            message = f"engine {self._options['engine']} cannot run adapter {entry.name!r} of shape {entry.shape}"
+            raise IncompatibleError(message, "build the bundle with merged: true for it")
+        file = _file_of(entry.files, self._options["engine"], f"adapter {entry.name!r}")
+        if self._options["verify"]:
+            verify_files(self.bundle, self.manifest, [file])
+        path = resolve(self.bundle, file)
+        made_for = read_header(path).metadata.get("edgetune.base_fingerprint", entry.base_fingerprint)
+        if {made_for, entry.base_fingerprint} != {self.manifest.base.fingerprint}:
+            raise IncompatibleError(f"adapter {entry.name!r} was made for another base", "build the bundle again")
+        self._session.engine.load_adapter(entry.name, path)
+
+    def _merged_session(self, entry: AdapterEntry) -> Session:
+        with self._merged_lock:
+            if entry.name not in self._merged:
+                file = _file_of(entry.files, self._options["engine"], f"adapter {entry.name!r}")
+                self._merged[entry.name] = _open_session(self.bundle, self.manifest, file, self._options)
+            return self._merged[entry.name]
+
+
+def _sampling(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Sampling:
+    try:
+        return replace(sampling or Sampling(), **overrides)
+    except TypeError as error:
+        known = ", ".join(Sampling.__dataclass_fields__)
+        raise UsageError(f"sampling has no {sorted(overrides)}: {error}", f"choose among: {known}") from error
+
+
+def _open_session(bundle: Path, manifest: Manifest, file: str, options: _Options) -> Session:
+    engine = _engine(options["engine"])
+    if options["verify"]:
+        verify_files(bundle, manifest, [file])
+    running = engine(resolve(bundle, file), context_length=options["context_length"], threads=options["threads"])
+    cache = StateCache(options["cache_mb"])
+    return Session(running, manifest.files[file].sha256, cache, manifest.base.kv_bytes_per_token)
+
+
+def _engine(name: str) -> Callable[..., Engine]:
+    known = [module.name for module in iter_modules(engines.__path__) if not module.name.startswith("_")]
+    if name not in known:
+        raise UsageError(f"no engine {name!r}", f"choose one of: {', '.join(known)}")
+    made: Callable[..., Engine] = import_module(f"{engines.__name__}.{name}").ENGINE
+    return made
+
+
+def _file_of(files: Mapping[str, str], engine: str, what: str) -> str:
+    if engine not in files:
+        message = f"{what} has no file for engine {engine!r}"
+        raise IncompatibleError(message, f"use one of: {', '.join(files) or 'none'}")
+    return files[engine]
+
+
+def _window_loss(session: Session, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:
+    loss = _loss(session.start(adapters, tokens[:1]).logits[None], tokens[1:2])
+    for begin in range(1, len(tokens) - 1, _ROWS):
+        inputs = tokens[begin : min(begin + _ROWS, len(tokens) - 1)]
+        loss += _loss(session.extend(inputs), tokens[begin + 1 :][: len(inputs)])
+    return loss
+
+
+def _loss(rows: Logits, targets: Sequence[int]) -> float:
+    """Sum of the negative log likelihoods of `targets`, one for each row of logits."""
+    chosen = rows[np.arange(len(targets)), list(targets)].astype(np.float64)
+    top = rows.max(axis=1).astype(np.float64)
+    totals = top + np.log(np.exp(rows - rows.max(axis=1, keepdims=True)).sum(axis=1, dtype=np.float64))
+    return float((totals - chosen).sum())

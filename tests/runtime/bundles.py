@@ -1,0 +1,121 @@
+"""Adapter settings in, GGUF LoRA files and bundles out: what the runtime's tests run on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from edgetune_runtime.bundle import MANIFEST_NAME, AdapterEntry, BaseEntry, FileEntry, Manifest, sha256_of
+from edgetune_runtime.gguf_file import GgufHeader, digest_of_chat_template, digest_of_tokenizer, read_header
+
+MODULES = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight")
+LowRank = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def low_rank(base: Path, seed: int, rank: int = 4, modules: Sequence[str] = MODULES, size: float = 0.5) -> LowRank:
+    """Random A [rank, in] and B [out, rank] for each module, large enough to change greedy answers."""
+    tensors = read_header(base).tensors
+    random = np.random.default_rng(seed)
+    pairs = {}
+    for name in modules:
+        columns, rows = tensors[name].shape
+        a, b = random.normal(0, size, (rank, columns)), random.normal(0, size, (rows, rank))
+        pairs[name] = (a.astype(np.float32), b.astype(np.float32))
+    return pairs
+
+
+def concatenated(first: LowRank, second: LowRank) -> LowRank:
+    """The sum of two adapters as one adapter of their ranks' sum."""
+    return {
+        name: (np.concatenate([a, second[name][0]]), np.concatenate([b, second[name][1]], axis=1))
+        for name, (a, b) in first.items()
+    }
+
+
+def write_adapter(base: Path, out: Path, pairs: LowRank, **metadata: str) -> Path:
+    """A GGUF LoRA file whose scale is that of the matrices; `metadata` replaces or adds string values."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    header = read_header(base)
+    writer = gguf.GGUFWriter(out, metadata.pop("architecture", header.architecture))
+    values = {"general.type": "adapter", "adapter.type": "lora", **metadata}
+    for key, value in values.items():
+        writer.add_string(key, value)
+    writer.add_float32("adapter.lora.alpha", float(next(iter(pairs.values()))[0].shape[0]))
+    for name, (a, b) in pairs.items():
+        writer.add_tensor(f"{name}.lora_a", a)
+        writer.add_tensor(f"{name}.lora_b", b)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a test wants of one adapter in a bundle."""
+
+    pairs: LowRank
+    scale: float = 1.0
+    system: str | None = None
+    labels: tuple[str, ...] = ()
+    fingerprint: str | None = None
+
+
+def write_bundle(
+    out: Path, base: Path, adapters: Mapping[str, Adapter], merged: Mapping[str, Path] | None = None, **changes: object
+) -> Path:
+    """A bundle of a copy of `base` with these adapters; `merged` adds whole models, `changes` go into the manifest."""
+    (out / "base").mkdir(parents=True)
+    shutil.copy(base, out / "base/model.gguf")
+    fingerprint = sha256_of(base)
+    entries = {}
+    for name, adapter in adapters.items():
+        file = f"adapters/{name}/adapter.gguf"
+        tied = {"edgetune.base_fingerprint": adapter.fingerprint or fingerprint}
+        write_adapter(base, out / file, adapter.pairs, **tied)
+        entries[name] = AdapterEntry(
+            name, "lora", "low_rank", {"gguf": file}, fingerprint,
+            scale=adapter.scale, system=adapter.system, labels=adapter.labels,
+        )  # fmt: skip
+    for name, model in (merged or {}).items():
+        file = f"adapters/{name}/model.gguf"
+        (out / file).parent.mkdir(parents=True)
+        shutil.copy(model, out / file)
+        entries[name] = AdapterEntry(name, "lora", "merged", {"gguf": file}, fingerprint)
+    write_manifest(out, _base_entry(read_header(base), fingerprint), entries, **changes)
+    return out
+
+
+def write_manifest(out: Path, base: BaseEntry, adapters: Mapping[str, AdapterEntry], **changes: object) -> None:
+    """`manifest.json` with the digests of the files that are there."""
+    files = {
+        path.relative_to(out).as_posix(): FileEntry(sha256_of(path), path.stat().st_size)
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
+    values: dict[str, Any] = {"context_length": 256, "threads": 1, **changes}
+    manifest = Manifest(out.name, base, adapters, files, **values)
+    (out / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _base_entry(header: GgufHeader, fingerprint: str) -> BaseEntry:
+    prefix = header.architecture
+    return BaseEntry(
+        name="tiny",
+        fingerprint=fingerprint,
+        architecture=prefix,
+        quantization="f16",
+        parameters=100_000,
+        context_length=header.metadata[f"{prefix}.context_length"],
+        layers=header.metadata[f"{prefix}.block_count"],
+        kv_bytes_per_token=256,
+        tokenizer_sha256=digest_of_tokenizer(header),
+        chat_template_sha256=digest_of_chat_template(header),
+        files={"gguf": "base/model.gguf"},
+    )
