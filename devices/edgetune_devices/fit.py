@@ -117,6 +117,7 @@ def fit(needs: Needs, board: Board) -> Fit:
         *(Item(f"adapter {name}", size.file_bytes / MB) for name, size in needs.adapters.items()),
         *(Item(f"merged model {name}", (size + needs.engine_bytes) / MB) for name, size in needs.merged.items()),
         Item(f"keys and values of {needs.context_length} tokens", needs.kv_bytes_per_token * needs.context_length / MB),
+        *([Item("saved states", needs.state_bytes / MB)] if needs.state_bytes else []),
         Item("computing", needs.compute_bytes / MB),
         Item("vocabulary", needs.vocabulary_bytes / MB),
         Item("runtime (Python and libraries)", float(RUNTIME_MB)),

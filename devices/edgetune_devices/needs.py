@@ -21,6 +21,8 @@ from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, read_
 
 BATCH = 512
 """Tokens that the engine computes at once, its default."""
+CACHE_BYTES = 64_000_000
+"""Most that the runtime keeps of saved states, its default."""
 VOCABULARY_BYTES_PER_TOKEN = 350
 """llama.cpp's tables of a vocabulary: 17 MB for the 49,152 tokens and 48,900 merges of SmolLM2."""
 
@@ -90,6 +92,12 @@ class Needs:
         rows = min(BATCH, self.context_length)
         activations = rows * 4 * (4.4 * self.embedding_length + 3.2 * self.feed_forward_length)
         return int(activations) + 2 * (BRANCHES + 1) * 4 * self.vocabulary
+
+    @property
+    def state_bytes(self) -> int:
+        """Saved states of the base and each adapter, half a context long, as far as the runtime keeps them."""
+        states = len(self.adapters) + 1 if self.adapters else 0
+        return min(states * self.kv_bytes_per_token * self.context_length // 2, CACHE_BYTES)
 
     @property
     def vocabulary_bytes(self) -> int:

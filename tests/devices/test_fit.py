@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_devices import boards, fit
+from edgetune_devices.needs import BATCH, CACHE_BYTES
 from edgetune_export.backends.gguf import write_adapter
 from edgetune_export.fold import fold_peft
 from edgetune_export.quantize import SCHEMES, quantize_gguf
@@ -18,6 +20,7 @@ from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.engines.gguf import GgufEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.gguf_file import GgufHeader, TensorInfo, read_header
+from edgetune_runtime.runtime import Runtime
 
 TINY = ("llama", "qwen2", "qwen3", "gemma3")
 
@@ -171,9 +174,15 @@ def test_an_adapter_costs_memory_and_speed() -> None:
     plain = fit.fit(fit.needs_of_header(header, context_length=512), board)
     result = fit.fit(fit.needs_of_header(header, context_length=512, adapters={"command": size}), board)
     assert size.modules == 210
-    assert result.needed_mb - plain.needed_mb == pytest.approx(size.file_bytes / fit.MB)
+    states_mb = 2 * 256 * fit.kv_bytes_per_token(header) / fit.MB
+    assert result.needed_mb - plain.needed_mb == pytest.approx(size.file_bytes / fit.MB + states_mb)
     assert result.decode_tokens_per_s == plain.decode_tokens_per_s
     assert result.adapter_tokens_per_s / plain.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
+
+
+def test_the_figures_of_the_runtime_are_its_own_defaults() -> None:
+    assert inspect.signature(GgufEngine).parameters["batch"].default == BATCH
+    assert inspect.signature(Runtime.open).parameters["cache_mb"].default * 1e6 == CACHE_BYTES
 
 
 @pytest.mark.parametrize(("rank", "targets"), [(8, "all-linear"), (16, ["q_proj", "v_proj"]), (4, ["down_proj"])])

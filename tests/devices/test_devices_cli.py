@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from edgetune_devices import boards
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.gguf_file import read_header
+from typer.testing import CliRunner
+
+from edgetune import plan
+from edgetune.devices_cli import app
+from edgetune.recipe import Recipe, load_recipe
+
+
+def _run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if isinstance(result.exception, EdgetuneError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_list_names_all_boards() -> None:
+    assert [board["name"] for board in json.loads(_run("list", "--json"))] == boards.names()
+    assert [line.split()[0] for line in _run("list").splitlines()] == boards.names()
+
+
+def test_show_gives_every_figure_and_its_source() -> None:
+    board = boards.load("pi-5")
+    shown = json.loads(_run("show", "pi-5", "--json"))
+    assert shown["bandwidth_gb_per_s"] == board.bandwidth_gb_per_s
+    assert shown["sources"] == board.sources
+    text = _run("show", "pi-5")
+    assert all(source in text for source in board.sources.values())
+
+
+def test_show_takes_another_size_of_memory() -> None:
+    assert json.loads(_run("show", "pi-4", "--ram-mb", "8192", "--json"))["ram_mb"] == 8192
+
+
+def test_fit_of_a_gguf_file_sums_its_parts(tiny_gguf: Callable[[str], Path]) -> None:
+    figures = json.loads(_run("fit", tiny_gguf("llama"), "--device", "pi-4", "--json"))
+    assert figures["device"] == "pi-4" and figures["fits"] is True
+    assert figures["needed_mb"] == pytest.approx(sum(item["mb"] for item in figures["items"]), abs=0.5)
+    assert figures["available_mb"] == boards.load("pi-4").ram_free_mb
+    assert figures["decode_tokens_per_s"] > 0
+    longer = json.loads(_run("fit", tiny_gguf("llama"), "--device", "pi-4", "--context-length", "4096", "--json"))
+    assert longer["needed_mb"] > figures["needed_mb"]
+
+
+def test_fit_for_people_says_whether_it_fits(tiny_gguf: Callable[[str], Path]) -> None:
+    lines = [line.rsplit("  ", 1) for line in _run("fit", tiny_gguf("llama"), "--device", "pi-zero-2w").splitlines()]
+    assert ["fits", "yes"] in [[label.strip(), value] for label, value in lines]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("show", "rpi6"), NotFoundError, "no board 'rpi6'"),
+        (("fit", "nowhere", "--device", "pi-4"), NotFoundError, "no bundle, recipe or GGUF file nowhere"),
+        (("fit", __file__, "--device", "pi-4"), UsageError, "is no bundle, recipe or GGUF file"),
+        (("fit", ".", "--device", "pi-9"), NotFoundError, "no board 'pi-9'"),
+    ],
+)
+def test_a_wrong_argument_is_one_clear_error(
+    arguments: tuple[str, ...], error: type[EdgetuneError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        _run(*arguments)
+
+
+def _recipe(folder: Path, extra: str = "", adapter: str = "") -> Recipe:
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    text = f"name: home\nbase: base.gguf\n{extra}adapters:\n  intent:\n    data: {{train: rows.jsonl}}\n{adapter}"
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path)
+
+
+def test_needs_of_a_recipe_follow_its_methods_and_quantization(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    header = read_header(tiny_gguf("llama"))
+    small = plan.needs_of_recipe(_recipe(tmp_path, adapter="    method: {name: lora, r: 4}\n"), header, requantize=True)
+    large = plan.needs_of_recipe(
+        _recipe(tmp_path, adapter="    method: {name: lora, r: 8}\n"), header, requantize=False
+    )
+    assert large.adapters["intent"].file_bytes == 2 * small.adapters["intent"].file_bytes
+    assert large.base_bytes > small.base_bytes
+    merged = plan.needs_of_recipe(_recipe(tmp_path, adapter="    merged: true\n"), header, requantize=True)
+    assert merged.merged == {"intent": merged.base_bytes} and not merged.adapters
+
+
+def test_a_board_chooses_only_what_the_recipe_leaves_unset(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    header = read_header(tiny_gguf("llama"))
+    assert plan.choose_for(_recipe(tmp_path), header, requantize=True) is None
+    free = plan.choose_for(_recipe(tmp_path, "device: pi-4\n"), header, requantize=True)
+    assert free is not None and (free.quantize, free.context_length, free.threads) == ("q8_0", 1024, 4)
+    written = "device: pi-4\nquantize: q4_0\ncontext_length: 64\nthreads: 2\n"
+    bound = plan.choose_for(_recipe(tmp_path, written), header, requantize=True)
+    assert bound is not None and (bound.quantize, bound.context_length, bound.threads) == ("q4_0", 64, 2)
+
+
+def test_a_recipe_that_cannot_fit_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, "device: pi-zero-2w\ncontext_length: 2000000\n")
+    with pytest.raises(IncompatibleError, match="pi-zero-2w leaves 291 MB; the largest part is keys and values"):
+        plan.choose_for(recipe, read_header(tiny_gguf("llama")), requantize=True)
