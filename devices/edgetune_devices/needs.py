@@ -41,13 +41,13 @@ _NARROW = {"q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1",
 _TYPES = {name: (block, size) for name, block, size in GGML_TYPES.values()}
 
 _MODULES = {
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 _ADAPTER_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 
@@ -212,14 +212,26 @@ def estimate_needs(
 def lora_size(
     header: GgufHeader, rank: int, targets: Sequence[str] | str = "all-linear", *, dtype: str = "f16"
 ) -> AdapterSize:
-    """The size of a LoRA adapter before it is trained: `targets` as in a recipe (`q_proj`, …), `dtype` of its file."""
-    chosen = list(_MODULES) if isinstance(targets, str) and targets == "all-linear" else targets
-    chosen = [chosen] if isinstance(chosen, str) else chosen
-    parts = [_MODULES.get(name.rpartition(".")[2], name) for name in chosen]
-    pattern = re.compile(rf"blk\.\d+\.({'|'.join(map(re.escape, parts))})\.weight")
-    tensors = [t for name, t in header.tensors.items() if pattern.fullmatch(name) and len(t.shape) == 2]
+    """The size of a LoRA adapter before it is trained: `targets` as PEFT takes them, `dtype` of its file."""
+    tensors = [tensor for tensor in header.tensors.values() if _is_target(_module_name(tensor.name), targets)]
     values = rank * sum(columns + rows for columns, rows in (t.shape for t in tensors))
     return AdapterSize(math.ceil(values * _ADAPTER_TYPES[dtype]), len(tensors))
+
+
+def _module_name(tensor_name: str) -> str | None:
+    """What a Hugging Face model calls the linear module of a layer's tensor; None for other tensors."""
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor_name)
+    if match is None or match[2] not in _MODULES:
+        return None
+    return f"model.layers.{match[1]}.{_MODULES[match[2]]}"
+
+
+def _is_target(module: str | None, targets: Sequence[str] | str) -> bool:
+    if module is None:
+        return False
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def _tensor_bytes(tensor: TensorInfo, header: GgufHeader, scheme: str | None) -> int:

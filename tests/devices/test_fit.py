@@ -111,7 +111,7 @@ def test_predicted_size_of_a_quantization_is_that_of_the_quantized_file(
 
 @pytest.mark.parametrize(
     ("header", "scheme", "published_mb"),
-    [(QWEN_0_5B, "q4_k_m", 398), (QWEN_0_5B, "q5_k_m", 420), (QWEN_0_5B, "q8_0", 531), (LLAMA_1B, "q4_k_m", 808)],
+    [(QWEN_0_5B, "q4_k_m", 398), (QWEN_0_5B, "q5_k_m", 420), (QWEN_0_5B, "q8_0", 531), (QWEN_0_5B, "q3_k_m", 355)],
 )
 def test_predicted_sizes_are_those_of_published_files(header: GgufHeader, scheme: str, published_mb: int) -> None:
     needs = fit.needs_of_header(header, context_length=128, scheme=scheme)
@@ -127,6 +127,7 @@ def test_predicted_sizes_are_those_of_published_files(header: GgufHeader, scheme
         ("pi-4", LLAMA_1B, "q4_k_m", 4.5, 0.1),
         ("pi-5", QWEN_0_5B, "q4_k_m", 20.4, 0.15),
         ("pi-5", QWEN_0_5B, "q4_k_m", 25.77, 0.15),
+        ("pi-5", QWEN_0_5B, "q8_0", 17.45, 0.05),
         ("pi-5", QWEN_0_5B, "q8_0", 19.87, 0.15),
         ("pi-5", LLAMA_1B, "q4_k_m", 11.2, 0.15),
     ],
@@ -185,7 +186,9 @@ def test_the_figures_of_the_runtime_are_its_own_defaults() -> None:
     assert inspect.signature(Runtime.open).parameters["cache_mb"].default * 1e6 == CACHE_BYTES
 
 
-@pytest.mark.parametrize(("rank", "targets"), [(8, "all-linear"), (16, ["q_proj", "v_proj"]), (4, ["down_proj"])])
+@pytest.mark.parametrize(
+    ("rank", "targets"), [(8, "all-linear"), (16, ["q_proj", "v_proj"]), (4, r".*\.0\.mlp\.\w+_proj")]
+)
 def test_lora_size_is_that_of_the_written_file(
     tiny_folder: Callable[[str], Path],
     tiny_gguf: Callable[[str], Path],
