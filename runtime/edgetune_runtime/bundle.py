@@ -1,7 +1,7 @@
 """Bundle folder in, verified Manifest out: the contract between the host that builds and the board that runs.
 
-A bundle is a folder of plain files and `manifest.json`, which names each file with its digest and ties the adapters to the
-base they were trained on. Standard library only, so that a board can read it before any engine is installed.
+A bundle is a folder of plain files and `manifest.json`, which names each file with its digest and ties the adapters to
+the base they were trained on. Standard library only, so that a board can read it before any engine is installed.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from .errors import NotFoundError, VerificationError
+from .errors import IncompatibleError, NotFoundError, VerificationError
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 SHAPES = ("low_rank", "prefix", "tensors", "merged")
+
+_AGAIN = "build or copy the bundle again"
 
 T = TypeVar("T")
 
@@ -34,8 +37,8 @@ class FileEntry:
 class BaseEntry:
     """The base model that all adapters of the bundle belong to.
 
-    `fingerprint` is the sha256 of the GGUF file whose weights the adapters were trained on. `files` maps a backend to the
-    base's path in the bundle. `context_length` is what the base was trained for, in tokens.
+    `fingerprint` is the sha256 of the GGUF file whose weights the adapters were trained on. `files` maps a backend to
+    the base's path in the bundle. `context_length` is what the base was trained for, in tokens.
     """
 
     name: str
@@ -55,7 +58,7 @@ class BaseEntry:
 class AdapterEntry:
     """One adapter: its shape, its file per backend, and what is known about it.
 
-    `ranks` maps a module's name in the trained model to its rank; `scale` is the factor applied when a caller names none.
+    `ranks` maps a module's name in the trained model to its rank; `scale` is the factor where a caller names none.
     `metric` is the name of the score that `edgetune evaluate` computes. `parity` maps a backend to `kl`, `top1`, … .
     """
 
@@ -76,7 +79,7 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a bundle says about itself. `context_length` (tokens) and `threads` are what the runtime uses by default."""
+    """All that a bundle says about itself. `context_length` (tokens) and `threads` are the runtime's defaults."""
 
     name: str
     base: BaseEntry
@@ -104,8 +107,8 @@ class Manifest:
 def read_manifest(bundle: Path) -> Manifest:
     """Read and check `bundle/manifest.json`; opens no other file.
 
-    Raises NotFoundError when `bundle` is no bundle and VerificationError when the manifest is broken, of a newer schema,
-    or names paths outside the bundle.
+    Raises NotFoundError when `bundle` is no bundle and VerificationError when the manifest is broken, of a newer
+    schema, or names paths outside the bundle; IncompatibleError when an adapter was made for another base.
     """
     path = bundle / MANIFEST_NAME
     try:
@@ -113,10 +116,12 @@ def read_manifest(bundle: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         remedy = "give the folder that `edgetune build --out` wrote"
         raise NotFoundError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}", remedy) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise VerificationError(f"{path} is not JSON: {error}", "build or copy the bundle again") from error
+    except OSError as error:
+        raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{path} is not JSON: {error}", _AGAIN) from error
     if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
-        raise VerificationError(f"{path} has no schema number", "build or copy the bundle again")
+        raise VerificationError(f"{path} has no schema number", _AGAIN)
     if raw["schema"] > SCHEMA_VERSION:
         message = f"{path} has schema {raw['schema']}, this runtime reads up to {SCHEMA_VERSION}"
         raise VerificationError(message, "update edgetune-runtime")
@@ -126,18 +131,18 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compare size and sha256 of the named files (default: all) with the manifest; VerificationError at the first that differs."""
+    """Compare size and sha256 of the named files (default: all) with the manifest; VerificationError if one differs."""
     for name in manifest.files if names is None else names:
         entry = manifest.files[name]
         path = resolve(bundle, name)
         if not path.is_file():
-            raise VerificationError(f"{name} is missing from bundle {bundle}", "build or copy the bundle again")
+            raise VerificationError(f"{name} is missing from bundle {bundle}", _AGAIN)
         size = path.stat().st_size
         if size != entry.bytes:
             message = f"{name} has {size} bytes, the manifest says {entry.bytes}"
-            raise VerificationError(message, "build or copy the bundle again")
+            raise VerificationError(message, _AGAIN)
         if sha256_of(path) != entry.sha256:
-            raise VerificationError(f"{name} does not match its digest in the manifest", "build or copy the bundle again")
+            raise VerificationError(f"{name} does not match its digest in the manifest", _AGAIN)
 
 
 def resolve(bundle: Path, name: str) -> Path:
@@ -158,21 +163,39 @@ def sha256_of(path: Path) -> str:
 def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
     try:
         adapters = {name: _build(AdapterEntry, value) for name, value in raw["adapters"].items()}
-        adapters = {name: _with_labels(entry) for name, entry in adapters.items()}
         files = {name: _build(FileEntry, value) for name, value in raw["files"].items()}
-        return _build(Manifest, {**raw, "base": _build(BaseEntry, raw["base"]), "adapters": adapters, "files": files})
+        base = _build(BaseEntry, raw["base"])
+        return _build(Manifest, {**raw, "base": base, "adapters": adapters, "files": files})
     except (KeyError, TypeError, AttributeError) as error:
-        raise VerificationError(f"{path} is not a manifest: {error}", "build or copy the bundle again") from error
+        raise VerificationError(f"{path} is not a manifest: {error}", _AGAIN) from error
 
 
 def _build(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    return cls(**{key: value for key, value in raw.items() if key in known})
+    """Make a dataclass of what `raw` has of its fields; TypeError names a field that is missing or of a wrong type."""
+    values = {}
+    for name, hint in get_type_hints(cls).items():
+        if name in raw:
+            value = raw[name]
+            if not _fits(value, hint):
+                raise TypeError(f"{name} cannot be {str(value)[:80]!r}")
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
 
 
-def _with_labels(entry: AdapterEntry) -> AdapterEntry:
-    values = {f.name: getattr(entry, f.name) for f in fields(entry)}
-    return AdapterEntry(**{**values, "labels": tuple(entry.labels)})
+def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - type hints have no type
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is UnionType:
+        return any(_fits(value, choice) for choice in arguments)
+    if origin is Mapping:
+        keys, values = arguments
+        return isinstance(value, dict) and all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
 def _check_references(manifest: Manifest, path: Path) -> None:
@@ -182,7 +205,11 @@ def _check_references(manifest: Manifest, path: Path) -> None:
         if pure.is_absolute() or ".." in pure.parts or "\\" in name:
             raise VerificationError(f"{path} names {name!r}, which leads outside the bundle", "do not use this bundle")
         if name not in manifest.files:
-            raise VerificationError(f"{path} gives no digest for {name!r}", "build or copy the bundle again")
+            raise VerificationError(f"{path} gives no digest for {name!r}", _AGAIN)
     for adapter in manifest.adapters.values():
         if adapter.shape not in SHAPES:
-            raise VerificationError(f"adapter {adapter.name!r} has unknown shape {adapter.shape!r}", "update edgetune-runtime")
+            message = f"adapter {adapter.name!r} has unknown shape {adapter.shape!r}"
+            raise VerificationError(message, "update edgetune-runtime")
+        if adapter.base_fingerprint != manifest.base.fingerprint:
+            message = f"adapter {adapter.name!r} was made for another base than that of bundle {manifest.name!r}"
+            raise IncompatibleError(message, "build the bundle again")

@@ -45,7 +45,7 @@ class VerificationError(EdgetuneError):
 
 
 class IncompatibleError(EdgetuneError):
-    """Sound parts that do not fit together: an adapter of another base, a model too big for a board, a missing extra."""
+    """Sound parts that do not fit together: an adapter of another base, a model too big for a board, no engine."""
 
     exit_code = 5
 

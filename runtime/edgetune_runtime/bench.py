@@ -1,0 +1,119 @@
+"""Open bundle in, measured figures out: load, switch, first token, decoding speed and memory on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from .engines._base import Engine
+from .runtime import Runtime
+from .session import Session
+
+SWITCHES = 1200
+ROUNDS = 3
+DECODE_STEPS = 48
+MESSAGES = ("What is the weather like outside today?", "Please turn down the heating in the kitchen a little.")
+
+
+def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure a bundle that `open_runtime` opens, telling `progress` what comes next.
+
+    `load_ms` is one opening, digests included. `switch_us` is the switch call alone, over at least 1,000 of them.
+    `ttft_ms` is the median time to the first token of a short message behind each adapter's own system prompt: with
+    nothing kept (`cold`), and switching back to an adapter used before (`after_switch`). `decode_tokens_per_s` is the
+    median speed of single tokens. `rss_mb` and `adapter_mb` are 10^6 bytes: this process with all adapters but merged
+    ones, and the adapters' files. A figure that the bundle or the system cannot give is None.
+    """
+    progress("opening the bundle")
+    begin = time.perf_counter()
+    runtime = open_runtime()
+    load_ms = (time.perf_counter() - begin) * 1e3
+    with runtime:
+        entries = runtime.manifest.adapters.values()
+        switched = [entry.name for entry in entries if entry.shape != "merged"]
+        merged = [entry.name for entry in entries if entry.shape == "merged"]
+        progress(f"switching {SWITCHES} times")
+        switch_us = _switches(runtime, switched) if switched else None
+        progress("first tokens")
+        ttft_ms = _first_tokens(runtime, switched) if switched else None
+        progress("decoding")
+        base, *adapted = (_decode_speed(runtime, name) for name in (None, *switched))
+        rss_mb = _resident_mb()
+        speeds = dict(zip(switched, adapted, strict=True)) | {name: _decode_speed(runtime, name) for name in merged}
+        files = [name for entry in entries for name in entry.files.values()]
+        return {
+            "load_ms": load_ms,
+            "switch_us": switch_us,
+            "ttft_ms": ttft_ms,
+            "decode_tokens_per_s": {"base": base, "adapters": speeds},
+            "rss_mb": rss_mb,
+            "adapter_mb": sum(runtime.manifest.files[name].bytes for name in files) / 1e6,
+        }
+
+
+def _switches(runtime: Runtime, names: list[str]) -> dict[str, float]:
+    session, _ = runtime.session()
+    active: list[Mapping[str, float]] = [{}, *(runtime.session(name)[1] for name in names)]
+    with session.hold():
+        times = sorted(_timed_us(session.engine, adapters) for adapters in islice(cycle(active), SWITCHES))
+        # The engine was switched behind the session's back.
+        session.reset()
+    return {"p50": statistics.median(times), "p99": times[int(len(times) * 0.99)]}
+
+
+def _timed_us(engine: Engine, adapters: Mapping[str, float]) -> float:
+    begin = time.perf_counter_ns()
+    engine.activate(adapters)
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+def _first_tokens(runtime: Runtime, names: list[str]) -> dict[str, float]:
+    def first(name: str | None, message: str) -> float:
+        return runtime.generate(message, adapter=name, max_tokens=1).timings.ttft_ms
+
+    cold: list[float] = []
+    for name in names * ROUNDS:
+        runtime.clear_cache()
+        cold.append(first(name, MESSAGES[0]))
+    after_switch: list[float] = []
+    # The base in between makes each call a switch even if there is one adapter only.
+    for number in range(ROUNDS + 1):
+        message = MESSAGES[number % 2]
+        first(None, message)
+        taken_ms = [first(name, message) for name in names]
+        if number:
+            after_switch += taken_ms
+    return {"cold": statistics.median(cold), "after_switch": statistics.median(after_switch)}
+
+
+def _decode_speed(runtime: Runtime, name: str | None) -> float:
+    session, active = runtime.session(name)
+    tokens = session.engine.tokenizer.tokenize(MESSAGES[0])[: session.engine.context_length // 2]
+    with session.hold():
+        token = int(session.start(active, tokens).logits.argmax())
+        steps = min(DECODE_STEPS, session.engine.context_length - len(tokens))
+        return 1 / statistics.median(_step_s(session, token) for _ in range(steps))
+
+
+def _step_s(session: Session, token: int) -> float:
+    begin = time.perf_counter()
+    session.extend([token])
+    return time.perf_counter() - begin
+
+
+def _resident_mb() -> float | None:
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024 / 1e6
+    if sys.platform == "win32":
+        return None
+    import resource  # noqa: PLC0415 - not on Windows
+
+    # Kilobytes on BSD, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

@@ -1,0 +1,303 @@
+"""Command line in, answers on standard output: `edgetune-run`, the only module here with exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import __version__
+from .bundle import Manifest, read_manifest, verify_files
+from .errors import CancelledError, EdgetuneError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from .chat import Message
+    from .generation import Answer, Stream
+    from .runtime import Runtime
+
+PROGRAM = "edgetune-run"
+
+SAMPLING = {
+    "temperature": (float, "randomness; 0 always takes the likeliest token (default)"),
+    "top_k": (int, "choose among this many likeliest tokens; 0: all"),
+    "top_p": (float, "choose among the likeliest tokens that reach this sum of probability; 1: all"),
+    "min_p": (float, "leave out tokens below this share of the likeliest one's probability; 0: none"),
+    "repeat_penalty": (float, "damp tokens of the last 64; 1: not at all"),
+    "seed": (int, "repeat the same random choices"),
+    "max_tokens": (int, "longest answer in tokens"),
+}
+
+CHAT_HELP = """/use NAME  switch to an adapter (each keeps its own history)
+/base      switch to the plain base
+/new       forget the history of this adapter
+/help      show this
+/quit      end; so does Ctrl-D. Ctrl-C stops an answer"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a wrong command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f"{PROGRAM}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, or that of the error, which goes to standard error in one line."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return _fail(CancelledError("interrupted"), debug=False)
+    except EdgetuneError as error:
+        return _fail(error, debug=options.debug)
+    except Exception as error:
+        what = EdgetuneError(f"unexpected {type(error).__name__}: {error}", "run again with --debug and report it")
+        return _fail(what, debug=options.debug)
+    return 0
+
+
+def _fail(error: EdgetuneError, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(PROGRAM, description="Run an edgetune bundle: one base, and adapters that switch in microseconds.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    info = _command(commands, "info", _info, "show what a bundle holds, without loading it")
+    info.add_argument("--verify", action="store_true", help="also compare every file with its digest")
+    generate = _command(commands, "generate", _generate, "answer one prompt; the text is written as it comes")
+    classify = _command(commands, "classify", _classify, "tell which label answers a prompt, with probabilities")
+    chat = _command(commands, "chat", _chat, "talk to the base and its adapters")
+    bench = _command(commands, "bench", _bench, "measure load, switch, first token, speed and memory")
+    for command in (generate, classify):
+        command.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads standard input")
+    for command in (generate, classify, chat):
+        text = "answer with this adapter, times SCALE (default: the bundle's); may be repeated; without: the base"
+        command.add_argument("--adapter", action="append", default=[], metavar="NAME[=SCALE]", help=text)
+    classify.add_argument("--labels", metavar="A,B,C", help="the labels, joined by commas (default: the adapter's)")
+    for command in (generate, chat):
+        _add_sampling(command)
+    for command in (generate, classify, chat, bench):
+        _add_opening(command)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[_Parser], name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
+    command.add_argument("--json", action="store_true", help="write JSON to standard output")
+    command.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("sampling")
+    for name, (kind, text) in SAMPLING.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
+    text = "end the answer before this text; may be repeated"
+    group.add_argument("--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help=text)
+
+
+def _add_opening(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("opening the bundle")
+    group.add_argument("--engine", default="gguf", help="what runs it (default: gguf)")
+    group.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: the bundle's)")
+    text = "longest prompt and answer together, in tokens (default: the bundle's)"
+    group.add_argument("--context-length", type=int, metavar="N", help=text)
+    group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
+
+
+def _open(options: argparse.Namespace) -> Runtime:
+    from .runtime import Runtime  # noqa: PLC0415 - numpy and the engine only when a command needs them
+
+    return Runtime.open(
+        options.bundle,
+        engine=options.engine,
+        threads=options.threads,
+        context_length=options.context_length,
+        verify=not options.no_verify,
+    )
+
+
+def _info(options: argparse.Namespace) -> None:
+    manifest = read_manifest(options.bundle)
+    if options.verify:
+        verify_files(options.bundle, manifest)
+    if options.json:
+        print(manifest.to_json(), end="")
+        return
+    base = manifest.base
+    print(f"bundle    {manifest.name}, {_size(manifest, manifest.files)}, context {manifest.context_length} tokens")
+    print(
+        f"base      {base.name}: {base.architecture}, {base.parameters / 1e6:.0f} M parameters, {base.quantization}, "
+        f"{_size(manifest, base.files.values())}"
+    )
+    for entry in manifest.adapters.values():
+        scores = "".join(f", {metric} {value:.3g}" for metric, value in entry.scores.items())
+        print(f"adapter   {entry.name}: {entry.method}, {entry.shape}, {_size(manifest, entry.files.values())}{scores}")
+
+
+def _size(manifest: Manifest, names: Iterable[str]) -> str:
+    return f"{sum(manifest.files[name].bytes for name in names) / 1e6:.1f} MB"
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompt = _prompt(options)
+    with _open(options) as runtime:
+        stream = runtime.stream(prompt, adapter=_adapters(runtime, options.adapter), **_sampling(options))
+        _show(stream, options)
+
+
+def _classify(options: argparse.Namespace) -> None:
+    prompt = _prompt(options)
+    labels = None if options.labels is None else [label.strip() for label in options.labels.split(",")]
+    with _open(options) as runtime:
+        label, scores = runtime.classify(prompt, labels, adapter=_adapters(runtime, options.adapter))
+    if options.json:
+        print(json.dumps({"label": label, "scores": scores}, ensure_ascii=False))
+        return
+    for name in sorted(scores, key=scores.__getitem__, reverse=True):
+        print(f"{name}\t{scores[name]:.4f}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .bench import measure  # noqa: PLC0415 - see _open
+
+    figures = measure(lambda: _open(options), lambda text: print(f"{text} ...", file=sys.stderr))
+    print(json.dumps(figures) if options.json else "\n".join(_lines(figures)))
+
+
+def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _lines(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}\t{value:.1f}" if isinstance(value, float) else f"{prefix}{name}\t{value}"
+
+
+def _chat(options: argparse.Namespace) -> None:
+    with _open(options) as runtime:
+        _Chat(runtime, options).run()
+
+
+class _Chat:
+    """A conversation on the terminal; each choice of adapters has its own history."""
+
+    def __init__(self, runtime: Runtime, options: argparse.Namespace) -> None:
+        self._runtime = runtime
+        self._options = options
+        self._adapters = _adapters(runtime, options.adapter)
+        self._histories: dict[str, list[Message]] = {}
+
+    def run(self) -> None:
+        self._say(f"adapters: {', '.join(self._runtime.adapters) or 'none'}; /help shows the commands")
+        while (line := self._read()) is not None:
+            if line == "/quit":
+                return
+            try:
+                if line.startswith("/"):
+                    self._command(*line.split(maxsplit=1))
+                elif line:
+                    self._answer(line)
+            except (UsageError, NotFoundError) as error:
+                self._say(f"{PROGRAM}: {error}")
+
+    def _read(self) -> str | None:
+        if sys.stdin.isatty():
+            print(f"{self._name()}> ", end="", flush=True, file=sys.stderr)
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+
+    def _command(self, command: str, rest: str = "") -> None:
+        if command == "/use" and rest:
+            self._adapters = _adapters(self._runtime, rest.split())
+        elif command == "/base":
+            self._adapters = None
+        elif command == "/new":
+            self._histories.pop(self._name(), None)
+        elif command == "/help":
+            self._say(CHAT_HELP)
+        else:
+            self._say(f"{PROGRAM}: no command {command!r}; /help shows them")
+
+    def _answer(self, text: str) -> None:
+        history = self._histories.setdefault(self._name(), [])
+        messages = [*history, {"role": "user", "content": text}]
+        stream = self._runtime.stream(messages, adapter=self._adapters, **_sampling(self._options))
+        try:
+            answer = _show(stream, self._options)
+        except KeyboardInterrupt:
+            stream.close()
+            print()
+        else:
+            history[:] = [*messages, {"role": "assistant", "content": answer.text}]
+
+    def _name(self) -> str:
+        if self._adapters is None or isinstance(self._adapters, str):
+            return self._adapters or "base"
+        return " ".join(f"{name}={scale:g}" for name, scale in self._adapters.items())
+
+    def _say(self, text: str) -> None:
+        # Standard output is for answers.
+        print(text, file=sys.stderr)
+
+
+def _show(stream: Stream, options: argparse.Namespace) -> Answer:
+    """Write an answer: its text as it comes, or one JSON object with the timings."""
+    for piece in stream:
+        if not options.json:
+            print(piece, end="", flush=True)
+    answer = stream.answer
+    assert answer is not None
+    if options.json:
+        fields = asdict(answer)
+        timings = fields.pop("timings")
+        print(json.dumps(fields | timings, ensure_ascii=False), flush=True)
+    else:
+        print(flush=True)
+    return answer
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    text: str = options.prompt
+    return sys.stdin.read().removesuffix("\n") if text == "-" else text
+
+
+def _adapters(runtime: Runtime, choices: Sequence[str]) -> str | dict[str, float] | None:
+    """What `--adapter` or `/use` names: None for none, a name alone as it is, or several with their scales."""
+    scales: dict[str, float] = {}
+    for choice in choices:
+        name, given, scale = choice.partition("=")
+        try:
+            scales[name] = float(scale) if given else runtime.manifest.adapter(name).scale
+        except ValueError as error:
+            raise UsageError(f"scale {scale!r} of adapter {name!r} is no number", "give NAME or NAME=SCALE") from error
+    if len(choices) == 1 and "=" not in choices[0]:
+        return choices[0]
+    return scales or None
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that were given; the defaults are those of `Sampling`."""
+    given = vars(options)
+    return {name: given[name] for name in (*SAMPLING, "stop") if name in given}
