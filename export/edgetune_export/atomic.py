@@ -12,6 +12,7 @@ from pathlib import Path
 from edgetune_runtime.errors import OutOfSpaceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_REMEDY = "free some space or choose another folder"
 
 
 @contextmanager
@@ -22,24 +23,31 @@ def replacing(out: Path) -> Iterator[Path]:
     """
     with raising_out_of_space(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-        try:
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        with raising_out_of_space(out):
             yield temporary
             flush_to_disk(temporary)
             temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def raising_out_of_space(out: Path) -> Iterator[None]:
-    """Turn the system's "no space left" inside the block into an OutOfSpaceError about `out`."""
+    """Turn "no space left" in the block into an OutOfSpaceError about `out`; what was written must still be there."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        # numpy's tofile raises without a number, so the disk itself has to tell.
+        if error.errno not in _FULL and not (error.errno is None and is_full(out.parent)):
             raise
-        raise OutOfSpaceError(f"no space left to write {out}", "free some space or choose another folder") from error
+        raise OutOfSpaceError(f"no space left to write {out}", _REMEDY) from error
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk of an existing folder has less than 1 MB free, as a failed write leaves it."""
+    return shutil.disk_usage(folder).free < 1 << 20
 
 
 def require_space(out: Path, needed_bytes: int) -> None:
@@ -47,7 +55,7 @@ def require_space(out: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(out.parent).free
     if free_bytes < needed_bytes:
         message = f"writing {out} takes {needed_bytes / 1e6:.1f} MB, the disk has {free_bytes / 1e6:.1f} MB free"
-        raise OutOfSpaceError(message, "free some space or choose another folder")
+        raise OutOfSpaceError(message, _REMEDY)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from edgetune_runtime.engines.gguf import last_errors, library
+from edgetune_runtime.engines._llama import last_errors, library
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, read_header
 
-from .atomic import replacing
+from .atomic import is_full, replacing
 from .fold import Floats
 
 # Scheme to llama.cpp's LLAMA_FTYPE number, which GGUF files carry too; none needs an importance matrix.
@@ -91,7 +90,7 @@ def describe_quantization(header: GgufHeader) -> str:
 
 def _failure(source: Path, out: Path, reason: str) -> EdgetuneError:
     # The C++ stream does not tell why a write failed; a disk that was filled up to the last block does.
-    if shutil.disk_usage(out.parent).free < 1 << 20:
+    if is_full(out.parent):
         return OutOfSpaceError(f"no space left to write {out}", "free some space or choose another folder")
     message = f"llama.cpp cannot quantize {source}: {reason}"
     return VerificationError(message, "convert the model again")

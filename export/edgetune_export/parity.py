@@ -1,0 +1,149 @@
+"""Trained model and engine in, Parity out: how far what was exported is from what was trained, on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from edgetune_runtime.engines._base import Engine
+from edgetune_runtime.errors import UsageError, VerificationError
+
+from .fold import Floats
+
+Trained = Callable[[list[int]], Floats]
+"""Token ids to the trained model's logits after each, float32 [tokens, vocabulary]."""
+
+TOLERANCE_KL = {
+    "f32": 1e-4,
+    "f16": 1e-4,
+    "bf16": 1e-3,
+    **dict.fromkeys(("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs"), 0.03),
+}
+"""Mean KL that an adapter may be off, by the coarsest tensor type in play.
+
+Three times what was measured or more: llama.cpp rounds activations to 8 bits before a product with quantized weights,
+and to the weights' own type before one with f16 or bf16.
+"""
+TOLERANCE_KL_MERGED = {
+    "f32": 1e-4,
+    "f16": 1e-4,
+    "bf16": 2e-3,
+    "q8_0": 0.05,
+    "q6_k": 0.1,
+    **dict.fromkeys(("q5_k", "q5_1", "q5_0"), 0.3),
+    **dict.fromkeys(("q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs"), 0.5),
+}
+"""The same for merged models, whose adapted weights are rounded once more to the base's type."""
+
+# At most this many positions are held in double precision at once: a vocabulary of 262k takes 2 MB a position.
+_POSITIONS = 16
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an exported adapter is from the trained one.
+
+    `kl` is the mean KL divergence of the exported from the trained next-token distribution, in nats a token; `top1` the
+    share of positions where both rank the same token first; `greedy` the tokens that greedy answers agree up to, the
+    least over the prompts; `rows` and `tokens` count what was compared.
+    """
+
+    kl: float
+    top1: float
+    greedy: int
+    rows: int
+    tokens: int
+
+
+def compare(
+    trained: Trained,
+    engine: Engine,
+    rows: Sequence[Sequence[int]],
+    *,
+    prompts: Sequence[Sequence[int]] = (),
+    max_tokens: int = 16,
+) -> Parity:
+    """Run the token `rows` through both, and greedy answers to the token `prompts` (`greedy` is 0 when there are none).
+
+    The engine runs with the adapters that are active in it; its sequence is dropped. Raises VerificationError when the
+    two have different vocabularies and UsageError when there is nothing to compare.
+    """
+    divergence, same, count = 0.0, 0, 0
+    for row in rows:
+        tokens = list(row)
+        if not tokens:
+            continue
+        engine.forget(0)
+        exported, expected = engine.decode_all(tokens), trained(tokens)
+        _require_same_shape(expected, exported)
+        for start in range(0, len(tokens), _POSITIONS):
+            part = slice(start, start + _POSITIONS)
+            divergence += float(_kl(expected[part], exported[part]).sum())
+        same += int((expected.argmax(-1) == exported.argmax(-1)).sum())
+        count += len(tokens)
+    if count == 0:
+        raise UsageError("no tokens to compare the exported adapter on", "give it validation rows")
+    greedy = greedy_agreement(trained, engine, prompts, max_tokens) if prompts else 0
+    return Parity(divergence / count, same / count, greedy, len(rows), count)
+
+
+def greedy_agreement(trained: Trained, engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
+    """Tokens that both generate alike when each takes its likeliest token, the least over the prompts.
+
+    An answer that agrees to its end counts as `max_tokens`. The trained model runs once a prompt: as long as it would
+    have chosen the engine's token itself, it would have seen the same tokens.
+    """
+    return min(_agreement(trained, engine, list(prompt), max_tokens) for prompt in prompts)
+
+
+def check(parity: Parity, name: str, quantization: str, *, dtype: str = "f16", merged: bool = False) -> None:
+    """VerificationError unless the adapter `name` is within the tolerance of its base.
+
+    `quantization` is the base's (see `describe_quantization`), `dtype` that of the adapter's file. A type that was not
+    measured is held to the loosest tolerance.
+    """
+    table = TOLERANCE_KL_MERGED if merged else TOLERANCE_KL
+    loosest = max(table.values())
+    limit = table.get(quantization, loosest)
+    if not merged:
+        limit = max(limit, table.get(dtype, loosest))
+    # Written so that NaN fails too.
+    if not parity.kl <= limit:
+        message = (
+            f"adapter {name!r} is not what was trained: mean KL {parity.kl:.2g} on {parity.tokens} tokens, "
+            f"at most {limit:.2g} is expected on a {quantization} base ({parity.top1:.0%} of top tokens agree)"
+        )
+        remedy = "quantize the base less" if merged else "report this as a bug, with the recipe"
+        raise VerificationError(message, remedy)
+
+
+def _agreement(trained: Trained, engine: Engine, prompt: list[int], max_tokens: int) -> int:
+    engine.forget(0)
+    chosen: list[int] = []
+    logits = engine.decode(prompt)
+    while len(chosen) < max_tokens:
+        chosen.append(int(logits.argmax()))
+        if engine.tokenizer.is_end(chosen[-1]):
+            break
+        logits = engine.decode(chosen[-1:])
+    expected = trained([*prompt, *chosen[:-1]])[len(prompt) - 1 :].argmax(-1)
+    different = np.flatnonzero(expected != np.array(chosen))
+    return int(different[0]) if different.size else max_tokens
+
+
+def _require_same_shape(expected: Floats, exported: Floats) -> None:
+    if expected.shape != exported.shape:
+        message = f"the trained model gives logits {expected.shape}, the exported one {exported.shape}"
+        raise VerificationError(message, "train on the weights of the exported base")
+
+
+def _kl(expected: Floats, exported: Floats) -> npt.NDArray[np.float64]:
+    p, q = _log_softmax(expected), _log_softmax(exported)
+    return np.asarray((np.exp(p) * (p - q)).sum(-1), np.float64)
+
+
+def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), np.float64)

@@ -1,0 +1,125 @@
+"""PEFT adapters with random A and B on tiny bases, saved by PEFT, with the logits that torch computes for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edgetune_runtime.engines.gguf import GgufEngine
+
+EVERYWHERE: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": EVERYWHERE,
+    "rslora": {**EVERYWHERE, "use_rslora": True},
+    "patterns": {
+        **EVERYWHERE,
+        "rank_pattern": {"q_proj": 4, r"layers\.1\.mlp\.up_proj": 12},
+        "alpha_pattern": {"k_proj": 32, "layers.0.mlp.down_proj": 4, ".*o_proj": 24},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A PEFT folder, with torch's logits [tokens, vocabulary] of the base and of the adapted model."""
+
+    folder: Path
+    peft: Any
+    plain: Callable[[Sequence[int]], np.ndarray]
+    adapted: Callable[[Sequence[int]], np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def tune(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tuned]:
+    """`tune(arch, kind)`: an adapter of that kind on the tiny base, whose matrices are those of its f16 file."""
+
+    @cache
+    def make(arch: str, kind: str = "plain", seed: int = 1, std: float = 0.1) -> Tuned:
+        return _save_random_adapter(tiny_folder(arch), tmp_path_factory.mktemp("peft"), KINDS[kind], seed, std)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_random_adapter() -> Callable[..., Tuned]:
+    """`save_random_adapter(model, folder, options)`: a random LoRA with any of PEFT's options."""
+    return _save_random_adapter
+
+
+def _save_random_adapter(model: Path, folder: Path, options: dict[str, Any], seed: int = 1, std: float = 0.1) -> Tuned:
+    """Put a random LoRA with these options on the model and save it in `folder`."""
+    import torch  # noqa: PLC0415 - seconds, which only some tests need
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type == "gemma3_text":
+        # GGUF does not carry this number; llama.cpp takes the head's size, which all but the largest Gemma 3 have.
+        config.query_pre_attn_scalar = config.head_dim
+    base = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(parameter.half().float())
+    peft = get_peft_model(base, LoraConfig(**options, task_type="CAUSAL_LM")).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    peft.save_pretrained(folder)
+
+    def adapted(tokens: Sequence[int]) -> np.ndarray:
+        with torch.no_grad():
+            logits: np.ndarray = peft(torch.tensor([list(tokens)])).logits[0].numpy()
+        return logits
+
+    def plain(tokens: Sequence[int]) -> np.ndarray:
+        with peft.disable_adapter():
+            return adapted(tokens)
+
+    return Tuned(folder, peft, plain, adapted)
+
+
+@pytest.fixture
+def open_engine() -> Iterator[Callable[..., GgufEngine]]:
+    """`open_engine(base, adapter=None)`: llama.cpp on a GGUF file, with the adapter file active."""
+    engines: list[GgufEngine] = []
+
+    def open_(base: Path, adapter: Path | None = None) -> GgufEngine:
+        engine = GgufEngine(base, context_length=128, threads=1)
+        engines.append(engine)
+        if adapter is not None:
+            engine.load_adapter("adapter", adapter)
+            engine.activate({"adapter": 1.0})
+        return engine
+
+    yield open_
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[list[int]]:
+    """Token rows within the tiny vocabulary, longer than the tiny Gemma's sliding window."""
+    random = np.random.default_rng(0)
+    return [random.integers(5, 380, length).tolist() for length in (40, 24)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB; skips where this user cannot mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs root to mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
