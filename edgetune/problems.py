@@ -1,0 +1,241 @@
+"""Recipe text in, plain values with lines out; pydantic's errors in, one line of plain English for each problem out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import NotFoundError, UsageError
+from pydantic import AliasChoices, BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+Loc = tuple[str | int, ...]
+"""Where a value is in a document: keys and list indexes."""
+Plain = Any
+"""What YAML holds: a dict, a list, text, a number, true or false, or null."""
+ModelAt = Callable[[Loc, dict[str, Any]], type[BaseModel] | None]
+"""Tells which model the mapping at a place of these values is checked against, if it has fixed keys."""
+
+MAX_SHOWN = 60
+PLAIN = {
+    "missing": "is missing",
+    "float_type": "{value} is not a number",
+    "float_parsing": "{value} is not a number",
+    "finite_number": "{value} is not a finite number",
+    "int_type": "{value} is not a whole number",
+    "int_parsing": "{value} is not a whole number",
+    "int_from_float": "{value} is not a whole number",
+    "bool_type": "{value} is neither true nor false",
+    "bool_parsing": "{value} is neither true nor false",
+    "string_type": "{value} is not text; put it in quotes if it should be",
+    "string_too_short": "is empty",
+    "literal_error": "{value} is not one of: {expected}",
+    "greater_than": "{value} is not greater than {gt:g}",
+    "greater_than_equal": "{value} is less than {ge:g}",
+    "less_than": "{value} is not less than {lt:g}",
+    "less_than_equal": "{value} is more than {le:g}",
+    "dict_type": "{value} is not a mapping of keys to values",
+    "model_type": "{value} is not a mapping of keys to values",
+    "model_attributes_type": "{value} is not a mapping of keys to values",
+    "tuple_type": "{value} is not a list",
+    "list_type": "{value} is not a list",
+    "too_short": "needs at least {min_length}",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML mapping as plain values; `lines` holds the line, from 1, of each key and list item by its path."""
+
+    path: Path
+    values: dict[str, Any]
+    lines: Mapping[Loc, int]
+
+    def line(self, loc: Loc) -> int:
+        """The line of `loc`, or of the nearest part of it that the file has."""
+        while loc and loc not in self.lines:
+            loc = loc[:-1]
+        return self.lines.get(loc, 1)
+
+
+def read_document(path: Path) -> Document:
+    """Read a YAML file that holds one mapping.
+
+    Raises NotFoundError when the file is missing and UsageError, with file and line, when it is not such a file.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no recipe {path}", "write one with `edgetune init`") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path} is a folder", "name the recipe file in it") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text at byte {error.start}", "save it as UTF-8") from error
+    try:
+        root = YAML().load(StringIO(text))
+    except YAMLError as error:
+        raise UsageError(f"{path}:{_yaml_problem(error)}") from error
+    if not isinstance(root, dict):
+        what = "is empty" if root is None else "is not a mapping of keys to values"
+        raise UsageError(f"{path}:1: the recipe {what}", "see `edgetune init`")
+    lines: dict[Loc, int] = {}
+    try:
+        values = _plain(root, (), lines)
+    except RecursionError as error:
+        raise UsageError(f"{path} holds an alias of itself", "write the values out") from error
+    return Document(path, values, lines)
+
+
+def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) -> str | None:
+    """Set the dotted `key` in `values`, in place; text is read as YAML. Returns the problem when that cannot be."""
+    *parents, last = key.split(".")
+    node: Any = values
+    for depth, part in enumerate(parents):
+        if parents[:depth] == ["adapters"] and part not in node:
+            return f"--set {key}: no adapter {part!r}; {suggest(part, list(node))}"
+        if part == "method" and isinstance(node.get(part), str):
+            node[part] = {"name": node[part]}
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            return f"--set {key}: {'.'.join(parents[: depth + 1])} holds no keys in this recipe"
+    for other in _same_option(last, model_at(tuple(parents), values)):
+        node.pop(other, None)
+    try:
+        node[last] = _plain(YAML().load(StringIO(value)), (), {}) if isinstance(value, str) else value
+    except YAMLError:
+        return f"--set {key}: {value!r} is not a YAML value; put text with special characters in quotes"
+    return None
+
+
+def explain(
+    error: ValidationError, values: dict[str, Any], document: Document, overrides: Iterable[str], model_at: ModelAt
+) -> list[str]:
+    """One line for each place of `values` with a problem: those of the dotted `overrides`, then in the file's order."""
+    found: dict[Loc, str] = {}
+    for item in error.errors():
+        loc = _existing(item["loc"], item["type"], values)
+        field = _field_at(loc, values, model_at)
+        if len(loc) < len(item["loc"]) and item["loc"][-1] != "[key]" and field is not None:
+            meaning = " ".join(str(field.description).split()).rstrip(".")
+            found[loc] = f"{shown(value_at(loc, values))} does not fit; it is: {meaning}"
+        else:
+            found.setdefault(loc, _in_english(item, model_at(loc[:-1], values), _keys_at(loc[:-1], values, model_at)))
+    flags = {tuple(key.split(".")): f"--set {key}: " for key in overrides}
+    lines = []
+    for loc, what in found.items():
+        flag = next((key for key in flags if loc[: len(key)] == key), None)
+        line = 0 if flag is not None else document.line(loc)
+        place = flags[flag] if flag is not None else f"{document.path}:{line}: "
+        name = "" if loc == flag else f"{'.'.join(map(str, loc))}: "
+        lines.append((line, f"{place}{name}{what}"))
+    return [text for _, text in sorted(lines, key=lambda line: line[0])]
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """The remedy for an unknown `name`: the one that was meant, in full where it is deeper, or all there are."""
+    short = {key.rpartition(".")[2]: key for key in reversed(known)}
+    near = difflib.get_close_matches(name, list(short), n=1)
+    direct = [key for key in known if "." not in key]
+    return f"did you mean {short[near[0]]!r}?" if near else f"choose one of: {', '.join(direct or known)}"
+
+
+def shown(value: object) -> str:
+    """`value` as an error shows it: one line, not long."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+
+
+def value_at(loc: Loc, values: Plain) -> Plain:
+    """The value at `loc`; None where there is none."""
+    for part in loc:
+        inside = part in values if isinstance(values, dict) else isinstance(values, list)
+        values = values[part] if inside else None
+    return values
+
+
+def _plain(node: Plain, loc: Loc, lines: dict[Loc, int]) -> Plain:
+    """ruamel's values as Python's own; notes in `lines` where each key and item stands."""
+    if isinstance(node, TaggedScalar):
+        return str(node.value)
+    if isinstance(node, CommentedMap | CommentedSeq):
+        for part, position in (node.lc.data or {}).items():
+            lines[(*loc, part)] = position[0] + 1
+    if isinstance(node, dict):
+        return {key: _plain(value, (*loc, key), lines) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value, (*loc, index), lines) for index, value in enumerate(node)]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _in_english(error: Mapping[str, Any], model: type[BaseModel] | None, known: Sequence[str]) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        key = str(error["loc"][-1])
+        same = _same_option(key, model)
+        return f"is another name of {same[0]!r}; keep one" if same else f"unknown key; {suggest(key, known)}"
+    if kind in PLAIN:
+        text = PLAIN[kind].format(value=shown(error["input"]), **context)
+        if kind == "literal_error":
+            near = difflib.get_close_matches(str(error["input"]), re.findall(r"'([^']+)'", context["expected"]), n=1)
+            return text + (f"; did you mean {near[0]!r}?" if near else "")
+        return text
+    if kind == "value_error":
+        return str(context["error"])
+    message: str = error["msg"]
+    return message[:1].lower() + message[1:]
+
+
+def _same_option(key: str, model: type[BaseModel] | None) -> list[str]:
+    """The other names of the option that `key` is a name of."""
+    for field in model.model_fields.values() if model is not None else ():
+        if isinstance(field.validation_alias, AliasChoices) and key in field.validation_alias.choices:
+            return [str(choice) for choice in field.validation_alias.choices if choice != key]
+    return []
+
+
+def _existing(loc: Loc, kind: str, values: Plain) -> Loc:
+    """`loc` without the names of types that pydantic appends for the choices of a union."""
+    for depth, part in enumerate(loc):
+        inside = part in values if isinstance(values, dict) else isinstance(values, list) and isinstance(part, int)
+        if not inside:
+            return loc if kind == "missing" and depth == len(loc) - 1 else loc[:depth]
+        values = values[part]
+    return loc
+
+
+def _field_at(loc: Loc, values: dict[str, Any], model_at: ModelAt) -> FieldInfo | None:
+    model = model_at(loc[:-1], values) if loc else None
+    return model.model_fields.get(str(loc[-1])) if model is not None else None
+
+
+def _keys_at(loc: Loc, values: dict[str, Any], model_at: ModelAt) -> list[str]:
+    """The keys allowed at `loc`, then those one level deeper as dotted names."""
+    keys = _own_keys(model_at(loc, values))
+    return [*keys, *(f"{key}.{deeper}" for key in keys for deeper in _own_keys(model_at((*loc, key), values)))]
+
+
+def _own_keys(model: type[BaseModel] | None) -> list[str]:
+    return [] if model is None else list(model.model_fields)
+
+
+def _yaml_problem(error: YAMLError) -> str:
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return f"1: not YAML: {' '.join(str(error).split())}"
+    line = error.problem_mark.line + 1
+    duplicate = re.match(r'found duplicate key "(.*?)"', str(error.problem))
+    if duplicate:
+        return f"{line}: the key {duplicate[1]!r} is there twice; keep one"
+    return f"{line}: not YAML: {error.problem}"

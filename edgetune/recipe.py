@@ -1,0 +1,351 @@
+"""Recipe file in, frozen Recipe out; every problem of the file is reported at once, with its line.
+
+What a key means is written once, under its field: the JSON schema and docs/recipe.md are made from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from edgetune_runtime.errors import UsageError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    SerializeAsAny,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from . import methods
+from .problems import Loc, explain, override, read_document, shown, suggest, value_at
+
+SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
+HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
+
+
+def _check_name(name: str) -> str:
+    if not NAME_PATTERN.fullmatch(name):
+        raise ValueError(f"the name {name!r} must be of a-z, 0-9, _ and -, and begin with a letter or a digit")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN.pattern}$"})]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Metric = Literal["auto", "exact", "json", "label", "rouge_l", "chrf", "perplexity"]
+
+
+class Part(BaseModel):
+    """Base of the recipe's parts: frozen, unknown keys refused, a field's meaning is the text under it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Training(Part):
+    """How adapters are trained. At the top of a recipe it holds for all adapters; under an adapter, for that one."""
+
+    epochs: PositiveFloat = 3.0
+    """Passes over the training rows; a fraction is allowed."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many steps, whatever `epochs` says."""
+    learning_rate: PositiveFloat = 1e-3
+    """Highest learning rate, reached after the warmup."""
+    batch_size: PositiveInt = 16
+    """Rows a step."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warmup."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Longer gradients are cut to this norm."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the held-out split, the order of the rows and the adapter's first weights."""
+    evals: PositiveInt = 8
+    """Validation passes in a run; there is at least one an epoch."""
+    patience: PositiveInt | None = 3
+    """Stop after so many validation passes without a better loss; null trains to the end."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of the base's weights in training; auto takes bf16 where the hardware multiplies it fast."""
+    compile: bool = False
+    """Compile the model with torch before training; pays only in long runs."""
+
+
+class Columns(Part):
+    """Which columns of the data are the prompt and the completion, when they are named otherwise."""
+
+    prompt: Text
+    """Column of the prompt."""
+    completion: Text | tuple[Text, ...]
+    """Column of the completion, or a list of columns, which are put together in one JSON object."""
+
+    @field_validator("completion")
+    @classmethod
+    def _some(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("the list is empty; name at least one column")
+        return value
+
+
+class DataSpec(Part):
+    """The rows of one task: JSONL, CSV or TSV files, beside the recipe, or a hub id.
+
+    A hub id is `owner/name`, `owner/name:config` or `owner/name:config@split`; the split is `train` unless given.
+    """
+
+    train: Text
+    """Training rows: a file, relative to the recipe, or a hub id such as owner/name:config@split."""
+    validation: Text | None = None
+    """Validation rows, like `train`; without them some training rows are held out."""
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the training rows held out for validation when `validation` is not given."""
+    columns: Columns | None = None
+    """Which columns are the prompt and the completion; not needed for rows of messages, prompt and completion, text
+    and label, or text."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Learn the completions only, or the whole text."""
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _beside_the_recipe(cls, value: str | None, info: ValidationInfo) -> str | None:
+        folder: Path | None = (info.context or {}).get("folder")
+        if value is None or folder is None:
+            return value
+        path = folder / Path(value).expanduser()
+        return value if is_hub_id(value) and not path.exists() else str(path)
+
+
+class MethodSpec(Part):
+    """A method's name and its options; written as the name alone, or as a mapping of `name` and the options."""
+
+    name: str = "lora"
+    """The method."""
+    options: SerializeAsAny[methods.Options]
+    """The options of that method, complete with its defaults."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_recipe(cls, value: object) -> object:
+        if isinstance(value, cls):
+            return value
+        given = {"name": value} if isinstance(value, str) else value
+        if not isinstance(given, dict):
+            raise ValueError(f"{shown(value)} is not a method; write its name, or a mapping of name and options")
+        name = given.get("name", cls.model_fields["name"].default)
+        if name not in methods.names():
+            raise ValueError(f"no method {name!r}; {suggest(str(name), methods.names())}")
+        options = {key: option for key, option in given.items() if key != "name"}
+        return {"name": name, "options": methods.load(name).options.model_validate(options)}
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {"name": self.name, **self.options.model_dump(mode="json")}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, _schema: object, _handler: object) -> dict[str, Any]:
+        return {"title": "Method", "description": cls.__doc__, "oneOf": [{"enum": methods.names()}, *_method_schemas()]}
+
+
+class AdapterSpec(Part):
+    """One task: its data, and how its adapter is trained, exported and scored."""
+
+    data: DataSpec
+    """The task's rows."""
+    system: Text | None = None
+    """System prompt, put before each conversation that brings none, in training and on the device."""
+    labels: tuple[Text, ...] | None = None
+    """The answers to choose from; taken from the training rows when the metric is label and none are given."""
+    metric: Metric = "auto"
+    """How answers are scored; auto looks at the rows."""
+    method: MethodSpec = Field(default_factory=lambda: MethodSpec.model_validate("lora"))
+    """The tuning method: a name, or a mapping of name and options."""
+    scale: float = 1.0
+    """Factor on the adapter when the caller names none."""
+    merged: bool = False
+    """Ship a whole model with the adapter merged in, as large as the base, instead of an adapter file."""
+    dtype: Literal["f16", "q8_0", "f32"] = "f16"
+    """Number format of the adapter's file; q8_0 where the rows allow it."""
+    training: Training = Training()
+    """Training options of this adapter alone, over those of the recipe."""
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is not None and len(labels) < 2:
+            raise ValueError("needs at least 2 labels; leave it out to take them from the training rows")
+        twice = sorted({label for label in labels or () if (labels or ()).count(label) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(map(repr, twice))} is there twice; keep one")
+        return labels
+
+    @field_serializer("training")
+    def _only_what_is_set(self, training: Training) -> dict[str, Any]:
+        return training.model_dump(mode="json", exclude_unset=True)
+
+    def training_for(self, recipe: Recipe) -> Training:
+        """The recipe's training options with those that this adapter sets put over them."""
+        own = {name: getattr(self.training, name) for name in self.training.model_fields_set}
+        return recipe.training.model_copy(update=own)
+
+
+class Recipe(Part):
+    """A base, its tasks and a board: all that `edgetune build` needs."""
+
+    name: Name
+    """Name of the bundle: a-z, 0-9, _ and -."""
+    base: Text
+    """The base model: an alias such as smollm2-135m, a .gguf file, a Hugging Face folder, or a hub id."""
+    targets: tuple[Literal["gguf"], ...] = Field(default=("gguf",), min_length=1)
+    """Formats to export."""
+    quantize: str = "q8_0"
+    """Quantization of a base that is converted from a folder or a hub id; a .gguf file ships as it is."""
+    device: str | None = None
+    """The board that the bundle must fit: see `edgetune devices list`."""
+    context_length: int = Field(default=1024, ge=16)
+    """Tokens of prompt and answer together, in training and on the device."""
+    threads: PositiveInt | None = None
+    """Threads on the device; null takes the board's cores."""
+    training: Training = Training()
+    """Training options of all adapters."""
+    adapters: dict[Name, AdapterSpec] = Field(min_length=1)
+    """The tasks, by name (a-z, 0-9, _ and -)."""
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the recipe file, that relative paths in it start from."""
+        return self._folder
+
+    @field_validator("quantize")
+    @classmethod
+    def _known_scheme(cls, scheme: str) -> str:
+        from edgetune_export.quantize import SCHEMES  # noqa: PLC0415 - most recipes need no exporter to be read
+
+        return _one_of(scheme, sorted(SCHEMES), "quantization")
+
+    @field_validator("device")
+    @classmethod
+    def _known_board(cls, device: str | None) -> str | None:
+        if device is None:
+            return None
+        from edgetune_devices import boards  # noqa: PLC0415 - most recipes need no board to be read
+
+        return _one_of(device, boards.names(), "board")
+
+    @model_validator(mode="after")
+    def _keep_folder(self, info: ValidationInfo) -> Recipe:
+        self._folder = (info.context or {}).get("folder", Path())
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with all defaults filled in, as JSON values that make the same recipe again.
+
+        Paths are relative to the recipe as far as they lie beside it; of other absolute paths only the last part is
+        kept, so that nothing tells where it was built.
+        """
+        values = self.model_dump(mode="json")
+        values["base"] = self._portable(values["base"])
+        for adapter in values["adapters"].values():
+            for key in ("train", "validation"):
+                adapter["data"][key] = adapter["data"][key] and self._portable(adapter["data"][key])
+        return values
+
+    def _portable(self, source: str) -> str:
+        inside = source.removeprefix(f"{self._folder}{os.sep}")
+        return Path(inside).name if Path(inside).is_absolute() else inside
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` has the form of a hub id: owner/name, without a suffix such as .jsonl, which means a file."""
+    match = HUB_ID.fullmatch(source)
+    return match is not None and not SUFFIX.search(match["id"])
+
+
+def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read and check the recipe at `path`.
+
+    `overrides` maps dotted keys, such as `adapters.command.method.r`, to values that replace the file's; text is read
+    as YAML. Data paths come out relative to the working folder.
+
+    Raises NotFoundError when there is no such file and UsageError with all problems, a line each.
+    """
+    document = read_document(Path(path))
+    values = copy.deepcopy(document.values)
+    changes = overrides or {}
+    problems = [problem for key, value in changes.items() if (problem := override(values, key, value, _model_at))]
+    try:
+        recipe = Recipe.model_validate(values, context={"folder": document.path.parent})
+    except ValidationError as error:
+        problems += explain(error, values, document, changes, _model_at)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return recipe
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a recipe, for editors; it lists the boards and quantizations there are."""
+    from edgetune_devices import boards  # noqa: PLC0415 - as in the validators
+    from edgetune_export.quantize import SCHEMES  # noqa: PLC0415
+
+    schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
+    schema["properties"]["quantize"]["enum"] = sorted(SCHEMES)
+    schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names()
+    return schema
+
+
+TEMPLATE = Path(__file__).with_name("template_recipe.yaml").read_text(encoding="utf-8")
+"""The commented recipe that `edgetune init` writes."""
+
+
+def _method_schemas() -> list[dict[str, Any]]:
+    schemas = []
+    for name in methods.names():
+        schema = methods.load(name).options.model_json_schema(by_alias=False)
+        schema["properties"] = {"name": {"const": name, "description": "The method."}, **schema["properties"]}
+        if name != MethodSpec.model_fields["name"].default:
+            schema["required"] = ["name", *schema.get("required", [])]
+        schemas.append(schema)
+    return schemas
+
+
+def _one_of(value: str, known: list[str], what: str) -> str:
+    if value not in known:
+        raise ValueError(f"no {what} {value!r}; {suggest(value, known)}")
+    return value
+
+
+def _model_at(loc: Loc, values: dict[str, Any]) -> type[BaseModel] | None:
+    """The model that the mapping at `loc` is checked against; None where it has no fixed keys."""
+    if not loc:
+        return Recipe
+    if loc[0] == "adapters" and len(loc) <= 2:
+        return AdapterSpec if len(loc) == 2 else None
+    parent = _model_at(loc[:-1], values)
+    field = parent.model_fields.get(str(loc[-1])) if parent is not None else None
+    choices = () if field is None else (field.annotation, *get_args(field.annotation))
+    model = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return _options_model(value_at(loc, values)) if model is MethodSpec else model
+
+
+def _options_model(method: object) -> type[BaseModel] | None:
+    default = MethodSpec.model_fields["name"].default
+    name = method.get("name", default) if isinstance(method, dict) else method or default
+    return methods.load(name).options if name in methods.names() else None
