@@ -108,7 +108,7 @@ def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) 
         node = node[part]
         if not isinstance(node, dict):
             return f"--set {key}: {'.'.join(parents[: depth + 1])} holds no keys in this recipe"
-    for other in _same_option(last, model_at(tuple(parents), values)):
+    for other in other_names(last, model_at(tuple(parents), values)):
         node.pop(other, None)
     try:
         node[last] = _plain(YAML().load(StringIO(value)), (), {}) if isinstance(value, str) else value
@@ -163,6 +163,14 @@ def value_at(loc: Loc, values: Plain) -> Plain:
     return values
 
 
+def other_names(key: str, model: type[BaseModel] | None) -> list[str]:
+    """The other names of the option that `key` is a name of."""
+    for field in model.model_fields.values() if model is not None else ():
+        if isinstance(field.validation_alias, AliasChoices) and key in field.validation_alias.choices:
+            return [str(choice) for choice in field.validation_alias.choices if choice != key]
+    return []
+
+
 def _plain(node: Plain, loc: Loc, lines: dict[Loc, int]) -> Plain:
     """ruamel's values as Python's own; notes in `lines` where each key and item stands."""
     if isinstance(node, TaggedScalar):
@@ -184,7 +192,7 @@ def _in_english(error: Mapping[str, Any], model: type[BaseModel] | None, known: 
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         key = str(error["loc"][-1])
-        same = _same_option(key, model)
+        same = other_names(key, model)
         return f"is another name of {same[0]!r}; keep one" if same else f"unknown key; {suggest(key, known)}"
     if kind in PLAIN:
         text = PLAIN[kind].format(value=shown(error["input"]), **context)
@@ -196,14 +204,6 @@ def _in_english(error: Mapping[str, Any], model: type[BaseModel] | None, known: 
         return str(context["error"])
     message: str = error["msg"]
     return message[:1].lower() + message[1:]
-
-
-def _same_option(key: str, model: type[BaseModel] | None) -> list[str]:
-    """The other names of the option that `key` is a name of."""
-    for field in model.model_fields.values() if model is not None else ():
-        if isinstance(field.validation_alias, AliasChoices) and key in field.validation_alias.choices:
-            return [str(choice) for choice in field.validation_alias.choices if choice != key]
-    return []
 
 
 def _existing(loc: Loc, kind: str, values: Plain) -> Loc:

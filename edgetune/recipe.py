@@ -32,7 +32,7 @@ from pydantic import (
 )
 
 from . import methods
-from .problems import Loc, explain, override, read_document, shown, suggest, value_at
+from .problems import Loc, explain, other_names, override, read_document, shown, suggest, value_at
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -316,13 +316,16 @@ TEMPLATE = Path(__file__).with_name("template_recipe.yaml").read_text(encoding="
 
 
 def _method_schemas() -> list[dict[str, Any]]:
+    """The schema of each method's mapping form, with the options' other names."""
     schemas = []
     for name in methods.names():
-        schema = methods.load(name).options.model_json_schema(by_alias=False)
-        schema["properties"] = {"name": {"const": name, "description": "The method."}, **schema["properties"]}
-        if name != MethodSpec.model_fields["name"].default:
-            schema["required"] = ["name", *schema.get("required", [])]
-        schemas.append(schema)
+        options = methods.load(name).options
+        schema = options.model_json_schema(by_alias=False)
+        properties = {"name": {"const": name, "description": "The method."}, **schema["properties"]}
+        for key in options.model_fields:
+            properties |= dict.fromkeys(other_names(key, options), properties[key])
+        required = [] if name == MethodSpec.model_fields["name"].default else ["name"]
+        schemas.append({**schema, "properties": properties, "required": [*required, *schema.get("required", [])]})
     return schemas
 
 

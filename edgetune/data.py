@@ -1,0 +1,377 @@
+"""A task's data file or hub id in, rows out; rows and a tokenizer in, token sequences with what is to be learned out.
+
+Tokens and chat templates are the runtime's own, so what is trained is what runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from edgetune_runtime.chat import Message, messages_for, render
+from edgetune_runtime.engines._base import Tokenizer
+from edgetune_runtime.errors import NotFoundError, UsageError
+
+from .recipe import HUB_ID, Columns, is_hub_id
+
+MAX_ERRORS = 20
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+FORMS = "messages, prompt and completion, text and label, or text"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a task.
+
+    A prompt row has `messages`, which end before the assistant's last turn, and that turn's text as `completion`; a
+    text row has `text` alone. `where` is its place, such as `file.jsonl:12`.
+    """
+
+    where: str
+    messages: tuple[Message, ...] | None = None
+    completion: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as tokens.
+
+    `learned[i]` says whether the model learns to predict `tokens[i]`; the first, which nothing precedes, never is.
+    `prompt_length` is the number of tokens that the device is given before it answers; of a text row it is 1.
+    """
+
+    tokens: tuple[int, ...]
+    learned: tuple[bool, ...]
+    prompt_length: int
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """The tokens that the device is given before it answers."""
+        return self.tokens[: self.prompt_length]
+
+
+@dataclass(frozen=True)
+class TooLong:
+    """Rows left out because they do not fit in the context: how many, and where the first three are."""
+
+    count: int
+    examples: tuple[str, ...]
+
+
+class _BadRowError(Exception):
+    """A reason why a row cannot be used."""
+
+
+def read_rows(source: str, columns: Columns | None = None, *, labels: Sequence[str] | None = None) -> list[Row]:
+    """Read the rows of a JSONL, CSV or TSV file, or of a hub id; each row's form is told by its keys.
+
+    Raises NotFoundError when there is no such file or data set, UsageError when it is empty, not of a known kind, or
+    holds bad rows: all of them are named with place and reason, up to 20.
+    """
+    rows, problems = [], []
+    for where, values in _entries(source):
+        try:
+            if isinstance(values, _BadRowError):
+                raise values
+            rows.append(_row(where, values, columns, labels))
+        except _BadRowError as reason:
+            problems.append(f"{where}: {reason}")
+    if problems:
+        more = len(problems) - MAX_ERRORS
+        shown = problems[:MAX_ERRORS] + ([f"{source}: and {more} more bad rows"] if more > 0 else [])
+        raise UsageError("\n".join(shown))
+    if not rows:
+        raise UsageError(f"{source} has no rows", "put at least two rows in it")
+    return rows
+
+
+def split(rows: Sequence[Row], held_out: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training and validation rows, each in the order of `rows`; rows with the same prompt stay on one side.
+
+    About `held_out` of the rows, and at least one, are for validation; the same seed gives the same split. Raises
+    UsageError when there are not two different prompts.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        key = row.text if row.messages is None else json.dumps([dict(m) for m in row.messages])
+        groups.setdefault(str(key), []).append(index)
+    if len(groups) < 2:
+        what = f"{len(rows)} rows with the same prompt" if len(rows) > 1 else f"only {len(rows)} row"
+        raise UsageError(f"{what} cannot be split for validation", "add rows, or give `validation` a file of its own")
+    room = min(max(1, round(held_out * len(rows))), len(rows) - 1)
+    shuffled = list(groups.values())
+    random.Random(seed).shuffle(shuffled)
+    chosen: set[int] = set()
+    for group in shuffled:
+        if len(chosen) + len(group) <= room:
+            chosen.update(group)
+    smallest = min(shuffled, key=len)
+    chosen = chosen or set(smallest)
+    train = [row for index, row in enumerate(rows) if index not in chosen]
+    return train, [rows[index] for index in sorted(chosen)]
+
+
+def tokenize_rows(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    system: str | None,
+    loss_on: Literal["completion", "all"],
+    max_tokens: int,
+) -> tuple[list[Example], TooLong]:
+    """Tokens of each row that fits in `max_tokens`, in order; the others are counted, never cut.
+
+    A prompt is rendered and tokenized exactly as the runtime does; the completion follows, with the token that ends a
+    turn. Raises UsageError when no row fits, or the chat template refuses a row.
+    """
+    examples, too_long, shortest = [], [], 0
+    for row in rows:
+        example = _example(row, tokenizer, system, loss_on)
+        if len(example.tokens) <= max_tokens:
+            examples.append(example)
+        else:
+            too_long.append(row.where)
+            shortest = min(shortest or len(example.tokens), len(example.tokens))
+    if too_long and not examples:
+        message = f"all {len(rows)} rows are longer than {max_tokens} tokens, the shortest has {shortest}"
+        raise UsageError(message, "raise context_length, or shorten the rows")
+    return examples, TooLong(len(too_long), tuple(too_long[:3]))
+
+
+def _example(row: Row, tokenizer: Tokenizer, system: str | None, loss_on: str) -> Example:
+    if row.messages is None:
+        tokens = [*tokenizer.tokenize(row.text or ""), tokenizer.end_token]
+        return Example(tuple(tokens), (False, *[True] * (len(tokens) - 1)), 1)
+    try:
+        messages = messages_for(row.messages, system)
+        prompt = _prompt_tokens(messages, tokenizer)
+        target = _target_tokens(row.completion or "", tokenizer)
+        learned = [False] * len(prompt) + [True] * len(target)
+        if loss_on == "all":
+            learned = [False] + [True] * (len(learned) - 1)
+        else:
+            _learn_earlier_turns(messages, prompt, learned, tokenizer)
+    except UsageError as error:
+        raise UsageError(f"{row.where}: {error.message}", error.remedy) from error
+    return Example((*prompt, *target), tuple(learned), len(prompt))
+
+
+def _learn_earlier_turns(messages: list[Message], prompt: list[int], learned: list[bool], tokenizer: Tokenizer) -> None:
+    """Mark the assistant's turns inside `prompt` as learned, in place.
+
+    A turn counts only where the prompt holds just what the device would have been given and have answered. Templates
+    that render a past turn in another way, such as without its reasoning, leave it unlearned.
+    """
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _prompt_tokens(messages[:index], tokenizer)
+        target = _target_tokens(message["content"], tokenizer)
+        start, end = len(before), len(before) + len(target)
+        if prompt[:end] == before + target:
+            learned[start:end] = [True] * len(target)
+
+
+def _prompt_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    template, bos, eos = tokenizer.chat_template, tokenizer.bos, tokenizer.eos
+    text = render(template, messages, add_generation_prompt=True, bos=bos, eos=eos)
+    return tokenizer.tokenize(text)
+
+
+def _target_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
+    return [*tokenizer.tokenize(text, continues=True), tokenizer.end_token]
+
+
+def _entries(source: str) -> Iterator[tuple[str, Any]]:
+    """Place and values of each entry of `source`, or a _BadRowError in place of the values."""
+    path = Path(source)
+    if path.is_file():
+        suffix = path.suffix.lower()
+        if suffix in JSONL_SUFFIXES:
+            return _json_lines(source, _read_text(path))
+        if suffix in DELIMITERS:
+            return _table_rows(source, _read_text(path), DELIMITERS[suffix])
+        raise UsageError(f"{source} is not of a known kind", "give a .jsonl, .csv or .tsv file, or a hub id")
+    if path.is_dir():
+        raise UsageError(f"{source} is a folder", "name the .jsonl, .csv or .tsv file in it")
+    if is_hub_id(source):
+        return _hub_rows(source)
+    raise NotFoundError(f"no data file {source}", "check the path; a hub id has the form owner/name, without a suffix")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}:{line}: not UTF-8 text at byte {error.start}", "save the file as UTF-8") from error
+
+
+def _json_lines(source: str, text: str) -> Iterator[tuple[str, Any]]:
+    # Not splitlines(): JSON text may hold U+2028, which that splits at.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line, parse_constant=_refuse_constant)
+        except json.JSONDecodeError as error:
+            values = _BadRowError(f"not JSON: {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:
+            values = _BadRowError(f"not JSON: {error}")
+        yield f"{source}:{number}", values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    line = 0
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            # Where a quotation mark is missing, the rows after it cannot be told apart.
+            raise UsageError(f"{source}:{line}: {error}", "check the quotation marks of this row") from error
+        if fields is None:
+            return
+        if not any(field.strip() for field in fields):
+            continue
+        if header is None:
+            header = [name.strip() for name in fields]
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise UsageError(f"{source}:{line}: column {twice[0]!r} is there twice", "rename one of them")
+        elif len(fields) != len(header):
+            yield f"{source}:{line}", _BadRowError(f"has {len(fields)} fields, the header has {len(header)}")
+        else:
+            yield f"{source}:{line}", dict(zip(header, fields, strict=True))
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
+    import datasets  # noqa: PLC0415 - slow to import, and files need it not
+
+    match = HUB_ID.fullmatch(source)
+    name, config, part = (match["id"], match["config"], match["split"]) if match else (source, None, None)
+    try:
+        loaded = datasets.load_dataset(name, config, split=part or "train")
+    except Exception as error:  # datasets lets through what its file systems, parsers and HTTP clients raise
+        reason = " ".join(str(error).split())[:200]
+        remedy = "check the id, the network and your token; for a file, give its suffix"
+        raise NotFoundError(f"cannot load {source} from the hub: {reason}", remedy) from error
+    labels = {column: feature.int2str for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
+    for number, values in enumerate(loaded, 1):
+        yield f"{source}:{number}", {column: _named(value, labels.get(column)) for column, value in values.items()}
+
+
+def _named(value: object, name_of: Callable[[int], str] | None) -> object:
+    """A label's name in place of its number, which is below 0 where a row has none."""
+    if name_of is None or not isinstance(value, int):
+        return value
+    return name_of(value) if value >= 0 else None
+
+
+def _row(where: str, values: object, columns: Columns | None, labels: Sequence[str] | None) -> Row:
+    if not isinstance(values, dict):
+        raise _BadRowError(f"is {_kind(values)}, not an object; write one object a line")
+    if columns is not None:
+        row = _prompt_row(where, values, columns.prompt, columns.completion)
+    elif "messages" in values:
+        row = _conversation(where, values["messages"])
+    elif "prompt" in values or "completion" in values:
+        row = _prompt_row(where, values, "prompt", "completion")
+    elif "label" in values:
+        row = _prompt_row(where, values, "text", "label")
+    elif "text" in values:
+        row = Row(where, text=_text(values["text"], "text"))
+    else:
+        keys = ", ".join(map(str, values)) or "none"
+        raise _BadRowError(f"has none of {FORMS}; its keys are {keys}; name them with `columns`")
+    if labels is not None:
+        _check_label(row, labels)
+    return row
+
+
+def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: str | Sequence[str]) -> Row:
+    needed = [prompt, *([completion] if isinstance(completion, str) else completion)]
+    for name in needed:
+        if name not in values:
+            near = difflib.get_close_matches(name, map(str, values), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"its keys are {', '.join(map(str, values))}"
+            raise _BadRowError(f"has no {name!r}; {hint}")
+    message = {"role": "user", "content": _text(values[prompt], prompt)}
+    answer = values[completion] if isinstance(completion, str) else {name: values[name] for name in completion}
+    return Row(where, (message,), _answer(answer, completion if isinstance(completion, str) else "completion"))
+
+
+def _conversation(where: str, messages: object) -> Row:
+    if not isinstance(messages, list) or not messages:
+        raise _BadRowError(f"messages is {_kind(messages)}, not a list with at least one message")
+    turns = [_message(number, message) for number, message in enumerate(messages, 1)]
+    first = 1 if turns[0]["role"] == "system" else 0
+    for number, turn in enumerate(turns[first:]):
+        expected = ("user", "assistant")[number % 2]
+        if turn["role"] != expected:
+            raise _BadRowError(f"message {number + first + 1} is the {turn['role']}'s where the {expected}'s should be")
+    if turns[-1]["role"] != "assistant":
+        raise _BadRowError(f"the last message is the {turns[-1]['role']}'s; a row ends with the assistant's")
+    return Row(where, tuple(turns[:-1]), turns[-1]["content"])
+
+
+def _message(number: int, message: object) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise _BadRowError(f"message {number} is {_kind(message)}, not an object with role and content")
+    if message.get("role") not in ("system", "user", "assistant"):
+        raise _BadRowError(f"message {number} has role {message.get('role')!r}; it must be system, user or assistant")
+    extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
+    if extra:
+        raise _BadRowError(f"message {number} has {extra[0]!r}, which cannot be learned; leave role and content alone")
+    return {"role": message["role"], "content": _text(message.get("content"), f"the content of message {number}")}
+
+
+def _answer(value: object, name: str) -> str:
+    """A completion as text: objects and lists as JSON, numbers and truth values as JSON writes them."""
+    plain = isinstance(value, str) or value is None
+    return _text(value if plain else json.dumps(value, ensure_ascii=False), name)
+
+
+def _text(value: object, name: str) -> str:
+    if value is None:
+        raise _BadRowError(f"{name} is missing or null")
+    if not isinstance(value, str):
+        raise _BadRowError(f"{name} is {_kind(value)}, not text")
+    if not value.strip():
+        raise _BadRowError(f"{name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRowError(f"{name} holds half of a character, which is not valid Unicode") from error
+    return value
+
+
+def _check_label(row: Row, labels: Sequence[str]) -> None:
+    if row.completion is None:
+        raise _BadRowError("is plain text, but the adapter has labels; give the row a label")
+    if row.completion not in labels:
+        near = difflib.get_close_matches(row.completion, labels, n=1, cutoff=0.0)
+        raise _BadRowError(f"{row.completion!r} is not one of the labels; did you mean {near[0]!r}?")
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
