@@ -215,7 +215,8 @@ class Recipe(Part):
     targets: tuple[Literal["gguf"], ...] = Field(default=("gguf",), min_length=1)
     """Formats to export."""
     quantize: str = "q8_0"
-    """Quantization of a base that is converted from a folder or a hub id; a .gguf file ships as it is."""
+    """Quantization (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …) of a base that comes from a folder or a hub id; a .gguf
+    file ships as it is."""
     device: str | None = None
     """The board that the bundle must fit: see `edgetune devices list`."""
     context_length: int = Field(default=1024, ge=16)
