@@ -35,6 +35,7 @@ _ROWS = 64
 
 class _Options(TypedDict):
     engine: str
+    make: Callable[..., Engine]
     context_length: int
     threads: int | None
     verify: bool
@@ -80,6 +81,7 @@ class Runtime:
             raise UsageError(f"context_length is {context_length}", f"give 2 to {longest}, as the base was trained")
         options: _Options = {
             "engine": engine,
+            "make": _engine(engine),
             "context_length": context_length or manifest.context_length,
             "threads": threads or manifest.threads,
             "verify": verify,
@@ -139,8 +141,8 @@ class Runtime:
             raise UsageError(f"cannot classify among {list(labels)}", "give labels, none of them empty or twice")
         call = self._call(prompt, adapter)
         tokenizer = call.session.engine.tokenizer
-        endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
         with call.session.hold():
+            endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
             call.session.start(call.adapters, call.tokens)
             scores = np.asarray(call.session.engine.score(endings))
         weights = np.exp(scores - scores.max())
@@ -153,11 +155,11 @@ class Runtime:
         A text longer than the context is taken in windows that overlap by one token.
         """
         session, adapters = self.session(adapter)
-        tokens = session.engine.tokenizer.tokenize(text)
-        if len(tokens) < 2:
-            raise UsageError(f"a text of {len(tokens)} tokens has no perplexity", "give a longer text")
         window = session.engine.context_length
         with session.hold():
+            tokens = session.engine.tokenizer.tokenize(text)
+            if len(tokens) < 2:
+                raise UsageError(f"a text of {len(tokens)} tokens has no perplexity", "give a longer text")
             starts = range(0, len(tokens) - 1, window - 1)
             total = math.fsum(_window_loss(session, adapters, tokens[start : start + window]) for start in starts)
         return total, len(tokens) - 1
@@ -193,21 +195,21 @@ class Runtime:
         self.close()
 
     def _call(self, prompt: Prompt, adapter: Adapters) -> Call:
-        begin = time.perf_counter()
         session, active = self.session(adapter)
         first = next(iter(self._scales(adapter)), None)
-        system = self.manifest.adapter(first).system if first else None
+        messages = messages_for(prompt, self.manifest.adapter(first).system if first else None)
         tokenizer = session.engine.tokenizer
-        messages = messages_for(prompt, system)
-        text = render(
-            tokenizer.chat_template, messages, add_generation_prompt=True, bos=tokenizer.bos, eos=tokenizer.eos
-        )
-        tokens = tokenizer.tokenize(text)
+        # Held, so that no other thread frees the vocabulary meanwhile.
+        with session.hold():
+            begin = time.perf_counter()
+            template, bos, eos = tokenizer.chat_template, tokenizer.bos, tokenizer.eos
+            tokens = tokenizer.tokenize(render(template, messages, add_generation_prompt=True, bos=bos, eos=eos))
+            prepared_s = time.perf_counter() - begin
         longest = session.engine.context_length
         if not 0 < len(tokens) <= longest:
             message = f"the prompt has {len(tokens)} tokens, the context holds 1 to {longest}"
             raise UsageError(message, "change the prompt, or open the bundle with a longer context")
-        return Call(session, active, tokens, time.perf_counter() - begin)
+        return Call(session, active, tokens, prepared_s)
 
     def _scales(self, adapter: Adapters) -> dict[str, float]:
         if adapter is None:
@@ -255,12 +257,23 @@ def _sampling(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Sampli
 
 
 def _open_session(bundle: Path, manifest: Manifest, file: str, options: _Options) -> Session:
-    engine = _engine(options["engine"])
     if options["verify"]:
         verify_files(bundle, manifest, [file])
-    running = engine(resolve(bundle, file), context_length=options["context_length"], threads=options["threads"])
+    _check_memory(manifest.base.kv_bytes_per_token * options["context_length"] / 1e6, options["context_length"])
+    path = resolve(bundle, file)
+    running = options["make"](path, context_length=options["context_length"], threads=options["threads"])
     cache = StateCache(options["cache_mb"])
     return Session(running, manifest.files[file].sha256, cache, manifest.base.kv_bytes_per_token)
+
+
+def _check_memory(needed_mb: float, context_length: int) -> None:
+    """IncompatibleError when the context alone is more than the free memory: Linux would kill the process instead."""
+    table = Path("/proc/meminfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    free_mb = next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("MemAvailable")), None)
+    if free_mb is not None and needed_mb > free_mb:
+        message = f"a context of {context_length} tokens takes {needed_mb:.0f} MB, and {free_mb:.0f} MB are free"
+        raise IncompatibleError(message, "open the bundle with a shorter context")
 
 
 def _engine(name: str) -> Callable[..., Engine]:

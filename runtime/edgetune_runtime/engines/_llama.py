@@ -12,7 +12,7 @@ from typing import Any
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 
 _SPM_VOCABULARY = 1
-_ERROR_LEVEL = 3
+_ERROR_LEVEL = 4
 _INSTALL = (
     'run: pip install "edgetune-runtime[gguf]", which needs a C++ compiler '
     "(Debian: apt install g++, macOS: xcode-select --install)"
@@ -120,7 +120,12 @@ class Vocabulary:
         self._check(token)
         return bool(library().llama_vocab_is_eog(self._vocab, token))
 
+    def close(self) -> None:
+        """Refuse all calls from now on, as the model is about to be freed."""
+        self.vocab_size = 0
+
     def _raw(self, text: str) -> list[int]:
+        self._check(0)
         data = text.encode("utf-8", "replace")
         room = len(data) + 8
         while True:
@@ -142,5 +147,7 @@ class Vocabulary:
 
     def _check(self, token: int) -> None:
         # llama.cpp throws C++ exceptions through ctypes, which end the process.
+        if self.vocab_size == 0:
+            raise UsageError("the tokenizer is closed", "open its file again")
         if not 0 <= token < self.vocab_size:
             raise UsageError(f"no token {token} in a vocabulary of {self.vocab_size}", "use this base's own tokenizer")

@@ -40,7 +40,8 @@ class GgufTokenizer(Vocabulary):
         super().__init__(model)
 
     def close(self) -> None:
-        """Free the vocabulary; a second call does nothing, and no other call may follow."""
+        """Free the vocabulary; a second call does nothing, any other is a UsageError."""
+        super().close()
         self._free()
 
 
@@ -48,6 +49,7 @@ class GgufEngine:
     """One GGUF base, mapped once, with its LoRA adapters and one sequence; see `Engine`.
 
     `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8.
+    UsageError when one is not positive or the context is longer than the base was trained for.
     """
 
     def __init__(self, path: Path, *, context_length: int, threads: int | None = None, batch: int = 512) -> None:
@@ -57,6 +59,11 @@ class GgufEngine:
         self.context_length = context_length
         self._header = read_header(path)
         self._model = load_model(path, vocabulary_only=False)
+        trained: int = library().llama_model_n_ctx_train(self._model)
+        if context_length > trained:
+            library().llama_model_free(self._model)
+            message = f"a context of {context_length} tokens is longer than the {trained} that the base was trained for"
+            raise UsageError(message, f"give at most {trained}")
         self._adapters: dict[str, Any] = {}
         self._context = _make_context(self._model, context_length, threads or _usable_cores(), batch)
         self._free = weakref.finalize(self, _free_all, self._context, self._adapters, self._model)
@@ -170,6 +177,7 @@ class GgufEngine:
 
     def close(self) -> None:
         """Free everything; a second call does nothing, and no other call may follow."""
+        self.tokenizer.close()
         self._length = 0
         self._free()
 

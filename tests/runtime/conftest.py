@@ -1,0 +1,43 @@
+"""A small bundle of each kind, made once: two adapters that change answers, one merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from edgetune_runtime import Runtime
+from runtime.bundles import Adapter, low_rank, write_bundle
+
+SYSTEM = "answer in one word"
+LABELS = ("red", "green", "warm red", "warm")
+
+
+@pytest.fixture(scope="session")
+def bundle_of(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`bundle_of(arch)`: a bundle with `command` (a system prompt), `tone` (scale 0.5, labels) and `whole` (merged)."""
+
+    @cache
+    def make(arch: str) -> Path:
+        base = tiny_gguf(arch)
+        adapters = {
+            "command": Adapter(low_rank(base, seed=1), system=SYSTEM),
+            "tone": Adapter(low_rank(base, seed=2, rank=3), scale=0.5, labels=LABELS),
+        }
+        return write_bundle(tmp_path_factory.mktemp(arch) / "home", base, adapters, merged={"whole": base})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_of: Callable[[str], Path]) -> Path:
+    """The bundle of the LLaMA base. Copy it before changing it."""
+    return bundle_of("llama")
+
+
+@pytest.fixture
+def runtime(bundle: Path) -> Iterator[Runtime]:
+    """The bundle, opened anew for each test."""
+    with Runtime.open(bundle) as opened:
+        yield opened

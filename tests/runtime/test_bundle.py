@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+def rewrite(bundle: Path, change: Change) -> None:
+    path = bundle / MANIFEST_NAME
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+def test_a_manifest_reads_back_as_it_was_written(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    assert manifest.to_json() == (bundle / MANIFEST_NAME).read_text()
+    assert list(manifest.adapters) == ["command", "tone", "whole"]
+    assert manifest.adapter("tone").labels == ("red", "green", "warm red", "warm")
+
+
+def test_an_unknown_adapter_names_those_there_are(bundle: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"'tome'.*command, tone, whole"):
+        read_manifest(bundle).adapter("tome")
+
+
+def test_keys_of_a_later_version_are_left_out(copy: Path) -> None:
+    rewrite(copy, lambda raw: (raw.update(later=1), raw["base"].update(later=1), raw["adapters"]["tone"].update(x=1)))
+    assert isinstance(read_manifest(copy), Manifest)
+
+
+def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="is not a bundle"):
+        read_manifest(tmp_path)
+    with pytest.raises(NotFoundError, match="is not a bundle"):
+        read_manifest(tmp_path / "none")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"schema": 1}', '{"schema": "1"}', "[" * 100_000, "\ud800"])
+def test_what_is_no_manifest_is_damaged(text: str, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(VerificationError, match="manifest"):
+        read_manifest(tmp_path)
+
+
+def test_a_newer_schema_asks_for_an_update(copy: Path) -> None:
+    rewrite(copy, lambda raw: raw.update(schema=2))
+    with pytest.raises(VerificationError, match="update edgetune-runtime"):
+        read_manifest(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.pop("base"),
+        lambda raw: raw["base"].pop("fingerprint"),
+        lambda raw: raw.update(context_length="256"),
+        lambda raw: raw.update(context_length=True),
+        lambda raw: raw.update(threads=1.5),
+        lambda raw: raw.update(adapters=[]),
+        lambda raw: raw["adapters"].update(tone=None),
+        lambda raw: raw["adapters"]["tone"].update(scale="1"),
+        lambda raw: raw["adapters"]["tone"].update(labels="red"),
+        lambda raw: raw["adapters"]["tone"].update(labels=[1]),
+        lambda raw: raw["adapters"]["tone"].update(system=["be brief"]),
+        lambda raw: raw["adapters"]["tone"].update(files={"gguf": 1}),
+        lambda raw: raw["adapters"]["tone"].update(shape="round"),
+        lambda raw: raw["files"]["base/model.gguf"].update(bytes="10"),
+        lambda raw: raw["files"].pop("base/model.gguf"),
+        lambda raw: raw["base"]["files"].update(gguf="../model.gguf"),
+        lambda raw: raw["base"]["files"].update(gguf="/etc/passwd"),
+        lambda raw: raw["files"].update({"..\\x": {"sha256": "", "bytes": 0}}),
+    ],
+)
+def test_a_manifest_with_a_wrong_part_is_damaged(change: Change, copy: Path) -> None:
+    rewrite(copy, change)
+    with pytest.raises(VerificationError):
+        read_manifest(copy)
+
+
+def test_an_adapter_of_another_base_is_incompatible(copy: Path) -> None:
+    rewrite(copy, lambda raw: raw["adapters"]["tone"].update(base_fingerprint="0" * 64))
+    with pytest.raises(IncompatibleError, match="'tone'"):
+        read_manifest(copy)
+
+
+def test_sound_files_verify(bundle: Path) -> None:
+    verify_files(bundle, read_manifest(bundle))
+
+
+def test_a_flipped_bit_a_missing_byte_and_a_missing_file_are_found(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    path = copy / "base/model.gguf"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(VerificationError, match=r"model.*does not match"):
+        verify_files(copy, manifest)
+    verify_files(copy, manifest, [name for name in manifest.files if name != "base/model.gguf"])
+    path.write_bytes(data[:-1])
+    with pytest.raises(VerificationError, match="bytes"):
+        verify_files(copy, manifest)
+    path.unlink()
+    with pytest.raises(VerificationError, match="missing"):
+        verify_files(copy, manifest)
+
+
+def test_a_link_that_leads_outside_is_refused(copy: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.gguf"
+    (copy / "base/model.gguf").rename(outside)
+    (copy / "base/model.gguf").symlink_to(outside)
+    with pytest.raises(VerificationError, match="outside"):
+        resolve(copy, "base/model.gguf")

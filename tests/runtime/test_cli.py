@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import Runtime, __version__
+from edgetune_runtime.cli import main
+from runtime.conftest import LABELS
+
+PROMPT = "turn on the light"
+RUN = [sys.executable, "-c", "import sys; from edgetune_runtime.cli import main; sys.exit(main())"]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run(*arguments)`: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_info_tells_the_manifest(run: Run, bundle: Path) -> None:
+    code, out, _ = run("info", bundle, "--json")
+    assert (code, out) == (0, (bundle / "manifest.json").read_text())
+    code, out, err = run("info", bundle, "--verify")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["bundle", "base", "adapter", "adapter", "adapter"]
+
+
+def test_generate_writes_the_answer_and_nothing_else(run: Run, bundle: Path, runtime: Runtime) -> None:
+    answer = runtime.generate(PROMPT, adapter="command", max_tokens=6)
+    options = ("generate", bundle, "--adapter", "command", "--prompt", PROMPT, "--max-tokens", 6)
+    assert run(*options) == (0, f"{answer.text}\n", "")
+    code, out, err = run(*options, "--json")
+    told = json.loads(out)
+    assert (code, err, told["text"], told["tokens"], told["stop_reason"]) == (0, "", answer.text, 6, "length")
+    assert all(told[key] > 0 for key in ("ttft_ms", "tokens_per_s", "switch_us", "prompt_tokens"))
+    assert told["reused_tokens"] == 0
+
+
+def test_generate_takes_sampling_options(run: Run, bundle: Path, runtime: Runtime) -> None:
+    sampling: dict[str, Any] = {"temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repeat_penalty": 1.1}
+    sampling["seed"] = 3
+    answer = runtime.generate(PROMPT, max_tokens=9, **sampling)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
+    assert run("generate", bundle, "--prompt", PROMPT, "--max-tokens", 9, *flags)[1] == f"{answer.text}\n"
+    stop = answer.text[3:5]
+    ended = run("generate", bundle, "--prompt", PROMPT, "--max-tokens", 9, *flags, "--stop", stop)[1]
+    assert ended == answer.text[: answer.text.index(stop)] + "\n"
+
+
+def test_generate_adds_several_adapters_with_their_scales(run: Run, bundle: Path, runtime: Runtime) -> None:
+    answer = runtime.generate(PROMPT, adapter={"tone": 0.5, "command": 0.25}, max_tokens=6)
+    flags = ("--adapter", "tone", "--adapter", "command=0.25")
+    assert run("generate", bundle, "--prompt", PROMPT, "--max-tokens", 6, *flags)[1] == f"{answer.text}\n"
+
+
+def test_a_prompt_may_come_from_standard_input(
+    run: Run, bundle: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n"))
+    answer = runtime.generate(PROMPT, max_tokens=4)
+    assert run("generate", bundle, "--prompt", "-", "--max-tokens", 4)[1] == f"{answer.text}\n"
+
+
+def test_classify_tells_labels_from_the_likeliest_down(run: Run, bundle: Path, runtime: Runtime) -> None:
+    label, scores = runtime.classify(PROMPT, adapter="tone")
+    code, out, _ = run("classify", bundle, "--prompt", PROMPT, "--adapter", "tone", "--json")
+    assert code == 0
+    assert json.loads(out) == {"label": label, "scores": pytest.approx(scores)}
+    lines = run("classify", bundle, "--prompt", PROMPT, "--adapter", "tone")[1].splitlines()
+    rows = {name: float(score) for name, score in (line.split("\t") for line in lines)}
+    assert next(iter(rows)) == label
+    assert rows == pytest.approx(scores, abs=1e-3)
+    assert list(rows.values()) == sorted(rows.values(), reverse=True)
+    assert set(rows) == set(LABELS)
+    named = json.loads(run("classify", bundle, "--prompt", PROMPT, "--labels", "on, off", "--json")[1])
+    assert set(named["scores"]) == {"on", "off"}
+
+
+def chat(run: Run, monkeypatch: pytest.MonkeyPatch, text: str, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    return run("chat", *arguments)
+
+
+def test_chat_answers_with_the_adapter_in_use(
+    run: Run, bundle: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [runtime.generate(PROMPT, adapter=name, max_tokens=4).text for name in (None, "tone", "command", None)]
+    lines = [PROMPT, "/use tone", PROMPT, "/use command", PROMPT, "/base", "/new", PROMPT, "/quit", PROMPT]
+    code, out, _ = chat(run, monkeypatch, "\n".join(lines), bundle, "--max-tokens", 4, "--json")
+    assert (code, [json.loads(line)["text"] for line in out.splitlines()]) == (0, expected)
+
+
+def test_chat_keeps_a_history_for_each_adapter(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [PROMPT, "/use tone", PROMPT, PROMPT, "/base", PROMPT, "/new", PROMPT]
+    _, out, _ = chat(run, monkeypatch, "\n".join(lines), bundle, "--max-tokens", 4, "--json")
+    lengths = [json.loads(line)["prompt_tokens"] for line in out.splitlines()]
+    first, tone, tone_again, base_again, anew = lengths
+    assert first == tone == anew < min(tone_again, base_again)
+
+
+def test_chat_goes_on_after_a_mistake(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["/use tome", "/nothing", "/use", "stop " * 300, "/help", PROMPT]
+    code, out, err = chat(run, monkeypatch, "\n".join(lines), bundle, "--max-tokens", 4, "--adapter", "tone")
+    assert (code, out.count("\n")) == (0, 1)
+    told = err.splitlines()
+    assert "no adapter 'tome' in bundle" in told[1]
+    assert "no command '/nothing'" in told[2]
+    assert "no command '/use'" in told[3]
+    assert "the context holds" in told[4]
+    assert told[5].startswith("/use NAME")
+
+
+def test_bench_measures_everything_that_it_promises(run: Run, bundle: Path) -> None:
+    code, out, err = run("bench", bundle, "--json")
+    told = json.loads(out)
+    assert (code, set(told)) == (
+        0, {"load_ms", "switch_us", "ttft_ms", "decode_tokens_per_s", "rss_mb", "adapter_mb"},
+    )  # fmt: skip
+    assert 0 < told["switch_us"]["p50"] <= told["switch_us"]["p99"] < 100
+    assert min(told["ttft_ms"]["after_switch"], told["ttft_ms"]["cold"]) > 0
+    assert told["decode_tokens_per_s"]["base"] > 0
+    assert set(told["decode_tokens_per_s"]["adapters"]) == {"command", "tone", "whole"}
+    files = [path for path in (bundle / "adapters").rglob("*") if path.is_file()]
+    assert told["adapter_mb"] == pytest.approx(sum(path.stat().st_size for path in files) / 1e6)
+    assert told["rss_mb"] > 10
+    assert "switching 1200 times" in err
+
+
+def test_bench_without_json_writes_a_figure_a_line(run: Run, bundle: Path) -> None:
+    _, out, _ = run("bench", bundle)
+    figures = dict(line.split("\t") for line in out.splitlines())
+    assert {"load_ms", "switch_us.p99", "decode_tokens_per_s.adapters.tone"} < set(figures)
+    assert all(float(value) >= 0 for value in figures.values())
+
+
+def test_each_error_is_one_line_with_its_exit_code(run: Run, bundle: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(bundle, tmp_path / "damaged")
+    (damaged / "base/model.gguf").write_bytes(b"GGUF")
+    prompt = ("--prompt", PROMPT)
+    cases = [
+        (2, ("generate", bundle)),
+        (2, ("generate", bundle, *prompt, "--max-tokens", "many")),
+        (2, ("generate", bundle, *prompt, "--max-tokens", "0")),
+        (2, ("generate", bundle, *prompt, "--adapter", "tone=loud")),
+        (2, ("classify", bundle, *prompt)),
+        (2, ("generate", bundle, *prompt, "--engine", "onxx")),
+        (2, ()),
+        (2, ("generat", bundle)),
+        (3, ("generate", bundle, *prompt, "--adapter", "tome")),
+        (3, ("info", tmp_path / "none")),
+        (4, ("generate", damaged, *prompt)),
+        (4, ("info", damaged, "--verify")),
+        (5, ("generate", bundle, *prompt, "--adapter", "whole=0.5")),
+    ]
+    for expected, arguments in cases:
+        code, out, err = run(*arguments)
+        assert (code, out) == (expected, ""), (arguments, err)
+        assert err.startswith("edgetune-run: ")
+        assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback_before_the_line(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("info", tmp_path, "--debug")
+    assert code == 3
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith("edgetune-run: ")
+
+
+def test_an_unexpected_error_is_one_line_too(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runtime, "open", None)
+    code, _, err = run("generate", bundle, "--prompt", PROMPT)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "unexpected TypeError" in err
+
+
+def test_help_and_version_are_on_standard_output(run: Run) -> None:
+    assert run("--version")[:2] == (0, f"edgetune-run {__version__}\n")
+    for command in ("info", "generate", "chat", "classify", "bench"):
+        code, out, _ = run(command, "--help")
+        assert (code, out.startswith(f"usage: edgetune-run {command}")) == (0, True)
+
+
+def test_a_reader_that_leaves_early_is_no_error(bundle: Path) -> None:
+    command = [*RUN, "generate", str(bundle), "--prompt", PROMPT, "--max-tokens", "200", "--temperature", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(30), told) == (0, b"")
+
+
+def test_an_interrupt_ends_in_130_and_one_line(bundle: Path) -> None:
+    process = subprocess.Popen(
+        [*RUN, "chat", str(bundle)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    # Ready once it has told its adapters.
+    assert "command, tone, whole" in process.stderr.readline()
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "edgetune-run: interrupted\n")
+
+
+def test_reading_a_manifest_needs_no_engine_and_no_numpy(bundle: Path) -> None:
+    probe = "import sys; sys.modules['llama_cpp'] = sys.modules['numpy'] = None; " + RUN[2].split("; ", 1)[1]
+    command = [sys.executable, "-c", probe, "info", str(bundle), "--verify"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("bundle")

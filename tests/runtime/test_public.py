@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import edgetune_runtime
+import pytest
+
+NAMES = {
+    "Answer",
+    "CancelledError",
+    "EdgetuneError",
+    "IncompatibleError",
+    "NotFoundError",
+    "OutOfSpaceError",
+    "Runtime",
+    "Sampling",
+    "Timings",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+}
+
+IMPORT_PROBE = """
+import sys, time
+begin = time.perf_counter()
+import edgetune_runtime
+print(time.perf_counter() - begin)
+print(sorted({"llama_cpp", "torch", "transformers", "numpy", "jinja2"} & set(sys.modules)))
+"""
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(edgetune_runtime.__all__) == NAMES
+    assert all(getattr(edgetune_runtime, name) for name in NAMES)
+    assert set(dir(edgetune_runtime)) == NAMES
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="Runtimes"):
+        _ = edgetune_runtime.Runtimes
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert edgetune_runtime.__version__ == version("edgetune-runtime")
+
+
+def test_importing_takes_no_time_and_brings_no_engine() -> None:
+    command = [sys.executable, "-c", IMPORT_PROBE]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines() for _ in range(3)]
+    assert {modules for _, modules in runs} == {"[]"}
+    # The fastest of three, as a busy machine slows any one of them.
+    assert min(float(seconds) for seconds, _ in runs) < 0.15
+
+
+def test_exit_codes_are_those_that_the_commands_promise() -> None:
+    codes = {name: getattr(edgetune_runtime, name).exit_code for name in NAMES if name.endswith("Error")}
+    assert codes == {
+        "EdgetuneError": 1,
+        "UsageError": 2,
+        "NotFoundError": 3,
+        "VerificationError": 4,
+        "IncompatibleError": 5,
+        "OutOfSpaceError": 6,
+        "CancelledError": 130,
+    }
