@@ -83,14 +83,13 @@ def read_document(path: Path) -> Document:
         root = YAML().load(StringIO(text))
     except YAMLError as error:
         raise UsageError(f"{path}:{_yaml_problem(error)}") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is nested too deep", "see `edgetune init`") from error
     if not isinstance(root, dict):
         what = "is empty" if root is None else "is not a mapping of keys to values"
         raise UsageError(f"{path}:1: the recipe {what}", "see `edgetune init`")
     lines: dict[Loc, int] = {}
-    try:
-        values = _plain(root, (), lines)
-    except RecursionError as error:
-        raise UsageError(f"{path} holds an alias of itself", "write the values out") from error
+    values = _plain(root, (), lines)
     return Document(path, values, lines)
 
 

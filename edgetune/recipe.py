@@ -107,7 +107,9 @@ class Columns(Part):
 class DataSpec(Part):
     """The rows of one task: JSONL, CSV or TSV files, beside the recipe, or a hub id.
 
-    A hub id is `owner/name`, `owner/name:config` or `owner/name:config@split`; the split is `train` unless given.
+    A row holds `messages`, which end with the assistant's; or `prompt` and `completion`; or `text` and `label`; or
+    `text` alone, which is learned whole. A completion that is an object or a list is learned as JSON. A hub id is
+    `owner/name`, `owner/name:config` or `owner/name:config@split`; the split is `train` unless given.
     """
 
     train: Text
