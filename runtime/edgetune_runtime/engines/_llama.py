@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.chat import render
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 
 _SPM_VOCABULARY = 1
 _ERROR_LEVEL = 4
@@ -78,21 +79,24 @@ class Vocabulary:
         self._vocab = llama.llama_model_get_vocab(model)
         self.vocab_size: int = llama.llama_vocab_n_tokens(self._vocab)
         self._bos: int = llama.llama_vocab_bos(self._vocab)
-        eos: int = llama.llama_vocab_eos(self._vocab)
-        eot: int = llama.llama_vocab_eot(self._vocab)
-        self._end = eot if eot >= 0 else eos
+        self._eos: int = llama.llama_vocab_eos(self._vocab)
         self.bos = self._text(self._bos)
-        self.eos = self._text(eos)
+        self.eos = self._text(self._eos)
         template = llama.llama_model_chat_template(model, None)
         self.chat_template: str | None = template.decode("utf-8", "replace") if template else None
         self._adds_bos = self._bos >= 0 and bool(llama.llama_vocab_get_add_bos(self._vocab))
         spm = llama.llama_vocab_type(self._vocab) == _SPM_VOCABULARY
         self._adds_space = spm and self.piece(self._raw("a")[0]).startswith(b" ")
 
-    @property
+    @cached_property
     def end_token(self) -> int:
         """The token that ends a turn, or else the one that ends a text."""
-        return self._end
+        # llama.cpp guesses its EOT from token texts and takes a text's end for a turn's; the template knows better.
+        for token in self._after_answer():
+            if self.is_end(token):
+                return token
+        eot: int = library().llama_vocab_eot(self._vocab)
+        return self._eos if eot < 0 or (self._eos >= 0 and self.is_end(self._eos)) else eot
 
     def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
         """Token ids of `text`; see `Tokenizer.tokenize`."""
@@ -123,6 +127,18 @@ class Vocabulary:
     def close(self) -> None:
         """Refuse all calls from now on, as the model is about to be freed."""
         self.vocab_size = 0
+
+    def _after_answer(self) -> list[int]:
+        """The tokens that the chat template puts behind an assistant's answer; none if it has no such place."""
+        if self.chat_template is None:
+            return []
+        answer = "edgetune"
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        try:
+            text = render(self.chat_template, messages, add_generation_prompt=False, bos=self.bos, eos=self.eos)
+        except EdgetuneError:
+            return []
+        return self._raw(text.rpartition(answer)[2])
 
     def _raw(self, text: str) -> list[int]:
         self._check(0)

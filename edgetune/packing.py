@@ -1,0 +1,154 @@
+"""Examples in, one padding-free sequence out, and the attention that keeps its rows apart.
+
+The rows of a step lie one behind the other in one sequence, so that no product is spent on padding. Tokens that all rows
+begin with (chat header, system prompt) are computed once and attended to by every row, which changes no row's result.
+Attention alone runs on rows, padded to the longest; grouping rows by length keeps that small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from .data import Example
+
+ATTENTION = "edgetune_packed"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that attend together: indices into the packed sequence, padded to rectangles.
+
+    `queries` [rows, q] and `keys` [rows, k] are packed indices, `mask` [rows, 1, q, k] is True where a query sees a key,
+    `distance` [rows, q, k] is by how many positions the key lies before the query.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor
+    distance: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One forward pass: `tokens` and `positions` [1, n]; for each learned token, the index of the token before it
+    (`predictors`) and the token itself (`targets`). `place` [n] finds a packed token among the groups' queries.
+    `row_tokens` counts the tokens of the rows, as if each stood alone.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    place: torch.Tensor
+    groups: tuple[Group, ...]
+    row_tokens: int
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on `device`."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        groups = tuple(
+            Group(g.queries.to(device), g.keys.to(device), g.mask.to(device), g.distance.to(device))
+            for g in self.groups
+        )
+        return replace(self, **moved, groups=groups)
+
+
+def pack(examples: Sequence[Example]) -> Packed:
+    """Put the examples into one sequence, what they all begin with first and once."""
+    shared = _shared_length(examples)
+    tokens = list(examples[0].tokens[:shared])
+    positions = list(range(shared))
+    own: list[range] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    for example in examples:
+        start = len(tokens)
+        own.append(range(start, start + len(example.tokens) - shared))
+        tokens += example.tokens[shared:]
+        positions += range(shared, len(example.tokens))
+        where = [*range(shared), *own[-1]]
+        learned = [i for i in range(1, len(example.tokens)) if example.learned[i]]
+        predictors += [where[i - 1] for i in learned]
+        targets += [example.tokens[i] for i in learned]
+    groups = [_group([range(shared)], range(0))] if shared else []
+    groups.append(_group(own, range(shared)))
+    return Packed(
+        torch.tensor([tokens]),
+        torch.tensor([positions]),
+        torch.tensor(predictors, dtype=torch.long),
+        torch.tensor(targets, dtype=torch.long),
+        _place(groups, own, shared),
+        tuple(groups),
+        sum(len(example.tokens) for example in examples),
+    )
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _attention_mask: torch.Tensor | None,
+    *,
+    packed: Packed,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed sequence, with the signature that transformers asks of an attention function.
+
+    `query` is [1, heads, n, dim], `key` and `value` [1, kv_heads, n, dim]; returns [1, n, heads, dim].
+    """
+    repeats = query.shape[1] // key.shape[1]
+    outputs = []
+    for group in packed.groups:
+        mask = group.mask
+        if sliding_window is not None:
+            mask = mask & (group.distance < sliding_window).unsqueeze(1)
+        q = query[0][:, group.queries].transpose(0, 1)
+        k = key[0][:, group.keys].transpose(0, 1).repeat_interleave(repeats, 1)
+        v = value[0][:, group.keys].transpose(0, 1).repeat_interleave(repeats, 1)
+        out = scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[packed.place].unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+def _shared_length(examples: Sequence[Example]) -> int:
+    """Tokens that all rows begin with; each row keeps at least one of its own. One row alone shares nothing."""
+    if len(examples) < 2:
+        return 0
+    return min(len(commonprefix([e.tokens for e in examples])), min(len(e.tokens) for e in examples) - 1)
+
+
+def _group(rows: Sequence[range], before: range) -> Group:
+    """Rows of packed indices, each of which sees `before` wholly and itself causally."""
+    longest = max(len(row) for row in rows)
+    lengths = torch.tensor([len(row) for row in rows])
+    starts = torch.tensor([row.start for row in rows])
+    step = torch.arange(longest)
+    queries = starts[:, None] + torch.minimum(step, lengths[:, None] - 1)
+    keys = torch.cat([torch.tensor(before, dtype=torch.long).expand(len(rows), -1), queries], 1)
+    distance = (step[:, None] + len(before)) - torch.arange(len(before) + longest)
+    # A padded query keeps sight of its keys: a row of the mask without any would give NaN.
+    mask = (distance >= 0).expand(len(rows), 1, -1, -1)
+    return Group(queries, keys, mask, distance.expand(len(rows), -1, -1))
+
+
+def _place(groups: Sequence[Group], own: Sequence[range], shared: int) -> torch.Tensor:
+    width = groups[-1].queries.shape[1]
+    places = [torch.arange(shared)]
+    places += [shared + row * width + torch.arange(len(indices)) for row, indices in enumerate(own)]
+    return torch.cat(places)
