@@ -168,7 +168,9 @@ def write_raw(
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
-    if isinstance(alpha, float):
+    if isinstance(alpha, np.float64):
+        writer.add_float64("adapter.lora.alpha", float(alpha))
+    elif isinstance(alpha, float):
         writer.add_float32("adapter.lora.alpha", alpha)
     elif isinstance(alpha, int):
         writer.add_uint32("adapter.lora.alpha", alpha)
@@ -221,7 +223,7 @@ def test_an_adapter_in_a_type_that_llama_cpp_cannot_apply_is_refused(base: Path,
         check_adapter(read_header(path), read_header(base), "command")
 
 
-@pytest.mark.parametrize("alpha", [None, 4, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [None, 4, np.float64(4), float("nan"), float("inf")])
 def test_an_alpha_that_would_abort_llama_cpp_is_refused(alpha: object, base: Path, tmp_path: Path) -> None:
     tensors = {f"{Q}.lora_a": matrix(4, 64), f"{Q}.lora_b": matrix(64, 4)}
     header = read_header(write_raw(tmp_path / "a.gguf", tensors, alpha))
