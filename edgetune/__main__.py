@@ -1,0 +1,7 @@
+"""Command line in, exit code out: `python -m edgetune` is `edgetune`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

