@@ -77,8 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Exit as end:
         return end.exit_code
     except BrokenPipeError:
-        # The reader has seen enough; Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader has seen enough
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
@@ -86,7 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _drop_output() -> None:
+    """Write what is still to come nowhere: Python flushes at exit, and would complain of what is known already."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(error: BaseException) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error, file=sys.stderr)
         return UsageError.exit_code
@@ -129,7 +137,7 @@ def _is_full_disk(error: BaseException) -> bool:
 
 def _wrong_command_line(error: Any) -> EdgetuneError:  # noqa: ANN401 - see _CommandLineError
     where = error.ctx.command_path if error.ctx is not None else PROGRAM
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".").replace(". Did you mean", "; did you mean")
     return UsageError(f"{message[:1].lower()}{message[1:]}", f"see {where} --help")
 
 
@@ -185,6 +193,50 @@ def build(
     loaded = _load(recipe, overrides | _parse_settings(settings), training)
     target = out or Path("build") / loaded.name
     result = pipeline.build(loaded, target, progress=Progress(quiet=quiet), converter=converter)
+    _print_build(result.to_json(), as_json=as_json)
+
+
+@app.command()
+def export(
+    *,
+    base: Annotated[str, typer.Option(metavar="BASE", help="The base that the adapters were trained on.")],
+    adapters: Annotated[
+        list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="A folder that PEFT saved; repeatable.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="OUT", help="The bundle.")],
+    quantize: Quantize = None,
+    systems: Annotated[
+        list[str] | None,
+        typer.Option("--system", metavar="NAME=TEXT", help="System prompt of an adapter; repeatable."),
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Ship whole models with the adapters merged in.")] = False,
+    converter: Converter = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Bundle adapters trained elsewhere.
+
+    Takes LoRA folders that PEFT saved (through Unsloth, Axolotl, TRL …), exports them with their base and checks that
+    the bundle says what was trained. The name of an adapter is that of its folder unless given.
+    """
+    folders = _parse_adapters(adapters)
+    prompts = _pairs(systems or (), "--system", "NAME=TEXT")
+    unknown = next((name for name in prompts if name not in folders), None)
+    if unknown is not None:
+        raise UsageError(f"--system: no adapter {unknown!r}", f"choose one of: {', '.join(folders)}")
+    from . import pipeline  # noqa: PLC0415 - torch
+    from .progress import Progress  # noqa: PLC0415
+
+    result = pipeline.export_trained(
+        base,
+        folders,
+        out,
+        quantize=quantize,
+        systems=prompts,
+        merged=merged,
+        progress=Progress(quiet=quiet),
+        converter=converter,
+    )
     _print_build(result.to_json(), as_json=as_json)
 
 
@@ -289,6 +341,23 @@ def _pairs(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
             raise UsageError(f"{flag} gives {key!r} twice", "keep one")
         pairs[key] = value
     return pairs
+
+
+def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
+    from .recipe import NAME_PATTERN  # noqa: PLC0415 - help needs no pydantic
+
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, given, folder = text.partition("=")
+        if not given or Path(text).is_dir():
+            name, folder = Path(text).resolve().name, text
+        if not NAME_PATTERN.fullmatch(name):
+            message = f"--adapter {text!r}: the name {name!r} must be of a-z, 0-9, _ and -"
+            raise UsageError(message, "write --adapter NAME=DIR")
+        if name in folders:
+            raise UsageError(f"--adapter {text!r}: the name {name!r} is there twice", "write --adapter NAME=DIR")
+        folders[name] = Path(folder)
+    return folders
 
 
 def _print_json(values: Mapping[str, Any]) -> None:

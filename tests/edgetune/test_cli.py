@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import MANIFEST_NAME
+from runtime.bundles import Adapter, low_rank, write_bundle
+
+from edgetune.cli import main
+from edgetune.recipe import TEMPLATE, json_schema
+
+EDGETUNE = [sys.executable, "-m", "edgetune"]
+ROWS = [{"prompt": f"turn on the light {number}", "completion": "on"} for number in range(9)]
+LABELED = [{"text": row["prompt"], "label": ("red", "warm")[number % 2]} for number, row in enumerate(ROWS)]
+RECIPE = """\
+name: home
+base: {base}
+context_length: 96
+training: {{max_steps: 4, evals: 2, batch_size: 4}}
+adapters:
+  reply:
+    data: {{train: reply.jsonl, held_out: 0.25}}
+    method: {{name: lora, r: 4, lora_alpha: 8}}
+  tone:
+    data: {{train: tone.jsonl}}
+    labels: [red, warm]
+    metric: label
+    method: {{name: lora, r: 2}}
+    training: {{epochs: 2}}
+"""
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run(*arguments)`: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> Path:
+    """A recipe of two tasks on a tiny base, with its data beside it."""
+    write_rows(tmp_path / "reply.jsonl", ROWS)
+    write_rows(tmp_path / "tone.jsonl", LABELED)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(base=tiny_gguf("llama")), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with one adapter, `tone`, that chooses among two labels."""
+    base = tiny_gguf("llama")
+    made = write_bundle(
+        tmp_path_factory.mktemp("cli") / "home", base, {"tone": Adapter(low_rank(base, seed=1), labels=("red", "warm"))}
+    )
+    text = (made / MANIFEST_NAME).read_text(encoding="utf-8")
+    (made / MANIFEST_NAME).write_text(text.replace('"metric": "exact"', '"metric": "label"'), encoding="utf-8")
+    return made
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def assert_is_one_error(result: tuple[int, str, str], code: int, message: str) -> None:
+    assert (result[0], result[1], result[2].count("\n")) == (code, "", 1), result
+    assert result[2].startswith("edgetune: ")
+    assert message in result[2]
+
+
+def test_help_and_version_are_on_standard_output(run: Run) -> None:
+    assert run("--version") == (0, "edgetune 0.1.0\n", "")
+    for command in ("build", "export", "validate", "init", "schema", "evaluate", "devices"):
+        assert command in run("--help")[1]
+        code, out, err = run(command, "--help")
+        assert (code, out.startswith(f"Usage: edgetune {command} "), err) == (0, True, "")
+
+
+def test_no_command_shows_the_help_as_a_mistake(run: Run) -> None:
+    for arguments in ((), ("devices",)):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("Usage: edgetune ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("biuld",), "no such command 'biuld'; did you mean 'build'?"),
+        (("build",), "missing argument 'RECIPE'; see edgetune build --help"),
+        (("build", "recipe.yaml", "--outt", "x"), "no such option: --outt"),
+        (("evaluate", "home", "--data", "rows.jsonl", "--limit", "few"), "'--limit'"),
+        (("validate", "recipe.yaml", "--set", "name"), "--set 'name' is not of the form KEY=VALUE"),
+        (("validate", "recipe.yaml", "--set", "name=a", "--set", "name=b"), "--set gives 'name' twice"),
+        (("export", "--base", "b", "--adapter", "a", "--out", "o", "--system", "b=x"), "no adapter 'b'"),
+        (("export", "--base", "b", "--adapter", "a=x", "--adapter", "a=y", "--out", "o"), "'a' is there twice"),
+        (("export", "--base", "b", "--adapter", "A b=x", "--out", "o"), "the name 'A b' must be of a-z"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    assert_is_one_error(run(*arguments), 2, message)
+
+
+def test_help_and_validate_need_no_torch(recipe: Path) -> None:
+    slow = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib")
+    for arguments in (["--help"], ["validate", str(recipe)]):
+        probe = f"import sys; from edgetune.cli import main; code = main({arguments}); "
+        probe += f"sys.exit(code or [name for name in {slow} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.strip()) == (1, "[]"), done
+
+
+def test_init_writes_a_recipe_and_never_over_another(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "new/recipe.yaml"
+    assert run("init", path) == (0, f"{path}\n", "")
+    assert path.read_text(encoding="utf-8") == TEMPLATE
+    path.write_text("mine", encoding="utf-8")
+    for target in (path, path.parent):
+        assert_is_one_error(run("init", target), 2, "recipe.yaml exists already; name another file")
+    assert path.read_text(encoding="utf-8") == "mine"
+
+
+def test_schema_prints_the_recipes_schema(run: Run) -> None:
+    code, out, _ = run("schema")
+    assert (code, json.loads(out)) == (0, json_schema())
+
+
+def test_validate_tells_base_board_and_rows(run: Run, recipe: Path) -> None:
+    code, out, err = run("validate", recipe, "--set", "device=pi-4", "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (found["name"], found["architecture"]) == ("home", "llama")
+    assert "fits on pi-4" in found["board"]
+    assert found["adapters"] == {
+        "reply": {"metric": "exact", "train": 7, "validation": 2},
+        "tone": {"metric": "label", "train": 8, "validation": 1, "labels": 2},
+    }
+    lines = run("validate", recipe)[1].splitlines()
+    assert lines[-1] == "adapter       tone: metric label, train 8, validation 1, labels 2"
+
+
+def test_validate_tells_the_problems_of_all_adapters_at_once(run: Run, recipe: Path) -> None:
+    (recipe.parent / "reply.jsonl").unlink()
+    write_rows(recipe.parent / "tone.jsonl", [*LABELED, {"text": "stop", "label": "wram"}])
+    code, out, err = run("validate", recipe)
+    lines = err.splitlines()
+    assert (code, out, len(lines)) == (3, "", 2)
+    assert "no data file" in lines[0]
+    assert lines[1].endswith("tone.jsonl:10: 'wram' is not one of the labels; did you mean 'warm'?")
+
+
+def test_evaluate_prints_the_score_as_json(run: Run, bundle: Path, recipe: Path) -> None:
+    data = recipe.parent / "tone.jsonl"
+    with Runtime.open(bundle) as runtime:
+        right = [runtime.classify(row["text"], adapter="tone")[0] == row["label"] for row in LABELED]
+    code, out, err = run("evaluate", bundle, "--adapter", "tone", "--data", data, "--json", "--quiet")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert json.loads(out) == {"score": pytest.approx(sum(right) / 9), "metric": "label", "rows": 9, "too_long": 0}
+
+
+def test_evaluate_shows_some_wrong_rows(run: Run, bundle: Path, recipe: Path) -> None:
+    data = recipe.parent / "tone.jsonl"
+    write_rows(data, [{"text": "play", "label": label} for label in ("red", "warm")])
+    lines = run("evaluate", bundle, "--adapter", "tone", "--data", data)[1].splitlines()
+    assert lines[0] == "label 0.5 on 2 rows"
+    assert [line.split()[0] for line in lines[3:]] == ["prompt", "expected", "answered"]
+    assert lines[2].startswith(f"{data}:")
+    assert {lines[4].split()[1], lines[5].split()[1]} == {"red", "warm"}
+    assert run("evaluate", bundle, "--adapter", "tone", "--data", data, "--show", "0")[1].splitlines() == lines[:1]
+
+
+def test_a_damaged_bundle_ends_with_its_exit_code(run: Run, bundle: Path, recipe: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(bundle, tmp_path / "damaged")
+    adapter = damaged / "adapters/tone/adapter.gguf"
+    content = bytearray(adapter.read_bytes())
+    content[-1] ^= 1
+    adapter.write_bytes(content)
+    data = recipe.parent / "tone.jsonl"
+    assert_is_one_error(
+        run("evaluate", damaged, "--adapter", "tone", "--data", data), 4, "adapter.gguf does not match its digest"
+    )
+    assert_is_one_error(run("evaluate", bundle, "--adapter", "tome", "--data", data), 3, "no adapter 'tome'")
+    assert_is_one_error(run("evaluate", tmp_path, "--data", data), 3, "is not a bundle")
+
+
+def test_debug_may_stand_anywhere_and_shows_the_traceback(run: Run, tmp_path: Path) -> None:
+    for arguments in (("--debug", "validate", tmp_path / "none"), ("validate", tmp_path / "none", "--debug")):
+        code, _, err = run(*arguments)
+        assert code == 3
+        assert err.startswith("Traceback")
+        assert err.splitlines()[-1].startswith("edgetune: no recipe ")
+
+
+def test_a_full_disk_is_told_in_one_line() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([*EDGETUNE, "schema"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        6, "edgetune: no space left to write to the disk; free some space and run it again\n",
+    )  # fmt: skip
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    process = subprocess.Popen([*EDGETUNE, "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(30), told) == (0, b"")
+
+
+def test_a_path_that_cannot_be_written_is_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_is_one_error(run("init", tmp_path / "file/recipe.yaml"), 2, "check the path and its permissions")
+
+
+def test_an_unexpected_error_names_its_type_and_the_way_to_see_more(
+    run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runtime, "open", None)
+    message = "unexpected TypeError: 'NoneType' object is not callable; run again with --debug and report it"
+    assert_is_one_error(run("evaluate", bundle, "--data", "rows.jsonl"), 1, message)
