@@ -83,7 +83,7 @@ class Runtime:
             "engine": engine,
             "make": _engine(engine),
             "context_length": context_length or manifest.context_length,
-            "threads": threads or manifest.threads,
+            "threads": manifest.threads if threads is None else threads,
             "verify": verify,
             "cache_mb": cache_mb,
         }

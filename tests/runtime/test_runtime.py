@@ -428,7 +428,7 @@ def test_an_unknown_engine_is_told_with_those_there_are(bundle: Path) -> None:
         Runtime.open(bundle, engine="onxx")
 
 
-@pytest.mark.parametrize("options", [{"context_length": 0}, {"context_length": 513}, {"threads": -1}])
+@pytest.mark.parametrize("options", [{"context_length": 0}, {"context_length": 513}, {"threads": -1}, {"threads": 0}])
 def test_options_that_cannot_be_are_refused(bundle: Path, options: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         Runtime.open(bundle, **options)
