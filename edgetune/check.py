@@ -7,9 +7,8 @@ from typing import Any
 from edgetune_runtime.errors import EdgetuneError
 
 from . import bases, plan
-from .data import read_rows, split
-from .metrics import metric_for
-from .recipe import AdapterSpec, Recipe
+from .recipe import Recipe
+from .tasks import Task, read_task
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
@@ -26,9 +25,9 @@ def check(recipe: Recipe) -> dict[str, Any]:
     except EdgetuneError as error:
         problems.append(error)
     found["adapters"] = {}
-    for name, spec in recipe.adapters.items():
+    for name in recipe.adapters:
         try:
-            found["adapters"][name] = _check_adapter(spec, spec.training_for(recipe).seed)
+            found["adapters"][name] = _counts(read_task(name, recipe))
         except EdgetuneError as error:
             problems.append(error)
     if len(problems) == 1:
@@ -46,15 +45,6 @@ def _check_base(recipe: Recipe) -> dict[str, Any]:
     return {"architecture": header.architecture, "board": None if chosen is None else chosen.reason}
 
 
-def _check_adapter(spec: AdapterSpec, seed: int) -> dict[str, Any]:
-    train = read_rows(spec.data.train, spec.data.columns, labels=spec.labels)
-    metric = metric_for(spec.metric, train, spec.labels)
-    labels = spec.labels
-    if metric == "label" and labels is None:
-        labels = tuple(sorted({row.completion for row in train if row.completion is not None}))
-    if spec.data.validation is None:
-        train, validation = split(train, spec.data.held_out, seed)
-    else:
-        validation = read_rows(spec.data.validation, spec.data.columns, labels=labels)
-    counts = {"train": len(train), "validation": len(validation)}
-    return {"metric": metric, **counts, **({"labels": len(labels)} if labels else {})}
+def _counts(task: Task) -> dict[str, Any]:
+    counts = {"metric": task.metric, "train": len(task.train), "validation": len(task.validation)}
+    return {**counts, "labels": len(task.labels)} if task.labels else counts

@@ -1,15 +1,15 @@
 """Examples in, one padding-free sequence out, and the attention that keeps its rows apart.
 
-The rows of a step lie one behind the other in one sequence, so that no product is spent on padding. Tokens that all rows
-begin with (chat header, system prompt) are computed once and attended to by every row, which changes no row's result.
-Attention alone runs on rows, padded to the longest; grouping rows by length keeps that small.
+The rows of a step lie one behind the other in one sequence, so that no product is spent on padding. Tokens that all
+rows begin with (chat header, system prompt) are computed once and attended to by every row, which changes no row's
+result. Attention alone runs on rows, padded to the longest; grouping rows by length keeps that small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ ATTENTION = "edgetune_packed"
 class Group:
     """Rows that attend together: indices into the packed sequence, padded to rectangles.
 
-    `queries` [rows, q] and `keys` [rows, k] are packed indices, `mask` [rows, 1, q, k] is True where a query sees a key,
-    `distance` [rows, q, k] is by how many positions the key lies before the query.
+    `queries` [rows, q] and `keys` [rows, k] are packed indices; `mask` [rows, 1, q, k] is True where a query sees a
+    key; `distance` [rows, q, k] is by how many positions the key lies before the query.
     """
 
     queries: torch.Tensor
@@ -130,7 +130,9 @@ def _shared_length(examples: Sequence[Example]) -> int:
     """Tokens that all rows begin with; each row keeps at least one of its own. One row alone shares nothing."""
     if len(examples) < 2:
         return 0
-    return min(len(commonprefix([e.tokens for e in examples])), min(len(e.tokens) for e in examples) - 1)
+    columns = zip(*(example.tokens for example in examples), strict=False)
+    alike = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return min(alike, min(len(example.tokens) for example in examples) - 1)
 
 
 def _group(rows: Sequence[range], before: range) -> Group:

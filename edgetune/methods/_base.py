@@ -25,14 +25,19 @@ class Method(Protocol):
     options: type[Options]
     shapes: Sequence[str]
 
-    def attach(self, base: PreTrainedModel, options: Any) -> PeftModel:
+    def attach(self, base: PreTrainedModel, options: Any) -> PeftModel:  # noqa: ANN401 - its own class
         """Add the method's trainable parts to `base`, in place; all other parameters are frozen.
 
         Raises UsageError when the options do not fit the base, such as target modules that it lacks.
         """
         ...
 
-    def parameter_groups(self, model: PeftModel, options: Any, learning_rate: float) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self,
+        model: PeftModel,
+        options: Any,  # noqa: ANN401 - its own class
+        learning_rate: float,
+    ) -> list[dict[str, Any]]:
         """The optimizer's groups of trainable parameters with their learning rates."""
         ...
 

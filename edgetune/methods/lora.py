@@ -97,7 +97,8 @@ def _check_names(base: PreTrainedModel, options: LoraOptions) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             near = difflib.get_close_matches(target, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UsageError(f"the base has no module {target!r}", f"{hint}target_modules: all-linear, or any of {known}")
+            remedy = f"{hint}target_modules: all-linear, or any of {', '.join(known)}"
+            raise UsageError(f"the base has no module {target!r}", remedy)
 
 
 METHOD = Lora()

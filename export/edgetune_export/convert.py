@@ -35,7 +35,8 @@ def check_folder(folder: Path) -> str:
     """
     config_path = folder / "config.json"
     if not config_path.is_file():
-        raise NotFoundError(f"{folder} has no config.json", "give a Hugging Face model folder, a .gguf file or a hub id")
+        remedy = "give a Hugging Face model folder, a .gguf file or a hub id"
+        raise NotFoundError(f"{folder} has no config.json", remedy)
     try:
         model_type = json.loads(config_path.read_text(encoding="utf-8"))["model_type"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -44,7 +45,8 @@ def check_folder(folder: Path) -> str:
         known = ", ".join(MODEL_TYPES)
         raise IncompatibleError(f"architecture {model_type!r} of {folder} is not supported", f"choose one of: {known}")
     if not any(folder.glob("*.safetensors")):
-        raise NotFoundError(f"{folder} has no .safetensors file", "save the model with save_pretrained, not as a pickle")
+        remedy = "save the model with save_pretrained, not as a pickle"
+        raise NotFoundError(f"{folder} has no .safetensors file", remedy)
     return MODEL_TYPES[model_type]
 
 

@@ -40,8 +40,11 @@ class Tokenizer(Protocol):
 class Engine(Protocol):
     """One base with its adapters and one sequence of tokens. Not thread-safe: the caller holds a lock."""
 
-    tokenizer: Tokenizer
     context_length: int
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's own tokenizer."""
 
     def load_adapter(self, name: str, path: Path) -> None:
         """Check the adapter file, load it beside the base and keep it; a name already loaded is left as it is."""

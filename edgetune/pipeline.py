@@ -1,0 +1,251 @@
+"""Recipe in, bundle out: the whole flow of `edgetune build`; adapters trained elsewhere in, bundle out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune_export.pack import check_destination
+from edgetune_runtime.chat import messages_for, render
+from edgetune_runtime.engines.gguf import GgufTokenizer
+
+from . import bases, methods, plan
+from .bases import Base
+from .data import Example, TooLong
+from .plot import plot_training
+from .progress import Progress
+from .recipe import Recipe
+from .ship import PARITY_ROWS, Shipped, Trained, ship
+from .tasks import Task, read_task
+from .train import DTYPES, Job, TrainResult, finished, precision_of, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What adapters trained elsewhere are compared on, as there are no rows of their tasks.
+PROBES = (
+    "Turn off the lamp in the hall, please.",
+    "What is the weather like in Lisbon tomorrow morning?",
+    'Sort this message: "I have been waiting for my parcel since last week."',
+    "Write one sentence about the sea, and one about a train that is late.",
+)
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """The bundle and the figures of each adapter, as JSON values."""
+
+    bundle: Path
+    adapters: Mapping[str, Mapping[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {"bundle": str(self.bundle), "adapters": self.adapters}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A task, its training, and the rows that were left out."""
+
+    task: Task
+    job: Job
+    too_long: TooLong
+
+
+def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None) -> BuildResult:
+    """Train what is not trained yet, export, check parity and pack `out`; what is on the way lies in `<out>.work`.
+
+    A build that was stopped goes on where it was. Raises EdgetuneError; `out` is then as it was before.
+    """
+    check_destination(out)
+    work = out.with_name(f"{out.name}.work")
+    tasks = [read_task(name, recipe) for name in recipe.adapters]
+    base, recipe = _base_of(recipe, work, progress, converter)
+    todo = _plan(tasks, base, recipe.context_length, progress)
+    results = _train_all([item.job for item in todo], base, work / "train", progress)
+    adapters = [_trained(item, results[item.job.name], work / "train") for item in todo]
+    shipped = ship(
+        base,
+        adapters,
+        work / "stage",
+        out,
+        name=recipe.name,
+        context_length=recipe.context_length,
+        threads=recipe.threads,
+        recipe=recipe.resolved(),
+        progress=progress,
+    )
+    figures = {
+        item.job.name: {
+            **_without_history(results[item.job.name]),
+            **_figures(shipped[item.job.name]),
+            "rows_too_long": item.too_long.count,
+            "plot": str(work / "train" / item.job.name / "training.png"),
+        }
+        for item in todo
+    }
+    return BuildResult(out, figures)
+
+
+def export_trained(
+    base: str,
+    folders: Mapping[str, Path],
+    out: Path,
+    *,
+    quantize: str | None = None,
+    systems: Mapping[str, str] | None = None,
+    merged: bool = False,
+    progress: Progress,
+    converter: Path | None = None,
+) -> BuildResult:
+    """Bundle PEFT folders trained elsewhere with their base; parity is checked on a few built-in prompts."""
+    check_destination(out)
+    started = time.monotonic()
+    defaults = Recipe.model_fields
+    work = out.with_name(f"{out.name}.work")
+    found = bases.resolve(
+        base,
+        folder=Path(),
+        quantize=quantize or defaults["quantize"].default,
+        work=work / "base",
+        progress=progress,
+        converter=converter,
+    )
+    prompts = systems or {}
+    adapters = [_elsewhere(name, folder, prompts.get(name), found, merged=merged) for name, folder in folders.items()]
+    shipped = ship(
+        found,
+        adapters,
+        work / "stage",
+        out,
+        name=out.name,
+        context_length=defaults["context_length"].default,
+        threads=None,
+        recipe={},
+        progress=progress,
+    )
+    seconds = round(time.monotonic() - started, 1)
+    return BuildResult(out, {name: {**_figures(item), "seconds": seconds} for name, item in shipped.items()})
+
+
+def _base_of(recipe: Recipe, work: Path, progress: Progress, converter: Path | None) -> tuple[Base, Recipe]:
+    """The base, and the recipe with what its board picks filled in; refused here if the board cannot hold it."""
+
+    def resolve(quantize: str) -> Base:
+        return bases.resolve(
+            recipe.base,
+            folder=recipe.folder,
+            quantize=quantize,
+            work=work / "base",
+            progress=progress,
+            converter=converter,
+        )
+
+    base = resolve(recipe.quantize)
+    choice = plan.choose_for(recipe, base.header, requantize=bases.requantizes(recipe))
+    if choice is None:
+        return base, recipe
+    progress.say(f"{recipe.device}: {choice.reason}")
+    picked = {"quantize": choice.quantize, "threads": choice.threads, "context_length": choice.context_length}
+    chosen = recipe.model_copy(update={key: value for key, value in picked.items() if value is not None})
+    return (base if chosen.quantize == recipe.quantize else resolve(chosen.quantize)), chosen
+
+
+def _plan(tasks: Sequence[Task], base: Base, context_length: int, progress: Progress) -> list[_Work]:
+    """What there is to train, in tokens; rows that are too long are told."""
+    todo = []
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        for task in tasks:
+            training, validation, too_long = task.tokenize(tokenizer, context_length)
+            if too_long.count:
+                where = ", ".join(too_long.examples)
+                progress.say(f"{task.name}: {too_long.count} rows are longer than {context_length} tokens: {where} …")
+            method = task.spec.method
+            key = _key(task, base, (*training, *validation))
+            job = Job(task.name, methods.load(method.name), method.options, task.training, training, validation, key)
+            todo.append(_Work(task, job, too_long))
+    return todo
+
+
+def _key(task: Task, base: Base, examples: Sequence[Example]) -> str:
+    options = task.spec.method.model_dump(mode="json")
+    state = [base.fingerprint, options, task.training.model_dump(mode="json")]
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    for example in examples:
+        digest.update(repr((example.tokens, example.learned)).encode())
+    return digest.hexdigest()
+
+
+def _train_all(jobs: Sequence[Job], base: Base, work: Path, progress: Progress) -> dict[str, TrainResult]:
+    """The result of each training; the base is loaded only if one is left to do."""
+    results: dict[str, TrainResult] = {}
+    model: PreTrainedModel | None = None
+    loaded = ""
+    for job in jobs:
+        folder = work / job.name
+        result = finished(folder, job.key)
+        if result is None:
+            precision = precision_of(job.training)
+            if model is None or precision != loaded:
+                progress.say(f"loading the base {base.name}")
+                model, loaded = bases.load_torch(base, DTYPES[precision]), precision
+            result = train(model, job, folder, progress)
+            plot_training(result, job.name, folder / "training.png")
+        progress.say(_summary(job.name, result))
+        results[job.name] = result
+    return results
+
+
+def _summary(name: str, result: TrainResult) -> str:
+    turned = "" if result.overfit_step is None else f", overfitting from step {result.overfit_step} on"
+    share = result.trainable_parameters / result.total_parameters
+    return (
+        f"{name}: validation loss {result.val_loss:.3f} at step {result.best_step} of {result.steps}{turned}; "
+        f"{result.trainable_parameters:,} trainable parameters ({share:.1%}), {result.tokens_per_s:.0f} tokens/s, "
+        f"peak memory {result.peak_memory_mb:.0f} MB"
+    )
+
+
+def _trained(item: _Work, result: TrainResult, work: Path) -> Trained:
+    spec = item.task.spec
+    probes = item.job.validation[:PARITY_ROWS]
+    return Trained(
+        name=item.job.name,
+        folder=work / item.job.name / "adapter",
+        method=spec.method.name,
+        probes=[example.tokens for example in probes],
+        prompt_lengths=[example.prompt_length for example in probes],
+        scale=spec.scale,
+        system=spec.system,
+        metric=item.task.metric,
+        labels=item.task.labels,
+        merged=spec.merged,
+        dtype=spec.dtype,
+        training=_without_history(result),
+    )
+
+
+def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merged: bool) -> Trained:
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        rows = []
+        for probe in PROBES:
+            messages = messages_for(probe, system)
+            ends = {"bos": tokenizer.bos, "eos": tokenizer.eos}
+            text = render(tokenizer.chat_template, messages, add_generation_prompt=True, **ends)
+            rows.append(tokenizer.tokenize(text))
+    lengths = [len(row) for row in rows]
+    return Trained(name, folder, "lora", rows, lengths, system=system, merged=merged)
+
+
+def _without_history(result: TrainResult) -> dict[str, Any]:
+    return {key: value for key, value in asdict(result).items() if key != "history"}
+
+
+def _figures(shipped: Shipped) -> dict[str, Any]:
+    return {"parity": asdict(shipped.parity), "bytes": shipped.bytes}

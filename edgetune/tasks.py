@@ -1,0 +1,52 @@
+"""A recipe's adapter in, its Task out: rows for training and validation, labels and metric. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgetune_runtime.engines._base import Tokenizer
+
+from .data import Example, Row, TooLong, read_rows, split, tokenize_rows
+from .metrics import metric_for
+from .recipe import AdapterSpec, Metric, Recipe, Training
+
+
+@dataclass(frozen=True)
+class Task:
+    """One adapter's task, its data read and checked."""
+
+    name: str
+    spec: AdapterSpec
+    training: Training
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    labels: tuple[str, ...]
+    metric: Metric
+
+    def tokenize(self, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Example], list[Example], TooLong]:
+        """Training and validation examples, and the rows of both that are too long."""
+
+        def of(rows: Sequence[Row]) -> tuple[list[Example], TooLong]:
+            loss_on = self.spec.data.loss_on
+            return tokenize_rows(rows, tokenizer, system=self.spec.system, loss_on=loss_on, max_tokens=max_tokens)
+
+        (train, long_train), (validation, long_validation) = of(self.train), of(self.validation)
+        where = (*long_train.examples, *long_validation.examples)[:3]
+        return train, validation, TooLong(long_train.count + long_validation.count, where)
+
+
+def read_task(name: str, recipe: Recipe) -> Task:
+    """Read the data of the recipe's adapter `name`; raises what `read_rows` and `split` raise."""
+    spec = recipe.adapters[name]
+    training = spec.training_for(recipe)
+    train = read_rows(spec.data.train, spec.data.columns, labels=spec.labels)
+    metric = metric_for(spec.metric, train, spec.labels)
+    labels = spec.labels or ()
+    if metric == "label" and not labels:
+        labels = tuple(sorted({row.completion for row in train if row.completion is not None}))
+    if spec.data.validation is None:
+        train, validation = split(train, spec.data.held_out, training.seed)
+    else:
+        validation = read_rows(spec.data.validation, spec.data.columns, labels=labels or None)
+    return Task(name, spec, training, train, validation, labels, metric)

@@ -1,0 +1,359 @@
+"""Tokenized examples and a base in, a folder with the best checkpoint out: `adapter/`, `result.json`, `log.jsonl`.
+
+One lean loop on accelerate: packed rows, logits only where there is loss, validation during training, early stopping,
+and a state on disk from which a killed run goes on. More processes or GPUs are the launcher's business.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator, PartialState
+from edgetune_export.atomic import replacing
+from edgetune_runtime.errors import CancelledError, EdgetuneError
+from torch.nn.functional import cross_entropy
+
+from .batches import Schedule, passes, plan
+from .data import Example
+from .methods import Method, Options
+from .methods._base import trainable
+from .packing import ATTENTION, Packed, pack
+from .progress import Progress, Step
+from .recipe import Training
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Validation uses at most this many rows, so that watching a large task does not cost more than training it.
+VALIDATION_ROWS = 256
+# A killed run loses at most about this much work.
+_SAVE_EVERY_S = 60.0
+# A validation loss this much above the best counts as overfitting, less as noise.
+_OVERFIT = 1.01
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: `key` stands for all that its result depends on."""
+
+    name: str
+    method: Method
+    options: Options
+    training: Training
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    key: str
+
+
+@dataclass
+class Point:
+    """One validation pass: after `step` steps; losses are means over the learned tokens, in nats."""
+
+    step: int
+    epoch: float
+    train_loss: float
+    val_loss: float
+    learning_rate: float
+
+
+@dataclass
+class TrainResult:
+    """What a training gave. `overfit_step` is where validation loss turned, None when it never rose again."""
+
+    train_loss: float
+    val_loss: float
+    best_step: int
+    steps: int
+    overfit_step: int | None
+    trainable_parameters: int
+    total_parameters: int
+    tokens: int
+    tokens_per_s: float
+    peak_memory_mb: float
+    seconds: float
+    precision: str
+    history: list[Point] = field(default_factory=list)
+
+
+@dataclass
+class _State:
+    """What a killed run needs to go on, besides the weights and the optimizer."""
+
+    step: int = 0
+    history: list[Point] = field(default_factory=list)
+    loss_sum: float = 0.0
+    loss_tokens: int = 0
+    row_tokens: int = 0
+    seconds: float = 0.0
+
+
+def finished(folder: Path, key: str) -> TrainResult | None:
+    """The result in `folder` if it was trained from the same `key`, else None."""
+    try:
+        raw = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if raw.pop("key") != key:
+            return None
+        return TrainResult(**{**raw, "history": [Point(**point) for point in raw["history"]]})
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def precision_of(training: Training) -> str:
+    """`bf16` or `fp32`: what the recipe asks for, or what the hardware multiplies fast."""
+    device = PartialState().device
+    if training.precision != "auto":
+        return training.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if fast else "fp32"
+    return "fp32"
+
+
+def train(base: PreTrainedModel, job: Job, folder: Path, progress: Progress) -> TrainResult:
+    """Do the job; `base` is left as it was. Goes on where a run of the same key in `folder` ended.
+
+    Writes the best checkpoint by validation loss to `folder/adapter` in PEFT's format. Raises CancelledError when the
+    user interrupts, after saving; EdgetuneError when the loss is not a number.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(base, job, folder)
+    try:
+        with progress.step(f"training {job.name}", run.schedule.steps) as step:
+            run.loop(step)
+        return run.finish()
+    except KeyboardInterrupt as error:
+        run.save()
+        message = f"training {job.name} stopped at step {run.state.step}"
+        raise CancelledError(message, "run it again to go on") from error
+    finally:
+        run.detach()
+
+
+class _Run:
+    """One training: model, optimizer and where it stands."""
+
+    def __init__(self, base: PreTrainedModel, job: Job, folder: Path) -> None:
+        training, method = job.training, job.method
+        self.training, self.folder, self.key = training, folder, job.key
+        self.train_rows = list(job.train)
+        self.validation = list(job.validation)[:VALIDATION_ROWS]
+        self.accelerator = Accelerator()
+        self.precision = precision_of(training)
+        self.schedule = Schedule(len(self.train_rows), training)
+        self.state = _State()
+        torch.manual_seed(training.seed)
+        self.attention = base.config._attn_implementation
+        base.set_attn_implementation(ATTENTION)
+        self.peft: PeftModel = method.attach(base, job.options)
+        named = trainable(self.peft)
+        groups = method.parameter_groups(self.peft, job.options, training.learning_rate)
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.counts = (sum(p.numel() for _, p in named), sum(p.numel() for p in base.parameters()))
+        self.model, self.optimizer = self.accelerator.prepare(self.peft, optimizer)
+        self.best: dict[str, torch.Tensor] = {}
+        self._started = self._saved = time.monotonic()
+        self._resume()
+
+    def loop(self, progress: Step) -> None:
+        """Take all steps that are left, with validation and saving in between."""
+        self.model.train()
+        started = time.monotonic()
+        before = self.state.seconds
+        progress.update("resumed" if self.state.step else "", self.state.step)
+        for rows in self._batches():
+            self._step(rows)
+            self.state.step += 1
+            self.state.seconds = before + time.monotonic() - started
+            note = f"loss {self.state.loss_sum / max(1, self.state.loss_tokens):.3f}, {self._speed():.0f} tokens/s"
+            if self.state.step in self.schedule.evals:
+                point = self._validate()
+                note = f"validation loss {point.val_loss:.3f}, {self._speed():.0f} tokens/s"
+                self.save()
+            elif time.monotonic() - self._saved > _SAVE_EVERY_S:
+                self.save()
+            progress.update(note, self.state.step)
+            if self._is_out_of_patience():
+                break
+
+    def finish(self) -> TrainResult:
+        """Write the best checkpoint and the result, drop the state."""
+        history = self.state.history
+        best = min(history, key=lambda point: point.val_loss)
+        turned = best is not history[-1] and history[-1].val_loss > best.val_loss * _OVERFIT
+        result = TrainResult(
+            train_loss=best.train_loss,
+            val_loss=best.val_loss,
+            best_step=best.step,
+            steps=self.state.step,
+            overfit_step=best.step if turned else None,
+            trainable_parameters=self.counts[0],
+            total_parameters=self.counts[1],
+            tokens=self.state.row_tokens,
+            tokens_per_s=self._speed(),
+            peak_memory_mb=_peak_memory_mb(self.accelerator.device),
+            seconds=self.state.seconds,
+            precision=self.precision,
+            history=history,
+        )
+        self._load_weights(self.best)
+        if self.accelerator.is_main_process:
+            self.peft.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
+            lines = [json.dumps(asdict(point)) for point in history]
+            (self.folder / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            with replacing(self.folder / "result.json") as path:
+                path.write_text(json.dumps({"key": self.key, **asdict(result)}), encoding="utf-8")
+            self._state_path.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def save(self) -> None:
+        """Write all that a later run needs to go on from here."""
+        self._saved = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "key": self.key,
+            "state": {**asdict(self.state), "history": [asdict(point) for point in self.state.history]},
+            "weights": self._weights(),
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with replacing(self._state_path) as path:
+            torch.save(state, path)
+
+    def detach(self) -> None:
+        """Give the base back as it was."""
+        base = self.peft.unload()
+        base.set_attn_implementation(self.attention)
+        self.accelerator.free_memory()
+
+    @property
+    def _state_path(self) -> Path:
+        return self.folder / "state.pt"
+
+    def _resume(self) -> None:
+        try:
+            saved = torch.load(self._state_path, map_location="cpu", weights_only=True)
+        except (FileNotFoundError, RuntimeError, EOFError, ValueError):
+            return
+        if saved.get("key") != self.key:
+            return
+        raw = saved["state"]
+        self.state = _State(**{**raw, "history": [Point(**point) for point in raw["history"]]})
+        self.best = saved["best"]
+        self._load_weights(saved["weights"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().cpu().clone() for name, p in trainable(self.peft)}
+
+    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in trainable(self.peft):
+                parameter.copy_(weights[name])
+
+    def _batches(self) -> Iterator[list[Example]]:
+        """The rows of each step that is left."""
+        for indices in plan([len(e.tokens) for e in self.train_rows], self.schedule, self.training)[self.state.step :]:
+            yield [self.train_rows[i] for i in indices]
+
+    def _step(self, rows: Sequence[Example]) -> None:
+        """One optimizer step on the mean loss over all learned tokens of `rows`, whatever process they fall to."""
+        processes = self.accelerator.num_processes
+        learned = sum(sum(example.learned) for example in rows)
+        # A process without a row of its own still takes part, with no weight.
+        own = rows[self.accelerator.process_index :: processes]
+        weight = processes / learned if own else 0.0
+        torch.manual_seed(self.training.seed + self.state.step)
+        parts = [pack(part).to(self.accelerator.device) for part in passes(own or rows[:1])]
+        for number, packed in enumerate(parts, 1):
+            with self.accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
+                loss = self._loss(packed)
+                self.accelerator.backward(loss * weight)
+            self.state.loss_sum += loss.item() if own else 0.0
+            self.state.loss_tokens += len(packed.targets) if own else 0
+        self.state.row_tokens += sum(len(example.tokens) for example in rows)
+        if not math.isfinite(self.state.loss_sum):
+            message = f"the loss is not a number at step {self.state.step + 1}"
+            raise EdgetuneError(message, "lower training.learning_rate, or set training.precision: fp32")
+        self.accelerator.clip_grad_norm_(self.peft.parameters(), self.training.max_grad_norm)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.schedule.factor(self.state.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _loss(self, packed: Packed) -> torch.Tensor:
+        """Summed loss of the learned tokens."""
+        from peft.helpers import disable_input_dtype_casting  # noqa: PLC0415 - peft's import takes seconds
+
+        # Autocast casts the adapter's weights; PEFT would cast its inputs to float32 and back besides.
+        bf16 = self.precision == "bf16"
+        casting = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
+        with casting, disable_input_dtype_casting(self.peft, active=bf16):
+            logits = self.model(
+                input_ids=packed.tokens,
+                position_ids=packed.positions,
+                logits_to_keep=packed.predictors,
+                packed=packed,
+                use_cache=False,
+            ).logits[0]
+        return cross_entropy(logits.float(), packed.targets, reduction="sum")
+
+    @torch.no_grad()
+    def _validate(self) -> Point:
+        self.model.eval()
+        totals = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
+        own = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
+        for part in passes(sorted(own, key=lambda example: len(example.tokens))):
+            packed = pack(part).to(self.accelerator.device)
+            totals[0] += self._loss(packed).double()
+            totals[1] += len(packed.targets)
+        totals[2], totals[3] = self.state.loss_sum, self.state.loss_tokens
+        val_sum, val_tokens, train_sum, train_tokens = self.accelerator.reduce(totals, "sum").tolist()
+        self.state.loss_sum, self.state.loss_tokens = 0.0, 0
+        point = Point(
+            step=self.state.step,
+            epoch=self.state.step / self.schedule.steps_per_epoch,
+            train_loss=train_sum / train_tokens,
+            val_loss=val_sum / val_tokens,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+        )
+        if point.val_loss < min((p.val_loss for p in self.state.history), default=math.inf):
+            self.best = self._weights()
+        self.state.history.append(point)
+        self.model.train()
+        return point
+
+    def _is_out_of_patience(self) -> bool:
+        history, patience = self.state.history, self.training.patience
+        if patience is None or not history:
+            return False
+        best = min(range(len(history)), key=lambda i: history[i].val_loss)
+        return len(history) - 1 - best >= patience
+
+    def _speed(self) -> float:
+        """Tokens of training rows a second, validation included."""
+        return self.state.row_tokens / max(self.state.seconds, 1e-9)
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """Most memory taken so far: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
