@@ -35,8 +35,8 @@ COLUMNS = (
     ("overfit from step", "overfit_step", "{}"),
     ("KL", "parity.kl", "{:.1e}"),
     ("top-1", "parity.top1", "{:.1%}"),
-    ("MB", "mb", "{:.1f}"),
-    ("seconds", "seconds", "{:.0f}"),
+    ("MB", "mb", "{:.2f}"),
+    ("seconds", "seconds", "{:.1f}"),
 )
 # The class of all errors of a command line; Typer names only this child of it in public.
 _CommandLineError: type[Any] = typer.BadParameter.__mro__[1]
