@@ -82,14 +82,17 @@ def resolve(name: str, *, folder: Path, quantize: str, work: Path, progress: Pro
 
 
 def describe(recipe: Recipe) -> GgufHeader | None:
-    """The header of a recipe's base when it is a GGUF file already, else None; converts and downloads nothing."""
+    """The header of a recipe's base when it is a GGUF file already, else None; converts and downloads nothing.
+
+    Raises what `resolve` raises, as far as that shows without work.
+    """
     if not requantizes(recipe):
         header = read_header(_locate(recipe.base, recipe.folder))
         _require_supported(header, recipe.base)
         return header
     path = _as_path(recipe.base, recipe.folder)
-    if path.is_dir():
-        check_folder(path)
+    if path.exists() or not is_hub_id(recipe.base):
+        check_folder(_locate(recipe.base, recipe.folder))
     return None
 
 
@@ -143,8 +146,8 @@ def _locate(name: str, folder: Path) -> Path:
     if is_hub_id(name):
         return _downloaded(name)
     near = difflib.get_close_matches(name, ALIASES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    remedy = f"{hint}Give one of {', '.join(ALIASES)}, a .gguf file, a Hugging Face folder, or a hub id owner/name"
+    hint = f"did you mean {near[0]!r}? Or " if near else ""
+    remedy = f"{hint}give one of {', '.join(ALIASES)}, a .gguf file, a Hugging Face folder, or a hub id owner/name"
     raise NotFoundError(f"no base {name!r}", remedy)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export.pack import check_destination
 from edgetune_runtime.chat import messages_for, render
 from edgetune_runtime.engines.gguf import GgufTokenizer
+from edgetune_runtime.errors import UsageError
 
 from . import bases, methods, plan
 from .bases import Base
@@ -21,7 +22,7 @@ from .data import Example, TooLong
 from .plot import plot_training
 from .progress import Progress
 from .recipe import Recipe
-from .ship import PARITY_ROWS, Shipped, Trained, ship
+from .ship import PARITY_ROWS, Shipped, Trained, base_context_length, ship
 from .tasks import Task, read_task
 from .train import DTYPES, Job, TrainResult, finished, precision_of, train
 
@@ -125,7 +126,7 @@ def export_trained(
         work / "stage",
         out,
         name=out.name,
-        context_length=defaults["context_length"].default,
+        context_length=min(defaults["context_length"].default, base_context_length(found.header)),
         threads=None,
         recipe={},
         progress=progress,
@@ -148,13 +149,21 @@ def _base_of(recipe: Recipe, work: Path, progress: Progress, converter: Path | N
         )
 
     base = resolve(recipe.quantize)
+    most = base_context_length(base.header)
+    if recipe.context_length > most and "context_length" in recipe.model_fields_set:
+        message = f"context_length {recipe.context_length} is more than the {most} tokens that {base.name!r} can take"
+        raise UsageError(message, f"give at most {most}")
+    picked: dict[str, Any] = {"context_length": recipe.context_length}
     choice = plan.choose_for(recipe, base.header, requantize=bases.requantizes(recipe))
-    if choice is None:
-        return base, recipe
-    progress.say(f"{recipe.device}: {choice.reason}")
-    picked = {"quantize": choice.quantize, "threads": choice.threads, "context_length": choice.context_length}
-    chosen = recipe.model_copy(update={key: value for key, value in picked.items() if value is not None})
-    return (base if chosen.quantize == recipe.quantize else resolve(chosen.quantize)), chosen
+    if choice is not None:
+        progress.say(f"{recipe.device}: {choice.reason}")
+        picked = {"threads": choice.threads, "context_length": choice.context_length}
+        if choice.quantize not in {None, recipe.quantize}:
+            picked["quantize"] = choice.quantize
+            base = resolve(str(choice.quantize))
+    # A default gives way to a base that was trained for less.
+    picked["context_length"] = min(picked["context_length"], most)
+    return base, recipe.model_copy(update=picked)
 
 
 def _plan(tasks: Sequence[Task], base: Base, context_length: int, progress: Progress) -> list[_Work]:

@@ -25,7 +25,7 @@ from edgetune_export.quantize import describe_quantization
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, Manifest
 from edgetune_runtime.engines.gguf import GgufEngine
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.gguf_file import digest_of_chat_template, digest_of_tokenizer
+from edgetune_runtime.gguf_file import GgufHeader, digest_of_chat_template, digest_of_tokenizer
 
 from . import bases
 from .bases import Base
@@ -215,13 +215,18 @@ def _base_entry(base: Base, file: str) -> BaseEntry:
         architecture=arch,
         quantization=describe_quantization(base.header),
         parameters=sum(int(np.prod(tensor.shape)) for tensor in base.header.tensors.values()),
-        context_length=int(metadata[f"{arch}.context_length"]),
+        context_length=base_context_length(base.header),
         layers=int(metadata[f"{arch}.block_count"]),
         kv_bytes_per_token=kv_bytes_per_token(base.header),
         tokenizer_sha256=digest_of_tokenizer(base.header),
         chat_template_sha256=digest_of_chat_template(base.header),
         files={BACKEND: file},
     )
+
+
+def base_context_length(header: GgufHeader) -> int:
+    """Tokens that the base was trained for."""
+    return int(header.metadata[f"{header.architecture}.context_length"])
 
 
 def _versions() -> dict[str, str]:

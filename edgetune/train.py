@@ -233,8 +233,9 @@ class _Run:
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
         }
-        with replacing(self._state_path) as path:
-            torch.save(state, path)
+        # Given a path, torch turns a full disk into an error that does not say so.
+        with replacing(self._state_path) as path, path.open("wb") as file:
+            torch.save(state, file)
 
     def detach(self) -> None:
         """Give the base back as it was."""
