@@ -1,0 +1,136 @@
+"""Rows of a task in; how fast TRL's SFTTrainer and edgetune train on them, side by side, as JSON out.
+
+    pip install -e '.[bench]'
+    python benchmarks/training.py --data DIR/snips/train.jsonl --rows 320
+
+Same base (SmolLM2-135M, dequantized from the GGUF that ships), same LoRA (rank 16, all linear layers), same rows and
+batch size, bf16, loss on completions, one epoch. `tokens_per_s` counts the tokens of the rows, without padding. TRL
+runs with its defaults, and again without gradient checkpointing. The rounds alternate, so that noise meets all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from edgetune_runtime.engines.gguf import GgufTokenizer
+from transformers import PreTrainedModel
+
+from edgetune import bases, methods
+from edgetune.data import Example, read_rows, tokenize_rows
+from edgetune.progress import Progress
+from edgetune.recipe import Columns, Training
+from edgetune.train import Job, train
+
+SYSTEM = "Turn the sentence into JSON with its intent and slots."
+BATCH_SIZE = 16
+RANK, ALPHA = 16, 32
+
+
+def main() -> None:
+    """Run the rounds and print one JSON object with medians and ratios."""
+    parser = argparse.ArgumentParser(description="Training speed of edgetune and TRL on the same rows.")
+    parser.add_argument("--data", type=Path, required=True, help="SNIPS' train.jsonl")
+    parser.add_argument("--rows", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    progress = Progress()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        base = bases.resolve(
+            "smollm2-135m", folder=Path(), quantize="q8_0", work=work, progress=progress, converter=None
+        )
+        examples = _examples(options.data, options.rows, base.path)
+        model = bases.load_torch(base, torch.bfloat16)
+        tokens = sum(len(example.tokens) for example in examples)
+        ways: dict[str, Callable[[], float]] = {
+            "edgetune": lambda: _edgetune(model, examples, work / "edgetune", progress),
+            "trl": lambda: _trl(model, examples, work / "trl", gradient_checkpointing=True),
+            "trl_no_checkpointing": lambda: _trl(model, examples, work / "trl", gradient_checkpointing=False),
+        }
+        speeds: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(options.rounds):
+            for name, run in ways.items():
+                speeds[name].append(tokens / run())
+                print(f"round {number + 1} {name}: {speeds[name][-1]:.0f} tokens/s", file=sys.stderr)
+    medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
+    ratios = {f"edgetune/{name}": round(medians["edgetune"] / medians[name], 2) for name in ways if name != "edgetune"}
+    print(json.dumps({"rows": len(examples), "tokens": tokens, "tokens_per_s": medians, "ratio": ratios}))
+
+
+def _examples(data: Path, count: int, base: Path) -> list[Example]:
+    rows = read_rows(str(data), Columns(prompt="text", completion=("intent", "slots")))
+    random.Random(0).shuffle(rows)
+    with closing(GgufTokenizer(base)) as tokenizer:
+        return tokenize_rows(rows[:count], tokenizer, system=SYSTEM, loss_on="completion", max_tokens=512)[0]
+
+
+def _edgetune(model: PreTrainedModel, examples: Sequence[Example], folder: Path, progress: Progress) -> float:
+    """Seconds of one epoch; one row is validated at the end, which counts."""
+    lora = methods.load("lora")
+    options = lora.options(r=RANK, lora_alpha=ALPHA)
+    training = Training(epochs=1, batch_size=BATCH_SIZE, precision="bf16", evals=1)
+    job = Job("speed", lora, options, training, examples, examples[:1], key=str(time.monotonic()))
+    return train(model, job, folder, progress).seconds
+
+
+def _trl(model: PreTrainedModel, examples: Sequence[Example], folder: Path, *, gradient_checkpointing: bool) -> float:
+    """Seconds of one epoch of SFTTrainer on the same tokens."""
+    from datasets import Dataset  # noqa: PLC0415 - slow to import
+    from peft import LoraConfig  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+    from trl import SFTConfig, SFTTrainer  # noqa: PLC0415
+
+    columns = {
+        "input_ids": [list(example.tokens) for example in examples],
+        "completion_mask": [[int(learned) for learned in example.learned] for example in examples],
+    }
+    config = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH_SIZE,
+        num_train_epochs=1,
+        learning_rate=1e-3,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=gradient_checkpointing,
+        completion_only_loss=True,
+        max_length=512,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_dict(columns),
+        peft_config=lora,
+        processing_class=_any_tokenizer(PreTrainedTokenizerFast, model.config.vocab_size),
+    )
+    started = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - started
+    trainer.model.unload()
+    return seconds
+
+
+def _any_tokenizer(cls: type, vocab_size: int) -> object:
+    """TRL asks for a tokenizer, though the rows are tokens already; only its padding token is used."""
+    from tokenizers import Tokenizer, models  # noqa: PLC0415
+
+    words = {f"t{index}": index for index in range(vocab_size)}
+    return cls(tokenizer_object=Tokenizer(models.WordLevel(words, "t0")), pad_token="t2", eos_token="t2")
+
+
+if __name__ == "__main__":
+    main()
