@@ -27,7 +27,9 @@ $(VENV)/ready: pyproject.toml runtime/pyproject.toml
 demo: setup  ## Build examples/smart-home and answer one prompt with each adapter
 	@echo "== building $(BUNDLE): three adapters on one 135M base"
 	@$(BIN)/edgetune build examples/smart-home/recipe.yaml --out $(BUNDLE)
-	@echo "== answering with each adapter"
+	@echo "== one prompt, each adapter"
+	@$(BIN)/python examples/smart-home/switch.py $(BUNDLE)
+	@echo "== the app: intent, then command or reply"
 	@$(BIN)/python examples/smart-home/app.py $(BUNDLE)
 
 test: setup  ## Run all tests and checks
