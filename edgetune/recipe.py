@@ -84,8 +84,6 @@ class Training(Part):
     """Stop after so many validation passes without a better loss; null trains to the end."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the base's weights in training; auto takes bf16 where the hardware multiplies it fast."""
-    compile: bool = False
-    """Compile the model with torch before training; pays only in long runs."""
 
 
 class Columns(Part):

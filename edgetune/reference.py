@@ -24,7 +24,7 @@ INTRODUCTION = """\
 A recipe is a YAML file: one base, its tasks and a board. `edgetune init` writes a commented one to begin with, and
 `edgetune validate RECIPE` reports all problems of one with their lines. Any key can be set for one run with
 `--set KEY=VALUE`, where a key is its path with dots, such as `--set adapters.command.method.r=8`. Paths are relative to
-the recipe. `edgetune.recipe.json_schema()` gives the JSON schema, with which an editor completes and checks keys.
+the recipe. `edgetune schema` prints the JSON schema, with which an editor completes and checks keys.
 
 This page is made from the descriptions in `edgetune/recipe.py` and `edgetune/methods/`.
 """
