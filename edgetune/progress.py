@@ -59,11 +59,12 @@ class Progress:
     """Says on standard error what is going on; `quiet` says nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        # Text is shown as it is: rich would take [brackets] for markup and the place in rows.jsonl:100: for an emoji.
+        self._console = Console(stderr=True, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One line."""
-        self._console.print(text, markup=False)
+        self._console.print(text)
 
     @contextmanager
     def step(self, label: str, total: int) -> Iterator[Step]:
@@ -71,6 +72,9 @@ class Progress:
         if not self._console.is_terminal or self._console.quiet:
             yield _PlainStep(label, total, self._console)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with RichBar(*columns, TextColumn("{task.fields[note]}"), console=self._console, transient=True) as bar:
+        label_column, note_column = (
+            TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}")
+        )
+        columns = (label_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column)
+        with RichBar(*columns, console=self._console, transient=True) as bar:
             yield _BarStep(label, total, bar)

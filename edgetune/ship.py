@@ -167,7 +167,7 @@ def _parities(
             check(parity, adapter.name, quantization, dtype=adapter.dtype, merged=adapter.merged)
         engine.activate({})
         rows = [row for adapter in adapters for row in adapter.probes[:2]]
-        plain = compare(_logits_of(model), engine, rows)
+        plain = compare(logits_of(model), engine, rows)
         progress.say(f"  base after switching back: mean KL {plain.kl:.1e}, {plain.top1:.1%} of top tokens agree")
         check(plain, "base", quantization)
     return parities
@@ -192,12 +192,13 @@ def _compare(model: PreTrainedModel, adapter: Trained, engine: GgufEngine) -> Pa
         row[:length] for row, length in zip(adapter.probes[:PARITY_PROMPTS], adapter.prompt_lengths, strict=False)
     ]
     try:
-        return compare(_logits_of(peft), engine, adapter.probes, prompts=prompts, max_tokens=PARITY_ANSWER_TOKENS)
+        return compare(logits_of(peft), engine, adapter.probes, prompts=prompts, max_tokens=PARITY_ANSWER_TOKENS)
     finally:
         peft.unload()
 
 
-def _logits_of(model: Any) -> Callable[[list[int]], Floats]:  # noqa: ANN401 - with or without PEFT around it
+def logits_of(model: Any) -> Callable[[list[int]], Floats]:  # noqa: ANN401 - with or without PEFT around it
+    """A function from token ids to the model's logits after each, float32 [tokens, vocabulary]."""
     import torch  # noqa: PLC0415
 
     def logits(tokens: list[int]) -> Floats:

@@ -7,6 +7,7 @@ arXiv:2402.12354.
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.errors import UsageError
@@ -64,7 +65,6 @@ class Lora:
         from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - torch only when training
 
         _check_names(base, options)
-        targets = options.target_modules
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=options.r,
@@ -73,7 +73,8 @@ class Lora:
             use_rslora=options.use_rslora,
             rank_pattern=dict(options.rank_pattern),
             alpha_pattern=dict(options.alpha_pattern),
-            target_modules=targets if isinstance(targets, str) else list(targets),
+            # PEFT takes any other string for a regular expression of the whole name.
+            target_modules=ALL_LINEAR if options.target_modules == ALL_LINEAR else list(_targets(options)),
         )
         return get_peft_model(base, config)
 
@@ -87,18 +88,41 @@ class Lora:
         ]
 
 
+def _targets(options: LoraOptions) -> tuple[str, ...]:
+    return (options.target_modules,) if isinstance(options.target_modules, str) else options.target_modules
+
+
 def _check_names(base: PreTrainedModel, options: LoraOptions) -> None:
-    targets = options.target_modules
-    if targets == ALL_LINEAR:
-        return
-    linear = {n for n, m in base.named_modules() if type(m).__name__ == "Linear"}
-    known = sorted({name.rpartition(".")[2] for name in linear})
-    for target in [targets] if isinstance(targets, str) else targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            near = difflib.get_close_matches(target, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            remedy = f"{hint}target_modules: all-linear, or any of {', '.join(known)}"
-            raise UsageError(f"the base has no module {target!r}", remedy)
+    linear = {name for name, module in base.named_modules() if type(module).__name__ == "Linear"}
+    adapted = linear
+    if options.target_modules != ALL_LINEAR:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        of_target = {target: {name for name in linear if _ends_with(name, target)} for target in _targets(options)}
+        for target, matched in of_target.items():
+            if not matched:
+                near = difflib.get_close_matches(target, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                remedy = f"{hint}target_modules: all-linear, or any of {', '.join(known)}"
+                raise UsageError(f"the base has no module {target!r}", remedy)
+        adapted = set().union(*of_target.values())
+    names = sorted({name.rpartition(".")[2] for name in adapted})
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(options, key):
+            if not any(_matches(pattern, name) for name in adapted):
+                remedy = f"name one of {', '.join(names)}, or write a regular expression of whole module names"
+                raise UsageError(f"{key} {pattern!r} matches no adapted module", remedy)
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """As PEFT's get_pattern_key matches; False for what is no regular expression."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error:
+        return False
 
 
 METHOD = Lora()

@@ -1,0 +1,109 @@
+"""A text in; how far llama.cpp is from torch on the same weights, per quantization, as a Markdown table out.
+
+    python benchmarks/parity.py --text DIR/wikitext2/wiki.valid.raw --out build/parity
+
+SmolLM2-135M at each quantization, torch in float32 on the dequantized weights of the same file, with and without a random
+rank-16 LoRA on all linear layers, separate (f16 and q8_0) and merged. The tolerances of `edgetune_export.parity` are set
+from this table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import llama_cpp
+import torch
+from edgetune_export.backends.gguf import write_adapter, write_merged
+from edgetune_export.fold import fold_peft
+from edgetune_export.parity import Parity, compare
+from edgetune_export.quantize import describe_quantization, quantize_gguf
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.engines.gguf import GgufEngine, GgufTokenizer
+
+from edgetune import bases, methods
+from edgetune.progress import Progress
+from edgetune.ship import logits_of
+
+SCHEMES = ("as shipped", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_1", "q4_0")
+ROW_TOKENS, ROWS = 128, 6
+# Large enough to move the logits about as far as a trained adapter does.
+B_STD = 0.04
+
+
+def main() -> None:
+    """Print a row of the table per quantization."""
+    parser = argparse.ArgumentParser(description="Parity of llama.cpp with torch, per quantization.")
+    parser.add_argument("--text", type=Path, required=True, help="a text file")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the quantized bases")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    shipped = _resolve("smollm2-135m").path
+    with closing(GgufTokenizer(shipped)) as tokenizer:
+        tokens = tokenizer.tokenize(options.text.read_text(encoding="utf-8")[:60_000])
+    rows = [tokens[start : start + ROW_TOKENS] for start in range(300, 300 + 1000 * ROWS, 1000)]
+    print("| base | mostly | base KL | top-1 | + f16 LoRA KL | top-1 | + q8_0 LoRA KL | merged KL | top-1 |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for scheme in SCHEMES:
+        print(_row(scheme, shipped, rows, options.out), flush=True)
+
+
+def _resolve(name: str) -> bases.Base:
+    return bases.resolve(
+        name, folder=Path(), quantize="f16", work=Path(), progress=Progress(quiet=True), converter=None
+    )
+
+
+def _row(scheme: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -> str:
+    base = _resolve(str(shipped if scheme == "as shipped" else _quantized(scheme, shipped, out)))
+    model = bases.load_torch(base, torch.float32)
+    lora = methods.load("lora")
+    with closing(GgufEngine(base.path, context_length=ROW_TOKENS)) as engine:
+        results = [compare(logits_of(model), engine, rows)]
+        peft = lora.attach(model, lora.options(r=16, lora_alpha=32))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in peft.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=B_STD)
+        peft.eval()
+        shutil.rmtree(out / "adapter", ignore_errors=True)
+        peft.save_pretrained(out / "adapter", save_embedding_layers=False)
+        folded = fold_peft(out / "adapter", "random")
+        for dtype in ("f16", "q8_0"):
+            file = out / f"{dtype}.lora.gguf"
+            write_adapter(folded, base.path, file, dtype=dtype, base_fingerprint=sha256_of(base.path))
+            engine.load_adapter(dtype, file)
+            engine.activate({dtype: 1.0})
+            results.append(compare(logits_of(peft), engine, rows))
+    write_merged(folded, base.path, out / "merged.gguf")
+    with closing(GgufEngine(out / "merged.gguf", context_length=ROW_TOKENS)) as engine:
+        results.append(compare(logits_of(peft), engine, rows))
+    return _cells(scheme, describe_quantization(base.header), results)
+
+
+def _quantized(scheme: str, shipped: Path, out: Path) -> Path:
+    """The shipped base dequantized to f16, and that quantized to `scheme`."""
+    f16, target = out / "f16.gguf", out / f"{scheme}.gguf"
+    if not f16.is_file():
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_F16
+        params.allow_requantize = True
+        llama_cpp.llama_model_quantize(os.fsencode(shipped), os.fsencode(f16), params)
+    if not target.is_file():
+        quantize_gguf(f16, target, scheme)
+    return target
+
+
+def _cells(scheme: str, mostly: str, results: Sequence[Parity]) -> str:
+    plain, f16, q8_0, merged = results
+    figures = f"{plain.kl:.1e} | {plain.top1:.3f} | {f16.kl:.1e} | {f16.top1:.3f} | {q8_0.kl:.1e}"
+    return f"| {scheme} | {mostly} | {figures} | {merged.kl:.1e} | {merged.top1:.3f} |"
+
+
+if __name__ == "__main__":
+    main()
