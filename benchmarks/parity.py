@@ -2,9 +2,9 @@
 
     python benchmarks/parity.py --text DIR/wikitext2/wiki.valid.raw --out build/parity
 
-SmolLM2-135M at each quantization, torch in float32 on the dequantized weights of the same file, with and without a random
-rank-16 LoRA on all linear layers, separate (f16 and q8_0) and merged. The tolerances of `edgetune_export.parity` are set
-from this table.
+SmolLM2-135M at each quantization, torch in float32 on the dequantized weights of the same file, with and without a
+random rank-16 LoRA on all linear layers, separate (f16 and q8_0) and merged. The tolerances of `edgetune_export.parity`
+are set from this table.
 """
 
 from __future__ import annotations

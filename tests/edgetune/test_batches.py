@@ -14,8 +14,8 @@ from edgetune.recipe import Training
 LENGTHS = random.Random(0).choices(range(5, 200), k=203)
 
 
-def schedule_of(rows: int = len(LENGTHS), **options: Any) -> tuple[Schedule, Training]:
-    training = Training(**{"batch_size": 8, "epochs": 3, **options})
+def schedule_of(rows: int = len(LENGTHS), **options: object) -> tuple[Schedule, Training]:
+    training = Training.model_validate({"batch_size": 8, "epochs": 3, **options})
     return Schedule(rows, training), training
 
 
