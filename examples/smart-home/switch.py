@@ -20,7 +20,8 @@ def main() -> None:
             answer = runtime.generate(options.prompt, adapter=name, max_tokens=40)
             times = answer.timings
             took = f"switch {times.switch_us:.0f} µs, first token {times.ttft_ms:.0f} ms"
-            print(f"{name or '(base)':8} {' '.join(answer.text.split())}\n{'':8} {took}, {times.tokens_per_s:.0f} tokens/s")
+            print(f"{name or '(base)':8} {' '.join(answer.text.split())}")
+            print(f"{'':8} {took}, {times.tokens_per_s:.0f} tokens/s")
 
 
 if __name__ == "__main__":
