@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -136,7 +137,9 @@ def train(base: PreTrainedModel, job: Job, folder: Path, progress: Progress) -> 
             run.loop(step)
         return run.finish()
     except KeyboardInterrupt as error:
-        run.save()
+        # In the middle of a change of weights only the state saved before is one to go on from.
+        if not run.is_changing:
+            run.save()
         message = f"training {job.name} stopped at step {run.state.step}"
         raise CancelledError(message, "run it again to go on") from error
     finally:
@@ -156,9 +159,9 @@ class _Run:
         self.schedule = Schedule(len(self.train_rows), training)
         self.state = _State()
         torch.manual_seed(training.seed)
+        self.peft: PeftModel = method.attach(base, job.options)
         self.attention = base.config._attn_implementation
         base.set_attn_implementation(ATTENTION)
-        self.peft: PeftModel = method.attach(base, job.options)
         named = trainable(self.peft)
         groups = method.parameter_groups(self.peft, job.options, training.learning_rate)
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
@@ -166,6 +169,7 @@ class _Run:
         self.counts = (sum(p.numel() for _, p in named), sum(p.numel() for p in base.parameters()))
         self.model, self.optimizer = self.accelerator.prepare(self.peft, optimizer)
         self.best: dict[str, torch.Tensor] = {}
+        self.is_changing = False
         self._started = self._saved = time.monotonic()
         self._resume()
 
@@ -175,20 +179,21 @@ class _Run:
         started = time.monotonic()
         before = self.state.seconds
         progress.update("resumed" if self.state.step else "", self.state.step)
+        if self._is_validation_due():
+            self._validate()
         for rows in self._batches():
+            if self._is_out_of_patience():
+                break
             self._step(rows)
-            self.state.step += 1
             self.state.seconds = before + time.monotonic() - started
             note = f"loss {self.state.loss_sum / max(1, self.state.loss_tokens):.3f}, {self._speed():.0f} tokens/s"
-            if self.state.step in self.schedule.evals:
+            if self._is_validation_due():
                 point = self._validate()
                 note = f"validation loss {point.val_loss:.3f}, {self._speed():.0f} tokens/s"
                 self.save()
             elif time.monotonic() - self._saved > _SAVE_EVERY_S:
                 self.save()
             progress.update(note, self.state.step)
-            if self._is_out_of_patience():
-                break
 
     def finish(self) -> TrainResult:
         """Write the best checkpoint and the result, drop the state."""
@@ -250,7 +255,7 @@ class _Run:
     def _resume(self) -> None:
         try:
             saved = torch.load(self._state_path, map_location="cpu", weights_only=True)
-        except (FileNotFoundError, RuntimeError, EOFError, ValueError):
+        except (FileNotFoundError, RuntimeError, EOFError, ValueError, UnpicklingError):
             return
         if saved.get("key") != self.key:
             return
@@ -274,7 +279,10 @@ class _Run:
             yield [self.train_rows[i] for i in indices]
 
     def _step(self, rows: Sequence[Example]) -> None:
-        """One optimizer step on the mean loss over all learned tokens of `rows`, whatever process they fall to."""
+        """One optimizer step on the mean loss over all learned tokens of `rows`, whatever process they fall to.
+
+        The state changes at its end alone, so a step that is interrupted before counts as not taken.
+        """
         processes = self.accelerator.num_processes
         learned = sum(sum(example.learned) for example in rows)
         # A process without a row of its own still takes part, with no weight.
@@ -282,21 +290,24 @@ class _Run:
         weight = processes / learned if own else 0.0
         torch.manual_seed(self.training.seed + self.state.step)
         parts = [pack(part).to(self.accelerator.device) for part in passes(own or rows[:1])]
+        loss_sum = 0.0
         for number, packed in enumerate(parts, 1):
             with self.accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
                 loss = self._loss(packed)
                 self.accelerator.backward(loss * weight)
-            self.state.loss_sum += loss.item() if own else 0.0
-            self.state.loss_tokens += len(packed.targets) if own else 0
-        self.state.row_tokens += sum(len(example.tokens) for example in rows)
-        if not math.isfinite(self.state.loss_sum):
-            message = f"the loss is not a number at step {self.state.step + 1}"
-            raise EdgetuneError(message, "lower training.learning_rate, or set training.precision: fp32")
+            loss_sum += loss.item() if own else 0.0
+        self._require_finite(loss_sum, self.state.step + 1)
         self.accelerator.clip_grad_norm_(self.peft.parameters(), self.training.max_grad_norm)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule.factor(self.state.step)
+        self.is_changing = True
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.state.step += 1
+        self.state.loss_sum += loss_sum
+        self.state.loss_tokens += sum(len(packed.targets) for packed in parts) if own else 0
+        self.state.row_tokens += sum(len(example.tokens) for example in rows)
+        self.is_changing = False
 
     def _loss(self, packed: Packed) -> torch.Tensor:
         """Summed loss of the learned tokens."""
@@ -326,6 +337,7 @@ class _Run:
             totals[1] += len(packed.targets)
         totals[2], totals[3] = self.state.loss_sum, self.state.loss_tokens
         val_sum, val_tokens, train_sum, train_tokens = self.accelerator.reduce(totals, "sum").tolist()
+        self._require_finite(val_sum, self.state.step)
         self.state.loss_sum, self.state.loss_tokens = 0.0, 0
         point = Point(
             step=self.state.step,
@@ -339,6 +351,16 @@ class _Run:
         self.state.history.append(point)
         self.model.train()
         return point
+
+    def _require_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            message = f"the loss is not a number at step {step}"
+            raise EdgetuneError(message, "lower training.learning_rate, or set training.precision: fp32")
+
+    def _is_validation_due(self) -> bool:
+        """Whether the step just taken is to be validated and was not, as when a run is stopped while it validates."""
+        done = self.state.history[-1].step if self.state.history else 0
+        return self.state.step in self.schedule.evals and self.state.step > done
 
     def _is_out_of_patience(self) -> bool:
         history, patience = self.state.history, self.training.patience
