@@ -38,7 +38,7 @@ def check_folder(folder: Path) -> str:
         remedy = "give a Hugging Face model folder, a .gguf file or a hub id"
         raise NotFoundError(f"{folder} has no config.json", remedy)
     try:
-        model_type = json.loads(config_path.read_text(encoding="utf-8"))["model_type"]
+        model_type = str(json.loads(config_path.read_text(encoding="utf-8"))["model_type"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise VerificationError(f"{config_path} names no model_type", "get the model again") from error
     if model_type not in MODEL_TYPES:
@@ -58,7 +58,8 @@ def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: P
     check_folder(folder)
     script = find_converter(converter)
     command = [sys.executable, str(script), str(folder), "--outfile", str(out), "--outtype", dtype]
-    path = os.pathsep.join([str(script.parent / "gguf-py"), os.environ.get("PYTHONPATH", "")])
+    # An empty entry would stand for the working folder.
+    path = os.pathsep.join(filter(None, [str(script.parent / "gguf-py"), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     if done.returncode != 0 or not out.is_file():
         out.unlink(missing_ok=True)
