@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from edgetune_export.parity import compare
+from edgetune_export.quantize import describe_quantization
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.engines.gguf import GgufEngine
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError
+from tiny import ARCHITECTURES
+
+from edgetune import bases
+from edgetune.bases import Base, load_torch
+from edgetune.progress import Progress
+
+
+@pytest.fixture
+def resolve(tmp_path: Path) -> Callable[..., Base]:
+    """`resolve(name, **changes)`: a base from tmp_path, with a converter that does not exist."""
+
+    def call(name: str, **changes: Any) -> Base:  # noqa: ANN401 - of resolve's own types
+        given: dict[str, Any] = {"folder": tmp_path, "quantize": "q8_0", "work": tmp_path / "work"}
+        given |= {"progress": Progress(quiet=True), "converter": tmp_path / "no converter"}
+        return bases.resolve(name, **{**given, **changes})
+
+    return call
+
+
+def assert_refused(kind: type[EdgetuneError], message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_file_ships_as_it_is(
+    resolve: Callable[..., Base], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tiny_gguf("qwen3")
+    shutil.copy(path, tmp_path / "base.gguf")
+    for name in ("base.gguf", str(tmp_path / "base.gguf")):
+        base = resolve(name, quantize="q4_0")
+        assert (base.name, base.path, base.fingerprint) == (name, tmp_path / "base.gguf", sha256_of(path))
+        assert base.header.architecture == "qwen3"
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_alias_names_the_package_that_is_missing(
+    resolve: Callable[..., Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = replace(bases.ALIASES["smollm2-135m"], package="no_such_package")
+    monkeypatch.setitem(bases.ALIASES, "smollm2-135m", absent)
+    message = "is carried by the package no_such_package, which is not installed; run: pip install"
+    assert_refused(NotFoundError, message, lambda: resolve("smollm2-135m"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm2-153m", "no base 'smollm2-153m'; did you mean 'smollm2-135m'? Or give one of smollm2-135m, a .gguf"),
+        ("other.gguf", "no base 'other.gguf'; give one of smollm2-135m, a .gguf file, a Hugging Face folder, or a hub"),
+        ("./nowhere/model", "no base './nowhere/model'"),
+    ],
+)
+def test_an_unknown_base_is_refused_with_what_there_is(name: str, message: str, resolve: Callable[..., Base]) -> None:
+    assert_refused(NotFoundError, message, lambda: resolve(name))
+
+
+def test_a_hub_id_without_network_is_one_line(resolve: Callable[..., Base]) -> None:
+    name = "edgetune-tests/no-such-model"
+    message = f"cannot get base '{name}' from the hub: "
+    assert_refused(NotFoundError, message, lambda: resolve(name))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_unsupported_architecture_is_refused_by_name_before_any_work(
+    kind: str, resolve: Callable[..., Base], tmp_path: Path
+) -> None:
+    if kind == "folder":
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base/config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+        (tmp_path / "base/model.safetensors").touch()
+    else:
+        writer = gguf.GGUFWriter(tmp_path / "base", "gpt2")
+        writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+    assert_refused(IncompatibleError, "architecture 'gpt2' of ", lambda: resolve("base"))
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("quantize", ["q8_0", "f16"])
+def test_a_folder_is_converted_once(
+    quantize: str, resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "tiny")
+    base = resolve("tiny", quantize=quantize, converter=None)
+    assert describe_quantization(base.header) == quantize
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [base.path.name]
+    # With a converter that does not exist, only what is kept can be taken.
+    written = base.path.stat().st_mtime_ns
+    assert resolve("tiny", quantize=quantize) == base
+    assert base.path.stat().st_mtime_ns == written
+    assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantize="q4_0"))
+    (folder / "config.json").touch()
+    assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantize=quantize))
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [base.path.name]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_weights_in_torch_are_those_that_llama_cpp_runs(arch: str, tiny_base: Callable[[str], Base]) -> None:
+    base = tiny_base(arch)
+    model = load_torch(base, torch.float32).eval()
+
+    def logits(tokens: list[int]) -> np.ndarray:
+        with torch.inference_mode():
+            found: np.ndarray = model(torch.tensor([tokens])).logits[0].numpy()
+        return found
+
+    # Longer than the tiny Gemma's sliding window of 16.
+    rows = [np.random.default_rng(seed).integers(5, 380, length).tolist() for seed, length in ((0, 40), (1, 24))]
+    with closing(GgufEngine(base.path, context_length=64, threads=1)) as engine:
+        parity = compare(logits, engine, rows)
+    assert parity.kl <= 1e-4
+    assert parity.top1 > 0.95
+    # Answers that hardly differ from token to token would make any two models agree.
+    assert len(set(logits(rows[0]).argmax(-1))) > 10
+
+
+def test_a_base_that_transformers_cannot_load_is_refused(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "nosuch")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    other = replace(tiny_base("llama"), name="other", path=tmp_path / "other.gguf")
+    message = "transformers cannot load base 'other': "
+    assert_refused(IncompatibleError, message, lambda: load_torch(other, torch.float32))
