@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from edgetune_export import parity
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
+from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from peft import LoraConfig, get_peft_model
+from tiny import make_folder, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from edgetune.bases import Base
+from edgetune.pipeline import BuildResult, build, export_trained
+from edgetune.progress import Progress
+from edgetune.recipe import Recipe
+
+QUIET = Progress(quiet=True)
+QUESTIONS = [f"turn on the light {number}" for number in range(10)]
+DATA = {
+    "plain.jsonl": [{"prompt": question, "completion": "reply on"} for question in QUESTIONS],
+    "scaled.jsonl": [{"prompt": question, "completion": "set red"} for question in QUESTIONS],
+    "whole.jsonl": [{"prompt": question, "completion": "close the blind"} for question in QUESTIONS],
+}
+ADAPTERS: dict[str, Any] = {
+    "plain": {"system": "play", "method": {"name": "lora", "r": 4, "lora_alpha": 32}},
+    "scaled": {
+        "scale": 0.5,
+        "method": {
+            "name": "lora", "r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"q_proj": 2, "down_proj": 9},
+        },
+    },
+    "whole": {"merged": True, "method": {"name": "lora", "r": 4, "lora_alpha": 16}},
+}  # fmt: skip
+
+
+class Listening(Progress):
+    """Keeps what is said; raises KeyboardInterrupt at the line that begins with `stop_at`."""
+
+    def __init__(self, stop_at: str | None = None) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+        self.stop_at = stop_at
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+        if self.stop_at is not None and text.startswith(self.stop_at):
+            raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle of the three adapters, with what its build returned."""
+
+    bundle: Path
+    result: BuildResult
+    manifest: Manifest
+
+    @property
+    def training(self) -> Path:
+        """The folder of the trainings."""
+        return self.bundle.with_name(f"{self.bundle.name}.work") / "train"
+
+
+def recipe_of(folder: Path, base: Path, names: tuple[str, ...] = ("plain", "scaled"), **keys: object) -> Recipe:
+    for name, rows in DATA.items():
+        if not (folder / name).exists():
+            (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    adapters = {name: {**ADAPTERS[name], "data": {"train": f"{name}.jsonl", "held_out": 0.2}} for name in names}
+    training = {"max_steps": 6, "evals": 2, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"}
+    values = {"name": "home", "base": str(base), "training": training, "adapters": adapters, **keys}
+    return Recipe.model_validate(values, context={"folder": folder})
+
+
+def modified(folder: Path) -> Mapping[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
+
+
+@pytest.fixture(scope="module")
+def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("built")
+    recipe = recipe_of(folder, tiny_gguf("llama"), ("plain", "scaled", "whole"))
+    result = build(recipe, folder / "home", progress=QUIET)
+    return Built(folder / "home", result, read_manifest(folder / "home"))
+
+
+@pytest.fixture(scope="module")
+def peft_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter of the tiny Qwen, saved by PEFT alone."""
+    return save_random_adapter(tiny_folder("qwen3"), tmp_path_factory.mktemp("peft"))
+
+
+def save_random_adapter(model: Path, out: Path) -> Path:
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    peft = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    peft.save_pretrained(out)
+    return out
+
+
+def test_the_bundle_answers_with_each_adapter(built: Built) -> None:
+    with Runtime.open(built.bundle) as runtime:
+        assert runtime.adapters == ["plain", "scaled", "whole"]
+        answers = [
+            runtime.generate(QUESTIONS[0], adapter=name, max_tokens=8).text for name in (None, *runtime.adapters)
+        ]
+        assert len(set(answers)) == 4
+        # And back: nothing of the others is left.
+        assert runtime.generate(QUESTIONS[0], max_tokens=8).text == answers[0]
+
+
+def test_the_figures_tell_training_and_parity(built: Built) -> None:
+    told = built.result.to_json()
+    assert json.loads(json.dumps(told)) == told
+    assert (told["bundle"], list(told["adapters"])) == (str(built.bundle), ["plain", "scaled", "whole"])
+    for name, figures in told["adapters"].items():
+        limit = parity.TOLERANCE_KL_MERGED if name == "whole" else parity.TOLERANCE_KL
+        assert 0 <= figures["parity"]["kl"] <= limit["f16"]
+        assert (figures["parity"]["greedy"], figures["parity"]["rows"]) == (24, 2)
+        assert (figures["steps"], figures["rows_too_long"], figures["precision"]) == (6, 0, "fp32")
+        assert Path(figures["plot"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_manifest_says_what_is_in_the_bundle(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
+    adapters = built.manifest.adapters
+    assert built.manifest.base.fingerprint == sha256_of(tiny_gguf("llama"))
+    # The default of 1024 gives way to what the base was trained for.
+    assert built.manifest.context_length == 512
+    assert {name: (entry.shape, entry.scale, entry.system) for name, entry in adapters.items()} == {
+        "plain": ("low_rank", 1.0, "play"),
+        "scaled": ("low_rank", 0.5, None),
+        "whole": ("merged", 1.0, None),
+    }
+    assert set(adapters["plain"].ranks.values()) == {4}
+    ranks = {module.rpartition(".")[2]: rank for module, rank in adapters["scaled"].ranks.items()}
+    assert (ranks["q_proj"], ranks["down_proj"], ranks["v_proj"]) == (2, 9, 4)
+    for name, entry in adapters.items():
+        figures = built.result.adapters[name]
+        assert entry.parity["gguf"] == figures["parity"]
+        assert entry.training["val_loss"] == figures["val_loss"]
+    assert str(built.bundle.parent) not in (built.bundle / "manifest.json").read_text(encoding="utf-8")
+
+
+def test_a_second_build_trains_nothing(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
+    before = modified(built.training)
+    listening = Listening()
+    recipe = recipe_of(built.bundle.parent, tiny_gguf("llama"), ("plain", "scaled", "whole"))
+    again = build(recipe, built.bundle, progress=listening)
+    assert modified(built.training) == before
+    assert not any("loading the base" in line for line in listening.lines)
+    assert again == built.result
+
+
+def test_a_build_goes_on_and_trains_only_what_is_new(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    out, training = tmp_path / "home", tmp_path / "home.work/train"
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe, out, progress=Listening(stop_at="plain: validation loss"))
+    assert [path.name for path in training.iterdir()] == ["plain"]
+    assert not out.exists()
+    first = modified(training / "plain")
+    build(recipe, out, progress=QUIET)
+    assert modified(training / "plain") == first
+    second = modified(training / "scaled")
+
+    rows = [{"prompt": question, "completion": "stop"} for question in QUESTIONS]
+    (tmp_path / "scaled.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    build(recipe, out, progress=QUIET)
+    assert modified(training / "plain") == first
+    assert modified(training / "scaled")["result.json"] > second["result.json"]
+
+
+def test_an_adapter_that_fails_parity_is_named_and_the_last_bundle_stays(
+    built: Built, tiny_gguf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parity.TOLERANCE_KL, "f16", -1.0)
+    before = modified(built.bundle)
+    recipe = recipe_of(built.bundle.parent, tiny_gguf("llama"), ("plain", "scaled", "whole"))
+    with pytest.raises(VerificationError, match="adapter 'plain' is not what was trained"):
+        build(recipe, built.bundle, progress=QUIET)
+    assert modified(built.bundle) == before
+
+
+def test_more_context_than_the_base_takes_is_refused_before_training(
+    tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), context_length=513)
+    with pytest.raises(UsageError, match=r"context_length 513 is more than the 512 tokens that .*; give at most 512"):
+        build(recipe, tmp_path / "home", progress=QUIET)
+    assert not (tmp_path / "home.work/train").exists()
+
+
+def test_rows_that_are_too_long_are_left_out_and_told(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("scaled",), context_length=96)
+    long = {"prompt": "turn on the light " * 40, "completion": "set red"}
+    rows = [*DATA["scaled.jsonl"], long]
+    (tmp_path / "scaled.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    listening = Listening(stop_at="loading the base")
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe, tmp_path / "home", progress=listening)
+    assert listening.lines[0].startswith("scaled: 1 rows are longer than 96 tokens: ")
+    assert "scaled.jsonl:11" in listening.lines[0]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_folder_that_peft_saved_is_bundled(
+    merged: bool, peft_folder: Path, tiny_base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    base = tiny_base("qwen3")
+    folders = {"first": peft_folder, "second": peft_folder}
+    result = export_trained(
+        str(base.path), folders, tmp_path / "home", systems={"second": "play"}, merged=merged, progress=QUIET
+    )
+    assert list(result.adapters) == ["first", "second"]
+    limit = (parity.TOLERANCE_KL_MERGED if merged else parity.TOLERANCE_KL)["f16"]
+    assert all(figures["parity"]["kl"] <= limit for figures in result.adapters.values())
+    entries = read_manifest(tmp_path / "home").adapters
+    assert {entry.shape for entry in entries.values()} == {"merged" if merged else "low_rank"}
+    with Runtime.open(tmp_path / "home") as runtime:
+        plain, first, second = (
+            runtime.generate("what is the time", adapter=name, max_tokens=8).text for name in (None, "first", "second")
+        )
+    assert len({plain, first, second}) == 3
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    narrow = make_folder("llama", tmp_path / "narrow", make_tokenizer(tmp_path), hidden_size=32)
+    adapter = save_random_adapter(narrow, tmp_path / "adapter")
+    with pytest.raises(IncompatibleError, match="'other'") as caught:
+        export_trained(str(tiny_gguf("llama")), {"other": adapter}, tmp_path / "home", progress=QUIET)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "home").exists()
