@@ -1,7 +1,7 @@
 """A bundle in, answers out: runs one quantized base and switches its adapters by pointer. No torch.
 
-    with Runtime.open("build/smart-home") as runtime:
-        answer = runtime.generate("turn off the lamp in the hall", adapter="command")
+with Runtime.open("build/smart-home") as runtime:
+    answer = runtime.generate("turn off the lamp in the hall", adapter="command")
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The error tree of edgetune: what went wrong, with the value and the remedy in one line, and the exit code it ends in.
 
-    EdgetuneError                1
-    ├── UsageError               2   a recipe, an option or an argument is wrong
-    ├── NotFoundError            3   a file, an adapter, a base or a board does not exist
-    ├── VerificationError        4   a file is damaged, or what was exported does not say what was trained
-    ├── IncompatibleError        5   sound parts that do not fit together, or that this machine cannot run
-    ├── OutOfSpaceError          6   a disk is full
-    └── CancelledError         130   the user interrupted
+EdgetuneError                1
+├── UsageError               2   a recipe, an option or an argument is wrong
+├── NotFoundError            3   a file, an adapter, a base or a board does not exist
+├── VerificationError        4   a file is damaged, or what was exported does not say what was trained
+├── IncompatibleError        5   sound parts that do not fit together, or that this machine cannot run
+├── OutOfSpaceError          6   a disk is full
+└── CancelledError         130   the user interrupted
 """
 
 from __future__ import annotations
