@@ -24,6 +24,7 @@ from edgetune_export.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError
 from torch.nn.functional import cross_entropy
 
+from .allocator import keep_freed_memory
 from .batches import Schedule, passes, plan
 from .data import Example
 from .methods import Method, Options
@@ -131,6 +132,7 @@ def train(base: PreTrainedModel, job: Job, folder: Path, progress: Progress) -> 
     user interrupts, after saving; EdgetuneError when the loss is not a number.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     run = _Run(base, job, folder)
     try:
         with progress.step(f"training {job.name}", run.schedule.steps) as step:
