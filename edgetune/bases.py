@@ -114,11 +114,18 @@ def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
         with redirect_stderr(io.StringIO()):
             config = AutoConfig.from_pretrained(**place)
             _complete(config, base.header)
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**place, config=config, dtype=dtype)
+            model: PreTrainedModel
+            model, info = AutoModelForCausalLM.from_pretrained(
+                **place, config=config, dtype=dtype, output_loading_info=True
+            )
     except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"transformers cannot load base {base.name!r}: {reason}"
         raise IncompatibleError(message, "use a base of another quantization or architecture") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        message = f"base {base.name!r} has no weights for {missing[0]} and {len(missing) - 1} more"
+        raise IncompatibleError(message, "convert the base again with llama.cpp's converter")
     model.config.use_cache = False
     return model
 
@@ -153,7 +160,8 @@ def _locate(name: str, folder: Path) -> Path:
 
 def _as_path(name: str, folder: Path) -> Path:
     path = Path(name).expanduser()
-    return path if path.is_absolute() or path.exists() else folder / path
+    beside = folder / path
+    return beside if beside.exists() else path
 
 
 def _packaged(name: str) -> Path:

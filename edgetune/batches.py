@@ -25,8 +25,8 @@ class Schedule:
             self.steps = min(self.steps, training.max_steps)
         self._warmup_steps = math.ceil(training.warmup * self.steps)
         self._form = training.schedule
-        every = max(1, min(self.steps_per_epoch, self.steps // training.evals))
-        self.evals = frozenset([*range(every, self.steps + 1 - every // 2, every), self.steps])
+        passes = min(self.steps, max(training.evals, math.ceil(self.steps / self.steps_per_epoch)))
+        self.evals = frozenset(number * self.steps // passes for number in range(1, passes + 1))
 
     def factor(self, step: int) -> float:
         """Factor on the learning rate at `step`, counted from 0."""

@@ -229,9 +229,10 @@ def _module_name(tensor_name: str) -> str | None:
 def _is_target(module: str | None, targets: Sequence[str] | str) -> bool:
     if module is None:
         return False
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    if targets == "all-linear":
+        return True
+    names = (targets,) if isinstance(targets, str) else targets
+    return any(module == target or module.endswith(f".{target}") for target in names)
 
 
 def _tensor_bytes(tensor: TensorInfo, header: GgufHeader, scheme: str | None) -> int:
