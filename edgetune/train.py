@@ -172,7 +172,7 @@ class _Run:
         self.model, self.optimizer = self.accelerator.prepare(self.peft, optimizer)
         self.best: dict[str, torch.Tensor] = {}
         self.is_changing = False
-        self._started = self._saved = time.monotonic()
+        self._saved = time.monotonic()
         self._resume()
 
     def loop(self, progress: Step) -> None:
