@@ -18,6 +18,7 @@ from pathlib import Path
 
 import llama_cpp
 import torch
+from edgetune_export.backends._base import Source
 from edgetune_export.backends.gguf import write_adapter, write_merged
 from edgetune_export.fold import fold_peft
 from edgetune_export.parity import Parity, compare
@@ -80,7 +81,7 @@ def _row(scheme: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -
             engine.load_adapter(dtype, file)
             engine.activate({dtype: 1.0})
             results.append(compare(logits_of(peft), engine, rows))
-    write_merged(folded, base.path, out / "merged.gguf")
+    write_merged(folded, Source(base.path, base.fingerprint), out / "merged.gguf")
     with closing(GgufEngine(out / "merged.gguf", context_length=ROW_TOKENS)) as engine:
         results.append(compare(logits_of(peft), engine, rows))
     return _cells(scheme, describe_quantization(base.header), results)

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -46,16 +47,15 @@ def main() -> None:
     progress = Progress()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        base = bases.resolve(
-            "smollm2-135m", folder=Path(), quantize="q8_0", work=work, progress=progress, converter=None
-        )
+        base = bases.resolve("smollm2-135m", folder=Path(), quantize=None, work=work, progress=progress, converter=None)
         examples = _examples(options.data, options.rows, base.path)
         model = bases.load_torch(base, torch.bfloat16)
         tokens = sum(len(example.tokens) for example in examples)
         ways: dict[str, Callable[[], float]] = {
             "edgetune": lambda: _edgetune(model, examples, work / "edgetune", progress),
-            "trl": lambda: _trl(model, examples, work / "trl", gradient_checkpointing=True),
-            "trl_no_checkpointing": lambda: _trl(model, examples, work / "trl", gradient_checkpointing=False),
+            # TRL leaves its settings on a model, such as gradient checkpointing.
+            "trl": lambda: _trl(deepcopy(model), examples, work / "trl", gradient_checkpointing=True),
+            "trl_no_checkpointing": lambda: _trl(deepcopy(model), examples, work / "trl", gradient_checkpointing=False),
         }
         speeds: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(options.rounds):
@@ -87,7 +87,7 @@ def _trl(model: PreTrainedModel, examples: Sequence[Example], folder: Path, *, g
     """Seconds of one epoch of SFTTrainer on the same tokens."""
     from datasets import Dataset  # noqa: PLC0415 - slow to import
     from peft import LoraConfig  # noqa: PLC0415
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast, PrinterCallback  # noqa: PLC0415
     from trl import SFTConfig, SFTTrainer  # noqa: PLC0415
 
     columns = {
@@ -117,11 +117,11 @@ def _trl(model: PreTrainedModel, examples: Sequence[Example], folder: Path, *, g
         peft_config=lora,
         processing_class=_any_tokenizer(PreTrainedTokenizerFast, model.config.vocab_size),
     )
+    # It prints to standard output, which is for the figures.
+    trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     trainer.train()
-    seconds = time.monotonic() - started
-    trainer.model.unload()
-    return seconds
+    return time.monotonic() - started
 
 
 def _any_tokenizer(cls: type, vocab_size: int) -> object:

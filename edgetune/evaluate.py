@@ -76,7 +76,7 @@ def evaluate(
     data: str | Path,
     *,
     limit: int | None = None,
-    engine: str = "gguf",
+    engine: str | None = None,
     progress: Progress,
 ) -> Evaluation:
     """Score `adapter` (None: the plain base) on the rows of `data`, a file or a hub id, by the adapter's own metric.

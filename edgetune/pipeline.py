@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune_export.backends._base import Weights
 from edgetune_export.pack import check_destination
 from edgetune_runtime.chat import messages_for, render
 from edgetune_runtime.engines.gguf import GgufTokenizer
@@ -22,13 +23,18 @@ from .data import Example, TooLong
 from .plot import plot_training
 from .progress import Progress
 from .recipe import Recipe
-from .ship import PARITY_ROWS, Shipped, Trained, base_context_length, ship
+from .ship import Shipped, Wanted, base_context_length, ship
 from .tasks import Task, read_task
 from .train import DTYPES, Job, TrainResult, finished, precision_of, train
+from .verify import Trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Held-out rows that each adapter is compared on.
+PARITY_ROWS = 12
+# Training rows of each task that weights are rounded to, where the method takes such.
+CALIBRATION_ROWS = 16
 # What adapters trained elsewhere are compared on, as there are no rows of their tasks.
 PROBES = (
     "Turn off the lamp in the hall, please.",
@@ -71,17 +77,7 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
     todo = _plan(tasks, base, recipe.context_length, progress)
     results = _train_all([item.job for item in todo], base, work / "train", progress)
     adapters = [_trained(item, results[item.job.name], work / "train") for item in todo]
-    shipped = ship(
-        base,
-        adapters,
-        work / "stage",
-        out,
-        name=recipe.name,
-        context_length=recipe.context_length,
-        threads=recipe.threads,
-        recipe=recipe.resolved(),
-        progress=progress,
-    )
+    shipped = ship(base, adapters, work / "stage", out, wanted=_wanted(recipe, todo), progress=progress)
     figures = {
         item.job.name: {
             **_without_history(results[item.job.name]),
@@ -102,6 +98,7 @@ def export_trained(
     quantize: str | None = None,
     systems: Mapping[str, str] | None = None,
     merged: bool = False,
+    targets: tuple[str, ...] = ("gguf",),
     progress: Progress,
     converter: Path | None = None,
 ) -> BuildResult:
@@ -113,24 +110,16 @@ def export_trained(
     found = bases.resolve(
         base,
         folder=Path(),
-        quantize=quantize or defaults["quantize"].default,
+        quantize=quantize,
         work=work / "base",
         progress=progress,
         converter=converter,
     )
     prompts = systems or {}
     adapters = [_elsewhere(name, folder, prompts.get(name), found, merged=merged) for name, folder in folders.items()]
-    shipped = ship(
-        found,
-        adapters,
-        work / "stage",
-        out,
-        name=out.name,
-        context_length=min(defaults["context_length"].default, base_context_length(found.header)),
-        threads=None,
-        recipe={},
-        progress=progress,
-    )
+    context_length = min(defaults["context_length"].default, base_context_length(found.header))
+    wanted = Wanted(out.name, context_length, targets=targets)
+    shipped = ship(found, adapters, work / "stage", out, wanted=wanted, progress=progress)
     seconds = round(time.monotonic() - started, 1)
     return BuildResult(out, {name: {**_figures(item), "seconds": seconds} for name, item in shipped.items()})
 
@@ -138,7 +127,7 @@ def export_trained(
 def _base_of(recipe: Recipe, work: Path, progress: Progress, converter: Path | None) -> tuple[Base, Recipe]:
     """The base, and the recipe with what its board picks filled in; refused here if the board cannot hold it."""
 
-    def resolve(quantize: str) -> Base:
+    def resolve(quantize: str | None) -> Base:
         return bases.resolve(
             recipe.base,
             folder=recipe.folder,
@@ -158,9 +147,9 @@ def _base_of(recipe: Recipe, work: Path, progress: Progress, converter: Path | N
     if choice is not None:
         progress.say(f"{recipe.device}: {choice.reason}")
         picked = {"threads": choice.threads, "context_length": choice.context_length}
-        if choice.quantize not in {None, recipe.quantize}:
+        if choice.quantize not in {None, recipe.quantize or bases.DEFAULT_QUANTIZATION}:
             picked["quantize"] = choice.quantize
-            base = resolve(str(choice.quantize))
+            base = resolve(choice.quantize)
     # A default gives way to a base that was trained for less.
     picked["context_length"] = min(picked["context_length"], most)
     return base, recipe.model_copy(update=picked)
@@ -221,6 +210,14 @@ def _summary(name: str, result: TrainResult) -> str:
     )
 
 
+def _wanted(recipe: Recipe, todo: Sequence[_Work]) -> Wanted:
+    """What the recipe says of the bundle; the first training rows of each task calibrate what needs it."""
+    onnx = recipe.onnx
+    rows = [example.tokens for item in todo for example in item.job.train[:CALIBRATION_ROWS]]
+    weights = Weights(onnx.weights, onnx.method, tuple(map(tuple, rows)) if onnx.method == "gptq" else ())
+    return Wanted(recipe.name, recipe.context_length, recipe.threads, recipe.targets, weights, recipe=recipe.resolved())
+
+
 def _trained(item: _Work, result: TrainResult, work: Path) -> Trained:
     spec = item.task.spec
     probes = item.job.validation[:PARITY_ROWS]
@@ -235,7 +232,7 @@ def _trained(item: _Work, result: TrainResult, work: Path) -> Trained:
         metric=item.task.metric,
         labels=item.task.labels,
         merged=spec.merged,
-        dtype=spec.dtype,
+        dtypes={"gguf": spec.dtype, "onnx": spec.onnx_dtype},
         training=_without_history(result),
     )
 
@@ -257,4 +254,5 @@ def _without_history(result: TrainResult) -> dict[str, Any]:
 
 
 def _figures(shipped: Shipped) -> dict[str, Any]:
-    return {"parity": asdict(shipped.parity), "bytes": shipped.bytes}
+    parity = {target: asdict(found) for target, found in shipped.parity.items()}
+    return {"parity": next(iter(parity.values())), "parity_by_target": parity, "bytes": shipped.bytes}

@@ -32,7 +32,7 @@ def choose_for(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> fit.C
         header,
         adapters=_adapter_sizes(recipe, header),
         merged=_merged(recipe),
-        quantize=recipe.quantize if requantize and "quantize" in written else None,
+        quantize=recipe.quantize if requantize else None,
         context_length=recipe.context_length if "context_length" in written else None,
         threads=recipe.threads,
         requantize=requantize,

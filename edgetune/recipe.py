@@ -48,6 +48,8 @@ def _check_name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN.pattern}$"})]
 Text = Annotated[str, StringConstraints(min_length=1)]
+Target = Literal["gguf", "onnx"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 Metric = Literal["auto", "exact", "json", "label", "rouge_l", "chrf", "perplexity"]
 
 
@@ -181,7 +183,9 @@ class AdapterSpec(Part):
     merged: bool = False
     """Ship a whole model with the adapter merged in, as large as the base, instead of an adapter file."""
     dtype: Literal["f16", "q8_0", "f32"] = "f16"
-    """Number format of the adapter's file; q8_0 where the rows allow it."""
+    """Number format of the adapter's GGUF file; q8_0 where the rows allow it."""
+    onnx_dtype: Literal["f32", "f16"] = "f32"
+    """Number format of the adapter's .onnx_adapter file; f16 halves it, but onnxruntime-genai loads f32 alone."""
     training: Training = Training()
     """Training options of this adapter alone, over those of the recipe."""
 
@@ -205,6 +209,16 @@ class AdapterSpec(Part):
         return recipe.training.model_copy(update=own)
 
 
+class OnnxSpec(Part):
+    """How an ONNX graph holds the base's weights, which are those of the GGUF base."""
+
+    weights: Literal["auto", "fp32", "int8", "int4"] = "auto"
+    """auto keeps q4_0 and q8_0 blocks number for number, brings other types to 8 bits and leaves floats; int8 rounds
+    floats too, fp32 nothing; int4 rounds all to 4 bits by `method`."""
+    method: Literal["rtn", "k_quant", "hqq", "gptq"] = "rtn"
+    """How int4 rounds: to nearest, or by one of ONNX Runtime's other methods; gptq takes rows of the tasks."""
+
+
 class Recipe(Part):
     """A base, its tasks and a board: all that `edgetune build` needs."""
 
@@ -212,11 +226,13 @@ class Recipe(Part):
     """Name of the bundle: a-z, 0-9, _ and -."""
     base: Text
     """The base model: an alias such as smollm2-135m, a .gguf file, a Hugging Face folder, or a hub id."""
-    targets: tuple[Literal["gguf"], ...] = Field(default=("gguf",), min_length=1)
-    """Formats to export."""
-    quantize: str = "q8_0"
-    """Quantization (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …) of a base that comes from a folder or a hub id; a .gguf
-    file ships as it is."""
+    targets: tuple[Target, ...] = Field(default=TARGETS[:1], min_length=1)
+    """Formats to export: gguf for llama.cpp, onnx for onnxruntime; the first is what the runtime opens by default."""
+    quantize: str | None = None
+    """Quantization of the base (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …), before training; null takes q8_0 for a folder
+    or a hub id, and a .gguf file as it is. onnx holds q4_0 and q8_0 number for number and at the same size."""
+    onnx: OnnxSpec = OnnxSpec()
+    """How the onnx target holds the base's weights."""
     device: str | None = None
     """The board that the bundle must fit: see `edgetune devices list`."""
     context_length: int = Field(default=1024, ge=16)
@@ -235,9 +251,16 @@ class Recipe(Part):
         """The folder of the recipe file, that relative paths in it start from."""
         return self._folder
 
+    @field_validator("targets")
+    @classmethod
+    def _once(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(targets))
+
     @field_validator("quantize")
     @classmethod
-    def _known_scheme(cls, scheme: str) -> str:
+    def _known_scheme(cls, scheme: str | None) -> str | None:
+        if scheme is None:
+            return None
         from edgetune_export.quantize import SCHEMES  # noqa: PLC0415 - most recipes need no exporter to be read
 
         return _one_of(scheme, sorted(SCHEMES), "quantization")
@@ -307,7 +330,7 @@ def json_schema() -> dict[str, Any]:
     from edgetune_export.quantize import SCHEMES  # noqa: PLC0415
 
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
-    schema["properties"]["quantize"]["enum"] = sorted(SCHEMES)
+    schema["properties"]["quantize"]["anyOf"][0]["enum"] = sorted(SCHEMES)
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names()
     return schema
 

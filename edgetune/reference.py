@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from . import methods
 from .problems import other_names
-from .recipe import AdapterSpec, Columns, DataSpec, MethodSpec, Recipe, Training
+from .recipe import AdapterSpec, Columns, DataSpec, MethodSpec, OnnxSpec, Recipe, Training
 
 INTRODUCTION = """\
 # Recipe reference
@@ -48,6 +48,7 @@ def reference() -> str:
         ("`adapters.NAME.data`", DataSpec),
         ("`adapters.NAME.data.columns`", Columns),
         ("`training` and `adapters.NAME.training`", Training),
+        ("`onnx`", OnnxSpec),
     ]
     sections = [_section(title, model) for title, model in parts]
     for name in methods.names():
@@ -78,7 +79,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(value, Training):
+    if isinstance(value, Training | OnnxSpec):
         return "those below"
     if isinstance(value, MethodSpec):
         return f"`{value.name}`"

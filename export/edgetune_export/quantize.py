@@ -1,4 +1,4 @@
-"""Unquantized GGUF and a scheme in, quantized GGUF out; also rows of floats in, the bytes of a ggml type out."""
+"""Unquantized GGUF and a scheme in, quantized GGUF out; also rows of floats to the bytes of a ggml type and back."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import gguf
 import numpy as np
 from edgetune_runtime.engines._llama import last_errors, library
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
-from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, read_header
+from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, read_header
 
 from .atomic import is_full, replacing
 from .fold import Floats
@@ -39,8 +40,10 @@ SCHEMES: dict[str, int] = {
 _UNQUANTIZED = ("f32", "f16", "bf16")
 
 
-def quantize_gguf(source: Path, out: Path, scheme: str) -> None:
+def quantize_gguf(source: Path, out: Path, scheme: str, *, again: bool = False) -> None:
     """Quantize the f32, f16 or bf16 file `source` to `scheme` with llama.cpp, into `out`, whole or not at all.
+
+    With `again`, a file that is quantized already is taken as well; its errors add to the new ones.
 
     Tensors whose columns a scheme cannot divide fall back to another type, as llama.cpp decides;
     `describe_quantization` tells what came out. Raises UsageError for an unknown scheme, IncompatibleError when
@@ -49,12 +52,13 @@ def quantize_gguf(source: Path, out: Path, scheme: str) -> None:
     if scheme not in SCHEMES:
         raise UsageError(f"no quantization {scheme!r}", f"choose one of: {', '.join(SCHEMES)}")
     held = describe_quantization(read_header(source))
-    if held not in _UNQUANTIZED:
+    if held not in _UNQUANTIZED and not again:
         remedy = "give the unquantized model, or ship this file as it is"
         raise IncompatibleError(f"{source} is already quantized to {held}", remedy)
     llama = library()
     parameters = llama.llama_model_quantize_default_params()
     parameters.ftype = SCHEMES[scheme]
+    parameters.allow_requantize = again
     last_errors()
     with replacing(out) as temporary:
         if llama.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), parameters) != 0:
@@ -78,6 +82,18 @@ def quantize_rows(values: Floats, ggml_type: int) -> bytes:
     if written != len(out):
         raise EdgetuneError(f"ggml wrote {written} bytes of {name}, expected {len(out)}", "report this as a bug")
     return out.raw
+
+
+def dequantize_rows(data: bytes, tensor: TensorInfo) -> Floats:
+    """The values of a matrix whose bytes are `data`, float32 [rows, columns]; IncompatibleError for an unknown type."""
+    columns, rows = tensor.shape
+    raw = np.frombuffer(data, np.uint8).reshape(rows, -1)
+    try:
+        values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.ggml_type))
+    except (NotImplementedError, ValueError) as error:
+        message = f"cannot read the weights of {tensor.name}, which are of type {tensor.type_name}"
+        raise IncompatibleError(message, "quantize the base to q8_0") from error
+    return np.array(values, np.float32).reshape(rows, columns)
 
 
 def describe_quantization(header: GgufHeader) -> str:

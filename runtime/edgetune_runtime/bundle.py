@@ -38,7 +38,8 @@ class BaseEntry:
     """The base model that all adapters of the bundle belong to.
 
     `fingerprint` is the sha256 of the GGUF file whose weights the adapters were trained on. `files` maps a backend to
-    the base's path in the bundle. `context_length` is what the base was trained for, in tokens.
+    the base's path in the bundle. `context_length` is what the base was trained for, in tokens. `parity` maps a backend
+    to how far its base is from the trained one, and `gguf/onnx` to how far the two are from each other.
     """
 
     name: str
@@ -52,6 +53,7 @@ class BaseEntry:
     tokenizer_sha256: str
     chat_template_sha256: str
     files: Mapping[str, str]
+    parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def read_manifest(bundle: Path) -> Manifest:
 def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
     """Compare size and sha256 of the named files (default: all) with the manifest; VerificationError if one differs."""
     for name in manifest.files if names is None else names:
+        if name not in manifest.files:
+            raise VerificationError(f"the manifest gives no digest for {name}", _AGAIN)
         entry = manifest.files[name]
         path = resolve(bundle, name)
         if not path.is_file():

@@ -120,7 +120,8 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 def _add_opening(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("opening the bundle")
-    group.add_argument("--engine", default="gguf", help="what runs it (default: gguf)")
+    text = "what runs it, gguf or onnx (default: the bundle's first format)"
+    group.add_argument("--engine", metavar="NAME", help=text)
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: the bundle's)")
     text = "longest prompt and answer together, in tokens (default: the bundle's)"
     group.add_argument("--context-length", type=int, metavar="N", help=text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -19,10 +19,9 @@ from . import engines
 from .bundle import AdapterEntry, Manifest, read_manifest, resolve, verify_files
 from .cache import StateCache
 from .chat import Message, messages_for, render
-from .engines._base import Engine, Logits
+from .engines._base import EngineClass, Logits
 from .errors import IncompatibleError, UsageError, VerificationError
 from .generation import Answer, Call, Outcome, Stream, generate
-from .gguf_file import read_header
 from .sampling import Sampling
 from .session import Session
 
@@ -35,7 +34,7 @@ _ROWS = 64
 
 class _Options(TypedDict):
     engine: str
-    make: Callable[..., Engine]
+    make: EngineClass
     context_length: int
     threads: int | None
     verify: bool
@@ -58,7 +57,7 @@ class Runtime:
         cls,
         path: str | Path,
         *,
-        engine: str = "gguf",
+        engine: str | None = None,
         threads: int | None = None,
         context_length: int | None = None,
         verify: bool = True,
@@ -66,6 +65,7 @@ class Runtime:
     ) -> Self:
         """Open a bundle: check its files, map the base and load the adapters.
 
+        `engine` is gguf or onnx, by default the first format of the bundle.
         `context_length` (tokens) and `threads` default to the manifest's. `verify` compares digests before anything is
         loaded; without it only the files' structure is checked. Up to `cache_mb` of memory keep the last state of each
         set of adapters, so that switching back does not compute the prompt again. A merged adapter is a whole model,
@@ -79,6 +79,7 @@ class Runtime:
         longest = manifest.base.context_length
         if context_length is not None and not 2 <= context_length <= longest:
             raise UsageError(f"context_length is {context_length}", f"give 2 to {longest}, as the base was trained")
+        engine = engine or next(iter(manifest.base.files), "gguf")
         options: _Options = {
             "engine": engine,
             "make": _engine(engine),
@@ -88,8 +89,6 @@ class Runtime:
             "cache_mb": cache_mb,
         }
         file = _file_of(manifest.base.files, engine, "the base")
-        if manifest.files[file].sha256 != manifest.base.fingerprint:
-            raise VerificationError(f"{file} is not the base that the adapters were made for", "build the bundle again")
         runtime = cls(bundle, manifest, _open_session(bundle, manifest, file, options), options)
         try:
             for entry in manifest.adapters.values():
@@ -234,11 +233,7 @@ class Runtime:
         file = _file_of(entry.files, self._options["engine"], f"adapter {entry.name!r}")
         if self._options["verify"]:
             verify_files(self.bundle, self.manifest, [file])
-        path = resolve(self.bundle, file)
-        made_for = read_header(path).metadata.get("edgetune.base_fingerprint", entry.base_fingerprint)
-        if {made_for, entry.base_fingerprint} != {self.manifest.base.fingerprint}:
-            raise IncompatibleError(f"adapter {entry.name!r} was made for another base", "build the bundle again")
-        self._session.engine.load_adapter(entry.name, path)
+        self._session.engine.load_adapter(entry.name, resolve(self.bundle, file), self.manifest.base.fingerprint)
 
     def _merged_session(self, entry: AdapterEntry) -> Session:
         with self._merged_lock:
@@ -257,13 +252,18 @@ def _sampling(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Sampli
 
 
 def _open_session(bundle: Path, manifest: Manifest, file: str, options: _Options) -> Session:
+    make, path, sha256 = options["make"], resolve(bundle, file), manifest.files[file].sha256
     if options["verify"]:
-        verify_files(bundle, manifest, [file])
-    _check_memory(manifest.base.kv_bytes_per_token * options["context_length"] / 1e6, options["context_length"])
-    path = resolve(bundle, file)
-    running = options["make"](path, context_length=options["context_length"], threads=options["threads"])
-    cache = StateCache(options["cache_mb"])
-    return Session(running, manifest.files[file].sha256, cache, manifest.base.kv_bytes_per_token)
+        root = bundle.resolve()
+        verify_files(bundle, manifest, [part.relative_to(root).as_posix() for part in make.parts(path)])
+    is_base = file == manifest.base.files[options["engine"]]
+    if is_base and not make.is_base(path, manifest.base.fingerprint, sha256):
+        raise VerificationError(f"{file} is not the base that the adapters were made for", "build the bundle again")
+    # The manifest's figure is for the 2 bytes a number of GGUF.
+    kv_bytes = manifest.base.kv_bytes_per_token // 2 * make.bytes_per_number
+    _check_memory(kv_bytes * options["context_length"] / 1e6, options["context_length"])
+    running = make(path, context_length=options["context_length"], threads=options["threads"])
+    return Session(running, sha256, StateCache(options["cache_mb"]), kv_bytes)
 
 
 def _check_memory(needed_mb: float, context_length: int) -> None:
@@ -276,11 +276,11 @@ def _check_memory(needed_mb: float, context_length: int) -> None:
         raise IncompatibleError(message, "open the bundle with a shorter context")
 
 
-def _engine(name: str) -> Callable[..., Engine]:
+def _engine(name: str) -> EngineClass:
     known = [module.name for module in iter_modules(engines.__path__) if not module.name.startswith("_")]
     if name not in known:
         raise UsageError(f"no engine {name!r}", f"choose one of: {', '.join(known)}")
-    made: Callable[..., Engine] = import_module(f"{engines.__name__}.{name}").ENGINE
+    made: EngineClass = import_module(f"{engines.__name__}.{name}").ENGINE
     return made
 
 

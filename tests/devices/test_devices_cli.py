@@ -84,9 +84,12 @@ def test_needs_of_a_recipe_follow_its_methods_and_quantization(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     header = read_header(tiny_gguf("llama"))
-    small = plan.needs_of_recipe(_recipe(tmp_path, adapter="    method: {name: lora, r: 4}\n"), header, requantize=True)
+    written = "quantize: q8_0\n"
+    small = plan.needs_of_recipe(
+        _recipe(tmp_path, written, adapter="    method: {name: lora, r: 4}\n"), header, requantize=True
+    )
     large = plan.needs_of_recipe(
-        _recipe(tmp_path, adapter="    method: {name: lora, r: 8}\n"), header, requantize=False
+        _recipe(tmp_path, written, adapter="    method: {name: lora, r: 8}\n"), header, requantize=False
     )
     assert large.adapters["intent"].file_bytes == 2 * small.adapters["intent"].file_bytes
     assert large.base_bytes > small.base_bytes

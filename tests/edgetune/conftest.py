@@ -22,6 +22,6 @@ def tiny_base(tiny_gguf: Callable[[str], Path]) -> Callable[[str], Base]:
     def make(arch: str) -> Base:
         path = tiny_gguf(arch)
         quiet = Progress(quiet=True)
-        return resolve(str(path), folder=Path(), quantize="q8_0", work=path.parent, progress=quiet, converter=None)
+        return resolve(str(path), folder=Path(), quantize=None, work=path.parent, progress=quiet, converter=None)
 
     return cache(make)

@@ -28,7 +28,7 @@ def resolve(tmp_path: Path) -> Callable[..., Base]:
     """`resolve(name, **changes)`: a base from tmp_path, with a converter that does not exist."""
 
     def call(name: str, **changes: Any) -> Base:  # noqa: ANN401 - of resolve's own types
-        given: dict[str, Any] = {"folder": tmp_path, "quantize": "q8_0", "work": tmp_path / "work"}
+        given: dict[str, Any] = {"folder": tmp_path, "quantize": None, "work": tmp_path / "work"}
         given |= {"progress": Progress(quiet=True), "converter": tmp_path / "no converter"}
         return bases.resolve(name, **{**given, **changes})
 
@@ -48,7 +48,7 @@ def test_a_gguf_file_ships_as_it_is(
     path = tiny_gguf("qwen3")
     shutil.copy(path, tmp_path / "base.gguf")
     for name in ("base.gguf", str(tmp_path / "base.gguf")):
-        base = resolve(name, quantize="q4_0")
+        base = resolve(name)
         assert (base.name, base.path, base.fingerprint) == (name, tmp_path / "base.gguf", sha256_of(path))
         assert base.header.architecture == "qwen3"
     assert not (tmp_path / "work").exists()

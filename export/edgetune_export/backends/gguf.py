@@ -6,12 +6,10 @@ architecture hold the rows of q and k in another order than Hugging Face models,
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -20,15 +18,19 @@ from edgetune_runtime.gguf_file import GgufHeader, TensorInfo, read_header
 
 from edgetune_export.atomic import replacing, require_space
 from edgetune_export.fold import Delta, Floats, LowRank
-from edgetune_export.quantize import quantize_rows
+from edgetune_export.layout import base_rows, name_map
+from edgetune_export.quantize import dequantize_rows, describe_quantization, quantize_rows
+
+from ._base import Source
 
 SHAPES = ("low_rank", "merged")
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma3")
+ADAPTER_FILE = "adapter.gguf"
+MODEL_FILE = "model.gguf"
 DTYPES = ("f32", "f16", "q8_0")
 
 _Q8_0_BLOCK = 32
 _F16_MAX = float(np.finfo(np.float16).max)
-_QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.weight")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,14 @@ class _Placed:
 
     tensor: TensorInfo
     delta: Delta
+
+
+def write_base(source: Source, folder: Path, _modules: Collection[str]) -> Path:
+    """Link the base's file into `folder`: it ships as it is, whatever the adapters change."""
+    out = folder / source.path.name
+    folder.mkdir(parents=True, exist_ok=True)
+    out.symlink_to(source.path.resolve())
+    return out
 
 
 def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f16", base_fingerprint: str) -> None:
@@ -72,12 +82,18 @@ def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f16"
             writer.close()
 
 
-def write_merged(adapter: LowRank, base: Path, out: Path, scale: float = 1.0) -> None:
-    """Write a copy of `base` with `scale` times the adapter added: same header, same type and place of each tensor.
+def quantization(source: Source) -> str:
+    """The type of most of the base's weights."""
+    return describe_quantization(read_header(source.path))
+
+
+def write_merged(adapter: LowRank, source: Source, out: Path, scale: float = 1.0) -> None:
+    """Write a copy of the base with `scale` times the adapter added: same header, same type and place of each tensor.
 
     Only the adapted tensors are dequantized and quantized again. Raises IncompatibleError when the adapter does not fit
     the base or a tensor's type cannot be written, OutOfSpaceError when the disk is full.
     """
+    base = source.path
     header = read_header(base)
     placed = _place(adapter, header)
     with replacing(out) as temporary:
@@ -86,7 +102,7 @@ def write_merged(adapter: LowRank, base: Path, out: Path, scale: float = 1.0) ->
         with temporary.open("r+b") as file:
             for item in placed:
                 file.seek(item.tensor.offset)
-                weights = _dequantize(file.read(item.tensor.nbytes), item.tensor)
+                weights = dequantize_rows(file.read(item.tensor.nbytes), item.tensor)
                 weights += np.float32(scale) * (item.delta.b @ item.delta.a)
                 file.seek(item.tensor.offset)
                 file.write(quantize_rows(weights, item.tensor.ggml_type))
@@ -99,7 +115,7 @@ def _place(adapter: LowRank, header: GgufHeader) -> list[_Placed]:
         raise IncompatibleError(message, f"choose one of: {', '.join(SUPPORTED)}")
     if not adapter.modules:
         raise IncompatibleError(f"adapter {adapter.name!r} changes no module", "train it with target modules")
-    names = _name_map(header)
+    names = name_map(header)
     placed: list[_Placed] = []
     problems: list[str] = []
     for module, delta in adapter.modules.items():
@@ -116,11 +132,6 @@ def _place(adapter: LowRank, header: GgufHeader) -> list[_Placed]:
     return placed
 
 
-def _name_map(header: GgufHeader) -> gguf.TensorNameMap:
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture)
-    return gguf.get_tensor_name_map(architecture, _count(header.metadata, f"{header.architecture}.block_count"))
-
-
 def _misfit(module: str, delta: Delta, tensor: TensorInfo | None) -> str:
     if tensor is None:
         tied = " (its output layer is its token embedding)" if module == "lm_head" else ""
@@ -134,29 +145,8 @@ def _misfit(module: str, delta: Delta, tensor: TensorInfo | None) -> str:
 
 
 def _in_base_order(delta: Delta, tensor: TensorInfo, header: GgufHeader) -> Delta:
-    match = _QUERY_OR_KEY.fullmatch(tensor.name)
-    if header.architecture != "llama" or match is None:
-        return delta
-    key = "head_count" if match["which"] == "q" else "head_count_kv"
-    if f"llama.attention.{key}" not in header.metadata:
-        key = "head_count"
-    return Delta(delta.a, _interleave_halves(delta.b, _count(header.metadata, f"llama.attention.{key}")))
-
-
-def _interleave_halves(b: Floats, heads: int) -> Floats:
-    """Rows of each head from (first half, second half) to pairs, as the converter does for rotary embedding."""
-    rows, rank = b.shape
-    if rows % (2 * heads):
-        raise IncompatibleError(f"{rows} rows do not divide into {heads} heads", "give a base that llama.cpp runs")
-    return b.reshape(heads, 2, rows // heads // 2, rank).swapaxes(1, 2).reshape(rows, rank)
-
-
-def _count(metadata: Mapping[str, Any], key: str) -> int:
-    value = metadata.get(key)
-    if not isinstance(value, int) or value < 1:
-        remedy = "give a base with the same number of heads in each layer, converted by llama.cpp"
-        raise IncompatibleError(f"the base's {key} is {value!r}", remedy)
-    return value
+    order = base_rows(tensor, header)
+    return delta if order is None else Delta(delta.a, delta.b[order])
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: Floats, dtype: str) -> None:
@@ -175,14 +165,3 @@ def _require_f16_range(name: str, values: Floats) -> None:
     largest = float(np.abs(values).max())
     if not largest <= _F16_MAX:
         raise VerificationError(f"{name} reaches {largest:.3g}, f16 ends at {_F16_MAX:.0f}", "write it with dtype: f32")
-
-
-def _dequantize(data: bytes, tensor: TensorInfo) -> Floats:
-    columns, rows = tensor.shape
-    raw = np.frombuffer(data, np.uint8).reshape(rows, -1)
-    try:
-        values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.ggml_type))
-    except (NotImplementedError, ValueError) as error:
-        message = f"cannot merge into {tensor.name} of type {tensor.type_name}"
-        raise IncompatibleError(message, "quantize the base to q8_0") from error
-    return np.array(values, np.float32).reshape(rows, columns)

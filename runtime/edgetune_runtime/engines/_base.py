@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edgetune_runtime.errors import NotFoundError, UsageError
 
 Logits = NDArray[np.float32]
 
@@ -46,8 +50,11 @@ class Engine(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The base's own tokenizer."""
 
-    def load_adapter(self, name: str, path: Path) -> None:
-        """Check the adapter file, load it beside the base and keep it; a name already loaded is left as it is."""
+    def load_adapter(self, name: str, path: Path, fingerprint: str | None = None) -> None:
+        """Check the adapter file, load it beside the base and keep it; a name already loaded is left as it is.
+
+        IncompatibleError when the file says that it was made for another base than that with `fingerprint`, if given.
+        """
 
     def activate(self, adapters: Mapping[str, float]) -> None:
         """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base. The sequence stays."""
@@ -75,3 +82,83 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""
+
+
+class EngineClass(Protocol):
+    """What makes engines of one format, and tells of a base what can be told without loading it.
+
+    `bytes_per_number` is what a key or a value takes.
+    """
+
+    bytes_per_number: int
+
+    def __call__(self, path: Path, *, context_length: int, threads: int | None = None) -> Engine:
+        """Load the base at `path`; `context_length` is in tokens."""
+
+    def parts(self, path: Path) -> list[Path]:
+        """All files that are read for the base at `path`, that one first."""
+
+    def is_base(self, path: Path, fingerprint: str, sha256: str) -> bool:
+        """Whether the file at `path`, whose digest is `sha256`, is the base with this fingerprint."""
+
+
+def check_options(context_length: int, threads: int | None, batch: int) -> None:
+    """UsageError unless all that an engine is made with is positive."""
+    if context_length < 1 or batch < 1 or (threads is not None and threads < 1):
+        message = f"context_length {context_length}, batch {batch} and threads {threads} must be positive"
+        raise UsageError(message, "give larger numbers")
+
+
+def check_trained(context_length: int, trained: int) -> None:
+    """UsageError when the context is longer than the base was trained for."""
+    if context_length > trained:
+        message = f"a context of {context_length} tokens is longer than the {trained} that the base was trained for"
+        raise UsageError(message, f"give at most {trained}")
+
+
+def check_room(tokens: Sequence[int], length: int, context_length: int, vocab_size: int) -> None:
+    """UsageError unless there are tokens, of this vocabulary, that fit behind `length` others."""
+    if not tokens:
+        raise UsageError("there are no tokens to decode", "give at least one")
+    if length + len(tokens) > context_length:
+        message = f"{length + len(tokens)} tokens do not fit in a context of {context_length}"
+        raise UsageError(message, "shorten the prompt, or open the bundle with a longer context")
+    _check_tokens(tokens, vocab_size)
+
+
+def check_continuations(
+    continuations: Sequence[Sequence[int]], length: int, context_length: int, vocab_size: int
+) -> None:
+    """UsageError unless all continuations are of this vocabulary, and the longest fits behind `length` tokens."""
+    for tokens in continuations:
+        _check_tokens(tokens, vocab_size)
+    longest = max(map(len, continuations), default=0)
+    if length + longest > context_length:
+        message = f"{length} tokens and {longest} of a label do not fit in a context of {context_length}"
+        raise UsageError(message, "shorten the prompt, or open the bundle with a longer context")
+
+
+def check_scales(adapters: Mapping[str, float], loaded: Container[str]) -> None:
+    """NotFoundError for an adapter that is not loaded, UsageError for a scale that is no finite number."""
+    for name, scale in adapters.items():
+        if name not in loaded:
+            raise NotFoundError(f"adapter {name!r} is not loaded", "load it first")
+        if not math.isfinite(scale):
+            raise UsageError(f"adapter {name!r} has scale {scale}", "give a finite number")
+
+
+def log_total(row: Logits) -> float:
+    """Logarithm of the sum of the exponentials of one row of logits."""
+    top = float(row.max())
+    return top + math.log(float(np.exp(row - top).sum(dtype=np.float64)))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+def _check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        raise UsageError(f"a token is outside the vocabulary of {vocab_size}", "use this base's own tokenizer")

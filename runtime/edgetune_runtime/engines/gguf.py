@@ -13,10 +13,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.gguf_file import check_adapter, read_header
 
-from ._base import Logits
+from ._base import (
+    Logits,
+    check_continuations,
+    check_options,
+    check_room,
+    check_scales,
+    check_trained,
+    log_total,
+    usable_cores,
+)
 from ._llama import Vocabulary, last_errors, library, load_model
 
 T = TypeVar("T")
@@ -52,20 +61,20 @@ class GgufEngine:
     UsageError when one is not positive or the context is longer than the base was trained for.
     """
 
+    bytes_per_number = 2
+
     def __init__(self, path: Path, *, context_length: int, threads: int | None = None, batch: int = 512) -> None:
-        if context_length < 1 or batch < 1 or (threads is not None and threads < 1):
-            message = f"context_length {context_length}, batch {batch} and threads {threads} must be positive"
-            raise UsageError(message, "give larger numbers")
+        check_options(context_length, threads, batch)
         self.context_length = context_length
         self._header = read_header(path)
         self._model = load_model(path, vocabulary_only=False)
-        trained: int = library().llama_model_n_ctx_train(self._model)
-        if context_length > trained:
+        try:
+            check_trained(context_length, library().llama_model_n_ctx_train(self._model))
+        except UsageError:
             library().llama_model_free(self._model)
-            message = f"a context of {context_length} tokens is longer than the {trained} that the base was trained for"
-            raise UsageError(message, f"give at most {trained}")
+            raise
         self._adapters: dict[str, Any] = {}
-        self._context = _make_context(self._model, context_length, threads or _usable_cores(), batch)
+        self._context = _make_context(self._model, context_length, threads or usable_cores(), batch)
         self._free = weakref.finalize(self, _free_all, self._context, self._adapters, self._model)
         llama = library()
         self._memory = llama.llama_get_memory(self._context)
@@ -77,14 +86,28 @@ class GgufEngine:
         self._length = 0
         self._last: Logits | None = None
 
-    def load_adapter(self, name: str, path: Path) -> None:
+    @staticmethod
+    def parts(path: Path) -> list[Path]:
+        """The one file of the base."""
+        return [path]
+
+    @staticmethod
+    def is_base(path: Path, fingerprint: str, sha256: str) -> bool:
+        """Whether the file is the one that the adapters were trained on."""
+        return sha256 == fingerprint
+
+    def load_adapter(self, name: str, path: Path, fingerprint: str | None = None) -> None:
         """Check the adapter file against the base, load it and keep it; a name already loaded is left as it is.
 
         VerificationError for a damaged file, IncompatibleError for one of another base.
         """
         if name in self._adapters:
             return
-        check_adapter(read_header(path), self._header, name)
+        header = read_header(path)
+        made_for = header.metadata.get("edgetune.base_fingerprint")
+        if None not in {made_for, fingerprint} and made_for != fingerprint:
+            raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
+        check_adapter(header, self._header, name)
         last_errors()
         adapter = library().llama_adapter_lora_init(self._model, os.fsencode(path))
         if not adapter:
@@ -94,11 +117,7 @@ class GgufEngine:
 
     def activate(self, adapters: Mapping[str, float]) -> None:
         """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base. The sequence stays."""
-        for name, scale in adapters.items():
-            if name not in self._adapters:
-                raise NotFoundError(f"adapter {name!r} is not loaded", "load it first")
-            if not math.isfinite(scale):
-                raise UsageError(f"adapter {name!r} has scale {scale}", "give a finite number")
+        check_scales(adapters, self._adapters)
         llama = library()
         count = len(adapters)
         pointers = (llama.llama_adapter_lora_p_ctypes * count)(*(self._adapters[name] for name in adapters))
@@ -121,7 +140,7 @@ class GgufEngine:
 
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
-        self._check_room(tokens)
+        check_room(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
         for part in _parts(tokens, self._batch):
             self._append(part, [False] * (len(part) - 1) + [True])
             self._last = self._view(1)[0].copy()
@@ -130,7 +149,7 @@ class GgufEngine:
 
     def decode_all(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after each, shape [tokens, vocab]. UsageError when they do not fit in the context."""
-        self._check_room(tokens)
+        check_room(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
         logits = np.empty((len(tokens), self.tokenizer.vocab_size), np.float32)
         for number, part in enumerate(_parts(tokens, self._outputs)):
             self._append(part, [True] * len(part))
@@ -147,10 +166,7 @@ class GgufEngine:
         if self._last is None:
             raise UsageError("there are no logits to score continuations from", "decode at least one token first")
         wanted = sorted({tuple(tokens) for tokens in continuations})
-        longest = max(map(len, wanted), default=0)
-        if self._length + longest > self.context_length:
-            message = f"{self._length} tokens and {longest} of a label do not fit in a context of {self.context_length}"
-            raise UsageError(message, "shorten the prompt, or open the bundle with a longer context")
+        check_continuations(wanted, self._length, self.context_length, self.tokenizer.vocab_size)
         scores: dict[tuple[int, ...], float] = {}
         for group in self._groups(wanted):
             scores.update(self._score_group(group))
@@ -187,13 +203,6 @@ class GgufEngine:
         first: int = library().llama_memory_seq_pos_min(self._memory, MAIN)
         return first <= max(0, position - self._window + 1)
 
-    def _check_room(self, tokens: Sequence[int]) -> None:
-        if not tokens:
-            raise UsageError("there are no tokens to decode", "give at least one")
-        if self._length + len(tokens) > self.context_length:
-            message = f"{self._length + len(tokens)} tokens do not fit in a context of {self.context_length}"
-            raise UsageError(message, "shorten the prompt, or open the bundle with a longer context")
-
     def _append(self, tokens: Sequence[int], outputs: Sequence[bool]) -> None:
         self._last = None
         positions = range(self._length, self._length + len(tokens))
@@ -214,9 +223,6 @@ class GgufEngine:
         """Decode one batch; tokens that belong to several sequences are computed once."""
         llama = library()
         count = len(tokens)
-        if not 0 <= min(tokens) <= max(tokens) < self.tokenizer.vocab_size:
-            message = f"a token is outside the vocabulary of {self.tokenizer.vocab_size}"
-            raise UsageError(message, "use this base's own tokenizer")
         members = {ids: (ctypes.c_int32 * len(ids))(*ids) for ids in set(sequences)}
         pointer = ctypes.POINTER(ctypes.c_int32)
         batch = llama.llama_batch(
@@ -319,11 +325,6 @@ def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _usable_cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
-
-
 def _step_scores(
     nodes: Sequence[tuple[int, ...]], rows: Logits, steps: set[tuple[int, ...]]
 ) -> dict[tuple[int, ...], float]:
@@ -334,8 +335,7 @@ def _step_scores(
     scores = {}
     # Row by row: all rows at once in float64 would take more memory than a small base.
     for node, row in zip(nodes, rows, strict=True):
-        top = float(row.max())
-        total = top + math.log(float(np.exp(row - top).sum(dtype=np.float64)))
+        total = log_total(row)
         scores.update({(*node, token): float(row[token]) - total for token in following[node]})
     return scores
 

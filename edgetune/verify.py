@@ -1,0 +1,212 @@
+"""Exported files and trained checkpoints in, parity of each out: every engine against torch on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from edgetune_export.fold import Floats
+from edgetune_export.parity import Parity, check, compare
+from edgetune_runtime.engines._base import Engine
+from edgetune_runtime.errors import IncompatibleError
+
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Logits = Callable[[list[int]], Floats]
+"""Token ids to the logits after each, float32 [tokens, vocabulary]."""
+
+# Number format of an adapter's file for each backend; onnxruntime-genai takes no other than f32 for a float32 graph.
+DTYPES = {"gguf": "f16", "onnx": "f32"}
+# Prompts that are answered greedily, and the length of the answers.
+PROMPTS = 3
+ANSWER_TOKENS = 24
+# Rows of each adapter that the plain base is compared on.
+BASE_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained adapter on its way into a bundle.
+
+    `folder` is PEFT's; `probes` are token rows to compare on, the first of them with `prompt_lengths` to be answered.
+    """
+
+    name: str
+    folder: Path
+    method: str
+    probes: Sequence[Sequence[int]]
+    prompt_lengths: Sequence[int]
+    scale: float = 1.0
+    system: str | None = None
+    metric: str = "exact"
+    labels: tuple[str, ...] = ()
+    merged: bool = False
+    dtypes: Mapping[str, str] = field(default_factory=lambda: dict(DTYPES))
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What one backend wrote: the base's file, each adapter's, and how the base's weights are rounded."""
+
+    backend: str
+    base: Path
+    adapters: Mapping[str, Path]
+    quantization: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Parity of a backend's base and of its adapters, by name."""
+
+    base: Parity
+    adapters: Mapping[str, Parity] = field(default_factory=dict)
+
+
+def verify(
+    model: PreTrainedModel,
+    adapters: Sequence[Trained],
+    exports: Sequence[Exported],
+    context_length: int,
+    progress: Progress,
+) -> dict[str, Checked]:
+    """Run every adapter in torch and in each backend's engine on the same tokens, the base last, after switching back.
+
+    `context_length` is what the base was trained for. Raises VerificationError that names the first adapter, or the
+    base, that is further from the trained one than its quantization explains.
+    """
+    # A row may fill all that the base was trained for; then there is no room to answer it.
+    longest = max(len(row) for adapter in adapters for row in adapter.probes) + ANSWER_TOKENS
+    length = min(longest, context_length)
+    checked: dict[str, Checked] = {}
+    found: dict[str, dict[str, Parity]] = {export.backend: {} for export in exports}
+    with ExitStack() as stack:
+        engines = {
+            export.backend: stack.enter_context(_engine(export.backend, export.base, length)) for export in exports
+        }
+        for adapter in adapters:
+            with _tuned(model, adapter) as trained:
+                for export in exports:
+                    parity = _parity(trained, adapter, export, engines[export.backend], length)
+                    found[export.backend][adapter.name] = parity
+                    progress.say(f"  {export.backend} {adapter.name}: {_said(parity)}")
+                    check(
+                        parity,
+                        adapter.name,
+                        export.quantization,
+                        dtype=adapter.dtypes[export.backend],
+                        merged=adapter.merged,
+                    )
+        plain_logits = _remembered(logits_of(model))
+        for export in exports:
+            engine = engines[export.backend]
+            engine.activate({})
+            plain = compare(plain_logits, engine, _base_rows(adapters))
+            progress.say(f"  {export.backend} base after switching back: {_said(plain)}")
+            check(plain, "base", export.quantization)
+            checked[export.backend] = Checked(plain, found[export.backend])
+    return checked
+
+
+def compare_bases(first: Exported, second: Exported, adapters: Sequence[Trained], progress: Progress) -> Parity:
+    """How far the second backend's plain base is from the first's, on rows of the tasks."""
+    rows = _base_rows(adapters)
+    length = max(map(len, rows))
+    with _engine(first.backend, first.base, length) as one, _engine(second.backend, second.base, length) as other:
+
+        def logits(tokens: list[int]) -> Floats:
+            one.forget(0)
+            return one.decode_all(tokens)
+
+        parity = compare(logits, other, rows)
+    progress.say(f"  bases of {first.backend} and {second.backend} beside each other: {_said(parity)}")
+    return parity
+
+
+def logits_of(model: Any) -> Logits:  # noqa: ANN401 - with or without PEFT around it
+    """A function from token ids to the model's logits after each, float32 [tokens, vocabulary]."""
+    import torch  # noqa: PLC0415
+
+    def logits(tokens: list[int]) -> Floats:
+        with torch.inference_mode():
+            return np.asarray(model(input_ids=torch.tensor([tokens])).logits[0].float().numpy(), np.float32)
+
+    return logits
+
+
+@contextmanager
+def _engine(name: str, base: Path, context_length: int) -> Iterator[Engine]:
+    made = import_module(f"edgetune_runtime.engines.{name}").ENGINE
+    with closing(made(base, context_length=context_length)) as engine:
+        yield engine
+
+
+def _said(parity: Parity) -> str:
+    return f"mean KL {parity.kl:.1e}, {parity.top1:.1%} of top tokens agree"
+
+
+def _parity(trained: Logits, adapter: Trained, export: Exported, engine: Engine, length: int) -> Parity:
+    file = export.adapters[adapter.name]
+    if adapter.merged:
+        with _engine(export.backend, file, length) as merged:
+            return _compare(trained, adapter, merged)
+    engine.load_adapter(adapter.name, file)
+    engine.activate({adapter.name: adapter.scale})
+    return _compare(trained, adapter, engine)
+
+
+def _compare(trained: Logits, adapter: Trained, engine: Engine) -> Parity:
+    room = engine.context_length - ANSWER_TOKENS
+    prompts = [
+        row[:length]
+        for row, length in zip(adapter.probes[:PROMPTS], adapter.prompt_lengths, strict=False)
+        if length <= room
+    ]
+    return compare(trained, engine, adapter.probes, prompts=prompts, max_tokens=ANSWER_TOKENS)
+
+
+@contextmanager
+def _tuned(model: PreTrainedModel, adapter: Trained) -> Iterator[Logits]:
+    """The PEFT checkpoint in float32 at the adapter's scale; `model` is given back as it was."""
+    from peft import PeftModel  # noqa: PLC0415 - slow to import
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415
+
+    try:
+        peft = PeftModel.from_pretrained(model, str(adapter.folder))
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise IncompatibleError(f"PEFT cannot load {adapter.folder}: {reason}", "save the adapter again") from error
+    peft.eval()
+    if adapter.scale != 1.0:
+        for module in peft.modules():
+            if isinstance(module, LoraLayer):
+                module.scale_layer(adapter.scale)
+    try:
+        yield _remembered(logits_of(peft))
+    finally:
+        peft.unload()
+
+
+def _remembered(logits: Logits) -> Logits:
+    """The same function, which computes each row once however many backends are compared with it."""
+    known: dict[tuple[int, ...], Floats] = {}
+
+    def remember(tokens: list[int]) -> Floats:
+        key = tuple(tokens)
+        if key not in known:
+            known[key] = logits(tokens)
+        return known[key]
+
+    return remember
+
+
+def _base_rows(adapters: Sequence[Trained]) -> list[Sequence[int]]:
+    return [row for adapter in adapters for row in adapter.probes[:BASE_ROWS]]

@@ -1,0 +1,106 @@
+"""Graph and adapted modules in, graph with adapter slots out; folded adapter in, the tensors that fill the slots out.
+
+A slot is a pair of optional inputs beside a product: y = x·W + (x·A)·B, A [in, rank] and B [rank, out], empty unless
+they are given. A product that computes several modules (q, k and v; gate and up) has one slot for them all: their A lie
+side by side, and B is block-diagonal. Decoding pays for nodes more than for the zeros in B (docs/measurements.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.gguf_file import GgufHeader
+
+from .fold import Delta, Floats, LowRank
+from .layout import name_map, tensor_of
+from .onnx_graph import Projection, optional_input, projections
+
+METADATA = "edgetune.slots"
+"""Key of the graph's metadata: JSON of {slot: [[module of the Hugging Face model, its outputs], …]}."""
+
+Slots = Mapping[str, Sequence[tuple[str, int]]]
+
+
+def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> None:
+    """Give each product that computes one of `modules` a slot, and say in the metadata what it is for."""
+    names = name_map(header)
+    slots: dict[str, list[tuple[str, int]]] = {}
+    for projection in projections(model.graph):
+        if not set(projection.modules) & set(modules):
+            continue
+        rows = [tensor_of(module, header, names).shape[-1] for module in projection.modules]
+        slots[projection.name] = list(zip(projection.modules, rows, strict=True))
+        columns = tensor_of(projection.modules[0], header, names).shape[0]
+        _add_slot(model.graph, projection, columns, sum(rows))
+    model.metadata_props[METADATA] = json.dumps(slots)
+
+
+def slots_of(metadata: Mapping[str, str]) -> Slots:
+    """What `add_slots` wrote into a graph's metadata."""
+    return {slot: [(module, rows) for module, rows in parts] for slot, parts in json.loads(metadata[METADATA]).items()}
+
+
+def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
+    """The tensors of the slots that the adapter fills, by input name: A [in, rank], B [rank, out], scale in B.
+
+    IncompatibleError names modules that have no slot or another size.
+    """
+    known = {module: rows for parts in slots.values() for module, rows in parts}
+    problems = [_misfit(module, delta, known) for module, delta in adapter.modules.items()]
+    problems = [problem for problem in problems if problem]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        message = f"adapter {adapter.name!r} does not fit the graph: {'; '.join(problems[:3])}{more}"
+        raise IncompatibleError(message, "export the base and its adapters together")
+    tensors: dict[str, Floats] = {}
+    for slot, parts in slots.items():
+        deltas = [(delta, start) for delta, start in _placed(adapter, parts) if delta is not None]
+        if deltas:
+            tensors[f"{slot}.lora_A.weight"] = np.ascontiguousarray(np.concatenate([d.a for d, _ in deltas]).T)
+            tensors[f"{slot}.lora_B.weight"] = _block_diagonal(deltas, sum(rows for _, rows in parts))
+    return tensors
+
+
+def _placed(adapter: LowRank, parts: Sequence[tuple[str, int]]) -> list[tuple[Delta | None, int]]:
+    """The delta of each module of a slot, and the first output that it changes."""
+    starts = np.cumsum([0, *(rows for _, rows in parts)])
+    return [(adapter.modules.get(module), int(start)) for (module, _), start in zip(parts, starts, strict=False)]
+
+
+def _block_diagonal(deltas: Sequence[tuple[Delta, int]], outputs: int) -> Floats:
+    b = np.zeros((sum(delta.rank for delta, _ in deltas), outputs), np.float32)
+    row = 0
+    for delta, start in deltas:
+        b[row : row + delta.rank, start : start + delta.b.shape[0]] = delta.b.T
+        row += delta.rank
+    return b
+
+
+def _misfit(module: str, delta: Delta, known: Mapping[str, int]) -> str:
+    if module not in known:
+        return f"no slot for {module}"
+    if delta.b.shape[0] != known[module]:
+        return f"{module} has {delta.b.shape[0]} outputs in the adapter, {known[module]} in the base"
+    return ""
+
+
+def _add_slot(graph: ir.Graph, projection: Projection, columns: int, outputs: int) -> None:
+    name, node = projection.name, projection.node
+    # A rank symbol of its own: with a shared one, adapters of mixed ranks fail.
+    rank = f"{name}.rank"
+    a = optional_input(graph, f"{name}.lora_A.weight", np.zeros((columns, 0), np.float32), [columns, rank])
+    b = optional_input(graph, f"{name}.lora_B.weight", np.zeros((0, outputs), np.float32), [rank, outputs])
+    plain = node.outputs[0]
+    down = ir.node("MatMul", [node.inputs[0], a], name=f"{node.name}/lora_A")
+    up = ir.node("MatMul", [down.outputs[0], b], name=f"{node.name}/lora_B")
+    added = ir.node("Add", [plain, up.outputs[0]], name=f"{node.name}/lora_Add")
+    for made in (down, up, added):
+        made.outputs[0].name = f"{made.name}/output_0"
+    added.outputs[0].type, added.outputs[0].shape = plain.type, plain.shape
+    graph.insert_after(node, [down, up, added])
+    ir.convenience.replace_all_uses_with(plain, added.outputs[0], replace_graph_outputs=True)
+    added.replace_input_with(0, plain)

@@ -1,0 +1,59 @@
+"""onnxruntime's library in, its sessions and adapter files out: what every call into onnxruntime shares."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune_runtime.errors import IncompatibleError, VerificationError
+
+OLDEST = (1, 31)
+"""What onnxruntime-genai, whose builder makes the graphs, asks for; older operators may lack 8 bits a weight."""
+
+_INSTALL = 'run: pip install --upgrade "edgetune-runtime[onnx]"'
+
+
+@cache
+def library() -> Any:  # noqa: ANN401 - a module without types
+    """The onnxruntime module; IncompatibleError that says what to install when it is missing or too old."""
+    try:
+        import onnxruntime  # noqa: PLC0415 - heavy and optional
+    except ImportError as error:
+        raise IncompatibleError("ONNX bundles need onnxruntime, which is not installed", _INSTALL) from error
+    version = onnxruntime.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise IncompatibleError(f"onnxruntime {version} is too old, {oldest} or newer is needed", _INSTALL)
+    onnxruntime.set_default_logger_severity(4)
+    return onnxruntime
+
+
+def open_session(path: Path, threads: int) -> Any:  # noqa: ANN401 - an InferenceSession
+    """Load a graph that `read_onnx` has checked; VerificationError if onnxruntime refuses it."""
+    ort = library()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own, which share no other base
+        reason = " ".join(str(error).split())[:300]
+        raise VerificationError(f"onnxruntime cannot load {path}: {reason}", "build the bundle again") from error
+
+
+def adapter_arrays(path: Path, name: str) -> tuple[dict[str, NDArray[np.generic]], int]:
+    """The tensors of an `.onnx_adapter` file and the version of the model that it was made for."""
+    ort = library()
+    try:
+        adapter = ort.AdapterFormat.read_adapter(str(path))
+        # The values are views of the adapter's memory, which is freed with it.
+        arrays = {key: np.array(value.numpy()) for key, value in adapter.get_parameters().items()}
+        return arrays, int(adapter.get_model_version())
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split())[:300]
+        raise VerificationError(f"adapter {name!r} is not an .onnx_adapter file: {reason}", "build it again") from error

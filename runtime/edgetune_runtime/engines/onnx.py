@@ -1,0 +1,279 @@
+"""ONNX folder in, logits out: plain onnxruntime, the base mapped once, buffers and adapters bound as inputs.
+
+Keys and values lie in one buffer a layer, past and present at once, so a step copies none of them; the length of the
+attention mask says how much is filled. Each set of active adapters has a binding of its own, and a switch takes another
+one. (`run_with_iobinding` ignores the active adapters of RunOptions, so their tensors are bound as inputs.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune_runtime.cache import common_prefix
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.onnx_file import check_adapter_arrays, read_onnx, slots_of
+
+from ._base import (
+    Logits,
+    check_continuations,
+    check_options,
+    check_room,
+    check_scales,
+    check_trained,
+    log_total,
+    usable_cores,
+)
+from ._ort import adapter_arrays, open_session
+from ._tokenizers import JsonTokenizer
+
+Arrays = Mapping[str, NDArray[np.float32]]
+
+_BINDINGS = 32
+"""Sets of adapters whose bindings are kept; a sum of adapters also keeps its tensors."""
+
+_STATE = struct.Struct("<4sI")
+_MAGIC = b"ETS1"
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What genai_config.json tells about the model."""
+
+    context_length: int
+    head_size: int
+    end_tokens: tuple[int, ...]
+
+
+class OnnxEngine:
+    """One ONNX base with its adapters and one sequence; see `Engine`. `path` is model.onnx; its folder holds the rest.
+
+    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8.
+    UsageError when one is not positive or the context is longer than the base was trained for.
+    """
+
+    bytes_per_number = 4
+
+    def __init__(self, path: Path, *, context_length: int, threads: int | None = None, batch: int = 128) -> None:
+        check_options(context_length, threads, batch)
+        self.context_length = context_length
+        self._batch = batch
+        header = read_onnx(path)
+        config = _read_config(path.with_name("genai_config.json"))
+        check_trained(context_length, config.context_length)
+        self._slots = slots_of(header)
+        self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
+        self._session = open_session(path, threads or usable_cores())
+        self._vocab_size = _last_dimension(self._session, "logits", path)
+        self._buffers = _buffers(self._session, context_length, config.head_size)
+        self._mask = np.ones(context_length, np.int64)
+        self._logits = np.empty((1, self._vocab_size), np.float32)
+        self._adapters: dict[str, Arrays] = {}
+        self._bindings: OrderedDict[tuple[tuple[str, float], ...], tuple[Any, Arrays]] = OrderedDict()
+        self._length = 0
+        self._last: Logits | None = None
+        self.activate({})
+
+    @staticmethod
+    def parts(path: Path) -> list[Path]:
+        """All files that are read for the base at `path`."""
+        names = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", *read_onnx(path).external_files)
+        return [path, *(path.parent / name for name in names)]
+
+    @staticmethod
+    def is_base(path: Path, fingerprint: str, _sha256: str) -> bool:
+        """Whether the graph says that it was made from the base with this fingerprint."""
+        return read_onnx(path).metadata.get("edgetune.base_fingerprint") == fingerprint
+
+    def load_adapter(self, name: str, path: Path, fingerprint: str | None = None) -> None:
+        """Check the adapter file against the slots, load it and keep it; a name already loaded is left as it is.
+
+        VerificationError for a damaged file, IncompatibleError for one of another base.
+        """
+        if name in self._adapters:
+            return
+        arrays, version = adapter_arrays(path, name)
+        if fingerprint is not None and version != model_version(fingerprint):
+            raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
+        check_adapter_arrays(arrays, self._slots, name)
+        self._adapters[name] = {slot: np.ascontiguousarray(array, np.float32) for slot, array in arrays.items()}
+
+    def activate(self, adapters: Mapping[str, float]) -> None:
+        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base. The sequence stays."""
+        key = tuple(adapters.items())
+        if key not in self._bindings:
+            check_scales(adapters, self._adapters)
+            tensors = _sum([(self._adapters[name], scale) for name, scale in key])
+            self._bindings[key] = (self._bind(tensors), tensors)
+            if len(self._bindings) > _BINDINGS:
+                self._bindings.popitem(last=False)
+        self._bindings.move_to_end(key)
+        self._binding = self._bindings[key][0]
+
+    def forget(self, keep: int) -> int:
+        """Drop the sequence's tokens from position `keep` on; returns how many are left."""
+        if keep < self._length:
+            self._length, self._last = max(keep, 0), None
+        return self._length
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
+        check_room(tokens, self._length, self.context_length, self._vocab_size)
+        for start in range(0, len(tokens), self._batch):
+            row = self._run(tokens[start : start + self._batch], rows=1)[0]
+        self._last = row.copy()
+        return self._last
+
+    def decode_all(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; logits after each, shape [tokens, vocab]. UsageError when they do not fit in the context."""
+        check_room(tokens, self._length, self.context_length, self._vocab_size)
+        logits = np.empty((len(tokens), self._vocab_size), np.float32)
+        for start in range(0, len(tokens), self._batch):
+            part = tokens[start : start + self._batch]
+            logits[start : start + len(part)] = self._run(part, rows=len(part))
+        self._last = logits[-1].copy()
+        return logits
+
+    def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
+        """Sum of log probabilities (nats) of each continuation after the sequence, which stays as it is.
+
+        The continuations are walked in order, so that shared beginnings are computed once. UsageError when nothing was
+        decoded last, or when the longest continuation does not fit in the context.
+        """
+        if self._last is None:
+            raise UsageError("there are no logits to score continuations from", "decode at least one token first")
+        start, last = self._length, self._last
+        check_continuations(continuations, start, self.context_length, self._vocab_size)
+        scores: dict[tuple[int, ...], float] = {}
+        # rows[i] holds the logits after the first i tokens of `path`, with their log-sum-exp.
+        path: tuple[int, ...] = ()
+        rows = [(last, log_total(last))]
+        try:
+            for tokens in sorted({tuple(tokens) for tokens in continuations}):
+                shared = min(common_prefix(path, tokens), len(tokens) - 1)
+                path = tokens[:-1]
+                self._length = start + shared
+                del rows[shared + 1 :]
+                if path[shared:]:
+                    rows += [(row, log_total(row)) for row in self._run(path[shared:], rows=len(path) - shared).copy()]
+                scores[tokens] = math.fsum(float(rows[i][0][token]) - rows[i][1] for i, token in enumerate(tokens))
+        finally:
+            self._length, self._last = start, last
+        return [scores[tuple(tokens)] for tokens in continuations]
+
+    def save_state(self) -> bytes:
+        """The sequence's keys and values, for `restore_state` of the same base."""
+        parts = [buffer[:, : self._length].tobytes() for buffer in self._buffers.values()]
+        return b"".join([_STATE.pack(_MAGIC, self._length), *parts])
+
+    def restore_state(self, state: bytes) -> None:
+        """Replace the sequence by a saved one; decode at least one token before `score`."""
+        magic, length = _STATE.unpack_from(state) if len(state) >= _STATE.size else (b"", 0)
+        sizes = [buffer[:, :length].nbytes for buffer in self._buffers.values()]
+        self.forget(0)
+        if magic != _MAGIC or length > self.context_length or len(state) != _STATE.size + sum(sizes):
+            raise VerificationError("a saved state does not fit this engine", "start without it")
+        offset = _STATE.size
+        for buffer, size in zip(self._buffers.values(), sizes, strict=True):
+            part = buffer[:, :length]
+            part[...] = np.frombuffer(state, np.float32, part.size, offset).reshape(part.shape)
+            offset += size
+        self._length = length
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing, and no other call may follow."""
+        self.tokenizer.close()
+        self._length, self._last = 0, None
+        self._bindings.clear()
+        self._adapters.clear()
+        self._binding = self._session = None
+        self._buffers = {}
+
+    def _bind(self, tensors: Arrays) -> Any:  # noqa: ANN401 - onnxruntime's own
+        """A binding of the keys and values and of an adapter's tensors; slots without one keep their empty default."""
+        binding = self._session.io_binding()
+        for name, buffer in self._buffers.items():
+            shape = (1, *buffer.shape)
+            binding.bind_input(name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+            present = name.replace("past_key_values", "present")
+            binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+        for name, tensor in tensors.items():
+            binding.bind_input(name, "cpu", 0, np.float32, tensor.shape, tensor.ctypes.data)
+        return binding
+
+    def _run(self, tokens: Sequence[int], rows: int) -> Logits:
+        """Append tokens; logits after the last `rows` of them in a buffer that the next run overwrites."""
+        count = len(tokens)
+        self._last = None
+        if len(self._logits) < rows:
+            self._logits = np.empty((rows, self._vocab_size), np.float32)
+        ids = np.array([tokens], np.int64)
+        first = np.array([count - rows], np.int64)
+        total = self._length + count
+        bind = self._binding.bind_input
+        bind("input_ids", "cpu", 0, np.int64, (1, count), ids.ctypes.data)
+        bind("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
+        bind("logits_start", "cpu", 0, np.int64, (1,), first.ctypes.data)
+        shape = (1, rows, self._vocab_size)
+        self._binding.bind_output("logits", "cpu", 0, np.float32, shape, self._logits.ctypes.data)
+        self._session.run_with_iobinding(self._binding)
+        self._length = total
+        return self._logits[:rows]
+
+
+def model_version(fingerprint: str) -> int:
+    """What an adapter file carries of its base's fingerprint: the first 28 bits, as the format has a 32-bit number."""
+    return int(fingerprint[:7], 16)
+
+
+def _sum(parts: Sequence[tuple[Arrays, float]]) -> Arrays:
+    """One adapter's tensors that do what the parts do together: ranks side by side, each part's scale in its B."""
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for name in {name: None for arrays, _ in parts for name in arrays}:
+        own = [(arrays[name], scale) for arrays, scale in parts if name in arrays]
+        is_b = name.endswith(".lora_B.weight")
+        scaled = [array * np.float32(scale) if is_b else array for array, scale in own]
+        tensors[name] = np.ascontiguousarray(np.concatenate(scaled, axis=0 if is_b else 1), np.float32)
+    return tensors
+
+
+def _buffers(session: Any, context_length: int, head_size: int) -> dict[str, NDArray[np.float32]]:  # noqa: ANN401 - as above
+    """A buffer [heads, context, head size] for each input of past keys or values."""
+    inputs = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+    return {value.name: np.zeros((int(value.shape[1]), context_length, head_size), np.float32) for value in inputs}
+
+
+def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401 - as above
+    size = next((value.shape[-1] for value in session.get_outputs() if value.name == name), None)
+    if not isinstance(size, int):
+        raise VerificationError(f"{path} has no {name} of a known size", "build the bundle again")
+    return size
+
+
+def _read_config(path: Path) -> _Config:
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        ends = model["eos_token_id"]
+        end_tokens = tuple(int(token) for token in (ends if isinstance(ends, list) else [ends]))
+        return _Config(int(model["context_length"]), int(model["decoder"]["head_size"]), end_tokens)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path} is missing", "build or copy the bundle again") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VerificationError(
+            f"{path} is not what onnxruntime-genai's builder writes: {error}", "build it again"
+        ) from error
+
+
+ENGINE = OnnxEngine
+"""What `Runtime.open(engine="onnx")` makes."""
