@@ -40,6 +40,7 @@ def main() -> None:
     )
     started = time.monotonic()
     built = build(recipe, options.out, progress=progress)
+    assert built is not None, "run it in one process"
     build_s = time.monotonic() - started
     name, limit = TEST[options.task]
     result = evaluate(options.out, options.task, options.data / name, limit=limit, progress=progress)

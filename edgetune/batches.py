@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from .data import Example
 from .recipe import Training
+
+if TYPE_CHECKING:
+    from .objectives import Row
+
+R = TypeVar("R", bound="Row")
 
 # Rows are sorted by length inside windows of so many steps: nearly no padding, and still another order each epoch.
 _WINDOW_STEPS = 16
@@ -54,9 +59,9 @@ def plan(lengths: Sequence[int], schedule: Schedule, training: Training) -> list
     return steps[: schedule.steps]
 
 
-def passes(examples: Sequence[Example]) -> Iterator[list[Example]]:
+def passes(examples: Sequence[R]) -> Iterator[list[R]]:
     """The examples in groups of at most `_PASS_TOKENS` tokens, a longer one alone."""
-    group: list[Example] = []
+    group: list[R] = []
     tokens = 0
     for example in examples:
         if group and tokens + len(example.tokens) > _PASS_TOKENS:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.errors import EdgetuneError
 
 from . import bases, plan
+from .encoder import base as encoder
 from .recipe import Recipe
 from .tasks import Task, read_task
 
@@ -38,6 +40,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_base(recipe: Recipe) -> dict[str, Any]:
+    if recipe.task == CLASSIFICATION:
+        return {"architecture": encoder.describe(recipe)}
     header = bases.describe(recipe)
     if header is None:
         return {"board": recipe.device}

@@ -200,7 +200,8 @@ def build(
     loaded = _load(recipe, overrides | _parse_settings(settings), training)
     target = out or Path("build") / loaded.name
     result = pipeline.build(loaded, target, progress=Progress(quiet=quiet), converter=converter)
-    _print_build(result.to_json(), as_json=as_json)
+    if result is not None:
+        _print_build(result.to_json(), as_json=as_json)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn
 
 from edgetune_runtime.chat import Message, messages_for, render
 from edgetune_runtime.engines._base import Tokenizer
+from edgetune_runtime.engines._encoder import text_of
 from edgetune_runtime.errors import NotFoundError, UsageError
 
 from .recipe import HUB_ID, Columns, is_hub_id
@@ -145,6 +146,16 @@ def tokenize_rows(
         message = f"all {len(rows)} rows are longer than {max_tokens} tokens, the shortest has {shortest}"
         raise UsageError(message, "raise context_length, or shorten the rows")
     return examples, TooLong(len(too_long), tuple(too_long[:3]))
+
+
+def labelled_text(row: Row) -> str:
+    """The row's text; UsageError when it has no label or is a conversation."""
+    if row.messages is None:
+        raise UsageError(f"{row.where}: has no label", "give rows of text and label")
+    try:
+        return text_of(row.messages)
+    except UsageError as error:
+        raise UsageError(f"{row.where}: {error.message}", "give rows of text and label") from error
 
 
 def _example(row: Row, tokenizer: Tokenizer, system: str | None, loss_on: str) -> Example:

@@ -11,11 +11,12 @@ from typing import Any, cast, get_args
 
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import AdapterEntry
+from edgetune_runtime.engines._encoder import EncoderEngine
 from edgetune_runtime.errors import UsageError, VerificationError
 from pydantic import ValidationError
 
 from . import metrics
-from .data import Example, Row, read_rows, tokenize_rows
+from .data import Example, Row, labelled_text, read_rows, tokenize_rows
 from .progress import Progress, Step
 from .recipe import Columns, Metric
 
@@ -212,6 +213,8 @@ def _spread(rows: list[Row], limit: int | None) -> list[Row]:
 
 def _fitting(task: _Task, rows: Sequence[Row]) -> tuple[list[Pair], int]:
     """The rows that fit in the context, prompt rows with their tokens, and how many do not; texts fit at any length."""
+    if task.runtime.encoder is not None:
+        return _fitting_encoder(task.runtime.encoder, rows)
     session, _ = task.runtime.session(task.adapter)
     prompts = [row for row in rows if row.messages is not None]
     with session.hold():
@@ -225,9 +228,27 @@ def _fitting(task: _Task, rows: Sequence[Row]) -> tuple[list[Pair], int]:
     pairs = [(row, by_row.get(id(row))) for row in rows]
     fitting = [(row, example) for row, example in pairs if example is None or _length(example, longest) <= room]
     if not fitting:
-        message = f"none of {len(rows)} rows fits in the context of {room} tokens"
-        raise UsageError(message, "build the bundle with a longer context_length, or shorten the rows")
+        raise _nothing_fits(len(rows), room)
     return fitting, len(pairs) - len(fitting)
+
+
+def _fitting_encoder(encoder: EncoderEngine, rows: Sequence[Row]) -> tuple[list[Pair], int]:
+    """The same for an encoder, which answers without more tokens."""
+    tokens = [tuple(encoder.tokenizer.tokenize(labelled_text(row))) for row in rows]
+    room = encoder.context_length
+    pairs: list[Pair] = [
+        (row, Example(own, (False,) * len(own), len(own)))
+        for row, own in zip(rows, tokens, strict=True)
+        if len(own) <= room
+    ]
+    if not pairs:
+        raise _nothing_fits(len(rows), room)
+    return pairs, len(rows) - len(pairs)
+
+
+def _nothing_fits(rows: int, room: int) -> UsageError:
+    message = f"none of {rows} rows fits in the context of {room} tokens"
+    return UsageError(message, "build the bundle with a longer context_length, or shorten the rows")
 
 
 def _length(example: Example, longest_label: int) -> int:

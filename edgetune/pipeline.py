@@ -5,34 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export.backends._base import Weights
 from edgetune_export.pack import check_destination
+from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.chat import messages_for, render
 from edgetune_runtime.engines.gguf import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 
 from . import bases, methods, plan
-from .bases import Base
-from .data import Example, TooLong
+from .bases import Base, base_context_length
+from .data import Example, Row, TooLong
 from .plot import plot_training
 from .progress import Progress
 from .recipe import Recipe
-from .ship import Shipped, Wanted, base_context_length, ship
+from .ship import Shipped, Wanted, ship
 from .tasks import Task, read_task
-from .train import DTYPES, Job, TrainResult, finished, precision_of, train
+from .train import DTYPES, Job, TrainResult, finished, precision_of, processes, train
 from .verify import Trained
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 # Held-out rows that each adapter is compared on.
 PARITY_ROWS = 12
+# Rows whose texts tokenizers are compared on.
+TEXT_ROWS = 100
 # Training rows of each task that weights are rounded to, where the method takes such.
 CALIBRATION_ROWS = 16
 # What adapters trained elsewhere are compared on, as there are no rows of their tasks.
@@ -61,26 +66,38 @@ class _Work:
     """A task, its training, and the rows that were left out."""
 
     task: Task
-    job: Job
+    job: Job[Example]
     too_long: TooLong
 
 
-def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None) -> BuildResult:
+def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None) -> BuildResult | None:
     """Train what is not trained yet, export, check parity and pack `out`; what is on the way lies in `<out>.work`.
 
-    A build that was stopped goes on where it was. Raises EdgetuneError; `out` is then as it was before.
+    A build that was stopped goes on where it was. Of several processes under a launcher, all train and the first one
+    does the rest; the others return None. Raises EdgetuneError; `out` is then as it was before.
     """
+    state = processes()
+    if not state.is_main_process:
+        progress = Progress(quiet=True)
     check_destination(out)
+    if recipe.task == CLASSIFICATION:
+        from .encoder.build import build_encoder  # noqa: PLC0415 - it imports this module
+
+        return build_encoder(recipe, out, progress=progress)
     work = out.with_name(f"{out.name}.work")
     tasks = [read_task(name, recipe) for name in recipe.adapters]
-    base, recipe = _base_of(recipe, work, progress, converter)
+    with state.main_process_first():
+        base, recipe = _base_of(recipe, work, progress, converter)
     todo = _plan(tasks, base, recipe.context_length, progress)
-    results = _train_all([item.job for item in todo], base, work / "train", progress)
+    jobs, load = [item.job for item in todo], partial(bases.load_torch, base)
+    results = train_all(jobs, base.name, load, work / "train", progress)
+    if not state.is_main_process:
+        return None
     adapters = [_trained(item, results[item.job.name], work / "train") for item in todo]
     shipped = ship(base, adapters, work / "stage", out, wanted=_wanted(recipe, todo), progress=progress)
     figures = {
         item.job.name: {
-            **_without_history(results[item.job.name]),
+            **without_history(results[item.job.name]),
             **_figures(shipped[item.job.name]),
             "rows_too_long": item.too_long.count,
             "plot": str(work / "train" / item.job.name / "training.png"),
@@ -139,9 +156,7 @@ def _base_of(recipe: Recipe, work: Path, progress: Progress, converter: Path | N
 
     base = resolve(recipe.quantize)
     most = base_context_length(base.header)
-    if recipe.context_length > most and "context_length" in recipe.model_fields_set:
-        message = f"context_length {recipe.context_length} is more than the {most} tokens that {base.name!r} can take"
-        raise UsageError(message, f"give at most {most}")
+    check_context(recipe, most)
     picked: dict[str, Any] = {"context_length": recipe.context_length}
     choice = plan.choose_for(recipe, base.header, requantize=bases.requantizes(recipe))
     if choice is not None:
@@ -153,6 +168,13 @@ def _base_of(recipe: Recipe, work: Path, progress: Progress, converter: Path | N
     # A default gives way to a base that was trained for less.
     picked["context_length"] = min(picked["context_length"], most)
     return base, recipe.model_copy(update=picked)
+
+
+def check_context(recipe: Recipe, most: int) -> None:
+    """UsageError when the recipe itself asks for more than the `most` tokens that its base was trained for."""
+    if recipe.context_length > most and "context_length" in recipe.model_fields_set:
+        message = f"context_length {recipe.context_length} is more than the {most} tokens that {recipe.base!r} can take"
+        raise UsageError(message, f"give at most {most}")
 
 
 def _plan(tasks: Sequence[Task], base: Base, context_length: int, progress: Progress) -> list[_Work]:
@@ -180,8 +202,14 @@ def _key(task: Task, base: Base, examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _train_all(jobs: Sequence[Job], base: Base, work: Path, progress: Progress) -> dict[str, TrainResult]:
-    """The result of each training; the base is loaded only if one is left to do."""
+def train_all(
+    jobs: Sequence[Job[Any]],
+    base: str,
+    load: Callable[[torch.dtype], PreTrainedModel],
+    work: Path,
+    progress: Progress,
+) -> dict[str, TrainResult]:
+    """The result of each training; the base, by name, is loaded only if one is left to do."""
     results: dict[str, TrainResult] = {}
     model: PreTrainedModel | None = None
     loaded = ""
@@ -191,10 +219,11 @@ def _train_all(jobs: Sequence[Job], base: Base, work: Path, progress: Progress) 
         if result is None:
             precision = precision_of(job.training)
             if model is None or precision != loaded:
-                progress.say(f"loading the base {base.name}")
-                model, loaded = bases.load_torch(base, DTYPES[precision]), precision
+                progress.say(f"loading the base {base}")
+                model, loaded = load(DTYPES[precision]), precision
             result = train(model, job, folder, progress)
-            plot_training(result, job.name, folder / "training.png")
+            if processes().is_main_process:
+                plot_training(result, job.name, folder / "training.png")
         progress.say(_summary(job.name, result))
         results[job.name] = result
     return results
@@ -233,8 +262,14 @@ def _trained(item: _Work, result: TrainResult, work: Path) -> Trained:
         labels=item.task.labels,
         merged=spec.merged,
         dtypes={"gguf": spec.dtype, "onnx": spec.onnx_dtype},
-        training=_without_history(result),
+        training=without_history(result),
+        texts=[text for row in item.task.validation[:TEXT_ROWS] for text in _texts(row)],
     )
+
+
+def _texts(row: Row) -> list[str]:
+    parts = [row.text, row.completion, *(message["content"] for message in row.messages or ())]
+    return [part for part in parts if part]
 
 
 def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merged: bool) -> Trained:
@@ -249,7 +284,8 @@ def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merge
     return Trained(name, folder, "lora", rows, lengths, system=system, merged=merged)
 
 
-def _without_history(result: TrainResult) -> dict[str, Any]:
+def without_history(result: TrainResult) -> dict[str, Any]:
+    """The result's figures as JSON values."""
     return {key: value for key, value in asdict(result).items() if key != "history"}
 
 

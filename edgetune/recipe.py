@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.errors import UsageError
 from pydantic import (
     AfterValidator,
@@ -203,6 +204,17 @@ class AdapterSpec(Part):
     def _only_what_is_set(self, training: Training) -> dict[str, Any]:
         return training.model_dump(mode="json", exclude_unset=True)
 
+    def unfit_for_encoder(self) -> list[str]:
+        """What an adapter of an encoder cannot be, with the way out."""
+        problems = []
+        if self.merged:
+            problems.append("a merged encoder is not made; leave merged out")
+        if self.system is not None:
+            problems.append("an encoder takes no system prompt; leave system out")
+        if self.metric not in ("auto", "label"):
+            problems.append(f"an encoder's metric is label, not {self.metric}")
+        return problems
+
     def training_for(self, recipe: Recipe) -> Training:
         """The recipe's training options with those that this adapter sets put over them."""
         own = {name: getattr(self.training, name) for name in self.training.model_fields_set}
@@ -224,8 +236,12 @@ class Recipe(Part):
 
     name: Name
     """Name of the bundle: a-z, 0-9, _ and -."""
+    task: Literal["text-generation", "text-classification"] = "text-generation"
+    """text-generation for bases that write; text-classification trains a head for each adapter's labels on an encoder
+    (docs/encoders.md), whose targets are [onnx]."""
     base: Text
-    """The base model: an alias such as smollm2-135m, a .gguf file, a Hugging Face folder, or a hub id."""
+    """The base model: an alias such as smollm2-135m, a .gguf file, a Hugging Face folder, or a hub id; for
+    text-classification the alias all-minilm-l6-v2, or the folder or hub id of a BERT-type model."""
     targets: tuple[Target, ...] = Field(default=TARGETS[:1], min_length=1)
     """Formats to export: gguf for llama.cpp, onnx for onnxruntime; the first is what the runtime opens by default."""
     quantize: str | None = None
@@ -251,28 +267,56 @@ class Recipe(Part):
         """The folder of the recipe file, that relative paths in it start from."""
         return self._folder
 
+    @model_validator(mode="before")
+    @classmethod
+    def _targets_of_task(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("task") == CLASSIFICATION:
+            return {"targets": ["onnx"], **values}
+        return values
+
     @field_validator("targets")
     @classmethod
-    def _once(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+    def _once(cls, targets: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if "gguf" in targets and _is_encoder(info):
+            raise ValueError("encoders run in onnx; write targets: [onnx]")
         return tuple(dict.fromkeys(targets))
 
     @field_validator("quantize")
     @classmethod
-    def _known_scheme(cls, scheme: str | None) -> str | None:
+    def _known_scheme(cls, scheme: str | None, info: ValidationInfo) -> str | None:
         if scheme is None:
             return None
+        if _is_encoder(info):
+            raise ValueError("is for bases that write text; write onnx: {weights: int8} for an encoder")
         from edgetune_export.quantize import SCHEMES  # noqa: PLC0415 - most recipes need no exporter to be read
 
         return _one_of(scheme, sorted(SCHEMES), "quantization")
 
+    @field_validator("onnx")
+    @classmethod
+    def _weights_of_task(cls, onnx: OnnxSpec, info: ValidationInfo) -> OnnxSpec:
+        if _is_encoder(info) and onnx.weights == "int4":
+            raise ValueError("an encoder's weights are auto, fp32 or int8")
+        return onnx
+
     @field_validator("device")
     @classmethod
-    def _known_board(cls, device: str | None) -> str | None:
+    def _known_board(cls, device: str | None, info: ValidationInfo) -> str | None:
         if device is None:
             return None
+        if _is_encoder(info):
+            raise ValueError("what an encoder takes on a board is not predicted; leave it out, and set threads")
         from edgetune_devices import boards  # noqa: PLC0415 - most recipes need no board to be read
 
         return _one_of(device, boards.names(), "board")
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_of_task(cls, adapters: dict[str, AdapterSpec], info: ValidationInfo) -> dict[str, AdapterSpec]:
+        problems = [f"{name}: {what}" for name, spec in adapters.items() for what in spec.unfit_for_encoder()]
+        if _is_encoder(info) and problems:
+            raise ValueError("; ".join(problems))
+        return adapters
 
     @model_validator(mode="after")
     def _keep_folder(self, info: ValidationInfo) -> Recipe:
@@ -295,6 +339,11 @@ class Recipe(Part):
     def _portable(self, source: str) -> str:
         inside = source.removeprefix(f"{self._folder}{os.sep}")
         return Path(inside).name if Path(inside).is_absolute() else inside
+
+
+def _is_encoder(info: ValidationInfo) -> bool:
+    """Whether the recipe that is being read is for an encoder; `task` is read first."""
+    return info.data.get("task") == CLASSIFICATION
 
 
 def is_hub_id(source: str) -> bool:

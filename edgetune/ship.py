@@ -22,10 +22,10 @@ from edgetune_export.pack import pack
 from edgetune_export.parity import Parity
 from edgetune_export.quantize import describe_quantization
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, Manifest
-from edgetune_runtime.gguf_file import GgufHeader, digest_of_chat_template, digest_of_tokenizer
+from edgetune_runtime.gguf_file import digest_of_chat_template, digest_of_tokenizer
 
 from . import bases
-from .bases import Base
+from .bases import Base, base_context_length
 from .progress import Progress
 from .verify import Checked, Exported, Trained, compare_bases, verify
 
@@ -70,7 +70,7 @@ def ship(
         progress.say(f"writing {target}")
         exports.append(stage.export(target))
     progress.say("checking that the bundle says what was trained")
-    checked = verify(model, adapters, exports, base_context_length(base.header), progress)
+    checked = verify(base, model, adapters, exports, progress)
     parity = {target: asdict(found.base) for target, found in checked.items()}
     for other in exports[1:]:
         parity[f"{exports[0].backend}/{other.backend}"] = asdict(compare_bases(exports[0], other, adapters, progress))
@@ -165,11 +165,6 @@ def _base_entry(base: Base, files: Mapping[str, str]) -> BaseEntry:
         chat_template_sha256=digest_of_chat_template(base.header),
         files=files,
     )
-
-
-def base_context_length(header: GgufHeader) -> int:
-    """Tokens that the base was trained for."""
-    return int(header.metadata[f"{header.architecture}.context_length"])
 
 
 def _versions(targets: Sequence[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.engines._base import Tokenizer
 
 from .data import Example, Row, TooLong, read_rows, split, tokenize_rows
@@ -41,7 +42,7 @@ def read_task(name: str, recipe: Recipe) -> Task:
     spec = recipe.adapters[name]
     training = spec.training_for(recipe)
     train = read_rows(spec.data.train, spec.data.columns, labels=spec.labels)
-    metric = metric_for(spec.metric, train, spec.labels)
+    metric: Metric = "label" if recipe.task == CLASSIFICATION else metric_for(spec.metric, train, spec.labels)
     labels = spec.labels or ()
     if metric == "label" and not labels:
         labels = tuple(sorted({row.completion for row in train if row.completion is not None}))

@@ -1,7 +1,7 @@
-"""Tokenized examples and a base in, a folder with the best checkpoint out: `adapter/`, `result.json`, `log.jsonl`.
+"""Tokenized rows and a base in, a folder with the best checkpoint out: `adapter/`, `result.json`, `log.jsonl`.
 
-One lean loop on accelerate: packed rows, logits only where there is loss, validation during training, early stopping,
-and a state on disk from which a killed run goes on. More processes or GPUs are the launcher's business.
+One lean loop on accelerate for every objective: validation during training, early stopping, and a state on disk from
+which a killed run goes on. More processes or GPUs are the launcher's business.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from edgetune_export.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError
-from torch.nn.functional import cross_entropy
 
 from .allocator import keep_freed_memory
 from .batches import Schedule, passes, plan
-from .data import Example
 from .methods import Method, Options
 from .methods._base import trainable
-from .packing import ATTENTION, Packed, pack
+from .objectives import NEXT_TOKEN, Batch, Objective, Row
 from .progress import Progress, Step
 from .recipe import Training
 
@@ -45,23 +43,26 @@ _SAVE_EVERY_S = 60.0
 # A validation loss this much above the best counts as overfitting, less as noise.
 _OVERFIT = 1.01
 
+R = TypeVar("R", bound=Row)
+
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[R]):
     """One training: `key` stands for all that its result depends on."""
 
     name: str
     method: Method
     options: Options
     training: Training
-    train: Sequence[Example]
-    validation: Sequence[Example]
+    train: Sequence[R]
+    validation: Sequence[R]
     key: str
+    objective: Objective[Any] = NEXT_TOKEN
 
 
 @dataclass
 class Point:
-    """One validation pass: after `step` steps; losses are means over the learned tokens, in nats."""
+    """One validation pass: after `step` steps; losses are means over what is learned, in nats."""
 
     step: int
     epoch: float
@@ -112,9 +113,15 @@ def finished(folder: Path, key: str) -> TrainResult | None:
         return None
 
 
+def processes() -> PartialState:
+    """This process among those of the launcher; the first call settles where all training runs."""
+    # Left alone, accelerate takes several processes for several GPUs, and each of them for one of its own without.
+    return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+
+
 def precision_of(training: Training) -> str:
     """`bf16` or `fp32`: what the recipe asks for, or what the hardware multiplies fast."""
-    device = PartialState().device
+    device = processes().device
     if training.precision != "auto":
         return training.precision
     if device.type == "cuda":
@@ -125,7 +132,7 @@ def precision_of(training: Training) -> str:
     return "fp32"
 
 
-def train(base: PreTrainedModel, job: Job, folder: Path, progress: Progress) -> TrainResult:
+def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress) -> TrainResult:
     """Do the job; `base` is left as it was. Goes on where a run of the same key in `folder` ended.
 
     Writes the best checkpoint by validation loss to `folder/adapter` in PEFT's format. Raises CancelledError when the
@@ -151,19 +158,23 @@ def train(base: PreTrainedModel, job: Job, folder: Path, progress: Progress) -> 
 class _Run:
     """One training: model, optimizer and where it stands."""
 
-    def __init__(self, base: PreTrainedModel, job: Job, folder: Path) -> None:
+    def __init__(self, base: PreTrainedModel, job: Job[Any], folder: Path) -> None:
         training, method = job.training, job.method
-        self.training, self.folder, self.key = training, folder, job.key
+        self.training, self.folder, self.key, self.objective = training, folder, job.key, job.objective
         self.train_rows = list(job.train)
         self.validation = list(job.validation)[:VALIDATION_ROWS]
-        self.accelerator = Accelerator()
+        # Processes validate different numbers of batches, so none may wait for another in a forward pass.
+        apart = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(kwargs_handlers=[apart])
         self.precision = precision_of(training)
         self.schedule = Schedule(len(self.train_rows), training)
         self.state = _State()
         torch.manual_seed(training.seed)
         self.peft: PeftModel = method.attach(base, job.options)
         self.attention = base.config._attn_implementation
-        base.set_attn_implementation(ATTENTION)
+        if self.objective.attention is not None:
+            base.set_attn_implementation(self.objective.attention)
+        self.objective.extend(self.peft)
         named = trainable(self.peft)
         groups = method.parameter_groups(self.peft, job.options, training.learning_rate)
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
@@ -220,6 +231,7 @@ class _Run:
         self._load_weights(self.best)
         if self.accelerator.is_main_process:
             self.peft.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
+            self.objective.save(self.peft, self.folder / "adapter")
             lines = [json.dumps(asdict(point)) for point in history]
             (self.folder / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             with replacing(self.folder / "result.json") as path:
@@ -275,27 +287,27 @@ class _Run:
             for name, parameter in trainable(self.peft):
                 parameter.copy_(weights[name])
 
-    def _batches(self) -> Iterator[list[Example]]:
+    def _batches(self) -> Iterator[list[Row]]:
         """The rows of each step that is left."""
         for indices in plan([len(e.tokens) for e in self.train_rows], self.schedule, self.training)[self.state.step :]:
             yield [self.train_rows[i] for i in indices]
 
-    def _step(self, rows: Sequence[Example]) -> None:
-        """One optimizer step on the mean loss over all learned tokens of `rows`, whatever process they fall to.
+    def _step(self, rows: Sequence[Row]) -> None:
+        """One optimizer step on the mean loss over all that is learned of `rows`, whatever process they fall to.
 
         The state changes at its end alone, so a step that is interrupted before counts as not taken.
         """
         processes = self.accelerator.num_processes
-        learned = sum(sum(example.learned) for example in rows)
+        learned = sum(self.objective.learned(row) for row in rows)
         # A process without a row of its own still takes part, with no weight.
         own = rows[self.accelerator.process_index :: processes]
         weight = processes / learned if own else 0.0
         torch.manual_seed(self.training.seed + self.state.step)
-        parts = [pack(part).to(self.accelerator.device) for part in passes(own or rows[:1])]
+        parts = [self.objective.batch(part).to(self.accelerator.device) for part in passes(own or rows[:1])]
         loss_sum = 0.0
-        for number, packed in enumerate(parts, 1):
+        for number, part in enumerate(parts, 1):
             with self.accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
-                loss = self._loss(packed)
+                loss = self._loss(part)
                 self.accelerator.backward(loss * weight)
             loss_sum += loss.item() if own else 0.0
         self._require_finite(loss_sum, self.state.step + 1)
@@ -307,26 +319,19 @@ class _Run:
         self.optimizer.zero_grad()
         self.state.step += 1
         self.state.loss_sum += loss_sum
-        self.state.loss_tokens += sum(len(packed.targets) for packed in parts) if own else 0
+        self.state.loss_tokens += sum(len(part.targets) for part in parts) if own else 0
         self.state.row_tokens += sum(len(example.tokens) for example in rows)
         self.is_changing = False
 
-    def _loss(self, packed: Packed) -> torch.Tensor:
-        """Summed loss of the learned tokens."""
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Summed loss of what is learned."""
         from peft.helpers import disable_input_dtype_casting  # noqa: PLC0415 - peft's import takes seconds
 
         # Autocast casts the adapter's weights; PEFT would cast its inputs to float32 and back besides.
         bf16 = self.precision == "bf16"
         casting = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
         with casting, disable_input_dtype_casting(self.peft, active=bf16):
-            logits = self.model(
-                input_ids=packed.tokens,
-                position_ids=packed.positions,
-                logits_to_keep=packed.predictors,
-                packed=packed,
-                use_cache=False,
-            ).logits[0]
-        return cross_entropy(logits.float(), packed.targets, reduction="sum")
+            return self.objective.loss(self.model, self.peft, batch)
 
     @torch.no_grad()
     def _validate(self) -> Point:
@@ -334,9 +339,9 @@ class _Run:
         totals = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
         own = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
         for part in passes(sorted(own, key=lambda example: len(example.tokens))):
-            packed = pack(part).to(self.accelerator.device)
-            totals[0] += self._loss(packed).double()
-            totals[1] += len(packed.targets)
+            batch = self.objective.batch(part).to(self.accelerator.device)
+            totals[0] += self._loss(batch).double()
+            totals[1] += len(batch.targets)
         totals[2], totals[3] = self.state.loss_sum, self.state.loss_tokens
         val_sum, val_tokens, train_sum, train_tokens = self.accelerator.reduce(totals, "sum").tolist()
         self._require_finite(val_sum, self.state.step)

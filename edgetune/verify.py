@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from edgetune_export.fold import Floats
 from edgetune_export.parity import Parity, check, compare
-from edgetune_runtime.engines._base import Engine
+from edgetune_runtime.engines._base import Engine, Tokenizer
+from edgetune_runtime.engines.gguf import GgufTokenizer
 from edgetune_runtime.errors import IncompatibleError
 
+from .bases import Base, base_context_length
 from .progress import Progress
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 Logits = Callable[[list[int]], Floats]
@@ -28,6 +31,16 @@ DTYPES = {"gguf": "f16", "onnx": "f32"}
 # Prompts that are answered greedily, and the length of the answers.
 PROMPTS = 3
 ANSWER_TOKENS = 24
+# What tokenizers tend to cut differently.
+HARD_TEXTS = (
+    "  two  spaces, a\ttab\r\nand a blank line\n\n",
+    "1234567.89 at 07:05, 3x",
+    "don't I'LL we\u2019ve DON'T",
+    "naïve café Straße ﬁ e\u0301",
+    "日本語 한국어 العربية हिन्दी",
+    "🏠👨‍👩‍👧 ❤️\u200b\ufeff",
+    "def f(x):\n    return {'a': [x, None]}\n",
+)
 # Rows of each adapter that the plain base is compared on.
 BASE_ROWS = 2
 
@@ -37,6 +50,7 @@ class Trained:
     """A trained adapter on its way into a bundle.
 
     `folder` is PEFT's; `probes` are token rows to compare on, the first of them with `prompt_lengths` to be answered.
+    `texts` are of the task, to compare tokenizers on.
     """
 
     name: str
@@ -51,6 +65,7 @@ class Trained:
     merged: bool = False
     dtypes: Mapping[str, str] = field(default_factory=lambda: dict(DTYPES))
     training: Mapping[str, Any] = field(default_factory=dict)
+    texts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -72,48 +87,34 @@ class Checked:
 
 
 def verify(
-    model: PreTrainedModel,
-    adapters: Sequence[Trained],
-    exports: Sequence[Exported],
-    context_length: int,
-    progress: Progress,
+    base: Base, model: PreTrainedModel, adapters: Sequence[Trained], exports: Sequence[Exported], progress: Progress
 ) -> dict[str, Checked]:
     """Run every adapter in torch and in each backend's engine on the same tokens, the base last, after switching back.
 
-    `context_length` is what the base was trained for. Raises VerificationError that names the first adapter, or the
-    base, that is further from the trained one than its quantization explains.
+    `model` holds the base in float32. Raises VerificationError that names the first adapter, or the base, that is
+    further from the trained one than its quantization explains.
     """
     # A row may fill all that the base was trained for; then there is no room to answer it.
     longest = max(len(row) for adapter in adapters for row in adapter.probes) + ANSWER_TOKENS
-    length = min(longest, context_length)
-    checked: dict[str, Checked] = {}
-    found: dict[str, dict[str, Parity]] = {export.backend: {} for export in exports}
+    length = min(longest, base_context_length(base.header))
     with ExitStack() as stack:
-        engines = {
-            export.backend: stack.enter_context(_engine(export.backend, export.base, length)) for export in exports
-        }
+        opened = [(export, stack.enter_context(_engine(export.backend, export.base, length))) for export in exports]
+        for export, engine in opened:
+            _compare_tokenizers(base.path, export.backend, engine.tokenizer, adapters, progress)
+        found: dict[str, dict[str, Parity]] = {export.backend: {} for export in exports}
         for adapter in adapters:
             with _tuned(model, adapter) as trained:
-                for export in exports:
-                    parity = _parity(trained, adapter, export, engines[export.backend], length)
+                for export, engine in opened:
+                    parity = _parity(trained, adapter, export, engine)
                     found[export.backend][adapter.name] = parity
                     progress.say(f"  {export.backend} {adapter.name}: {_said(parity)}")
-                    check(
-                        parity,
-                        adapter.name,
-                        export.quantization,
-                        dtype=adapter.dtypes[export.backend],
-                        merged=adapter.merged,
-                    )
-        plain_logits = _remembered(logits_of(model))
-        for export in exports:
-            engine = engines[export.backend]
-            engine.activate({})
-            plain = compare(plain_logits, engine, _base_rows(adapters))
-            progress.say(f"  {export.backend} base after switching back: {_said(plain)}")
-            check(plain, "base", export.quantization)
-            checked[export.backend] = Checked(plain, found[export.backend])
-    return checked
+                    dtype = adapter.dtypes[export.backend]
+                    check(parity, adapter.name, export.quantization, dtype=dtype, merged=adapter.merged)
+        plain = _remembered(logits_of(model))
+        return {
+            export.backend: Checked(_base_parity(plain, adapters, export, engine, progress), found[export.backend])
+            for export, engine in opened
+        }
 
 
 def compare_bases(first: Exported, second: Exported, adapters: Sequence[Trained], progress: Progress) -> Parity:
@@ -153,10 +154,32 @@ def _said(parity: Parity) -> str:
     return f"mean KL {parity.kl:.1e}, {parity.top1:.1%} of top tokens agree"
 
 
-def _parity(trained: Logits, adapter: Trained, export: Exported, engine: Engine, length: int) -> Parity:
+def _compare_tokenizers(
+    base: Path, name: str, tokenizer: Tokenizer, adapters: Sequence[Trained], progress: Progress
+) -> None:
+    """Warn of texts that an engine cuts into other tokens than training did."""
+    texts = dict.fromkeys([*HARD_TEXTS, *(text for adapter in adapters for text in adapter.texts)])
+    with closing(GgufTokenizer(base)) as trained:
+        different = [text for text in texts if tokenizer.tokenize(text) != trained.tokenize(text)]
+    if different:
+        share = f"{len(different)} of {len(texts)} texts"
+        progress.say(f"  warning: {name} cuts {share} into other tokens than training did, such as {different[0]!r}")
+
+
+def _base_parity(
+    plain: Logits, adapters: Sequence[Trained], export: Exported, engine: Engine, progress: Progress
+) -> Parity:
+    engine.activate({})
+    parity = compare(plain, engine, _base_rows(adapters))
+    progress.say(f"  {export.backend} base after switching back: {_said(parity)}")
+    check(parity, "base", export.quantization)
+    return parity
+
+
+def _parity(trained: Logits, adapter: Trained, export: Exported, engine: Engine) -> Parity:
     file = export.adapters[adapter.name]
     if adapter.merged:
-        with _engine(export.backend, file, length) as merged:
+        with _engine(export.backend, file, engine.context_length) as merged:
             return _compare(trained, adapter, merged)
     engine.load_adapter(adapter.name, file)
     engine.activate({adapter.name: adapter.scale})
@@ -175,22 +198,28 @@ def _compare(trained: Logits, adapter: Trained, engine: Engine) -> Parity:
 
 @contextmanager
 def _tuned(model: PreTrainedModel, adapter: Trained) -> Iterator[Logits]:
-    """The PEFT checkpoint in float32 at the adapter's scale; `model` is given back as it was."""
+    with tuned(model, adapter.folder, adapter.scale) as peft:
+        yield _remembered(logits_of(peft))
+
+
+@contextmanager
+def tuned(model: PreTrainedModel, folder: Path, scale: float) -> Iterator[PeftModel]:
+    """The PEFT checkpoint in `folder`, times `scale`, on `model`, which is given back as it was."""
     from peft import PeftModel  # noqa: PLC0415 - slow to import
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415
 
     try:
-        peft = PeftModel.from_pretrained(model, str(adapter.folder))
+        peft = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise IncompatibleError(f"PEFT cannot load {adapter.folder}: {reason}", "save the adapter again") from error
+        raise IncompatibleError(f"PEFT cannot load {folder}: {reason}", "save the adapter again") from error
     peft.eval()
-    if adapter.scale != 1.0:
+    if scale != 1.0:
         for module in peft.modules():
             if isinstance(module, LoraLayer):
-                module.scale_layer(adapter.scale)
+                module.scale_layer(scale)
     try:
-        yield _remembered(logits_of(peft))
+        yield peft
     finally:
         peft.unload()
 

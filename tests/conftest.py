@@ -6,8 +6,13 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from edgetune_export.backends._base import Source
+    from edgetune_export.onnx_encoder import EncoderSource
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,3 +42,49 @@ def tiny_gguf(tiny_folder: Callable[[str], Path]) -> Callable[[str], Path]:
         return out
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
+    """`tiny_source(arch)`: the f16 base as ONNX files are made from. The builder, slow to start, runs once for each."""
+    import torch  # noqa: PLC0415 - as above
+    from edgetune_export.backends._base import Source  # noqa: PLC0415
+    from edgetune_runtime.bundle import sha256_of  # noqa: PLC0415
+    from edgetune_runtime.gguf_file import read_header  # noqa: PLC0415
+
+    from edgetune.bases import Base, load_torch  # noqa: PLC0415
+
+    @cache
+    def make(arch: str) -> Source:
+        path = tiny_gguf(arch)
+        base = Base(arch, path, sha256_of(path), read_header(path))
+        work = tmp_path_factory.mktemp(f"onnx-{arch}")
+        return Source(path, base.fingerprint, load_torch(base, torch.float32), work)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_encoder(arch)`: the folder of a tiny random encoder, arch in bert, distilbert, electra, roberta."""
+    from tiny import make_encoder_folder  # noqa: PLC0415 - as above
+
+    root = tmp_path_factory.mktemp("encoders")
+    return cache(lambda arch: make_encoder_folder(arch, root / arch))
+
+
+@pytest.fixture(scope="session")
+def encoder_source(
+    tiny_encoder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], EncoderSource]:
+    """`encoder_source(arch)`: the tiny encoder as graphs are made from. It is exported, which takes seconds, once."""
+    from edgetune_export.onnx_encoder import EncoderSource  # noqa: PLC0415 - as above
+    from tiny import FINGERPRINT, load_encoder  # noqa: PLC0415
+
+    @cache
+    def make(arch: str) -> EncoderSource:
+        folder = tiny_encoder(arch)
+        work = tmp_path_factory.mktemp(f"encoder-{arch}")
+        return EncoderSource(load_encoder(folder), folder / "tokenizer.json", FINGERPRINT, 64, work)
+
+    return make

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    AutoModel,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -18,9 +23,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RobertaConfig,
 )
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+FINGERPRINT = "ab" * 32
+ENCODERS = ("bert", "distilbert", "electra", "roberta")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -80,6 +88,9 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.08)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.08)
     return model.float()
 
 
@@ -97,3 +108,49 @@ def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64)
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def make_encoder(arch: str, vocab_size: int) -> PreTrainedModel:
+    """A random encoder of one layer (bert: two) for texts of at most 64 tokens."""
+    torch.manual_seed(0)
+    common = {"vocab_size": vocab_size, "pad_token_id": 0}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    if arch == "distilbert":
+        config = DistilBertConfig(**common, dim=64, hidden_dim=128, n_layers=1, n_heads=4, max_position_embeddings=64)
+    elif arch == "electra":
+        config = ElectraConfig(**common, **sizes, embedding_size=32, max_position_embeddings=64)
+    elif arch == "roberta":
+        # Its positions begin behind the padding token's number.
+        config = RobertaConfig(**common, **sizes, max_position_embeddings=65)
+    else:
+        config = BertConfig(**common, **sizes | {"num_hidden_layers": 2}, max_position_embeddings=64)
+    model: PreTrainedModel = AutoModel.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or (name.endswith(".bias") and "LayerNorm" not in name):
+                torch.nn.init.normal_(parameter, std=0.08)
+    return model.float()
+
+
+def make_encoder_folder(arch: str, folder: Path) -> Path:
+    """Save a tiny encoder and its WordPiece tokenizer, which pads and cuts as those of sentence encoders do."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(WORDS.split()), "##s", "##ing"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = [(piece, vocabulary[piece]) for piece in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    make_encoder(arch, len(pieces)).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def load_encoder(folder: Path) -> PreTrainedModel:
+    """The encoder in a folder, as the trainer takes it."""
+    model: PreTrainedModel = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    if hasattr(model, "pooler"):
+        model.pooler = None
+    return model

@@ -66,7 +66,8 @@ class Lora:
 
         _check_names(base, options)
         config = LoraConfig(
-            task_type="CAUSAL_LM",
+            # PEFT's class for causal models asks them for what only these have.
+            task_type="CAUSAL_LM" if base.can_generate() else None,
             r=options.r,
             lora_alpha=options.lora_alpha,
             lora_dropout=options.lora_dropout,

@@ -27,11 +27,13 @@ GRAPH = "model.onnx"
 MICROSOFT = "com.microsoft"
 HEAD = "/lm_head/MatMul"
 EMBEDDING = "/model/embed_tokens/Gather"
+_EMBEDDING_SCALE = "/model/embed_tokens/Mul"
 LOGITS_START = "logits_start"
 
 # Smaller tensors stay in the graph's own file. The data starts where a page may be mapped.
 _EXTERNAL_BYTES = 1024
 _ALIGNMENT = 4096
+_RMS_NORM_OPSET = 23
 _PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp)/(?P<which>\w+)_proj/MatMul")
 _BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
 _FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
@@ -49,7 +51,8 @@ class Projection:
 def run_builder(folder: Path, out: Path) -> None:
     """Let the builder write the float32 graph of the Hugging Face folder, with packed q/k/v and gate/up, into `out`."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    options = ["--extra_options", "fuse_mlp_gate_up=true", "hf_token=false"]
+    # Caches of the window's size would forbid contexts that are shorter, and going back.
+    options = ["--extra_options", "fuse_mlp_gate_up=true", "windowed_kv_cache=false", "hf_token=false"]
     places = ["-i", str(folder), "-o", str(out), "-c", str(out / "cache")]
     # A process of its own: the builder prints, and keeps the weights in memory.
     result = subprocess.run(
@@ -78,8 +81,16 @@ def projections(graph: ir.Graph) -> list[Projection]:
 
 
 def load_structure(folder: Path) -> ir.Model:
-    """The graph that `run_builder` left in `folder`, its weights still there."""
-    return ir.load(folder / GRAPH)
+    """The graph that `run_builder` left in `folder`, its weights still there, its norms by ONNX's own operator."""
+    model = ir.load(folder / GRAPH)
+    for node in model.graph:
+        # An operator of onnxruntime's under ONNX's name, which no other tool knows, `onnx.checker` neither.
+        if node.op_type == "SimplifiedLayerNormalization":
+            node.op_type = "RMSNormalization"
+        if node.name == _EMBEDDING_SCALE:
+            _set_exact_scale(model.graph, node)
+    model.graph.opset_imports[""] = max(model.graph.opset_imports[""], _RMS_NORM_OPSET)
+    return model
 
 
 def put_weights(model: ir.Model, base: Path, scheme: str) -> None:
@@ -91,7 +102,7 @@ def put_weights(model: ir.Model, base: Path, scheme: str) -> None:
     source = _Source(base, scheme)
     for projection in projections(model.graph):
         if projection.node.name != HEAD:
-            _replace_product(model.graph, projection.node, source.of(projection.modules))
+            replace_product(model.graph, projection.node, source.of(projection.modules))
 
 
 def put_ends(model: ir.Model, base: Path, scheme: str) -> None:
@@ -99,9 +110,9 @@ def put_ends(model: ir.Model, base: Path, scheme: str) -> None:
     source = _Source(base, scheme)
     for node in list(model.graph):
         if node.name == HEAD:
-            _replace_product(model.graph, node, source.of(("lm_head",)))
+            replace_product(model.graph, node, source.of(("lm_head",)))
         elif node.name == EMBEDDING:
-            _replace_gather(model.graph, node, source.of(("model.embed_tokens",)))
+            replace_gather(model.graph, node, source.of(("model.embed_tokens",)), "model.embed_tokens.weight")
 
 
 class _Source:
@@ -206,7 +217,19 @@ def save_model(model: ir.Model, folder: Path) -> None:
         ir.save(model, folder / GRAPH)
 
 
-def _replace_product(graph: ir.Graph, node: ir.Node, weights: Packed | Floats) -> None:
+def _set_exact_scale(graph: ir.Graph, node: ir.Node) -> None:
+    """Multiply embeddings by the root of their width, as Gemma does, where the builder rounded it to two decimals."""
+    gather = next(node for node in graph if node.name == EMBEDDING)
+    table, factor = gather.inputs[0], node.inputs[1]
+    assert table is not None and table.shape is not None and factor is not None
+    exact = np.sqrt(np.array([int(str(table.shape[1]))], np.float32))
+    rounded = ir.convenience.get_const_tensor(factor)
+    if rounded is not None and abs(rounded.numpy() - exact).max() < 0.006:
+        node.replace_input_with(1, initializer(graph, "model.embed_tokens.scale", exact))
+
+
+def replace_product(graph: ir.Graph, node: ir.Node, weights: Packed | Floats) -> None:
+    """Let a product compute with `weights` [outputs, columns]."""
     weight = node.inputs[1]
     assert weight is not None
     if not isinstance(weights, Packed):
@@ -223,8 +246,8 @@ def _replace_product(graph: ir.Graph, node: ir.Node, weights: Packed | Floats) -
     _replace(graph, node, "MatMulNBits", [node.inputs[0], *values], {**attributes, "accuracy_level": 4})
 
 
-def _replace_gather(graph: ir.Graph, node: ir.Node, weights: Packed | Floats) -> None:
-    name = "model.embed_tokens.weight"
+def replace_gather(graph: ir.Graph, node: ir.Node, weights: Packed | Floats, name: str) -> None:
+    """Let an embedding, called `name` in the graph, look up the rows of `weights` [rows, columns]."""
     if not isinstance(weights, Packed):
         node.replace_input_with(0, initializer(graph, f"{name}_rows", weights))
         return

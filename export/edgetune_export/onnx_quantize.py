@@ -6,7 +6,9 @@ format to agree with, so the method that suits the task may be taken.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -35,16 +37,27 @@ def requantize(model: ir.Model, weights: Weights, head_size: int) -> ir.Model:
     """
     if weights.method not in METHODS:
         raise UsageError(f"no method {weights.method!r}", f"choose one of: {', '.join(METHODS)}")
-    quantizer = MatMulNBitsQuantizer(
+    # In the quantizer's form of a model, a tensor that still lies in the builder's file does not say in which folder.
+    ir.external_data.load_to_model(model)
+    quantizer = _Quantizer(
         ir.to_proto(model),
         block_size=BLOCK,
         accuracy_level=4,
         nodes_to_exclude=[HEAD],
         algo_config=_config(model, weights, head_size),
     )
-    quantizer.process()
+    # It draws bars on standard output, where a caller may expect JSON.
+    with redirect_stdout(io.StringIO()):
+        quantizer.process()
     quantized: ir.Model = ir.from_proto(quantizer.model.model)
     return quantized
+
+
+class _Quantizer(MatMulNBitsQuantizer):  # type: ignore[misc]
+    """Leaves out the output layer with gptq too, which does not look at `nodes_to_exclude`."""
+
+    def _generate_q4_node_config(self) -> dict[str, Any]:
+        return {**super()._generate_q4_node_config(), HEAD: "fp32"}
 
 
 def _config(model: ir.Model, weights: Weights, head_size: int) -> Any:  # noqa: ANN401 - the library's classes share no public type

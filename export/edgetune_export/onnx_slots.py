@@ -20,28 +20,29 @@ from .layout import name_map, tensor_of
 from .onnx_graph import Projection, optional_input, projections
 
 METADATA = "edgetune.slots"
-"""Key of the graph's metadata: JSON of {slot: [[module of the Hugging Face model, its outputs], …]}."""
+"""Key of the graph's metadata: JSON of {slot: [[module of the Hugging Face model, its inputs, its outputs], …]}."""
 
-Slots = Mapping[str, Sequence[tuple[str, int]]]
+Slots = Mapping[str, Sequence[tuple[str, int, int]]]
 
 
 def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> None:
     """Give each product that computes one of `modules` a slot, and say in the metadata what it is for."""
     names = name_map(header)
-    slots: dict[str, list[tuple[str, int]]] = {}
+    slots: dict[str, list[tuple[str, int, int]]] = {}
     for projection in projections(model.graph):
         if not set(projection.modules) & set(modules):
             continue
-        rows = [tensor_of(module, header, names).shape[-1] for module in projection.modules]
-        slots[projection.name] = list(zip(projection.modules, rows, strict=True))
-        columns = tensor_of(projection.modules[0], header, names).shape[0]
-        _add_slot(model.graph, projection, columns, sum(rows))
+        shapes = [tensor_of(module, header, names).shape for module in projection.modules]
+        parts = [(module, shape[0], shape[1]) for module, shape in zip(projection.modules, shapes, strict=True)]
+        slots[projection.name] = parts
+        add_slot(model.graph, projection, shapes[0][0], sum(rows for *_, rows in parts))
     model.metadata_props[METADATA] = json.dumps(slots)
 
 
 def slots_of(metadata: Mapping[str, str]) -> Slots:
     """What `add_slots` wrote into a graph's metadata."""
-    return {slot: [(module, rows) for module, rows in parts] for slot, parts in json.loads(metadata[METADATA]).items()}
+    raw = json.loads(metadata[METADATA])
+    return {slot: [(module, columns, rows) for module, columns, rows in parts] for slot, parts in raw.items()}
 
 
 def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
@@ -49,7 +50,7 @@ def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
 
     IncompatibleError names modules that have no slot or another size.
     """
-    known = {module: rows for parts in slots.values() for module, rows in parts}
+    known = {module: (rows, columns) for parts in slots.values() for module, columns, rows in parts}
     problems = [_misfit(module, delta, known) for module, delta in adapter.modules.items()]
     problems = [problem for problem in problems if problem]
     if problems:
@@ -61,14 +62,14 @@ def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
         deltas = [(delta, start) for delta, start in _placed(adapter, parts) if delta is not None]
         if deltas:
             tensors[f"{slot}.lora_A.weight"] = np.ascontiguousarray(np.concatenate([d.a for d, _ in deltas]).T)
-            tensors[f"{slot}.lora_B.weight"] = _block_diagonal(deltas, sum(rows for _, rows in parts))
+            tensors[f"{slot}.lora_B.weight"] = _block_diagonal(deltas, sum(rows for *_, rows in parts))
     return tensors
 
 
-def _placed(adapter: LowRank, parts: Sequence[tuple[str, int]]) -> list[tuple[Delta | None, int]]:
+def _placed(adapter: LowRank, parts: Sequence[tuple[str, int, int]]) -> list[tuple[Delta | None, int]]:
     """The delta of each module of a slot, and the first output that it changes."""
-    starts = np.cumsum([0, *(rows for _, rows in parts)])
-    return [(adapter.modules.get(module), int(start)) for (module, _), start in zip(parts, starts, strict=False)]
+    starts = np.cumsum([0, *(rows for *_, rows in parts)])
+    return [(adapter.modules.get(module), int(start)) for (module, *_), start in zip(parts, starts, strict=False)]
 
 
 def _block_diagonal(deltas: Sequence[tuple[Delta, int]], outputs: int) -> Floats:
@@ -80,15 +81,17 @@ def _block_diagonal(deltas: Sequence[tuple[Delta, int]], outputs: int) -> Floats
     return b
 
 
-def _misfit(module: str, delta: Delta, known: Mapping[str, int]) -> str:
+def _misfit(module: str, delta: Delta, known: Mapping[str, tuple[int, int]]) -> str:
     if module not in known:
         return f"no slot for {module}"
-    if delta.b.shape[0] != known[module]:
-        return f"{module} has {delta.b.shape[0]} outputs in the adapter, {known[module]} in the base"
+    rows, columns = known[module]
+    if (rows, columns) != (delta.b.shape[0], delta.a.shape[1]):
+        return f"{module} is {delta.b.shape[0]}x{delta.a.shape[1]} in the adapter, {rows}x{columns} in the base"
     return ""
 
 
-def _add_slot(graph: ir.Graph, projection: Projection, columns: int, outputs: int) -> None:
+def add_slot(graph: ir.Graph, projection: Projection, columns: int, outputs: int) -> None:
+    """Give one product its slot, named as the projection."""
     name, node = projection.name, projection.node
     # A rank symbol of its own: with a shared one, adapters of mixed ranks fail.
     rank = f"{name}.rank"

@@ -19,6 +19,9 @@ from .errors import IncompatibleError, NotFoundError, VerificationError
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 SHAPES = ("low_rank", "prefix", "tensors", "merged")
+GENERATION = "text-generation"
+CLASSIFICATION = "text-classification"
+TASKS = (GENERATION, CLASSIFICATION)
 
 _AGAIN = "build or copy the bundle again"
 
@@ -81,7 +84,10 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a bundle says about itself. `context_length` (tokens) and `threads` are the runtime's defaults."""
+    """All that a bundle says about itself. `context_length` (tokens) and `threads` are the runtime's defaults.
+
+    `task` is text-generation, or text-classification for an encoder with a head for each adapter's labels.
+    """
 
     name: str
     base: BaseEntry
@@ -92,6 +98,7 @@ class Manifest:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    task: str = GENERATION
     schema: int = SCHEMA_VERSION
 
     def adapter(self, name: str) -> AdapterEntry:
@@ -210,6 +217,8 @@ def _check_references(manifest: Manifest, path: Path) -> None:
             raise VerificationError(f"{path} names {name!r}, which leads outside the bundle", "do not use this bundle")
         if name not in manifest.files:
             raise VerificationError(f"{path} gives no digest for {name!r}", _AGAIN)
+    if manifest.task not in TASKS:
+        raise VerificationError(f"{path} is for the unknown task {manifest.task!r}", "update edgetune-runtime")
     for adapter in manifest.adapters.values():
         if adapter.shape not in SHAPES:
             message = f"adapter {adapter.name!r} has unknown shape {adapter.shape!r}"

@@ -198,6 +198,7 @@ def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _chat(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
+        runtime.session()  # refuses a bundle that cannot chat before the first line is read
         _Chat(runtime, options).run()
 
 

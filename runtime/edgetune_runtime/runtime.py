@@ -16,10 +16,11 @@ from typing import Any, Self, TypedDict
 import numpy as np
 
 from . import engines
-from .bundle import AdapterEntry, Manifest, read_manifest, resolve, verify_files
+from .bundle import CLASSIFICATION, AdapterEntry, Manifest, read_manifest, resolve, verify_files
 from .cache import StateCache
 from .chat import Message, messages_for, render
 from .engines._base import EngineClass, Logits
+from .engines._encoder import EncoderEngine
 from .errors import IncompatibleError, UsageError, VerificationError
 from .generation import Answer, Call, Outcome, Stream, generate
 from .sampling import Sampling
@@ -34,7 +35,7 @@ _ROWS = 64
 
 class _Options(TypedDict):
     engine: str
-    make: EngineClass
+    make: EngineClass | type[EncoderEngine]
     context_length: int
     threads: int | None
     verify: bool
@@ -44,10 +45,10 @@ class _Options(TypedDict):
 class Runtime:
     """A bundle that is ready to answer. Use it in a `with` block, or call `close`. Safe to use from several threads."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, session: Session, options: _Options) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, running: Session | EncoderEngine, options: _Options) -> None:
         self.bundle = bundle
         self.manifest = manifest
-        self._session = session
+        self._running = running
         self._merged: dict[str, Session] = {}
         self._merged_lock = Lock()
         self._options = options
@@ -82,14 +83,14 @@ class Runtime:
         engine = engine or next(iter(manifest.base.files), "gguf")
         options: _Options = {
             "engine": engine,
-            "make": _engine(engine),
+            "make": EncoderEngine if manifest.task == CLASSIFICATION else _engine(engine),
             "context_length": context_length or manifest.context_length,
             "threads": manifest.threads if threads is None else threads,
             "verify": verify,
             "cache_mb": cache_mb,
         }
         file = _file_of(manifest.base.files, engine, "the base")
-        runtime = cls(bundle, manifest, _open_session(bundle, manifest, file, options), options)
+        runtime = cls(bundle, manifest, _open(bundle, manifest, file, options), options)
         try:
             for entry in manifest.adapters.values():
                 runtime._load(entry)
@@ -102,6 +103,11 @@ class Runtime:
     def adapters(self) -> list[str]:
         """Names of the bundle's adapters."""
         return list(self.manifest.adapters)
+
+    @property
+    def encoder(self) -> EncoderEngine | None:
+        """What runs a text-classification bundle; None for one that generates."""
+        return self._running if isinstance(self._running, EncoderEngine) else None
 
     def generate(
         self, prompt: Prompt, *, adapter: Adapters = None, sampling: Sampling | None = None, **overrides: object
@@ -131,22 +137,27 @@ class Runtime:
     ) -> tuple[str, dict[str, float]]:
         """The likeliest of `labels` (default: the adapter's) as the answer, and the probability of each among them.
 
-        All labels are scored in one pass that computes the prompt and their shared beginnings once.
+        All labels are scored in one pass that computes the prompt and their shared beginnings once. An encoder knows
+        the labels of one adapter alone, and shares the probability out among those of them that are given.
         """
+        scales = self._scales(adapter)
+        if self.encoder is not None and len(scales) != 1:
+            message = f"an encoder classifies with the labels of one adapter, not of {len(scales)}"
+            raise UsageError(message, f"choose one of: {', '.join(self.adapters)}")
         if labels is None:
-            first = next(iter(self._scales(adapter)), None)
+            first = next(iter(scales), None)
             labels = self.manifest.adapter(first).labels if first else ()
         if not labels or len(set(labels)) != len(labels) or not all(labels):
             raise UsageError(f"cannot classify among {list(labels)}", "give labels, none of them empty or twice")
+        if self.encoder is not None:
+            return _likeliest(labels, _label_scores(self.encoder, self.manifest, prompt, labels, scales))
         call = self._call(prompt, adapter)
         tokenizer = call.session.engine.tokenizer
         with call.session.hold():
             endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
             call.session.start(call.adapters, call.tokens)
-            scores = np.asarray(call.session.engine.score(endings))
-        weights = np.exp(scores - scores.max())
-        probabilities = dict(zip(labels, (weights / weights.sum()).tolist(), strict=True))
-        return max(probabilities, key=probabilities.__getitem__), probabilities
+            scores = call.session.engine.score(endings)
+        return _likeliest(labels, scores)
 
     def perplexity(self, text: str, *, adapter: Adapters = None) -> tuple[float, int]:
         """Sum of the negative log likelihoods (nats) of the text's tokens but the first, and how many were counted.
@@ -165,21 +176,27 @@ class Runtime:
 
     def clear_cache(self) -> None:
         """Forget all prompts and answers: the next call computes everything."""
-        for session in (self._session, *self._merged.values()):
+        for session in self._sessions():
             with session.hold():
                 session.clear()
 
     def close(self) -> None:
         """Free base and adapters once other threads' calls have ended; a second call does nothing."""
-        for session in (self._session, *self._merged.values()):
-            session.close()
+        for running in (self._running, *self._merged.values()):
+            running.close()
 
     def session(self, adapter: Adapters = None) -> tuple[Session, dict[str, float]]:
-        """Where a call with these adapters runs, and what is active there: for measurements, inside `Session.hold`."""
+        """Where a call with these adapters runs, and what is active there: for measurements, inside `Session.hold`.
+
+        UsageError for a text-classification bundle, which generates nothing.
+        """
+        if isinstance(self._running, EncoderEngine):
+            message = f"bundle {self.manifest.name!r} classifies text: its encoder writes none and has no perplexity"
+            raise UsageError(message, "use classify")
         scales = self._scales(adapter)
         merged = [name for name in scales if self.manifest.adapter(name).shape == "merged"]
         if not merged:
-            return self._session, scales
+            return self._running, scales
         if len(scales) > 1 or scales[merged[0]] != 1:
             message = f"adapter {merged[0]!r} is merged, so it cannot be scaled or added to others"
             raise IncompatibleError(message, "use it alone with scale 1")
@@ -233,14 +250,43 @@ class Runtime:
         file = _file_of(entry.files, self._options["engine"], f"adapter {entry.name!r}")
         if self._options["verify"]:
             verify_files(self.bundle, self.manifest, [file])
-        self._session.engine.load_adapter(entry.name, resolve(self.bundle, file), self.manifest.base.fingerprint)
+        path, fingerprint = resolve(self.bundle, file), self.manifest.base.fingerprint
+        if isinstance(self._running, EncoderEngine):
+            self._running.load_adapter(entry.name, path, fingerprint, len(entry.labels))
+        else:
+            self._running.engine.load_adapter(entry.name, path, fingerprint)
 
     def _merged_session(self, entry: AdapterEntry) -> Session:
         with self._merged_lock:
             if entry.name not in self._merged:
                 file = _file_of(entry.files, self._options["engine"], f"adapter {entry.name!r}")
-                self._merged[entry.name] = _open_session(self.bundle, self.manifest, file, self._options)
+                made = _open(self.bundle, self.manifest, file, self._options)
+                assert isinstance(made, Session)
+                self._merged[entry.name] = made
             return self._merged[entry.name]
+
+    def _sessions(self) -> list[Session]:
+        return [running for running in (self._running, *self._merged.values()) if isinstance(running, Session)]
+
+
+def _likeliest(labels: Sequence[str], scores: Sequence[float]) -> tuple[str, dict[str, float]]:
+    """The label with the highest score (a log probability, up to a constant), and the probability of each."""
+    weights = np.exp(np.asarray(scores, np.float64) - max(scores))
+    probabilities = dict(zip(labels, (weights / weights.sum()).tolist(), strict=True))
+    return max(probabilities, key=probabilities.__getitem__), probabilities
+
+
+def _label_scores(
+    encoder: EncoderEngine, manifest: Manifest, prompt: Prompt, labels: Sequence[str], scales: Mapping[str, float]
+) -> list[float]:
+    """The logit of each label from the head of the one adapter in `scales`."""
+    name, scale = next(iter(scales.items()))
+    known = manifest.adapter(name).labels
+    unknown = [label for label in labels if label not in known]
+    if unknown:
+        raise UsageError(f"adapter {name!r} has no label {unknown[0]!r}", f"choose among: {', '.join(known)}")
+    logits = encoder.logits(encoder.tokens_of(prompt), name, scale)
+    return [float(logits[known.index(label)]) for label in labels]
 
 
 def _sampling(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Sampling:
@@ -251,7 +297,7 @@ def _sampling(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Sampli
         raise UsageError(f"sampling has no {sorted(overrides)}: {error}", f"choose among: {known}") from error
 
 
-def _open_session(bundle: Path, manifest: Manifest, file: str, options: _Options) -> Session:
+def _open(bundle: Path, manifest: Manifest, file: str, options: _Options) -> Session | EncoderEngine:
     make, path, sha256 = options["make"], resolve(bundle, file), manifest.files[file].sha256
     if options["verify"]:
         root = bundle.resolve()
@@ -263,6 +309,8 @@ def _open_session(bundle: Path, manifest: Manifest, file: str, options: _Options
     kv_bytes = manifest.base.kv_bytes_per_token // 2 * make.bytes_per_number
     _check_memory(kv_bytes * options["context_length"] / 1e6, options["context_length"])
     running = make(path, context_length=options["context_length"], threads=options["threads"])
+    if isinstance(running, EncoderEngine):
+        return running
     return Session(running, sha256, StateCache(options["cache_mb"]), kv_bytes)
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +91,7 @@ def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("built")
     recipe = recipe_of(folder, tiny_gguf("llama"), ("plain", "scaled", "whole"))
     result = build(recipe, folder / "home", progress=QUIET)
+    assert result is not None
     return Built(folder / "home", result, read_manifest(folder / "home"))
 
 
@@ -158,6 +162,7 @@ def test_a_second_build_trains_nothing(built: Built, tiny_gguf: Callable[[str], 
     listening = Listening()
     recipe = recipe_of(built.bundle.parent, tiny_gguf("llama"), ("plain", "scaled", "whole"))
     again = build(recipe, built.bundle, progress=listening)
+    assert again is not None
     assert modified(built.training) == before
     assert not any("loading the base" in line for line in listening.lines)
     assert again == built.result
@@ -191,6 +196,42 @@ def test_an_adapter_that_fails_parity_is_named_and_the_last_bundle_stays(
     with pytest.raises(VerificationError, match="adapter 'plain' is not what was trained"):
         build(recipe, built.bundle, progress=QUIET)
     assert modified(built.bundle) == before
+
+
+def test_one_training_ships_in_both_formats(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    listening = Listening()
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantize="q4_0", targets=["gguf", "onnx"])
+    result = build(recipe, tmp_path / "home", progress=listening)
+    assert result is not None
+    manifest = read_manifest(tmp_path / "home")
+    assert manifest.base.quantization == "q4_0"
+    assert set(manifest.base.files) == set(manifest.adapters["plain"].files) == {"gguf", "onnx"}
+    assert set(manifest.base.parity) == {"gguf", "onnx", "gguf/onnx"}
+    assert manifest.base.parity["gguf/onnx"]["kl"] < 0.01
+    assert set(result.adapters["scaled"]["parity_by_target"]) == {"gguf", "onnx"}
+    assert not [line for line in listening.lines if "warning" in line]
+    answers = []
+    for engine in ("gguf", "onnx"):
+        with Runtime.open(tmp_path / "home", engine=engine) as runtime:
+            answers.append([runtime.generate("turn on", adapter=name, max_tokens=3).text for name in runtime.adapters])
+    assert answers[0] == answers[1]
+
+
+def test_two_processes_train_and_the_first_one_ships(
+    tmp_path: Path, built: Built, tiny_gguf: Callable[[str], Path]
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("plain",), context_length=256)
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe.resolved(), "base": recipe.base}), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "edgetune", "build", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "home"), "--json"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)["adapters"]["plain"]
+    assert figures["val_loss"] == pytest.approx(built.result.adapters["plain"]["val_loss"], rel=1e-3)
+    assert read_manifest(tmp_path / "home").adapters["plain"].parity["gguf"]["kl"] < 1e-4
 
 
 def test_more_context_than_the_base_takes_is_refused_before_training(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from edgetune_runtime.engines.gguf import GgufEngine
+from edgetune_runtime.engines.onnx import OnnxEngine
 
 EVERYWHERE: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -23,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"q_proj": 4, r"layers\.1\.mlp\.up_proj": 12},
         "alpha_pattern": {"k_proj": 32, "layers.0.mlp.down_proj": 4, ".*o_proj": 24},
     },
+    "q and v": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
 }
 
 
@@ -89,12 +91,13 @@ def _save_random_adapter(model: Path, folder: Path, options: dict[str, Any], see
 
 
 @pytest.fixture
-def open_engine() -> Iterator[Callable[..., GgufEngine]]:
-    """`open_engine(base, adapter=None)`: llama.cpp on a GGUF file, with the adapter file active."""
-    engines: list[GgufEngine] = []
+def open_engine() -> Iterator[Callable[..., GgufEngine | OnnxEngine]]:
+    """`open_engine(base, adapter=None)`: the engine of a GGUF or an ONNX file, with the adapter file active."""
+    engines: list[GgufEngine | OnnxEngine] = []
 
-    def open_(base: Path, adapter: Path | None = None) -> GgufEngine:
-        engine = GgufEngine(base, context_length=128, threads=1)
+    def open_(base: Path, adapter: Path | None = None) -> GgufEngine | OnnxEngine:
+        make = OnnxEngine if base.suffix == ".onnx" else GgufEngine
+        engine = make(base, context_length=128, threads=1)
         engines.append(engine)
         if adapter is not None:
             engine.load_adapter("adapter", adapter)

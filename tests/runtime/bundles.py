@@ -1,16 +1,28 @@
-"""Adapter settings in, GGUF LoRA files and bundles out: what the runtime's tests run on."""
+"""Adapter settings in, adapter files and bundles out, GGUF and ONNX: what the runtime's tests run on."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-from edgetune_runtime.bundle import MANIFEST_NAME, AdapterEntry, BaseEntry, FileEntry, Manifest, sha256_of
+from edgetune_export import fold
+from edgetune_export.backends import onnx
+from edgetune_export.backends._base import Source
+from edgetune_export.layout import base_rows, name_map
+from edgetune_runtime.bundle import (
+    MANIFEST_NAME,
+    AdapterEntry,
+    BaseEntry,
+    FileEntry,
+    Manifest,
+    read_manifest,
+    sha256_of,
+)
 from edgetune_runtime.gguf_file import GgufHeader, digest_of_chat_template, digest_of_tokenizer, read_header
 
 MODULES = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight")
@@ -56,6 +68,27 @@ def write_adapter(base: Path, out: Path, pairs: LowRank, **metadata: str) -> Pat
     return out
 
 
+def folded(base: Path, pairs: LowRank, name: str = "adapter") -> fold.LowRank:
+    """The same adapter by the names, and with the rows in the order, of the Hugging Face model."""
+    header = read_header(base)
+    names = name_map(header)
+    layers = range(header.metadata[f"{header.architecture}.block_count"])
+    kinds = [f"self_attn.{which}_proj" for which in "qkvo"] + [f"mlp.{which}_proj" for which in ("gate", "up", "down")]
+    known = {f"{names.get_name(m)}.weight": m for m in (f"model.layers.{n}.{kind}" for n in layers for kind in kinds)}
+    modules = {}
+    for tensor, (a, b) in pairs.items():
+        order = base_rows(header.tensors[tensor], header)
+        modules[known[tensor]] = fold.Delta(a, b if order is None else b[np.argsort(order)])
+    return fold.LowRank(name, "lora", modules)
+
+
+def write_onnx_adapter(source: Source, graph: Path, out: Path, pairs: LowRank, fingerprint: str | None = None) -> Path:
+    """The same adapter as an `.onnx_adapter` file for the graph that was made of `source`."""
+    made_for = fingerprint or source.fingerprint
+    onnx.write_adapter(folded(source.path, pairs), graph, out, base_fingerprint=made_for)
+    return out
+
+
 @dataclass(frozen=True)
 class Adapter:
     """What a test wants of one adapter in a bundle."""
@@ -90,6 +123,29 @@ def write_bundle(
         entries[name] = AdapterEntry(name, "lora", "merged", {"gguf": file}, fingerprint)
     write_manifest(out, _base_entry(read_header(base), fingerprint), entries, **changes)
     return out
+
+
+def add_onnx(bundle: Path, source: Source, adapters: Mapping[str, Adapter]) -> None:
+    """Put the base, these adapters and the merged models of a bundle into it as ONNX files too."""
+    manifest = read_manifest(bundle)
+    base = bundle / manifest.base.files["gguf"]
+    modules = [module for adapter in adapters.values() for module in folded(base, adapter.pairs).modules]
+    graph = onnx.write_base(source, bundle / "base", modules)
+    files = {}
+    for name, entry in manifest.adapters.items():
+        folder = bundle / "adapters" / name
+        if entry.shape == "merged":
+            files[name] = onnx.write_base(replace(source, path=bundle / entry.files["gguf"]), folder, ())
+        else:
+            adapter = adapters[name]
+            out = folder / onnx.ADAPTER_FILE
+            files[name] = write_onnx_adapter(source, graph, out, adapter.pairs, adapter.fingerprint)
+    named = {name: file.relative_to(bundle).as_posix() for name, file in {**files, "": graph}.items()}
+    entries = {
+        name: replace(entry, files={**entry.files, "onnx": named[name]}) for name, entry in manifest.adapters.items()
+    }
+    entry = replace(manifest.base, files={**manifest.base.files, "onnx": named[""]})
+    write_manifest(bundle, entry, entries)
 
 
 def write_manifest(out: Path, base: BaseEntry, adapters: Mapping[str, AdapterEntry], **changes: object) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from edgetune_export.backends._base import Source
 from edgetune_runtime import Runtime
-from runtime.bundles import Adapter, low_rank, write_bundle
+from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
 
 SYSTEM = "answer in one word"
 LABELS = ("red", "green", "warm red", "warm")
@@ -21,13 +23,35 @@ def bundle_of(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     @cache
     def make(arch: str) -> Path:
         base = tiny_gguf(arch)
-        adapters = {
-            "command": Adapter(low_rank(base, seed=1), system=SYSTEM),
-            "tone": Adapter(low_rank(base, seed=2, rank=3), scale=0.5, labels=LABELS),
-        }
-        return write_bundle(tmp_path_factory.mktemp(arch) / "home", base, adapters, merged={"whole": base})
+        return write_bundle(tmp_path_factory.mktemp(arch) / "home", base, adapters_of(base), merged={"whole": base})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def both_of(
+    bundle_of: Callable[[str], Path],
+    tiny_source: Callable[[str], Source],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Path]:
+    """`both_of(arch)`: the same bundle with all in ONNX too. Copy it before changing it."""
+
+    @cache
+    def make(arch: str) -> Path:
+        bundle = Path(shutil.copytree(bundle_of(arch), tmp_path_factory.mktemp(f"{arch}-both") / "home"))
+        source = tiny_source(arch)
+        add_onnx(bundle, source, adapters_of(source.path))
+        return bundle
+
+    return make
+
+
+def adapters_of(base: Path) -> dict[str, Adapter]:
+    """The low-rank adapters of the bundles above."""
+    return {
+        "command": Adapter(low_rank(base, seed=1), system=SYSTEM),
+        "tone": Adapter(low_rank(base, seed=2, rank=3), scale=0.5, labels=LABELS),
+    }
 
 
 @pytest.fixture(scope="session")

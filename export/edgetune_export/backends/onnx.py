@@ -11,16 +11,13 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
-from edgetune_runtime.engines.onnx import model_version
-from edgetune_runtime.errors import UsageError
 from edgetune_runtime.gguf_file import read_header
 from edgetune_runtime.onnx_file import read_onnx
 
 from edgetune_export import onnx_slots
-from edgetune_export.atomic import raising_out_of_space, replacing
+from edgetune_export.atomic import raising_out_of_space
 from edgetune_export.fold import LowRank
+from edgetune_export.onnx_adapter import write_tensors
 from edgetune_export.onnx_graph import (
     GRAPH,
     add_logits_start,
@@ -31,6 +28,7 @@ from edgetune_export.onnx_graph import (
     save_model,
 )
 from edgetune_export.onnx_weights import FLOAT_TYPES
+from edgetune_export.parity import INT4
 from edgetune_export.quantize import describe_quantization
 from edgetune_export.tokenizer import end_tokens, write_tokenizer
 
@@ -41,7 +39,6 @@ SHAPES = ("low_rank", "merged")
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma3")
 ADAPTER_FILE = "adapter.onnx_adapter"
 MODEL_FILE = f"onnx/{GRAPH}"
-DTYPES = {"f32": np.float32, "f16": np.float16}
 
 _CONFIG = "genai_config.json"
 
@@ -61,19 +58,8 @@ def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f32"
 
     Raises IncompatibleError when the adapter does not fit the slots, OutOfSpaceError when the disk is full.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(DTYPES)}")
     tensors = onnx_slots.fill(adapter, onnx_slots.slots_of(read_onnx(base).metadata))
-    values = {
-        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor, DTYPES[dtype]))
-        for name, tensor in tensors.items()
-    }
-    file = onnxruntime.AdapterFormat()
-    file.set_adapter_version(1)
-    file.set_model_version(model_version(base_fingerprint))
-    file.set_parameters(values)
-    with replacing(out) as temporary:
-        file.export_adapter(str(temporary))
+    write_tensors(tensors, out, dtype=dtype, base_fingerprint=base_fingerprint)
 
 
 def write_merged(adapter: LowRank, source: Source, out: Path, scale: float = 1.0) -> None:
@@ -90,7 +76,7 @@ def quantization(source: Source) -> str:
     if source.weights.scheme == "fp32":
         return "f32"
     if source.weights.scheme == "int4" and held != "q4_0":
-        return "int4"
+        return INT4
     if held in FLOAT_TYPES:
         return "q8_0" if source.weights.scheme == "int8" else "f32"
     return held
@@ -127,6 +113,19 @@ def _structure(source: Source) -> Path:
         with raising_out_of_space(folder):
             source.model.save_pretrained(folder)
             write_tokenizer(source.path, folder)
+            _flatten_rope(folder / "config.json")
             run_builder(folder, structure)
         shutil.rmtree(folder)
     return structure
+
+
+def _flatten_rope(path: Path) -> None:
+    """Say of a model whose kinds of layers rotate differently what the builder looks for beside the kinds' own entries.
+
+    transformers 5 writes an entry for each kind, builder 0.18 reads the names of transformers 4.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "sliding_attention" in rope:
+        rope |= {**rope["full_attention"], "rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+        path.write_text(json.dumps(config), encoding="utf-8")

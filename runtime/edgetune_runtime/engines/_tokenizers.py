@@ -32,7 +32,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, folder: Path, end_tokens: Sequence[int]) -> None:
-        self._tokenizer = _load(folder / "tokenizer.json")
+        self._tokenizer = load_tokenizer(folder / "tokenizer.json")
         config = _config(folder / "tokenizer_config.json")
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         for token in end_tokens:
@@ -108,7 +108,8 @@ def byte_character(byte: int) -> str:
     return chr(byte) if byte in _PRINTABLE else chr(0x100 + _OTHERS.index(byte))
 
 
-def _load(path: Path) -> tokenizers.Tokenizer:
+def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a `tokenizer.json`; raises as `JsonTokenizer`."""
     try:
         from tokenizers import Tokenizer  # noqa: PLC0415 - optional
     except ImportError as error:

