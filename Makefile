@@ -21,13 +21,13 @@ $(VENV)/ready: pyproject.toml runtime/pyproject.toml
 	@echo "== installing into $(VENV); compiling llama.cpp takes some minutes the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet --editable './runtime[gguf]' --editable '.[demo,dev]'
+	@$(BIN)/python -m pip install --quiet --editable './runtime[gguf,onnx]' --editable '.[demo,dev]'
 	@touch $@
 
-demo: setup  ## Build examples/smart-home and answer one prompt with each adapter
-	@echo "== building $(BUNDLE): three adapters on one 135M base"
+demo: setup  ## Build examples/smart-home and answer one prompt with each adapter, in both engines
+	@echo "== building $(BUNDLE): three adapters on one 135M base, for llama.cpp and onnxruntime"
 	@$(BIN)/edgetune build examples/smart-home/recipe.yaml --out $(BUNDLE)
-	@echo "== one prompt, each adapter"
+	@echo "== one prompt, each engine, each adapter"
 	@$(BIN)/python examples/smart-home/switch.py $(BUNDLE)
 	@echo "== the app: intent, then command or reply"
 	@$(BIN)/python examples/smart-home/app.py $(BUNDLE)

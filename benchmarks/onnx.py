@@ -22,6 +22,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+# Python looks for modules beside the script first, where this one would stand in for the package onnx.
+sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
+
 import gguf
 import numpy as np
 import onnxruntime_genai as og

@@ -7,9 +7,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from itertools import cycle, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .bundle import AdapterEntry
 from .engines._base import Engine
 from .runtime import Runtime
 from .session import Session
@@ -45,15 +46,22 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
         base, *adapted = (_decode_speed(runtime, name) for name in (None, *switched))
         rss_mb = _resident_mb()
         speeds = dict(zip(switched, adapted, strict=True)) | {name: _decode_speed(runtime, name) for name in merged}
-        files = [name for entry in entries for name in entry.files.values()]
         return {
             "load_ms": load_ms,
             "switch_us": switch_us,
             "ttft_ms": ttft_ms,
             "decode_tokens_per_s": {"base": base, "adapters": speeds},
             "rss_mb": rss_mb,
-            "adapter_mb": sum(runtime.manifest.files[name].bytes for name in files) / 1e6,
+            "adapter_mb": sum(_bytes_of(runtime, entry) for entry in entries) / 1e6,
         }
+
+
+def _bytes_of(runtime: Runtime, entry: AdapterEntry) -> int:
+    """Bytes of an adapter's files for the engine that runs: those in the folder of its first, but other engines'."""
+    first = PurePosixPath(entry.files[runtime.engine])
+    others = {file for engine, file in entry.files.items() if engine != runtime.engine}
+    files = runtime.manifest.files.items()
+    return sum(file.bytes for name, file in files if PurePosixPath(name).parent == first.parent and name not in others)
 
 
 def _switches(runtime: Runtime, names: list[str]) -> dict[str, float]:

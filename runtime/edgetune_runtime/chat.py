@@ -68,7 +68,7 @@ def _compile(template: str) -> Template:
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
     except ImportError as error:
         message = "chat templates need jinja2, which is not installed"
-        raise IncompatibleError(message, 'run: pip install "edgetune-runtime[gguf]"') from error
+        raise IncompatibleError(message, "run: pip install jinja2") from error
 
     class Generation(jinja2.ext.Extension):
         # Marks what the assistant wrote for training tools; for rendering it is its body.

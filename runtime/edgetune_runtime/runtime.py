@@ -100,6 +100,11 @@ class Runtime:
         return runtime
 
     @property
+    def engine(self) -> str:
+        """Name of the engine that runs the bundle."""
+        return self._options["engine"]
+
+    @property
     def adapters(self) -> list[str]:
         """Names of the bundle's adapters."""
         return list(self.manifest.adapters)
