@@ -1,8 +1,9 @@
 """Graph and adapted modules in, graph with adapter slots out; folded adapter in, the tensors that fill the slots out.
 
 A slot is a pair of optional inputs beside a product: y = x·W + (x·A)·B, A [in, rank] and B [rank, out], empty unless
-they are given. A product that computes several modules (q, k and v; gate and up) has one slot for them all: their A lie
-side by side, and B is block-diagonal. Decoding pays for nodes more than for the zeros in B (docs/measurements.md).
+they are given. The product of q, k and v has one slot for all three: their A lie side by side, and B is block-diagonal.
+Decoding pays for nodes more than for the zeros in that B. Gate and up, whose B are wide, have a slot each behind the
+split of their product (docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -34,8 +35,16 @@ def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> 
             continue
         shapes = [tensor_of(module, header, names).shape for module in projection.modules]
         parts = [(module, shape[0], shape[1]) for module, shape in zip(projection.modules, shapes, strict=True)]
-        slots[projection.name] = parts
-        add_slot(model.graph, projection, shapes[0][0], sum(rows for *_, rows in parts))
+        split = _split_behind(projection)
+        if split is None:
+            slots[projection.name] = parts
+            add_slot(model.graph, projection, shapes[0][0], sum(rows for *_, rows in parts))
+            continue
+        for part, plain in zip(parts, split.outputs, strict=True):
+            if part[0] in modules:
+                name = f"{projection.name.rpartition('.')[0]}.{part[0].rpartition('.')[2]}"
+                slots[name] = [part]
+                _add_pair(model.graph, name, projection.node.inputs[0], plain, (part[1], part[2]))
     model.metadata_props[METADATA] = json.dumps(slots)
 
 
@@ -92,18 +101,35 @@ def _misfit(module: str, delta: Delta, known: Mapping[str, tuple[int, int]]) -> 
 
 def add_slot(graph: ir.Graph, projection: Projection, columns: int, outputs: int) -> None:
     """Give one product its slot, named as the projection."""
-    name, node = projection.name, projection.node
+    node = projection.node
+    _add_pair(graph, projection.name, node.inputs[0], node.outputs[0], (columns, outputs))
+
+
+def _split_behind(projection: Projection) -> ir.Node | None:
+    """The node that takes gate and up apart again, behind their bias if there is one."""
+    if not projection.name.endswith(".gate_up_proj"):
+        return None
+    behind = projection.node.outputs[0].consumers()
+    if behind and behind[0].op_type == "Add":
+        behind = behind[0].outputs[0].consumers()
+    return behind[0]
+
+
+def _add_pair(graph: ir.Graph, name: str, read: ir.Value | None, plain: ir.Value, shape: tuple[int, int]) -> None:
+    """Add (read·A)·B, the shape of whose product is [in, out], to the value `plain`."""
+    columns, outputs = shape
     # A rank symbol of its own: with a shared one, adapters of mixed ranks fail.
     rank = f"{name}.rank"
     a = optional_input(graph, f"{name}.lora_A.weight", np.zeros((columns, 0), np.float32), [columns, rank])
     b = optional_input(graph, f"{name}.lora_B.weight", np.zeros((0, outputs), np.float32), [rank, outputs])
-    plain = node.outputs[0]
-    down = ir.node("MatMul", [node.inputs[0], a], name=f"{node.name}/lora_A")
-    up = ir.node("MatMul", [down.outputs[0], b], name=f"{node.name}/lora_B")
-    added = ir.node("Add", [plain, up.outputs[0]], name=f"{node.name}/lora_Add")
+    down = ir.node("MatMul", [read, a], name=f"{name}/lora_A")
+    up = ir.node("MatMul", [down.outputs[0], b], name=f"{name}/lora_B")
+    added = ir.node("Add", [plain, up.outputs[0]], name=f"{name}/lora_Add")
     for made in (down, up, added):
         made.outputs[0].name = f"{made.name}/output_0"
     added.outputs[0].type, added.outputs[0].shape = plain.type, plain.shape
+    node = plain.producer()
+    assert node is not None
     graph.insert_after(node, [down, up, added])
     ir.convenience.replace_all_uses_with(plain, added.outputs[0], replace_graph_outputs=True)
     added.replace_input_with(0, plain)

@@ -232,8 +232,8 @@ def test_ranks_of_one_adapter_may_differ_in_every_slot(made: Made, tune: Callabl
     ranks = {name: tensor.shape[1] for name, tensor in tensors.items() if ".lora_A." in name}
     # q has rank 4, k and v 8; gate has 8, up has 12 in the second layer.
     assert ranks["model.layers.0.attn.qkv_proj.lora_A.weight"] == 20
-    assert ranks["model.layers.0.mlp.gate_up_proj.lora_A.weight"] == 16
-    assert ranks["model.layers.1.mlp.gate_up_proj.lora_A.weight"] == 20
+    assert ranks["model.layers.0.mlp.gate_proj.lora_A.weight"] == 8
+    assert ranks["model.layers.1.mlp.up_proj.lora_A.weight"] == 12
     assert ranks["model.layers.1.mlp.down_proj.lora_A.weight"] == 8
 
 
