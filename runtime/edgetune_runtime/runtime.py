@@ -305,8 +305,10 @@ def _sampling(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Sampli
 def _open(bundle: Path, manifest: Manifest, file: str, options: _Options) -> Session | EncoderEngine:
     make, path, sha256 = options["make"], resolve(bundle, file), manifest.files[file].sha256
     if options["verify"]:
+        # The file itself first: which others belong to it is read from it.
+        verify_files(bundle, manifest, [file])
         root = bundle.resolve()
-        verify_files(bundle, manifest, [part.relative_to(root).as_posix() for part in make.parts(path)])
+        verify_files(bundle, manifest, [part.relative_to(root).as_posix() for part in make.parts(path)[1:]])
     is_base = file == manifest.base.files[options["engine"]]
     if is_base and not make.is_base(path, manifest.base.fingerprint, sha256):
         raise VerificationError(f"{file} is not the base that the adapters were made for", "build the bundle again")

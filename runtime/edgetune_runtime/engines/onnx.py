@@ -54,6 +54,15 @@ class _Config:
     end_tokens: tuple[int, ...]
 
 
+@dataclass
+class _Binding:
+    """onnxruntime's binding, the adapter's tensors that it points to, and the number of tokens that it is bound for."""
+
+    io: Any
+    tensors: Arrays
+    count: int = 0
+
+
 class OnnxEngine:
     """One ONNX base with its adapters and one sequence; see `Engine`. `path` is model.onnx; its folder holds the rest.
 
@@ -76,9 +85,9 @@ class OnnxEngine:
         self._vocab_size = _last_dimension(self._session, "logits", path)
         self._buffers = _buffers(self._session, context_length, config.head_size)
         self._mask = np.ones(context_length, np.int64)
-        self._logits = np.empty((1, self._vocab_size), np.float32)
+        self._ids, self._start = np.zeros(batch, np.int64), np.zeros(1, np.int64)
         self._adapters: dict[str, Arrays] = {}
-        self._bindings: OrderedDict[tuple[tuple[str, float], ...], tuple[Any, Arrays]] = OrderedDict()
+        self._bindings: OrderedDict[tuple[tuple[str, float], ...], _Binding] = OrderedDict()
         self._length = 0
         self._last: Logits | None = None
         self.activate({})
@@ -113,11 +122,11 @@ class OnnxEngine:
         if key not in self._bindings:
             check_scales(adapters, self._adapters)
             tensors = _sum([(self._adapters[name], scale) for name, scale in key])
-            self._bindings[key] = (self._bind(tensors), tensors)
+            self._bindings[key] = _Binding(self._bind(tensors), tensors)
             if len(self._bindings) > _BINDINGS:
                 self._bindings.popitem(last=False)
         self._bindings.move_to_end(key)
-        self._binding = self._bindings[key][0]
+        self._binding = self._bindings[key]
 
     def forget(self, keep: int) -> int:
         """Drop the sequence's tokens from position `keep` on; returns how many are left."""
@@ -128,18 +137,16 @@ class OnnxEngine:
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
         check_room(tokens, self._length, self.context_length, self._vocab_size)
+        row = np.empty((1, self._vocab_size), np.float32)
         for start in range(0, len(tokens), self._batch):
-            row = self._run(tokens[start : start + self._batch], rows=1)[0]
-        self._last = row.copy()
+            self._run(tokens[start : start + self._batch], row)
+        self._last = row[0]
         return self._last
 
     def decode_all(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after each, shape [tokens, vocab]. UsageError when they do not fit in the context."""
         check_room(tokens, self._length, self.context_length, self._vocab_size)
-        logits = np.empty((len(tokens), self._vocab_size), np.float32)
-        for start in range(0, len(tokens), self._batch):
-            part = tokens[start : start + self._batch]
-            logits[start : start + len(part)] = self._run(part, rows=len(part))
+        logits = self._run_all(tokens)
         self._last = logits[-1].copy()
         return logits
 
@@ -164,7 +171,7 @@ class OnnxEngine:
                 self._length = start + shared
                 del rows[shared + 1 :]
                 if path[shared:]:
-                    rows += [(row, log_total(row)) for row in self._run(path[shared:], rows=len(path) - shared).copy()]
+                    rows += [(row, log_total(row)) for row in self._run_all(path[shared:])]
                 scores[tokens] = math.fsum(float(rows[i][0][token]) - rows[i][1] for i, token in enumerate(tokens))
         finally:
             self._length, self._last = start, last
@@ -195,7 +202,7 @@ class OnnxEngine:
         self._length, self._last = 0, None
         self._bindings.clear()
         self._adapters.clear()
-        self._binding = self._session = None
+        self._session = None
         self._buffers = {}
 
     def _bind(self, tensors: Arrays) -> Any:  # noqa: ANN401 - onnxruntime's own
@@ -208,26 +215,32 @@ class OnnxEngine:
             binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
         for name, tensor in tensors.items():
             binding.bind_input(name, "cpu", 0, np.float32, tensor.shape, tensor.ctypes.data)
+        binding.bind_input("logits_start", "cpu", 0, np.int64, (1,), self._start.ctypes.data)
         return binding
 
-    def _run(self, tokens: Sequence[int], rows: int) -> Logits:
-        """Append tokens; logits after the last `rows` of them in a buffer that the next run overwrites."""
-        count = len(tokens)
+    def _run_all(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; logits after each, shape [tokens, vocab]."""
+        logits = np.empty((len(tokens), self._vocab_size), np.float32)
+        for start in range(0, len(tokens), self._batch):
+            part = slice(start, start + self._batch)
+            self._run(tokens[part], logits[part])
+        return logits
+
+    def _run(self, tokens: Sequence[int], out: Logits) -> None:
+        """Append tokens; logits after the last of them, as many as `out` has rows, are written into it."""
+        count, binding = len(tokens), self._binding
         self._last = None
-        if len(self._logits) < rows:
-            self._logits = np.empty((rows, self._vocab_size), np.float32)
-        ids = np.array([tokens], np.int64)
-        first = np.array([count - rows], np.int64)
+        self._ids[:count] = tokens
+        self._start[0] = count - len(out)
         total = self._length + count
-        bind = self._binding.bind_input
-        bind("input_ids", "cpu", 0, np.int64, (1, count), ids.ctypes.data)
-        bind("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
-        bind("logits_start", "cpu", 0, np.int64, (1,), first.ctypes.data)
-        shape = (1, rows, self._vocab_size)
-        self._binding.bind_output("logits", "cpu", 0, np.float32, shape, self._logits.ctypes.data)
-        self._session.run_with_iobinding(self._binding)
+        # Binding takes longer than the smallest operators, so what is bound already stays.
+        if binding.count != count:
+            binding.io.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
+            binding.count = count
+        binding.io.bind_output("logits", "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
+        binding.io.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
+        self._session.run_with_iobinding(binding.io)
         self._length = total
-        return self._logits[:rows]
 
 
 def model_version(fingerprint: str) -> int:
