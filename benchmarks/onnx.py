@@ -3,7 +3,7 @@
     pip install -e '.[demo]'
     python benchmarks/onnx.py --json
 
-Same files, same threads, one process: SmolLM2-135M in q4_0 and a model of 0.5B size with random weights, each with
+Same files, same threads: SmolLM2-135M in q4_0 and a model of 0.5B size with random weights, each with
 random rank-16 adapters on all linear layers and on q and v. The ways take turns, a few steps each, so that noise meets
 all alike; medians are compared. `share` is a way's decoding speed as a share of the plain base's.
 """
@@ -14,13 +14,14 @@ import argparse
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 # Python looks for modules beside the script first, where this one would stand in for the package onnx.
 sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
@@ -39,6 +40,7 @@ from edgetune.bases import Base
 from edgetune.progress import Progress
 
 RANK = 16
+BASE = backend.MODEL_FILE
 CONTEXT, PROMPT, STEPS = 512, 256, 24
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTERS = {"all-linear": ALL, "q+v": ("q_proj", "v_proj")}
@@ -52,7 +54,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker is not None:
+        WORKERS[options.worker](options.folder, options.threads)
+        return
     figures: dict[str, Any] = {"threads": options.threads, "rank": RANK}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -64,40 +71,81 @@ def main() -> None:
             str(work / "half.gguf"), folder=Path(), quantize=None, work=work, progress=Progress(), converter=None
         )
         for name, base in {"smollm2-135m": smollm2, "random-0.5b": half}.items():
-            files = export(base, work / name, options.threads)
-            figures[name] = measure(files, options.threads, options.rounds)
+            export(base, work / name, options.threads)
+            figures[name] = measure(work / name, options.threads, options.rounds)
     print(json.dumps(figures) if options.json else json.dumps(figures, indent=2))
 
 
-def measure(files: Mapping[str, Path], threads: int, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     """Medians of decoding and prefill for each engine and adapter, and the ratios between them."""
-    ways: dict[str, Callable[[], tuple[float, float]]] = {}
-    with closing(OnnxEngine(files["base"], context_length=CONTEXT, threads=threads)) as engine:
-        for name in ADAPTERS:
-            engine.load_adapter(name, files[name])
-        model = og.Model(str(files["base"].parent))
-        loaded = og.Adapters(model)
-        for name in ADAPTERS:
-            loaded.load(str(files[name]), name)
-        for name in (None, *ADAPTERS):
-            ways[f"edgetune {name or 'base'}"] = lambda name=name: ours(engine, name)
-            ways[f"genai {name or 'base'}"] = lambda name=name: genai(model, loaded, name)
-        for run in ways.values():
-            run()
-        times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-        for number in range(rounds):
-            print(f"round {number + 1} of {rounds}", file=sys.stderr)
-            for way, run in ways.items():
-                times[way].append(run())
+    ways = [(engine, name) for name in ("base", *ADAPTERS) for engine in WORKERS]
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {way: [] for way in ways}
+    with ExitStack() as stack:
+        # Each in a process of its own, so that neither's threads wait for work beside the other's.
+        asked = {engine: stack.enter_context(Asked(engine, folder, threads)) for engine in WORKERS}
+        for number in range(rounds + 1):
+            print(f"round {number} of {rounds}", file=sys.stderr)
+            for engine, name in ways:
+                taken = asked[engine].run(name)
+                if number:
+                    times[engine, name].append(taken)
     prefill = {way: PROMPT / statistics.median(first for first, _ in taken) for way, taken in times.items()}
     decode = {way: 1 / statistics.median(step for _, step in taken) for way, taken in times.items()}
+    names = ("base", *ADAPTERS)
     return {
-        "decode_tokens_per_s": {way: round(speed, 1) for way, speed in decode.items()},
-        "prefill_tokens_per_s": {way: round(speed) for way, speed in prefill.items()},
-        "decode_ratio": {n: round(decode[f"edgetune {n}"] / decode[f"genai {n}"], 2) for n in ("base", *ADAPTERS)},
-        "prefill_ratio": {n: round(prefill[f"edgetune {n}"] / prefill[f"genai {n}"], 2) for n in ("base", *ADAPTERS)},
-        "share": {name: round(decode[f"edgetune {name}"] / decode["edgetune base"], 3) for name in ADAPTERS},
+        "decode_tokens_per_s": {" ".join(way): round(speed, 1) for way, speed in decode.items()},
+        "prefill_tokens_per_s": {" ".join(way): round(speed) for way, speed in prefill.items()},
+        "decode_ratio": {name: round(decode["edgetune", name] / decode["genai", name], 2) for name in names},
+        "prefill_ratio": {name: round(prefill["edgetune", name] / prefill["genai", name], 2) for name in names},
+        "share": {name: round(decode["edgetune", name] / decode["edgetune", "base"], 3) for name in ADAPTERS},
     }
+
+
+class Asked:
+    """A process that measures one engine when it is asked to."""
+
+    def __init__(self, engine: str, folder: Path, threads: int) -> None:
+        command = [sys.executable, __file__, "--worker", engine, "--folder", str(folder), "--threads", str(threads)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def run(self, name: str) -> tuple[float, float]:
+        """Seconds of a prompt and of a step with this adapter, or the base."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{name}\n")
+        self._process.stdin.flush()
+        prompt_s, step_s = json.loads(self._process.stdout.readline())
+        return prompt_s, step_s
+
+
+def work_ours(folder: Path, threads: int) -> None:
+    """Measure edgetune's engine for each name on standard input."""
+    with closing(OnnxEngine(folder / BASE, context_length=CONTEXT, threads=threads)) as engine:
+        for name in ADAPTERS:
+            engine.load_adapter(name, folder / f"{name}.onnx_adapter")
+        for line in sys.stdin:
+            name = line.strip()
+            print(json.dumps(ours(engine, None if name == "base" else name)), flush=True)
+
+
+def work_genai(folder: Path, _threads: int) -> None:
+    """Measure onnxruntime-genai for each name on standard input; its threads are in the folder's configuration."""
+    model = og.Model(str((folder / BASE).parent))
+    adapters = og.Adapters(model)
+    for name in ADAPTERS:
+        adapters.load(str(folder / f"{name}.onnx_adapter"), name)
+    for line in sys.stdin:
+        name = line.strip()
+        print(json.dumps(genai(model, adapters, None if name == "base" else name)), flush=True)
+
+
+WORKERS: dict[str, Callable[[Path, int], None]] = {"edgetune": work_ours, "genai": work_genai}
 
 
 def ours(engine: OnnxEngine, name: str | None) -> tuple[float, float]:
@@ -126,26 +174,23 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def export(base: Base, folder: Path, threads: int) -> dict[str, Path]:
+def export(base: Base, folder: Path, threads: int) -> None:
     """Write the base with slots and the adapters; genai runs with `threads` as well."""
     model = bases.load_torch(base, torch.float32)
     source = Source(base.path, base.fingerprint, model, folder / "way")
     random = np.random.default_rng(0)
     linear = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in ALL}
-    files = {"base": backend.write_base(source, folder, set(linear))}
+    graph = backend.write_base(source, folder, set(linear))
     for name, targets in ADAPTERS.items():
         chosen = {key: module for key, module in linear.items() if key.rpartition(".")[2] in targets}
         deltas = {key: delta(random, module.in_features, module.out_features) for key, module in chosen.items()}
-        files[name] = folder / f"{name}.onnx_adapter"
-        backend.write_adapter(
-            LowRank(name, "lora", deltas), files["base"], files[name], base_fingerprint=base.fingerprint
-        )
+        out = folder / f"{name}.onnx_adapter"
+        backend.write_adapter(LowRank(name, "lora", deltas), graph, out, base_fingerprint=base.fingerprint)
     shutil.rmtree(source.work)
-    config = files["base"].with_name("genai_config.json")
+    config = graph.with_name("genai_config.json")
     values = json.loads(config.read_text(encoding="utf-8"))
     values["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
     config.write_text(json.dumps(values), encoding="utf-8")
-    return files
 
 
 def delta(random: np.random.Generator, columns: int, rows: int) -> Delta:
