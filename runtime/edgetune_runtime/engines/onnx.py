@@ -115,18 +115,12 @@ class OnnxEngine:
             raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
         check_adapter_arrays(arrays, self._slots, name)
         self._adapters[name] = {slot: np.ascontiguousarray(array, np.float32) for slot, array in arrays.items()}
+        # Making a binding takes a millisecond or two, so the first switch finds it made.
+        self._binding_of({name: 1.0})
 
     def activate(self, adapters: Mapping[str, float]) -> None:
         """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base. The sequence stays."""
-        key = tuple(adapters.items())
-        if key not in self._bindings:
-            check_scales(adapters, self._adapters)
-            tensors = _sum([(self._adapters[name], scale) for name, scale in key])
-            self._bindings[key] = _Binding(self._bind(tensors), tensors)
-            if len(self._bindings) > _BINDINGS:
-                self._bindings.popitem(last=False)
-        self._bindings.move_to_end(key)
-        self._binding = self._bindings[key]
+        self._binding = self._binding_of(adapters)
 
     def forget(self, keep: int) -> int:
         """Drop the sequence's tokens from position `keep` on; returns how many are left."""
@@ -204,6 +198,18 @@ class OnnxEngine:
         self._adapters.clear()
         self._session = None
         self._buffers = {}
+
+    def _binding_of(self, adapters: Mapping[str, float]) -> _Binding:
+        """The binding of a set of adapters, made at its first use and kept while it is among the last used."""
+        key = tuple(adapters.items())
+        if key not in self._bindings:
+            check_scales(adapters, self._adapters)
+            tensors = _sum([(self._adapters[name], scale) for name, scale in key])
+            self._bindings[key] = _Binding(self._bind(tensors), tensors)
+            if len(self._bindings) > _BINDINGS:
+                self._bindings.popitem(last=False)
+        self._bindings.move_to_end(key)
+        return self._bindings[key]
 
     def _bind(self, tensors: Arrays) -> Any:  # noqa: ANN401 - onnxruntime's own
         """A binding of the keys and values and of an adapter's tensors; slots without one keep their empty default."""
