@@ -28,7 +28,7 @@ from edgetune_runtime.engines.gguf import GgufEngine, GgufTokenizer
 
 from edgetune import bases, methods
 from edgetune.progress import Progress
-from edgetune.ship import logits_of
+from edgetune.verify import logits_of
 
 SCHEMES = ("as shipped", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_1", "q4_0")
 ROW_TOKENS, ROWS = 128, 6
@@ -55,7 +55,7 @@ def main() -> None:
 
 def _resolve(name: str) -> bases.Base:
     return bases.resolve(
-        name, folder=Path(), quantize="f16", work=Path(), progress=Progress(quiet=True), converter=None
+        name, folder=Path(), quantize=None, work=Path(), progress=Progress(quiet=True), converter=None
     )
 
 
