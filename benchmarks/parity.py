@@ -54,9 +54,7 @@ def main() -> None:
 
 
 def _resolve(name: str) -> bases.Base:
-    return bases.resolve(
-        name, folder=Path(), quantize=None, work=Path(), progress=Progress(quiet=True), converter=None
-    )
+    return bases.resolve(name, folder=Path(), quantize=None, work=Path(), progress=Progress(quiet=True), converter=None)
 
 
 def _row(scheme: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -> str:

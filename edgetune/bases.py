@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import re
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ DEFAULT_QUANTIZATION = "q8_0"
 
 # Written as they are when converted; all else is quantized from the nearest of these.
 _UNQUANTIZED = ("f32", "f16", "bf16")
+# What a file's name says of its quantization: a requantized base is named by its own.
+_QUANTIZATION = re.compile(r"[.-](q\d\w*|iq\d\w*|f16|f32|bf16)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -267,9 +270,9 @@ def _converted(folder: Path, quantize: str, work: Path, progress: Progress, conv
 
 def _requantized(source: Path, fingerprint: str, quantize: str, work: Path, progress: Progress) -> Path:
     """Quantize a GGUF file anew into `work`, unless that is done already."""
-    out = work / f"{source.stem}-{fingerprint[:12]}-{quantize}.gguf"
+    out = work / fingerprint[:12] / f"{_QUANTIZATION.sub('', source.stem)}.{quantize}.gguf"
     if not out.is_file():
-        work.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         progress.say(f"quantizing {source.name} to {quantize}")
         quantize_gguf(source, out, quantize, again=True)
     return out

@@ -54,6 +54,19 @@ def test_a_gguf_file_ships_as_it_is(
     assert not (tmp_path / "work").exists()
 
 
+def test_a_gguf_file_is_quantized_anew_where_the_recipe_says_so(
+    resolve: Callable[..., Base], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copy(tiny_gguf("llama"), tmp_path / "tiny.F16.gguf")
+    base = resolve("tiny.F16.gguf", quantize="q4_0")
+    assert base.path.name == "tiny.q4_0.gguf"
+    assert describe_quantization(base.header) == "q4_0"
+    assert base.fingerprint == sha256_of(base.path) != sha256_of(tmp_path / "tiny.F16.gguf")
+    written = base.path.stat().st_mtime_ns
+    assert resolve("tiny.F16.gguf", quantize="q4_0") == base
+    assert base.path.stat().st_mtime_ns == written
+
+
 def test_an_alias_names_the_package_that_is_missing(
     resolve: Callable[..., Base], monkeypatch: pytest.MonkeyPatch
 ) -> None:
