@@ -32,7 +32,7 @@ import onnxruntime_genai as og
 import torch
 from edgetune_export.backends import onnx as backend
 from edgetune_export.backends._base import Source
-from edgetune_export.fold import Delta, LowRank
+from edgetune_export.shapes import Delta, LowRank
 from edgetune_runtime.engines.onnx import OnnxEngine
 
 from edgetune import bases
@@ -180,12 +180,15 @@ def export(base: Base, folder: Path, threads: int) -> None:
     source = Source(base.path, base.fingerprint, model, folder / "way")
     random = np.random.default_rng(0)
     linear = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in ALL}
-    graph = backend.write_base(source, folder, set(linear))
+    adapters = []
     for name, targets in ADAPTERS.items():
         chosen = {key: module for key, module in linear.items() if key.rpartition(".")[2] in targets}
         deltas = {key: delta(random, module.in_features, module.out_features) for key, module in chosen.items()}
-        out = folder / f"{name}.onnx_adapter"
-        backend.write_adapter(LowRank(name, "lora", deltas), graph, out, base_fingerprint=base.fingerprint)
+        adapters.append(LowRank(name, "lora", deltas))
+    graph = backend.write_base(source, folder, adapters)
+    for adapter in adapters:
+        out = folder / f"{adapter.name}.onnx_adapter"
+        backend.write_adapter(adapter, graph, out, base_fingerprint=base.fingerprint)
     shutil.rmtree(source.work)
     config = graph.with_name("genai_config.json")
     values = json.loads(config.read_text(encoding="utf-8"))

@@ -14,19 +14,21 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import llama_cpp
 import torch
 from edgetune_export.backends._base import Source
 from edgetune_export.backends.gguf import write_adapter, write_merged
-from edgetune_export.fold import fold_peft
+from edgetune_export.fold import fold_peft, merge
 from edgetune_export.parity import Parity, compare
 from edgetune_export.quantize import describe_quantization, quantize_gguf
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf import GgufEngine, GgufTokenizer
 
 from edgetune import bases, methods
+from edgetune.methods._peft import module_weight
 from edgetune.progress import Progress
 from edgetune.verify import logits_of
 
@@ -63,7 +65,7 @@ def _row(scheme: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -
     lora = methods.load("lora")
     with closing(GgufEngine(base.path, context_length=ROW_TOKENS)) as engine:
         results = [compare(logits_of(model), engine, rows)]
-        peft = lora.attach(model, lora.options(r=16, lora_alpha=32))
+        peft = lora.attach(model, lora.options(r=16, lora_alpha=32), 1)
         torch.manual_seed(0)
         with torch.no_grad():
             for name, parameter in peft.named_parameters():
@@ -71,7 +73,7 @@ def _row(scheme: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -
                     parameter.normal_(std=B_STD)
         peft.eval()
         shutil.rmtree(out / "adapter", ignore_errors=True)
-        peft.save_pretrained(out / "adapter", save_embedding_layers=False)
+        lora.save(peft, out / "adapter")
         folded = fold_peft(out / "adapter", "random")
         for dtype in ("f16", "q8_0"):
             file = out / f"{dtype}.lora.gguf"
@@ -79,7 +81,9 @@ def _row(scheme: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -
             engine.load_adapter(dtype, file)
             engine.activate({dtype: 1.0})
             results.append(compare(logits_of(peft), engine, rows))
-    write_merged(folded, Source(base.path, base.fingerprint), out / "merged.gguf")
+    plain = bases.load_torch(base, torch.float32)
+    merged = merge(folded, partial(module_weight, plain))
+    write_merged(merged, Source(base.path, base.fingerprint), out / "merged.gguf")
     with closing(GgufEngine(out / "merged.gguf", context_length=ROW_TOKENS)) as engine:
         results.append(compare(logits_of(peft), engine, rows))
     return _cells(scheme, describe_quantization(base.header), results)

@@ -188,7 +188,17 @@ def _plan(tasks: Sequence[Task], base: Base, context_length: int, progress: Prog
                 progress.say(f"{task.name}: {too_long.count} rows are longer than {context_length} tokens: {where} …")
             method = task.spec.method
             key = _key(task, base, (*training, *validation))
-            job = Job(task.name, methods.load(method.name), method.options, task.training, training, validation, key)
+            kind = methods.load(method.name)
+            job = Job(
+                task.name,
+                kind,
+                method.options,
+                task.training,
+                training,
+                validation,
+                key,
+                kind.objective(method.options),
+            )
             todo.append(_Work(task, job, too_long))
     return todo
 
@@ -217,11 +227,14 @@ def train_all(
         folder = work / job.name
         result = finished(folder, job.key)
         if result is None:
-            precision = precision_of(job.training)
+            # A change of the base's own weights is too small a step for bf16.
+            precision = "fp32" if job.method.trains_base else precision_of(job.training)
             if model is None or precision != loaded:
                 progress.say(f"loading the base {base}")
                 model, loaded = load(DTYPES[precision]), precision
             result = train(model, job, folder, progress)
+            if job.method.trains_base:
+                model = None
             if processes().is_main_process:
                 plot_training(result, job.name, folder / "training.png")
         progress.say(_summary(job.name, result))
@@ -254,6 +267,7 @@ def _trained(item: _Work, result: TrainResult, work: Path) -> Trained:
         name=item.job.name,
         folder=work / item.job.name / "adapter",
         method=spec.method.name,
+        options=spec.method.options,
         probes=[example.tokens for example in probes],
         prompt_lengths=[example.prompt_length for example in probes],
         scale=spec.scale,
@@ -281,7 +295,7 @@ def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merge
             text = render(tokenizer.chat_template, messages, add_generation_prompt=True, **ends)
             rows.append(tokenizer.tokenize(text))
     lengths = [len(row) for row in rows]
-    return Trained(name, folder, "lora", rows, lengths, system=system, merged=merged)
+    return Trained(name, folder, "lora", methods.load("lora").options(), rows, lengths, system=system, merged=merged)
 
 
 def without_history(result: TrainResult) -> dict[str, Any]:

@@ -17,14 +17,14 @@ from typing import Any, cast
 import numpy as np
 from edgetune_devices.fit import kv_bytes_per_token
 from edgetune_export.backends._base import Backend, Source, Weights
-from edgetune_export.fold import LowRank, fold_peft
 from edgetune_export.pack import pack
 from edgetune_export.parity import Parity
 from edgetune_export.quantize import describe_quantization
+from edgetune_export.shapes import Adapter, Folded, LowRank, Merged, Prefix
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, Manifest
 from edgetune_runtime.gguf_file import digest_of_chat_template, digest_of_tokenizer
 
-from . import bases
+from . import bases, methods
 from .bases import Base, base_context_length
 from .progress import Progress
 from .verify import Checked, Exported, Trained, compare_bases, verify
@@ -62,9 +62,9 @@ def ship(
     import torch  # noqa: PLC0415 - only where something is exported
 
     shutil.rmtree(work, ignore_errors=True)
-    folded = {adapter.name: fold_peft(adapter.folder, adapter.name) for adapter in adapters}
     model = bases.load_torch(base, torch.float32)
-    stage = _Stage(work, Source(base.path, base.fingerprint, model, work / "way", wanted.weights), adapters, folded)
+    source = Source(base.path, base.fingerprint, model, work / "way", wanted.weights)
+    stage = _Stage(work, source, adapters, shapes_of(adapters, wanted.targets), progress)
     exports = []
     for target in wanted.targets:
         progress.say(f"writing {target}")
@@ -91,36 +91,67 @@ def ship(
     return shipped
 
 
-@dataclass(frozen=True)
+def shapes_of(adapters: Sequence[Trained], targets: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The shape of each adapter in each target; IncompatibleError when a target can hold none of an adapter's."""
+    shapes: dict[str, dict[str, str]] = {}
+    for target in targets:
+        accepted = _backend(target).SHAPES
+        for adapter in adapters:
+            method = methods.load(adapter.method)
+            shape = methods.shape_for(method, adapter.options, target, accepted, merged=adapter.merged)
+            shapes.setdefault(adapter.name, {})[target] = shape
+    return shapes
+
+
+def _backend(target: str) -> Backend:
+    return cast("Backend", import_module(f"edgetune_export.backends.{target}"))
+
+
+@dataclass
 class _Stage:
     """The folder in which a bundle is put together, and what goes into it."""
 
     work: Path
     source: Source
     adapters: Sequence[Trained]
-    folded: Mapping[str, LowRank]
+    shapes: Mapping[str, Mapping[str, str]]
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        """Fold what lies beside the base; merged models are folded when they are written."""
+        self.folded: dict[tuple[str, str], Adapter] = {}
+        for adapter in self.adapters:
+            for shape in dict.fromkeys(self.shapes[adapter.name].values()):
+                if shape != Merged.shape:
+                    folded = self._fold(adapter, shape)
+                    assert not isinstance(folded, Merged)
+                    self.folded[adapter.name, shape] = folded
 
     def export(self, target: str) -> Exported:
         """Write the base and all adapters in one format."""
-        backend = cast("Backend", import_module(f"edgetune_export.backends.{target}"))
-        separate = [adapter.name for adapter in self.adapters if not adapter.merged]
-        modules = {module for name in separate for module in self.folded[name].modules}
-        base = backend.write_base(self.source, self.work / "base", modules)
+        backend = _backend(target)
+        shapes = {adapter.name: self.shapes[adapter.name][target] for adapter in self.adapters}
+        beside = {name: self.folded[name, shape] for name, shape in shapes.items() if shape != Merged.shape}
+        base = backend.write_base(self.source, self.work / "base", list(beside.values()))
         files = {adapter.name: self._write(backend, adapter, base, target) for adapter in self.adapters}
-        return Exported(target, base, files, backend.quantization(self.source))
+        errors = {name: _error(beside.get(name)) for name in shapes}
+        return Exported(target, base, files, shapes, errors, backend.quantization(self.source))
 
     def shipped(self, exports: Sequence[Exported], checked: Mapping[str, Checked]) -> dict[str, Shipped]:
         """What the manifest says of each adapter."""
         shipped: dict[str, Shipped] = {}
         for adapter in self.adapters:
             found = {target: of.adapters[adapter.name] for target, of in checked.items()}
+            folded = [item for (name, _), item in self.folded.items() if name == adapter.name]
             entry = AdapterEntry(
                 name=adapter.name,
                 method=adapter.method,
-                shape="merged" if adapter.merged else "low_rank",
+                shapes=self.shapes[adapter.name],
                 files={export.backend: self.name_of(export.adapters[adapter.name]) for export in exports},
                 base_fingerprint=self.source.fingerprint,
-                ranks={module: delta.rank for module, delta in self.folded[adapter.name].modules.items()},
+                ranks={m: d.rank for item in folded if isinstance(item, LowRank) for m, d in item.modules.items()},
+                error=max((_error(item) for item in folded), default=0.0),
+                prefix_tokens=max((item.tokens for item in folded if isinstance(item, Prefix)), default=0),
                 scale=adapter.scale,
                 system=adapter.system,
                 metric=adapter.metric,
@@ -137,17 +168,32 @@ class _Stage:
         return path.relative_to(self.work).as_posix()
 
     def _write(self, backend: Backend, adapter: Trained, base: Path, target: str) -> Path:
-        folded, fingerprint = self.folded[adapter.name], self.source.fingerprint
-        if adapter.merged:
+        shape, fingerprint = self.shapes[adapter.name][target], self.source.fingerprint
+        if shape == Merged.shape:
             out = self._folder(adapter) / backend.MODEL_FILE
-            backend.write_merged(folded, self.source, out, adapter.scale)
+            if not adapter.merged:
+                self.progress.say(
+                    f"  {adapter.name}: {target} holds {adapter.method} as a whole model, as large as the base"
+                )
+            merged = self._fold(adapter, shape)
+            assert isinstance(merged, Merged)
+            backend.write_merged(merged, self.source, out)
         else:
             out = self._folder(adapter) / backend.ADAPTER_FILE
-            backend.write_adapter(folded, base, out, dtype=adapter.dtypes[target], base_fingerprint=fingerprint)
+            folded, dtype = self.folded[adapter.name, shape], adapter.dtypes[target]
+            backend.write_adapter(folded, base, out, dtype=dtype, base_fingerprint=fingerprint)
         return out
+
+    def _fold(self, adapter: Trained, shape: str) -> Folded:
+        assert self.source.model is not None
+        return methods.load(adapter.method).fold(adapter.checkpoint(self.source.model), shape)
 
     def _folder(self, adapter: Trained) -> Path:
         return self.work / "adapters" / adapter.name
+
+
+def _error(folded: Adapter | None) -> float:
+    return folded.error if isinstance(folded, LowRank) else 0.0
 
 
 def _base_entry(base: Base, files: Mapping[str, str]) -> BaseEntry:

@@ -32,7 +32,6 @@ from .progress import Progress, Step
 from .recipe import Training
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,7 +50,7 @@ class Job(Generic[R]):
     """One training: `key` stands for all that its result depends on."""
 
     name: str
-    method: Method
+    method: Method[Any]
     options: Options
     training: Training
     train: Sequence[R]
@@ -161,6 +160,7 @@ class _Run:
     def __init__(self, base: PreTrainedModel, job: Job[Any], folder: Path) -> None:
         training, method = job.training, job.method
         self.training, self.folder, self.key, self.objective = training, folder, job.key, job.objective
+        self.method, self.name = method, job.name
         self.train_rows = list(job.train)
         self.validation = list(job.validation)[:VALIDATION_ROWS]
         # Processes validate different numbers of batches, so none may wait for another in a forward pass.
@@ -170,17 +170,17 @@ class _Run:
         self.schedule = Schedule(len(self.train_rows), training)
         self.state = _State()
         torch.manual_seed(training.seed)
-        self.peft: PeftModel = method.attach(base, job.options)
-        self.attention = base.config._attn_implementation
+        self.base, self.attention = base, base.config._attn_implementation
+        self.tuned: Any = method.attach(base, job.options, self.schedule.steps)
         if self.objective.attention is not None:
             base.set_attn_implementation(self.objective.attention)
-        self.objective.extend(self.peft)
-        named = trainable(self.peft)
-        groups = method.parameter_groups(self.peft, job.options, training.learning_rate)
+        self.objective.extend(self.tuned)
+        named = trainable(self.tuned)
+        groups = method.parameter_groups(self.tuned, job.options, training.learning_rate)
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.counts = (sum(p.numel() for _, p in named), sum(p.numel() for p in base.parameters()))
-        self.model, self.optimizer = self.accelerator.prepare(self.peft, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(self.tuned, optimizer)
         self.best: dict[str, torch.Tensor] = {}
         self.is_changing = False
         self._saved = time.monotonic()
@@ -230,8 +230,8 @@ class _Run:
         )
         self._load_weights(self.best)
         if self.accelerator.is_main_process:
-            self.peft.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
-            self.objective.save(self.peft, self.folder / "adapter")
+            self.method.save(self.tuned, self.folder / "adapter")
+            self.objective.save(self.tuned, self.folder / "adapter")
             lines = [json.dumps(asdict(point)) for point in history]
             (self.folder / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             with replacing(self.folder / "result.json") as path:
@@ -251,6 +251,7 @@ class _Run:
             "weights": self._weights(),
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
+            "method": dict(self.method.state(self.tuned)),
         }
         # Given a path, torch turns a full disk into an error that does not say so.
         with replacing(self._state_path) as path, path.open("wb") as file:
@@ -258,8 +259,8 @@ class _Run:
 
     def detach(self) -> None:
         """Give the base back as it was."""
-        base = self.peft.unload()
-        base.set_attn_implementation(self.attention)
+        self.method.detach(self.tuned)
+        self.base.set_attn_implementation(self.attention)
         self.accelerator.free_memory()
 
     @property
@@ -278,13 +279,14 @@ class _Run:
         self.best = saved["best"]
         self._load_weights(saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.method.restore(self.tuned, saved["method"])
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().cpu().clone() for name, p in trainable(self.peft)}
+        return {name: p.detach().cpu().clone() for name, p in trainable(self.tuned)}
 
     def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in trainable(self.peft):
+            for name, parameter in trainable(self.tuned):
                 parameter.copy_(weights[name])
 
     def _batches(self) -> Iterator[list[Row]]:
@@ -308,14 +310,16 @@ class _Run:
         for number, part in enumerate(parts, 1):
             with self.accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
                 loss = self._loss(part)
-                self.accelerator.backward(loss * weight)
+                penalty = self.method.penalty(self.tuned) if number == len(parts) else 0.0
+                self.accelerator.backward(loss * weight + penalty)
             loss_sum += loss.item() if own else 0.0
         self._require_finite(loss_sum, self.state.step + 1)
-        self.accelerator.clip_grad_norm_(self.peft.parameters(), self.training.max_grad_norm)
+        self.accelerator.clip_grad_norm_(self.tuned.parameters(), self.training.max_grad_norm)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.schedule.factor(self.state.step)
         self.is_changing = True
         self.optimizer.step()
+        self.method.after_step(self.tuned, self.state.step)
         self.optimizer.zero_grad()
         self.state.step += 1
         self.state.loss_sum += loss_sum
@@ -330,8 +334,8 @@ class _Run:
         # Autocast casts the adapter's weights; PEFT would cast its inputs to float32 and back besides.
         bf16 = self.precision == "bf16"
         casting = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
-        with casting, disable_input_dtype_casting(self.peft, active=bf16):
-            return self.objective.loss(self.model, self.peft, batch)
+        with casting, disable_input_dtype_casting(self.tuned, active=bf16):
+            return self.objective.loss(self.model, self.tuned, batch)
 
     @torch.no_grad()
     def _validate(self) -> Point:

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from edgetune_export.fold import Floats
 from edgetune_export.parity import Parity, check, compare
+from edgetune_export.shapes import Floats
 from edgetune_runtime.engines._base import Engine, Tokenizer
 from edgetune_runtime.engines.gguf import GgufTokenizer
-from edgetune_runtime.errors import IncompatibleError
 
+from . import methods
 from .bases import Base, base_context_length
 from .progress import Progress
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 Logits = Callable[[list[int]], Floats]
@@ -49,13 +48,14 @@ BASE_ROWS = 2
 class Trained:
     """A trained adapter on its way into a bundle.
 
-    `folder` is PEFT's; `probes` are token rows to compare on, the first of them with `prompt_lengths` to be answered.
-    `texts` are of the task, to compare tokenizers on.
+    `folder` is what `method` wrote; `probes` are token rows to compare on, the first of them, with `prompt_lengths`, to
+    be answered. `texts` are of the task, to compare tokenizers on.
     """
 
     name: str
     folder: Path
     method: str
+    options: methods.Options
     probes: Sequence[Sequence[int]]
     prompt_lengths: Sequence[int]
     scale: float = 1.0
@@ -67,14 +67,23 @@ class Trained:
     training: Mapping[str, Any] = field(default_factory=dict)
     texts: Sequence[str] = ()
 
+    def checkpoint(self, base: PreTrainedModel) -> methods.Checkpoint:
+        """What was trained, with its base in float32."""
+        return methods.Checkpoint(self.name, self.folder, base, self.options, self.scale)
+
 
 @dataclass(frozen=True)
 class Exported:
-    """What one backend wrote: the base's file, each adapter's, and how the base's weights are rounded."""
+    """What one backend wrote: the base's file, each adapter's with its shape, and how the base's weights are rounded.
+
+    `errors` is the share of what was trained that an adapter of low rank leaves out.
+    """
 
     backend: str
     base: Path
     adapters: Mapping[str, Path]
+    shapes: Mapping[str, str]
+    errors: Mapping[str, float]
     quantization: str
 
 
@@ -109,7 +118,14 @@ def verify(
                     found[export.backend][adapter.name] = parity
                     progress.say(f"  {export.backend} {adapter.name}: {_said(parity)}")
                     dtype = adapter.dtypes[export.backend]
-                    check(parity, adapter.name, export.quantization, dtype=dtype, merged=adapter.merged)
+                    check(
+                        parity,
+                        adapter.name,
+                        export.quantization,
+                        dtype=dtype,
+                        merged=export.shapes[adapter.name] == "merged",
+                        error=export.errors[adapter.name],
+                    )
         plain = _remembered(logits_of(model))
         return {
             export.backend: Checked(_base_parity(plain, adapters, export, engine, progress), found[export.backend])
@@ -178,7 +194,7 @@ def _base_parity(
 
 def _parity(trained: Logits, adapter: Trained, export: Exported, engine: Engine) -> Parity:
     file = export.adapters[adapter.name]
-    if adapter.merged:
+    if export.shapes[adapter.name] == "merged":
         with _engine(export.backend, file, engine.context_length) as merged:
             return _compare(trained, adapter, merged)
     engine.load_adapter(adapter.name, file)
@@ -198,30 +214,8 @@ def _compare(trained: Logits, adapter: Trained, engine: Engine) -> Parity:
 
 @contextmanager
 def _tuned(model: PreTrainedModel, adapter: Trained) -> Iterator[Logits]:
-    with tuned(model, adapter.folder, adapter.scale) as peft:
-        yield _remembered(logits_of(peft))
-
-
-@contextmanager
-def tuned(model: PreTrainedModel, folder: Path, scale: float) -> Iterator[PeftModel]:
-    """The PEFT checkpoint in `folder`, times `scale`, on `model`, which is given back as it was."""
-    from peft import PeftModel  # noqa: PLC0415 - slow to import
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415
-
-    try:
-        peft = PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise IncompatibleError(f"PEFT cannot load {folder}: {reason}", "save the adapter again") from error
-    peft.eval()
-    if scale != 1.0:
-        for module in peft.modules():
-            if isinstance(module, LoraLayer):
-                module.scale_layer(scale)
-    try:
-        yield peft
-    finally:
-        peft.unload()
+    with methods.load(adapter.method).loaded(adapter.checkpoint(model)) as tuned:
+        yield _remembered(logits_of(tuned))
 
 
 def _remembered(logits: Logits) -> Logits:

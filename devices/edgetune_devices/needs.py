@@ -168,7 +168,7 @@ def needs_of_bundle(bundle: Path, *, context_length: int | None = None) -> Needs
     merged: dict[str, int] = {}
     for name, entry in manifest.adapters.items():
         file_bytes = manifest.files[entry.files["gguf"]].bytes if "gguf" in entry.files else 0
-        if entry.shape == "merged":
+        if entry.shapes.get("gguf") == "merged":
             merged[name] = file_bytes
         else:
             adapters[name] = AdapterSize(file_bytes, len(entry.ranks))

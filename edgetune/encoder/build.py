@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from edgetune_export.fold import LowRank, fold_peft
 from edgetune_export.onnx_encoder import EncoderSource, write_encoder, write_task
 from edgetune_export.pack import pack
+from edgetune_export.shapes import LowRank
 from edgetune_runtime.bundle import CLASSIFICATION, AdapterEntry, BaseEntry, Manifest, sha256_of
 from edgetune_runtime.engines._encoder import EncoderTokenizer
 from edgetune_runtime.errors import UsageError
@@ -33,6 +33,9 @@ from . import base as bases
 from .base import TOKENIZER, EncoderBase
 from .objective import Classify, Labelled, load_head, tokenize_labelled
 from .verify import Agreement, TrainedTask, verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ENGINE = "onnx"
 ADAPTER_FILE = "adapter.onnx_adapter"
@@ -130,7 +133,15 @@ def _key(task: Task, base: EncoderBase, rows: Sequence[Labelled]) -> str:
 def _trained(item: _Work, work: Path) -> TrainedTask:
     probes = [row.tokens for row in item.job.validation[:PARITY_ROWS]]
     spec = item.task.spec
-    return TrainedTask(item.task.name, work / item.task.name / "adapter", probes, spec.scale, spec.onnx_dtype)
+    return TrainedTask(
+        item.task.name,
+        work / item.task.name / "adapter",
+        spec.method.name,
+        spec.method.options,
+        probes,
+        spec.scale,
+        spec.onnx_dtype,
+    )
 
 
 def _export(
@@ -139,8 +150,8 @@ def _export(
     """Stage the graph and the tasks' files and compare them with what was trained."""
     progress.say("writing onnx")
     int8 = recipe.onnx.weights != "fp32"
-    folded = {task.name: fold_peft(task.folder, task.name) for task in tasks}
     model = bases.load_torch(base, torch.float32).eval()
+    folded = {task.name: _folded(task, model) for task in tasks}
     way = stage / "way"
     source = EncoderSource(model, base.folder / TOKENIZER, base.fingerprint, base.context_length, way)
     modules = {module for adapter in folded.values() for module in adapter.modules}
@@ -164,12 +175,18 @@ def _export(
     return _Exported(graph, files, folded, agreement, base_parity, parameters)
 
 
+def _folded(task: TrainedTask, base: PreTrainedModel) -> LowRank:
+    folded = methods.load(task.method).fold(task.checkpoint(base), LowRank.shape)
+    assert isinstance(folded, LowRank)
+    return folded
+
+
 def _entry(item: _Work, base: EncoderBase, exported: _Exported, result: TrainResult, stage: Path) -> AdapterEntry:
     name, spec = item.task.name, item.task.spec
     return AdapterEntry(
         name=name,
         method=spec.method.name,
-        shape="low_rank",
+        shapes={ENGINE: "low_rank"},
         files={ENGINE: exported.files[name].relative_to(stage).as_posix()},
         base_fingerprint=base.fingerprint,
         ranks={module: delta.rank for module, delta in exported.folded[name].modules.items()},

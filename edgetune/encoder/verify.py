@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from edgetune_export.fold import Floats
 from edgetune_export.onnx_encoder import mean_pooled
 from edgetune_export.parity import divergence
+from edgetune_export.shapes import Floats
 from edgetune_runtime.engines._encoder import EncoderEngine
 from edgetune_runtime.errors import VerificationError
 
+from edgetune import methods
 from edgetune.progress import Progress
-from edgetune.verify import tuned
 
 from .objective import load_head, logits_of
 
@@ -41,9 +41,15 @@ class TrainedTask:
 
     name: str
     folder: Path
+    method: str
+    options: methods.Options
     probes: Sequence[Sequence[int]]
     scale: float = 1.0
     dtype: str = "f32"
+
+    def checkpoint(self, base: PreTrainedModel) -> methods.Checkpoint:
+        """What was trained, with its base."""
+        return methods.Checkpoint(self.name, self.folder, base, self.options, self.scale)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def _answers(engine: EncoderEngine, task: TrainedTask) -> list[Floats]:
 
 def _trained(model: PreTrainedModel, task: TrainedTask) -> list[Floats]:
     head = load_head(task.folder)
-    with tuned(model, task.folder, task.scale) as peft:
+    with methods.load(task.method).loaded(task.checkpoint(model)) as peft:
         return _rows(task.probes, lambda tokens, mask: logits_of(peft, head, tokens, mask))
 
 

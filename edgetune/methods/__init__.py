@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Sequence
+from typing import Any
 
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 
-from ._base import Method, Options
+from ._base import Checkpoint, Method, Options
 
-__all__ = ["Method", "Options", "load", "names"]
+__all__ = ["Checkpoint", "Method", "Options", "load", "names", "shape_for"]
 
 
 def names() -> list[str]:
@@ -18,11 +20,27 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def load(name: str) -> Method:
+def load(name: str) -> Method[Any]:
     """The method called `name`; UsageError names the methods there are."""
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(names())}"
         raise UsageError(f"no method {name!r}", hint)
-    method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
+    method: Method[Any] = importlib.import_module(f"{__name__}.{name}").METHOD
     return method
+
+
+def shape_for(method: Method[Any], options: Options, backend: str, accepted: Sequence[str], *, merged: bool) -> str:
+    """The shape that a backend writes of a method: the first of its shapes that is accepted, or a merged model.
+
+    IncompatibleError with the way out when there is none.
+    """
+    shapes = method.shapes(options)
+    for shape in ("merged",) if merged else shapes:
+        if shape in shapes and shape in accepted:
+            return shape
+    if merged:
+        message = f"what {method.name} trains ({', '.join(shapes)}) cannot be merged into the base"
+        raise IncompatibleError(message, "leave merged out")
+    message = f"{backend} cannot hold what {method.name} trains ({', '.join(shapes)})"
+    raise IncompatibleError(message, "leave that target out, or take another method, such as lora")

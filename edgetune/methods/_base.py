@@ -1,16 +1,22 @@
-"""What a method is: its options, the shapes it folds into, and how it turns a base into a trainable model."""
+"""What a method is: its options, the shapes it can take, how it changes a base to be trained, and how it is folded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from edgetune_export.shapes import Folded
     from transformers import PreTrainedModel
+
+    from edgetune.objectives import Objective
 
 
 class Options(BaseModel):
@@ -19,29 +25,92 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-class Method(Protocol):
-    """One way of tuning. `shapes` lists what it can be folded into at export, the best first."""
+O = TypeVar("O", bound=Options)  # noqa: E741 - the options of one method
 
-    options: type[Options]
-    shapes: Sequence[str]
 
-    def attach(self, base: PreTrainedModel, options: Any) -> PeftModel:  # noqa: ANN401 - its own class
-        """Add the method's trainable parts to `base`, in place; all other parameters are frozen.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a training left in `folder`, and the base that it belongs to, in float32; `scale` is the adapter's."""
 
-        Raises UsageError when the options do not fit the base, such as target modules that it lacks.
+    name: str
+    folder: Path
+    base: PreTrainedModel
+    options: Options
+    scale: float = 1.0
+
+
+class Method(ABC, Generic[O]):
+    """One way of tuning. The class's docstring says in its first line what it does; the module cites the paper.
+
+    `trains_base` says that training changes the base's own weights, which are then float32 and of no use afterwards.
+    """
+
+    options: ClassVar[type[Options]]
+    trains_base: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The method's name, which is that of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @abstractmethod
+    def shapes(self, options: O) -> tuple[str, ...]:
+        """What it can be folded into, the best first."""
+
+    @abstractmethod
+    def attach(self, base: PreTrainedModel, options: O, steps: int) -> torch.nn.Module:
+        """The base with the method's trainable parts, in place, for a training of so many steps; all else is frozen.
+
+        It is called as a packed sequence asks for (see `objectives.NextToken.loss`). Raises UsageError when the options
+        do not fit the base, such as target modules that it lacks.
         """
-        ...
 
-    def parameter_groups(
-        self,
-        model: PeftModel,
-        options: Any,  # noqa: ANN401 - its own class
-        learning_rate: float,
-    ) -> list[dict[str, Any]]:
+    @abstractmethod
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write what was trained into `folder`."""
+
+    @abstractmethod
+    def detach(self, model: torch.nn.Module) -> None:
+        """Give the base back as it was, unless the method trains the base itself."""
+
+    @abstractmethod
+    def loaded(self, checkpoint: Checkpoint) -> AbstractContextManager[torch.nn.Module]:
+        """What was trained as torch runs it, times its scale; `model(input_ids=…).logits` [1, tokens, vocabulary] are
+        those of the given tokens. The base is as it was afterwards."""
+
+    @abstractmethod
+    def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
+        """What was trained in the given one of its shapes. A scale goes into a merged model; else it stays outside."""
+
+    def objective(self, options: O) -> Objective[Any]:
+        """What a training learns from its rows."""
+        from edgetune.objectives import NEXT_TOKEN  # noqa: PLC0415 - torch only when training
+
+        return NEXT_TOKEN
+
+    def prefix_tokens(self, options: O) -> int:
+        """Positions of the context that the adapter takes."""
+        return 0
+
+    def parameter_groups(self, model: torch.nn.Module, options: O, learning_rate: float) -> list[dict[str, Any]]:
         """The optimizer's groups of trainable parameters with their learning rates."""
-        ...
+        return [{"params": [p for _, p in trainable(model)], "lr": learning_rate}]
+
+    def penalty(self, model: torch.nn.Module) -> torch.Tensor | float:
+        """What is added to a step's mean loss."""
+        return 0.0
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        """Called after the optimizer's `step` (from 0), while the gradients are still there."""
+
+    def state(self, model: torch.nn.Module) -> Mapping[str, Any]:
+        """What a killed training needs besides the trainable parameters to go on; tensors and plain values."""
+        return {}
+
+    def restore(self, model: torch.nn.Module, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
 
 
-def trainable(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
+def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """Names and parameters that training changes."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

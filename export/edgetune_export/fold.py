@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
 from safetensors import SafetensorError, deserialize
+
+from .shapes import Delta, Floats, LowRank, Merged
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -49,30 +51,6 @@ _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?
 _LANGUAGE_LAYER = re.compile(r"(?:model\.language_model\.|language_model\.model\.|model\.)?(?P<rest>layers\.\d+\..+)")
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
-Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a linear module learned: W + b @ a, with a [rank, columns] and b [rows, rank] in float32, scale included."""
-
-    a: Floats
-    b: Floats
-
-    @property
-    def rank(self) -> int:
-        """The number of rows of `a`."""
-        return int(self.a.shape[0])
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A folded adapter: `modules` maps a module's name in the Hugging Face model to its delta."""
-
-    name: str
-    method: str
-    modules: dict[str, Delta]
-
 
 @dataclass(frozen=True)
 class _Scales:
@@ -91,7 +69,7 @@ class _Scales:
         return rank, alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
-def fold_peft(folder: Path, name: str) -> LowRank:
+def fold_peft(folder: Path, name: str, method: str = "lora") -> LowRank:
     """Read the PEFT LoRA adapter in `folder` and fold its scale into B.
 
     Raises NotFoundError when a file is missing, VerificationError when one is damaged or they contradict each other,
@@ -113,7 +91,22 @@ def fold_peft(folder: Path, name: str) -> LowRank:
     _raise_all(VerificationError, f"adapter {name!r} is damaged", problems, _SAVE_AGAIN)
     if len(modules) != len(pairs):
         raise VerificationError(f"adapter {name!r} names a module twice", _SAVE_AGAIN)
-    return LowRank(name, "lora", dict(sorted(modules.items())))
+    return LowRank(name, method, dict(sorted(modules.items())))
+
+
+def merge(adapter: LowRank, weight_of: Callable[[str], Floats], scale: float = 1.0) -> Merged:
+    """The whole model that `scale` times the adapter makes of the base, whose modules' weights `weight_of` gives."""
+
+    def merged(module: str, delta: Delta) -> Floats:
+        weight, change = weight_of(module), delta.b @ delta.a
+        if weight.shape != change.shape:
+            sizes = "{}x{} in the adapter, {}x{} in the base".format(*change.shape, *weight.shape)
+            message = f"adapter {adapter.name!r} does not fit this base: {module} is {sizes}"
+            raise IncompatibleError(message, "give the base that the adapter was trained on")
+        return weight + np.float32(scale) * change
+
+    parameters = {f"{module}.weight": partial(merged, module, delta) for module, delta in adapter.modules.items()}
+    return Merged(adapter.name, adapter.method, parameters)
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from edgetune_runtime.engines.onnx import model_version
 from edgetune_runtime.errors import UsageError
 
 from .atomic import replacing
-from .fold import Floats
+from .shapes import Floats
 
 DTYPES = {"f32": np.float32, "f16": np.float16}
 

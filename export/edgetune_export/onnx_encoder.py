@@ -27,11 +27,11 @@ from edgetune_runtime.onnx_file import read_onnx
 from transformers import PreTrainedModel
 
 from .atomic import raising_out_of_space
-from .fold import Floats, LowRank
 from .onnx_adapter import write_tensors
 from .onnx_graph import GRAPH, Projection, optional_input, replace_gather, replace_product, save_model
 from .onnx_slots import METADATA, add_slot, fill, slots_of
 from .onnx_weights import BLOCK, pack_floats
+from .shapes import Floats, LowRank
 
 # The first with an Attention operator, which leaves the fewest nodes.
 _OPSET = 23

@@ -18,10 +18,10 @@ from edgetune_runtime.gguf_file import TensorInfo, read_header
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .atomic import raising_out_of_space
-from .fold import Floats
 from .layout import base_rows, name_map, tensor_of
 from .onnx_weights import BLOCK, Packed, pack, pack_floats, reorder, stack
 from .quantize import dequantize_rows
+from .shapes import Floats
 
 GRAPH = "model.onnx"
 MICROSOFT = "com.microsoft"

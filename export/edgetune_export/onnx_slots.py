@@ -16,9 +16,9 @@ import onnx_ir as ir
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.gguf_file import GgufHeader
 
-from .fold import Delta, Floats, LowRank
 from .layout import name_map, tensor_of
 from .onnx_graph import Projection, optional_input, projections
+from .shapes import Delta, Floats, LowRank
 
 METADATA = "edgetune.slots"
 """Key of the graph's metadata: JSON of {slot: [[module of the Hugging Face model, its inputs, its outputs], …]}."""

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from edgetune_runtime.gguf_file import TensorInfo
 
-from .fold import Floats
 from .quantize import dequantize_rows
+from .shapes import Floats
 
 BLOCK = 32
 FLOAT_TYPES = ("f32", "f16", "bf16")

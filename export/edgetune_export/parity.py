@@ -10,7 +10,7 @@ import numpy.typing as npt
 from edgetune_runtime.engines._base import Engine
 from edgetune_runtime.errors import UsageError, VerificationError
 
-from .fold import Floats
+from .shapes import Floats
 
 Trained = Callable[[list[int]], Floats]
 """Token ids to the trained model's logits after each, float32 [tokens, vocabulary]."""
@@ -40,6 +40,11 @@ TOLERANCE_KL_MERGED = {
 INT4 = "int4"
 TOLERANCE_KL_INT4 = 0.5
 """Of a base that was trained on and then rounded once more to 4 bits: that changes it by as much as a weak adapter."""
+
+EXACT = 1e-5
+"""A share left out below which an adapter of low rank counts as exact."""
+TOLERANCE_KL_TRUNCATED = 0.5
+"""Of a change that is cut to a low rank: how much that may be is the recipe's business."""
 
 # At most this many positions are held in double precision at once: a vocabulary of 262k takes 2 MB a position.
 _POSITIONS = 16
@@ -102,15 +107,20 @@ def greedy_agreement(trained: Trained, engine: Engine, prompts: Sequence[Sequenc
     return min(_agreement(trained, engine, list(prompt), max_tokens) for prompt in prompts)
 
 
-def check(parity: Parity, name: str, quantization: str, *, dtype: str = "f16", merged: bool = False) -> None:
+def check(
+    parity: Parity, name: str, quantization: str, *, dtype: str = "f16", merged: bool = False, error: float = 0.0
+) -> None:
     """VerificationError unless the adapter `name` is within the tolerance of its base.
 
     `quantization` is the base's (see `describe_quantization`), `dtype` that of the adapter's file. A type that was not
-    measured is held to the loosest tolerance.
+    measured is held to the loosest tolerance, and so is an adapter that leaves out the share `error` of what was
+    trained.
     """
     table = TOLERANCE_KL_MERGED if merged else TOLERANCE_KL
     loosest = max(table.values())
     limit = TOLERANCE_KL_INT4 if quantization == INT4 else table.get(quantization, loosest)
+    if error > EXACT:
+        limit = max(limit, TOLERANCE_KL_TRUNCATED)
     if not merged:
         limit = max(limit, table.get(dtype, loosest))
     # Written so that NaN fails too.

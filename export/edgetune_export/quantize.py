@@ -16,7 +16,7 @@ from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpace
 from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, read_header
 
 from .atomic import is_full, replacing
-from .fold import Floats
+from .shapes import Floats
 
 # Scheme to llama.cpp's LLAMA_FTYPE number, which GGUF files carry too; none needs an importance matrix.
 SCHEMES: dict[str, int] = {

@@ -36,8 +36,8 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
     load_ms = (time.perf_counter() - begin) * 1e3
     with runtime:
         entries = runtime.manifest.adapters.values()
-        switched = [entry.name for entry in entries if entry.shape != "merged"]
-        merged = [entry.name for entry in entries if entry.shape == "merged"]
+        merged = [entry.name for entry in entries if entry.shapes.get(runtime.engine) == "merged"]
+        switched = [entry.name for entry in entries if entry.name not in merged]
         progress(f"switching {SWITCHES} times")
         switch_us = _switches(runtime, switched) if switched else None
         progress("first tokens")

@@ -61,18 +61,22 @@ class BaseEntry:
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """One adapter: its shape, its file per backend, and what is known about it.
+    """One adapter: its file and its shape per backend, and what is known about it.
 
-    `ranks` maps a module's name in the trained model to its rank; `scale` is the factor where a caller names none.
-    `metric` is the name of the score that `edgetune evaluate` computes. `parity` maps a backend to `kl`, `top1`, … .
+    `error` is the share of what was trained that a product of low rank leaves out. `prefix_tokens` are the positions of
+    the context that it takes; `ranks` maps a module's name in the trained model to its rank; `scale` is the factor
+    where a caller names none. `metric` is the name of the score that `edgetune evaluate` computes. `parity` maps a
+    backend to `kl`, `top1`, … .
     """
 
     name: str
     method: str
-    shape: str
+    shapes: Mapping[str, str]
     files: Mapping[str, str]
     base_fingerprint: str
     ranks: Mapping[str, int] = field(default_factory=dict)
+    error: float = 0.0
+    prefix_tokens: int = 0
     scale: float = 1.0
     system: str | None = None
     metric: str = "exact"
@@ -220,8 +224,9 @@ def _check_references(manifest: Manifest, path: Path) -> None:
     if manifest.task not in TASKS:
         raise VerificationError(f"{path} is for the unknown task {manifest.task!r}", "update edgetune-runtime")
     for adapter in manifest.adapters.values():
-        if adapter.shape not in SHAPES:
-            message = f"adapter {adapter.name!r} has unknown shape {adapter.shape!r}"
+        unknown = [shape for shape in adapter.shapes.values() if shape not in SHAPES]
+        if unknown or adapter.shapes.keys() != adapter.files.keys():
+            message = f"adapter {adapter.name!r} has unknown shapes {unknown} or none for a file"
             raise VerificationError(message, "update edgetune-runtime")
         if adapter.base_fingerprint != manifest.base.fingerprint:
             message = f"adapter {adapter.name!r} was made for another base than that of bundle {manifest.name!r}"

@@ -154,8 +154,9 @@ def _info(options: argparse.Namespace) -> None:
         f"{_size(manifest, base.files.values())}"
     )
     for entry in manifest.adapters.values():
+        shapes = " and ".join(dict.fromkeys(entry.shapes.values()))
         scores = "".join(f", {metric} {value:.3g}" for metric, value in entry.scores.items())
-        print(f"adapter   {entry.name}: {entry.method}, {entry.shape}, {_size(manifest, entry.files.values())}{scores}")
+        print(f"adapter   {entry.name}: {entry.method}, {shapes}, {_size(manifest, entry.files.values())}{scores}")
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> str:

@@ -199,7 +199,7 @@ class Runtime:
             message = f"bundle {self.manifest.name!r} classifies text: its encoder writes none and has no perplexity"
             raise UsageError(message, "use classify")
         scales = self._scales(adapter)
-        merged = [name for name in scales if self.manifest.adapter(name).shape == "merged"]
+        merged = [name for name in scales if self._is_merged(self.manifest.adapter(name))]
         if not merged:
             return self._running, scales
         if len(scales) > 1 or scales[merged[0]] != 1:
@@ -247,11 +247,8 @@ class Runtime:
 
     def _load(self, entry: AdapterEntry) -> None:
         """Check one adapter and load it beside the base; a merged one waits until it is used."""
-        if entry.shape == "merged":
+        if self._is_merged(entry):
             return
-        if entry.shape != "low_rank":
-            message = f"engine {self._options['engine']} cannot run adapter {entry.name!r} of shape {entry.shape}"
-            raise IncompatibleError(message, "build the bundle with merged: true for it")
         file = _file_of(entry.files, self._options["engine"], f"adapter {entry.name!r}")
         if self._options["verify"]:
             verify_files(self.bundle, self.manifest, [file])
@@ -260,6 +257,9 @@ class Runtime:
             self._running.load_adapter(entry.name, path, fingerprint, len(entry.labels))
         else:
             self._running.engine.load_adapter(entry.name, path, fingerprint)
+
+    def _is_merged(self, entry: AdapterEntry) -> bool:
+        return entry.shapes.get(self._options["engine"]) == "merged"
 
     def _merged_session(self, entry: AdapterEntry) -> Session:
         with self._merged_lock:

@@ -294,7 +294,12 @@ def _bundle(folder: Path, base: Path, shape: str = "low_rank") -> Path:
     digest = "0" * 64
     adapter_bytes = base.stat().st_size if shape == "merged" else 3 * 2**20
     entry = AdapterEntry(
-        "intent", "lora", shape, {"gguf": "adapters/intent/adapter.gguf"}, digest, {f"m{n}": 8 for n in range(14)}
+        "intent",
+        "lora",
+        {"gguf": shape},
+        {"gguf": "adapters/intent/adapter.gguf"},
+        digest,
+        {f"m{n}": 8 for n in range(14)},
     )
     manifest = Manifest(
         name="home",

@@ -16,7 +16,7 @@ LORA = methods.load("lora")
 
 
 def attach(**options: object) -> Any:  # noqa: ANN401 - PEFT carries no types
-    return LORA.attach(make_model("llama", 384), LORA.options.model_validate(options))
+    return LORA.attach(make_model("llama", 384), LORA.options.model_validate(options), 10)
 
 
 def layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
@@ -34,7 +34,7 @@ def refused(**options: object) -> str:
 
 def test_methods_are_found_by_their_files_names() -> None:
     assert methods.names() == ["lora"]
-    assert LORA.shapes[0] == "low_rank"
+    assert LORA.shapes(LORA.options())[0] == "low_rank"
 
 
 @pytest.mark.parametrize(("name", "hint"), [("lorra", "did you mean 'lora'?"), ("oft", "choose one of: lora")])

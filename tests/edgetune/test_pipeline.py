@@ -142,7 +142,7 @@ def test_the_manifest_says_what_is_in_the_bundle(built: Built, tiny_gguf: Callab
     assert built.manifest.base.fingerprint == sha256_of(tiny_gguf("llama"))
     # The default of 1024 gives way to what the base was trained for.
     assert built.manifest.context_length == 512
-    assert {name: (entry.shape, entry.scale, entry.system) for name, entry in adapters.items()} == {
+    assert {name: (entry.shapes["gguf"], entry.scale, entry.system) for name, entry in adapters.items()} == {
         "plain": ("low_rank", 1.0, "play"),
         "scaled": ("low_rank", 0.5, None),
         "whole": ("merged", 1.0, None),
@@ -268,7 +268,9 @@ def test_a_folder_that_peft_saved_is_bundled(
     limit = (parity.TOLERANCE_KL_MERGED if merged else parity.TOLERANCE_KL)["f16"]
     assert all(figures["parity"]["kl"] <= limit for figures in result.adapters.values())
     entries = read_manifest(tmp_path / "home").adapters
-    assert {entry.shape for entry in entries.values()} == {"merged" if merged else "low_rank"}
+    assert {shape for entry in entries.values() for shape in entry.shapes.values()} == {
+        "merged" if merged else "low_rank"
+    }
     with Runtime.open(tmp_path / "home") as runtime:
         plain, first, second = (
             runtime.generate("what is the time", adapter=name, max_tokens=8).text for name in (None, "first", "second")

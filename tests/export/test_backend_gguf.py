@@ -10,13 +10,15 @@ import pytest
 from edgetune_export.backends._base import Source
 from edgetune_export.backends.gguf import write_adapter, write_merged
 from edgetune_export.convert import convert_folder
-from edgetune_export.fold import Delta, LowRank, fold_peft
+from edgetune_export.fold import fold_peft, merge
 from edgetune_export.parity import compare
 from edgetune_export.quantize import quantize_gguf
+from edgetune_export.shapes import Delta, LowRank, Merged
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.gguf_file import read_header
 from tiny import ARCHITECTURES, make_folder
+from weights import weights_in
 
 FINGERPRINT = "0" * 64
 
@@ -63,7 +65,7 @@ def test_llama_cpp_computes_what_torch_computed(
     tuned, base = tune(arch, kind), tiny_gguf(arch)
     folded = fold_peft(tuned.folder, "command")
     write_adapter(folded, base, tmp_path / "adapter.gguf", base_fingerprint=FINGERPRINT)
-    write_merged(folded, Source(base, ""), tmp_path / "merged.gguf")
+    write_merged(merge(folded, weights_in(base)), Source(base, ""), tmp_path / "merged.gguf")
     engine = open_engine(base, tmp_path / "adapter.gguf")
     assert compare(tuned.adapted, engine, rows).kl <= 1e-5
     assert compare(tuned.plain, engine, rows).kl > 0.05
@@ -141,7 +143,7 @@ def test_an_adapter_of_another_base_is_refused_with_both_shapes(
         if write == "adapter":
             write_adapter(adapter, wide, tmp_path / "out", base_fingerprint=FINGERPRINT)
         else:
-            write_merged(adapter, Source(wide, ""), tmp_path / "out")
+            write_merged(merge(adapter, weights_in(wide)), Source(wide, ""), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -161,8 +163,6 @@ def test_modules_that_the_base_cannot_adapt_are_named(
     adapter = LowRank("command", "lora", {module: delta})
     with pytest.raises(IncompatibleError, match=what):
         write_adapter(adapter, tiny_gguf("llama"), tmp_path / "out", base_fingerprint=FINGERPRINT)
-    with pytest.raises(IncompatibleError, match=what):
-        write_merged(adapter, Source(tiny_gguf("llama"), ""), tmp_path / "out")
 
 
 def test_an_adapted_output_layer_works_where_the_base_has_one(
@@ -197,14 +197,24 @@ def test_an_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_an_adapter_without_modules_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="changes no module"):
-        write_merged(LowRank("command", "lora", {}), Source(tiny_gguf("llama"), ""), tmp_path / "out")
+        write_merged(Merged("command", "lora", {}), Source(tiny_gguf("llama"), ""), tmp_path / "out")
+
+
+def test_a_parameter_that_the_base_lacks_or_holds_otherwise_is_named(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for parameter, what in (("model.layers.9.mlp.up_proj.weight", "no tensor for"), ("model.norm.weight", "is .64,. in")):
+        merged = Merged("command", "full", {parameter: lambda: np.zeros((3, 3), np.float32)})
+        with pytest.raises(IncompatibleError, match=what):
+            write_merged(merged, Source(tiny_gguf("llama"), ""), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_merging_changes_only_the_adapted_tensors(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base, out = tiny_gguf("llama"), tmp_path / "merged.gguf"
     adapter = LowRank("command", "lora", {"model.layers.0.mlp.up_proj": ones(4, 128, 64)})
     digest = sha256_of(base)
-    write_merged(adapter, Source(base, ""), out, scale=0.5)
+    write_merged(merge(adapter, weights_in(base), 0.5), Source(base, ""), out)
     tensor = read_header(base).tensors["blk.0.ffn_up.weight"]
     before, after = base.read_bytes(), out.read_bytes()
     end = tensor.offset + tensor.nbytes
@@ -238,7 +248,7 @@ def test_merging_into_a_quantized_base_is_the_adapter_but_for_rounding(
     base, adapter = tmp_path / "base.gguf", random_adapter(wide, std=0.08)
     quantize_gguf(wide, base, scheme)
     write_adapter(adapter, base, tmp_path / "adapter.gguf", base_fingerprint=FINGERPRINT)
-    write_merged(adapter, Source(base, ""), tmp_path / "merged.gguf")
+    write_merged(merge(adapter, weights_in(base)), Source(base, ""), tmp_path / "merged.gguf")
     assert read_header(tmp_path / "merged.gguf") == read_header(base)
     switched, merged = open_engine(base, tmp_path / "adapter.gguf"), open_engine(tmp_path / "merged.gguf")
 
@@ -262,12 +272,12 @@ def test_a_type_that_needs_an_importance_matrix_is_refused(tmp_path: Path) -> No
     writer.close()
     adapter = LowRank("command", "lora", {"model.layers.0.mlp.up_proj": ones(2, 4, 256)})
     with pytest.raises(IncompatibleError, match="iq2_xxs"):
-        write_merged(adapter, Source(base, ""), tmp_path / "out")
+        write_merged(merge(adapter, weights_in(base)), Source(base, ""), tmp_path / "out")
 
 
 def test_a_full_disk_leaves_nothing_behind(wide: Path, small_disk: Path) -> None:
     with pytest.raises(OutOfSpaceError, match="free some space"):
-        write_merged(random_adapter(wide), Source(wide, ""), small_disk / "merged.gguf")
+        write_merged(merge(random_adapter(wide), weights_in(wide)), Source(wide, ""), small_disk / "merged.gguf")
     with pytest.raises(OutOfSpaceError, match="free some space"):
         write_adapter(random_adapter(wide, rank=256), wide, small_disk / "adapter.gguf", base_fingerprint=FINGERPRINT)
     assert not list(small_disk.iterdir())

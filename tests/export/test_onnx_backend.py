@@ -16,11 +16,12 @@ import pytest
 import torch
 from edgetune_export.backends._base import Source, Weights
 from edgetune_export.backends.onnx import quantization, write_adapter, write_base, write_merged
-from edgetune_export.fold import Delta, LowRank, fold_peft
+from edgetune_export.fold import fold_peft, merge
 from edgetune_export.onnx_graph import load_structure, run_builder
 from edgetune_export.onnx_slots import fill, slots_of
 from edgetune_export.parity import compare
 from edgetune_export.quantize import quantize_gguf
+from edgetune_export.shapes import Delta, LowRank
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.onnx import OnnxEngine
 from edgetune_runtime.errors import IncompatibleError, UsageError
@@ -29,6 +30,7 @@ from edgetune_runtime.onnx_file import read_onnx
 from onnx import numpy_helper
 from tiny import ARCHITECTURES
 from transformers import PreTrainedModel
+from weights import weights_in
 
 from edgetune.bases import Base, load_torch
 
@@ -63,8 +65,8 @@ def made(source_of: Sources, tune: Callable[..., Any], tmp_path_factory: pytest.
     @cache
     def make(arch: str, kind: str | None = "plain", held: str = "f16", weights: Weights | None = None) -> Path:
         source = replace(source_of(arch, held), weights=weights or Weights())
-        modules = fold_peft(tune(arch, kind).folder, "any").modules if kind else ()
-        return write_base(source, tmp_path_factory.mktemp("made"), modules)
+        adapters = [fold_peft(tune(arch, kind).folder, "any")] if kind else []
+        return write_base(source, tmp_path_factory.mktemp("made"), adapters)
 
     return make
 
@@ -263,7 +265,7 @@ def test_a_merged_model_answers_as_the_adapter(
 ) -> None:
     tuned, out = tune("llama"), tmp_path / "onnx/model.onnx"
     source = source_of("llama")
-    write_merged(fold_peft(tuned.folder, "command"), source, out)
+    write_merged(merge(fold_peft(tuned.folder, "command"), weights_in(source.path)), source, out)
     assert not list(source.work.glob("*.gguf"))
     engine = open_engine(out)
     assert compare(tuned.adapted, engine, rows).kl < 1e-5

@@ -12,7 +12,9 @@ from edgetune_runtime.bundle import MANIFEST_NAME, AdapterEntry, BaseEntry, Mani
 from edgetune_runtime.errors import OutOfSpaceError, UsageError, VerificationError
 
 BASE = BaseEntry("tiny", "ab" * 32, "llama", "f16", 1000, 512, 2, 256, "cd" * 32, "ef" * 32, {"gguf": "base/m.gguf"})
-ADAPTER = AdapterEntry("command", "lora", "low_rank", {"gguf": "adapters/command/adapter.gguf"}, BASE.fingerprint)
+ADAPTER = AdapterEntry(
+    "command", "lora", {"gguf": "low_rank"}, {"gguf": "adapters/command/adapter.gguf"}, BASE.fingerprint
+)
 MANIFEST = Manifest("home", BASE, {"command": ADAPTER}, {}, context_length=512)
 
 

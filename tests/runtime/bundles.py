@@ -10,7 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from edgetune_export import fold
+from edgetune_export import shapes
 from edgetune_export.backends import onnx
 from edgetune_export.backends._base import Source
 from edgetune_export.layout import base_rows, name_map
@@ -68,7 +68,7 @@ def write_adapter(base: Path, out: Path, pairs: LowRank, **metadata: str) -> Pat
     return out
 
 
-def folded(base: Path, pairs: LowRank, name: str = "adapter") -> fold.LowRank:
+def folded(base: Path, pairs: LowRank, name: str = "adapter") -> shapes.LowRank:
     """The same adapter by the names, and with the rows in the order, of the Hugging Face model."""
     header = read_header(base)
     names = name_map(header)
@@ -78,8 +78,8 @@ def folded(base: Path, pairs: LowRank, name: str = "adapter") -> fold.LowRank:
     modules = {}
     for tensor, (a, b) in pairs.items():
         order = base_rows(header.tensors[tensor], header)
-        modules[known[tensor]] = fold.Delta(a, b if order is None else b[np.argsort(order)])
-    return fold.LowRank(name, "lora", modules)
+        modules[known[tensor]] = shapes.Delta(a, b if order is None else b[np.argsort(order)])
+    return shapes.LowRank(name, "lora", modules)
 
 
 def write_onnx_adapter(source: Source, graph: Path, out: Path, pairs: LowRank, fingerprint: str | None = None) -> Path:
@@ -113,14 +113,14 @@ def write_bundle(
         tied = {"edgetune.base_fingerprint": adapter.fingerprint or fingerprint}
         write_adapter(base, out / file, adapter.pairs, **tied)
         entries[name] = AdapterEntry(
-            name, "lora", "low_rank", {"gguf": file}, fingerprint,
+            name, "lora", {"gguf": "low_rank"}, {"gguf": file}, fingerprint,
             scale=adapter.scale, system=adapter.system, labels=adapter.labels,
         )  # fmt: skip
     for name, model in (merged or {}).items():
         file = f"adapters/{name}/model.gguf"
         (out / file).parent.mkdir(parents=True)
         shutil.copy(model, out / file)
-        entries[name] = AdapterEntry(name, "lora", "merged", {"gguf": file}, fingerprint)
+        entries[name] = AdapterEntry(name, "lora", {"gguf": "merged"}, {"gguf": file}, fingerprint)
     write_manifest(out, _base_entry(read_header(base), fingerprint), entries, **changes)
     return out
 
@@ -129,12 +129,11 @@ def add_onnx(bundle: Path, source: Source, adapters: Mapping[str, Adapter]) -> N
     """Put the base, these adapters and the merged models of a bundle into it as ONNX files too."""
     manifest = read_manifest(bundle)
     base = bundle / manifest.base.files["gguf"]
-    modules = [module for adapter in adapters.values() for module in folded(base, adapter.pairs).modules]
-    graph = onnx.write_base(source, bundle / "base", modules)
+    graph = onnx.write_base(source, bundle / "base", [folded(base, adapter.pairs) for adapter in adapters.values()])
     files = {}
     for name, entry in manifest.adapters.items():
         folder = bundle / "adapters" / name
-        if entry.shape == "merged":
+        if entry.shapes["gguf"] == "merged":
             files[name] = onnx.write_base(replace(source, path=bundle / entry.files["gguf"]), folder, ())
         else:
             adapter = adapters[name]
@@ -142,7 +141,12 @@ def add_onnx(bundle: Path, source: Source, adapters: Mapping[str, Adapter]) -> N
             files[name] = write_onnx_adapter(source, graph, out, adapter.pairs, adapter.fingerprint)
     named = {name: file.relative_to(bundle).as_posix() for name, file in {**files, "": graph}.items()}
     entries = {
-        name: replace(entry, files={**entry.files, "onnx": named[name]}) for name, entry in manifest.adapters.items()
+        name: replace(
+            entry,
+            files={**entry.files, "onnx": named[name]},
+            shapes={**entry.shapes, "onnx": entry.shapes["gguf"]},
+        )
+        for name, entry in manifest.adapters.items()
     }
     entry = replace(manifest.base, files={**manifest.base.files, "onnx": named[""]})
     write_manifest(bundle, entry, entries)

@@ -77,7 +77,7 @@ def test_a_newer_schema_asks_for_an_update(copy: Path) -> None:
         lambda raw: raw["adapters"]["tone"].update(labels=[1]),
         lambda raw: raw["adapters"]["tone"].update(system=["be brief"]),
         lambda raw: raw["adapters"]["tone"].update(files={"gguf": 1}),
-        lambda raw: raw["adapters"]["tone"].update(shape="round"),
+        lambda raw: raw["adapters"]["tone"].update(shapes={"gguf": "round"}),
         lambda raw: raw["files"]["base/model.gguf"].update(bytes="10"),
         lambda raw: raw["files"].pop("base/model.gguf"),
         lambda raw: raw["base"]["files"].update(gguf="../model.gguf"),

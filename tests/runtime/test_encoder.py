@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgetune_export.fold import Delta, LowRank
 from edgetune_export.onnx_adapter import write_tensors
 from edgetune_export.onnx_encoder import EncoderSource, write_encoder, write_task
 from edgetune_export.pack import pack
+from edgetune_export.shapes import Delta, LowRank
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
 from edgetune_runtime.bundle import (
     CLASSIFICATION,
@@ -62,7 +62,7 @@ def bundle(encoder_source: Callable[[str], EncoderSource], tmp_path_factory: pyt
         file = f"adapters/{name}/adapter.onnx_adapter"
         write_task(low_rank(name), head(name), graph, work / file, dtype="f32", base_fingerprint=FINGERPRINT)
         entries[name] = AdapterEntry(
-            name, "lora", "low_rank", {"onnx": file}, FINGERPRINT, metric="label", labels=labels
+            name, "lora", {"onnx": "low_rank"}, {"onnx": file}, FINGERPRINT, metric="label", labels=labels
         )
     files = {"onnx": "base/onnx/model.onnx"}
     base = BaseEntry("tiny", FINGERPRINT, "bert", "f32", 1, 64, 2, 0, sha256_of(source.tokenizer), "", files)

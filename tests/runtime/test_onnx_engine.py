@@ -47,7 +47,7 @@ def files_of(tiny_source: Sources, tmp_path_factory: pytest.TempPathFactory) -> 
     def make(arch: str) -> dict[str, Path]:
         source, folder = tiny_source(arch), tmp_path_factory.mktemp(f"engine-{arch}")
         first, second = low_rank(source.path, seed=1), low_rank(source.path, seed=2, rank=3)
-        graph = write_base(source, folder, folded(source.path, first).modules)
+        graph = write_base(source, folder, [folded(source.path, first)])
         pairs = {"first": first, "second": second, "both": concatenated(first, second)}
         files = {name: write_onnx_adapter(source, graph, folder / name, pair) for name, pair in pairs.items()}
         return {"base": graph, **files}

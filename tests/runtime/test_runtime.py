@@ -403,9 +403,9 @@ def test_a_base_that_is_not_the_one_of_the_fingerprint_is_refused(copy: Path) ->
         Runtime.open(copy)
 
 
-def test_a_shape_that_the_engine_cannot_run_is_refused(copy: Path) -> None:
-    change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(shape="prefix"))
-    with pytest.raises(IncompatibleError, match=r"'tone' of shape prefix"):
+def test_an_unknown_shape_is_refused(copy: Path) -> None:
+    change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(shapes={"gguf": "round"}))
+    with pytest.raises(VerificationError, match=r"'tone' has unknown shapes"):
         Runtime.open(copy)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from edgetune_export.fold import LowRank
+from edgetune_export.shapes import Adapter, Merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,16 +48,16 @@ class Backend(Protocol):
     ADAPTER_FILE: str
     MODEL_FILE: str
 
-    def write_base(self, source: Source, folder: Path, modules: Collection[str]) -> Path:
-        """Write the base into `folder`, made for adapters of these modules; returns the file that an engine opens."""
+    def write_base(self, source: Source, folder: Path, adapters: Sequence[Adapter]) -> Path:
+        """Write the base into `folder`, made for these adapters; returns the file that an engine opens."""
 
     def write_adapter(
-        self, adapter: LowRank, base: Path, out: Path, *, dtype: str = ..., base_fingerprint: str
+        self, adapter: Adapter, base: Path, out: Path, *, dtype: str = ..., base_fingerprint: str
     ) -> None:
         """Write the adapter of the base file `base` to `out`; IncompatibleError names what of it does not fit."""
 
-    def write_merged(self, adapter: LowRank, source: Source, out: Path, scale: float = 1.0) -> None:
-        """Write the base with `scale` times the adapter added to its weights."""
+    def write_merged(self, merged: Merged, source: Source, out: Path) -> None:
+        """Write the base with the merged model's own parameters in place of its."""
 
     def quantization(self, source: Source) -> str:
         """How the base's weights are rounded, as `parity.check` knows it."""

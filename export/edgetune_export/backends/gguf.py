@@ -7,7 +7,7 @@ architecture hold the rows of q and k in another order than Hugging Face models,
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationE
 from edgetune_runtime.gguf_file import GgufHeader, TensorInfo, read_header
 
 from edgetune_export.atomic import replacing, require_space
-from edgetune_export.fold import Delta, Floats, LowRank
 from edgetune_export.layout import base_rows, name_map
-from edgetune_export.quantize import dequantize_rows, describe_quantization, quantize_rows
+from edgetune_export.quantize import describe_quantization, quantize_rows
+from edgetune_export.shapes import Adapter, Delta, Floats, LowRank, Merged
 
 from ._base import Source
 
@@ -41,7 +41,7 @@ class _Placed:
     delta: Delta
 
 
-def write_base(source: Source, folder: Path, _modules: Collection[str]) -> Path:
+def write_base(source: Source, folder: Path, _adapters: Sequence[Adapter]) -> Path:
     """Link the base's file into `folder`: it ships as it is, whatever the adapters change."""
     out = folder / source.path.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def write_base(source: Source, folder: Path, _modules: Collection[str]) -> Path:
     return out
 
 
-def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f16", base_fingerprint: str) -> None:
+def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16", base_fingerprint: str) -> None:
     """Write the adapter as a GGUF LoRA file for the base GGUF `base`, whose sha256 is `base_fingerprint`.
 
     `dtype` is f32, f16 or q8_0; a matrix whose columns 32 does not divide stays f16 under q8_0. Raises
@@ -59,6 +59,8 @@ def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f16"
     if dtype not in DTYPES:
         raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(DTYPES)}")
     header = read_header(base)
+    if not isinstance(adapter, LowRank):
+        raise IncompatibleError(f"a GGUF adapter cannot hold {adapter.shape}", "give it another target")
     placed = _place(adapter, header)
     alpha = max(item.delta.rank for item in placed)
     with replacing(out) as temporary:
@@ -69,6 +71,8 @@ def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f16"
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
         writer.add_string("edgetune.base_fingerprint", base_fingerprint)
         writer.add_string("edgetune.method", adapter.method)
+        if adapter.invocation:
+            writer.add_array(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(adapter.invocation))
         for item in placed:
             # llama.cpp multiplies by alpha / rank, and alpha is one number for the whole file.
             b = item.delta.b * np.float32(item.delta.rank / alpha)
@@ -87,25 +91,51 @@ def quantization(source: Source) -> str:
     return describe_quantization(read_header(source.path))
 
 
-def write_merged(adapter: LowRank, source: Source, out: Path, scale: float = 1.0) -> None:
-    """Write a copy of the base with `scale` times the adapter added: same header, same type and place of each tensor.
+def write_merged(merged: Merged, source: Source, out: Path) -> None:
+    """Write a copy of the base with other parameters: same header, same type and place of each tensor.
 
-    Only the adapted tensors are dequantized and quantized again. Raises IncompatibleError when the adapter does not fit
-    the base or a tensor's type cannot be written, OutOfSpaceError when the disk is full.
+    Only the parameters that are not the base's are quantized again. Raises IncompatibleError when one does not fit the
+    base or a tensor's type cannot be written, OutOfSpaceError when the disk is full.
     """
     base = source.path
     header = read_header(base)
-    placed = _place(adapter, header)
+    if not merged.parameters:
+        raise IncompatibleError(f"adapter {merged.name!r} changes no module", "train it with target modules")
+    placed = _place_parameters(merged, header)
     with replacing(out) as temporary:
         require_space(out, base.stat().st_size)
         shutil.copyfile(base, temporary)
         with temporary.open("r+b") as file:
-            for item in placed:
-                file.seek(item.tensor.offset)
-                weights = dequantize_rows(file.read(item.tensor.nbytes), item.tensor)
-                weights += np.float32(scale) * (item.delta.b @ item.delta.a)
-                file.seek(item.tensor.offset)
-                file.write(quantize_rows(weights, item.tensor.ggml_type))
+            for tensor, compute in placed:
+                values = _stored(compute(), tensor, header)
+                file.seek(tensor.offset)
+                file.write(quantize_rows(values.reshape(-1, tensor.shape[0]), tensor.ggml_type))
+
+
+def _place_parameters(merged: Merged, header: GgufHeader) -> list[tuple[TensorInfo, Callable[[], Floats]]]:
+    """The base's tensor of each parameter; IncompatibleError lists the parameters that have none."""
+    names = name_map(header)
+    placed, problems = [], []
+    for parameter, compute in merged.parameters.items():
+        module, _, kind = parameter.rpartition(".")
+        tensor = header.tensors.get(f"{names.get_name(module)}.{kind}")
+        if tensor is None:
+            problems.append(f"the base has no tensor for {parameter}")
+        else:
+            placed.append((tensor, compute))
+    _refuse(merged.name, problems)
+    return placed
+
+
+def _stored(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
+    """A parameter as the file holds it: rows in the base's order, Gemma's norms with the 1 that they are added to."""
+    if values.shape[::-1] != tensor.shape:
+        message = f"{tensor.name} is {tensor.shape[::-1]} in the base, {values.shape} in the merged model"
+        raise IncompatibleError(message, "give the base that the model was trained from")
+    if header.architecture == "gemma3" and tensor.name.endswith("norm.weight"):
+        return values + np.float32(1)
+    order = base_rows(tensor, header)
+    return values if order is None else values[order]
 
 
 def _place(adapter: LowRank, header: GgufHeader) -> list[_Placed]:
@@ -125,11 +155,15 @@ def _place(adapter: LowRank, header: GgufHeader) -> list[_Placed]:
             problems.append(problem)
         else:
             placed.append(_Placed(tensor, _in_base_order(delta, tensor, header)))
+    _refuse(adapter.name, problems)
+    return placed
+
+
+def _refuse(name: str, problems: Sequence[str]) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        message = f"adapter {adapter.name!r} does not fit this base: {'; '.join(problems[:3])}{more}"
+        message = f"adapter {name!r} does not fit this base: {'; '.join(problems[:3])}{more}"
         raise IncompatibleError(message, "give the base that the adapter was trained on")
-    return placed
 
 
 def _misfit(module: str, delta: Delta, tensor: TensorInfo | None) -> str:

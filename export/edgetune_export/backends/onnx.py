@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.gguf_file import read_header
 from edgetune_runtime.onnx_file import read_onnx
 
 from edgetune_export import onnx_slots
 from edgetune_export.atomic import raising_out_of_space
-from edgetune_export.fold import LowRank
 from edgetune_export.onnx_adapter import write_tensors
 from edgetune_export.onnx_graph import (
     GRAPH,
@@ -30,6 +30,7 @@ from edgetune_export.onnx_graph import (
 from edgetune_export.onnx_weights import FLOAT_TYPES
 from edgetune_export.parity import INT4
 from edgetune_export.quantize import describe_quantization
+from edgetune_export.shapes import Adapter, Floats, LowRank, Merged
 from edgetune_export.tokenizer import end_tokens, write_tokenizer
 
 from . import gguf
@@ -43,31 +44,34 @@ MODEL_FILE = f"onnx/{GRAPH}"
 _CONFIG = "genai_config.json"
 
 
-def write_base(source: Source, folder: Path, modules: Collection[str]) -> Path:
-    """Write the base into `folder/onnx`, with slots for adapters of these modules; returns its graph.
+def write_base(source: Source, folder: Path, adapters: Sequence[Adapter]) -> Path:
+    """Write the base into `folder/onnx`, with slots for all that these adapters change; returns its graph.
 
     Raises IncompatibleError when the builder cannot export the base, OutOfSpaceError when the disk is full.
     """
     out = folder / MODEL_FILE
+    modules = {module for adapter in adapters if isinstance(adapter, LowRank) for module in adapter.modules}
     _write_model(source, source.path, out, modules)
     return out
 
 
-def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f32", base_fingerprint: str) -> None:
+def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f32", base_fingerprint: str) -> None:
     """Write the adapter as tensors for the slots of the graph `base`; `dtype` is f32 or f16.
 
     Raises IncompatibleError when the adapter does not fit the slots, OutOfSpaceError when the disk is full.
     """
+    if not isinstance(adapter, LowRank):
+        raise IncompatibleError(f"an ONNX adapter cannot hold {adapter.shape}", "give it another target")
     tensors = onnx_slots.fill(adapter, onnx_slots.slots_of(read_onnx(base).metadata))
     write_tensors(tensors, out, dtype=dtype, base_fingerprint=base_fingerprint)
 
 
-def write_merged(adapter: LowRank, source: Source, out: Path, scale: float = 1.0) -> None:
-    """Write a whole model with `scale` times the adapter added, its matrices rounded once more to the base's types."""
-    merged = source.work / f"{adapter.name}.gguf"
-    gguf.write_merged(adapter, source, merged, scale)
-    _write_model(source, merged, out, ())
-    merged.unlink()
+def write_merged(merged: Merged, source: Source, out: Path) -> None:
+    """Write a whole model of the merged parameters, rounded once more to the base's types."""
+    whole = source.work / f"{merged.name}.gguf"
+    gguf.write_merged(merged, source, whole)
+    _write_model(source, whole, out, (), _vectors_of(merged, source))
+    whole.unlink()
 
 
 def quantization(source: Source) -> str:
@@ -82,8 +86,17 @@ def quantization(source: Source) -> str:
     return held
 
 
-def _write_model(source: Source, weights: Path, out: Path, modules: Collection[str]) -> None:
-    structure = _structure(source)
+def _vectors_of(merged: Merged, source: Source) -> Mapping[str, Floats]:
+    """The merged norms and biases, which the graph takes from the builder and not from the GGUF file."""
+    assert source.model is not None
+    vectors = {name for name, parameter in source.model.named_parameters() if parameter.dim() == 1}
+    return {name: compute() for name, compute in merged.parameters.items() if name in vectors}
+
+
+def _write_model(
+    source: Source, weights: Path, out: Path, modules: Collection[str], vectors: Mapping[str, Floats] | None = None
+) -> None:
+    structure = _structure_with(source, vectors) if vectors else _structure(source)
     config = json.loads((structure / _CONFIG).read_text(encoding="utf-8"))
     model = load_structure(structure)
     scheme = source.weights.scheme
@@ -104,9 +117,28 @@ def _write_model(source: Source, weights: Path, out: Path, modules: Collection[s
         (out.parent / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _structure(source: Source) -> Path:
+def _structure_with(source: Source, vectors: Mapping[str, Floats]) -> Path:
+    """The folder of the builder's float32 graph of the base with other norms or biases."""
+    import torch  # noqa: PLC0415 - only where something is exported
+
+    assert source.model is not None
+    parameters = dict(source.model.named_parameters())
+    kept = {name: parameters[name].detach().clone() for name in vectors}
+    try:
+        with torch.no_grad():
+            for name, values in vectors.items():
+                parameters[name].copy_(torch.from_numpy(values))
+        shutil.rmtree(source.work / "structure-merged", ignore_errors=True)
+        return _structure(source, "structure-merged")
+    finally:
+        with torch.no_grad():
+            for name, tensor in kept.items():
+                parameters[name].copy_(tensor)
+
+
+def _structure(source: Source, name: str = "structure") -> Path:
     """The folder of the builder's float32 graph, made once a build."""
-    structure = source.work / "structure"
+    structure = source.work / name
     if not (structure / GRAPH).exists():
         assert source.model is not None
         folder = source.work / "checkpoint"

@@ -1,0 +1,119 @@
+"""What a method trained, folded: every adapter has one of four shapes, whatever it was trained by. Arrays are float32.
+
+Modules and parameters are named as in the Hugging Face model of the base, a causal model of text alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Activation = Literal["relu", "silu", "gelu"]
+ACTIVATIONS: tuple[Activation, ...] = ("relu", "silu", "gelu")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a linear module learned: W + b @ a, with a [rank, columns] and b [rows, rank], scale included."""
+
+    a: Floats
+    b: Floats
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of `a`."""
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A product B·A added to the weights of each module.
+
+    With `invocation` tokens it acts only from the last place on where these stand in a sequence (activated LoRA).
+    `error` is the share of the trained change (Frobenius norm) that the product leaves out: 0 where it is exact.
+    """
+
+    shape: ClassVar[str] = "low_rank"
+    name: str
+    method: str
+    modules: Mapping[str, Delta]
+    invocation: tuple[int, ...] = ()
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of `tokens` positions that stand before every sequence, at positions 0, 1, …
+
+    `keys` and `values` are [layers, key/value heads, tokens, head size], keys as they are after rotary embedding.
+    """
+
+    shape: ClassVar[str] = "prefix"
+    name: str
+    method: str
+    keys: Floats
+    values: Floats
+
+    @property
+    def tokens(self) -> int:
+        """How many positions the prefix takes."""
+        return int(self.keys.shape[2])
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A factor for each output of a linear module (after its bias), or for each of its inputs."""
+
+    factors: Floats
+    side: Literal["output", "input"]
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """A small network beside a block: out + up·act(down·x + down_bias) + up_bias.
+
+    `down` is [rank, columns], `up` [rows, rank]; x is the block's output (`reads` output: behind it) or its input
+    (beside it).
+    """
+
+    down: Floats
+    down_bias: Floats
+    up: Floats
+    up_bias: Floats
+    activation: Activation
+    reads: Literal["output", "input"]
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Factors of linear modules, such as `model.layers.0.mlp.down_proj`, and bottlenecks of whole blocks, such as
+    `model.layers.0.mlp` and `model.layers.0.self_attn`."""
+
+    shape: ClassVar[str] = "tensors"
+    name: str
+    method: str
+    scalings: Mapping[str, Scaling] = field(default_factory=dict)
+    bottlenecks: Mapping[str, Bottleneck] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A whole model: the base with other values for some parameters, such as `model.layers.0.mlp.up_proj.weight`.
+
+    Each value is computed when it is called for, so that they need not all be in memory at once.
+    """
+
+    shape: ClassVar[str] = "merged"
+    name: str
+    method: str
+    parameters: Mapping[str, Callable[[], Floats]]
+
+
+Adapter = LowRank | Prefix | Tensors
+"""What is written beside the base."""
+Folded = Adapter | Merged

@@ -1,0 +1,27 @@
+"""Base's GGUF file in, the weights of its modules out, by the names and in the row order of the Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from edgetune_export.layout import base_rows, name_map, tensor_of
+from edgetune_export.quantize import dequantize_rows
+from edgetune_runtime.gguf_file import read_header
+
+
+def weights_in(base: Path) -> Callable[[str], np.ndarray]:
+    """A function from a module's name to its weights [rows, columns]."""
+    header = read_header(base)
+    names = name_map(header)
+
+    def weight(module: str) -> np.ndarray:
+        tensor = tensor_of(module, header, names)
+        with base.open("rb") as file:
+            file.seek(tensor.offset)
+            values = dequantize_rows(file.read(tensor.nbytes), tensor)
+        order = base_rows(tensor, header)
+        return values if order is None else values[np.argsort(order)]
+
+    return weight
