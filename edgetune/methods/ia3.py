@@ -1,0 +1,129 @@
+"""(IA)3: learned factors on keys, values and inner activations of the feed-forward blocks, through PEFT.
+
+(IA)3: Liu et al. 2022, arXiv:2205.05638. A scale s of the adapter turns each factor f into 1 + s·(f - 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from edgetune_export.shapes import Floats, Folded, Merged, Scaling, Tensors
+from pydantic import Field, PositiveFloat
+
+from ._base import Checkpoint, trainable
+from ._peft import (
+    ALL_LINEAR,
+    PeftMethod,
+    TargetOptions,
+    array,
+    as_names,
+    check_targets,
+    merged_weights,
+    no_grad,
+    peft_model,
+    peft_targets,
+    task_type,
+    tuned_layers,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from peft import IA3Config, PeftModel
+    from transformers import PreTrainedModel
+
+
+class Ia3Options(TargetOptions):
+    """Options of (IA)3, by PEFT's names; the modules are the paper's."""
+
+    target_modules: str | tuple[str, ...] = Field(
+        ("k_proj", "v_proj", "down_proj"), description="Modules to scale: all-linear, or names."
+    )
+    feedforward_modules: str | tuple[str, ...] = Field(
+        ("down_proj",), description="Modules whose inputs are scaled instead of their outputs, where they are targets."
+    )
+    learning_rate_ratio: PositiveFloat = Field(
+        10.0, description="Learning rate of the factors as a multiple of the training's; so few numbers need more."
+    )
+
+
+class Ia3(PeftMethod[Ia3Options]):
+    """A factor for each output, or each input, of the target modules."""
+
+    options = Ia3Options
+
+    def shapes(self, options: Ia3Options) -> tuple[str, ...]:
+        """The factors themselves, or weights multiplied by them."""
+        return ("tensors", "merged")
+
+    def attach(self, base: PreTrainedModel, options: Ia3Options, steps: int) -> PeftModel:
+        """Add factors of 1 in float32 to `base`; UsageError names modules that it lacks."""
+        check_targets(base, options.feedforward_modules)
+        return super().attach(base, options, steps)
+
+    def config(self, base: PreTrainedModel, options: Ia3Options, steps: int) -> IA3Config:
+        """PEFT's configuration."""
+        from peft import IA3Config  # noqa: PLC0415 - torch only when training
+
+        targets = peft_targets(options.target_modules)
+        # PEFT refuses names that are no targets.
+        feedforward = [
+            name for name in as_names(options.feedforward_modules) if targets == ALL_LINEAR or name in targets
+        ]
+        return IA3Config(task_type=task_type(base), target_modules=targets, feedforward_modules=feedforward)
+
+    def parameter_groups(
+        self, model: torch.nn.Module, options: Ia3Options, learning_rate: float
+    ) -> list[dict[str, Any]]:
+        """The factors at their own learning rate, without weight decay: it would draw them to 0, and 1 is neutral."""
+        factors = [p for _, p in trainable(model)]
+        return [{"params": factors, "lr": learning_rate * options.learning_rate_ratio, "weight_decay": 0.0}]
+
+    @contextmanager
+    def loaded(self, checkpoint: Checkpoint) -> Iterator[PeftModel]:
+        """PEFT's own model of the folder, its factors brought to the scale."""
+        with peft_model(checkpoint) as model:
+            if checkpoint.scale != 1.0:
+                with no_grad():
+                    for _, layer in tuned_layers(model):
+                        _factors(layer).sub_(1).mul_(checkpoint.scale).add_(1)
+            yield model
+
+    def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
+        """The factors of each module, or its weights and bias multiplied by them."""
+        if shape == Merged.shape:
+            with self.loaded(checkpoint) as model:
+                layers = dict(tuned_layers(model))
+                return Merged(checkpoint.name, self.name, {**merged_weights(layers), **_merged_biases(layers)})
+        with peft_model(checkpoint) as model:
+            scalings = {
+                name: Scaling(array(_factors(layer).flatten()), "input" if layer.is_feedforward else "output")
+                for name, layer in tuned_layers(model)
+            }
+        return Tensors(checkpoint.name, self.name, scalings=scalings)
+
+
+def _factors(layer: Any) -> torch.Tensor:  # noqa: ANN401 - PEFT carries no types
+    factors: torch.Tensor = layer.ia3_l[layer.active_adapters[0]]
+    return factors
+
+
+def _merged_biases(layers: Mapping[str, Any]) -> dict[str, Callable[[], Floats]]:
+    """The biases that a factor on a module's outputs changes as well."""
+    return {
+        f"{name}.bias": partial(_merged_bias, layer)
+        for name, layer in layers.items()
+        if layer.get_base_layer().bias is not None and not layer.is_feedforward
+    }
+
+
+def _merged_bias(layer: Any) -> Floats:  # noqa: ANN401 - as above
+    copy = deepcopy(layer)
+    copy.merge()
+    return array(copy.get_base_layer().bias)
+
+
+METHOD = Ia3()

@@ -1,0 +1,93 @@
+"""Short trainings on tiny bases, run as `edgetune build` runs them: jobs to learn, and ways to stop one half-way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from edgetune_runtime.errors import CancelledError
+from transformers import PreTrainedModel
+
+from edgetune import methods
+from edgetune.data import Example
+from edgetune.progress import Progress, Step
+from edgetune.recipe import Training
+from edgetune.train import Job, TrainResult, train
+
+VOCABULARY = 384
+HEADER = (10, 11, 12)
+QUIET = Progress(quiet=True)
+
+
+class Stopping(Progress):
+    """Quiet, and raises `error` once when `step` steps are done."""
+
+    def __init__(self, step: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        super().__init__(quiet=True)
+        self.at, self.error = step, error
+
+    @contextmanager
+    def step(self, label: str, total: int) -> Iterator[Step]:
+        yield _StoppingStep(label, total, self)
+
+
+class _StoppingStep(Step):
+    def __init__(self, label: str, total: int, stopping: Stopping) -> None:
+        super().__init__(label, total)
+        self.stopping = stopping
+
+    def update(self, note: str = "", done: int | None = None) -> None:
+        super().update(note, done)
+        if self.done == self.stopping.at:
+            raise self.stopping.error
+
+
+def answer(number: int) -> Example:
+    """A question whose answer follows from its number; rows are of two lengths."""
+    words = (30 + number, 13) if number % 2 else (30 + number, 14, 13)
+    tokens = (*HEADER, *words, 130 + number % 40, 131 + number % 40, 2)
+    prompt = len(HEADER) + len(words)
+    return Example(tokens, (False,) * prompt + (True,) * 3, prompt)
+
+
+def job(method: str, options: dict[str, Any] | None = None, **training: object) -> Job[Example]:
+    """A training of 24 rows by `method`."""
+    kind = methods.load(method)
+    chosen = kind.options.model_validate(options or {})
+    given = {"max_steps": 12, "epochs": 100, "evals": 3, "batch_size": 8, "precision": "fp32", "patience": None}
+    rows = [answer(number) for number in range(24)]
+    schedule = Training.model_validate({**given, **training})
+    return Job("reply", kind, chosen, schedule, rows, rows[::3], "abc", kind.objective(chosen))
+
+
+def learn(base: PreTrainedModel, work: Job[Example], folder: Path) -> TrainResult:
+    """Train; the base must be bit for bit what it was, hooks and all."""
+    before = _state(base)
+    result = train(base, work, folder, QUIET)
+    after = _state(base)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    return result
+
+
+def _state(base: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in base.state_dict().items()}
+
+
+def stopped_and_resumed(base: PreTrainedModel, work: Job[Example], folder: Path, step: int) -> TrainResult:
+    """The result of a training that was interrupted after `step` steps and taken up again."""
+    with pytest.raises(CancelledError):
+        train(base, work, folder, Stopping(step))
+    return train(base, work, folder, QUIET)
+
+
+def logits_of(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:  # noqa: ANN401 - with or without PEFT around it
+    """The logits after each token [tokens, vocabulary]."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([tokens])).logits[0]
+    return logits
