@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export.shapes import Floats, Folded, Merged, Scaling, Tensors
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
 from ._base import Checkpoint, trainable
 from ._peft import (
@@ -45,8 +45,8 @@ class Ia3Options(TargetOptions):
     feedforward_modules: str | tuple[str, ...] = Field(
         ("down_proj",), description="Modules whose inputs are scaled instead of their outputs, where they are targets."
     )
-    learning_rate_ratio: PositiveFloat = Field(
-        10.0, description="Learning rate of the factors as a multiple of the training's; so few numbers need more."
+    learning_rate_factor: float = Field(
+        10.0, gt=0, description="Learning rate as a multiple of training.learning_rate; so few numbers need more."
     )
 
 
@@ -78,9 +78,9 @@ class Ia3(PeftMethod[Ia3Options]):
     def parameter_groups(
         self, model: torch.nn.Module, options: Ia3Options, learning_rate: float
     ) -> list[dict[str, Any]]:
-        """The factors at their own learning rate, without weight decay: it would draw them to 0, and 1 is neutral."""
+        """All factors, without weight decay: it would draw them to 0, and 1 is neutral."""
         factors = [p for _, p in trainable(model)]
-        return [{"params": factors, "lr": learning_rate * options.learning_rate_ratio, "weight_decay": 0.0}]
+        return [{"params": factors, "lr": learning_rate * options.learning_rate_factor, "weight_decay": 0.0}]
 
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[PeftModel]:

@@ -1,0 +1,161 @@
+"""Bottleneck adapters: a small trained network behind or beside the blocks of each layer, in modules of our own.
+
+Houlsby: Houlsby et al. 2019, arXiv:1902.00751. Pfeiffer: Pfeiffer et al. 2020, arXiv:2005.00247. Parallel: He et al.
+2021, arXiv:2110.04366. The options have the names of the AdapterHub library, which does not follow transformers 5 and
+is therefore not used. Where its Pfeiffer adapter may stand behind a layer's norm, here each stands at the block itself,
+before the residual is added.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from edgetune_export.shapes import Activation, Bottleneck, Floats, Folded, Tensors
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ._base import Checkpoint, Method, Options
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from ._bottleneck import Bottlenecked
+
+WEIGHTS_NAME = "bottlenecks.safetensors"
+OPTIONS_NAME = "bottlenecks.json"
+# The blocks of a layer that get a bottleneck, and what it reads.
+_PLACES: dict[str, dict[str, Literal["output", "input"]]] = {
+    "houlsby": {"self_attn": "output", "mlp": "output"},
+    "pfeiffer": {"mlp": "output"},
+    "parallel": {"mlp": "input"},
+}
+_ARRAYS = tuple(field.name for field in fields(Bottleneck) if field.name not in {"activation", "reads"})
+_AGAIN = "train or copy the adapter again"
+
+
+class BottleneckOptions(Options):
+    """Options of bottleneck adapters, by AdapterHub's names."""
+
+    kind: Literal["houlsby", "pfeiffer", "parallel"] = Field(
+        "pfeiffer",
+        description="houlsby: behind attention and behind the MLP; pfeiffer: behind the MLP; parallel: beside the MLP.",
+    )
+    reduction_factor: PositiveFloat = Field(16, description="The base's hidden size divided by the bottleneck's.")
+    bottleneck_size: PositiveInt | None = Field(
+        None, description="Size of the bottleneck itself, in place of reduction_factor."
+    )
+    non_linearity: Activation = Field("relu", description="Between down and up; gelu is the exact one.")
+    scaling: PositiveFloat = Field(1.0, description="Factor on what is added; He et al. take 4 for parallel.")
+
+
+class BottleneckMethod(Method[BottleneckOptions]):
+    """A small network (down, non-linearity, up) behind or beside the blocks of each layer."""
+
+    options = BottleneckOptions
+
+    def shapes(self, options: BottleneckOptions) -> tuple[str, ...]:
+        """The networks' weights; no change of the base's weights expresses them."""
+        return (Tensors.shape,)
+
+    def attach(self, base: PreTrainedModel, options: BottleneckOptions, steps: int) -> Bottlenecked:
+        """Hook bottlenecks, which add 0 at first, onto `base`; UsageError when it has no such blocks."""
+        from ._bottleneck import Bottlenecked, Part  # noqa: PLC0415 - torch only when training
+
+        width = base.config.hidden_size
+        size = options.bottleneck_size or max(1, int(width // options.reduction_factor))
+        activation, scaling = options.non_linearity, options.scaling
+        places = _places(base, options.kind)
+        parts = {block: Part(width, size, activation, reads, scaling) for block, reads in places.items()}
+        return Bottlenecked(base, parts, options)
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write the weights, with the scaling in `up` and `up_bias`, and the options."""
+        tuned = cast("Bottlenecked", model)
+        arrays = {f"{block}.{name}": getattr(item, name) for block, item in tuned.folded().items() for name in _ARRAYS}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, folder / WEIGHTS_NAME)
+        (folder / OPTIONS_NAME).write_text(json.dumps(tuned.options.model_dump(mode="json")), encoding="utf-8")
+
+    def detach(self, model: torch.nn.Module) -> None:
+        """Take the hooks off the base."""
+        cast("Bottlenecked", model).detach()
+
+    @contextmanager
+    def loaded(self, checkpoint: Checkpoint) -> Iterator[Bottlenecked]:
+        """The folder's bottlenecks, times the scale, on the base."""
+        from ._bottleneck import Bottlenecked, Part  # noqa: PLC0415 - torch only when training or checking
+
+        options, bottlenecks = _read(checkpoint.folder)
+        _check_fit(checkpoint, bottlenecks)
+        parts = {block: Part.of(item, checkpoint.scale) for block, item in bottlenecks.items()}
+        model = Bottlenecked(checkpoint.base, parts, options)
+        try:
+            yield model.eval()
+        finally:
+            model.detach()
+
+    def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
+        """Each block's bottleneck, the scaling in `up`; read from the folder."""
+        _, bottlenecks = _read(checkpoint.folder)
+        _check_fit(checkpoint, bottlenecks)
+        return Tensors(checkpoint.name, self.name, bottlenecks=bottlenecks)
+
+
+def _places(base: PreTrainedModel, kind: str) -> dict[str, Literal["output", "input"]]:
+    """The names of the base's blocks that get a bottleneck, and what each reads."""
+    wanted = _PLACES[kind]
+    found = {}
+    for name, _ in base.named_modules():
+        match = re.fullmatch(r"(?:.+\.)?layers\.\d+\.(\w+)", name)
+        if match and match[1] in wanted:
+            found[name] = wanted[match[1]]
+    if not found:
+        message = f"{type(base).__name__} has no {' or '.join(wanted)} in its layers to put a bottleneck at"
+        raise UsageError(message, "take another method, such as lora")
+    return found
+
+
+def _read(folder: Path) -> tuple[BottleneckOptions, dict[str, Bottleneck]]:
+    """The options and the bottlenecks, by the names of their blocks, that `save` wrote."""
+    path = folder / WEIGHTS_NAME
+    try:
+        options = BottleneckOptions.model_validate_json((folder / OPTIONS_NAME).read_bytes())
+        arrays: Mapping[str, Floats] = load_file(path)
+        blocks = dict.fromkeys(name.rpartition(".")[0] for name in sorted(arrays))
+        return options, {block: _bottleneck(block, arrays, options) for block in blocks}
+    except FileNotFoundError as error:
+        message = f"{folder} is no bottleneck adapter: it has no {OPTIONS_NAME} or no {WEIGHTS_NAME}"
+        raise NotFoundError(message, "give the folder that a training wrote") from error
+    except (ValidationError, SafetensorError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise VerificationError(f"the bottleneck adapter in {folder} is damaged: {reason}", _AGAIN) from error
+
+
+def _bottleneck(block: str, arrays: Mapping[str, Floats], options: BottleneckOptions) -> Bottleneck:
+    values = {name: arrays[f"{block}.{name}"] for name in _ARRAYS}
+    reads = _PLACES[options.kind][block.rpartition(".")[2]]
+    return Bottleneck(**values, activation=options.non_linearity, reads=reads)
+
+
+def _check_fit(checkpoint: Checkpoint, bottlenecks: Mapping[str, Bottleneck]) -> None:
+    """IncompatibleError when the base lacks a block or is of another size."""
+    width = checkpoint.base.config.hidden_size
+    names = {name for name, _ in checkpoint.base.named_modules()}
+    for block, item in bottlenecks.items():
+        size = item.down.shape[0]
+        shapes = [item.down.shape, item.down_bias.shape, item.up.shape, item.up_bias.shape]
+        if block not in names or shapes != [(size, width), (size,), (width, size), (width,)]:
+            message = f"adapter {checkpoint.name!r} has a bottleneck at {block} that does not fit the base"
+            raise IncompatibleError(message, "give the base that the adapter was trained on")
+
+
+METHOD = BottleneckMethod()
