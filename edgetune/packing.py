@@ -34,6 +34,10 @@ class Group:
     mask: torch.Tensor
     distance: torch.Tensor
 
+    def to(self, device: torch.device) -> Group:
+        """The same on `device`."""
+        return Group(*(getattr(self, f.name).to(device) for f in fields(self)))
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -55,11 +59,27 @@ class Packed:
         moved: dict[str, Any] = {
             f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
-        groups = tuple(
-            Group(g.queries.to(device), g.keys.to(device), g.mask.to(device), g.distance.to(device))
-            for g in self.groups
+        return replace(self, **moved, groups=tuple(group.to(device) for group in self.groups))
+
+    def after_cache(self, length: int) -> Packed:
+        """The same behind a cache of `length` positions, whose keys come first and which all rows see."""
+        return replace(
+            self, positions=self.positions + length, groups=tuple(_behind(g, length, 0) for g in self.groups)
         )
-        return replace(self, **moved, groups=groups)
+
+    def after_tokens(self, length: int) -> Packed:
+        """The same behind `length` tokens that are put in front of `tokens` and which all rows see.
+
+        `positions`, `place` and `groups` count them; `tokens` and `predictors` do not.
+        """
+        before = torch.arange(length, device=self.positions.device)
+        first = _group([range(length)], range(0)).to(before.device)
+        return replace(
+            self,
+            positions=torch.cat([before[None], self.positions + length], 1),
+            place=torch.cat([before, self.place + length]),
+            groups=(first, *(_behind(group, length, length) for group in self.groups)),
+        )
 
 
 def pack(examples: Sequence[Example]) -> Packed:
@@ -107,7 +127,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of a packed sequence, with the signature that transformers asks of an attention function.
 
-    `query` is [1, heads, n, dim], `key` and `value` [1, kv_heads, n, dim]; returns [1, n, heads, dim].
+    `query` is [1, heads, n, dim], `key` and `value` [1, kv_heads, n, dim], behind those of a cache if there is one;
+    returns [1, n, heads, dim].
     """
     repeats = query.shape[1] // key.shape[1]
     outputs = []
@@ -147,6 +168,20 @@ def _group(rows: Sequence[range], before: range) -> Group:
     # A padded query keeps sight of its keys: a row of the mask without any would give NaN.
     mask = (distance >= 0).expand(len(rows), 1, -1, -1)
     return Group(queries, keys, mask, distance.expand(len(rows), -1, -1))
+
+
+def _behind(group: Group, length: int, tokens: int) -> Group:
+    """The group behind `length` keys that all its queries see, of which `tokens`, all or none, are queries as well."""
+    rows, width = group.queries.shape
+    before = torch.arange(length, device=group.keys.device)
+    # A group's first key is at position 0, so its distance is the query's position.
+    distance = group.distance[:, :, :1] + length - before
+    return Group(
+        group.queries + tokens,
+        torch.cat([before.expand(rows, -1), group.keys + length], 1),
+        torch.cat([group.mask.new_ones(rows, 1, width, length), group.mask], 3),
+        torch.cat([distance, group.distance], 2),
+    )
 
 
 def _place(groups: Sequence[Group], own: Sequence[range], shared: int) -> torch.Tensor:

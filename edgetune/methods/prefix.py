@@ -1,0 +1,67 @@
+"""Prefix tuning, through PEFT: Li and Liang 2021, arXiv:2101.00190."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from ._prompt import BeginOptions, CacheMethod
+
+if TYPE_CHECKING:
+    from peft import PeftModel, PrefixTuningConfig
+    from transformers import PreTrainedModel
+
+
+class PrefixOptions(BeginOptions):
+    """Options of prefix tuning, by PEFT's names."""
+
+    prefix_projection: bool = Field(
+        False, description="Train a small network that makes the keys and values; only these are kept."
+    )
+    encoder_hidden_size: PositiveInt | None = Field(
+        None, description="Width of that network; null takes the width of a layer's keys."
+    )
+    init_weights: Literal["states", "random", "zero"] = Field(
+        "states",
+        description="What keys and values begin as: the base's own for a text, or PEFT's random numbers or zeros; with"
+        " prefix_projection, states means random.",
+    )
+    learning_rate_factor: float = Field(
+        10.0,
+        gt=0,
+        description="The method's learning rate as a multiple of training.learning_rate; 1 with prefix_projection.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _slow_projection(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("prefix_projection") is True:
+            return {"learning_rate_factor": 1.0, **values}
+        return values
+
+
+class Prefix(CacheMethod[PrefixOptions]):
+    """Keys and values in front of every layer's; take it for a small file that switches fast and slows no layer."""
+
+    options = PrefixOptions
+
+    def config(self, base: PreTrainedModel, options: PrefixOptions) -> PrefixTuningConfig:
+        """PEFT's configuration."""
+        from peft import PrefixTuningConfig  # noqa: PLC0415 - torch only when training
+
+        return PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=options.num_virtual_tokens,
+            prefix_projection=options.prefix_projection,
+            encoder_hidden_size=options.encoder_hidden_size,
+            init_weights="zero" if options.init_weights == "zero" else None,
+        )
+
+    def begin(self, peft: PeftModel, options: PrefixOptions) -> None:
+        """Begin as the states of tokens: from random numbers training takes far longer."""
+        if options.init_weights == "states" and not options.prefix_projection:
+            self.begin_as(peft, options.init_tokens, options.num_virtual_tokens)
+
+
+METHOD = Prefix()

@@ -1,0 +1,58 @@
+"""Prompt tuning, through PEFT: Lester et al. 2021, arXiv:2104.08691."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import AliasChoices, Field
+
+from ._prompt import BeginOptions, TokenMethod
+
+if TYPE_CHECKING:
+    from peft import PeftModel, PromptTuningConfig
+    from transformers import PreTrainedModel
+
+
+class PromptTuningOptions(BeginOptions):
+    """Options of prompt tuning, by PEFT's names."""
+
+    init_text: str | None = Field(
+        None,
+        validation_alias=AliasChoices("init_text", "prompt_tuning_init_text"),
+        description="The text to begin from; without one, the first training rows.",
+    )
+    prompt_tuning_init: Literal["TEXT", "SAMPLE_VOCAB", "RANDOM"] = Field(
+        "TEXT",
+        description="What the soft tokens begin as: the embeddings of a text, of random tokens, or random numbers.",
+    )
+    learning_rate_factor: float = Field(
+        10.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+    )
+
+
+class Prompt(TokenMethod[PromptTuningOptions]):
+    """Soft tokens in front of the text; take it for the smallest file, when a prefix's quality is not needed."""
+
+    options = PromptTuningOptions
+
+    def config(self, base: PreTrainedModel, options: PromptTuningOptions) -> PromptTuningConfig:
+        """PEFT's configuration; its TEXT needs a tokenizer on disk, so the text is put in by `begin`."""
+        from peft import PromptTuningConfig  # noqa: PLC0415 - torch only when training
+
+        return PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=options.num_virtual_tokens,
+            prompt_tuning_init="RANDOM" if options.prompt_tuning_init == "RANDOM" else "SAMPLE_VOCAB",
+        )
+
+    def begin(self, peft: PeftModel, options: PromptTuningOptions) -> None:
+        """Begin as the embeddings of a text's tokens."""
+        from ._prompt_model import repeated  # noqa: PLC0415 - torch only when training
+
+        if options.prompt_tuning_init == "TEXT" and options.init_tokens:
+            embed = peft.get_base_model().get_input_embeddings()
+            tokens = repeated(options.init_tokens, options.num_virtual_tokens).to(embed.weight.device)
+            peft.prompt_encoder[peft.active_adapter].embedding.weight.data.copy_(embed(tokens)[0])
+
+
+METHOD = Prompt()
