@@ -35,7 +35,7 @@ def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> 
             continue
         shapes = [tensor_of(module, header, names).shape for module in projection.modules]
         parts = [(module, shape[0], shape[1]) for module, shape in zip(projection.modules, shapes, strict=True)]
-        split = _split_behind(projection)
+        split = split_behind(projection)
         if split is None:
             slots[projection.name] = parts
             add_slot(model.graph, projection, shapes[0][0], sum(rows for *_, rows in parts))
@@ -105,8 +105,8 @@ def add_slot(graph: ir.Graph, projection: Projection, columns: int, outputs: int
     _add_pair(graph, projection.name, node.inputs[0], node.outputs[0], (columns, outputs))
 
 
-def _split_behind(projection: Projection) -> ir.Node | None:
-    """The node that takes gate and up apart again, behind their bias if there is one."""
+def split_behind(projection: Projection) -> ir.Node | None:
+    """The node that takes gate and up apart again, behind their bias if there is one; None for other products."""
     if not projection.name.endswith(".gate_up_proj"):
         return None
     behind = projection.node.outputs[0].consumers()
@@ -128,8 +128,18 @@ def _add_pair(graph: ir.Graph, name: str, read: ir.Value | None, plain: ir.Value
     for made in (down, up, added):
         made.outputs[0].name = f"{made.name}/output_0"
     added.outputs[0].type, added.outputs[0].shape = plain.type, plain.shape
-    node = plain.producer()
-    assert node is not None
-    graph.insert_after(node, [down, up, added])
-    ir.convenience.replace_all_uses_with(plain, added.outputs[0], replace_graph_outputs=True)
-    added.replace_input_with(0, plain)
+    put_behind(graph, plain, [down, up, added])
+
+
+def put_behind(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Insert nodes that read a value. All else that took it, the graph's output too, takes the last one's."""
+    result, producer = nodes[-1].outputs[0], value.producer()
+    assert producer is not None
+    for user, index in value.uses():
+        if user not in nodes:
+            user.replace_input_with(index, result)
+    for index, output in enumerate(graph.outputs):
+        if output is value:
+            graph.outputs[index] = result
+            value.name, result.name = result.name, value.name
+    graph.insert_after(producer, nodes)
