@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from edgetune_runtime.chat import messages_for, render
 from edgetune_runtime.engines.gguf import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 
-from . import bases, methods, plan
+from . import bases, methods, placement, plan
 from .bases import Base, base_context_length
 from .data import Example, Row, TooLong
+from .methods.lora import LoraOptions
 from .plot import plot_training
 from .progress import Progress
 from .recipe import Recipe
@@ -63,11 +64,17 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class _Work:
-    """A task, its training, and the rows that were left out."""
+    """A task, its training, the rows that were left out, and how its modules were chosen if the recipe does not say."""
 
     task: Task
     job: Job[Example]
     too_long: TooLong
+    placement: placement.Choice | None = None
+
+    def figures(self, result: TrainResult) -> dict[str, Any]:
+        """What the training gave, and what the choice of its modules was made by, as JSON values."""
+        chosen = {} if self.placement is None else {"placement": self.placement.to_json()}
+        return {**without_history(result), **chosen}
 
 
 def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None) -> BuildResult | None:
@@ -89,15 +96,16 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
     with state.main_process_first():
         base, recipe = _base_of(recipe, work, progress, converter)
     todo = _plan(tasks, base, recipe.context_length, progress)
-    jobs, load = [item.job for item in todo], partial(bases.load_torch, base)
-    results = train_all(jobs, base.name, load, work / "train", progress)
+    load = partial(bases.load_torch, base)
+    todo, recipe = _place(todo, base, recipe, work=work / "placement", load=load, progress=progress)
+    results = train_all([item.job for item in todo], base.name, load, work / "train", progress)
     if not state.is_main_process:
         return None
     adapters = [_trained(item, results[item.job.name], work / "train") for item in todo]
     shipped = ship(base, adapters, work / "stage", out, wanted=_wanted(recipe, todo), progress=progress)
     figures = {
         item.job.name: {
-            **without_history(results[item.job.name]),
+            **item.figures(results[item.job.name]),
             **_figures(shipped[item.job.name]),
             "rows_too_long": item.too_long.count,
             "plot": str(work / "train" / item.job.name / "training.png"),
@@ -203,6 +211,33 @@ def _plan(tasks: Sequence[Task], base: Base, context_length: int, progress: Prog
     return todo
 
 
+def _place(
+    todo: Sequence[_Work],
+    base: Base,
+    recipe: Recipe,
+    *,
+    work: Path,
+    load: Callable[[torch.dtype], PreTrainedModel],
+    progress: Progress,
+) -> tuple[list[_Work], Recipe]:
+    """The same with modules and rank in place of `target_modules: auto`, in the recipe too."""
+    trials = partial(train_all, base=base.name, load=load, work=work, progress=progress)
+    placed = []
+    for item in todo:
+        options, spec = item.job.options, item.task.spec
+        if not isinstance(options, LoraOptions) or not options.is_auto:
+            placed.append(item)
+            continue
+        choice = placement.choose(item.job, spec, base, recipe, folder=work, train_all=trials, progress=progress)
+        chosen = options.placed(choice.chosen.placement.modules, choice.chosen.placement.rank)
+        method = spec.method.model_copy(update={"options": chosen})
+        task = replace(item.task, spec=spec.model_copy(update={"method": method}))
+        key = _key(task, base, (*item.job.train, *item.job.validation))
+        placed.append(replace(item, task=task, job=replace(item.job, options=chosen, key=key), placement=choice))
+    adapters = {item.task.name: item.task.spec for item in placed}
+    return placed, recipe.model_copy(update={"adapters": adapters})
+
+
 def _key(task: Task, base: Base, examples: Sequence[Example]) -> str:
     options = task.spec.method.model_dump(mode="json")
     state = [base.fingerprint, options, task.training.model_dump(mode="json")]
@@ -276,7 +311,7 @@ def _trained(item: _Work, result: TrainResult, work: Path) -> Trained:
         labels=item.task.labels,
         merged=spec.merged,
         dtypes={"gguf": spec.dtype, "onnx": spec.onnx_dtype},
-        training=without_history(result),
+        training=item.figures(result),
         texts=[text for row in item.task.validation[:TEXT_ROWS] for text in _texts(row)],
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from edgetune_devices import boards, fit
 from edgetune_runtime.gguf_file import GgufHeader
 
+from .methods._peft import ALL_LINEAR
+from .methods.lora import AUTO
 from .recipe import AdapterSpec, Recipe
 
 
@@ -46,7 +48,9 @@ def _adapter_sizes(recipe: Recipe, header: GgufHeader) -> dict[str, fit.AdapterS
 def _adapter_size(spec: AdapterSpec, header: GgufHeader) -> fit.AdapterSize:
     options = spec.method.options.model_dump()
     rank = max([options["r"], *options.get("rank_pattern", {}).values()])
-    return fit.lora_size(header, rank, options["target_modules"], dtype=spec.dtype)
+    # The largest placement may be chosen.
+    targets = ALL_LINEAR if options["target_modules"] == AUTO else options["target_modules"]
+    return fit.lora_size(header, rank, targets, dtype=spec.dtype)
 
 
 def _merged(recipe: Recipe) -> list[str]:

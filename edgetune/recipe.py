@@ -33,6 +33,7 @@ from pydantic import (
 )
 
 from . import methods
+from .methods.lora import LoraOptions
 from .problems import Loc, explain, other_names, override, read_document, shown, suggest, value_at
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -200,6 +201,16 @@ class AdapterSpec(Part):
             raise ValueError(f"{', '.join(map(repr, twice))} is there twice; keep one")
         return labels
 
+    @model_validator(mode="after")
+    def _auto_stays_apart(self) -> AdapterSpec:
+        if self.merged and self._is_auto:
+            raise ValueError("a merged adapter slows nothing down; name target_modules instead of auto")
+        return self
+
+    @property
+    def _is_auto(self) -> bool:
+        return isinstance(self.method.options, LoraOptions) and self.method.options.is_auto
+
     @field_serializer("training")
     def _only_what_is_set(self, training: Training) -> dict[str, Any]:
         return training.model_dump(mode="json", exclude_unset=True)
@@ -213,6 +224,8 @@ class AdapterSpec(Part):
             problems.append("an encoder takes no system prompt; leave system out")
         if self.metric not in ("auto", "label"):
             problems.append(f"an encoder's metric is label, not {self.metric}")
+        if self._is_auto:
+            problems.append("target_modules: auto is for bases that write text; name the modules of an encoder")
         return problems
 
     def training_for(self, recipe: Recipe) -> Training:

@@ -6,16 +6,18 @@ arXiv:2402.12354.
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from edgetune_export.fold import fold_peft, merge
 from edgetune_export.shapes import Folded
 from edgetune_runtime.errors import UsageError
-from pydantic import AliasChoices, Field, PositiveInt
+from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
 
 from ._base import Checkpoint, trainable
 from ._peft import (
+    ALL_LINEAR,
     PeftMethod,
     TargetOptions,
     check_targets,
@@ -31,9 +33,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+AUTO = "auto"
+
+
+def _share(value: object) -> object:
+    """A share as a number; anything that is no percentage is left for pydantic to refuse."""
+    text = value.strip() if isinstance(value, str) else ""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else value
+    except ValueError:
+        return value
+
+
+Share = Annotated[float, BeforeValidator(_share, json_schema_input_type=float | str), Field(ge=0, le=1)]
+
+
 class LoraOptions(TargetOptions):
     """Options of LoRA, by PEFT's names; `rank`, `alpha` and `dropout` are accepted as well."""
 
+    target_modules: str | tuple[str, ...] = Field(
+        ALL_LINEAR,
+        description="Modules to adapt: all-linear, names such as [q_proj, v_proj], or auto, which chooses modules and "
+        "a rank of at most r by what they cost and give (docs/placement.md).",
+    )
+    max_decode_overhead: Share = Field(
+        0.1, description="Share of decode speed that the adapter may cost, such as 10% or 0.1; read with auto alone."
+    )
     r: PositiveInt = Field(16, validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")
     lora_alpha: float = Field(
         32,
@@ -58,6 +83,23 @@ class LoraOptions(TargetOptions):
     loraplus_lr_ratio: float = Field(
         1.0, gt=0, description="Learning rate of B as a multiple of A's; LoRA+ takes about 16."
     )
+
+    @model_validator(mode="after")
+    def _no_patterns_of_auto(self) -> LoraOptions:
+        if self.is_auto and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError("target_modules: auto chooses one rank for all modules; leave the patterns out")
+        return self
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether modules and rank are still to be chosen."""
+        return self.target_modules == AUTO
+
+    def placed(self, modules: str | tuple[str, ...], rank: int) -> LoraOptions:
+        """The same options for these modules and this rank; the update counts as much as before."""
+        share = rank / self.r
+        alpha = self.lora_alpha * (math.sqrt(share) if self.use_rslora else share)
+        return self.model_copy(update={"target_modules": modules, "r": rank, "lora_alpha": alpha})
 
 
 class Lora(PeftMethod[LoraOptions]):
