@@ -82,9 +82,9 @@ class Packed:
         )
 
 
-def pack(examples: Sequence[Example]) -> Packed:
-    """Put the examples into one sequence, what they all begin with first and once."""
-    shared = _shared_length(examples)
+def pack(examples: Sequence[Example], shared: int | None = None) -> Packed:
+    """Put the examples into one sequence, what they all begin with first and once, or only `shared` tokens of it."""
+    shared = shared_length(examples) if shared is None else shared
     tokens = list(examples[0].tokens[:shared])
     positions = list(range(shared))
     own: list[range] = []
@@ -147,7 +147,7 @@ def packed_attention(
 AttentionInterface.register(ATTENTION, packed_attention)
 
 
-def _shared_length(examples: Sequence[Example]) -> int:
+def shared_length(examples: Sequence[Example]) -> int:
     """Tokens that all rows begin with; each row keeps at least one of its own. One row alone shares nothing."""
     if len(examples) < 2:
         return 0

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     import torch
     from edgetune_export.shapes import Folded
+    from edgetune_runtime.engines._base import Tokenizer
     from transformers import PreTrainedModel
 
+    from edgetune.data import Example
     from edgetune.objectives import Objective
 
 
@@ -23,6 +25,10 @@ class Options(BaseModel):
     """Base of all options of methods: frozen, unknown keys refused, a field's name or its alias accepted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    learning_rate_factor: float = Field(
+        default=1.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+    )
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741 - the options of one method
@@ -82,6 +88,13 @@ class Method(ABC, Generic[O]):
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
         """What was trained in the given one of its shapes. A scale goes into a merged model; else it stays outside."""
 
+    def prepared(self, options: O, tokenizer: Tokenizer, rows: Sequence[Example]) -> O:
+        """The options with what a training takes from texts or its rows, in tokens of the base, filled in.
+
+        `rows` are those of training, then of validation. UsageError when the method cannot learn from them.
+        """
+        return options
+
     def objective(self, options: O) -> Objective[Any]:
         """What a training learns from its rows."""
         from edgetune.objectives import NEXT_TOKEN  # noqa: PLC0415 - torch only when training
@@ -94,7 +107,8 @@ class Method(ABC, Generic[O]):
 
     def parameter_groups(self, model: torch.nn.Module, options: O, learning_rate: float) -> list[dict[str, Any]]:
         """The optimizer's groups of trainable parameters with their learning rates."""
-        return [{"params": [p for _, p in trainable(model)], "lr": learning_rate}]
+        rate = learning_rate * options.learning_rate_factor
+        return [{"params": [p for _, p in trainable(model)], "lr": rate}]
 
     def penalty(self, model: torch.nn.Module) -> torch.Tensor | float:
         """What is added to a step's mean loss."""

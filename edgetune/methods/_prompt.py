@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from edgetune_runtime.engines._base import Tokenizer
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-    from ._base import Tokenize
+    from edgetune.data import Example
+
     from ._prompt_model import Behind
 
 
@@ -67,11 +69,12 @@ class PromptMethod(Method[P]):
     def states(self, base: PreTrainedModel, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [layers, key/value heads, tokens, head size] of what PEFT saved [tokens, width]."""
 
-    def prepared(self, options: P, tokenize: Tokenize, rows: Sequence[Sequence[int]]) -> P:
+    def prepared(self, options: P, tokenizer: Tokenizer, rows: Sequence[Example]) -> P:
         """With the tokens to begin as."""
         if not isinstance(options, BeginOptions) or options.init_tokens:
             return options
-        tokens = tokenize(options.init_text) if options.init_text else chain.from_iterable(rows)
+        of_rows = chain.from_iterable(row.tokens for row in rows)
+        tokens = tokenizer.tokenize(options.init_text) if options.init_text else of_rows
         return options.model_copy(update={"init_tokens": tuple(islice(tokens, options.num_virtual_tokens))})
 
     def begin(self, peft: PeftModel, options: P) -> None:

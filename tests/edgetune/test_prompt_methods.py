@@ -51,12 +51,17 @@ ROWS = {
 }
 
 
+class Letters:
+    def tokenize(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
 def method_of(case: str, **more: object) -> tuple[Any, Any]:
     """The method of one of `METHODS` with its options, ready for a training."""
     given = {**METHODS[case], **more}
     method = methods.load(str(given.pop("name", case)))
     options = method.options.model_validate(given)
-    return method, method.prepared(options, lambda text: [ord(letter) for letter in text], [range(30, 42)])
+    return method, method.prepared(options, Letters(), [Example(tuple(range(30, 42)), (False,) * 12, 1)])
 
 
 @contextmanager
