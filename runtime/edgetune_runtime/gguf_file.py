@@ -58,6 +58,9 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
 """Tensor types by number: name, values a block, bytes a block."""
 
 ADAPTER_TYPES = ("f32", "f16", "bf16", "q8_0")
+PREFIX_TYPES = ("f32", "f16")
+INVOCATION_TOKENS = "adapter.alora.invocation_tokens"
+"""Metadata key of the tokens that activate an adapter."""
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
@@ -100,6 +103,21 @@ class GgufHeader:
         return name
 
 
+@dataclass(frozen=True)
+class CacheShape:
+    """What a base keeps of a token in each layer: keys and values of `heads` heads, `key_size` and `value_size` each.
+
+    Layers in `sliding` attend to the last `window` positions only.
+    """
+
+    layers: int
+    heads: int
+    key_size: int
+    value_size: int
+    sliding: tuple[int, ...] = ()
+    window: int = 0
+
+
 def read_header(path: Path) -> GgufHeader:
     """Read a GGUF file's metadata and tensor table and check that every tensor lies wholly in the file.
 
@@ -129,13 +147,74 @@ def digest_of_chat_template(header: GgufHeader) -> str:
     return hashlib.sha256(template.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def cache_shape(base: GgufHeader) -> CacheShape:
+    """The shape of the base's keys and values; IncompatibleError when it is not the same in each layer."""
+    layers, heads = (_count(base, key) for key in ("block_count", "attention.head_count"))
+    width = _count(base, "embedding_length") // heads
+    kv_heads = _count(base, "attention.head_count_kv", heads)
+    sizes = [_count(base, f"attention.{which}_length", width) for which in ("key", "value")]
+    window = base.metadata.get(f"{base.architecture}.attention.sliding_window")
+    # Other architectures have layers of this kind too, but llama.cpp runs them as whole ones.
+    if base.architecture != "gemma3" or not isinstance(window, int) or window < 1:
+        return CacheShape(layers, kv_heads, *sizes)
+    pattern = base.metadata.get("gemma3.attention.sliding_window_pattern", 6)
+    if isinstance(pattern, tuple):
+        sliding = tuple(layer for layer, slides in enumerate(pattern[:layers]) if slides)
+    else:
+        sliding = tuple(layer for layer in range(layers) if pattern == 0 or (layer + 1) % pattern)
+    return CacheShape(layers, kv_heads, *sizes, sliding, window)
+
+
+def prefix_tensor(layer: int, which: str) -> str:
+    """Name of the tensor of a layer's keys (`k`) or values (`v`) in the file of a prefix."""
+    return f"blk.{layer}.prefix_{which}"
+
+
+def check_prefix(adapter: GgufHeader, base: GgufHeader, name: str) -> int:
+    """Check that the file of a prefix is sound and fits the base; returns how many positions it takes.
+
+    Errors as those of `check_adapter`.
+    """
+    _check_metadata(adapter, base, name, "prefix")
+    shape = cache_shape(base)
+    sizes = {"k": shape.key_size, "v": shape.value_size}
+    wanted = {prefix_tensor(n, which): size for n in range(shape.layers) for which, size in sizes.items()}
+    tokens = {tensor.shape[2] if len(tensor.shape) == 3 else 0 for tensor in adapter.tensors.values()}
+    if len(tokens) != 1 or 0 in tokens:
+        raise VerificationError(f"adapter {name!r} has no tensors, or not of the same number of tokens", _DAMAGED)
+    for tensor in adapter.tensors.values():
+        if tensor.type_name not in PREFIX_TYPES:
+            message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type_name}"
+            raise IncompatibleError(message, f"export it again as one of: {', '.join(PREFIX_TYPES)}")
+        if tensor.shape[:2] != (wanted.get(tensor.name), shape.heads):
+            message = f"adapter {name!r} has {tensor.name!r} of shape {tensor.shape}, which the base has no place for"
+            raise IncompatibleError(message, "use the base that the adapter was trained on")
+    if len(adapter.tensors) != len(wanted):
+        message = f"adapter {name!r} has {len(adapter.tensors)} tensors, the base has {shape.layers} layers"
+        raise IncompatibleError(message, "use the base that the adapter was trained on")
+    return tokens.pop()
+
+
+def invocation_of(adapter: GgufHeader, name: str) -> tuple[int, ...]:
+    """The tokens that activate an activated LoRA, none for any other; VerificationError when they cannot be tokens."""
+    tokens = adapter.metadata.get(INVOCATION_TOKENS, ())
+    if not isinstance(tokens, tuple) or not all(type(token) is int and token >= 0 for token in tokens):
+        raise VerificationError(f"adapter {name!r} has {INVOCATION_TOKENS} {str(tokens)[:80]!r}", _DAMAGED)
+    return tokens
+
+
 def check_adapter(adapter: GgufHeader, base: GgufHeader, name: str) -> None:
     """Check that a LoRA file is sound and fits the base, so that llama.cpp can load it without harm.
 
     Raises VerificationError when the file contradicts itself and IncompatibleError when it is sound but not for this
     base. `name` is the adapter's name in the errors.
     """
-    _check_metadata(adapter, base, name)
+    _check_metadata(adapter, base, name, "lora")
+    alpha, kind = (table.get("adapter.lora.alpha") for table in (adapter.metadata, adapter.value_types))
+    # llama.cpp aborts the whole process when the type is another one.
+    if kind != _FLOAT32 or not isinstance(alpha, float) or not math.isfinite(alpha):
+        raise VerificationError(f"adapter {name!r} has adapter.lora.alpha {alpha!r}, not a finite float32", _DAMAGED)
+    invocation_of(adapter, name)
     pairs: dict[str, dict[str, TensorInfo]] = {}
     for tensor in adapter.tensors.values():
         target, _, suffix = tensor.name.rpartition(".")
@@ -149,22 +228,23 @@ def check_adapter(adapter: GgufHeader, base: GgufHeader, name: str) -> None:
         _check_pair(target, pair, base, name)
 
 
-def _check_metadata(adapter: GgufHeader, base: GgufHeader, name: str) -> None:
-    for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
+def _check_metadata(adapter: GgufHeader, base: GgufHeader, name: str, wanted_type: str) -> None:
+    for key, wanted in (("general.type", "adapter"), ("adapter.type", wanted_type)):
         found = adapter.metadata.get(key)
         if found != wanted:
             message = f"adapter {name!r} has {key} {found!r} instead of {wanted!r}"
-            raise VerificationError(message, "give a GGUF LoRA file")
+            raise VerificationError(message, "give a GGUF LoRA file, or a prefix that edgetune wrote")
     if adapter.architecture != base.architecture:
         message = f"adapter {name!r} is for architecture {adapter.architecture!r}, the base is {base.architecture!r}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
-    alpha, kind = (table.get("adapter.lora.alpha") for table in (adapter.metadata, adapter.value_types))
-    # llama.cpp aborts the whole process when the type is another one.
-    if kind != _FLOAT32 or not isinstance(alpha, float) or not math.isfinite(alpha):
-        raise VerificationError(f"adapter {name!r} has adapter.lora.alpha {alpha!r}, not a finite float32", _DAMAGED)
-    if "adapter.alora.invocation_tokens" in adapter.metadata:
-        # llama.cpp leaves gating by token to the caller; applied everywhere, such an adapter silently gives wrong text.
-        raise IncompatibleError(f"adapter {name!r} is an activated LoRA, which is not supported", "train a plain LoRA")
+
+
+def _count(base: GgufHeader, key: str, default: int | None = None) -> int:
+    value = base.metadata.get(f"{base.architecture}.{key}", default)
+    if not isinstance(value, int) or value < 1:
+        message = f"the base's {base.architecture}.{key} is {str(value)[:80]!r}"
+        raise IncompatibleError(message, "a prefix needs a base with the same number of heads in each layer")
+    return value
 
 
 def _check_pair(target: str, pair: Mapping[str, TensorInfo], base: GgufHeader, name: str) -> None:

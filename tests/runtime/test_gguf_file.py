@@ -14,6 +14,7 @@ import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.gguf_file import (
     GGML_TYPES,
+    INVOCATION_TOKENS,
     GgufHeader,
     check_adapter,
     digest_of_chat_template,
@@ -247,9 +248,10 @@ def test_a_file_that_is_no_lora_is_refused(key: str, adapter: Path, base: Path) 
         check_adapter(changed(read_header(adapter), key, "model"), read_header(base), "command")
 
 
-def test_an_activated_lora_is_refused(adapter: Path, base: Path) -> None:
-    header = changed(read_header(adapter), "adapter.alora.invocation_tokens", (1,))
-    with pytest.raises(IncompatibleError, match="activated"):
+@pytest.mark.parametrize("tokens", [7, "7", (-1,), (1.5,), (True,), ("a",)])
+def test_invocation_tokens_that_are_none_are_refused(tokens: object, adapter: Path, base: Path) -> None:
+    header = changed(read_header(adapter), INVOCATION_TOKENS, tokens)
+    with pytest.raises(VerificationError, match="invocation_tokens"):
         check_adapter(header, read_header(base), "command")
 
 

@@ -1,4 +1,4 @@
-"""Folded adapter and base GGUF in, GGUF LoRA file or merged GGUF out, as llama.cpp loads them.
+"""Folded adapter and base GGUF in, GGUF LoRA file, prefix or merged GGUF out, as llama.cpp loads them.
 
 llama.cpp computes W·x + alpha/rank · B·(A·x) for each pair `<tensor>.lora_a`, `<tensor>.lora_b`. Files of the llama
 architecture hold the rows of q and k in another order than Hugging Face models, so B's rows are reordered too.
@@ -14,16 +14,17 @@ from pathlib import Path
 import gguf
 import numpy as np
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.gguf_file import GgufHeader, TensorInfo, read_header
+from edgetune_runtime.gguf_file import INVOCATION_TOKENS, GgufHeader, TensorInfo, read_header
 
 from edgetune_export.atomic import replacing, require_space
+from edgetune_export.gguf_prefix import write_prefix
 from edgetune_export.layout import base_rows, name_map
 from edgetune_export.quantize import describe_quantization, quantize_rows
-from edgetune_export.shapes import Adapter, Delta, Floats, LowRank, Merged
+from edgetune_export.shapes import Adapter, Delta, Floats, LowRank, Merged, Prefix
 
 from ._base import Source
 
-SHAPES = ("low_rank", "merged")
+SHAPES = ("low_rank", "prefix", "merged")
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma3")
 ADAPTER_FILE = "adapter.gguf"
 MODEL_FILE = "model.gguf"
@@ -50,7 +51,7 @@ def write_base(source: Source, folder: Path, _adapters: Sequence[Adapter]) -> Pa
 
 
 def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16", base_fingerprint: str) -> None:
-    """Write the adapter as a GGUF LoRA file for the base GGUF `base`, whose sha256 is `base_fingerprint`.
+    """Write the adapter as a GGUF LoRA file, or a prefix, for the base GGUF `base`, whose sha256 is `base_fingerprint`.
 
     `dtype` is f32, f16 or q8_0; a matrix whose columns 32 does not divide stays f16 under q8_0. Raises
     IncompatibleError when the adapter does not fit the base, VerificationError when a value is beyond the range of f16,
@@ -59,6 +60,9 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16"
     if dtype not in DTYPES:
         raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(DTYPES)}")
     header = read_header(base)
+    if isinstance(adapter, Prefix):
+        write_prefix(adapter, base, out, dtype=dtype, base_fingerprint=base_fingerprint)
+        return
     if not isinstance(adapter, LowRank):
         raise IncompatibleError(f"a GGUF adapter cannot hold {adapter.shape}", "give it another target")
     placed = _place(adapter, header)
@@ -72,7 +76,9 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16"
         writer.add_string("edgetune.base_fingerprint", base_fingerprint)
         writer.add_string("edgetune.method", adapter.method)
         if adapter.invocation:
-            writer.add_array(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(adapter.invocation))
+            # llama.cpp refuses the signed numbers that add_array would write.
+            tokens, kinds = list(adapter.invocation), gguf.GGUFValueType
+            writer.add_key_value(INVOCATION_TOKENS, tokens, kinds.ARRAY, sub_type=kinds.UINT32)
         for item in placed:
             # llama.cpp multiplies by alpha / rank, and alpha is one number for the whole file.
             b = item.delta.b * np.float32(item.delta.rank / alpha)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 
 Logits = NDArray[np.float32]
 
@@ -42,7 +42,11 @@ class Tokenizer(Protocol):
 
 
 class Engine(Protocol):
-    """One base with its adapters and one sequence of tokens. Not thread-safe: the caller holds a lock."""
+    """One base with its adapters and one sequence of tokens. Not thread-safe: the caller holds a lock.
+
+    An adapter that is a prefix takes the first positions of the context, and the sequence begins behind it. At most one
+    may be active, with scale 1, beside any other adapters.
+    """
 
     context_length: int
 
@@ -50,14 +54,24 @@ class Engine(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The base's own tokenizer."""
 
-    def load_adapter(self, name: str, path: Path, fingerprint: str | None = None) -> None:
+    def load_adapter(
+        self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
+    ) -> None:
         """Check the adapter file, load it beside the base and keep it; a name already loaded is left as it is.
 
-        IncompatibleError when the file says that it was made for another base than that with `fingerprint`, if given.
+        Loading a prefix drops the sequence. IncompatibleError when the file says that it was made for another base than
+        that with `fingerprint`, if given, or that other tokens than `invocation` activate it: the engine does not heed
+        them, the caller switches the adapter on where they stand (see `activation`).
         """
 
     def activate(self, adapters: Mapping[str, float]) -> None:
-        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base. The sequence stays."""
+        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base.
+
+        The sequence stays, unless the prefix is another one than before. UsageError for two prefixes or a scaled one.
+        """
+
+    def capacity(self, adapters: Mapping[str, float]) -> int:
+        """How many tokens a sequence may have beside what these adapters take of the context."""
 
     def forget(self, keep: int) -> int:
         """Drop the sequence's tokens from position `keep` on; returns how many are left (0 if it cannot trim)."""
@@ -145,6 +159,25 @@ def check_scales(adapters: Mapping[str, float], loaded: Container[str]) -> None:
             raise NotFoundError(f"adapter {name!r} is not loaded", "load it first")
         if not math.isfinite(scale):
             raise UsageError(f"adapter {name!r} has scale {scale}", "give a finite number")
+
+
+def prefix_among(adapters: Mapping[str, float], prefixes: Container[str]) -> str | None:
+    """The one that is a prefix, if any; UsageError for two, or for a scale other than 1. Scale 0 leaves it out."""
+    found = [name for name, scale in adapters.items() if name in prefixes and scale != 0]
+    if len(found) > 1:
+        message = f"adapters {found[0]!r} and {found[1]!r} are both prefixes, and a sequence begins behind one"
+        raise UsageError(message, "use one of them")
+    if found and adapters[found[0]] != 1:
+        message = f"adapter {found[0]!r} is a prefix, which cannot be scaled by {adapters[found[0]]:g}"
+        raise UsageError(message, "use it with scale 1")
+    return found[0] if found else None
+
+
+def check_prefix_room(name: str, tokens: int, context_length: int) -> None:
+    """IncompatibleError unless a prefix of so many tokens leaves room for two more."""
+    if tokens + 2 > context_length:
+        message = f"adapter {name!r} is a prefix of {tokens} tokens, the context holds {context_length}"
+        raise IncompatibleError(message, f"open the bundle with a context_length of {tokens + 2} or more")
 
 
 def log_total(row: Logits) -> float:

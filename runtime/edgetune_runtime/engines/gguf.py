@@ -14,18 +14,21 @@ from typing import Any, TypeVar
 import numpy as np
 
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.gguf_file import check_adapter, read_header
+from edgetune_runtime.gguf_file import check_adapter, invocation_of, read_header
 
 from ._base import (
     Logits,
     check_continuations,
     check_options,
+    check_prefix_room,
     check_room,
     check_scales,
     check_trained,
     log_total,
+    prefix_among,
     usable_cores,
 )
+from ._gguf_state import PrefixState, read_prefix
 from ._llama import Vocabulary, last_errors, library, load_model
 
 T = TypeVar("T")
@@ -55,7 +58,7 @@ class GgufTokenizer(Vocabulary):
 
 
 class GgufEngine:
-    """One GGUF base, mapped once, with its LoRA adapters and one sequence; see `Engine`.
+    """One GGUF base, mapped once, with its adapters (LoRA files and prefixes) and one sequence; see `Engine`.
 
     `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8.
     UsageError when one is not positive or the context is longer than the base was trained for.
@@ -74,6 +77,8 @@ class GgufEngine:
             library().llama_model_free(self._model)
             raise
         self._adapters: dict[str, Any] = {}
+        self._prefixes: dict[str, PrefixState] = {}
+        self._prefix: str | None = None
         self._context = _make_context(self._model, context_length, threads or usable_cores(), batch)
         self._free = weakref.finalize(self, _free_all, self._context, self._adapters, self._model)
         llama = library()
@@ -96,18 +101,27 @@ class GgufEngine:
         """Whether the file is the one that the adapters were trained on."""
         return sha256 == fingerprint
 
-    def load_adapter(self, name: str, path: Path, fingerprint: str | None = None) -> None:
+    def load_adapter(
+        self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
+    ) -> None:
         """Check the adapter file against the base, load it and keep it; a name already loaded is left as it is.
 
-        VerificationError for a damaged file, IncompatibleError for one of another base.
+        Loading a prefix drops the sequence. VerificationError for a damaged file, IncompatibleError for one of another
+        base or of other `invocation` tokens.
         """
-        if name in self._adapters:
+        if name in self._adapters or name in self._prefixes:
             return
         header = read_header(path)
         made_for = header.metadata.get("edgetune.base_fingerprint")
         if None not in {made_for, fingerprint} and made_for != fingerprint:
             raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
+        if header.metadata.get("adapter.type") == "prefix":
+            self._load_prefix(name, read_prefix(path, header, self._header, name))
+            return
         check_adapter(header, self._header, name)
+        if invocation_of(header, name) != tuple(invocation):
+            message = f"adapter {name!r} acts from the tokens {invocation_of(header, name)} on, not {tuple(invocation)}"
+            raise IncompatibleError(message, "build the bundle again")
         last_errors()
         adapter = library().llama_adapter_lora_init(self._model, os.fsencode(path))
         if not adapter:
@@ -116,27 +130,40 @@ class GgufEngine:
         self._adapters[name] = adapter
 
     def activate(self, adapters: Mapping[str, float]) -> None:
-        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base. The sequence stays."""
-        check_scales(adapters, self._adapters)
+        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base.
+
+        The sequence stays, unless the prefix is another one than before. UsageError for two prefixes or a scaled one.
+        """
+        check_scales(adapters, {*self._adapters, *self._prefixes})
+        prefix = prefix_among(adapters, self._prefixes)
+        added = {name: scale for name, scale in adapters.items() if name not in self._prefixes}
         llama = library()
-        count = len(adapters)
-        pointers = (llama.llama_adapter_lora_p_ctypes * count)(*(self._adapters[name] for name in adapters))
-        scales = (ctypes.c_float * count)(*adapters.values())
+        count = len(added)
+        pointers = (llama.llama_adapter_lora_p_ctypes * count)(*(self._adapters[name] for name in added))
+        scales = (ctypes.c_float * count)(*added.values())
         llama.llama_set_adapters_lora(self._context, pointers, count, scales)
+        if prefix != self._prefix:
+            self._prefix = prefix
+            self._rewind()
+
+    def capacity(self, adapters: Mapping[str, float]) -> int:
+        """How many tokens a sequence may have beside what these adapters take of the context."""
+        prefix = prefix_among(adapters, self._prefixes)
+        return self.context_length - (self._prefixes[prefix].tokens if prefix else 0)
 
     def forget(self, keep: int) -> int:
         """Drop the sequence's tokens from position `keep` on; returns how many are left (0 if it cannot trim)."""
-        if 0 < keep == self._length:
+        start = self._prefixes[self._prefix].tokens if self._prefix else 0
+        end = start + max(keep, 0)
+        if start < end == self._length:
             return keep
         self._last = None
-        llama = library()
-        can_trim = 0 < keep < self._length and self._has_window_before(keep)
-        if can_trim and llama.llama_memory_seq_rm(self._memory, MAIN, keep, -1):
-            self._length = keep
+        can_trim = 0 < end <= self._length and self._has_window_before(end)
+        if can_trim and library().llama_memory_seq_rm(self._memory, MAIN, end, -1):
+            self._length = end
         else:
-            llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
-            self._length = 0
-        return self._length
+            self._rewind()
+        return self._length - start
 
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
@@ -182,20 +209,54 @@ class GgufEngine:
         return bytes(buffer)
 
     def restore_state(self, state: bytes) -> None:
-        """Replace the sequence by a saved one; decode at least one token before `score`."""
-        llama = library()
-        self.forget(0)
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if not llama.llama_state_seq_set_data(self._context, buffer, len(state), MAIN):
-            llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
-            raise VerificationError(f"llama.cpp refuses a saved state: {last_errors()}", "start without it")
-        self._length = llama.llama_memory_seq_pos_max(self._memory, MAIN) + 1
+        """Replace the sequence by a saved one of the same prefix; decode at least one token before `score`."""
+        self._last = None
+        try:
+            self._set_state(state)
+        except VerificationError:
+            self._rewind()
+            raise
 
     def close(self) -> None:
         """Free everything; a second call does nothing, and no other call may follow."""
         self.tokenizer.close()
         self._length = 0
         self._free()
+
+    def _load_prefix(self, name: str, prefix: PrefixState) -> None:
+        """Keep a prefix, if llama.cpp takes its state and gives the same back."""
+        check_prefix_room(name, prefix.tokens, self.context_length)
+        try:
+            self._set_state(prefix.data)
+            same = self.save_state() == prefix.data
+        except VerificationError:
+            same = False
+        finally:
+            self._rewind()
+        if not same:
+            message = f"this llama.cpp keeps keys and values in another way than adapter {name!r} needs"
+            raise IncompatibleError(message, "install the version of llama-cpp-python that edgetune-runtime names")
+        self._prefixes[name] = prefix
+
+    def _rewind(self) -> None:
+        """Drop the sequence and put the active prefix, if there is one, in its place."""
+        self._last = None
+        library().llama_memory_seq_rm(self._memory, MAIN, -1, -1)
+        self._length = 0
+        if self._prefix:
+            self._set_state(self._prefixes[self._prefix].data)
+
+    def _set_state(self, state: bytes) -> None:
+        """Replace all of the sequence, prefix included; VerificationError when llama.cpp does not take the state."""
+        llama = library()
+        llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
+        self._length = 0
+        pointer = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        last_errors()
+        if not llama.llama_state_seq_set_data(self._context, pointer, len(state), MAIN):
+            llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
+            raise VerificationError(f"llama.cpp refuses a saved state: {last_errors()}", "start without it")
+        self._length = llama.llama_memory_seq_pos_max(self._memory, MAIN) + 1
 
     def _has_window_before(self, position: int) -> bool:
         # Of sliding-window layers, a saved state has only the window before its own end. Trimmed further back and
