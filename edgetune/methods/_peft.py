@@ -84,22 +84,18 @@ class WeightMethod(PeftMethod[O]):
             if shape == "merged":
                 return Merged(checkpoint.name, self.name, merged_weights(layers))
             with no_grad():
-                modules = {module: self.factors(layer) for module, layer in layers.items()}
-            return LowRank(checkpoint.name, self.name, modules)
+                deltas = {module: self.factors(layer) for module, layer in layers.items()}
+            return LowRank(
+                checkpoint.name, self.name, {module: delta for module, delta in deltas.items() if delta.rank}
+            )
 
 
 @contextmanager
 def peft_model(checkpoint: Checkpoint) -> Iterator[PeftModel]:
     """The checkpoint, times its scale, on the base, which is given back as it was."""
-    from peft import PeftModel  # noqa: PLC0415 - slow to import
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415 - slow to import
 
-    try:
-        model = PeftModel.from_pretrained(checkpoint.base, str(checkpoint.folder))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise IncompatibleError(f"PEFT cannot load {checkpoint.folder}: {reason}", "save the adapter again") from error
-    model.eval()
+    model = load_peft(checkpoint)
     if checkpoint.scale != 1.0:
         for module in model.modules():
             if isinstance(module, LoraLayer):
@@ -108,6 +104,18 @@ def peft_model(checkpoint: Checkpoint) -> Iterator[PeftModel]:
         yield model
     finally:
         model.unload()
+
+
+def load_peft(checkpoint: Checkpoint) -> PeftModel:
+    """PEFT's model of the checkpoint on the base, to be evaluated; IncompatibleError when PEFT cannot load it."""
+    from peft import PeftModel  # noqa: PLC0415 - slow to import
+
+    try:
+        model = PeftModel.from_pretrained(checkpoint.base, str(checkpoint.folder))
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise IncompatibleError(f"PEFT cannot load {checkpoint.folder}: {reason}", "save the adapter again") from error
+    return model.eval()
 
 
 def tuned_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:

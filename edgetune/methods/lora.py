@@ -15,7 +15,7 @@ from edgetune_export.shapes import Folded
 from edgetune_runtime.errors import UsageError
 from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
 
-from ._base import Checkpoint, trainable
+from ._base import Checkpoint, O, trainable
 from ._peft import (
     ALL_LINEAR,
     PeftMethod,
@@ -102,14 +102,25 @@ class LoraOptions(TargetOptions):
         return self.model_copy(update={"target_modules": modules, "r": rank, "lora_alpha": alpha})
 
 
-class Lora(PeftMethod[LoraOptions]):
-    """A low-rank update B·A beside each target module."""
+class LoraCheckpoint(PeftMethod[O]):
+    """A method whose folder holds a plain LoRA."""
 
-    options = LoraOptions
-
-    def shapes(self, options: LoraOptions) -> tuple[str, ...]:
+    def shapes(self, options: O) -> tuple[str, ...]:
         """A product of low rank, exactly."""
         return ("low_rank", "merged")
+
+    def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
+        """Read from the folder, which may come from anywhere; see `fold_peft` for what is refused."""
+        adapter = fold_peft(checkpoint.folder, checkpoint.name, self.name)
+        if shape == "low_rank":
+            return adapter
+        return merge(adapter, partial(module_weight, checkpoint.base), checkpoint.scale)
+
+
+class Lora(LoraCheckpoint[LoraOptions]):
+    """A product B·A beside each weight matrix: take it first, it is exact in both formats and switches fastest."""
+
+    options = LoraOptions
 
     def attach(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> PeftModel:
         """Add LoRA modules in float32 to `base`; UsageError names target modules or patterns that match nothing."""
@@ -135,21 +146,11 @@ class Lora(PeftMethod[LoraOptions]):
         self, model: torch.nn.Module, options: LoraOptions, learning_rate: float
     ) -> list[dict[str, Any]]:
         """A at the learning rate, B at `loraplus_lr_ratio` times it (LoRA+, section 4)."""
-        named = trainable(model)
-        b_learning_rate = learning_rate * options.loraplus_lr_ratio
+        named, rate = trainable(model), learning_rate * options.learning_rate_factor
         return [
-            {"params": [p for name, p in named if "lora_B" not in name], "lr": learning_rate},
-            {"params": [p for name, p in named if "lora_B" in name], "lr": b_learning_rate},
+            {"params": [p for name, p in named if "lora_B" not in name], "lr": rate},
+            {"params": [p for name, p in named if "lora_B" in name], "lr": rate * options.loraplus_lr_ratio},
         ]
-
-    def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """Read from the folder, which may come from anywhere; see `fold_peft` for what is refused."""
-        adapter = fold_peft(checkpoint.folder, checkpoint.name, self.name)
-        return (
-            adapter
-            if shape == "low_rank"
-            else merge(adapter, partial(module_weight, checkpoint.base), checkpoint.scale)
-        )
 
 
 def _check_patterns(adapted: set[str], options: LoraOptions) -> None:

@@ -139,7 +139,7 @@ def test_an_adapter_of_another_base_is_refused_with_both_shapes(
     write: str, tiny_gguf: Callable[[str], Path], wide: Path, tmp_path: Path
 ) -> None:
     adapter = random_adapter(tiny_gguf("llama"))
-    with pytest.raises(IncompatibleError, match=r"q_proj is 64x64 in the adapter, 256x256 in the base|and \d+ more"):
+    with pytest.raises(IncompatibleError, match=r"_proj is 64x\d+ in the adapter, 256x\d+ in the base|and \d+ more"):
         if write == "adapter":
             write_adapter(adapter, wide, tmp_path / "out", base_fingerprint=FINGERPRINT)
         else:
@@ -203,7 +203,8 @@ def test_an_adapter_without_modules_is_refused(tiny_gguf: Callable[[str], Path],
 def test_a_parameter_that_the_base_lacks_or_holds_otherwise_is_named(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    for parameter, what in (("model.layers.9.mlp.up_proj.weight", "no tensor for"), ("model.norm.weight", "is .64,. in")):
+    wrong = {"model.layers.9.mlp.up_proj.weight": "no tensor for", "model.norm.weight": "is .64,. in"}
+    for parameter, what in wrong.items():
         merged = Merged("command", "full", {parameter: lambda: np.zeros((3, 3), np.float32)})
         with pytest.raises(IncompatibleError, match=what):
             write_merged(merged, Source(tiny_gguf("llama"), ""), tmp_path / "out")

@@ -1,0 +1,110 @@
+"""AdaLoRA: a LoRA that gives ranks to the modules that need them. Zhang et al. 2023, arXiv:2303.10512."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune_export.shapes import Delta
+from pydantic import AliasChoices, Field, PositiveInt
+
+from ._base import trainable
+from ._peft import TargetOptions, WeightMethod, array, peft_targets, task_type
+
+if TYPE_CHECKING:
+    import torch
+    from peft import AdaLoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+_IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+class AdaLoraOptions(TargetOptions):
+    """Options of AdaLoRA, by PEFT's names; its phases are shares of the training's steps."""
+
+    target_r: PositiveInt = Field(
+        8, validation_alias=AliasChoices("target_r", "r", "rank"), description="Mean rank of the modules in the end."
+    )
+    init_r: PositiveInt = Field(12, description="Rank of every module in the beginning.")
+    lora_alpha: float = Field(
+        32, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update counts alpha / init_r."
+    )
+    tinit: float = Field(0.1, ge=0, lt=1, description="Share of the steps before ranks are taken away.")
+    tfinal: float = Field(0.3, ge=0, lt=1, description="Share of the steps after the last rank was taken away.")
+    orth_reg_weight: float = Field(0.1, ge=0, description="Weight of the penalty that keeps the factors orthogonal.")
+
+
+class AdaLora(WeightMethod[AdaLoraOptions]):
+    """Ranks move to the modules that gain by them: take it when a rank for all modules is too large or too small."""
+
+    options = AdaLoraOptions
+
+    def config(self, base: PreTrainedModel, options: AdaLoraOptions, steps: int) -> AdaLoraConfig:
+        """PEFT's configuration."""
+        from peft import AdaLoraConfig  # noqa: PLC0415 - torch only when training
+
+        return AdaLoraConfig(
+            task_type=task_type(base),
+            target_r=options.target_r,
+            init_r=max(options.init_r, options.target_r),
+            lora_alpha=options.lora_alpha,
+            tinit=int(options.tinit * steps),
+            tfinal=int(options.tfinal * steps),
+            deltaT=max(1, steps // 50),
+            total_step=steps,
+            orth_reg_weight=options.orth_reg_weight,
+            target_modules=peft_targets(options.target_modules),
+        )
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """Write PEFT's folder with all ranks, those that were taken away as zeros: PEFT scales fewer otherwise."""
+        config, ranks = _config(model), _config(model).rank_pattern
+        config.rank_pattern = {}
+        super().save(model, folder)
+        config.rank_pattern = ranks
+
+    def penalty(self, model: PeftModel) -> torch.Tensor | float:
+        """How far the factors are from orthogonal ones (the paper, equation 4), as PEFT's own forward adds it."""
+        import torch  # noqa: PLC0415 - torch only when training
+
+        weight = model.peft_config["default"].orth_reg_weight
+        distances = []
+        for name, factor in trainable(model):
+            if "lora_A" in name or "lora_B" in name:
+                gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
+                distances.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
+        mean: torch.Tensor = torch.stack(distances).mean()
+        weighted: torch.Tensor = weight * mean
+        return weighted
+
+    def after_step(self, model: PeftModel, step: int) -> None:
+        """Take ranks away by importance."""
+        model.base_model.update_and_allocate(step)
+
+    def state(self, model: PeftModel) -> Mapping[str, Any]:
+        """The importances so far, and the ranks once they are settled."""
+        allocator = model.base_model.rankallocator
+        return {**{key: dict(getattr(allocator, key)) for key in _IMPORTANCE}, "ranks": _config(model).rank_pattern}
+
+    def restore(self, model: PeftModel, state: Mapping[str, Any]) -> None:
+        """Take up the importances and ranks."""
+        for key in _IMPORTANCE:
+            setattr(model.base_model.rankallocator, key, dict(state[key]))
+        _config(model).rank_pattern = state["ranks"]
+
+    def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
+        """B · diag(E)·A without the ranks that were taken away."""
+        (name,) = layer.active_adapters
+        scale = layer.scaling[name] / (layer.ranknum[name] + 1e-5)
+        values = layer.lora_E[name][:, 0]
+        kept = values != 0
+        a, b = layer.lora_A[name][kept] * values[kept, None], layer.lora_B[name][:, kept] * scale
+        return Delta(array(a), array(b))
+
+
+def _config(model: PeftModel) -> Any:  # noqa: ANN401 - PEFT carries no types
+    return model.peft_config["default"]
+
+
+METHOD = AdaLora()

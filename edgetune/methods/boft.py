@@ -1,0 +1,44 @@
+"""BOFT: the weights turned by a product of sparse orthogonal matrices. Liu et al. 2023, arXiv:2311.06243."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field, PositiveInt
+
+from ._dense import DenseMethod, DenseOptions
+from ._peft import peft_targets, task_type
+
+if TYPE_CHECKING:
+    from peft import BOFTConfig
+    from transformers import PreTrainedModel
+
+
+class BoftOptions(DenseOptions):
+    """Options of BOFT, by PEFT's names."""
+
+    boft_block_size: PositiveInt = Field(4, description="Inputs that are turned together; divides a module's inputs.")
+    boft_n_butterfly_factor: PositiveInt = Field(1, description="Number of sparse factors; 1 is OFT.")
+    learning_rate_factor: float = Field(
+        2.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+    )
+
+
+class Boft(DenseMethod):
+    """OFT with fewer numbers for the same reach, and a slower training: take it when OFT's blocks are too local."""
+
+    options = BoftOptions
+
+    def config(self, base: PreTrainedModel, options: BoftOptions, steps: int) -> BOFTConfig:
+        """PEFT's configuration."""
+        from peft import BOFTConfig  # noqa: PLC0415 - torch only when training
+
+        return BOFTConfig(
+            task_type=task_type(base),
+            boft_block_size=options.boft_block_size,
+            boft_n_butterfly_factor=options.boft_n_butterfly_factor,
+            target_modules=peft_targets(options.target_modules),
+        )
+
+
+METHOD = Boft()

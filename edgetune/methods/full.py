@@ -1,0 +1,123 @@
+"""Full fine-tuning: all weights of the base are trained, through transformers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgetune_export.shapes import Floats, Folded, Merged
+from edgetune_runtime.errors import IncompatibleError, VerificationError
+from pydantic import Field
+
+from ._base import Checkpoint, Method, O, Options, trainable
+from ._peft import array, no_grad
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+WEIGHTS = "model.safetensors"
+
+
+class FullOptions(Options):
+    """Options of full fine-tuning."""
+
+    learning_rate_factor: float = Field(
+        0.03, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+    )
+
+
+class OwnWeights(Method[O]):
+    """A method that trains parameters of the base itself, those that `chosen` says."""
+
+    trains_base = True
+
+    def shapes(self, options: O) -> tuple[str, ...]:
+        """A whole model."""
+        return ("merged",)
+
+    def chosen(self, base: PreTrainedModel, options: O) -> set[str]:
+        """Names of the parameters to train."""
+        return {name for name, _ in base.named_parameters()}
+
+    def attach(self, base: PreTrainedModel, options: O, steps: int) -> torch.nn.Module:
+        """Let training change the chosen parameters of `base`."""
+        chosen = self.chosen(base, options)
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        model: torch.nn.Module = base
+        return model
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write the trained parameters as safetensors."""
+        from safetensors.torch import save_file  # noqa: PLC0415 - torch only when training
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model)}
+        save_file(tensors, folder / WEIGHTS)
+
+    def detach(self, model: torch.nn.Module) -> None:
+        """Freeze the parameters again; their values stay as trained."""
+        model.requires_grad_(requires_grad=False)
+        model.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def loaded(self, checkpoint: Checkpoint) -> Iterator[torch.nn.Module]:
+        """The base with the trained parameters in place of its own, for a while."""
+        parameters = dict(checkpoint.base.named_parameters())
+        kept = {}
+        try:
+            with no_grad():
+                for name in _names(checkpoint):
+                    kept[name] = parameters[name].detach().clone()
+                    parameters[name].copy_(_tensor(checkpoint.folder, name))
+            yield checkpoint.base
+        finally:
+            with no_grad():
+                for name, values in kept.items():
+                    parameters[name].copy_(values)
+
+    def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
+        """The trained parameters as they lie in the folder."""
+        names = _names(checkpoint)
+        return Merged(checkpoint.name, self.name, {name: partial(_values, checkpoint.folder, name) for name in names})
+
+
+def _names(checkpoint: Checkpoint) -> list[str]:
+    """The trained parameters; IncompatibleError when the base lacks one."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
+
+    path = checkpoint.folder / WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise VerificationError(f"{path} is not what training wrote: {error}", "train it again") from error
+    unknown = sorted(set(names) - {name for name, _ in checkpoint.base.named_parameters()})
+    if unknown:
+        raise IncompatibleError(f"the base has no parameter {unknown[0]}", "give the base that was trained")
+    return names
+
+
+def _tensor(folder: Path, name: str) -> torch.Tensor:
+    from safetensors import safe_open  # noqa: PLC0415 - as above
+
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _values(folder: Path, name: str) -> Floats:
+    return array(_tensor(folder, name))
+
+
+class Full(OwnWeights[FullOptions]):
+    """All weights are trained: take it as the yardstick, or for a base of one task that nothing smaller reaches."""
+
+    options = FullOptions
+
+
+METHOD = Full()

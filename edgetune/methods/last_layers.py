@@ -1,0 +1,45 @@
+"""Fine-tuning of the last layers: the layers before them stay as they are, through transformers alone."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from edgetune_runtime.errors import UsageError
+from pydantic import Field, PositiveInt
+
+from ._base import Options
+from .full import OwnWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+class LastLayersOptions(Options):
+    """Options of fine-tuning the last layers."""
+
+    layers: PositiveInt = Field(4, description="How many layers are trained, and the last norm with them.")
+    learning_rate_factor: float = Field(
+        0.1, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+    )
+
+
+class LastLayers(OwnWeights[LastLayersOptions]):
+    """The last layers are trained: take it in place of full fine-tuning where memory for training is short."""
+
+    options = LastLayersOptions
+
+    def chosen(self, base: PreTrainedModel, options: LastLayersOptions) -> set[str]:
+        """The parameters of the last layers, and of the norm behind them."""
+        count = base.config.num_hidden_layers
+        if options.layers > count:
+            raise UsageError(f"the base has {count} layers, not {options.layers}", f"give layers: {count} or fewer")
+        first = count - options.layers
+        names = {name for name, _ in base.named_parameters()}
+        layers = {name for name in names if (match := _LAYER.search(name)) and int(match[1]) >= first}
+        return layers | {name for name in names if name.endswith("model.norm.weight")}
+
+
+METHOD = LastLayers()

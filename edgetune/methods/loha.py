@@ -1,0 +1,49 @@
+"""LoHa: the element-wise product of two low-rank products. Hyeon-Woo et al. 2021, arXiv:2108.06098 (FedPara)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgetune_export.shapes import Delta
+from pydantic import AliasChoices, Field, PositiveInt
+
+from ._peft import TargetOptions, WeightMethod, array, peft_targets, task_type
+
+if TYPE_CHECKING:
+    from peft import LoHaConfig
+    from transformers import PreTrainedModel
+
+
+class LoHaOptions(TargetOptions):
+    """Options of LoHa, by PEFT's names. The adapter in the bundle is a product of rank r²."""
+
+    r: PositiveInt = Field(4, validation_alias=AliasChoices("r", "rank"), description="Rank of each of the products.")
+    alpha: float = Field(8, gt=0, description="The update counts alpha / r.")
+
+
+class LoHa(WeightMethod[LoHaOptions]):
+    """Two products of rank r multiplied to one of rank r²: take it for a rich update from few trained numbers."""
+
+    options = LoHaOptions
+
+    def config(self, base: PreTrainedModel, options: LoHaOptions, steps: int) -> LoHaConfig:
+        """PEFT's configuration."""
+        from peft import LoHaConfig  # noqa: PLC0415 - torch only when training
+
+        return LoHaConfig(
+            task_type=task_type(base),
+            r=options.r,
+            alpha=options.alpha,
+            target_modules=peft_targets(options.target_modules),
+        )
+
+    def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
+        """(B1·A1)∘(B2·A2): row by row, the Kronecker products of the factors' rows; column by column those of A's."""
+        (name,) = layer.active_adapters
+        b1, b2 = layer.hada_w1_a[name], layer.hada_w2_a[name]
+        a1, a2 = layer.hada_w1_b[name], layer.hada_w2_b[name]
+        b = (b1[:, :, None] * b2[:, None, :]).flatten(1) * layer.scaling[name]
+        return Delta(array((a1[:, None, :] * a2[None, :, :]).flatten(0, 1)), array(b))
+
+
+METHOD = LoHa()

@@ -1,0 +1,70 @@
+"""LoKr: the Kronecker product of a small matrix and a low-rank product. Yeh et al. 2023, arXiv:2309.14859 (LyCORIS)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgetune_export.shapes import Delta
+from edgetune_runtime.errors import IncompatibleError
+from pydantic import AliasChoices, Field, PositiveInt
+
+from ._peft import TargetOptions, WeightMethod, array, peft_targets, task_type
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoKrConfig
+    from transformers import PreTrainedModel
+
+
+class LoKrOptions(TargetOptions):
+    """Options of LoKr, by PEFT's names. The adapter in the bundle is a product of rank r·decompose_factor or less."""
+
+    r: PositiveInt = Field(4, validation_alias=AliasChoices("r", "rank"), description="Rank of the larger factor.")
+    alpha: float = Field(8, gt=0, description="The update counts alpha / r.")
+    decompose_factor: PositiveInt = Field(4, description="Size of the smaller factor.")
+
+
+class LoKr(WeightMethod[LoKrOptions]):
+    """A Kronecker product, which repeats one small update over a matrix: take it for the smallest checkpoints."""
+
+    options = LoKrOptions
+
+    def config(self, base: PreTrainedModel, options: LoKrOptions, steps: int) -> LoKrConfig:
+        """PEFT's configuration."""
+        from peft import LoKrConfig  # noqa: PLC0415 - torch only when training
+
+        return LoKrConfig(
+            task_type=task_type(base),
+            r=options.r,
+            alpha=options.alpha,
+            decompose_factor=options.decompose_factor,
+            target_modules=peft_targets(options.target_modules),
+        )
+
+    def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
+        """(B1·A1)⊗(B2·A2) = (B1⊗B2)·(A1⊗A2); IncompatibleError when that has no lower rank than the weights."""
+        import torch  # noqa: PLC0415 - torch only when exporting
+
+        (b1, a1), (b2, a2) = _pair(layer, "w1"), _pair(layer, "w2")
+        b, a = torch.kron(b1, b2.contiguous()), torch.kron(a1, a2.contiguous())
+        if a.shape[0] >= min(b.shape[0], a.shape[1]):
+            message = f"LoKr's change of {b.shape[0]}x{a.shape[1]} weights has rank {a.shape[0]}, which is not low"
+            raise IncompatibleError(message, "lower r or decompose_factor, or write merged: true")
+        (name,) = layer.active_adapters
+        return Delta(array(a), array(b * layer.scaling[name]))
+
+
+def _pair(layer: Any, which: str) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - as above
+    """One of the Kronecker factors as a product; a whole one with the identity on its smaller side."""
+    import torch  # noqa: PLC0415 - as above
+
+    (name,) = layer.active_adapters
+    whole = getattr(layer, f"lokr_{which}")
+    if name not in whole:
+        return getattr(layer, f"lokr_{which}_a")[name], getattr(layer, f"lokr_{which}_b")[name]
+    matrix = whole[name]
+    rows, columns = matrix.shape
+    return (torch.eye(rows), matrix) if rows <= columns else (matrix, torch.eye(columns))
+
+
+METHOD = LoKr()

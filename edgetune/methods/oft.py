@@ -1,0 +1,43 @@
+"""OFT: the weights turned by orthogonal blocks. Qiu et al. 2023, arXiv:2306.07280; Cayley-Neumann: arXiv:2506.19847."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field, PositiveInt
+
+from ._dense import DenseMethod, DenseOptions
+from ._peft import peft_targets, task_type
+
+if TYPE_CHECKING:
+    from peft import OFTConfig
+    from transformers import PreTrainedModel
+
+
+class OftOptions(DenseOptions):
+    """Options of OFT, by PEFT's names."""
+
+    oft_block_size: PositiveInt = Field(32, description="Inputs that are turned together; divides a module's inputs.")
+    learning_rate_factor: float = Field(
+        2.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+    )
+
+
+class Oft(DenseMethod):
+    """A rotation of each module's inputs, which keeps the weights' angles: take it to stay close to the base."""
+
+    options = OftOptions
+
+    def config(self, base: PreTrainedModel, options: OftOptions, steps: int) -> OFTConfig:
+        """PEFT's configuration."""
+        from peft import OFTConfig  # noqa: PLC0415 - torch only when training
+
+        return OFTConfig(
+            task_type=task_type(base),
+            r=0,
+            oft_block_size=options.oft_block_size,
+            target_modules=peft_targets(options.target_modules),
+        )
+
+
+METHOD = Oft()
