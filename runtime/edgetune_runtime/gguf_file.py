@@ -152,17 +152,17 @@ def cache_shape(base: GgufHeader) -> CacheShape:
     layers, heads = (_count(base, key) for key in ("block_count", "attention.head_count"))
     width = _count(base, "embedding_length") // heads
     kv_heads = _count(base, "attention.head_count_kv", heads)
-    sizes = [_count(base, f"attention.{which}_length", width) for which in ("key", "value")]
+    key_size, value_size = (_count(base, f"attention.{which}_length", width) for which in ("key", "value"))
     window = base.metadata.get(f"{base.architecture}.attention.sliding_window")
     # Other architectures have layers of this kind too, but llama.cpp runs them as whole ones.
     if base.architecture != "gemma3" or not isinstance(window, int) or window < 1:
-        return CacheShape(layers, kv_heads, *sizes)
+        return CacheShape(layers, kv_heads, key_size, value_size)
     pattern = base.metadata.get("gemma3.attention.sliding_window_pattern", 6)
     if isinstance(pattern, tuple):
         sliding = tuple(layer for layer, slides in enumerate(pattern[:layers]) if slides)
     else:
         sliding = tuple(layer for layer in range(layers) if pattern == 0 or (layer + 1) % pattern)
-    return CacheShape(layers, kv_heads, *sizes, sliding, window)
+    return CacheShape(layers, kv_heads, key_size, value_size, sliding, window)
 
 
 def prefix_tensor(layer: int, which: str) -> str:

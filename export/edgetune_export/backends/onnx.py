@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.gguf_file import read_header
 from edgetune_runtime.onnx_file import read_onnx
 
@@ -27,16 +26,18 @@ from edgetune_export.onnx_graph import (
     run_builder,
     save_model,
 )
+from edgetune_export.onnx_prefix import prefix_tensors
+from edgetune_export.onnx_tensors import add_tensor_slots, fill_tensors
 from edgetune_export.onnx_weights import FLOAT_TYPES
 from edgetune_export.parity import INT4
 from edgetune_export.quantize import describe_quantization
-from edgetune_export.shapes import Adapter, Floats, LowRank, Merged
+from edgetune_export.shapes import Adapter, Floats, LowRank, Merged, Tensors
 from edgetune_export.tokenizer import end_tokens, write_tokenizer
 
 from . import gguf
 from ._base import Source
 
-SHAPES = ("low_rank", "merged")
+SHAPES = ("low_rank", "prefix", "tensors", "merged")
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma3")
 ADAPTER_FILE = "adapter.onnx_adapter"
 MODEL_FILE = f"onnx/{GRAPH}"
@@ -50,19 +51,22 @@ def write_base(source: Source, folder: Path, adapters: Sequence[Adapter]) -> Pat
     Raises IncompatibleError when the builder cannot export the base, OutOfSpaceError when the disk is full.
     """
     out = folder / MODEL_FILE
-    modules = {module for adapter in adapters if isinstance(adapter, LowRank) for module in adapter.modules}
-    _write_model(source, source.path, out, modules)
+    _write_model(source, source.path, out, adapters)
     return out
 
 
 def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f32", base_fingerprint: str) -> None:
-    """Write the adapter as tensors for the slots of the graph `base`; `dtype` is f32 or f16.
+    """Write the adapter as tensors for the slots, or the past keys and values, of the graph `base`; `dtype` f32 or f16.
 
-    Raises IncompatibleError when the adapter does not fit the slots, OutOfSpaceError when the disk is full.
+    Raises IncompatibleError when the adapter does not fit them, OutOfSpaceError when the disk is full.
     """
-    if not isinstance(adapter, LowRank):
-        raise IncompatibleError(f"an ONNX adapter cannot hold {adapter.shape}", "give it another target")
-    tensors = onnx_slots.fill(adapter, onnx_slots.slots_of(read_onnx(base).metadata))
+    header = read_onnx(base)
+    if isinstance(adapter, LowRank):
+        tensors = onnx_slots.fill(adapter, onnx_slots.slots_of(header.metadata))
+    elif isinstance(adapter, Tensors):
+        tensors = fill_tensors(adapter, header)
+    else:
+        tensors = prefix_tensors(adapter, header)
     write_tensors(tensors, out, dtype=dtype, base_fingerprint=base_fingerprint)
 
 
@@ -94,7 +98,7 @@ def _vectors_of(merged: Merged, source: Source) -> Mapping[str, Floats]:
 
 
 def _write_model(
-    source: Source, weights: Path, out: Path, modules: Collection[str], vectors: Mapping[str, Floats] | None = None
+    source: Source, weights: Path, out: Path, adapters: Sequence[Adapter], vectors: Mapping[str, Floats] | None = None
 ) -> None:
     structure = _structure_with(source, vectors) if vectors else _structure(source)
     config = json.loads((structure / _CONFIG).read_text(encoding="utf-8"))
@@ -108,6 +112,9 @@ def _write_model(
     put_ends(model, weights, "int8" if scheme == "int4" else scheme)
     header = read_header(weights)
     add_logits_start(model.graph)
+    # First, so that they lie behind the low-rank slots of the same products.
+    add_tensor_slots(model, header, [adapter for adapter in adapters if isinstance(adapter, Tensors)])
+    modules = {module for adapter in adapters if isinstance(adapter, LowRank) for module in adapter.modules}
     onnx_slots.add_slots(model, header, modules)
     model.metadata_props["edgetune.base_fingerprint"] = source.fingerprint
     save_model(model, out.parent)

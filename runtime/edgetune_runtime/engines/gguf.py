@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import weakref
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,7 @@ class GgufEngine:
             raise
         self._adapters: dict[str, Any] = {}
         self._prefixes: dict[str, PrefixState] = {}
+        self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
         self._prefix: str | None = None
         self._context = _make_context(self._model, context_length, threads or usable_cores(), batch)
         self._free = weakref.finalize(self, _free_all, self._context, self._adapters, self._model)
@@ -109,7 +111,7 @@ class GgufEngine:
         Loading a prefix drops the sequence. VerificationError for a damaged file, IncompatibleError for one of another
         base or of other `invocation` tokens.
         """
-        if name in self._adapters or name in self._prefixes:
+        if name in self._loaded:
             return
         header = read_header(path)
         made_for = header.metadata.get("edgetune.base_fingerprint")
@@ -134,7 +136,7 @@ class GgufEngine:
 
         The sequence stays, unless the prefix is another one than before. UsageError for two prefixes or a scaled one.
         """
-        check_scales(adapters, {*self._adapters, *self._prefixes})
+        check_scales(adapters, self._loaded)
         prefix = prefix_among(adapters, self._prefixes)
         added = {name: scale for name, scale in adapters.items() if name not in self._prefixes}
         llama = library()

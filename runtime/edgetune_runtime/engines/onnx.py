@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +22,19 @@ from numpy.typing import NDArray
 from edgetune_runtime.cache import common_prefix
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.onnx_file import check_adapter_arrays, read_onnx, slots_of
+from edgetune_runtime.onnx_prefix import check_prefix_arrays, is_past, past_inputs
+from edgetune_runtime.onnx_tensors import check_tensor_arrays, is_tensor, summed, tensor_slots_of
 
 from ._base import (
     Logits,
     check_continuations,
     check_options,
+    check_prefix_room,
     check_room,
     check_scales,
     check_trained,
     log_total,
+    prefix_among,
     usable_cores,
 )
 from ._ort import adapter_arrays, open_session
@@ -41,8 +45,8 @@ Arrays = Mapping[str, NDArray[np.float32]]
 _BINDINGS = 32
 """Sets of adapters whose bindings are kept; a sum of adapters also keeps its tensors."""
 
-_STATE = struct.Struct("<4sI")
-_MAGIC = b"ETS1"
+_STATE = struct.Struct("<4sII")
+_MAGIC = b"ETS2"
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class OnnxEngine:
         header = read_onnx(path)
         config = _read_config(path.with_name("genai_config.json"))
         check_trained(context_length, config.context_length)
-        self._slots = slots_of(header)
+        self._slots, self._tensor_slots, self._past = slots_of(header), tensor_slots_of(header), past_inputs(header)
+        self._head_size = config.head_size
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
         self._session = open_session(path, threads or usable_cores())
         self._vocab_size = _last_dimension(self._session, "logits", path)
@@ -87,6 +92,10 @@ class OnnxEngine:
         self._mask = np.ones(context_length, np.int64)
         self._ids, self._start = np.zeros(batch, np.int64), np.zeros(1, np.int64)
         self._adapters: dict[str, Arrays] = {}
+        self._prefixes: dict[str, Arrays] = {}
+        self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
+        self._prefix: str | None = None
+        self._begin = 0
         self._bindings: OrderedDict[tuple[tuple[str, float], ...], _Binding] = OrderedDict()
         self._length = 0
         self._last: Logits | None = None
@@ -103,30 +112,57 @@ class OnnxEngine:
         """Whether the graph says that it was made from the base with this fingerprint."""
         return read_onnx(path).metadata.get("edgetune.base_fingerprint") == fingerprint
 
-    def load_adapter(self, name: str, path: Path, fingerprint: str | None = None) -> None:
-        """Check the adapter file against the slots, load it and keep it; a name already loaded is left as it is.
+    def load_adapter(
+        self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
+    ) -> None:
+        """Check the adapter file against the graph, load it and keep it; a name already loaded is left as it is.
 
-        VerificationError for a damaged file, IncompatibleError for one of another base.
+        The file says nothing of tokens that activate it. VerificationError for a damaged file, IncompatibleError for
+        one of another base.
         """
-        if name in self._adapters:
+        if name in self._loaded:
             return
         arrays, version = adapter_arrays(path, name)
         if fingerprint is not None and version != model_version(fingerprint):
             raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
-        check_adapter_arrays(arrays, self._slots, name)
+        if any(is_past(slot) for slot in arrays):
+            tokens = check_prefix_arrays(arrays, self._past, self._head_size, name)
+            check_prefix_room(name, tokens, self.context_length)
+            self._prefixes[name] = {slot: np.asarray(array[0], np.float32) for slot, array in arrays.items()}
+            return
+        if any(is_tensor(slot) for slot in arrays):
+            check_tensor_arrays(arrays, self._tensor_slots, name)
+        else:
+            check_adapter_arrays(arrays, self._slots, name)
         self._adapters[name] = {slot: np.ascontiguousarray(array, np.float32) for slot, array in arrays.items()}
         # Making a binding takes a millisecond or two, so the first switch finds it made.
         self._binding_of({name: 1.0})
 
     def activate(self, adapters: Mapping[str, float]) -> None:
-        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base. The sequence stays."""
-        self._binding = self._binding_of(adapters)
+        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base.
+
+        The sequence stays, unless the prefix is another one than before. UsageError for two prefixes or a scaled one.
+        """
+        check_scales(adapters, self._loaded)
+        prefix = prefix_among(adapters, self._prefixes)
+        self._binding = self._binding_of({name: scale for name, scale in adapters.items() if name in self._adapters})
+        if prefix != self._prefix:
+            self._prefix = prefix
+            self._begin = self._length = self._tokens_of(prefix)
+            self._last = None
+            for slot, array in self._prefixes[prefix].items() if prefix else ():
+                self._buffers[slot][:, : self._begin] = array
+
+    def capacity(self, adapters: Mapping[str, float]) -> int:
+        """How many tokens a sequence may have beside what these adapters take of the context."""
+        return self.context_length - self._tokens_of(prefix_among(adapters, self._prefixes))
 
     def forget(self, keep: int) -> int:
         """Drop the sequence's tokens from position `keep` on; returns how many are left."""
-        if keep < self._length:
-            self._length, self._last = max(keep, 0), None
-        return self._length
+        end = self._begin + max(keep, 0)
+        if end < self._length:
+            self._length, self._last = end, None
+        return self._length - self._begin
 
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
@@ -172,21 +208,23 @@ class OnnxEngine:
         return [scores[tuple(tokens)] for tokens in continuations]
 
     def save_state(self) -> bytes:
-        """The sequence's keys and values, for `restore_state` of the same base."""
-        parts = [buffer[:, : self._length].tobytes() for buffer in self._buffers.values()]
-        return b"".join([_STATE.pack(_MAGIC, self._length), *parts])
+        """The sequence's keys and values, for `restore_state` of the same base behind the same prefix."""
+        parts = [buffer[:, self._begin : self._length].tobytes() for buffer in self._buffers.values()]
+        return b"".join([_STATE.pack(_MAGIC, self._begin, self._length), *parts])
 
     def restore_state(self, state: bytes) -> None:
         """Replace the sequence by a saved one; decode at least one token before `score`."""
-        magic, length = _STATE.unpack_from(state) if len(state) >= _STATE.size else (b"", 0)
-        sizes = [buffer[:, :length].nbytes for buffer in self._buffers.values()]
+        magic, begin, length = _STATE.unpack_from(state) if len(state) >= _STATE.size else (b"", 0, 0)
+        part = slice(begin, length)
+        sizes = [buffer[:, part].nbytes for buffer in self._buffers.values()]
         self.forget(0)
-        if magic != _MAGIC or length > self.context_length or len(state) != _STATE.size + sum(sizes):
+        fits = begin == self._begin <= length <= self.context_length
+        if magic != _MAGIC or not fits or len(state) != _STATE.size + sum(sizes):
             raise VerificationError("a saved state does not fit this engine", "start without it")
         offset = _STATE.size
         for buffer, size in zip(self._buffers.values(), sizes, strict=True):
-            part = buffer[:, :length]
-            part[...] = np.frombuffer(state, np.float32, part.size, offset).reshape(part.shape)
+            rows = buffer[:, part]
+            rows[...] = np.frombuffer(state, np.float32, rows.size, offset).reshape(rows.shape)
             offset += size
         self._length = length
 
@@ -196,14 +234,18 @@ class OnnxEngine:
         self._length, self._last = 0, None
         self._bindings.clear()
         self._adapters.clear()
+        self._prefixes.clear()
         self._session = None
         self._buffers = {}
+
+    def _tokens_of(self, prefix: str | None) -> int:
+        """How many positions a prefix takes."""
+        return next(iter(self._prefixes[prefix].values())).shape[1] if prefix else 0
 
     def _binding_of(self, adapters: Mapping[str, float]) -> _Binding:
         """The binding of a set of adapters, made at its first use and kept while it is among the last used."""
         key = tuple(adapters.items())
         if key not in self._bindings:
-            check_scales(adapters, self._adapters)
             tensors = _sum([(self._adapters[name], scale) for name, scale in key])
             self._bindings[key] = _Binding(self._bind(tensors), tensors)
             if len(self._bindings) > _BINDINGS:
@@ -261,6 +303,9 @@ def _sum(parts: Sequence[tuple[Arrays, float]]) -> Arrays:
     tensors: dict[str, NDArray[np.float32]] = {}
     for name in {name: None for arrays, _ in parts for name in arrays}:
         own = [(arrays[name], scale) for arrays, scale in parts if name in arrays]
+        if is_tensor(name):
+            tensors[name] = summed(name, own)
+            continue
         is_b = name.endswith(".lora_B.weight")
         scaled = [array * np.float32(scale) if is_b else array for array, scale in own]
         tensors[name] = np.ascontiguousarray(np.concatenate(scaled, axis=0 if is_b else 1), np.float32)
