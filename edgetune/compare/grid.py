@@ -1,0 +1,239 @@
+"""Recipe, task, methods and ranks in, the trials of a comparison out; all that is wrong is told before any training.
+
+A trial is the recipe cut down to the one task, with one method at one rank.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.bundle import CLASSIFICATION, sha256_of
+from edgetune_runtime.errors import IncompatibleError, UsageError
+from pydantic.fields import FieldInfo
+
+from edgetune import methods
+from edgetune.recipe import TARGETS, MethodSpec, Recipe, load_recipe
+
+REQUEST_FILE = "request.json"
+"""Where a trial's process finds it, in the trial's folder."""
+RANK = "r"
+"""The option that holds a method's rank."""
+ALPHAS = {"lora_alpha", "alpha"}
+"""The options that weigh an update against its rank."""
+
+Fields = Mapping[str, FieldInfo]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare, as the command line says it.
+
+    `settings` are dotted keys of the recipe; those that begin with a method's name are that method's alone.
+    """
+
+    recipe: Path
+    task: str
+    methods: Sequence[str]
+    out: Path
+    ranks: Sequence[int] = ()
+    targets: Sequence[str] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    rows: int = 100
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training to be done, exported and measured, as JSON values: it is run in a process of its own.
+
+    `overrides` are changes of the recipe; `refused` maps a format to why it cannot hold the method. `key` stands for
+    all that the outcome depends on.
+    """
+
+    name: str
+    method: str
+    rank: int | None
+    recipe: str
+    task: str
+    overrides: Mapping[str, Any]
+    folder: str
+    data: str | None
+    rows: int
+    refused: Mapping[str, str] = field(default_factory=dict)
+    key: str = ""
+
+    @cached_property
+    def one_task(self) -> Recipe:
+        """The recipe of this trial alone."""
+        return _one_task(load_recipe(self.recipe, self.overrides), self.task)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether no format holds the method."""
+        return len(self.refused) == len(self.one_task.targets)
+
+    def to_json(self) -> str:
+        """The trial as text, for `of_json`."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def of_json(cls, text: str) -> Trial:
+        """What `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+def recipe_of(request: Request) -> Recipe:
+    """The recipe cut down to the task, in the formats asked for; UsageError for a task or a format it has not."""
+    common, _ = _split(request)
+    recipe = load_recipe(request.recipe, common)
+    if request.task not in recipe.adapters:
+        raise UsageError(f"--task: {_no('task', request.task, list(recipe.adapters))}")
+    if recipe.task == CLASSIFICATION:
+        message = f"recipe {request.recipe} is for task {CLASSIFICATION}, whose methods are not compared"
+        raise UsageError(message, "give a recipe for text-generation")
+    return _one_task(recipe, request.task)
+
+
+def trials_of(request: Request, recipe: Recipe, fingerprint: str) -> list[Trial]:
+    """The trials of the request; `recipe` is that of `recipe_of`, and its base has this fingerprint.
+
+    A method without a rank is tried once. Raises UsageError for unknown methods and for options that cannot be.
+    """
+    _check_lists(request)
+    trials: list[Trial] = []
+    for name in dict.fromkeys(request.methods):
+        has_rank = RANK in methods.load(name).options.model_fields
+        for rank in dict.fromkeys(request.ranks) if has_rank and request.ranks else (None,):
+            trials.append(_trial(request, recipe, name, rank, fingerprint))
+    return trials
+
+
+def _check_lists(request: Request) -> None:
+    for name in request.methods:
+        if name not in methods.names():
+            raise UsageError(f"--methods: {_no('method', name, methods.names())}")
+    for rank in request.ranks:
+        if rank < 1:
+            raise UsageError(f"--ranks: {rank} is no rank", "give whole numbers from 1 on")
+    for target in request.targets or ():
+        if target not in TARGETS:
+            raise UsageError(f"--targets: {_no('format', target, TARGETS)}")
+
+
+def _no(what: str, given: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose among: {', '.join(known)}"
+    return f"no {what} {given!r}; {hint}"
+
+
+def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fingerprint: str) -> Trial:
+    common, own = _split(request)
+    mine = own.get(method, {})
+    training = {key: value for key, value in mine.items() if key.startswith("training.")}
+    options = {key: value for key, value in mine.items() if key not in training}
+    place = f"adapters.{request.task}"
+    overrides = {
+        **common,
+        f"{place}.merged": False,
+        f"{place}.method": _options(recipe.adapters[request.task].method, method, rank),
+        **{f"{place}.{key}": value for key, value in training.items()},
+        **{f"{place}.method.{key}": value for key, value in options.items()},
+    }
+    loaded = _one_task(load_recipe(request.recipe, overrides), request.task)
+    spec = loaded.adapters[request.task].method
+    held = getattr(spec.options, RANK, None)
+    name = method if held is None else f"{method}-r{held}"
+    refused = _refusals(spec, loaded.targets)
+    kept = [target for target in loaded.targets if target not in refused]
+    if kept:
+        overrides["targets"] = kept
+    trial = Trial(
+        name=name,
+        method=method,
+        rank=held,
+        recipe=str(request.recipe.resolve()),
+        task=request.task,
+        overrides=overrides,
+        folder=str(request.out.resolve() / "trials" / name),
+        data=request.data,
+        rows=request.rows,
+        refused=refused,
+    )
+    return replace(trial, key=_key(trial, fingerprint))
+
+
+def _split(request: Request) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The settings of all trials, and those of each method alone."""
+    common: dict[str, Any] = {} if request.targets is None else {"targets": list(request.targets)}
+    own: dict[str, dict[str, Any]] = {}
+    for key, value in request.settings.items():
+        method, dot, rest = key.partition(".")
+        if dot and method in methods.names():
+            own.setdefault(method, {})[rest] = value
+        else:
+            common[key] = value
+    unused = next((method for method in own if method not in request.methods), None)
+    if unused is not None:
+        raise UsageError(f"--set: {unused} is not compared", f"name it in --methods, or leave --set {unused}.… out")
+    return common, own
+
+
+def _options(recipe: MethodSpec, method: str, rank: int | None) -> dict[str, Any]:
+    """The method's entry in the recipe, at the rank.
+
+    What the recipe sets of its own method holds for that one, and for others that weigh an update in the same way, so
+    that they differ in the method alone. Alpha follows the rank, so that an update counts the same at each.
+    """
+    fields, own = methods.load(method).options.model_fields, type(recipe.options).model_fields
+    options: dict[str, Any] = {"name": method}
+    if method == recipe.name or _weighs_alike(fields, own):
+        given = recipe.options.model_dump(mode="json", include=recipe.options.model_fields_set)
+        options |= {key: value for key, value in given.items() if key in fields}
+    if rank is not None:
+        for alpha in fields.keys() & ALPHAS:
+            options[alpha] = _value(options, fields, alpha) * rank / _value(options, fields, RANK)
+        options[RANK] = rank
+    return options
+
+
+def _weighs_alike(one: Fields, other: Fields) -> bool:
+    shared = {RANK, *ALPHAS} & one.keys()
+    return len(shared) > 1 and all(key in other and one[key].default == other[key].default for key in shared)
+
+
+def _value(options: Mapping[str, Any], fields: Fields, key: str) -> Any:  # noqa: ANN401 - a JSON value
+    return options.get(key, fields[key].default)
+
+
+def _refusals(spec: MethodSpec, targets: Sequence[str]) -> dict[str, str]:
+    refused = {}
+    for target in targets:
+        accepted = import_module(f"edgetune_export.backends.{target}").SHAPES
+        try:
+            methods.shape_for(methods.load(spec.name), spec.options, target, accepted, merged=False)
+        except IncompatibleError as error:
+            refused[target] = error.message
+    return refused
+
+
+def _one_task(recipe: Recipe, task: str) -> Recipe:
+    return recipe.model_copy(update={"adapters": {task: recipe.adapters[task]}})
+
+
+def _key(trial: Trial, fingerprint: str) -> str:
+    """A digest of the resolved recipe, of the base and of the data files."""
+    recipe = trial.one_task
+    data = recipe.adapters[trial.task].data
+    sources = [source for source in (data.train, data.validation, trial.data) if source is not None]
+    files = {source: sha256_of(Path(source)) if Path(source).is_file() else source for source in sources}
+    state = [version("edgetune"), fingerprint, recipe.resolved(), trial.rows, files]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

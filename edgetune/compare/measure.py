@@ -1,0 +1,182 @@
+"""A built bundle and the checkpoint that it was made of in; scores and speeds, on each engine and in torch, out."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from edgetune_export.backends._base import Source, Weights
+from edgetune_export.shapes import Merged
+from edgetune_runtime import Runtime, bench
+from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest
+from edgetune_runtime.cache import StateCache
+from edgetune_runtime.engines import gguf
+from edgetune_runtime.engines._base import Engine
+from edgetune_runtime.engines.gguf import GgufTokenizer
+from edgetune_runtime.session import Session
+
+from edgetune import bases, methods
+from edgetune.data import Row
+from edgetune.evaluate import Evaluation, score
+from edgetune.progress import Progress
+from edgetune.recipe import Recipe
+
+from .figures import OnEngine, standard_error
+from .torch_engine import TorchEngine
+
+if TYPE_CHECKING:
+    from edgetune_export.backends._base import Backend
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A bundle with the one adapter `task`, and the rows that it is scored on."""
+
+    bundle: Path
+    task: str
+    rows: Sequence[Row]
+    progress: Progress
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return read_manifest(self.bundle)
+
+    @property
+    def entry(self) -> AdapterEntry:
+        """What it says of the adapter."""
+        return self.manifest.adapter(self.task)
+
+    def score(self, target: str) -> Evaluation:
+        """The adapter's score on the device's engine."""
+        self.progress.say(f"scoring on {target}")
+        with Runtime.open(self.bundle, engine=target) as runtime:
+            return score(runtime, self.task, self.rows, self.progress)
+
+    def on_engine(self, target: str, scored: Evaluation, merged_tokens_per_s: float | None) -> OnEngine:
+        """All figures of the adapter on an engine: its score, and the speeds that are measured here."""
+        self.progress.say(f"timing {target}")
+        timed = bench.measure(partial(Runtime.open, self.bundle, engine=target), lambda _: None)
+        shape, speed = self.entry.shapes[target], timed["decode_tokens_per_s"]
+        own, is_merged = speed["adapters"][self.task], shape == Merged.shape
+        return OnEngine(
+            shape=shape,
+            bytes=round(timed["adapter_mb"] * 1e6),
+            score=scored.score,
+            standard_error=standard_error(scored.metric, scored.score, [row.score for row in scored.details]),
+            kl=self.entry.parity[target]["kl"],
+            base_tokens_per_s=speed["base"],
+            tokens_per_s=None if is_merged else own,
+            merged_tokens_per_s=own if is_merged else merged_tokens_per_s,
+            switch_us=timed["switch_us"] and timed["switch_us"]["p50"],
+            first_token_ms=timed["ttft_ms"] and timed["ttft_ms"]["after_switch"],
+        )
+
+
+@dataclass(frozen=True)
+class InTorch:
+    """The checkpoint that a bundle was made of, its base in float32; `work` holds what trials share of the base."""
+
+    measured: Measured
+    checkpoint: methods.Checkpoint
+    method: methods.Method[Any]
+    base: bases.Base
+    work: Path
+    weights: Weights
+
+    def score(self, answers: Sequence[str]) -> Evaluation:
+        """The checkpoint's score by greedy answers; `answers` are guesses of them, such as the device's."""
+        measured = self.measured
+        measured.progress.say("scoring in torch")
+        entry = replace(measured.entry, shapes={}, files={})
+        manifest = replace(measured.manifest, adapters={entry.name: entry})
+        with closing(GgufTokenizer(self.base.path)) as tokenizer, self.method.loaded(self.checkpoint) as model:
+            engine = TorchEngine(model, tokenizer, context_length=manifest.context_length, guesses=answers)
+            with _runtime(measured.bundle, manifest, engine, "torch") as runtime:
+                return score(runtime, entry.name, measured.rows, measured.progress)
+
+    def merged_speed(self, target: str) -> float | None:
+        """Tokens a second of a whole model with the adapter merged in; None where the method or the format has none.
+
+        The model is written for this alone, and deleted.
+        """
+        measured, backend = self.measured, cast("Backend", import_module(f"edgetune_export.backends.{target}"))
+        shapes = self.method.shapes(self.checkpoint.options)
+        if measured.entry.shapes[target] == Merged.shape or not {Merged.shape} <= {*shapes} & {*backend.SHAPES}:
+            return None
+        measured.progress.say(f"timing a merged model in {target}")
+        out = measured.bundle.with_name("merged") / backend.MODEL_FILE
+        try:
+            folded = self.method.fold(self.checkpoint, Merged.shape)
+            assert isinstance(folded, Merged)
+            source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, self.weights)
+            with _alone_in(self.work):
+                backend.write_merged(folded, source, out)
+            return self._speed(target, out)
+        finally:
+            shutil.rmtree(measured.bundle.with_name("merged"), ignore_errors=True)
+
+    def _speed(self, target: str, model: Path) -> float:
+        manifest = replace(self.measured.manifest, adapters={})
+        make = import_module(f"edgetune_runtime.engines.{target}").ENGINE
+        engine = make(model, context_length=manifest.context_length, threads=manifest.threads)
+        found = bench.measure(lambda: _runtime(self.measured.bundle, manifest, engine, target), lambda _: None)
+        return float(found["decode_tokens_per_s"]["base"])
+
+
+@contextmanager
+def in_torch(measured: Measured, recipe: Recipe, folder: Path, work: Path) -> Iterator[InTorch]:
+    """The checkpoint in `folder` for the time of the block; `work` holds the base in `base`, once it was resolved."""
+    import torch  # noqa: PLC0415 - slow to import
+
+    # The board may have chosen another quantization than the recipe says.
+    quantize = measured.manifest.recipe["quantize"]
+    base = bases.resolve(
+        recipe.base,
+        folder=recipe.folder,
+        quantize=quantize,
+        work=work / "base",
+        progress=measured.progress,
+        converter=None,
+    )
+    spec = recipe.adapters[measured.task]
+    model = bases.load_torch(base, torch.float32)
+    checkpoint = methods.Checkpoint(measured.task, folder, model, spec.method.options, spec.scale)
+    # How int4 is rounded makes no difference to the speed, and gptq would take rows.
+    weights = Weights(recipe.onnx.weights)
+    yield InTorch(measured, checkpoint, methods.load(spec.method.name), base, work, weights)
+
+
+def _runtime(bundle: Path, manifest: Manifest, engine: Engine, name: str) -> Runtime:
+    """A runtime around an engine that is open already, which keeps no states."""
+    session = Session(engine, manifest.base.fingerprint, StateCache(0), manifest.base.kv_bytes_per_token)
+    length, threads = manifest.context_length, manifest.threads
+    return Runtime(
+        bundle,
+        manifest,
+        session,
+        {
+            "engine": name,
+            "make": gguf.ENGINE,
+            "context_length": length,
+            "threads": threads,
+            "verify": False,
+            "cache_mb": 0,
+        },
+    )
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep out other trials that run at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

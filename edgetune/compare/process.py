@@ -1,0 +1,87 @@
+"""Trials in, their outcomes out, one after the other, each in a process of its own with a log in its folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from edgetune.progress import Progress
+
+from .figures import Outcome, read_outcome
+from .grid import REQUEST_FILE, Trial
+
+LOG_FILE = "log.txt"
+# How an error begins that the trial ends with.
+_ERROR = "edgetune: "
+# A trial that is stopped saves its training first.
+_STOP_S = 60.0
+
+
+def run_here(trials: Sequence[Trial], progress: Progress) -> Iterator[Outcome]:
+    """Run the trials on this machine; KeyboardInterrupt ends the one that runs, after it saved where it is."""
+    for number, trial in enumerate(trials, 1):
+        progress.say(f"trial {number} of {len(trials)}: {trial.name}")
+        yield run_process(trial, progress.say)
+
+
+def run_process(trial: Trial, say: Callable[[str], None]) -> Outcome:
+    """Run one trial; `say` gets what it says. A trial that fails, or is killed, has an outcome that tells why."""
+    folder = Path(trial.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REQUEST_FILE).write_text(trial.to_json(), encoding="utf-8")
+    errors: list[str] = []
+    with (folder / LOG_FILE).open("w", encoding="utf-8") as log, _started(folder, log.fileno()) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                log.write(line)
+                log.flush()
+                if line.startswith(_ERROR):
+                    errors.append(line.removeprefix(_ERROR).strip())
+                else:
+                    say(f"{trial.name}: {line.rstrip()}")
+            code = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+    outcome = read_outcome(folder, trial.key) if code == 0 else None
+    return outcome or failed(trial, "; ".join(errors) or _ended(code))
+
+
+def failed(trial: Trial, reason: str) -> Outcome:
+    """The outcome of a trial that has no figures."""
+    return Outcome(trial.name, trial.method, trial.rank, "failed", reason, refused=trial.refused)
+
+
+def _started(folder: Path, log: int) -> subprocess.Popen[str]:
+    # Its own session: an interrupt of the terminal's reaches it once, through this process.
+    return subprocess.Popen(
+        [sys.executable, "-m", "edgetune.compare.trial", str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env={"PYTHONWARNINGS": "ignore", **os.environ},
+        start_new_session=True,
+    )
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Let the process save and end, or end it."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.communicate(timeout=_STOP_S)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+
+
+def _ended(code: int) -> str:
+    what = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
+    hint = ", as a system does that is out of memory" if code == -signal.SIGKILL else ""
+    return f"{what}{hint}; see {LOG_FILE} in its folder"

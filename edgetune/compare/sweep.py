@@ -1,0 +1,142 @@
+"""Request in, comparison out: every trial that is not finished yet is run, then table, page and plots are written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune_export.atomic import replacing
+from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
+
+from edgetune import bases
+from edgetune.data import read_rows
+from edgetune.progress import Progress
+from edgetune.recipe import Recipe
+from edgetune.tasks import read_task
+
+from .figures import Outcome, goodness, read_outcome
+from .grid import Request, Trial, recipe_of, trials_of
+from .recommend import Recommendation, recommend
+
+Run = Callable[[Sequence[Trial], Progress], Iterator[Outcome]]
+"""Runs trials and yields their outcomes as they come; one that fails has an outcome too."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcomes of a task's trials, the best score first, and the recommended one; `rows` were scored."""
+
+    task: str
+    base: str
+    metric: str
+    rows: int
+    outcomes: Sequence[Outcome]
+    recommended: Recommendation | None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints, and compare.json holds."""
+        return {
+            "task": self.task,
+            "base": self.base,
+            "metric": self.metric,
+            "rows": self.rows,
+            "trials": [outcome.to_json() for outcome in self.outcomes],
+            "recommended": self.recommended and self.recommended.name,
+            "target": self.recommended and self.recommended.target,
+            "reason": self.recommended and self.recommended.reason,
+        }
+
+
+def compare(request: Request, run: Run, progress: Progress) -> Comparison:
+    """Run what is not finished yet, and write compare.json, compare.html and the plots into `request.out`.
+
+    A trial that fails has a row that says why, and the others go on. Raises UsageError and NotFoundError for what is
+    wrong with the request, before any training; CancelledError when the user interrupts, finished trials being kept;
+    EdgetuneError, after all is written, when no trial succeeded.
+    """
+    recipe, trials = _prepared(request, progress)
+    todo = [trial for trial in trials if not trial.is_refused]
+    found = {trial.name: outcome for trial in todo if (outcome := read_outcome(Path(trial.folder), trial.key))}
+    for name in found:
+        progress.say(f"{name} is finished already")
+    try:
+        for outcome in run([trial for trial in todo if trial.name not in found], progress):
+            found[outcome.name] = outcome
+            progress.say(f"{outcome.name}: {said(outcome)}")
+    except KeyboardInterrupt as error:
+        message = f"comparison stopped with {len(found)} of {len(todo)} trials finished"
+        raise CancelledError(message, "run it again to go on") from error
+    refused = {trial.name: _refused(trial) for trial in trials if trial.is_refused}
+    comparison = _compared(request.task, recipe.base, [(found | refused)[trial.name] for trial in trials])
+    write(comparison, request.out)
+    shutil.rmtree(request.out / "shared" / "structure", ignore_errors=True)
+    _check_any(comparison.outcomes)
+    return comparison
+
+
+def write(comparison: Comparison, out: Path) -> None:
+    """Write compare.json, the plots and the page."""
+    from .page import page  # noqa: PLC0415 - matplotlib is slow to import
+    from .plots import plots  # noqa: PLC0415
+
+    with replacing(out / "compare.json") as path:
+        path.write_text(json.dumps(comparison.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    pictures = plots(comparison.outcomes, out)
+    with replacing(out / "compare.html") as path:
+        path.write_text(page(comparison, pictures), encoding="utf-8")
+
+
+def said(outcome: Outcome) -> str:
+    """An outcome in one line."""
+    if outcome.status != "done":
+        return f"{outcome.status}: {outcome.reason}"
+    scores = ", ".join(f"{figures.score:.4g} in {target}" for target, figures in outcome.engines.items())
+    return f"{outcome.metric} {scores}, {outcome.torch_score:.4g} before export"
+
+
+def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]]:
+    """The recipe and the trials, after all that can be wrong has been looked at; the base is made ready once."""
+    if request.out.exists() and not request.out.is_dir():
+        raise UsageError(f"{request.out} is not a folder", "choose another --out")
+    recipe = recipe_of(request)
+    task = read_task(request.task, recipe)
+    if request.data is not None:
+        read_rows(request.data, task.spec.data.columns, labels=task.labels or None)
+    base = bases.resolve(
+        recipe.base,
+        folder=recipe.folder,
+        quantize=recipe.quantize,
+        work=request.out / "shared" / "base",
+        progress=progress,
+        converter=None,
+    )
+    return recipe, trials_of(request, recipe, base.fingerprint)
+
+
+def _refused(trial: Trial) -> Outcome:
+    reason = next(iter(trial.refused.values()))
+    return Outcome(trial.name, trial.method, trial.rank, "refused", reason, refused=trial.refused)
+
+
+def _compared(task: str, base: str, outcomes: Sequence[Outcome]) -> Comparison:
+    done = [outcome for outcome in outcomes if outcome.status == "done"]
+    first = done[0] if done else None
+    ordered = [*sorted(done, key=_best, reverse=True), *(o for o in outcomes if o.status != "done")]
+    metric, rows = (first.metric, first.rows) if first else ("", 0)
+    return Comparison(task, base, metric, rows, ordered, recommend(outcomes))
+
+
+def _best(outcome: Outcome) -> float:
+    return max(goodness(outcome.metric, figures.score) for figures in outcome.engines.values())
+
+
+def _check_any(outcomes: Sequence[Outcome]) -> None:
+    if any(outcome.status == "done" for outcome in outcomes):
+        return
+    first = outcomes[0]
+    kind = IncompatibleError if first.status == "refused" else EdgetuneError
+    raise kind(f"none of {len(outcomes)} trials succeeded; {first.name}: {first.reason}")

@@ -1,0 +1,98 @@
+"""A model in torch in, an engine of the runtime out: the checkpoint answers through the very code that the device runs.
+
+A method promises logits of given tokens and no cache of keys and values, so an answer is computed ahead: the model
+reads a guess of the whole answer at once, and only where its own choice differs is the rest computed anew. The answers
+are those of greedy decoding, whatever the guesses are worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from edgetune_runtime.engines._base import Logits, Tokenizer
+
+from edgetune.verify import logits_of
+
+
+class TorchEngine:
+    """One model with what was trained on it; `guesses` are answers to the prompts to come, in their order."""
+
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - with or without PEFT around it
+        tokenizer: Tokenizer,
+        *,
+        context_length: int,
+        guesses: Iterable[str] = (),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self._logits = logits_of(model)
+        self._guesses = iter(guesses)
+        self._tokens: list[int] = []
+        self._guess: list[int] = []
+        self._known: list[int] = []
+        self._rows: Logits = np.empty((0, tokenizer.vocab_size), np.float32)
+
+    def load_adapter(
+        self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
+    ) -> None:
+        """Nothing: what was trained is in the model."""
+
+    def activate(self, adapters: Mapping[str, float]) -> None:
+        """Nothing: what was trained is always active."""
+
+    def capacity(self, adapters: Mapping[str, float]) -> int:
+        """How many tokens a sequence may have."""
+        return self.context_length
+
+    def forget(self, keep: int) -> int:
+        """Drop the tokens from position `keep` on."""
+        del self._tokens[keep:]
+        return len(self._tokens)
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        """Logits after a prompt, [vocab]; the next guess is taken to be its answer."""
+        self._tokens += tokens
+        text = next(self._guesses, None)
+        answer = [] if text is None else [*self.tokenizer.tokenize(text, continues=True), self.tokenizer.end_token]
+        self._guess = [*self._tokens, *answer]
+        last: Logits = self._after(1)[-1]
+        return last
+
+    def decode_all(self, tokens: Sequence[int]) -> Logits:
+        """Logits after each of these tokens, [tokens, vocab]."""
+        self._tokens += tokens
+        return self._after(len(tokens))
+
+    def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
+        """Sum of log probabilities (nats) of each continuation."""
+        return [self._score(continuation) for continuation in continuations]
+
+    def save_state(self) -> bytes:
+        """The tokens themselves."""
+        return np.asarray(self._tokens, np.int64).tobytes()
+
+    def restore_state(self, state: bytes) -> None:
+        """The tokens of a saved state."""
+        self._tokens = np.frombuffer(state, np.int64).tolist()
+
+    def close(self) -> None:
+        """Nothing: the model belongs to the caller."""
+
+    def _after(self, count: int) -> Logits:
+        """Logits after each of the last `count` tokens."""
+        length = len(self._tokens)
+        if self._known[:length] != self._tokens:
+            # Where one token differs, such as a value in JSON, the rest of the guess is likely to be right still.
+            self._known = [*self._tokens, *self._guess[length:]][: self.context_length]
+            self._rows = self._logits(self._known)
+        return self._rows[length - count : length]
+
+    def _score(self, continuation: Sequence[int]) -> float:
+        rows = self._logits([*self._tokens, *continuation])[len(self._tokens) - 1 : -1].astype(np.float64)
+        chosen = rows[np.arange(len(continuation)), list(continuation)]
+        return float((chosen - np.logaddexp.reduce(rows, axis=1)).sum())
