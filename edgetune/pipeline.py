@@ -190,23 +190,19 @@ def _plan(tasks: Sequence[Task], base: Base, context_length: int, progress: Prog
     todo = []
     with closing(GgufTokenizer(base.path)) as tokenizer:
         for task in tasks:
-            training, validation, too_long = task.tokenize(tokenizer, context_length)
+            kind = methods.load(task.spec.method.name)
+            room = context_length - kind.prefix_tokens(task.spec.method.options)
+            training, validation, too_long = task.tokenize(tokenizer, room)
             if too_long.count:
                 where = ", ".join(too_long.examples)
-                progress.say(f"{task.name}: {too_long.count} rows are longer than {context_length} tokens: {where} …")
-            method = task.spec.method
-            key = _key(task, base, (*training, *validation))
-            kind = methods.load(method.name)
-            job = Job(
-                task.name,
-                kind,
-                method.options,
-                task.training,
-                training,
-                validation,
-                key,
-                kind.objective(method.options),
-            )
+                progress.say(f"{task.name}: {too_long.count} rows are longer than {room} tokens: {where} …")
+            rows = (*training, *validation)
+            options = kind.prepared(task.spec.method.options, tokenizer, rows)
+            method = task.spec.method.model_copy(update={"options": options})
+            task = replace(task, spec=task.spec.model_copy(update={"method": method}))  # noqa: PLW2901 - now complete
+            key = _key(task, base, rows)
+            objective = kind.objective(options)
+            job = Job(task.name, kind, options, task.training, training, validation, key, objective)
             todo.append(_Work(task, job, too_long))
     return todo
 
@@ -221,7 +217,7 @@ def _place(
     progress: Progress,
 ) -> tuple[list[_Work], Recipe]:
     """The same with modules and rank in place of `target_modules: auto`, in the recipe too."""
-    trials = partial(train_all, base=base.name, load=load, work=work, progress=progress)
+    trials = partial(train_all, base=base.name, load=load, work=work, progress=progress, plots=False)
     placed = []
     for item in todo:
         options, spec = item.job.options, item.task.spec
@@ -253,6 +249,8 @@ def train_all(
     load: Callable[[torch.dtype], PreTrainedModel],
     work: Path,
     progress: Progress,
+    *,
+    plots: bool = True,
 ) -> dict[str, TrainResult]:
     """The result of each training; the base, by name, is loaded only if one is left to do."""
     results: dict[str, TrainResult] = {}
@@ -270,7 +268,7 @@ def train_all(
             result = train(model, job, folder, progress)
             if job.method.trains_base:
                 model = None
-            if processes().is_main_process:
+            if plots and processes().is_main_process:
                 plot_training(result, job.name, folder / "training.png")
         progress.say(_summary(job.name, result))
         results[job.name] = result

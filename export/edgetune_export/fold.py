@@ -36,7 +36,6 @@ _REFUSED_OPTIONS = {
     "layer_replication": "train on the base's own layers",
     "fan_in_fan_out": "train with fan_in_fan_out: false",
     "target_parameters": "target modules instead of parameters",
-    "alora_invocation_tokens": "train without alora_invocation_tokens",
     "use_qalora": "train with use_qalora: false",
     "use_bdlora": "train without use_bdlora",
     "kasa_config": "train without kasa_config",
@@ -70,7 +69,7 @@ class _Scales:
 
 
 def fold_peft(folder: Path, name: str, method: str = "lora") -> LowRank:
-    """Read the PEFT LoRA adapter in `folder` and fold its scale into B.
+    """Read the PEFT LoRA adapter in `folder`, activated or not, and fold its scale into B.
 
     Raises NotFoundError when a file is missing, VerificationError when one is damaged or they contradict each other,
     and IncompatibleError, with the way out, for what a GGUF LoRA cannot carry.
@@ -78,6 +77,7 @@ def fold_peft(folder: Path, name: str, method: str = "lora") -> LowRank:
     config = _read_config(folder)
     _refuse_unsupported(config, name)
     scales = _read_scales(config, folder / CONFIG_NAME)
+    invocation = _read_invocation(config, folder / CONFIG_NAME)
     pairs = _pair(_read_tensors(folder), name)
     modules: dict[str, Delta] = {}
     problems: list[str] = []
@@ -91,11 +91,17 @@ def fold_peft(folder: Path, name: str, method: str = "lora") -> LowRank:
     _raise_all(VerificationError, f"adapter {name!r} is damaged", problems, _SAVE_AGAIN)
     if len(modules) != len(pairs):
         raise VerificationError(f"adapter {name!r} names a module twice", _SAVE_AGAIN)
-    return LowRank(name, method, dict(sorted(modules.items())))
+    return LowRank(name, method, dict(sorted(modules.items())), invocation)
 
 
 def merge(adapter: LowRank, weight_of: Callable[[str], Floats], scale: float = 1.0) -> Merged:
-    """The whole model that `scale` times the adapter makes of the base, whose modules' weights `weight_of` gives."""
+    """The whole model that `scale` times the adapter makes of the base, whose modules' weights `weight_of` gives.
+
+    IncompatibleError when the adapter has invocation tokens: a merged model would heed it before them too.
+    """
+    if adapter.invocation:
+        message = f"adapter {adapter.name!r} acts from its invocation tokens on, which a merged model cannot"
+        raise IncompatibleError(message, "leave merged out, or train it with lora")
 
     def merged(module: str, delta: Delta) -> Floats:
         weight, change = weight_of(module), delta.b @ delta.a
@@ -163,6 +169,13 @@ def _read_scales(config: Mapping[str, Any], path: Path) -> _Scales:
     _raise_all(VerificationError, f"{path} is broken", problems, _SAVE_AGAIN)
     rslora = bool(config.get("use_rslora"))
     return _Scales(config["r"], config["lora_alpha"], rslora, patterns["rank_pattern"], patterns["alpha_pattern"])
+
+
+def _read_invocation(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    tokens = config.get("alora_invocation_tokens") or []
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
+        raise VerificationError(f"{path} is broken: alora_invocation_tokens is {str(tokens)[:80]}", _SAVE_AGAIN)
+    return tuple(tokens)
 
 
 def _compiles(expression: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from edgetune_export.fold import CONFIG_NAME, WEIGHTS_NAME, fold_peft
+from edgetune_export.fold import CONFIG_NAME, WEIGHTS_NAME, fold_peft, merge
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -91,7 +91,6 @@ def test_weights_of_other_float_types_are_read(tmp_path: Path, dtype: str) -> No
         ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
         ({"init_lora_weights": "olora"}, "init_lora_weights: olora"),
-        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -108,6 +107,22 @@ def test_what_peft_trains_beyond_plain_lora_is_refused_with_a_way_out(
         fold_peft(folder, "command")
     assert "'command'" in caught.value.message
     assert "merge_and_unload" in caught.value.remedy
+
+
+def test_an_activated_lora_keeps_its_invocation_and_is_not_merged(
+    tiny_folder: Callable[[str], Path], save_random_adapter: Callable[..., Any], tmp_path: Path
+) -> None:
+    options = {"r": 4, "target_modules": ["q_proj"], "alora_invocation_tokens": [5, 6]}
+    folded = fold_peft(save_random_adapter(tiny_folder("llama"), tmp_path, options).folder, "command")
+    assert folded.invocation == (5, 6)
+    with pytest.raises(IncompatibleError, match="'command' acts from its invocation tokens on, which a merged model"):
+        merge(folded, lambda _: np.zeros((64, 64), np.float32))
+
+
+@pytest.mark.parametrize("tokens", ["<|im_start|>", [5, "6"], [5, -1], [True], [2**40], {"5": 6}])
+def test_invocation_tokens_that_are_none_are_refused(tmp_path: Path, tokens: object) -> None:
+    with pytest.raises(VerificationError, match="is broken: alora_invocation_tokens is "):
+        fold_peft(write_folder(tmp_path / "peft", alora_invocation_tokens=tokens), "command")
 
 
 @pytest.mark.parametrize(
