@@ -53,7 +53,7 @@ def plots(outcomes: Sequence[Outcome], out: Path) -> list[Picture]:
     pictures = []
     for name, draw, caption in drawn:
         figure = draw(done)
-        figure.savefig(out / name, dpi=DPI)
+        figure.savefig(out / name)
         pictures.append(Picture(out / name, caption))
     return pictures
 
@@ -65,6 +65,7 @@ def _sizes(done: Sequence[Outcome]) -> Figure:
         for label, color, target, figures in _each(done)
     ]
     axes.set(xlabel="adapter on disk (MB)", xscale="log")
+    _plain_ticks(axes.xaxis, [point.x for point in points])
     _draw(figure, axes, points)
     return figure
 
@@ -95,15 +96,26 @@ def _losses(done: Sequence[Outcome]) -> Figure:
     low, high = axes.get_ylim()
     if low > 0 and high > 10 * max(low, 1e-9):
         axes.set_yscale("log")
+        _plain_ticks(axes.yaxis, [low, high])
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
+
+
+def _plain_ticks(axis: Any, values: Sequence[float]) -> None:  # noqa: ANN401 - matplotlib has no types
+    """Ticks of a logarithmic axis as plain numbers, few enough to be read."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter  # noqa: PLC0415 - slow to import
+
+    digits = (1.0, 2.0, 5.0) if max(values) < 1000 * min(values) else (1.0,)
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _figure(metric: str) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
@@ -142,6 +154,8 @@ def _draw(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:  # noqa:
     axes.margins(x=0.12, y=0.15)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(MARKERS), frameon=False)
     figure.draw_without_rendering()
+    # Labels are placed by where all else is now.
+    figure.set_layout_engine("none")
     _label(figure, axes, points)
 
 
@@ -161,6 +175,7 @@ def _place(axes: Any, point: _Point, taken: Sequence[Any], renderer: Any) -> Any
     text = axes.annotate(
         point.label,
         (point.x, point.y),
+        xytext=(0, 0),
         textcoords="offset points",
         color=point.color,
         fontsize=9,
@@ -170,7 +185,7 @@ def _place(axes: Any, point: _Point, taken: Sequence[Any], renderer: Any) -> Any
     for distance in _DISTANCES:
         for across, up in _DIRECTIONS:
             _move(text, across * distance, up * distance)
-            box = text.get_window_extent(renderer)
+            box = _extent(text, renderer)
             covered = sum(box.overlaps(other) for other in taken) + 3 * (not _is_inside(box, axes))
             if covered < least:
                 best, least = (across * distance, up * distance), covered
@@ -179,7 +194,15 @@ def _place(axes: Any, point: _Point, taken: Sequence[Any], renderer: Any) -> Any
                 return box
     assert best is not None
     _move(text, *best)
-    return text.get_window_extent(renderer)
+    return _extent(text, renderer)
+
+
+def _extent(text: Any, renderer: Any) -> Any:  # noqa: ANN401 - as above
+    from matplotlib.text import Text  # noqa: PLC0415 - slow to import
+
+    # An annotation's own extent would count its line to the point.
+    text.update_positions(renderer)
+    return Text.get_window_extent(text, renderer)
 
 
 def _move(text: Any, across: float, up: float) -> None:  # noqa: ANN401 - as above
