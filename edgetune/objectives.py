@@ -77,17 +77,23 @@ class NextToken:
 
     def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Packed) -> torch.Tensor:
         """Cross entropy, with logits only where there is loss."""
-        logits = forward(
-            input_ids=batch.tokens,
-            position_ids=batch.positions,
-            logits_to_keep=batch.predictors,
-            packed=batch,
-            use_cache=False,
-        ).logits[0]
+        logits = packed_logits(forward, batch)
         return cross_entropy(logits.float(), batch.targets, reduction="sum")
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """There is nothing else to write."""
+
+
+def packed_logits(forward: Callable[..., Any], packed: Packed) -> torch.Tensor:
+    """The model's logits before each learned token [learned, vocabulary]."""
+    logits: torch.Tensor = forward(
+        input_ids=packed.tokens,
+        position_ids=packed.positions,
+        logits_to_keep=packed.predictors,
+        packed=packed,
+        use_cache=False,
+    ).logits[0]
+    return logits
 
 
 NEXT_TOKEN = NextToken()

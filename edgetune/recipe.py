@@ -146,7 +146,7 @@ class MethodSpec(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_recipe(cls, value: object) -> object:
+    def _from_recipe(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, cls):
             return value
         given = {"name": value} if isinstance(value, str) else value
@@ -156,7 +156,7 @@ class MethodSpec(Part):
         if name not in methods.names():
             raise ValueError(f"no method {name!r}; {suggest(str(name), methods.names())}")
         options = {key: option for key, option in given.items() if key != "name"}
-        return {"name": name, "options": methods.load(name).options.model_validate(options)}
+        return {"name": name, "options": methods.load(name).options.model_validate(options, context=info.context)}
 
     @model_serializer
     def _as_written(self) -> dict[str, Any]:
@@ -347,6 +347,8 @@ class Recipe(Part):
         for adapter in values["adapters"].values():
             for key in ("train", "validation"):
                 adapter["data"][key] = adapter["data"][key] and self._portable(adapter["data"][key])
+            if adapter["method"].get("document"):
+                adapter["method"]["document"] = self._portable(adapter["method"]["document"])
         return values
 
     def _portable(self, source: str) -> str:

@@ -28,7 +28,7 @@ class PrefixOptions(BeginOptions):
         " prefix_projection, states means random.",
     )
     learning_rate_factor: float = Field(
-        10.0,
+        default=10.0,
         gt=0,
         description="The method's learning rate as a multiple of training.learning_rate; 1 with prefix_projection.",
     )

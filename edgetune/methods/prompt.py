@@ -26,7 +26,7 @@ class PromptTuningOptions(BeginOptions):
         description="What the soft tokens begin as: the embeddings of a text, of random tokens, or random numbers.",
     )
     learning_rate_factor: float = Field(
-        10.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+        default=10.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
     )
 
 
