@@ -96,7 +96,7 @@ def slots_of(header: OnnxHeader) -> dict[str, tuple[int, int]]:
     slots = {module: _slot(header, module) for module in modules}
     problems = [f"{module[:80]!r} {slot}" for module, slot in slots.items() if isinstance(slot, str)]
     if problems:
-        raise VerificationError(f"the graph's adapter slots are damaged: {_some(problems)}", _DAMAGED)
+        raise VerificationError(f"the graph's adapter slots are damaged: {some(problems)}", _DAMAGED)
     return {module: slot for module, slot in slots.items() if not isinstance(slot, str)}
 
 
@@ -125,9 +125,9 @@ def check_adapter_arrays(
             found = f"{pair[0].shape} and {pair[1].shape}"
             foreign.append(f"{module!r} has shapes {found}, the graph's widths are {widths}")
     if damaged:
-        raise VerificationError(f"adapter {name!r} is damaged: {_some(damaged + foreign)}", _DAMAGED)
+        raise VerificationError(f"adapter {name!r} is damaged: {some(damaged + foreign)}", _DAMAGED)
     if foreign:
-        message = f"adapter {name!r} does not fit the graph: {_some(foreign)}"
+        message = f"adapter {name!r} does not fit the graph: {some(foreign)}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
 
 
@@ -170,7 +170,8 @@ def _slot(header: OnnxHeader, module: str) -> tuple[int, int] | str:
     return f"is not float32 [in, rank], [rank, out] with defaults [in, 0], [0, out] but {found}"
 
 
-def _some(problems: Sequence[str]) -> str:
+def some(problems: Sequence[str]) -> str:
+    """Up to three of the problems, and how many more there are."""
     more = len(problems) - _NAMED
     return "; ".join(problems[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
 

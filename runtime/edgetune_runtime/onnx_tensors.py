@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .errors import IncompatibleError, VerificationError
-from .onnx_file import OnnxHeader
+from .onnx_file import OnnxHeader, some
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,6 @@ _BOTTLENECK = {DOWN: ("columns", "rank"), DOWN_BIAS: ("rank",), UP: ("rank", "ro
 _SCALING = {"": ("width",)}
 _NAME = re.compile(r"(?P<slot>.+\.bottleneck_[a-z]+_[a-z]+)(?P<part>\.down|\.down_bias|\.up|\.up_bias)")
 _FLOAT = 1
-_NAMED = 3
 _DAMAGED = "build or copy the file again"
 
 
@@ -58,7 +57,7 @@ def tensor_slots_of(header: OnnxHeader) -> dict[str, Shape]:
         else:
             found |= shapes
     if problems:
-        raise VerificationError(f"the graph's adapter slots are damaged: {_some(problems)}", _DAMAGED)
+        raise VerificationError(f"the graph's adapter slots are damaged: {some(problems)}", _DAMAGED)
     return found
 
 
@@ -81,9 +80,9 @@ def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mappin
                 shape = tuple("rank" if width is None else width for width in slots[key])
                 foreign.append(f"{key!r} has shape {arrays[key].shape}, the graph wants {shape}")
     if damaged:
-        raise VerificationError(f"adapter {name!r} is damaged: {_some(damaged + foreign)}", _DAMAGED)
+        raise VerificationError(f"adapter {name!r} is damaged: {some(damaged + foreign)}", _DAMAGED)
     if foreign:
-        message = f"adapter {name!r} does not fit the graph: {_some(foreign)}"
+        message = f"adapter {name!r} does not fit the graph: {some(foreign)}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
 
 
@@ -159,8 +158,3 @@ def _contradictions(
     elif 0 in ranks:
         problems.append(f"{slot!r} has rank 0")
     return problems
-
-
-def _some(problems: Sequence[str]) -> str:
-    more = len(problems) - _NAMED
-    return "; ".join(problems[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
