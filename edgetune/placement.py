@@ -85,7 +85,7 @@ class Choice:
     def _said(self, item: Tried) -> str:
         cost = f"decodes {item.cost:.1%} slower"
         if not _fits(item, self.budget):
-            return f"{cost}, over {self.budget:.0%}"
+            return f"{cost}: over the budget"
         loss = "" if item.val_loss is None else f", validation loss {item.val_loss:.3f} after {self.steps} steps"
         return f"{cost}{loss}{' <- chosen' if item == self.chosen else ''}"
 
@@ -124,7 +124,7 @@ def choose(
         contenders = [item for item in tried if item.val_loss is not None]
     best = min(contenders, key=lambda item: (item.val_loss or 0.0, item.cost))
     choice = Choice(best, tried, budget, describe(recipe), steps)
-    progress.say(f"{job.name}: modules and rank for decoding less than {budget:.0%} slower, {choice.source}")
+    progress.say(f"{job.name}: modules and rank for decoding less than {_percent(budget)} slower, {choice.source}")
     for line in choice.table():
         progress.say(line)
     return choice
@@ -145,11 +145,15 @@ def _too_dear(name: str, tried: Sequence[Tried], budget: float, source: str) -> 
     cheapest = min(tried, key=lambda item: item.cost)
     what = f"{cheapest.placement.title} at rank {cheapest.placement.rank}"
     message = (
-        f"adapter {name!r} would slow down decoding by {budget:.0%} or more wherever it is placed; "
+        f"adapter {name!r} slows down decoding by {_percent(budget)} or more wherever it is placed; "
         f"the cheapest, {what}, costs {cheapest.cost:.1%} ({source})"
     )
     enough = math.floor(cheapest.cost * 100) + 1
     return UsageError(message, f"set max_decode_overhead: {enough}% or more")
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.3g}%"
 
 
 def _steps(job: Job[Example]) -> int:

@@ -161,7 +161,8 @@ adapters:
         "14: adapters.b.scale: inf is not a finite number",
         "15: adapters.b.labels.1: 5 is not text; put it in quotes if it should be",
         "16: adapters.b.method.target_modules: 5 does not fit; it is: "
-        "Modules to adapt: all-linear, or names such as [q_proj, v_proj]",
+        "Modules to adapt: all-linear, names such as [q_proj, v_proj], or auto, which chooses modules and a rank of "
+        "at most r by what they cost and give (docs/placement.md)",
         "16: adapters.b.method.rank: -1 is not greater than 0",
         "16: adapters.b.method.rr: unknown key; did you mean 'r'?",
         "18: adapters.c.data.held_out: 2 is not less than 1",
