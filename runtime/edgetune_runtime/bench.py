@@ -101,10 +101,11 @@ def _first_tokens(runtime: Runtime, names: list[str]) -> dict[str, float]:
 
 def _decode_speed(runtime: Runtime, name: str | None) -> float:
     session, active = runtime.session(name)
-    tokens = session.engine.tokenizer.tokenize(MESSAGES[0])[: session.engine.context_length // 2]
     with session.hold():
+        room = session.capacity(active)
+        tokens = session.engine.tokenizer.tokenize(MESSAGES[0])[: room // 2]
         token = int(session.start(active, tokens).logits.argmax())
-        steps = min(DECODE_STEPS, session.engine.context_length - len(tokens))
+        steps = min(DECODE_STEPS, room - len(tokens))
         return 1 / statistics.median(_step_s(session, token) for _ in range(steps))
 
 

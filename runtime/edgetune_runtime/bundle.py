@@ -64,9 +64,9 @@ class AdapterEntry:
     """One adapter: its file and its shape per backend, and what is known about it.
 
     `error` is the share of what was trained that a product of low rank leaves out. `prefix_tokens` are the positions of
-    the context that it takes; `ranks` maps a module's name in the trained model to its rank; `scale` is the factor
-    where a caller names none. `metric` is the name of the score that `edgetune evaluate` computes. `parity` maps a
-    backend to `kl`, `top1`, … .
+    the context that it takes; with `invocation` tokens it acts only from the last place on where these stand. `ranks`
+    maps a module's name in the trained model to its rank; `scale` is the factor where a caller names none. `metric` is
+    the name of the score that `edgetune evaluate` computes. `parity` maps a backend to `kl`, `top1`, … .
     """
 
     name: str
@@ -77,6 +77,7 @@ class AdapterEntry:
     ranks: Mapping[str, int] = field(default_factory=dict)
     error: float = 0.0
     prefix_tokens: int = 0
+    invocation: tuple[int, ...] = ()
     scale: float = 1.0
     system: str | None = None
     metric: str = "exact"

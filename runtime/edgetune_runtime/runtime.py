@@ -170,8 +170,8 @@ class Runtime:
         A text longer than the context is taken in windows that overlap by one token.
         """
         session, adapters = self.session(adapter)
-        window = session.engine.context_length
         with session.hold():
+            window = session.capacity(adapters)
             tokens = session.engine.tokenizer.tokenize(text)
             if len(tokens) < 2:
                 raise UsageError(f"a text of {len(tokens)} tokens has no perplexity", "give a longer text")
@@ -226,7 +226,7 @@ class Runtime:
             template, bos, eos = tokenizer.chat_template, tokenizer.bos, tokenizer.eos
             tokens = tokenizer.tokenize(render(template, messages, add_generation_prompt=True, bos=bos, eos=eos))
             prepared_s = time.perf_counter() - begin
-        longest = session.engine.context_length
+            longest = session.capacity(active)
         if not 0 < len(tokens) <= longest:
             message = f"the prompt has {len(tokens)} tokens, the context holds 1 to {longest}"
             raise UsageError(message, "change the prompt, or open the bundle with a longer context")
@@ -256,7 +256,7 @@ class Runtime:
         if isinstance(self._running, EncoderEngine):
             self._running.load_adapter(entry.name, path, fingerprint, len(entry.labels))
         else:
-            self._running.engine.load_adapter(entry.name, path, fingerprint)
+            self._running.engine.load_adapter(entry.name, path, fingerprint, entry.invocation)
 
     def _is_merged(self, entry: AdapterEntry) -> bool:
         return entry.shapes.get(self._options["engine"]) == "merged"
@@ -318,7 +318,8 @@ def _open(bundle: Path, manifest: Manifest, file: str, options: _Options) -> Ses
     running = make(path, context_length=options["context_length"], threads=options["threads"])
     if isinstance(running, EncoderEngine):
         return running
-    return Session(running, sha256, StateCache(options["cache_mb"]), kv_bytes)
+    invocations = {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation}
+    return Session(running, sha256, StateCache(options["cache_mb"]), kv_bytes, invocations)
 
 
 def _check_memory(needed_mb: float, context_length: int) -> None:
@@ -347,10 +348,11 @@ def _file_of(files: Mapping[str, str], engine: str, what: str) -> str:
 
 
 def _window_loss(session: Session, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:
-    loss = _loss(session.start(adapters, tokens[:1]).logits[None], tokens[1:2])
-    for begin in range(1, len(tokens) - 1, _ROWS):
-        inputs = tokens[begin : min(begin + _ROWS, len(tokens) - 1)]
-        loss += _loss(session.extend(inputs), tokens[begin + 1 :][: len(inputs)])
+    loss, begin = 0.0, 1
+    for rows in session.walk(adapters, tokens, _ROWS):
+        targets = tokens[begin : begin + len(rows)]
+        loss += _loss(rows[: len(targets)], targets)
+        begin += len(rows)
     return loss
 
 

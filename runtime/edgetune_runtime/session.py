@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from .cache import Key, StateCache, common_prefix, key_of
+from .activation import Invocations, Phases, phases
+from .cache import Key, StateCache, key_of, reusable
 from .engines._base import Engine, Logits
 from .errors import UsageError
 
@@ -23,13 +25,25 @@ class Start:
 
 
 class Session:
-    """An engine, the base that it runs (by fingerprint) and the states saved of it. Every use is inside `hold`."""
+    """An engine, the base that it runs (by fingerprint) and the states saved of it. Every use is inside `hold`.
 
-    def __init__(self, engine: Engine, base: str, cache: StateCache, kv_bytes_per_token: int) -> None:
+    `invocations` are the tokens from which on some adapters act, and not before.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        base: str,
+        cache: StateCache,
+        kv_bytes_per_token: int,
+        invocations: Invocations = MappingProxyType({}),
+    ) -> None:
         self.engine = engine
         self.tokens: list[int] = []
         self._base = base
         self._key: Key | None = None
+        self._room = engine.capacity({})
+        self._invocations = invocations
         self._cache = cache
         self._kv_bytes_per_token = kv_bytes_per_token
         self._lock = threading.Lock()
@@ -51,35 +65,42 @@ class Session:
 
     def start(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Start:
         """Switch to these adapters and decode the tokens, all but what is known of their beginning."""
-        try:
-            key = key_of(self._base, adapters)
-            reused = self._reuse(key, tokens)
-            begin = time.perf_counter_ns()
-            self.engine.activate(dict(key.adapters))
-            switch_us = (time.perf_counter_ns() - begin) / 1e3
-            self._key = key
-            logits = self.engine.decode(tokens[reused:])
+        acting = phases(adapters, self._invocations, tokens)
+        with self._resetting():
+            reused, switch_ns = self._begin(acting, tokens)
+            if reused < acting.since:
+                switch_ns += self._activate(acting.first)
+                self.engine.decode(tokens[reused : acting.since])
+                switch_ns += self._activate(acting.then)
+            logits = self.engine.decode(tokens[max(reused, acting.since) :])
             self.tokens = list(tokens)
-        except BaseException:
-            self.reset()
-            raise
-        return Start(logits, reused, switch_us)
+        return Start(logits, reused, switch_ns / 1e3)
+
+    def walk(self, adapters: Mapping[str, float], tokens: Sequence[int], rows: int) -> Iterator[Logits]:
+        """As `start`, but gives logits after each of the tokens, at most so many rows at once."""
+        acting = phases(adapters, self._invocations, tokens)
+        with self._resetting():
+            # The first token is decoded in any case: a state has no logits.
+            self._begin(acting, tokens[:1])
+        for begin, end in _parts(len(tokens), acting.since, rows):
+            self._activate(acting.first if begin < acting.since else acting.then)
+            yield self.extend(tokens[begin:end])
 
     def extend(self, tokens: Sequence[int]) -> Logits:
         """Decode more tokens; logits after each, shape [tokens, vocab]."""
         self._check_open()
-        try:
+        with self._resetting():
             logits = self.engine.decode_all(tokens)
             self.tokens.extend(tokens)
-        except BaseException:
-            # A decode that was interrupted may have left its tokens or not.
-            self.reset()
-            raise
         return logits
+
+    def capacity(self, adapters: Mapping[str, float]) -> int:
+        """How many tokens fit in the context with these adapters, prompt and answer together."""
+        return self.engine.capacity(adapters)
 
     def is_full(self) -> bool:
         """Whether the context has no room for another token."""
-        return len(self.tokens) >= self.engine.context_length
+        return len(self.tokens) >= self._room
 
     def clear(self) -> None:
         """Forget the live sequence and all saved states."""
@@ -109,22 +130,49 @@ class Session:
         if self._closed:
             raise UsageError("the runtime is closed", "open the bundle again")
 
-    def _reuse(self, key: Key, tokens: Sequence[int]) -> int:
-        """Bring the engine's sequence to the longest known beginning of `tokens`, one token short of all at most."""
-        same = key == self._key
-        known = common_prefix(self.tokens, tokens) if same else 0
-        saved = self._cache.get(key)
-        if not same:
+    @contextmanager
+    def _resetting(self) -> Iterator[None]:
+        """Forget the live sequence when something goes wrong: an interrupted decode may have left its tokens or not."""
+        try:
+            yield
+        except BaseException:
+            self.reset()
+            raise
+
+    def _begin(self, acting: Phases, tokens: Sequence[int]) -> tuple[int, int]:
+        """Bring the engine's sequence to the longest known beginning of `tokens`, one token short of all at most.
+
+        What acts in the end is active then. Returns the beginning's tokens, and the nanoseconds that the switch took.
+        """
+        key = key_of(self._base, acting.first, acting.then, acting.since)
+        live = reusable((self._key, self.tokens), (key, tokens)) if self._key else 0
+        # Looked up before anything is saved, which may drop it.
+        saved, known = self._cache.best(key, tokens)
+        if key != self._key:
             self._save()
-        restored = common_prefix(saved.tokens, tokens) if saved else 0
-        if saved and restored > known:
+        # Of another prefix nothing may be left, and a state is restored behind its own.
+        switch_ns = self._activate(acting.then)
+        self._key, self._room = key, self.engine.capacity(acting.then)
+        if saved is not None and known > live:
             self.engine.restore_state(saved.state)
-            known = restored
-        # At least one token is decoded: a state has no logits.
-        keep = self.engine.forget(min(known, len(tokens) - 1))
+            live = known
+        keep = self.engine.forget(min(live, len(tokens) - 1))
         self.tokens = list(tokens[:keep])
-        return keep
+        return keep, switch_ns
+
+    def _activate(self, adapters: Mapping[str, float]) -> int:
+        """Switch; returns the nanoseconds that it took."""
+        active = {name: scale for name, scale in sorted(adapters.items()) if scale != 0}
+        begin = time.perf_counter_ns()
+        self.engine.activate(active)
+        return time.perf_counter_ns() - begin
 
     def _save(self) -> None:
         if self._key and self.tokens and self._cache.admits(len(self.tokens) * self._kv_bytes_per_token):
             self._cache.put(self._key, self.tokens, self.engine.save_state())
+
+
+def _parts(count: int, since: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Cut a row of tokens into parts of at most so many, and at `since`."""
+    for begin, end in ((0, since), (since, count)):
+        yield from ((start, min(start + rows, end)) for start in range(begin, end, rows))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from edgetune_runtime.cache import StateCache, common_prefix, key_of
+from edgetune_runtime.cache import StateCache, common_prefix, key_of, reusable
 
 ADAPTED = key_of("base", {"a": 1.0})
 
@@ -31,8 +31,9 @@ def test_the_last_state_of_a_key_takes_the_place_of_the_one_before() -> None:
     cache = StateCache(1)
     cache.put(ADAPTED, [1], b"old")
     cache.put(ADAPTED, [1, 2], b"newer")
-    saved = cache.get(ADAPTED)
+    saved, known = cache.best(ADAPTED, [1, 2, 3])
     assert saved is not None
+    assert known == 2
     assert (saved.tokens, saved.state, cache.bytes) == ((1, 2), b"newer", 5)
 
 
@@ -41,16 +42,16 @@ def test_the_longest_unused_state_goes_first_when_the_budget_is_spent() -> None:
     keys = [key_of("base", {"a": scale}) for scale in (1, 2, 3)]
     cache.put(keys[0], [1], bytes(15))
     cache.put(keys[1], [1], bytes(15))
-    cache.get(keys[0])
+    cache.best(keys[0], [1])
     cache.put(keys[2], [1], bytes(15))
-    assert [cache.get(key) is not None for key in keys] == [True, False, True]
+    assert [cache.best(key, [1])[1] == 1 for key in keys] == [True, False, True]
     assert cache.bytes == 30
 
 
 def test_a_state_larger_than_the_budget_is_not_kept() -> None:
     cache = StateCache(10e-6)
     cache.put(ADAPTED, [1], bytes(11))
-    assert cache.get(ADAPTED) is None
+    assert cache.best(ADAPTED, [1]) == (None, 0)
     assert (cache.bytes, cache.admits(10), cache.admits(11)) == (0, True, False)
 
 
@@ -58,4 +59,32 @@ def test_clear_drops_everything() -> None:
     cache = StateCache(1)
     cache.put(ADAPTED, [1], b"state")
     cache.clear()
-    assert (cache.get(ADAPTED), cache.bytes) == (None, 0)
+    assert (cache.best(ADAPTED, [1]), cache.bytes) == ((None, 0), 0)
+
+
+ACTIVATED = key_of("base", {}, {"a": 1.0}, 3)
+
+
+def test_before_an_activation_a_state_is_that_of_the_base() -> None:
+    base, tokens = key_of("base", {}), [1, 2, 3, 4, 5]
+    assert reusable((base, tokens), (ACTIVATED, tokens)) == 3
+    assert reusable((ACTIVATED, tokens), (base, tokens)) == 3
+    assert reusable((ACTIVATED, tokens), (base, [1, 2, 6])) == 2
+    assert reusable((ACTIVATED, tokens), (ACTIVATED, [*tokens, 6])) == 5
+    assert reusable((ACTIVATED, tokens), (key_of("base", {}, {"a": 1.0}, 2), tokens)) == 2
+    assert reusable((ACTIVATED, tokens), (ADAPTED, tokens)) == 0
+    assert reusable((ACTIVATED, tokens), (key_of("other", {}), tokens)) == 0
+
+
+def test_a_state_serves_every_key_as_far_as_it_is_the_same() -> None:
+    cache = StateCache(1)
+    cache.put(key_of("base", {}), [1, 2], b"base")
+    cache.put(ACTIVATED, [1, 2, 3, 4], b"activated")
+    assert [cache.best(key, [1, 2, 3, 4, 5])[1] for key in (ACTIVATED, key_of("base", {}), ADAPTED)] == [4, 3, 0]
+
+
+def test_the_place_of_an_activation_makes_no_other_set_of_adapters() -> None:
+    cache = StateCache(1)
+    cache.put(ACTIVATED, [1, 2, 3, 4], b"first")
+    cache.put(key_of("base", {}, {"a": 1.0}, 2), [1, 2, 4], b"second")
+    assert cache.bytes == len(b"second")
