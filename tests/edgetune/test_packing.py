@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from tiny import make_model
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from edgetune.data import Example
-from edgetune.packing import ATTENTION, Packed, pack
+from edgetune.packing import ATTENTION, Packed, pack, shared_length
 
 VOCABULARY = 384
 SYSTEM = range(10, 22)
@@ -110,6 +111,34 @@ def test_a_row_changes_no_other_row(arch: str, model_of: Callable[[str], PreTrai
     for others in (slice(0, first), slice(first + second, None)):
         assert torch.equal(before[others], after[others])
     assert len(before) == shared + sum(len(example.tokens) - shared for example in examples)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("case", ["rows of different lengths", "rows with a shared beginning", "a single row"])
+def test_rows_behind_a_cache_or_tokens_are_as_with_these_in_front(
+    arch: str, case: str, model_of: Callable[[str], PreTrainedModel]
+) -> None:
+    model, examples, front = model_of(arch), ROWS[case], list(range(300, 320))
+    whole = [row(*front, *example.tokens) for example in examples]
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        wanted = [model(input_ids=torch.tensor([example.tokens])).logits[0, len(front) :] for example in whole]
+        cache = DynamicCache()
+        model(input_ids=torch.tensor([front]), cache=cache, use_cache=True)
+        packed = pack(examples)
+        behind_tokens = replace(
+            packed.after_tokens(len(front)), tokens=torch.cat([torch.tensor([front]), packed.tokens], 1)
+        )
+        after_tokens = packed_logits(model, behind_tokens)[len(front) :]
+        model.set_attn_implementation(ATTENTION)
+        behind_cache = packed.after_cache(len(front))
+        after_cache = model(
+            input_ids=packed.tokens, position_ids=behind_cache.positions, packed=behind_cache, cache=cache
+        ).logits[0]
+    shared = shared_length(examples)
+    in_order = torch.cat([wanted[0][:shared], *(logits[shared:] for logits in wanted)])
+    torch.testing.assert_close(after_tokens, in_order, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after_cache, in_order, rtol=1e-4, atol=1e-5)
 
 
 def test_the_shared_beginning_is_in_the_sequence_once() -> None:
