@@ -10,6 +10,7 @@ from edgetune_runtime.errors import EdgetuneError
 from . import bases, plan
 from .encoder import base as encoder
 from .recipe import Recipe
+from .targets import check_shapes
 from .tasks import Task, read_task
 
 
@@ -24,6 +25,10 @@ def check(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {"name": recipe.name, "base": recipe.base, "architecture": None, "board": None}
     try:
         found |= _check_base(recipe)
+    except EdgetuneError as error:
+        problems.append(error)
+    try:
+        check_shapes(recipe)
     except EdgetuneError as error:
         problems.append(error)
     found["adapters"] = {}

@@ -220,8 +220,9 @@ def export(
 ) -> None:
     """Bundle adapters trained elsewhere.
 
-    Takes LoRA folders that PEFT saved (through Unsloth, Axolotl, TRL …), exports them with their base and checks that
-    the bundle says what was trained. The name of an adapter is that of its folder unless given.
+    Takes folders that PEFT saved (through Unsloth, Axolotl, TRL …) of any method that `edgetune methods` lists, exports
+    them with their base and checks that the bundle says what was trained. The name of an adapter is that of its folder
+    unless given.
     """
     folders = _parse_adapters(adapters)
     prompts = pairs_of(systems or (), "--system", "NAME=TEXT")
@@ -262,6 +263,21 @@ def validate(recipe: RecipePath, *, settings: Settings = None, as_json: AsJson =
         print(f"{key:<14}{value if value is not None else '-'}")
     for name, adapter in adapters.items():
         print(f"{'adapter':<14}{name}: {', '.join(f'{key} {value}' for key, value in adapter.items())}")
+
+
+@app.command("methods")
+def list_methods(*, as_json: AsJson = False) -> None:
+    """List the ways of tuning.
+
+    Tells what each becomes in the formats (a product of low rank, a prefix, tensors or a merged model; - is refused)
+    and when to take it. --json has the options too.
+    """
+    from .methods_cli import describe, names, table  # noqa: PLC0415 - numpy and the formats
+
+    if as_json:
+        print_json({name: describe(name) for name in names()})
+        return
+    print("\n".join(table()))
 
 
 @app.command()

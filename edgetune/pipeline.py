@@ -27,6 +27,7 @@ from .plot import plot_training
 from .progress import Progress
 from .recipe import Recipe
 from .ship import Shipped, Wanted, ship
+from .targets import check_shapes
 from .tasks import Task, read_task
 from .train import DTYPES, Job, TrainResult, finished, precision_of, processes, train
 from .verify import Trained
@@ -87,6 +88,7 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
     if not state.is_main_process:
         progress = Progress(quiet=True)
     check_destination(out)
+    check_shapes(recipe)
     if recipe.task == CLASSIFICATION:
         from .encoder.build import build_encoder  # noqa: PLC0415 - it imports this module
 
@@ -328,7 +330,8 @@ def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merge
             text = render(tokenizer.chat_template, messages, add_generation_prompt=True, **ends)
             rows.append(tokenizer.tokenize(text))
     lengths = [len(row) for row in rows]
-    return Trained(name, folder, "lora", methods.load("lora").options(), rows, lengths, system=system, merged=merged)
+    method = methods.of_folder(folder)
+    return Trained(name, folder, method.name, method.options(), rows, lengths, system=system, merged=merged)
 
 
 def without_history(result: TrainResult) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from edgetune_devices import boards, fit
 from edgetune_runtime.gguf_file import GgufHeader
 
-from .methods._peft import ALL_LINEAR
+from . import methods
+from .methods._peft import ALL_LINEAR, TargetOptions
 from .methods.lora import AUTO
-from .recipe import AdapterSpec, Recipe
+from .recipe import Recipe
+from .targets import shapes_in
 
 
 def needs_of_recipe(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> fit.Needs:
@@ -42,16 +44,33 @@ def choose_for(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> fit.C
 
 
 def _adapter_sizes(recipe: Recipe, header: GgufHeader) -> dict[str, fit.AdapterSize]:
-    return {name: _adapter_size(spec, header) for name, spec in recipe.adapters.items() if not spec.merged}
+    sizes = {name: _adapter_size(recipe, name, header) for name in recipe.adapters}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
-def _adapter_size(spec: AdapterSpec, header: GgufHeader) -> fit.AdapterSize:
-    options = spec.method.options.model_dump()
-    rank = max([options["r"], *options.get("rank_pattern", {}).values()])
-    # The largest placement may be chosen.
-    targets = ALL_LINEAR if options["target_modules"] == AUTO else options["target_modules"]
-    return fit.lora_size(header, rank, targets, dtype=spec.dtype)
+def _adapter_size(recipe: Recipe, name: str, header: GgufHeader) -> fit.AdapterSize | None:
+    """What lies beside the base for an adapter; None for what is merged."""
+    spec, shape = recipe.adapters[name], _shape(recipe, name)
+    method, options = methods.load(spec.method.name), spec.method.options
+    if shape == "prefix":
+        return fit.AdapterSize(method.prefix_tokens(options) * fit.kv_bytes_per_token(header), 0)
+    if shape == "tensors":
+        # A vector or a small network in a few places: next to nothing beside a base.
+        return fit.AdapterSize(0, 0)
+    if shape == "merged":
+        return None
+    targets = options.target_modules if isinstance(options, TargetOptions) else ALL_LINEAR
+    if targets == AUTO:
+        # The most that may be chosen.
+        targets = ALL_LINEAR
+    return fit.lora_size(header, method.shipped_rank(options), targets, dtype=spec.dtype)
 
 
 def _merged(recipe: Recipe) -> list[str]:
-    return [name for name, spec in recipe.adapters.items() if spec.merged]
+    return [name for name in recipe.adapters if _shape(recipe, name) == "merged"]
+
+
+def _shape(recipe: Recipe, name: str) -> str:
+    """The shape in the format that the bundle opens by default."""
+    spec, target = recipe.adapters[name], recipe.targets[0]
+    return shapes_in((target,), spec.method.name, spec.method.options, merged=spec.merged)[target]

@@ -10,9 +10,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from edgetune_devices.fit import kv_bytes_per_token
@@ -27,6 +26,7 @@ from edgetune_runtime.gguf_file import digest_of_chat_template, digest_of_tokeni
 from . import bases, methods
 from .bases import Base, base_context_length
 from .progress import Progress
+from .targets import backend_of, shapes_in
 from .verify import Checked, Exported, Trained, compare_bases, verify
 
 
@@ -64,7 +64,8 @@ def ship(
     shutil.rmtree(work, ignore_errors=True)
     model = bases.load_torch(base, torch.float32)
     source = Source(base.path, base.fingerprint, model, work / "way", wanted.weights)
-    stage = _Stage(work, source, adapters, shapes_of(adapters, wanted.targets), progress)
+    shapes = {a.name: shapes_in(wanted.targets, a.method, a.options, merged=a.merged) for a in adapters}
+    stage = _Stage(work, source, adapters, shapes, progress)
     exports = []
     for target in wanted.targets:
         progress.say(f"writing {target}")
@@ -91,22 +92,6 @@ def ship(
     return shipped
 
 
-def shapes_of(adapters: Sequence[Trained], targets: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The shape of each adapter in each target; IncompatibleError when a target can hold none of an adapter's."""
-    shapes: dict[str, dict[str, str]] = {}
-    for target in targets:
-        accepted = _backend(target).SHAPES
-        for adapter in adapters:
-            method = methods.load(adapter.method)
-            shape = methods.shape_for(method, adapter.options, target, accepted, merged=adapter.merged)
-            shapes.setdefault(adapter.name, {})[target] = shape
-    return shapes
-
-
-def _backend(target: str) -> Backend:
-    return cast("Backend", import_module(f"edgetune_export.backends.{target}"))
-
-
 @dataclass
 class _Stage:
     """The folder in which a bundle is put together, and what goes into it."""
@@ -129,7 +114,7 @@ class _Stage:
 
     def export(self, target: str) -> Exported:
         """Write the base and all adapters in one format."""
-        backend = _backend(target)
+        backend = backend_of(target)
         shapes = {adapter.name: self.shapes[adapter.name][target] for adapter in self.adapters}
         beside = {name: self.folded[name, shape] for name, shape in shapes.items() if shape != Merged.shape}
         base = backend.write_base(self.source, self.work / "base", list(beside.values()))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import pkgutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
 from ._base import Checkpoint, Method, Options
 
-__all__ = ["Checkpoint", "Method", "Options", "load", "names", "shape_for"]
+__all__ = ["Checkpoint", "Method", "Options", "load", "names", "of_folder", "shape_for"]
 
 
 def names() -> list[str]:
@@ -28,6 +30,23 @@ def load(name: str) -> Method[Any]:
         raise UsageError(f"no method {name!r}", hint)
     method: Method[Any] = importlib.import_module(f"{__name__}.{name}").METHOD
     return method
+
+
+def of_folder(folder: Path) -> Method[Any]:
+    """The method whose checkpoint lies in `folder`, which someone else may have trained with PEFT.
+
+    LoRA, which says what is wrong with it, where nothing is recognized.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if isinstance(config, dict):
+        for name in names():
+            method = load(name)
+            if method.wrote(config):
+                return method
+    return load("lora")
 
 
 def shape_for(method: Method[Any], options: Options, backend: str, accepted: Sequence[str], *, merged: bool) -> str:

@@ -48,11 +48,16 @@ class Checkpoint:
 class Method(ABC, Generic[O]):
     """One way of tuning. The class's docstring says in its first line what it does; the module cites the paper.
 
-    `trains_base` says that training changes the base's own weights, which are then float32 and of no use afterwards.
+    `peft_type` is what PEFT calls it in the folders that it saves. `trains_base` says that training changes the base's
+    own weights, which are then float32 and of no use afterwards; `takes_scale` that a factor on what was trained means
+    something, and `takes_encoders` that it tunes encoders too.
     """
 
     options: ClassVar[type[Options]]
     trains_base: ClassVar[bool] = False
+    peft_type: ClassVar[str] = ""
+    takes_scale: ClassVar[bool] = False
+    takes_encoders: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -95,6 +100,10 @@ class Method(ABC, Generic[O]):
         """
         return options
 
+    def wrote(self, config: Mapping[str, Any]) -> bool:
+        """Whether a folder with this adapter_config.json, which may be foreign, is to be loaded by the method."""
+        return config.get("peft_type") == self.peft_type and self.peft_type != ""
+
     def objective(self, options: O) -> Objective[Any]:
         """What a training learns from its rows."""
         from edgetune.objectives import NEXT_TOKEN  # noqa: PLC0415 - torch only when training
@@ -103,6 +112,10 @@ class Method(ABC, Generic[O]):
 
     def prefix_tokens(self, options: O) -> int:
         """Positions of the context that the adapter takes."""
+        return 0
+
+    def shipped_rank(self, options: O) -> int:
+        """The highest rank of the product that it is folded into, to predict sizes by; 0 for other shapes."""
         return 0
 
     def parameter_groups(self, model: torch.nn.Module, options: O, learning_rate: float) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from ._peft import (
     tuned_layers,
 )
 
+GUESSED_RANK = 64
+
 
 class DenseOptions(TargetOptions):
     """Options of methods that no product of low rank expresses."""
@@ -39,6 +41,10 @@ class DenseMethod(PeftMethod[Any]):
     def shapes(self, options: DenseOptions) -> tuple[str, ...]:
         """A whole model, unless `max_error` allows a product of low rank."""
         return ("merged",) if options.max_error is None else ("low_rank", "merged")
+
+    def shipped_rank(self, options: DenseOptions) -> int:
+        """A guess, as only the trained change tells."""
+        return 0 if options.max_error is None else GUESSED_RANK
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
         """The merged weights, or the truncated change of each layer's."""

@@ -35,7 +35,7 @@ class InitializedOptions(TargetOptions):
         description="Share of inputs dropped.",
     )
     learning_rate_factor: float = Field(
-        0.2, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+        default=0.2, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
     )
 
 
@@ -44,7 +44,12 @@ class Initialized(LoraCheckpoint[InitializedOptions]):
 
     options = InitializedOptions
     trains_base = True
+    takes_encoders = False
     start: str
+
+    def shipped_rank(self, options: InitializedOptions) -> int:
+        """That of the update and of its start."""
+        return 2 * options.r
 
     def attach(self, base: PreTrainedModel, options: InitializedOptions, steps: int) -> PeftModel:
         """Add LoRA modules to `base` and take their start off its weights; the start is kept beside the model."""

@@ -69,6 +69,9 @@ class PeftMethod(Method[O]):
 class WeightMethod(PeftMethod[O]):
     """A method of PEFT's that changes the weights of linear modules, and can be merged into them."""
 
+    takes_scale = True
+    takes_encoders = True
+
     def shapes(self, options: O) -> tuple[str, ...]:
         """A product where `factors` gives one."""
         return ("low_rank", "merged")
@@ -93,13 +96,10 @@ class WeightMethod(PeftMethod[O]):
 @contextmanager
 def peft_model(checkpoint: Checkpoint) -> Iterator[PeftModel]:
     """The checkpoint, times its scale, on the base, which is given back as it was."""
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415 - slow to import
-
     model = load_peft(checkpoint)
     if checkpoint.scale != 1.0:
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                module.scale_layer(checkpoint.scale)
+        for _, layer in tuned_layers(model):
+            scale_layer(layer, checkpoint.scale)
     try:
         yield model
     finally:
@@ -116,6 +116,16 @@ def load_peft(checkpoint: Checkpoint) -> PeftModel:
         reason = str(error).strip().splitlines()[0]
         raise IncompatibleError(f"PEFT cannot load {checkpoint.folder}: {reason}", "save the adapter again") from error
     return model.eval()
+
+
+def scale_layer(layer: Any, scale: float) -> None:  # noqa: ANN401 - as above
+    """Let what a layer learned count `scale` times."""
+    if hasattr(layer, "scale_layer"):
+        layer.scale_layer(scale)
+    else:
+        # VeRA has no scale; the factor of each output takes it.
+        for factors in layer.vera_lambda_b.values():
+            factors.data.mul_(scale)
 
 
 def tuned_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:

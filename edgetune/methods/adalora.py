@@ -39,6 +39,11 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
     """Ranks move to the modules that gain by them: take it when a rank for all modules is too large or too small."""
 
     options = AdaLoraOptions
+    peft_type = "ADALORA"
+
+    def shipped_rank(self, options: AdaLoraOptions) -> int:
+        """What the modules have in the beginning, which some may keep."""
+        return max(options.init_r, options.target_r)
 
     def config(self, base: PreTrainedModel, options: AdaLoraOptions, steps: int) -> AdaLoraConfig:
         """PEFT's configuration."""

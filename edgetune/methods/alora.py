@@ -6,11 +6,12 @@ alone, so that its keys and values serve every such adapter and a switch in the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export.fold import fold_peft
 from edgetune_export.shapes import Folded, LowRank
+from edgetune_runtime.activation import last_place
 from edgetune_runtime.chat import render
 from edgetune_runtime.errors import UsageError
 from pydantic import Field, NonNegativeInt
@@ -32,13 +33,13 @@ class AloraOptions(LoraOptions):
     """Options of LoRA, and from where on it acts."""
 
     invocation: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="Text from which on the adapter acts, where it stands last in a prompt; null takes what the base's "
         "chat template puts before an answer.",
     )
     invocation_tokens: tuple[NonNegativeInt, ...] = Field(
-        (), description="The same in tokens of the base; taken from invocation when empty."
+        default=(), description="The same in tokens of the base; taken from invocation when empty."
     )
 
 
@@ -46,6 +47,12 @@ class Alora(Lora):
     """LoRA that leaves the prompt's keys and values to the base: take it to switch in the middle of a conversation."""
 
     options = AloraOptions
+    peft_type = "LORA"
+    takes_encoders = False
+
+    def wrote(self, config: Mapping[str, Any]) -> bool:
+        """A LoRA with invocation tokens."""
+        return config.get("peft_type") == self.peft_type and bool(config.get("alora_invocation_tokens"))
 
     def shapes(self, options: LoraOptions) -> tuple[str, ...]:
         """A product of low rank with its invocation tokens; a merged model would act before them."""
@@ -96,12 +103,9 @@ class Alora(Lora):
 
 
 def start_of(tokens: Sequence[int], invocation: Sequence[int]) -> int:
-    """Where `invocation` stands last in `tokens`; their number where it does not."""
-    length, wanted = len(invocation), tuple(invocation)
-    for start in range(len(tokens) - length, -1, -1):
-        if tokens[start] == wanted[0] and tuple(tokens[start : start + length]) == wanted:
-            return start
-    return len(tokens)
+    """The first token that the adapter acts on; their number where there is none."""
+    place = last_place(tokens, invocation)
+    return len(tokens) if place is None else place
 
 
 def _tokens(options: AloraOptions, tokenizer: Tokenizer) -> tuple[int, ...]:

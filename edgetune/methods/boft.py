@@ -20,7 +20,7 @@ class BoftOptions(DenseOptions):
     boft_block_size: PositiveInt = Field(4, description="Inputs that are turned together; divides a module's inputs.")
     boft_n_butterfly_factor: PositiveInt = Field(1, description="Number of sparse factors; 1 is OFT.")
     learning_rate_factor: float = Field(
-        2.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+        default=2.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
     )
 
 
@@ -28,6 +28,7 @@ class Boft(DenseMethod):
     """OFT with fewer numbers for the same reach, and a slower training: take it when OFT's blocks are too local."""
 
     options = BoftOptions
+    peft_type = "BOFT"
 
     def config(self, base: PreTrainedModel, options: BoftOptions, steps: int) -> BOFTConfig:
         """PEFT's configuration."""

@@ -58,8 +58,9 @@ class BottleneckOptions(Options):
 
 
 class BottleneckMethod(Method[BottleneckOptions]):
-    """A small network (down, non-linearity, up) behind or beside the blocks of each layer."""
+    """A small network behind or beside a layer's blocks: take it where ONNX runs and LoRA, measured, falls short."""
 
+    takes_scale = True
     options = BottleneckOptions
 
     def shapes(self, options: BottleneckOptions) -> tuple[str, ...]:

@@ -70,6 +70,7 @@ class Cartridge(CacheMethod[CartridgeOptions]):
     """A document as a prefix: take it where a long text is to be known without the cost of reading it."""
 
     options = CartridgeOptions
+    peft_type = "CARTRIDGE"
 
     def config(self, base: PreTrainedModel, options: CartridgeOptions) -> CartridgeConfig:
         """PEFT's configuration."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field, PositiveInt
 
@@ -34,6 +35,11 @@ class Dora(DenseMethod):
     """LoRA and a learned size of each output: take it where LoRA of a small rank falls short and a model fits."""
 
     options = DoraOptions
+    peft_type = "LORA"
+
+    def wrote(self, config: Mapping[str, Any]) -> bool:
+        """A LoRA with use_dora."""
+        return super().wrote(config) and bool(config.get("use_dora"))
 
     def config(self, base: PreTrainedModel, options: DoraOptions, steps: int) -> LoraConfig:
         """PEFT's configuration."""

@@ -26,7 +26,7 @@ class FullOptions(Options):
     """Options of full fine-tuning."""
 
     learning_rate_factor: float = Field(
-        0.03, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+        default=0.03, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
     )
 
 

@@ -46,14 +46,15 @@ class Ia3Options(TargetOptions):
         ("down_proj",), description="Modules whose inputs are scaled instead of their outputs, where they are targets."
     )
     learning_rate_factor: float = Field(
-        10.0, gt=0, description="Learning rate as a multiple of training.learning_rate; so few numbers need more."
+        default=10.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
     )
 
 
 class Ia3(PeftMethod[Ia3Options]):
-    """A factor for each output, or each input, of the target modules."""
+    """A factor for each key, value and inner activation: take it for a file of kilobytes that costs no speed."""
 
     options = Ia3Options
+    peft_type = "IA3"
 
     def shapes(self, options: Ia3Options) -> tuple[str, ...]:
         """The factors themselves, or weights multiplied by them."""

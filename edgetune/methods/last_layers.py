@@ -22,7 +22,7 @@ class LastLayersOptions(Options):
 
     layers: PositiveInt = Field(4, description="How many layers are trained, and the last norm with them.")
     learning_rate_factor: float = Field(
-        0.1, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+        default=0.1, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
     )
 
 

@@ -25,6 +25,11 @@ class LoHa(WeightMethod[LoHaOptions]):
     """Two products of rank r multiplied to one of rank r²: take it for a rich update from few trained numbers."""
 
     options = LoHaOptions
+    peft_type = "LOHA"
+
+    def shipped_rank(self, options: LoHaOptions) -> int:
+        """That of the two products' product."""
+        return options.r**2
 
     def config(self, base: PreTrainedModel, options: LoHaOptions, steps: int) -> LoHaConfig:
         """PEFT's configuration."""

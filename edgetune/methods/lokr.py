@@ -28,6 +28,11 @@ class LoKr(WeightMethod[LoKrOptions]):
     """A Kronecker product, which repeats one small update over a matrix: take it for the smallest checkpoints."""
 
     options = LoKrOptions
+    peft_type = "LOKR"
+
+    def shipped_rank(self, options: LoKrOptions) -> int:
+        """That of the larger factor, once for each row of the smaller."""
+        return options.r * options.decompose_factor
 
     def config(self, base: PreTrainedModel, options: LoKrOptions, steps: int) -> LoKrConfig:
         """PEFT's configuration."""

@@ -7,6 +7,7 @@ arXiv:2402.12354.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,6 +106,9 @@ class LoraOptions(TargetOptions):
 class LoraCheckpoint(PeftMethod[O]):
     """A method whose folder holds a plain LoRA."""
 
+    takes_scale = True
+    takes_encoders = True
+
     def shapes(self, options: O) -> tuple[str, ...]:
         """A product of low rank, exactly."""
         return ("low_rank", "merged")
@@ -121,6 +125,16 @@ class Lora(LoraCheckpoint[LoraOptions]):
     """A product B·A beside each weight matrix: take it first, it is exact in both formats and switches fastest."""
 
     options = LoraOptions
+    peft_type = "LORA"
+
+    def wrote(self, config: Mapping[str, Any]) -> bool:
+        """A plain one: DoRA and aLoRA, which PEFT calls LoRA too, are methods of their own."""
+        plain = not config.get("use_dora") and not config.get("alora_invocation_tokens")
+        return super().wrote(config) and plain
+
+    def shipped_rank(self, options: LoraOptions) -> int:
+        """The highest of the ranks."""
+        return max([options.r, *options.rank_pattern.values()])
 
     def attach(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> PeftModel:
         """Add LoRA modules in float32 to `base`; UsageError names target modules or patterns that match nothing."""

@@ -12,7 +12,7 @@ class LoraPlusOptions(LoraOptions):
 
     loraplus_lr_ratio: float = Field(16.0, gt=0, description="Learning rate of B as a multiple of A's.")
     learning_rate_factor: float = Field(
-        0.2, gt=0, description="A's learning rate as a multiple of training.learning_rate."
+        default=0.2, gt=0, description="A's learning rate as a multiple of training.learning_rate."
     )
 
 
@@ -20,6 +20,8 @@ class LoraPlus(Lora):
     """LoRA that learns in fewer steps: take it when few epochs are affordable."""
 
     options = LoraPlusOptions
+    # Its folders are those of lora.
+    peft_type = ""
 
 
 METHOD = LoraPlus()

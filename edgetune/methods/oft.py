@@ -19,7 +19,7 @@ class OftOptions(DenseOptions):
 
     oft_block_size: PositiveInt = Field(32, description="Inputs that are turned together; divides a module's inputs.")
     learning_rate_factor: float = Field(
-        2.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+        default=2.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
     )
 
 
@@ -27,6 +27,7 @@ class Oft(DenseMethod):
     """A rotation of each module's inputs, which keeps the weights' angles: take it to stay close to the base."""
 
     options = OftOptions
+    peft_type = "OFT"
 
     def config(self, base: PreTrainedModel, options: OftOptions, steps: int) -> OFTConfig:
         """PEFT's configuration."""

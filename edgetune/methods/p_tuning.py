@@ -30,6 +30,7 @@ class PTuning(TokenMethod[PTuningOptions]):
     """Soft tokens that a small network makes in training; take it where prompt tuning does not settle."""
 
     options = PTuningOptions
+    peft_type = "P_TUNING"
 
     def config(self, base: PreTrainedModel, options: PTuningOptions) -> PromptEncoderConfig:
         """PEFT's configuration."""

@@ -45,6 +45,7 @@ class Prefix(CacheMethod[PrefixOptions]):
     """Keys and values in front of every layer's; take it for a small file that switches fast and slows no layer."""
 
     options = PrefixOptions
+    peft_type = "PREFIX_TUNING"
 
     def config(self, base: PreTrainedModel, options: PrefixOptions) -> PrefixTuningConfig:
         """PEFT's configuration."""

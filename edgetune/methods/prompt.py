@@ -34,6 +34,7 @@ class Prompt(TokenMethod[PromptTuningOptions]):
     """Soft tokens in front of the text; take it for the smallest file, when a prefix's quality is not needed."""
 
     options = PromptTuningOptions
+    peft_type = "PROMPT_TUNING"
 
     def config(self, base: PreTrainedModel, options: PromptTuningOptions) -> PromptTuningConfig:
         """PEFT's configuration; its TEXT needs a tokenizer on disk, so the text is put in by `begin`."""

@@ -18,6 +18,8 @@ class RsLora(Lora):
     """LoRA whose update keeps its size as the rank grows: take it for ranks of 32 and more."""
 
     options = RsLoraOptions
+    # Its folders are those of lora.
+    peft_type = ""
 
 
 METHOD = RsLora()

@@ -28,7 +28,7 @@ class VeraOptions(TargetOptions):
     )
     projection_prng_key: int = Field(0, ge=0, description="Seed of the shared matrices.")
     learning_rate_factor: float = Field(
-        10.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
+        default=10.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
     )
 
 
@@ -36,6 +36,11 @@ class Vera(WeightMethod[VeraOptions]):
     """Vectors on shared random matrices, the fewest trained numbers: take it for many adapters kept on a host."""
 
     options = VeraOptions
+    peft_type = "VERA"
+
+    def shipped_rank(self, options: VeraOptions) -> int:
+        """That of the shared matrices."""
+        return options.r
 
     def config(self, base: PreTrainedModel, options: VeraOptions, steps: int) -> VeraConfig:
         """PEFT's configuration."""
