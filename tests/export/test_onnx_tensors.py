@@ -24,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 ARCHITECTURES = ("llama", "qwen2", "gemma3")
 HIDDEN, INNER, KEYS = 64, 128, 32
-EXACT = 1e-5
+EXACT = 1e-9
+"""Bound of the mean KL to torch: up to 1e-13 was seen; another form of gelu would give 1e-7."""
 Reads = Literal["output", "input"]
 LAYERS = {"llama": 2, "qwen2": 2, "gemma3": 6}
 Made = Callable[..., Path]
@@ -141,9 +142,10 @@ def made(
     """`made(arch)`: the graph with slots for a LoRA everywhere and for all of `adapters_for`, or with none."""
 
     @cache
-    def make(arch: str, slots: bool = True) -> Path:
+    def make(arch: str, slots: bool = True, scheme: str = "auto") -> Path:
         adapters = [fold_peft(tune(arch).folder, "lora"), *adapters_for(LAYERS[arch]).values()] if slots else []
-        return write_base(tiny_source(arch), tmp_path_factory.mktemp("made"), adapters)
+        source = replace(tiny_source(arch), weights=Weights(scheme))
+        return write_base(source, tmp_path_factory.mktemp("made"), adapters)
 
     return make
 
@@ -193,11 +195,11 @@ def test_each_adapter_does_what_hooks_do_in_torch(
     assert compare(plain, engine, rows).kl < EXACT
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "scheme"), [*((arch, "auto") for arch in ARCHITECTURES), ("llama", "int8")])
 def test_slots_that_nothing_fills_change_no_bit(
-    arch: str, made: Made, open_engine: Callable[..., OnnxEngine], rows: list[list[int]]
+    arch: str, scheme: str, made: Made, open_engine: Callable[..., OnnxEngine], rows: list[list[int]]
 ) -> None:
-    with_slots, without = (decoded(open_engine(made(arch, slots)), rows[0]) for slots in (True, False))
+    with_slots, without = (decoded(open_engine(made(arch, slots, scheme)), rows[0]) for slots in (True, False))
     assert np.array_equal(with_slots, without)
 
 
