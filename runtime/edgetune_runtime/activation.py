@@ -34,12 +34,13 @@ def phases(adapters: Mapping[str, float], invocations: Invocations, tokens: Sequ
     if not waiting:
         return Phases(adapters, adapters)
     others = {name: scale for name, scale in adapters.items() if name != waiting[0]}
-    since = _last_place(tokens, list(invocations[waiting[0]]))
+    since = last_place(tokens, invocations[waiting[0]])
     if since is None:
         return Phases(others, others)
     return Phases(others, adapters, since) if since else Phases(adapters, adapters)
 
 
-def _last_place(tokens: Sequence[int], wanted: list[int]) -> int | None:
-    starts = range(len(tokens) - len(wanted), -1, -1)
-    return next((start for start in starts if list(tokens[start : start + len(wanted)]) == wanted), None)
+def last_place(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """Where the wanted tokens stand last; None where they do not."""
+    starts, whole = range(len(tokens) - len(wanted), -1, -1), list(wanted)
+    return next((start for start in starts if list(tokens[start : start + len(whole)]) == whole), None)
