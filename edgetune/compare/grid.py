@@ -92,7 +92,8 @@ class Trial:
 
 
 def recipe_of(request: Request) -> Recipe:
-    """The recipe cut down to the task, in the formats asked for; UsageError for a task or a format it has not."""
+    """The recipe cut down to the task, in the formats asked for; UsageError for names and ranks that cannot be."""
+    _check_lists(request)
     common, _ = _split(request)
     recipe = load_recipe(request.recipe, common)
     if request.task not in recipe.adapters:
@@ -106,9 +107,8 @@ def recipe_of(request: Request) -> Recipe:
 def trials_of(request: Request, recipe: Recipe, fingerprint: str) -> list[Trial]:
     """The trials of the request; `recipe` is that of `recipe_of`, and its base has this fingerprint.
 
-    A method without a rank is tried once. Raises UsageError for unknown methods and for options that cannot be.
+    A method without a rank is tried once. Raises UsageError for options that cannot be.
     """
-    _check_lists(request)
     trials: list[Trial] = []
     for name in dict.fromkeys(request.methods):
         has_rank = RANK in methods.load(name).options.model_fields

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def run_process(trial: Trial, say: Callable[[str], None]) -> Outcome:
 def failed(trial: Trial, reason: str) -> Outcome:
     """The outcome of a trial that has no figures."""
     return Outcome(trial.name, trial.method, trial.rank, "failed", reason, refused=trial.refused)
+
+
+def end_with_parent() -> None:
+    """Interrupt this process when whoever holds the other end of standard input is gone, killed or not."""
+
+    def wait() -> None:
+        # Not sys.stdin, whose lock a thread at the end of the process would keep.
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _started(folder: Path, log: int) -> subprocess.Popen[str]:

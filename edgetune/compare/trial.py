@@ -7,10 +7,7 @@ again: the build goes on where it was.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from edgetune.tasks import read_task
 from .figures import OnBoard, Outcome, Training, write_outcome
 from .grid import REQUEST_FILE, Trial
 from .measure import Measured, in_torch
+from .process import end_with_parent
 
 
 def run(trial: Trial, progress: Progress) -> Outcome:
@@ -91,22 +89,11 @@ def _board(recipe: Recipe, bundle: Path) -> OnBoard | None:
     return OnBoard(found.device, found.fits, found.needed_mb, found.available_mb)
 
 
-def _end_with_parent() -> None:
-    """Stop, after saving, when whoever holds the other end of standard input is gone, killed or not."""
-
-    def wait() -> None:
-        # Not sys.stdin, whose lock a thread at the end of the process would keep.
-        os.read(0, 1)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main(folder: Path) -> int:
     """Run the trial in `folder`; the exit code is that of the error, which goes to standard error in one line."""
     from edgetune.cli import fail  # noqa: PLC0415 - it imports this package
 
-    _end_with_parent()
+    end_with_parent()
     try:
         trial = Trial.of_json((folder / REQUEST_FILE).read_text(encoding="utf-8"))
         write_outcome(run(trial, Progress()), folder, trial.key)

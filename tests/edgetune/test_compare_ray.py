@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from edgetune_runtime.errors import IncompatibleError
+
+from edgetune.compare.figures import read_outcome
+from edgetune.compare.grid import Request, Trial, recipe_of, trials_of
+from edgetune.compare.ray_engine import run_on_ray
+from edgetune.progress import Progress
+
+QUIET = Progress(quiet=True)
+
+
+@pytest.fixture
+def two_workers() -> Iterator[None]:
+    """A Ray of this machine with room for two trials."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def trials(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> list[Trial]:
+    """lora, and an rslora that fails."""
+    rows = [{"prompt": f"turn on the light {n}", "completion": "reply on"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    recipe = {
+        "name": "home",
+        "base": str(tiny_gguf("llama")),
+        "training": {"max_steps": 2, "evals": 1, "precision": "fp32"},
+        "adapters": {"lights": {"data": {"train": "rows.jsonl", "held_out": 0.3}}},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    settings = {"rslora.target_modules": "nothing_like_it"}
+    request = Request(tmp_path / "recipe.yaml", "lights", ("lora", "rslora"), tmp_path / "out", (2,), None, settings)
+    return trials_of(request, recipe_of(request), "ab")
+
+
+@pytest.mark.usefixtures("two_workers")
+def test_trials_on_a_cluster_have_the_same_outcomes_as_here(trials: list[Trial]) -> None:
+    found = {outcome.name: outcome for outcome in run_on_ray(trials, QUIET)}
+    assert {name: outcome.status for name, outcome in found.items()} == {"lora-r2": "done", "rslora-r2": "failed"}
+    assert found["rslora-r2"].reason.startswith("the base has no module 'nothing_like_it'; ")
+    lora = found["lora-r2"]
+    assert lora == read_outcome(Path(trials[0].folder), trials[0].key)
+    assert list(lora.engines) == ["gguf"]
+
+
+def test_without_ray_the_extra_is_named(trials: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(IncompatibleError, match=r'--engine ray needs Ray; run: pip install "edgetune\[ray\]"'):
+        list(run_on_ray(trials, QUIET))
