@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ class Ia3(PeftMethod[Ia3Options]):
 
     options = Ia3Options
     peft_type = "IA3"
+    takes_scale = True
 
     def shapes(self, options: Ia3Options) -> tuple[str, ...]:
         """The factors themselves, or weights multiplied by them."""
@@ -86,7 +88,7 @@ class Ia3(PeftMethod[Ia3Options]):
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[PeftModel]:
         """PEFT's own model of the folder, its factors brought to the scale."""
-        with peft_model(checkpoint) as model:
+        with peft_model(replace(checkpoint, scale=1.0)) as model:
             if checkpoint.scale != 1.0:
                 with no_grad():
                     for _, layer in tuned_layers(model):
@@ -99,7 +101,7 @@ class Ia3(PeftMethod[Ia3Options]):
             with self.loaded(checkpoint) as model:
                 layers = dict(tuned_layers(model))
                 return Merged(checkpoint.name, self.name, {**merged_weights(layers), **_merged_biases(layers)})
-        with peft_model(checkpoint) as model:
+        with peft_model(replace(checkpoint, scale=1.0)) as model:
             scalings = {
                 name: Scaling(array(_factors(layer).flatten()), "input" if layer.is_feedforward else "output")
                 for name, layer in tuned_layers(model)
