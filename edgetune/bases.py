@@ -13,9 +13,9 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgetune_export.backends.gguf import SUPPORTED
 from edgetune_export.convert import check_folder, convert_folder
@@ -71,12 +71,16 @@ ENCODER_TYPES = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
 
 @dataclass(frozen=True)
 class Base:
-    """The base of a build: its name in the recipe, the GGUF file that ships, that file's sha256 and header."""
+    """The base of a build: its name in the recipe, the GGUF file that ships, that file's sha256 and header.
+
+    `domain` has the figures of a base that was continued on text.
+    """
 
     name: str
     path: Path
     fingerprint: str
     header: GgufHeader
+    domain: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve(

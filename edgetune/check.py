@@ -12,14 +12,15 @@ from .encoder import base as encoder
 from .recipe import Recipe
 from .targets import check_shapes
 from .tasks import Task, read_task
+from .texts import read_texts, window_of
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
     """Read the header of the recipe's base and all rows of its data, and see whether its board can hold the bundle.
 
-    Returns JSON values: `name`, `base`, `architecture` and `board` (None where they are not known before a build), and
-    `adapters` with the metric, the numbers of training and validation rows and of labels. Raises one error for all
-    problems, with the exit code of the first.
+    Returns JSON values: `name`, `base`, `architecture` and `board` (None where they are not known before a build),
+    `domain` (where there is one), and `adapters` with the metric, the numbers of training and validation rows and of
+    labels. Raises one error for all problems, with the exit code of the first.
     """
     problems: list[EdgetuneError] = []
     found: dict[str, Any] = {"name": recipe.name, "base": recipe.base, "architecture": None, "board": None}
@@ -29,6 +30,11 @@ def check(recipe: Recipe) -> dict[str, Any]:
         problems.append(error)
     try:
         check_shapes(recipe)
+    except EdgetuneError as error:
+        problems.append(error)
+    try:
+        texts = read_texts(recipe)
+        found |= {} if texts is None else {"domain": str(texts)}
     except EdgetuneError as error:
         problems.append(error)
     found["adapters"] = {}
@@ -50,6 +56,7 @@ def _check_base(recipe: Recipe) -> dict[str, Any]:
     header = bases.describe(recipe)
     if header is None:
         return {"board": recipe.device}
+    window_of(recipe, header)
     chosen = plan.choose_for(recipe, header, requantize=bases.requantizes(recipe))
     return {"architecture": header.architecture, "board": None if chosen is None else chosen.reason}
 

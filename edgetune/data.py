@@ -208,9 +208,9 @@ def _entries(source: str) -> Iterator[tuple[str, Any]]:
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix in JSONL_SUFFIXES:
-            return _json_lines(source, _read_text(path))
+            return _json_lines(source, read_text(path))
         if suffix in DELIMITERS:
-            return _table_rows(source, _read_text(path), DELIMITERS[suffix])
+            return _table_rows(source, read_text(path), DELIMITERS[suffix])
         raise UsageError(f"{source} is not of a known kind", "give a .jsonl, .csv or .tsv file, or a hub id")
     if path.is_dir():
         raise UsageError(f"{source} is a folder", "name the .jsonl, .csv or .tsv file in it")
@@ -219,7 +219,8 @@ def _entries(source: str) -> Iterator[tuple[str, Any]]:
     raise NotFoundError(f"no data file {source}", "check the path; a hub id has the form owner/name, without a suffix")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; UsageError when it cannot be read as such."""
     try:
         data = path.read_bytes()
         return data.decode("utf-8").removeprefix("\ufeff")

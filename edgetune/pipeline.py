@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from edgetune_runtime.chat import messages_for, render
 from edgetune_runtime.engines.gguf import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 
-from . import bases, methods, placement, plan
+from . import bases, domain, methods, placement, plan
 from .bases import Base, base_context_length
 from .data import Example, Row, TooLong
 from .methods.lora import LoraOptions
@@ -29,6 +29,7 @@ from .recipe import Recipe
 from .ship import Shipped, Wanted, ship
 from .targets import check_shapes
 from .tasks import Task, read_task
+from .texts import Texts, read_texts
 from .train import DTYPES, Job, TrainResult, finished, precision_of, processes, train
 from .verify import Trained
 
@@ -53,14 +54,16 @@ PROBES = (
 
 @dataclass(frozen=True)
 class BuildResult:
-    """The bundle and the figures of each adapter, as JSON values."""
+    """The bundle and the figures of each adapter, and of a base that was continued on text, as JSON values."""
 
     bundle: Path
     adapters: Mapping[str, Mapping[str, Any]]
+    domain: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
-        return {"bundle": str(self.bundle), "adapters": self.adapters}
+        domain = {"domain": self.domain} if self.domain else {}
+        return {"bundle": str(self.bundle), **domain, "adapters": self.adapters}
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,13 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
         return build_encoder(recipe, out, progress=progress)
     work = out.with_name(f"{out.name}.work")
     tasks = [read_task(name, recipe) for name in recipe.adapters]
+    texts = read_texts(recipe)
     with state.main_process_first():
         base, recipe = _base_of(recipe, work, progress, converter)
+    if texts is not None:
+        # What is wrong with the adapters' rows shows before the base is trained for hours.
+        _plan(tasks, base, recipe.context_length, Progress(quiet=True))
+        base = continue_base(recipe, texts, base, work, progress)
     todo = _plan(tasks, base, recipe.context_length, progress)
     load = partial(bases.load_torch, base)
     todo, recipe = _place(todo, base, recipe, work=work / "placement", load=load, progress=progress)
@@ -114,7 +122,8 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
         }
         for item in todo
     }
-    return BuildResult(out, figures)
+    plot = {"plot": str(work / domain.NAME / "training.png")} if base.domain else {}
+    return BuildResult(out, figures, {**base.domain, **plot})
 
 
 def export_trained(
@@ -178,6 +187,13 @@ def _base_of(recipe: Recipe, work: Path, progress: Progress, converter: Path | N
     # A default gives way to a base that was trained for less.
     picked["context_length"] = min(picked["context_length"], most)
     return base, recipe.model_copy(update=picked)
+
+
+def continue_base(recipe: Recipe, texts: Texts, base: Base, work: Path, progress: Progress) -> Base:
+    """The base continued on the texts of the recipe's domain; see `domain.continued`."""
+    load = partial(bases.load_torch, base)
+    trainer = partial(train_all, base=base.name, load=load, work=work, progress=progress)
+    return domain.continued(recipe, texts, base, work, train_all=trainer, progress=progress)
 
 
 def check_context(recipe: Recipe, most: int) -> None:

@@ -19,6 +19,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
     PositiveFloat,
     PositiveInt,
     PrivateAttr,
@@ -26,7 +27,6 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     ValidationInfo,
-    field_serializer,
     field_validator,
     model_serializer,
     model_validator,
@@ -89,6 +89,26 @@ class Training(Part):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the base's weights in training; auto takes bf16 where the hardware multiplies it fast."""
 
+    def under(self, own: Training) -> Training:
+        """These options with those that `own` sets put over them."""
+        return self.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+
+
+OwnTraining = Annotated[Training, PlainSerializer(lambda own: own.model_dump(mode="json", exclude_unset=True))]
+"""Training options over those of the recipe: what is not set stays unset."""
+
+
+def _beside_the_recipe(value: str, info: ValidationInfo) -> str:
+    folder: Path | None = (info.context or {}).get("folder")
+    if folder is None:
+        return value
+    path = folder / Path(value).expanduser()
+    return value if is_hub_id(value) and not path.exists() else str(path)
+
+
+Data = Annotated[Text, AfterValidator(_beside_the_recipe)]
+"""A data file or a hub id."""
+
 
 class Columns(Part):
     """Which columns of the data are the prompt and the completion, when they are named otherwise."""
@@ -114,9 +134,9 @@ class DataSpec(Part):
     `owner/name`, `owner/name:config` or `owner/name:config@split`; the split is `train` unless given.
     """
 
-    train: Text
+    train: Data
     """Training rows: a file, relative to the recipe, or a hub id such as owner/name:config@split."""
-    validation: Text | None = None
+    validation: Data | None = None
     """Validation rows, like `train`; without them some training rows are held out."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training rows held out for validation when `validation` is not given."""
@@ -125,15 +145,6 @@ class DataSpec(Part):
     and label, or text."""
     loss_on: Literal["completion", "all"] = "completion"
     """Learn the completions only, or the whole text."""
-
-    @field_validator("train", "validation")
-    @classmethod
-    def _beside_the_recipe(cls, value: str | None, info: ValidationInfo) -> str | None:
-        folder: Path | None = (info.context or {}).get("folder")
-        if value is None or folder is None:
-            return value
-        path = folder / Path(value).expanduser()
-        return value if is_hub_id(value) and not path.exists() else str(path)
 
 
 class MethodSpec(Part):
@@ -162,6 +173,11 @@ class MethodSpec(Part):
     def _as_written(self) -> dict[str, Any]:
         return {"name": self.name, **self.options.model_dump(mode="json")}
 
+    @property
+    def is_auto(self) -> bool:
+        """Whether the modules to adapt are still to be chosen."""
+        return isinstance(self.options, LoraOptions) and self.options.is_auto
+
     @classmethod
     def __get_pydantic_json_schema__(cls, _schema: object, _handler: object) -> dict[str, Any]:
         return {"title": "Method", "description": cls.__doc__, "oneOf": [{"enum": methods.names()}, *_method_schemas()]}
@@ -188,7 +204,7 @@ class AdapterSpec(Part):
     """Number format of the adapter's GGUF file; q8_0 where the rows allow it."""
     onnx_dtype: Literal["f32", "f16"] = "f32"
     """Number format of the adapter's .onnx_adapter file; f16 halves it, but onnxruntime-genai loads f32 alone."""
-    training: Training = Training()
+    training: OwnTraining = Training()
     """Training options of this adapter alone, over those of the recipe."""
 
     @field_validator("labels")
@@ -203,17 +219,9 @@ class AdapterSpec(Part):
 
     @model_validator(mode="after")
     def _auto_stays_apart(self) -> AdapterSpec:
-        if self.merged and self._is_auto:
+        if self.merged and self.method.is_auto:
             raise ValueError("a merged adapter slows nothing down; name target_modules instead of auto")
         return self
-
-    @property
-    def _is_auto(self) -> bool:
-        return isinstance(self.method.options, LoraOptions) and self.method.options.is_auto
-
-    @field_serializer("training")
-    def _only_what_is_set(self, training: Training) -> dict[str, Any]:
-        return training.model_dump(mode="json", exclude_unset=True)
 
     def unfit_for_encoder(self) -> list[str]:
         """What an adapter of an encoder cannot be, with the way out."""
@@ -224,14 +232,56 @@ class AdapterSpec(Part):
             problems.append("an encoder takes no system prompt; leave system out")
         if self.metric not in ("auto", "label"):
             problems.append(f"an encoder's metric is label, not {self.metric}")
-        if self._is_auto:
+        if self.method.is_auto:
             problems.append("target_modules: auto is for bases that write text; name the modules of an encoder")
         return problems
 
     def training_for(self, recipe: Recipe) -> Training:
         """The recipe's training options with those that this adapter sets put over them."""
-        own = {name: getattr(self.training, name) for name in self.training.model_fields_set}
-        return recipe.training.model_copy(update=own)
+        return recipe.training.under(self.training)
+
+
+class TextSpec(Part):
+    """Plain text: a .txt file, which is one text, or JSONL, CSV or TSV rows of `text` or a hub id, of which each row is
+    one."""
+
+    train: Data
+    """The text to learn: a file, relative to the recipe, or a hub id."""
+    validation: Data | None = None
+    """Text for validation, like `train`; without it the last part of the training text is held out."""
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the training text, its end, held out when `validation` is not given."""
+
+
+class DomainSpec(Part):
+    """Text that the base is continued on before the adapters are trained (docs/domain.md).
+
+    What comes out, at the base's own quantization, is the base of all that follows.
+    """
+
+    data: TextSpec
+    """The text of the domain."""
+    method: MethodSpec = Field(default_factory=lambda: MethodSpec.model_validate("full"))
+    """How the base is tuned: a method that can be merged, such as full (the default), last_layers or lora."""
+    window: int | None = Field(default=None, ge=16)
+    """Tokens that a longer text is cut into; null takes `context_length`."""
+    training: OwnTraining = Training()
+    """Training options of this stage alone, over those of the recipe; a row is a window."""
+
+    def training_for(self, recipe: Recipe) -> Training:
+        """The recipe's training options with those that this stage sets put over them."""
+        return recipe.training.under(self.training)
+
+    @field_validator("method")
+    @classmethod
+    def _can_be_merged(cls, method: MethodSpec) -> MethodSpec:
+        shapes = methods.load(method.name).shapes(method.options)
+        if "merged" not in shapes:
+            what = f"what {method.name} trains ({', '.join(shapes)}) cannot be merged into the base"
+            raise ValueError(f"{what}; take full, last_layers or lora")
+        if method.is_auto:
+            raise ValueError("what is merged slows nothing down; name target_modules instead of auto")
+        return method
 
 
 class OnnxSpec(Part):
@@ -270,6 +320,8 @@ class Recipe(Part):
     """Threads on the device; null takes the board's cores."""
     training: Training = Training()
     """Training options of all adapters."""
+    domain: DomainSpec | None = None
+    """Text that the base is continued on first, so that it knows the domain of all tasks."""
     adapters: dict[Name, AdapterSpec] = Field(min_length=1)
     """The tasks, by name (a-z, 0-9, _ and -)."""
 
@@ -323,6 +375,13 @@ class Recipe(Part):
 
         return _one_of(device, boards.names(), "board")
 
+    @field_validator("domain")
+    @classmethod
+    def _domain_of_task(cls, domain: DomainSpec | None, info: ValidationInfo) -> DomainSpec | None:
+        if _is_encoder(info) and domain is not None:
+            raise ValueError("is for bases that write text; leave it out for an encoder")
+        return domain
+
     @field_validator("adapters")
     @classmethod
     def _adapters_of_task(cls, adapters: dict[str, AdapterSpec], info: ValidationInfo) -> dict[str, AdapterSpec]:
@@ -344,9 +403,11 @@ class Recipe(Part):
         """
         values = self.model_dump(mode="json")
         values["base"] = self._portable(values["base"])
-        for adapter in values["adapters"].values():
+        domains = [values["domain"]] if values["domain"] else []
+        for part in (*values["adapters"].values(), *domains):
             for key in ("train", "validation"):
-                adapter["data"][key] = adapter["data"][key] and self._portable(adapter["data"][key])
+                part["data"][key] = part["data"][key] and self._portable(part["data"][key])
+        for adapter in values["adapters"].values():
             if adapter["method"].get("document"):
                 adapter["method"]["document"] = self._portable(adapter["method"]["document"])
         return values

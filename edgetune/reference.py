@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from . import methods
 from .problems import other_names
-from .recipe import AdapterSpec, Columns, DataSpec, MethodSpec, OnnxSpec, Recipe, Training
+from .recipe import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, OnnxSpec, Recipe, TextSpec, Training
 
 INTRODUCTION = """\
 # Recipe reference
@@ -47,7 +47,9 @@ def reference() -> str:
         ("`adapters.NAME`", AdapterSpec),
         ("`adapters.NAME.data`", DataSpec),
         ("`adapters.NAME.data.columns`", Columns),
-        ("`training` and `adapters.NAME.training`", Training),
+        ("`training`, `adapters.NAME.training` and `domain.training`", Training),
+        ("`domain`", DomainSpec),
+        ("`domain.data`", TextSpec),
         ("`onnx`", OnnxSpec),
     ]
     sections = [_section(title, model) for title, model in parts]

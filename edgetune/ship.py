@@ -195,6 +195,7 @@ def _base_entry(base: Base, files: Mapping[str, str]) -> BaseEntry:
         tokenizer_sha256=digest_of_tokenizer(base.header),
         chat_template_sha256=digest_of_chat_template(base.header),
         files=files,
+        domain=base.domain,
     )
 
 

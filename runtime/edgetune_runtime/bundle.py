@@ -42,7 +42,8 @@ class BaseEntry:
 
     `fingerprint` is the sha256 of the GGUF file whose weights the adapters were trained on. `files` maps a backend to
     the base's path in the bundle. `context_length` is what the base was trained for, in tokens. `parity` maps a backend
-    to how far its base is from the trained one, and `gguf/onnx` to how far the two are from each other.
+    to how far its base is from the trained one, and `gguf/onnx` to how far the two are from each other. `domain` holds
+    the figures of a base that was continued on text: how it was trained, and its perplexity before and after.
     """
 
     name: str
@@ -57,6 +58,7 @@ class BaseEntry:
     chat_template_sha256: str
     files: Mapping[str, str]
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    domain: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

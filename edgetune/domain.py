@@ -1,0 +1,215 @@
+"""Base and plain text in, the base continued on that text out: a GGUF file that all else is then made for.
+
+It is as if two builds followed each other, the second with the first one's result as its base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from edgetune_export.atomic import replacing
+from edgetune_export.backends import gguf
+from edgetune_export.backends._base import Source, Weights
+from edgetune_export.quantize import describe_quantization, quantize_rows
+from edgetune_export.shapes import Floats, Merged
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.engines._base import Engine, log_total
+from edgetune_runtime.engines.gguf import GgufTokenizer
+from edgetune_runtime.gguf_file import GgufHeader, read_header
+
+from . import bases, methods
+from .bases import Base
+from .data import Example
+from .evaluate import spread
+from .progress import Progress
+from .recipe import DomainSpec, Recipe
+from .targets import backend_of
+from .texts import Texts, split_windows, window_of
+from .train import Job, TrainResult, processes
+from .verify import logits_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "domain"
+"""Of the training, and of its folder."""
+# Perplexity is measured on windows of about so many tokens in all, spread over the validation text.
+MEASURED_TOKENS = 65536
+# Windows of the training text that weights are rounded to, where the method takes such.
+CALIBRATION_WINDOWS = 16
+# An engine gives the logits of so many tokens at a time.
+_ROWS = 64
+
+TrainAll = Callable[[Sequence[Job[Any]]], Mapping[str, TrainResult]]
+"""Trains all jobs and keeps what is done, as `pipeline.train_all` does."""
+Rows = Callable[[list[int]], Iterable[Floats]]
+"""Tokens to the logits after each."""
+
+
+def continued(recipe: Recipe, texts: Texts, base: Base, work: Path, *, train_all: TrainAll, progress: Progress) -> Base:
+    """The base continued on the texts as the recipe's domain says, at the base's own quantization.
+
+    The training lies in `work/domain` and the file in `work/domain/base`; what is done already is not done again. All
+    processes of a launcher call it. Raises UsageError, before any training, for texts or windows that cannot be,
+    IncompatibleError for a base of a type that cannot be written, and what training raises.
+    """
+    assert recipe.domain is not None
+    _check_writable(base.header)
+    job = _job(recipe, recipe.domain, texts, base)
+    told = f"{len(job.train)} windows to learn, {len(job.validation)} for validation"
+    progress.say(f"{NAME}: {told}")
+    stage = _Stage(recipe, base, job, train_all([job])[NAME], work / NAME, progress)
+    with processes().main_process_first():
+        figures = stage.known() or stage.make()
+    return stage.base(figures)
+
+
+def _check_writable(header: GgufHeader) -> None:
+    """IncompatibleError when weights of the base are of a type that nothing can be written in."""
+    for ggml_type, columns in {(tensor.ggml_type, tensor.shape[0]) for tensor in header.tensors.values()}:
+        quantize_rows(np.zeros((1, columns), np.float32), ggml_type)
+
+
+def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Job[Example]:
+    kind, training = methods.load(spec.method.name), spec.training_for(recipe)
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        length = window_of(recipe, base.header)
+        train, validation = split_windows(texts, tokenizer, length, spec.data.held_out)
+        options = kind.prepared(spec.method.options, tokenizer, (*train, *validation))
+    tokens = sum(len(window.tokens) for window in validation)
+    validation = list(spread(validation, math.ceil(len(validation) * min(1.0, MEASURED_TOKENS / tokens))))
+    state = [base.fingerprint, spec.method.model_dump(mode="json"), training.model_dump(mode="json")]
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    for window in (*train, *validation):
+        digest.update(repr(window.tokens).encode())
+    return Job(NAME, kind, options, training, train, validation, digest.hexdigest(), kind.objective(options))
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A finished training in its `folder`, from which the continued base is written and measured."""
+
+    recipe: Recipe
+    source: Base
+    job: Job[Example]
+    result: TrainResult
+    folder: Path
+    progress: Progress
+
+    @property
+    def path(self) -> Path:
+        """The continued base."""
+        return self.folder / "base" / f"{NAME}-{self.source.path.name}"
+
+    @property
+    def key(self) -> str:
+        """Stands for all that the figures depend on."""
+        state = [self.job.key, self.recipe.targets, self.recipe.onnx.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+    def base(self, figures: Mapping[str, Any]) -> Base:
+        """The continued base as all else takes it."""
+        return Base(self.source.name, self.path, sha256_of(self.path), read_header(self.path), figures)
+
+    def known(self) -> dict[str, Any] | None:
+        """The figures of a base that was made already."""
+        try:
+            known = json.loads((self.folder / "figures.json").read_text(encoding="utf-8"))
+            is_whole = known["key"] == self.key and known["sha256"] == sha256_of(self.path)
+            return dict(known["figures"]) if is_whole else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def make(self) -> dict[str, Any]:
+        """Write the base, measure it, and keep its figures."""
+        model = bases.load_torch(self.source, torch.float32)
+        checkpoint = methods.Checkpoint(NAME, self.folder / "adapter", model, self.job.options)
+        self._write(checkpoint)
+        self.progress.say(f"{NAME}: measuring perplexity before and after")
+        with self.job.method.loaded(checkpoint) as tuned:
+            trained = _perplexity(logits_of(tuned), self.job.validation)
+        before = self._on_engines(self.source, model)
+        made = self.base({})
+        after = self._on_engines(made, bases.load_torch(made, torch.float32))
+        self._tell(before, trained, after)
+        figures = {
+            "method": self.job.method.name,
+            "base_fingerprint": self.source.fingerprint,
+            **{key: value for key, value in asdict(self.result).items() if key != "history"},
+            "perplexity": {"before": before, "trained": trained, "after": after},
+            "lost_by_rounding": {target: value / trained - 1 for target, value in after.items()},
+            "measured_tokens": sum(len(window.tokens) - 1 for window in self.job.validation),
+        }
+        with replacing(self.folder / "figures.json") as path:
+            known = {"key": self.key, "sha256": made.fingerprint, "figures": figures}
+            path.write_text(json.dumps(known, indent=2), encoding="utf-8")
+        return figures
+
+    def _write(self, checkpoint: methods.Checkpoint) -> None:
+        self.progress.say(f"{NAME}: writing the continued base")
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+        self.path.parent.mkdir(parents=True)
+        folded = self.job.method.fold(checkpoint, Merged.shape)
+        assert isinstance(folded, Merged)
+        gguf.write_merged(folded, Source(self.source.path, self.source.fingerprint, checkpoint.base), self.path)
+
+    def _on_engines(self, base: Base, model: PreTrainedModel) -> dict[str, float]:
+        """Perplexity of a plain base in each of the recipe's formats, by the runtime's engines."""
+        length = max(len(window.tokens) for window in self.job.validation)
+        rows = tuple(window.tokens for window in self.job.train[:CALIBRATION_WINDOWS])
+        weights = Weights(self.recipe.onnx.weights, self.recipe.onnx.method, rows)
+        found = {}
+        for target in self.recipe.targets:
+            with TemporaryDirectory(dir=self.folder) as name:
+                source = Source(base.path, base.fingerprint, model, Path(name) / "way", weights)
+                path = backend_of(target).write_base(source, Path(name), ())
+                made = import_module(f"edgetune_runtime.engines.{target}").ENGINE
+                with closing(made(path, context_length=length)) as engine:
+                    found[target] = _perplexity(_rows_of(engine), self.job.validation)
+        return found
+
+    def _tell(self, before: Mapping[str, float], trained: float, after: Mapping[str, float]) -> None:
+        """The perplexities, and a warning where the continued base is worse than the base was."""
+        for target, was in before.items():
+            told = f"perplexity {was:.2f} before, {after[target]:.2f} after in {target}"
+            self.progress.say(f"{NAME}: {told}, {trained:.2f} before it was rounded")
+            if after[target] < was:
+                continue
+            held = describe_quantization(self.source.header)
+            if trained < was:
+                why, remedy = f"rounding to {held} takes more than was learned", "quantize less, such as quantize: q8_0"
+            else:
+                why, remedy = "nothing was learned that helps", "lower domain.training.learning_rate, or give more text"
+            self.progress.say(f"  warning: {NAME}: the continued base is worse in {target}: {why}; {remedy}")
+
+
+def _perplexity(rows_of: Rows, windows: Sequence[Example]) -> float:
+    """Of the learned tokens of all windows, given the logits after each token."""
+    nats = math.fsum(
+        log_total(row) - float(row[target])
+        for window in windows
+        for row, target in zip(rows_of(list(window.tokens)), window.tokens[1:], strict=False)
+    )
+    return math.exp(nats / sum(len(window.tokens) - 1 for window in windows))
+
+
+def _rows_of(engine: Engine) -> Rows:
+    def rows(tokens: list[int]) -> Iterator[Floats]:
+        engine.forget(0)
+        for start, end in pairwise((*range(0, len(tokens), _ROWS), len(tokens))):
+            yield from engine.decode_all(tokens[start:end])
+
+    return rows
