@@ -35,8 +35,8 @@ class AloraOptions(LoraOptions):
     invocation: str | None = Field(
         default=None,
         min_length=1,
-        description="Text from which on the adapter acts, where it stands last in a prompt; null takes what the base's "
-        "chat template puts before an answer.",
+        description="Text from which on the adapter acts, where it stands last in a prompt, with the space before it; "
+        "null takes what the base's chat template puts before an answer.",
     )
     invocation_tokens: tuple[NonNegativeInt, ...] = Field(
         default=(), description="The same in tokens of the base; taken from invocation when empty."
@@ -65,7 +65,7 @@ class Alora(Lora):
         unfit = sum(not any(row.learned[start_of(row.tokens, tokens) + 1 :]) for row in rows)
         if unfit:
             shown = f"{options.invocation!r}" if options.invocation else f"of tokens {list(tokens)}"
-            remedy = "give invocation: a text that every prompt has, or take method lora"
+            remedy = "give invocation: a text that every prompt has, with the space before it, or take method lora"
             raise UsageError(f"{unfit} of {len(rows)} rows learn nothing behind the invocation {shown}", remedy)
         return options.model_copy(update={"invocation_tokens": tokens})
 

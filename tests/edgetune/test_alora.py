@@ -211,7 +211,7 @@ def test_rows_without_the_invocation_are_refused(tiny_gguf: Callable[[str], Path
         rows, _ = tokenize_rows(
             [*ROWS, Row("c", text="turn on the light")], tokenizer, system=None, loss_on="completion", max_tokens=256
         )
-        remedy = "give invocation: a text that every prompt has, or take method lora"
+        remedy = "give invocation: a text that every prompt has, with the space before it, or take method lora"
         with pytest.raises(UsageError, match=f"2 of 3 rows learn nothing behind the invocation '<lamp>'; {remedy}"):
             ALORA.prepared(ALORA.options(invocation="<lamp>"), tokenizer, [*rows[:2], _containing("<lamp>", tokenizer)])
         with pytest.raises(UsageError, match=r"1 of 3 rows learn nothing behind the invocation of tokens \[\d"):
