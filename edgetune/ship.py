@@ -27,7 +27,7 @@ from . import bases, methods
 from .bases import Base, base_context_length
 from .progress import Progress
 from .targets import backend_of, shapes_in
-from .verify import Checked, Exported, Trained, compare_bases, verify
+from .verify import Checked, Exported, Trained, Written, compare_bases, verify
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,13 @@ class _Stage:
         shapes = {adapter.name: self.shapes[adapter.name][target] for adapter in self.adapters}
         beside = {name: self.folded[name, shape] for name, shape in shapes.items() if shape != Merged.shape}
         base = backend.write_base(self.source, self.work / "base", list(beside.values()))
-        files = {adapter.name: self._write(backend, adapter, base, target) for adapter in self.adapters}
-        errors = {name: _error(beside.get(name)) for name in shapes}
-        return Exported(target, base, files, shapes, errors, backend.quantization(self.source))
+        written = {
+            adapter.name: _written(
+                self._write(backend, adapter, base, target), shapes[adapter.name], beside.get(adapter.name)
+            )
+            for adapter in self.adapters
+        }
+        return Exported(target, base, written, backend.quantization(self.source))
 
     def shipped(self, exports: Sequence[Exported], checked: Mapping[str, Checked]) -> dict[str, Shipped]:
         """What the manifest says of each adapter."""
@@ -128,15 +132,17 @@ class _Stage:
         for adapter in self.adapters:
             found = {target: of.adapters[adapter.name] for target, of in checked.items()}
             folded = [item for (name, _), item in self.folded.items() if name == adapter.name]
+            written = {export.backend: export.adapters[adapter.name] for export in exports}
             entry = AdapterEntry(
                 name=adapter.name,
                 method=adapter.method,
-                shapes=self.shapes[adapter.name],
-                files={export.backend: self.name_of(export.adapters[adapter.name]) for export in exports},
+                shapes={target: item.shape for target, item in written.items()},
+                files={target: self.name_of(item.file) for target, item in written.items()},
                 base_fingerprint=self.source.fingerprint,
                 ranks={m: d.rank for item in folded if isinstance(item, LowRank) for m, d in item.modules.items()},
-                error=max((_error(item) for item in folded), default=0.0),
-                prefix_tokens=max((item.tokens for item in folded if isinstance(item, Prefix)), default=0),
+                error=max(item.error for item in written.values()),
+                prefix_tokens=max(item.prefix_tokens for item in written.values()),
+                invocation=next((item.invocation for item in written.values()), ()),
                 scale=adapter.scale,
                 system=adapter.system,
                 metric=adapter.metric,
@@ -177,8 +183,10 @@ class _Stage:
         return self.work / "adapters" / adapter.name
 
 
-def _error(folded: Adapter | None) -> float:
-    return folded.error if isinstance(folded, LowRank) else 0.0
+def _written(file: Path, shape: str, folded: Adapter | None) -> Written:
+    if isinstance(folded, LowRank):
+        return Written(file, shape, folded.error, folded.invocation)
+    return Written(file, shape, prefix_tokens=folded.tokens if isinstance(folded, Prefix) else 0)
 
 
 def _base_entry(base: Base, files: Mapping[str, str]) -> BaseEntry:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from edgetune_export.parity import Parity, check, compare
+from edgetune_export.parity import Decoder, Parity, check, compare
 from edgetune_export.shapes import Floats
 from edgetune_runtime.engines._base import Engine, Tokenizer
 from edgetune_runtime.engines.gguf import GgufTokenizer
 
 from . import methods
 from .bases import Base, base_context_length
+from .gated import Gated
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -73,17 +74,27 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What one backend wrote: the base's file, each adapter's with its shape, and how the base's weights are rounded.
+class Written:
+    """One adapter's file and its shape.
 
-    `errors` is the share of what was trained that an adapter of low rank leaves out.
+    `error` is the share of what was trained that it leaves out; with `invocation` tokens it waits for these;
+    `prefix_tokens` are the positions that it takes.
     """
+
+    file: Path
+    shape: str
+    error: float = 0.0
+    invocation: tuple[int, ...] = ()
+    prefix_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What one backend wrote: the base's file, the adapters by name, and how the base's weights are rounded."""
 
     backend: str
     base: Path
-    adapters: Mapping[str, Path]
-    shapes: Mapping[str, str]
-    errors: Mapping[str, float]
+    adapters: Mapping[str, Written]
     quantization: str
 
 
@@ -105,6 +116,7 @@ def verify(
     """
     # A row may fill all that the base was trained for; then there is no room to answer it.
     longest = max(len(row) for adapter in adapters for row in adapter.probes) + ANSWER_TOKENS
+    longest += max(written.prefix_tokens for export in exports for written in export.adapters.values())
     length = min(longest, base_context_length(base.header))
     with ExitStack() as stack:
         opened = [(export, stack.enter_context(_engine(export.backend, export.base, length))) for export in exports]
@@ -123,8 +135,8 @@ def verify(
                         adapter.name,
                         export.quantization,
                         dtype=dtype,
-                        merged=export.shapes[adapter.name] == "merged",
-                        error=export.errors[adapter.name],
+                        merged=export.adapters[adapter.name].shape == "merged",
+                        error=export.adapters[adapter.name].error,
                     )
         plain = _remembered(logits_of(model))
         return {
@@ -193,17 +205,18 @@ def _base_parity(
 
 
 def _parity(trained: Logits, adapter: Trained, export: Exported, engine: Engine) -> Parity:
-    file = export.adapters[adapter.name]
-    if export.shapes[adapter.name] == "merged":
-        with _engine(export.backend, file, engine.context_length) as merged:
-            return _compare(trained, adapter, merged)
-    engine.load_adapter(adapter.name, file)
-    engine.activate({adapter.name: adapter.scale})
-    return _compare(trained, adapter, engine)
+    written, active = export.adapters[adapter.name], {adapter.name: adapter.scale}
+    if written.shape == "merged":
+        with _engine(export.backend, written.file, engine.context_length) as merged:
+            return _compare(trained, adapter, merged, engine.context_length)
+    engine.load_adapter(adapter.name, written.file, invocation=written.invocation)
+    engine.activate(active)
+    gated = Gated(engine, active, {adapter.name: written.invocation})
+    return _compare(trained, adapter, gated if written.invocation else engine, engine.capacity(active))
 
 
-def _compare(trained: Logits, adapter: Trained, engine: Engine) -> Parity:
-    room = engine.context_length - ANSWER_TOKENS
+def _compare(trained: Logits, adapter: Trained, engine: Decoder, capacity: int) -> Parity:
+    room = capacity - ANSWER_TOKENS
     prompts = [
         row[:length]
         for row, length in zip(adapter.probes[:PROMPTS], adapter.prompt_lengths, strict=False)

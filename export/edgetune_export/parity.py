@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from edgetune_runtime.engines._base import Engine
+from edgetune_runtime.engines._base import Tokenizer
 from edgetune_runtime.errors import UsageError, VerificationError
 
 from .shapes import Floats
 
 Trained = Callable[[list[int]], Floats]
 """Token ids to the trained model's logits after each, float32 [tokens, vocabulary]."""
+
+
+class Decoder(Protocol):
+    """What is compared of an engine; see `Engine`."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's own tokenizer."""
+
+    def forget(self, keep: int) -> int:
+        """Drop the tokens from position `keep` on."""
+
+    def decode(self, tokens: Sequence[int]) -> Floats:
+        """Append tokens; logits after the last, shape [vocab]."""
+
+    def decode_all(self, tokens: Sequence[int]) -> Floats:
+        """Append tokens; logits after each, shape [tokens, vocab]."""
+
 
 TOLERANCE_KL = {
     "f32": 1e-4,
@@ -68,7 +87,7 @@ class Parity:
 
 def compare(
     trained: Trained,
-    engine: Engine,
+    engine: Decoder,
     rows: Sequence[Sequence[int]],
     *,
     prompts: Sequence[Sequence[int]] = (),
@@ -98,7 +117,7 @@ def compare(
     return Parity(nats / count, same / count, greedy, len(rows), count)
 
 
-def greedy_agreement(trained: Trained, engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
+def greedy_agreement(trained: Trained, engine: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
     """Tokens that both generate alike when each takes its likeliest token, the least over the prompts.
 
     An answer that agrees to its end counts as `max_tokens`. The trained model runs once a prompt: as long as it would
@@ -133,7 +152,7 @@ def check(
         raise VerificationError(message, remedy)
 
 
-def _agreement(trained: Trained, engine: Engine, prompt: list[int], max_tokens: int) -> int:
+def _agreement(trained: Trained, engine: Decoder, prompt: list[int], max_tokens: int) -> int:
     engine.forget(0)
     chosen: list[int] = []
     logits = engine.decode(prompt)
