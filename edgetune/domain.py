@@ -28,6 +28,7 @@ from edgetune_export.shapes import Floats, Merged
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines._base import Engine, log_total
 from edgetune_runtime.engines.gguf import GgufTokenizer
+from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.gguf_file import GgufHeader, read_header
 
 from . import bases, methods
@@ -50,6 +51,8 @@ NAME = "domain"
 MEASURED_TOKENS = 65536
 # Windows of the training text that weights are rounded to, where the method takes such.
 CALIBRATION_WINDOWS = 16
+# Nats a token beyond which the exponential is no number any more.
+_MOST_NATS = 700.0
 # An engine gives the logits of so many tokens at a time.
 _ROWS = 64
 
@@ -69,8 +72,7 @@ def continued(recipe: Recipe, texts: Texts, base: Base, work: Path, *, train_all
     assert recipe.domain is not None
     _check_writable(base.header)
     job = _job(recipe, recipe.domain, texts, base)
-    told = f"{len(job.train)} windows to learn, {len(job.validation)} for validation"
-    progress.say(f"{NAME}: {told}")
+    progress.say(f"{NAME}: {len(job.train)} windows to learn, {len(job.validation)} for validation")
     stage = _Stage(recipe, base, job, train_all([job])[NAME], work / NAME, progress)
     with processes().main_process_first():
         figures = stage.known() or stage.make()
@@ -144,6 +146,7 @@ class _Stage:
         before = self._on_engines(self.source, model)
         made = self.base({})
         after = self._on_engines(made, bases.load_torch(made, torch.float32))
+        self._require_finite(after)
         self._tell(before, trained, after)
         figures = {
             "method": self.job.method.name,
@@ -171,7 +174,7 @@ class _Stage:
         length = max(len(window.tokens) for window in self.job.validation)
         rows = tuple(window.tokens for window in self.job.train[:CALIBRATION_WINDOWS])
         weights = Weights(self.recipe.onnx.weights, self.recipe.onnx.method, rows)
-        found = {}
+        found: dict[str, float] = {}
         for target in self.recipe.targets:
             with TemporaryDirectory(dir=self.folder) as name:
                 source = Source(base.path, base.fingerprint, model, Path(name) / "way", weights)
@@ -181,29 +184,38 @@ class _Stage:
                     found[target] = _perplexity(_rows_of(engine), self.job.validation)
         return found
 
+    def _require_finite(self, after: Mapping[str, float]) -> None:
+        for target, value in after.items():
+            if not math.isfinite(value):
+                message = f"the continued base gives no numbers in {target}: its weights are too large"
+                raise VerificationError(message, "lower domain.training.learning_rate")
+
     def _tell(self, before: Mapping[str, float], trained: float, after: Mapping[str, float]) -> None:
-        """The perplexities, and a warning where the continued base is worse than the base was."""
+        held = describe_quantization(self.source.header)
         for target, was in before.items():
             told = f"perplexity {was:.2f} before, {after[target]:.2f} after in {target}"
-            self.progress.say(f"{NAME}: {told}, {trained:.2f} before it was rounded")
-            if after[target] < was:
-                continue
-            held = describe_quantization(self.source.header)
-            if trained < was:
-                why, remedy = f"rounding to {held} takes more than was learned", "quantize less, such as quantize: q8_0"
-            else:
-                why, remedy = "nothing was learned that helps", "lower domain.training.learning_rate, or give more text"
-            self.progress.say(f"  warning: {NAME}: the continued base is worse in {target}: {why}; {remedy}")
+            self.progress.say(f"{NAME}: {told}, {trained:.2f} before it was rounded to {held}")
+            if after[target] >= was:
+                why = why_worse(was, trained, held)
+                self.progress.say(f"  warning: {NAME}: the continued base is no better in {target}: {why}")
+
+
+def why_worse(before: float, trained: float, quantization: str) -> str:
+    """Why a continued base is no better than it was, and the remedy, by its perplexity before it was rounded."""
+    if trained < before:
+        return f"rounding to {quantization} takes more than was learned; quantize less, such as quantize: q8_0"
+    return "the training made it no better; lower domain.training.learning_rate, or give more text of the kind"
 
 
 def _perplexity(rows_of: Rows, windows: Sequence[Example]) -> float:
-    """Of the learned tokens of all windows, given the logits after each token."""
+    """Of the learned tokens of all windows, given the logits after each token; infinite where it is beyond numbers."""
     nats = math.fsum(
         log_total(row) - float(row[target])
         for window in windows
         for row, target in zip(rows_of(list(window.tokens)), window.tokens[1:], strict=False)
     )
-    return math.exp(nats / sum(len(window.tokens) - 1 for window in windows))
+    mean = nats / sum(len(window.tokens) - 1 for window in windows)
+    return math.exp(mean) if mean < _MOST_NATS else math.inf
 
 
 def _rows_of(engine: Engine) -> Rows:

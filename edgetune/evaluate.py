@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import AdapterEntry
@@ -24,6 +24,7 @@ from .recipe import Columns, Metric
 _ROOM_FACTOR = 1.5
 _ROOM_TOKENS = 16
 
+T = TypeVar("T")
 Pair = tuple[Row, Example | None]
 """A row with its tokens; a row of plain text has none here."""
 
@@ -112,7 +113,7 @@ def score(runtime: Runtime, adapter: str | None, rows: Sequence[Row], progress: 
     return Evaluation(points, metric, len(fitting), too_long, tuple(details))
 
 
-def spread(rows: Sequence[Row], limit: int | None) -> Sequence[Row]:
+def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:
     """At most `limit` of the rows, evenly from all of them; UsageError when that leaves none."""
     if limit is None or limit >= len(rows):
         return rows

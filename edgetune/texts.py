@@ -89,7 +89,7 @@ def split_windows(
     validation = windows_of(texts.validation or (), tokenizer, length)
     if texts.validation is None:
         if len(train) < 2:
-            message = f"the domain's text is {len(train)} window of {length} tokens, of which none can be held out"
+            message = f"the domain's text has fewer than 2 windows of {length} tokens, so that none can be held out"
             raise UsageError(message, "give domain.data.validation a file, more text, or a smaller domain.window")
         count = min(max(1, round(held_out * len(train))), len(train) - 1)
         return train[:-count], train[-count:]
