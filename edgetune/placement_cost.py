@@ -59,6 +59,8 @@ _IN_A_ROW = 4
 # A placement is measured in rounds of base and adapter in turn: for so long, but at least and at most so many.
 _SECONDS = 2.0
 _ROUNDS = (3, 30)
+# Rounds whose quartiles lie further apart were disturbed by what else the machine does.
+_CALM = 0.1
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def costs(
                 known |= bench.measure(plain, Placement(modules, 0).names, list(group))
                 bench.write(known)
                 step.update("", step.done + sum(placement.modules == modules for placement in missing))
+        if bench.spread > _CALM:
+            progress.say(f"warning: costs varied by {bench.spread:.0%}; measure on a quiet machine, or name a device")
     return {placement: known[placement.key] for placement in wanted}
 
 
@@ -130,10 +134,14 @@ def _predicted(placement: Placement, spec: AdapterSpec, header: GgufHeader, reci
 
 
 class _Bench:
-    """The engine of a recipe's first target, with files of its own in a folder."""
+    """The engine of a recipe's first target, with files of its own in a folder.
+
+    `spread` is the largest distance between the quartiles of a placement's rounds so far.
+    """
 
     def __init__(self, base: Base, recipe: Recipe, spec: AdapterSpec, folder: Path) -> None:
         self.base, self.target, self.threads = base, recipe.targets[0], recipe.threads
+        self.spread = 0.0
         self.dtype = spec.dtype if self.target == "gguf" else spec.onnx_dtype
         # How the numbers were rounded does not change how fast they are.
         self.weights = Weights(recipe.onnx.weights)
@@ -180,7 +188,10 @@ class _Bench:
                 )
                 engine.load_adapter(key, out)
                 engine.activate({key: 1.0})
-                found[key] = _slowdown(plain, engine)
+                lost = _rounds(plain, engine)
+                found[key] = max(0.0, statistics.median(lost))
+                lower, _, upper = statistics.quantiles(lost, n=4)
+                self.spread = max(self.spread, upper - lower)
         shutil.rmtree(folder)
         return found
 
@@ -216,15 +227,15 @@ def _modules(header: GgufHeader, names: Sequence[str]) -> Iterator[tuple[str, tu
             yield module, (columns, rows)
 
 
-def _slowdown(plain: Engine, adapted: Engine) -> float:
-    """The share of the plain engine's speed that the other lacks, at least 0: the median of rounds of both in turn."""
+def _rounds(plain: Engine, adapted: Engine) -> list[float]:
+    """The share of the plain engine's speed that the other lacks, in rounds of both in turn."""
     least, most = _ROUNDS
     begin = time.monotonic()
     lost: list[float] = []
     while len(lost) < least or (len(lost) < most and time.monotonic() - begin < _SECONDS):
         # What else the machine does slows down both of a round.
         lost.append(1 - _token_s(plain) / _token_s(adapted))
-    return max(0.0, statistics.median(lost))
+    return lost
 
 
 def _token_s(engine: Engine) -> float:
