@@ -54,11 +54,16 @@ PROBES = (
 
 @dataclass(frozen=True)
 class BuildResult:
-    """The bundle and the figures of each adapter, and of a base that was continued on text, as JSON values."""
+    """The bundle and the figures of each adapter, and of a base that was continued on text, as JSON values.
+
+    `base` and `trained` are what a build exported.
+    """
 
     bundle: Path
     adapters: Mapping[str, Mapping[str, Any]]
     domain: Mapping[str, Any] = field(default_factory=dict)
+    base: Base | None = None
+    trained: Mapping[str, Trained] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -123,7 +128,8 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
         for item in todo
     }
     plot = {"plot": str(work / domain.NAME / "training.png")} if base.domain else {}
-    return BuildResult(out, figures, {**base.domain, **plot})
+    trained = {adapter.name: adapter for adapter in adapters}
+    return BuildResult(out, figures, {**base.domain, **plot}, base, trained)
 
 
 def export_trained(

@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from edgetune import methods
 from edgetune.recipe import TARGETS, MethodSpec, Recipe, load_recipe
+from edgetune.targets import shapes_in
 
 REQUEST_FILE = "request.json"
 """Where a trial's process finds it, in the trial's folder."""
@@ -55,7 +55,8 @@ class Request:
 class Trial:
     """One training to be done, exported and measured, as JSON values: it is run in a process of its own.
 
-    `overrides` are changes of the recipe; `refused` maps a format to why it cannot hold the method. `key` stands for
+    `overrides` are changes of the recipe; `targets` are the formats that hold the method, `refused` maps the others to
+    why they cannot. `key` stands for
     all that the outcome depends on.
     """
 
@@ -65,6 +66,7 @@ class Trial:
     recipe: str
     task: str
     overrides: Mapping[str, Any]
+    targets: Sequence[str]
     folder: str
     data: str | None
     rows: int
@@ -79,7 +81,7 @@ class Trial:
     @property
     def is_refused(self) -> bool:
         """Whether no format holds the method."""
-        return len(self.refused) == len(self.one_task.targets)
+        return not self.targets
 
     def to_json(self) -> str:
         """The trial as text, for `of_json`."""
@@ -101,6 +103,10 @@ def recipe_of(request: Request) -> Recipe:
     if recipe.task == CLASSIFICATION:
         message = f"recipe {request.recipe} is for task {CLASSIFICATION}, whose methods are not compared"
         raise UsageError(message, "give a recipe for text-generation")
+    if recipe.domain is not None:
+        message = f"recipe {request.recipe} continues its base on text first, which each trial would do again"
+        remedy = "build it, and compare on the base of that bundle: --set domain=null --set base=BUNDLE/base/FILE.gguf"
+        raise UsageError(message, remedy)
     return _one_task(recipe, request.task)
 
 
@@ -163,6 +169,7 @@ def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fing
         recipe=str(request.recipe.resolve()),
         task=request.task,
         overrides=overrides,
+        targets=kept,
         folder=str(request.out.resolve() / "trials" / name),
         data=request.data,
         rows=request.rows,
@@ -217,9 +224,8 @@ def _value(options: Mapping[str, Any], fields: Fields, key: str) -> Any:  # noqa
 def _refusals(spec: MethodSpec, targets: Sequence[str]) -> dict[str, str]:
     refused = {}
     for target in targets:
-        accepted = import_module(f"edgetune_export.backends.{target}").SHAPES
         try:
-            methods.shape_for(methods.load(spec.name), spec.options, target, accepted, merged=False)
+            shapes_in((target,), spec.name, spec.options)
         except IncompatibleError as error:
             refused[target] = error.message
     return refused

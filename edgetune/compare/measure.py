@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from edgetune_export.backends._base import Source, Weights
 from edgetune_export.shapes import Merged
@@ -26,13 +26,11 @@ from edgetune import bases, methods
 from edgetune.data import Row
 from edgetune.evaluate import Evaluation, score
 from edgetune.progress import Progress
-from edgetune.recipe import Recipe
+from edgetune.targets import backend_of
+from edgetune.verify import Trained
 
 from .figures import OnEngine, standard_error
 from .torch_engine import TorchEngine
-
-if TYPE_CHECKING:
-    from edgetune_export.backends._base import Backend
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,25 @@ class Measured:
 
 @dataclass(frozen=True)
 class InTorch:
-    """The checkpoint that a bundle was made of, its base in float32; `work` holds what trials share of the base."""
+    """What a bundle was made of, in float32; `work` holds what trials share of the base's ONNX graph."""
 
     measured: Measured
-    checkpoint: methods.Checkpoint
-    method: methods.Method[Any]
     base: bases.Base
+    trained: Trained
     work: Path
     weights: Weights
+
+    @cached_property
+    def checkpoint(self) -> methods.Checkpoint:
+        """What was trained, with its base."""
+        import torch  # noqa: PLC0415 - slow to import
+
+        return self.trained.checkpoint(bases.load_torch(self.base, torch.float32))
+
+    @property
+    def method(self) -> methods.Method[Any]:
+        """What it was trained by."""
+        return methods.load(self.trained.method)
 
     def score(self, answers: Sequence[str]) -> Evaluation:
         """The checkpoint's score by greedy answers; `answers` are guesses of them, such as the device's."""
@@ -107,9 +116,9 @@ class InTorch:
 
         The model is written for this alone, and deleted.
         """
-        measured, backend = self.measured, cast("Backend", import_module(f"edgetune_export.backends.{target}"))
-        shapes = self.method.shapes(self.checkpoint.options)
-        if measured.entry.shapes[target] == Merged.shape or not {Merged.shape} <= {*shapes} & {*backend.SHAPES}:
+        measured, backend = self.measured, backend_of(target)
+        shapes = {*self.method.shapes(self.trained.options)} & {*backend.SHAPES}
+        if measured.entry.shapes[target] == Merged.shape or Merged.shape not in shapes:
             return None
         measured.progress.say(f"timing a merged model in {target}")
         out = measured.bundle.with_name("merged") / backend.MODEL_FILE
@@ -129,29 +138,6 @@ class InTorch:
         engine = make(model, context_length=manifest.context_length, threads=manifest.threads)
         found = bench.measure(lambda: _runtime(self.measured.bundle, manifest, engine, target), lambda _: None)
         return float(found["decode_tokens_per_s"]["base"])
-
-
-@contextmanager
-def in_torch(measured: Measured, recipe: Recipe, folder: Path, work: Path) -> Iterator[InTorch]:
-    """The checkpoint in `folder` for the time of the block; `work` holds the base in `base`, once it was resolved."""
-    import torch  # noqa: PLC0415 - slow to import
-
-    # The board may have chosen another quantization than the recipe says.
-    quantize = measured.manifest.recipe["quantize"]
-    base = bases.resolve(
-        recipe.base,
-        folder=recipe.folder,
-        quantize=quantize,
-        work=work / "base",
-        progress=measured.progress,
-        converter=None,
-    )
-    spec = recipe.adapters[measured.task]
-    model = bases.load_torch(base, torch.float32)
-    checkpoint = methods.Checkpoint(measured.task, folder, model, spec.method.options, spec.scale)
-    # How int4 is rounded makes no difference to the speed, and gptq would take rows.
-    weights = Weights(recipe.onnx.weights)
-    yield InTorch(measured, checkpoint, methods.load(spec.method.name), base, work, weights)
 
 
 def _runtime(bundle: Path, manifest: Manifest, engine: Engine, name: str) -> Runtime:

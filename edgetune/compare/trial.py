@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_devices import boards, fit
+from edgetune_export.backends._base import Weights
 from edgetune_runtime.errors import IncompatibleError
 
 from edgetune.data import read_rows
@@ -24,7 +25,7 @@ from edgetune.tasks import read_task
 
 from .figures import OnBoard, Outcome, Training, write_outcome
 from .grid import REQUEST_FILE, Trial
-from .measure import Measured, in_torch
+from .measure import InTorch, Measured
 from .process import end_with_parent
 
 
@@ -43,9 +44,11 @@ def run(trial: Trial, progress: Progress) -> Outcome:
     measured = Measured(bundle, trial.task, spread(rows, trial.rows), progress)
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
-    with in_torch(measured, recipe, work / "train" / trial.task / "adapter", shared) as torch:
-        of_torch = torch.score([row.answer for row in first.details])
-        merged = {target: torch.merged_speed(target) for target in recipe.targets}
+    assert built.base is not None
+    # How int4 is rounded makes no difference to the speed, and gptq would take rows.
+    torch = InTorch(measured, built.base, built.trained[trial.task], shared, Weights(recipe.onnx.weights))
+    of_torch = torch.score([row.answer for row in first.details])
+    merged = {target: torch.merged_speed(target) for target in recipe.targets}
     return Outcome(
         name=trial.name,
         method=trial.method,
