@@ -223,10 +223,10 @@ def _fitting(task: _Task, rows: Sequence[Row]) -> tuple[list[Pair], int]:
     """The rows that fit in the context, prompt rows with their tokens, and how many do not; texts fit at any length."""
     if task.runtime.encoder is not None:
         return _fitting_encoder(task.runtime.encoder, rows)
-    session, _ = task.runtime.session(task.adapter)
+    session, active = task.runtime.session(task.adapter)
     prompts = [row for row in rows if row.messages is not None]
     with session.hold():
-        tokenizer, room = session.engine.tokenizer, session.engine.context_length
+        tokenizer, room = session.engine.tokenizer, session.capacity(active)
         examples, _ = tokenize_rows(prompts, tokenizer, system=task.system, loss_on="all", max_tokens=sys.maxsize)
         for row in rows:
             if row.messages is None and len(tokenizer.tokenize(row.text or "")) < 2:

@@ -70,6 +70,32 @@ def load_model(path: Path, *, vocabulary_only: bool) -> Any:  # noqa: ANN401 - a
     return model
 
 
+def make_context(model: Any, context_length: int, threads: int, *, batch: int, sequences: int) -> Any:  # noqa: ANN401
+    """A context of so many tokens, for so many sequences and batches of that size.
+
+    IncompatibleError, with the model freed, when llama.cpp makes none.
+    """
+    llama = library()
+    params = llama.llama_context_default_params()
+    params.n_ctx = context_length
+    params.n_batch = params.n_ubatch = batch
+    params.n_seq_max = params.n_outputs_max = sequences
+    params.n_threads = params.n_threads_batch = threads
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_AUTO
+    # One buffer for all sequences: branches share the cells of the sequence that they start from.
+    params.kv_unified = True
+    # A sliding window that forgets cannot be trimmed back to an earlier position.
+    params.swa_full = True
+    params.offload_kqv = params.op_offload = False
+    last_errors()
+    context = llama.llama_init_from_model(model, params)
+    if not context:
+        message = f"no context of {context_length} tokens: {last_errors()}"
+        llama.llama_model_free(model)
+        raise IncompatibleError(message, "open the bundle with a shorter context")
+    return context
+
+
 class Vocabulary:
     """The tokenizer of a loaded model."""
 

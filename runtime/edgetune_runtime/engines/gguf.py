@@ -30,7 +30,7 @@ from ._base import (
     usable_cores,
 )
 from ._gguf_state import PrefixState, read_prefix
-from ._llama import Vocabulary, last_errors, library, load_model
+from ._llama import Vocabulary, last_errors, library, load_model, make_context
 
 T = TypeVar("T")
 
@@ -81,7 +81,9 @@ class GgufEngine:
         self._prefixes: dict[str, PrefixState] = {}
         self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
         self._prefix: str | None = None
-        self._context = _make_context(self._model, context_length, threads or usable_cores(), batch)
+        self._context = make_context(
+            self._model, context_length, threads or usable_cores(), batch=batch, sequences=BRANCHES + 1
+        )
         self._free = weakref.finalize(self, _free_all, self._context, self._adapters, self._model)
         llama = library()
         self._memory = llama.llama_get_memory(self._context)
@@ -350,29 +352,6 @@ class GgufEngine:
         finally:
             for branch in branches:
                 llama.llama_memory_seq_rm(self._memory, branch, -1, -1)
-
-
-def _make_context(model: Any, context_length: int, threads: int, batch: int) -> Any:  # noqa: ANN401 - pointers
-    llama = library()
-    params = llama.llama_context_default_params()
-    params.n_ctx = context_length
-    params.n_batch = params.n_ubatch = batch
-    params.n_seq_max = BRANCHES + 1
-    params.n_outputs_max = BRANCHES + 1
-    params.n_threads = params.n_threads_batch = threads
-    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_AUTO
-    # One buffer for all sequences: branches share the cells of the sequence that they start from.
-    params.kv_unified = True
-    # A sliding window that forgets cannot be trimmed back to an earlier position.
-    params.swa_full = True
-    params.offload_kqv = params.op_offload = False
-    last_errors()
-    context = llama.llama_init_from_model(model, params)
-    if not context:
-        message = f"no context of {context_length} tokens: {last_errors()}"
-        llama.llama_model_free(model)
-        raise IncompatibleError(message, "open the bundle with a shorter context")
-    return context
 
 
 def _free_all(context: Any, adapters: dict[str, Any], model: Any) -> None:  # noqa: ANN401 - bare pointers
