@@ -1,0 +1,97 @@
+"""A folder with train.txt and test.txt in; perplexity of a base before and after it was continued on them, as JSON out.
+
+    python -m benchmarks.domain --data DIR/tinyshakespeare --steps 100
+
+One recipe with two stages: the base is continued on the text, then an adapter is trained for what came out. `build`
+has the build's own figures, measured by the runtime's engines; `runtime` is the perplexity of test.txt that the
+runtime gives with the finished bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime import Runtime
+
+from edgetune.pipeline import build
+from edgetune.progress import Progress
+from edgetune.recipe import TARGETS, Recipe
+
+# The adapter of the second stage is beside the point here: one step on a few rows.
+ROWS = [{"prompt": f"Who wrote line {number}?", "completion": "Shakespeare"} for number in range(4)]
+
+
+def main() -> None:
+    """Build in a folder and print one JSON object."""
+    parser = argparse.ArgumentParser(description="Perplexity of a base before and after it was continued on text.")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.txt and test.txt")
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--quantize", help="quantization of the base; else as it is")
+    parser.add_argument("--method", default="full")
+    parser.add_argument("--steps", type=int, help="at most so many steps; else all epochs")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--batch-size", type=int, default=4, help="windows a step")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of training; each method has a factor on it")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a window, and of the runtime's context")
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--characters", type=int, help="use the first so many of each file")
+    parser.add_argument(
+        "--out", type=Path, help="where to build, and go on after an interruption; else a folder for now"
+    )
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.out or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        result = build(_recipe(options, folder), folder / "bundle", progress=Progress())
+        assert result is not None
+        built_s = time.monotonic() - started
+        test = (folder / "test.txt").read_text(encoding="utf-8")
+        found = {target: _perplexity(folder / "bundle", target, test) for target in options.targets.split(",")}
+    print(json.dumps({"build": result.domain, "build_s": round(built_s, 1), "runtime": found}))
+
+
+def _recipe(options: argparse.Namespace, folder: Path) -> Recipe:
+    for name in ("train.txt", "test.txt"):
+        text = (options.data / name).read_text(encoding="utf-8")[: options.characters]
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS), encoding="utf-8")
+    training: dict[str, Any] = {
+        "epochs": options.epochs,
+        "max_steps": options.steps,
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+    }
+    domain = {
+        "data": {"train": "train.txt", "validation": "test.txt"},
+        "method": options.method,
+        "training": training,
+    }
+    values = {
+        "name": "domain",
+        "base": options.base,
+        "quantize": options.quantize,
+        "targets": options.targets.split(","),
+        "context_length": options.window,
+        "training": {"max_steps": 1, "evals": 1},
+        "domain": domain,
+        "adapters": {"answer": {"data": {"train": "rows.jsonl", "held_out": 0.5}}},
+    }
+    return Recipe.model_validate(values, context={"folder": folder})
+
+
+def _perplexity(bundle: Path, engine: str, text: str) -> float:
+    """Of the text on the bundle's plain base."""
+    with Runtime.open(bundle, engine=engine) as runtime:
+        nats, tokens = runtime.perplexity(text)
+    return math.exp(nats / tokens)
+
+
+if __name__ == "__main__":
+    main()
