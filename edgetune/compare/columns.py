@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .figures import OnEngine, Outcome, Training
+from .figures import OnEngine, Outcome, Training, megabytes
 
 NONE = "-"
 """A figure that there is not."""
@@ -83,7 +83,7 @@ def _on_engine(figures: OnEngine) -> tuple[str, ...]:
     return (
         figures.shape,
         f"{_number(figures.score)} ± {figures.standard_error:.3f}",
-        f"{figures.bytes / 1e6:.2f}",
+        megabytes(figures.bytes),
         _speed(figures.tokens_per_s),
         _speed(figures.merged_tokens_per_s),
         _speed(figures.base_tokens_per_s),

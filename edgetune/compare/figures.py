@@ -123,6 +123,11 @@ def write_outcome(outcome: Outcome, folder: Path, key: str) -> None:
         path.write_text(json.dumps({"key": key, "outcome": outcome.to_json()}, indent=2), encoding="utf-8")
 
 
+def megabytes(size: int) -> str:
+    """Bytes as 10^6 of them, with digits enough to tell small adapters apart."""
+    return f"{size / 1e6:.2f}" if size >= 100_000 else f"{size / 1e6:.4f}"
+
+
 def goodness(metric: str, score: float) -> float:
     """A number that is higher for a better score, whatever the metric."""
     return -score if metric in LOWER_IS_BETTER else score

@@ -56,8 +56,7 @@ class Trial:
     """One training to be done, exported and measured, as JSON values: it is run in a process of its own.
 
     `overrides` are changes of the recipe; `targets` are the formats that hold the method, `refused` maps the others to
-    why they cannot. `key` stands for
-    all that the outcome depends on.
+    why they cannot. `key` stands for all that the outcome depends on.
     """
 
     name: str

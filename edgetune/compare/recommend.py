@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .figures import OnEngine, Outcome, goodness
+from .figures import OnEngine, Outcome, goodness, megabytes
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _board(done: Sequence[Outcome], fitting: Sequence[Outcome]) -> str:
 
 
 def _reason(chosen: _Candidate, best: _Candidate, board: str) -> str:
-    metric, size = chosen.outcome.metric, f"{chosen.figures.bytes / 1e6:.2f} MB"
+    metric, size = chosen.outcome.metric, f"{megabytes(chosen.figures.bytes)} MB"
     own, top = f"{chosen.figures.score:.4g}", f"{best.figures.score:.4g}"
     if chosen == best:
         return (

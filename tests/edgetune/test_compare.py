@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
 
+from edgetune.cli import main
 from edgetune.compare.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
 from edgetune.compare.figures import Outcome, read_outcome
 from edgetune.compare.grid import Request, Trial, recipe_of, trials_of
@@ -278,6 +280,43 @@ def test_a_trial_ends_when_its_parent_is_gone() -> None:
     ended = subprocess.run([sys.executable, "-c", trial], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
     assert ended.returncode == -signal.SIGINT
     assert b"KeyboardInterrupt" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--ranks", "4,x"), "--ranks: '4,x' are no whole numbers; write them as --ranks 4,16"),
+        (("--engine", "spark"), "--engine: no engine 'spark'; choose among: local, ray"),
+        (("--set", "lora.q=1"), "--set adapters.lights.method: "),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2_and_one_line(
+    request_of: Callable[..., Request], capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: str
+) -> None:
+    request = request_of()
+    out = str(request.out.with_name("never"))
+    command = ["compare", str(request.recipe), "--task", "lights", "--methods", "lora", "--out", out]
+    assert main([*command, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"edgetune: {told}")
+    assert len(error.splitlines()) == 1
+
+
+def test_json_is_the_last_line_of_what_is_printed(
+    compared: Compared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared.request.out, tmp_path / "out")
+    recipe, out = str(compared.request.recipe), str(tmp_path / "out")
+    command = ["compare", recipe, "--task", "lights", "--methods", "lora", "--ranks", "2", "--rows", "3", "--out", out]
+    assert main([*command, "--json"]) == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out.splitlines()[-1])
+    assert (told["recommended"], [trial["name"] for trial in told["trials"]]) == ("lora-r2", ["lora-r2"])
+    assert "lora-r2 is finished already" in printed.err
+    assert main([*command, "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert "recommended: lora-r2 in " in printed.out
+    assert printed.err == ""
 
 
 def running(folder: Path) -> list[str]:
