@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,11 +34,13 @@ def refused(**options: object) -> str:
 
 
 def test_methods_are_found_by_their_files_names() -> None:
-    assert methods.names() == ["lora"]
+    files = Path(methods.__file__).parent.glob("[!_]*.py")
+    assert methods.names() == sorted(file.stem for file in files)
+    assert all(methods.load(name).name == name for name in methods.names())
     assert LORA.shapes(LORA.options())[0] == "low_rank"
 
 
-@pytest.mark.parametrize(("name", "hint"), [("lorra", "did you mean 'lora'?"), ("oft", "choose one of: lora")])
+@pytest.mark.parametrize(("name", "hint"), [("lorra", "did you mean 'lora'?"), ("zzz", "choose one of: adalora, ")])
 def test_an_unknown_method_is_refused_with_a_hint(name: str, hint: str) -> None:
     with pytest.raises(UsageError, match=rf"no method '{name}'; {hint.replace('?', '[?]')}"):
         methods.load(name)
