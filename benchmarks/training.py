@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from edgetune import bases, methods
 from edgetune.data import Example, read_rows, tokenize_rows
 from edgetune.progress import Progress
-from edgetune.recipe import Columns, Training
+from edgetune.recipe_parts import Columns, Training
 from edgetune.train import Job, train
 
 SYSTEM = "Turn the sentence into JSON with its intent and slots."

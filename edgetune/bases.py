@@ -25,7 +25,8 @@ from edgetune_runtime.errors import IncompatibleError, NotFoundError, Verificati
 from edgetune_runtime.gguf_file import GgufHeader, read_header
 
 from .progress import Progress
-from .recipe import Recipe, is_hub_id
+from .recipe import Recipe
+from .recipe_parts import is_hub_id
 
 if TYPE_CHECKING:
     import torch

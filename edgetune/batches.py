@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from .recipe import Training
+from .recipe_parts import Training
 
 if TYPE_CHECKING:
     from .objectives import Row

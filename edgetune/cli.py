@@ -351,7 +351,7 @@ def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any])
 
 
 def _targets(joined: str | None) -> tuple[str, ...]:
-    from .recipe import TARGETS  # noqa: PLC0415 - help needs no pydantic
+    from .recipe_parts import TARGETS  # noqa: PLC0415 - help needs no pydantic
 
     names = tuple(dict.fromkeys(names_of(joined))) if joined is not None else TARGETS[:1]
     for name in names:
@@ -361,7 +361,7 @@ def _targets(joined: str | None) -> tuple[str, ...]:
 
 
 def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
-    from .recipe import NAME_PATTERN  # noqa: PLC0415 - help needs no pydantic
+    from .recipe_parts import NAME_PATTERN  # noqa: PLC0415 - help needs no pydantic
 
     folders: dict[str, Path] = {}
     for text in texts:

@@ -86,10 +86,20 @@ def _run(engine: str) -> Run:
 
 
 def _print_tables(comparison: Comparison, out: Path) -> None:
-    from .compare.columns import ON_ENGINE, TRAINING, engine_rows, training_rows  # noqa: PLC0415 - as above
+    from .compare.columns import (  # noqa: PLC0415 - as above
+        ON_ENGINE,
+        PLACEMENTS,
+        TRAINING,
+        engine_rows,
+        placement_rows,
+        training_rows,
+    )
 
     _print_table(TRAINING, training_rows(comparison.outcomes))
     _print_table(ON_ENGINE, engine_rows(comparison.outcomes))
+    placements = list(placement_rows(comparison.outcomes))
+    if placements:
+        _print_table(PLACEMENTS, placements)
     if comparison.recommended is not None:
         print(f"recommended: {comparison.recommended.reason}")
     print(out / "compare.html")

@@ -20,7 +20,7 @@ from edgetune_runtime.engines._base import Tokenizer
 from edgetune_runtime.engines._encoder import text_of
 from edgetune_runtime.errors import NotFoundError, UsageError
 
-from .recipe import HUB_ID, Columns, is_hub_id
+from .recipe_parts import HUB_ID, Columns, is_hub_id
 
 MAX_ERRORS = 20
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")

@@ -36,7 +36,8 @@ from .bases import Base
 from .data import Example
 from .evaluate import spread
 from .progress import Progress
-from .recipe import DomainSpec, Recipe
+from .recipe import Recipe
+from .recipe_parts import DomainSpec
 from .targets import backend_of
 from .texts import Texts, split_windows, window_of
 from .train import Job, TrainResult, processes
@@ -86,7 +87,7 @@ def _check_writable(header: GgufHeader) -> None:
 
 
 def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Job[Example]:
-    kind, training = methods.load(spec.method.name), spec.training_for(recipe)
+    kind, training = methods.load(spec.method.name), recipe.training.under(spec.training)
     with closing(GgufTokenizer(base.path)) as tokenizer:
         length = window_of(recipe, base.header)
         train, validation = split_windows(texts, tokenizer, length, spec.data.held_out)

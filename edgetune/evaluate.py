@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from . import metrics
 from .data import Example, Row, labelled_text, read_rows, tokenize_rows
 from .progress import Progress, Step
-from .recipe import Columns, Metric
+from .recipe_parts import Columns, Metric
 
 # An answer may be this much longer than the longest reference: a worse model is wordier, but not without end.
 _ROOM_FACTOR = 1.5

@@ -10,7 +10,7 @@ from edgetune_runtime.errors import IncompatibleError
 from . import methods
 from .methods import Method
 from .problems import other_names
-from .recipe import TARGETS
+from .recipe_parts import TARGETS
 from .targets import shapes_in
 
 

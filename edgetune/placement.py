@@ -22,7 +22,8 @@ from .data import Example
 from .methods.lora import LoraOptions
 from .placement_cost import Placement, costs, describe, placements
 from .progress import Progress
-from .recipe import AdapterSpec, Recipe
+from .recipe import Recipe
+from .recipe_parts import AdapterSpec
 from .train import Job, TrainResult, processes
 
 Trials = Callable[[Sequence[Job[Example]]], Mapping[str, TrainResult]]

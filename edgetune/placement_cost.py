@@ -33,7 +33,8 @@ from . import bases
 from .bases import Base
 from .methods._peft import ALL_LINEAR
 from .progress import Progress
-from .recipe import AdapterSpec, Recipe
+from .recipe import Recipe
+from .recipe_parts import AdapterSpec
 
 PARTS = {
     **{f"{which}_proj": "self_attn" for which in ("q", "k", "v", "o")},

@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 
 from . import methods
 from .problems import other_names
-from .recipe import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, OnnxSpec, Recipe, TextSpec, Training
+from .recipe import Recipe
+from .recipe_parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, OnnxSpec, TextSpec, Training
 
 INTRODUCTION = """\
 # Recipe reference
@@ -26,7 +27,7 @@ A recipe is a YAML file: one base, its tasks and a board. `edgetune init` writes
 `--set KEY=VALUE`, where a key is its path with dots, such as `--set adapters.command.method.r=8`. Paths are relative to
 the recipe. `edgetune schema` prints the JSON schema, with which an editor completes and checks keys.
 
-This page is made from the descriptions in `edgetune/recipe.py` and `edgetune/methods/`.
+This page is made from the descriptions in `edgetune/recipe.py`, `edgetune/recipe_parts.py` and `edgetune/methods/`.
 """
 WORDS: dict[object, str] = {
     str: "text",

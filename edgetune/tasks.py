@@ -10,7 +10,8 @@ from edgetune_runtime.engines._base import Tokenizer
 
 from .data import Example, Row, TooLong, read_rows, split, tokenize_rows
 from .metrics import metric_for
-from .recipe import AdapterSpec, Metric, Recipe, Training
+from .recipe import Recipe
+from .recipe_parts import AdapterSpec, Metric, Training
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Task:
 def read_task(name: str, recipe: Recipe) -> Task:
     """Read the data of the recipe's adapter `name`; raises what `read_rows` and `split` raise."""
     spec = recipe.adapters[name]
-    training = spec.training_for(recipe)
+    training = recipe.training.under(spec.training)
     train = read_rows(spec.data.train, spec.data.columns, labels=spec.labels)
     metric: Metric = "label" if recipe.task == CLASSIFICATION else metric_for(spec.metric, train, spec.labels)
     labels = spec.labels or ()

@@ -29,7 +29,7 @@ from .methods import Method, Options
 from .methods._base import trainable
 from .objectives import NEXT_TOKEN, Batch, Objective, Row
 from .progress import Progress, Step
-from .recipe import Training
+from .recipe_parts import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from edgetune import methods
 from edgetune.data import Example
 from edgetune.progress import Progress, Step
-from edgetune.recipe import Training
+from edgetune.recipe_parts import Training
 from edgetune.train import Job, TrainResult, train
 
 VOCABULARY = 384

@@ -1,4 +1,4 @@
-"""Outcomes in, the cells of the two tables out: what training took, and what came of it on each engine."""
+"""Outcomes in, the cells of the tables out: of training, of each engine, and of placements that were weighed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,15 @@ ON_ENGINE = (
     Column("first token ms", "after a switch back to the adapter"),
     Column("KL", "of the exported from the trained, mean over rows"),
 )
-TEXT_COLUMNS = {"trial", "engine", "shape"}
+PLACEMENTS = (
+    Column("trial", "method and rank"),
+    Column("modules", "that the adapter would be placed on"),
+    Column("rank", "of the adapter there"),
+    Column("slower %", "what decoding loses by it, in the engine"),
+    Column("trial loss", "validation loss after a short training, nats a token; of those within the budget"),
+    Column("chosen", "the lowest loss within the budget"),
+)
+TEXT_COLUMNS = {"trial", "engine", "shape", "modules", "chosen"}
 """Columns that are no numbers."""
 
 
@@ -77,6 +85,22 @@ def engine_rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
         if outcome.status == "refused" or outcome.engines:
             for target, reason in outcome.refused.items():
                 yield outcome.name, target, f"refused: {reason}"
+
+
+def placement_rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
+    """A row for each placement that was weighed for a trial whose modules are chosen by their cost."""
+    for outcome in outcomes:
+        found = outcome.placement
+        for tried in found["tried"] if found else ():
+            modules, rank = tried["modules"], tried["rank"]
+            yield (
+                outcome.name,
+                modules if isinstance(modules, str) else ", ".join(modules),
+                str(rank),
+                f"{tried['cost'] * 100:.1f}",
+                _number(tried["val_loss"]),
+                "yes" if found and (found["modules"], found["rank"]) == (modules, rank) else "",
+            )
 
 
 def _on_engine(figures: OnEngine) -> tuple[str, ...]:

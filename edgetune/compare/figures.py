@@ -78,6 +78,7 @@ class Outcome:
     """One row of a comparison. Of a trial that is not `done`, `reason` says why in one line.
 
     `torch_score` is that of the checkpoint before export; `refused` maps a format to why it holds no such adapter.
+    `placement` is what was tried for `target_modules: auto`, as `placement.Choice.to_json` gives it.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Outcome:
     engines: Mapping[str, OnEngine] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     board: OnBoard | None = None
+    placement: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON values."""

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .columns import NONE, ON_ENGINE, TEXT_COLUMNS, TRAINING, Column, engine_rows, training_rows
+from .columns import (
+    NONE,
+    ON_ENGINE,
+    PLACEMENTS,
+    TEXT_COLUMNS,
+    TRAINING,
+    Column,
+    engine_rows,
+    placement_rows,
+    training_rows,
+)
 from .figures import LOWER_IS_BETTER, Outcome
 from .plots import Picture
 from .recommend import Recommendation
@@ -61,10 +71,11 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
             *_table(ON_ENGINE, engine_rows(comparison.outcomes), (chosen.name, chosen.target) if chosen else None),
             "<h2>Training</h2>",
             *_table(TRAINING, training_rows(comparison.outcomes), (chosen.name,) if chosen else None),
+            *_placements(comparison.outcomes),
             *_boards(comparison.outcomes),
             *(_figure(picture) for picture in pictures),
             "<h2>What the columns hold</h2>",
-            *_meanings(),
+            *_meanings(comparison.outcomes),
             "</html>",
             "",
         ]
@@ -93,6 +104,12 @@ def _cell(tag: str, column: Column, text: str) -> str:
     return f"<{tag}{kind}>{escape(text)}</{tag}>"
 
 
+def _placements(outcomes: Sequence[Outcome]) -> list[str]:
+    """What each placement costs and gave, where a trial's modules were chosen by it."""
+    rows = list(placement_rows(outcomes))
+    return ["<h2>Choosing the modules</h2>", *_table(PLACEMENTS, rows, None)] if rows else []
+
+
 def _boards(outcomes: Sequence[Outcome]) -> list[str]:
     """Which bundles the recipe's board cannot hold."""
     boards = [(outcome.name, outcome.board) for outcome in outcomes if outcome.board is not None]
@@ -112,7 +129,8 @@ def _figure(picture: Picture) -> str:
     )
 
 
-def _meanings() -> list[str]:
-    columns = {column.title: column.meaning for column in (*ON_ENGINE, *TRAINING)}
+def _meanings(outcomes: Sequence[Outcome]) -> list[str]:
+    placements = PLACEMENTS if any(placement_rows(outcomes)) else ()
+    columns = {column.title: column.meaning for column in (*ON_ENGINE, *TRAINING, *placements)}
     lines = [f"<dt>{escape(title)}</dt><dd>{escape(meaning)}</dd>" for title, meaning in columns.items()]
     return ["<dl>", *lines, f"<dt>{NONE}</dt><dd>there is no such figure</dd>", "</dl>"]

@@ -61,6 +61,7 @@ def run(trial: Trial, progress: Progress) -> Outcome:
         engines={t: measured.on_engine(t, evaluation, merged[t]) for t, evaluation in scored.items()},
         refused=trial.refused,
         board=_board(recipe, bundle),
+        placement=built.adapters[trial.task].get("placement"),
     )
 
 

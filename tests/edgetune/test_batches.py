@@ -9,7 +9,7 @@ import pytest
 
 from edgetune.batches import Schedule, passes, plan
 from edgetune.data import Example
-from edgetune.recipe import Training
+from edgetune.recipe_parts import Training
 
 LENGTHS = random.Random(0).choices(range(5, 200), k=203)
 

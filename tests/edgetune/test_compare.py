@@ -211,7 +211,10 @@ def test_settings_of_one_method_leave_the_others_alone(request_of: Callable[...,
     settings = {"lora.target_modules": "o_proj", "dora.training.learning_rate": "1e-4", "training.epochs": "2"}
     lora, dora = trials(request_of(methods=("lora", "dora"), settings=settings))
     recipes = [trial.one_task for trial in (lora, dora)]
-    assert [recipe.adapters["lights"].training_for(recipe).learning_rate for recipe in recipes] == [5e-3, 1e-4]
+    assert [recipe.training.under(recipe.adapters["lights"].training).learning_rate for recipe in recipes] == [
+        5e-3,
+        1e-4,
+    ]
     assert [recipe.training.epochs for recipe in recipes] == [2, 2]
     assert (method_of(lora)["target_modules"], method_of(dora)["target_modules"]) == ("o_proj", ["q_proj", "v_proj"])
 

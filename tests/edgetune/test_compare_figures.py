@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from matplotlib.text import Annotation
 
 from edgetune.bases import Base, load_torch
 from edgetune.compare import plots
+from edgetune.compare.columns import placement_rows
 from edgetune.compare.figures import OnBoard, OnEngine, Outcome, Training, standard_error
+from edgetune.compare.page import page
 from edgetune.compare.recommend import Recommendation, recommend
+from edgetune.compare.sweep import Comparison
 from edgetune.compare.torch_engine import TorchEngine
 from edgetune.verify import logits_of
 
@@ -95,6 +99,23 @@ def test_an_outcome_is_read_as_it_was_written() -> None:
     board = OnBoard("pi-5", True, 300.5, 3800)
     whole = outcome("lora-r4", board, gguf=engine(0.9, 10), onnx=engine(0.8, 20))
     assert Outcome.of_json(whole.to_json()) == whole
+
+
+def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:
+    tried = [
+        {"modules": ["q_proj", "v_proj"], "rank": 16, "cost": 0.081, "val_loss": 0.5},
+        {"modules": "all-linear", "rank": 16, "cost": 0.234, "val_loss": None},
+    ]
+    plain = outcome("dora", gguf=engine(0.9, 10))
+    placed = replace(plain, name="lora", placement={**tried[0], "tried": tried})
+    assert list(placement_rows([plain, placed])) == [
+        ("lora", "q_proj, v_proj", "16", "8.1", "0.500", "yes"),
+        ("lora", "all-linear", "16", "23.4", "-", ""),
+    ]
+    shown = page(Comparison("lights", "tiny", "exact", 100, [placed], None), [])
+    assert "Choosing the modules" in shown
+    assert "q_proj, v_proj" in shown
+    assert "Choosing the modules" not in page(Comparison("lights", "tiny", "exact", 100, [plain], None), [])
 
 
 def test_labels_of_a_plot_cover_no_other_label(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from edgetune_runtime.engines.gguf import GgufTokenizer
 from edgetune_runtime.errors import NotFoundError, UsageError
 
 from edgetune.data import Example, Row, read_rows, split, tokenize_rows
-from edgetune.recipe import Columns
+from edgetune.recipe_parts import Columns
 
 Write = Callable[..., str]
 

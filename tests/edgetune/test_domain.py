@@ -352,7 +352,7 @@ def test_the_resolved_recipe_has_portable_paths_and_what_is_set(tmp_path: Path) 
     assert resolved["domain"]["training"] == DOMAIN["training"]
     assert Recipe.model_validate(resolved, context={"folder": tmp_path}) == recipe
     assert recipe.domain is not None
-    assert recipe.domain.training_for(recipe).model_dump(include={"max_steps", "batch_size"}) == {
+    assert recipe.training.under(recipe.domain.training).model_dump(include={"max_steps", "batch_size"}) == {
         "max_steps": 24, "batch_size": 4,
     }  # fmt: skip
 

@@ -23,7 +23,7 @@ from edgetune import bases, methods
 from edgetune.bases import Base
 from edgetune.data import Example
 from edgetune.progress import Progress
-from edgetune.recipe import Training
+from edgetune.recipe_parts import Training
 from edgetune.train import Job, TrainResult, train
 from edgetune.verify import logits_of
 

@@ -27,7 +27,8 @@ from edgetune.methods._prompt_model import Given, split_states
 from edgetune.objectives import NEXT_TOKEN
 from edgetune.packing import ATTENTION
 from edgetune.progress import Progress, Step
-from edgetune.recipe import Training, load_recipe
+from edgetune.recipe import load_recipe
+from edgetune.recipe_parts import Training
 from edgetune.train import Job, train
 
 QUIET = Progress(quiet=True)

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from edgetune import methods
 from edgetune.data import read_rows
-from edgetune.recipe import TEMPLATE, Recipe, is_hub_id, json_schema, load_recipe
+from edgetune.recipe import TEMPLATE, Recipe, json_schema, load_recipe
+from edgetune.recipe_parts import is_hub_id
 from edgetune.reference import reference
 
 GOOD = """\
@@ -67,8 +68,8 @@ def test_other_names_of_options_are_taken(write: Write) -> None:
 
 def test_an_adapters_training_goes_over_the_recipes(write: Write) -> None:
     recipe = load_recipe(write(GOOD))
-    assert recipe.adapters["command"].training_for(recipe).epochs == 2
-    own = recipe.adapters["intent"].training_for(recipe)
+    assert recipe.training.under(recipe.adapters["command"].training).epochs == 2
+    own = recipe.training.under(recipe.adapters["intent"].training)
     assert (own.epochs, own.learning_rate, own.batch_size) == (5, 0.001, 16)
 
 
@@ -265,7 +266,7 @@ def test_a_recipe_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 def test_yaml_anchors_may_share_settings(write: Write) -> None:
     text = GOOD.replace("training: {epochs: 2", "training: &t {epochs: 2").replace("{epochs: 5}", "{<<: *t, seed: 4}")
     recipe = load_recipe(write(text))
-    training = recipe.adapters["intent"].training_for(recipe)
+    training = recipe.training.under(recipe.adapters["intent"].training)
     assert (training.epochs, training.seed) == (2, 4)
 
 

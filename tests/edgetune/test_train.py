@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from edgetune import batches, methods
 from edgetune.data import Example
 from edgetune.progress import Progress, Step
-from edgetune.recipe import Training
+from edgetune.recipe_parts import Training
 from edgetune.train import Job, finished, train
 
 QUIET = Progress(quiet=True)

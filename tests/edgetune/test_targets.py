@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from edgetune_runtime.errors import IncompatibleError
+
+from edgetune import methods
+from edgetune.recipe import Recipe, load_recipe
+from edgetune.targets import check_shapes, shapes_in
+
+
+def recipe_of(folder: Path, method: str, **spec: object) -> Recipe:
+    """A recipe whose one adapter is tuned by `method`."""
+    own = {key: spec.pop(key) for key in ("task", "targets") if key in spec}
+    values = {"name": "tiny", "base": "base.gguf", "targets": ["gguf"], **own}
+    values["adapters"] = {"lights": {"data": {"train": "rows.jsonl"}, "method": method, **spec}}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return load_recipe(path)
+
+
+def shapes(method: str, *, merged: bool = False) -> dict[str, str]:
+    options = methods.load(method).options()
+    return shapes_in(["gguf", "onnx"], method, options, merged=merged)
+
+
+@pytest.mark.parametrize(
+    ("method", "gguf", "onnx"),
+    [
+        ("lora", "low_rank", "low_rank"),
+        ("full", "merged", "merged"),
+        ("ia3", "merged", "tensors"),
+        ("prefix", "prefix", "prefix"),
+    ],
+)
+def test_a_method_has_a_shape_in_each_format(method: str, gguf: str, onnx: str) -> None:
+    assert shapes(method) == {"gguf": gguf, "onnx": onnx}
+
+
+def test_a_merged_adapter_is_a_whole_model_in_each_format() -> None:
+    assert shapes("lora", merged=True) == {"gguf": "merged", "onnx": "merged"}
+
+
+def test_a_pair_that_cannot_be_expressed_is_refused_with_the_adapter_and_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleError, match="adapter 'lights': ") as refused:
+        check_shapes(recipe_of(tmp_path, "bottleneck"))
+    assert "gguf" in refused.value.message
+    assert refused.value.remedy
+    check_shapes(recipe_of(tmp_path, "bottleneck", targets=["onnx"]))
+
+
+def test_an_encoder_is_tuned_by_low_rank_methods_alone(tmp_path: Path) -> None:
+    for_encoders = {"task": "text-classification", "targets": ["onnx"]}
+    check_shapes(recipe_of(tmp_path, "lora", **for_encoders))
+    with pytest.raises(IncompatibleError, match="an encoder cannot be tuned by prefix"):
+        check_shapes(recipe_of(tmp_path, "prefix", **for_encoders))
+
+
+def test_a_scale_is_refused_where_there_is_nothing_to_scale(tmp_path: Path) -> None:
+    check_shapes(recipe_of(tmp_path, "lora", scale=0.5))
+    with pytest.raises(IncompatibleError, match="what full trains has no scale"):
+        check_shapes(recipe_of(tmp_path, "full", scale=0.5))
