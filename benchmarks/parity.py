@@ -23,9 +23,10 @@ from edgetune_export.backends._base import Source
 from edgetune_export.backends.gguf import write_adapter, write_merged
 from edgetune_export.fold import fold_peft, merge
 from edgetune_export.parity import Parity, compare
-from edgetune_export.quantize import describe_quantization, quantize_gguf
+from edgetune_export.quantize import quantize_gguf
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf import GgufEngine, GgufTokenizer
+from edgetune_runtime.gguf_file import describe_quantization
 
 from edgetune import bases, methods
 from edgetune.methods._peft import module_weight

@@ -23,13 +23,13 @@ import torch
 from edgetune_export.atomic import replacing
 from edgetune_export.backends import gguf
 from edgetune_export.backends._base import Source, Weights
-from edgetune_export.quantize import describe_quantization, quantize_rows
+from edgetune_export.quantize import quantize_rows
 from edgetune_export.shapes import Floats, Merged
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines._base import Engine, log_total
 from edgetune_runtime.engines.gguf import GgufTokenizer
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.gguf_file import GgufHeader, read_header
+from edgetune_runtime.gguf_file import GgufHeader, describe_quantization, read_header
 
 from . import bases, methods
 from .bases import Base

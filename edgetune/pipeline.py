@@ -314,7 +314,15 @@ def _wanted(recipe: Recipe, todo: Sequence[_Work]) -> Wanted:
     onnx = recipe.onnx
     rows = [example.tokens for item in todo for example in item.job.train[:CALIBRATION_ROWS]]
     weights = Weights(onnx.weights, onnx.method, tuple(map(tuple, rows)) if onnx.method == "gptq" else ())
-    return Wanted(recipe.name, recipe.context_length, recipe.threads, recipe.targets, weights, recipe=recipe.resolved())
+    return Wanted(
+        recipe.name,
+        recipe.context_length,
+        recipe.threads,
+        recipe.targets,
+        weights,
+        quantize_merged=recipe.quantize_merged,
+        recipe=recipe.resolved(),
+    )
 
 
 def _trained(item: _Work, result: TrainResult, work: Path) -> Trained:

@@ -20,6 +20,7 @@ def needs_of_recipe(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> 
         scheme=recipe.quantize if requantize else None,
         adapters=_adapter_sizes(recipe, header),
         merged=_merged(recipe),
+        quantize_merged=recipe.quantize_merged,
     )
 
 
@@ -36,6 +37,7 @@ def choose_for(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> fit.C
         header,
         adapters=_adapter_sizes(recipe, header),
         merged=_merged(recipe),
+        quantize_merged=recipe.quantize_merged,
         quantize=recipe.quantize if requantize else None,
         context_length=recipe.context_length if "context_length" in written else None,
         threads=recipe.threads,

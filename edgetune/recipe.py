@@ -44,6 +44,9 @@ class Recipe(Part):
     quantize: str | None = None
     """Quantization of the base (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …), before training; null takes q8_0 for a folder
     or a hub id, and a .gguf file as it is. onnx holds q4_0 and q8_0 number for number and at the same size."""
+    quantize_merged: str | None = None
+    """Quantization of merged models; null takes q8_0 where the base has fewer bits, and else the base's own: rounding
+    to 4 bits once more loses most of what was trained."""
     onnx: OnnxSpec = OnnxSpec()
     """How the onnx target holds the base's weights."""
     device: str | None = None
@@ -80,7 +83,7 @@ class Recipe(Part):
             raise ValueError("encoders run in onnx; write targets: [onnx]")
         return tuple(dict.fromkeys(targets))
 
-    @field_validator("quantize")
+    @field_validator("quantize", "quantize_merged")
     @classmethod
     def _known_scheme(cls, scheme: str | None, info: ValidationInfo) -> str | None:
         if scheme is None:

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 from edgetune_devices.fit import kv_bytes_per_token
-from edgetune_export.backends._base import Backend, Source, Weights
+from edgetune_export.backends._base import Source, Weights
+from edgetune_export.merged import source_of_merged
 from edgetune_export.pack import pack
 from edgetune_export.parity import Parity
-from edgetune_export.quantize import describe_quantization
 from edgetune_export.shapes import Adapter, Folded, LowRank, Merged, Prefix
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, Manifest
-from edgetune_runtime.gguf_file import digest_of_chat_template, digest_of_tokenizer
+from edgetune_runtime.gguf_file import describe_quantization, digest_of_chat_template, digest_of_tokenizer
 
 from . import bases, methods
 from .bases import Base, base_context_length
@@ -39,6 +39,7 @@ class Wanted:
     threads: int | None = None
     targets: tuple[str, ...] = ("gguf",)
     weights: Weights = field(default_factory=Weights)
+    quantize_merged: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -65,7 +66,7 @@ def ship(
     model = bases.load_torch(base, torch.float32)
     source = Source(base.path, base.fingerprint, model, work / "way", wanted.weights)
     shapes = {a.name: shapes_in(wanted.targets, a.method, a.options, merged=a.merged) for a in adapters}
-    stage = _Stage(work, source, adapters, shapes, progress)
+    stage = _Stage(work, source, adapters, shapes, wanted.quantize_merged, progress)
     exports = []
     for target in wanted.targets:
         progress.say(f"writing {target}")
@@ -100,6 +101,7 @@ class _Stage:
     source: Source
     adapters: Sequence[Trained]
     shapes: Mapping[str, Mapping[str, str]]
+    quantize_merged: str | None
     progress: Progress
 
     def __post_init__(self) -> None:
@@ -118,12 +120,12 @@ class _Stage:
         shapes = {adapter.name: self.shapes[adapter.name][target] for adapter in self.adapters}
         beside = {name: self.folded[name, shape] for name, shape in shapes.items() if shape != Merged.shape}
         base = backend.write_base(self.source, self.work / "base", list(beside.values()))
-        written = {
-            adapter.name: _written(
-                self._write(backend, adapter, base, target), shapes[adapter.name], beside.get(adapter.name)
-            )
-            for adapter in self.adapters
-        }
+        written = {}
+        for adapter in self.adapters:
+            if shapes[adapter.name] == Merged.shape:
+                written[adapter.name] = self._write_merged(target, adapter)
+            else:
+                written[adapter.name] = self._write(target, beside[adapter.name], adapter, base)
         return Exported(target, base, written, backend.quantization(self.source))
 
     def shipped(self, exports: Sequence[Exported], checked: Mapping[str, Checked]) -> dict[str, Shipped]:
@@ -158,22 +160,26 @@ class _Stage:
         """The name in the bundle of a staged file."""
         return path.relative_to(self.work).as_posix()
 
-    def _write(self, backend: Backend, adapter: Trained, base: Path, target: str) -> Path:
-        shape, fingerprint = self.shapes[adapter.name][target], self.source.fingerprint
-        if shape == Merged.shape:
-            out = self._folder(adapter) / backend.MODEL_FILE
-            if not adapter.merged:
-                self.progress.say(
-                    f"  {adapter.name}: {target} holds {adapter.method} as a whole model, as large as the base"
-                )
-            merged = self._fold(adapter, shape)
-            assert isinstance(merged, Merged)
-            backend.write_merged(merged, self.source, out)
-        else:
-            out = self._folder(adapter) / backend.ADAPTER_FILE
-            folded, dtype = self.folded[adapter.name, shape], adapter.dtypes[target]
-            backend.write_adapter(folded, base, out, dtype=dtype, base_fingerprint=fingerprint)
-        return out
+    def _write(self, target: str, folded: Adapter, adapter: Trained, base: Path) -> Written:
+        backend = backend_of(target)
+        out = self._folder(adapter) / backend.ADAPTER_FILE
+        dtype = adapter.dtypes[target]
+        backend.write_adapter(folded, base, out, dtype=dtype, base_fingerprint=self.source.fingerprint)
+        if isinstance(folded, LowRank):
+            return Written(out, folded.shape, folded.error, folded.invocation)
+        return Written(out, folded.shape, prefix_tokens=folded.tokens if isinstance(folded, Prefix) else 0)
+
+    def _write_merged(self, target: str, adapter: Trained) -> Written:
+        backend = backend_of(target)
+        source = source_of_merged(self.source, self.quantize_merged)
+        quantization = backend.quantization(source)
+        if not adapter.merged or source is not self.source:
+            what = f"{target} holds {adapter.method} as a whole model, in {quantization}"
+            self.progress.say(f"  {adapter.name}: {what}, {source.path.stat().st_size / 1e6:.0f} MB")
+        merged, out = self._fold(adapter, Merged.shape), self._folder(adapter) / backend.MODEL_FILE
+        assert isinstance(merged, Merged)
+        backend.write_merged(merged, source, out)
+        return Written(out, Merged.shape, quantization=quantization)
 
     def _fold(self, adapter: Trained, shape: str) -> Folded:
         assert self.source.model is not None
@@ -181,12 +187,6 @@ class _Stage:
 
     def _folder(self, adapter: Trained) -> Path:
         return self.work / "adapters" / adapter.name
-
-
-def _written(file: Path, shape: str, folded: Adapter | None) -> Written:
-    if isinstance(folded, LowRank):
-        return Written(file, shape, folded.error, folded.invocation)
-    return Written(file, shape, prefix_tokens=folded.tokens if isinstance(folded, Prefix) else 0)
 
 
 def _base_entry(base: Base, files: Mapping[str, str]) -> BaseEntry:

@@ -334,8 +334,15 @@ class _Run:
         # Autocast casts the adapter's weights; PEFT would cast its inputs to float32 and back besides.
         bf16 = self.precision == "bf16"
         casting = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
-        with casting, disable_input_dtype_casting(self.tuned, active=bf16):
+        with casting, disable_input_dtype_casting(self.tuned, active=bf16 and self._casts_inputs()):
             return self.objective.loss(self.model, self.tuned, batch)
+
+    def _casts_inputs(self) -> bool:
+        """Whether PEFT's layers know how not to cast their inputs; those of (IA)3 never do."""
+        from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - as above
+
+        layers = (module for module in self.tuned.modules() if isinstance(module, BaseTunerLayer))
+        return all(hasattr(layer, "cast_input_dtype_enabled") for layer in layers)
 
     @torch.no_grad()
     def _validate(self) -> Point:

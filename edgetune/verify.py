@@ -86,6 +86,7 @@ class Written:
     error: float = 0.0
     invocation: tuple[int, ...] = ()
     prefix_tokens: int = 0
+    quantization: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,14 @@ def verify(
                     parity = _parity(trained, adapter, export, engine)
                     found[export.backend][adapter.name] = parity
                     progress.say(f"  {export.backend} {adapter.name}: {_said(parity)}")
-                    dtype = adapter.dtypes[export.backend]
+                    written = export.adapters[adapter.name]
                     check(
                         parity,
                         adapter.name,
-                        export.quantization,
-                        dtype=dtype,
-                        merged=export.adapters[adapter.name].shape == "merged",
-                        error=export.adapters[adapter.name].error,
+                        written.quantization or export.quantization,
+                        dtype=adapter.dtypes[export.backend],
+                        merged=written.shape == "merged",
+                        error=written.error,
                     )
         plain = _remembered(logits_of(model))
         return {

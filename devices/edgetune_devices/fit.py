@@ -154,6 +154,7 @@ def choose(
     *,
     adapters: Mapping[str, AdapterSize] | None = None,
     merged: Sequence[str] = (),
+    quantize_merged: str | None = None,
     quantize: str | None = None,
     context_length: int | None = None,
     threads: int | None = None,
@@ -169,7 +170,14 @@ def choose(
     fitting: list[tuple[str | None, int, Fit]] = []
     for length in (context_length,) if context_length else CONTEXTS:
         for scheme in schemes:
-            needs = needs_of_header(header, context_length=length, scheme=scheme, adapters=adapters, merged=merged)
+            needs = needs_of_header(
+                header,
+                context_length=length,
+                scheme=scheme,
+                adapters=adapters,
+                merged=merged,
+                quantize_merged=quantize_merged,
+            )
             found = fit(needs, board)
             if found.fits:
                 fitting.append((scheme, length, found))

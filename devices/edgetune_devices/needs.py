@@ -17,7 +17,7 @@ from typing import Any
 from edgetune_runtime.bundle import read_manifest, resolve
 from edgetune_runtime.engines.gguf import BRANCHES
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, read_header
+from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, describe_quantization, read_header
 
 BATCH = 512
 """Tokens that the engine computes at once, its default."""
@@ -36,6 +36,8 @@ _SCHEMES: Mapping[str, tuple[str, str, str]] = {
     "q3_k_m": ("q3_k", "q5_k", "q6_k"),
 }
 """Types that llama.cpp gives to most matrices, to half of the value and down projections, and to the output head."""
+MERGED_SCHEME = "q8_0"
+_FINE = ("f32", "f16", "bf16", MERGED_SCHEME)
 _NARROW = {"q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """What llama.cpp takes instead when 256 does not divide the columns."""
 _TYPES = {name: (block, size) for name, block, size in GGML_TYPES.values()}
@@ -119,6 +121,14 @@ def kv_bytes_per_token(header: GgufHeader) -> int:
     return heads * (key + value) * 2
 
 
+def scheme_of_merged(held: str, wanted: str | None = None) -> str | None:
+    """How merged models are quantized whose base is of the scheme or tensor type `held`; None as the base is.
+
+    Rounded again to fewer than 8 bits, weights lose most of what was trained: at q4_0 a mean KL of 2 to 3 was seen.
+    """
+    return wanted or (None if held in _FINE else MERGED_SCHEME)
+
+
 def needs_of_header(
     header: GgufHeader,
     *,
@@ -126,8 +136,11 @@ def needs_of_header(
     scheme: str | None = None,
     adapters: Mapping[str, AdapterSize] | None = None,
     merged: Sequence[str] = (),
+    quantize_merged: str | None = None,
 ) -> Needs:
     """What a base takes as its file is, or after quantization to `scheme`; `merged` names whole models.
+
+    These are quantized as `scheme_of_merged` says.
 
     UsageError for an unknown scheme.
     """
@@ -139,6 +152,10 @@ def needs_of_header(
     head = "output.weight" if looked_up else "token_embd.weight"
     start = min((tensor.offset for tensor in header.tensors.values()), default=0)
     base_bytes = start + sum(sizes.values())
+    finer = scheme_of_merged(scheme or describe_quantization(header), quantize_merged)
+    merged_bytes = base_bytes
+    if finer is not None:
+        merged_bytes = start + sum(_tensor_bytes(tensor, header, finer) for tensor in header.tensors.values())
     return Needs(
         base_bytes=base_bytes,
         read_bytes=sum(sizes.values()) - sizes.get(looked_up, 0),
@@ -151,7 +168,7 @@ def needs_of_header(
         kv_bytes_per_token=kv_bytes_per_token(header),
         context_length=context_length,
         adapters=dict(adapters or {}),
-        merged=dict.fromkeys(merged, base_bytes),
+        merged=dict.fromkeys(merged, merged_bytes),
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_export.backends._base import Source, Weights
+from edgetune_export.merged import source_of_merged
 from edgetune_export.shapes import Merged
 from edgetune_runtime import Runtime, bench
 from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest
@@ -87,6 +88,7 @@ class InTorch:
     trained: Trained
     work: Path
     weights: Weights
+    quantize_merged: str | None
 
     @cached_property
     def checkpoint(self) -> methods.Checkpoint:
@@ -127,7 +129,7 @@ class InTorch:
             assert isinstance(folded, Merged)
             source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, self.weights)
             with _alone_in(self.work):
-                backend.write_merged(folded, source, out)
+                backend.write_merged(folded, source_of_merged(source, self.quantize_merged), out)
             return self._speed(target, out)
         finally:
             shutil.rmtree(measured.bundle.with_name("merged"), ignore_errors=True)

@@ -46,7 +46,8 @@ def run(trial: Trial, progress: Progress) -> Outcome:
     first = scored[recipe.targets[0]]
     assert built.base is not None
     # How int4 is rounded makes no difference to the speed, and gptq would take rows.
-    torch = InTorch(measured, built.base, built.trained[trial.task], shared, Weights(recipe.onnx.weights))
+    weights = Weights(recipe.onnx.weights)
+    torch = InTorch(measured, built.base, built.trained[trial.task], shared, weights, recipe.quantize_merged)
     of_torch = torch.score([row.answer for row in first.details])
     merged = {target: torch.merged_speed(target) for target in recipe.targets}
     return Outcome(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import gguf
 import numpy as np
 from edgetune_runtime.engines._llama import last_errors, library
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
-from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, read_header
+from edgetune_runtime.gguf_file import GGML_TYPES, TensorInfo, describe_quantization, read_header
 
 from .atomic import is_full, replacing
 from .shapes import Floats
@@ -94,14 +93,6 @@ def dequantize_rows(data: bytes, tensor: TensorInfo) -> Floats:
         message = f"cannot read the weights of {tensor.name}, which are of type {tensor.type_name}"
         raise IncompatibleError(message, "quantize the base to q8_0") from error
     return np.array(values, np.float32).reshape(rows, columns)
-
-
-def describe_quantization(header: GgufHeader) -> str:
-    """The tensor type that takes the most bytes of the file, for example "q4_1"."""
-    bytes_by_type: Counter[str] = Counter()
-    for tensor in header.tensors.values():
-        bytes_by_type[tensor.type_name] += tensor.nbytes
-    return bytes_by_type.most_common(1)[0][0]
 
 
 def _failure(source: Path, out: Path, reason: str) -> EdgetuneError:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,14 @@ def digest_of_chat_template(header: GgufHeader) -> str:
     """Hex sha256 of the default chat template's text; that of the empty text when the file has none."""
     template = str(header.metadata.get("tokenizer.chat_template", ""))
     return hashlib.sha256(template.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def describe_quantization(header: GgufHeader) -> str:
+    """The tensor type that takes the most bytes of the file, for example "q4_1"."""
+    bytes_by_type: Counter[str] = Counter()
+    for tensor in header.tensors.values():
+        bytes_by_type[tensor.type_name] += tensor.nbytes
+    return bytes_by_type.most_common(1)[0][0]
 
 
 def cache_shape(base: GgufHeader) -> CacheShape:

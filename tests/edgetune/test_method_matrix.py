@@ -78,6 +78,16 @@ def example(number: int) -> Example:
     return Example(tokens, (False,) * 5 + (True,) * 3, 5)
 
 
+def job_of(name: str, options: dict[str, Any], **training: Any) -> Job[Example]:  # noqa: ANN401 - fields of Training
+    """A few steps of a method on a few rows."""
+    method = methods.load(name)
+    chosen = method.options.model_validate(options)
+    values = {"max_steps": 6, "evals": 2, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32", "patience": None}
+    rows = [example(number) for number in range(24)]
+    objective = method.objective(chosen)
+    return Job(name, method, chosen, Training(**(values | training)), rows, rows[::3], name, objective)
+
+
 @pytest.fixture(scope="module")
 def base(tiny_base: Callable[[str], Base]) -> Base:
     return tiny_base("llama")
@@ -94,16 +104,20 @@ def tuned(base: Base, source: Source, tmp_path_factory: pytest.TempPathFactory) 
 
     @cache
     def make(name: str, options: tuple[tuple[str, Any], ...]) -> Tuned:
-        method, folder = methods.load(name), tmp_path_factory.mktemp(name)
-        chosen = method.options.model_validate(dict(options))
-        training = Training(max_steps=6, evals=2, batch_size=8, learning_rate=1e-2, precision="fp32", patience=None)
-        rows = [example(number) for number in range(24)]
-        job = Job(name, method, chosen, training, rows, rows[::3], name, method.objective(chosen))
+        folder, job = tmp_path_factory.mktemp(name), job_of(name, dict(options))
         result = train(bases.load_torch(base, torch.float32), job, folder, Progress(quiet=True))
         assert source.model is not None
-        return Tuned(method, methods.Checkpoint(name, folder / "adapter", source.model, chosen), result)
+        return Tuned(job.method, methods.Checkpoint(name, folder / "adapter", source.model, job.options), result)
 
     return lambda name, **options: make(name, tuple(options.items()))
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_method_trains_in_bf16(name: str, base: Base, tmp_path: Path) -> None:
+    job = job_of(name, TABLE[name][1], precision="bf16", max_steps=2, evals=1)
+    result = train(bases.load_torch(base, torch.bfloat16), job, tmp_path, Progress(quiet=True))
+    assert result.precision == "bf16"
+    assert 0 < result.val_loss < 20
 
 
 def logits(tuned: Tuned) -> Callable[[list[int]], Any]:

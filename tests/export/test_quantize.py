@@ -6,9 +6,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from edgetune_export.quantize import SCHEMES, describe_quantization, quantize_gguf, quantize_rows
+from edgetune_export.quantize import SCHEMES, quantize_gguf, quantize_rows
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError, VerificationError
-from edgetune_runtime.gguf_file import GGML_TYPES, read_header
+from edgetune_runtime.gguf_file import GGML_TYPES, describe_quantization, read_header
 
 WEIGHT = "blk.0.ffn_up.weight"
 NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}

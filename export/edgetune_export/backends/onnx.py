@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgetune_runtime.gguf_file import read_header
+from edgetune_runtime.gguf_file import describe_quantization, read_header
 from edgetune_runtime.onnx_file import read_onnx
 
 from edgetune_export import onnx_slots
@@ -30,7 +30,6 @@ from edgetune_export.onnx_prefix import prefix_tensors
 from edgetune_export.onnx_tensors import add_tensor_slots, fill_tensors
 from edgetune_export.onnx_weights import FLOAT_TYPES
 from edgetune_export.parity import INT4
-from edgetune_export.quantize import describe_quantization
 from edgetune_export.shapes import Adapter, Floats, LowRank, Merged, Tensors
 from edgetune_export.tokenizer import end_tokens, write_tokenizer
 

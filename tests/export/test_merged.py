@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edgetune_export.backends import gguf
+from edgetune_export.backends._base import Source
+from edgetune_export.merged import source_of_merged
+from edgetune_export.quantize import dequantize_rows, quantize_gguf
+from edgetune_export.shapes import Merged
+from edgetune_runtime.gguf_file import describe_quantization, read_header
+
+
+@pytest.fixture
+def source_in(tiny_source: Callable[[str], Source], tmp_path: Path) -> Callable[[str], Source]:
+    """`source_in(scheme)`: the tiny base in that quantization."""
+
+    def make(scheme: str) -> Source:
+        source = tiny_source("llama")
+        path = source.path
+        if scheme != "f16":
+            path = tmp_path / f"{scheme}.gguf"
+            quantize_gguf(source.path, path, scheme)
+        return replace(source, path=path, work=tmp_path / "work")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "merged"),
+    [
+        ("q4_0", None, "q8_0"),
+        ("q4_1", None, "q8_0"),
+        ("q8_0", None, "q8_0"),
+        ("f16", None, "f16"),
+        ("q4_0", "q4_0", "q4_0"),
+        ("q4_0", "f16", "f16"),
+        ("f16", "q8_0", "q8_0"),
+    ],
+)
+def test_merged_models_have_8_bits_at_least_unless_others_are_wanted(
+    held: str, wanted: str | None, merged: str, source_in: Callable[[str], Source]
+) -> None:
+    source = source_in(held)
+    found = source_of_merged(source, wanted)
+    assert describe_quantization(read_header(found.path)) == merged
+    assert (found.path == source.path) == (merged == held)
+
+
+def test_8_bits_hold_what_4_bits_lose(source_in: Callable[[str], Source], tmp_path: Path) -> None:
+    source = source_in("q4_0")
+    assert source.model is not None
+    name = "model.layers.0.mlp.down_proj"
+    rng = np.random.default_rng(0)
+    weight = dict(source.model.named_parameters())[f"{name}.weight"].detach().numpy()
+    trained = weight + rng.normal(0, 0.02 * weight.std(), weight.shape).astype(np.float32)
+    errors = []
+    for scheme in ("q4_0", None):
+        finer = source_of_merged(source, scheme)
+        gguf.write_merged(Merged("one", "full", {f"{name}.weight": lambda: trained}), finer, tmp_path / "out.gguf")
+        header = read_header(tmp_path / "out.gguf")
+        tensor = header.tensors["blk.0.ffn_down.weight"]
+        data = (tmp_path / "out.gguf").read_bytes()[tensor.offset :][: tensor.nbytes]
+        errors.append(float(np.abs(dequantize_rows(data, tensor) - trained).mean()))
+    assert errors[1] < errors[0] / 10
