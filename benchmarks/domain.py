@@ -89,7 +89,7 @@ def _recipe(options: argparse.Namespace, folder: Path) -> Recipe:
 
 def _perplexity(bundle: Path, engine: str, text: str) -> float:
     """Of the text on the bundle's plain base."""
-    with Runtime.open(bundle, engine=engine) as runtime:
+    with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
         nats, tokens = runtime.perplexity(text)
     return math.exp(nats / tokens)
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from edgetune_export.atomic import replacing
 from edgetune_export.backends import gguf
 from edgetune_export.backends._base import Source, Weights
 from edgetune_export.quantize import quantize_rows
 from edgetune_export.shapes import Floats, Merged
+from edgetune_runtime.atomic import replacing
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines._base import Engine, log_total
 from edgetune_runtime.engines.gguf import GgufTokenizer

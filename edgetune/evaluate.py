@@ -89,7 +89,7 @@ def evaluate(
 
     Raises what `Runtime.open` and `read_rows` raise, and UsageError for rows that the metric cannot score.
     """
-    with Runtime.open(bundle, engine=engine) as runtime:
+    with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
         entry = runtime.manifest.adapter(adapter) if adapter is not None else None
         rows = spread(_read(str(data), _columns(runtime, adapter), entry), limit)
         return score(runtime, adapter, rows, progress)
@@ -157,11 +157,11 @@ def _loss(task: _Task, row: Row, example: Example | None) -> tuple[float, int]:
     """Negative log likelihood (nats) of a text, or of a completion after its prompt, and its tokens."""
     if example is None:
         return task.runtime.perplexity(row.text or "", adapter=task.adapter)
-    session, active = task.runtime.session(task.adapter)
+    context, active = task.runtime.context(task.adapter)
     target = example.tokens[example.prompt_length :]
-    with session.hold():
-        session.start(active, example.prompt_tokens)
-        return -session.engine.score([target])[0], len(target)
+    with context.hold():
+        context.start(active, example.prompt_tokens)
+        return -context.engine.score([target])[0], len(target)
 
 
 def _detail(row: Row, answer: str, score: float) -> Scored:
@@ -223,10 +223,10 @@ def _fitting(task: _Task, rows: Sequence[Row]) -> tuple[list[Pair], int]:
     """The rows that fit in the context, prompt rows with their tokens, and how many do not; texts fit at any length."""
     if task.runtime.encoder is not None:
         return _fitting_encoder(task.runtime.encoder, rows)
-    session, active = task.runtime.session(task.adapter)
+    context, active = task.runtime.context(task.adapter)
     prompts = [row for row in rows if row.messages is not None]
-    with session.hold():
-        tokenizer, room = session.engine.tokenizer, session.capacity(active)
+    with context.hold():
+        tokenizer, room = context.engine.tokenizer, context.capacity(active)
         examples, _ = tokenize_rows(prompts, tokenizer, system=task.system, loss_on="all", max_tokens=sys.maxsize)
         for row in rows:
             if row.messages is None and len(tokenizer.tokenize(row.text or "")) < 2:

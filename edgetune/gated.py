@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from edgetune_runtime.activation import Invocations, phases
+from edgetune_runtime.activation import Invocations, spans_of
 from edgetune_runtime.engines._base import Engine, Logits, Tokenizer
 
 
 class Gated:
-    """What is compared of an engine, its adapters acting as a session lets them act (see `activation.phases`).
+    """What is compared of an engine, its adapters acting as the runtime lets them act (see `activation.spans_of`).
 
     The first tokens after `forget` hold the invocation.
     """
@@ -35,11 +35,10 @@ class Gated:
         if not self._is_empty:
             return self._engine.decode_all(tokens)
         self._is_empty = False
-        acting = phases(self._adapters, self._invocations, tokens)
-        parts = [(acting.first, tokens[: acting.since]), (acting.then, tokens[acting.since :])]
+        spans = spans_of(self._adapters, self._invocations, tokens)
+        ends = [since for since, _ in spans[1:]] + [len(tokens)]
         rows = []
-        for adapters, part in parts:
-            if part:
-                self._engine.activate(adapters)
-                rows.append(self._engine.decode_all(part))
+        for (since, adapters), end in zip(spans, ends, strict=True):
+            self._engine.activate(adapters)
+            rows.append(self._engine.decode_all(tokens[since:end]))
         return np.concatenate(rows)

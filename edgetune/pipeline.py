@@ -321,6 +321,7 @@ def _wanted(recipe: Recipe, todo: Sequence[_Work]) -> Wanted:
         recipe.targets,
         weights,
         quantize_merged=recipe.quantize_merged,
+        ships_states=recipe.states == "ship",
         recipe=recipe.resolved(),
     )
 

@@ -22,10 +22,10 @@ from typing import cast
 
 import numpy as np
 from edgetune_devices import boards, fit
-from edgetune_export.atomic import replacing
 from edgetune_export.backends._base import Backend, Source, Weights
 from edgetune_export.layout import name_map
 from edgetune_export.shapes import Delta, LowRank
+from edgetune_runtime.atomic import replacing
 from edgetune_runtime.engines._base import Engine, EngineClass
 from edgetune_runtime.gguf_file import GgufHeader
 

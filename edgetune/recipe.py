@@ -47,6 +47,9 @@ class Recipe(Part):
     quantize_merged: str | None = None
     """Quantization of merged models; null takes q8_0 where the base has fewer bits, and else the base's own: rounding
     to 4 bits once more loses most of what was trained."""
+    states: Literal["first_use", "ship"] = "first_use"
+    """When the states of the adapters' prompts are made: by the device at first use, or by the build, which ships them
+    for this version of the engine. One of SmolLM2 takes 23 kB a token, in onnx twice that."""
     onnx: OnnxSpec = OnnxSpec()
     """How the onnx target holds the base's weights."""
     device: str | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,7 +21,8 @@ from edgetune_export.merged import source_of_merged
 from edgetune_export.pack import pack
 from edgetune_export.parity import Parity
 from edgetune_export.shapes import Adapter, Folded, LowRank, Merged, Prefix
-from edgetune_runtime.bundle import AdapterEntry, BaseEntry, Manifest
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, BaseEntry, Manifest
 from edgetune_runtime.gguf_file import describe_quantization, digest_of_chat_template, digest_of_tokenizer
 
 from . import bases, methods
@@ -40,6 +42,7 @@ class Wanted:
     targets: tuple[str, ...] = ("gguf",)
     weights: Weights = field(default_factory=Weights)
     quantize_merged: str | None = None
+    ships_states: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,6 +91,8 @@ def ship(
         versions=_versions(wanted.targets),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    if wanted.ships_states:
+        _make_states(work, manifest, progress)
     pack(work, out, manifest)
     shutil.rmtree(work, ignore_errors=True)
     return shipped
@@ -187,6 +192,17 @@ class _Stage:
 
     def _folder(self, adapter: Trained) -> Path:
         return self.work / "adapters" / adapter.name
+
+
+def _make_states(stage: Path, manifest: Manifest, progress: Progress) -> None:
+    """Let the runtime answer once from a bundle of the staged files, and stage the states of the fixed prompts."""
+    bundle = pack(stage, stage.with_name(f"{stage.name}-without-states"), manifest)
+    for engine in manifest.base.files:
+        options: dict[str, Any] = {"cache_mb": 0, "disk_mb": sys.maxsize / 1e6, "cache_folder": stage / STATES_FOLDER}
+        with Runtime.open(bundle, engine=engine, verify=False, contexts=1, **options) as runtime:
+            tokens = runtime.warm()
+        progress.say(f"  {engine}: states of {', '.join(f'{name} ({count} tokens)' for name, count in tokens.items())}")
+    shutil.rmtree(bundle)
 
 
 def _base_entry(base: Base, files: Mapping[str, str]) -> BaseEntry:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from edgetune_export.atomic import replacing
+from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError
 
 from .allocator import keep_freed_memory

@@ -21,6 +21,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+@pytest.fixture(autouse=True)
+def _states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """States of prompts that others left would hide what computing them gives."""
+    monkeypatch.setenv("EDGETUNE_CACHE", str(tmp_path / "states-of-prompts"))
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_folder(arch)`: the Hugging Face folder of a tiny random base, arch in llama, qwen2, qwen3, gemma3."""

@@ -21,7 +21,7 @@ from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, descr
 
 BATCH = 512
 """Tokens that the engine computes at once, its default."""
-CACHE_BYTES = 64_000_000
+CACHE_BYTES = 128_000_000
 """Most that the runtime keeps of saved states, its default."""
 VOCABULARY_BYTES_PER_TOKEN = 350
 """llama.cpp's tables of a vocabulary: 17 MB for the 49,152 tokens and 48,900 merges of SmolLM2."""

@@ -18,10 +18,12 @@ from edgetune_export.shapes import Merged
 from edgetune_runtime import Runtime, bench
 from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest
 from edgetune_runtime.cache import StateCache
+from edgetune_runtime.context import Context, Shared
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines._base import Engine
 from edgetune_runtime.engines.gguf import GgufTokenizer
-from edgetune_runtime.session import Session
+from edgetune_runtime.opening import Options
+from edgetune_runtime.pool import Pool
 
 from edgetune import bases, methods
 from edgetune.data import Row
@@ -56,13 +58,13 @@ class Measured:
     def score(self, target: str) -> Evaluation:
         """The adapter's score on the device's engine."""
         self.progress.say(f"scoring on {target}")
-        with Runtime.open(self.bundle, engine=target) as runtime:
+        with Runtime.open(self.bundle, engine=target, disk_mb=0) as runtime:
             return score(runtime, self.task, self.rows, self.progress)
 
     def on_engine(self, target: str, scored: Evaluation, merged_tokens_per_s: float | None) -> OnEngine:
         """All figures of the adapter on an engine: its score, and the speeds that are measured here."""
         self.progress.say(f"timing {target}")
-        timed = bench.measure(partial(Runtime.open, self.bundle, engine=target), lambda _: None)
+        timed = bench.measure(partial(Runtime.open, self.bundle, engine=target, disk_mb=0), lambda _: None)
         shape, speed = self.entry.shapes[target], timed["decode_tokens_per_s"]
         own, is_merged = speed["adapters"][self.task], shape == Merged.shape
         return OnEngine(
@@ -144,21 +146,10 @@ class InTorch:
 
 def _runtime(bundle: Path, manifest: Manifest, engine: Engine, name: str) -> Runtime:
     """A runtime around an engine that is open already, which keeps no states."""
-    session = Session(engine, manifest.base.fingerprint, StateCache(0), manifest.base.kv_bytes_per_token)
     length, threads = manifest.context_length, manifest.threads
-    return Runtime(
-        bundle,
-        manifest,
-        session,
-        {
-            "engine": name,
-            "make": gguf.ENGINE,
-            "context_length": length,
-            "threads": threads,
-            "verify": False,
-            "cache_mb": 0,
-        },
-    )
+    options = Options(name, gguf.ENGINE, length, threads, verify=False, cache_mb=0)
+    shared = Shared(manifest.base.fingerprint, manifest.base.kv_bytes_per_token, StateCache(0))
+    return Runtime(bundle, manifest, Pool(Context(engine, shared)), options)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_export.atomic import replacing
+from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
 
 from edgetune import bases

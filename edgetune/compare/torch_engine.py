@@ -30,12 +30,29 @@ class TorchEngine:
     ) -> None:
         self.tokenizer = tokenizer
         self.context_length = context_length
+        self._model = model
         self._logits = logits_of(model)
         self._guesses = iter(guesses)
         self._tokens: list[int] = []
         self._guess: list[int] = []
+        self._answer: list[int] = []
+        self._is_new = True
         self._known: list[int] = []
         self._rows: Logits = np.empty((0, tokenizer.vocab_size), np.float32)
+
+    @property
+    def kv_bytes(self) -> float:
+        """Nothing is kept of a token but its number."""
+        return 0.0
+
+    @property
+    def signature(self) -> str:
+        """No state of this engine is kept on a disk."""
+        return "torch"
+
+    def fork(self) -> TorchEngine:
+        """An engine of its own on the same model, without guesses."""
+        return TorchEngine(self._model, self.tokenizer, context_length=self.context_length, guesses=())
 
     def load_adapter(
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
@@ -52,14 +69,17 @@ class TorchEngine:
     def forget(self, keep: int) -> int:
         """Drop the tokens from position `keep` on."""
         del self._tokens[keep:]
+        self._is_new = True
         return len(self._tokens)
 
     def decode(self, tokens: Sequence[int]) -> Logits:
-        """Logits after a prompt, [vocab]; the next guess is taken to be its answer."""
+        """Logits after a prompt or a part of it, [vocab]; the next guess is taken to be its answer."""
         self._tokens += tokens
-        text = next(self._guesses, None)
-        answer = [] if text is None else [*self.tokenizer.tokenize(text, continues=True), self.tokenizer.end_token]
-        self._guess = [*self._tokens, *answer]
+        if self._is_new:
+            text, self._is_new = next(self._guesses, None), False
+            ended = [] if text is None else [*self.tokenizer.tokenize(text, continues=True), self.tokenizer.end_token]
+            self._answer = ended
+        self._guess = [*self._tokens, *self._answer]
         last: Logits = self._after(1)[-1]
         return last
 
@@ -72,11 +92,11 @@ class TorchEngine:
         """Sum of log probabilities (nats) of each continuation."""
         return [self._score(continuation) for continuation in continuations]
 
-    def save_state(self) -> bytes:
+    def save_state(self) -> memoryview:
         """The tokens themselves."""
-        return np.asarray(self._tokens, np.int64).tobytes()
+        return memoryview(np.asarray(self._tokens, np.int64).tobytes())
 
-    def restore_state(self, state: bytes) -> None:
+    def restore_state(self, state: memoryview) -> None:
         """The tokens of a saved state."""
         self._tokens = np.frombuffer(state, np.int64).tolist()
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.gguf_file import CacheShape, cache_shape, prefix_tensor, read_header
 
-from .atomic import replacing
 from .shapes import Floats, Prefix
 
 DTYPES = {"f32": np.float32, "f16": np.float16}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from edgetune_runtime.atomic import replacing
 from edgetune_runtime.engines.onnx import model_version
 from edgetune_runtime.errors import UsageError
 
-from .atomic import replacing
 from .shapes import Floats
 
 DTYPES = {"f32": np.float32, "f16": np.float16}

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from edgetune_runtime.atomic import raising_out_of_space
 from edgetune_runtime.engines._encoder import CONTEXT_LENGTH, HEAD_BIAS, HEAD_WEIGHT, LOGITS, POOLED
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.onnx_file import read_onnx
 from transformers import PreTrainedModel
 
-from .atomic import raising_out_of_space
 from .onnx_adapter import write_tensors
 from .onnx_graph import GRAPH, Projection, optional_input, replace_gather, replace_product, save_model
 from .onnx_slots import METADATA, add_slot, fill, slots_of

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from edgetune_runtime.atomic import raising_out_of_space
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.gguf_file import TensorInfo, read_header
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .atomic import raising_out_of_space
 from .layout import base_rows, name_map, tensor_of
 from .onnx_weights import BLOCK, Packed, pack, pack_floats, reorder, stack
 from .quantize import dequantize_rows

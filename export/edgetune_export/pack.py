@@ -9,19 +9,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, read_manifest, sha256_of
+from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space, require_space
+from edgetune_runtime.bundle import MANIFEST_NAME, STATES_FOLDER, FileEntry, Manifest, read_manifest, sha256_of
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
-from .atomic import flush_to_disk, raising_out_of_space, require_space
-
-PARTS = ("base", "adapters")
+PARTS = ("base", "adapters", STATES_FOLDER)
 
 # Room for the manifest, the folders and the file system's own books.
 _MARGIN_BYTES = 1 << 20
 
 
 def pack(work: Path, out: Path, manifest: Manifest) -> Path:
-    """Make the bundle `out` of all files in `work/base` and `work/adapters`, and return it.
+    """Make the bundle `out` of all files in `work/base`, `work/adapters` and `work/states`, and return it.
 
     `manifest.files` is filled in here; links to files are followed. An existing bundle is replaced. Raises UsageError
     when `out` is anything else (see `check_destination`), VerificationError when the manifest names files that were not

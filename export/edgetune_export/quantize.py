@@ -10,11 +10,11 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from edgetune_runtime.atomic import is_full, replacing
 from edgetune_runtime.engines._llama import last_errors, library
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.gguf_file import GGML_TYPES, TensorInfo, describe_quantization, read_header
 
-from .atomic import is_full, replacing
 from .shapes import Floats
 
 # Scheme to llama.cpp's LLAMA_FTYPE number, which GGUF files carry too; none needs an importance matrix.

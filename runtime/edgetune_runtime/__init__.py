@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    BusyError,
     CancelledError,
     EdgetuneError,
     IncompatibleError,
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from .generation import Answer, Timings
     from .runtime import Runtime
     from .sampling import Sampling
+    from .session import Session
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "BusyError",
     "CancelledError",
     "EdgetuneError",
     "IncompatibleError",
@@ -35,6 +38,7 @@ __all__ = [
     "OutOfSpaceError",
     "Runtime",
     "Sampling",
+    "Session",
     "Timings",
     "UsageError",
     "VerificationError",
@@ -42,7 +46,13 @@ __all__ = [
 ]
 
 # These need numpy, which takes longer to import than all the rest: loaded at first use.
-_LAZY = {"Answer": "generation", "Timings": "generation", "Runtime": "runtime", "Sampling": "sampling"}
+_LAZY = {
+    "Answer": "generation",
+    "Timings": "generation",
+    "Runtime": "runtime",
+    "Sampling": "sampling",
+    "Session": "session",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name

@@ -8,36 +8,35 @@ whose keys and values can be reused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from .errors import UsageError
 
 Invocations = Mapping[str, Sequence[int]]
 """The invocation tokens of each adapter that has some."""
 
-
-@dataclass(frozen=True)
-class Phases:
-    """Adapters with scales that act on a text: `first` from its first token on, and from token `since` on `then`."""
-
-    first: Mapping[str, float]
-    then: Mapping[str, float]
-    since: int = 0
+Spans = tuple[tuple[int, Mapping[str, float]], ...]
+"""Adapters with scales, each set from a token on; the first from the first token on."""
 
 
-def phases(adapters: Mapping[str, float], invocations: Invocations, tokens: Sequence[int]) -> Phases:
+def spans_of(adapters: Mapping[str, float], invocations: Invocations, tokens: Sequence[int]) -> Spans:
     """Which of the adapters act where in these tokens; UsageError for two that wait for tokens of their own."""
     waiting = [name for name, scale in adapters.items() if invocations.get(name) and scale != 0]
     if len(waiting) > 1:
         message = f"adapters {waiting[0]!r} and {waiting[1]!r} each act from tokens of their own on"
         raise UsageError(message, "use one of them at a time")
     if not waiting:
-        return Phases(adapters, adapters)
+        return ((0, adapters),)
     others = {name: scale for name, scale in adapters.items() if name != waiting[0]}
     since = last_place(tokens, invocations[waiting[0]])
     if since is None:
-        return Phases(others, others)
-    return Phases(others, adapters, since) if since else Phases(adapters, adapters)
+        return ((0, others),)
+    return ((0, others), (since, adapters)) if since else ((0, adapters),)
+
+
+def behind(earlier: Spans, count: int, own: Spans) -> Spans:
+    """Spans of which the first `count` tokens stay those of `earlier`, and `own` act on the others."""
+    kept = [(since, adapters) for since, adapters in earlier if since < count]
+    return (*kept, *((max(since, count), adapters) for since, adapters in own)) if kept else own
 
 
 def last_place(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .bundle import AdapterEntry
+from .context import Context
 from .engines._base import Engine
+from .errors import EdgetuneError
 from .runtime import Runtime
-from .session import Session
 
 SWITCHES = 1200
 ROUNDS = 3
+STARTS = 5
+RESTORES = 20
 DECODE_STEPS = 48
 MESSAGES = ("What is the weather like outside today?", "Please turn down the heating in the kitchen a little.")
 
 
 def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure a bundle that `open_runtime` opens, telling `progress` what comes next.
+    """Measure a bundle that `open_runtime` opens without states on the disk, telling `progress` what comes next.
 
     `load_ms` is one opening, digests included. `switch_us` is the switch call alone, over at least 1,000 of them.
     `ttft_ms` is the median time to the first token of a short message behind each adapter's own system prompt: with
     nothing kept (`cold`), and switching back to an adapter used before (`after_switch`). `decode_tokens_per_s` is the
     median speed of single tokens. `rss_mb` and `adapter_mb` are 10^6 bytes: this process with all adapters but merged
-    ones, and the adapters' files. A figure that the bundle or the system cannot give is None.
+    ones, and the adapters' files. `state_mb` is the largest state of a fixed prompt, and `state_restore_ms` the median
+    of putting it back. A figure that the bundle or the system cannot give is None.
     """
     progress("opening the bundle")
     begin = time.perf_counter()
@@ -42,6 +48,7 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
         switch_us = _switches(runtime, switched) if switched else None
         progress("first tokens")
         ttft_ms = _first_tokens(runtime, switched) if switched else None
+        state_mb, state_restore_ms = _restored(runtime, [None, *switched])
         progress("decoding")
         base, *adapted = (_decode_speed(runtime, name) for name in (None, *switched))
         rss_mb = _resident_mb()
@@ -50,10 +57,61 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
             "load_ms": load_ms,
             "switch_us": switch_us,
             "ttft_ms": ttft_ms,
+            "state_mb": state_mb,
+            "state_restore_ms": state_restore_ms,
             "decode_tokens_per_s": {"base": base, "adapters": speeds},
             "rss_mb": rss_mb,
             "adapter_mb": sum(_bytes_of(runtime, entry) for entry in entries) / 1e6,
         }
+
+
+def restored_ms(runtime: Runtime) -> float | None:
+    """Median time to the first token of a short message where states of fixed prompts come from the disk.
+
+    None where no adapter is beside the base. The runtime has a place for states, to be filled by `Runtime.warm`.
+    """
+    entries = runtime.manifest.adapters.values()
+    names = [entry.name for entry in entries if entry.shapes.get(runtime.engine) != "merged"]
+    runtime.warm()
+    taken_ms = []
+    for name in names * ROUNDS:
+        runtime.clear_cache()
+        taken_ms.append(runtime.generate(MESSAGES[0], adapter=name, max_tokens=1).timings.ttft_ms)
+    return statistics.median(taken_ms) if taken_ms else None
+
+
+def start_ms(command: Sequence[str]) -> float:
+    """Median time from the start of a process to the first byte of its answer on standard output."""
+    taken_ms = []
+    for _ in range(STARTS):
+        begin = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout is not None
+            process.stdout.read(1)
+            taken_ms.append((time.perf_counter() - begin) * 1e3)
+            process.stdout.read()
+        if process.returncode:
+            raise EdgetuneError(f"{' '.join(command)} ended with {process.returncode}", "run it to see why")
+    return statistics.median(taken_ms)
+
+
+def _restored(runtime: Runtime, names: list[str | None]) -> tuple[float | None, float | None]:
+    """Megabytes of the largest state of a fixed prompt, and the median milliseconds of restoring it."""
+    jobs = [call for name in names if (call := runtime.call(MESSAGES[0], name)).job.is_worth_a_state]
+    if not jobs:
+        return None, None
+    call = max(jobs, key=lambda call: call.job.fixed)
+    fixed = replace(call.job, tokens=call.job.tokens[: call.job.fixed], fixed=0)
+    with call.pool.lease(fixed) as context:
+        context.run(fixed)
+        state = context.engine.save_state()
+        taken_ms = []
+        for _ in range(RESTORES):
+            begin = time.perf_counter()
+            context.engine.restore_state(state)
+            taken_ms.append((time.perf_counter() - begin) * 1e3)
+        context.reset()
+    return len(state) / 1e6, statistics.median(taken_ms)
 
 
 def _bytes_of(runtime: Runtime, entry: AdapterEntry) -> int:
@@ -65,12 +123,12 @@ def _bytes_of(runtime: Runtime, entry: AdapterEntry) -> int:
 
 
 def _switches(runtime: Runtime, names: list[str]) -> dict[str, float]:
-    session, _ = runtime.session()
-    active: list[Mapping[str, float]] = [{}, *(runtime.session(name)[1] for name in names)]
-    with session.hold():
-        times = sorted(_timed_us(session.engine, adapters) for adapters in islice(cycle(active), SWITCHES))
-        # The engine was switched behind the session's back.
-        session.reset()
+    context, _ = runtime.context()
+    active: list[Mapping[str, float]] = [{}, *(runtime.context(name)[1] for name in names)]
+    with context.hold():
+        times = sorted(_timed_us(context.engine, adapters) for adapters in islice(cycle(active), SWITCHES))
+        # The engine was switched behind the context's back.
+        context.reset()
     return {"p50": statistics.median(times), "p99": times[int(len(times) * 0.99)]}
 
 
@@ -100,18 +158,18 @@ def _first_tokens(runtime: Runtime, names: list[str]) -> dict[str, float]:
 
 
 def _decode_speed(runtime: Runtime, name: str | None) -> float:
-    session, active = runtime.session(name)
-    with session.hold():
-        room = session.capacity(active)
-        tokens = session.engine.tokenizer.tokenize(MESSAGES[0])[: room // 2]
-        token = int(session.start(active, tokens).logits.argmax())
+    context, active = runtime.context(name)
+    with context.hold():
+        room = context.capacity(active)
+        tokens = context.engine.tokenizer.tokenize(MESSAGES[0])[: room // 2]
+        token = int(context.start(active, tokens).logits.argmax())
         steps = min(DECODE_STEPS, room - len(tokens))
-        return 1 / statistics.median(_step_s(session, token) for _ in range(steps))
+        return 1 / statistics.median(_step_s(context, token) for _ in range(steps))
 
 
-def _step_s(session: Session, token: int) -> float:
+def _step_s(context: Context, token: int) -> float:
     begin = time.perf_counter()
-    session.extend([token])
+    context.extend([token])
     return time.perf_counter() - begin
 
 

@@ -17,6 +17,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from .errors import IncompatibleError, NotFoundError, VerificationError
 
 MANIFEST_NAME = "manifest.json"
+STATES_FOLDER = "states"
+"""The bundle's folder of the states that came with it."""
 SCHEMA_VERSION = 1
 SHAPES = ("low_rank", "prefix", "tensors", "merged")
 GENERATION = "text-generation"

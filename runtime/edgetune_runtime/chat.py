@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 Message = Mapping[str, str]
+Prompt = str | Sequence[Message]
 
 
-def messages_for(prompt: str | Sequence[Message], system: str | None) -> list[Message]:
+def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
     """The messages to render: a text becomes the user's, and `system` goes in front unless the messages begin with one.
 
     UsageError when there are no messages or one lacks a role or a content.

@@ -17,9 +17,9 @@ from .bundle import Manifest, read_manifest, verify_files
 from .errors import CancelledError, EdgetuneError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
-    from .chat import Message
-    from .generation import Answer, Stream
+    from .generation import Stream
     from .runtime import Runtime
+    from .session import Session
 
 PROGRAM = "edgetune-run"
 
@@ -85,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     classify = _command(commands, "classify", _classify, "tell which label answers a prompt, with probabilities")
     chat = _command(commands, "chat", _chat, "talk to the base and its adapters")
     bench = _command(commands, "bench", _bench, "measure load, switch, first token, speed and memory")
+    warm = _command(commands, "warm", _warm, "make the states of the adapters' fixed prompts and keep them on the disk")
+    _add_cache(commands)
     for command in (generate, classify):
         command.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads standard input")
     for command in (generate, classify, chat):
@@ -93,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("--labels", metavar="A,B,C", help="the labels, joined by commas (default: the adapter's)")
     for command in (generate, chat):
         _add_sampling(command)
-    for command in (generate, classify, chat, bench):
+    for command in (generate, classify, chat, bench, warm):
         _add_opening(command)
     return parser
 
@@ -103,10 +105,31 @@ def _command(
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
+    return _common(command, run)
+
+
+def _common(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="write JSON to standard output")
     command.add_argument("--debug", action="store_true", help="show a traceback with an error")
     command.set_defaults(run=run)
     return command
+
+
+def _add_cache(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = "list or delete the states of prompts that are kept on the disk"
+    cache = commands.add_parser("cache", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    actions = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, run, what in (
+        ("ls", _list_states, "list states, the last used first"),
+        ("clear", _clear_states, "delete all states"),
+    ):
+        command = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        _add_cache_folder(_common(command, run))
+
+
+def _add_cache_folder(group: argparse._ActionsContainer) -> None:
+    text = "folder of the states of prompts (default: $EDGETUNE_CACHE, else edgetune/states in the user's cache)"
+    group.add_argument("--cache-folder", type=Path, metavar="DIR", help=text)
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
@@ -125,10 +148,13 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: the bundle's)")
     text = "longest prompt and answer together, in tokens (default: the bundle's)"
     group.add_argument("--context-length", type=int, metavar="N", help=text)
+    text = "how keys and values are kept: f16 or q8_0 with gguf, f32 with onnx"
+    group.add_argument("--kv", metavar="TYPE", help=text)
+    _add_cache_folder(group)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
 
 
-def _open(options: argparse.Namespace) -> Runtime:
+def _open(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 - those of `Runtime.open`
     from .runtime import Runtime  # noqa: PLC0415 - numpy and the engine only when a command needs them
 
     return Runtime.open(
@@ -136,7 +162,10 @@ def _open(options: argparse.Namespace) -> Runtime:
         engine=options.engine,
         threads=options.threads,
         context_length=options.context_length,
+        kv=options.kv,
         verify=not options.no_verify,
+        cache_folder=options.cache_folder,
+        **more,
     )
 
 
@@ -182,10 +211,60 @@ def _classify(options: argparse.Namespace) -> None:
         print(f"{name}\t{scores[name]:.4f}")
 
 
-def _bench(options: argparse.Namespace) -> None:
-    from .bench import measure  # noqa: PLC0415 - see _open
+def _warm(options: argparse.Namespace) -> None:
+    with _open(options) as runtime:
+        if runtime.encoder is not None:
+            raise UsageError(f"bundle {runtime.manifest.name!r} classifies text: it has no prompts", "nothing to warm")
+        tokens = runtime.warm()
+    if options.json:
+        print(json.dumps(tokens, ensure_ascii=False))
+        return
+    for name, count in tokens.items():
+        print(f"{name}\t{count} tokens")
 
-    figures = measure(lambda: _open(options), lambda text: print(f"{text} ...", file=sys.stderr))
+
+def _list_states(options: argparse.Namespace) -> None:
+    from .store import StateStore, default_folder  # noqa: PLC0415 - help needs none of it
+
+    store = StateStore(options.cache_folder or default_folder(), 0)
+    entries = store.entries()
+    if options.json:
+        rows = [{**asdict(entry), "path": str(entry.path)} for entry in entries]
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    for entry in entries:
+        print(f"{entry.label}\t{entry.tokens} tokens\t{entry.bytes / 1e6:.1f} MB\t{entry.engine}")
+    print(
+        f"{len(entries)} states, {sum(entry.bytes for entry in entries) / 1e6:.1f} MB in {store.folder}",
+        file=sys.stderr,
+    )
+
+
+def _clear_states(options: argparse.Namespace) -> None:
+    from .store import StateStore, default_folder  # noqa: PLC0415 - as above
+
+    store = StateStore(options.cache_folder or default_folder(), 0)
+    count = store.clear()
+    print(json.dumps({"deleted": count}) if options.json else f"deleted {count} states in {store.folder}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from tempfile import TemporaryDirectory  # noqa: PLC0415 - as above
+
+    from .bench import measure, restored_ms, start_ms  # noqa: PLC0415 - see _open
+
+    figures = measure(lambda: _open(options, disk_mb=0), lambda text: print(f"{text} ...", file=sys.stderr))
+    if figures["ttft_ms"] is not None:
+        print("states on the disk, and starting ...", file=sys.stderr)
+        with TemporaryDirectory() as folder:
+            options.cache_folder = Path(folder)
+            with _open(options) as runtime:
+                figures["ttft_ms"]["restored"] = restored_ms(runtime)
+                name, engine = runtime.adapters[0], runtime.engine
+            command = [sys.executable, "-m", "edgetune_runtime", "generate", str(options.bundle), "--prompt", "?"]
+            command += ["--adapter", name, "--engine", engine, "--max-tokens", "1", "--cache-folder", folder]
+            command += [] if options.threads is None else ["--threads", str(options.threads)]
+            figures["start_ms"] = start_ms(command)
     print(json.dumps(figures) if options.json else "\n".join(_lines(figures)))
 
 
@@ -199,7 +278,7 @@ def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _chat(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
-        runtime.session()  # refuses a bundle that cannot chat before the first line is read
+        runtime.context()  # refuses a bundle that cannot chat before the first line is read
         _Chat(runtime, options).run()
 
 
@@ -210,7 +289,7 @@ class _Chat:
         self._runtime = runtime
         self._options = options
         self._adapters = _adapters(runtime, options.adapter)
-        self._histories: dict[str, list[Message]] = {}
+        self._sessions: dict[str, Session] = {}
 
     def run(self) -> None:
         self._say(f"adapters: {', '.join(self._runtime.adapters) or 'none'}; /help shows the commands")
@@ -237,23 +316,25 @@ class _Chat:
         elif command == "/base":
             self._adapters = None
         elif command == "/new":
-            self._histories.pop(self._name(), None)
+            self._session().close()
+            del self._sessions[self._name()]
         elif command == "/help":
             self._say(CHAT_HELP)
         else:
             self._say(f"{PROGRAM}: no command {command!r}; /help shows them")
 
     def _answer(self, text: str) -> None:
-        history = self._histories.setdefault(self._name(), [])
-        messages = [*history, {"role": "user", "content": text}]
-        stream = self._runtime.stream(messages, adapter=self._adapters, **_sampling(self._options))
+        stream = self._session().stream(text, **_sampling(self._options))
         try:
-            answer = _show(stream, self._options)
+            _show(stream, self._options)
         except KeyboardInterrupt:
             stream.close()
             print()
-        else:
-            history[:] = [*messages, {"role": "assistant", "content": answer.text}]
+
+    def _session(self) -> Session:
+        if self._name() not in self._sessions:
+            self._sessions[self._name()] = self._runtime.session(self._adapters)
+        return self._sessions[self._name()]
 
     def _name(self) -> str:
         if self._adapters is None or isinstance(self._adapters, str):
@@ -265,7 +346,7 @@ class _Chat:
         print(text, file=sys.stderr)
 
 
-def _show(stream: Stream, options: argparse.Namespace) -> Answer:
+def _show(stream: Stream, options: argparse.Namespace) -> None:
     """Write an answer: its text as it comes, or one JSON object with the timings."""
     for piece in stream:
         if not options.json:
@@ -278,7 +359,6 @@ def _show(stream: Stream, options: argparse.Namespace) -> Answer:
         print(json.dumps(fields | timings, ensure_ascii=False), flush=True)
     else:
         print(flush=True)
-    return answer
 
 
 def _prompt(options: argparse.Namespace) -> str:

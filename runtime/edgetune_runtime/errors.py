@@ -6,6 +6,7 @@ EdgetuneError                1
 ├── VerificationError        4   a file is damaged, or what was exported does not say what was trained
 ├── IncompatibleError        5   sound parts that do not fit together, or that this machine cannot run
 ├── OutOfSpaceError          6   a disk is full
+├── BusyError                7   too many calls wait already
 └── CancelledError         130   the user interrupted
 """
 
@@ -54,6 +55,12 @@ class OutOfSpaceError(EdgetuneError):
     """A disk has no room for what has to be written."""
 
     exit_code = 6
+
+
+class BusyError(EdgetuneError):
+    """More calls wait for a context than may."""
+
+    exit_code = 7
 
 
 class CancelledError(EdgetuneError):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from .sampling import Sampler, Sampling
-from .session import Session
+from .activation import Spans
+from .context import Context, Job
+from .errors import UsageError
+from .pool import Pool
+from .sampling import Sampler, Sampling, sampling_of
 from .text import TextStream
 
 
@@ -16,7 +20,8 @@ class Timings:
     """How long one answer took: `switch_us` is the switch alone, `ttft_ms` all up to the first token.
 
     `tokens_per_s` is the speed of the tokens after the first, 0 where there were none. Of `prompt_tokens`,
-    `reused_tokens` came from an earlier state. Waiting for other calls to end does not count.
+    `reused_tokens` came from an earlier state, and `carried_tokens` stand as other adapters made them, because a
+    session was told to carry its state over. Waiting for other calls to end does not count.
     """
 
     switch_us: float
@@ -24,11 +29,16 @@ class Timings:
     tokens_per_s: float
     prompt_tokens: int
     reused_tokens: int
+    carried_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text of `tokens` tokens; `stop_reason` is `end` (of turn), `stop` (text) or `length`."""
+    """A generated text of `tokens` tokens.
+
+    `stop_reason` is `end` (of turn), `stop` (text), `length`, `deadline`, or `cancelled`; with the last two the text is
+    what there was until then.
+    """
 
     text: str
     tokens: int
@@ -38,19 +48,62 @@ class Answer:
 
 @dataclass(frozen=True)
 class Call:
-    """One call made ready: where it runs, with which adapters, on which tokens, and how long that took."""
+    """One call made ready: where it runs, what on, its system prompt, how long that took, and how much is carried."""
 
-    session: Session
-    adapters: Mapping[str, float]
-    tokens: list[int]
+    pool: Pool
+    job: Job
+    system: str | None
     prepared_s: float
+    carried: int = 0
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Tokens whose state is to stand as it is: which adapters acted where, and the system prompt at their beginning."""
+
+    tokens: Sequence[int]
+    spans: Spans
+    system: str | None
 
 
 @dataclass
 class Outcome:
-    """Where a generation leaves its answer; apart from the stream, so that dropping the stream ends the generation."""
+    """Where a generation leaves its answer and the tokens whose state there is then.
+
+    It is apart from the stream, so that dropping the stream ends the generation.
+    """
 
     answer: Answer | None = None
+    tokens: list[int] = field(default_factory=list)
+
+
+class Limits:
+    """When a call is to stop: at a time, or once an event is set; UsageError for a deadline that is not positive."""
+
+    def __init__(self, deadline_s: float | None = None, cancel: threading.Event | None = None) -> None:
+        if deadline_s is not None and not deadline_s > 0:
+            raise UsageError(f"deadline_s is {deadline_s}", "give seconds, more than 0")
+        self._end = None if deadline_s is None else time.monotonic() + deadline_s
+        self._cancel = cancel
+
+    def reason(self) -> str:
+        """Why the call is to stop now: `cancelled` or `deadline`; empty while it is not."""
+        if self._cancel is not None and self._cancel.is_set():
+            return "cancelled"
+        return "deadline" if self._end is not None and time.monotonic() >= self._end else ""
+
+    def check(self) -> None:
+        """Raise Stopped when the call is to stop now."""
+        if reason := self.reason():
+            raise Stopped(reason)
+
+
+class Stopped(Exception):  # noqa: N818 - no error: the call ends with what it has
+    """A call is to stop before its first token."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
 
 
 class Stream(Iterator[str]):
@@ -68,44 +121,101 @@ class Stream(Iterator[str]):
         """The whole answer with its timings; None until the stream is exhausted."""
         return self._outcome.answer
 
+    def read(self) -> Answer:
+        """The whole answer, once it is there."""
+        for _ in self:
+            pass
+        assert self._outcome.answer is not None
+        return self._outcome.answer
+
     def close(self) -> None:
         """Stop generating and let other calls run."""
         self._pieces.close()
 
 
-def generate(call: Call, sampling: Sampling, outcome: Outcome) -> Generator[str, None, None]:
-    """Yield the answer's pieces while holding the session, then leave the whole answer in `outcome`."""
-    session, tokenizer = call.session, call.session.engine.tokenizer
-    sampler, text = Sampler(sampling), TextStream(sampling.stop)
-    pieces: list[str] = []
-    count, first_s, rest_s, reason = 0, 0.0, 0.0, ""
-    with session.hold():
+def generate(
+    call: Call,
+    outcome: Outcome,
+    *,
+    sampling: Sampling | None = None,
+    deadline_s: float | None = None,
+    cancel: threading.Event | None = None,
+    **overrides: object,
+) -> Generator[str, None, None]:
+    """The answer's pieces, yielded while holding a context; the whole answer is left in `outcome`.
+
+    Options as those of `Runtime.generate`, which are checked at once.
+    """
+    return _generate(call, sampling_of(sampling, overrides), Limits(deadline_s, cancel), outcome)
+
+
+def _generate(call: Call, sampling: Sampling, limits: Limits, outcome: Outcome) -> Generator[str, None, None]:
+    job = replace(call.job, check=limits.check)
+    try:
+        with call.pool.lease(job) as context:
+            answering = _Answering(call, context, sampling, limits)
+            yield from answering.pieces(job)
+            outcome.answer, outcome.tokens = answering.answer(), list(context.tokens)
+    except Stopped as stopped:
+        timings = Timings(0.0, 0.0, 0.0, len(job.tokens), 0, call.carried)
+        outcome.answer = Answer("", 0, timings, stopped.reason)
+
+
+class _Answering:
+    """One answer as it comes into being."""
+
+    def __init__(self, call: Call, context: Context, sampling: Sampling, limits: Limits) -> None:
+        self._call, self._context, self._sampling, self._limits = call, context, sampling, limits
+        self._pieces: list[str] = []
+        self._count = 0
+        self._first_s = self._rest_s = 0.0
+        self._reason = ""
+
+    def pieces(self, job: Job) -> Generator[str, None, None]:
+        """Compute the prompt, then choose tokens one after another."""
+        context, tokenizer = self._context, self._context.engine.tokenizer
+        sampler, text = Sampler(self._sampling), TextStream(self._sampling.stop)
         tick = time.perf_counter()
-        start = session.start(call.adapters, call.tokens)
-        logits = start.logits
-        while not reason:
-            token = sampler.next(logits, session.tokens)
-            elapsed_s = time.perf_counter() - tick
-            first_s, rest_s = (first_s, rest_s + elapsed_s) if count else (elapsed_s, 0.0)
+        self._start = context.run(job)
+        logits = self._start.logits
+        while True:
+            token = sampler.next(logits, context.tokens)
+            self._took(time.perf_counter() - tick)
             if tokenizer.is_end(token):
-                reason = "end"
+                self._reason = "end"
                 break
-            count += 1
-            pieces.append(text.push(tokenizer.piece(token)))
-            if pieces[-1]:
-                yield pieces[-1]
-            if text.stopped:
-                reason = "stop"
-            elif count == sampling.max_tokens or session.is_full():
-                reason = "length"
-            else:
-                tick = time.perf_counter()
-                logits = session.extend([token])[0]
-        pieces.append(text.finish())
-        if pieces[-1]:
-            yield pieces[-1]
-        steps = len(session.tokens) - len(call.tokens)
-    ttft_ms = (call.prepared_s + first_s) * 1e3
-    speed = steps / rest_s if steps else 0.0
-    timings = Timings(start.switch_us, ttft_ms, speed, len(call.tokens), start.reused)
-    outcome.answer = Answer("".join(pieces), count, timings, reason)
+            self._count += 1
+            yield from self._push(text.push(tokenizer.piece(token)))
+            self._reason = self._reason_to_stop(text)
+            if self._reason:
+                break
+            tick = time.perf_counter()
+            logits = context.extend([token])[0]
+        yield from self._push(text.finish())
+
+    def answer(self) -> Answer:
+        """The whole answer, once all pieces are there."""
+        prompt, start = len(self._call.job.tokens), self._start
+        steps = len(self._context.tokens) - prompt
+        ttft_ms = (self._call.prepared_s + self._first_s) * 1e3
+        speed = steps / self._rest_s if steps else 0.0
+        timings = Timings(start.switch_us, ttft_ms, speed, prompt, start.reused, self._call.carried)
+        return Answer("".join(self._pieces), self._count, timings, self._reason)
+
+    def _push(self, piece: str) -> Iterator[str]:
+        self._pieces.append(piece)
+        if piece:
+            yield piece
+
+    def _took(self, elapsed_s: float) -> None:
+        if self._count:
+            self._rest_s += elapsed_s
+        else:
+            self._first_s = elapsed_s
+
+    def _reason_to_stop(self, text: TextStream) -> str:
+        if text.stopped:
+            return "stop"
+        if self._count == self._sampling.max_tokens or self._context.is_full():
+            return "length"
+        return self._limits.reason()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,15 @@ class Sampling:
         wrong = [f"{name} {getattr(self, name)!r} is not {wanted}" for holds, name, wanted in rules if not holds]
         if wrong:
             raise UsageError(f"sampling: {', '.join(wrong)}", "give other values")
+
+
+def sampling_of(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Sampling:
+    """The sampling with single fields replaced; UsageError for one that there is not."""
+    try:
+        return replace(sampling or Sampling(), **overrides)
+    except TypeError as error:
+        known = ", ".join(Sampling.__dataclass_fields__)
+        raise UsageError(f"sampling has no {sorted(overrides)}: {error}", f"choose among: {known}") from error
 
 
 class Sampler:

@@ -1,178 +1,152 @@
-"""Adapters and tokens in, logits out: one engine with its live sequence, which it reuses only where that is exact."""
+"""Messages in, answers out: a conversation whose adapter may change, with a state that is its own."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import MappingProxyType
+import uuid
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from .activation import Invocations, Phases, phases
-from .cache import Key, StateCache, key_of, reusable
-from .engines._base import Engine, Logits
-from .errors import UsageError
+from .cache import Key, SavedState
+from .chat import Message
+from .errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from .generation import Answer, Call, Carried, Outcome, Stream, generate
+from .pool import Pool
+from .state_file import read_state, write_state
 
+if TYPE_CHECKING:
+    from .runtime import Runtime
 
-@dataclass(frozen=True)
-class Start:
-    """Logits after a prompt, and what they took: `reused` tokens were not computed anew."""
+Adapters = str | Mapping[str, float] | None
+Carry = Literal["recompute", "reuse"]
 
-    logits: Logits
-    reused: int
-    switch_us: float
+_STOPPED = ("deadline", "cancelled")
 
 
 class Session:
-    """An engine, the base that it runs (by fingerprint) and the states saved of it. Every use is inside `hold`.
+    """A conversation: a history of messages, the adapters that answer next, and a state that no other session sees.
 
-    `invocations` are the tokens from which on some adapters act, and not before.
+    with runtime.session(adapter="chat") as session:
+        session.send("good morning")
+        session.use("sql")
+        session.send("how many orders came in today?")
+
+    An answer is that of a fresh runtime to the whole history under the adapters in use, computed as far as it is not
+    known. One that a deadline or a cancel cut short is not taken into the history. Not for two threads at once.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        base: str,
-        cache: StateCache,
-        kv_bytes_per_token: int,
-        invocations: Invocations = MappingProxyType({}),
-    ) -> None:
-        self.engine = engine
-        self.tokens: list[int] = []
-        self._base = base
-        self._key: Key | None = None
-        self._room = engine.capacity({})
-        self._invocations = invocations
-        self._cache = cache
-        self._kv_bytes_per_token = kv_bytes_per_token
-        self._lock = threading.Lock()
-        self._holder: int | None = None
-        self._closed = False
+    def __init__(self, runtime: Runtime, adapter: Adapters, history: Sequence[Message] = ()) -> None:
+        self.adapter = adapter
+        self.history: list[Message] = [dict(message) for message in history]
+        self._runtime = runtime
+        self._owner = uuid.uuid4().hex
+        self._last: Carried | None = None
+        self._carries = False
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keep other threads out; UsageError when this very thread has a stream open, as waiting would never end."""
-        if self._holder == threading.get_ident():
-            raise UsageError("a stream of this thread is still open", "read it to its end or close it first")
-        with self._lock:
-            self._holder = threading.get_ident()
-            try:
-                self._check_open()
-                yield
-            finally:
-                self._holder = None
+    def send(self, message: str, **options: Any) -> Answer:  # noqa: ANN401 - those of `Runtime.generate`
+        """Answer a message; options as those of `Runtime.generate`, and the same errors."""
+        return self.stream(message, **options).read()
 
-    def start(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Start:
-        """Switch to these adapters and decode the tokens, all but what is known of their beginning."""
-        acting = phases(adapters, self._invocations, tokens)
-        with self._resetting():
-            reused, switch_ns = self._begin(acting, tokens)
-            if reused < acting.since:
-                switch_ns += self._activate(acting.first)
-                self.engine.decode(tokens[reused : acting.since])
-                switch_ns += self._activate(acting.then)
-            logits = self.engine.decode(tokens[max(reused, acting.since) :])
-            self.tokens = list(tokens)
-        return Start(logits, reused, switch_ns / 1e3)
+    def stream(self, message: str, **options: Any) -> Stream:  # noqa: ANN401 - as above
+        """As `send`, but yields the text in pieces. Only an answer that was read to its end is in the history."""
+        messages = [*self.history, {"role": "user", "content": message}]
+        carried = self._last if self._carries else None
+        call, outcome = self._runtime.call(messages, self.adapter, owner=self._owner, carried=carried), Outcome()
+        return Stream(self._recorded(messages, call, generate(call, outcome, **options), outcome), outcome)
 
-    def walk(self, adapters: Mapping[str, float], tokens: Sequence[int], rows: int) -> Iterator[Logits]:
-        """As `start`, but gives logits after each of the tokens, at most so many rows at once."""
-        acting = phases(adapters, self._invocations, tokens)
-        with self._resetting():
-            # The first token is decoded in any case: a state has no logits.
-            self._begin(acting, tokens[:1])
-        for begin, end in _parts(len(tokens), acting.since, rows):
-            self._activate(acting.first if begin < acting.since else acting.then)
-            yield self.extend(tokens[begin:end])
+    def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
+        """Let other adapters answer from now on; NotFoundError for an unknown one, the old ones then stay.
 
-    def extend(self, tokens: Sequence[int]) -> Logits:
-        """Decode more tokens; logits after each, shape [tokens, vocab]."""
-        self._check_open()
-        with self._resetting():
-            logits = self.engine.decode_all(tokens)
-            self.tokens.extend(tokens)
-        return logits
+        With `carry="recompute"` the history is computed again under them, unless its state under them is known: exact.
+        With "reuse" the state stays as the adapters so far have made it, their system prompt included: at once, but no
+        answer that these adapters alone would give. `Answer.timings.carried_tokens` says how much stands.
+        """
+        if carry not in ("recompute", "reuse"):
+            raise UsageError(f"carry is {carry!r}", "give recompute or reuse")
+        pool, _ = self._runtime.pool(adapter)
+        if carry == "reuse" and pool is not self._pool():
+            raise IncompatibleError("a merged model cannot take up another one's state", 'use carry="recompute"')
+        self.adapter = adapter
+        self._carries = carry == "reuse"
 
-    def capacity(self, adapters: Mapping[str, float]) -> int:
-        """How many tokens fit in the context with these adapters, prompt and answer together."""
-        return self.engine.capacity(adapters)
+    def save(self, path: str | Path) -> None:
+        """Write the conversation and its state into a file, whole or not at all.
 
-    def is_full(self) -> bool:
-        """Whether the context has no room for another token."""
-        return len(self.tokens) >= self._room
+        OutOfSpaceError on a full disk, OSError when the file cannot be written.
+        """
+        pool, last = self._pool(), self._last
+        saved = pool.saved(self._owner)
+        conversation = {
+            "base": self._runtime.manifest.base.fingerprint,
+            "adapter": self.adapter if self.adapter is None or isinstance(self.adapter, str) else dict(self.adapter),
+            "history": self.history,
+            "carries": self._carries,
+            "last": last and {"tokens": last.tokens, "spans": last.spans, "system": last.system},
+        }
+        key = saved and {"base": saved.key.base, "spans": saved.key.spans, "tokens": saved.tokens}
+        state = saved and {"key": key, "identity": pool.identity_of(saved)}
+        about = {"conversation": conversation, "state": state}
+        write_state(Path(path), about, saved.state if saved is not None else memoryview(b""))
 
-    def clear(self) -> None:
-        """Forget the live sequence and all saved states."""
-        self.reset()
-        self._cache.clear()
-
-    def reset(self) -> None:
-        """Forget the live sequence."""
-        self.tokens = []
-        self._key = None
-        self.engine.forget(0)
+    @classmethod
+    def load(cls, runtime: Runtime, path: Path) -> Self:
+        """What `save` wrote; see `Runtime.load_session`."""
+        found = read_state(path)
+        if found is None and not path.exists():
+            raise NotFoundError(f"no file {path}", "check the path")
+        try:
+            if found is None:
+                raise ValueError("its bytes are not those that were written")
+            conversation, state = found.about["conversation"], found.about["state"]
+            base, adapter, history = (conversation[key] for key in ("base", "adapter", "history"))
+            if base != runtime.manifest.base.fingerprint:
+                message = f"{path} is a session on another base than that of bundle {runtime.manifest.name!r}"
+                raise IncompatibleError(message, "open the bundle that it was saved with")
+            session = cls(runtime, adapter, history)
+            pool = session._pool()
+            session._carries, session._last = bool(conversation["carries"]), _carried_of(conversation["last"])
+            if state is not None:
+                saved = _saved_of(state["key"], found.state)
+                if pool.identity_of(saved) == state["identity"]:
+                    pool.keep(saved, session._owner)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise VerificationError(f"{path} is no saved session: {error}", "save the session again") from error
+        return session
 
     def close(self) -> None:
-        """Free the engine, after other threads' calls have ended; a stream of this thread ends with an error."""
-        mine = self._holder == threading.get_ident()
-        if not mine:
-            self._lock.acquire()
-        try:
-            self._closed = True
-            self._cache.clear()
-            self.engine.close()
-        finally:
-            if not mine:
-                self._lock.release()
+        """Forget the session's state; a second call does nothing."""
+        self._runtime.forget(self._owner)
+        self._last = None
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UsageError("the runtime is closed", "open the bundle again")
+    def __enter__(self) -> Self:
+        return self
 
-    @contextmanager
-    def _resetting(self) -> Iterator[None]:
-        """Forget the live sequence when something goes wrong: an interrupted decode may have left its tokens or not."""
-        try:
-            yield
-        except BaseException:
-            self.reset()
-            raise
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
-    def _begin(self, acting: Phases, tokens: Sequence[int]) -> tuple[int, int]:
-        """Bring the engine's sequence to the longest known beginning of `tokens`, one token short of all at most.
+    def _recorded(
+        self, messages: list[Message], call: Call, pieces: Iterator[str], outcome: Outcome
+    ) -> Generator[str, None, None]:
+        yield from pieces
+        answer = outcome.answer
+        if answer is not None and answer.stop_reason not in _STOPPED:
+            self.history = [*messages, {"role": "assistant", "content": answer.text}]
+            self._last = Carried(outcome.tokens, call.job.spans, call.system)
 
-        What acts in the end is active then. Returns the beginning's tokens, and the nanoseconds that the switch took.
-        """
-        key = key_of(self._base, acting.first, acting.then, acting.since)
-        live = reusable((self._key, self.tokens), (key, tokens)) if self._key else 0
-        # Looked up before anything is saved, which may drop it.
-        saved, known = self._cache.best(key, tokens)
-        if key != self._key:
-            self._save()
-        # Of another prefix nothing may be left, and a state is restored behind its own.
-        switch_ns = self._activate(acting.then)
-        self._key, self._room = key, self.engine.capacity(acting.then)
-        if saved is not None and known > live:
-            self.engine.restore_state(saved.state)
-            live = known
-        keep = self.engine.forget(min(live, len(tokens) - 1))
-        self.tokens = list(tokens[:keep])
-        return keep, switch_ns
-
-    def _activate(self, adapters: Mapping[str, float]) -> int:
-        """Switch; returns the nanoseconds that it took."""
-        active = {name: scale for name, scale in sorted(adapters.items()) if scale != 0}
-        begin = time.perf_counter_ns()
-        self.engine.activate(active)
-        return time.perf_counter_ns() - begin
-
-    def _save(self) -> None:
-        if self._key and self.tokens and self._cache.admits(len(self.tokens) * self._kv_bytes_per_token):
-            self._cache.put(self._key, self.tokens, self.engine.save_state())
+    def _pool(self) -> Pool:
+        return self._runtime.pool(self.adapter)[0]
 
 
-def _parts(count: int, since: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Cut a row of tokens into parts of at most so many, and at `since`."""
-    for begin, end in ((0, since), (since, count)):
-        yield from ((start, min(start + rows, end)) for start in range(begin, end, rows))
+def _carried_of(values: Mapping[str, Any] | None) -> Carried | None:
+    if values is None:
+        return None
+    spans = tuple((int(since), dict(adapters)) for since, adapters in values["spans"])
+    return Carried([int(token) for token in values["tokens"]], spans, values["system"])
+
+
+def _saved_of(values: Mapping[str, Any], state: memoryview) -> SavedState:
+    spans = tuple((int(since), tuple((str(n), float(s)) for n, s in active)) for since, active in values["spans"])
+    return SavedState(Key(values["base"], spans), tuple(int(token) for token in values["tokens"]), state)

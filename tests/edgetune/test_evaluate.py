@@ -110,7 +110,7 @@ def test_perplexity_of_texts_and_of_completions(bundle_with: Callable[..., Path]
     assert (result.metric, result.score) == ("perplexity", pytest.approx(expected, rel=1e-4))
     on, off = score(bundle, write(*({"prompt": "play", "completion": text} for text in ("on", "off")))).details
     with Runtime.open(bundle) as runtime:
-        tokenizer = runtime.session()[0].engine.tokenizer
+        tokenizer = runtime.context()[0].engine.tokenizer
         counts = [len(tokenizer.tokenize(text, continues=True)) + 1 for text in ("on", "off")]
     ratio = math.exp(off.score * counts[1] - on.score * counts[0])
     assert ratio == pytest.approx(shares["on"] / shares["off"], rel=1e-3)

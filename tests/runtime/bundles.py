@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,10 @@ def _base_entry(header: GgufHeader, fingerprint: str) -> BaseEntry:
         chat_template_sha256=digest_of_chat_template(header),
         files={"gguf": "base/model.gguf"},
     )
+
+
+def change_manifest(copy: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Let `change` have its way with the JSON values of a bundle's manifest."""
+    raw = json.loads((copy / MANIFEST_NAME).read_text())
+    change(raw)
+    (copy / MANIFEST_NAME).write_text(json.dumps(raw))

@@ -13,6 +13,7 @@ from edgetune_runtime import Runtime
 from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
 
 SYSTEM = "answer in one word"
+LONG_PROMPTS = ("answer in one word and play " * 2, "turn on the warm light in the hall " * 2)
 LABELS = ("red", "green", "warm red", "warm")
 
 
@@ -46,6 +47,26 @@ def both_of(
     return make
 
 
+@pytest.fixture(scope="session")
+def prompted_of(
+    tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """`prompted_of(arch)`: a bundle of both formats whose adapters `one` and `two` have long system prompts."""
+
+    @cache
+    def make(arch: str) -> Path:
+        source = tiny_source(arch)
+        adapters = {
+            "one": Adapter(low_rank(source.path, seed=1), system=LONG_PROMPTS[0]),
+            "two": Adapter(low_rank(source.path, seed=2, rank=3), scale=0.5, system=LONG_PROMPTS[1]),
+        }
+        bundle = write_bundle(tmp_path_factory.mktemp(f"{arch}-prompted") / "home", source.path, adapters)
+        add_onnx(bundle, source, adapters)
+        return bundle
+
+    return make
+
+
 def adapters_of(base: Path) -> dict[str, Adapter]:
     """The low-rank adapters of the bundles above."""
     return {
@@ -62,6 +83,6 @@ def bundle(bundle_of: Callable[[str], Path]) -> Path:
 
 @pytest.fixture
 def runtime(bundle: Path) -> Iterator[Runtime]:
-    """The bundle, opened anew for each test."""
-    with Runtime.open(bundle) as opened:
+    """The bundle, opened anew for each test, with one context and no states on the disk."""
+    with Runtime.open(bundle, contexts=1, disk_mb=0) as opened:
         yield opened

@@ -13,9 +13,9 @@ from edgetune_export.backends._base import Source
 from edgetune_export.parity import divergence
 from edgetune_export.shapes import Delta, LowRank
 from edgetune_runtime import IncompatibleError, Runtime, UsageError
-from edgetune_runtime.activation import phases
+from edgetune_runtime.activation import behind, spans_of
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.session import Session
+from edgetune_runtime.context import Context
 from runtime.bundles import folded, low_rank, write_manifest
 from runtime.shaped import random_prefix, write_shaped
 
@@ -36,17 +36,23 @@ ROWS = {
 
 def test_an_adapter_acts_from_the_last_place_of_its_tokens_on() -> None:
     scales, waiting = {"wait": 1.0, "plain": 0.5}, {"wait": INVOCATION}
-    found = {name: phases(scales, waiting, row) for name, row in ROWS.items()}
-    assert [found[name].since for name in ROWS] == [30, 30, 7, 0, 0, 0]
-    assert [found[name].then for name in ROWS] == [scales] * 4 + [{"plain": 0.5}] * 2
-    assert [found[name].first for name in ROWS] == [{"plain": 0.5}] * 3 + [scales] + [{"plain": 0.5}] * 2
+    others, found = {"plain": 0.5}, [spans_of(scales, waiting, row) for row in ROWS.values()]
+    joined = [((0, others), (since, scales)) for since in (30, 30, 7)]
+    assert found == [*joined, ((0, scales),), ((0, others),), ((0, others),)]
+
+
+def test_what_is_carried_stands_and_the_own_adapters_act_behind_it() -> None:
+    earlier = ((0, {"a": 1.0}), (4, {"b": 1.0}))
+    assert behind(earlier, 6, ((0, {"c": 1.0}),)) == (*earlier, (6, {"c": 1.0}))
+    assert behind(earlier, 3, ((0, {}), (9, {"c": 1.0}))) == ((0, {"a": 1.0}), (3, {}), (9, {"c": 1.0}))
+    assert behind(earlier, 0, ((0, {"c": 1.0}),)) == ((0, {"c": 1.0}),)
 
 
 def test_only_one_adapter_may_wait_for_its_tokens() -> None:
     waiting = {"one": (1,), "two": (2,)}
     with pytest.raises(UsageError, match="'one' and 'two' each act"):
-        phases({"one": 1.0, "two": 1.0}, waiting, [1, 2])
-    assert phases({"one": 1.0, "two": 0.0}, waiting, [5, 1]).since == 1
+        spans_of({"one": 1.0, "two": 1.0}, waiting, [1, 2])
+    assert [since for since, _ in spans_of({"one": 1.0, "two": 0.0}, waiting, [5, 1])] == [0, 1]
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +99,13 @@ def bundle_of(
 
 
 @pytest.fixture
-def session_of(bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., Session]]:
-    """`session_of(arch, backend)`: the session of a freshly opened bundle."""
+def context_of(bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., Context]]:
+    """`context_of(arch, backend)`: the context of a freshly opened bundle."""
     runtimes: list[Runtime] = []
 
-    def make(arch: str, backend: str, bundle: Path | None = None) -> Session:
+    def make(arch: str, backend: str, bundle: Path | None = None) -> Context:
         runtimes.append(Runtime.open(bundle or bundle_of(arch), engine=backend, context_length=128))
-        return runtimes[-1].session()[0]
+        return runtimes[-1].context()[0]
 
     yield make
     for runtime in runtimes:
@@ -113,9 +119,9 @@ def torch_logits(peft: Any, tokens: Sequence[int]) -> np.ndarray:  # noqa: ANN40
         return np.asarray(peft(input_ids=torch.tensor([list(tokens)])).logits[0].numpy())
 
 
-def walked(session: Session, adapters: dict[str, float], tokens: Sequence[int], rows: int = 7) -> np.ndarray:
-    with session.hold():
-        return np.concatenate(list(session.walk(adapters, tokens, rows)))
+def walked(context: Context, adapters: dict[str, float], tokens: Sequence[int], rows: int = 7) -> np.ndarray:
+    with context.hold():
+        return np.concatenate(list(context.walk(adapters, tokens, rows)))
 
 
 @pytest.mark.parametrize(("arch", "backend"), CASES)
@@ -123,16 +129,16 @@ def test_logits_are_those_of_peft(
     arch: str,
     backend: str,
     activated: Callable[[str], tuple[Any, LowRank]],
-    session_of: Callable[..., Session],
+    context_of: Callable[..., Context],
 ) -> None:
-    session, (peft, _) = session_of(arch, backend), activated(arch)
+    context, (peft, _) = context_of(arch, backend), activated(arch)
     for name, row in ROWS.items():
         expected = torch_logits(peft, row)
-        assert divergence(expected, walked(session, {"wait": 1.0}, row)).mean() < CLOSE[backend], name
-        with session.hold():
-            last = session.start({"wait": 1.0}, row).logits
+        assert divergence(expected, walked(context, {"wait": 1.0}, row)).mean() < CLOSE[backend], name
+        with context.hold():
+            last = context.start({"wait": 1.0}, row).logits
             # What is generated is computed as PEFT does: the adapter stays on, or off.
-            answered = session.extend([33, 44])
+            answered = context.extend([33, 44])
         assert divergence(expected[-1:], last[None]).mean() < CLOSE[backend] * 10, name
         assert divergence(torch_logits(peft, [*row, 33, 44])[-2:], answered).mean() < CLOSE[backend] * 10, name
     with peft.disable_adapter():
@@ -143,24 +149,24 @@ def test_logits_are_those_of_peft(
 
 @pytest.mark.parametrize("backend", ["gguf", "onnx"])
 def test_the_base_and_the_activated_adapter_share_what_lies_before(
-    backend: str, session_of: Callable[..., Session]
+    backend: str, context_of: Callable[..., Context]
 ) -> None:
-    session, row = session_of("llama", backend), ROWS["in the middle"]
-    with session.hold():
-        session.start({}, [*HEAD, 90, 91, 92, 93])
-        assert session.start({"wait": 1.0}, row).reused == len(HEAD)
-        assert session.start({"wait": 1.0}, [*row, 33]).reused == len(row)
+    context, row = context_of("llama", backend), ROWS["in the middle"]
+    with context.hold():
+        context.start({}, [*HEAD, 90, 91, 92, 93])
+        assert context.start({"wait": 1.0}, row).reused == len(HEAD)
+        assert context.start({"wait": 1.0}, [*row, 33]).reused == len(row)
         # Back at the base, its own state knows more than the other's beginning.
-        assert session.start({}, [*HEAD, 90, 91, 92, 93]).reused == len(HEAD) + 3
-        assert session.start({"wait": 1.0}, [*row, 34]).reused == len(row)
-        assert session.start({"plain": 1.0}, row).reused == 0
+        assert context.start({}, [*HEAD, 90, 91, 92, 93]).reused == len(HEAD) + 3
+        assert context.start({"wait": 1.0}, [*row, 34]).reused == len(row)
+        assert context.start({"plain": 1.0}, row).reused == 0
         # The tokens stand elsewhere: no more than what lies before both places is the same.
         later = [*HEAD[:12], *INVOCATION, *HEAD[:12]]
-        assert session.start({"wait": 1.0}, later).reused == 12
+        assert context.start({"wait": 1.0}, later).reused == 12
 
 
 @pytest.mark.parametrize("backend", ["gguf", "onnx"])
-def test_no_state_of_one_answer_shapes_another(backend: str, session_of: Callable[..., Session]) -> None:
+def test_no_state_of_one_answer_shapes_another(backend: str, context_of: Callable[..., Context]) -> None:
     sets: list[dict[str, float]] = [
         {},
         {"wait": 1.0},
@@ -170,15 +176,15 @@ def test_no_state_of_one_answer_shapes_another(backend: str, session_of: Callabl
         {"prefix": 1.0, "wait": 1.0},
         {"prefix": 1.0},
     ]
-    rng, session = np.random.default_rng(0), session_of("llama", backend)
+    rng, context = np.random.default_rng(0), context_of("llama", backend)
     rows, known = list(ROWS.values()), {}
     for _ in range(60):
         adapters, row = rng.integers(len(sets)), rng.integers(len(rows))
-        with session.hold():
-            found = session.start(sets[adapters], rows[row]).logits
-            session.extend([33])
+        with context.hold():
+            found = context.start(sets[adapters], rows[row]).logits
+            context.extend([33])
         if (adapters, row) not in known:
-            fresh = session_of("llama", backend)
+            fresh = context_of("llama", backend)
             with fresh.hold():
                 known[adapters, row] = fresh.start(sets[adapters], rows[row]).logits
         assert divergence(known[adapters, row][None], found[None]).max() < CLOSE[backend] * 100
@@ -186,17 +192,17 @@ def test_no_state_of_one_answer_shapes_another(backend: str, session_of: Callabl
 
 @pytest.mark.parametrize("backend", ["gguf", "onnx"])
 def test_beside_another_adapter_both_act_behind_the_tokens_and_one_before(
-    backend: str, session_of: Callable[..., Session]
+    backend: str, context_of: Callable[..., Context]
 ) -> None:
-    session, row = session_of("llama", backend), ROWS["in the middle"]
-    found = walked(session, {"wait": 1.0, "plain": 1.0}, row)
-    engine = session.engine
+    context, row = context_of("llama", backend), ROWS["in the middle"]
+    found = walked(context, {"wait": 1.0, "plain": 1.0}, row)
+    engine = context.engine
     engine.activate({"plain": 1.0})
     engine.forget(0)
     before = engine.decode_all(row[:30])
     engine.activate({"plain": 1.0, "wait": 1.0})
     expected = np.concatenate([before, engine.decode_all(row[30:])])
-    session.reset()
+    context.reset()
     assert divergence(expected, found).max() < CLOSE[backend] * 10
 
 

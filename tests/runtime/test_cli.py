@@ -53,7 +53,23 @@ def test_generate_writes_the_answer_and_nothing_else(run: Run, bundle: Path, run
     told = json.loads(out)
     assert (code, err, told["text"], told["tokens"], told["stop_reason"]) == (0, "", answer.text, 6, "length")
     assert all(told[key] > 0 for key in ("ttft_ms", "tokens_per_s", "switch_us", "prompt_tokens"))
-    assert told["reused_tokens"] == 0
+    # The first run left the state of the adapter's prompt on the disk.
+    assert told["reused_tokens"] == runtime.call(PROMPT, "command").job.fixed > 0
+
+
+def test_states_are_made_listed_and_deleted(run: Run, bundle: Path, tmp_path: Path) -> None:
+    folder = ("--cache-folder", tmp_path / "kept")
+    code, out, _ = run("warm", bundle, *folder, "--json")
+    tokens = json.loads(out)
+    assert (code, "command" in tokens) == (0, True)
+    code, out, err = run("cache", "ls", *folder)
+    assert code == 0
+    assert f"home: command\t{tokens['command']} tokens" in out
+    assert err.startswith(f"{len(tokens)} states, ")
+    listed = json.loads(run("cache", "ls", *folder, "--json")[1])
+    assert {entry["tokens"] for entry in listed} <= {*tokens.values()}
+    assert run("cache", "clear", *folder)[1].startswith(f"deleted {len(listed)} states")
+    assert json.loads(run("cache", "ls", *folder, "--json")[1]) == []
 
 
 def test_generate_takes_sampling_options(run: Run, bundle: Path, runtime: Runtime) -> None:
@@ -134,10 +150,14 @@ def test_bench_measures_everything_that_it_promises(run: Run, bundle: Path) -> N
     code, out, err = run("bench", bundle, "--json")
     told = json.loads(out)
     assert (code, set(told)) == (
-        0, {"load_ms", "switch_us", "ttft_ms", "decode_tokens_per_s", "rss_mb", "adapter_mb"},
-    )  # fmt: skip
+        0,
+        {"load_ms", "switch_us", "ttft_ms", "decode_tokens_per_s", "rss_mb", "adapter_mb"}
+        | {"start_ms", "state_mb", "state_restore_ms"},
+    )
     assert 0 < told["switch_us"]["p50"] <= told["switch_us"]["p99"] < 100
-    assert min(told["ttft_ms"]["after_switch"], told["ttft_ms"]["cold"]) > 0
+    assert set(told["ttft_ms"]) == {"cold", "after_switch", "restored"}
+    assert min(*told["ttft_ms"].values(), told["state_mb"], told["state_restore_ms"]) > 0
+    assert told["start_ms"] > told["ttft_ms"]["cold"]
     assert told["decode_tokens_per_s"]["base"] > 0
     assert set(told["decode_tokens_per_s"]["adapters"]) == {"command", "tone", "whole"}
     files = [path for path in (bundle / "adapters").rglob("*") if path.is_file()]

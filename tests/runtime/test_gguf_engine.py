@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from edgetune_runtime import NotFoundError, UsageError, VerificationError
+from edgetune_runtime import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.engines.gguf import BRANCHES, GgufEngine, GgufTokenizer
 from runtime.bundles import concatenated, low_rank, write_adapter
 
@@ -190,10 +192,60 @@ def test_a_state_without_a_sliding_window_can_be_trimmed_anywhere(llama: GgufEng
 
 def test_what_is_no_state_is_refused_and_the_engine_goes_on(llama: GgufEngine) -> None:
     llama.decode([5, 6])
-    with pytest.raises(VerificationError, match="state"):
-        llama.restore_state(b"\0" * 100)
-    assert llama.forget(5) == 0
-    llama.decode([5, 6])
+    state = bytes(llama.save_state())
+    expected = fresh(llama, {}, [5, 6, 7])
+    # Cells that are not there, at positions outside the context, or of another sequence; more bytes, and fewer.
+    changed = [state[:12] + struct.pack("<I", count) + state[16:] for count in (0, 1, 3, 2**31)]
+    changed += [state[:16] + struct.pack("<i", position) + state[20:] for position in (-1, CONTEXT)]
+    changed += [state[:20] + struct.pack("<ii", 2, 0) + state[28:], state[:20] + struct.pack("<ii", 1, 1) + state[28:]]
+    for broken in (b"", b"\0" * 100, state[:-1], state + b"\0", *changed):
+        with pytest.raises(VerificationError, match="state"):
+            llama.restore_state(memoryview(broken))
+        assert llama.forget(5) == 0
+    llama.restore_state(memoryview(state))
+    assert llama.decode([7]) == pytest.approx(expected, abs=CLOSE)
+
+
+def test_keys_and_values_in_8_bits_halve_a_state_and_change_little(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from edgetune_export.convert import convert_folder  # noqa: PLC0415 - torch only where a test needs it
+    from tiny import make_folder  # noqa: PLC0415 - as above
+
+    folder = make_folder("llama", tmp_path / "wide", tiny_folder("llama") / "tokenizer.model", hidden_size=128)
+    base, tokens = tmp_path / "wide.gguf", list(range(20, 60))
+    convert_folder(folder, base, dtype="f16")
+    with (
+        closing(GgufEngine(base, context_length=CONTEXT, threads=1)) as whole,
+        closing(GgufEngine(base, context_length=CONTEXT, threads=1, kv="q8_0")) as small,
+    ):
+        expected, found = log_p(whole.decode(tokens)), log_p(small.decode(tokens))
+        assert 0 < (np.exp(expected) * (expected - found)).sum() < 1e-3
+        assert len(small.save_state()) < 0.6 * len(whole.save_state())
+        assert small.signature != whole.signature
+        with pytest.raises(VerificationError, match="state"):
+            small.restore_state(whole.save_state())
+
+
+def test_keys_and_values_of_another_form_or_of_odd_heads_are_refused(tiny_gguf: Gguf) -> None:
+    with pytest.raises(UsageError, match="q4_0"):
+        GgufEngine(tiny_gguf("llama"), context_length=CONTEXT, kv="q4_0")
+    with pytest.raises(IncompatibleError, match="kv f16"):
+        GgufEngine(tiny_gguf("llama"), context_length=CONTEXT, kv="q8_0")
+
+
+def test_a_fork_has_a_sequence_of_its_own_and_the_same_adapters(engine: GgufEngine) -> None:
+    tokens = [5, 6, 7, 8]
+    expected = [fresh(engine, adapters, tokens) for adapters in ({"first": 1.0}, {})]
+    other = engine.fork()
+    other.activate({"first": 1.0})
+    engine.activate({})
+    engine.forget(0)
+    for token in tokens:
+        found = (other.decode([token]), engine.decode([token]))
+    assert found[0] == pytest.approx(expected[0], abs=CLOSE)
+    assert found[1] == pytest.approx(expected[1], abs=CLOSE)
+    other.close()
 
 
 def test_tokens_that_do_not_fit_are_told_with_both_lengths(llama: GgufEngine) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import sys
@@ -22,11 +21,19 @@ from edgetune_runtime import (
     UsageError,
     VerificationError,
 )
-from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
+from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines import _ort
 from edgetune_runtime.engines.gguf import GgufEngine
 from edgetune_runtime.engines.onnx import OnnxEngine, model_version
-from runtime.bundles import concatenated, folded, low_rank, write_adapter, write_manifest, write_onnx_adapter
+from runtime.bundles import (
+    change_manifest,
+    concatenated,
+    folded,
+    low_rank,
+    write_adapter,
+    write_manifest,
+    write_onnx_adapter,
+)
 from runtime.conftest import LABELS, SYSTEM
 
 Sources = Callable[[str], Source]
@@ -255,13 +262,13 @@ def test_forgetting_more_than_there_is_changes_nothing(llama: OnnxEngine) -> Non
 
 def test_what_is_no_state_is_refused_and_the_engine_goes_on(llama: OnnxEngine) -> None:
     llama.decode([5, 6])
-    state = llama.save_state()
+    state = bytes(llama.save_state())
     for broken in (b"", b"\0" * 100, state[:-1], state + b"\0", b"ETS1\xff\xff\xff\xff"):
         with pytest.raises(VerificationError, match="state"):
-            llama.restore_state(broken)
+            llama.restore_state(memoryview(broken))
         assert llama.forget(5) == 0
     expected = fresh(llama, {}, [5, 6, 7])
-    llama.restore_state(state)
+    llama.restore_state(memoryview(state))
     assert llama.decode([7]) == pytest.approx(expected, abs=CLOSE)
 
 
@@ -401,7 +408,7 @@ def test_a_stream_gives_whole_characters_and_the_text_of_generate(runtime: Runti
 
 
 def test_a_character_of_several_tokens_comes_out_whole(runtime: Runtime) -> None:
-    tokenizer = runtime.session()[0].engine.tokenizer
+    tokenizer = runtime.context()[0].engine.tokenizer
     tokens = tokenizer.tokenize("23 °C 🙂 ok", continues=True)
     assert len(tokenizer.tokenize("🙂", continues=True)) >= 4
     assert b"".join(map(tokenizer.piece, tokens)).decode() == "23 °C 🙂 ok"
@@ -418,11 +425,11 @@ def test_classify_gives_probabilities_over_the_adapters_labels(runtime: Runtime)
 
 def test_the_first_format_of_a_bundle_is_the_default(both_of: Callable[[str], Path], tmp_path: Path) -> None:
     with Runtime.open(both_of("llama")) as runtime:
-        assert isinstance(runtime.session()[0].engine, GgufEngine)
+        assert isinstance(runtime.context()[0].engine, GgufEngine)
     copy = Path(shutil.copytree(both_of("llama"), tmp_path / "copy"))
     change_manifest(copy, lambda raw: raw["base"]["files"].pop("gguf"))
     with Runtime.open(copy) as runtime:
-        assert isinstance(runtime.session()[0].engine, OnnxEngine)
+        assert isinstance(runtime.context()[0].engine, OnnxEngine)
 
 
 def test_a_bundle_without_onnx_says_what_it_has(bundle: Path) -> None:
@@ -431,12 +438,6 @@ def test_a_bundle_without_onnx_says_what_it_has(bundle: Path) -> None:
 
 
 # --- What is spoilt is refused in one line.
-
-
-def change_manifest(copy: Path, change: Callable[[dict[str, dict[str, object]]], object]) -> None:
-    raw = json.loads((copy / MANIFEST_NAME).read_text())
-    change(raw)
-    (copy / MANIFEST_NAME).write_text(json.dumps(raw))
 
 
 def sign(copy: Path) -> None:

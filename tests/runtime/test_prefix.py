@@ -175,16 +175,16 @@ PROMPTS = ["turn on the warm light in the kitchen", "turn on the warm light in t
 
 def greedy(runtime: Runtime, prompt: str, adapters: Adapters) -> list[int]:
     """The likeliest three tokens one after another, -1 from where two are as good as equal."""
-    session, active = runtime.session(adapters)
+    context, active = runtime.context(adapters)
     chosen: list[int] = []
-    with session.hold():
-        logits = session.start(active, session.engine.tokenizer.tokenize(prompt)).logits
+    with context.hold():
+        logits = context.start(active, context.engine.tokenizer.tokenize(prompt)).logits
         while len(chosen) < 3:
             second, first = np.partition(logits, -2)[-2:]
             if first - second < 0.05:
                 return [*chosen, *[-1] * (3 - len(chosen))]
             chosen.append(int(logits.argmax()))
-            logits = session.extend([chosen[-1]])[0]
+            logits = context.extend([chosen[-1]])[0]
     return chosen
 
 

@@ -9,6 +9,7 @@ import pytest
 
 NAMES = {
     "Answer",
+    "BusyError",
     "CancelledError",
     "EdgetuneError",
     "IncompatibleError",
@@ -16,6 +17,7 @@ NAMES = {
     "OutOfSpaceError",
     "Runtime",
     "Sampling",
+    "Session",
     "Timings",
     "UsageError",
     "VerificationError",
@@ -63,5 +65,6 @@ def test_exit_codes_are_those_that_the_commands_promise() -> None:
         "VerificationError": 4,
         "IncompatibleError": 5,
         "OutOfSpaceError": 6,
+        "BusyError": 7,
         "CancelledError": 130,
     }

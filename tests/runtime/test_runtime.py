@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, Sampling, UsageError, VerificationError
-from edgetune_runtime.bundle import MANIFEST_NAME
 from edgetune_runtime.chat import messages_for, render
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runtime.bundles import Adapter, low_rank, write_bundle
+from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 from runtime.conftest import LABELS, SYSTEM
 
 Adapters = str | dict[str, float] | None
@@ -37,17 +35,17 @@ TIE = 0.05
 
 def greedy(runtime: Runtime, prompt: str, adapter: Adapters, steps: int = 4) -> list[tuple[int, float]]:
     """The likeliest tokens one after another, each with its lead over the next likeliest."""
-    session, active = runtime.session(adapter)
-    tokenizer = session.engine.tokenizer
+    context, active = runtime.context(adapter)
+    tokenizer = context.engine.tokenizer
     messages = messages_for(prompt, SYSTEM if adapter == "command" else None)
     tokens = tokenizer.tokenize(render(tokenizer.chat_template, messages, add_generation_prompt=True))
     chosen = []
-    with session.hold():
-        logits = session.start(active, tokens).logits
+    with context.hold():
+        logits = context.start(active, tokens).logits
         for _ in range(steps):
             second, first = np.partition(logits, -2)[-2:]
             chosen.append((int(logits.argmax()), float(first - second)))
-            logits = session.extend([chosen[-1][0]])[0]
+            logits = context.extend([chosen[-1][0]])[0]
     return chosen
 
 
@@ -124,7 +122,7 @@ def test_a_cleared_cache_computes_everything(runtime: Runtime) -> None:
 
 
 def test_without_a_budget_nothing_is_kept_but_the_last_sequence(bundle: Path) -> None:
-    with Runtime.open(bundle, cache_mb=0) as runtime:
+    with Runtime.open(bundle, cache_mb=0, disk_mb=0) as runtime:
         for adapter, reused in (("command", False), ("command", True), ("tone", False), ("command", False)):
             answer = runtime.generate(PROMPT, adapter=adapter, max_tokens=2)
             assert bool(answer.timings.reused_tokens) == reused
@@ -222,14 +220,14 @@ def test_classify_gives_probabilities_over_the_labels(runtime: Runtime) -> None:
 
 
 def test_classify_scores_a_label_as_generation_would_end_it(runtime: Runtime) -> None:
-    session, active = runtime.session("tone")
-    tokenizer = session.engine.tokenizer
+    context, active = runtime.context("tone")
+    tokenizer = context.engine.tokenizer
     text = render(tokenizer.chat_template, messages_for(PROMPT, None), add_generation_prompt=True)
     losses = []
     for label in LABELS:
         ending = [*tokenizer.tokenize(label, continues=True), tokenizer.end_token]
-        with session.hold():
-            rows = [session.start(active, tokenizer.tokenize(text)).logits, *session.extend(ending)]
+        with context.hold():
+            rows = [context.start(active, tokenizer.tokenize(text)).logits, *context.extend(ending)]
         losses.append(sum(np.log(np.exp(row - row[token]).sum()) for row, token in zip(rows, ending, strict=False)))
     weights = np.exp(-np.array(losses))
     _, scores = runtime.classify(PROMPT, adapter="tone")
@@ -247,10 +245,10 @@ def test_labels_that_are_missing_empty_or_twice_are_refused(
 
 
 def test_perplexity_sums_over_all_tokens_but_the_first(runtime: Runtime) -> None:
-    session, active = runtime.session("tone")
-    tokens = session.engine.tokenizer.tokenize(PROMPT)
-    with session.hold():
-        rows = [session.start(active, tokens[:1]).logits, *session.extend(tokens[1:])]
+    context, active = runtime.context("tone")
+    tokens = context.engine.tokenizer.tokenize(PROMPT)
+    with context.hold():
+        rows = [context.start(active, tokens[:1]).logits, *context.extend(tokens[1:])]
     expected = sum(np.log(np.exp(row - row[token]).sum()) for row, token in zip(rows, tokens[1:], strict=False))
     loss, counted = runtime.perplexity(PROMPT, adapter="tone")
     assert (loss, counted) == (pytest.approx(float(expected), rel=0.01), len(tokens) - 1)
@@ -259,7 +257,7 @@ def test_perplexity_sums_over_all_tokens_but_the_first(runtime: Runtime) -> None
 def test_perplexity_of_a_text_longer_than_the_context_counts_each_token_once(runtime: Runtime) -> None:
     text = "turn on the lamp " * 200
     loss, counted = runtime.perplexity(text)
-    assert counted == len(runtime.session()[0].engine.tokenizer.tokenize(text)) - 1 > 2 * 256
+    assert counted == len(runtime.context()[0].engine.tokenizer.tokenize(text)) - 1 > 2 * 256
     assert 0 < loss / counted < 20
 
 
@@ -384,12 +382,6 @@ def test_an_adapter_file_made_for_another_base_is_refused(tiny_gguf: Callable[[s
     path = write_bundle(tmp_path / "bundle", base, foreign)
     with pytest.raises(IncompatibleError, match="'alien' was made for another base"):
         Runtime.open(path)
-
-
-def change_manifest(copy: Path, change: Callable[[dict[str, dict[str, object]]], object]) -> None:
-    raw = json.loads((copy / MANIFEST_NAME).read_text())
-    change(raw)
-    (copy / MANIFEST_NAME).write_text(json.dumps(raw))
 
 
 def test_a_base_that_is_not_the_one_of_the_fingerprint_is_refused(copy: Path) -> None:

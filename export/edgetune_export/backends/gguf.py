@@ -13,10 +13,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from edgetune_runtime.atomic import replacing, require_space
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.gguf_file import INVOCATION_TOKENS, GgufHeader, TensorInfo, describe_quantization, read_header
 
-from edgetune_export.atomic import replacing, require_space
 from edgetune_export.gguf_prefix import write_prefix
 from edgetune_export.layout import base_rows, name_map
 from edgetune_export.quantize import quantize_rows

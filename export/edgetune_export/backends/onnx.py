@@ -11,11 +11,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from edgetune_runtime.atomic import raising_out_of_space
 from edgetune_runtime.gguf_file import describe_quantization, read_header
 from edgetune_runtime.onnx_file import read_onnx
 
 from edgetune_export import onnx_slots
-from edgetune_export.atomic import raising_out_of_space
 from edgetune_export.onnx_adapter import write_tensors
 from edgetune_export.onnx_graph import (
     GRAPH,

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +51,19 @@ class Engine(Protocol):
     context_length: int
 
     @property
+    def kv_bytes(self) -> float:
+        """What the number of a key or a value takes."""
+
+    @property
+    def signature(self) -> str:
+        """What a saved state depends on besides the base: the library, its version, and the form of a number."""
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The base's own tokenizer."""
+
+    def fork(self) -> Self:
+        """Another engine on the same loaded base and adapters, with a sequence of its own; to be closed before this."""
 
     def load_adapter(
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
@@ -88,11 +99,14 @@ class Engine(Protocol):
         Shared beginnings are computed once. The last call that changed the sequence must have been a decode.
         """
 
-    def save_state(self) -> bytes:
+    def save_state(self) -> memoryview:
         """The sequence's keys and values, for `restore_state` of the same base."""
 
-    def restore_state(self, state: bytes) -> None:
-        """Replace the sequence by a saved one; decode at least one token before `score`."""
+    def restore_state(self, state: memoryview) -> None:
+        """Replace the sequence by a saved one; decode at least one token before `score`.
+
+        VerificationError, the sequence dropped, for bytes that are no state of this base.
+        """
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""
@@ -101,13 +115,15 @@ class Engine(Protocol):
 class EngineClass(Protocol):
     """What makes engines of one format, and tells of a base what can be told without loading it.
 
-    `bytes_per_number` is what a key or a value takes.
+    `bytes_per_number` is the most that a key or a value takes. `KV` names the forms that they can have, the default
+    first.
     """
 
-    bytes_per_number: int
+    bytes_per_number: float
+    KV: tuple[str, ...]
 
-    def __call__(self, path: Path, *, context_length: int, threads: int | None = None) -> Engine:
-        """Load the base at `path`; `context_length` is in tokens."""
+    def __call__(self, path: Path, *, context_length: int, threads: int | None = None, kv: str | None = None) -> Engine:
+        """Load the base at `path`; `context_length` is in tokens, `kv` one of `KV`."""
 
     def parts(self, path: Path) -> list[Path]:
         """All files that are read for the base at `path`, that one first."""
@@ -121,6 +137,13 @@ def check_options(context_length: int, threads: int | None, batch: int) -> None:
     if context_length < 1 or batch < 1 or (threads is not None and threads < 1):
         message = f"context_length {context_length}, batch {batch} and threads {threads} must be positive"
         raise UsageError(message, "give larger numbers")
+
+
+def check_kv(kv: str | None, known: tuple[str, ...], engine: str) -> str:
+    """The form of keys and values, by default the first of those known; UsageError for any other."""
+    if kv is not None and kv not in known:
+        raise UsageError(f"{engine} cannot keep keys and values as {kv!r}", f"choose one of: {', '.join(known)}")
+    return kv or known[0]
 
 
 def check_trained(context_length: int, trained: int) -> None:

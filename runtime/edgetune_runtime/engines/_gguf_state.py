@@ -1,5 +1,7 @@
 """File of a prefix in, state of a sequence out: the bytes from which llama.cpp fills its cache of keys and values.
 
+States that were kept are looked through before llama.cpp reads them.
+
 The layout is that of `llama_kv_cache::state_write` at llama.cpp 0c1e57098: a magic and the sequence, then for each of
 the model's caches (one, and a second for sliding-window layers) the cells with their positions, the keys of all its
 layers, and the values of all its layers. llama.cpp itself refuses sizes and types that are not its own; the engine
@@ -45,6 +47,45 @@ def read_prefix(path: Path, adapter: GgufHeader, base: GgufHeader, name: str) ->
     layers = range(shape.layers)
     keys, values = ([_rows(path, adapter.tensors[prefix_tensor(n, which)], name) for n in layers] for which in "kv")
     return PrefixState(tokens, _state(keys, values, shape))
+
+
+def check_state(state: memoryview, context_length: int) -> None:
+    """VerificationError unless the bytes are a state of sequence 0 within the context, to the last byte.
+
+    Types and sizes are llama.cpp's own to compare with its cache.
+    """
+    try:
+        magic, sequence = struct.unpack_from("<Ii", state)
+        offset = 8 if (magic, sequence) == (_MAGIC, 0) else len(state) + 1
+        while offset < len(state):
+            offset = _after_part(state, offset, context_length)
+    except (struct.error, ValueError):
+        offset = -1
+    if offset != len(state):
+        raise VerificationError("a saved state is not laid out as llama.cpp does it", "start without it")
+
+
+def _after_part(state: memoryview, offset: int, context_length: int) -> int:
+    """Where one cache ends that begins at `offset`; ValueError or struct.error when it is not one."""
+    streams, count = struct.unpack_from("<II", state, offset)
+    if streams != _STREAMS or not 0 < count <= context_length:
+        raise ValueError("cells")
+    cells = np.frombuffer(state, "<i4", 3 * count, offset + 8).reshape(count, 3)
+    positions, rest = cells[:, 0], cells[:, 1:]
+    if positions.min() < 0 or positions.max() >= context_length or (rest != (1, 0)).any():
+        raise ValueError("positions")
+    offset += 8 + cells.nbytes
+    transposed, layers = struct.unpack_from("<II", state, offset)
+    offset += 8
+    for values in (False, True):
+        for _ in range(layers):
+            if values and transposed:
+                _, size, rows = struct.unpack_from("<iII", state, offset)
+            else:
+                _, size = struct.unpack_from("<iQ", state, offset)
+                rows = 1
+            offset += 12 + size * rows * count
+    return offset
 
 
 def _rows(path: Path, tensor: TensorInfo, name: str) -> Halves:

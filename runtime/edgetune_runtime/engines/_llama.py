@@ -19,6 +19,9 @@ _INSTALL = (
     "(Debian: apt install g++, macOS: xcode-select --install)"
 )
 
+KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
+"""Bytes of a key's or a value's number in each form that a context may keep them in."""
+
 _errors: deque[str] = deque(maxlen=3)
 
 
@@ -70,17 +73,23 @@ def load_model(path: Path, *, vocabulary_only: bool) -> Any:  # noqa: ANN401 - a
     return model
 
 
-def make_context(model: Any, context_length: int, threads: int, *, batch: int, sequences: int) -> Any:  # noqa: ANN401
-    """A context of so many tokens, for so many sequences and batches of that size.
-
-    IncompatibleError, with the model freed, when llama.cpp makes none.
-    """
+def make_context(
+    model: Any,  # noqa: ANN401 - a bare pointer
+    context_length: int,
+    threads: int,
+    *,
+    batch: int,
+    sequences: int,
+    kv: str,
+) -> Any:  # noqa: ANN401 - as above
+    """A context for so many tokens and sequences, and batches of that size; IncompatibleError if there is none."""
     llama = library()
     params = llama.llama_context_default_params()
     params.n_ctx = context_length
     params.n_batch = params.n_ubatch = batch
     params.n_seq_max = params.n_outputs_max = sequences
     params.n_threads = params.n_threads_batch = threads
+    params.type_k = params.type_v = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}[kv]
     params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_AUTO
     # One buffer for all sequences: branches share the cells of the sequence that they start from.
     params.kv_unified = True
@@ -91,8 +100,8 @@ def make_context(model: Any, context_length: int, threads: int, *, batch: int, s
     context = llama.llama_init_from_model(model, params)
     if not context:
         message = f"no context of {context_length} tokens: {last_errors()}"
-        llama.llama_model_free(model)
-        raise IncompatibleError(message, "open the bundle with a shorter context")
+        remedy = "open the bundle with a shorter context" if kv == "f16" else "open the bundle with kv f16"
+        raise IncompatibleError(message, remedy)
     return context
 
 

@@ -6,13 +6,13 @@ import ctypes
 import math
 import os
 import weakref
-from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.gguf_file import check_adapter, invocation_of, read_header
@@ -20,17 +20,20 @@ from edgetune_runtime.gguf_file import check_adapter, invocation_of, read_header
 from ._base import (
     Logits,
     check_continuations,
+    check_kv,
     check_options,
     check_prefix_room,
     check_room,
     check_scales,
-    check_trained,
     log_total,
     prefix_among,
     usable_cores,
 )
-from ._gguf_state import PrefixState, read_prefix
-from ._llama import Vocabulary, last_errors, library, load_model, make_context
+from ._gguf_base import GgufBase, GgufTokenizer
+from ._gguf_state import PrefixState, check_state, read_prefix
+from ._llama import KV_BYTES, last_errors, library, make_context
+
+__all__ = ["BRANCHES", "ENGINE", "MAIN", "GgufEngine", "GgufTokenizer"]
 
 T = TypeVar("T")
 
@@ -43,57 +46,63 @@ BRANCHES = 32
 _CONTEXT_FULL = 1
 
 
-class GgufTokenizer(Vocabulary):
-    """The tokenizer of a GGUF file, read without its weights."""
-
-    def __init__(self, path: Path) -> None:
-        read_header(path)
-        model = load_model(path, vocabulary_only=True)
-        self._free = weakref.finalize(self, library().llama_model_free, model)
-        super().__init__(model)
-
-    def close(self) -> None:
-        """Free the vocabulary; a second call does nothing, any other is a UsageError."""
-        super().close()
-        self._free()
-
-
 class GgufEngine:
     """One GGUF base, mapped once, with its adapters (LoRA files and prefixes) and one sequence; see `Engine`.
 
-    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8.
-    UsageError when one is not positive or the context is longer than the base was trained for.
+    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8. Keys
+    and values are kept as `kv`, f16 or q8_0, which halves them and takes no prefixes. UsageError when a number is not
+    positive or the context is longer than the base was trained for.
     """
 
-    bytes_per_number = 2
+    KV: ClassVar[tuple[str, ...]] = ("f16", "q8_0")
+    bytes_per_number: ClassVar[float] = 2
 
-    def __init__(self, path: Path, *, context_length: int, threads: int | None = None, batch: int = 512) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context_length: int,
+        threads: int | None = None,
+        batch: int = 512,
+        kv: str | None = None,
+    ) -> None:
         check_options(context_length, threads, batch)
-        self.context_length = context_length
-        self._header = read_header(path)
-        self._model = load_model(path, vocabulary_only=False)
-        try:
-            check_trained(context_length, library().llama_model_n_ctx_train(self._model))
-        except UsageError:
-            library().llama_model_free(self._model)
-            raise
-        self._adapters: dict[str, Any] = {}
-        self._prefixes: dict[str, PrefixState] = {}
-        self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
+        self._kv = check_kv(kv, self.KV, "llama.cpp")
+        self._begin(GgufBase(path, context_length), context_length, threads or usable_cores(), batch)
+
+    def fork(self) -> GgufEngine:
+        """Another engine on the same base and adapters, with a sequence of its own."""
+        other = object.__new__(GgufEngine)
+        other._kv = self._kv
+        other._begin(self._base, self.context_length, self._threads, self._batch)
+        return other
+
+    def _begin(self, base: GgufBase, context_length: int, threads: int, batch: int) -> None:
+        self._base, self.context_length, self._threads = base, context_length, threads
+        self._adapters, self._prefixes, self._loaded = base.adapters, base.prefixes, base.loaded
         self._prefix: str | None = None
-        self._context = make_context(
-            self._model, context_length, threads or usable_cores(), batch=batch, sequences=BRANCHES + 1
-        )
-        self._free = weakref.finalize(self, _free_all, self._context, self._adapters, self._model)
+        sequences = BRANCHES + 1
+        self._context = make_context(base.model, context_length, threads, batch=batch, sequences=sequences, kv=self._kv)
         llama = library()
+        self._free = weakref.finalize(self, llama.llama_free, self._context)
         self._memory = llama.llama_get_memory(self._context)
-        self._window: int = llama.llama_model_n_swa(self._model)
+        self._window: int = llama.llama_model_n_swa(base.model)
         self._cells: int = llama.llama_n_ctx(self._context)
         self._batch: int = llama.llama_n_batch(self._context)
         self._outputs = min(BRANCHES, self._batch)
-        self.tokenizer = Vocabulary(self._model)
+        self.tokenizer = base.vocabulary
         self._length = 0
         self._last: Logits | None = None
+
+    @property
+    def kv_bytes(self) -> float:
+        """What the number of a key or a value takes."""
+        return KV_BYTES[self._kv]
+
+    @property
+    def signature(self) -> str:
+        """The library and its version, and how it keeps keys and values."""
+        return f"llama-cpp-python {library().__version__}, {self._kv}"
 
     @staticmethod
     def parts(path: Path) -> list[Path]:
@@ -120,14 +129,14 @@ class GgufEngine:
         if None not in {made_for, fingerprint} and made_for != fingerprint:
             raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
         if header.metadata.get("adapter.type") == "prefix":
-            self._load_prefix(name, read_prefix(path, header, self._header, name))
+            self._load_prefix(name, read_prefix(path, header, self._base.header, name))
             return
-        check_adapter(header, self._header, name)
+        check_adapter(header, self._base.header, name)
         if invocation_of(header, name) != tuple(invocation):
             message = f"adapter {name!r} acts from the tokens {invocation_of(header, name)} on, not {tuple(invocation)}"
             raise IncompatibleError(message, "build the bundle again")
         last_errors()
-        adapter = library().llama_adapter_lora_init(self._model, os.fsencode(path))
+        adapter = library().llama_adapter_lora_init(self._base.model, os.fsencode(path))
         if not adapter:
             message = f"llama.cpp cannot load adapter {name!r}: {last_errors()}"
             raise IncompatibleError(message, "export it again for this base")
@@ -203,19 +212,20 @@ class GgufEngine:
             scores.update(self._score_group(group))
         return [scores[tuple(tokens)] for tokens in continuations]
 
-    def save_state(self) -> bytes:
+    def save_state(self) -> memoryview:
         """The sequence's keys and values, for `restore_state` of the same base."""
         llama = library()
         size: int = llama.llama_state_seq_get_size(self._context, MAIN)
-        buffer = (ctypes.c_uint8 * size)()
-        if llama.llama_state_seq_get_data(self._context, buffer, size, MAIN) != size:
+        buffer = np.empty(size, np.uint8)
+        if llama.llama_state_seq_get_data(self._context, _pointer(buffer), size, MAIN) != size:
             raise EdgetuneError(f"llama.cpp cannot save a state of {size} bytes: {last_errors()}")
-        return bytes(buffer)
+        return buffer.data
 
-    def restore_state(self, state: bytes) -> None:
+    def restore_state(self, state: memoryview) -> None:
         """Replace the sequence by a saved one of the same prefix; decode at least one token before `score`."""
         self._last = None
         try:
+            check_state(state, self.context_length)
             self._set_state(state)
         except VerificationError:
             self._rewind()
@@ -223,13 +233,19 @@ class GgufEngine:
 
     def close(self) -> None:
         """Free everything; a second call does nothing, and no other call may follow."""
-        self.tokenizer.close()
-        self._length = 0
-        self._free()
+        if self._free.alive:
+            self.tokenizer.close()
+            self._free()
+            # The last engine to let go of the base frees it.
+            del self._base
 
     def _load_prefix(self, name: str, prefix: PrefixState) -> None:
         """Keep a prefix, if llama.cpp takes its state and gives the same back."""
         check_prefix_room(name, prefix.tokens, self.context_length)
+        if self._kv != "f16":
+            # llama.cpp may rotate what it quantizes, and would not say so.
+            message = f"adapter {name!r} is a prefix, which goes with keys and values in f16 only"
+            raise IncompatibleError(message, "open the bundle with kv f16")
         try:
             self._set_state(prefix.data)
             same = self.save_state() == prefix.data
@@ -250,13 +266,13 @@ class GgufEngine:
         if self._prefix:
             self._set_state(self._prefixes[self._prefix].data)
 
-    def _set_state(self, state: bytes) -> None:
+    def _set_state(self, state: bytes | memoryview) -> None:
         """Replace all of the sequence, prefix included; VerificationError when llama.cpp does not take the state."""
         llama = library()
         llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
         self._length = 0
-        pointer = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         last_errors()
+        pointer = _pointer(np.frombuffer(state, np.uint8))
         if not llama.llama_state_seq_set_data(self._context, pointer, len(state), MAIN):
             llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
             raise VerificationError(f"llama.cpp refuses a saved state: {last_errors()}", "start without it")
@@ -354,13 +370,8 @@ class GgufEngine:
                 llama.llama_memory_seq_rm(self._memory, branch, -1, -1)
 
 
-def _free_all(context: Any, adapters: dict[str, Any], model: Any) -> None:  # noqa: ANN401 - bare pointers
-    llama = library()
-    llama.llama_free(context)
-    for adapter in adapters.values():
-        llama.llama_adapter_lora_free(adapter)
-    adapters.clear()
-    llama.llama_model_free(model)
+def _pointer(buffer: NDArray[np.uint8]) -> Any:  # noqa: ANN401 - a bare pointer
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -12,9 +12,10 @@ import math
 import struct
 from collections import ChainMap, OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from edgetune_runtime.onnx_tensors import check_tensor_arrays, is_tensor, summed
 from ._base import (
     Logits,
     check_continuations,
+    check_kv,
     check_options,
     check_prefix_room,
     check_room,
@@ -37,7 +39,7 @@ from ._base import (
     prefix_among,
     usable_cores,
 )
-from ._ort import adapter_arrays, open_session
+from ._ort import adapter_arrays, library, open_session
 from ._tokenizers import JsonTokenizer
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -74,10 +76,20 @@ class OnnxEngine:
     UsageError when one is not positive or the context is longer than the base was trained for.
     """
 
-    bytes_per_number = 4
+    KV: ClassVar[tuple[str, ...]] = ("f32",)
+    bytes_per_number: ClassVar[float] = 4
 
-    def __init__(self, path: Path, *, context_length: int, threads: int | None = None, batch: int = 128) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context_length: int,
+        threads: int | None = None,
+        batch: int = 128,
+        kv: str | None = None,
+    ) -> None:
         check_options(context_length, threads, batch)
+        check_kv(kv, self.KV, "onnxruntime")
         self.context_length = context_length
         self._batch = batch
         header = read_onnx(path)
@@ -88,18 +100,38 @@ class OnnxEngine:
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
         self._session = open_session(path, threads or usable_cores())
         self._vocab_size = _last_dimension(self._session, "logits", path)
-        self._buffers = _buffers(self._session, context_length, config.head_size)
-        self._mask = np.ones(context_length, np.int64)
-        self._ids, self._start = np.zeros(batch, np.int64), np.zeros(1, np.int64)
         self._adapters: dict[str, Arrays] = {}
         self._prefixes: dict[str, Arrays] = {}
         self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
+        self._new_sequence()
+
+    def fork(self) -> OnnxEngine:
+        """Another engine on the same session and adapters, with a sequence of its own."""
+        other = copy(self)
+        other._new_sequence()
+        return other
+
+    def _new_sequence(self) -> None:
+        """Make what belongs to one sequence: buffers, and bindings that point to them."""
+        self._buffers = _buffers(self._session, self.context_length, self._head_size)
+        self._mask = np.ones(self.context_length, np.int64)
+        self._ids, self._start = np.zeros(self._batch, np.int64), np.zeros(1, np.int64)
         self._prefix: str | None = None
         self._begin = 0
         self._bindings: OrderedDict[tuple[tuple[str, float], ...], _Binding] = OrderedDict()
         self._length = 0
         self._last: Logits | None = None
         self.activate({})
+
+    @property
+    def kv_bytes(self) -> float:
+        """What the number of a key or a value takes."""
+        return self.bytes_per_number
+
+    @property
+    def signature(self) -> str:
+        """The library and its version, and how keys and values are kept."""
+        return f"onnxruntime {library().__version__}, f32"
 
     @staticmethod
     def parts(path: Path) -> list[Path]:
@@ -207,12 +239,18 @@ class OnnxEngine:
             self._length, self._last = start, last
         return [scores[tuple(tokens)] for tokens in continuations]
 
-    def save_state(self) -> bytes:
+    def save_state(self) -> memoryview:
         """The sequence's keys and values, for `restore_state` of the same base behind the same prefix."""
-        parts = [buffer[:, self._begin : self._length].tobytes() for buffer in self._buffers.values()]
-        return b"".join([_STATE.pack(_MAGIC, self._begin, self._length), *parts])
+        parts = [buffer[:, self._begin : self._length] for buffer in self._buffers.values()]
+        state = np.empty(_STATE.size + sum(part.nbytes for part in parts), np.uint8)
+        _STATE.pack_into(state.data, 0, _MAGIC, self._begin, self._length)
+        offset = _STATE.size
+        for part in parts:
+            state[offset : offset + part.nbytes].view(np.float32).reshape(part.shape)[...] = part
+            offset += part.nbytes
+        return state.data
 
-    def restore_state(self, state: bytes) -> None:
+    def restore_state(self, state: memoryview) -> None:
         """Replace the sequence by a saved one; decode at least one token before `score`."""
         magic, begin, length = _STATE.unpack_from(state) if len(state) >= _STATE.size else (b"", 0, 0)
         part = slice(begin, length)
@@ -233,8 +271,7 @@ class OnnxEngine:
         self.tokenizer.close()
         self._length, self._last = 0, None
         self._bindings.clear()
-        self._adapters.clear()
-        self._prefixes.clear()
+        self._adapters, self._prefixes = {}, {}
         self._session = None
         self._buffers = {}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgetune_runtime.errors import OutOfSpaceError
+from .errors import OutOfSpaceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = "free some space or choose another folder"
@@ -23,7 +24,7 @@ def replacing(out: Path) -> Iterator[Path]:
     """
     with raising_out_of_space(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{threading.get_native_id()}")
     try:
         with raising_out_of_space(out):
             yield temporary

@@ -1,0 +1,290 @@
+"""Nothing in; what switching tasks costs, edgetune beside other ways of doing it, out: a table and a plot.
+
+    pip install -e '.[demo,bench]'
+    python benchmarks/switching.py --json --out benchmarks/results
+
+SmolLM2-135M in q4_0 with eight random rank-16 adapters on all linear layers, task prompts of 512 tokens, requests of 16
+tokens in round robin and in Zipf order. All ways get the same tokens and threads. Each runs in a process of its own,
+one after another. An answer is wrong when it is not, token for token, what the same way answers knowing nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Python looks for modules beside the script first, where onnx.py would stand in for the package onnx.
+sys.path[:] = [
+    str(Path(__file__).resolve().parents[1]),
+    *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
+]
+
+from benchmarks.switching_ways import STEPS, WAYS, Folder, Way
+
+RANK = 16
+ORDERS = ("round robin", "zipf")
+MESSAGES = (
+    "please turn the lamp in the hall off and open the kitchen window a little",
+    "how warm is it in the bedroom now and when did it last rain outside today",
+    "set an alarm for seven in the morning and play some quiet music until then",
+    "tell my sister that we will come at eight and bring the bread with us",
+)
+WORDS = (
+    "lamp heater window kitchen garden music alarm morning evening quiet bright never always answer short plain only "
+    "first second room door open close warm cold when then else command number sentence word list reply ask check"
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: an adapter, the whole prompt, and the message that it ends with."""
+
+    adapter: int
+    prompt: list[int]
+    message: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What switching tasks costs, beside other ways of doing it.")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of each task's own prompt")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ways", default=",".join(WAYS), metavar="A,B", help="which ways to run")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep what is prepared here; else a folder for now")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write switching.json, switching.md and switching.png")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--worker", choices=list(WAYS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(work(options.worker, _folder(options), _read(options.work))))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        options.work = options.work or Path(temporary)
+        prepare(options)
+        found = {name: _run(name, options) for name in options.ways.split(",")}
+    result = {"machine": _machine(options.threads), **_settings(options), "ways": found}
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "switching.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (options.out / "switching.md").write_text(table(result), encoding="utf-8")
+        plot(result, options.out / "switching.png")
+    print(json.dumps(result) if options.json else table(result))
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Make adapters, the bundle of both formats, merged models and the requests, as far as they are not there."""
+    if (options.work / "requests.json").exists():
+        return
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from edgetune.bases import load_torch, resolve
+    from edgetune.pipeline import export_trained
+    from edgetune.progress import Progress
+
+    work, progress = options.work, Progress()
+    names = [f"task{number}" for number in range(options.adapters)]
+    base = resolve("smollm2-135m", folder=Path(), quantize="q4_0", work=work, progress=progress, converter=None)
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=False)
+    peft = get_peft_model(load_torch(base, torch.float32), config, adapter_name=names[0])
+    for name in names[1:]:
+        peft.add_adapter(name, config)
+    with torch.no_grad():
+        for key, parameter in peft.named_parameters():
+            if "lora_" in key:
+                # Enough to change most answers, and not so much that they make no sense.
+                parameter.normal_(0, 0.02 if "lora_B" in key else 0.05)
+    peft.save_pretrained(work / "peft")
+    folders = {name: work / "peft" / name for name in names}
+    systems = {name: task_prompt(number, options.prompt_tokens, base.path) for number, name in enumerate(names)}
+    export_trained(
+        str(base.path), folders, work / "bundle", systems=systems, targets=("gguf", "onnx"), progress=progress
+    )
+    whole = export_trained(str(base.path), folders, work / "whole", merged=True, progress=progress).bundle
+    (work / "merged").mkdir()
+    for name in names:
+        (whole / "adapters" / name / "model.gguf").rename(work / "merged" / f"{name}.gguf")
+    (work / "requests.json").write_text(json.dumps(requests(options)), encoding="utf-8")
+
+
+def task_prompt(number: int, tokens: int, base: Path) -> str:
+    """A text of this many tokens, another one for each task."""
+    from contextlib import closing
+
+    from edgetune_runtime.engines.gguf import GgufTokenizer
+
+    rng, words, words_of_tasks = random.Random(number), [f"Task {number}:"], WORDS.split()
+    with closing(GgufTokenizer(base)) as tokenizer:
+        while len(tokenizer.tokenize(" ".join(words))) < tokens:
+            words.append(rng.choice(words_of_tasks))
+    return " ".join(words)
+
+
+def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The requests of each order, as tokens that the runtime makes of them."""
+    from edgetune_runtime import Runtime
+
+    rng, count = random.Random(0), options.adapters
+    weights = [1 / (rank + 1) for rank in range(count)]
+    orders = {
+        "round robin": [number % count for number in range(options.requests)],
+        "zipf": rng.choices(range(count), weights, k=options.requests),
+    }
+    with Runtime.open(options.work / "bundle", disk_mb=0) as runtime:
+
+        def request(number: int, adapter: int) -> dict[str, Any]:
+            message = MESSAGES[number // count % len(MESSAGES)]
+            tokens = runtime.call(message, f"task{adapter}").job.tokens
+            return {"adapter": adapter, "prompt": tokens, "message": message}
+
+        return {order: [request(*pair) for pair in enumerate(chosen)] for order, chosen in orders.items()}
+
+
+def work(name: str, folder: Folder, orders: dict[str, list[Request]]) -> dict[str, Any]:
+    """Run one way through all requests, then look which answers it would have given knowing nothing."""
+    way = WAYS[name](folder)
+    # Each adapter once, so that what is made at the first use is made.
+    for adapter in range(folder.adapters):
+        way.answer(adapter, next(r.prompt for r in orders[ORDERS[0]] if r.adapter == adapter), MESSAGES[0])
+    found: dict[str, Any] = {}
+    answers: list[tuple[Request, list[int]]] = []
+    for order, asked in orders.items():
+        found[order] = _measure(way, asked, answers)
+    found["rss_mb"] = _rss_mb()
+    known: dict[tuple[int, str], list[int]] = {}
+    for request, _ in answers:
+        place = (request.adapter, request.message)
+        if place not in known:
+            way.cold()
+            known[place] = way.answer(request.adapter, request.prompt, request.message).tokens
+    found["wrong"] = sum(known[request.adapter, request.message] != given for request, given in answers)
+    found["answers"] = len(answers)
+    return found
+
+
+def _measure(way: Way, asked: Sequence[Request], answers: list[tuple[Request, list[int]]]) -> dict[str, float]:
+    switches, firsts, last = [], [], -1
+    begin = time.perf_counter()
+    for number, request in enumerate(asked):
+        found = way.answer(request.adapter, request.prompt, request.message)
+        answers.append((request, found.tokens))
+        if request.adapter != last:
+            switches.append(found.switch_s * 1e6)
+            firsts.append(found.first_s * 1e3)
+        last = request.adapter
+        if number % 50 == 49:
+            print(f"  {number + 1} of {len(asked)}", file=sys.stderr, flush=True)
+    total_s = time.perf_counter() - begin
+    return {
+        "switch_us_p50": statistics.median(switches),
+        "switch_us_p99": _p99(switches),
+        "first_token_ms_p50": statistics.median(firsts),
+        "first_token_ms_p99": _p99(firsts),
+        "tokens_per_s": len(asked) * STEPS / total_s,
+    }
+
+
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * 0.99))]
+
+
+def _rss_mb() -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def _run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    print(name, file=sys.stderr, flush=True)
+    command = [sys.executable, __file__, "--worker", name, "--work", str(options.work)]
+    command += ["--threads", str(options.threads), "--adapters", str(options.adapters)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        return {"failed": done.returncode}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _folder(options: argparse.Namespace) -> Folder:
+    return Folder(options.work, options.adapters, options.threads)
+
+
+def _read(folder: Path) -> dict[str, list[Request]]:
+    orders = json.loads((folder / "requests.json").read_text(encoding="utf-8"))
+    return {order: [Request(**values) for values in asked] for order, asked in orders.items()}
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    keys = ("requests", "adapters", "prompt_tokens", "threads")
+    return {"rank": RANK, **{key: getattr(options, key) for key in keys}}
+
+
+def _machine(threads: int) -> str:
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.machine()}, {threads} threads, {platform.system()}"
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures in Markdown."""
+    lines = [
+        f"{result['machine']}. SmolLM2-135M in q4_0, {result['adapters']} adapters of rank {result['rank']} on all "
+        f"linear layers, task prompts of {result['prompt_tokens']} tokens, {result['requests']} requests of {STEPS} "
+        "tokens in each order. First token and switch are of requests for another adapter than the one before.",
+        "",
+        "| way | order | switch µs p50 | p99 | first token ms p50 | p99 | tokens/s | RSS MB | wrong |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, found in result["ways"].items():
+        if "failed" in found:
+            lines.append(f"| {name} | failed with {found['failed']} | | | | | | | |")
+            continue
+        for order in ORDERS:
+            figures = found[order]
+            cells = [f"{figures[key]:.1f}" for key in ("switch_us_p50", "switch_us_p99")]
+            cells += [f"{figures[key]:.1f}" for key in ("first_token_ms_p50", "first_token_ms_p99", "tokens_per_s")]
+            ends = f"{found['rss_mb']:.0f} | {found['wrong']} of {found['answers']}"
+            lines.append(f"| {name} | {order} | {' | '.join(cells)} | {ends} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict[str, Any], out: Path) -> None:
+    """First token after a switch in round robin, median and 99th percentile, on a scale of powers of ten."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    ways = {name: found["round robin"] for name, found in result["ways"].items() if "failed" not in found}
+    names = sorted(ways, key=lambda name: -ways[name]["first_token_ms_p50"])
+    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(names) + 1.5), layout="constrained")
+    medians = [ways[name]["first_token_ms_p50"] for name in names]
+    colors = ["#2a7d4f" if name.startswith("edgetune") else "#9aa5b1" for name in names]
+    axes.barh(names, medians, color=colors)
+    for number, name in enumerate(names):
+        found = ways[name]
+        axes.plot([found["first_token_ms_p99"]] * 2, [number - 0.3, number + 0.3], color="#1c2430", linewidth=1.5)
+        axes.text(found["first_token_ms_p99"] * 1.12, number, f"{medians[number]:.0f} ms", va="center", fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlim(right=max(found["first_token_ms_p99"] for found in ways.values()) * 3)
+    axes.set_xlabel("first token after a switch, ms: median (bar) and 99th percentile (line)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

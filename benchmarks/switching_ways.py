@@ -1,0 +1,321 @@
+"""A folder that `switching.py` prepared in; ways of answering with several adapters on one base out.
+
+Each way is a class: `answer` takes an adapter's number and the whole prompt and gives the tokens of a greedy answer,
+how long the switch call took and how long the first token took; `cold` makes it forget all that it knows. A process
+runs one way, so that its memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+CONTEXT = 1280
+STEPS = 16
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A greedy answer, and seconds of the switch call and up to the first token, the switch included."""
+
+    tokens: list[int]
+    switch_s: float
+    first_s: float
+
+
+class Way(Protocol):
+    """One way of answering."""
+
+    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+        """Switch to the adapter and answer the prompt's tokens; `message` is the part that is not fixed."""
+
+    def cold(self) -> None:
+        """Forget everything but the weights."""
+
+
+@dataclass
+class Folder:
+    """What a way runs on."""
+
+    path: Path
+    adapters: int
+    threads: int
+
+    def name(self, adapter: int) -> str:
+        return f"task{adapter}"
+
+    def file(self, adapter: int, kind: str) -> Path:
+        return self.path / "bundle/adapters" / self.name(adapter) / kind
+
+
+class Edgetune:
+    """edgetune's runtime: switch, put the prompt's state back, compute the message."""
+
+    def __init__(self, folder: Folder, engine: str) -> None:
+        from edgetune_runtime import Runtime
+
+        self.folder = folder
+        self.runtime = Runtime.open(
+            folder.path / "bundle",
+            engine=engine,
+            threads=folder.threads,
+            context_length=CONTEXT,
+            cache_mb=1000,
+            disk_mb=0,
+            contexts=1,
+        )
+        self.runtime.warm()
+
+    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+        begin = time.perf_counter()
+        call = self.runtime.call(message, self.folder.name(adapter))
+        assert call.job.tokens == list(prompt)
+        with call.pool.lease(call.job) as context:
+            start = context.run(call.job)
+            tokens = [int(start.logits.argmax())]
+            first_s = time.perf_counter() - begin
+            while len(tokens) < STEPS:
+                tokens.append(int(context.extend(tokens[-1:])[0].argmax()))
+        return Answered(tokens, start.switch_us / 1e6, first_s)
+
+    def cold(self) -> None:
+        self.runtime.clear_cache()
+
+
+class LowLevel:
+    """llama.cpp's own switch, the whole prompt computed again."""
+
+    def __init__(self, folder: Folder) -> None:
+        from edgetune_runtime.engines.gguf import GgufEngine
+
+        self.folder = folder
+        base = folder.path / "bundle/base/model.gguf"
+        self.engine = GgufEngine(base, context_length=CONTEXT, threads=folder.threads)
+        for adapter in range(folder.adapters):
+            self.engine.load_adapter(folder.name(adapter), folder.file(adapter, "adapter.gguf"))
+
+    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+        begin = time.perf_counter()
+        self.engine.activate({self.folder.name(adapter): 1.0})
+        switch_s = time.perf_counter() - begin
+        self.engine.forget(0)
+        tokens = [int(self.engine.decode(prompt).argmax())]
+        first_s = time.perf_counter() - begin
+        while len(tokens) < STEPS:
+            tokens.append(int(self.engine.decode(tokens[-1:]).argmax()))
+        return Answered(tokens, switch_s, first_s)
+
+    def cold(self) -> None:
+        self.engine.forget(0)
+
+
+class MadeAnew:
+    """llama-cpp-python's `Llama(lora_path=…)`, made anew when another adapter is wanted."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.llama: Any = None
+        self.adapter = -1
+
+    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+        from llama_cpp import Llama
+
+        begin = time.perf_counter()
+        if adapter != self.adapter:
+            if self.llama is not None:
+                self.llama.close()
+            self.llama = Llama(
+                str(self.folder.path / "bundle/base/model.gguf"),
+                lora_path=str(self.folder.file(adapter, "adapter.gguf")),
+                n_ctx=CONTEXT,
+                n_threads=self.folder.threads,
+                n_threads_batch=self.folder.threads,
+                verbose=False,
+            )
+            self.adapter = adapter
+        switch_s = time.perf_counter() - begin
+        return _timed(self.llama.generate(list(prompt), temp=0.0), begin, switch_s)
+
+    def cold(self) -> None:
+        self.adapter = -1
+
+
+class Server:
+    """llama.cpp's server with the adapters' scales in each request, its cache of prompts on (its default)."""
+
+    def __init__(self, folder: Folder) -> None:
+        import xllamacpp
+
+        self.folder = folder
+        params = xllamacpp.CommonParams()
+        params.model.path = str(folder.path / "bundle/base/model.gguf")
+        params.n_ctx, params.n_parallel, params.warmup = CONTEXT, 1, False
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = folder.threads
+        adapters = []
+        for adapter in range(folder.adapters):
+            info = xllamacpp.CommonAdapterLoraInfo()
+            info.path, info.scale = str(folder.file(adapter, "adapter.gguf")), 0.0
+            adapters.append(info)
+        params.lora_adapters = adapters
+        self.server = xllamacpp.Server(params)
+        self.cached = True
+
+    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+        begin = time.perf_counter()
+        times: list[float] = []
+        tokens: list[int] = []
+        request = {
+            "prompt": list(prompt),
+            "n_predict": STEPS,
+            "temperature": 0.0,
+            "top_k": 1,
+            "ignore_eos": True,
+            "stream": True,
+            "return_tokens": True,
+            "cache_prompt": self.cached,
+            "lora": [{"id": n, "scale": float(n == adapter)} for n in range(self.folder.adapters)],
+        }
+
+        def take(chunk: Any) -> bool:  # noqa: ANN401 - what the server hands out
+            found = json.loads(chunk) if isinstance(chunk, str | bytes) else chunk
+            for part in found if isinstance(found, list) else [found]:
+                new = part.get("tokens") or []
+                if new and len(tokens) < STEPS:
+                    times.append(time.perf_counter())
+                    tokens.extend(new)
+            return False
+
+        self.server.handle_completions(request, take)
+        return Answered(tokens[:STEPS], 0.0, times[0] - begin)
+
+    def cold(self) -> None:
+        self.cached = False
+
+
+class Genai:
+    """onnxruntime-genai: `set_active_adapter` after a rewind to the beginning."""
+
+    def __init__(self, folder: Folder) -> None:
+        import onnxruntime_genai as og
+
+        self.og, self.folder = og, folder
+        self.model = og.Model(str(folder.path / "bundle/base/onnx"))
+        self.adapters = og.Adapters(self.model)
+        for adapter in range(folder.adapters):
+            self.adapters.load(str(folder.file(adapter, "adapter.onnx_adapter")), folder.name(adapter))
+        self._make()
+
+    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+        begin = time.perf_counter()
+        self.generator.rewind_to(0)
+        self.generator.set_active_adapter(self.adapters, self.folder.name(adapter))
+        switch_s = time.perf_counter() - begin
+        self.generator.append_tokens(list(prompt))
+
+        def steps() -> Iterator[int]:
+            while True:
+                self.generator.generate_next_token()
+                yield int(self.generator.get_next_tokens()[0])
+
+        return _timed(steps(), begin, switch_s)
+
+    def cold(self) -> None:
+        self._make()
+
+    def _make(self) -> None:
+        params = self.og.GeneratorParams(self.model)
+        params.set_search_options(max_length=CONTEXT, do_sample=False)
+        self.generator = self.og.Generator(self.model, params)
+
+
+class Peft:
+    """transformers with PEFT's `set_adapter`, on the CPU, the base's weights dequantized to bf16."""
+
+    def __init__(self, folder: Folder) -> None:
+        import torch
+        from peft import PeftModel
+
+        from edgetune.bases import load_torch, resolve
+        from edgetune.progress import Progress
+
+        torch.set_num_threads(folder.threads)
+        self.torch, self.folder = torch, folder
+        file = str(folder.path / "bundle/base/model.gguf")
+        base = resolve(
+            file, folder=Path(), quantize=None, work=folder.path, progress=Progress(quiet=True), converter=None
+        )
+        model = load_torch(base, torch.bfloat16)
+        first, *others = [folder.name(adapter) for adapter in range(folder.adapters)]
+        self.model: Any = PeftModel.from_pretrained(model, folder.path / "peft" / first, adapter_name=first)
+        for name in others:
+            self.model.load_adapter(folder.path / "peft" / name, adapter_name=name)
+        self.model.eval()
+
+    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+        torch, begin = self.torch, time.perf_counter()
+        self.model.set_adapter(self.folder.name(adapter))
+        switch_s = time.perf_counter() - begin
+
+        def steps() -> Iterator[int]:
+            ids, cache = torch.tensor([list(prompt)]), None
+            while True:
+                with torch.inference_mode():
+                    out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
+                yield token
+                ids = torch.tensor([[token]])
+
+        return _timed(steps(), begin, switch_s)
+
+    def cold(self) -> None:
+        pass
+
+
+class Merged:
+    """A whole model a task, each with a context of its own that keeps the state of its last prompt."""
+
+    def __init__(self, folder: Folder) -> None:
+        from edgetune_runtime.engines.gguf import GgufEngine
+
+        paths = [folder.path / "merged" / f"{folder.name(adapter)}.gguf" for adapter in range(folder.adapters)]
+        self.engines = [GgufEngine(path, context_length=CONTEXT, threads=folder.threads) for path in paths]
+        self.known: list[list[int]] = [[] for _ in paths]
+
+    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+        from edgetune_runtime.cache import common_prefix
+
+        begin, engine = time.perf_counter(), self.engines[adapter]
+        keep = engine.forget(min(common_prefix(self.known[adapter], prompt), len(prompt) - 1))
+        tokens = [int(engine.decode(prompt[keep:]).argmax())]
+        first_s = time.perf_counter() - begin
+        while len(tokens) < STEPS:
+            tokens.append(int(engine.decode(tokens[-1:]).argmax()))
+        self.known[adapter] = [*prompt, *tokens[:-1]]
+        return Answered(tokens, 0.0, first_s)
+
+    def cold(self) -> None:
+        self.known = [[] for _ in self.engines]
+
+
+WAYS: dict[str, Callable[[Folder], Way]] = {
+    "edgetune gguf": lambda folder: Edgetune(folder, "gguf"),
+    "edgetune onnx": lambda folder: Edgetune(folder, "onnx"),
+    "Llama(lora_path) anew": MadeAnew,
+    "low-level switch": LowLevel,
+    "llama-server": Server,
+    "onnxruntime-genai": Genai,
+    "transformers + PEFT": Peft,
+    "merged models": Merged,
+}
+
+
+def _timed(steps: Iterator[int], begin: float, switch_s: float) -> Answered:
+    tokens = [next(steps)]
+    first_s = time.perf_counter() - begin
+    while len(tokens) < STEPS:
+        tokens.append(next(steps))
+    return Answered(tokens, switch_s, first_s)

@@ -1,0 +1,308 @@
+"""Adapters and tokens in, logits out: one engine with its live sequence, which it reuses only where that is exact."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from .activation import Invocations, Spans, spans_of
+from .cache import CALLS, PROMPTS, Active, Key, SavedState, StateCache, key_of, reusable
+from .engines._base import Engine, Logits
+from .errors import UsageError, VerificationError
+from .prompts import SHORTEST, PromptStates
+from .store import digest_of
+from .turns import Turns
+
+CHUNK = 128
+"""Tokens of a prompt that are computed in one go; between chunks a call can be stopped."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Logits after a prompt, and what they took: `reused` tokens were not computed anew."""
+
+    logits: Logits
+    reused: int
+    switch_us: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a sequence is to begin with: the tokens, and which adapters act where in them.
+
+    The first `fixed` tokens are the part of the prompt that does not change from call to call. `owner` is whose
+    sequence it is: no other owner's is taken up beyond its fixed part. `check` is called before each chunk, and ends
+    the work by raising.
+    """
+
+    tokens: Sequence[int]
+    spans: Spans
+    fixed: int = 0
+    owner: str = CALLS
+    check: Callable[[], None] = lambda: None
+
+    @property
+    def is_worth_a_state(self) -> bool:
+        """Whether the fixed part is long enough for its state to be kept."""
+        return self.fixed >= SHORTEST
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the contexts of one base share: its fingerprint, saved states, and turns to compute in.
+
+    `invocations` are the tokens from which on some adapters act, and not before.
+    """
+
+    base: str
+    kv_bytes_per_token: int
+    cache: StateCache
+    invocations: Invocations = field(default_factory=dict)
+    prompts: PromptStates | None = None
+    turns: Turns = field(default_factory=Turns)
+
+
+class Context:
+    """An engine with one live sequence, and what it shares with others on the same base. Every use is inside `hold`."""
+
+    def __init__(self, engine: Engine, shared: Shared) -> None:
+        self.engine = engine
+        self.shared = shared
+        self.tokens: list[int] = []
+        self._key: Key | None = None
+        self.owner = CALLS
+        self._fixed = 0
+        self._room = engine.capacity({})
+        self.holder: int | None = None
+        self.closed = False
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep other threads out; UsageError when this very thread has a stream open, as waiting would never end."""
+        gate = self.shared.turns.gate
+        with gate:
+            if self.holder == threading.get_ident():
+                raise UsageError("a stream of this thread is still open", "read it to its end or close it first")
+            while self.holder is not None:
+                gate.wait()
+            self.holder = threading.get_ident()
+        with self.held():
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What `hold` does once `holder` is set; lets others in at the end."""
+        try:
+            self.check_open()
+            yield
+        finally:
+            with self.shared.turns.gate:
+                self.holder = None
+                self.shared.turns.gate.notify_all()
+
+    def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
+        """Which of the adapters act where in these tokens."""
+        return spans_of(adapters, self.shared.invocations, tokens)
+
+    def start(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Start:
+        """Switch to these adapters and decode the tokens, all but what is known of their beginning."""
+        return self.run(Job(tokens, self.spans(adapters, tokens)))
+
+    def run(self, job: Job) -> Start:
+        """Begin a sequence as the job says, computing what is not known of it."""
+        key = key_of(self.shared.base, job.spans)
+        keeps = self._keeps(job)
+        with self._resetting():
+            reused, switch_ns = self._begin(key, job)
+        logits, acting = None, dict(key.spans[-1][1])
+        cuts = {since for since, _ in key.spans} | ({job.fixed} if keeps else set())
+        for begin, end in _parts(reused, len(job.tokens), cuts):
+            job.check()
+            with self.shared.turns.take(), self._resetting():
+                if acting != (wanted := _acting(key, begin)):
+                    switch_ns += self._activate(wanted)
+                    acting = wanted
+                logits = self.engine.decode(job.tokens[begin:end])
+                self.tokens = list(job.tokens[:end])
+                if keeps and end == job.fixed:
+                    self._keep_prompt(key, job)
+        assert logits is not None
+        return Start(logits, reused, switch_ns / 1e3)
+
+    def walk(self, adapters: Mapping[str, float], tokens: Sequence[int], rows: int) -> Iterator[Logits]:
+        """As `start`, but gives logits after each of the tokens, at most so many rows at once."""
+        spans = self.spans(adapters, tokens)
+        key = key_of(self.shared.base, spans)
+        with self._resetting():
+            # The first token is decoded in any case: a state has no logits.
+            self._begin(key, Job(tokens[:1], spans))
+        for begin, end in _parts(0, len(tokens), {since for since, _ in key.spans}, rows):
+            self._activate(_acting(key, begin))
+            yield self.extend(tokens[begin:end])
+
+    def extend(self, tokens: Sequence[int]) -> Logits:
+        """Decode more tokens; logits after each, shape [tokens, vocab]."""
+        self.check_open()
+        with self.shared.turns.take(), self._resetting():
+            logits = self.engine.decode_all(tokens)
+            self.tokens.extend(tokens)
+        return logits
+
+    def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
+        """Sum of log probabilities (nats) of each continuation after the sequence, which stays as it is."""
+        with self.shared.turns.take(), self._resetting():
+            return self.engine.score(continuations)
+
+    def saved(self) -> SavedState | None:
+        """The live sequence's state; None where there is none."""
+        if self._key is None or not self.tokens:
+            return None
+        return SavedState(self._key, tuple(self.tokens), self.engine.save_state())
+
+    def identity_of(self, saved: SavedState) -> str:
+        """A digest of all that shapes a state, engine and files included; empty where that is not known."""
+        prompts = self.shared.prompts
+        return digest_of(prompts.identity(saved.key, saved.tokens)) if prompts is not None else ""
+
+    def capacity(self, adapters: Mapping[str, float]) -> int:
+        """How many tokens fit in the context with these adapters, prompt and answer together."""
+        return self.engine.capacity(adapters)
+
+    def is_full(self) -> bool:
+        """Whether the context has no room for another token."""
+        return len(self.tokens) >= self._room
+
+    def clear(self) -> None:
+        """Forget the live sequence and all saved states, but those on the disk."""
+        self.reset()
+        self.shared.cache.clear()
+
+    def reset(self) -> None:
+        """Forget the live sequence."""
+        self.tokens = []
+        self._key, self._fixed, self.owner = None, 0, CALLS
+        self.engine.forget(0)
+
+    def fork(self) -> Context:
+        """Another context on the same loaded base, with a sequence of its own."""
+        return Context(self.engine.fork(), self.shared)
+
+    def known(self, job: Job) -> int:
+        """How many of the job's tokens the live sequence begins with, as it is."""
+        if self._key is None:
+            return 0
+        live = reusable((self._key, self.tokens), (key_of(self.shared.base, job.spans), job.tokens))
+        return live if job.owner == self.owner else min(live, self._fixed)
+
+    def close(self) -> None:
+        """Free the engine, after other threads' calls have ended; a stream of this thread ends with an error."""
+        with self.shared.turns.gate:
+            while self.holder not in (None, threading.get_ident()):
+                self.shared.turns.gate.wait()
+            self.closed = True
+            self.shared.cache.clear()
+            self.engine.close()
+
+    def check_open(self) -> None:
+        """UsageError once the context is closed."""
+        if self.closed:
+            raise UsageError("the runtime is closed", "open the bundle again")
+
+    @contextmanager
+    def _resetting(self) -> Iterator[None]:
+        """Forget the live sequence when something goes wrong: an interrupted decode may have left its tokens or not."""
+        try:
+            yield
+        except BaseException:
+            self.reset()
+            raise
+
+    def _begin(self, key: Key, job: Job) -> tuple[int, int]:
+        """Bring the engine's sequence to the longest known beginning of the tokens, one short of all at most.
+
+        What acts in the end is active then. Returns the beginning's tokens, and the nanoseconds that the switch took.
+        """
+        live = self.known(job)
+        # Looked up before anything is saved, which may drop it.
+        found, known = self.shared.cache.best(key, job.tokens, job.owner)
+        if (key, job.owner) != (self._key, self.owner):
+            self._save()
+        # Of another prefix nothing may be left, and a state is restored behind its own.
+        acting = dict(key.spans[-1][1])
+        switch_ns = self._activate(acting)
+        self._key, self.owner, self._room = key, job.owner, self.engine.capacity(acting)
+        self._fixed = job.fixed
+        if found is not None and known > live:
+            live = known if self._restored(found.state) else 0
+        keep = self.engine.forget(min(live, len(job.tokens) - 1))
+        if keep < job.fixed and self._keeps(job) and self._restore_prompt(key, job):
+            keep = job.fixed
+        self.tokens = list(job.tokens[:keep])
+        return keep, switch_ns
+
+    def _keeps(self, job: Job) -> bool:
+        """Whether the state of the prompt's fixed part is kept anywhere."""
+        fits = self.shared.prompts is not None or self.shared.cache.admits(job.fixed * self.shared.kv_bytes_per_token)
+        return fits and job.is_worth_a_state
+
+    def _restore_prompt(self, key: Key, job: Job) -> bool:
+        """Restore the fixed part's state from memory, or from the disk into memory; whether there was one.
+
+        One in memory is found by itself, but where a longer state, which could not be cut back, was taken for more.
+        """
+        key, tokens = key.until(job.fixed), job.tokens[: job.fixed]
+        state = self.shared.cache.prompt(key, tokens)
+        if state is not None and self._restored(state):
+            return True
+        state = self.shared.prompts.load(key, tokens) if self.shared.prompts is not None else None
+        if state is None:
+            return False
+        if not self._restored(state):
+            assert self.shared.prompts is not None
+            self.shared.prompts.drop(key, tokens)
+            return False
+        self.shared.cache.put(key, tokens, state, PROMPTS)
+        return True
+
+    def _restored(self, state: memoryview) -> bool:
+        """Restore a state; False, the sequence then being empty, when the engine refuses it."""
+        try:
+            self.engine.restore_state(state)
+        except VerificationError:
+            return False
+        return True
+
+    def _keep_prompt(self, key: Key, job: Job) -> None:
+        state = self.engine.save_state()
+        self.shared.cache.put(key.until(job.fixed), self.tokens, state, PROMPTS)
+        if self.shared.prompts is not None:
+            self.shared.prompts.save(key.until(job.fixed), self.tokens, state)
+
+    def _activate(self, adapters: Mapping[str, float]) -> int:
+        """Switch; returns the nanoseconds that it took."""
+        active = {name: scale for name, scale in sorted(adapters.items()) if scale != 0}
+        begin = time.perf_counter_ns()
+        self.engine.activate(active)
+        return time.perf_counter_ns() - begin
+
+    def _save(self) -> None:
+        if self._key and self.tokens and self.shared.cache.admits(len(self.tokens) * self.shared.kv_bytes_per_token):
+            self.shared.cache.put(self._key, self.tokens, self.engine.save_state(), self.owner)
+
+
+def _acting(key: Key, position: int) -> dict[str, float]:
+    """The adapters that act on the token at a position."""
+    active: Active = next(active for since, active in reversed(key.spans) if since <= position)
+    return dict(active)
+
+
+def _parts(begin: int, end: int, cuts: set[int], rows: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Cut a row of tokens where another span begins, and at every so many tokens, counted from the first of all.
+
+    So a prompt is cut at the same places whatever of it is known, and what comes out of an engine is the same.
+    """
+    places = sorted({end, *(cut for cut in cuts if begin < cut < end), *range(begin - begin % rows + rows, end, rows)})
+    yield from zip([begin, *places], places, strict=False)

@@ -1,0 +1,115 @@
+"""A bundle's files in, a loaded base out: checked, within memory, with its contexts and the places of its states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
+from . import engines
+from .bundle import STATES_FOLDER, Manifest, resolve, verify_files
+from .cache import StateCache
+from .context import Context, Shared
+from .engines._base import EngineClass
+from .engines._encoder import EncoderEngine
+from .errors import IncompatibleError, UsageError, VerificationError
+from .pool import Pool
+from .prompts import PromptStates
+from .store import StateStore
+
+_MOST_CONTEXTS = 4
+_SHARE_OF_FREE = 0.25
+"""More contexts than one may take this share of the free memory."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a bundle is opened; see `Runtime.open`."""
+
+    engine: str
+    make: EngineClass | type[EncoderEngine]
+    context_length: int
+    threads: int | None = None
+    kv: str | None = None
+    verify: bool = True
+    cache_mb: float = 0.0
+    store: StateStore | None = None
+    contexts: int | None = None
+    waiting: int = 0
+
+
+def engine_class(name: str) -> EngineClass:
+    """What makes engines of this name; UsageError names those there are."""
+    known = [module.name for module in iter_modules(engines.__path__) if not module.name.startswith("_")]
+    if name not in known:
+        raise UsageError(f"no engine {name!r}", f"choose one of: {', '.join(known)}")
+    made: EngineClass = import_module(f"{engines.__name__}.{name}").ENGINE
+    return made
+
+
+def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
+    """The file for an engine; IncompatibleError where there is none."""
+    if engine not in files:
+        message = f"{what} has no file for engine {engine!r}"
+        raise IncompatibleError(message, f"use one of: {', '.join(files) or 'none'}")
+    return files[engine]
+
+
+def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> Pool | EncoderEngine:
+    """Check and load the base, or a merged model, that the bundle has in `file`; errors as those of `Runtime.open`."""
+    make, path, sha256 = options.make, resolve(bundle, file), manifest.files[file].sha256
+    if options.verify:
+        # The file itself first: which others belong to it is read from it.
+        verify_files(bundle, manifest, [file])
+        root = bundle.resolve()
+        verify_files(bundle, manifest, [part.relative_to(root).as_posix() for part in make.parts(path)[1:]])
+    is_base = file == manifest.base.files[options.engine]
+    if is_base and not make.is_base(path, manifest.base.fingerprint, sha256):
+        raise VerificationError(f"{file} is not the base that the adapters were made for", "build the bundle again")
+    # The manifest's figure is for the 2 bytes a number of GGUF.
+    needed_mb = manifest.base.kv_bytes_per_token / 2 * make.bytes_per_number * options.context_length / 1e6
+    free_mb = _free_mb()
+    if free_mb is not None and needed_mb > free_mb:
+        # Linux would kill the process instead.
+        message = (
+            f"a context of {options.context_length} tokens takes {needed_mb:.0f} MB, and {free_mb:.0f} MB are free"
+        )
+        raise IncompatibleError(message, "open the bundle with a shorter context")
+    if isinstance(make, type) and issubclass(make, EncoderEngine):
+        return make(path, context_length=options.context_length, threads=options.threads)
+    running = make(path, context_length=options.context_length, threads=options.threads, kv=options.kv)
+    kv_bytes = int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes)
+    invocations = {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation}
+    cache, prompts = StateCache(options.cache_mb), _prompts(bundle, manifest, running.signature, options)
+    limit = options.contexts or _contexts(needed_mb, free_mb)
+    shared = Shared(sha256, kv_bytes, cache, invocations, prompts)
+    return Pool(Context(running, shared), limit=limit, waiting=options.waiting)
+
+
+def _prompts(bundle: Path, manifest: Manifest, signature: str, options: Options) -> PromptStates:
+    digests = {
+        name: manifest.files[entry.files[options.engine]].sha256
+        for name, entry in manifest.adapters.items()
+        if options.engine in entry.files
+    }
+    shipped = [name for name in manifest.files if name.startswith(f"{STATES_FOLDER}/")]
+    if shipped and options.verify:
+        verify_files(bundle, manifest, shipped)
+    store = StateStore(bundle / STATES_FOLDER, 0) if shipped else None
+    return PromptStates(signature, manifest.name, digests, options.store, store)
+
+
+def _contexts(needed_mb: float, free_mb: float | None) -> int:
+    """How many contexts of this size a share of the free memory holds: at least one."""
+    if free_mb is None:
+        return 1
+    return max(1, min(_MOST_CONTEXTS, int(free_mb * _SHARE_OF_FREE / max(needed_mb, 1))))
+
+
+def _free_mb() -> float | None:
+    """Memory that is free, in 10^6 bytes; None where the system does not tell."""
+    table = Path("/proc/meminfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("MemAvailable")), None)

@@ -1,0 +1,151 @@
+"""Whatever was asked before, in whatever order: each greedy answer is that of a fresh process, token for token."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.chat import Message
+from edgetune_runtime.session import Session
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+STEPS = 4
+TIE = 0.05
+"""A lead in logits below which rounding may choose another token (see CLOSE in the engine's tests)."""
+CHOICES: tuple[Any, ...] = (None, "one", "two", {"one": 0.5}, {"one": 1.0, "two": 1.0})
+PROMPTS = ("turn on the light", "play music in the hall", "stop", "play " * 30)
+
+choices, prompts = st.integers(0, len(CHOICES) - 1), st.integers(0, len(PROMPTS) - 1)
+ACTIONS = st.one_of(
+    st.tuples(st.just("call"), choices, prompts),
+    st.tuples(st.just("session"), choices, prompts, st.integers(0, 1)),
+    st.tuples(st.just("drop"), choices, prompts),
+    st.tuples(st.just("cancel"), choices, prompts),
+    st.tuples(st.just("evict")),
+    st.tuples(st.just("restart")),
+)
+
+
+class Fresh:
+    """What a runtime that knows nothing answers: the likeliest tokens, each with its lead over the next."""
+
+    def __init__(self, bundle: Path, engine: str) -> None:
+        self._runtime = Runtime.open(bundle, engine=engine, cache_mb=0, disk_mb=0, contexts=1)
+        self._answer = cache(self._answer_of)
+
+    def agrees(self, text: str, messages: Sequence[Message], choice: int) -> bool:
+        """Whether a text is this runtime's answer, up to where that met a tie."""
+        expected, is_whole = self._answer(tuple((m["role"], m["content"]) for m in messages), choice)
+        return text == expected if is_whole else text.startswith(expected)
+
+    def close(self) -> None:
+        self._runtime.close()
+
+    def _answer_of(self, messages: tuple[tuple[str, str], ...], choice: int) -> tuple[str, bool]:
+        call = self._runtime.call([{"role": role, "content": text} for role, text in messages], CHOICES[choice])
+        pieces, is_whole = b"", True
+        with call.pool.lease(call.job) as context:
+            context.reset()
+            tokenizer, logits = context.engine.tokenizer, context.run(call.job).logits
+            for _ in range(STEPS):
+                second, first = np.partition(logits, -2)[-2:]
+                token = int(logits.argmax())
+                is_whole = is_whole and first - second >= TIE
+                if not is_whole or tokenizer.is_end(token):
+                    break
+                pieces += tokenizer.piece(token)
+                logits = context.extend([token])[0]
+        text = pieces.decode("utf-8", "replace")
+        return (text, True) if is_whole else (text.rstrip("�"), False)
+
+
+@pytest.fixture(scope="module")
+def fresh_of(prompted_of: Callable[[str], Path]) -> Any:  # noqa: ANN401 - a generator fixture
+    """`fresh_of(engine)`: what a runtime of that engine answers that knows nothing."""
+    made: dict[str, Fresh] = {}
+
+    def make(engine: str) -> Fresh:
+        if engine not in made:
+            made[engine] = Fresh(prompted_of("llama"), engine)
+        return made[engine]
+
+    yield make
+    for fresh in made.values():
+        fresh.close()
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+@pytest.mark.parametrize("budgets", [(64, 64), (0.2, 0), (0, 64), (0, 0)])
+@given(actions=st.lists(ACTIONS, min_size=3, max_size=10))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_no_order_of_calls_changes_an_answer(
+    engine: str,
+    budgets: tuple[float, float],
+    actions: list[tuple[Any, ...]],
+    prompted_of: Callable[[str], Path],
+    fresh_of: Callable[[str], Fresh],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    fresh, folder = fresh_of(engine), tmp_path_factory.mktemp("states")
+    options: dict[str, Any] = {"cache_mb": budgets[0], "disk_mb": budgets[1], "cache_folder": folder}
+    runtime = Runtime.open(prompted_of("llama"), engine=engine, contexts=2, **options)
+    sessions: dict[int, Session] = {}
+    try:
+        for kind, *rest in actions:
+            if kind == "evict":
+                runtime.clear_cache()
+            elif kind == "restart":
+                for number, session in sessions.items():
+                    session.save(folder / f"{number}.session")
+                runtime.close()
+                runtime = Runtime.open(prompted_of("llama"), engine=engine, contexts=2, **options)
+                sessions = {number: runtime.load_session(folder / f"{number}.session") for number in sessions}
+            else:
+                _act(kind, rest, runtime, sessions, fresh)
+    finally:
+        runtime.close()
+
+
+def _act(kind: str, rest: list[int], runtime: Runtime, sessions: dict[int, Session], fresh: Fresh) -> None:
+    choice, prompt = rest[:2]
+    messages: list[Message] = [{"role": "user", "content": PROMPTS[prompt]}]
+    if kind == "call":
+        answer = runtime.generate(messages, adapter=CHOICES[choice], max_tokens=STEPS)
+        assert fresh.agrees(answer.text, messages, choice)
+    elif kind == "session":
+        session = sessions.setdefault(rest[2], runtime.session())
+        session.use(CHOICES[choice])
+        # A conversation must fit in the context.
+        del session.history[:-2]
+        messages = [*session.history, *messages]
+        assert fresh.agrees(session.send(PROMPTS[prompt], max_tokens=STEPS).text, messages, choice)
+    elif kind == "drop":
+        stream = runtime.stream(messages, adapter=CHOICES[choice], max_tokens=STEPS)
+        next(stream, None)
+        del stream
+    else:
+        assert runtime.generate(messages, adapter=CHOICES[choice], deadline_s=1e-9).stop_reason == "deadline"
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_eight_threads_change_no_answer(
+    engine: str, prompted_of: Callable[[str], Path], fresh_of: Callable[[str], Fresh], tmp_path: Path
+) -> None:
+    jobs = list(itertools.product(range(len(CHOICES)), range(3))) * 3
+    with Runtime.open(prompted_of("llama"), engine=engine, contexts=3, cache_mb=0.5, cache_folder=tmp_path) as runtime:
+
+        def answer(job: tuple[int, int]) -> str:
+            return runtime.generate(PROMPTS[job[1]], adapter=CHOICES[job[0]], max_tokens=STEPS).text
+
+        with ThreadPoolExecutor(8) as threads:
+            texts = list(threads.map(answer, jobs))
+    for (choice, prompt), text in zip(jobs, texts, strict=True):
+        assert fresh_of(engine).agrees(text, [{"role": "user", "content": PROMPTS[prompt]}], choice)
