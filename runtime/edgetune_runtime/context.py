@@ -238,8 +238,8 @@ class Context:
         if found is not None and known > live:
             live = known if self._restored(found.state) else 0
         keep = self.engine.forget(min(live, len(job.tokens) - 1))
-        if keep < job.fixed and self._keeps(job) and self._restore_prompt(key, job):
-            keep = job.fixed
+        if keep < job.fixed and self._keeps(job):
+            keep = self._restore_prompt(key, job, keep)
         self.tokens = list(job.tokens[:keep])
         return keep, switch_ns
 
@@ -248,24 +248,25 @@ class Context:
         fits = self.shared.prompts is not None or self.shared.cache.admits(job.fixed * self.shared.kv_bytes_per_token)
         return fits and job.is_worth_a_state
 
-    def _restore_prompt(self, key: Key, job: Job) -> bool:
-        """Restore the fixed part's state from memory, or from the disk into memory; whether there was one.
+    def _restore_prompt(self, key: Key, job: Job, live: int) -> int:
+        """Restore the fixed part's state from memory, or from the disk into memory.
 
-        One in memory is found by itself, but where a longer state, which could not be cut back, was taken for more.
+        Returns how many tokens the sequence has then: the `live` ones where there was no state. One in memory is found
+        by itself, but where a longer state, which could not be cut back, was taken for more.
         """
         key, tokens = key.until(job.fixed), job.tokens[: job.fixed]
         state = self.shared.cache.prompt(key, tokens)
-        if state is not None and self._restored(state):
-            return True
-        state = self.shared.prompts.load(key, tokens) if self.shared.prompts is not None else None
-        if state is None:
-            return False
+        if state is not None:
+            return job.fixed if self._restored(state) else 0
+        prompts = self.shared.prompts
+        state = prompts.load(key, tokens) if prompts is not None else None
+        if prompts is None or state is None:
+            return live
         if not self._restored(state):
-            assert self.shared.prompts is not None
-            self.shared.prompts.drop(key, tokens)
-            return False
+            prompts.drop(key, tokens)
+            return 0
         self.shared.cache.put(key, tokens, state, PROMPTS)
-        return True
+        return job.fixed
 
     def _restored(self, state: memoryview) -> bool:
         """Restore a state; False, the sequence then being empty, when the engine refuses it."""

@@ -12,6 +12,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.engines import gguf, onnx
 from edgetune_runtime.store import StateStore
 from runtime.bundles import change_manifest
+from runtime.conftest import LONG_PROMPTS
 
 PROMPT = "turn on the light"
 ENGINES = ("gguf", "onnx")
@@ -158,6 +159,9 @@ def test_a_state_that_the_engine_refuses_is_made_again(
     # Whole by its checksum, and yet no state.
     store.save(identity, memoryview(bytes(1000)), "home: one", 3)
     with open_(engine) as runtime:
+        # What begins alike leaves a live sequence, which refusing the state takes away.
+        alike = [{"role": "system", "content": LONG_PROMPTS[0][:20]}, {"role": "user", "content": PROMPT}]
+        runtime.generate(alike, adapter="one", max_tokens=1)
         answer = runtime.generate(PROMPT, adapter="one", max_tokens=6)
     assert (answer.text, answer.timings.reused_tokens) == (expected, 0)
 
