@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +25,20 @@ from edgetune.train import Job, TrainResult, train
 VOCABULARY = 384
 HEADER = (10, 11, 12)
 QUIET = Progress(quiet=True)
+
+
+class Listening(Progress):
+    """Keeps what is said; raises KeyboardInterrupt at the line that begins with `stop_at`."""
+
+    def __init__(self, stop_at: str | None = None) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+        self.stop_at = stop_at
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+        if self.stop_at is not None and text.startswith(self.stop_at):
+            raise KeyboardInterrupt
 
 
 class Stopping(Progress):
@@ -91,3 +109,16 @@ def logits_of(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:  # noqa: ANN
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=torch.tensor([tokens])).logits[0]
     return logits
+
+
+def build_in_two_processes(recipe: Path, out: Path) -> dict[str, Any]:
+    """What `edgetune build RECIPE --json` prints, run by torch's launcher on two processors."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "edgetune", "build", str(recipe), "--out", str(out), "--json"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    told: dict[str, Any] = json.loads(result.stdout)
+    return told

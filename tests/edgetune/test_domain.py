@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,7 +17,7 @@ from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
 from edgetune_runtime.engines.gguf import GgufTokenizer
 from edgetune_runtime.errors import CancelledError, NotFoundError, UsageError, VerificationError
 from tiny import WORDS
-from trainings import Stopping
+from trainings import Listening, Stopping, build_in_two_processes
 
 from edgetune.check import check
 from edgetune.cli import main
@@ -39,17 +36,6 @@ DOMAIN: dict[str, Any] = {
     "window": WINDOW,
     "training": {"max_steps": 24, "evals": 4},
 }
-
-
-class Listening(Progress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def lines_of(seed: int, count: int) -> list[str]:
@@ -360,13 +346,6 @@ def test_the_resolved_recipe_has_portable_paths_and_what_is_set(tmp_path: Path) 
 def test_two_processes_continue_one_base(built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantize="q8_0")
     (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe.resolved(), "base": recipe.base}), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "edgetune", "build", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "home"), "--json"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)["domain"]
+    told = build_in_two_processes(tmp_path / "recipe.yaml", tmp_path / "home")["domain"]
     assert told["val_loss"] == pytest.approx(built.result.domain["val_loss"], rel=1e-2)
     assert read_manifest(tmp_path / "home").base.domain["perplexity"] == told["perplexity"]

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from edgetune_runtime.engines._encoder import EncoderTokenizer
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import load_encoder
+from trainings import Listening, Stopping
 
 from edgetune.bases import resolve as resolve_decoder
 from edgetune.check import check
@@ -25,7 +25,7 @@ from edgetune.encoder import verify as encoder_verify
 from edgetune.encoder.objective import load_head, logits_of
 from edgetune.evaluate import evaluate
 from edgetune.pipeline import BuildResult, build
-from edgetune.progress import Progress, Step
+from edgetune.progress import Progress
 from edgetune.recipe import load_recipe
 
 QUIET = Progress(quiet=True)
@@ -49,40 +49,6 @@ ADAPTERS: dict[str, Any] = {
         "method": {"name": "lora", "r": 2, "use_rslora": True, "target_modules": ["query", "value"]},
     },
 }
-
-
-class Listening(Progress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-
-class Stopping(Progress):
-    """Quiet, and interrupts the first training when `at` steps are done."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__(quiet=True)
-        self.at = at
-
-    @contextmanager
-    def step(self, label: str, total: int) -> Iterator[Step]:
-        yield _StoppingStep(label, total, self.at)
-
-
-class _StoppingStep(Step):
-    def __init__(self, label: str, total: int, at: int) -> None:
-        super().__init__(label, total)
-        self.at = at
-
-    def update(self, note: str = "", done: int | None = None) -> None:
-        super().update(note, done)
-        if self.done == self.at:
-            raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of, verify_f
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from peft import LoraConfig, get_peft_model
 from tiny import make_folder, make_tokenizer
+from trainings import Listening, build_in_two_processes
 from transformers import AutoModelForCausalLM
 
 from edgetune.bases import Base
@@ -41,20 +39,6 @@ ADAPTERS: dict[str, Any] = {
     },
     "whole": {"merged": True, "method": {"name": "lora", "r": 4, "lora_alpha": 16}},
 }  # fmt: skip
-
-
-class Listening(Progress):
-    """Keeps what is said; raises KeyboardInterrupt at the line that begins with `stop_at`."""
-
-    def __init__(self, stop_at: str | None = None) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-        self.stop_at = stop_at
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-        if self.stop_at is not None and text.startswith(self.stop_at):
-            raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -237,14 +221,7 @@ def test_two_processes_train_and_the_first_one_ships(
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("plain",), context_length=256)
     (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe.resolved(), "base": recipe.base}), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "edgetune", "build", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "home"), "--json"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout)["adapters"]["plain"]
+    figures = build_in_two_processes(tmp_path / "recipe.yaml", tmp_path / "home")["adapters"]["plain"]
     assert figures["val_loss"] == pytest.approx(built.result.adapters["plain"]["val_loss"], rel=1e-3)
     assert read_manifest(tmp_path / "home").adapters["plain"].parity["gguf"]["kl"] < 1e-4
 

@@ -12,6 +12,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import UsageError
 from pydantic import ValidationError
+from trainings import Listening
 
 from edgetune import methods
 from edgetune.bases import Base
@@ -24,17 +25,6 @@ from edgetune.recipe import Recipe, load_recipe
 QUIET = Progress(quiet=True)
 ROWS = [{"prompt": f"turn on the light {number}", "completion": "reply on"} for number in range(10)]
 TRAINING = {"max_steps": 8, "evals": 2, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"}
-
-
-class Listening(Progress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @dataclass(frozen=True)

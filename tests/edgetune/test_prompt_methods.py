@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny import make_model
 from torch.nn.functional import cross_entropy
+from trainings import Stopping
 from transformers import DynamicCache, PreTrainedModel
 
 from edgetune import methods
@@ -26,7 +27,7 @@ from edgetune.methods._base import trainable
 from edgetune.methods._prompt_model import Given, split_states
 from edgetune.objectives import NEXT_TOKEN
 from edgetune.packing import ATTENTION
-from edgetune.progress import Progress, Step
+from edgetune.progress import Progress
 from edgetune.recipe import load_recipe
 from edgetune.recipe_parts import Training
 from edgetune.train import Job, train
@@ -62,29 +63,6 @@ ROWS = {
     "rows of different lengths": [random_row(1, 40), random_row(2, 9), random_row(3, 23)],
     "rows with a shared beginning": [random_row(seed, 18 + 9 * seed, range(10, 22)) for seed in range(3)],
 }
-
-
-class Stopping(Progress):
-    """Quiet, and as if the user stopped the training after `at` steps."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__(quiet=True)
-        self.at = at
-
-    @contextmanager
-    def step(self, label: str, total: int) -> Iterator[Step]:
-        yield _StoppingStep(label, total, self.at)
-
-
-class _StoppingStep(Step):
-    def __init__(self, label: str, total: int, at: int) -> None:
-        super().__init__(label, total)
-        self.at = at
-
-    def update(self, note: str = "", done: int | None = None) -> None:
-        super().update(note, done)
-        if self.done == self.at:
-            raise KeyboardInterrupt
 
 
 class Letters:

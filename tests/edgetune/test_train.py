@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from safetensors.torch import load_file
 from tiny import make_model
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from trainings import Stopping
 from transformers import PreTrainedModel
 
 from edgetune import batches, methods
 from edgetune.data import Example
-from edgetune.progress import Progress, Step
+from edgetune.progress import Progress
 from edgetune.recipe_parts import Training
 from edgetune.train import Job, finished, train
 
@@ -36,29 +36,6 @@ def base() -> PreTrainedModel:
 def run(base: PreTrainedModel, tmp_path: Path) -> Callable[..., Any]:
     """`run(job, folder_name, progress)`: the result of a training in that folder below tmp_path."""
     return lambda job, folder="run", progress=QUIET: train(base, job, tmp_path / folder, progress)
-
-
-class Stopping(Progress):
-    """Quiet, and raises `error` once when `step` steps are done."""
-
-    def __init__(self, step: int, error: type[BaseException]) -> None:
-        super().__init__(quiet=True)
-        self.at, self.error = step, error
-
-    @contextmanager
-    def step(self, label: str, total: int) -> Iterator[Step]:
-        yield _StoppingStep(label, total, self)
-
-
-class _StoppingStep(Step):
-    def __init__(self, label: str, total: int, stopping: Stopping) -> None:
-        super().__init__(label, total)
-        self.stopping = stopping
-
-    def update(self, note: str = "", done: int | None = None) -> None:
-        super().update(note, done)
-        if self.done == self.stopping.at:
-            raise self.stopping.error
 
 
 def answer(number: int, shift: int = 0) -> Example:
