@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import AliasChoices, Field, PositiveInt
 
-from ._peft import TargetOptions, check_targets, peft_targets, task_type
+from ._peft import Dropout, TargetOptions, check_targets, lora_config
 from .lora import LoraCheckpoint
 
 if TYPE_CHECKING:
@@ -27,13 +27,7 @@ class InitializedOptions(TargetOptions):
     lora_alpha: float = Field(
         8, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update counts alpha / r."
     )
-    lora_dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        validation_alias=AliasChoices("lora_dropout", "dropout"),
-        description="Share of inputs dropped.",
-    )
+    lora_dropout: Dropout = 0.0
     learning_rate_factor: float = Field(
         default=0.2, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
     )
@@ -65,16 +59,7 @@ class Initialized(LoraCheckpoint[InitializedOptions]):
 
     def config(self, base: PreTrainedModel, options: InitializedOptions, steps: int) -> LoraConfig:
         """PEFT's configuration."""
-        from peft import LoraConfig  # noqa: PLC0415 - torch only when training
-
-        return LoraConfig(
-            task_type=task_type(base),
-            r=options.r,
-            lora_alpha=options.lora_alpha,
-            lora_dropout=options.lora_dropout,
-            target_modules=peft_targets(options.target_modules),
-            init_lora_weights=self.start,
-        )
+        return lora_config(base, options, init_lora_weights=self.start)
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write a LoRA of twice the rank on the base as it was."""

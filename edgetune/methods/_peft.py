@@ -10,22 +10,29 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from edgetune_export.shapes import Delta, Floats, Folded, LowRank, Merged
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from ._base import Checkpoint, Method, O, Options
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
 _ADAPTER = "default"
+
+
+Dropout = Annotated[
+    float,
+    Field(ge=0, lt=1, validation_alias=AliasChoices("lora_dropout", "dropout"), description="Share of inputs dropped."),
+]
+"""The option `lora_dropout`."""
 
 
 class TargetOptions(Options):
@@ -184,6 +191,20 @@ def peft_targets(target_modules: str | tuple[str, ...]) -> str | list[str]:
 def as_names(target_modules: str | tuple[str, ...]) -> tuple[str, ...]:
     """Target modules as a list of names."""
     return (target_modules,) if isinstance(target_modules, str) else target_modules
+
+
+def lora_config(base: PreTrainedModel, options: Any, **more: Any) -> LoraConfig:  # noqa: ANN401 - PEFT's own arguments
+    """PEFT's configuration of a LoRA from the options that all its kin have, and `more` of its arguments."""
+    from peft import LoraConfig  # noqa: PLC0415 - torch only when training
+
+    return LoraConfig(
+        task_type=task_type(base),
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=peft_targets(options.target_modules),
+        **more,
+    )
 
 
 def task_type(base: PreTrainedModel) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import AliasChoices, Field, PositiveInt
 
 from ._dense import DenseMethod, DenseOptions
-from ._peft import peft_targets, task_type
+from ._peft import Dropout, lora_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -22,13 +22,7 @@ class DoraOptions(DenseOptions):
     lora_alpha: float = Field(
         32, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update counts alpha / r."
     )
-    lora_dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        validation_alias=AliasChoices("lora_dropout", "dropout"),
-        description="Share of inputs dropped.",
-    )
+    lora_dropout: Dropout = 0.0
 
 
 class Dora(DenseMethod):
@@ -43,16 +37,7 @@ class Dora(DenseMethod):
 
     def config(self, base: PreTrainedModel, options: DoraOptions, steps: int) -> LoraConfig:
         """PEFT's configuration."""
-        from peft import LoraConfig  # noqa: PLC0415 - torch only when training
-
-        return LoraConfig(
-            task_type=task_type(base),
-            r=options.r,
-            lora_alpha=options.lora_alpha,
-            lora_dropout=options.lora_dropout,
-            use_dora=True,
-            target_modules=peft_targets(options.target_modules),
-        )
+        return lora_config(base, options, use_dora=True)
 
 
 METHOD = Dora()

@@ -22,10 +22,9 @@ from ._peft import (
     PeftMethod,
     TargetOptions,
     check_targets,
+    lora_config,
     matches,
     module_weight,
-    peft_targets,
-    task_type,
 )
 
 if TYPE_CHECKING:
@@ -143,17 +142,12 @@ class Lora(LoraCheckpoint[LoraOptions]):
 
     def config(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> LoraConfig:
         """PEFT's configuration."""
-        from peft import LoraConfig  # noqa: PLC0415 - torch only when training
-
-        return LoraConfig(
-            task_type=task_type(base),
-            r=options.r,
-            lora_alpha=options.lora_alpha,
-            lora_dropout=options.lora_dropout,
+        return lora_config(
+            base,
+            options,
             use_rslora=options.use_rslora,
             rank_pattern=dict(options.rank_pattern),
             alpha_pattern=dict(options.alpha_pattern),
-            target_modules=peft_targets(options.target_modules),
         )
 
     def parameter_groups(
