@@ -19,8 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ sys.path[:] = [
     *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
 ]
 
-from benchmarks.switching_ways import STEPS, WAYS, Folder, Way
+from benchmarks.switching_ways import STEPS, WAYS, Edgetune, Folder, Request, Way
 
 RANK = 16
 ORDERS = ("round robin", "zipf")
@@ -46,15 +45,6 @@ WORDS = (
 )
 
 
-@dataclass(frozen=True)
-class Request:
-    """One request: an adapter, the whole prompt, and the message that it ends with."""
-
-    adapter: int
-    prompt: list[int]
-    message: str
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="What switching tasks costs, beside other ways of doing it.")
     parser.add_argument("--requests", type=int, default=200)
@@ -68,12 +58,15 @@ def main() -> None:
     parser.add_argument("--worker", choices=list(WAYS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(work(options.worker, _folder(options), _read(options.work))))
+        folder = Folder(options.work, options.adapters, options.threads)
+        print(json.dumps(work(options.worker, folder, _read(options.work))))
         return
     with tempfile.TemporaryDirectory() as temporary:
         options.work = options.work or Path(temporary)
         prepare(options)
         found = {name: _run(name, options) for name in options.ways.split(",")}
+        for name in [name for name in found if name.startswith("edgetune") and "failed" not in found[name]]:
+            found[name]["rss_mb_of_one_adapter"] = _run(name, options, adapters=1)["rss_mb"]
     result = {"machine": _machine(options.threads), **_settings(options), "ways": found}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -113,6 +106,8 @@ def prepare(options: argparse.Namespace) -> None:
     export_trained(
         str(base.path), folders, work / "bundle", systems=systems, targets=("gguf", "onnx"), progress=progress
     )
+    one = {name: folders[name] for name in names[:1]}
+    export_trained(str(base.path), one, work / "one", systems=systems, targets=("gguf", "onnx"), progress=progress)
     whole = export_trained(str(base.path), folders, work / "whole", merged=True, progress=progress).bundle
     (work / "merged").mkdir()
     for name in names:
@@ -147,8 +142,8 @@ def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
         def request(number: int, adapter: int) -> dict[str, Any]:
             message = MESSAGES[number // count % len(MESSAGES)]
-            tokens = runtime.call(message, f"task{adapter}").job.tokens
-            return {"adapter": adapter, "prompt": tokens, "message": message}
+            job = runtime.call(message, f"task{adapter}").job
+            return {"adapter": adapter, "prompt": job.tokens, "fixed": job.fixed, "message": message}
 
         return {order: [request(*pair) for pair in enumerate(chosen)] for order, chosen in orders.items()}
 
@@ -156,20 +151,25 @@ def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 def work(name: str, folder: Folder, orders: dict[str, list[Request]]) -> dict[str, Any]:
     """Run one way through all requests, then look which answers it would have given knowing nothing."""
     way = WAYS[name](folder)
+    orders = {
+        order: [request for request in asked if request.adapter < folder.adapters] for order, asked in orders.items()
+    }
     # Each adapter once, so that what is made at the first use is made.
     for adapter in range(folder.adapters):
-        way.answer(adapter, next(r.prompt for r in orders[ORDERS[0]] if r.adapter == adapter), MESSAGES[0])
+        way.answer(next(request for request in orders[ORDERS[0]] if request.adapter == adapter))
     found: dict[str, Any] = {}
     answers: list[tuple[Request, list[int]]] = []
     for order, asked in orders.items():
         found[order] = _measure(way, asked, answers)
     found["rss_mb"] = _rss_mb()
+    if isinstance(way, Edgetune):
+        found.update(adapters=folder.adapters, states_mb=way.states_mb(), adapters_mb=way.adapters_mb())
     known: dict[tuple[int, str], list[int]] = {}
     for request, _ in answers:
         place = (request.adapter, request.message)
         if place not in known:
             way.cold()
-            known[place] = way.answer(request.adapter, request.prompt, request.message).tokens
+            known[place] = way.answer(request).tokens
     found["wrong"] = sum(known[request.adapter, request.message] != given for request, given in answers)
     found["answers"] = len(answers)
     return found
@@ -179,7 +179,7 @@ def _measure(way: Way, asked: Sequence[Request], answers: list[tuple[Request, li
     switches, firsts, last = [], [], -1
     begin = time.perf_counter()
     for number, request in enumerate(asked):
-        found = way.answer(request.adapter, request.prompt, request.message)
+        found = way.answer(request)
         answers.append((request, found.tokens))
         if request.adapter != last:
             switches.append(found.switch_s * 1e6)
@@ -206,19 +206,15 @@ def _rss_mb() -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def _run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def _run(name: str, options: argparse.Namespace, adapters: int = 0) -> dict[str, Any]:
     print(name, file=sys.stderr, flush=True)
     command = [sys.executable, __file__, "--worker", name, "--work", str(options.work)]
-    command += ["--threads", str(options.threads), "--adapters", str(options.adapters)]
+    command += ["--threads", str(options.threads), "--adapters", str(adapters or options.adapters)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         return {"failed": done.returncode}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
-
-
-def _folder(options: argparse.Namespace) -> Folder:
-    return Folder(options.work, options.adapters, options.threads)
 
 
 def _read(folder: Path) -> dict[str, list[Request]]:
@@ -258,7 +254,29 @@ def table(result: dict[str, Any]) -> str:
             cells += [f"{figures[key]:.1f}" for key in ("first_token_ms_p50", "first_token_ms_p99", "tokens_per_s")]
             ends = f"{found['rss_mb']:.0f} | {found['wrong']} of {found['answers']}"
             lines.append(f"| {name} | {order} | {' | '.join(cells)} | {ends} |")
+    lines += ["", *verdicts(result["ways"])]
     return "\n".join(lines) + "\n"
+
+
+def verdicts(ways: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """How edgetune stands to the best of the others that answered rightly, and what its memory is made of."""
+    ways = {name: found for name, found in ways.items() if "failed" not in found}
+    others = [name for name, found in ways.items() if not name.startswith("edgetune") and not found["wrong"]]
+    for name in [name for name in ways if name.startswith("edgetune")]:
+        found, firsts = ways[name], {other: ways[other][ORDERS[0]]["first_token_ms_p50"] for other in others}
+        times = {other: first / found[ORDERS[0]]["first_token_ms_p50"] for other, first in firsts.items()}
+        told = ", ".join(f"{many:.1f} times as soon as {other}" for other, many in sorted(times.items(), key=_second))
+        yield f"- {name}: first token after a switch, in round robin, {told}."
+        one, parts = found["rss_mb_of_one_adapter"], found["adapters_mb"] + found["states_mb"]
+        more = parts * (1 - 1 / found["adapters"])
+        yield (
+            f"- {name}: {found['rss_mb']:.0f} MB with all adapters; {one:.0f} MB with one, and the others with their "
+            f"states have {more:.0f} MB: {found['rss_mb'] / (one + more) - 1:+.1%}."
+        )
+
+
+def _second(pair: tuple[str, float]) -> float:
+    return pair[1]
 
 
 def plot(result: dict[str, Any], out: Path) -> None:

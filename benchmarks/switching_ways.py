@@ -1,15 +1,15 @@
 """A folder that `switching.py` prepared in; ways of answering with several adapters on one base out.
 
-Each way is a class: `answer` takes an adapter's number and the whole prompt and gives the tokens of a greedy answer,
-how long the switch call took and how long the first token took; `cold` makes it forget all that it knows. A process
-runs one way, so that its memory is its own.
+Each way is a class: `answer` takes a request and gives the tokens of a greedy answer, how long the switch call took and
+how long the first token took; `cold` makes it forget all that it knows. A process runs one way, so that its memory is
+its own.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,26 +30,44 @@ class Answered:
 class Way(Protocol):
     """One way of answering."""
 
-    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
-        """Switch to the adapter and answer the prompt's tokens; `message` is the part that is not fixed."""
+    def answer(self, request: Request) -> Answered:
+        """Switch to the request's adapter and answer its prompt."""
 
     def cold(self) -> None:
         """Forget everything but the weights."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Folder:
-    """What a way runs on."""
+    """What a way runs on: a bundle of all adapters, or of the first alone."""
 
     path: Path
     adapters: int
     threads: int
 
+    @property
+    def bundle(self) -> Path:
+        return self.path / ("bundle" if self.adapters > 1 else "one")
+
+    @property
+    def base(self) -> Path:
+        return next((self.bundle / "base").glob("*.gguf"))
+
     def name(self, adapter: int) -> str:
         return f"task{adapter}"
 
     def file(self, adapter: int, kind: str) -> Path:
-        return self.path / "bundle/adapters" / self.name(adapter) / kind
+        return self.bundle / "adapters" / self.name(adapter) / kind
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: an adapter, the whole prompt with its fixed part's length, and the message that it ends with."""
+
+    adapter: int
+    prompt: list[int]
+    fixed: int
+    message: str
 
 
 class Edgetune:
@@ -60,7 +78,7 @@ class Edgetune:
 
         self.folder = folder
         self.runtime = Runtime.open(
-            folder.path / "bundle",
+            folder.bundle,
             engine=engine,
             threads=folder.threads,
             context_length=CONTEXT,
@@ -70,10 +88,10 @@ class Edgetune:
         )
         self.runtime.warm()
 
-    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+    def answer(self, request: Request) -> Answered:
         begin = time.perf_counter()
-        call = self.runtime.call(message, self.folder.name(adapter))
-        assert call.job.tokens == list(prompt)
+        call = self.runtime.call(request.message, self.folder.name(request.adapter))
+        assert (call.job.tokens, call.job.fixed) == (request.prompt, request.fixed)
         with call.pool.lease(call.job) as context:
             start = context.run(call.job)
             tokens = [int(start.logits.argmax())]
@@ -85,6 +103,15 @@ class Edgetune:
     def cold(self) -> None:
         self.runtime.clear_cache()
 
+    def states_mb(self) -> float:
+        """Memory that the states take, in 10^6 bytes."""
+        return self.runtime.context()[0].shared.cache.bytes / 1e6
+
+    def adapters_mb(self) -> float:
+        """Size of the adapters' files, in 10^6 bytes."""
+        entries, files = self.runtime.manifest.adapters.values(), self.runtime.manifest.files
+        return sum(files[entry.files[self.runtime.engine]].bytes for entry in entries) / 1e6
+
 
 class LowLevel:
     """llama.cpp's own switch, the whole prompt computed again."""
@@ -93,17 +120,16 @@ class LowLevel:
         from edgetune_runtime.engines.gguf import GgufEngine
 
         self.folder = folder
-        base = folder.path / "bundle/base/model.gguf"
-        self.engine = GgufEngine(base, context_length=CONTEXT, threads=folder.threads)
+        self.engine = GgufEngine(folder.base, context_length=CONTEXT, threads=folder.threads)
         for adapter in range(folder.adapters):
             self.engine.load_adapter(folder.name(adapter), folder.file(adapter, "adapter.gguf"))
 
-    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+    def answer(self, request: Request) -> Answered:
         begin = time.perf_counter()
-        self.engine.activate({self.folder.name(adapter): 1.0})
+        self.engine.activate({self.folder.name(request.adapter): 1.0})
         switch_s = time.perf_counter() - begin
         self.engine.forget(0)
-        tokens = [int(self.engine.decode(prompt).argmax())]
+        tokens = [int(self.engine.decode(request.prompt).argmax())]
         first_s = time.perf_counter() - begin
         while len(tokens) < STEPS:
             tokens.append(int(self.engine.decode(tokens[-1:]).argmax()))
@@ -121,24 +147,24 @@ class MadeAnew:
         self.llama: Any = None
         self.adapter = -1
 
-    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+    def answer(self, request: Request) -> Answered:
         from llama_cpp import Llama
 
         begin = time.perf_counter()
-        if adapter != self.adapter:
+        if request.adapter != self.adapter:
             if self.llama is not None:
                 self.llama.close()
             self.llama = Llama(
-                str(self.folder.path / "bundle/base/model.gguf"),
-                lora_path=str(self.folder.file(adapter, "adapter.gguf")),
+                str(self.folder.base),
+                lora_path=str(self.folder.file(request.adapter, "adapter.gguf")),
                 n_ctx=CONTEXT,
                 n_threads=self.folder.threads,
                 n_threads_batch=self.folder.threads,
                 verbose=False,
             )
-            self.adapter = adapter
+            self.adapter = request.adapter
         switch_s = time.perf_counter() - begin
-        return _timed(self.llama.generate(list(prompt), temp=0.0), begin, switch_s)
+        return _timed(self.llama.generate(request.prompt, temp=0.0), begin, switch_s)
 
     def cold(self) -> None:
         self.adapter = -1
@@ -152,7 +178,7 @@ class Server:
 
         self.folder = folder
         params = xllamacpp.CommonParams()
-        params.model.path = str(folder.path / "bundle/base/model.gguf")
+        params.model.path = str(folder.base)
         params.n_ctx, params.n_parallel, params.warmup = CONTEXT, 1, False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = folder.threads
         adapters = []
@@ -164,12 +190,12 @@ class Server:
         self.server = xllamacpp.Server(params)
         self.cached = True
 
-    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+    def answer(self, request: Request) -> Answered:
         begin = time.perf_counter()
         times: list[float] = []
         tokens: list[int] = []
-        request = {
-            "prompt": list(prompt),
+        asked = {
+            "prompt": request.prompt,
             "n_predict": STEPS,
             "temperature": 0.0,
             "top_k": 1,
@@ -177,7 +203,7 @@ class Server:
             "stream": True,
             "return_tokens": True,
             "cache_prompt": self.cached,
-            "lora": [{"id": n, "scale": float(n == adapter)} for n in range(self.folder.adapters)],
+            "lora": [{"id": n, "scale": float(n == request.adapter)} for n in range(self.folder.adapters)],
         }
 
         def take(chunk: Any) -> bool:  # noqa: ANN401 - what the server hands out
@@ -189,7 +215,7 @@ class Server:
                     tokens.extend(new)
             return False
 
-        self.server.handle_completions(request, take)
+        self.server.handle_completions(asked, take)
         return Answered(tokens[:STEPS], 0.0, times[0] - begin)
 
     def cold(self) -> None:
@@ -203,18 +229,18 @@ class Genai:
         import onnxruntime_genai as og
 
         self.og, self.folder = og, folder
-        self.model = og.Model(str(folder.path / "bundle/base/onnx"))
+        self.model = og.Model(str(folder.bundle / "base/onnx"))
         self.adapters = og.Adapters(self.model)
         for adapter in range(folder.adapters):
             self.adapters.load(str(folder.file(adapter, "adapter.onnx_adapter")), folder.name(adapter))
         self._make()
 
-    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+    def answer(self, request: Request) -> Answered:
         begin = time.perf_counter()
         self.generator.rewind_to(0)
-        self.generator.set_active_adapter(self.adapters, self.folder.name(adapter))
+        self.generator.set_active_adapter(self.adapters, self.folder.name(request.adapter))
         switch_s = time.perf_counter() - begin
-        self.generator.append_tokens(list(prompt))
+        self.generator.append_tokens(request.prompt)
 
         def steps() -> Iterator[int]:
             while True:
@@ -244,9 +270,13 @@ class Peft:
 
         torch.set_num_threads(folder.threads)
         self.torch, self.folder = torch, folder
-        file = str(folder.path / "bundle/base/model.gguf")
         base = resolve(
-            file, folder=Path(), quantize=None, work=folder.path, progress=Progress(quiet=True), converter=None
+            str(folder.base),
+            folder=Path(),
+            quantize=None,
+            work=folder.path,
+            progress=Progress(quiet=True),
+            converter=None,
         )
         model = load_torch(base, torch.bfloat16)
         first, *others = [folder.name(adapter) for adapter in range(folder.adapters)]
@@ -255,13 +285,13 @@ class Peft:
             self.model.load_adapter(folder.path / "peft" / name, adapter_name=name)
         self.model.eval()
 
-    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
+    def answer(self, request: Request) -> Answered:
         torch, begin = self.torch, time.perf_counter()
-        self.model.set_adapter(self.folder.name(adapter))
+        self.model.set_adapter(self.folder.name(request.adapter))
         switch_s = time.perf_counter() - begin
 
         def steps() -> Iterator[int]:
-            ids, cache = torch.tensor([list(prompt)]), None
+            ids, cache = torch.tensor([request.prompt]), None
             while True:
                 with torch.inference_mode():
                     out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -276,29 +306,30 @@ class Peft:
 
 
 class Merged:
-    """A whole model a task, each with a context of its own that keeps the state of its last prompt."""
+    """A whole model a task, each with a context of its own that keeps the task's prompt."""
 
     def __init__(self, folder: Folder) -> None:
         from edgetune_runtime.engines.gguf import GgufEngine
 
         paths = [folder.path / "merged" / f"{folder.name(adapter)}.gguf" for adapter in range(folder.adapters)]
         self.engines = [GgufEngine(path, context_length=CONTEXT, threads=folder.threads) for path in paths]
-        self.known: list[list[int]] = [[] for _ in paths]
+        self.cold()
 
-    def answer(self, adapter: int, prompt: Sequence[int], message: str) -> Answered:
-        from edgetune_runtime.cache import common_prefix
-
-        begin, engine = time.perf_counter(), self.engines[adapter]
-        keep = engine.forget(min(common_prefix(self.known[adapter], prompt), len(prompt) - 1))
-        tokens = [int(engine.decode(prompt[keep:]).argmax())]
+    def answer(self, request: Request) -> Answered:
+        begin, engine = time.perf_counter(), self.engines[request.adapter]
+        if request.adapter not in self.known:
+            engine.forget(0)
+            engine.decode(request.prompt[: request.fixed])
+            self.known.add(request.adapter)
+        engine.forget(request.fixed)
+        tokens = [int(engine.decode(request.prompt[request.fixed :]).argmax())]
         first_s = time.perf_counter() - begin
         while len(tokens) < STEPS:
             tokens.append(int(engine.decode(tokens[-1:]).argmax()))
-        self.known[adapter] = [*prompt, *tokens[:-1]]
         return Answered(tokens, 0.0, first_s)
 
     def cold(self) -> None:
-        self.known = [[] for _ in self.engines]
+        self.known: set[int] = set()
 
 
 WAYS: dict[str, Callable[[Folder], Way]] = {

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from .batches import common_place
+
 Active = tuple[tuple[str, float], ...]
 """Adapters with their scales, in order of their names."""
 
@@ -38,11 +40,12 @@ class Key:
 
 @dataclass(frozen=True)
 class SavedState:
-    """An engine's state of a sequence of tokens."""
+    """An engine's state of a sequence of tokens, and where the batches of a prompt that made its beginning ended."""
 
     key: Key
     tokens: tuple[int, ...]
     state: memoryview
+    ends: tuple[int, ...] = ()
 
 
 def key_of(base: str, spans: Iterable[tuple[int, Mapping[str, float]]]) -> Key:
@@ -101,14 +104,14 @@ class StateCache:
         """Whether a state of so many bytes could be kept at all."""
         return size <= self._budget
 
-    def put(self, key: Key, tokens: Sequence[int], state: memoryview, owner: str = CALLS) -> None:
+    def put(self, saved: SavedState, owner: str = CALLS) -> None:
         """Keep a state in place of the owner's last one of its adapters, dropping others where room is needed."""
-        place = _place(key, owner)
+        place = _place(saved.key, owner)
         with self._lock:
             self._drop(place)
-            if self._make_room(len(state), owner):
-                self._states[place] = SavedState(key, tuple(tokens), state)
-                self.bytes += len(state)
+            if self._make_room(len(saved.state), owner):
+                self._states[place] = saved
+                self.bytes += len(saved.state)
 
     def prompt(self, key: Key, tokens: Sequence[int]) -> memoryview | None:
         """The state of exactly this fixed prompt, which counts as use."""
@@ -125,14 +128,22 @@ class StateCache:
         with self._lock:
             return next((saved for place, saved in reversed(self._states.items()) if place[0] == owner), None)
 
-    def best(self, key: Key, tokens: Sequence[int], owner: str = CALLS) -> tuple[SavedState | None, int]:
-        """The state of which most can be reused for these tokens, which counts as use, and up to which token."""
+    def best(
+        self, key: Key, tokens: Sequence[int], owner: str = CALLS, places: Sequence[int] | None = None
+    ) -> tuple[SavedState | None, int]:
+        """The state of which most can be reused for these tokens, which counts as use, and up to which token.
+
+        `places` is where the tokens are cut into batches: of what is not a session's own, no more is reused than what
+        was cut alike.
+        """
         with self._lock:
             best, most = None, 0
             for place, saved in self._states.items():
                 if place[0] not in (owner, PROMPTS):
                     continue
                 reused = reusable((saved.key, saved.tokens), (key, tokens))
+                if places is not None and place[0] in (CALLS, PROMPTS):
+                    reused = common_place(saved.ends, places, reused)
                 if reused > most:
                     best, most = place, reused
             if best is None:

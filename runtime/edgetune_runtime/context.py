@@ -9,15 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .activation import Invocations, Spans, spans_of
+from .batches import batches, common_place, places_of
 from .cache import CALLS, PROMPTS, Active, Key, SavedState, StateCache, key_of, reusable
 from .engines._base import Engine, Logits
 from .errors import UsageError, VerificationError
 from .prompts import SHORTEST, PromptStates
 from .store import digest_of
 from .turns import Turns
-
-CHUNK = 128
-"""Tokens of a prompt that are computed in one go; between chunks a call can be stopped."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,8 @@ class Job:
 class Shared:
     """What the contexts of one base share: its fingerprint, saved states, and turns to compute in.
 
-    `invocations` are the tokens from which on some adapters act, and not before.
+    `invocations` are the tokens from which on some adapters act, and not before. With `exact` a call takes up of what
+    others left only what it would compute bit for bit; a session takes up all that is its own in any case.
     """
 
     base: str
@@ -63,6 +62,7 @@ class Shared:
     invocations: Invocations = field(default_factory=dict)
     prompts: PromptStates | None = None
     turns: Turns = field(default_factory=Turns)
+    exact: bool = True
 
 
 class Context:
@@ -73,6 +73,7 @@ class Context:
         self.shared = shared
         self.tokens: list[int] = []
         self._key: Key | None = None
+        self._ends: list[int] = []
         self.owner = CALLS
         self._fixed = 0
         self._room = engine.capacity({})
@@ -113,13 +114,12 @@ class Context:
 
     def run(self, job: Job) -> Start:
         """Begin a sequence as the job says, computing what is not known of it."""
-        key = key_of(self.shared.base, job.spans)
-        keeps = self._keeps(job)
+        key, keeps = key_of(self.shared.base, job.spans), self._keeps(job)
+        places = self._places(key, job)
         with self._resetting():
             reused, switch_ns = self._begin(key, job)
         logits, acting = None, dict(key.spans[-1][1])
-        cuts = {since for since, _ in key.spans} | ({job.fixed} if keeps else set())
-        for begin, end in _parts(reused, len(job.tokens), cuts):
+        for begin, end in batches(reused, len(job.tokens), places):
             job.check()
             with self.shared.turns.take(), self._resetting():
                 if acting != (wanted := _acting(key, begin)):
@@ -127,6 +127,8 @@ class Context:
                     acting = wanted
                 logits = self.engine.decode(job.tokens[begin:end])
                 self.tokens = list(job.tokens[:end])
+                if begin == _last(self._ends) and end in places:
+                    self._ends.append(end)
                 if keeps and end == job.fixed:
                     self._keep_prompt(key, job)
         assert logits is not None
@@ -139,7 +141,8 @@ class Context:
         with self._resetting():
             # The first token is decoded in any case: a state has no logits.
             self._begin(key, Job(tokens[:1], spans))
-        for begin, end in _parts(0, len(tokens), {since for since, _ in key.spans}, rows):
+        places = places_of(len(tokens), (since for since, _ in key.spans), rows)
+        for begin, end in batches(0, len(tokens), places):
             self._activate(_acting(key, begin))
             yield self.extend(tokens[begin:end])
 
@@ -160,7 +163,7 @@ class Context:
         """The live sequence's state; None where there is none."""
         if self._key is None or not self.tokens:
             return None
-        return SavedState(self._key, tuple(self.tokens), self.engine.save_state())
+        return SavedState(self._key, tuple(self.tokens), self.engine.save_state(), tuple(self._ends))
 
     def identity_of(self, saved: SavedState) -> str:
         """A digest of all that shapes a state, engine and files included; empty where that is not known."""
@@ -182,7 +185,7 @@ class Context:
 
     def reset(self) -> None:
         """Forget the live sequence."""
-        self.tokens = []
+        self.tokens, self._ends = [], []
         self._key, self._fixed, self.owner = None, 0, CALLS
         self.engine.forget(0)
 
@@ -191,11 +194,18 @@ class Context:
         return Context(self.engine.fork(), self.shared)
 
     def known(self, job: Job) -> int:
-        """How many of the job's tokens the live sequence begins with, as it is."""
+        """How many of the job's tokens the live sequence begins with, as far as the job may take it up."""
         if self._key is None:
             return 0
-        live = reusable((self._key, self.tokens), (key_of(self.shared.base, job.spans), job.tokens))
-        return live if job.owner == self.owner else min(live, self._fixed)
+        key = key_of(self.shared.base, job.spans)
+        live = min(reusable((self._key, self.tokens), (key, job.tokens)), len(job.tokens) - 1)
+        if job.owner != self.owner:
+            live = min(live, self._fixed)
+        is_own = job.owner == self.owner != CALLS
+        if (self.shared.exact and not is_own) or (live < job.fixed and self._keeps(job)):
+            # A state of a fixed prompt is for anyone.
+            live = common_place(self._ends, self._places(key, job), live)
+        return live
 
     def close(self) -> None:
         """Free the engine, after other threads' calls have ended; a stream of this thread ends with an error."""
@@ -227,7 +237,8 @@ class Context:
         """
         live = self.known(job)
         # Looked up before anything is saved, which may drop it.
-        found, known = self.shared.cache.best(key, job.tokens, job.owner)
+        places = self._places(key, job) if self.shared.exact else None
+        found, known = self.shared.cache.best(key, job.tokens, job.owner, places)
         if (key, job.owner) != (self._key, self.owner):
             self._save()
         # Of another prefix nothing may be left, and a state is restored behind its own.
@@ -236,12 +247,17 @@ class Context:
         self._key, self.owner, self._room = key, job.owner, self.engine.capacity(acting)
         self._fixed = job.fixed
         if found is not None and known > live:
-            live = known if self._restored(found.state) else 0
+            live = known if self._restored(found.state, found.ends) else 0
         keep = self.engine.forget(min(live, len(job.tokens) - 1))
         if keep < job.fixed and self._keeps(job):
             keep = self._restore_prompt(key, job, keep)
-        self.tokens = list(job.tokens[:keep])
+        self.tokens, self._ends = list(job.tokens[:keep]), [end for end in self._ends if end <= keep]
         return keep, switch_ns
+
+    def _places(self, key: Key, job: Job) -> list[int]:
+        """Where the job's tokens are cut into batches, whatever is known of them."""
+        cuts = [since for since, _ in key.spans]
+        return places_of(len(job.tokens), [*cuts, job.fixed] if job.is_worth_a_state else cuts)
 
     def _keeps(self, job: Job) -> bool:
         """Whether the state of the prompt's fixed part is kept anywhere."""
@@ -254,33 +270,36 @@ class Context:
         Returns how many tokens the sequence has then: the `live` ones where there was no state. One in memory is found
         by itself, but where a longer state, which could not be cut back, was taken for more.
         """
+        ends = [place for place in self._places(key, job) if place <= job.fixed]
         key, tokens = key.until(job.fixed), job.tokens[: job.fixed]
         state = self.shared.cache.prompt(key, tokens)
         if state is not None:
-            return job.fixed if self._restored(state) else 0
+            return job.fixed if self._restored(state, ends) else 0
         prompts = self.shared.prompts
         state = prompts.load(key, tokens) if prompts is not None else None
         if prompts is None or state is None:
             return live
-        if not self._restored(state):
+        if not self._restored(state, ends):
             prompts.drop(key, tokens)
             return 0
-        self.shared.cache.put(key, tokens, state, PROMPTS)
+        self.shared.cache.put(SavedState(key, tuple(tokens), state, tuple(ends)), PROMPTS)
         return job.fixed
 
-    def _restored(self, state: memoryview) -> bool:
+    def _restored(self, state: memoryview, ends: Sequence[int]) -> bool:
         """Restore a state; False, the sequence then being empty, when the engine refuses it."""
+        self._ends = []
         try:
             self.engine.restore_state(state)
         except VerificationError:
             return False
+        self._ends = list(ends)
         return True
 
     def _keep_prompt(self, key: Key, job: Job) -> None:
-        state = self.engine.save_state()
-        self.shared.cache.put(key.until(job.fixed), self.tokens, state, PROMPTS)
+        saved = SavedState(key.until(job.fixed), tuple(self.tokens), self.engine.save_state(), tuple(self._ends))
+        self.shared.cache.put(saved, PROMPTS)
         if self.shared.prompts is not None:
-            self.shared.prompts.save(key.until(job.fixed), self.tokens, state)
+            self.shared.prompts.save(saved.key, saved.tokens, saved.state)
 
     def _activate(self, adapters: Mapping[str, float]) -> int:
         """Switch; returns the nanoseconds that it took."""
@@ -290,20 +309,25 @@ class Context:
         return time.perf_counter_ns() - begin
 
     def _save(self) -> None:
-        if self._key and self.tokens and self.shared.cache.admits(len(self.tokens) * self.shared.kv_bytes_per_token):
-            self.shared.cache.put(self._key, self.tokens, self.engine.save_state(), self.owner)
+        """Keep the live sequence, which is about to be replaced, as far as its owner may take it up again."""
+        count = len(self.tokens)
+        if self.shared.exact and self.owner == CALLS:
+            count = _last(self._ends)
+            if count <= self._fixed:
+                # Of these, the fixed part is kept by itself.
+                return
+        if self._key is None or not self.shared.cache.admits(count * self.shared.kv_bytes_per_token):
+            return
+        if 0 < count == self.engine.forget(count):
+            tokens, state = tuple(self.tokens[:count]), self.engine.save_state()
+            self.shared.cache.put(SavedState(self._key, tokens, state, tuple(self._ends)), self.owner)
+
+
+def _last(ends: Sequence[int]) -> int:
+    return ends[-1] if ends else 0
 
 
 def _acting(key: Key, position: int) -> dict[str, float]:
     """The adapters that act on the token at a position."""
     active: Active = next(active for since, active in reversed(key.spans) if since <= position)
     return dict(active)
-
-
-def _parts(begin: int, end: int, cuts: set[int], rows: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """Cut a row of tokens where another span begins, and at every so many tokens, counted from the first of all.
-
-    So a prompt is cut at the same places whatever of it is known, and what comes out of an engine is the same.
-    """
-    places = sorted({end, *(cut for cut in cuts if begin < cut < end), *range(begin - begin % rows + rows, end, rows)})
-    yield from zip([begin, *places], places, strict=False)

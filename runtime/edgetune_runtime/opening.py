@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import TYPE_CHECKING, cast
 
 from . import engines
-from .bundle import STATES_FOLDER, Manifest, resolve, verify_files
+from .bundle import CLASSIFICATION, STATES_FOLDER, Manifest, resolve, verify_files
 from .cache import StateCache
 from .context import Context, Shared
 from .engines._base import EngineClass
-from .engines._encoder import EncoderEngine
 from .errors import IncompatibleError, UsageError, VerificationError
 from .pool import Pool
 from .prompts import PromptStates
 from .store import StateStore
+
+if TYPE_CHECKING:
+    from .engines._encoder import EncoderEngine
 
 _MOST_CONTEXTS = 4
 _SHARE_OF_FREE = 0.25
@@ -35,13 +38,17 @@ class Options:
     kv: str | None = None
     verify: bool = True
     cache_mb: float = 0.0
+    exact: bool = True
     store: StateStore | None = None
     contexts: int | None = None
     waiting: int = 0
 
 
-def engine_class(name: str) -> EngineClass:
-    """What makes engines of this name; UsageError names those there are."""
+def engine_class(name: str, task: str) -> EngineClass | type[EncoderEngine]:
+    """What makes engines of this name, imported when it is needed; UsageError names those there are."""
+    if task == CLASSIFICATION:
+        encoder: type[EncoderEngine] = import_module(f"{engines.__name__}._encoder").EncoderEngine
+        return encoder
     known = [module.name for module in iter_modules(engines.__path__) if not module.name.startswith("_")]
     if name not in known:
         raise UsageError(f"no engine {name!r}", f"choose one of: {', '.join(known)}")
@@ -63,10 +70,11 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> 
     if options.verify:
         # The file itself first: which others belong to it is read from it.
         verify_files(bundle, manifest, [file])
+    (_, *others), fingerprint = make.examine(path, sha256)
+    if options.verify:
         root = bundle.resolve()
-        verify_files(bundle, manifest, [part.relative_to(root).as_posix() for part in make.parts(path)[1:]])
-    is_base = file == manifest.base.files[options.engine]
-    if is_base and not make.is_base(path, manifest.base.fingerprint, sha256):
+        verify_files(bundle, manifest, [part.relative_to(root).as_posix() for part in others])
+    if file == manifest.base.files[options.engine] and fingerprint != manifest.base.fingerprint:
         raise VerificationError(f"{file} is not the base that the adapters were made for", "build the bundle again")
     # The manifest's figure is for the 2 bytes a number of GGUF.
     needed_mb = manifest.base.kv_bytes_per_token / 2 * make.bytes_per_number * options.context_length / 1e6
@@ -77,14 +85,17 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> 
             f"a context of {options.context_length} tokens takes {needed_mb:.0f} MB, and {free_mb:.0f} MB are free"
         )
         raise IncompatibleError(message, "open the bundle with a shorter context")
-    if isinstance(make, type) and issubclass(make, EncoderEngine):
-        return make(path, context_length=options.context_length, threads=options.threads)
-    running = make(path, context_length=options.context_length, threads=options.threads, kv=options.kv)
+    if manifest.task == CLASSIFICATION:
+        encoder = cast("type[EncoderEngine]", make)
+        return encoder(path, context_length=options.context_length, threads=options.threads)
+    running = cast("EngineClass", make)(
+        path, context_length=options.context_length, threads=options.threads, kv=options.kv
+    )
     kv_bytes = int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes)
     invocations = {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation}
     cache, prompts = StateCache(options.cache_mb), _prompts(bundle, manifest, running.signature, options)
     limit = options.contexts or _contexts(needed_mb, free_mb)
-    shared = Shared(sha256, kv_bytes, cache, invocations, prompts)
+    shared = Shared(sha256, kv_bytes, cache, invocations, prompts, exact=options.exact)
     return Pool(Context(running, shared), limit=limit, waiting=options.waiting)
 
 

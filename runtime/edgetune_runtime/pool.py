@@ -79,7 +79,7 @@ class Pool:
 
     def keep(self, saved: SavedState, owner: str) -> None:
         """Keep a state as an owner's."""
-        self.first.shared.cache.put(saved.key, saved.tokens, saved.state, owner)
+        self.first.shared.cache.put(saved, owner)
 
     def forget(self, owner: str) -> None:
         """Forget what belongs to an owner, live or kept."""

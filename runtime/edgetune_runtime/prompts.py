@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .batches import CHUNK
 from .cache import Key
 from .store import StateStore
 
@@ -56,4 +57,4 @@ class PromptStates:
             [since, [[self.adapters.get(name, ""), scale] for name, scale in active]] for since, active in key.spans
         ]
         digest = hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()
-        return {"engine": self.engine, "base": key.base, "spans": spans, "tokens": digest}
+        return {"engine": self.engine, "batch": CHUNK, "base": key.base, "spans": spans, "tokens": digest}

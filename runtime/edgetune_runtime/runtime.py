@@ -8,15 +8,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .activation import behind
-from .bundle import CLASSIFICATION, AdapterEntry, Manifest, read_manifest, resolve, verify_files
+from .bundle import AdapterEntry, Manifest, read_manifest, resolve, verify_files
 from .cache import CALLS, common_prefix
 from .chat import Prompt, messages_for, render
 from .context import Context, Job
 from .engines._base import Tokenizer
-from .engines._encoder import EncoderEngine
 from .errors import IncompatibleError, UsageError
 from .generation import Answer, Call, Carried, Outcome, Stream, generate
 from .opening import Options, engine_class, file_of, open_base
@@ -25,6 +24,9 @@ from .sampling import Sampling
 from .scoring import label_scores, likeliest, window_loss
 from .session import Adapters, Session
 from .store import StateStore, default_folder
+
+if TYPE_CHECKING:
+    from .engines._encoder import EncoderEngine
 
 CACHE_MB = 128
 DISK_MB = 512
@@ -55,6 +57,7 @@ class Runtime:
         context_length: int | None = None,
         kv: str | None = None,
         verify: bool = True,
+        exact: bool = True,
         cache_mb: float = CACHE_MB,
         disk_mb: float = DISK_MB,
         cache_folder: str | Path | None = None,
@@ -73,6 +76,10 @@ class Runtime:
         of each set of adapters, so that switching back does not compute the prompt again. States of fixed prompts are
         kept in `cache_folder` too (default: that of `store.default_folder`), up to `disk_mb`; 0 keeps none.
 
+        With `exact` a call's answer is, bit for bit, what it would be if nothing were known: it takes up fixed prompts
+        and whole chunks of 128 tokens. Without, it takes up every token that it shares with the last one, as a session
+        does with its own; where two tokens are all but equally likely, rounding may then choose the other.
+
         Up to `contexts` calls run side by side, each with a context of its own, made when it is first needed; by
         default as many as a quarter of the free memory holds, at most 4. At most `waiting` more wait; the next is a
         BusyError.
@@ -90,11 +97,12 @@ class Runtime:
         engine = engine or next(iter(manifest.base.files), "gguf")
         options = Options(
             engine=engine,
-            make=EncoderEngine if manifest.task == CLASSIFICATION else engine_class(engine),
+            make=engine_class(engine, manifest.task),
             context_length=context_length or manifest.context_length,
             threads=manifest.threads if threads is None else threads,
             kv=kv,
             verify=verify,
+            exact=exact,
             cache_mb=cache_mb,
             store=StateStore(Path(cache_folder or default_folder()), disk_mb) if disk_mb > 0 else None,
             contexts=contexts,
@@ -123,7 +131,7 @@ class Runtime:
     @property
     def encoder(self) -> EncoderEngine | None:
         """What runs a text-classification bundle; None for one that generates."""
-        return self._running if isinstance(self._running, EncoderEngine) else None
+        return None if isinstance(self._running, Pool) else self._running
 
     def generate(
         self,
@@ -326,7 +334,7 @@ class Runtime:
 
     def pool(self, adapter: Adapters) -> tuple[Pool, dict[str, float]]:
         """The contexts that a call with these adapters runs in, and what is active there; errors as of `context`."""
-        if isinstance(self._running, EncoderEngine):
+        if not isinstance(self._running, Pool):
             message = f"bundle {self.manifest.name!r} classifies text: its encoder writes none and has no perplexity"
             raise UsageError(message, "use classify")
         scales = self.scales(adapter)
@@ -346,10 +354,10 @@ class Runtime:
         if self._options.verify:
             verify_files(self.bundle, self.manifest, [file])
         path, fingerprint = resolve(self.bundle, file), self.manifest.base.fingerprint
-        if isinstance(self._running, EncoderEngine):
-            self._running.load_adapter(entry.name, path, fingerprint, len(entry.labels))
-        else:
+        if isinstance(self._running, Pool):
             self._running.first.engine.load_adapter(entry.name, path, fingerprint, entry.invocation)
+        else:
+            self._running.load_adapter(entry.name, path, fingerprint, len(entry.labels))
 
     def _is_merged(self, entry: AdapterEntry) -> bool:
         return entry.shapes.get(self._options.engine) == "merged"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,8 +11,10 @@ from .bundle import Manifest
 from .chat import Prompt
 from .context import Context
 from .engines._base import Logits
-from .engines._encoder import EncoderEngine
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .engines._encoder import EncoderEngine
 
 _ROWS = 64
 """Rows of logits looked at in one go; a vocabulary of 150,000 takes 0.6 MB a row."""

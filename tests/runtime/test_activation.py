@@ -104,7 +104,7 @@ def context_of(bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., Conte
     runtimes: list[Runtime] = []
 
     def make(arch: str, backend: str, bundle: Path | None = None) -> Context:
-        runtimes.append(Runtime.open(bundle or bundle_of(arch), engine=backend, context_length=128))
+        runtimes.append(Runtime.open(bundle or bundle_of(arch), engine=backend, context_length=128, exact=False))
         return runtimes[-1].context()[0]
 
     yield make

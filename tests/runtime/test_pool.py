@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime import BusyError, Runtime, UsageError
-from edgetune_runtime.context import CHUNK
+from edgetune_runtime.batches import CHUNK
 from edgetune_runtime.turns import Turns
 
 ENGINES = ("gguf", "onnx")

@@ -125,11 +125,8 @@ class EngineClass(Protocol):
     def __call__(self, path: Path, *, context_length: int, threads: int | None = None, kv: str | None = None) -> Engine:
         """Load the base at `path`; `context_length` is in tokens, `kv` one of `KV`."""
 
-    def parts(self, path: Path) -> list[Path]:
-        """All files that are read for the base at `path`, that one first."""
-
-    def is_base(self, path: Path, fingerprint: str, sha256: str) -> bool:
-        """Whether the file at `path`, whose digest is `sha256`, is the base with this fingerprint."""
+    def examine(self, path: Path, sha256: str) -> tuple[list[Path], str | None]:
+        """All files that are read for the base at `path`, whose digest is `sha256`, that one first; its fingerprint."""
 
 
 def check_options(context_length: int, threads: int | None, batch: int) -> None:

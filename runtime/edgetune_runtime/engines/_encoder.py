@@ -68,14 +68,11 @@ class EncoderEngine:
         self._adapters: dict[str, Arrays] = {}
 
     @staticmethod
-    def parts(path: Path) -> list[Path]:
-        """All files that are read for the base at `path`."""
-        return [path, *(path.parent / name for name in ("tokenizer.json", *read_onnx(path).external_files))]
-
-    @staticmethod
-    def is_base(path: Path, fingerprint: str, _sha256: str) -> bool:
-        """Whether the graph says that it was made from the weights with this fingerprint."""
-        return read_onnx(path).metadata.get("edgetune.base_fingerprint") == fingerprint
+    def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
+        """All files that are read for the base at `path`; the fingerprint of the weights that the graph says it has."""
+        header = read_onnx(path)
+        parts = [path, *(path.parent / name for name in ("tokenizer.json", *header.external_files))]
+        return parts, header.metadata.get("edgetune.base_fingerprint")
 
     def load_adapter(self, name: str, path: Path, fingerprint: str | None = None, labels: int | None = None) -> None:
         """Check the adapter file against slots and head, load it and keep it; one already loaded is left as it is.

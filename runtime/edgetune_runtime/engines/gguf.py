@@ -105,14 +105,9 @@ class GgufEngine:
         return f"llama-cpp-python {library().__version__}, {self._kv}"
 
     @staticmethod
-    def parts(path: Path) -> list[Path]:
-        """The one file of the base."""
-        return [path]
-
-    @staticmethod
-    def is_base(path: Path, fingerprint: str, sha256: str) -> bool:
-        """Whether the file is the one that the adapters were trained on."""
-        return sha256 == fingerprint
+    def examine(path: Path, sha256: str) -> tuple[list[Path], str | None]:
+        """The one file of the base, whose digest is the fingerprint that adapters are trained for."""
+        return [path], sha256
 
     def load_adapter(
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()

@@ -134,15 +134,11 @@ class OnnxEngine:
         return f"onnxruntime {library().__version__}, f32"
 
     @staticmethod
-    def parts(path: Path) -> list[Path]:
-        """All files that are read for the base at `path`."""
-        names = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", *read_onnx(path).external_files)
-        return [path, *(path.parent / name for name in names)]
-
-    @staticmethod
-    def is_base(path: Path, fingerprint: str, _sha256: str) -> bool:
-        """Whether the graph says that it was made from the base with this fingerprint."""
-        return read_onnx(path).metadata.get("edgetune.base_fingerprint") == fingerprint
+    def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
+        """All files that are read for the base at `path`; the fingerprint of what the graph says it was made from."""
+        header = read_onnx(path)
+        names = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", *header.external_files)
+        return [path, *(path.parent / name for name in names)], header.metadata.get("edgetune.base_fingerprint")
 
     def load_adapter(
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
