@@ -318,6 +318,9 @@ def evaluate(
     engine: Annotated[
         str | None, typer.Option(metavar="NAME", help="What runs the bundle: gguf or onnx (default: its first format).")
     ] = None,
+    kv: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Keep keys and values as f16 (default) or q8_0; gguf alone.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -328,7 +331,7 @@ def evaluate(
     from .evaluate import evaluate as run  # noqa: PLC0415 - numpy and the engine
     from .progress import Progress  # noqa: PLC0415
 
-    result = run(bundle, adapter, data, limit=limit, engine=engine, progress=Progress(quiet=quiet))
+    result = run(bundle, adapter, data, limit=limit, engine=engine, kv=kv, progress=Progress(quiet=quiet))
     if as_json:
         print_json(result.to_json())
     else:

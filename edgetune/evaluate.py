@@ -79,17 +79,19 @@ def evaluate(
     *,
     limit: int | None = None,
     engine: str | None = None,
+    kv: str | None = None,
     progress: Progress,
 ) -> Evaluation:
     """Score `adapter` (None: the plain base) on the rows of `data`, a file or a hub id, by the adapter's own metric.
 
     The columns are those that the adapter was trained with; a file whose rows hold prompt and completion, or text and
     label, is taken as well. At most `limit` rows are asked, spread evenly over the file, which may be sorted. Answers
-    are greedy. Labels are compared with what `classify` chooses among the adapter's labels.
+    are greedy. Labels are compared with what `classify` chooses among the adapter's labels. `kv` is how keys and values
+    are kept (see `Runtime.open`).
 
     Raises what `Runtime.open` and `read_rows` raise, and UsageError for rows that the metric cannot score.
     """
-    with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
+    with Runtime.open(bundle, engine=engine, kv=kv, disk_mb=0) as runtime:
         entry = runtime.manifest.adapter(adapter) if adapter is not None else None
         rows = spread(_read(str(data), _columns(runtime, adapter), entry), limit)
         return score(runtime, adapter, rows, progress)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import MANIFEST_NAME
-from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from runtime.bundles import Adapter, low_rank, write_bundle
 
 from edgetune import metrics
@@ -114,6 +114,15 @@ def test_perplexity_of_texts_and_of_completions(bundle_with: Callable[..., Path]
         counts = [len(tokenizer.tokenize(text, continues=True)) + 1 for text in ("on", "off")]
     ratio = math.exp(off.score * counts[1] - on.score * counts[0])
     assert ratio == pytest.approx(shares["on"] / shares["off"], rel=1e-3)
+
+
+def test_keys_and_values_are_kept_as_asked(plain_bundle: Path, write: Callable[..., Path]) -> None:
+    data = write({"text": TEXTS[0]})
+    # The tiny base's heads of 16 are too narrow for q8_0, which shows that it was asked for.
+    with pytest.raises(IncompatibleError, match="q8_0 with block size 32 does not divide"):
+        evaluate(plain_bundle, None, data, kv="q8_0", progress=Progress(quiet=True))
+    in_halves = evaluate(plain_bundle, None, data, kv="f16", progress=Progress(quiet=True))
+    assert in_halves == score(plain_bundle, data, None)
 
 
 def test_the_base_alone_is_scored_by_the_metric_that_fits_the_rows(
