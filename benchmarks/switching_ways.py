@@ -7,7 +7,6 @@ its own.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +19,12 @@ STEPS = 16
 
 @dataclass(frozen=True)
 class Answered:
-    """A greedy answer, and seconds of the switch call and up to the first token, the switch included."""
+    """A greedy answer, and seconds of the switch call and up to the first token, the switch included.
 
-    tokens: list[int]
+    `tokens` are the texts of the tokens where a way does not tell their numbers.
+    """
+
+    tokens: list[int] | list[str]
     switch_s: float
     first_s: float
 
@@ -120,7 +122,7 @@ class LowLevel:
         from edgetune_runtime.engines.gguf import GgufEngine
 
         self.folder = folder
-        self.engine = GgufEngine(folder.base, context_length=CONTEXT, threads=folder.threads)
+        self.engine = GgufEngine(folder.base, context_length=CONTEXT, threads=folder.threads, batch=512)
         for adapter in range(folder.adapters):
             self.engine.load_adapter(folder.name(adapter), folder.file(adapter, "adapter.gguf"))
 
@@ -193,7 +195,7 @@ class Server:
     def answer(self, request: Request) -> Answered:
         begin = time.perf_counter()
         times: list[float] = []
-        tokens: list[int] = []
+        pieces: list[str] = []
         asked = {
             "prompt": request.prompt,
             "n_predict": STEPS,
@@ -201,22 +203,19 @@ class Server:
             "top_k": 1,
             "ignore_eos": True,
             "stream": True,
-            "return_tokens": True,
             "cache_prompt": self.cached,
             "lora": [{"id": n, "scale": float(n == request.adapter)} for n in range(self.folder.adapters)],
         }
 
         def take(chunk: Any) -> bool:  # noqa: ANN401 - what the server hands out
-            found = json.loads(chunk) if isinstance(chunk, str | bytes) else chunk
-            for part in found if isinstance(found, list) else [found]:
-                new = part.get("tokens") or []
-                if new and len(tokens) < STEPS:
-                    times.append(time.perf_counter())
-                    tokens.extend(new)
+            text = chunk["choices"][0]["text"]
+            if text:
+                times.append(time.perf_counter())
+                pieces.append(text)
             return False
 
         self.server.handle_completions(asked, take)
-        return Answered(tokens[:STEPS], 0.0, times[0] - begin)
+        return Answered(pieces, 0.0, times[0] - begin)
 
     def cold(self) -> None:
         self.cached = False

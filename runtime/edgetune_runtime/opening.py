@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +25,8 @@ from .store import StateStore
 
 if TYPE_CHECKING:
     from .engines._encoder import EncoderEngine
+
+_M_MMAP_THRESHOLD = -3
 
 _MOST_CONTEXTS = 4
 _SHARE_OF_FREE = 0.25
@@ -66,6 +72,7 @@ def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
 
 def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> Pool | EncoderEngine:
     """Check and load the base, or a merged model, that the bundle has in `file`; errors as those of `Runtime.open`."""
+    _keep_large_blocks_apart()
     make, path, sha256 = options.make, resolve(bundle, file), manifest.files[file].sha256
     if options.verify:
         # The file itself first: which others belong to it is read from it.
@@ -97,6 +104,16 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> 
     limit = options.contexts or _contexts(needed_mb, free_mb)
     shared = Shared(sha256, kv_bytes, cache, invocations, prompts, exact=options.exact)
     return Pool(Context(running, shared), limit=limit, waiting=options.waiting)
+
+
+def _keep_large_blocks_apart() -> None:
+    """Have glibc return each block of 1 MB and more to the system once it is freed; see mallopt(3).
+
+    By itself it moves that limit up to 32 MB, and then states that come and go leave holes: 40 MB with eight adapters.
+    """
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        with suppress(AttributeError):
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _prompts(bundle: Path, manifest: Manifest, signature: str, options: Options) -> PromptStates:

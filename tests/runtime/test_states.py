@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,27 @@ from runtime.bundles import change_manifest
 from runtime.conftest import LONG_PROMPTS
 
 PROMPT = "turn on the light"
+ALLOCATES = """
+import ctypes, sys
+import numpy as np
+from edgetune_runtime import Runtime
+
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+with Runtime.open(sys.argv[1], disk_mb=0):
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        sys.exit("no mallinfo2")
+    libc.mallinfo2.restype = Info
+    # Freed at once, which makes glibc take blocks up to this size from its heap from now on.
+    np.ones(24 << 20, np.uint8)
+    before = libc.mallinfo2().hblks
+    state = np.ones(2 << 20, np.uint8)
+    print(libc.mallinfo2().hblks - before)
+"""
+
 ENGINES = ("gguf", "onnx")
 ENGINE_CLASSES = {"gguf": gguf.GgufEngine, "onnx": onnx.OnnxEngine}
 
@@ -172,3 +196,13 @@ def test_a_sliding_window_keeps_the_state_of_the_fixed_prompt(open_: Callable[..
             for adapter in ("one", "two"):
                 runtime.generate(message, adapter=adapter, max_tokens=4)
         assert runtime.generate("turn off", adapter="one", max_tokens=1).timings.reused_tokens >= fixed(runtime, "one")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_large_state_leaves_no_hole_in_the_heap(prompted_of: Callable[[str], Path]) -> None:
+    command = [sys.executable, "-c", ALLOCATES, str(prompted_of("llama"))]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if "no mallinfo2" in done.stderr:
+        pytest.skip("an older glibc, or another C library")
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr

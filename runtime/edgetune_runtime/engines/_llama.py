@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,30 @@ def make_context(
         remedy = "open the bundle with a shorter context" if kv == "f16" else "open the bundle with kv f16"
         raise IncompatibleError(message, remedy)
     return context
+
+
+def decode_batch(
+    context: Any,  # noqa: ANN401 - as above
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    sequences: Sequence[tuple[int, ...]],
+    outputs: Sequence[bool],
+) -> int:
+    """Decode tokens at their positions, each in one sequence or more, with logits where wanted; llama.cpp's result."""
+    llama = library()
+    count = len(tokens)
+    members = {ids: (ctypes.c_int32 * len(ids))(*ids) for ids in set(sequences)}
+    pointer = ctypes.POINTER(ctypes.c_int32)
+    batch = llama.llama_batch(
+        n_tokens=count,
+        token=(ctypes.c_int32 * count)(*tokens),
+        pos=(ctypes.c_int32 * count)(*positions),
+        n_seq_id=(ctypes.c_int32 * count)(*map(len, sequences)),
+        seq_id=(pointer * count)(*(ctypes.cast(members[ids], pointer) for ids in sequences)),
+        logits=(ctypes.c_int8 * count)(*outputs),
+    )
+    result: int = llama.llama_decode(context, batch)
+    return result
 
 
 class Vocabulary:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from ._base import (
 )
 from ._gguf_base import GgufBase, GgufTokenizer
 from ._gguf_state import PrefixState, check_state, read_prefix
-from ._llama import KV_BYTES, last_errors, library, make_context
+from ._llama import KV_BYTES, decode_batch, last_errors, library, make_context
 
 __all__ = ["BRANCHES", "ENGINE", "MAIN", "GgufEngine", "GgufTokenizer"]
 
@@ -44,6 +44,15 @@ BRANCHES = 32
 """Continuations scored in one pass. llama.cpp keeps a row of logits for each: 0.6 MB at 150,000 tokens."""
 
 _CONTEXT_FULL = 1
+_MOST_CHOICES = 256
+
+
+class _Choice(NamedTuple):
+    """Adapters with their scales as llama.cpp takes them, and the prefix among them."""
+
+    prefix: str | None
+    pointers: Any
+    scales: Any
 
 
 class GgufEngine:
@@ -91,6 +100,9 @@ class GgufEngine:
         self._batch: int = llama.llama_n_batch(self._context)
         self._outputs = min(BRANCHES, self._batch)
         self.tokenizer = base.vocabulary
+        # Kept ready, as a switch runs with nothing of itself left in the processor's caches.
+        self._switch = llama.llama_set_adapters_lora
+        self._choices: dict[tuple[tuple[str, float], ...], _Choice] = {}
         self._length = 0
         self._last: Logits | None = None
 
@@ -142,17 +154,23 @@ class GgufEngine:
 
         The sequence stays, unless the prefix is another one than before. UsageError for two prefixes or a scaled one.
         """
+        wanted = tuple(adapters.items())
+        choice = self._choices.get(wanted)
+        if choice is None:
+            if len(self._choices) >= _MOST_CHOICES:
+                self._choices.clear()
+            choice = self._choices[wanted] = self._choice_of(adapters)
+        self._switch(self._context, choice.pointers, len(choice.scales), choice.scales)
+        if choice.prefix != self._prefix:
+            self._prefix = choice.prefix
+            self._rewind()
+
+    def _choice_of(self, adapters: Mapping[str, float]) -> _Choice:
         check_scales(adapters, self._loaded)
         prefix = prefix_among(adapters, self._prefixes)
         added = {name: scale for name, scale in adapters.items() if name not in self._prefixes}
-        llama = library()
-        count = len(added)
-        pointers = (llama.llama_adapter_lora_p_ctypes * count)(*(self._adapters[name] for name in added))
-        scales = (ctypes.c_float * count)(*added.values())
-        llama.llama_set_adapters_lora(self._context, pointers, count, scales)
-        if prefix != self._prefix:
-            self._prefix = prefix
-            self._rewind()
+        pointers = (library().llama_adapter_lora_p_ctypes * len(added))(*(self._adapters[name] for name in added))
+        return _Choice(prefix, pointers, (ctypes.c_float * len(added))(*added.values()))
 
     def capacity(self, adapters: Mapping[str, float]) -> int:
         """How many tokens a sequence may have beside what these adapters take of the context."""
@@ -297,24 +315,12 @@ class GgufEngine:
         outputs: Sequence[bool],
     ) -> None:
         """Decode one batch; tokens that belong to several sequences are computed once."""
-        llama = library()
-        count = len(tokens)
-        members = {ids: (ctypes.c_int32 * len(ids))(*ids) for ids in set(sequences)}
-        pointer = ctypes.POINTER(ctypes.c_int32)
-        batch = llama.llama_batch(
-            n_tokens=count,
-            token=(ctypes.c_int32 * count)(*tokens),
-            pos=(ctypes.c_int32 * count)(*positions),
-            n_seq_id=(ctypes.c_int32 * count)(*map(len, sequences)),
-            seq_id=(pointer * count)(*(ctypes.cast(members[ids], pointer) for ids in sequences)),
-            logits=(ctypes.c_int8 * count)(*outputs),
-        )
         last_errors()
-        result: int = llama.llama_decode(self._context, batch)
+        result = decode_batch(self._context, tokens, positions, sequences, outputs)
         if result == _CONTEXT_FULL:
             raise UsageError(f"the context of {self._cells} tokens is full", "open the bundle with a longer context")
         if result != 0:
-            raise EdgetuneError(f"llama.cpp cannot decode {count} tokens ({result}): {last_errors()}")
+            raise EdgetuneError(f"llama.cpp cannot decode {len(tokens)} tokens ({result}): {last_errors()}")
 
     def _view(self, count: int) -> Logits:
         """The last batch's logits where llama.cpp keeps them; the next batch overwrites them."""
