@@ -20,6 +20,7 @@ from edgetune_runtime.gguf_file import INVOCATION_TOKENS, GgufHeader, TensorInfo
 from edgetune_export.gguf_prefix import write_prefix
 from edgetune_export.layout import base_rows, name_map
 from edgetune_export.quantize import quantize_rows
+from edgetune_export.rounding import rounded
 from edgetune_export.shapes import Adapter, Delta, Floats, LowRank, Merged, Prefix
 
 from ._base import Source
@@ -100,8 +101,8 @@ def quantization(source: Source) -> str:
 def write_merged(merged: Merged, source: Source, out: Path) -> None:
     """Write a copy of the base with other parameters: same header, same type and place of each tensor.
 
-    Only the parameters that are not the base's are quantized again. Raises IncompatibleError when one does not fit the
-    base or a tensor's type cannot be written, OutOfSpaceError when the disk is full.
+    Only the parameters that are not the base's are rounded, as `rounded` does. Raises IncompatibleError when one does
+    not fit the base or a tensor's type cannot be written, OutOfSpaceError when the disk is full.
     """
     base = source.path
     header = read_header(base)
@@ -113,9 +114,11 @@ def write_merged(merged: Merged, source: Source, out: Path) -> None:
         shutil.copyfile(base, temporary)
         with temporary.open("r+b") as file:
             for tensor, compute in placed:
-                values = _stored(compute(), tensor, header)
+                values = _stored(compute(), tensor, header).reshape(-1, tensor.shape[0])
                 file.seek(tensor.offset)
-                file.write(quantize_rows(values.reshape(-1, tensor.shape[0]), tensor.ggml_type))
+                held = file.read(tensor.nbytes)
+                file.seek(tensor.offset)
+                file.write(rounded(held, tensor, values))
 
 
 def _place_parameters(merged: Merged, header: GgufHeader) -> list[tuple[TensorInfo, Callable[[], Floats]]]:
