@@ -29,7 +29,7 @@ sys.path[:] = [
     *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
 ]
 
-from benchmarks.switching_ways import STEPS, WAYS, Edgetune, Folder, Request, Way
+from benchmarks.switching_ways import CONTEXT, STEPS, WAYS, Edgetune, Folder, Request, Way
 
 RANK = 16
 ORDERS = ("round robin", "zipf")
@@ -138,7 +138,7 @@ def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         "round robin": [number % count for number in range(options.requests)],
         "zipf": rng.choices(range(count), weights, k=options.requests),
     }
-    with Runtime.open(options.work / "bundle", disk_mb=0) as runtime:
+    with Runtime.open(options.work / "bundle", context_length=CONTEXT, disk_mb=0) as runtime:
 
         def request(number: int, adapter: int) -> dict[str, Any]:
             message = MESSAGES[number // count % len(MESSAGES)]
