@@ -75,7 +75,7 @@ class Request:
 class Edgetune:
     """edgetune's runtime: switch, put the prompt's state back, compute the message."""
 
-    def __init__(self, folder: Folder, engine: str) -> None:
+    def __init__(self, folder: Folder, engine: str, *, repack: bool = False) -> None:
         from edgetune_runtime import Runtime
 
         self.folder = folder
@@ -87,6 +87,7 @@ class Edgetune:
             cache_mb=1000,
             disk_mb=0,
             contexts=1,
+            repack=repack,
         )
         self.runtime.warm()
 
@@ -333,6 +334,7 @@ class Merged:
 
 WAYS: dict[str, Callable[[Folder], Way]] = {
     "edgetune gguf": lambda folder: Edgetune(folder, "gguf"),
+    "edgetune gguf repacked": lambda folder: Edgetune(folder, "gguf", repack=True),
     "edgetune onnx": lambda folder: Edgetune(folder, "onnx"),
     "Llama(lora_path) anew": MadeAnew,
     "low-level switch": LowLevel,

@@ -150,6 +150,8 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--context-length", type=int, metavar="N", help=text)
     text = "how keys and values are kept: f16 or q8_0 with gguf, f32 with onnx"
     group.add_argument("--kv", metavar="TYPE", help=text)
+    text = "gguf: read the weights into memory as the processor computes fastest, in place of mapping the file"
+    group.add_argument("--repack", action="store_true", help=text)
     _add_cache_folder(group)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
 
@@ -163,6 +165,7 @@ def _open(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 
         threads=options.threads,
         context_length=options.context_length,
         kv=options.kv,
+        repack=options.repack,
         verify=not options.no_verify,
         cache_folder=options.cache_folder,
         **more,
@@ -264,6 +267,8 @@ def _bench(options: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "edgetune_runtime", "generate", str(options.bundle), "--prompt", "?"]
             command += ["--adapter", name, "--engine", engine, "--max-tokens", "1", "--cache-folder", folder]
             command += [] if options.threads is None else ["--threads", str(options.threads)]
+            command += [] if options.kv is None else ["--kv", options.kv]
+            command += ["--repack"] if options.repack else []
             figures["start_ms"] = start_ms(command)
     print(json.dumps(figures) if options.json else "\n".join(_lines(figures)))
 

@@ -42,6 +42,7 @@ class Options:
     context_length: int
     threads: int | None = None
     kv: str | None = None
+    repack: bool = False
     verify: bool = True
     cache_mb: float = 0.0
     exact: bool = True
@@ -96,7 +97,11 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> 
         encoder = cast("type[EncoderEngine]", make)
         return encoder(path, context_length=options.context_length, threads=options.threads)
     running = cast("EngineClass", make)(
-        path, context_length=options.context_length, threads=options.threads, kv=options.kv
+        path,
+        context_length=options.context_length,
+        threads=options.threads,
+        kv=options.kv,
+        repack=options.repack,
     )
     kv_bytes = int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes)
     invocations = {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation}

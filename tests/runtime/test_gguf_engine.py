@@ -227,6 +227,22 @@ def test_keys_and_values_in_8_bits_halve_a_state_and_change_little(
             small.restore_state(whole.save_state())
 
 
+def test_repacked_weights_say_the_same_and_their_states_are_told_apart(tiny_gguf: Gguf, tmp_path: Path) -> None:
+    from edgetune_export.quantize import quantize_gguf  # noqa: PLC0415 - as above
+
+    base, tokens = tmp_path / "q4_0.gguf", list(range(20, 60))
+    quantize_gguf(tiny_gguf("llama"), base, "q4_0")
+    with (
+        closing(GgufEngine(base, context_length=CONTEXT, threads=1)) as mapped,
+        closing(GgufEngine(base, context_length=CONTEXT, threads=1, repack=True)) as repacked,
+        closing(repacked.fork()) as fork,
+    ):
+        expected, found = log_p(mapped.decode(tokens)), log_p(repacked.decode(tokens))
+        assert (np.exp(expected) * (expected - found)).sum() < 1e-3
+        np.testing.assert_array_equal(log_p(fork.decode(tokens)), found)
+        assert fork.signature == repacked.signature != mapped.signature
+
+
 def test_keys_and_values_of_another_form_or_of_odd_heads_are_refused(tiny_gguf: Gguf) -> None:
     with pytest.raises(UsageError, match="q4_0"):
         GgufEngine(tiny_gguf("llama"), context_length=CONTEXT, kv="q4_0")

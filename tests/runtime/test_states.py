@@ -105,6 +105,15 @@ def test_warm_makes_what_lacks_and_says_how_long_it_is(
     assert [path.stat().st_size for path in files_of(tmp_path)] == [path.stat().st_size for path in written]
 
 
+def test_a_state_of_mapped_weights_is_none_of_repacked_ones(open_: Callable[..., Runtime]) -> None:
+    reused = []
+    for repack in (False, True, True):
+        with open_("gguf", repack=repack) as runtime:
+            reused.append(runtime.generate(PROMPT, adapter="one", max_tokens=1).timings.reused_tokens)
+            whole = fixed(runtime, "one")
+    assert reused == [0, 0, whole]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("damage", ["flipped", "cut off", "emptied", "swapped"])
 def test_a_damaged_state_is_made_again(engine: str, damage: str, open_: Callable[..., Runtime], tmp_path: Path) -> None:

@@ -122,8 +122,16 @@ class EngineClass(Protocol):
     bytes_per_number: float
     KV: tuple[str, ...]
 
-    def __call__(self, path: Path, *, context_length: int, threads: int | None = None, kv: str | None = None) -> Engine:
-        """Load the base at `path`; `context_length` is in tokens, `kv` one of `KV`."""
+    def __call__(
+        self,
+        path: Path,
+        *,
+        context_length: int,
+        threads: int | None = None,
+        kv: str | None = None,
+        repack: bool = False,
+    ) -> Engine:
+        """Load the base at `path`; `context_length` is in tokens, `kv` one of `KV`; for `repack` see `Runtime.open`."""
 
     def examine(self, path: Path, sha256: str) -> tuple[list[Path], str | None]:
         """All files that are read for the base at `path`, whose digest is `sha256`, that one first; its fingerprint."""

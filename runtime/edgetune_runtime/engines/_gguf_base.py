@@ -33,9 +33,9 @@ class GgufTokenizer(Vocabulary):
 class GgufBase:
     """A loaded GGUF base with its adapters, which the engines on it share; freed with the last of them."""
 
-    def __init__(self, path: Path, context_length: int) -> None:
+    def __init__(self, path: Path, context_length: int, *, repack: bool) -> None:
         self.header = read_header(path)
-        self.model = load_model(path, vocabulary_only=False)
+        self.model = load_model(path, vocabulary_only=False, repack=repack)
         self.adapters: dict[str, Any] = {}
         self.prefixes: dict[str, PrefixState] = {}
         self.loaded: Mapping[str, Any] = ChainMap(self.adapters, self.prefixes)

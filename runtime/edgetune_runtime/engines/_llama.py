@@ -56,14 +56,17 @@ def last_errors() -> str:
     return " / ".join(lines) or "llama.cpp gave no reason"
 
 
-def load_model(path: Path, *, vocabulary_only: bool) -> Any:  # noqa: ANN401 - a bare pointer
-    """Map a GGUF file that `read_header` has checked; VerificationError if llama.cpp refuses it. Free it after use."""
+def load_model(path: Path, *, vocabulary_only: bool, repack: bool = False) -> Any:  # noqa: ANN401 - a bare pointer
+    """Map a GGUF file that `read_header` has checked, or with `repack` read it into memory, as this processor likes it.
+
+    VerificationError if llama.cpp refuses it. Free it after use.
+    """
     llama = library()
     params = llama.llama_model_default_params()
     params.vocab_only = vocabulary_only
-    params.load_mode = llama.LLAMA_LOAD_MODE_MMAP
-    # Repacked weights lie in memory beside the mapped file, which doubles what a board needs.
-    params.use_extra_bufts = False
+    # Repacked weights beside a mapped file would double what a board needs: it is one or the other.
+    params.load_mode = llama.LLAMA_LOAD_MODE_NONE if repack else llama.LLAMA_LOAD_MODE_MMAP
+    params.use_extra_bufts = repack
     # A host with a GPU has to give the numbers that the board gives.
     params.n_gpu_layers = 0
     last_errors()

@@ -58,9 +58,9 @@ class _Choice(NamedTuple):
 class GgufEngine:
     """One GGUF base, mapped once, with its adapters (LoRA files and prefixes) and one sequence; see `Engine`.
 
-    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8. Keys
-    and values are kept as `kv`, f16 or q8_0, which halves them and takes no prefixes. UsageError when a number is not
-    positive or the context is longer than the base was trained for.
+    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8. For
+    `kv`, of which q8_0 takes no prefixes, and `repack` see `Runtime.open`. UsageError when a number is not positive or
+    the context is longer than the base was trained for.
     """
 
     KV: ClassVar[tuple[str, ...]] = ("f16", "q8_0")
@@ -74,15 +74,17 @@ class GgufEngine:
         threads: int | None = None,
         batch: int = 512,
         kv: str | None = None,
+        repack: bool = False,
     ) -> None:
         check_options(context_length, threads, batch)
         self._kv = check_kv(kv, self.KV, "llama.cpp")
-        self._begin(GgufBase(path, context_length), context_length, threads or usable_cores(), batch)
+        self._weights = "repacked" if repack else "mapped"
+        self._begin(GgufBase(path, context_length, repack=repack), context_length, threads or usable_cores(), batch)
 
     def fork(self) -> GgufEngine:
         """Another engine on the same base and adapters, with a sequence of its own."""
         other = object.__new__(GgufEngine)
-        other._kv = self._kv
+        other._kv, other._weights = self._kv, self._weights
         other._begin(self._base, self.context_length, self._threads, self._batch)
         return other
 
@@ -113,8 +115,8 @@ class GgufEngine:
 
     @property
     def signature(self) -> str:
-        """The library and its version, and how it keeps keys and values."""
-        return f"llama-cpp-python {library().__version__}, {self._kv}"
+        """The library and its version, and how it keeps weights, keys and values."""
+        return f"llama-cpp-python {library().__version__}, {self._weights}, {self._kv}"
 
     @staticmethod
     def examine(path: Path, sha256: str) -> tuple[list[Path], str | None]:

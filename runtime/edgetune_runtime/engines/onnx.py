@@ -73,6 +73,7 @@ class OnnxEngine:
     """One ONNX base with its adapters and one sequence; see `Engine`. `path` is model.onnx; its folder holds the rest.
 
     `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8.
+    onnxruntime repacks weights whatever `repack` says.
     UsageError when one is not positive or the context is longer than the base was trained for.
     """
 
@@ -87,6 +88,7 @@ class OnnxEngine:
         threads: int | None = None,
         batch: int = 128,
         kv: str | None = None,
+        repack: bool = False,
     ) -> None:
         check_options(context_length, threads, batch)
         check_kv(kv, self.KV, "onnxruntime")
