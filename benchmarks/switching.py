@@ -265,7 +265,9 @@ def verdicts(ways: dict[str, dict[str, Any]]) -> Iterator[str]:
     for name in [name for name in ways if name.startswith("edgetune")]:
         found, firsts = ways[name], {other: ways[other][ORDERS[0]]["first_token_ms_p50"] for other in others}
         times = {other: first / found[ORDERS[0]]["first_token_ms_p50"] for other, first in firsts.items()}
-        told = ", ".join(f"{many:.1f} times as soon as {other}" for other, many in sorted(times.items(), key=_second))
+        told = ", ".join(
+            f"{times[other]:.1f} times as soon as {other}" for other in sorted(times, key=times.__getitem__)
+        )
         yield f"- {name}: first token after a switch, in round robin, {told}."
         one, parts = found["rss_mb_of_one_adapter"], found["adapters_mb"] + found["states_mb"]
         more = parts * (1 - 1 / found["adapters"])
@@ -273,10 +275,6 @@ def verdicts(ways: dict[str, dict[str, Any]]) -> Iterator[str]:
             f"- {name}: {found['rss_mb']:.0f} MB with all adapters; {one:.0f} MB with one, and the others with their "
             f"states have {more:.0f} MB: {found['rss_mb'] / (one + more) - 1:+.1%}."
         )
-
-
-def _second(pair: tuple[str, float]) -> float:
-    return pair[1]
 
 
 def plot(result: dict[str, Any], out: Path) -> None:

@@ -117,7 +117,7 @@ class Context:
         key, keeps = key_of(self.shared.base, job.spans), self._keeps(job)
         places = self._places(key, job)
         with self._resetting():
-            reused, switch_ns = self._begin(key, job)
+            reused, switch_ns = self._begin(key, job, places)
         logits, acting = None, dict(key.spans[-1][1])
         for begin, end in batches(reused, len(job.tokens), places):
             job.check()
@@ -140,7 +140,7 @@ class Context:
         key = key_of(self.shared.base, spans)
         with self._resetting():
             # The first token is decoded in any case: a state has no logits.
-            self._begin(key, Job(tokens[:1], spans))
+            self._begin(key, Job(tokens[:1], spans), [])
         places = places_of(len(tokens), (since for since, _ in key.spans), rows)
         for begin, end in batches(0, len(tokens), places):
             self._activate(_acting(key, begin))
@@ -195,16 +195,19 @@ class Context:
 
     def known(self, job: Job) -> int:
         """How many of the job's tokens the live sequence begins with, as far as the job may take it up."""
+        key = key_of(self.shared.base, job.spans)
+        return self._known(key, job, self._places(key, job))
+
+    def _known(self, key: Key, job: Job, places: Sequence[int]) -> int:
         if self._key is None:
             return 0
-        key = key_of(self.shared.base, job.spans)
         live = min(reusable((self._key, self.tokens), (key, job.tokens)), len(job.tokens) - 1)
         if job.owner != self.owner:
             live = min(live, self._fixed)
         is_own = job.owner == self.owner != CALLS
         if (self.shared.exact and not is_own) or (live < job.fixed and self._keeps(job)):
             # A state of a fixed prompt is for anyone.
-            live = common_place(self._ends, self._places(key, job), live)
+            live = common_place(self._ends, places, live)
         return live
 
     def close(self) -> None:
@@ -230,15 +233,14 @@ class Context:
             self.reset()
             raise
 
-    def _begin(self, key: Key, job: Job) -> tuple[int, int]:
+    def _begin(self, key: Key, job: Job, places: Sequence[int]) -> tuple[int, int]:
         """Bring the engine's sequence to the longest known beginning of the tokens, one short of all at most.
 
         What acts in the end is active then. Returns the beginning's tokens, and the nanoseconds that the switch took.
         """
-        live = self.known(job)
+        live = self._known(key, job, places)
         # Looked up before anything is saved, which may drop it.
-        places = self._places(key, job) if self.shared.exact else None
-        found, known = self.shared.cache.best(key, job.tokens, job.owner, places)
+        found, known = self.shared.cache.best(key, job.tokens, job.owner, places if self.shared.exact else None)
         if (key, job.owner) != (self._key, self.owner):
             self._save()
         # Of another prefix nothing may be left, and a state is restored behind its own.
@@ -250,7 +252,7 @@ class Context:
             live = known if self._restored(found.state, found.ends) else 0
         keep = self.engine.forget(min(live, len(job.tokens) - 1))
         if keep < job.fixed and self._keeps(job):
-            keep = self._restore_prompt(key, job, keep)
+            keep = self._restore_prompt(key, job, places, keep)
         self.tokens, self._ends = list(job.tokens[:keep]), [end for end in self._ends if end <= keep]
         return keep, switch_ns
 
@@ -264,13 +266,13 @@ class Context:
         fits = self.shared.prompts is not None or self.shared.cache.admits(job.fixed * self.shared.kv_bytes_per_token)
         return fits and job.is_worth_a_state
 
-    def _restore_prompt(self, key: Key, job: Job, live: int) -> int:
+    def _restore_prompt(self, key: Key, job: Job, places: Sequence[int], live: int) -> int:
         """Restore the fixed part's state from memory, or from the disk into memory.
 
         Returns how many tokens the sequence has then: the `live` ones where there was no state. One in memory is found
         by itself, but where a longer state, which could not be cut back, was taken for more.
         """
-        ends = [place for place in self._places(key, job) if place <= job.fixed]
+        ends = [place for place in places if place <= job.fixed]
         key, tokens = key.until(job.fixed), job.tokens[: job.fixed]
         state = self.shared.cache.prompt(key, tokens)
         if state is not None:
