@@ -29,6 +29,8 @@ sys.path[:] = [
     *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
 ]
 
+from edgetune_runtime.bench import resident_mb
+
 from benchmarks.switching_ways import CONTEXT, STEPS, WAYS, Edgetune, Folder, Request, Way
 
 RANK = 16
@@ -161,7 +163,7 @@ def work(name: str, folder: Folder, orders: dict[str, list[Request]]) -> dict[st
     answers: list[tuple[Request, list[int]]] = []
     for order, asked in orders.items():
         found[order] = _measure(way, asked, answers)
-    found["rss_mb"] = _rss_mb()
+    found["rss_mb"] = resident_mb()
     if isinstance(way, Edgetune):
         found.update(adapters=folder.adapters, states_mb=way.states_mb(), adapters_mb=way.adapters_mb())
     known: dict[tuple[int, str], list[int]] = {}
@@ -199,11 +201,6 @@ def _measure(way: Way, asked: Sequence[Request], answers: list[tuple[Request, li
 
 def _p99(values: Sequence[float]) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * 0.99))]
-
-
-def _rss_mb() -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def _run(name: str, options: argparse.Namespace, adapters: int = 0) -> dict[str, Any]:

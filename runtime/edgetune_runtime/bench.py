@@ -51,7 +51,7 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
         state_mb, state_restore_ms = _restored(runtime, [None, *switched])
         progress("decoding")
         base, *adapted = (_decode_speed(runtime, name) for name in (None, *switched))
-        rss_mb = _resident_mb()
+        rss_mb = resident_mb()
         speeds = dict(zip(switched, adapted, strict=True)) | {name: _decode_speed(runtime, name) for name in merged}
         return {
             "load_ms": load_ms,
@@ -173,7 +173,8 @@ def _step_s(context: Context, token: int) -> float:
     return time.perf_counter() - begin
 
 
-def _resident_mb() -> float | None:
+def resident_mb() -> float | None:
+    """Resident memory of this process, in 10^6 bytes; off Linux the most that it has had, on Windows None."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
