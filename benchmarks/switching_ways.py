@@ -7,6 +7,7 @@ its own.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Request:
 class Edgetune:
     """edgetune's runtime: switch, put the prompt's state back, compute the message."""
 
-    def __init__(self, folder: Folder, engine: str, *, repack: bool = False) -> None:
+    def __init__(self, folder: Folder, engine: str, *, repack: bool | None = None) -> None:
         from edgetune_runtime import Runtime
 
         self.folder = folder
@@ -117,29 +118,26 @@ class Edgetune:
 
 
 class LowLevel:
-    """llama.cpp's own switch, the whole prompt computed again."""
+    """llama-cpp-python's low-level switch on one `Llama`, the whole prompt computed again."""
 
     def __init__(self, folder: Folder) -> None:
-        from edgetune_runtime.engines.gguf import GgufEngine
+        import llama_cpp
 
-        self.folder = folder
-        self.engine = GgufEngine(folder.base, context_length=CONTEXT, threads=folder.threads, batch=512)
-        for adapter in range(folder.adapters):
-            self.engine.load_adapter(folder.name(adapter), folder.file(adapter, "adapter.gguf"))
+        self.low, self.llama = llama_cpp, _llama(folder)
+        paths = [folder.file(adapter, "adapter.gguf") for adapter in range(folder.adapters)]
+        adapters = [llama_cpp.llama_adapter_lora_init(self.llama.model, bytes(path)) for path in paths]
+        self.adapters = [(llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter) for adapter in adapters]
+        self.scale = (ctypes.c_float * 1)(1.0)
 
     def answer(self, request: Request) -> Answered:
         begin = time.perf_counter()
-        self.engine.activate({self.folder.name(request.adapter): 1.0})
+        self.low.llama_set_adapters_lora(self.llama.ctx, self.adapters[request.adapter], 1, self.scale)
         switch_s = time.perf_counter() - begin
-        self.engine.forget(0)
-        tokens = [int(self.engine.decode(request.prompt).argmax())]
-        first_s = time.perf_counter() - begin
-        while len(tokens) < STEPS:
-            tokens.append(int(self.engine.decode(tokens[-1:]).argmax()))
-        return Answered(tokens, switch_s, first_s)
+        self.llama.reset()
+        return _timed(self.llama.generate(request.prompt, temp=0.0), begin, switch_s)
 
     def cold(self) -> None:
-        self.engine.forget(0)
+        self.llama.reset()
 
 
 class MadeAnew:
@@ -151,20 +149,11 @@ class MadeAnew:
         self.adapter = -1
 
     def answer(self, request: Request) -> Answered:
-        from llama_cpp import Llama
-
         begin = time.perf_counter()
         if request.adapter != self.adapter:
             if self.llama is not None:
                 self.llama.close()
-            self.llama = Llama(
-                str(self.folder.base),
-                lora_path=str(self.folder.file(request.adapter, "adapter.gguf")),
-                n_ctx=CONTEXT,
-                n_threads=self.folder.threads,
-                n_threads_batch=self.folder.threads,
-                verbose=False,
-            )
+            self.llama = _llama(self.folder, lora_path=str(self.folder.file(request.adapter, "adapter.gguf")))
             self.adapter = request.adapter
         switch_s = time.perf_counter() - begin
         return _timed(self.llama.generate(request.prompt, temp=0.0), begin, switch_s)
@@ -334,7 +323,7 @@ class Merged:
 
 WAYS: dict[str, Callable[[Folder], Way]] = {
     "edgetune gguf": lambda folder: Edgetune(folder, "gguf"),
-    "edgetune gguf repacked": lambda folder: Edgetune(folder, "gguf", repack=True),
+    "edgetune gguf mapped": lambda folder: Edgetune(folder, "gguf", repack=False),
     "edgetune onnx": lambda folder: Edgetune(folder, "onnx"),
     "Llama(lora_path) anew": MadeAnew,
     "low-level switch": LowLevel,
@@ -343,6 +332,22 @@ WAYS: dict[str, Callable[[Folder], Way]] = {
     "transformers + PEFT": Peft,
     "merged models": Merged,
 }
+
+
+def _llama(folder: Folder, **more: str) -> Any:  # noqa: ANN401 - a `Llama`
+    """llama-cpp-python's own class as it is by default, but with flash attention, which is faster for long prompts."""
+    from edgetune_runtime.engines._llama import library
+
+    # With the log silenced, where each tensor of an adapter has a line.
+    return library().Llama(
+        str(folder.base),
+        n_ctx=CONTEXT,
+        n_threads=folder.threads,
+        n_threads_batch=folder.threads,
+        flash_attn=True,
+        verbose=False,
+        **more,
+    )
 
 
 def _timed(steps: Iterator[int], begin: float, switch_s: float) -> Answered:

@@ -1,8 +1,8 @@
 """Bundle, GGUF header or plain sizes in; what a base with its adapters takes in memory and reads a token out.
 
-What the figures are estimated from was measured with the runtime's own GGUF engine: weights mapped once (the engine
-turns off llama.cpp's repacking, which would keep a second copy on boards with dot products), f16 keys and values,
-batches of `BATCH` tokens. docs/boards.md shows how far predictions lie from measurements.
+What the figures are estimated from was measured with the runtime's own GGUF engine: one copy of the weights, mapped or
+repacked, f16 keys and values, batches of `CHUNK` tokens, attention without flash attention. docs/boards.md shows how
+far predictions lie from measurements.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edgetune_runtime.batches import CHUNK
 from edgetune_runtime.bundle import read_manifest, resolve
 from edgetune_runtime.engines.gguf import BRANCHES
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, describe_quantization, read_header
 
-BATCH = 512
-"""Tokens that the engine computes at once, its default."""
 CACHE_BYTES = 128_000_000
 """Most that the runtime keeps of saved states, its default."""
 VOCABULARY_BYTES_PER_TOKEN = 350
@@ -51,6 +50,7 @@ _MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_HEAD_WIDTH = 64
 _ADAPTER_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 
 
@@ -75,6 +75,7 @@ class Needs:
     read_parameters: int
     head_parameters: int
     layers: int
+    heads: int
     embedding_length: int
     feed_forward_length: int
     vocabulary: int
@@ -90,10 +91,15 @@ class Needs:
 
     @property
     def compute_bytes(self) -> int:
-        """Activations of a full batch and the logits of all branches; the factors are fitted to measured sizes."""
-        rows = min(BATCH, self.context_length)
-        activations = rows * 4 * (4.4 * self.embedding_length + 3.2 * self.feed_forward_length)
-        return int(activations) + 2 * (BRANCHES + 1) * 4 * self.vocabulary
+        """Activations and attention of a batch, and logits of all branches; the factors of the first were fitted."""
+        activations = CHUNK * 4 * (4.4 * self.embedding_length + 3.2 * self.feed_forward_length)
+        scores = self.scores_bytes_per_token * self.context_length
+        return int(activations) + scores + 2 * (BRANCHES + 1) * 4 * self.vocabulary
+
+    @property
+    def scores_bytes_per_token(self) -> int:
+        """What a token of the context adds to the computing of a batch: scores in f32 and in f16, and a mask."""
+        return CHUNK * (self.heads * (4 + 2) + 4)
 
     @property
     def state_bytes(self) -> int:
@@ -162,6 +168,7 @@ def needs_of_header(
         read_parameters=sum(counts.values()) - counts.get(looked_up, 0),
         head_parameters=counts.get(head, 0),
         layers=_number(header, "block_count"),
+        heads=_number(header, "attention.head_count"),
         embedding_length=_number(header, "embedding_length"),
         feed_forward_length=_number(header, "feed_forward_length"),
         vocabulary=_vocabulary(header),
@@ -217,6 +224,7 @@ def estimate_needs(
         read_parameters=parameters,
         head_parameters=vocabulary * width,
         layers=layers,
+        heads=math.ceil(width / _HEAD_WIDTH),
         embedding_length=width,
         feed_forward_length=3 * width,
         vocabulary=vocabulary,

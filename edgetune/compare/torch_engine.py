@@ -46,9 +46,9 @@ class TorchEngine:
         return 0.0
 
     @property
-    def signature(self) -> str:
+    def signatures(self) -> tuple[str, ...]:
         """No state of this engine is kept on a disk."""
-        return "torch"
+        return ("torch",)
 
     def fork(self) -> TorchEngine:
         """An engine of its own on the same model, without guesses."""

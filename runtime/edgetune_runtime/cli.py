@@ -150,8 +150,8 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--context-length", type=int, metavar="N", help=text)
     text = "how keys and values are kept: f16 or q8_0 with gguf, f32 with onnx"
     group.add_argument("--kv", metavar="TYPE", help=text)
-    text = "gguf: read the weights into memory as the processor computes fastest, in place of mapping the file"
-    group.add_argument("--repack", action="store_true", help=text)
+    text = "gguf: read the weights into memory as the processor likes them, or map the file (default: what is faster)"
+    group.add_argument("--repack", action=argparse.BooleanOptionalAction, help=text)
     _add_cache_folder(group)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
 
@@ -268,7 +268,7 @@ def _bench(options: argparse.Namespace) -> None:
             command += ["--adapter", name, "--engine", engine, "--max-tokens", "1", "--cache-folder", folder]
             command += [] if options.threads is None else ["--threads", str(options.threads)]
             command += [] if options.kv is None else ["--kv", options.kv]
-            command += ["--repack"] if options.repack else []
+            command += [] if options.repack is None else ["--repack" if options.repack else "--no-repack"]
             figures["start_ms"] = start_ms(command)
     print(json.dumps(figures) if options.json else "\n".join(_lines(figures)))
 

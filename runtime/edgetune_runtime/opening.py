@@ -17,7 +17,7 @@ from . import engines
 from .bundle import CLASSIFICATION, STATES_FOLDER, Manifest, resolve, verify_files
 from .cache import StateCache
 from .context import Context, Shared
-from .engines._base import EngineClass
+from .engines._base import Engine, EngineClass
 from .errors import IncompatibleError, UsageError, VerificationError
 from .pool import Pool
 from .prompts import PromptStates
@@ -42,7 +42,7 @@ class Options:
     context_length: int
     threads: int | None = None
     kv: str | None = None
-    repack: bool = False
+    repack: bool | None = None
     verify: bool = True
     cache_mb: float = 0.0
     exact: bool = True
@@ -105,7 +105,7 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> 
     )
     kv_bytes = int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes)
     invocations = {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation}
-    cache, prompts = StateCache(options.cache_mb), _prompts(bundle, manifest, running.signature, options)
+    cache, prompts = StateCache(options.cache_mb), _prompts(bundle, manifest, running, options)
     limit = options.contexts or _contexts(needed_mb, free_mb)
     shared = Shared(sha256, kv_bytes, cache, invocations, prompts, exact=options.exact)
     return Pool(Context(running, shared), limit=limit, waiting=options.waiting)
@@ -121,7 +121,7 @@ def _keep_large_blocks_apart() -> None:
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-def _prompts(bundle: Path, manifest: Manifest, signature: str, options: Options) -> PromptStates:
+def _prompts(bundle: Path, manifest: Manifest, running: Engine, options: Options) -> PromptStates:
     digests = {
         name: manifest.files[entry.files[options.engine]].sha256
         for name, entry in manifest.adapters.items()
@@ -131,7 +131,7 @@ def _prompts(bundle: Path, manifest: Manifest, signature: str, options: Options)
     if shipped and options.verify:
         verify_files(bundle, manifest, shipped)
     store = StateStore(bundle / STATES_FOLDER, 0) if shipped else None
-    return PromptStates(signature, manifest.name, digests, options.store, store)
+    return PromptStates(running.signatures, manifest.name, digests, options.store, store)
 
 
 def _contexts(needed_mb: float, free_mb: float | None) -> int:

@@ -21,11 +21,11 @@ SHORTEST = 16
 class PromptStates:
     """Where states of fixed prompts are kept beyond this process, and what they depend on.
 
-    `engine` names the library, its version and how it keeps numbers. `adapters` maps names to the digests of their
-    files, so that an adapter that was built again has no state. `shipped` came with the bundle.
+    `signatures` are the engine's. `adapters` maps names to the digests of their files, so that an adapter that was
+    built again has no state. `shipped` came with the bundle: as another machine made it, any signature will do.
     """
 
-    engine: str
+    signatures: tuple[str, ...]
     bundle: str
     adapters: Mapping[str, str]
     store: StateStore | None = None
@@ -33,8 +33,8 @@ class PromptStates:
 
     def load(self, key: Key, tokens: Sequence[int]) -> memoryview | None:
         """The state of these tokens under this key, from what came with the bundle or from the disk."""
-        identity = self.identity(key, tokens)
-        for store in (self.shipped, self.store):
+        places = [(self.shipped, self.identity(key, tokens, signature)) for signature in self.signatures]
+        for store, identity in (*places, (self.store, self.identity(key, tokens))):
             state = store.load(identity) if store is not None else None
             if state is not None:
                 return state
@@ -51,10 +51,16 @@ class PromptStates:
         if self.store is not None:
             self.store.drop(self.identity(key, tokens))
 
-    def identity(self, key: Key, tokens: Sequence[int]) -> Mapping[str, Any]:
-        """All that shapes the state, as JSON values."""
+    def identity(self, key: Key, tokens: Sequence[int], signature: str | None = None) -> Mapping[str, Any]:
+        """All that shapes the state, as JSON values; the engine's own signature unless another is given."""
         spans = [
             [since, [[self.adapters.get(name, ""), scale] for name, scale in active]] for since, active in key.spans
         ]
         digest = hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()
-        return {"engine": self.engine, "batch": CHUNK, "base": key.base, "spans": spans, "tokens": digest}
+        return {
+            "engine": signature or self.signatures[0],
+            "batch": CHUNK,
+            "base": key.base,
+            "spans": spans,
+            "tokens": digest,
+        }

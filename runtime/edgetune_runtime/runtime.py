@@ -56,7 +56,7 @@ class Runtime:
         threads: int | None = None,
         context_length: int | None = None,
         kv: str | None = None,
-        repack: bool = False,
+        repack: bool | None = None,
         verify: bool = True,
         exact: bool = True,
         cache_mb: float = CACHE_MB,
@@ -70,10 +70,10 @@ class Runtime:
         `engine` is gguf or onnx, by default the first format of the bundle.
         `context_length` (tokens) and `threads` default to the manifest's. `kv` is how keys and values are kept: with
         gguf f16 or q8_0, which halves them and every state; with onnx f32 alone. `repack` has llama.cpp read the
-        weights into memory in the order that the processor computes fastest with (q4_0, q4_K, iq4_nl; not on a Pi 4),
-        in place of mapping the file, which processes share; onnxruntime always does. `verify` compares digests before
-        anything is loaded; without it only the files' structure is checked. A merged adapter is a whole model, which is
-        checked and mapped when it is first used.
+        weights into memory in the order that the processor computes fastest with, in place of mapping the file, which
+        processes share; by default where it has code for that (q4_0, q4_K, iq4_nl; not on a Pi 4). onnxruntime always
+        does. `verify` compares digests before anything is loaded; without it only the files' structure is checked. A
+        merged adapter is a whole model, which is checked and mapped when it is first used.
 
         Up to `cache_mb` of memory (10^6 bytes) keep states: of each adapter's fixed prompt, of sessions, and the last
         of each set of adapters, so that switching back does not compute the prompt again. States of fixed prompts are

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from edgetune_devices import boards, fit
-from edgetune_devices.needs import BATCH, CACHE_BYTES
+from edgetune_devices.needs import CACHE_BYTES
 from edgetune_export.backends.gguf import write_adapter
 from edgetune_export.fold import fold_peft
 from edgetune_export.quantize import SCHEMES, quantize_gguf
+from edgetune_runtime.batches import CHUNK
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.engines.gguf import GgufEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
@@ -182,7 +183,7 @@ def test_an_adapter_costs_memory_and_speed() -> None:
 
 
 def test_the_figures_of_the_runtime_are_its_own_defaults() -> None:
-    assert inspect.signature(GgufEngine).parameters["batch"].default == BATCH
+    assert inspect.signature(GgufEngine).parameters["batch"].default == CHUNK
     assert inspect.signature(Runtime.open).parameters["cache_mb"].default * 1e6 == CACHE_BYTES
 
 

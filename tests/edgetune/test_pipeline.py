@@ -109,19 +109,22 @@ def test_the_bundle_answers_with_each_adapter(built: Built) -> None:
         assert runtime.generate(QUESTIONS[0], max_tokens=8).text == answers[0]
 
 
-def test_states_ship_with_the_bundle_and_are_found_there(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+def test_states_ship_with_the_bundle_and_are_found_there_whatever_the_weights(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
     (tmp_path / "data").mkdir()
     recipe = recipe_of(tmp_path / "data", tiny_gguf("llama"), ("plain", "scaled"), states="ship")
     assert build(recipe, tmp_path / "home", progress=QUIET) is not None
     manifest = read_manifest(tmp_path / "home")
     verify_files(tmp_path / "home", manifest)
     states = [name for name in manifest.files if name.startswith("states/")]
-    with Runtime.open(tmp_path / "home", disk_mb=0) as runtime:
-        fixed = {name: runtime.call("?", name).job for name in (None, *runtime.adapters)}
-        assert len(states) == sum(job.is_worth_a_state for job in fixed.values()) > 0
-        for name, job in fixed.items():
-            answer = runtime.generate(QUESTIONS[0], adapter=name, max_tokens=1)
-            assert answer.timings.reused_tokens == (job.fixed if job.is_worth_a_state else 0)
+    for repack in (False, True):
+        with Runtime.open(tmp_path / "home", disk_mb=0, repack=repack) as runtime:
+            fixed = {name: runtime.call("?", name).job for name in (None, *runtime.adapters)}
+            assert len(states) == sum(job.is_worth_a_state for job in fixed.values()) > 0
+            for name, job in fixed.items():
+                answer = runtime.generate(QUESTIONS[0], adapter=name, max_tokens=1)
+                assert answer.timings.reused_tokens == (job.fixed if job.is_worth_a_state else 0)
 
 
 def test_the_figures_tell_training_and_parity(built: Built) -> None:

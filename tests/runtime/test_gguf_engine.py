@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.engines._llama import library
 from edgetune_runtime.engines.gguf import BRANCHES, GgufEngine, GgufTokenizer
 from runtime.bundles import concatenated, low_rank, write_adapter
 
@@ -222,7 +223,7 @@ def test_keys_and_values_in_8_bits_halve_a_state_and_change_little(
         expected, found = log_p(whole.decode(tokens)), log_p(small.decode(tokens))
         assert 0 < (np.exp(expected) * (expected - found)).sum() < 1e-3
         assert len(small.save_state()) < 0.6 * len(whole.save_state())
-        assert small.signature != whole.signature
+        assert small.signatures[0] != whole.signatures[0]
         with pytest.raises(VerificationError, match="state"):
             small.restore_state(whole.save_state())
 
@@ -233,14 +234,25 @@ def test_repacked_weights_say_the_same_and_their_states_are_told_apart(tiny_gguf
     base, tokens = tmp_path / "q4_0.gguf", list(range(20, 60))
     quantize_gguf(tiny_gguf("llama"), base, "q4_0")
     with (
-        closing(GgufEngine(base, context_length=CONTEXT, threads=1)) as mapped,
+        closing(GgufEngine(base, context_length=CONTEXT, threads=1, repack=False)) as mapped,
         closing(GgufEngine(base, context_length=CONTEXT, threads=1, repack=True)) as repacked,
         closing(repacked.fork()) as fork,
     ):
         expected, found = log_p(mapped.decode(tokens)), log_p(repacked.decode(tokens))
         assert (np.exp(expected) * (expected - found)).sum() < 1e-3
         np.testing.assert_array_equal(log_p(fork.decode(tokens)), found)
-        assert fork.signature == repacked.signature != mapped.signature
+        assert fork.signatures == repacked.signatures == mapped.signatures[::-1]
+
+
+def test_weights_are_repacked_where_that_is_faster(tiny_gguf: Gguf, tmp_path: Path) -> None:
+    from edgetune_export.quantize import quantize_gguf  # noqa: PLC0415 - as above
+
+    has_code = any(name in library().llama_print_system_info() for name in (b"AVX2 = 1", b"DOTPROD = 1"))
+    for scheme, gains in (("q4_0", has_code), ("q8_0", False)):
+        base = tmp_path / f"{scheme}.gguf"
+        quantize_gguf(tiny_gguf("llama"), base, scheme)
+        with closing(GgufEngine(base, context_length=CONTEXT, threads=1)) as engine:
+            assert ("repacked" in engine.signatures[0]) == gains
 
 
 def test_keys_and_values_of_another_form_or_of_odd_heads_are_refused(tiny_gguf: Gguf) -> None:

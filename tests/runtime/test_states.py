@@ -154,7 +154,7 @@ def test_another_version_of_the_engine_has_states_of_its_own(
 ) -> None:
     with open_(engine) as runtime:
         runtime.warm()
-    monkeypatch.setattr(ENGINE_CLASSES[engine], "signature", property(lambda _: "another"))
+    monkeypatch.setattr(ENGINE_CLASSES[engine], "signatures", property(lambda _: ("another",)))
     with open_(engine) as runtime:
         assert runtime.generate(PROMPT, adapter="one", max_tokens=1).timings.reused_tokens == 0
 

@@ -55,8 +55,11 @@ class Engine(Protocol):
         """What the number of a key or a value takes."""
 
     @property
-    def signature(self) -> str:
-        """What a saved state depends on besides the base: the library, its version, and the form of a number."""
+    def signatures(self) -> tuple[str, ...]:
+        """What a saved state depends on besides the base: the library, its version, and how it keeps numbers.
+
+        Behind its own stand those of engines whose states it could go on with, in other last bits.
+        """
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -129,7 +132,7 @@ class EngineClass(Protocol):
         context_length: int,
         threads: int | None = None,
         kv: str | None = None,
-        repack: bool = False,
+        repack: bool | None = None,
     ) -> Engine:
         """Load the base at `path`; `context_length` is in tokens, `kv` one of `KV`; for `repack` see `Runtime.open`."""
 

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.gguf_file import read_header
+from edgetune_runtime.gguf_file import GgufHeader, describe_quantization, read_header
 
 from ._base import check_trained
 from ._gguf_state import PrefixState
 from ._llama import Vocabulary, library, load_model
+
+_REPACKED = ("q4_0", "q4_k", "iq4_nl")
+"""Types that `ggml-cpu/repack.cpp` has code for on x86 and on ARM."""
+_FEATURES = (b"AVX2 = 1", b"DOTPROD = 1")
 
 
 class GgufTokenizer(Vocabulary):
@@ -33,15 +37,22 @@ class GgufTokenizer(Vocabulary):
 class GgufBase:
     """A loaded GGUF base with its adapters, which the engines on it share; freed with the last of them."""
 
-    def __init__(self, path: Path, context_length: int, *, repack: bool) -> None:
+    def __init__(self, path: Path, context_length: int, repack: bool | None) -> None:
         self.header = read_header(path)
-        self.model = load_model(path, vocabulary_only=False, repack=repack)
+        self.repacked = _gains(self.header) if repack is None else repack
+        self.model = load_model(path, vocabulary_only=False, repack=self.repacked)
         self.adapters: dict[str, Any] = {}
         self.prefixes: dict[str, PrefixState] = {}
         self.loaded: Mapping[str, Any] = ChainMap(self.adapters, self.prefixes)
         self._free = weakref.finalize(self, _free_base, self.adapters, self.model)
         check_trained(context_length, library().llama_model_n_ctx_train(self.model))
         self.vocabulary = Vocabulary(self.model)
+
+
+def _gains(header: GgufHeader) -> bool:
+    """Whether llama.cpp has code for this processor and base that is faster with repacked weights."""
+    features = library().llama_print_system_info()
+    return describe_quantization(header) in _REPACKED and any(name in features for name in _FEATURES)
 
 
 def _free_base(adapters: dict[str, Any], model: Any) -> None:  # noqa: ANN401 - bare pointers

@@ -24,7 +24,7 @@ from edgetune_runtime.gguf_file import CacheShape, GgufHeader, TensorInfo, cache
 _MAGIC = 0xAF143CD8
 _STREAMS = 1
 _F16 = 1
-_NOT_TRANSPOSED = 0
+_TRANSPOSED = 1
 
 Halves = NDArray[np.float16]
 
@@ -121,8 +121,10 @@ def _part(keys: Sequence[Halves], values: Sequence[Halves], first: int, end: int
     pieces = [
         struct.pack("<II", _STREAMS, end - first),
         cells.tobytes(),
-        struct.pack("<II", _NOT_TRANSPOSED, len(keys)),
+        struct.pack("<II", _TRANSPOSED, len(keys)),
     ]
-    for rows in (*keys, *values):
+    for rows in keys:
         pieces += [struct.pack("<iQ", _F16, rows.shape[1] * rows.itemsize), rows.tobytes()]
+    for rows in values:
+        pieces += [struct.pack("<iII", _F16, rows.itemsize, rows.shape[1]), rows.T.tobytes()]
     return b"".join(pieces)

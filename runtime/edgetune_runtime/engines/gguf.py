@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetune_runtime.batches import CHUNK
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.gguf_file import check_adapter, invocation_of, read_header
 
@@ -72,19 +73,18 @@ class GgufEngine:
         *,
         context_length: int,
         threads: int | None = None,
-        batch: int = 512,
+        batch: int = CHUNK,
         kv: str | None = None,
-        repack: bool = False,
+        repack: bool | None = None,
     ) -> None:
         check_options(context_length, threads, batch)
         self._kv = check_kv(kv, self.KV, "llama.cpp")
-        self._weights = "repacked" if repack else "mapped"
-        self._begin(GgufBase(path, context_length, repack=repack), context_length, threads or usable_cores(), batch)
+        self._begin(GgufBase(path, context_length, repack), context_length, threads or usable_cores(), batch)
 
     def fork(self) -> GgufEngine:
         """Another engine on the same base and adapters, with a sequence of its own."""
         other = object.__new__(GgufEngine)
-        other._kv, other._weights = self._kv, self._weights
+        other._kv = self._kv
         other._begin(self._base, self.context_length, self._threads, self._batch)
         return other
 
@@ -92,12 +92,11 @@ class GgufEngine:
         self._base, self.context_length, self._threads = base, context_length, threads
         self._adapters, self._prefixes, self._loaded = base.adapters, base.prefixes, base.loaded
         self._prefix: str | None = None
-        sequences = BRANCHES + 1
-        self._context = make_context(base.model, context_length, threads, batch=batch, sequences=sequences, kv=self._kv)
-        llama = library()
+        model, sequences, llama = base.model, BRANCHES + 1, library()
+        self._context = make_context(model, context_length, threads, batch=batch, sequences=sequences, kv=self._kv)
         self._free = weakref.finalize(self, llama.llama_free, self._context)
         self._memory = llama.llama_get_memory(self._context)
-        self._window: int = llama.llama_model_n_swa(base.model)
+        self._window: int = llama.llama_model_n_swa(model)
         self._cells: int = llama.llama_n_ctx(self._context)
         self._batch: int = llama.llama_n_batch(self._context)
         self._outputs = min(BRANCHES, self._batch)
@@ -114,9 +113,10 @@ class GgufEngine:
         return KV_BYTES[self._kv]
 
     @property
-    def signature(self) -> str:
-        """The library and its version, and how it keeps weights, keys and values."""
-        return f"llama-cpp-python {library().__version__}, {self._weights}, {self._kv}"
+    def signatures(self) -> tuple[str, ...]:
+        """The library and its version, and how it keeps weights, keys and values; those of the other weights behind."""
+        kept = ("repacked", "mapped") if self._base.repacked else ("mapped", "repacked")
+        return tuple(f"llama-cpp-python {library().__version__}, {weights}, {self._kv}" for weights in kept)
 
     @staticmethod
     def examine(path: Path, sha256: str) -> tuple[list[Path], str | None]:

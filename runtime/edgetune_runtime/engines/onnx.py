@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetune_runtime.batches import CHUNK
 from edgetune_runtime.cache import common_prefix
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.onnx_file import check_adapter_arrays, read_onnx, slots_of
@@ -86,9 +87,9 @@ class OnnxEngine:
         *,
         context_length: int,
         threads: int | None = None,
-        batch: int = 128,
+        batch: int = CHUNK,
         kv: str | None = None,
-        repack: bool = False,
+        repack: bool | None = None,
     ) -> None:
         check_options(context_length, threads, batch)
         check_kv(kv, self.KV, "onnxruntime")
@@ -131,9 +132,9 @@ class OnnxEngine:
         return self.bytes_per_number
 
     @property
-    def signature(self) -> str:
+    def signatures(self) -> tuple[str, ...]:
         """The library and its version, and how keys and values are kept."""
-        return f"onnxruntime {library().__version__}, f32"
+        return (f"onnxruntime {library().__version__}, f32",)
 
     @staticmethod
     def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
