@@ -279,21 +279,24 @@ def plot(result: dict[str, Any], out: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     ways = {name: found["round robin"] for name, found in result["ways"].items() if "failed" not in found}
     names = sorted(ways, key=lambda name: -ways[name]["first_token_ms_p50"])
     figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(names) + 1.5), layout="constrained")
-    medians = [ways[name]["first_token_ms_p50"] for name in names]
-    colors = ["#2a7d4f" if name.startswith("edgetune") else "#9aa5b1" for name in names]
-    axes.barh(names, medians, color=colors)
-    for number, name in enumerate(names):
-        found = ways[name]
-        axes.plot([found["first_token_ms_p99"]] * 2, [number - 0.3, number + 0.3], color="#1c2430", linewidth=1.5)
-        axes.text(found["first_token_ms_p99"] * 1.12, number, f"{medians[number]:.0f} ms", va="center", fontsize=9)
+    for name in names:
+        median, late = (ways[name][f"first_token_ms_{which}"] for which in ("p50", "p99"))
+        color = "#2a7d4f" if name.startswith("edgetune") else "#6b7785"
+        axes.plot([median, late], [name, name], color=color, linewidth=2.5, marker="|", markevery=[1], markersize=11)
+        axes.plot([median], [name], color=color, marker="o", markersize=9)
+        axes.text(late * 1.12, name, f"{median:.0f} ms", va="center", fontsize=9)
     axes.set_xscale("log")
-    axes.set_xlim(right=max(found["first_token_ms_p99"] for found in ways.values()) * 3)
-    axes.set_xlabel("first token after a switch, ms: median (bar) and 99th percentile (line)")
+    firsts = [found[f"first_token_ms_{which}"] for found in ways.values() for which in ("p50", "p99")]
+    axes.set_xlim(min(firsts) / 2, max(firsts) * 2)
+    axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes.grid(axis="x", color="#e3e7eb")
+    axes.set_axisbelow(True)
+    axes.set_xlabel("first token after a switch, ms: median (point) and 99th percentile (end of the line)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=150)
     pyplot.close(figure)
