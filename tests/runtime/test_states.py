@@ -35,7 +35,7 @@ with Runtime.open(sys.argv[1], disk_mb=0):
     # Freed at once, which makes glibc take blocks up to this size from its heap from now on.
     np.ones(24 << 20, np.uint8)
     before = libc.mallinfo2().hblks
-    state = np.ones(6 << 20, np.uint8)
+    state = np.ones(2 << 20, np.uint8)
     print(libc.mallinfo2().hblks - before)
 """
 
