@@ -224,7 +224,7 @@ def _adapter_seconds(size: AdapterSize, board: Board) -> float:
 def _remedy(needs: Needs, result: Fit, board: Board) -> str:
     bytes_per_token = needs.kv_bytes_per_token + needs.scores_bytes_per_token
     without_context = result.needed_mb - bytes_per_token * needs.context_length / MB
-    if without_context < board.ram_free_mb and bytes_per_token:
+    if without_context < board.ram_free_mb:
         tokens = int((board.ram_free_mb - without_context) * MB / bytes_per_token)
         if tokens >= CONTEXTS[-1]:
             return f"set context_length to {tokens} or less, or quantize the base further"

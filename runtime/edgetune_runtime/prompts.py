@@ -33,9 +33,9 @@ class PromptStates:
 
     def load(self, key: Key, tokens: Sequence[int]) -> memoryview | None:
         """The state of these tokens under this key, from what came with the bundle or from the disk."""
-        places = [(self.shipped, self.identity(key, tokens, signature)) for signature in self.signatures]
-        for store, identity in (*places, (self.store, self.identity(key, tokens))):
-            state = store.load(identity) if store is not None else None
+        places = [*((self.shipped, signature) for signature in self.signatures), (self.store, self.signatures[0])]
+        for store, signature in places:
+            state = store.load(self.identity(key, tokens, signature)) if store is not None else None
             if state is not None:
                 return state
         return None
