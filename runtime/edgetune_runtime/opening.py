@@ -19,6 +19,7 @@ from .cache import StateCache
 from .context import Context, Shared
 from .engines._base import Engine, EngineClass
 from .errors import IncompatibleError, UsageError, VerificationError
+from .machine import free_mb
 from .pool import Pool
 from .prompts import PromptStates
 from .store import StateStore
@@ -86,11 +87,11 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> 
         raise VerificationError(f"{file} is not the base that the adapters were made for", "build the bundle again")
     # The manifest's figure is for the 2 bytes a number of GGUF.
     needed_mb = manifest.base.kv_bytes_per_token / 2 * make.bytes_per_number * options.context_length / 1e6
-    free_mb = _free_mb()
-    if free_mb is not None and needed_mb > free_mb:
+    free = free_mb()
+    if free is not None and needed_mb > free:
         # Linux would kill the process instead.
         message = (
-            f"a context of {options.context_length} tokens takes {needed_mb:.0f} MB, and {free_mb:.0f} MB are free"
+            f"a context of {options.context_length} tokens takes {needed_mb:.0f} MB, and {free:.0f} MB are free"
         )
         raise IncompatibleError(message, "open the bundle with a shorter context")
     if manifest.task == CLASSIFICATION:
@@ -106,7 +107,7 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> 
     kv_bytes = int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes)
     invocations = {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation}
     cache, prompts = StateCache(options.cache_mb), _prompts(bundle, manifest, running, options)
-    limit = options.contexts or _contexts(needed_mb, free_mb)
+    limit = options.contexts or _contexts(needed_mb, free)
     shared = Shared(sha256, kv_bytes, cache, invocations, prompts, exact=options.exact)
     return Pool(Context(running, shared), limit=limit, waiting=options.waiting)
 
@@ -135,15 +136,8 @@ def _prompts(bundle: Path, manifest: Manifest, running: Engine, options: Options
     return PromptStates(running.signatures, manifest.name, digests, options.store, store)
 
 
-def _contexts(needed_mb: float, free_mb: float | None) -> int:
+def _contexts(needed_mb: float, free: float | None) -> int:
     """How many contexts of this size a share of the free memory holds: at least one."""
-    if free_mb is None:
+    if free is None:
         return 1
-    return max(1, min(_MOST_CONTEXTS, int(free_mb * _SHARE_OF_FREE / max(needed_mb, 1))))
-
-
-def _free_mb() -> float | None:
-    """Memory that is free, in 10^6 bytes; None where the system does not tell."""
-    table = Path("/proc/meminfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("MemAvailable")), None)
+    return max(1, min(_MOST_CONTEXTS, int(free * _SHARE_OF_FREE / max(needed_mb, 1))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, Self
@@ -215,12 +214,6 @@ def log_total(row: Logits) -> float:
     """Logarithm of the sum of the exponentials of one row of logits."""
     top = float(row.max())
     return top + math.log(float(np.exp(row - top).sum(dtype=np.float64)))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
 
 
 def _check_tokens(tokens: Sequence[int], vocab_size: int) -> None:

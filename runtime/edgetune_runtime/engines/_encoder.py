@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from edgetune_runtime.chat import Message, messages_for
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.machine import usable_cores
 from edgetune_runtime.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
 
-from ._base import Logits, check_options, usable_cores
+from ._base import Logits, check_options
 from ._ort import adapter_arrays, open_session
 from ._tokenizers import load_tokenizer
 from .onnx import model_version

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgetune_runtime.batches import CHUNK
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.gguf_file import check_adapter, invocation_of, read_header
+from edgetune_runtime.machine import usable_cores
 
 from ._base import (
     Logits,
@@ -28,7 +29,6 @@ from ._base import (
     check_scales,
     log_total,
     prefix_among,
-    usable_cores,
 )
 from ._gguf_base import GgufBase, GgufTokenizer
 from ._gguf_state import PrefixState, check_state, read_prefix

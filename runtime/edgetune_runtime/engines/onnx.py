@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from edgetune_runtime.batches import CHUNK
 from edgetune_runtime.cache import common_prefix
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.machine import usable_cores
 from edgetune_runtime.onnx_file import check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.onnx_prefix import check_prefix_arrays, is_past, past_inputs
 from edgetune_runtime.onnx_tensors import check_tensor_arrays, is_tensor, summed, tensor_slots_of
@@ -38,7 +39,6 @@ from ._base import (
     check_trained,
     log_total,
     prefix_among,
-    usable_cores,
 )
 from ._ort import adapter_arrays, library, open_session
 from ._tokenizers import JsonTokenizer
