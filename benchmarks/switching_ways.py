@@ -11,6 +11,7 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +23,14 @@ STEPS = 16
 class Answered:
     """A greedy answer, and seconds of the switch call and up to the first token, the switch included.
 
-    `tokens` are the texts of the tokens where a way does not tell their numbers.
+    `tokens` are the texts of the tokens where a way does not tell their numbers. `steps_s` are the seconds of each
+    token after the first.
     """
 
     tokens: list[int] | list[str]
     switch_s: float
     first_s: float
+    steps_s: list[float]
 
 
 class Way(Protocol):
@@ -98,11 +101,14 @@ class Edgetune:
         assert (call.job.tokens, call.job.fixed) == (request.prompt, request.fixed)
         with call.pool.lease(call.job) as context:
             start = context.run(call.job)
-            tokens = [int(start.logits.argmax())]
-            first_s = time.perf_counter() - begin
-            while len(tokens) < STEPS:
-                tokens.append(int(context.extend(tokens[-1:])[0].argmax()))
-        return Answered(tokens, start.switch_us / 1e6, first_s)
+
+            def steps() -> Iterator[int]:
+                token = int(start.logits.argmax())
+                while True:
+                    yield token
+                    token = int(context.extend([token])[0].argmax())
+
+            return _timed(steps(), begin, start.switch_us / 1e6)
 
     def cold(self) -> None:
         self.runtime.clear_cache()
@@ -153,13 +159,25 @@ class MadeAnew:
         if request.adapter != self.adapter:
             if self.llama is not None:
                 self.llama.close()
-            self.llama = _llama(self.folder, lora_path=str(self.folder.file(request.adapter, "adapter.gguf")))
+            self.llama = self._make(str(self.folder.file(request.adapter, "adapter.gguf")))
             self.adapter = request.adapter
         switch_s = time.perf_counter() - begin
         return _timed(self.llama.generate(request.prompt, temp=0.0), begin, switch_s)
 
     def cold(self) -> None:
         self.adapter = -1
+
+    def _make(self, adapter: str) -> Any:  # noqa: ANN401 - a `Llama`
+        return _llama(self.folder, lora_path=adapter)
+
+
+class Defaults(MadeAnew):
+    """llama-cpp-python's `Llama` with no option but the adapter and the context, its own number of threads included."""
+
+    def _make(self, adapter: str) -> Any:  # noqa: ANN401 - a `Llama`
+        from edgetune_runtime.engines._llama import library
+
+        return library().Llama(str(self.folder.base), n_ctx=CONTEXT, verbose=False, lora_path=adapter)
 
 
 class Server:
@@ -205,7 +223,7 @@ class Server:
             return False
 
         self.server.handle_completions(asked, take)
-        return Answered(pieces, 0.0, times[0] - begin)
+        return Answered(pieces, 0.0, times[0] - begin, _between(times))
 
     def cold(self) -> None:
         self.cached = False
@@ -311,11 +329,14 @@ class Merged:
             engine.decode(request.prompt[: request.fixed])
             self.known.add(request.adapter)
         engine.forget(request.fixed)
-        tokens = [int(engine.decode(request.prompt[request.fixed :]).argmax())]
-        first_s = time.perf_counter() - begin
-        while len(tokens) < STEPS:
-            tokens.append(int(engine.decode(tokens[-1:]).argmax()))
-        return Answered(tokens, 0.0, first_s)
+
+        def steps() -> Iterator[int]:
+            token = int(engine.decode(request.prompt[request.fixed :]).argmax())
+            while True:
+                yield token
+                token = int(engine.decode([token]).argmax())
+
+        return _timed(steps(), begin, 0.0)
 
     def cold(self) -> None:
         self.known: set[int] = set()
@@ -351,8 +372,12 @@ def _llama(folder: Folder, **more: str) -> Any:  # noqa: ANN401 - a `Llama`
 
 
 def _timed(steps: Iterator[int], begin: float, switch_s: float) -> Answered:
-    tokens = [next(steps)]
-    first_s = time.perf_counter() - begin
-    while len(tokens) < STEPS:
-        tokens.append(next(steps))
-    return Answered(tokens, switch_s, first_s)
+    tokens, times = [], []
+    for token in islice(steps, STEPS):
+        tokens.append(token)
+        times.append(time.perf_counter())
+    return Answered(tokens, switch_s, times[0] - begin, _between(times))
+
+
+def _between(times: list[float]) -> list[float]:
+    return [after - before for before, after in pairwise(times)]

@@ -22,6 +22,7 @@ from edgetune_runtime.context import Context, Shared
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines._base import Engine
 from edgetune_runtime.engines.gguf import GgufTokenizer
+from edgetune_runtime.governor import Governor
 from edgetune_runtime.opening import Options
 from edgetune_runtime.pool import Pool
 
@@ -148,7 +149,8 @@ def _runtime(bundle: Path, manifest: Manifest, engine: Engine, name: str) -> Run
     """A runtime around an engine that is open already, which keeps no states."""
     length, threads = manifest.context_length, manifest.threads
     options = Options(name, gguf.ENGINE, length, threads, verify=False, cache_mb=0)
-    shared = Shared(manifest.base.fingerprint, manifest.base.kv_bytes_per_token, StateCache(0))
+    governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
+    shared = Shared(manifest.base.fingerprint, manifest.base.kv_bytes_per_token, StateCache(0), governor)
     return Runtime(bundle, manifest, Pool(Context(engine, shared)), options)
 
 

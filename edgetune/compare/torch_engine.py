@@ -41,6 +41,16 @@ class TorchEngine:
         self._rows: Logits = np.empty((0, tokenizer.vocab_size), np.float32)
 
     @property
+    def threads(self) -> int:
+        """Those of torch are its own affair."""
+        return 1
+
+    @property
+    def adjusts_threads(self) -> bool:
+        """Torch keeps its threads."""
+        return False
+
+    @property
     def kv_bytes(self) -> float:
         """Nothing is kept of a token but its number."""
         return 0.0
@@ -71,6 +81,12 @@ class TorchEngine:
         del self._tokens[keep:]
         self._is_new = True
         return len(self._tokens)
+
+    def use_threads(self, count: int) -> None:
+        """Nothing."""
+
+    def stop_step(self) -> None:
+        """Nothing: steps run to their end."""
 
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Logits after a prompt or a part of it, [vocab]; the next guess is taken to be its answer."""

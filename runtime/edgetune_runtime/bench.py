@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +16,7 @@ from .bundle import AdapterEntry
 from .context import Context
 from .engines._base import Engine
 from .errors import EdgetuneError
+from .machine import disturbance
 from .runtime import Runtime
 
 SWITCHES = 1200
@@ -35,7 +36,11 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
     median speed of single tokens. `rss_mb` and `adapter_mb` are 10^6 bytes: this process with all adapters but merged
     ones, and the adapters' files. `state_mb` is the largest state of a fixed prompt, and `state_restore_ms` the median
     of putting it back. A figure that the bundle or the system cannot give is None.
+
+    `busy` says in a line what other work or throttling there was before, else None; with `slow` the steps lacked cores,
+    or took much longer than they did at their fastest. Such times say little of the machine.
     """
+    busy = disturbance()
     progress("opening the bundle")
     begin = time.perf_counter()
     runtime = open_runtime()
@@ -50,16 +55,22 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
         ttft_ms = _first_tokens(runtime, switched) if switched else None
         state_mb, state_restore_ms = _restored(runtime, [None, *switched])
         progress("decoding")
-        base, *adapted = (_decode_speed(runtime, name) for name in (None, *switched))
+        speeds = {name: _decode_speed(runtime, name) for name in (None, *switched)}
         rss_mb = resident_mb()
-        speeds = dict(zip(switched, adapted, strict=True)) | {name: _decode_speed(runtime, name) for name in merged}
+        speeds |= {name: _decode_speed(runtime, name) for name in merged}
+        base = speeds.pop(None)
         return {
+            "busy": busy,
+            "slow": any(speed.slow for speed in (base, *speeds.values())),
             "load_ms": load_ms,
             "switch_us": switch_us,
             "ttft_ms": ttft_ms,
             "state_mb": state_mb,
             "state_restore_ms": state_restore_ms,
-            "decode_tokens_per_s": {"base": base, "adapters": speeds},
+            "decode_tokens_per_s": {
+                "base": base.tokens_per_s,
+                "adapters": {name: speed.tokens_per_s for name, speed in speeds.items()},
+            },
             "rss_mb": rss_mb,
             "adapter_mb": sum(_bytes_of(runtime, entry) for entry in entries) / 1e6,
         }
@@ -157,14 +168,23 @@ def _first_tokens(runtime: Runtime, names: list[str]) -> dict[str, float]:
     return {"cold": statistics.median(cold), "after_switch": statistics.median(after_switch)}
 
 
-def _decode_speed(runtime: Runtime, name: str | None) -> float:
+@dataclass(frozen=True)
+class _Speed:
+    """Median speed of single tokens, and whether the steps were slow; see `measure`."""
+
+    tokens_per_s: float
+    slow: bool
+
+
+def _decode_speed(runtime: Runtime, name: str | None) -> _Speed:
     context, active = runtime.context(name)
     with context.hold():
         room = context.capacity(active)
         tokens = context.engine.tokenizer.tokenize(MESSAGES[0])[: room // 2]
         token = int(context.start(active, tokens).logits.argmax())
         steps = min(DECODE_STEPS, room - len(tokens))
-        return 1 / statistics.median(_step_s(context, token) for _ in range(steps))
+        median_s = statistics.median([_step_s(context, token) for _ in range(steps)])
+        return _Speed(1 / median_s, context.is_slow)
 
 
 def _step_s(context: Context, token: int) -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .bundle import Manifest, read_manifest, verify_files
 from .errors import CancelledError, EdgetuneError, NotFoundError, UsageError
+from .priority import NORMAL, PRIORITIES
 
 if TYPE_CHECKING:
     from .generation import Stream
@@ -86,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     chat = _command(commands, "chat", _chat, "talk to the base and its adapters")
     bench = _command(commands, "bench", _bench, "measure load, switch, first token, speed and memory")
     warm = _command(commands, "warm", _warm, "make the states of the adapters' fixed prompts and keep them on the disk")
+    text = "tell what this machine leaves for answers, and what slows them down"
+    doctor = commands.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    doctor.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="a bundle's folder, to look at it too")
+    _common(doctor, _doctor)
     _add_cache(commands)
     for command in (generate, classify):
         command.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads standard input")
@@ -152,6 +157,8 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--kv", metavar="TYPE", help=text)
     text = "gguf: read the weights into memory as the processor likes them, or map the file (default: what is faster)"
     group.add_argument("--repack", action=argparse.BooleanOptionalAction, help=text)
+    text = "of the threads that compute: normal, low or idle, so that other processes go first (Linux; default: normal)"
+    group.add_argument("--priority", choices=PRIORITIES, default=NORMAL, help=text)
     _add_cache_folder(group)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
 
@@ -166,6 +173,7 @@ def _open(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 
         context_length=options.context_length,
         kv=options.kv,
         repack=options.repack,
+        priority=options.priority,
         verify=not options.no_verify,
         cache_folder=options.cache_folder,
         **more,
@@ -271,6 +279,18 @@ def _bench(options: argparse.Namespace) -> None:
             command += [] if options.repack is None else ["--repack" if options.repack else "--no-repack"]
             figures["start_ms"] = start_ms(command)
     print(json.dumps(figures) if options.json else "\n".join(_lines(figures)))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from .doctor import examine  # noqa: PLC0415 - as above
+
+    found = examine(None if options.bundle is None else read_manifest(options.bundle))
+    if options.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    problems = found.pop("problems")
+    print("\n".join(_lines(found)))
+    print("\n".join(f"problem\t{problem}" for problem in problems) or "no problem found")
 
 
 def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -7,15 +7,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from .activation import Invocations, Spans, spans_of
 from .batches import batches, common_place, places_of
 from .cache import CALLS, PROMPTS, Active, Key, SavedState, StateCache, key_of, reusable
 from .engines._base import Engine, Logits
 from .errors import UsageError, VerificationError
+from .governor import AnswerUsage, Governor
+from .limits import Stopped
+from .priority import ComputeThread
 from .prompts import SHORTEST, PromptStates
 from .store import digest_of
 from .turns import Turns
+
+T = TypeVar("T")
+
+
+def _go_on() -> None:
+    """What a call without limits checks."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Job:
     spans: Spans
     fixed: int = 0
     owner: str = CALLS
-    check: Callable[[], None] = lambda: None
+    check: Callable[[], None] = _go_on
 
     @property
     def is_worth_a_state(self) -> bool:
@@ -53,16 +64,19 @@ class Shared:
     """What the contexts of one base share: its fingerprint, saved states, and turns to compute in.
 
     `invocations` are the tokens from which on some adapters act, and not before. With `exact` a call takes up of what
-    others left only what it would compute bit for bit; a session takes up all that is its own in any case.
+    others left only what it would compute bit for bit; a session takes up all that is its own in any case. Steps run on
+    `thread`, if there is one, else on the caller's.
     """
 
     base: str
     kv_bytes_per_token: int
     cache: StateCache
+    governor: Governor
     invocations: Invocations = field(default_factory=dict)
     prompts: PromptStates | None = None
     turns: Turns = field(default_factory=Turns)
     exact: bool = True
+    thread: ComputeThread | None = None
 
 
 class Context:
@@ -79,6 +93,8 @@ class Context:
         self._room = engine.capacity({})
         self.holder: int | None = None
         self.closed = False
+        self._check: Callable[[], None] = _go_on
+        self.usage = AnswerUsage()
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -100,6 +116,7 @@ class Context:
             self.check_open()
             yield
         finally:
+            self._check = _go_on
             with self.shared.turns.gate:
                 self.holder = None
                 self.shared.turns.gate.notify_all()
@@ -113,7 +130,11 @@ class Context:
         return self.run(Job(tokens, self.spans(adapters, tokens)))
 
     def run(self, job: Job) -> Start:
-        """Begin a sequence as the job says, computing what is not known of it."""
+        """Begin a sequence as the job says, computing what is not known of it; `usage` counts from here on.
+
+        Stopped, the sequence being as far as it came, when the job's `check` says so.
+        """
+        self._check, self.usage = job.check, AnswerUsage()
         key, keeps = key_of(self.shared.base, job.spans), self._keeps(job)
         places = self._places(key, job)
         with self._resetting():
@@ -121,11 +142,11 @@ class Context:
         logits, acting = None, dict(key.spans[-1][1])
         for begin, end in batches(reused, len(job.tokens), places):
             job.check()
-            with self.shared.turns.take(), self._resetting():
+            with self._turn():
                 if acting != (wanted := _acting(key, begin)):
                     switch_ns += self._activate(wanted)
                     acting = wanted
-                logits = self.engine.decode(job.tokens[begin:end])
+                logits = self._step(end - begin, partial(self.engine.decode, job.tokens[begin:end]))
                 self.tokens = list(job.tokens[:end])
                 if begin == _last(self._ends) and end in places:
                     self._ends.append(end)
@@ -147,17 +168,22 @@ class Context:
             yield self.extend(tokens[begin:end])
 
     def extend(self, tokens: Sequence[int]) -> Logits:
-        """Decode more tokens; logits after each, shape [tokens, vocab]."""
+        """Decode more tokens; logits after each, shape [tokens, vocab]. Stopped as in `run`, the sequence as it was."""
         self.check_open()
-        with self.shared.turns.take(), self._resetting():
-            logits = self.engine.decode_all(tokens)
+        with self._turn():
+            logits = self._step(len(tokens), partial(self.engine.decode_all, tokens))
             self.tokens.extend(tokens)
         return logits
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
         """Sum of log probabilities (nats) of each continuation after the sequence, which stays as it is."""
-        with self.shared.turns.take(), self._resetting():
-            return self.engine.score(continuations)
+        with self._turn():
+            return self._step(sum(map(len, continuations)), partial(self.engine.score, continuations))
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the answer's steps so far lacked cores, or were much slower than others were."""
+        return self.shared.governor.is_slow(self.usage)
 
     def saved(self) -> SavedState | None:
         """The live sequence's state; None where there is none."""
@@ -225,10 +251,23 @@ class Context:
             raise UsageError("the runtime is closed", "open the bundle again")
 
     @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for the cores, and forget the live sequence when something goes wrong."""
+        with self.shared.turns.take(self._check), self._resetting():
+            yield
+
+    def _step(self, tokens: int, compute: Callable[[], T]) -> T:
+        thread = self.shared.thread
+        run = compute if thread is None else partial(thread.run, compute)
+        return self.shared.governor.step(self.engine, tokens, run, self._check, self.usage)
+
+    @contextmanager
     def _resetting(self) -> Iterator[None]:
         """Forget the live sequence when something goes wrong: an interrupted decode may have left its tokens or not."""
         try:
             yield
+        except Stopped:
+            raise
         except BaseException:
             self.reset()
             raise

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from .activation import Spans
 from .context import Context, Job
-from .errors import UsageError
+from .limits import Limits, Stopped
 from .pool import Pool
 from .sampling import Sampler, Sampling, sampling_of
 from .text import TextStream
@@ -21,7 +21,8 @@ class Timings:
 
     `tokens_per_s` is the speed of the tokens after the first, 0 where there were none. Of `prompt_tokens`,
     `reused_tokens` came from an earlier state, and `carried_tokens` stand as other adapters made them, because a
-    session was told to carry its state over. Waiting for other calls to end does not count.
+    session was told to carry its state over. Waiting for other calls to end does not count. `slow` says that other
+    processes took the cores, or that steps took much longer than they did before.
     """
 
     switch_us: float
@@ -30,6 +31,7 @@ class Timings:
     prompt_tokens: int
     reused_tokens: int
     carried_tokens: int = 0
+    slow: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,35 +77,6 @@ class Outcome:
 
     answer: Answer | None = None
     tokens: list[int] = field(default_factory=list)
-
-
-class Limits:
-    """When a call is to stop: at a time, or once an event is set; UsageError for a deadline that is not positive."""
-
-    def __init__(self, deadline_s: float | None = None, cancel: threading.Event | None = None) -> None:
-        if deadline_s is not None and not deadline_s > 0:
-            raise UsageError(f"deadline_s is {deadline_s}", "give seconds, more than 0")
-        self._end = None if deadline_s is None else time.monotonic() + deadline_s
-        self._cancel = cancel
-
-    def reason(self) -> str:
-        """Why the call is to stop now: `cancelled` or `deadline`; empty while it is not."""
-        if self._cancel is not None and self._cancel.is_set():
-            return "cancelled"
-        return "deadline" if self._end is not None and time.monotonic() >= self._end else ""
-
-    def check(self) -> None:
-        """Raise Stopped when the call is to stop now."""
-        if reason := self.reason():
-            raise Stopped(reason)
-
-
-class Stopped(Exception):  # noqa: N818 - no error: the call ends with what it has
-    """A call is to stop before its first token."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
 
 
 class Stream(Iterator[str]):
@@ -190,7 +163,11 @@ class _Answering:
             if self._reason:
                 break
             tick = time.perf_counter()
-            logits = context.extend([token])[0]
+            try:
+                logits = context.extend([token])[0]
+            except Stopped as stopped:
+                self._reason = stopped.reason
+                break
         yield from self._push(text.finish())
 
     def answer(self) -> Answer:
@@ -199,7 +176,15 @@ class _Answering:
         steps = len(self._context.tokens) - prompt
         ttft_ms = (self._call.prepared_s + self._first_s) * 1e3
         speed = steps / self._rest_s if steps else 0.0
-        timings = Timings(start.switch_us, ttft_ms, speed, prompt, start.reused, self._call.carried)
+        timings = Timings(
+            switch_us=start.switch_us,
+            ttft_ms=ttft_ms,
+            tokens_per_s=speed,
+            prompt_tokens=prompt,
+            reused_tokens=start.reused,
+            carried_tokens=self._call.carried,
+            slow=self._context.is_slow,
+        )
         return Answer("".join(self._pieces), self._count, timings, self._reason)
 
     def _push(self, piece: str) -> Iterator[str]:

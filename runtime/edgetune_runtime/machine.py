@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,19 +16,40 @@ ROOT = Path("/")
 MOST_THREADS = 8
 """Threads beyond these cost more in waiting for each other than they give."""
 
+_LOOKS, _LOOK_S = 10, 0.01
+_THROTTLED = {
+    0x1: "too little voltage",
+    0x2: "the clock is capped",
+    0x4: "throttled",
+    0x8: "throttled by heat",
+}
+"""Flags of Raspberry Pi firmware: https://www.raspberrypi.com/documentation/computers/os.html#get_throttled"""
 _PERFORMANCE = 0.75
 """Cores of at least this share of the fastest one's capacity count: a step waits for its slowest thread."""
 
 
 def usable_cores(root: Path = ROOT) -> int:
-    """Threads that can compute side by side: performance cores of this process' affinity, within its cgroups' quota.
+    """Threads to compute with by default: performance cores of this process' affinity, within its cgroups' quota.
 
     At least 1 and at most 8; a quota of 1.5 cores gives one thread, as a second would be stopped half of the time.
     """
-    cores = _performance_cores(_affinity(), root)
-    quota = cpu_quota(root)
-    within = len(cores) if quota is None else min(len(cores), int(quota))
-    return max(1, min(within, MOST_THREADS))
+    fast = len(_performance_cores(_affinity(), root))
+    return min(fast, cores_left(root), MOST_THREADS)
+
+
+def cores_left(root: Path = ROOT) -> int:
+    """Cores that this process may use now, by its affinity and its cgroups' quota; at least 1."""
+    cores, quota = len(_affinity()), cpu_quota(root)
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def others_running(root: Path = ROOT) -> int | None:
+    """Threads of the whole machine that compute or wait for a core at this moment, but for the one that asks.
+
+    None where the system does not tell. This process' own threads count, if they are not idle.
+    """
+    found = re.match(r"\S+ \S+ \S+ (\d+)/", _read(root / "proc/loadavg"))
+    return max(0, int(found[1]) - 1) if found else None
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
@@ -58,6 +80,28 @@ def free_mb(root: Path = ROOT) -> float | None:
             cached = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
             free.append(max(0.0, limit - used + (int(cached[1]) if cached else 0)) / 1e6)
     return min(free, default=None)
+
+
+def throttling(root: Path = ROOT) -> str | None:
+    """Why the processor runs slower than it could, as far as the board tells: heat or too little voltage; else None."""
+    flags = _read(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
+    bits = int(flags, 16) if re.fullmatch(r"(0x)?[0-9a-fA-F]+", flags) else 0
+    return ", ".join(text for bit, text in _THROTTLED.items() if bits & bit) or None
+
+
+def disturbance(root: Path = ROOT) -> str | None:
+    """What would spoil a measurement now, in one line: threads of others, or a throttled processor; else None.
+
+    Looks for a tenth of a second, in which this process must not compute.
+    """
+    looks = []
+    for _ in range(_LOOKS):
+        looks.append(others_running(root) or 0)
+        time.sleep(_LOOK_S)
+    running = sorted(looks)[_LOOKS // 2]
+    threads = f"{running} other thread{'s' if running > 1 else ''} compute on {os.cpu_count() or 1} cores"
+    found = [threads if running else None, throttling(root)]
+    return "; ".join(reason for reason in found if reason) or None
 
 
 def _affinity() -> set[int]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -19,8 +20,10 @@ from .cache import StateCache
 from .context import Context, Shared
 from .engines._base import Engine, EngineClass
 from .errors import IncompatibleError, UsageError, VerificationError
+from .governor import Governor
 from .machine import free_mb
 from .pool import Pool
+from .priority import NORMAL, compute_thread
 from .prompts import PromptStates
 from .store import StateStore
 
@@ -50,6 +53,7 @@ class Options:
     store: StateStore | None = None
     contexts: int | None = None
     waiting: int = 0
+    priority: str = NORMAL
 
 
 def engine_class(name: str, task: str) -> EngineClass | type[EncoderEngine]:
@@ -90,25 +94,28 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> 
     free = free_mb()
     if free is not None and needed_mb > free:
         # Linux would kill the process instead.
-        message = (
-            f"a context of {options.context_length} tokens takes {needed_mb:.0f} MB, and {free:.0f} MB are free"
-        )
+        message = f"a context of {options.context_length} tokens takes {needed_mb:.0f} MB, and {free:.0f} MB are free"
         raise IncompatibleError(message, "open the bundle with a shorter context")
+    thread = compute_thread(options.priority)
     if manifest.task == CLASSIFICATION:
         encoder = cast("type[EncoderEngine]", make)
-        return encoder(path, context_length=options.context_length, threads=options.threads)
-    running = cast("EngineClass", make)(
+        return encoder(path, context_length=options.context_length, threads=options.threads, thread=thread)
+    load = partial(
+        cast("EngineClass", make),
         path,
         context_length=options.context_length,
         threads=options.threads,
         kv=options.kv,
         repack=options.repack,
     )
+    # Threads that the engine starts have the priority of the one that loads it.
+    running = load() if thread is None else thread.run(load)
     kv_bytes = int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes)
     invocations = {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation}
     cache, prompts = StateCache(options.cache_mb), _prompts(bundle, manifest, running, options)
     limit = options.contexts or _contexts(needed_mb, free)
-    shared = Shared(sha256, kv_bytes, cache, invocations, prompts, exact=options.exact)
+    governor = Governor(running.threads, adjusts=running.adjusts_threads)
+    shared = Shared(sha256, kv_bytes, cache, governor, invocations, prompts, exact=options.exact, thread=thread)
     return Pool(Context(running, shared), limit=limit, waiting=options.waiting)
 
 

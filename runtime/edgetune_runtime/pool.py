@@ -10,9 +10,7 @@ from .cache import SavedState
 from .context import Context, Job
 from .engines._base import Tokenizer
 from .errors import BusyError, UsageError
-
-_LOOK_S = 0.05
-"""How often a call that waits looks whether it is to stop."""
+from .turns import LOOK_S
 
 
 class Pool:
@@ -50,7 +48,7 @@ class Pool:
                 self._waiting += 1
                 try:
                     while context is None:
-                        gate.wait(_LOOK_S)
+                        gate.wait(LOOK_S)
                         job.check()
                         context = self._take(job)
                 finally:
@@ -95,6 +93,8 @@ class Pool:
             context.close()
         with self._vocabulary:
             self.first.close()
+        if self.first.shared.thread is not None:
+            self.first.shared.thread.close()
 
     def _take(self, job: Job) -> Context | None:
         """Mark a free context as this thread's, making one where there may be more; inside the gate."""

@@ -20,6 +20,7 @@ from .errors import IncompatibleError, UsageError
 from .generation import Answer, Call, Carried, Outcome, Stream, generate
 from .opening import Options, engine_class, file_of, open_base
 from .pool import Pool
+from .priority import NORMAL
 from .sampling import Sampling
 from .scoring import label_scores, likeliest, window_loss
 from .session import Adapters, Session
@@ -64,6 +65,7 @@ class Runtime:
         cache_folder: str | Path | None = None,
         contexts: int | None = None,
         waiting: int = 64,
+        priority: str = NORMAL,
     ) -> Self:
         """Open a bundle: check its files, map the base and load the adapters.
 
@@ -86,6 +88,10 @@ class Runtime:
         Up to `contexts` calls run side by side, each with a context of its own, made when it is first needed; by
         default as many as a quarter of the free memory holds, at most 4. At most `waiting` more wait; the next is a
         BusyError.
+
+        While other processes take the cores, with gguf fewer threads compute than `threads`, which changes no answer.
+        `priority` is that of the threads that compute: normal, low (behind all normal processes' threads) or idle (only
+        on cores that nobody else wants), on Linux.
 
         Raises NotFoundError, VerificationError for damaged files, IncompatibleError for adapters of another base or a
         missing engine, UsageError for options that cannot be.
@@ -111,6 +117,7 @@ class Runtime:
             store=StateStore(Path(cache_folder or default_folder()), disk_mb) if disk_mb > 0 else None,
             contexts=contexts,
             waiting=waiting,
+            priority=priority,
         )
         file = file_of(manifest.base.files, engine, "the base")
         runtime = cls(bundle, manifest, open_base(bundle, manifest, file, options), options)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+LOOK_S = 0.05
+"""How often a call that waits looks whether it is to stop."""
 
 
 class Turns:
@@ -21,8 +24,8 @@ class Turns:
         self._taken = False
 
     @contextmanager
-    def take(self) -> Iterator[None]:
-        """Wait for one's turn, and hand it on at the end."""
+    def take(self, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Wait for one's turn, in which `check` may end the call, and hand it on at the end."""
         mine: threading.Event | None = None
         with self._lock:
             if self._taken:
@@ -30,15 +33,16 @@ class Turns:
                 self._waiting.append(mine)
             self._taken = True
         if mine is not None:
-            self._wait(mine)
+            self._wait(mine, check)
         try:
             yield
         finally:
             self._hand_on()
 
-    def _wait(self, mine: threading.Event) -> None:
+    def _wait(self, mine: threading.Event, check: Callable[[], None]) -> None:
         try:
-            mine.wait()
+            while not mine.wait(LOOK_S):
+                check()
         except BaseException:
             with self._lock:
                 is_mine = mine not in self._waiting

@@ -152,8 +152,10 @@ def test_bench_measures_everything_that_it_promises(run: Run, bundle: Path) -> N
     assert (code, set(told)) == (
         0,
         {"load_ms", "switch_us", "ttft_ms", "decode_tokens_per_s", "rss_mb", "adapter_mb"}
-        | {"start_ms", "state_mb", "state_restore_ms"},
+        | {"start_ms", "state_mb", "state_restore_ms", "busy", "slow"},
     )
+    assert isinstance(told["slow"], bool)
+    assert told["busy"] is None or "\n" not in told["busy"]
     assert 0 < told["switch_us"]["p50"] <= told["switch_us"]["p99"] < 100
     assert set(told["ttft_ms"]) == {"cold", "after_switch", "restored"}
     assert min(*told["ttft_ms"].values(), told["state_mb"], told["state_restore_ms"]) > 0
@@ -170,6 +172,7 @@ def test_bench_without_json_writes_a_figure_a_line(run: Run, bundle: Path) -> No
     _, out, _ = run("bench", bundle)
     figures = dict(line.split("\t") for line in out.splitlines())
     assert {"load_ms", "switch_us.p99", "decode_tokens_per_s.adapters.tone"} < set(figures)
+    del figures["busy"], figures["slow"]
     assert all(float(value) >= 0 for value in figures.values())
 
 
@@ -248,3 +251,21 @@ def test_reading_a_manifest_needs_no_engine_and_no_numpy(bundle: Path) -> None:
     probe = "import sys; sys.modules['llama_cpp'] = sys.modules['numpy'] = None; " + RUN[2].split("; ", 1)[1]
     command = [sys.executable, "-c", probe, "info", str(bundle), "--verify"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("bundle")
+
+
+def test_doctor_tells_the_machine_and_its_problems(run: Run, bundle: Path) -> None:
+    code, out, err = run("doctor", bundle, "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert 1 <= found["bundle"]["threads"] <= found["cores"]["usable"]
+    assert found["libraries"]["edgetune-runtime"] == __version__
+    assert isinstance(found["problems"], list)
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].startswith("processor\t")
+    assert "bundle" not in out
+
+
+def test_a_timing_says_whether_the_answer_was_slow(run: Run, bundle: Path) -> None:
+    told = json.loads(run("generate", bundle, "--prompt", PROMPT, "--max-tokens", 3, "--json")[1])
+    assert isinstance(told["slow"], bool)

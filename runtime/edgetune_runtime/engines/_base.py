@@ -15,6 +15,10 @@ from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 Logits = NDArray[np.float32]
 
 
+class StepStopped(Exception):  # noqa: N818 - no error: the step was asked to end
+    """A step ended before it was done, because `Engine.stop_step` asked for that; the sequence is as before it."""
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back, exactly as the engine's model wants it. Safe to call from several threads."""
 
@@ -54,6 +58,14 @@ class Engine(Protocol):
         """What the number of a key or a value takes."""
 
     @property
+    def threads(self) -> int:
+        """Threads that a step computes with when no others want the cores."""
+
+    @property
+    def adjusts_threads(self) -> bool:
+        """Whether `use_threads` has an effect."""
+
+    @property
     def signatures(self) -> tuple[str, ...]:
         """What a saved state depends on besides the base: the library, its version, and how it keeps numbers.
 
@@ -88,6 +100,15 @@ class Engine(Protocol):
 
     def forget(self, keep: int) -> int:
         """Drop the sequence's tokens from position `keep` on; returns how many are left (0 if it cannot trim)."""
+
+    def use_threads(self, count: int) -> None:
+        """Compute the steps from now on with so many threads, which changes no bit of them."""
+
+    def stop_step(self) -> None:
+        """Have the step that another thread computes end soon with StepStopped.
+
+        Where none runs, the next one may end so.
+        """
 
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""

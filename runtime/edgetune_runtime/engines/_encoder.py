@@ -6,9 +6,10 @@ is a set of inputs of a run, so switching is passing others, and several threads
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from edgetune_runtime.chat import Message, messages_for
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.machine import usable_cores
 from edgetune_runtime.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
+from edgetune_runtime.priority import ComputeThread
 
 from ._base import Logits, check_options
 from ._ort import adapter_arrays, open_session
@@ -32,6 +34,7 @@ CONTEXT_LENGTH = "edgetune.context_length"
 
 _DAMAGED = "build or copy the bundle again"
 Arrays = Mapping[str, NDArray[np.float32]]
+T = TypeVar("T")
 
 
 class EncoderTokenizer:
@@ -53,19 +56,23 @@ class EncoderEngine:
     """An ONNX encoder with its adapters. `path` is model.onnx; its folder holds the rest. Safe to use from threads.
 
     `context_length` is in tokens; `threads` defaults to the cores this process may use, at most 8. UsageError when one
-    is not positive, VerificationError for a graph that is no encoder's.
+    is not positive, VerificationError for a graph that is no encoder's. All is computed on `thread`, if there is one.
     """
 
     bytes_per_number = 4
 
-    def __init__(self, path: Path, *, context_length: int, threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, context_length: int, threads: int | None = None, thread: ComputeThread | None = None
+    ) -> None:
         check_options(context_length, threads, 1)
         header = read_onnx(path)
         self._hidden = _hidden_size(header, path)
         self.context_length = min(context_length, _context_length(header, path))
         self._slots = slots_of(header)
         self.tokenizer = EncoderTokenizer(path.with_name("tokenizer.json"))
-        self._session: Any = open_session(path, threads or usable_cores())
+        self._thread = thread
+        # Threads that onnxruntime starts have the priority of the one that opens the session.
+        self._session: Any = self._computed(partial(open_session, path, threads or usable_cores()))
         self._adapters: dict[str, Arrays] = {}
 
     @staticmethod
@@ -113,6 +120,8 @@ class EncoderEngine:
         """Free everything once running calls have ended; a second call does nothing."""
         self._session = None
         self._adapters = {}
+        if self._thread is not None:
+            self._thread.close()
 
     def _adapter(self, name: str) -> Arrays:
         if name not in self._adapters and self._session is not None:
@@ -126,8 +135,11 @@ class EncoderEngine:
             raise UsageError("the runtime is closed", "open the bundle again")
         ids = np.array([tokens], np.int64)
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), **adapter}
-        found = session.run([output], inputs)[0]
+        found = self._computed(partial(session.run, [output], inputs))[0]
         return np.asarray(found[0], np.float32)
+
+    def _computed(self, compute: Callable[[], T]) -> T:
+        return compute() if self._thread is None else self._thread.run(compute)
 
 
 def text_of(prompt: str | Sequence[Message]) -> str:

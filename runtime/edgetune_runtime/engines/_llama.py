@@ -113,6 +113,25 @@ def make_context(
     return context
 
 
+class StopFlag:
+    """Tells llama.cpp to end the batch that it computes; it looks after each operation of the graph."""
+
+    def __init__(self, context: Any) -> None:  # noqa: ANN401 - a bare pointer
+        # strlen is asked: a text that is not empty means stop. A Python function would cost a fifth of a step.
+        self._text = ctypes.create_string_buffer(2)
+        libc = ctypes.CDLL("msvcrt" if os.name == "nt" else None)
+        self._callback = ctypes.cast(libc.strlen, library().ggml_abort_callback)
+        library().llama_set_abort_callback(context, self._callback, ctypes.addressof(self._text))
+
+    def set(self) -> None:
+        """End the batch."""
+        self._text.raw = b"\x01\x00"
+
+    def clear(self) -> None:
+        """Let the next batch be computed."""
+        self._text.raw = b"\x00\x00"
+
+
 def decode_batch(
     context: Any,  # noqa: ANN401 - as above
     tokens: Sequence[int],

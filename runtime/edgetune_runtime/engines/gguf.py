@@ -21,6 +21,7 @@ from edgetune_runtime.machine import usable_cores
 
 from ._base import (
     Logits,
+    StepStopped,
     check_continuations,
     check_kv,
     check_options,
@@ -32,7 +33,7 @@ from ._base import (
 )
 from ._gguf_base import GgufBase, GgufTokenizer
 from ._gguf_state import PrefixState, check_state, read_prefix
-from ._llama import KV_BYTES, decode_batch, last_errors, library, make_context
+from ._llama import KV_BYTES, StopFlag, decode_batch, last_errors, library, make_context
 
 __all__ = ["BRANCHES", "ENGINE", "MAIN", "GgufEngine", "GgufTokenizer"]
 
@@ -44,7 +45,7 @@ MAIN = 0
 BRANCHES = 32
 """Continuations scored in one pass. llama.cpp keeps a row of logits for each: 0.6 MB at 150,000 tokens."""
 
-_CONTEXT_FULL = 1
+_CONTEXT_FULL, _STOPPED = 1, 2
 _MOST_CHOICES = 256
 
 
@@ -66,6 +67,7 @@ class GgufEngine:
 
     KV: ClassVar[tuple[str, ...]] = ("f16", "q8_0")
     bytes_per_number: ClassVar[float] = 2
+    adjusts_threads = True
 
     def __init__(
         self,
@@ -95,6 +97,8 @@ class GgufEngine:
         model, sequences, llama = base.model, BRANCHES + 1, library()
         self._context = make_context(model, context_length, threads, batch=batch, sequences=sequences, kv=self._kv)
         self._free = weakref.finalize(self, llama.llama_free, self._context)
+        self._stop = StopFlag(self._context)
+        self._used_threads = threads
         self._memory = llama.llama_get_memory(self._context)
         self._window: int = llama.llama_model_n_swa(model)
         self._cells: int = llama.llama_n_ctx(self._context)
@@ -111,6 +115,11 @@ class GgufEngine:
     def kv_bytes(self) -> float:
         """What the number of a key or a value takes."""
         return KV_BYTES[self._kv]
+
+    @property
+    def threads(self) -> int:
+        """Threads that a step computes with when no others want the cores."""
+        return self._threads
 
     @property
     def signatures(self) -> tuple[str, ...]:
@@ -193,12 +202,23 @@ class GgufEngine:
             self._rewind()
         return self._length - start
 
+    def use_threads(self, count: int) -> None:
+        """Compute the steps from now on with so many threads, which changes no bit of them."""
+        if count != self._used_threads:
+            self._used_threads = count
+            library().llama_set_n_threads(self._context, count, count)
+
+    def stop_step(self) -> None:
+        """Have the step that another thread computes end soon with StepStopped; where none runs, maybe the next one."""
+        self._stop.set()
+
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
         check_room(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
-        for part in _parts(tokens, self._batch):
-            self._append(part, [False] * (len(part) - 1) + [True])
-            self._last = self._view(1)[0].copy()
+        with self._whole():
+            for part in _parts(tokens, self._batch):
+                self._append(part, [False] * (len(part) - 1) + [True])
+                self._last = self._view(1)[0].copy()
         assert self._last is not None
         return self._last
 
@@ -206,9 +226,10 @@ class GgufEngine:
         """Append tokens; logits after each, shape [tokens, vocab]. UsageError when they do not fit in the context."""
         check_room(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
         logits = np.empty((len(tokens), self.tokenizer.vocab_size), np.float32)
-        for number, part in enumerate(_parts(tokens, self._outputs)):
-            self._append(part, [True] * len(part))
-            logits[number * self._outputs :][: len(part)] = self._view(len(part))
+        with self._whole():
+            for number, part in enumerate(_parts(tokens, self._outputs)):
+                self._append(part, [True] * len(part))
+                logits[number * self._outputs :][: len(part)] = self._view(len(part))
         self._last = logits[-1].copy()
         return logits
 
@@ -299,6 +320,17 @@ class GgufEngine:
         first: int = library().llama_memory_seq_pos_min(self._memory, MAIN)
         return first <= max(0, position - self._window + 1)
 
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Drop all that a step appended when it is stopped."""
+        length = self._length
+        try:
+            yield
+        except StepStopped:
+            library().llama_memory_seq_rm(self._memory, MAIN, length, -1)
+            self._length, self._last = length, None
+            raise
+
     def _append(self, tokens: Sequence[int], outputs: Sequence[bool]) -> None:
         self._last = None
         positions = range(self._length, self._length + len(tokens))
@@ -318,7 +350,10 @@ class GgufEngine:
     ) -> None:
         """Decode one batch; tokens that belong to several sequences are computed once."""
         last_errors()
+        self._stop.clear()
         result = decode_batch(self._context, tokens, positions, sequences, outputs)
+        if result == _STOPPED:
+            raise StepStopped
         if result == _CONTEXT_FULL:
             raise UsageError(f"the context of {self._cells} tokens is full", "open the bundle with a longer context")
         if result != 0:

@@ -11,7 +11,8 @@ import json
 import math
 import struct
 from collections import ChainMap, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from edgetune_runtime.onnx_tensors import check_tensor_arrays, is_tensor, summed
 
 from ._base import (
     Logits,
+    StepStopped,
     check_continuations,
     check_kv,
     check_options,
@@ -40,7 +42,7 @@ from ._base import (
     log_total,
     prefix_among,
 )
-from ._ort import adapter_arrays, library, open_session
+from ._ort import adapter_arrays, library, open_session, run_options
 from ._tokenizers import JsonTokenizer
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -80,6 +82,7 @@ class OnnxEngine:
 
     KV: ClassVar[tuple[str, ...]] = ("f32",)
     bytes_per_number: ClassVar[float] = 4
+    adjusts_threads = False
 
     def __init__(
         self,
@@ -101,7 +104,8 @@ class OnnxEngine:
         self._slots, self._tensor_slots, self._past = slots_of(header), tensor_slots_of(header), past_inputs(header)
         self._head_size = config.head_size
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
-        self._session = open_session(path, threads or usable_cores())
+        self.threads = threads or usable_cores()
+        self._session = open_session(path, self.threads)
         self._vocab_size = _last_dimension(self._session, "logits", path)
         self._adapters: dict[str, Arrays] = {}
         self._prefixes: dict[str, Arrays] = {}
@@ -119,6 +123,7 @@ class OnnxEngine:
         self._buffers = _buffers(self._session, self.context_length, self._head_size)
         self._mask = np.ones(self.context_length, np.int64)
         self._ids, self._start = np.zeros(self._batch, np.int64), np.zeros(1, np.int64)
+        self._options = run_options()
         self._prefix: str | None = None
         self._begin = 0
         self._bindings: OrderedDict[tuple[tuple[str, float], ...], _Binding] = OrderedDict()
@@ -195,19 +200,28 @@ class OnnxEngine:
             self._length, self._last = end, None
         return self._length - self._begin
 
+    def use_threads(self, count: int) -> None:
+        """Nothing: a session keeps its threads, which take over each other's work when one of them lacks a core."""
+
+    def stop_step(self) -> None:
+        """Have the step that another thread computes end soon with StepStopped; where none runs, maybe the next one."""
+        self._options.terminate = True
+
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
         check_room(tokens, self._length, self.context_length, self._vocab_size)
         row = np.empty((1, self._vocab_size), np.float32)
-        for start in range(0, len(tokens), self._batch):
-            self._run(tokens[start : start + self._batch], row)
+        with self._whole():
+            for start in range(0, len(tokens), self._batch):
+                self._run(tokens[start : start + self._batch], row)
         self._last = row[0]
         return self._last
 
     def decode_all(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after each, shape [tokens, vocab]. UsageError when they do not fit in the context."""
         check_room(tokens, self._length, self.context_length, self._vocab_size)
-        logits = self._run_all(tokens)
+        with self._whole():
+            logits = self._run_all(tokens)
         self._last = logits[-1].copy()
         return logits
 
@@ -302,6 +316,16 @@ class OnnxEngine:
         binding.bind_input("logits_start", "cpu", 0, np.int64, (1,), self._start.ctypes.data)
         return binding
 
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Drop all that a step appended when it is stopped."""
+        length = self._length
+        try:
+            yield
+        except StepStopped:
+            self._length, self._last = length, None
+            raise
+
     def _run_all(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after each, shape [tokens, vocab]."""
         logits = np.empty((len(tokens), self._vocab_size), np.float32)
@@ -323,7 +347,13 @@ class OnnxEngine:
             binding.count = count
         binding.io.bind_output("logits", "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
         binding.io.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
-        self._session.run_with_iobinding(binding.io)
+        self._options.terminate = False
+        try:
+            self._session.run_with_iobinding(binding.io, self._options)
+        except Exception as error:  # onnxruntime raises classes of its own, which share no other base
+            if self._options.terminate:
+                raise StepStopped from error
+            raise
         self._length = total
 
 

@@ -1,0 +1,355 @@
+"""Answers beside busy neighbours: time to first token and tokens/s of both engines and of other runtimes.
+
+    pip install -e '.[demo,bench]'
+    python benchmarks/busy.py --json --out benchmarks/results
+
+SmolLM2-135M in q4_0 with one rank-16 adapter on all linear layers. Every setup stays loaded in a process of its own and
+answers the same requests of 16 tokens under each condition, in rounds, so that a slow phase of the machine meets all.
+CPU quotas need cgroup v1 or v2 folders that may be written; they are left out elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+# Python looks for modules beside the script first, where onnx.py would stand in for the package onnx.
+sys.path[:] = [
+    str(Path(__file__).resolve().parents[1]),
+    *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
+]
+
+from benchmarks.switching import _machine, _p99, _read, prepare
+from benchmarks.switching_ways import WAYS, Defaults, Folder
+
+SETUPS = {
+    **{name: WAYS[name] for name in ("edgetune gguf", "edgetune onnx")},
+    "Llama, its defaults": Defaults,
+    **{name: WAYS[name] for name in ("llama-server", "onnxruntime-genai")},
+}
+QUIET = "quiet"
+SIDE_BY_SIDE = "two of the same"
+ROUND_S = 12.0
+"""A round of one setup ends after its requests, or after this time."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What runs beside a setup: kinds of neighbours, a second process of its own kind, or a CPU quota in cores."""
+
+    name: str
+    neighbours: tuple[str, ...] = ()
+    quota: float | None = None
+
+
+CONDITIONS = (
+    Condition(QUIET),
+    Condition("1 CPU-bound", ("spin",)),
+    Condition("2 CPU-bound", ("spin", "spin")),
+    Condition("2 memory-bound", ("copy", "copy")),
+    Condition("training", ("train",)),
+    Condition(SIDE_BY_SIDE),
+    Condition("quota 1.0", quota=1.0),
+    Condition("quota 0.5", quota=0.5),
+)
+
+
+class Neighbour:
+    """A busy process that counts its rounds of work in a mapped file."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self._path = folder / f"{kind}-{time.monotonic_ns()}"
+        self._path.write_bytes(bytes(8))
+        self._process = subprocess.Popen([sys.executable, __file__, "--neighbour", kind, "--work", str(self._path)])
+        while not self.count():
+            time.sleep(0.05)
+
+    def count(self) -> int:
+        """Rounds of work done so far."""
+        return int(struct.unpack("q", self._path.read_bytes())[0])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Worker:
+    """A process that has one setup loaded and measures it when it is told to."""
+
+    def __init__(self, setup: str, options: argparse.Namespace, cgroup: Path | None = None) -> None:
+        command = [sys.executable, __file__, "--worker", setup, "--work", str(options.work)]
+        command += ["--threads", str(options.threads), "--requests", str(options.requests)]
+        command += ["--cgroup", str(cgroup)] if cgroup else []
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()
+
+    def begin(self) -> None:
+        """Start a round."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def end(self) -> dict[str, list[float]]:
+        """Seconds of the round's first tokens, and of all tokens after them."""
+        return dict(self._read())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> Any:  # noqa: ANN401 - JSON
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"busy.py: {' '.join(self._process.args)} ended with {self._process.wait()}")  # type: ignore[arg-type]
+        return json.loads(line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Answers beside busy neighbours.")
+    parser.add_argument("--requests", type=int, default=12, help="of each setup in each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of the task's own prompt")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--setups", default=",".join(SETUPS), metavar="A,B", help="which setups to run")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep what is prepared here; else a folder for now")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write busy.json, busy.md and busy.png")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--worker", choices=SETUPS, help=argparse.SUPPRESS)
+    parser.add_argument("--cgroup", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--neighbour", choices=("spin", "copy", "train"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.adapters = 1
+    if options.neighbour:
+        disturb(options.neighbour, options.work)
+    elif options.worker:
+        work(options)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            options.work = options.work or Path(temporary)
+            prepare(options)
+            report(measure(options, Path(temporary)), options)
+
+
+def measure(options: argparse.Namespace, temporary: Path) -> dict[str, Any]:
+    """All figures of each setup under each condition."""
+    setups = options.setups.split(",")
+    found: dict[str, dict[str, Any]] = {setup: {} for setup in setups}
+    with ExitStack() as stack:
+        workers = {setup: stack.enter_context(Worker(setup, options)) for setup in setups}
+        raw: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for number in range(options.rounds):
+            for condition in CONDITIONS:
+                print(f"round {number + 1} of {options.rounds}: {condition.name}", file=sys.stderr, flush=True)
+                for setup, took in _round(condition, workers, options, temporary):
+                    raw.setdefault((setup, condition.name), []).append(took)
+    for (setup, condition), rounds in raw.items():
+        found[setup][condition] = _figures(rounds)
+    for figures in found.values():
+        for one in figures.values():
+            one["share_of_quiet"] = one["tokens_per_s"] / figures[QUIET]["tokens_per_s"]
+            one["first_token_times_quiet"] = one["first_token_ms_p50"] / figures[QUIET]["first_token_ms_p50"]
+    settings = {key: getattr(options, key) for key in ("requests", "rounds", "prompt_tokens", "threads")}
+    return {"machine": _machine(options.threads), **settings, "setups": found}
+
+
+def _round(
+    condition: Condition, workers: dict[str, Worker], options: argparse.Namespace, temporary: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What one round of each setup took under the condition."""
+    if condition.quota is not None:
+        with _quota(condition.quota) as cgroup:
+            for setup in workers if cgroup else ():
+                with Worker(setup, options, cgroup) as worker:
+                    yield setup, _took([worker], [])
+        return
+    neighbours = [Neighbour(kind, temporary) for kind in condition.neighbours]
+    try:
+        alone = _rates(neighbours, 1.0)
+        for setup, worker in workers.items():
+            if condition.name == SIDE_BY_SIDE:
+                with Worker(setup, options) as second:
+                    yield setup, _took([worker, second], [])
+            else:
+                yield setup, _took([worker], neighbours, alone)
+    finally:
+        for neighbour in neighbours:
+            neighbour.close()
+
+
+def _took(workers: Sequence[Worker], neighbours: Sequence[Neighbour], alone: Sequence[float] = ()) -> dict[str, Any]:
+    # What the setup knew of its neighbours is outdated, as it would be after a pause between calls.
+    time.sleep(1.0)
+    begin, before = time.perf_counter(), [neighbour.count() for neighbour in neighbours]
+    for worker in workers:
+        worker.begin()
+    rounds = [worker.end() for worker in workers]
+    seconds = time.perf_counter() - begin
+    rates = [(neighbour.count() - count) / seconds for neighbour, count in zip(neighbours, before, strict=True)]
+    # Of two side by side, the slower one counts.
+    took: dict[str, Any] = max(rounds, key=lambda one: statistics.fmean(one["steps_s"]))
+    took["neighbours"] = [rate / own for rate, own in zip(rates, alone, strict=True)]
+    return took
+
+
+def _rates(neighbours: Sequence[Neighbour], seconds: float) -> list[float]:
+    before = [neighbour.count() for neighbour in neighbours]
+    time.sleep(seconds)
+    return [(n.count() - count) / seconds for n, count in zip(neighbours, before, strict=True)]
+
+
+def _figures(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    firsts = [first for took in rounds for first in took["firsts_s"]]
+    steps = [step for took in rounds for step in took["steps_s"]]
+    neighbours = [share for took in rounds for share in took["neighbours"]]
+    return {
+        "first_token_ms_p50": statistics.median(firsts) * 1e3,
+        "first_token_ms_p99": _p99(firsts) * 1e3,
+        "tokens_per_s": statistics.median(len(took["steps_s"]) / sum(took["steps_s"]) for took in rounds),
+        "longest_step_ms": max(steps) * 1e3,
+        "neighbours_speed": statistics.fmean(neighbours) if neighbours else None,
+    }
+
+
+@contextmanager
+def _quota(cores: float) -> Iterator[Path | None]:
+    """A cgroup with a CPU quota, to be removed when its processes have ended; None where there can be none."""
+    version_1 = Path("/sys/fs/cgroup/cpu")
+    folder = (version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")) / f"edgetune-busy-{os.getpid()}"
+    try:
+        folder.mkdir()
+        if version_1.is_dir():
+            (folder / "cpu.cfs_quota_us").write_text(str(round(cores * 100_000)))
+        else:
+            (folder / "cpu.max").write_text(f"{round(cores * 100_000)} 100000")
+    except OSError as error:
+        print(f"no CPU quota here: {error}", file=sys.stderr)
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def work(options: argparse.Namespace) -> None:
+    """Load one setup, then answer a round of requests for each line of standard input."""
+    if options.cgroup:
+        (options.cgroup / "cgroup.procs").write_text(str(os.getpid()))
+    way = SETUPS[options.worker](Folder(options.work, 1, options.threads))
+    asked = _read(options.work)["round robin"]
+    way.answer(asked[0])
+    print(json.dumps("ready"), flush=True)
+    for _ in sys.stdin:
+        took: dict[str, list[float]] = {"firsts_s": [], "steps_s": []}
+        end = time.perf_counter() + ROUND_S
+        for number in range(options.requests):
+            answered = way.answer(asked[number % len(asked)])
+            took["firsts_s"].append(answered.first_s)
+            took["steps_s"] += answered.steps_s
+            if time.perf_counter() > end:
+                break
+        print(json.dumps(took), flush=True)
+
+
+def disturb(kind: str, path: Path) -> None:
+    """Work for ever, counting rounds in a file: a Python loop, copies of 64 MB, or training steps on all cores."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 8) as counter:
+        for count, _ in enumerate(_work_of(kind), 1):
+            counter[:] = struct.pack("q", count)
+
+
+def _work_of(kind: str) -> Iterator[None]:
+    if kind == "spin":
+        while True:
+            for _ in range(1000):
+                pass
+            yield
+    if kind == "copy":
+        source, target = bytearray(64_000_000), bytearray(64_000_000)
+        while True:
+            target[:] = source
+            yield
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(576, 1536), torch.nn.SiLU(), torch.nn.Linear(1536, 576))
+    optimizer, rows = torch.optim.AdamW(model.parameters()), torch.randn(256, 576)
+    while True:
+        optimizer.zero_grad()
+        model(rows).square().mean().backward()
+        optimizer.step()
+        yield
+
+
+def report(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the figures, and write them where they are wanted."""
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "busy.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (options.out / "busy.md").write_text(table(result), encoding="utf-8")
+        plot(result, options.out / "busy.png")
+    print(json.dumps(result) if options.json else table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures in Markdown."""
+    lines = [
+        f"{result['machine']}. SmolLM2-135M in q4_0 with one rank-16 adapter, a task prompt of "
+        f"{result['prompt_tokens']} tokens, {result['rounds']} rounds of up to {result['requests']} requests of 16 "
+        "tokens. The neighbours' speed is a share of what they do without the setup.",
+        "",
+        "| setup | condition | TTFT ms p50 | p99 | x quiet | tokens/s | x quiet | longest step ms | neighbours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for setup, found in result["setups"].items():
+        for condition, one in found.items():
+            neighbours = "" if one["neighbours_speed"] is None else f"{one['neighbours_speed']:.2f}"
+            lines.append(
+                f"| {setup} | {condition} | {one['first_token_ms_p50']:.0f} | {one['first_token_ms_p99']:.0f} "
+                f"| {one['first_token_times_quiet']:.1f} | {one['tokens_per_s']:.1f} | {one['share_of_quiet']:.2f} "
+                f"| {one['longest_step_ms']:.0f} | {neighbours} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict[str, Any], out: Path) -> None:
+    """Tokens/s of each setup under each condition."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    setups = result["setups"]
+    conditions = [c.name for c in CONDITIONS if all(c.name in found for found in setups.values())]
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    for number, (setup, found) in enumerate(setups.items()):
+        places = [place + (number - len(setups) / 2 + 0.5) * 0.15 for place in range(len(conditions))]
+        color = ("#1d6b43", "#56a878", "#4a5663", "#8794a1", "#c0c8d0")[number % 5]
+        axes.bar(places, [found[name]["tokens_per_s"] for name in conditions], 0.14, label=setup, color=color)
+    axes.set_xticks(range(len(conditions)), conditions)
+    axes.set_ylabel("tokens/s")
+    axes.set_title("Decoding beside busy neighbours", loc="left")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=130)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What `edgetune-run doctor` finds: cores, memory, clock, load and libraries, and what slows answers down."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .bundle import Manifest
+from .machine import ROOT, cores_left, cpu_quota, disturbance, free_mb, throttling, usable_cores
+
+_LIBRARIES = ("edgetune-runtime", "llama-cpp-python", "onnxruntime", "numpy", "tokenizers")
+_CLOCK = "sys/devices/system/cpu/cpu0/cpufreq"
+
+
+def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, Any]:
+    """The machine as this process may use it, as JSON values, with `problems`, a line each.
+
+    Of a bundle's manifest it also tells with how many threads it runs here. Loads no engine.
+    """
+    quota, threads = cpu_quota(root), usable_cores(root)
+    found: dict[str, Any] = {
+        "processor": _processor(root),
+        "cores": {"machine": os.cpu_count(), "usable": cores_left(root), "quota": quota, "threads": threads},
+        "free_mb": free_mb(root),
+        "clock": _clock(root),
+        "throttling": throttling(root),
+        "busy": disturbance(root),
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+    }
+    if manifest is not None:
+        found["bundle"] = {"name": manifest.name, "threads": min(manifest.threads or threads, cores_left(root))}
+    return found | {"problems": list(_problems(found, manifest))}
+
+
+def _problems(found: Mapping[str, Any], manifest: Manifest | None) -> Iterator[str]:
+    quota, usable = found["cores"]["quota"], found["cores"]["usable"]
+    if found["busy"]:
+        yield f"{found['busy']}: answers take longer, and what is measured now says little"
+    if quota is not None and quota < 1:
+        yield f"a CPU quota of {quota:g} cores stops each step for a part of the time; give at least 1"
+    if manifest is not None and manifest.threads and manifest.threads > usable:
+        yield f"the bundle asks for {manifest.threads} threads, and {usable} cores may be used"
+    governor = found["clock"].get("governor")
+    if governor == "powersave" and found["processor"].startswith("ARM"):
+        yield "the clock's governor is powersave, which keeps the processor at its lowest clock; use ondemand"
+
+
+def _processor(root: Path) -> str:
+    """The processor's name as the system gives it; of ARM boards, which give none, the board's."""
+    lines = (root / "proc/cpuinfo").read_text().splitlines() if (root / "proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "model\t"))]
+    named = next((name for name in names if not name.isdigit()), "")
+    is_arm = platform.machine() in ("aarch64", "arm64")
+    return f"{'ARM, ' if is_arm else ''}{named or platform.processor() or platform.machine()}"
+
+
+def _clock(root: Path) -> dict[str, Any]:
+    """Governor and megahertz of the first core; empty where the system does not tell."""
+    clock: dict[str, Any] = {}
+    for key, name in (("governor", "scaling_governor"), ("mhz", "scaling_cur_freq"), ("most_mhz", "cpuinfo_max_freq")):
+        path = root / _CLOCK / name
+        if path.exists():
+            text = path.read_text().strip()
+            clock[key] = int(text) / 1000 if text.isdigit() else text
+    return clock
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
