@@ -37,7 +37,7 @@ from benchmarks.switching_ways import WAYS, Defaults, Folder
 
 SETUPS = {
     **{name: WAYS[name] for name in ("edgetune gguf", "edgetune onnx")},
-    "Llama, its defaults": Defaults,
+    "Llama with its defaults": Defaults,
     **{name: WAYS[name] for name in ("llama-server", "onnxruntime-genai")},
 }
 QUIET = "quiet"

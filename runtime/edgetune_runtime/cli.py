@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .bundle import Manifest, read_manifest, verify_files
-from .errors import CancelledError, EdgetuneError, NotFoundError, UsageError
+from .conversation import PROGRAM, Conversation, adapter_choice, show
+from .errors import CancelledError, EdgetuneError, UsageError
 from .priority import NORMAL, PRIORITIES
 
 if TYPE_CHECKING:
-    from .generation import Stream
     from .runtime import Runtime
-    from .session import Session
-
-PROGRAM = "edgetune-run"
 
 SAMPLING = {
     "temperature": (float, "randomness; 0 always takes the likeliest token (default)"),
@@ -33,12 +30,6 @@ SAMPLING = {
     "seed": (int, "repeat the same random choices"),
     "max_tokens": (int, "longest answer in tokens"),
 }
-
-CHAT_HELP = """/use NAME  switch to an adapter (each keeps its own history)
-/base      switch to the plain base
-/new       forget the history of this adapter
-/help      show this
-/quit      end; so does Ctrl-D. Ctrl-C stops an answer"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -206,15 +197,15 @@ def _size(manifest: Manifest, names: Iterable[str]) -> str:
 def _generate(options: argparse.Namespace) -> None:
     prompt = _prompt(options)
     with _open(options) as runtime:
-        stream = runtime.stream(prompt, adapter=_adapters(runtime, options.adapter), **_sampling(options))
-        _show(stream, options)
+        stream = runtime.stream(prompt, adapter=adapter_choice(runtime, options.adapter), **_sampling(options))
+        show(stream, as_json=options.json)
 
 
 def _classify(options: argparse.Namespace) -> None:
     prompt = _prompt(options)
     labels = None if options.labels is None else [label.strip() for label in options.labels.split(",")]
     with _open(options) as runtime:
-        label, scores = runtime.classify(prompt, labels, adapter=_adapters(runtime, options.adapter))
+        label, scores = runtime.classify(prompt, labels, adapter=adapter_choice(runtime, options.adapter))
     if options.json:
         print(json.dumps({"label": label, "scores": scores}, ensure_ascii=False))
         return
@@ -304,105 +295,12 @@ def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _chat(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
         runtime.context()  # refuses a bundle that cannot chat before the first line is read
-        _Chat(runtime, options).run()
-
-
-class _Chat:
-    """A conversation on the terminal; each choice of adapters has its own history."""
-
-    def __init__(self, runtime: Runtime, options: argparse.Namespace) -> None:
-        self._runtime = runtime
-        self._options = options
-        self._adapters = _adapters(runtime, options.adapter)
-        self._sessions: dict[str, Session] = {}
-
-    def run(self) -> None:
-        self._say(f"adapters: {', '.join(self._runtime.adapters) or 'none'}; /help shows the commands")
-        while (line := self._read()) is not None:
-            if line == "/quit":
-                return
-            try:
-                if line.startswith("/"):
-                    self._command(*line.split(maxsplit=1))
-                elif line:
-                    self._answer(line)
-            except (UsageError, NotFoundError) as error:
-                self._say(f"{PROGRAM}: {error}")
-
-    def _read(self) -> str | None:
-        if sys.stdin.isatty():
-            print(f"{self._name()}> ", end="", flush=True, file=sys.stderr)
-        line = sys.stdin.readline()
-        return line.strip() if line else None
-
-    def _command(self, command: str, rest: str = "") -> None:
-        if command == "/use" and rest:
-            self._adapters = _adapters(self._runtime, rest.split())
-        elif command == "/base":
-            self._adapters = None
-        elif command == "/new":
-            self._session().close()
-            del self._sessions[self._name()]
-        elif command == "/help":
-            self._say(CHAT_HELP)
-        else:
-            self._say(f"{PROGRAM}: no command {command!r}; /help shows them")
-
-    def _answer(self, text: str) -> None:
-        stream = self._session().stream(text, **_sampling(self._options))
-        try:
-            _show(stream, self._options)
-        except KeyboardInterrupt:
-            stream.close()
-            print()
-
-    def _session(self) -> Session:
-        if self._name() not in self._sessions:
-            self._sessions[self._name()] = self._runtime.session(self._adapters)
-        return self._sessions[self._name()]
-
-    def _name(self) -> str:
-        if self._adapters is None or isinstance(self._adapters, str):
-            return self._adapters or "base"
-        return " ".join(f"{name}={scale:g}" for name, scale in self._adapters.items())
-
-    def _say(self, text: str) -> None:
-        # Standard output is for answers.
-        print(text, file=sys.stderr)
-
-
-def _show(stream: Stream, options: argparse.Namespace) -> None:
-    """Write an answer: its text as it comes, or one JSON object with the timings."""
-    for piece in stream:
-        if not options.json:
-            print(piece, end="", flush=True)
-    answer = stream.answer
-    assert answer is not None
-    if options.json:
-        fields = asdict(answer)
-        timings = fields.pop("timings")
-        print(json.dumps(fields | timings, ensure_ascii=False), flush=True)
-    else:
-        print(flush=True)
+        Conversation(runtime, options.adapter, _sampling(options), as_json=options.json).run()
 
 
 def _prompt(options: argparse.Namespace) -> str:
     text: str = options.prompt
     return sys.stdin.read().removesuffix("\n") if text == "-" else text
-
-
-def _adapters(runtime: Runtime, choices: Sequence[str]) -> str | dict[str, float] | None:
-    """What `--adapter` or `/use` names: None for none, a name alone as it is, or several with their scales."""
-    scales: dict[str, float] = {}
-    for choice in choices:
-        name, given, scale = choice.partition("=")
-        try:
-            scales[name] = float(scale) if given else runtime.manifest.adapter(name).scale
-        except ValueError as error:
-            raise UsageError(f"scale {scale!r} of adapter {name!r} is no number", "give NAME or NAME=SCALE") from error
-    if len(choices) == 1 and "=" not in choices[0]:
-        return choices[0]
-    return scales or None
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:

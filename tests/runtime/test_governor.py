@@ -1,4 +1,4 @@
-"""Steps of real engines that are stopped, and the governor's decisions on given measurements."""
+"""Steps of real engines that are stopped, and begun anew when they stall."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 from edgetune_export.convert import convert_folder
 from edgetune_export.quantize import quantize_gguf
 from edgetune_runtime import Runtime
-from edgetune_runtime import governor as governor_module
 from edgetune_runtime.engines._base import Engine, Logits, StepStopped
 from edgetune_runtime.engines.gguf import GgufEngine
 from edgetune_runtime.governor import AnswerUsage, Governor
@@ -119,50 +118,12 @@ def test_any_number_of_threads_gives_the_same_bits(wide_base: Path, kv: str, rep
         assert scores == found[0][1]
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is waited for before it is tried again."""
-    monkeypatch.setattr(governor_module, "_FIRST_HOLD_S", 0.0)
-    monkeypatch.setattr(governor_module, "_LONGEST_HOLD_S", 0.0)
-
-
-def _window(governor: Governor, token_s: float, share: float, usage: AnswerUsage | None = None) -> int:
-    """What the governor decides after steps of single tokens that took so long and had that share of their cores."""
-    for _ in range(governor_module._WINDOW_STEPS):
-        governor._record(1, token_s, token_s * share * governor.threads, usage or AnswerUsage())
-        if not governor._window.steps:
-            break
-    return governor.threads
-
-
-@pytest.mark.usefixtures("quick")
-def test_fewer_threads_compute_while_others_take_the_cores() -> None:
-    governor = Governor(4, adjusts=True)
-    assert _window(governor, 0.02, share=1.0) == 4
-    assert _window(governor, 0.04, share=0.75) == 3
-    assert _window(governor, 0.03, share=1.0) == 3
-    # One more is tried from time to time, and stays where it helps.
-    assert _window(governor, 0.03, share=1.0) == 4
-    assert _window(governor, 0.02, share=1.0) == 4
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_number_of_threads_that_does_not_help_is_taken_back() -> None:
-    governor = Governor(2, adjusts=True)
-    assert _window(governor, 0.02, share=0.6) == 1
-    assert _window(governor, 0.03, share=1.0) == 2, "one thread was slower than two that shared their cores"
-    assert _window(governor, 0.04, share=0.6) == 1
-    assert _window(governor, 0.03, share=1.0) == 1
-    assert _window(governor, 0.03, share=1.0) == 2
-    assert _window(governor, 0.04, share=0.6) == 1, "two threads were slower than one"
-
-
 def test_a_step_that_stalls_is_begun_anew_with_fewer_threads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     if not engine.adjusts_threads:
         pytest.skip("onnxruntime's threads take over each other's work")
-    monkeypatch.setattr(Governor, "_is_stalling", _stalls_with_several_threads)
+    monkeypatch.setattr(Governor, "_stalls", _stalls_with_several_threads)
     governor, tries = Governor(4, adjusts=True), []
-    monkeypatch.setattr(governor, "_look_around", lambda: None)
+    monkeypatch.setattr(governor._count, "look_around", lambda: None)
 
     def step() -> Logits:
         tries.append(governor.threads)
@@ -175,13 +136,19 @@ def test_a_step_that_stalls_is_begun_anew_with_fewer_threads(engine: Engine, mon
 
 
 def _stalls_with_several_threads(governor: Governor, *_: object) -> bool:
-    governor._stalled = governor.threads > 1
-    return governor._stalled
+    governor._is_stalled = governor.threads > 1
+    return governor._is_stalled
+
+
+def _steps(governor: Governor, token_s: float, share: float) -> AnswerUsage:
+    """An answer of single tokens that took so long each and had that share of two cores."""
+    usage = AnswerUsage()
+    for _ in range(8):
+        governor._record(1, token_s, token_s * share * 2, usage)
+    return usage
 
 
 def test_an_answer_is_slow_when_it_lacked_cores_or_took_much_longer_than_before() -> None:
-    governor, fast, late, starved = Governor(2, adjusts=False), AnswerUsage(), AnswerUsage(), AnswerUsage()
-    _window(governor, 0.02, share=1.0, usage=fast)
-    _window(governor, 0.05, share=1.0, usage=late)
-    _window(governor, 0.02, share=0.5, usage=starved)
-    assert [governor.is_slow(usage) for usage in (AnswerUsage(), fast, late, starved)] == [False, False, True, True]
+    governor = Governor(2, adjusts=False)
+    usages = [_steps(governor, 0.02, share=1.0), _steps(governor, 0.05, share=1.0), _steps(governor, 0.02, share=0.5)]
+    assert [governor.is_slow(usage) for usage in (AnswerUsage(), *usages)] == [False, False, True, True]

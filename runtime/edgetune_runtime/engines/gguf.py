@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +27,11 @@ from ._base import (
     check_prefix_room,
     check_room,
     check_scales,
-    log_total,
     prefix_among,
 )
 from ._gguf_base import GgufBase, GgufTokenizer
 from ._gguf_state import PrefixState, check_state, read_prefix
+from ._gguf_tree import Continuation, ContinuationTree, groups
 from ._llama import KV_BYTES, StopFlag, decode_batch, last_errors, library, make_context
 
 __all__ = ["BRANCHES", "ENGINE", "MAIN", "GgufEngine", "GgufTokenizer"]
@@ -243,8 +242,8 @@ class GgufEngine:
             raise UsageError("there are no logits to score continuations from", "decode at least one token first")
         wanted = sorted({tuple(tokens) for tokens in continuations})
         check_continuations(wanted, self._length, self.context_length, self.tokenizer.vocab_size)
-        scores: dict[tuple[int, ...], float] = {}
-        for group in self._groups(wanted):
+        scores: dict[Continuation, float] = {}
+        for group in groups(wanted, BRANCHES, self._cells - self._length):
             scores.update(self._score_group(group))
         return [scores[tuple(tokens)] for tokens in continuations]
 
@@ -365,34 +364,17 @@ class GgufEngine:
         rows: Logits = np.ctypeslib.as_array(logits, (count, self.tokenizer.vocab_size))
         return rows
 
-    def _groups(self, wanted: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-        """Split sorted continuations so that the tree of each group fits in the branches and the free cells."""
-        free = self._cells - self._length
-        group: list[tuple[int, ...]] = []
-        for tokens in wanted:
-            if group and (len(group) == BRANCHES or sum(map(len, group)) + len(tokens) > free):
-                yield group
-                group = []
-            group.append(tokens)
-        if group:
-            yield group
-
-    def _score_group(self, group: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
-        # The last token of a continuation is only looked up, so only what lies before it is decoded.
-        branches: dict[tuple[int, ...], list[int]] = {}
-        for branch, tokens in enumerate(group, MAIN + 1):
-            for end in range(1, len(tokens)):
-                branches.setdefault(tokens[:end], []).append(branch)
-        steps = {tokens[: end + 1] for tokens in group for end in range(len(tokens))}
+    def _score_group(self, group: Sequence[Continuation]) -> dict[Continuation, float]:
+        tree = ContinuationTree(group)
         assert self._last is not None
-        log_p = _step_scores([()], self._last[None], steps)
+        log_p = tree.steps_after([()], self._last[None])
         with self._branched(len(group)):
-            for nodes in _parts(sorted(branches, key=len), self._outputs):
+            for nodes in _parts(tree.nodes, self._outputs):
                 positions = [self._length + len(node) - 1 for node in nodes]
-                sequences = [tuple(branches[node]) for node in nodes]
+                sequences = [tuple(MAIN + 1 + number for number in tree.branches[node]) for node in nodes]
                 self._submit([node[-1] for node in nodes], positions, sequences, [True] * len(nodes))
-                log_p |= _step_scores(nodes, self._view(len(nodes)), steps)
-        return {tokens: math.fsum(log_p[tokens[: end + 1]] for end in range(len(tokens))) for tokens in group}
+                log_p |= tree.steps_after(nodes, self._view(len(nodes)))
+        return tree.totals(log_p)
 
     @contextmanager
     def _branched(self, count: int) -> Iterator[None]:
@@ -414,21 +396,6 @@ def _pointer(buffer: NDArray[np.uint8]) -> Any:  # noqa: ANN401 - a bare pointer
 
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _step_scores(
-    nodes: Sequence[tuple[int, ...]], rows: Logits, steps: set[tuple[int, ...]]
-) -> dict[tuple[int, ...], float]:
-    """Log probability of the last token of each step, from the logits after the node that it continues."""
-    following: dict[tuple[int, ...], list[int]] = {}
-    for step in steps:
-        following.setdefault(step[:-1], []).append(step[-1])
-    scores = {}
-    # Row by row: all rows at once in float64 would take more memory than a small base.
-    for node, row in zip(nodes, rows, strict=True):
-        total = log_total(row)
-        scores.update({(*node, token): float(row[token]) - total for token in following[node]})
-    return scores
 
 
 ENGINE = GgufEngine

@@ -7,7 +7,6 @@ one. (`run_with_iobinding` ignores the active adapters of RunOptions, so their t
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections import ChainMap, OrderedDict
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from edgetune_runtime.batches import CHUNK
 from edgetune_runtime.cache import common_prefix
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.machine import usable_cores
 from edgetune_runtime.onnx_file import check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.onnx_prefix import check_prefix_arrays, is_past, past_inputs
@@ -42,6 +41,7 @@ from ._base import (
     log_total,
     prefix_among,
 )
+from ._onnx_config import read_config
 from ._ort import adapter_arrays, library, open_session, run_options
 from ._tokenizers import JsonTokenizer
 
@@ -52,15 +52,6 @@ _BINDINGS = 32
 
 _STATE = struct.Struct("<4sII")
 _MAGIC = b"ETS2"
-
-
-@dataclass(frozen=True)
-class _Config:
-    """What genai_config.json tells about the model."""
-
-    context_length: int
-    head_size: int
-    end_tokens: tuple[int, ...]
 
 
 @dataclass
@@ -99,7 +90,7 @@ class OnnxEngine:
         self.context_length = context_length
         self._batch = batch
         header = read_onnx(path)
-        config = _read_config(path.with_name("genai_config.json"))
+        config = read_config(path.with_name("genai_config.json"))
         check_trained(context_length, config.context_length)
         self._slots, self._tensor_slots, self._past = slots_of(header), tensor_slots_of(header), past_inputs(header)
         self._head_size = config.head_size
@@ -389,20 +380,6 @@ def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401
     if not isinstance(size, int):
         raise VerificationError(f"{path} has no {name} of a known size", "build the bundle again")
     return size
-
-
-def _read_config(path: Path) -> _Config:
-    try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        ends = model["eos_token_id"]
-        end_tokens = tuple(int(token) for token in (ends if isinstance(ends, list) else [ends]))
-        return _Config(int(model["context_length"]), int(model["decoder"]["head_size"]), end_tokens)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{path} is missing", "build or copy the bundle again") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VerificationError(
-            f"{path} is not what onnxruntime-genai's builder writes: {error}", "build it again"
-        ) from error
 
 
 ENGINE = OnnxEngine

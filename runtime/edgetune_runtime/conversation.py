@@ -1,0 +1,121 @@
+"""`edgetune-run chat`: a conversation on the terminal, and how adapters are named and answers written there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from .generation import Stream
+    from .runtime import Runtime
+    from .session import Session
+
+PROGRAM = "edgetune-run"
+
+CHAT_HELP = """/use NAME  switch to an adapter (each keeps its own history)
+/base      switch to the plain base
+/new       forget the history of this adapter
+/help      show this
+/quit      end; so does Ctrl-D. Ctrl-C stops an answer"""
+
+
+class Conversation:
+    """A conversation on the terminal; each choice of adapters has its own history."""
+
+    def __init__(
+        self, runtime: Runtime, adapters: Sequence[str], sampling: Mapping[str, Any], *, as_json: bool
+    ) -> None:
+        self._runtime = runtime
+        self._sampling = sampling
+        self._as_json = as_json
+        self._adapters = adapter_choice(runtime, adapters)
+        self._sessions: dict[str, Session] = {}
+
+    def run(self) -> None:
+        """Answer each line of standard input, and follow its commands."""
+        self._say(f"adapters: {', '.join(self._runtime.adapters) or 'none'}; /help shows the commands")
+        while (line := self._read()) is not None:
+            if line == "/quit":
+                return
+            try:
+                if line.startswith("/"):
+                    self._command(*line.split(maxsplit=1))
+                elif line:
+                    self._answer(line)
+            except (UsageError, NotFoundError) as error:
+                self._say(f"{PROGRAM}: {error}")
+
+    def _read(self) -> str | None:
+        if sys.stdin.isatty():
+            print(f"{self._name()}> ", end="", flush=True, file=sys.stderr)
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+
+    def _command(self, command: str, rest: str = "") -> None:
+        if command == "/use" and rest:
+            self._adapters = adapter_choice(self._runtime, rest.split())
+        elif command == "/base":
+            self._adapters = None
+        elif command == "/new":
+            self._session().close()
+            del self._sessions[self._name()]
+        elif command == "/help":
+            self._say(CHAT_HELP)
+        else:
+            self._say(f"{PROGRAM}: no command {command!r}; /help shows them")
+
+    def _answer(self, text: str) -> None:
+        stream = self._session().stream(text, **self._sampling)
+        try:
+            show(stream, as_json=self._as_json)
+        except KeyboardInterrupt:
+            stream.close()
+            print()
+
+    def _session(self) -> Session:
+        if self._name() not in self._sessions:
+            self._sessions[self._name()] = self._runtime.session(self._adapters)
+        return self._sessions[self._name()]
+
+    def _name(self) -> str:
+        if self._adapters is None or isinstance(self._adapters, str):
+            return self._adapters or "base"
+        return " ".join(f"{name}={scale:g}" for name, scale in self._adapters.items())
+
+    def _say(self, text: str) -> None:
+        # Standard output is for answers.
+        print(text, file=sys.stderr)
+
+
+def show(stream: Stream, *, as_json: bool) -> None:
+    """Write an answer: its text as it comes, or one JSON object with the timings."""
+    for piece in stream:
+        if not as_json:
+            print(piece, end="", flush=True)
+    answer = stream.answer
+    assert answer is not None
+    if as_json:
+        fields = asdict(answer)
+        timings = fields.pop("timings")
+        print(json.dumps(fields | timings, ensure_ascii=False), flush=True)
+    else:
+        print(flush=True)
+
+
+def adapter_choice(runtime: Runtime, choices: Sequence[str]) -> str | dict[str, float] | None:
+    """What `--adapter` or `/use` names: None for none, a name alone as it is, or several with their scales."""
+    scales: dict[str, float] = {}
+    for choice in choices:
+        name, given, scale = choice.partition("=")
+        try:
+            scales[name] = float(scale) if given else runtime.manifest.adapter(name).scale
+        except ValueError as error:
+            raise UsageError(f"scale {scale!r} of adapter {name!r} is no number", "give NAME or NAME=SCALE") from error
+    if len(choices) == 1 and "=" not in choices[0]:
+        return choices[0]
+    return scales or None
