@@ -23,3 +23,11 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, _MOST)
+
+
+def give_back_freed_memory() -> None:
+    """Give what this process has freed back to the system, as far as it lies in whole pages. Only glibc does so."""
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)

@@ -16,8 +16,6 @@ R = TypeVar("R", bound="Row")
 
 # Rows are sorted by length inside windows of so many steps: nearly no padding, and still another order each epoch.
 _WINDOW_STEPS = 16
-# A forward pass takes at most so many tokens; a step of more rows is split, with the same gradient.
-_PASS_TOKENS = 4096
 
 
 class Schedule:
@@ -59,12 +57,13 @@ def plan(lengths: Sequence[int], schedule: Schedule, training: Training) -> list
     return steps[: schedule.steps]
 
 
-def passes(examples: Sequence[R]) -> Iterator[list[R]]:
-    """The examples in groups of at most `_PASS_TOKENS` tokens, a longer one alone."""
+def passes(examples: Sequence[R], most_tokens: int) -> Iterator[list[R]]:
+    """The examples in groups of at most `most_tokens` tokens, a longer one alone: a step that is split into passes has
+    the same gradient."""
     group: list[R] = []
     tokens = 0
     for example in examples:
-        if group and tokens + len(example.tokens) > _PASS_TOKENS:
+        if group and tokens + len(example.tokens) > most_tokens:
             yield group
             group, tokens = [], 0
         group.append(example)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .chunks import summed_loss
 from .data import Example
 from .methods._prompt_model import States, behind_states, states_of
 from .objectives import packed_logits
@@ -73,10 +75,15 @@ class Distill:
     def loss(self, forward: Callable[..., Any], model: Any, batch: Distilled) -> torch.Tensor:  # noqa: ANN401 - as above
         """Kullback-Leibler divergence from the teacher, summed, over its likeliest tokens and all others together."""
         lessons = [self._lesson(model.peft.get_base_model(), row) for row in batch.rows]
-        logits = packed_logits(forward, batch.packed).float()
-        tokens = torch.cat([lesson.tokens for lesson in lessons]).to(logits.device)
-        teacher = torch.cat([lesson.log_probabilities for lesson in lessons]).to(logits.device)
-        return (teacher.exp() * (teacher - _log_probabilities(logits, tokens))).sum()
+        device = batch.targets.device
+        tokens = torch.cat([lesson.tokens for lesson in lessons]).to(device)
+        teacher = torch.cat([lesson.log_probabilities for lesson in lessons]).to(device)
+
+        def loss_of(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+            said = teacher[rows]
+            return (said.exp() * (said - _log_probabilities(logits, tokens[rows]))).sum()
+
+        return summed_loss(partial(packed_logits, forward, batch.packed), model, loss_of)
 
     def save(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - as above
         """There is nothing else to write."""

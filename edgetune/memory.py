@@ -16,6 +16,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.gguf_file import GgufHeader, cache_shape
 
 if TYPE_CHECKING:
+    from .checkpointing import LayerCost
     from .methods import Method, Options
 
 MOST_TOKENS = 4096
@@ -114,6 +115,11 @@ class PassCost:
         left = room_mb * _MB - self.constant - self.loss
         return max(0, int(left / self._per_token(checkpointed)))
 
+    def validation_tokens(self, room_mb: float) -> int:
+        """Tokens of the longest pass without gradients that takes at most `room_mb`."""
+        left = room_mb * _MB - self.constant - self.loss
+        return max(0, int(left / (self.per_token / self.layers * (1 + _LOST))))
+
     def _per_token(self, checkpointed: int) -> float:
         layer = self.per_token / self.layers
         kept = self.per_token - checkpointed * max(0.0, layer - self.input_per_token)
@@ -125,12 +131,13 @@ class PassCost:
 @dataclass(frozen=True)
 class PassPlan:
     """Forward passes of at most `tokens` tokens, the first `checkpointed` of the `layers` with activation
-    checkpointing; `mb` is the most that such a pass takes."""
+    checkpointing, and of `validation_tokens` in validation; `mb` is the most that such a pass takes."""
 
-    tokens: int
-    checkpointed: int
-    layers: int
-    mb: float
+    tokens: int = MOST_TOKENS
+    validation_tokens: int = MOST_TOKENS
+    checkpointed: int = 0
+    layers: int = 0
+    mb: float = 0.0
 
     def __str__(self) -> str:
         passes = f"forward passes of at most {self.tokens:,} tokens"
@@ -197,19 +204,29 @@ def plan_passes(
     limit, the smallest passes are planned, as the system may yet find room.
     """
     room = room_mb if limit_mb is None else min(room_mb, limit_mb - used_mb)
+    for_validation = min(MOST_TOKENS, cost.validation_tokens(room))
     for checkpointed in range(cost.layers + 1):
-        tokens = min(MOST_TOKENS, cost.tokens(room, checkpointed))
-        if tokens >= min(longest_row, MOST_TOKENS) and cost.pass_mb(longest_row, checkpointed) <= room:
-            most = max(tokens, longest_row)
-            return PassPlan(tokens, checkpointed, cost.layers, cost.pass_mb(most, checkpointed))
+        if cost.pass_mb(longest_row, checkpointed) <= room:
+            tokens = min(MOST_TOKENS, cost.tokens(room, checkpointed))
+            most = cost.pass_mb(max(tokens, longest_row), checkpointed)
+            return PassPlan(tokens, for_validation, checkpointed, cost.layers, most)
     least = cost.pass_mb(longest_row, cost.layers)
     if limit_mb is not None and used_mb + least > limit_mb:
         needed = math.ceil(used_mb + least)
         message = f"training.memory_mb is {limit_mb:,.0f}, but training {name} takes at least {needed:,}"
-        raise UsageError(
-            message, f"set it to {needed} or more, or make the rows shorter: the longest has {longest_row} tokens"
-        )
-    return PassPlan(longest_row, cost.layers, cost.layers, least)
+        remedy = f"set it to {needed} or more, or make the rows shorter: the longest has {longest_row} tokens"
+        raise UsageError(message, remedy)
+    return PassPlan(longest_row, longest_row, cost.layers, cost.layers, least)
+
+
+def measured(small: tuple[int, LayerCost], large: tuple[int, LayerCost], *, layers: int, vocabulary: int) -> PassCost:
+    """What a pass keeps, by what one of its layers kept of two passes of as many tokens as said."""
+    (few, cost_of_few), (many, cost_of_many) = small, large
+    # Rows of like length do not tell what is kept whatever their tokens.
+    apart = many >= 2 * few
+    slope = (cost_of_many.kept - cost_of_few.kept) / (many - few) if apart else cost_of_many.kept / many
+    constant = max(0.0, cost_of_many.kept - slope * many)
+    return PassCost(layers, layers * slope, cost_of_many.input / many, layers * constant, loss_bytes(vocabulary))
 
 
 def state_mb(parameters: int) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from .chunks import summed_loss
 from .data import Example
 from .packing import ATTENTION, Packed, pack
 
@@ -77,8 +79,11 @@ class NextToken:
 
     def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Packed) -> torch.Tensor:
         """Cross entropy, with logits only where there is loss."""
-        logits = packed_logits(forward, batch)
-        return cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+        def loss_of(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+            return cross_entropy(logits, batch.targets[rows], reduction="sum")
+
+        return summed_loss(partial(packed_logits, forward, batch), model, loss_of)
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """There is nothing else to write."""

@@ -8,7 +8,7 @@ result. Attention alone runs on rows, padded to the longest; grouping rows by le
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import takewhile
 from typing import Any, Self
 
@@ -33,10 +33,24 @@ class Group:
     keys: torch.Tensor
     mask: torch.Tensor
     distance: torch.Tensor
+    _biases: dict[tuple[torch.dtype, int | None], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def to(self, device: torch.device) -> Group:
         """The same on `device`."""
-        return Group(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return Group(*(getattr(self, f.name).to(device) for f in fields(self) if f.init))
+
+    def bias(self, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+        """What is added to the scores [1, 1, q, k]: 0, or -inf where the mask or the sliding window hides a key.
+
+        It is made once for all layers: each would keep its own for the backward pass.
+        """
+        if (dtype, window) not in self._biases:
+            # All rows are seen alike.
+            seen = self.mask[:1]
+            if window is not None:
+                seen = seen & (self.distance[:1] < window).unsqueeze(1)
+            self._biases[dtype, window] = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
+        return self._biases[dtype, window]
 
 
 @dataclass(frozen=True)
@@ -130,16 +144,16 @@ def packed_attention(
     `query` is [1, heads, n, dim], `key` and `value` [1, kv_heads, n, dim], behind those of a cache if there is one;
     returns [1, n, heads, dim].
     """
-    repeats = query.shape[1] // key.shape[1]
+    # Repeated heads would be kept for the backward pass. On GPUs torch's fast kernels take none that are grouped.
+    grouped = query.device.type == "cpu"
+    repeats = 1 if grouped else query.shape[1] // key.shape[1]
     outputs = []
     for group in packed.groups:
-        mask = group.mask
-        if sliding_window is not None:
-            mask = mask & (group.distance < sliding_window).unsqueeze(1)
         q = query[0][:, group.queries].transpose(0, 1)
         k = key[0][:, group.keys].transpose(0, 1).repeat_interleave(repeats, 1)
         v = value[0][:, group.keys].transpose(0, 1).repeat_interleave(repeats, 1)
-        out = scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
+        bias = group.bias(query.dtype, sliding_window)
+        out = scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[packed.place].unsqueeze(0), None
 

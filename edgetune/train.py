@@ -12,8 +12,9 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -22,9 +23,12 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError
+from edgetune_runtime.machine import free_mb, usable_cores
 
-from .allocator import keep_freed_memory
+from .allocator import give_back_freed_memory, keep_freed_memory
 from .batches import Schedule, passes, plan
+from .checkpointing import checkpointed, layer_cost, layers_of, trained_layers
+from .memory import FREE_SHARE, PassCost, PassPlan, measured, plan_passes, state_mb
 from .methods import Method, Options
 from .methods._base import trainable
 from .objectives import NEXT_TOKEN, Batch, Objective, Row
@@ -41,6 +45,9 @@ VALIDATION_ROWS = 256
 _SAVE_EVERY_S = 60.0
 # A validation loss this much above the best counts as overfitting, less as noise.
 _OVERFIT = 1.01
+
+# What a layer keeps is measured on rows of at most so many tokens, where there are such.
+_MEASURED_TOKENS = 256
 
 R = TypeVar("R", bound=Row)
 
@@ -135,12 +142,17 @@ def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress
     """Do the job; `base` is left as it was. Goes on where a run of the same key in `folder` ended.
 
     Writes the best checkpoint by validation loss to `folder/adapter` in PEFT's format. Raises CancelledError when the
-    user interrupts, after saving; EdgetuneError when the loss is not a number.
+    user interrupts, after saving; EdgetuneError when the loss is not a number; UsageError for a limit of memory that
+    not even the longest row fits within.
     """
     folder.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     run = _Run(base, job, folder)
     try:
+        run.plan_passes()
+        if told := run.told_passes():
+            progress.say(told)
         with progress.step(f"training {job.name}", run.schedule.steps) as step:
             run.loop(step)
         return run.finish()
@@ -160,7 +172,7 @@ class _Run:
     def __init__(self, base: PreTrainedModel, job: Job[Any], folder: Path) -> None:
         training, method = job.training, job.method
         self.training, self.folder, self.key, self.objective = training, folder, job.key, job.objective
-        self.method, self.name = method, job.name
+        self.method, self.options, self.name = method, job.options, job.name
         self.train_rows = list(job.train)
         self.validation = list(job.validation)[:VALIDATION_ROWS]
         # Processes validate different numbers of batches, so none may wait for another in a forward pass.
@@ -183,8 +195,52 @@ class _Run:
         self.model, self.optimizer = self.accelerator.prepare(self.tuned, optimizer)
         self.best: dict[str, torch.Tensor] = {}
         self.is_changing = False
+        self.passes = PassPlan()
         self._saved = time.monotonic()
         self._resume()
+
+    def plan_passes(self) -> None:
+        """Make forward passes as large as memory allows; UsageError when the recipe's limit allows none."""
+        cost = self._pass_cost()
+        if cost is None:
+            return
+        device, limit = self.accelerator.device, self.training.memory_mb
+        give_back_freed_memory()
+        used, free = _used_mb(device), _free_mb(device)
+        # Processes of a launcher share the memory of the machine, not that of a GPU.
+        sharing = self.accelerator.num_processes if device.type == "cpu" else 1
+        states = state_mb(self.counts[0])
+        self.passes = plan_passes(
+            cost,
+            longest_row=max(len(row.tokens) for row in (*self.train_rows, *self.validation)),
+            used_mb=used + states,
+            limit_mb=limit,
+            room_mb=free * FREE_SHARE / sharing - states,
+            name=self.name,
+        )
+
+    def told_passes(self) -> str:
+        """What is to be said of the passes; nothing when neither the recipe nor what is free limits them."""
+        limit = self.training.memory_mb
+        within = "" if limit is None else f", within {limit:,} MB"
+        is_limited = limit is not None or self.passes.tokens < PassPlan.tokens
+        return f"training {self.name}: {self.passes}{within}" if is_limited else ""
+
+    def _pass_cost(self) -> PassCost | None:
+        """What a pass keeps, measured on one layer; None where transformers does not say what the layers are."""
+        layers = layers_of(self.tuned)
+        if not layers:
+            return None
+        rows = sorted(self.train_rows, key=lambda row: len(row.tokens))
+        large = max((row for row in rows if len(row.tokens) <= _MEASURED_TOKENS), key=_length, default=rows[0])
+        self.model.train()
+        costs = []
+        for row in (rows[0], large):
+            batch = self.objective.batch([row]).to(self.accelerator.device)
+            before = self.method.prefix_tokens(self.options)
+            costs.append((_length(row) + before, layer_cost(partial(self._loss, batch, self.tuned), layers[-1])))
+        vocabulary = getattr(self.base.config, "vocab_size", 0)
+        return measured(*costs, layers=trained_layers(layers), vocabulary=vocabulary)
 
     def loop(self, progress: Step) -> None:
         """Take all steps that are left, with validation and saving in between."""
@@ -305,11 +361,14 @@ class _Run:
         own = rows[self.accelerator.process_index :: processes]
         weight = processes / learned if own else 0.0
         torch.manual_seed(self.training.seed + self.state.step)
-        parts = [self.objective.batch(part).to(self.accelerator.device) for part in passes(own or rows[:1])]
+        groups = passes(own or rows[:1], self.passes.tokens)
+        parts = [self.objective.batch(part).to(self.accelerator.device) for part in groups]
         loss_sum = 0.0
         for number, part in enumerate(parts, 1):
-            with self.accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
-                loss = self._loss(part)
+            waits = self.accelerator.no_sync(self.model) if number < len(parts) else nullcontext()
+            # Checkpointed layers run again in the backward pass, and must not cast their inputs there either.
+            with waits, checkpointed(self.tuned, self.passes.checkpointed), self._uncast():
+                loss = self._loss(part, self.model)
                 penalty = self.method.penalty(self.tuned) if number == len(parts) else 0.0
                 self.accelerator.backward(loss * weight + penalty)
             loss_sum += loss.item() if own else 0.0
@@ -327,15 +386,19 @@ class _Run:
         self.state.row_tokens += sum(len(example.tokens) for example in rows)
         self.is_changing = False
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        """Summed loss of what is learned."""
+    def _loss(self, batch: Batch, model: torch.nn.Module) -> torch.Tensor:
+        """Summed loss of what is learned, by `model`, which is the tuned one as it is or as accelerate prepared it."""
+        casting = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with casting, self._uncast():
+            return self.objective.loss(model, self.tuned, batch)
+
+    def _uncast(self) -> AbstractContextManager[None]:
+        """Autocast casts the adapter's weights; PEFT would cast its inputs to float32 and back besides."""
         from peft.helpers import disable_input_dtype_casting  # noqa: PLC0415 - peft's import takes seconds
 
-        # Autocast casts the adapter's weights; PEFT would cast its inputs to float32 and back besides.
-        bf16 = self.precision == "bf16"
-        casting = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
-        with casting, disable_input_dtype_casting(self.tuned, active=bf16 and self._casts_inputs()):
-            return self.objective.loss(self.model, self.tuned, batch)
+        active = self.precision == "bf16" and self._casts_inputs()
+        casting: AbstractContextManager[None] = disable_input_dtype_casting(self.tuned, active=active)
+        return casting
 
     def _casts_inputs(self) -> bool:
         """Whether PEFT's layers know how not to cast their inputs; those of (IA)3 never do."""
@@ -349,9 +412,9 @@ class _Run:
         self.model.eval()
         totals = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
         own = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
-        for part in passes(sorted(own, key=lambda example: len(example.tokens))):
+        for part in passes(sorted(own, key=_length), self.passes.validation_tokens):
             batch = self.objective.batch(part).to(self.accelerator.device)
-            totals[0] += self._loss(batch).double()
+            totals[0] += self._loss(batch, self.model).double()
             totals[1] += len(batch.targets)
         totals[2], totals[3] = self.state.loss_sum, self.state.loss_tokens
         val_sum, val_tokens, train_sum, train_tokens = self.accelerator.reduce(totals, "sum").tolist()
@@ -390,6 +453,30 @@ class _Run:
     def _speed(self) -> float:
         """Tokens of training rows a second, validation included."""
         return self.state.row_tokens / max(self.state.seconds, 1e-9)
+
+
+def _length(row: Row) -> int:
+    return len(row.tokens)
+
+
+def _used_mb(device: torch.device) -> float:
+    """Memory that this process holds: of the GPU where there is one, else all of it."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 1e6
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return _peak_memory_mb(device)
+    return pages * resource.getpagesize() / 1e6
+
+
+def _free_mb(device: torch.device) -> float:
+    """Memory that this process can still take; without end where the system does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) / 1e6
+    free = free_mb() if device.type == "cpu" else None
+    return math.inf if free is None else free
 
 
 def _peak_memory_mb(device: torch.device) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +51,8 @@ class ActivatedNextToken(NextToken):
     def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Packed) -> torch.Tensor:
         """Cross entropy, with logits only where there is loss."""
         assert isinstance(batch, Activated)
-        return super().loss(partial(forward, alora_offsets=batch.active), model, batch)
+        model.packed_gate.active = batch.active
+        return super().loss(forward, model, batch)
 
     def _behind(self, row: Example) -> Example:
         """The row without what is learned before the adapter acts, which no training of it changes."""
@@ -61,27 +61,32 @@ class ActivatedNextToken(NextToken):
 
 
 class PackedGate:
-    """Takes the place of PEFT's variant of a layer in training: `alora_offsets` says which tokens are active."""
+    """Takes the place of PEFT's variant of a layer in training: `active` [1, n] says which tokens of the pass are.
 
-    @staticmethod
+    PEFT hands them to its layers for the forward pass alone, where activation checkpointing runs layers again later.
+    """
+
+    active: torch.Tensor
+
     def forward(
+        self,
         module: Any,  # noqa: ANN401 - PEFT carries no types
         active_adapter: str,
         x: torch.Tensor,
         result: torch.Tensor,
-        alora_offsets: torch.Tensor,
         **_kwargs: object,
     ) -> torch.Tensor:
         """The base's `result` [1, n, rows] with the update added to the active tokens."""
-        inputs = module.lora_dropout[active_adapter](x[alora_offsets])
+        inputs = module.lora_dropout[active_adapter](x[self.active])
         added = module.lora_B[active_adapter](module.lora_A[active_adapter](inputs)) * module.scaling[active_adapter]
-        return result.index_put((alora_offsets,), added.to(result.dtype), accumulate=True)
+        return result.index_put((self.active,), added.to(result.dtype), accumulate=True)
 
 
 def gate(model: PeftModel) -> None:
-    """Let the layers of `model` take the active tokens from the batch."""
+    """Let the layers of `model` take the active tokens from its `packed_gate`."""
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415 - slow to import
 
+    model.packed_gate = PackedGate()
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            module.lora_variant.update(dict.fromkeys(module.lora_variant, PackedGate))
+            module.lora_variant.update(dict.fromkeys(module.lora_variant, model.packed_gate))

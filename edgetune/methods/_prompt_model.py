@@ -89,6 +89,17 @@ class Given(torch.nn.Module):
             return self.peft(input_ids=input_ids, logits_to_keep=input_ids.shape[1])
 
 
+class _Before(DynamicCache):
+    """Keys and values that stay as they are, so that a layer with activation checkpointing can run twice."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's keys and values with the given ones behind them."""
+        layer = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], -2), torch.cat([layer.values, value_states], -2)
+
+
 def behind_states(
     base: PreTrainedModel,
     states: States,
@@ -101,7 +112,7 @@ def behind_states(
     """The base on packed rows, each behind the given keys and values; gradients reach these."""
     behind = packed.after_cache(states[0].shape[2])
     # Sliding layers too keep all of them here: what a row sees of them is for its distances to say.
-    cache = DynamicCache([(k[None].to(base.dtype), v[None].to(base.dtype)) for k, v in zip(*states, strict=True)])
+    cache = _Before([(k[None].to(base.dtype), v[None].to(base.dtype)) for k, v in zip(*states, strict=True)])
     return base(input_ids=input_ids, position_ids=behind.positions, packed=behind, cache=cache, **inputs)
 
 

@@ -112,9 +112,9 @@ def test_a_run_ends_with_a_validation_pass(steps: int) -> None:
 
 def test_a_step_is_split_into_passes_by_tokens() -> None:
     examples = [example(length) for length in (1500, 1500, 1500, 2596, 1, 5000, 10, 4086)]
-    split = list(passes(examples))
+    split = list(passes(examples, 4096))
     assert [[len(item.tokens) for item in group] for group in split] == [
         [1500, 1500], [1500, 2596], [1], [5000], [10, 4086],
     ]  # fmt: skip
     assert [item for group in split for item in group] == examples
-    assert list(passes([])) == []
+    assert list(passes([], 4096)) == []

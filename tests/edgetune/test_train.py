@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from trainings import Stopping
 from transformers import PreTrainedModel
 
-from edgetune import batches, methods
+from edgetune import memory, methods
 from edgetune.data import Example
 from edgetune.progress import Progress
 from edgetune.recipe_parts import Training
@@ -212,7 +212,7 @@ def test_a_run_interrupted_while_it_validates_validates_again(
 def test_a_run_interrupted_in_the_middle_of_a_step_takes_it_again_wholly(
     base: PreTrainedModel, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "_PASS_TOKENS", 40)
+    monkeypatch.setattr(memory, "MOST_TOKENS", 40)
     run(RESUMED, "whole")
     passes = []
 

@@ -1,0 +1,85 @@
+"""Activation checkpointing of a base's first layers, by transformers, and what a pass keeps without it, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def layers_of(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers of the base in `model` that can be checkpointed, in order; none where transformers does not say."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def checkpointed(model: torch.nn.Module, count: int) -> Iterator[None]:
+    """Keep the inputs of the first `count` layers alone in forward passes, and compute these again in backward passes.
+
+    Both belong into the block. The first layers are taken as the backward pass comes to them last, when what the
+    others kept is gone.
+    """
+    layers = layers_of(model)[:count]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        # transformers would drop the cache, which holds a trained prefix here and is only read.
+        layer._can_checkpoint_with_cache = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer._can_checkpoint_with_cache
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Bytes that a layer keeps for the backward pass, those of its input among them."""
+
+    kept: int
+    input: int
+
+
+def layer_cost(run: Callable[[], object], layer: torch.nn.Module) -> LayerCost:
+    """What `layer` keeps in the forward pass `run`, in which no other keeps anything."""
+    counted: dict[int, StorageWeakRef] = {p.untyped_storage().data_ptr(): _ref(p) for p in layer.parameters()}
+    sizes = [0, 0]
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        place, known = tensor.untyped_storage().data_ptr(), counted.get(tensor.untyped_storage().data_ptr())
+        if known is None or known.expired():
+            counted[place] = _ref(tensor)
+            sizes[0] += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def before(_layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        sizes[1] = inputs[0].nbytes
+        watch.enter_context(torch.enable_grad())
+        watch.enter_context(torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor))
+        return (inputs[0].requires_grad_(), *inputs[1:])
+
+    with ExitStack() as watch, torch.no_grad():
+        hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(lambda *_: watch.close())]
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return LayerCost(*sizes)
+
+
+def trained_layers(layers: Sequence[torch.nn.Module]) -> int:
+    """How many of the base's layers gradients reach: those from the first one with trained parameters on, and all
+    where none has any, as what is trained stands before or beside them."""
+    trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    return len(layers) - trained.index(True) if True in trained else len(layers)
+
+
+def _ref(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
