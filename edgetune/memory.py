@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.errors import UsageError
@@ -34,8 +34,10 @@ _COPIES_OF_LOGITS = 4
 _STATE_BYTES = 5 * 4
 # What the backward pass of a layer takes at once, as a share of what its forward pass kept.
 _BACKWARD = 1.0
-# What the allocator loses between blocks, as a share of the activations.
+# What the allocator loses between blocks, as a share of the activations: little while it gives freed blocks back to the
+# system, which takes time, and much while it keeps them.
 _LOST = 0.05
+_LOST_KEEPING = 0.45
 _MB = 1e6
 # What the linear modules of a layer read.
 _READS = {
@@ -98,13 +100,15 @@ class BaseShape:
 @dataclass(frozen=True)
 class PassCost:
     """Bytes that a forward pass keeps: `per_token` in all of the `layers`, of which `input_per_token` are a layer's
-    input, and `constant` whatever its tokens; `loss` is what the loss takes for a while."""
+    input, and `constant` whatever its tokens; `loss` is what the loss takes for a while, and `lost` the share of all
+    that the allocator loses."""
 
     layers: int
     per_token: float
     input_per_token: float
     constant: float
     loss: float
+    lost: float = _LOST
 
     def pass_mb(self, tokens: int, checkpointed: int = 0) -> float:
         """The most that a pass takes, forward and backward, with so many layers checkpointed."""
@@ -118,26 +122,28 @@ class PassCost:
     def validation_tokens(self, room_mb: float) -> int:
         """Tokens of the longest pass without gradients that takes at most `room_mb`."""
         left = room_mb * _MB - self.constant - self.loss
-        return max(0, int(left / (self.per_token / self.layers * (1 + _LOST))))
+        return max(0, int(left / (self.per_token / self.layers * (1 + self.lost))))
 
     def _per_token(self, checkpointed: int) -> float:
         layer = self.per_token / self.layers
         kept = self.per_token - checkpointed * max(0.0, layer - self.input_per_token)
         # The backward pass begins with the last layer, which is checkpointed when all are.
         again = layer if checkpointed == self.layers else 0.0
-        return (kept + again + layer * _BACKWARD) * (1 + _LOST)
+        return (kept + again + layer * _BACKWARD) * (1 + self.lost)
 
 
 @dataclass(frozen=True)
 class PassPlan:
     """Forward passes of at most `tokens` tokens, the first `checkpointed` of the `layers` with activation
-    checkpointing, and of `validation_tokens` in validation; `mb` is the most that such a pass takes."""
+    checkpointing, and of `validation_tokens` in validation; `mb` is the most that such a pass takes. `keeps_freed`
+    says that the process may keep what it frees, which is faster."""
 
     tokens: int = MOST_TOKENS
     validation_tokens: int = MOST_TOKENS
     checkpointed: int = 0
     layers: int = 0
     mb: float = 0.0
+    keeps_freed: bool = True
 
     def __str__(self) -> str:
         passes = f"forward passes of at most {self.tokens:,} tokens"
@@ -171,7 +177,8 @@ def training_need(
     fixed = _IMPORTS_MB + (shape.parameters * _width(method, precision) + added) / _MB + state_mb(trained)
     longest = longest_row + method.prefix_tokens(options)
     least = cost.pass_mb(longest, cost.layers)
-    return TrainingNeed(fixed + least, fixed + cost.pass_mb(max(longest, min(batch_tokens, MOST_TOKENS))))
+    whole = max(longest, min(batch_tokens, MOST_TOKENS))
+    return TrainingNeed(fixed + least, fixed + replace(cost, lost=_LOST_KEEPING).pass_mb(whole))
 
 
 def predicted(shape: BaseShape, method: Method[Any], options: Options, precision: str) -> PassCost:
@@ -195,7 +202,14 @@ def loss_bytes(vocabulary: int) -> float:
 
 
 def plan_passes(
-    cost: PassCost, *, longest_row: int, used_mb: float, limit_mb: float | None, room_mb: float, name: str
+    cost: PassCost,
+    *,
+    longest_row: int,
+    batch_size: int,
+    used_mb: float,
+    limit_mb: float | None,
+    room_mb: float,
+    name: str,
 ) -> PassPlan:
     """The passes of a training that holds `used_mb` already: as large as `room_mb` of free memory and `limit_mb` for
     all of it allow, with as few layers checkpointed as the longest row needs.
@@ -205,18 +219,22 @@ def plan_passes(
     """
     room = room_mb if limit_mb is None else min(room_mb, limit_mb - used_mb)
     for_validation = min(MOST_TOKENS, cost.validation_tokens(room))
+    whole = max(longest_row, min(MOST_TOKENS, batch_size * longest_row))
+    keeping = replace(cost, lost=_LOST_KEEPING)
+    if keeping.pass_mb(whole) <= room:
+        return PassPlan(MOST_TOKENS, for_validation, 0, cost.layers, keeping.pass_mb(whole))
     for checkpointed in range(cost.layers + 1):
         if cost.pass_mb(longest_row, checkpointed) <= room:
             tokens = min(MOST_TOKENS, cost.tokens(room, checkpointed))
             most = cost.pass_mb(max(tokens, longest_row), checkpointed)
-            return PassPlan(tokens, for_validation, checkpointed, cost.layers, most)
+            return PassPlan(tokens, for_validation, checkpointed, cost.layers, most, keeps_freed=False)
     least = cost.pass_mb(longest_row, cost.layers)
     if limit_mb is not None and used_mb + least > limit_mb:
         needed = math.ceil(used_mb + least)
         message = f"training.memory_mb is {limit_mb:,.0f}, but training {name} takes at least {needed:,}"
         remedy = f"set it to {needed} or more, or make the rows shorter: the longest has {longest_row} tokens"
         raise UsageError(message, remedy)
-    return PassPlan(longest_row, longest_row, cost.layers, cost.layers, least)
+    return PassPlan(longest_row, longest_row, cost.layers, cost.layers, least, keeps_freed=False)
 
 
 def measured(small: tuple[int, LayerCost], large: tuple[int, LayerCost], *, layers: int, vocabulary: int) -> PassCost:

@@ -146,7 +146,6 @@ def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress
     not even the longest row fits within.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    keep_freed_memory()
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     run = _Run(base, job, folder)
     try:
@@ -205,6 +204,7 @@ class _Run:
         if cost is None:
             return
         device, limit = self.accelerator.device, self.training.memory_mb
+        # What was freed before counts as free, also where the last training kept it.
         give_back_freed_memory()
         used, free = _used_mb(device), _free_mb(device)
         # Processes of a launcher share the memory of the machine, not that of a GPU.
@@ -213,11 +213,13 @@ class _Run:
         self.passes = plan_passes(
             cost,
             longest_row=max(len(row.tokens) for row in (*self.train_rows, *self.validation)),
+            batch_size=self.training.batch_size,
             used_mb=used + states,
             limit_mb=limit,
             room_mb=free * FREE_SHARE / sharing - states,
             name=self.name,
         )
+        (keep_freed_memory if self.passes.keeps_freed else give_back_freed_memory)()
 
     def told_passes(self) -> str:
         """What is to be said of the passes; nothing when neither the recipe nor what is free limits them."""

@@ -8,14 +8,11 @@ import pytest
 import torch
 from tiny import make_model
 from trainings import job
-from transformers import PreTrainedModel
 
 from edgetune import methods
 from edgetune import train as training
-from edgetune.checkpointing import checkpointed, layer_cost, layers_of, trained_layers
 from edgetune.data import Example
 from edgetune.memory import PassPlan
-from edgetune.objectives import NEXT_TOKEN
 
 VOCABULARY = 384
 SYSTEM = range(10, 22)
