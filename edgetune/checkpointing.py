@@ -19,13 +19,11 @@ def layers_of(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 @contextmanager
-def checkpointed(model: torch.nn.Module, count: int) -> Iterator[None]:
-    """Keep the inputs of the first `count` layers alone in forward passes, and compute these again in backward passes.
+def checkpointed(layers: Sequence[GradientCheckpointingLayer]) -> Iterator[None]:
+    """Keep the layers' inputs alone in forward passes, and compute the layers again in backward passes.
 
-    Both belong into the block. The first layers are taken as the backward pass comes to them last, when what the
-    others kept is gone.
+    Both belong into the block.
     """
-    layers = layers_of(model)[:count]
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

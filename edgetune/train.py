@@ -364,12 +364,14 @@ class _Run:
         weight = processes / learned if own else 0.0
         torch.manual_seed(self.training.seed + self.state.step)
         groups = passes(own or rows[:1], self.passes.tokens)
+        # The backward pass comes to the first layers last, when what the others kept is gone.
+        first = layers_of(self.tuned)[-self.passes.layers :][: self.passes.checkpointed]
         parts = [self.objective.batch(part).to(self.accelerator.device) for part in groups]
         loss_sum = 0.0
         for number, part in enumerate(parts, 1):
             waits = self.accelerator.no_sync(self.model) if number < len(parts) else nullcontext()
             # Checkpointed layers run again in the backward pass, and must not cast their inputs there either.
-            with waits, checkpointed(self.tuned, self.passes.checkpointed), self._uncast():
+            with waits, checkpointed(first), self._uncast():
                 loss = self._loss(part, self.model)
                 penalty = self.method.penalty(self.tuned) if number == len(parts) else 0.0
                 self.accelerator.backward(loss * weight + penalty)
