@@ -44,9 +44,10 @@ class LayerCost:
     input: int
 
 
-def layer_cost(run: Callable[[], object], layer: torch.nn.Module) -> LayerCost:
-    """What `layer` keeps in the forward pass `run`, in which no other keeps anything."""
-    counted: dict[int, StorageWeakRef] = {p.untyped_storage().data_ptr(): _ref(p) for p in layer.parameters()}
+def layer_cost(run: Callable[[], object], layers: Sequence[torch.nn.Module]) -> LayerCost:
+    """What the last of `layers` keeps in the forward pass `run` beyond what others of them keep too, such as masks. No
+    layer besides them keeps anything."""
+    counted = {p.untyped_storage().data_ptr(): _ref(p) for layer in layers for p in layer.parameters()}
     sizes = [0, 0]
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,18 +58,16 @@ def layer_cost(run: Callable[[], object], layer: torch.nn.Module) -> LayerCost:
         return tensor
 
     def before(_layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        sizes[1] = inputs[0].nbytes
+        sizes[:] = 0, inputs[0].nbytes
         watch.enter_context(torch.enable_grad())
         watch.enter_context(torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor))
         return (inputs[0].requires_grad_(), *inputs[1:])
 
-    with ExitStack() as watch, torch.no_grad():
-        hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(lambda *_: watch.close())]
-        try:
-            run()
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with ExitStack() as watch, ExitStack() as hooks, torch.no_grad():
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(before).remove)
+            hooks.callback(layer.register_forward_hook(lambda *_: watch.close()).remove)
+        run()
     return LayerCost(*sizes)
 
 

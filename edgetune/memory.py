@@ -127,9 +127,12 @@ class PassCost:
     def _per_token(self, checkpointed: int) -> float:
         layer = self.per_token / self.layers
         kept = self.per_token - checkpointed * max(0.0, layer - self.input_per_token)
-        # The backward pass begins with the last layer, which is checkpointed when all are.
-        again = layer if checkpointed == self.layers else 0.0
-        return (kept + again + layer * _BACKWARD) * (1 + self.lost)
+        return (kept + layer * _BACKWARD) * (1 + self.lost)
+
+    @property
+    def most_checkpointed(self) -> int:
+        """All layers but the last, which would be computed again at once."""
+        return self.layers - 1
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ def training_need(
     added = 0 if method.trains_base else 4 * trained
     fixed = _IMPORTS_MB + (shape.parameters * _width(method, precision) + added) / _MB + state_mb(trained)
     longest = longest_row + method.prefix_tokens(options)
-    least = cost.pass_mb(longest, cost.layers)
+    least = cost.pass_mb(longest, cost.most_checkpointed)
     whole = max(longest, min(batch_tokens, MOST_TOKENS))
     return TrainingNeed(fixed + least, fixed + replace(cost, lost=_LOST_KEEPING).pass_mb(whole))
 
@@ -190,8 +193,9 @@ def predicted(shape: BaseShape, method: Method[Any], options: Options, precision
     # Modules that read the same values keep these once.
     inputs = sum({_READS[name]: shape.modules[name][0] for name in trained}.values())
     ranks = len(trained) * int(getattr(options, "r", 0))
-    # Norms compute in float32, whatever the base is in.
-    per_layer = width * (attention + gated + inputs + ranks) + 4 * shape.norms
+    # Norms compute in float32, whatever the base is in, and keep what they multiply by a weight that is trained.
+    norms = 4 * shape.norms * (2 if method.trains_base else 1)
+    per_layer = width * (attention + gated + inputs + ranks) + norms
     layers = _trained_layers(shape, options)
     return PassCost(layers, layers * per_layer, width * shape.hidden, 0.0, loss_bytes(shape.vocabulary))
 
@@ -223,18 +227,18 @@ def plan_passes(
     keeping = replace(cost, lost=_LOST_KEEPING)
     if keeping.pass_mb(whole) <= room:
         return PassPlan(MOST_TOKENS, for_validation, 0, cost.layers, keeping.pass_mb(whole))
-    for checkpointed in range(cost.layers + 1):
+    for checkpointed in range(cost.layers):
         if cost.pass_mb(longest_row, checkpointed) <= room:
             tokens = min(MOST_TOKENS, cost.tokens(room, checkpointed))
             most = cost.pass_mb(max(tokens, longest_row), checkpointed)
             return PassPlan(tokens, for_validation, checkpointed, cost.layers, most, keeps_freed=False)
-    least = cost.pass_mb(longest_row, cost.layers)
+    least = cost.pass_mb(longest_row, cost.most_checkpointed)
     if limit_mb is not None and used_mb + least > limit_mb:
         needed = math.ceil(used_mb + least)
         message = f"training.memory_mb is {limit_mb:,.0f}, but training {name} takes at least {needed:,}"
         remedy = f"set it to {needed} or more, or make the rows shorter: the longest has {longest_row} tokens"
         raise UsageError(message, remedy)
-    return PassPlan(longest_row, longest_row, cost.layers, cost.layers, least, keeps_freed=False)
+    return PassPlan(longest_row, longest_row, cost.most_checkpointed, cost.layers, least, keeps_freed=False)
 
 
 def measured(small: tuple[int, LayerCost], large: tuple[int, LayerCost], *, layers: int, vocabulary: int) -> PassCost:

@@ -229,7 +229,7 @@ class _Run:
         return f"training {self.name}: {self.passes}{within}" if is_limited else ""
 
     def _pass_cost(self) -> PassCost | None:
-        """What a pass keeps, measured on one layer; None where transformers does not say what the layers are."""
+        """What a pass keeps, measured on a layer; None where transformers does not say what the layers are."""
         layers = layers_of(self.tuned)
         if not layers:
             return None
@@ -240,7 +240,7 @@ class _Run:
         for row in (rows[0], large):
             batch = self.objective.batch([row]).to(self.accelerator.device)
             before = self.method.prefix_tokens(self.options)
-            costs.append((_length(row) + before, layer_cost(partial(self._loss, batch, self.tuned), layers[-1])))
+            costs.append((_length(row) + before, layer_cost(partial(self._loss, batch, self.tuned), layers[-2:])))
         vocabulary = getattr(self.base.config, "vocab_size", 0)
         return measured(*costs, layers=trained_layers(layers), vocabulary=vocabulary)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from trainings import job
 
 from edgetune import methods
 from edgetune import train as training
+from edgetune.checkpointing import checkpointed, layer_cost, layers_of, trained_layers
 from edgetune.data import Example
 from edgetune.memory import PassPlan
+from edgetune.objectives import NEXT_TOKEN
 
 VOCABULARY = 384
 SYSTEM = range(10, 22)
@@ -77,3 +80,24 @@ def test_split_and_checkpointed_passes_have_the_gradient_of_one_whole_pass(name:
                 torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=2e-5 * float(gradient.abs().max()))
     finally:
         run.detach()
+
+
+def test_checkpointed_layers_keep_their_input_and_run_again() -> None:
+    base, batch = make_model("llama", VOCABULARY), NEXT_TOKEN.batch(rows([20, 9]))
+    base.set_attn_implementation(NEXT_TOKEN.attention)
+    base.train()
+    layers, runs = layers_of(base), []
+    hook = layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+    run = partial(NEXT_TOKEN.loss, base, base, batch)
+    kept = layer_cost(run, layers[:1])
+    with checkpointed(layers[:1]):
+        least = layer_cost(run, layers[:1])
+        runs.clear()
+        run().backward()
+    hook.remove()
+    assert least.kept <= 1.1 * least.input < 0.2 * kept.kept
+    assert len(runs) == 2
+    run().backward()
+    assert trained_layers(layers) == 2
+    layers[0].requires_grad_(requires_grad=False)
+    assert trained_layers(layers) == 1
