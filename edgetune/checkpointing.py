@@ -51,8 +51,9 @@ def layer_cost(run: Callable[[], object], layers: Sequence[torch.nn.Module]) -> 
     sizes = [0, 0]
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        place, known = tensor.untyped_storage().data_ptr(), counted.get(tensor.untyped_storage().data_ptr())
-        if known is None or known.expired():
+        place = tensor.untyped_storage().data_ptr()
+        # A place whose tensor was freed may hold another one now.
+        if place not in counted or counted[place].expired():  # type: ignore[no-untyped-call]
             counted[place] = _ref(tensor)
             sizes[0] += tensor.untyped_storage().nbytes()
         return tensor
@@ -79,4 +80,4 @@ def trained_layers(layers: Sequence[torch.nn.Module]) -> int:
 
 
 def _ref(tensor: torch.Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

@@ -37,7 +37,8 @@ def _loss_as_logits(head: Any, vocabulary: int, loss_of: LossOf) -> Iterator[Non
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         with_gradients = torch.is_grad_enabled()
-        loss: torch.Tensor = _ChunkedLoss.apply(hidden[0], logits_of, loss_of, vocabulary, with_gradients, *trained)
+        arguments = (hidden[0], logits_of, loss_of, vocabulary, with_gradients, *trained)
+        loss: torch.Tensor = _ChunkedLoss.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss.view(1, 1, 1)
 
     head.forward = forward

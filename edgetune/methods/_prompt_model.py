@@ -89,7 +89,7 @@ class Given(torch.nn.Module):
             return self.peft(input_ids=input_ids, logits_to_keep=input_ids.shape[1])
 
 
-class _Before(DynamicCache):
+class _Before(DynamicCache):  # type: ignore[misc]  # transformers carries no types for it
     """Keys and values that stay as they are, so that a layer with activation checkpointing can run twice."""
 
     def update(
