@@ -130,18 +130,30 @@ def packed_attention(
     `query` is [1, heads, n, dim], `key` and `value` [1, kv_heads, n, dim], behind those of a cache if there is one;
     returns [1, n, heads, dim].
     """
-    repeats = query.shape[1] // key.shape[1]
+    heads, dim = key.shape[1], key.shape[3]
+    # Query heads that share a key head are queries of it: no key is repeated.
+    repeats = query.shape[1] // heads
     outputs = []
     for group in packed.groups:
         mask = group.mask
         if sliding_window is not None:
             mask = mask & (group.distance < sliding_window).unsqueeze(1)
-        q = query[0][:, group.queries].transpose(0, 1)
-        k = key[0][:, group.keys].transpose(0, 1).repeat_interleave(repeats, 1)
-        v = value[0][:, group.keys].transpose(0, 1).repeat_interleave(repeats, 1)
+        rows, width = group.queries.shape
+        q = _gathered(query, group.queries).view(rows, width, heads, repeats, dim).transpose(1, 2).flatten(2, 3)
+        k = _gathered(key, group.keys).view(rows, -1, heads, dim).transpose(1, 2)
+        v = _gathered(value, group.keys).view(rows, -1, heads, dim).transpose(1, 2)
+        mask = mask.repeat_interleave(repeats, 2)
         out = scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[packed.place].unsqueeze(0), None
+        outputs.append(out.unflatten(2, (width, repeats)).transpose(1, 2).reshape(rows * width, -1))
+    return torch.cat(outputs).index_select(0, packed.place).view(1, -1, query.shape[1], dim), None
+
+
+def _gathered(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The states [1, heads, n, dim] of packed tokens, one behind the other [tokens, heads * dim].
+
+    Whole rows of memory, selected along the first dimension: indexing's own gradient takes three times as long.
+    """
+    return states[0].transpose(0, 1).flatten(1).index_select(0, indices.flatten())
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,6 +25,7 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError
 
 from .allocator import keep_freed_memory
 from .batches import Schedule, passes, plan
+from .fused import fused
 from .methods import Method, Options
 from .methods._base import trainable
 from .objectives import NEXT_TOKEN, Batch, Objective, Row
@@ -141,7 +142,7 @@ def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress
     keep_freed_memory()
     run = _Run(base, job, folder)
     try:
-        with progress.step(f"training {job.name}", run.schedule.steps) as step:
+        with run.layers(), progress.step(f"training {job.name}", run.schedule.steps) as step:
             run.loop(step)
         return run.finish()
     except KeyboardInterrupt as error:
@@ -185,6 +186,10 @@ class _Run:
         self.is_changing = False
         self._saved = time.monotonic()
         self._resume()
+
+    def layers(self) -> AbstractContextManager[None]:
+        """The layers as they train fastest; autocast needs the model's own."""
+        return fused(self.tuned) if self.precision == "fp32" else nullcontext()
 
     def loop(self, progress: Step) -> None:
         """Take all steps that are left, with validation and saving in between."""
