@@ -89,7 +89,7 @@ class _LoraLinear(torch.autograd.Function):
     """x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ, with gradients for x, A and B."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - torch passes them so
         ctx: Any,  # noqa: ANN401 - torch gives it no public type
         x: torch.Tensor,
         weight: torch.Tensor,
