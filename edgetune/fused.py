@@ -37,7 +37,7 @@ def fused(model: torch.nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _fused_forward(module: torch.nn.Module) -> Forward | None:
+def _fused_forward(module: Any) -> Forward | None:  # noqa: ANN401 - PEFT and transformers carry no types
     """The fused forward of a module, or None if it has none."""
     # A forward of its own is somebody else's change, such as a hook of accelerate's.
     if "forward" in vars(module) or not all(_is_float32_on_cpu(p) for p in module.parameters()):
@@ -76,12 +76,15 @@ def _lora_forward(module: Any, x: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     name, base = module.active_adapters[0], module.base_layer
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    out: torch.Tensor = _LoraLinear.apply(x, base.weight, base.bias, a, b, module.scaling[name])
+    out: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x, base.weight, base.bias, a, b, module.scaling[name]
+    )
     return out
 
 
 def _norm_forward(module: Any, addend: float, epsilon: float, x: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - as above
-    out: torch.Tensor = _RMSNorm.apply(x, module.weight + addend if addend else module.weight, epsilon)
+    weight = module.weight + addend if addend else module.weight
+    out: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -124,7 +127,8 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        out: torch.Tensor = (x * inverse).mul_(weight)
+        return out
 
     @staticmethod
     @once_differentiable

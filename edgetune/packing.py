@@ -144,7 +144,7 @@ def packed_attention(
         v = _gathered(value, group.keys).view(rows, -1, heads, dim).transpose(1, 2)
         mask = mask.repeat_interleave(repeats, 2)
         out = scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
-        outputs.append(out.unflatten(2, (width, repeats)).transpose(1, 2).reshape(rows * width, -1))
+        outputs.append(out.view(rows, heads, width, repeats, dim).transpose(1, 2).reshape(rows * width, -1))
     return torch.cat(outputs).index_select(0, packed.place).view(1, -1, query.shape[1], dim), None
 
 
