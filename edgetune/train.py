@@ -28,6 +28,7 @@ from edgetune_runtime.machine import free_mb, usable_cores
 from .allocator import give_back_freed_memory, keep_freed_memory
 from .batches import Schedule, passes, plan
 from .checkpointing import checkpointed, layer_cost, layers_of, trained_layers
+from .fused import fused
 from .memory import FREE_SHARE, PassCost, PassPlan, measured, plan_passes, state_mb
 from .methods import Method, Options
 from .methods._base import trainable
@@ -149,11 +150,12 @@ def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     run = _Run(base, job, folder)
     try:
-        run.plan_passes()
-        if told := run.told_passes():
-            progress.say(told)
-        with progress.step(f"training {job.name}", run.schedule.steps) as step:
-            run.loop(step)
+        with run.layers():
+            run.plan_passes()
+            if told := run.told_passes():
+                progress.say(told)
+            with progress.step(f"training {job.name}", run.schedule.steps) as step:
+                run.loop(step)
         return run.finish()
     except KeyboardInterrupt as error:
         # In the middle of a change of weights only the state saved before is one to go on from.
@@ -243,6 +245,10 @@ class _Run:
             costs.append((_length(row) + before, layer_cost(partial(self._loss, batch, self.tuned), layers[-2:])))
         vocabulary = getattr(self.base.config, "vocab_size", 0)
         return measured(*costs, layers=trained_layers(layers), vocabulary=vocabulary)
+
+    def layers(self) -> AbstractContextManager[None]:
+        """The layers as they train fastest; autocast needs the model's own."""
+        return fused(self.tuned) if self.precision == "fp32" else nullcontext()
 
     def loop(self, progress: Step) -> None:
         """Take all steps that are left, with validation and saving in between."""

@@ -1,0 +1,139 @@
+"""Computes plain LoRA layers and RMSNorms in fewer passes over memory, for training in float32 on the CPU.
+
+The matrix products of the frozen weights run close to the processor's peak already. What can be saved is between them:
+autograd writes a tensor for each scaling, addition and cast of a PEFT layer and of a norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+Forward = Callable[..., torch.Tensor]
+
+# What each class adds to its weights. Classes that compute anything else keep their own forward.
+_NORMS = {"LlamaRMSNorm": 0.0, "Qwen2RMSNorm": 0.0, "Qwen3RMSNorm": 0.0, "Gemma3RMSNorm": 1.0}
+
+
+@contextmanager
+def fused(model: torch.nn.Module) -> Iterator[None]:
+    """Fuse the steps of the plain LoRA layers and frozen RMSNorms of `model`; its own forwards return at the end.
+
+    Losses and gradients are the same within float error. Layers of other kinds, and those that are not in float32 on
+    the CPU, are left alone.
+    """
+    forwards = {module: forward for module in model.modules() if (forward := _fused_forward(module)) is not None}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+def _fused_forward(module: Any) -> Forward | None:  # noqa: ANN401 - PEFT and transformers carry no types
+    """The fused forward of a module, or None if it has none."""
+    # A forward of its own is somebody else's change, such as a hook of accelerate's.
+    if "forward" in vars(module) or not all(_is_float32_on_cpu(p) for p in module.parameters()):
+        return None
+    if _is_plain_lora(module):
+        return partial(_lora_forward, module)
+    addend = _NORMS.get(type(module).__name__)
+    if addend is None or any(p.requires_grad for p in module.parameters()):
+        return None
+    epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return partial(_norm_forward, module, addend, epsilon)
+
+
+def _is_float32_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def _is_plain_lora(module: Any) -> bool:  # noqa: ANN401 - PEFT carries no types
+    """Whether a module is one LoRA on a frozen linear layer, with no dropout and none of LoRA's variants."""
+    from peft.tuners.lora.layer import Linear  # noqa: PLC0415 - peft's import takes seconds
+
+    if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear or len(module.lora_A) != 1:
+        return False
+    name = next(iter(module.lora_A))
+    return (
+        list(module.active_adapters) == [name]
+        and name not in module.lora_variant
+        and isinstance(module.lora_dropout[name], torch.nn.Identity)
+        and module.lora_B[name].bias is None
+        and not any(p.requires_grad for p in module.base_layer.parameters())
+    )
+
+
+def _lora_forward(module: Any, x: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - as above
+    if module.disable_adapters or module.merged:
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    name, base = module.active_adapters[0], module.base_layer
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    out: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x, base.weight, base.bias, a, b, module.scaling[name]
+    )
+    return out
+
+
+def _norm_forward(module: Any, addend: float, epsilon: float, x: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - as above
+    weight = module.weight + addend if addend else module.weight
+    out: torch.Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ, with gradients for x, A and B."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - torch passes them so
+        ctx: Any,  # noqa: ANN401 - torch gives it no public type
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        rows = x.flatten(0, -2)
+        low = rows @ a.t()
+        ctx.save_for_backward(rows, low, weight, a, b)
+        ctx.scale = scale
+        out = torch.nn.functional.linear(rows, weight, bias).addmm_(low, b.t(), alpha=scale)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401 - as above
+        rows, low, weight, a, b = ctx.saved_tensors
+        out = grad.flatten(0, -2)
+        to_low = (out @ b).mul_(ctx.scale)
+        to_x = (out @ weight).addmm_(to_low, a).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        to_b = (low.t() @ out).mul_(ctx.scale).t()
+        return to_x, None, None, to_low.t() @ rows, to_b, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    """weight·x / sqrt(mean(x²) + epsilon) over the last dimension, with the gradient for x (arXiv:1910.07467)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:  # noqa: ANN401 - as above
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        out: torch.Tensor = (x * inverse).mul_(weight)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401 - as above
+        x, weight, inverse = ctx.saved_tensors
+        weighted = grad * weight
+        along = torch.linalg.vecdot(weighted, x).unsqueeze(-1)
+        return weighted.mul_(inverse).addcmul_(x, along * inverse.pow(3) / -x.shape[-1]), None, None
