@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError
 
 from .allocator import keep_freed_memory
 from .batches import Schedule, passes, plan
+from .build_time import TimeTrial, tokens_left
 from .methods import Method, Options
 from .methods._base import trainable
 from .objectives import NEXT_TOKEN, Batch, Objective, Row
@@ -131,9 +132,10 @@ def precision_of(training: Training) -> str:
     return "fp32"
 
 
-def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress) -> TrainResult:
+def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress, later: float = 0.0) -> TrainResult:
     """Do the job; `base` is left as it was. Goes on where a run of the same key in `folder` ended.
 
+    After ten steps it says about how long it takes, and with the `later` tokens of the trainings after it.
     Writes the best checkpoint by validation loss to `folder/adapter` in PEFT's format. Raises CancelledError when the
     user interrupts, after saving; EdgetuneError when the loss is not a number.
     """
@@ -142,7 +144,8 @@ def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress
     run = _Run(base, job, folder)
     try:
         with progress.step(f"training {job.name}", run.schedule.steps) as step:
-            run.loop(step)
+            left = tokens_left(run.train_rows, run.validation, job.training, run.state.step)
+            run.loop(step, TimeTrial(job.name, left, later), progress.say)
         return run.finish()
     except KeyboardInterrupt as error:
         # In the middle of a change of weights only the state saved before is one to go on from.
@@ -186,7 +189,7 @@ class _Run:
         self._saved = time.monotonic()
         self._resume()
 
-    def loop(self, progress: Step) -> None:
+    def loop(self, progress: Step, trial: TimeTrial, say: Callable[[str], None]) -> None:
         """Take all steps that are left, with validation and saving in between."""
         self.model.train()
         started = time.monotonic()
@@ -198,6 +201,8 @@ class _Run:
             if self._is_out_of_patience():
                 break
             self._step(rows)
+            if (told := trial.step(sum(len(row.tokens) for row in rows), time.monotonic())) is not None:
+                say(told)
             self.state.seconds = before + time.monotonic() - started
             note = f"loss {self.state.loss_sum / max(1, self.state.loss_tokens):.3f}, {self._speed():.0f} tokens/s"
             if self._is_validation_due():
