@@ -80,6 +80,10 @@ class Training(Part):
     """Stop after so many validation passes without a better loss; null trains to the end."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the base's weights in training; auto takes bf16 where the hardware multiplies it fast."""
+    memory_mb: PositiveInt | None = Field(default=None, exclude=True)
+    """Most memory that a training's process may take, in MB (of a GPU, where there is one); null takes what is free.
+    Forward passes are made as small as it needs, with activation checkpointing where a row alone does not fit; the
+    result is the same."""
 
     def under(self, own: Training) -> Training:
         """These options with those that `own` sets put over them."""
