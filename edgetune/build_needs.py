@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,23 @@ from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError
 from edgetune_runtime.gguf_file import GgufHeader
 
 from . import bases, methods
+from .data import Row
 from .folder_header import predict_header
+from .memory import BaseShape, training_need
 from .methods._peft import ALL_LINEAR, TargetOptions
 from .methods.lora import AUTO
 from .recipe import Recipe
-from .recipe_parts import AdapterSpec
+from .recipe_parts import AdapterSpec, Training
 from .targets import shapes_in
+from .tasks import Task
 
 # Python with torch, transformers and the engines loaded.
 _PROCESS_MB = 700.0
 _FLOAT = 4
-# Of a trained parameter in memory: itself, its gradient, two moments of AdamW, and the best checkpoint.
-_TRAINED_BYTES = 5 * _FLOAT
+# Of a parameter while an ONNX graph is written: measured with a base of 321M.
+_ONNX_BYTES = 20
+# Characters of a row for each of its tokens, at the least that texts in one language have.
+_CHARACTERS = 3
 # In a training's saved state: the parameter, its best value and two moments; an old state stays until the new is whole.
 _STATE_BYTES = 2 * 4 * _FLOAT
 _ADAPTER_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
@@ -43,14 +48,17 @@ _ONNX_ADAPTER = 1.25
 class BuildNeeds:
     """What a build takes, in 10^6 bytes.
 
-    `training_mb` and `export_mb` are memory; `weights_mb` is that of the base in float32 alone, without which neither
-    can be. `bundle_mb` and `disk_mb` are on the disk: the bundle, and all that is there at a time while it is built.
-    `least_disk_mb` is what cannot be done without, and `onnx_mb` the part of the bundle that the format onnx adds.
+    Memory: `training_mb` and `export_mb`; `least_training_mb` where forward passes must be as small as can be;
+    `weights_mb` is the base in float32 alone, without which nothing can be exported.
+
+    Disk: `disk_mb` is all that is there at a time while `bundle_mb` of it are made, `least_disk_mb` what cannot be done
+    without, `onnx_mb` the part of the bundle that the format onnx adds.
     """
 
     parameters: int
     weights_mb: float
     training_mb: float
+    least_training_mb: float
     export_mb: float
     bundle_mb: float
     disk_mb: float
@@ -61,6 +69,11 @@ class BuildNeeds:
     def memory_mb(self) -> float:
         """The most memory that a part of the build takes."""
         return max(self.training_mb, self.export_mb)
+
+    @property
+    def least_memory_mb(self) -> float:
+        """The same where forward passes must be as small as can be."""
+        return max(self.least_training_mb, self.export_mb)
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class Room:
     disk_mb: float
 
 
-def told(recipe: Recipe, header: GgufHeader | None, out: Path) -> dict[str, Any] | None:
+def told(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader | None, out: Path) -> dict[str, Any] | None:
     """What building `out` takes and what there is, as JSON values: whole MB, a `summary`, and `warnings`.
 
     None without a header. Raises OutOfSpaceError or IncompatibleError, with what would fit instead, where it surely
@@ -83,7 +96,7 @@ def told(recipe: Recipe, header: GgufHeader | None, out: Path) -> dict[str, Any]
     """
     if header is None:
         return None
-    needs, room = of_recipe(recipe, header), room_for(out)
+    needs, room = of_recipe(recipe, tasks, header), room_for(out)
     warnings = check(recipe, needs, room)
     figures = {
         "memory_mb": needs.memory_mb,
@@ -95,8 +108,8 @@ def told(recipe: Recipe, header: GgufHeader | None, out: Path) -> dict[str, Any]
     return {"summary": describe(needs, room), **whole, "warnings": warnings}
 
 
-def of_recipe(recipe: Recipe, header: GgufHeader) -> BuildNeeds:
-    """What building `recipe` on the base of this header takes, at most about."""
+def of_recipe(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> BuildNeeds:
+    """What building `recipe` with these tasks on the base of this header takes, at most about."""
     parameters = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
     whole_mb = parameters * _FLOAT / 1e6
     bundle, onnx_mb = _bundle_mb(recipe, header)
@@ -109,12 +122,14 @@ def of_recipe(recipe: Recipe, header: GgufHeader) -> BuildNeeds:
     # The ONNX graph's structure is made from a float32 copy of the base, and is one itself.
     structure = whole_mb if "onnx" in recipe.targets else 0.0
     at_a_time = (max(trained, default=0) * _STATE_BYTES / 1e6, 2 * structure, structure + staged + bundle)
-    most_trained = max((*trained, parameters if recipe.domain is not None else 0))
+    least_mb, training_mb = _training_mb(recipe, tasks, header)
+    writing_mb = parameters * _ONNX_BYTES / 1e6 if "onnx" in recipe.targets else whole_mb
     return BuildNeeds(
         parameters=parameters,
         weights_mb=whole_mb,
-        training_mb=_PROCESS_MB + whole_mb + most_trained * _TRAINED_BYTES / 1e6,
-        export_mb=_PROCESS_MB + whole_mb * (2 if "onnx" in recipe.targets else 1),
+        training_mb=training_mb,
+        least_training_mb=least_mb,
+        export_mb=_PROCESS_MB + writing_mb,
         bundle_mb=bundle,
         disk_mb=kept + max(at_a_time),
         least_disk_mb=staged + bundle,
@@ -148,9 +163,9 @@ def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
             f"of memory in float32, and {_mb(room.memory_mb)} are free"
         )
         raise IncompatibleError(message, _memory_remedy(room.memory_mb))
-    if room.memory_mb < needs.memory_mb:
-        part = "training" if needs.training_mb >= needs.export_mb else "export"
-        what = f"{part} takes about {_mb(needs.memory_mb)} of memory, and {_mb(room.memory_mb)} are free"
+    if room.memory_mb < needs.least_memory_mb:
+        part = "training" if needs.least_training_mb >= needs.export_mb else "export"
+        what = f"{part} takes about {_mb(needs.least_memory_mb)} of memory, and {_mb(room.memory_mb)} are free"
         warnings.append(f"{what}; {_memory_remedy(room.memory_mb)}")
     return warnings
 
@@ -158,8 +173,11 @@ def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
 def describe(needs: BuildNeeds, room: Room) -> str:
     """Needs beside what there is, in one line."""
     free = "" if room.memory_mb is None else f" ({_mb(room.memory_mb)} free)"
+    less = ""
+    if needs.least_training_mb < needs.training_mb:
+        less = f" ({_mb(needs.least_training_mb)} with the smallest forward passes)"
     return (
-        f"memory about {_mb(needs.training_mb)} for training and {_mb(needs.export_mb)} for export{free}; "
+        f"memory about {_mb(needs.training_mb)} for training{less} and {_mb(needs.export_mb)} for export{free}; "
         f"disk up to {_mb(needs.disk_mb)}, the bundle {_mb(needs.bundle_mb)} of it ({_mb(room.disk_mb)} free)"
     )
 
@@ -197,6 +215,43 @@ def _memory_remedy(free_mb: float) -> str:
     most = (free_mb - _PROCESS_MB) * 1e6 / _FLOAT / 1e6
     fits = f", or choose a base of at most {most:,.0f}M parameters" if most >= 1 else ""
     return f"close other programs{fits}"
+
+
+def _training_mb(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> tuple[float, float]:
+    """The memory of the largest training: with forward passes as small as can be, and as large as is of use."""
+    shape = BaseShape.of_header(header)
+    needs = [
+        training_need(
+            shape,
+            methods.load(task.spec.method.name),
+            task.spec.method.options,
+            longest_row=min(recipe.context_length, max(lengths)),
+            batch_tokens=math.ceil(sum(lengths) / len(lengths) * task.training.batch_size),
+            precision=_precision(task.training),
+        )
+        for task in tasks
+        if (lengths := [_tokens(row, task.spec.system) for row in task.train])
+    ]
+    if recipe.domain is not None:
+        window, training = recipe.domain.window or recipe.context_length, recipe.training.under(recipe.domain.training)
+        method = recipe.domain.method
+        sizes = {"longest_row": window, "batch_tokens": window * training.batch_size}
+        kind = methods.load(method.name)
+        needs.append(training_need(shape, kind, method.options, **sizes, precision=_precision(training)))
+    least_mb, most_mb = max(need.least_mb for need in needs), max(need.planned_mb for need in needs)
+    limit_mb = recipe.training.memory_mb
+    return least_mb, most_mb if limit_mb is None else max(least_mb, min(most_mb, limit_mb))
+
+
+def _precision(training: Training) -> str:
+    """`fp32` unless the recipe says otherwise: what the hardware multiplies fast is for torch to tell."""
+    return "bf16" if training.precision == "bf16" else "fp32"
+
+
+def _tokens(row: Row, system: str | None) -> int:
+    """About how many tokens a row has, rather too many."""
+    texts = (system, row.text, row.completion, *(message["content"] for message in row.messages or ()))
+    return math.ceil(sum(len(text) for text in texts if text) / _CHARACTERS)
 
 
 def _bundle_mb(recipe: Recipe, header: GgufHeader) -> tuple[float, float]:

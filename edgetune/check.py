@@ -34,17 +34,17 @@ def check(recipe: Recipe, out: Path | None = None) -> dict[str, Any]:
         found |= _check_base(recipe)
     with _collected(problems):
         check_shapes(recipe)
-    # What a base that is not there or of the wrong kind would take is of no use.
-    if not problems:
-        with _collected(problems):
-            found["needs"] = build_needs.told(recipe, build_needs.header_of(recipe), out or recipe.default_out)
     with _collected(problems):
         texts = read_texts(recipe)
         found |= {} if texts is None else {"domain": str(texts)}
-    found["adapters"] = {}
+    found["adapters"], tasks = {}, list[Task]()
     for name in recipe.adapters:
         with _collected(problems):
-            found["adapters"][name] = _counts(read_task(name, recipe))
+            tasks.append(read_task(name, recipe))
+            found["adapters"][name] = _counts(tasks[-1])
+    # Where anything is wrong, what it would take is of no use.
+    if not problems:
+        found["needs"] = build_needs.told(recipe, tasks, build_needs.header_of(recipe), out or recipe.default_out)
     if len(problems) == 1:
         raise problems[0]
     if problems:

@@ -54,7 +54,10 @@ def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
     try:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
+            # A damaged length must not ask for that much memory.
             head: Mapping[str, Any] = json.loads(opened.read(min(length, file.stat().st_size)))
+            if opened.tell() != 8 + length:
+                raise ValueError("it is cut short")
         yield from ((name, entry["shape"]) for name, entry in head.items() if name != "__metadata__")
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{file} is no .safetensors file", "get the model again") from error

@@ -99,19 +99,19 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
         progress = Progress(quiet=True)
     check_destination(out)
     check_shapes(recipe)
-    header = build_needs.header_of(recipe)
-    _say_needs(recipe, header, out, progress)
     if recipe.task == CLASSIFICATION:
         from .encoder.build import build_encoder  # noqa: PLC0415 - it imports this module
 
         return build_encoder(recipe, out, progress=progress)
     work = out.with_name(f"{out.name}.work")
     tasks = [read_task(name, recipe) for name in recipe.adapters]
+    header = build_needs.header_of(recipe)
+    _say_needs(recipe, tasks, header, out, progress)
     texts = read_texts(recipe)
     with state.main_process_first():
         base, recipe = base_of(recipe, work, progress, converter)
     if header is None:
-        _say_needs(recipe, base.header, out, progress)
+        _say_needs(recipe, tasks, base.header, out, progress)
     if texts is not None:
         # What is wrong with the adapters' rows shows before the base is trained for hours.
         _plan(tasks, base, recipe.context_length, Progress(quiet=True))
@@ -172,9 +172,9 @@ def export_trained(
     return BuildResult(out, {name: {**_figures(item), "seconds": seconds} for name, item in shipped.items()})
 
 
-def _say_needs(recipe: Recipe, header: GgufHeader | None, out: Path, progress: Progress) -> None:
+def _say_needs(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader | None, out: Path, progress: Progress) -> None:
     """Tell what the build takes, as soon as it is known; refused here if this machine cannot give it."""
-    needs = build_needs.told(recipe, header, out)
+    needs = build_needs.told(recipe, tasks, header, out)
     if needs is None:
         return
     progress.say(f"needs {needs['summary']}")

@@ -18,9 +18,10 @@ from edgetune.folder_header import predict_header
 from edgetune.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe import Recipe
+from edgetune.tasks import read_task
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
-NEEDS = BuildNeeds(1_700_000_000, 6800, 8000, 15000, 2000, 20000, 3000, 900)
+NEEDS = BuildNeeds(1_700_000_000, 6800, 12000, 8000, 15000, 2000, 20000, 3000, 900)
 PLENTY = Room(Path("/data"), 64000.0, 500000.0)
 
 
@@ -36,7 +37,7 @@ def recipe_of(folder: Path, base: Path, method: object = "lora", **keys: object)
 def needs_of(recipe: Recipe) -> BuildNeeds:
     header = build_needs.header_of(recipe)
     assert header is not None
-    return build_needs.of_recipe(recipe, header)
+    return build_needs.of_recipe(recipe, [read_task(name, recipe) for name in recipe.adapters], header)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -168,6 +169,13 @@ def test_a_build_tells_its_needs_first(tiny_folder: Callable[[str], Path], tmp_p
         build(recipe_of(tmp_path, tiny_folder("llama")), tmp_path / "home", progress=Stopping(quiet=True))
     assert lines[0].startswith("needs memory about ")
     assert not (tmp_path / "home.work").exists()
+
+
+def test_the_memory_limit_of_the_recipe_counts(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    base, long = tiny_gguf("llama"), {"batch_size": 4000, "max_steps": 4}
+    free, limited = (needs_of(recipe_of(tmp_path, base, training=long | limit)) for limit in ({}, {"memory_mb": 1_000}))
+    assert free.training_mb > free.least_training_mb == limited.least_training_mb
+    assert limited.training_mb == max(limited.least_training_mb, min(1_000, free.training_mb))
 
 
 def test_numbers_are_rounded_up() -> None:
