@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.errors import EdgetuneError
 
-from . import bases, plan
+from . import bases, build_needs, plan
 from .encoder import base as encoder
 from .recipe import Recipe
 from .targets import check_shapes
@@ -15,39 +18,47 @@ from .tasks import Task, read_task
 from .texts import read_texts, window_of
 
 
-def check(recipe: Recipe) -> dict[str, Any]:
+def check(recipe: Recipe, out: Path | None = None) -> dict[str, Any]:
     """Read the header of the recipe's base and all rows of its data, and see whether its board can hold the bundle.
 
-    Returns JSON values: `name`, `base`, `architecture` and `board` (None where they are not known before a build),
-    `domain` (where there is one), and `adapters` with the metric, the numbers of training and validation rows and of
-    labels. Raises one error for all problems, with the exit code of the first.
+    So must this machine be able to build it at `out`, by default `recipe.default_out`, with its memory and disk.
+
+    Returns JSON values: `name`, `base`, `architecture`, `board` and `needs` (None where they are not known before a
+    build), `domain` (where there is one), and `adapters` with the metric, the numbers of training and validation rows
+    and of labels. Raises one error for all problems, with the exit code of the first.
     """
     problems: list[EdgetuneError] = []
-    found: dict[str, Any] = {"name": recipe.name, "base": recipe.base, "architecture": None, "board": None}
-    try:
+    nothing = dict.fromkeys(("architecture", "board", "needs"))
+    found: dict[str, Any] = {"name": recipe.name, "base": recipe.base, **nothing}
+    with _collected(problems):
         found |= _check_base(recipe)
-    except EdgetuneError as error:
-        problems.append(error)
-    try:
+    with _collected(problems):
         check_shapes(recipe)
-    except EdgetuneError as error:
-        problems.append(error)
-    try:
+    with _collected(problems):
         texts = read_texts(recipe)
         found |= {} if texts is None else {"domain": str(texts)}
-    except EdgetuneError as error:
-        problems.append(error)
-    found["adapters"] = {}
+    found["adapters"], tasks = {}, list[Task]()
     for name in recipe.adapters:
-        try:
-            found["adapters"][name] = _counts(read_task(name, recipe))
-        except EdgetuneError as error:
-            problems.append(error)
+        with _collected(problems):
+            tasks.append(read_task(name, recipe))
+            found["adapters"][name] = _counts(tasks[-1])
+    # Where anything is wrong, what it would take is of no use.
+    if not problems:
+        found["needs"] = build_needs.told(recipe, tasks, build_needs.header_of(recipe), out or recipe.default_out)
     if len(problems) == 1:
         raise problems[0]
     if problems:
         raise type(problems[0])("\n".join(map(str, problems)))
     return found
+
+
+@contextmanager
+def _collected(problems: list[EdgetuneError]) -> Iterator[None]:
+    """Add what is raised to the problems, and go on."""
+    try:
+        yield
+    except EdgetuneError as error:
+        problems.append(error)
 
 
 def _check_base(recipe: Recipe) -> dict[str, Any]:

@@ -60,6 +60,8 @@ Quantize = Annotated[
     typer.Option(metavar="SCHEME", help="Quantization of the base (default: a .gguf file as it is, else q8_0)."),
 ]
 
+Out = Annotated[Path | None, typer.Option(metavar="OUT", help="The bundle (default: build/ and its name).")]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, or that of the error, which goes to standard error in one line."""
@@ -166,7 +168,7 @@ def _root(
 def build(
     recipe: RecipePath,
     *,
-    out: Annotated[Path | None, typer.Option(metavar="OUT", help="The bundle (default: build/ and its name).")] = None,
+    out: Out = None,
     as_json: AsJson = False,
     settings: Settings = None,
     base: Annotated[str | None, typer.Option(metavar="BASE", help="Another base than the recipe's.")] = None,
@@ -193,8 +195,7 @@ def build(
         overrides["targets"] = names_of(targets)
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
     loaded = _load(recipe, overrides | settings_of(settings), training)
-    target = out or Path("build") / loaded.name
-    result = pipeline.build(loaded, target, progress=Progress(quiet=quiet), converter=converter)
+    result = pipeline.build(loaded, out or loaded.default_out, progress=Progress(quiet=quiet), converter=converter)
     if result is not None:
         _print_build(result.to_json(), as_json=as_json)
 
@@ -247,20 +248,36 @@ def export(
 
 
 @app.command()
-def validate(recipe: RecipePath, *, settings: Settings = None, as_json: AsJson = False) -> None:
+def validate(
+    recipe: RecipePath,
+    *,
+    out: Out = None,
+    trial: Annotated[bool, typer.Option("--trial", help="Train ten steps to tell how long a build takes.")] = False,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
     """Check a recipe and all it names.
 
-    Reads the base's header and all rows of the data, and sees whether the board can hold the bundle.
+    Reads the base's header and all rows of the data, and sees whether the board can hold the bundle, and whether this
+    machine has the memory and the disk to build it.
     """
     from .check import check  # noqa: PLC0415 - help needs none of it
 
-    found = check(_load(recipe, settings_of(settings), {}))
+    loaded = _load(recipe, settings_of(settings), {})
+    found = check(loaded, out)
+    if trial:
+        from . import trial as time_trial  # noqa: PLC0415 - torch
+        from .progress import Progress  # noqa: PLC0415
+
+        found["trial"] = time_trial.run(loaded, out or loaded.default_out, Progress(quiet=as_json))
     if as_json:
         print_json(found)
         return
     adapters = found.pop("adapters")
-    for key, value in found.items():
-        print(f"{key:<14}{value if value is not None else '-'}")
+    warnings = [("warning", text) for text in (found["needs"] or {}).get("warnings", ())]
+    for key, value in (*found.items(), *warnings):
+        text = value["summary"] if isinstance(value, dict) else value
+        print(f"{key:<14}{text if text is not None else '-'}")
     for name, adapter in adapters.items():
         print(f"{'adapter':<14}{name}: {', '.join(f'{key} {value}' for key, value in adapter.items())}")
 

@@ -90,6 +90,7 @@ def _print_tables(comparison: Comparison, out: Path) -> None:
         ON_ENGINE,
         PLACEMENTS,
         TRAINING,
+        busy_notes,
         engine_rows,
         placement_rows,
         training_rows,
@@ -100,8 +101,13 @@ def _print_tables(comparison: Comparison, out: Path) -> None:
     placements = list(placement_rows(comparison.outcomes))
     if placements:
         _print_table(PLACEMENTS, placements)
-    if comparison.recommended is not None:
-        print(f"recommended: {comparison.recommended.reason}")
+    for note in busy_notes(comparison.outcomes):
+        print(note)
+    chosen = comparison.recommended
+    if chosen is not None:
+        if chosen.undecided:
+            print(f"nothing can be recommended on the score: {chosen.undecided}")
+        print(f"recommended: {chosen.reason}")
     print(out / "compare.html")
 
 

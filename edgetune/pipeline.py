@@ -19,8 +19,9 @@ from edgetune_runtime.chat import messages_for, render
 from edgetune_runtime.engines.gguf import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 
-from . import bases, domain, methods, placement, plan
+from . import bases, build_needs, domain, methods, placement, plan
 from .bases import Base, base_context_length
+from .build_time import tokens_left
 from .data import Example, Row, TooLong
 from .methods.lora import LoraOptions
 from .plot import plot_training
@@ -30,11 +31,12 @@ from .ship import Shipped, Wanted, ship
 from .targets import check_shapes
 from .tasks import Task, read_task
 from .texts import Texts, read_texts
-from .train import DTYPES, Job, TrainResult, finished, precision_of, processes, train
+from .train import DTYPES, VALIDATION_ROWS, Job, TrainResult, finished, precision_of, processes, train
 from .verify import Trained
 
 if TYPE_CHECKING:
     import torch
+    from edgetune_runtime.gguf_file import GgufHeader
     from transformers import PreTrainedModel
 
 # Held-out rows that each adapter is compared on.
@@ -103,9 +105,13 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
         return build_encoder(recipe, out, progress=progress)
     work = out.with_name(f"{out.name}.work")
     tasks = [read_task(name, recipe) for name in recipe.adapters]
+    header = build_needs.header_of(recipe)
+    _say_needs(recipe, tasks, header, out, progress)
     texts = read_texts(recipe)
     with state.main_process_first():
-        base, recipe = _base_of(recipe, work, progress, converter)
+        base, recipe = base_of(recipe, work, progress, converter)
+    if header is None:
+        _say_needs(recipe, tasks, base.header, out, progress)
     if texts is not None:
         # What is wrong with the adapters' rows shows before the base is trained for hours.
         _plan(tasks, base, recipe.context_length, Progress(quiet=True))
@@ -166,7 +172,17 @@ def export_trained(
     return BuildResult(out, {name: {**_figures(item), "seconds": seconds} for name, item in shipped.items()})
 
 
-def _base_of(recipe: Recipe, work: Path, progress: Progress, converter: Path | None) -> tuple[Base, Recipe]:
+def _say_needs(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader | None, out: Path, progress: Progress) -> None:
+    """Tell what the build takes, as soon as it is known; refused here if this machine cannot give it."""
+    needs = build_needs.told(recipe, tasks, header, out)
+    if needs is None:
+        return
+    progress.say(f"needs {needs['summary']}")
+    for warning in needs["warnings"]:
+        progress.say(f"warning: {warning}")
+
+
+def base_of(recipe: Recipe, work: Path, progress: Progress, converter: Path | None) -> tuple[Base, Recipe]:
     """The base, and the recipe with what its board picks filled in; refused here if the board cannot hold it."""
 
     def resolve(quantize: str | None) -> Base:
@@ -207,6 +223,11 @@ def check_context(recipe: Recipe, most: int) -> None:
     if recipe.context_length > most and "context_length" in recipe.model_fields_set:
         message = f"context_length {recipe.context_length} is more than the {most} tokens that {recipe.base!r} can take"
         raise UsageError(message, f"give at most {most}")
+
+
+def jobs_of(tasks: Sequence[Task], base: Base, context_length: int, progress: Progress) -> list[Job[Example]]:
+    """The trainings of the tasks, in tokens of the base; rows that are too long are told."""
+    return [item.job for item in _plan(tasks, base, context_length, progress)]
 
 
 def _plan(tasks: Sequence[Task], base: Base, context_length: int, progress: Progress) -> list[_Work]:
@@ -280,16 +301,19 @@ def train_all(
     results: dict[str, TrainResult] = {}
     model: PreTrainedModel | None = None
     loaded = ""
+    left = {job.name: job for job in jobs if finished(work / job.name, job.key) is None}
     for job in jobs:
         folder = work / job.name
         result = finished(folder, job.key)
+        left.pop(job.name, None)
         if result is None:
             # A change of the base's own weights is too small a step for bf16.
             precision = "fp32" if job.method.trains_base else precision_of(job.training)
             if model is None or precision != loaded:
                 progress.say(f"loading the base {base}")
                 model, loaded = load(DTYPES[precision]), precision
-            result = train(model, job, folder, progress)
+            later = sum(tokens_left(o.train, o.validation[:VALIDATION_ROWS], o.training) for o in left.values())
+            result = train(model, job, folder, progress, later)
             if job.method.trains_base:
                 model = None
             if plots and processes().is_main_process:

@@ -20,7 +20,7 @@ from .bases import Base
 from .batches import Schedule
 from .data import Example
 from .methods.lora import LoraOptions
-from .placement_cost import Placement, costs, describe, placements
+from .placement_cost import Placement, busy, costs, describe, placements
 from .progress import Progress
 from .recipe import Recipe
 from .recipe_parts import AdapterSpec
@@ -56,13 +56,17 @@ class Tried:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen within `budget`, of what, and where the costs come from; trials took `steps` steps each."""
+    """What was chosen within `budget`, of what, and where the costs come from; trials took `steps` steps each.
+
+    `busy` says why measured costs are not those of a quiet machine, else it is None.
+    """
 
     chosen: Tried
     tried: Sequence[Tried]
     budget: float
     source: str
     steps: int
+    busy: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values: those of the chosen placement, and of all."""
@@ -70,6 +74,7 @@ class Choice:
             **self.chosen.to_json(),
             "max_decode_overhead": self.budget,
             "costs": self.source,
+            "busy": self.busy,
             "steps": self.steps,
             "tried": [item.to_json() for item in self.tried],
         }
@@ -124,10 +129,13 @@ def choose(
         tried = [replace(item, val_loss=losses.get(item.placement)) for item in tried]
         contenders = [item for item in tried if item.val_loss is not None]
     best = min(contenders, key=lambda item: (item.val_loss or 0.0, item.cost))
-    choice = Choice(best, tried, budget, describe(recipe), steps)
+    choice = Choice(best, tried, budget, describe(recipe), steps, busy(spec, base, recipe, folder))
     progress.say(f"{job.name}: modules and rank for decoding less than {_percent(budget)} slower, {choice.source}")
     for line in choice.table():
         progress.say(line)
+    if choice.busy is not None:
+        remedy = f"to measure again on a quiet machine, delete {folder}, or name a device"
+        progress.say(f"{job.name}: measured on a busy machine ({choice.busy}), so the choice may be wrong; {remedy}")
     return choice
 
 

@@ -121,9 +121,13 @@ def costs(
                 known |= bench.measure(plain, Placement(modules, 0).names, list(group))
                 bench.write(known)
                 step.update("", step.done + sum(placement.modules == modules for placement in missing))
-        if bench.spread > _CALM:
-            progress.say(f"warning: costs varied by {bench.spread:.0%}; measure on a quiet machine, or name a device")
     return {placement: known[placement.key] for placement in wanted}
+
+
+def busy(spec: AdapterSpec, base: Base, recipe: Recipe, folder: Path) -> str | None:
+    """Why the costs that `costs` measured into `folder` are not those of a quiet machine; None where they are."""
+    spread = 0.0 if recipe.device is not None else _Bench(base, recipe, spec, folder).spread
+    return f"costs varied by {spread:.0%}" if spread > _CALM else None
 
 
 def _predicted(placement: Placement, spec: AdapterSpec, header: GgufHeader, recipe: Recipe) -> float:
@@ -137,12 +141,11 @@ def _predicted(placement: Placement, spec: AdapterSpec, header: GgufHeader, reci
 class _Bench:
     """The engine of a recipe's first target, with files of its own in a folder.
 
-    `spread` is the largest distance between the quartiles of a placement's rounds so far.
+    `spread` is the largest distance between the quartiles of a placement's rounds so far, those of earlier runs too.
     """
 
     def __init__(self, base: Base, recipe: Recipe, spec: AdapterSpec, folder: Path) -> None:
         self.base, self.target, self.threads = base, recipe.targets[0], recipe.threads
-        self.spread = 0.0
         self.dtype = spec.dtype if self.target == "gguf" else spec.onnx_dtype
         # How the numbers were rounded does not change how fast they are.
         self.weights = Weights(recipe.onnx.weights)
@@ -151,18 +154,18 @@ class _Bench:
         state = [base.fingerprint, self.target, self.threads, self.dtype, self.weights.scheme]
         digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()
         self._file, self._folder = folder / f"costs-{digest[:12]}.json", folder / "bench"
+        self._spread_file = folder / f"spread-{digest[:12]}.json"
+        self.spread = max(_read(self._spread_file).values(), default=0.0)
 
     def read(self) -> dict[str, float]:
         """The figures so far, by the placements' keys."""
-        try:
-            return {str(key): float(cost) for key, cost in json.loads(self._file.read_bytes()).items()}
-        except (FileNotFoundError, ValueError, AttributeError, TypeError):
-            return {}
+        return _read(self._file)
 
     def write(self, known: Mapping[str, float]) -> None:
         """Keep the figures."""
-        with replacing(self._file) as path:
-            path.write_text(json.dumps(known), encoding="utf-8")
+        for file, values in ((self._spread_file, {"spread": self.spread}), (self._file, known)):
+            with replacing(file) as path:
+                path.write_text(json.dumps(values), encoding="utf-8")
 
     @contextmanager
     def plain(self) -> Iterator[Engine]:
@@ -216,6 +219,14 @@ class _Bench:
             b = random.normal(0, 0.01, (rows, placement.rank)).astype(np.float32)
             modules[module] = Delta(a, b)
         return LowRank(placement.key, "lora", modules)
+
+
+def _read(file: Path) -> dict[str, float]:
+    """Numbers by name, as they were written; none where the file is missing or cut short."""
+    try:
+        return {str(key): float(value) for key, value in json.loads(file.read_bytes()).items()}
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def _modules(header: GgufHeader, names: Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:

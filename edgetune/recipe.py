@@ -72,6 +72,11 @@ class Recipe(Part):
         """The folder of the recipe file, that relative paths in it start from."""
         return self._folder
 
+    @property
+    def default_out(self) -> Path:
+        """Where the bundle goes unless the command says otherwise."""
+        return Path("build") / self.name
+
     @model_validator(mode="before")
     @classmethod
     def _targets_of_task(cls, values: object) -> object:

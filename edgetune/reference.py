@@ -27,6 +27,13 @@ A recipe is a YAML file: one base, its tasks and a board. `edgetune init` writes
 `--set KEY=VALUE`, where a key is its path with dots, such as `--set adapters.command.method.r=8`. Paths are relative to
 the recipe. `edgetune schema` prints the JSON schema, with which an editor completes and checks keys.
 
+`edgetune validate` also says, without loading anything, what a build will need of this machine: memory for training
+and export, and room on the disk of `--out` (by default `build/NAME`), beside what is free; `needs` in `--json`. It ends
+with exit code 6 or 5, as a build does before any work, where the bundle cannot fit on the disk or the base's weights
+not in memory, and says what would fit; where it may become tight it warns. Where memory is short, training makes its
+forward passes smaller. What a base takes that must be downloaded first, the build alone can say. `--trial` trains ten
+steps of the first adapter and says how long all trainings take; a build says so after its own first ten steps.
+
 This page is made from the descriptions in `edgetune/recipe.py`, `edgetune/recipe_parts.py` and `edgetune/methods/`.
 """
 WORDS: dict[object, str] = {

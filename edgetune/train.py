@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from edgetune_runtime.machine import free_mb, usable_cores
 
 from .allocator import give_back_freed_memory, keep_freed_memory
 from .batches import Schedule, passes, plan
+from .build_time import TimeTrial, tokens_left
 from .checkpointing import checkpointed, layer_cost, layers_of, trained_layers
 from .fused import fused
 from .memory import FREE_SHARE, PassCost, PassPlan, measured, plan_passes, state_mb
@@ -139,9 +140,10 @@ def precision_of(training: Training) -> str:
     return "fp32"
 
 
-def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress) -> TrainResult:
+def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress, later: float = 0.0) -> TrainResult:
     """Do the job; `base` is left as it was. Goes on where a run of the same key in `folder` ended.
 
+    After ten steps it says about how long it takes, and with the `later` tokens of the trainings after it.
     Writes the best checkpoint by validation loss to `folder/adapter` in PEFT's format. Raises CancelledError when the
     user interrupts, after saving; EdgetuneError when the loss is not a number; UsageError for a limit of memory that
     not even the longest row fits within.
@@ -154,8 +156,9 @@ def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress
             run.plan_passes()
             if told := run.told_passes():
                 progress.say(told)
+            left = tokens_left(run.train_rows, run.validation, job.training, run.state.step)
             with progress.step(f"training {job.name}", run.schedule.steps) as step:
-                run.loop(step)
+                run.loop(step, TimeTrial(job.name, left, later), progress.say)
         return run.finish()
     except KeyboardInterrupt as error:
         # In the middle of a change of weights only the state saved before is one to go on from.
@@ -250,7 +253,7 @@ class _Run:
         """The layers as they train fastest; autocast needs the model's own."""
         return fused(self.tuned) if self.precision == "fp32" else nullcontext()
 
-    def loop(self, progress: Step) -> None:
+    def loop(self, progress: Step, trial: TimeTrial, say: Callable[[str], None]) -> None:
         """Take all steps that are left, with validation and saving in between."""
         self.model.train()
         started = time.monotonic()
@@ -262,6 +265,8 @@ class _Run:
             if self._is_out_of_patience():
                 break
             self._step(rows)
+            if (told := trial.step(sum(len(row.tokens) for row in rows), time.monotonic())) is not None:
+                say(told)
             self.state.seconds = before + time.monotonic() - started
             note = f"loss {self.state.loss_sum / max(1, self.state.loss_tokens):.3f}, {self._speed():.0f} tokens/s"
             if self._is_validation_due():

@@ -9,6 +9,8 @@ from .figures import OnEngine, Outcome, Training, megabytes
 
 NONE = "-"
 """A figure that there is not."""
+BUSY = "*"
+"""Marks times and speeds that were taken on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -103,26 +105,52 @@ def placement_rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
             )
 
 
+def busy_notes(outcomes: Sequence[Outcome]) -> list[str]:
+    """What the mark at times and speeds means, where there is one: which trials were timed on a busy machine, and why.
+
+    Placements that were weighed on one are named too.
+    """
+    marked = [
+        f"{outcome.name} in {target}{f' ({figures.busy})' if figures.busy else ''}"
+        for outcome in outcomes
+        for target, figures in outcome.engines.items()
+        if figures.slow
+    ]
+    notes = []
+    if marked:
+        notes = [
+            f"{BUSY} timed on a busy machine, so these times and speeds are not used: {', '.join(marked)}",
+            "to time a trial again, delete its trials/NAME/trial.json and run the command on a quiet machine",
+        ]
+    return notes + [
+        f"{outcome.name}: its modules were chosen by speeds measured on a busy machine ({outcome.placement['busy']})"
+        for outcome in outcomes
+        if outcome.placement and outcome.placement.get("busy")
+    ]
+
+
 def _on_engine(figures: OnEngine) -> tuple[str, ...]:
+    mark = BUSY if figures.slow else ""
     return (
         figures.shape,
         f"{_number(figures.score)} ± {figures.standard_error:.3f}",
         megabytes(figures.bytes),
-        _speed(figures.tokens_per_s),
-        _speed(figures.merged_tokens_per_s),
-        _speed(figures.base_tokens_per_s),
-        _number(figures.switch_us, "{:.1f}"),
-        _number(figures.first_token_ms, "{:.1f}"),
+        *(
+            _number(value, f"{{:.1f}}{mark}")
+            for value in (
+                figures.tokens_per_s,
+                figures.merged_tokens_per_s,
+                figures.base_tokens_per_s,
+                figures.switch_us,
+                figures.first_token_ms,
+            )
+        ),
         f"{figures.kl:.1e}",
     )
 
 
 def _overfit(training: Training) -> str:
     return NONE if training.overfit_step is None else str(training.overfit_step)
-
-
-def _speed(value: float | None) -> str:
-    return _number(value, "{:.1f}")
 
 
 def _number(value: float | None, form: str = "{:.3f}") -> str:

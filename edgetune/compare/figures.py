@@ -27,6 +27,8 @@ class OnEngine:
     `bytes` are those of the adapter's files, a whole model where `shape` is merged. `tokens_per_s` is decoding with the
     adapter beside the base, `merged_tokens_per_s` with the adapter merged into it, `base_tokens_per_s` the plain base.
     `switch_us` and `first_token_ms` (after a switch back) are medians. None stands for what the shape cannot give.
+    `slow` says that the machine was busy while these times and speeds were taken, or its processor throttled; `busy` is
+    the reason in a few words, where it is known.
     """
 
     shape: str
@@ -39,6 +41,8 @@ class OnEngine:
     merged_tokens_per_s: float | None = None
     switch_us: float | None = None
     first_token_ms: float | None = None
+    slow: bool = False
+    busy: str | None = None
 
 
 @dataclass(frozen=True)

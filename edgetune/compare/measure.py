@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -38,6 +38,15 @@ from .torch_engine import TorchEngine
 
 
 @dataclass(frozen=True)
+class MergedSpeed:
+    """Decoding speed of a merged model; `slow` and `busy` as in `OnEngine`."""
+
+    tokens_per_s: float
+    slow: bool = False
+    busy: str | None = None
+
+
+@dataclass(frozen=True)
 class Measured:
     """A bundle with the one adapter `task`, and the rows that it is scored on."""
 
@@ -62,12 +71,15 @@ class Measured:
         with Runtime.open(self.bundle, engine=target, disk_mb=0) as runtime:
             return score(runtime, self.task, self.rows, self.progress)
 
-    def on_engine(self, target: str, scored: Evaluation, merged_tokens_per_s: float | None) -> OnEngine:
+    def on_engine(self, target: str, scored: Evaluation, merged: MergedSpeed | None) -> OnEngine:
         """All figures of the adapter on an engine: its score, and the speeds that are measured here."""
         self.progress.say(f"timing {target}")
         timed = bench.measure(partial(Runtime.open, self.bundle, engine=target, disk_mb=0), lambda _: None)
         shape, speed = self.entry.shapes[target], timed["decode_tokens_per_s"]
         own, is_merged = speed["adapters"][self.task], shape == Merged.shape
+        slow, busy = _load_in(timed)
+        if is_merged:
+            merged = MergedSpeed(own, slow, busy)
         return OnEngine(
             shape=shape,
             bytes=round(timed["adapter_mb"] * 1e6),
@@ -76,9 +88,11 @@ class Measured:
             kl=self.entry.parity[target]["kl"],
             base_tokens_per_s=speed["base"],
             tokens_per_s=None if is_merged else own,
-            merged_tokens_per_s=own if is_merged else merged_tokens_per_s,
+            merged_tokens_per_s=None if merged is None else merged.tokens_per_s,
             switch_us=timed["switch_us"] and timed["switch_us"]["p50"],
             first_token_ms=timed["ttft_ms"] and timed["ttft_ms"]["after_switch"],
+            slow=slow or (merged is not None and merged.slow),
+            busy=busy or (None if merged is None else merged.busy),
         )
 
 
@@ -116,8 +130,8 @@ class InTorch:
             with _runtime(measured.bundle, manifest, engine, "torch") as runtime:
                 return score(runtime, entry.name, measured.rows, measured.progress)
 
-    def merged_speed(self, target: str) -> float | None:
-        """Tokens a second of a whole model with the adapter merged in; None where the method or the format has none.
+    def merged_speed(self, target: str) -> MergedSpeed | None:
+        """Decoding speed of a whole model with the adapter merged in; None where the method or the format has none.
 
         The model is written for this alone, and deleted.
         """
@@ -137,12 +151,17 @@ class InTorch:
         finally:
             shutil.rmtree(measured.bundle.with_name("merged"), ignore_errors=True)
 
-    def _speed(self, target: str, model: Path) -> float:
+    def _speed(self, target: str, model: Path) -> MergedSpeed:
         manifest = replace(self.measured.manifest, adapters={})
         make = import_module(f"edgetune_runtime.engines.{target}").ENGINE
         engine = make(model, context_length=manifest.context_length, threads=manifest.threads)
         found = bench.measure(lambda: _runtime(self.measured.bundle, manifest, engine, target), lambda _: None)
-        return float(found["decode_tokens_per_s"]["base"])
+        return MergedSpeed(float(found["decode_tokens_per_s"]["base"]), *_load_in(found))
+
+
+def _load_in(timed: Mapping[str, Any]) -> tuple[bool, str | None]:
+    """Whether the machine was busy while `bench.measure` took these times, and the reason where it is known."""
+    return bool(timed.get("slow", False)), timed.get("busy")
 
 
 def _runtime(bundle: Path, manifest: Manifest, engine: Engine, name: str) -> Runtime:

@@ -14,6 +14,7 @@ from .columns import (
     TEXT_COLUMNS,
     TRAINING,
     Column,
+    busy_notes,
     engine_rows,
     placement_rows,
     training_rows,
@@ -34,6 +35,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p { margin: .4rem 0; }
 .note, figcaption, dl { color: #5a6676; font-size: .875rem; }
 .recommended { border-left: 4px solid #2a7d4f; background: #eef7f1; padding: .6rem .9rem; margin: 1rem 0; }
+.undecided { border-left-color: #b7791f; background: #fdf6e7; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #e3e7ec; text-align: right; }
@@ -69,6 +71,7 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
             *([_recommended(chosen)] if chosen is not None else []),
             "<h2>On the device</h2>",
             *_table(ON_ENGINE, engine_rows(comparison.outcomes), (chosen.name, chosen.target) if chosen else None),
+            *(f'<p class="note">{escape(note)}.</p>' for note in busy_notes(comparison.outcomes)),
             "<h2>Training</h2>",
             *_table(TRAINING, training_rows(comparison.outcomes), (chosen.name,) if chosen else None),
             *_placements(comparison.outcomes),
@@ -83,6 +86,9 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
 
 
 def _recommended(chosen: Recommendation) -> str:
+    if chosen.undecided:
+        why = f"<b>Nothing can be recommended on the score:</b> {escape(chosen.undecided)}."
+        return f'<p class="recommended undecided">{why} By size alone: Take {escape(chosen.name)}.</p>'
     return f'<p class="recommended"><b>Take {escape(chosen.name)}.</b> {escape(chosen.reason)}.</p>'
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .columns import BUSY
 from .figures import LOWER_IS_BETTER, OnEngine, Outcome
 
 if TYPE_CHECKING:
@@ -45,9 +46,11 @@ def plots(outcomes: Sequence[Outcome], out: Path) -> list[Picture]:
     done = [outcome for outcome in outcomes if outcome.status == "done"]
     if not done:
         return []
+    marked = any(figures.slow for outcome in done for figures in outcome.engines.values())
+    speeds = "Score on the device against decoding speed, beside the base and merged into it"
     drawn = (
         ("score-size.png", _sizes, "Score on the device against the size of the adapter on disk"),
-        ("score-speed.png", _speeds, "Score on the device against decoding speed, beside the base and merged into it"),
+        ("score-speed.png", _speeds, speeds + (f"; {BUSY} timed on a busy machine" if marked else "")),
         ("loss.png", _losses, "Validation loss while training; a ring marks the checkpoint that ships"),
     )
     pictures = []
@@ -77,6 +80,7 @@ def _speeds(done: Sequence[Outcome]) -> Figure:
         for speed, is_hollow in ((of.tokens_per_s, False), (of.merged_tokens_per_s, True)):
             if speed is not None:
                 name = label if not is_hollow or of.tokens_per_s is None else ""
+                name += BUSY if name and of.slow else ""
                 points.append(_Point(speed, of.score, of.standard_error, name, color, _marker(target), is_hollow))
     axes.set(xlabel="decoding (tokens/s); hollow: merged into the base")
     axes.set_xlim(0, max(point.x for point in points) * 1.12)

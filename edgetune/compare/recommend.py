@@ -10,11 +10,15 @@ from .figures import OnEngine, Outcome, goodness, megabytes
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The trial to take, in which format, and why."""
+    """The trial to take, in which format, and why.
+
+    `undecided` says why the score recommends none of them, and what would change that; the trial is then the smallest.
+    """
 
     name: str
     target: str
     reason: str
+    undecided: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ def recommend(outcomes: Sequence[Outcome]) -> Recommendation | None:
     """The smallest adapter, in bytes on disk, within one standard error of the best score on the device's engines.
 
     What the recipe's board cannot hold does not count, unless it can hold none. Of adapters of the same size, the one
-    with the better score. None when no trial succeeded.
+    with the better score. Where all scored 0, or lie within one standard error of each other, it is the smallest of
+    all, and `undecided`. Times and speeds play no part. None when no trial succeeded.
     """
     done = [outcome for outcome in outcomes if outcome.status == "done"]
     fitting = [outcome for outcome in done if outcome.board is None or outcome.board.fits]
@@ -44,9 +49,40 @@ def recommend(outcomes: Sequence[Outcome]) -> Recommendation | None:
     if not candidates:
         return None
     best = max(candidates, key=lambda found: (found.goodness, -found.figures.bytes))
-    enough = [found for found in candidates if found.goodness >= best.goodness - best.figures.standard_error]
+    undecided = _undecided(candidates, best)
+    least = best.goodness - best.figures.standard_error
+    enough = candidates if undecided else [found for found in candidates if found.goodness >= least]
     chosen = min(enough, key=lambda found: (found.figures.bytes, -found.goodness))
-    return Recommendation(chosen.outcome.name, chosen.target, _reason(chosen, best, _board(done, fitting)))
+    board = _board(done, fitting)
+    reason = _smallest(chosen, board) if undecided else _reason(chosen, best, board)
+    return Recommendation(chosen.outcome.name, chosen.target, reason, undecided)
+
+
+def _undecided(candidates: Sequence[_Candidate], best: _Candidate) -> str:
+    """Why the score tells none of the trials from the others, and what would; empty where it does."""
+    names = {found.outcome.name for found in candidates}
+    metric, rows = best.outcome.metric, best.outcome.rows
+    trials = "the trial" if len(names) == 1 else f"all {len(names)} trials"
+    if all(found.figures.score == 0 for found in candidates):
+        remedy = f"train longer or on more rows, and see in the answers whether {metric} is the right metric"
+        return f"{trials} scored 0; {remedy}"
+    if len(names) == 1:
+        return ""
+    worst = min(candidates, key=lambda found: found.goodness)
+    # A best score of 1 has a standard error of 0, whatever the number of rows.
+    error = max(best.figures.standard_error, worst.figures.standard_error)
+    apart = best.goodness - worst.goodness
+    if apart == 0:
+        return f"{trials} scored {best.figures.score:.4g}; score on more than {rows} rows, or on harder ones"
+    if apart > error:
+        return ""
+    what = f"{trials} lie within one standard error ({error:.2g}) of each other"
+    return f"{what}; score on more than {rows} rows, or train longer"
+
+
+def _smallest(chosen: _Candidate, board: str) -> str:
+    size = megabytes(chosen.figures.bytes)
+    return f"{chosen.outcome.name} in {chosen.target} by size alone: the smallest adapter ({size} MB){board}"
 
 
 def _board(done: Sequence[Outcome], fitting: Sequence[Outcome]) -> str:

@@ -38,7 +38,10 @@ class Comparison:
     recommended: Recommendation | None
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints, and compare.json holds."""
+        """What `--json` prints, and compare.json holds.
+
+        `undecided` says why nothing can be recommended on the score, else null; `recommended` is then the smallest.
+        """
         return {
             "task": self.task,
             "base": self.base,
@@ -48,6 +51,7 @@ class Comparison:
             "recommended": self.recommended and self.recommended.name,
             "target": self.recommended and self.recommended.target,
             "reason": self.recommended and self.recommended.reason,
+            "undecided": (self.recommended and self.recommended.undecided) or None,
         }
 
 

@@ -180,7 +180,9 @@ def test_validate_tells_base_board_and_rows(run: Run, recipe: Path) -> None:
         "reply": {"metric": "exact", "train": 7, "validation": 2},
         "tone": {"metric": "label", "train": 8, "validation": 1, "labels": 2},
     }
+    assert found["needs"]["memory_mb"] > 0 and found["needs"]["disk_mb"] > 0
     lines = run("validate", recipe)[1].splitlines()
+    assert any(line.startswith("needs         memory about ") for line in lines)
     assert lines[-1] == "adapter       tone: metric label, train 8, validation 1, labels 2"
 
 

@@ -15,7 +15,7 @@ from matplotlib.text import Annotation
 
 from edgetune.bases import Base, load_torch
 from edgetune.compare import plots
-from edgetune.compare.columns import placement_rows
+from edgetune.compare.columns import busy_notes, engine_rows, placement_rows
 from edgetune.compare.figures import OnBoard, OnEngine, Outcome, Training, standard_error
 from edgetune.compare.page import page
 from edgetune.compare.recommend import Recommendation, recommend
@@ -87,6 +87,97 @@ def test_nothing_is_recommended_when_no_trial_succeeded() -> None:
     assert recommend([Outcome("lora", "lora", None, "failed", "why")]) is None
 
 
+def test_trials_that_all_scored_0_are_not_told_apart_by_the_score() -> None:
+    found = recommended(
+        outcome("large", gguf=engine(0, 9_000_000, error=0)), outcome("small", gguf=engine(0, 1_000_000, error=0))
+    )
+    assert found.undecided == (
+        "all 2 trials scored 0; train longer or on more rows, and see in the answers whether exact is the right metric"
+    )
+    assert found.reason == "small in gguf by size alone: the smallest adapter (1.00 MB)"
+    alone = recommended(outcome("alone", gguf=engine(0, 10, error=0)))
+    assert alone.undecided.startswith("the trial scored 0; ")
+
+
+def test_trials_within_one_standard_error_of_each_other_are_not_told_apart_by_the_score() -> None:
+    close = [outcome(f"m{n}", gguf=engine(0.90 + n / 100, 10 - n, error=0.05), onnx=engine(0.92, 50)) for n in range(4)]
+    found = recommended(*close)
+    assert found.undecided == (
+        "all 4 trials lie within one standard error (0.05) of each other; score on more than 100 rows, or train longer"
+    )
+    assert found.name == "m3"
+    # One of them apart, and the score decides.
+    found = recommended(*close, outcome("bad", gguf=engine(0.5, 1, error=0.05)))
+    assert (found.name, found.undecided) == ("m3", "")
+    perplexities = [outcome(f"p{n}", metric="perplexity", gguf=engine(9 + n / 100, 10 - n)) for n in range(2)]
+    assert "within one standard error" in recommended(*perplexities).undecided
+
+
+def test_a_perfect_score_beside_a_nearly_perfect_one_decides_nothing() -> None:
+    found = recommended(outcome("all", gguf=engine(1, 9, error=0)), outcome("most", gguf=engine(0.985, 2, error=0.02)))
+    assert (found.name, found.undecided.split(";")[0]) == (
+        "most",
+        "all 2 trials lie within one standard error (0.02) of each other",
+    )
+    found = recommended(outcome("one", gguf=engine(1, 9, error=0)), outcome("two", gguf=engine(1, 2, error=0)))
+    assert (found.name, found.undecided) == (
+        "two",
+        "all 2 trials scored 1; score on more than 100 rows, or on harder ones",
+    )
+
+
+def test_a_single_trial_with_a_score_is_recommended_by_it() -> None:
+    assert recommended(outcome("alone", gguf=engine(0.9, 10), onnx=engine(0.9, 20))).undecided == ""
+
+
+def test_the_page_and_the_json_say_that_the_score_decides_nothing() -> None:
+    outcomes = [outcome("one", gguf=engine(0, 9, error=0)), outcome("two", gguf=engine(0, 2, error=0))]
+    compared = Comparison("lights", "tiny", "exact", 100, outcomes, recommend(outcomes))
+    shown = page(compared, [])
+    assert "<b>Nothing can be recommended on the score:</b> all 2 trials scored 0; " in shown
+    assert "By size alone: Take two." in shown
+    told = compared.to_json()
+    assert told["undecided"].startswith("all 2 trials scored 0; ")
+    assert (told["recommended"], told["reason"]) == (
+        "two",
+        "two in gguf by size alone: the smallest adapter (0.0000 MB)",
+    )
+
+
+def test_times_taken_on_a_busy_machine_are_marked_and_change_no_recommendation() -> None:
+    quick, slow = engine(0.9, 10), replace(engine(0.9, 10, speed=5.0), slow=True, busy="load 3.1 on 2 cores")
+    calm, busy = outcome("calm", gguf=quick), outcome("busy", gguf=slow, onnx=replace(slow, busy=None))
+    (first, *_), (row, _) = list(engine_rows([calm])), list(engine_rows([busy]))
+    assert [cell for cell in first if cell.endswith("*")] == []
+    assert [cell for cell in row if cell.endswith("*")] == ["5.0*", "88.0*", "90.0*", "4.0*", "20.0*"]
+    assert busy_notes([calm]) == []
+    assert busy_notes([calm, busy])[0] == (
+        "* timed on a busy machine, so these times and speeds are not used: busy in gguf (load 3.1 on 2 cores), "
+        "busy in onnx"
+    )
+    shown = page(Comparison("lights", "tiny", "exact", 100, [calm, busy], None), [])
+    assert "busy in gguf (load 3.1 on 2 cores)" in shown and "88.0*" in shown
+    assert Outcome.of_json(busy.to_json()) == busy
+    quiet = replace(busy, engines={name: replace(of, slow=False, busy=None) for name, of in busy.engines.items()})
+    assert recommended(calm, busy) == recommended(calm, quiet)
+
+
+def test_the_plot_of_speeds_marks_what_was_timed_on_a_busy_machine(tmp_path: Path) -> None:
+    outcomes = [outcome("calm", gguf=engine(0.9, 10)), outcome("busy", gguf=replace(engine(0.8, 10), slow=True))]
+    texts = [text.get_text() for text in plots._speeds(outcomes).axes[0].texts if isinstance(text, Annotation)]
+    assert texts == ["calm", "busy*"]
+    captions = [picture.caption for picture in plots.plots(outcomes, tmp_path)]
+    assert [caption for caption in captions if "busy machine" in caption] == [captions[1]]
+    assert not any("busy machine" in picture.caption for picture in plots.plots(outcomes[:1], tmp_path))
+
+
+def test_figures_of_an_earlier_version_are_read_as_of_a_quiet_machine() -> None:
+    values = outcome("lora", gguf=engine(0.9, 10)).to_json()
+    for key in ("slow", "busy"):
+        del values["engines"]["gguf"][key]
+    assert not Outcome.of_json(values).engines["gguf"].slow
+
+
 def test_the_standard_error_is_binomial_where_answers_are_right_or_wrong() -> None:
     assert standard_error("exact", 0.75, [1.0, 1.0, 1.0, 0.0]) == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     points = [0.2, 0.4, 0.9]
@@ -115,6 +206,10 @@ def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:
     shown = page(Comparison("lights", "tiny", "exact", 100, [placed], None), [])
     assert "Choosing the modules" in shown
     assert "q_proj, v_proj" in shown
+    noisy = replace(placed, placement={**tried[0], "tried": tried, "busy": "costs varied by 34%"})
+    assert busy_notes([placed, noisy]) == [
+        "lora: its modules were chosen by speeds measured on a busy machine (costs varied by 34%)"
+    ]
     assert "Choosing the modules" not in page(Comparison("lights", "tiny", "exact", 100, [plain], None), [])
 
 

@@ -1,0 +1,63 @@
+"""Hugging Face folder in, the GGUF header that converting it would give out, as far as sizes need it. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgetune_export.convert import check_folder
+from edgetune_export.layout import name_map
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.gguf_file import GgufHeader, TensorInfo
+
+_F16 = 1
+# What GGUF calls the entries of config.json.
+_KEYS = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+}
+
+
+def predict_header(folder: Path) -> GgufHeader:
+    """The header of the folder's f16 GGUF file, without a tokenizer and without offsets.
+
+    Reads config.json and the heads of the .safetensors files. Raises what `check_folder` raises, and VerificationError
+    when a file is damaged.
+    """
+    architecture = check_folder(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    metadata: dict[str, Any] = {"general.architecture": architecture}
+    metadata |= {f"{architecture}.{key}": config[name] for name, key in _KEYS.items() if config.get(name) is not None}
+    metadata.setdefault(f"{architecture}.attention.head_count_kv", config.get("num_attention_heads"))
+    if "head_dim" in config:
+        metadata[f"{architecture}.attention.value_length"] = config["head_dim"]
+    known = name_map(GgufHeader(metadata, {}))
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, shape in _shapes(file):
+            found = known.get_name(name, try_suffixes=(".weight", ".bias")) or name
+            tensors[found] = TensorInfo(found, tuple(reversed(shape)), _F16, 0, 2 * math.prod(shape))
+    return GgufHeader(metadata, tensors)
+
+
+def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
+    """Name and shape of each tensor of a .safetensors file, whose head is JSON after its length in 8 bytes."""
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            # A damaged length must not ask for that much memory.
+            head: Mapping[str, Any] = json.loads(opened.read(min(length, file.stat().st_size)))
+            if opened.tell() != 8 + length:
+                raise ValueError("it is cut short")
+        yield from ((name, entry["shape"]) for name, entry in head.items() if name != "__metadata__")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VerificationError(f"{file} is no .safetensors file", "get the model again") from error
