@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError
-from edgetune_runtime.machine import free_mb, usable_cores
+from edgetune_runtime.machine import free_mb
 
 from .allocator import give_back_freed_memory, keep_freed_memory
 from .batches import Schedule, passes, plan
@@ -36,6 +36,7 @@ from .methods._base import trainable
 from .objectives import NEXT_TOKEN, Batch, Objective, Row
 from .progress import Progress, Step
 from .recipe_parts import Training
+from .step_threads import StepThreads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,7 +150,6 @@ def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress
     not even the longest row fits within.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     run = _Run(base, job, folder)
     try:
         with run.layers():
@@ -200,6 +200,7 @@ class _Run:
         self.best: dict[str, torch.Tensor] = {}
         self.is_changing = False
         self.passes = PassPlan()
+        self.threads = StepThreads(is_cpu=self.accelerator.device.type == "cpu")
         self._saved = time.monotonic()
         self._resume()
 
@@ -264,8 +265,10 @@ class _Run:
         for rows in self._batches():
             if self._is_out_of_patience():
                 break
-            self._step(rows)
-            if (told := trial.step(sum(len(row.tokens) for row in rows), time.monotonic())) is not None:
+            tokens = sum(map(_length, rows))
+            with self.threads.step(tokens):
+                self._step(rows)
+            if (told := trial.step(tokens, time.monotonic())) is not None:
                 say(told)
             self.state.seconds = before + time.monotonic() - started
             note = f"loss {self.state.loss_sum / max(1, self.state.loss_tokens):.3f}, {self._speed():.0f} tokens/s"
@@ -327,7 +330,8 @@ class _Run:
             torch.save(state, file)
 
     def detach(self) -> None:
-        """Give the base back as it was."""
+        """Give the base, and torch's threads, back as they were."""
+        self.threads.restore()
         self.method.detach(self.tuned)
         self.base.set_attn_implementation(self.attention)
         self.accelerator.free_memory()

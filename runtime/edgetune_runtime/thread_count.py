@@ -15,8 +15,8 @@ _WINDOW_S = 0.05
 """What is measured before anything is decided."""
 _FULL_SHARE = 0.85
 """Threads that got less than this of their cores were kept waiting by others."""
-_BLIND_S = 8.0
-"""Time until one more thread is tried even though no core seems to be free."""
+_BLIND_HOLDS = 2
+"""Longest holds until one more thread is tried even though no core seems to be free."""
 _FAILED_FACTOR = 2.0
 """A single step on probation that takes this many times what a token took before ends the probation."""
 
@@ -137,7 +137,7 @@ class ThreadCount:
                 self._try(max(1, min(had, self.threads - 1)), window, gain=1.0)
                 self._up_at = now + self._hold_s
         elif self.threads < self.limit and (now >= self._blind_at or (now >= self._up_at and self._is_core_free())):
-            self._blind_at = now + _BLIND_S
+            self._blind_at = now + _BLIND_HOLDS * self._longest_hold_s
             self._try(self.threads + 1, window, gain=0.97)
             if not self._is_even:
                 self._wait_longer()
@@ -173,7 +173,7 @@ class ThreadCount:
         """Let everything be tried from now on, but what would be tried blindly."""
         self._hold_s = self._down_hold_s = self._first_hold_s
         self._up_at = self._down_at = 0.0
-        self._blind_at = time.monotonic() + _BLIND_S
+        self._blind_at = time.monotonic() + _BLIND_HOLDS * self._longest_hold_s
 
 
 def _others() -> int | None:
