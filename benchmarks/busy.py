@@ -158,6 +158,7 @@ def measure(options: argparse.Namespace, temporary: Path) -> dict[str, Any]:
             for condition in CONDITIONS:
                 print(f"round {number + 1} of {options.rounds}: {condition.name}", file=sys.stderr, flush=True)
                 for setup, took in _round(condition, workers, options, temporary):
+                    print(f"  {setup}: {_tokens_per_s(took):.1f} tokens/s", file=sys.stderr, flush=True)
                     raw.setdefault((setup, condition.name), []).append(took)
     for (setup, condition), rounds in raw.items():
         found[setup][condition] = _figures(rounds)
@@ -221,10 +222,14 @@ def _figures(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "first_token_ms_p50": statistics.median(firsts) * 1e3,
         "first_token_ms_p99": _p99(firsts) * 1e3,
-        "tokens_per_s": statistics.median(len(took["steps_s"]) / sum(took["steps_s"]) for took in rounds),
+        "tokens_per_s": statistics.median(map(_tokens_per_s, rounds)),
         "longest_step_ms": max(steps) * 1e3,
         "neighbours_speed": statistics.fmean(neighbours) if neighbours else None,
     }
+
+
+def _tokens_per_s(took: dict[str, Any]) -> float:
+    return float(len(took["steps_s"]) / sum(took["steps_s"]))
 
 
 @contextmanager
