@@ -24,8 +24,13 @@ class StepThreads:
     def __init__(self, *, is_cpu: bool) -> None:
         self._before = torch.get_num_threads()
         most = min(self._before, usable_cores())
-        options = {"window_steps": _WINDOW_STEPS, "first_hold_s": _FIRST_HOLD_S, "longest_hold_s": _LONGEST_HOLD_S}
-        self._count = ThreadCount(most, adjusts=is_cpu, **options)
+        self._count = ThreadCount(
+            most,
+            adjusts=is_cpu,
+            window_steps=_WINDOW_STEPS,
+            first_hold_s=_FIRST_HOLD_S,
+            longest_hold_s=_LONGEST_HOLD_S,
+        )
 
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:

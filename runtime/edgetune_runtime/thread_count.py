@@ -84,7 +84,9 @@ class ThreadCount:
         self._is_even = False
         self._trial: _Trial | None = None
         self._best_s = {True: 0.0, False: 0.0}
-        self._hold()
+        self._hold_s = self._down_hold_s = first_hold_s
+        self._up_at = self._down_at = self._blind_at = 0.0
+        self._forget_holds()
 
     def look_around(self) -> None:
         """Begin with as many threads as cores are free, which is only a first guess."""
@@ -92,7 +94,7 @@ class ThreadCount:
         self.limit = min(self.most, left)
         self.threads = self.limit if others is None else max(1, min(self.limit, left - others))
         self._window, self._trial = Usage(), None
-        self._hold()
+        self._forget_holds()
 
     def best_s(self, *, even: bool) -> float:
         """Seconds per token of the fastest window of steps of that kind, 0 before the first; see `record`."""
@@ -169,7 +171,7 @@ class ThreadCount:
         self._up_at = time.monotonic() + self._hold_s
         self._hold_s = min(2 * self._hold_s, self._longest_hold_s)
 
-    def _hold(self) -> None:
+    def _forget_holds(self) -> None:
         """Let everything be tried from now on, but what would be tried blindly."""
         self._hold_s = self._down_hold_s = self._first_hold_s
         self._up_at = self._down_at = 0.0
