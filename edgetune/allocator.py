@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 # Of glibc's malloc.h.
@@ -23,3 +24,14 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, _MOST)
+
+
+def release_freed_memory() -> None:
+    """Give what this process has freed back to the system, objects that refer to each other included.
+
+    A model's modules do, so its weights stay until then. Does nothing more without glibc.
+    """
+    gc.collect()
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # type: ignore[union-attr]

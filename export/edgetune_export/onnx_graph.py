@@ -84,7 +84,7 @@ def projections(graph: ir.Graph) -> list[Projection]:
 
 
 def load_structure(folder: Path) -> ir.Model:
-    """The graph that `run_builder` left in `folder`, its matrices still to be put in, its norms by ONNX's own operator."""
+    """The graph that `run_builder` left in `folder`, without its matrices, its norms by ONNX's own operator."""
     model = ir.load(folder / GRAPH)
     for node in model.graph:
         # An operator of onnxruntime's under ONNX's name, which no other tool knows, `onnx.checker` neither.

@@ -20,10 +20,10 @@ _save = ir.save
 
 
 def main() -> None:
-    """Let the builder export the folder that the arguments name, which holds a model's configuration and its vectors."""
+    """Let the builder export the folder that the arguments name, with a model's configuration and its vectors."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
-    AutoModelForCausalLM.from_pretrained = model_without_matrices  # type: ignore[method-assign]
+    AutoModelForCausalLM.from_pretrained = model_without_matrices
     ir.save = _save_without_matrices  # type: ignore[assignment]
     runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
 
@@ -47,7 +47,7 @@ def _save_without_matrices(model: ir.Model, path: str, **_: object) -> None:
         tensor = value.const_value
         if tensor is not None and _is_absent(tensor):
             value.const_value = ir.ExternalTensor(
-                ABSENT, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or ""
+                ABSENT, 0, tensor.nbytes, tensor.dtype, shape=value.shape, name=value.name or ""
             )
     _save(model, path)
 
