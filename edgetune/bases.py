@@ -152,6 +152,8 @@ def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
             header = read_header(base.path)
             config = config_of(header)
             _complete(config, header)
+            # PEFT writes it into what it saves.
+            config.name_or_path = str(base.path.parent)
             model = model_of(config, dtype, base.path, header)
     except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
