@@ -140,34 +140,30 @@ def base_context_length(header: GgufHeader) -> int:
 
 def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
     """The base as a transformers model on the CPU, its weights the dequantized ones of the file that ships."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - torch only when training
-    from transformers.utils import logging  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415 - torch only when training
+
+    from .weights import config_of, model_of  # noqa: PLC0415
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    place = {"pretrained_model_name_or_path": str(base.path.parent), "gguf_file": base.path.name}
     try:
         # transformers draws a bar of its own, on a pipe too.
         with redirect_stderr(io.StringIO()):
-            config = AutoConfig.from_pretrained(**place)
-            _complete(config, base.header)
-            model: PreTrainedModel
-            model, info = AutoModelForCausalLM.from_pretrained(
-                **place, config=config, dtype=dtype, output_loading_info=True
-            )
+            header = read_header(base.path)
+            config = config_of(header)
+            _complete(config, header)
+            # PEFT writes it into what it saves.
+            config.name_or_path = str(base.path.parent)
+            model = model_of(config, dtype, base.path, header)
     except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"transformers cannot load base {base.name!r}: {reason}"
         raise IncompatibleError(message, "use a base of another quantization or architecture") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
+    if missing:
         message = f"base {base.name!r} has no weights for {missing[0]} and {len(missing) - 1} more"
         raise IncompatibleError(message, "convert the base again with llama.cpp's converter")
     model.config.use_cache = False
-    # The weights are plain numbers now: what remains of the file's format would forbid saving or training them.
-    model.hf_quantizer, model.is_quantized = None, False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
     return model
 
 

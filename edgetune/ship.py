@@ -26,6 +26,7 @@ from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, BaseEntry, Mani
 from edgetune_runtime.gguf_file import describe_quantization, digest_of_chat_template, digest_of_tokenizer
 
 from . import bases, methods
+from .allocator import give_back_freed_memory
 from .bases import Base, base_context_length
 from .progress import Progress
 from .targets import backend_of, shapes_in
@@ -66,6 +67,8 @@ def ship(
     import torch  # noqa: PLC0415 - only where something is exported
 
     shutil.rmtree(work, ignore_errors=True)
+    # A training has just let go of the base; two of them need not be there at once.
+    give_back_freed_memory()
     model = bases.load_torch(base, torch.float32)
     source = Source(base.path, base.fingerprint, model, work / "way", wanted.weights)
     shapes = {a.name: shapes_in(wanted.targets, a.method, a.options, merged=a.merged) for a in adapters}
@@ -74,6 +77,7 @@ def ship(
     for target in wanted.targets:
         progress.say(f"writing {target}")
         exports.append(stage.export(target))
+        give_back_freed_memory()
     progress.say("checking that the bundle says what was trained")
     checked = verify(base, model, adapters, exports, progress)
     parity = {target: asdict(found.base) for target, found in checked.items()}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from edgetune_export.parity import Decoder, Parity, check, compare
+from edgetune_export.parity import Decoder, Parity, Rows, check, compare
+from edgetune_export.parity import Trained as Model
 from edgetune_export.shapes import Floats
 from edgetune_runtime.engines._base import Engine, Tokenizer
 from edgetune_runtime.engines.gguf import GgufTokenizer
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 Logits = Callable[[list[int]], Floats]
 """Token ids to the logits after each, float32 [tokens, vocabulary]."""
+
+States = dict[tuple[int, ...], Any]
+"""What a model's output layer reads for each token of a row, by the row."""
 
 # Number format of an adapter's file for each backend; onnxruntime-genai takes no other than f32 for a float32 graph.
 DTYPES = {"gguf": "f16", "onnx": "f32"}
@@ -119,31 +123,40 @@ def verify(
     longest = max(len(row) for adapter in adapters for row in adapter.probes) + ANSWER_TOKENS
     longest += max(written.prefix_tokens for export in exports for written in export.adapters.values())
     length = min(longest, base_context_length(base.header))
-    with ExitStack() as stack:
-        opened = [(export, stack.enter_context(_engine(export.backend, export.base, length))) for export in exports]
-        for export, engine in opened:
+    # What torch computed of each adapter and of the base, for all backends.
+    known: dict[str | None, States] = {name: {} for name in (None, *(adapter.name for adapter in adapters))}
+    checked = {}
+    for export in exports:
+        # One engine at a time: beside the model in float32 each holds the base once more.
+        with _engine(export.backend, export.base, length) as engine:
             _compare_tokenizers(base.path, export.backend, engine.tokenizer, adapters, progress)
-        found: dict[str, dict[str, Parity]] = {export.backend: {} for export in exports}
-        for adapter in adapters:
-            with _tuned(model, adapter) as trained:
-                for export, engine in opened:
-                    parity = _parity(trained, adapter, export, engine)
-                    found[export.backend][adapter.name] = parity
-                    progress.say(f"  {export.backend} {adapter.name}: {_said(parity)}")
-                    written = export.adapters[adapter.name]
-                    check(
-                        parity,
-                        adapter.name,
-                        written.quantization or export.quantization,
-                        dtype=adapter.dtypes[export.backend],
-                        merged=written.shape == "merged",
-                        error=written.error,
-                    )
-        plain = _remembered(logits_of(model))
-        return {
-            export.backend: Checked(_base_parity(plain, adapters, export, engine, progress), found[export.backend])
-            for export, engine in opened
-        }
+            found = {
+                adapter.name: _adapter_parity(
+                    model, adapter, export, engine, known=known[adapter.name], progress=progress
+                )
+                for adapter in adapters
+            }
+            plain = _remembered(model, model, known[None])
+            checked[export.backend] = Checked(_base_parity(plain, adapters, export, engine, progress), found)
+    return checked
+
+
+def _adapter_parity(
+    model: PreTrainedModel, adapter: Trained, export: Exported, engine: Engine, *, known: States, progress: Progress
+) -> Parity:
+    written = export.adapters[adapter.name]
+    with methods.load(adapter.method).loaded(adapter.checkpoint(model)) as tuned:
+        parity = _parity(_remembered(model, tuned, known), adapter, export, engine)
+    progress.say(f"  {export.backend} {adapter.name}: {_said(parity)}")
+    check(
+        parity,
+        adapter.name,
+        written.quantization or export.quantization,
+        dtype=adapter.dtypes[export.backend],
+        merged=written.shape == "merged",
+        error=written.error,
+    )
+    return parity
 
 
 def compare_bases(first: Exported, second: Exported, adapters: Sequence[Trained], progress: Progress) -> Parity:
@@ -196,7 +209,7 @@ def _compare_tokenizers(
 
 
 def _base_parity(
-    plain: Logits, adapters: Sequence[Trained], export: Exported, engine: Engine, progress: Progress
+    plain: Model, adapters: Sequence[Trained], export: Exported, engine: Engine, progress: Progress
 ) -> Parity:
     engine.activate({})
     parity = compare(plain, engine, _base_rows(adapters))
@@ -205,7 +218,7 @@ def _base_parity(
     return parity
 
 
-def _parity(trained: Logits, adapter: Trained, export: Exported, engine: Engine) -> Parity:
+def _parity(trained: Model, adapter: Trained, export: Exported, engine: Engine) -> Parity:
     written, active = export.adapters[adapter.name], {adapter.name: adapter.scale}
     if written.shape == "merged":
         with _engine(export.backend, written.file, engine.context_length) as merged:
@@ -216,7 +229,7 @@ def _parity(trained: Logits, adapter: Trained, export: Exported, engine: Engine)
     return _compare(trained, adapter, gated if written.invocation else engine, engine.capacity(active))
 
 
-def _compare(trained: Logits, adapter: Trained, engine: Decoder, capacity: int) -> Parity:
+def _compare(trained: Model, adapter: Trained, engine: Decoder, capacity: int) -> Parity:
     room = capacity - ANSWER_TOKENS
     prompts = [
         row[:length]
@@ -226,23 +239,58 @@ def _compare(trained: Logits, adapter: Trained, engine: Decoder, capacity: int) 
     return compare(trained, engine, adapter.probes, prompts=prompts, max_tokens=ANSWER_TOKENS)
 
 
-@contextmanager
-def _tuned(model: PreTrainedModel, adapter: Trained) -> Iterator[Logits]:
-    with methods.load(adapter.method).loaded(adapter.checkpoint(model)) as tuned:
-        yield _remembered(logits_of(tuned))
+@dataclass(frozen=True)
+class _Logits:
+    """Logits of a row, computed from the states that the output layer reads where they are asked for."""
+
+    head: Any
+    states: Any
+    vocabulary: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Tokens and vocabulary."""
+        return len(self.states), self.vocabulary
+
+    def __getitem__(self, part: slice) -> Floats:
+        """The logits after these tokens."""
+        import torch  # noqa: PLC0415 - only where something is exported
+
+        with torch.inference_mode():
+            return np.asarray(self.head(self.states[part]).float().numpy(), np.float32)
 
 
-def _remembered(logits: Logits) -> Logits:
-    """The same function, which computes each row once however many backends are compared with it."""
-    known: dict[tuple[int, ...], Floats] = {}
+def _remembered(base: PreTrainedModel, model: Any, known: States) -> Model:  # noqa: ANN401 - with or without PEFT around it
+    """The logits of `model`, which is `base` tuned or not: it runs once for each row, however many backends compare."""
+    head: Any = base.get_output_embeddings()
 
-    def remember(tokens: list[int]) -> Floats:
+    def remember(tokens: list[int]) -> Rows:
         key = tuple(tokens)
         if key not in known:
-            known[key] = logits(tokens)
-        return known[key]
+            known[key] = _states(head, model, tokens)
+        return _Logits(head, known[key], base.config.vocab_size)
 
     return remember
+
+
+def _states(head: Any, model: Any, tokens: list[int]) -> Any:  # noqa: ANN401 - as above
+    """What the output layer reads for each token, float32 [tokens, width]; logits would take many times as much."""
+    import torch  # noqa: PLC0415 - only where something is exported
+
+    taken = []
+
+    def take(_: object, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        taken.append(inputs[0][0])
+        return (inputs[0][:, -1:],)
+
+    hook = head.register_forward_pre_hook(take)
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([tokens]))
+    finally:
+        hook.remove()
+    # Trained positions stand in front of the tokens.
+    return taken[0][-len(tokens) :].clone()
 
 
 def _base_rows(adapters: Sequence[Trained]) -> list[Sequence[int]]:

@@ -49,12 +49,15 @@ class Projection:
 
 
 def run_builder(folder: Path, out: Path) -> None:
-    """Let the builder write the float32 graph of the Hugging Face folder, with packed q/k/v and gate/up, into `out`."""
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    """Let the builder write the float32 graph of the Hugging Face folder, with packed q/k/v and gate/up, into `out`.
+
+    `folder` need not hold the model's matrices; the graph names them and has no values for them.
+    """
+    command = [sys.executable, "-m", "edgetune_export.onnx_structure"]
     # Caches of the window's size would forbid contexts that are shorter, and going back.
     options = ["--extra_options", "fuse_mlp_gate_up=true", "windowed_kv_cache=false", "hf_token=false"]
     places = ["-i", str(folder), "-o", str(out), "-c", str(out / "cache")]
-    # A process of its own: the builder prints, and keeps the weights in memory.
+    # A process of its own: the builder prints, and keeps its memory.
     result = subprocess.run(
         [*command, *places, "-p", "fp32", "-e", "cpu", *options], capture_output=True, text=True, check=False
     )
@@ -81,7 +84,7 @@ def projections(graph: ir.Graph) -> list[Projection]:
 
 
 def load_structure(folder: Path) -> ir.Model:
-    """The graph that `run_builder` left in `folder`, its weights still there, its norms by ONNX's own operator."""
+    """The graph that `run_builder` left in `folder`, without its matrices, its norms by ONNX's own operator."""
     model = ir.load(folder / GRAPH)
     for node in model.graph:
         # An operator of onnxruntime's under ONNX's name, which no other tool knows, `onnx.checker` neither.

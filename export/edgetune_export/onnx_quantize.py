@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from edgetune_runtime.errors import UsageError
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.quantization import CalibrationDataReader
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
@@ -37,8 +38,8 @@ def requantize(model: ir.Model, weights: Weights, head_size: int) -> ir.Model:
     """
     if weights.method not in METHODS:
         raise UsageError(f"no method {weights.method!r}", f"choose one of: {', '.join(METHODS)}")
-    # In the quantizer's form of a model, a tensor that still lies in the builder's file does not say in which folder.
-    ir.external_data.load_to_model(model)
+    # Matrices that other weights took the place of are still named, and have no values.
+    RemoveUnusedNodesPass()(model)
     quantizer = _Quantizer(
         ir.to_proto(model),
         block_size=BLOCK,

@@ -13,8 +13,20 @@ from edgetune_runtime.errors import UsageError, VerificationError
 
 from .shapes import Floats
 
-Trained = Callable[[list[int]], Floats]
-"""Token ids to the trained model's logits after each, float32 [tokens, vocabulary]."""
+
+class Rows(Protocol):
+    """Logits of a row of tokens, float32 [tokens, vocabulary]: an array, or what computes a part when it is asked."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Tokens and vocabulary."""
+
+    def __getitem__(self, part: slice, /) -> Floats:
+        """The logits after these tokens."""
+
+
+Trained = Callable[[list[int]], Rows]
+"""Token ids to the trained model's logits after each."""
 
 
 class Decoder(Protocol):
@@ -108,8 +120,9 @@ def compare(
         _require_same_shape(expected, exported)
         for start in range(0, len(tokens), _POSITIONS):
             part = slice(start, start + _POSITIONS)
-            nats += float(divergence(expected[part], exported[part]).sum())
-        same += int((expected.argmax(-1) == exported.argmax(-1)).sum())
+            mine, its = expected[part], exported[part]
+            nats += float(divergence(mine, its).sum())
+            same += int((mine.argmax(-1) == its.argmax(-1)).sum())
         count += len(tokens)
     if count == 0:
         raise UsageError("no tokens to compare the exported adapter on", "give it validation rows")
@@ -166,7 +179,7 @@ def _agreement(trained: Trained, engine: Decoder, prompt: list[int], max_tokens:
     return int(different[0]) if different.size else max_tokens
 
 
-def _require_same_shape(expected: Floats, exported: Floats) -> None:
+def _require_same_shape(expected: Rows, exported: Floats) -> None:
     if expected.shape != exported.shape:
         message = f"the trained model gives logits {expected.shape}, the exported one {exported.shape}"
         raise VerificationError(message, "train on the weights of the exported base")

@@ -8,8 +8,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import gguf
 import numpy as np
+import numpy.typing as npt
 from edgetune_runtime.atomic import is_full, replacing
 from edgetune_runtime.engines._llama import last_errors, library
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
@@ -37,6 +37,8 @@ SCHEMES: dict[str, int] = {
     "q3_k_m": 12,
 }
 _UNQUANTIZED = ("f32", "f16", "bf16")
+# ggml's functions from these types to f32; those of its blocks are called by the type.
+_FLOAT_ROWS = {"f16": "ggml_fp16_to_fp32_row", "bf16": "ggml_bf16_to_fp32_row"}
 
 
 def quantize_gguf(source: Path, out: Path, scheme: str, *, again: bool = False) -> None:
@@ -83,16 +85,28 @@ def quantize_rows(values: Floats, ggml_type: int) -> bytes:
     return out.raw
 
 
-def dequantize_rows(data: bytes, tensor: TensorInfo) -> Floats:
-    """The values of a matrix whose bytes are `data`, float32 [rows, columns]; IncompatibleError for an unknown type."""
-    columns, rows = tensor.shape
-    raw = np.frombuffer(data, np.uint8).reshape(rows, -1)
-    try:
-        values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.ggml_type))
-    except (NotImplementedError, ValueError) as error:
+def dequantize_rows(data: bytes | npt.NDArray[np.uint8], tensor: TensorInfo, out: Floats | None = None) -> Floats:
+    """The values of a tensor whose bytes are `data`, float32 [rows, columns], computed by ggml itself.
+
+    They are written to `out` where it is given, which must be contiguous. Raises IncompatibleError for an unknown type,
+    VerificationError when `data` ends early.
+    """
+    values = np.empty(tensor.shape[::-1], np.float32) if out is None else out
+    raw = np.frombuffer(data, np.uint8)
+    if raw.size != tensor.nbytes:
+        message = f"{tensor.name} has {raw.size} bytes of {tensor.nbytes}"
+        raise VerificationError(message, "build or copy the base again")
+    if tensor.type_name == "f32":
+        values[...] = raw.view("<f4").reshape(values.shape)
+        return values
+    name = _FLOAT_ROWS.get(tensor.type_name) or f"dequantize_row_{tensor.type_name.replace('_k', '_K')}"
+    convert = getattr(_ggml(), name, None)
+    if convert is None:
         message = f"cannot read the weights of {tensor.name}, which are of type {tensor.type_name}"
-        raise IncompatibleError(message, "quantize the base to q8_0") from error
-    return np.array(values, np.float32).reshape(rows, columns)
+        raise IncompatibleError(message, "quantize the base to q8_0")
+    convert.argtypes, convert.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
+    convert(raw.ctypes.data_as(ctypes.c_void_p), values.ctypes.data_as(ctypes.c_void_p), values.size)
+    return values
 
 
 def _failure(source: Path, out: Path, reason: str) -> EdgetuneError:

@@ -17,6 +17,7 @@ from edgetune_runtime.engines.gguf import GgufEngine
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError
 from edgetune_runtime.gguf_file import describe_quantization
 from tiny import ARCHITECTURES
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from edgetune import bases
 from edgetune.bases import Base, load_torch
@@ -148,6 +149,56 @@ def test_the_weights_in_torch_are_those_that_llama_cpp_runs(arch: str, tiny_base
     assert parity.top1 > 0.95
     # Answers that hardly differ from token to token would make any two models agree.
     assert len(set(logits(rows[0]).argmax(-1))) > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_model_and_config_are_those_that_transformers_makes_of_the_file(
+    arch: str, dtype: torch.dtype, tiny_gguf: Callable[[str], Path], resolve: Callable[..., Base]
+) -> None:
+    base = resolve(str(tiny_gguf(arch)), quantize="q8_0")
+    model = load_torch(base, dtype)
+    config = AutoConfig.from_pretrained(base.path.parent, gguf_file=base.path.name)
+    bases._complete(config, base.header)
+    expected = AutoModelForCausalLM.from_pretrained(
+        base.path.parent, gguf_file=base.path.name, config=config, dtype=dtype
+    )
+    assert comparable(model.config) == comparable(expected.config)
+    assert type(model) is type(expected)
+    tensors = {**expected.state_dict(), **dict(expected.named_buffers())}
+    found = {**model.state_dict(), **dict(model.named_buffers())}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    tied = [loaded.get_input_embeddings().weight is loaded.lm_head.weight for loaded in (model, expected)]
+    assert tied[0] == tied[1]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+
+
+def comparable(config: PreTrainedConfig) -> dict[str, Any]:
+    """All that a config says but where it is from, how it is run and what its file was."""
+    apart = {"_name_or_path", "quantization_config", "use_cache"}
+    return {key: value for key, value in config.to_dict().items() if key not in apart}
+
+
+def test_a_base_without_some_weights_is_refused(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:
+    whole = tiny_base("llama")
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
+    for key, value in whole.header.metadata.items():
+        if not isinstance(value, tuple) and key != "general.architecture":
+            writer.add_key_value(key, value, gguf.GGUFValueType(whole.header.value_types[key]))
+    writer.add_array("tokenizer.ggml.tokens", list(whole.header.metadata["tokenizer.ggml.tokens"]))
+    for tensor in gguf.GGUFReader(whole.path).tensors:
+        if tensor.name not in {"blk.0.ffn_up.weight", "blk.1.attn_norm.weight"}:
+            writer.add_tensor(tensor.name, tensor.data)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    part = replace(whole, name="part", path=tmp_path / "part.gguf")
+    message = "base 'part' has no weights for model.layers.0.mlp.up_proj.weight and 1 more"
+    assert_refused(IncompatibleError, message, lambda: load_torch(part, torch.float32))
 
 
 def test_a_base_that_transformers_cannot_load_is_refused(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def matrices(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("held", ["q4_0", "q8_0"])
 def test_a_graph_holds_the_numbers_of_the_gguf_bit_for_bit(held: str, made: Made, source_of: Sources) -> None:
-    # transformers reads the GGUF with code of its own and undoes the order of the rows of q and k.
+    # The numbers of the model in torch are compared with those of transformers' own reader in test_bases.py.
     weights = {name: tensor.numpy() for name, tensor in source_of("llama", held).model.state_dict().items()}
     found = matrices(made("llama", "plain", held))
     layers = range(2)

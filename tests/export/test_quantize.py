@@ -6,9 +6,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from edgetune_export.quantize import SCHEMES, quantize_gguf, quantize_rows
+from edgetune_export.quantize import SCHEMES, dequantize_rows, quantize_gguf, quantize_rows
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError, VerificationError
-from edgetune_runtime.gguf_file import GGML_TYPES, describe_quantization, read_header
+from edgetune_runtime.gguf_file import GGML_TYPES, TensorInfo, describe_quantization, read_header
 
 WEIGHT = "blk.0.ffn_up.weight"
 NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
@@ -91,3 +91,22 @@ def test_rows_that_blocks_do_not_divide_are_refused() -> None:
         quantize_rows(np.zeros((2, 40), np.float32), NUMBERS["q8_0"])
     with pytest.raises(IncompatibleError, match="iq2_xxs"):
         quantize_rows(np.zeros((2, 256), np.float32), NUMBERS["iq2_xxs"])
+
+
+@pytest.mark.parametrize(
+    "name", ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"]
+)
+def test_dequantized_values_are_those_of_the_gguf_package_bit_for_bit(name: str) -> None:
+    values = np.random.default_rng(0).normal(0, 0.1, (6, 512)).astype(np.float32)
+    data = quantize_rows(values, NUMBERS[name])
+    tensor = TensorInfo("a", (512, 6), NUMBERS[name], 0, len(data))
+    raw = np.frombuffer(data, np.uint8).reshape(6, -1)
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(NUMBERS[name]))
+    assert dequantize_rows(data, tensor).tobytes() == expected.tobytes()
+
+
+def test_a_tensor_that_ends_early_or_is_of_an_unknown_type_is_refused() -> None:
+    with pytest.raises(VerificationError, match="a has 33 bytes of 34"):
+        dequantize_rows(bytes(33), TensorInfo("a", (32, 1), NUMBERS["q8_0"], 0, 34))
+    with pytest.raises(IncompatibleError, match="which are of type i64"):
+        dequantize_rows(bytes(8), TensorInfo("a", (1, 1), NUMBERS["i64"], 0, 8))

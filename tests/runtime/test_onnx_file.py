@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from edgetune_export.onnx_graph import run_builder
 from edgetune_runtime import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.onnx_file import SLOT_SUFFIXES, OnnxHeader, Value, check_adapter_arrays, read_onnx, slots_of
 from google.protobuf.message import DecodeError
@@ -115,7 +114,9 @@ def assert_agrees(header: OnnxHeader, model: ModelProto) -> None:
 @pytest.fixture(scope="module")
 def exported(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
-    run_builder(tiny_folder("llama"), folder)
+    places = ["-i", str(tiny_folder("llama")), "-o", str(folder), "-c", str(folder / "cache")]
+    options = ["-p", "fp32", "-e", "cpu", "--extra_options", "hf_token=false"]
+    subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", *places, *options], check=True)
     return folder / "model.onnx"
 
 

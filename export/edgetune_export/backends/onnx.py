@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgetune_runtime.atomic import raising_out_of_space
 from edgetune_runtime.gguf_file import describe_quantization, read_header
@@ -35,6 +36,9 @@ from edgetune_export.tokenizer import end_tokens, write_tokenizer
 
 from . import gguf
 from ._base import Source
+
+if TYPE_CHECKING:
+    import torch
 
 SHAPES = ("low_rank", "prefix", "tensors", "merged")
 SUPPORTED = ("llama", "qwen2", "qwen3", "gemma3")
@@ -89,10 +93,15 @@ def quantization(source: Source) -> str:
     return held
 
 
-def _vectors_of(merged: Merged, source: Source) -> Mapping[str, Floats]:
-    """The merged norms and biases, which the graph takes from the builder and not from the GGUF file."""
+def _vectors(source: Source) -> dict[str, torch.Tensor]:
+    """The base's norms and biases, which the graph takes from the builder and not from the GGUF file."""
     assert source.model is not None
-    vectors = {name for name, parameter in source.model.named_parameters() if parameter.dim() == 1}
+    return {name: parameter for name, parameter in source.model.named_parameters() if parameter.dim() == 1}
+
+
+def _vectors_of(merged: Merged, source: Source) -> Mapping[str, Floats]:
+    """The same of what is merged, where it has other ones."""
+    vectors = _vectors(source)
     return {name: compute() for name, compute in merged.parameters.items() if name in vectors}
 
 
@@ -104,11 +113,11 @@ def _write_model(
     model = load_structure(structure)
     scheme = source.weights.scheme
     put_weights(model, weights, "fp32" if scheme == "int4" else scheme)
+    put_ends(model, weights, "int8" if scheme == "int4" else scheme)
     if scheme == "int4":
         from edgetune_export.onnx_quantize import requantize  # noqa: PLC0415 - it sets up logging for the whole process
 
         model = requantize(model, source.weights, config["model"]["decoder"]["head_size"])
-    put_ends(model, weights, "int8" if scheme == "int4" else scheme)
     header = read_header(weights)
     add_logits_start(model.graph)
     # First, so that they lie behind the low-rank slots of the same products.
@@ -125,31 +134,21 @@ def _write_model(
 
 def _structure_with(source: Source, vectors: Mapping[str, Floats]) -> Path:
     """The folder of the builder's float32 graph of the base with other norms or biases."""
+    shutil.rmtree(source.work / "structure-merged", ignore_errors=True)
+    return _structure(source, "structure-merged", vectors)
+
+
+def _structure(source: Source, name: str = "structure", vectors: Mapping[str, Floats] | None = None) -> Path:
+    """The folder of the builder's float32 graph, made once a build; `vectors` take the place of the base's."""
     import torch  # noqa: PLC0415 - only where something is exported
 
-    assert source.model is not None
-    parameters = dict(source.model.named_parameters())
-    kept = {name: parameters[name].detach().clone() for name in vectors}
-    try:
-        with torch.no_grad():
-            for name, values in vectors.items():
-                parameters[name].copy_(torch.from_numpy(values))
-        shutil.rmtree(source.work / "structure-merged", ignore_errors=True)
-        return _structure(source, "structure-merged")
-    finally:
-        with torch.no_grad():
-            for name, tensor in kept.items():
-                parameters[name].copy_(tensor)
-
-
-def _structure(source: Source, name: str = "structure") -> Path:
-    """The folder of the builder's float32 graph, made once a build."""
     structure = source.work / name
     if not (structure / GRAPH).exists():
         assert source.model is not None
         folder = source.work / "checkpoint"
+        others = {key: torch.from_numpy(values) for key, values in (vectors or {}).items()}
         with raising_out_of_space(folder):
-            source.model.save_pretrained(folder)
+            source.model.save_pretrained(folder, state_dict={**_vectors(source), **others})
             write_tokenizer(source.path, folder)
             _flatten_rope(folder / "config.json")
             run_builder(folder, structure)
