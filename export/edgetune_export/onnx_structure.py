@@ -47,7 +47,7 @@ def _save_without_matrices(model: ir.Model, path: str, **_: object) -> None:
         tensor = value.const_value
         if tensor is not None and _is_absent(tensor):
             value.const_value = ir.ExternalTensor(
-                ABSENT, 0, tensor.nbytes, tensor.dtype, shape=value.shape, name=value.name or ""
+                ABSENT, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or ""
             )
     _save(model, path)
 
