@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -23,17 +20,16 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError
-from edgetune_runtime.machine import free_mb
 
-from .allocator import give_back_freed_memory, keep_freed_memory
 from .batches import Schedule, passes, plan
 from .build_time import TimeTrial, tokens_left
-from .checkpointing import checkpointed, layer_cost, layers_of, trained_layers
+from .checkpointing import checkpointed, layers_of
 from .fused import fused
-from .memory import FREE_SHARE, PassCost, PassPlan, measured, plan_passes, state_mb
+from .memory import PassPlan
 from .methods import Method, Options
 from .methods._base import trainable
 from .objectives import NEXT_TOKEN, Batch, Objective, Row
+from .pass_sizes import pass_cost, passes_within, peak_memory_mb
 from .progress import Progress, Step
 from .recipe_parts import Training
 from .step_threads import StepThreads
@@ -48,9 +44,6 @@ VALIDATION_ROWS = 256
 _SAVE_EVERY_S = 60.0
 # A validation loss this much above the best counts as overfitting, less as noise.
 _OVERFIT = 1.01
-
-# What a layer keeps is measured on rows of at most so many tokens, where there are such.
-_MEASURED_TOKENS = 256
 
 R = TypeVar("R", bound=Row)
 
@@ -206,26 +199,19 @@ class _Run:
 
     def plan_passes(self) -> None:
         """Make forward passes as large as memory allows; UsageError when the recipe's limit allows none."""
-        cost = self._pass_cost()
-        if cost is None:
-            return
-        device, limit = self.accelerator.device, self.training.memory_mb
-        # What was freed before counts as free, also where the last training kept it.
-        give_back_freed_memory()
-        used, free = _used_mb(device), _free_mb(device)
-        # Processes of a launcher share the memory of the machine, not that of a GPU.
-        sharing = self.accelerator.num_processes if device.type == "cpu" else 1
-        states = state_mb(self.counts[0])
-        self.passes = plan_passes(
-            cost,
-            longest_row=max(len(row.tokens) for row in (*self.train_rows, *self.validation)),
-            batch_size=self.training.batch_size,
-            used_mb=used + states,
-            limit_mb=limit,
-            room_mb=free * FREE_SHARE / sharing - states,
-            name=self.name,
-        )
-        (keep_freed_memory if self.passes.keeps_freed else give_back_freed_memory)()
+        self.model.train()
+        before = self.method.prefix_tokens(self.options)
+        vocabulary = getattr(self.base.config, "vocab_size", 0)
+        cost = pass_cost(self.train_rows, self.tuned, self._loss_of_row, before=before, vocabulary=vocabulary)
+        if cost is not None:
+            self.passes = passes_within(
+                cost,
+                self.training,
+                (*self.train_rows, *self.validation),
+                accelerator=self.accelerator,
+                trained=self.counts[0],
+                name=self.name,
+            )
 
     def told_passes(self) -> str:
         """What is to be said of the passes; nothing when neither the recipe nor what is free limits them."""
@@ -234,21 +220,8 @@ class _Run:
         is_limited = limit is not None or self.passes.tokens < PassPlan.tokens
         return f"training {self.name}: {self.passes}{within}" if is_limited else ""
 
-    def _pass_cost(self) -> PassCost | None:
-        """What a pass keeps, measured on a layer; None where transformers does not say what the layers are."""
-        layers = layers_of(self.tuned)
-        if not layers:
-            return None
-        rows = sorted(self.train_rows, key=lambda row: len(row.tokens))
-        large = max((row for row in rows if len(row.tokens) <= _MEASURED_TOKENS), key=_length, default=rows[0])
-        self.model.train()
-        costs = []
-        for row in (rows[0], large):
-            batch = self.objective.batch([row]).to(self.accelerator.device)
-            before = self.method.prefix_tokens(self.options)
-            costs.append((_length(row) + before, layer_cost(partial(self._loss, batch, self.tuned), layers[-2:])))
-        vocabulary = getattr(self.base.config, "vocab_size", 0)
-        return measured(*costs, layers=trained_layers(layers), vocabulary=vocabulary)
+    def _loss_of_row(self, row: Row) -> torch.Tensor:
+        return self._loss(self.objective.batch([row]).to(self.accelerator.device), self.tuned)
 
     def layers(self) -> AbstractContextManager[None]:
         """The layers as they train fastest; autocast needs the model's own."""
@@ -295,7 +268,7 @@ class _Run:
             total_parameters=self.counts[1],
             tokens=self.state.row_tokens,
             tokens_per_s=self._speed(),
-            peak_memory_mb=_peak_memory_mb(self.accelerator.device),
+            peak_memory_mb=peak_memory_mb(self.accelerator.device),
             seconds=self.state.seconds,
             precision=self.precision,
             history=history,
@@ -476,31 +449,3 @@ class _Run:
 
 def _length(row: Row) -> int:
     return len(row.tokens)
-
-
-def _used_mb(device: torch.device) -> float:
-    """Memory that this process holds: of the GPU where there is one, else all of it."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 1e6
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return _peak_memory_mb(device)
-    return pages * resource.getpagesize() / 1e6
-
-
-def _free_mb(device: torch.device) -> float:
-    """Memory that this process can still take; without end where the system does not say."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + cached) / 1e6
-    free = free_mb() if device.type == "cpu" else None
-    return math.inf if free is None else free
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    """Most memory taken so far: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
