@@ -29,11 +29,11 @@ from .recipe_parts import AdapterSpec, Training
 from .targets import shapes_in
 from .tasks import Task
 
-# Python with torch, transformers and the engines loaded.
+# Python with torch, transformers and the engines loaded, and with the process beside it that makes an ONNX graph: what
+# builds of 135M and 506M parameters took beyond the base in float32.
 _PROCESS_MB = 700.0
+_ONNX_PROCESS_MB = 1250.0
 _FLOAT = 4
-# Of a parameter while an ONNX graph is written: measured with a base of 321M.
-_ONNX_BYTES = 20
 # Characters of a row for each of its tokens, at the least that texts in one language have.
 _CHARACTERS = 3
 # In a training's saved state: the parameter, its best value and two moments; an old state stays until the new is whole.
@@ -119,17 +119,16 @@ def of_recipe(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> Buil
     # In the work folder: a base of its own, one continued on text, and what was trained.
     kept = base_mb * (requantized + (recipe.domain is not None)) + sum(trained) * _FLOAT / 1e6
     staged = bundle - base_mb * ("gguf" in recipe.targets)
-    # The ONNX graph's structure is made from a float32 copy of the base, and is one itself.
-    structure = whole_mb if "onnx" in recipe.targets else 0.0
-    at_a_time = (max(trained, default=0) * _STATE_BYTES / 1e6, 2 * structure, structure + staged + bundle)
+    at_a_time = (max(trained, default=0) * _STATE_BYTES / 1e6, staged + bundle)
     least_mb, training_mb = _training_mb(recipe, tasks, header)
-    writing_mb = parameters * _ONNX_BYTES / 1e6 if "onnx" in recipe.targets else whole_mb
+    # A graph in float32 is a copy of the base.
+    copies = 2 if "onnx" in recipe.targets and recipe.onnx.weights == "fp32" else 1
     return BuildNeeds(
         parameters=parameters,
         weights_mb=whole_mb,
         training_mb=training_mb,
         least_training_mb=least_mb,
-        export_mb=_PROCESS_MB + writing_mb,
+        export_mb=(_ONNX_PROCESS_MB if "onnx" in recipe.targets else _PROCESS_MB) + copies * whole_mb,
         bundle_mb=bundle,
         disk_mb=kept + max(at_a_time),
         least_disk_mb=staged + bundle,
