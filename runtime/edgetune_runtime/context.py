@@ -11,7 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 from .activation import Invocations, Spans, spans_of
-from .batches import batches, common_place, places_of
+from .batches import CHUNK, batches, common_place, places_of
 from .cache import CALLS, PROMPTS, Active, Key, SavedState, StateCache, key_of, reusable
 from .engines._base import Engine, Logits
 from .errors import UsageError, VerificationError
@@ -296,9 +296,10 @@ class Context:
         return keep, switch_ns
 
     def _places(self, key: Key, job: Job) -> list[int]:
-        """Where the job's tokens are cut into batches, whatever is known of them."""
+        """Where the job's tokens are cut into batches, whatever is known of them; by what steps take if not exact."""
         cuts = [since for since, _ in key.spans]
-        return places_of(len(job.tokens), [*cuts, job.fixed] if job.is_worth_a_state else cuts)
+        rows = CHUNK if self.shared.exact else self.shared.governor.chunk(CHUNK)
+        return places_of(len(job.tokens), [*cuts, job.fixed] if job.is_worth_a_state else cuts, rows)
 
     def _keeps(self, job: Job) -> bool:
         """Whether the state of the prompt's fixed part is kept anywhere."""

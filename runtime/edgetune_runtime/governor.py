@@ -20,6 +20,8 @@ _STALL_FACTOR, _SHORTEST_STALL_S, _UNKNOWN_STALL_S = 3.0, 0.1, 0.5
 """A step that lacks cores is begun anew with fewer threads after this many times its usual time."""
 _IDLE_S = 0.5
 """After such a pause what was found out about other processes is taken as outdated."""
+_CHUNK_S, _SMALLEST_CHUNK = 0.25, 16
+"""How long a chunk of a prompt may take where its length is free, and the fewest tokens that are worth a step."""
 _SLOW_SHARE, _SLOW_FACTOR, _SLOW_STEPS = 0.75, 2.0, 4
 """An answer is slow below this share of the cores, or when tokens took this many times the shortest time seen."""
 
@@ -54,6 +56,13 @@ class Governor:
         single, best_s = usage.single, self._count.best_s(even=True)
         is_late = single.steps >= _SLOW_STEPS and single.token_s > _SLOW_FACTOR * best_s > 0
         return usage.all.share < _SLOW_SHARE or is_late
+
+    def chunk(self, most: int) -> int:
+        """Tokens of a prompt for one step, at most so many: half, a quarter … where steps are slow."""
+        token_s, tokens = self._count.recent_s(even=False), most
+        while tokens > _SMALLEST_CHUNK and tokens * token_s > _CHUNK_S:
+            tokens //= 2
+        return tokens
 
     def step(
         self, engine: Engine, tokens: int, compute: Callable[[], T], check: Callable[[], None], usage: AnswerUsage

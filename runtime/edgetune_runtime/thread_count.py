@@ -84,6 +84,7 @@ class ThreadCount:
         self._is_even = False
         self._trial: _Trial | None = None
         self._best_s = {True: 0.0, False: 0.0}
+        self._recent_s = {True: 0.0, False: 0.0}
         self._hold_s = self._down_hold_s = first_hold_s
         self._up_at = self._down_at = self._blind_at = 0.0
         self._forget_holds()
@@ -99,6 +100,10 @@ class ThreadCount:
     def best_s(self, *, even: bool) -> float:
         """Seconds per token of the fastest window of steps of that kind, 0 before the first; see `record`."""
         return self._best_s[even]
+
+    def recent_s(self, *, even: bool) -> float:
+        """Seconds per token of the last window of steps of that kind, 0 before the first."""
+        return self._recent_s[even]
 
     def lacks_cores(self, wall_s: float, cpu_s: float) -> bool:
         """Whether the threads got too little of their cores in that time."""
@@ -124,6 +129,7 @@ class ThreadCount:
         if window.wall_s < _WINDOW_S or is_short:
             return
         self._window = Usage()
+        self._recent_s[even] = window.token_s
         self._best_s[even] = min(self._best_s[even] or window.token_s, window.token_s)
         if self._adjusts:
             self._decide(window)

@@ -152,3 +152,12 @@ def test_an_answer_is_slow_when_it_lacked_cores_or_took_much_longer_than_before(
     governor = Governor(2, adjusts=False)
     usages = [_steps(governor, 0.02, share=1.0), _steps(governor, 0.05, share=1.0), _steps(governor, 0.02, share=0.5)]
     assert [governor.is_slow(usage) for usage in (AnswerUsage(), *usages)] == [False, False, True, True]
+
+
+def test_a_chunk_of_a_prompt_shrinks_where_steps_are_slow() -> None:
+    governor = Governor(2, adjusts=False)
+    found = [governor.chunk(128)]
+    for token_s in (0.001, 0.003, 0.1):
+        governor._record(128, 128 * token_s, 2 * 128 * token_s, AnswerUsage())
+        found.append(governor.chunk(128))
+    assert found == [128, 128, 64, 16]
