@@ -30,7 +30,8 @@ from edgetune import bases, methods
 from edgetune.data import Example, read_rows, tokenize_rows
 from edgetune.progress import Progress
 from edgetune.recipe_parts import Columns, Training
-from edgetune.train import Job, train
+from edgetune.train import train
+from edgetune.training_job import Job
 
 SYSTEM = "Turn the sentence into JSON with its intent and slots."
 BATCH_SIZE = 16

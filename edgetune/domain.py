@@ -40,7 +40,8 @@ from .recipe import Recipe
 from .recipe_parts import DomainSpec
 from .targets import backend_of
 from .texts import Texts, split_windows, window_of
-from .train import Job, TrainResult, processes
+from .train import processes
+from .training_job import Job, TrainResult
 from .verify import logits_of
 
 if TYPE_CHECKING:

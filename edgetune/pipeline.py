@@ -31,7 +31,8 @@ from .ship import Shipped, Wanted, ship
 from .targets import check_shapes
 from .tasks import Task, read_task
 from .texts import Texts, read_texts
-from .train import DTYPES, VALIDATION_ROWS, Job, TrainResult, finished, precision_of, processes, train
+from .train import DTYPES, VALIDATION_ROWS, precision_of, processes, train
+from .training_job import Job, TrainResult, finished
 from .verify import Trained
 
 if TYPE_CHECKING:

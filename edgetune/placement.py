@@ -24,7 +24,8 @@ from .placement_cost import Placement, busy, costs, describe, placements
 from .progress import Progress
 from .recipe import Recipe
 from .recipe_parts import AdapterSpec
-from .train import Job, TrainResult, processes
+from .train import processes
+from .training_job import Job, TrainResult
 
 Trials = Callable[[Sequence[Job[Example]]], Mapping[str, TrainResult]]
 """Trains all jobs and keeps what is done, as `pipeline.train_all` does."""

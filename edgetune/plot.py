@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .train import TrainResult
+from .training_job import TrainResult
 
 SIZE_INCHES = (7.0, 4.0)
 

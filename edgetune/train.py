@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
@@ -26,13 +26,13 @@ from .build_time import TimeTrial, tokens_left
 from .checkpointing import checkpointed, layers_of
 from .fused import fused
 from .memory import PassPlan
-from .methods import Method, Options
 from .methods._base import trainable
-from .objectives import NEXT_TOKEN, Batch, Objective, Row
+from .objectives import Batch, Row
 from .pass_sizes import pass_cost, passes_within, peak_memory_mb
 from .progress import Progress, Step
 from .recipe_parts import Training
 from .step_threads import StepThreads
+from .training_job import Job, Point, TrainResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,52 +45,6 @@ _SAVE_EVERY_S = 60.0
 # A validation loss this much above the best counts as overfitting, less as noise.
 _OVERFIT = 1.01
 
-R = TypeVar("R", bound=Row)
-
-
-@dataclass(frozen=True)
-class Job(Generic[R]):
-    """One training: `key` stands for all that its result depends on."""
-
-    name: str
-    method: Method[Any]
-    options: Options
-    training: Training
-    train: Sequence[R]
-    validation: Sequence[R]
-    key: str
-    objective: Objective[Any] = NEXT_TOKEN
-
-
-@dataclass
-class Point:
-    """One validation pass: after `step` steps; losses are means over what is learned, in nats."""
-
-    step: int
-    epoch: float
-    train_loss: float
-    val_loss: float
-    learning_rate: float
-
-
-@dataclass
-class TrainResult:
-    """What a training gave. `overfit_step` is where validation loss turned, None when it never rose again."""
-
-    train_loss: float
-    val_loss: float
-    best_step: int
-    steps: int
-    overfit_step: int | None
-    trainable_parameters: int
-    total_parameters: int
-    tokens: int
-    tokens_per_s: float
-    peak_memory_mb: float
-    seconds: float
-    precision: str
-    history: list[Point] = field(default_factory=list)
-
 
 @dataclass
 class _State:
@@ -102,17 +56,6 @@ class _State:
     loss_tokens: int = 0
     row_tokens: int = 0
     seconds: float = 0.0
-
-
-def finished(folder: Path, key: str) -> TrainResult | None:
-    """The result in `folder` if it was trained from the same `key`, else None."""
-    try:
-        raw = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        if raw.pop("key") != key:
-            return None
-        return TrainResult(**{**raw, "history": [Point(**point) for point in raw["history"]]})
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
-        return None
 
 
 def processes() -> PartialState:

@@ -20,7 +20,8 @@ from .pipeline import base_of, jobs_of, train_all
 from .progress import Progress
 from .recipe import Recipe
 from .tasks import read_task
-from .train import VALIDATION_ROWS, Job
+from .train import VALIDATION_ROWS
+from .training_job import Job
 
 
 def run(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from edgetune import methods
 from edgetune.data import Example
 from edgetune.progress import Progress, Step
 from edgetune.recipe_parts import Training
-from edgetune.train import Job, TrainResult, train
+from edgetune.train import train
+from edgetune.training_job import Job, TrainResult
 
 VOCABULARY = 384
 HEADER = (10, 11, 12)

@@ -27,7 +27,8 @@ from edgetune.pipeline import BuildResult, check_context, train_all, without_his
 from edgetune.progress import Progress
 from edgetune.recipe import Recipe
 from edgetune.tasks import Task, read_task
-from edgetune.train import Job, TrainResult, processes
+from edgetune.train import processes
+from edgetune.training_job import Job, TrainResult
 
 from . import base as bases
 from .base import TOKENIZER, EncoderBase

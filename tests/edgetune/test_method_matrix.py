@@ -24,7 +24,8 @@ from edgetune.bases import Base
 from edgetune.data import Example
 from edgetune.progress import Progress
 from edgetune.recipe_parts import Training
-from edgetune.train import Job, TrainResult, train
+from edgetune.train import train
+from edgetune.training_job import Job, TrainResult
 from edgetune.verify import logits_of
 
 BACKENDS: dict[str, Any] = {"gguf": gguf, "onnx": onnx}

@@ -30,7 +30,8 @@ from edgetune.packing import ATTENTION
 from edgetune.progress import Progress
 from edgetune.recipe import load_recipe
 from edgetune.recipe_parts import Training
-from edgetune.train import Job, train
+from edgetune.train import train
+from edgetune.training_job import Job
 
 QUIET = Progress(quiet=True)
 VOCABULARY = 384

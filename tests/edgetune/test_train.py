@@ -20,7 +20,8 @@ from edgetune import memory, methods
 from edgetune.data import Example
 from edgetune.progress import Progress
 from edgetune.recipe_parts import Training
-from edgetune.train import Job, finished, train
+from edgetune.train import train
+from edgetune.training_job import Job, finished
 
 QUIET = Progress(quiet=True)
 VOCABULARY = 384
