@@ -43,6 +43,11 @@ def cores_left(root: Path = ROOT) -> int:
     return max(1, cores if quota is None else min(cores, int(quota)))
 
 
+def threads_for(wanted: int | None) -> int:
+    """The threads of an engine that keeps them: those that are wanted, as far as there are cores for them now."""
+    return usable_cores() if wanted is None else min(wanted, cores_left())
+
+
 def others_running(root: Path = ROOT) -> int | None:
     """Threads of the whole machine that compute or wait for a core at this moment, but for the one that asks.
 

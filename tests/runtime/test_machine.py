@@ -99,6 +99,12 @@ def test_what_spoils_a_measurement_is_told_in_one_line(tmp_path: Path) -> None:
     assert told.endswith("cores; too little voltage, throttled")
 
 
+def test_no_more_threads_than_cores_are_taken() -> None:
+    assert machine.threads_for(4096) == machine.cores_left()
+    assert machine.threads_for(1) == 1
+    assert machine.threads_for(None) == machine.usable_cores()
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
 def test_a_process_that_is_bound_to_one_core_has_one_thread() -> None:
     core = min(os.sched_getaffinity(0))

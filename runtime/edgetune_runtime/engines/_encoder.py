@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgetune_runtime.chat import Message, messages_for
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
-from edgetune_runtime.machine import usable_cores
+from edgetune_runtime.machine import threads_for
 from edgetune_runtime.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.priority import ComputeThread
 
@@ -72,7 +72,7 @@ class EncoderEngine:
         self.tokenizer = EncoderTokenizer(path.with_name("tokenizer.json"))
         self._thread = thread
         # Threads that onnxruntime starts have the priority of the one that opens the session.
-        self._session: Any = self._computed(partial(open_session, path, threads or usable_cores()))
+        self._session: Any = self._computed(partial(open_session, path, threads_for(threads)))
         self._adapters: dict[str, Arrays] = {}
 
     @staticmethod

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edgetune_runtime.batches import CHUNK
 from edgetune_runtime.cache import common_prefix
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.machine import usable_cores
+from edgetune_runtime.machine import threads_for
 from edgetune_runtime.onnx_file import check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.onnx_prefix import check_prefix_arrays, is_past, past_inputs
 from edgetune_runtime.onnx_tensors import check_tensor_arrays, is_tensor, summed, tensor_slots_of
@@ -66,8 +66,8 @@ class _Binding:
 class OnnxEngine:
     """One ONNX base with its adapters and one sequence; see `Engine`. `path` is model.onnx; its folder holds the rest.
 
-    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8.
-    onnxruntime repacks weights whatever `repack` says.
+    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8, and
+    more than these are not taken. onnxruntime repacks weights whatever `repack` says.
     UsageError when one is not positive or the context is longer than the base was trained for.
     """
 
@@ -95,7 +95,7 @@ class OnnxEngine:
         self._slots, self._tensor_slots, self._past = slots_of(header), tensor_slots_of(header), past_inputs(header)
         self._head_size = config.head_size
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
-        self.threads = threads or usable_cores()
+        self.threads = threads_for(threads)
         self._session = open_session(path, self.threads)
         self._vocab_size = _last_dimension(self._session, "logits", path)
         self._adapters: dict[str, Arrays] = {}
