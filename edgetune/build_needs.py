@@ -15,7 +15,7 @@ from typing import Any
 from edgetune_devices import fit
 from edgetune_runtime import machine
 from edgetune_runtime.bundle import CLASSIFICATION
-from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError
+from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
 from edgetune_runtime.gguf_file import GgufHeader
 
 from . import bases, methods
@@ -147,13 +147,16 @@ def room_for(out: Path) -> Room:
 def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
     """Warnings where memory or disk may be too small for `needs`, each with what to do about it.
 
-    Raises OutOfSpaceError or IncompatibleError, with what would fit instead, where they surely are.
+    Raises OutOfSpaceError, IncompatibleError or UsageError, with what would fit instead, where they surely are.
     """
     _refuse_disk(recipe, needs, room)
     warnings = []
     if room.disk_mb < needs.disk_mb:
         what = f"building takes up to {_mb(needs.disk_mb)} of disk, and {room.folder} has {_mb(room.disk_mb)} free"
         warnings.append(f"{what}; {_disk_remedy(recipe, needs, needs.disk_mb - room.disk_mb)}")
+    limit_mb = recipe.training.memory_mb
+    if limit_mb is not None and limit_mb < needs.least_training_mb:
+        warnings.append(_refused_limit(limit_mb, needs))
     if room.memory_mb is None:
         return warnings
     if room.memory_mb < needs.weights_mb:
@@ -192,6 +195,16 @@ def header_of(recipe: Recipe) -> GgufHeader | None:
     if header is not None or not bases.is_at_hand(recipe.base, recipe.folder):
         return header
     return predict_header(bases.locate(recipe.base, recipe.folder))
+
+
+def _refused_limit(limit_mb: int, needs: BuildNeeds) -> str:
+    """A warning of a limit that training hardly fits within; raises UsageError where the weights alone do not."""
+    what = f"training.memory_mb is {limit_mb:,}, and training takes at least about {_mb(needs.least_training_mb)}"
+    remedy = f"set it to {math.ceil(needs.least_training_mb):,} or more, or leave it out"
+    # Weights in bf16 take half.
+    if limit_mb < needs.weights_mb / 2:
+        raise UsageError(what, remedy)
+    return f"{what}; {remedy}"
 
 
 def _refuse_disk(recipe: Recipe, needs: BuildNeeds, room: Room) -> None:

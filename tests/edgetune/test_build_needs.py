@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.gguf_file import read_header
 
 from edgetune import build_needs
@@ -182,3 +182,16 @@ def test_numbers_are_rounded_up() -> None:
     text = build_needs.describe(replace(NEEDS, bundle_mb=0.2), replace(PLENTY, memory_mb=None))
     assert "the bundle 1 MB of it" in text
     assert math.isclose(NEEDS.memory_mb, 15000)
+
+
+def test_a_limit_that_training_does_not_fit_within_is_told_before_any_work(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def recipe(limit_mb: int) -> Recipe:
+        return recipe_of(tmp_path, tiny_gguf("llama"), training={"memory_mb": limit_mb})
+
+    told = "training takes at least about 8,000 MB; set it to 8,000 or more"
+    assert build_needs.check(recipe(8000), NEEDS, PLENTY) == []
+    assert [told in warning for warning in build_needs.check(recipe(5000), NEEDS, PLENTY)] == [True]
+    with pytest.raises(UsageError, match=f"training.memory_mb is 3,000, and {told}"):
+        build_needs.check(recipe(3000), NEEDS, PLENTY)
