@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 
 # Of glibc's malloc.h.
@@ -29,9 +28,8 @@ def keep_freed_memory() -> None:
 def give_back_freed_memory() -> None:
     """Give what this process has freed, and all large blocks that it frees from now on, back to the system.
 
-    Objects that refer to each other, as a model's modules do, are freed first. Does nothing more without glibc.
+    Does nothing without glibc.
     """
-    gc.collect()
     libc = _set({_M_MMAP_MAX: _MAPPED_BLOCKS, _M_MMAP_THRESHOLD: _MAPPED_BYTES, _M_TRIM_THRESHOLD: _MAPPED_BYTES})
     if libc is not None:
         libc.malloc_trim(0)

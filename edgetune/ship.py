@@ -5,6 +5,7 @@ What comes before, whether `edgetune build` trained the adapters or someone else
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import shutil
 import sys
@@ -31,6 +32,9 @@ from .bases import Base, base_context_length
 from .progress import Progress
 from .targets import backend_of, shapes_in
 from .verify import Checked, Exported, Trained, Written, compare_bases, verify
+
+_LARGE_BYTES = 50_000_000
+"""Of a base's file: what is freed is worth looking for."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def ship(
 
     shutil.rmtree(work, ignore_errors=True)
     # A training has just let go of the base; two of them need not be there at once.
-    give_back_freed_memory()
+    _give_back(base)
     model = bases.load_torch(base, torch.float32)
     source = Source(base.path, base.fingerprint, model, work / "way", wanted.weights)
     shapes = {a.name: shapes_in(wanted.targets, a.method, a.options, merged=a.merged) for a in adapters}
@@ -77,7 +81,7 @@ def ship(
     for target in wanted.targets:
         progress.say(f"writing {target}")
         exports.append(stage.export(target))
-        give_back_freed_memory()
+        _give_back(base)
     progress.say("checking that the bundle says what was trained")
     checked = verify(base, model, adapters, exports, progress)
     parity = {target: asdict(found.base) for target, found in checked.items()}
@@ -100,6 +104,14 @@ def ship(
     pack(work, out, manifest)
     shutil.rmtree(work, ignore_errors=True)
     return shipped
+
+
+def _give_back(base: Base) -> None:
+    """Free what refers to itself, as modules of models and graphs do, and give it back to the system."""
+    # A third of a second, which a small base is not worth.
+    if base.path.stat().st_size > _LARGE_BYTES:
+        gc.collect()
+        give_back_freed_memory()
 
 
 @dataclass

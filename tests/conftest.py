@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from functools import cache
@@ -19,6 +20,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of later collections, each of which looks through it for a third of a second.
+
+    accelerate asks for one at the end of every training.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
