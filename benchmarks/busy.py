@@ -316,7 +316,7 @@ def table(result: dict[str, Any]) -> str:
     """The figures in Markdown."""
     lines = [
         f"{result['machine']}. SmolLM2-135M in q4_0 with one rank-16 adapter, a task prompt of "
-        f"{result['prompt_tokens']} tokens, {result['rounds']} rounds of up to {result['requests']} requests of 16 "
+        f"{result['prompt_tokens']} tokens, {result['rounds']} round(s) of up to {result['requests']} requests of 16 "
         "tokens. The neighbours' speed is a share of what they do without the setup.",
         "",
         "| setup | condition | TTFT ms p50 | p99 | x quiet | tokens/s | x quiet | longest step ms | neighbours |",
@@ -347,10 +347,10 @@ def plot(result: dict[str, Any], out: Path) -> None:
         places = [place + (number - len(setups) / 2 + 0.5) * 0.15 for place in range(len(conditions))]
         color = ("#1d6b43", "#56a878", "#4a5663", "#8794a1", "#c0c8d0")[number % 5]
         axes.bar(places, [found[name]["tokens_per_s"] for name in conditions], 0.14, label=setup, color=color)
-    axes.set_xticks(range(len(conditions)), conditions)
+    axes.set_xticks(range(len(conditions)), [name.replace(" ", "\n", 1) for name in conditions])
     axes.set_ylabel("tokens/s")
     axes.set_title("Decoding beside busy neighbours", loc="left")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=130)
     pyplot.close(figure)
