@@ -26,6 +26,11 @@ class Row(Protocol):
         """The tokens that the model reads."""
 
 
+def row_length(row: Row) -> int:
+    """Tokens of a row."""
+    return len(row.tokens)
+
+
 class Batch(Protocol):
     """Rows for one forward pass; `targets` holds a number for each thing that is predicted."""
 

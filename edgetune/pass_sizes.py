@@ -7,16 +7,16 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from edgetune_runtime.bench import resident_mb
 from edgetune_runtime.machine import free_mb
 
 from .allocator import give_back_freed_memory, keep_freed_memory
 from .checkpointing import layer_cost, layers_of, trained_layers
 from .memory import FREE_SHARE, PassCost, PassPlan, measured, plan_passes, state_mb
-from .objectives import Row
+from .objectives import Row, row_length
 from .recipe_parts import Training
 
 # What a layer keeps is measured on rows of at most so many tokens, where there are such.
@@ -38,10 +38,10 @@ def pass_cost(
     layers = layers_of(model)
     if not layers:
         return None
-    shortest = min(rows, key=_length)
-    measurable = (row for row in rows if _length(row) <= _MEASURED_TOKENS)
-    large = max(measurable, key=_length, default=shortest)
-    costs = [(_length(row) + before, layer_cost(partial(loss_of, row), layers[-2:])) for row in (shortest, large)]
+    shortest = min(rows, key=row_length)
+    measurable = (row for row in rows if row_length(row) <= _MEASURED_TOKENS)
+    large = max(measurable, key=row_length, default=shortest)
+    costs = [(row_length(row) + before, layer_cost(partial(loss_of, row), layers[-2:])) for row in (shortest, large)]
     return measured(*costs, layers=trained_layers(layers), vocabulary=vocabulary)
 
 
@@ -66,7 +66,7 @@ def passes_within(
     states = state_mb(trained)
     planned = plan_passes(
         cost,
-        longest_row=max(map(_length, rows)),
+        longest_row=max(map(row_length, rows)),
         batch_size=training.batch_size,
         used_mb=_used_mb(device) + states,
         limit_mb=training.memory_mb,
@@ -85,19 +85,11 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def _length(row: Row) -> int:
-    return len(row.tokens)
-
-
 def _used_mb(device: torch.device) -> float:
     """Memory that this process holds: of the GPU where there is one, else all of it."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 1e6
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return peak_memory_mb(device)
-    return pages * resource.getpagesize() / 1e6
+    return resident_mb() or peak_memory_mb(device)
 
 
 def _free_mb(device: torch.device) -> float:

@@ -18,7 +18,7 @@ _FIRST_HOLD_S, _LONGEST_HOLD_S = 20.0, 600.0
 class StepThreads:
     """The threads of torch in a training on the CPU, at most as many as torch has and the process may use.
 
-    torch's threads wait for each other as llama.cpp's do: beside one busy process a step can take ten times as long.
+    torch's threads wait for each other as llama.cpp's do: beside one busy process a step took three times as long.
     """
 
     def __init__(self, *, is_cpu: bool) -> None:

@@ -27,7 +27,7 @@ from .checkpointing import checkpointed, layers_of
 from .fused import fused
 from .memory import PassPlan
 from .methods._base import trainable
-from .objectives import Batch, Row
+from .objectives import Batch, Row, row_length
 from .pass_sizes import pass_cost, passes_within, peak_memory_mb
 from .progress import Progress, Step
 from .recipe_parts import Training
@@ -136,6 +136,7 @@ class _Run:
         self.best: dict[str, torch.Tensor] = {}
         self.is_changing = False
         self.passes = PassPlan()
+        self.checkpointed: list[Any] = []
         self.threads = StepThreads(is_cpu=self.accelerator.device.type == "cpu")
         self._saved = time.monotonic()
         self._resume()
@@ -155,6 +156,8 @@ class _Run:
                 trained=self.counts[0],
                 name=self.name,
             )
+            # The backward pass comes to the first layers last, when what the others kept is gone.
+            self.checkpointed = layers_of(self.tuned)[-self.passes.layers :][: self.passes.checkpointed]
 
     def told_passes(self) -> str:
         """What is to be said of the passes; nothing when neither the recipe nor what is free limits them."""
@@ -181,7 +184,7 @@ class _Run:
         for rows in self._batches():
             if self._is_out_of_patience():
                 break
-            tokens = sum(map(_length, rows))
+            tokens = sum(map(row_length, rows))
             with self.threads.step(tokens):
                 self._step(rows)
             if (told := trial.step(tokens, time.monotonic())) is not None:
@@ -295,14 +298,12 @@ class _Run:
         weight = processes / learned if own else 0.0
         torch.manual_seed(self.training.seed + self.state.step)
         groups = passes(own or rows[:1], self.passes.tokens)
-        # The backward pass comes to the first layers last, when what the others kept is gone.
-        first = layers_of(self.tuned)[-self.passes.layers :][: self.passes.checkpointed]
         parts = [self.objective.batch(part).to(self.accelerator.device) for part in groups]
         loss_sum = 0.0
         for number, part in enumerate(parts, 1):
             waits = self.accelerator.no_sync(self.model) if number < len(parts) else nullcontext()
             # Checkpointed layers run again in the backward pass, and must not cast their inputs there either.
-            with waits, checkpointed(first), self._uncast():
+            with waits, checkpointed(self.checkpointed), self._uncast():
                 loss = self._loss(part, self.model)
                 penalty = self.method.penalty(self.tuned) if number == len(parts) else 0.0
                 self.accelerator.backward(loss * weight + penalty)
@@ -347,7 +348,7 @@ class _Run:
         self.model.eval()
         totals = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
         own = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
-        for part in passes(sorted(own, key=_length), self.passes.validation_tokens):
+        for part in passes(sorted(own, key=row_length), self.passes.validation_tokens):
             batch = self.objective.batch(part).to(self.accelerator.device)
             totals[0] += self._loss(batch, self.model).double()
             totals[1] += len(batch.targets)
@@ -388,7 +389,3 @@ class _Run:
     def _speed(self) -> float:
         """Tokens of training rows a second, validation included."""
         return self.state.row_tokens / max(self.state.seconds, 1e-9)
-
-
-def _length(row: Row) -> int:
-    return len(row.tokens)

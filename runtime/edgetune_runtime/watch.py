@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -45,10 +46,10 @@ class Watch:
             self._wake.set()
 
     def _look(self) -> None:
-        idle, pause = 0, threading.Event()
+        idle = 0
         while True:
             self._wake.wait()
-            pause.wait(LOOK_S)
+            time.sleep(LOOK_S)
             steps = list(self._running.values())
             for is_over, stop in steps:
                 if is_over():
