@@ -21,8 +21,8 @@ from edgetune_runtime import Runtime
 
 from edgetune.pipeline import build
 from edgetune.progress import Progress
-from edgetune.recipe import Recipe
-from edgetune.recipe_parts import TARGETS
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import TARGETS
 
 # The adapter of the second stage is beside the point here: one step on a few rows.
 ROWS = [{"prompt": f"Who wrote line {number}?", "completion": "Shakespeare"} for number in range(4)]

@@ -30,10 +30,10 @@ import gguf
 import numpy as np
 import onnxruntime_genai as og
 import torch
-from edgetune_export.backends import onnx as backend
-from edgetune_export.backends._base import Source
-from edgetune_export.shapes import Delta, LowRank
-from edgetune_runtime.engines.onnx import OnnxEngine
+from edgetune_export.adapters.shapes import Delta, LowRank
+from edgetune_export.backends.base import Source
+from edgetune_export.backends.onnx import backend
+from edgetune_runtime.engines.onnx.engine import OnnxEngine
 
 from edgetune import bases
 from edgetune.bases import Base

@@ -19,19 +19,19 @@ from pathlib import Path
 
 import llama_cpp
 import torch
-from edgetune_export.backends._base import Source
-from edgetune_export.backends.gguf import write_adapter, write_merged
-from edgetune_export.fold import fold_peft, merge
+from edgetune_export.adapters.fold import fold_peft, merge
+from edgetune_export.backends.base import Source
+from edgetune_export.backends.gguf.backend import write_adapter, write_merged
+from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_export.parity import Parity, compare
-from edgetune_export.quantize import quantize_gguf
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.engines.gguf import GgufEngine, GgufTokenizer
-from edgetune_runtime.gguf_file import describe_quantization
+from edgetune_runtime.engines.gguf.engine import GgufEngine, GgufTokenizer
+from edgetune_runtime.formats.gguf_file import describe_quantization
 
 from edgetune import bases, methods
-from edgetune.methods._peft import module_weight
+from edgetune.methods.common.peft import module_weight
 from edgetune.progress import Progress
-from edgetune.verify import logits_of
+from edgetune.shipping.verify import logits_of
 
 SCHEMES = ("as shipped", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_1", "q4_0")
 ROW_TOKENS, ROWS = 128, 6

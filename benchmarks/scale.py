@@ -32,7 +32,7 @@ sys.path[:] = [place for place in sys.path if Path(place) != Path(__file__).reso
 import gguf
 import numpy as np
 from edgetune_runtime.errors import EdgetuneError
-from edgetune_runtime.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
 from edgetune.bases import ALIASES, locate
 from edgetune.progress import Progress, Step
@@ -113,7 +113,7 @@ def _run(size: str, options: argparse.Namespace) -> dict[str, Any]:
 def build_one(options: argparse.Namespace) -> dict[str, Any]:
     """Parameters, and peak in MB and seconds of each stage, of the build of one base."""
     from edgetune.pipeline import build  # noqa: PLC0415 - slow to import
-    from edgetune.recipe import Recipe  # noqa: PLC0415
+    from edgetune.recipe.model import Recipe  # noqa: PLC0415
 
     folder = options.work / options.worker
     folder.mkdir(parents=True, exist_ok=True)

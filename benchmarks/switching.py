@@ -121,7 +121,7 @@ def task_prompt(number: int, tokens: int, base: Path) -> str:
     """A text of this many tokens, another one for each task."""
     from contextlib import closing
 
-    from edgetune_runtime.engines.gguf import GgufTokenizer
+    from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 
     rng, words, words_of_tasks = random.Random(number), [f"Task {number}:"], WORDS.split()
     with closing(GgufTokenizer(base)) as tokenizer:

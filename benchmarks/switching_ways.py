@@ -175,7 +175,7 @@ class Defaults(MadeAnew):
     """llama-cpp-python's `Llama` with no option but the adapter and the context, its own number of threads included."""
 
     def _make(self, adapter: str) -> Any:  # noqa: ANN401 - a `Llama`
-        from edgetune_runtime.engines._llama import library
+        from edgetune_runtime.engines.gguf.llama import library
 
         return library().Llama(str(self.folder.base), n_ctx=CONTEXT, verbose=False, lora_path=adapter)
 
@@ -316,7 +316,7 @@ class Merged:
     """A whole model a task, each with a context of its own that keeps the task's prompt."""
 
     def __init__(self, folder: Folder) -> None:
-        from edgetune_runtime.engines.gguf import GgufEngine
+        from edgetune_runtime.engines.gguf.engine import GgufEngine
 
         paths = [folder.path / "merged" / f"{folder.name(adapter)}.gguf" for adapter in range(folder.adapters)]
         self.engines = [GgufEngine(path, context_length=CONTEXT, threads=folder.threads) for path in paths]
@@ -357,7 +357,7 @@ WAYS: dict[str, Callable[[Folder], Way]] = {
 
 def _llama(folder: Folder, **more: str) -> Any:  # noqa: ANN401 - a `Llama`
     """llama-cpp-python's own class as it is by default, but with flash attention, which is faster for long prompts."""
-    from edgetune_runtime.engines._llama import library
+    from edgetune_runtime.engines.gguf.llama import library
 
     # With the log silenced, where each tensor of an adapter has a line.
     return library().Llama(

@@ -19,7 +19,7 @@ from typing import Any
 from edgetune.evaluate import Evaluation, evaluate
 from edgetune.pipeline import build
 from edgetune.progress import Progress
-from edgetune.recipe import load_recipe
+from edgetune.recipe.model import load_recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 TRAINING_ROWS = {"snips": 3000, "banking77": None}

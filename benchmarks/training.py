@@ -23,15 +23,16 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from edgetune_runtime.engines.gguf import GgufTokenizer
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from transformers import PreTrainedModel
 
 from edgetune import bases, methods
-from edgetune.data import Example, read_rows, tokenize_rows
+from edgetune.data import read_rows, tokenize_rows
+from edgetune.objectives.example import Example
 from edgetune.progress import Progress
-from edgetune.recipe_parts import Columns, Training
-from edgetune.train import train
-from edgetune.training_job import Job
+from edgetune.recipe.parts import Columns, Training
+from edgetune.training.job import Job
+from edgetune.training.loop import train
 
 SYSTEM = "Turn the sentence into JSON with its intent and slots."
 BATCH_SIZE = 16

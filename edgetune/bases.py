@@ -17,16 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export.backends.gguf import SUPPORTED
-from edgetune_export.convert import check_folder, convert_folder
-from edgetune_export.quantize import quantize_gguf
+from edgetune_export.backends.gguf.backend import SUPPORTED
+from edgetune_export.backends.gguf.convert import check_folder, convert_folder
+from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
-from edgetune_runtime.gguf_file import GgufHeader, read_header
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
 from .progress import Progress
-from .recipe import Recipe
-from .recipe_parts import is_hub_id
+from .recipe.model import Recipe
+from .recipe.parts import is_hub_id
 
 if TYPE_CHECKING:
     import torch
@@ -290,3 +290,10 @@ def _require_supported(header: GgufHeader, name: str) -> None:
     if header.architecture not in SUPPORTED:
         message = f"architecture {header.architecture!r} of base {name!r} is not supported"
         raise IncompatibleError(message, f"choose a base of one of: {', '.join(SUPPORTED)}")
+
+
+def check_context(recipe: Recipe, most: int) -> None:
+    """UsageError when the recipe itself asks for more than the `most` tokens that its base was trained for."""
+    if recipe.context_length > most and "context_length" in recipe.model_fields_set:
+        message = f"context_length {recipe.context_length} is more than the {most} tokens that {recipe.base!r} can take"
+        raise UsageError(message, f"give at most {most}")

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from edgetune_runtime.chat import Message, messages_for, render
-from edgetune_runtime.engines._base import Tokenizer
-from edgetune_runtime.engines._encoder import text_of
+from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.engines.onnx.encoder import text_of
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.text.chat import Message, messages_for, render
 
-from .recipe_parts import HUB_ID, Columns, is_hub_id
+from .objectives.example import Example
+from .recipe.parts import HUB_ID, Columns, is_hub_id
 
 MAX_ERRORS = 20
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -40,24 +41,6 @@ class Row:
     messages: tuple[Message, ...] | None = None
     completion: str | None = None
     text: str | None = None
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row as tokens.
-
-    `learned[i]` says whether the model learns to predict `tokens[i]`; the first, which nothing precedes, never is.
-    `prompt_length` is the number of tokens that the device is given before it answers; of a text row it is 1.
-    """
-
-    tokens: tuple[int, ...]
-    learned: tuple[bool, ...]
-    prompt_length: int
-
-    @property
-    def prompt_tokens(self) -> tuple[int, ...]:
-        """The tokens that the device is given before it answers."""
-        return self.tokens[: self.prompt_length]
 
 
 @dataclass(frozen=True)

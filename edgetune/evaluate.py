@@ -11,14 +11,16 @@ from typing import Any, TypeVar, cast, get_args
 
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import AdapterEntry
-from edgetune_runtime.engines._encoder import EncoderEngine
+from edgetune_runtime.engines.onnx.encoder import EncoderEngine
 from edgetune_runtime.errors import UsageError, VerificationError
 from pydantic import ValidationError
 
+from edgetune.objectives.example import Example
+
 from . import metrics
-from .data import Example, Row, labelled_text, read_rows, tokenize_rows
+from .data import Row, labelled_text, read_rows, tokenize_rows
 from .progress import Progress, Step
-from .recipe_parts import Columns, Metric
+from .recipe.parts import Columns, Metric
 
 # An answer may be this much longer than the longest reference: a worse model is wordier, but not without end.
 _ROOM_FACTOR = 1.5

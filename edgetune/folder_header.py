@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgetune_export.convert import check_folder
-from edgetune_export.layout import name_map
+from edgetune_export.architectures.layout import name_map
+from edgetune_export.backends.gguf.convert import check_folder
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.gguf_file import GgufHeader, TensorInfo
+from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 
 _F16 = 1
 # What GGUF calls the entries of config.json.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from edgetune_runtime.errors import UsageError
 
 from .data import Row
-from .recipe_parts import Metric
+from .recipe.parts import Metric
 
 LONG_ANSWER_WORDS = 3
 

@@ -7,37 +7,41 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export.backends._base import Weights
+from edgetune_export.backends.base import Weights
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import CLASSIFICATION
-from edgetune_runtime.chat import messages_for, render
-from edgetune_runtime.engines.gguf import GgufTokenizer
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.text.chat import messages_for, render
 
-from . import bases, build_needs, domain, methods, placement, plan
-from .bases import Base, base_context_length
-from .build_time import tokens_left
-from .data import Example, Row, TooLong
+from edgetune.objectives.example import Example
+
+from . import bases, methods, plan
+from . import needs as build_needs
+from .bases import Base, base_context_length, check_context
+from .data import Row, TooLong
+from .domain import continued as domain
+from .domain.texts import Texts, read_texts
 from .methods.lora import LoraOptions
-from .plot import plot_training
+from .placement import choose as placement
 from .progress import Progress
-from .recipe import Recipe
-from .ship import Shipped, Wanted, ship
+from .recipe.model import Recipe
+from .result import BuildResult
+from .shipping.ship import Shipped, Wanted, ship
+from .shipping.verify import Trained
 from .targets import check_shapes
 from .tasks import Task, read_task
-from .texts import Texts, read_texts
-from .train import DTYPES, VALIDATION_ROWS, precision_of, processes, train
-from .training_job import Job, TrainResult, finished
-from .verify import Trained
+from .training.job import Job, TrainResult
+from .training.jobs import train_all
+from .training.loop import processes
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_runtime.gguf_file import GgufHeader
+    from edgetune_runtime.formats.gguf_file import GgufHeader
     from transformers import PreTrainedModel
 
 # Held-out rows that each adapter is compared on.
@@ -56,25 +60,6 @@ PROBES = (
 
 
 @dataclass(frozen=True)
-class BuildResult:
-    """The bundle and the figures of each adapter, and of a base that was continued on text, as JSON values.
-
-    `base` and `trained` are what a build exported.
-    """
-
-    bundle: Path
-    adapters: Mapping[str, Mapping[str, Any]]
-    domain: Mapping[str, Any] = field(default_factory=dict)
-    base: Base | None = None
-    trained: Mapping[str, Trained] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        domain = {"domain": self.domain} if self.domain else {}
-        return {"bundle": str(self.bundle), **domain, "adapters": self.adapters}
-
-
-@dataclass(frozen=True)
 class _Work:
     """A task, its training, the rows that were left out, and how its modules were chosen if the recipe does not say."""
 
@@ -86,7 +71,7 @@ class _Work:
     def figures(self, result: TrainResult) -> dict[str, Any]:
         """What the training gave, and what the choice of its modules was made by, as JSON values."""
         chosen = {} if self.placement is None else {"placement": self.placement.to_json()}
-        return {**without_history(result), **chosen}
+        return {**result.figures(), **chosen}
 
 
 def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None) -> BuildResult | None:
@@ -101,7 +86,7 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
     check_destination(out)
     check_shapes(recipe)
     if recipe.task == CLASSIFICATION:
-        from .encoder.build import build_encoder  # noqa: PLC0415 - it imports this module
+        from .encoder.build import build_encoder  # noqa: PLC0415 - torch only when training
 
         return build_encoder(recipe, out, progress=progress)
     work = out.with_name(f"{out.name}.work")
@@ -219,13 +204,6 @@ def continue_base(recipe: Recipe, texts: Texts, base: Base, work: Path, progress
     return domain.continued(recipe, texts, base, work, train_all=trainer, progress=progress)
 
 
-def check_context(recipe: Recipe, most: int) -> None:
-    """UsageError when the recipe itself asks for more than the `most` tokens that its base was trained for."""
-    if recipe.context_length > most and "context_length" in recipe.model_fields_set:
-        message = f"context_length {recipe.context_length} is more than the {most} tokens that {recipe.base!r} can take"
-        raise UsageError(message, f"give at most {most}")
-
-
 def jobs_of(tasks: Sequence[Task], base: Base, context_length: int, progress: Progress) -> list[Job[Example]]:
     """The trainings of the tasks, in tokens of the base; rows that are too long are told."""
     return [item.job for item in _plan(tasks, base, context_length, progress)]
@@ -289,51 +267,6 @@ def _key(task: Task, base: Base, examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def train_all(
-    jobs: Sequence[Job[Any]],
-    base: str,
-    load: Callable[[torch.dtype], PreTrainedModel],
-    work: Path,
-    progress: Progress,
-    *,
-    plots: bool = True,
-) -> dict[str, TrainResult]:
-    """The result of each training; the base, by name, is loaded only if one is left to do."""
-    results: dict[str, TrainResult] = {}
-    model: PreTrainedModel | None = None
-    loaded = ""
-    left = {job.name: job for job in jobs if finished(work / job.name, job.key) is None}
-    for job in jobs:
-        folder = work / job.name
-        result = finished(folder, job.key)
-        left.pop(job.name, None)
-        if result is None:
-            # A change of the base's own weights is too small a step for bf16.
-            precision = "fp32" if job.method.trains_base else precision_of(job.training)
-            if model is None or precision != loaded:
-                progress.say(f"loading the base {base}")
-                model, loaded = load(DTYPES[precision]), precision
-            later = sum(tokens_left(o.train, o.validation[:VALIDATION_ROWS], o.training) for o in left.values())
-            result = train(model, job, folder, progress, later)
-            if job.method.trains_base:
-                model = None
-            if plots and processes().is_main_process:
-                plot_training(result, job.name, folder / "training.png")
-        progress.say(_summary(job.name, result))
-        results[job.name] = result
-    return results
-
-
-def _summary(name: str, result: TrainResult) -> str:
-    turned = "" if result.overfit_step is None else f", overfitting from step {result.overfit_step} on"
-    share = result.trainable_parameters / result.total_parameters
-    return (
-        f"{name}: validation loss {result.val_loss:.3f} at step {result.best_step} of {result.steps}{turned}; "
-        f"{result.trainable_parameters:,} trainable parameters ({share:.1%}), {result.tokens_per_s:.0f} tokens/s, "
-        f"peak memory {result.peak_memory_mb:.0f} MB"
-    )
-
-
 def _wanted(recipe: Recipe, todo: Sequence[_Work]) -> Wanted:
     """What the recipe says of the bundle; the first training rows of each task calibrate what needs it."""
     onnx = recipe.onnx
@@ -388,11 +321,6 @@ def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merge
     lengths = [len(row) for row in rows]
     method = methods.of_folder(folder)
     return Trained(name, folder, method.name, method.options(), rows, lengths, system=system, merged=merged)
-
-
-def without_history(result: TrainResult) -> dict[str, Any]:
-    """The result's figures as JSON values."""
-    return {key: value for key, value in asdict(result).items() if key != "history"}
 
 
 def _figures(shipped: Shipped) -> dict[str, Any]:

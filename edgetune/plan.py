@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from edgetune_devices import boards, fit
-from edgetune_runtime.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_file import GgufHeader
 
 from . import methods
-from .methods._peft import ALL_LINEAR, TargetOptions
+from .methods.common.peft import ALL_LINEAR, TargetOptions
 from .methods.lora import AUTO
-from .recipe import Recipe
+from .recipe.model import Recipe
 from .targets import shapes_in
 
 

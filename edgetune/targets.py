@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING, cast
 
+from edgetune_export import backends
 from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.errors import IncompatibleError
 
 from . import methods
 from .methods import Options
-from .recipe import Recipe
-
-if TYPE_CHECKING:
-    from edgetune_export.backends._base import Backend
-
-
-def backend_of(target: str) -> Backend:
-    """What writes a format."""
-    return cast("Backend", import_module(f"edgetune_export.backends.{target}"))
+from .recipe.model import Recipe
 
 
 def shapes_in(targets: Sequence[str], method: str, options: Options, *, merged: bool = False) -> dict[str, str]:
     """The shape of a method in each of the targets; IncompatibleError names one that can hold none of its shapes."""
     found = methods.load(method)
     return {
-        target: methods.shape_for(found, options, target, backend_of(target).SHAPES, merged=merged)
+        target: methods.shape_for(found, options, target, backends.load(target).SHAPES, merged=merged)
         for target in targets
     }
 

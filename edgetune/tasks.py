@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgetune_runtime.bundle import CLASSIFICATION
-from edgetune_runtime.engines._base import Tokenizer
+from edgetune_runtime.engines.base import Tokenizer
 
-from .data import Example, Row, TooLong, read_rows, split, tokenize_rows
+from edgetune.objectives.example import Example
+
+from .data import Row, TooLong, read_rows, split, tokenize_rows
 from .metrics import metric_for
-from .recipe import Recipe
-from .recipe_parts import AdapterSpec, Metric, Training
+from .recipe.model import Recipe
+from .recipe.parts import AdapterSpec, Metric, Training
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import gguf
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from edgetune_export.layout import base_rows, name_map
-from edgetune_export.quantize import dequantize_rows
-from edgetune_runtime.gguf_file import GgufHeader, TensorInfo
+from edgetune_export.architectures.layout import base_rows, name_map
+from edgetune_export.backends.gguf.quantize import dequantize_rows
+from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from edgetune_export.backends._base import Source
-    from edgetune_export.onnx_encoder import EncoderSource
+    from edgetune_export.backends.base import Source
+    from edgetune_export.backends.onnx.encoder import EncoderSource
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Models this small lose by a second thread, and by thirty times where other processes want the cores.
@@ -49,7 +49,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture(scope="session")
 def tiny_gguf(tiny_folder: Callable[[str], Path]) -> Callable[[str], Path]:
     """`tiny_gguf(arch)`: the f16 GGUF of the same base."""
-    from edgetune_export.convert import convert_folder  # noqa: PLC0415 - as above
+    from edgetune_export.backends.gguf.convert import convert_folder  # noqa: PLC0415 - as above
 
     @cache
     def convert(arch: str) -> Path:
@@ -65,9 +65,9 @@ def tiny_gguf(tiny_folder: Callable[[str], Path]) -> Callable[[str], Path]:
 def tiny_source(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
     """`tiny_source(arch)`: the f16 base as ONNX files are made from. The builder, slow to start, runs once for each."""
     import torch  # noqa: PLC0415 - as above
-    from edgetune_export.backends._base import Source  # noqa: PLC0415
+    from edgetune_export.backends.base import Source  # noqa: PLC0415
     from edgetune_runtime.bundle import sha256_of  # noqa: PLC0415
-    from edgetune_runtime.gguf_file import read_header  # noqa: PLC0415
+    from edgetune_runtime.formats.gguf_file import read_header  # noqa: PLC0415
 
     from edgetune.bases import Base, load_torch  # noqa: PLC0415
 
@@ -95,7 +95,7 @@ def encoder_source(
     tiny_encoder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], EncoderSource]:
     """`encoder_source(arch)`: the tiny encoder as graphs are made from. It is exported, which takes seconds, once."""
-    from edgetune_export.onnx_encoder import EncoderSource  # noqa: PLC0415 - as above
+    from edgetune_export.backends.onnx.encoder import EncoderSource  # noqa: PLC0415 - as above
     from tiny import FINGERPRINT, load_encoder  # noqa: PLC0415
 
     @cache

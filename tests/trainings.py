@@ -17,11 +17,11 @@ from edgetune_runtime.errors import CancelledError
 from transformers import PreTrainedModel
 
 from edgetune import methods
-from edgetune.data import Example
+from edgetune.objectives.example import Example
 from edgetune.progress import Progress, Step
-from edgetune.recipe_parts import Training
-from edgetune.train import train
-from edgetune.training_job import Job, TrainResult
+from edgetune.recipe.parts import Training
+from edgetune.training.job import Job, TrainResult
+from edgetune.training.loop import train
 
 VOCABULARY = 384
 HEADER = (10, 11, 12)

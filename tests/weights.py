@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from edgetune_export.layout import base_rows, name_map, tensor_of
-from edgetune_export.quantize import dequantize_rows
-from edgetune_runtime.gguf_file import read_header
+from edgetune_export.architectures.layout import base_rows, name_map, tensor_of
+from edgetune_export.backends.gguf.quantize import dequantize_rows
+from edgetune_runtime.formats.gguf_file import read_header
 
 
 def weights_in(base: Path) -> Callable[[str], np.ndarray]:

@@ -10,18 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_file import GgufHeader
 
 from .boards import Board
-from .needs import (
-    AdapterSize,
-    Needs,
-    estimate_needs,
-    kv_bytes_per_token,
-    lora_size,
-    needs_of_bundle,
-    needs_of_header,
-)
+from .needs import AdapterSize, Needs, estimate_needs, kv_bytes_per_token, lora_size, needs_of_bundle, needs_of_header
 
 __all__ = [
     "AdapterSize",

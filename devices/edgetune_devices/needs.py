@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.batches import CHUNK
 from edgetune_runtime.bundle import read_manifest, resolve
-from edgetune_runtime.engines.gguf import BRANCHES
+from edgetune_runtime.engines.gguf.engine import BRANCHES
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from edgetune_runtime.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, describe_quantization, read_header
+from edgetune_runtime.formats.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, describe_quantization, read_header
+from edgetune_runtime.states.batches import CHUNK
 
 CACHE_BYTES = 128_000_000
 """Most that the runtime keeps of saved states, its default."""

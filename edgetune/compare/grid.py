@@ -20,8 +20,8 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 from pydantic.fields import FieldInfo
 
 from edgetune import methods
-from edgetune.recipe import Recipe, load_recipe
-from edgetune.recipe_parts import TARGETS, MethodSpec
+from edgetune.recipe.model import Recipe, load_recipe
+from edgetune.recipe.parts import TARGETS, MethodSpec
 from edgetune.targets import shapes_in
 
 REQUEST_FILE = "request.json"

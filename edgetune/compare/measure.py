@@ -8,30 +8,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from edgetune_export.backends._base import Source, Weights
+from edgetune_export import backends
+from edgetune_export.adapters.shapes import Merged
+from edgetune_export.backends.base import Source, Weights
 from edgetune_export.merged import source_of_merged
-from edgetune_export.shapes import Merged
-from edgetune_runtime import Runtime, bench
+from edgetune_runtime import Runtime, bench, engines
 from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest
-from edgetune_runtime.cache import StateCache
-from edgetune_runtime.context import Context, Shared
-from edgetune_runtime.engines import gguf
-from edgetune_runtime.engines._base import Engine
-from edgetune_runtime.engines.gguf import GgufTokenizer
-from edgetune_runtime.governor import Governor
+from edgetune_runtime.engines.base import Engine
+from edgetune_runtime.engines.gguf import engine as gguf
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.opening import Options
-from edgetune_runtime.pool import Pool
+from edgetune_runtime.serving.context import Context, Shared
+from edgetune_runtime.serving.governor import Governor
+from edgetune_runtime.serving.pool import Pool
+from edgetune_runtime.states.cache import StateCache
 
 from edgetune import bases, methods
 from edgetune.data import Row
 from edgetune.evaluate import Evaluation, score
 from edgetune.progress import Progress
-from edgetune.targets import backend_of
-from edgetune.verify import Trained
+from edgetune.shipping.verify import Trained
 
 from .figures import OnEngine, standard_error
 from .torch_engine import TorchEngine
@@ -135,7 +134,7 @@ class InTorch:
 
         The model is written for this alone, and deleted.
         """
-        measured, backend = self.measured, backend_of(target)
+        measured, backend = self.measured, backends.load(target)
         shapes = {*self.method.shapes(self.trained.options)} & {*backend.SHAPES}
         if measured.entry.shapes[target] == Merged.shape or Merged.shape not in shapes:
             return None
@@ -153,7 +152,7 @@ class InTorch:
 
     def _speed(self, target: str, model: Path) -> MergedSpeed:
         manifest = replace(self.measured.manifest, adapters={})
-        make = import_module(f"edgetune_runtime.engines.{target}").ENGINE
+        make = engines.load(target)
         engine = make(model, context_length=manifest.context_length, threads=manifest.threads)
         found = bench.measure(lambda: _runtime(self.measured.bundle, manifest, engine, target), lambda _: None)
         return MergedSpeed(float(found["decode_tokens_per_s"]["base"]), *_load_in(found))

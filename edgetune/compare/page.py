@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 from .columns import (
     NONE,
@@ -19,12 +18,10 @@ from .columns import (
     placement_rows,
     training_rows,
 )
+from .comparison import Comparison
 from .figures import LOWER_IS_BETTER, Outcome
 from .plots import Picture
 from .recommend import Recommendation
-
-if TYPE_CHECKING:
-    from .sweep import Comparison
 
 _STYLE = """
 :root { color-scheme: light; }

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
@@ -15,44 +13,16 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleE
 from edgetune import bases
 from edgetune.data import read_rows
 from edgetune.progress import Progress
-from edgetune.recipe import Recipe
+from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 
+from .comparison import Comparison
 from .figures import Outcome, goodness, read_outcome
 from .grid import Request, Trial, recipe_of, trials_of
-from .recommend import Recommendation, recommend
+from .recommend import recommend
 
 Run = Callable[[Sequence[Trial], Progress], Iterator[Outcome]]
 """Runs trials and yields their outcomes as they come; one that fails has an outcome too."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The outcomes of a task's trials, the best score first, and the recommended one; `rows` were scored."""
-
-    task: str
-    base: str
-    metric: str
-    rows: int
-    outcomes: Sequence[Outcome]
-    recommended: Recommendation | None
-
-    def to_json(self) -> dict[str, Any]:
-        """What `--json` prints, and compare.json holds.
-
-        `undecided` says why nothing can be recommended on the score, else null; `recommended` is then the smallest.
-        """
-        return {
-            "task": self.task,
-            "base": self.base,
-            "metric": self.metric,
-            "rows": self.rows,
-            "trials": [outcome.to_json() for outcome in self.outcomes],
-            "recommended": self.recommended and self.recommended.name,
-            "target": self.recommended and self.recommended.target,
-            "reason": self.recommended and self.recommended.reason,
-            "undecided": (self.recommended and self.recommended.undecided) or None,
-        }
 
 
 def compare(request: Request, run: Run, progress: Progress) -> Comparison:

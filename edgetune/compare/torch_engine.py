@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgetune_runtime.engines._base import Logits, Tokenizer
+from edgetune_runtime.engines.base import Logits, Tokenizer
 
-from edgetune.verify import logits_of
+from edgetune.shipping.verify import logits_of
 
 
 class TorchEngine:

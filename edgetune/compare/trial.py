@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_devices import boards, fit
-from edgetune_export.backends._base import Weights
+from edgetune_export.backends.base import Weights
 from edgetune_runtime.errors import IncompatibleError
 
 from edgetune.data import read_rows
 from edgetune.evaluate import spread
+from edgetune.failure import fail
 from edgetune.pipeline import build
 from edgetune.progress import Progress
-from edgetune.recipe import Recipe
+from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 
 from .figures import OnBoard, Outcome, Training, write_outcome
@@ -96,8 +97,6 @@ def _board(recipe: Recipe, bundle: Path) -> OnBoard | None:
 
 def main(folder: Path) -> int:
     """Run the trial in `folder`; the exit code is that of the error, which goes to standard error in one line."""
-    from edgetune.cli import fail  # noqa: PLC0415 - it imports this package
-
     end_with_parent()
     try:
         trial = Trial.of_json((folder / REQUEST_FILE).read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 
 from edgetune import bases
-from edgetune.recipe import Recipe
+from edgetune.recipe.model import Recipe
 
 if TYPE_CHECKING:
     import torch

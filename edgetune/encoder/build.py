@@ -14,21 +14,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from edgetune_export.onnx_encoder import EncoderSource, write_encoder, write_task
+from edgetune_export.adapters.shapes import LowRank
+from edgetune_export.backends.onnx.encoder import EncoderSource, write_encoder, write_task
 from edgetune_export.pack import pack
-from edgetune_export.shapes import LowRank
 from edgetune_runtime.bundle import CLASSIFICATION, AdapterEntry, BaseEntry, Manifest, sha256_of
-from edgetune_runtime.engines._encoder import EncoderTokenizer
+from edgetune_runtime.engines.onnx.encoder import EncoderTokenizer
 from edgetune_runtime.errors import UsageError
 
 from edgetune import methods
+from edgetune.bases import check_context
 from edgetune.data import TooLong
-from edgetune.pipeline import BuildResult, check_context, train_all, without_history
 from edgetune.progress import Progress
-from edgetune.recipe import Recipe
+from edgetune.recipe.model import Recipe
+from edgetune.result import BuildResult
 from edgetune.tasks import Task, read_task
-from edgetune.train import processes
-from edgetune.training_job import Job, TrainResult
+from edgetune.training.job import Job, TrainResult
+from edgetune.training.jobs import train_all
+from edgetune.training.loop import processes
 
 from . import base as bases
 from .base import TOKENIZER, EncoderBase
@@ -195,7 +197,7 @@ def _entry(item: _Work, base: EncoderBase, exported: _Exported, result: TrainRes
         metric=item.task.metric,
         labels=item.task.labels,
         parity={ENGINE: asdict(exported.agreement[name])},
-        training=without_history(result),
+        training=result.figures(),
     )
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from edgetune_export.onnx_encoder import mean_pooled
+from edgetune_export.adapters.shapes import Floats
+from edgetune_export.backends.onnx.encoder import mean_pooled
 from edgetune_export.parity import divergence
-from edgetune_export.shapes import Floats
-from edgetune_runtime.engines._encoder import EncoderEngine
+from edgetune_runtime.engines.onnx.encoder import EncoderEngine
 from edgetune_runtime.errors import VerificationError
 
 from edgetune import methods

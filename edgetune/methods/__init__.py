@@ -12,14 +12,14 @@ from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
-from ._base import Checkpoint, Method, Options
+from .common.base import Checkpoint, Method, Options
 
 __all__ = ["Checkpoint", "Method", "Options", "load", "names", "of_folder", "shape_for"]
 
 
 def names() -> list[str]:
     """The names of all methods, from the files of this package."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg)
 
 
 def load(name: str) -> Method[Any]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export.shapes import Delta
+from edgetune_export.adapters.shapes import Delta
 from pydantic import AliasChoices, Field, PositiveInt
 
-from ._base import trainable
-from ._peft import TargetOptions, WeightMethod, array, peft_targets, task_type
+from .common.base import trainable
+from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
 
 if TYPE_CHECKING:
     import torch

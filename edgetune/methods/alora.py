@@ -9,24 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export.fold import fold_peft
-from edgetune_export.shapes import Folded, LowRank
-from edgetune_runtime.activation import last_place
-from edgetune_runtime.chat import render
+from edgetune_export.adapters.fold import fold_peft
+from edgetune_export.adapters.shapes import Folded, LowRank
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.states.activation import start_of
+from edgetune_runtime.text.chat import render
 from pydantic import Field, NonNegativeInt
 
-from ._base import Checkpoint
-from ._peft import as_names
+from .common.base import Checkpoint
+from .common.peft import as_names
 from .lora import Lora, LoraOptions
 
 if TYPE_CHECKING:
-    from edgetune_runtime.engines._base import Tokenizer
+    from edgetune_runtime.engines.base import Tokenizer
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-    from edgetune.data import Example
-    from edgetune.objectives import Objective
+    from edgetune.objectives.base import Objective
+    from edgetune.objectives.example import Example
 
 
 class AloraOptions(LoraOptions):
@@ -71,7 +71,7 @@ class Alora(Lora):
 
     def attach(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> PeftModel:
         """Add LoRA modules in float32 to `base`; UsageError as with lora, and where there is nothing to act from."""
-        from ._activated import gate  # noqa: PLC0415 - torch only when training
+        from .common.activated import gate  # noqa: PLC0415 - torch only when training
 
         assert isinstance(options, AloraOptions)
         if not options.invocation_tokens or not base.can_generate():
@@ -92,7 +92,7 @@ class Alora(Lora):
 
     def objective(self, options: LoraOptions) -> Objective[Any]:
         """The next token, behind the invocation."""
-        from ._activated import ActivatedNextToken  # noqa: PLC0415 - torch only when training
+        from .common.activated import ActivatedNextToken  # noqa: PLC0415 - torch only when training
 
         assert isinstance(options, AloraOptions)
         return ActivatedNextToken(options.invocation_tokens)
@@ -100,12 +100,6 @@ class Alora(Lora):
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
         """Read from the folder, with the invocation tokens that it names."""
         return fold_peft(checkpoint.folder, checkpoint.name, self.name)
-
-
-def start_of(tokens: Sequence[int], invocation: Sequence[int]) -> int:
-    """The first token that the adapter acts on; their number where there is none."""
-    place = last_place(tokens, invocation)
-    return len(tokens) if place is None else place
 
 
 def _tokens(options: AloraOptions, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 
-from ._dense import DenseMethod, DenseOptions
-from ._peft import peft_targets, task_type
+from .common.dense import DenseMethod, DenseOptions
+from .common.peft import peft_targets, task_type
 
 if TYPE_CHECKING:
     from peft import BOFTConfig

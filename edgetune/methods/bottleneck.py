@@ -16,19 +16,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from edgetune_export.shapes import Activation, Bottleneck, Floats, Folded, Tensors
+from edgetune_export.adapters.shapes import Activation, Bottleneck, Floats, Folded, Tensors
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ._base import Checkpoint, Method, Options
+from .common.base import Checkpoint, Method, Options
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ._bottleneck import Bottlenecked
+    from .common.bottleneck import Bottlenecked
 
 WEIGHTS_NAME = "bottlenecks.safetensors"
 OPTIONS_NAME = "bottlenecks.json"
@@ -69,7 +69,7 @@ class BottleneckMethod(Method[BottleneckOptions]):
 
     def attach(self, base: PreTrainedModel, options: BottleneckOptions, steps: int) -> Bottlenecked:
         """Hook bottlenecks, which add 0 at first, onto `base`; UsageError when it has no such blocks."""
-        from ._bottleneck import Bottlenecked, Part  # noqa: PLC0415 - torch only when training
+        from .common.bottleneck import Bottlenecked, Part  # noqa: PLC0415 - torch only when training
 
         width = base.config.hidden_size
         size = options.bottleneck_size or max(1, int(width // options.reduction_factor))
@@ -93,7 +93,7 @@ class BottleneckMethod(Method[BottleneckOptions]):
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[Bottlenecked]:
         """The folder's bottlenecks, times the scale, on the base."""
-        from ._bottleneck import Bottlenecked, Part  # noqa: PLC0415 - torch only when training or checking
+        from .common.bottleneck import Bottlenecked, Part  # noqa: PLC0415 - torch only when training or checking
 
         options, bottlenecks = _read(checkpoint.folder)
         _check_fit(checkpoint, bottlenecks)

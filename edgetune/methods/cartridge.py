@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from edgetune_runtime.errors import NotFoundError, UsageError
 from pydantic import Field, NonNegativeInt, PositiveInt, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from ._prompt import BeginOptions, CacheMethod
+from .common.prompt import BeginOptions, CacheMethod
 
 if TYPE_CHECKING:
-    from edgetune_runtime.engines._base import Tokenizer
+    from edgetune_runtime.engines.base import Tokenizer
     from peft import CartridgeConfig, PeftModel
     from transformers import PreTrainedModel
 
-    from edgetune.data import Example
-    from edgetune.objectives import Objective
+    from edgetune.objectives.base import Objective
+    from edgetune.objectives.example import Example
 
 
 class CartridgeOptions(BeginOptions):
@@ -97,7 +97,7 @@ class Cartridge(CacheMethod[CartridgeOptions]):
         """The base with the document in its context is the teacher."""
         if not options.document_tokens:
             return super().objective(options)
-        from edgetune.distill import Distill  # noqa: PLC0415 - torch only when training
+        from edgetune.methods.common.distill import Distill  # noqa: PLC0415 - torch only when training
 
         return Distill(options.document_tokens)
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field, PositiveInt
 
-from ._dense import DenseMethod, DenseOptions
-from ._peft import Dropout, lora_config
+from .common.dense import DenseMethod, DenseOptions
+from .common.peft import Dropout, lora_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune_export.shapes import Floats, Folded, Merged
+from edgetune_export.adapters.shapes import Floats, Folded, Merged
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from pydantic import Field
 
-from ._base import Checkpoint, Method, O, Options, trainable
-from ._peft import array, no_grad
+from .common.base import Checkpoint, Method, O, Options, trainable
+from .common.peft import array, no_grad
 
 if TYPE_CHECKING:
     import torch

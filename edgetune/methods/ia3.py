@@ -12,11 +12,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export.shapes import Floats, Folded, Merged, Scaling, Tensors
+from edgetune_export.adapters.shapes import Floats, Folded, Merged, Scaling, Tensors
 from pydantic import Field
 
-from ._base import Checkpoint, trainable
-from ._peft import (
+from .common.base import Checkpoint, trainable
+from .common.peft import (
     ALL_LINEAR,
     PeftMethod,
     TargetOptions,

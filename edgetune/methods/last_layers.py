@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edgetune_runtime.errors import UsageError
 from pydantic import Field, PositiveInt
 
-from ._base import Options
+from .common.base import Options
 from .full import OwnWeights
 
 if TYPE_CHECKING:

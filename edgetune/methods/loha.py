@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export.shapes import Delta
+from edgetune_export.adapters.shapes import Delta
 from pydantic import AliasChoices, Field, PositiveInt
 
-from ._peft import TargetOptions, WeightMethod, array, peft_targets, task_type
+from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
 
 if TYPE_CHECKING:
     from peft import LoHaConfig

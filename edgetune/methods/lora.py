@@ -11,21 +11,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from edgetune_export.fold import fold_peft, merge
-from edgetune_export.shapes import Folded
+from edgetune_export.adapters.fold import fold_peft, merge
+from edgetune_export.adapters.shapes import Folded
 from edgetune_runtime.errors import UsageError
 from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
 
-from ._base import Checkpoint, O, trainable
-from ._peft import (
-    ALL_LINEAR,
-    PeftMethod,
-    TargetOptions,
-    check_targets,
-    lora_config,
-    matches,
-    module_weight,
-)
+from .common.base import Checkpoint, O, trainable
+from .common.peft import ALL_LINEAR, PeftMethod, TargetOptions, check_targets, lora_config, matches, module_weight
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt
 
-from ._prompt import PromptOptions, TokenMethod
+from .common.prompt import PromptOptions, TokenMethod
 
 if TYPE_CHECKING:
     from peft import PromptEncoderConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._initialized import Initialized
+from .common.initialized import Initialized
 
 
 class Pissa(Initialized):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from ._prompt import BeginOptions, CacheMethod
+from .common.prompt import BeginOptions, CacheMethod
 
 if TYPE_CHECKING:
     from peft import PeftModel, PrefixTuningConfig

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import AliasChoices, Field
 
-from ._prompt import BeginOptions, TokenMethod
+from .common.prompt import BeginOptions, TokenMethod
 
 if TYPE_CHECKING:
     from peft import PeftModel, PromptTuningConfig
@@ -48,7 +48,7 @@ class Prompt(TokenMethod[PromptTuningOptions]):
 
     def begin(self, peft: PeftModel, options: PromptTuningOptions) -> None:
         """Begin as the embeddings of a text's tokens."""
-        from ._prompt_model import repeated  # noqa: PLC0415 - torch only when training
+        from .common.prompt_model import repeated  # noqa: PLC0415 - torch only when training
 
         if options.prompt_tuning_init == "TEXT" and options.init_tokens:
             embed = peft.get_base_model().get_input_embeddings()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edgetune_devices.needs import scheme_of_merged
-from edgetune_runtime.gguf_file import describe_quantization, read_header
+from edgetune_runtime.formats.gguf_file import describe_quantization, read_header
 
-from .backends._base import Source
-from .quantize import quantize_gguf
+from edgetune_export.backends.base import Source
+from edgetune_export.backends.gguf.quantize import quantize_gguf
 
 
 def source_of_merged(source: Source, wanted: str | None = None) -> Source:

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from edgetune_runtime.engines._base import Tokenizer
+from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError, VerificationError
 
-from .shapes import Floats
+from .adapters.shapes import Floats
 
 
 class Rows(Protocol):

@@ -23,8 +23,8 @@ from .errors import (
 if TYPE_CHECKING:
     from .generation import Answer, Timings
     from .runtime import Runtime
-    from .sampling import Sampling
     from .session import Session
+    from .text.sampling import Sampling
 
 __version__ = "0.1.0"
 
@@ -50,7 +50,7 @@ _LAZY = {
     "Answer": "generation",
     "Timings": "generation",
     "Runtime": "runtime",
-    "Sampling": "sampling",
+    "Sampling": "text.sampling",
     "Session": "session",
 }
 

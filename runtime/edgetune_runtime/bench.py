@@ -13,11 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .bundle import AdapterEntry
-from .context import Context
-from .engines._base import Engine
+from .engines.base import Engine
 from .errors import EdgetuneError
-from .machine import disturbance
 from .runtime import Runtime
+from .serving.context import Context
+from .threads.machine import disturbance
 
 SWITCHES = 1200
 ROUNDS = 3

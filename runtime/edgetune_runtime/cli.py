@@ -16,7 +16,7 @@ from . import __version__
 from .bundle import Manifest, read_manifest, verify_files
 from .conversation import PROGRAM, Conversation, adapter_choice, show
 from .errors import CancelledError, EdgetuneError, UsageError
-from .priority import NORMAL, PRIORITIES
+from .threads.priority import NORMAL, PRIORITIES
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -226,7 +226,7 @@ def _warm(options: argparse.Namespace) -> None:
 
 
 def _list_states(options: argparse.Namespace) -> None:
-    from .store import StateStore, default_folder  # noqa: PLC0415 - help needs none of it
+    from .states.store import StateStore, default_folder  # noqa: PLC0415 - help needs none of it
 
     store = StateStore(options.cache_folder or default_folder(), 0)
     entries = store.entries()
@@ -243,7 +243,7 @@ def _list_states(options: argparse.Namespace) -> None:
 
 
 def _clear_states(options: argparse.Namespace) -> None:
-    from .store import StateStore, default_folder  # noqa: PLC0415 - as above
+    from .states.store import StateStore, default_folder  # noqa: PLC0415 - as above
 
     store = StateStore(options.cache_folder or default_folder(), 0)
     count = store.clear()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import Manifest
-from .machine import ROOT, cores_left, cpu_quota, disturbance, free_mb, throttling, usable_cores
+from .threads.machine import ROOT, cores_left, cpu_quota, disturbance, free_mb, throttling, usable_cores
 
 _LIBRARIES = ("edgetune-runtime", "llama-cpp-python", "onnxruntime", "numpy", "tokenizers")
 _CLOCK = "sys/devices/system/cpu/cpu0/cpufreq"

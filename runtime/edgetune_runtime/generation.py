@@ -7,12 +7,12 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from .activation import Spans
-from .context import Context, Job
-from .limits import Limits, Stopped
-from .pool import Pool
-from .sampling import Sampler, Sampling, sampling_of
-from .text import TextStream
+from .serving.context import Context, Job
+from .serving.limits import Limits, Stopped
+from .serving.pool import Pool
+from .states.activation import Spans
+from .text.sampling import Sampler, Sampling, sampling_of
+from .text.stream import TextStream
 
 
 @dataclass(frozen=True)

@@ -9,26 +9,24 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, cast
 
 from . import engines
 from .bundle import CLASSIFICATION, STATES_FOLDER, Manifest, resolve, verify_files
-from .cache import StateCache
-from .context import Context, Shared
-from .engines._base import Engine, EngineClass
-from .errors import IncompatibleError, UsageError, VerificationError
-from .governor import Governor
-from .machine import free_mb
-from .pool import Pool
-from .priority import NORMAL, compute_thread
-from .prompts import PromptStates
-from .store import StateStore
+from .engines.base import Engine, EngineClass
+from .errors import IncompatibleError, VerificationError
+from .serving.context import Context, Shared
+from .serving.governor import Governor
+from .serving.pool import Pool
+from .states.cache import StateCache
+from .states.prompts import PromptStates
+from .states.store import StateStore
+from .threads.machine import free_mb
+from .threads.priority import NORMAL, compute_thread
 
 if TYPE_CHECKING:
-    from .engines._encoder import EncoderEngine
+    from .engines.onnx.encoder import EncoderEngine
 
 _M_MMAP_THRESHOLD = -3
 
@@ -59,13 +57,10 @@ class Options:
 def engine_class(name: str, task: str) -> EngineClass | type[EncoderEngine]:
     """What makes engines of this name, imported when it is needed; UsageError names those there are."""
     if task == CLASSIFICATION:
-        encoder: type[EncoderEngine] = import_module(f"{engines.__name__}._encoder").EncoderEngine
-        return encoder
-    known = [module.name for module in iter_modules(engines.__path__) if not module.name.startswith("_")]
-    if name not in known:
-        raise UsageError(f"no engine {name!r}", f"choose one of: {', '.join(known)}")
-    made: EngineClass = import_module(f"{engines.__name__}.{name}").ENGINE
-    return made
+        from .engines.onnx.encoder import EncoderEngine  # noqa: PLC0415 - needs onnxruntime
+
+        return EncoderEngine
+    return engines.load(name)
 
 
 def file_of(files: Mapping[str, str], engine: str, what: str) -> str:

@@ -10,24 +10,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from .activation import behind
 from .bundle import AdapterEntry, Manifest, read_manifest, resolve, verify_files
-from .cache import CALLS, common_prefix
-from .chat import Prompt, messages_for, render
-from .context import Context, Job
-from .engines._base import Tokenizer
+from .engines.base import Tokenizer
 from .errors import IncompatibleError, UsageError
 from .generation import Answer, Call, Carried, Outcome, Stream, generate
 from .opening import Options, engine_class, file_of, open_base
-from .pool import Pool
-from .priority import NORMAL
-from .sampling import Sampling
 from .scoring import label_scores, likeliest, window_loss
+from .serving.context import Context, Job
+from .serving.pool import Pool
 from .session import Adapters, Session
-from .store import StateStore, default_folder
+from .states.activation import behind
+from .states.cache import CALLS, common_prefix
+from .states.store import StateStore, default_folder
+from .text.chat import Prompt, messages_for, render
+from .text.sampling import Sampling
+from .threads.priority import NORMAL
 
 if TYPE_CHECKING:
-    from .engines._encoder import EncoderEngine
+    from .engines.onnx.encoder import EncoderEngine
 
 CACHE_MB = 128
 DISK_MB = 512

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .bundle import Manifest
-from .chat import Prompt
-from .context import Context
-from .engines._base import Logits
+from .engines.base import Logits
 from .errors import UsageError
+from .serving.context import Context
+from .text.chat import Prompt
 
 if TYPE_CHECKING:
-    from .engines._encoder import EncoderEngine
+    from .engines.onnx.encoder import EncoderEngine
 
 _ROWS = 64
 """Rows of logits looked at in one go; a vocabulary of 150,000 takes 0.6 MB a row."""

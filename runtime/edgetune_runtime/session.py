@@ -6,22 +6,37 @@ import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
-from .cache import Key, SavedState
-from .chat import Message
+from .bundle import Manifest
 from .errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from .generation import Answer, Call, Carried, Outcome, Stream, generate
-from .pool import Pool
-from .state_file import read_state, write_state
-
-if TYPE_CHECKING:
-    from .runtime import Runtime
+from .serving.pool import Pool
+from .states.cache import Key, SavedState
+from .states.state_file import read_state, write_state
+from .text.chat import Message
 
 Adapters = str | Mapping[str, float] | None
 Carry = Literal["recompute", "reuse"]
 
 _STOPPED = ("deadline", "cancelled")
+
+
+class Host(Protocol):
+    """What a session asks of the runtime that it belongs to; see there."""
+
+    manifest: Manifest
+
+    def call(
+        self, prompt: list[Message], adapter: Adapters, *, owner: str = ..., carried: Carried | None = None
+    ) -> Call:
+        """Make a call ready."""
+
+    def pool(self, adapter: Adapters) -> tuple[Pool, dict[str, float]]:
+        """The contexts that a call with these adapters runs in, and what is active there."""
+
+    def forget(self, owner: str) -> None:
+        """Forget the states of an owner."""
 
 
 class Session:
@@ -36,7 +51,7 @@ class Session:
     known. One that a deadline or a cancel cut short is not taken into the history. Not for two threads at once.
     """
 
-    def __init__(self, runtime: Runtime, adapter: Adapters, history: Sequence[Message] = ()) -> None:
+    def __init__(self, runtime: Host, adapter: Adapters, history: Sequence[Message] = ()) -> None:
         self.adapter = adapter
         self.history: list[Message] = [dict(message) for message in history]
         self._runtime = runtime
@@ -90,7 +105,7 @@ class Session:
         write_state(Path(path), about, saved.state if saved is not None else memoryview(b""))
 
     @classmethod
-    def load(cls, runtime: Runtime, path: Path) -> Self:
+    def load(cls, runtime: Host, path: Path) -> Self:
         """What `save` wrote; see `Runtime.load_session`."""
         found = read_state(path)
         if found is None and not path.exists():

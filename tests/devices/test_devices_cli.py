@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from edgetune_devices import boards
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError
-from edgetune_runtime.gguf_file import read_header
+from edgetune_runtime.formats.gguf_file import read_header
 from typer.testing import CliRunner
 
 from edgetune import plan
-from edgetune.devices_cli import app
-from edgetune.recipe import Recipe, load_recipe
+from edgetune.cli.devices import app
+from edgetune.recipe.model import Recipe, load_recipe
 
 
 def _run(*arguments: str | Path) -> str:

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from edgetune_devices import boards, fit
 from edgetune_devices.needs import CACHE_BYTES
-from edgetune_export.backends.gguf import write_adapter
-from edgetune_export.fold import fold_peft
-from edgetune_export.quantize import SCHEMES, quantize_gguf
-from edgetune_runtime.batches import CHUNK
+from edgetune_export.adapters.fold import fold_peft
+from edgetune_export.backends.gguf.backend import write_adapter
+from edgetune_export.backends.gguf.quantize import SCHEMES, quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
-from edgetune_runtime.engines.gguf import GgufEngine
+from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
-from edgetune_runtime.gguf_file import GgufHeader, TensorInfo, read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.runtime import Runtime
+from edgetune_runtime.states.batches import CHUNK
 
 TINY = ("llama", "qwen2", "qwen3", "gemma3")
 
@@ -149,7 +149,7 @@ def test_prefill_prediction_is_near_published_figures(header: GgufHeader, publis
 MEASURE = """
 import sys
 from pathlib import Path
-from edgetune_runtime.engines.gguf import GgufEngine
+from edgetune_runtime.engines.gguf.engine import GgufEngine
 engine = GgufEngine(Path(sys.argv[1]), context_length=512, threads=1)
 engine.decode([3 + number % 300 for number in range(500)])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

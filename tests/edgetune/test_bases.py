@@ -13,9 +13,9 @@ import pytest
 import torch
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.engines.gguf import GgufEngine
+from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError
-from edgetune_runtime.gguf_file import describe_quantization
+from edgetune_runtime.formats.gguf_file import describe_quantization
 from tiny import ARCHITECTURES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.chat import messages_for, render
-from edgetune_runtime.engines.gguf import GgufTokenizer
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.text.chat import messages_for, render
 
-from edgetune.data import Example, Row, read_rows, split, tokenize_rows
-from edgetune.recipe_parts import Columns
+from edgetune.data import Row, read_rows, split, tokenize_rows
+from edgetune.objectives.example import Example
+from edgetune.recipe.parts import Columns
 
 Write = Callable[..., str]
 

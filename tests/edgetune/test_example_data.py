@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgetune.data import Row, read_rows
-from edgetune.recipe import load_recipe
+from edgetune.recipe.model import load_recipe
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smart-home"
 SIZES = {"command": (600, 100, 100), "intent": (600, 100, 100), "reply": (400, 60, 60)}

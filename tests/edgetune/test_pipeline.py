@@ -18,9 +18,10 @@ from trainings import Listening, build_in_two_processes
 from transformers import AutoModelForCausalLM
 
 from edgetune.bases import Base
-from edgetune.pipeline import BuildResult, build, export_trained
+from edgetune.pipeline import build, export_trained
 from edgetune.progress import Progress
-from edgetune.recipe import Recipe
+from edgetune.recipe.model import Recipe
+from edgetune.result import BuildResult
 
 QUIET = Progress(quiet=True)
 QUESTIONS = [f"turn on the light {number}" for number in range(10)]

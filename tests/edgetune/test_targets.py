@@ -7,7 +7,7 @@ import yaml
 from edgetune_runtime.errors import IncompatibleError
 
 from edgetune import methods
-from edgetune.recipe import Recipe, load_recipe
+from edgetune.recipe.model import Recipe, load_recipe
 from edgetune.targets import check_shapes, shapes_in
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgetune_runtime.engines.gguf import GgufEngine
-from edgetune_runtime.engines.onnx import OnnxEngine
+from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.engines.onnx.engine import OnnxEngine
 
 EVERYWHERE: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 KINDS: dict[str, dict[str, Any]] = {

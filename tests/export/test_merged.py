@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgetune_export.backends import gguf
-from edgetune_export.backends._base import Source
+from edgetune_export.adapters.shapes import Merged
+from edgetune_export.backends.base import Source
+from edgetune_export.backends.gguf import backend as gguf
+from edgetune_export.backends.gguf.quantize import dequantize_rows, quantize_gguf
 from edgetune_export.merged import source_of_merged
-from edgetune_export.quantize import dequantize_rows, quantize_gguf
-from edgetune_export.shapes import Merged
-from edgetune_runtime.gguf_file import describe_quantization, read_header
+from edgetune_runtime.formats.gguf_file import describe_quantization, read_header
 
 
 @pytest.fixture

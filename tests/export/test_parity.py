@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from edgetune_export.parity import TOLERANCE_KL, Parity, check, compare, greedy_agreement
-from edgetune_runtime.engines.gguf import GgufEngine
+from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import UsageError, VerificationError
 
 PROMPTS = [[7, 8, 9], [30, 40, 50, 60]]

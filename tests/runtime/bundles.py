@@ -11,10 +11,10 @@ from typing import Any
 
 import gguf
 import numpy as np
-from edgetune_export import shapes
-from edgetune_export.backends import onnx
-from edgetune_export.backends._base import Source
-from edgetune_export.layout import base_rows, name_map
+from edgetune_export.adapters import shapes
+from edgetune_export.architectures.layout import base_rows, name_map
+from edgetune_export.backends.base import Source
+from edgetune_export.backends.onnx import backend as onnx
 from edgetune_runtime.bundle import (
     MANIFEST_NAME,
     AdapterEntry,
@@ -24,7 +24,7 @@ from edgetune_runtime.bundle import (
     read_manifest,
     sha256_of,
 )
-from edgetune_runtime.gguf_file import GgufHeader, digest_of_chat_template, digest_of_tokenizer, read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader, digest_of_chat_template, digest_of_tokenizer, read_header
 
 MODULES = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight")
 LowRank = dict[str, tuple[np.ndarray, np.ndarray]]

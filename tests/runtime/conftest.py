@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from edgetune_export.backends._base import Source
+from edgetune_export.backends.base import Source
 from edgetune_runtime import Runtime
 from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
 

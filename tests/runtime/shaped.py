@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgetune_export import shapes
-from edgetune_export.backends import gguf, onnx
-from edgetune_export.backends._base import Source
+from edgetune_export.adapters import shapes
+from edgetune_export.backends.base import Source
+from edgetune_export.backends.gguf import backend as gguf
+from edgetune_export.backends.onnx import backend as onnx
 from edgetune_runtime.bundle import AdapterEntry, read_manifest
-from edgetune_runtime.gguf_file import cache_shape, read_header
+from edgetune_runtime.formats.gguf_file import cache_shape, read_header
 from runtime.bundles import write_bundle, write_manifest
 
 BACKENDS: dict[str, Any] = {"gguf": gguf, "onnx": onnx}

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgetune_export.backends._base import Source
+from edgetune_export.adapters.shapes import LowRank, Prefix
+from edgetune_export.backends.base import Source
 from edgetune_export.parity import divergence
-from edgetune_export.shapes import LowRank, Prefix
 from edgetune_runtime import EdgetuneError, IncompatibleError, Runtime, UsageError, VerificationError
-from edgetune_runtime.engines.gguf import GgufEngine
-from edgetune_runtime.engines.onnx import OnnxEngine
-from edgetune_runtime.gguf_file import read_header
+from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.engines.onnx.engine import OnnxEngine
+from edgetune_runtime.formats.gguf_file import read_header
 from runtime.bundles import folded, low_rank
 from runtime.shaped import BACKENDS, random_prefix, torch_logits, write_shaped
 
@@ -361,6 +361,6 @@ def test_a_state_that_llama_cpp_does_not_give_back_is_refused(
 ) -> None:
     engine, file = open_engine("llama", "gguf"), file_of(bundle_of("llama"), "gguf")
     for wrong in (0, 2):
-        monkeypatch.setattr("edgetune_runtime.engines._gguf_state._F16", wrong)
+        monkeypatch.setattr("edgetune_runtime.engines.gguf.state._F16", wrong)
         with pytest.raises(IncompatibleError, match="keeps keys and values in another way"):
             engine.load_adapter("new", file)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, Sampling, UsageError, VerificationError
-from edgetune_runtime.chat import messages_for, render
+from edgetune_runtime.text.chat import messages_for, render
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle

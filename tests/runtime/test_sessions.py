@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
-from edgetune_runtime.context import Job
+from edgetune_runtime.serving.context import Job
 
 ENGINES = ("gguf", "onnx")
 MESSAGES = ("turn on the light", "play music", "and in the hall")

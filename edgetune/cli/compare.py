@@ -1,0 +1,136 @@
+"""`edgetune compare RECIPE --task NAME --methods A,B --out DIR`: methods side by side, as tables on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from edgetune_runtime.errors import UsageError
+
+from .arguments import AsJson, Quiet, RecipePath, Settings, Targets, names_of, print_json, settings_of
+
+if TYPE_CHECKING:
+    from edgetune.compare.columns import Column
+    from edgetune.compare.comparison import Comparison
+    from edgetune.compare.sweep import Run
+
+ENGINES = ("local", "ray")
+# Columns of the widest table that fits where no terminal sets a width.
+WIDTH = 140
+
+
+def compare(
+    recipe: RecipePath,
+    *,
+    task: Annotated[str, typer.Option(metavar="NAME", help="The adapter of the recipe to try the methods on.")],
+    methods: Annotated[str, typer.Option(metavar="A,B", help="Methods, joined by commas.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where trials, tables and plots go.")],
+    ranks: Annotated[str | None, typer.Option(metavar="4,16", help="Ranks to try of methods that have one.")] = None,
+    targets: Targets = None,
+    settings: Settings = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows to score on (default: the task's validation rows).")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, metavar="N", help="Score at most N rows, spread evenly.")] = 100,
+    engine: Annotated[str, typer.Option(metavar="NAME", help="What runs the trials: local, or ray.")] = ENGINES[0],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare methods on one task.
+
+    Trains, exports and measures each method, on the device's engines too, and recommends one. A --set key that begins
+    with a method's name is for that method alone: --set lora.target_modules=q_proj, --set full.training.epochs=1. A
+    comparison that was stopped goes on where it was.
+    """
+    from edgetune.compare import sweep  # noqa: PLC0415 - help needs none of it
+    from edgetune.compare.grid import Request  # noqa: PLC0415
+    from edgetune.progress import Progress  # noqa: PLC0415
+
+    request = Request(
+        recipe=recipe,
+        task=task,
+        methods=names_of(methods),
+        out=out,
+        ranks=_ranks(ranks),
+        targets=None if targets is None else names_of(targets),
+        settings=settings_of(settings),
+        data=data,
+        rows=rows,
+    )
+    comparison = sweep.compare(request, _run(engine), Progress(quiet=quiet))
+    if as_json:
+        print_json(comparison.to_json())
+    else:
+        _print_tables(comparison, out)
+
+
+def _ranks(joined: str | None) -> list[int]:
+    try:
+        return [] if joined is None else [int(text) for text in names_of(joined)]
+    except ValueError as error:
+        raise UsageError(f"--ranks: {joined!r} are no whole numbers", "write them as --ranks 4,16") from error
+
+
+def _run(engine: str) -> Run:
+    if engine not in ENGINES:
+        raise UsageError(f"--engine: no engine {engine!r}", f"choose among: {', '.join(ENGINES)}")
+    if engine == "ray":
+        from edgetune.compare.ray_engine import run_on_ray  # noqa: PLC0415 - needs the extra ray
+
+        return run_on_ray
+    from edgetune.compare.process import run_here  # noqa: PLC0415 - help needs none of it
+
+    return run_here
+
+
+def _print_tables(comparison: Comparison, out: Path) -> None:
+    from edgetune.compare.columns import (  # noqa: PLC0415 - as above
+        ON_ENGINE,
+        PLACEMENTS,
+        TRAINING,
+        busy_notes,
+        engine_rows,
+        placement_rows,
+        training_rows,
+    )
+
+    _print_table(TRAINING, training_rows(comparison.outcomes))
+    _print_table(ON_ENGINE, engine_rows(comparison.outcomes))
+    placements = list(placement_rows(comparison.outcomes))
+    if placements:
+        _print_table(PLACEMENTS, placements)
+    for note in busy_notes(comparison.outcomes):
+        print(note)
+    chosen = comparison.recommended
+    if chosen is not None:
+        if chosen.undecided:
+            print(f"nothing can be recommended on the score: {chosen.undecided}")
+        print(f"recommended: {chosen.reason}")
+    print(out / "compare.html")
+
+
+def _print_table(columns: Sequence[Column], rows: Iterable[tuple[str, ...]]) -> None:
+    from rich import box  # noqa: PLC0415 - help needs no rich
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from edgetune.compare.columns import TEXT_COLUMNS  # noqa: PLC0415
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for column in columns:
+        table.add_column(column.title, justify="left" if column.title in TEXT_COLUMNS else "right")
+    reasons = []
+    for row in rows:
+        if len(row) == len(columns):
+            table.add_row(*row)
+        else:
+            reasons.append(row)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False, highlight=False)
+    console.print(table)
+    for row in reasons:
+        print(f"{', '.join(row[:-1])}: {row[-1]}")
+    if reasons:
+        print()

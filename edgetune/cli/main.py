@@ -1,0 +1,380 @@
+"""Command line in, data on standard output and progress on standard error out; the only module with exit codes.
+
+Commands import what they need when they run: help and `edgetune validate` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from edgetune_runtime.errors import UsageError
+
+from edgetune.failure import PROGRAM, drop_output, fail
+
+from . import compare as compare_cli
+from . import devices as devices_cli
+from .arguments import AsJson, Quiet, RecipePath, Settings, Targets, names_of, pairs_of, print_json, settings_of
+
+if TYPE_CHECKING:
+    from edgetune.evaluate import Evaluation
+    from edgetune.recipe.model import Recipe
+
+DEFAULT_RECIPE = Path("recipe.yaml")
+MAX_SHOWN = 300
+# Title, place in an adapter's figures, and form of each column of a build's table.
+COLUMNS = (
+    ("train loss", "train_loss", "{:.3f}"),
+    ("validation loss", "val_loss", "{:.3f}"),
+    ("overfit from step", "overfit_step", "{}"),
+    ("KL", "parity.kl", "{:.1e}"),
+    ("top-1", "parity.top1", "{:.1%}"),
+    ("MB", "mb", "{:.2f}"),
+    ("seconds", "seconds", "{:.1f}"),
+)
+
+app = typer.Typer(
+    help="One small adapter a task on one quantized base: from a recipe to a bundle that a small board runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.add_typer(devices_cli.app, name="devices")
+app.command()(compare_cli.compare)
+
+Converter = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="A llama.cpp checkout to convert the base with (default: fetched through pip)."),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(metavar="SCHEME", help="Quantization of the base (default: a .gguf file as it is, else q8_0)."),
+]
+
+Out = Annotated[Path | None, typer.Option(metavar="OUT", help="The bundle (default: build/ and its name).")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, or that of the error, which goes to standard error in one line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    command = typer.main.get_command(app)
+    try:
+        with warnings.catch_warnings():
+            if not debug and not sys.warnoptions:
+                # Libraries warn their callers of changes to come, and who runs a command cannot act on that.
+                warnings.simplefilter("ignore")
+            # Not command.main(): that ends the process by itself, with codes of its own.
+            with command.make_context(PROGRAM, [argument for argument in given if argument != "--debug"]) as context:
+                command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as end:
+        return end.exit_code
+    except BrokenPipeError:
+        drop_output()  # the reader has seen enough
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        return fail(error)
+    return 0
+
+
+def _print_version(*, wanted: bool) -> None:
+    if wanted:
+        print(f"{PROGRAM} {version(PROGRAM)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    _debug: Annotated[
+        bool, typer.Option("--debug", help="Show a traceback with an error; may stand anywhere in a command.")
+    ] = False,
+) -> None:
+    """Options of all commands; `main` takes --debug out before it comes here."""
+
+
+@app.command()
+def build(
+    recipe: RecipePath,
+    *,
+    out: Out = None,
+    as_json: AsJson = False,
+    settings: Settings = None,
+    base: Annotated[str | None, typer.Option(metavar="BASE", help="Another base than the recipe's.")] = None,
+    quantize: Quantize = None,
+    device: Annotated[str | None, typer.Option(metavar="BOARD", help="The board that the bundle must fit.")] = None,
+    targets: Targets = None,
+    epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the rows, for all adapters.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of all adapters.")] = None,
+    converter: Converter = None,
+    quiet: Quiet = False,
+) -> None:
+    """Build a recipe's bundle.
+
+    Trains its adapters, exports them with the base and checks that the bundle says what was trained. A build that was
+    stopped or killed goes on where it was.
+    """
+    from edgetune import pipeline  # noqa: PLC0415 - torch
+    from edgetune.progress import Progress  # noqa: PLC0415
+
+    texts = {"base": base, "quantize": quantize, "device": device}
+    # The recipe reads values as YAML, in which JSON's quotes keep a text as it is.
+    overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
+    if targets is not None:
+        overrides["targets"] = names_of(targets)
+    training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
+    loaded = _load(recipe, overrides | settings_of(settings), training)
+    result = pipeline.build(loaded, out or loaded.default_out, progress=Progress(quiet=quiet), converter=converter)
+    if result is not None:
+        _print_build(result.to_json(), as_json=as_json)
+
+
+@app.command()
+def export(
+    *,
+    base: Annotated[str, typer.Option(metavar="BASE", help="The base that the adapters were trained on.")],
+    adapters: Annotated[
+        list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="A folder that PEFT saved; repeatable.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="OUT", help="The bundle.")],
+    quantize: Quantize = None,
+    systems: Annotated[
+        list[str] | None,
+        typer.Option("--system", metavar="NAME=TEXT", help="System prompt of an adapter; repeatable."),
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Ship whole models with the adapters merged in.")] = False,
+    targets: Targets = None,
+    converter: Converter = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Bundle adapters trained elsewhere.
+
+    Takes folders that PEFT saved (through Unsloth, Axolotl, TRL …) of any method that `edgetune methods` lists, exports
+    them with their base and checks that the bundle says what was trained. The name of an adapter is that of its folder
+    unless given.
+    """
+    folders = _parse_adapters(adapters)
+    prompts = pairs_of(systems or (), "--system", "NAME=TEXT")
+    unknown = next((name for name in prompts if name not in folders), None)
+    if unknown is not None:
+        raise UsageError(f"--system: no adapter {unknown!r}", f"choose one of: {', '.join(folders)}")
+    from edgetune import pipeline  # noqa: PLC0415 - torch
+    from edgetune.progress import Progress  # noqa: PLC0415
+
+    result = pipeline.export_trained(
+        base,
+        folders,
+        out,
+        quantize=quantize,
+        systems=prompts,
+        merged=merged,
+        targets=_targets(targets),
+        progress=Progress(quiet=quiet),
+        converter=converter,
+    )
+    _print_build(result.to_json(), as_json=as_json)
+
+
+@app.command()
+def validate(
+    recipe: RecipePath,
+    *,
+    out: Out = None,
+    trial: Annotated[bool, typer.Option("--trial", help="Train ten steps to tell how long a build takes.")] = False,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a recipe and all it names.
+
+    Reads the base's header and all rows of the data, and sees whether the board can hold the bundle, and whether this
+    machine has the memory and the disk to build it.
+    """
+    from .validate import check  # noqa: PLC0415 - help needs none of it
+
+    loaded = _load(recipe, settings_of(settings), {})
+    found = check(loaded, out)
+    if trial:
+        from edgetune.progress import Progress  # noqa: PLC0415
+
+        from . import trial as time_trial  # noqa: PLC0415 - torch
+
+        found["trial"] = time_trial.run(loaded, out or loaded.default_out, Progress(quiet=as_json))
+    if as_json:
+        print_json(found)
+        return
+    adapters = found.pop("adapters")
+    warnings = [("warning", text) for text in (found["needs"] or {}).get("warnings", ())]
+    for key, value in (*found.items(), *warnings):
+        text = value["summary"] if isinstance(value, dict) else value
+        print(f"{key:<14}{text if text is not None else '-'}")
+    for name, adapter in adapters.items():
+        print(f"{'adapter':<14}{name}: {', '.join(f'{key} {value}' for key, value in adapter.items())}")
+
+
+@app.command("methods")
+def list_methods(*, as_json: AsJson = False) -> None:
+    """List the ways of tuning.
+
+    Tells what each becomes in the formats (a product of low rank, a prefix, tensors or a merged model; - is refused)
+    and when to take it. --json has the options too.
+    """
+    from .methods import describe, names, table  # noqa: PLC0415 - numpy and the formats
+
+    if as_json:
+        print_json({name: describe(name) for name in names()})
+        return
+    print("\n".join(table()))
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write it.")] = DEFAULT_RECIPE) -> None:
+    """Write a recipe with comments to start from."""
+    from edgetune.recipe.model import TEMPLATE  # noqa: PLC0415 - help needs no pydantic
+
+    target = path / DEFAULT_RECIPE if path.is_dir() else path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE)
+    except FileExistsError as error:
+        raise UsageError(f"{target} exists already", "name another file") from error
+    print(target)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from edgetune.recipe.model import json_schema  # noqa: PLC0415 - help needs no pydantic
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    *,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Rows as in the training data: .jsonl, .csv, or a hub id.")],
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The adapter to score (default: the plain base).")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Score N rows, spread evenly over the file.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, metavar="N", help="Wrong rows to show without --json.")] = 3,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What runs the bundle: gguf or onnx (default: its first format).")
+    ] = None,
+    kv: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Keep keys and values as f16 (default) or q8_0; gguf alone.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a bundle's adapter on data.
+
+    Rows are answered through the runtime, as on the board, and scored by the metric of the adapter's task.
+    """
+    from edgetune.evaluate import evaluate as run  # noqa: PLC0415 - numpy and the engine
+    from edgetune.progress import Progress  # noqa: PLC0415
+
+    result = run(bundle, adapter, data, limit=limit, engine=engine, kv=kv, progress=Progress(quiet=quiet))
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _print_evaluation(result, show)
+
+
+def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any]) -> Recipe:
+    """The recipe with the flags over it; `training` holds for all adapters, those with their own value too."""
+    from edgetune.recipe.model import load_recipe  # noqa: PLC0415 - help needs no pydantic
+
+    changes = {**{f"training.{key}": value for key, value in training.items()}, **overrides}
+    recipe = load_recipe(path, changes)
+    own = {
+        f"adapters.{name}.training.{key}": value
+        for name, spec in recipe.adapters.items()
+        for key, value in training.items()
+        if key in spec.training.model_fields_set
+    }
+    return load_recipe(path, {**own, **changes}) if own else recipe
+
+
+def _targets(joined: str | None) -> tuple[str, ...]:
+    from edgetune.recipe.parts import TARGETS  # noqa: PLC0415 - help needs no pydantic
+
+    names = tuple(dict.fromkeys(names_of(joined))) if joined is not None else TARGETS[:1]
+    for name in names:
+        if name not in TARGETS:
+            raise UsageError(f"--targets: no format {name!r}", f"choose among: {', '.join(TARGETS)}")
+    return names
+
+
+def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
+    from edgetune.recipe.parts import NAME_PATTERN  # noqa: PLC0415 - help needs no pydantic
+
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, given, folder = text.partition("=")
+        if not given or Path(text).is_dir():
+            name, folder = Path(text).resolve().name, text
+        if not NAME_PATTERN.fullmatch(name):
+            message = f"--adapter {text!r}: the name {name!r} must be of a-z, 0-9, _ and -"
+            raise UsageError(message, "write --adapter NAME=DIR")
+        if name in folders:
+            raise UsageError(f"--adapter {text!r}: the name {name!r} is there twice", "write --adapter NAME=DIR")
+        folders[name] = Path(folder)
+    return folders
+
+
+def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    from rich import box  # noqa: PLC0415 - help needs no rich
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("adapter")
+    for title, _, _ in COLUMNS:
+        table.add_column(title, justify="right")
+    for name, figures in result["adapters"].items():
+        values = {**figures, "mb": figures["bytes"] / 1e6}
+        table.add_row(name, *(_cell(values, place, form) for _, place, form in COLUMNS))
+    # Where no terminal sets a width, nothing is cut.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print(result["bundle"])
+
+
+def _cell(values: Any, place: str, form: str) -> str:  # noqa: ANN401 - JSON values
+    for key in place.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return "-" if values is None else form.format(values)
+
+
+def _print_evaluation(result: Evaluation, show: int) -> None:
+    left_out = f", {result.too_long} more too long" if result.too_long else ""
+    print(f"{result.metric} {result.score:.4g} on {result.rows} rows{left_out}")
+    wrong = [] if result.metric == "perplexity" else [row for row in result.details if row.score < 1]
+    for row in sorted(wrong, key=lambda row: row.score)[:show]:
+        print(f"\n{row.where}: score {row.score:.2f}")
+        for name, text in (("prompt", row.prompt), ("expected", row.reference), ("answered", row.answer)):
+            print(f"  {name:<10}{_shortened(text)}")
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 1]}…"

@@ -1,0 +1,54 @@
+"""Recipe in, about how long its trainings take on this machine out: ten steps of the first one are run as a trial."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from edgetune_runtime.bundle import CLASSIFICATION
+from edgetune_runtime.errors import UsageError
+
+from edgetune import bases
+from edgetune.methods.common.peft import ALL_LINEAR
+from edgetune.methods.lora import LoraOptions
+from edgetune.objectives.example import Example
+from edgetune.pipeline import base_of, jobs_of
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.tasks import read_task
+from edgetune.training.duration import TRIAL_STEPS, duration, tokens_left
+from edgetune.training.job import Job
+from edgetune.training.jobs import train_all
+from edgetune.training.loop import VALIDATION_ROWS
+
+
+def run(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
+    """The speed of the first adapter's training in tokens/s, and the seconds that all adapters take at it.
+
+    A `summary` says the same. A base that has to be converted or quantized is kept in `<out>.work`, where a build of
+    `out` finds it; else nothing is left. Raises what a build raises, and UsageError for an encoder.
+    """
+    if recipe.task == CLASSIFICATION:
+        raise UsageError(f"--trial is for bases that write text, not for task {CLASSIFICATION}", "leave it out")
+    tasks = [read_task(name, recipe) for name in recipe.adapters]
+    base, recipe = base_of(recipe, out.with_name(f"{out.name}.work"), progress, None)
+    jobs = jobs_of(tasks, base, recipe.context_length, progress)
+    with TemporaryDirectory() as folder:
+        load = partial(bases.load_torch, base)
+        result = train_all([_short(jobs[0])], base.name, load, Path(folder), progress, plots=False)[jobs[0].name]
+    left = sum(tokens_left(job.train, job.validation[:VALIDATION_ROWS], job.training) for job in jobs)
+    seconds = left / result.tokens_per_s
+    summary = f"training takes about {duration(seconds)} at the {result.tokens_per_s:.0f} tokens/s of {jobs[0].name}"
+    return {"summary": summary, "tokens_per_s": round(result.tokens_per_s, 1), "training_s": round(seconds)}
+
+
+def _short(job: Job[Example]) -> Job[Example]:
+    """The first steps of a training."""
+    options = job.options
+    if isinstance(options, LoraOptions) and options.is_auto:
+        options = options.placed(ALL_LINEAR, options.r)
+    training = job.training.model_copy(update={"max_steps": TRIAL_STEPS, "evals": 1, "patience": None})
+    return replace(job, options=options, training=training, validation=job.validation[:1])

@@ -1,0 +1,39 @@
+"""A finished comparison: the outcome of each trial, and what is recommended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .figures import Outcome
+from .recommend import Recommendation
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcomes of a task's trials, the best score first, and the recommended one; `rows` were scored."""
+
+    task: str
+    base: str
+    metric: str
+    rows: int
+    outcomes: Sequence[Outcome]
+    recommended: Recommendation | None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints, and compare.json holds.
+
+        `undecided` says why nothing can be recommended on the score, else null; `recommended` is then the smallest.
+        """
+        return {
+            "task": self.task,
+            "base": self.base,
+            "metric": self.metric,
+            "rows": self.rows,
+            "trials": [outcome.to_json() for outcome in self.outcomes],
+            "recommended": self.recommended and self.recommended.name,
+            "target": self.recommended and self.recommended.target,
+            "reason": self.recommended and self.recommended.reason,
+            "undecided": (self.recommended and self.recommended.undecided) or None,
+        }

@@ -1,0 +1,1 @@
+"""Continued pretraining of a base on texts of a domain."""

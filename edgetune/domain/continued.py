@@ -1,0 +1,230 @@
+"""Base and plain text in, the base continued on that text out: a GGUF file that all else is then made for.
+
+It is as if two builds followed each other, the second with the first one's result as its base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from edgetune_export import backends
+from edgetune_export.adapters.shapes import Floats, Merged
+from edgetune_export.backends.base import Source, Weights
+from edgetune_export.backends.gguf import backend as gguf
+from edgetune_export.backends.gguf.quantize import quantize_rows
+from edgetune_runtime import engines
+from edgetune_runtime.atomic import replacing
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.engines.base import Engine, log_total
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.formats.gguf_file import GgufHeader, describe_quantization, read_header
+
+from edgetune import bases, methods
+from edgetune.bases import Base
+from edgetune.evaluate import spread
+from edgetune.objectives.example import Example
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import DomainSpec
+from edgetune.shipping.verify import logits_of
+from edgetune.training.job import Job, TrainResult
+from edgetune.training.loop import processes
+
+from .texts import Texts, split_windows, window_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "domain"
+"""Of the training, and of its folder."""
+# Perplexity is measured on windows of about so many tokens in all, spread over the validation text.
+MEASURED_TOKENS = 65536
+# Windows of the training text that weights are rounded to, where the method takes such.
+CALIBRATION_WINDOWS = 16
+# Nats a token beyond which the exponential is no number any more.
+_MOST_NATS = 700.0
+# An engine gives the logits of so many tokens at a time.
+_ROWS = 64
+
+TrainAll = Callable[[Sequence[Job[Any]]], Mapping[str, TrainResult]]
+"""Trains all jobs and keeps what is done, as `pipeline.train_all` does."""
+Rows = Callable[[list[int]], Iterable[Floats]]
+"""Tokens to the logits after each."""
+
+
+def continued(recipe: Recipe, texts: Texts, base: Base, work: Path, *, train_all: TrainAll, progress: Progress) -> Base:
+    """The base continued on the texts as the recipe's domain says, at the base's own quantization.
+
+    The training lies in `work/domain` and the file in `work/domain/base`; what is done already is not done again. All
+    processes of a launcher call it. Raises UsageError, before any training, for texts or windows that cannot be,
+    IncompatibleError for a base of a type that cannot be written, and what training raises.
+    """
+    assert recipe.domain is not None
+    _check_writable(base.header)
+    job = _job(recipe, recipe.domain, texts, base)
+    progress.say(f"{NAME}: {len(job.train)} windows to learn, {len(job.validation)} for validation")
+    stage = _Stage(recipe, base, job, train_all([job])[NAME], work / NAME, progress)
+    with processes().main_process_first():
+        figures = stage.known() or stage.make()
+    return stage.base(figures)
+
+
+def _check_writable(header: GgufHeader) -> None:
+    """IncompatibleError when weights of the base are of a type that nothing can be written in."""
+    for ggml_type, columns in {(tensor.ggml_type, tensor.shape[0]) for tensor in header.tensors.values()}:
+        quantize_rows(np.zeros((1, columns), np.float32), ggml_type)
+
+
+def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Job[Example]:
+    kind, training = methods.load(spec.method.name), recipe.training.under(spec.training)
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        length = window_of(recipe, base.header)
+        train, validation = split_windows(texts, tokenizer, length, spec.data.held_out)
+        options = kind.prepared(spec.method.options, tokenizer, (*train, *validation))
+    tokens = sum(len(window.tokens) for window in validation)
+    validation = list(spread(validation, math.ceil(len(validation) * min(1.0, MEASURED_TOKENS / tokens))))
+    state = [base.fingerprint, spec.method.model_dump(mode="json"), training.model_dump(mode="json")]
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    for window in (*train, *validation):
+        digest.update(repr(window.tokens).encode())
+    return Job(NAME, kind, options, training, train, validation, digest.hexdigest(), kind.objective(options))
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A finished training in its `folder`, from which the continued base is written and measured."""
+
+    recipe: Recipe
+    source: Base
+    job: Job[Example]
+    result: TrainResult
+    folder: Path
+    progress: Progress
+
+    @property
+    def path(self) -> Path:
+        """The continued base."""
+        return self.folder / "base" / f"{NAME}-{self.source.path.name}"
+
+    @property
+    def key(self) -> str:
+        """Stands for all that the figures depend on."""
+        state = [self.job.key, self.recipe.targets, self.recipe.onnx.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+    def base(self, figures: Mapping[str, Any]) -> Base:
+        """The continued base as all else takes it."""
+        return Base(self.source.name, self.path, sha256_of(self.path), read_header(self.path), figures)
+
+    def known(self) -> dict[str, Any] | None:
+        """The figures of a base that was made already."""
+        try:
+            known = json.loads((self.folder / "figures.json").read_text(encoding="utf-8"))
+            is_whole = known["key"] == self.key and known["sha256"] == sha256_of(self.path)
+            return dict(known["figures"]) if is_whole else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def make(self) -> dict[str, Any]:
+        """Write the base, measure it, and keep its figures."""
+        model = bases.load_torch(self.source, torch.float32)
+        checkpoint = methods.Checkpoint(NAME, self.folder / "adapter", model, self.job.options)
+        self._write(checkpoint)
+        self.progress.say(f"{NAME}: measuring perplexity before and after")
+        with self.job.method.loaded(checkpoint) as tuned:
+            trained = _perplexity(logits_of(tuned), self.job.validation)
+        before = self._on_engines(self.source, model)
+        made = self.base({})
+        after = self._on_engines(made, bases.load_torch(made, torch.float32))
+        self._require_finite(after)
+        self._tell(before, trained, after)
+        figures = {
+            "method": self.job.method.name,
+            "base_fingerprint": self.source.fingerprint,
+            **{key: value for key, value in asdict(self.result).items() if key != "history"},
+            "perplexity": {"before": before, "trained": trained, "after": after},
+            "lost_by_rounding": {target: value / trained - 1 for target, value in after.items()},
+            "measured_tokens": sum(len(window.tokens) - 1 for window in self.job.validation),
+        }
+        with replacing(self.folder / "figures.json") as path:
+            known = {"key": self.key, "sha256": made.fingerprint, "figures": figures}
+            path.write_text(json.dumps(known, indent=2), encoding="utf-8")
+        return figures
+
+    def _write(self, checkpoint: methods.Checkpoint) -> None:
+        self.progress.say(f"{NAME}: writing the continued base")
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+        self.path.parent.mkdir(parents=True)
+        folded = self.job.method.fold(checkpoint, Merged.shape)
+        assert isinstance(folded, Merged)
+        gguf.write_merged(folded, Source(self.source.path, self.source.fingerprint, checkpoint.base), self.path)
+
+    def _on_engines(self, base: Base, model: PreTrainedModel) -> dict[str, float]:
+        """Perplexity of a plain base in each of the recipe's formats, by the runtime's engines."""
+        length = max(len(window.tokens) for window in self.job.validation)
+        rows = tuple(window.tokens for window in self.job.train[:CALIBRATION_WINDOWS])
+        weights = Weights(self.recipe.onnx.weights, self.recipe.onnx.method, rows)
+        found: dict[str, float] = {}
+        for target in self.recipe.targets:
+            with TemporaryDirectory(dir=self.folder) as name:
+                source = Source(base.path, base.fingerprint, model, Path(name) / "way", weights)
+                path = backends.load(target).write_base(source, Path(name), ())
+                made = engines.load(target)
+                with closing(made(path, context_length=length)) as engine:
+                    found[target] = _perplexity(_rows_of(engine), self.job.validation)
+        return found
+
+    def _require_finite(self, after: Mapping[str, float]) -> None:
+        for target, value in after.items():
+            if not math.isfinite(value):
+                message = f"the continued base gives no numbers in {target}: its weights are too large"
+                raise VerificationError(message, "lower domain.training.learning_rate")
+
+    def _tell(self, before: Mapping[str, float], trained: float, after: Mapping[str, float]) -> None:
+        held = describe_quantization(self.source.header)
+        for target, was in before.items():
+            told = f"perplexity {was:.2f} before, {after[target]:.2f} after in {target}"
+            self.progress.say(f"{NAME}: {told}, {trained:.2f} before it was rounded to {held}")
+            if after[target] >= was:
+                why = why_worse(was, trained, held)
+                self.progress.say(f"  warning: {NAME}: the continued base is no better in {target}: {why}")
+
+
+def why_worse(before: float, trained: float, quantization: str) -> str:
+    """Why a continued base is no better than it was, and the remedy, by its perplexity before it was rounded."""
+    if trained < before:
+        return f"rounding to {quantization} takes more than was learned; quantize less, such as quantize: q8_0"
+    return "the training made it no better; lower domain.training.learning_rate, or give more text of the kind"
+
+
+def _perplexity(rows_of: Rows, windows: Sequence[Example]) -> float:
+    """Of the learned tokens of all windows, given the logits after each token; infinite where it is beyond numbers."""
+    nats = math.fsum(
+        log_total(row) - float(row[target])
+        for window in windows
+        for row, target in zip(rows_of(list(window.tokens)), window.tokens[1:], strict=False)
+    )
+    mean = nats / sum(len(window.tokens) - 1 for window in windows)
+    return math.exp(mean) if mean < _MOST_NATS else math.inf
+
+
+def _rows_of(engine: Engine) -> Rows:
+    def rows(tokens: list[int]) -> Iterator[Floats]:
+        engine.forget(0)
+        for start, end in pairwise((*range(0, len(tokens), _ROWS), len(tokens))):
+            yield from engine.decode_all(tokens[start:end])
+
+    return rows

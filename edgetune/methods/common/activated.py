@@ -1,0 +1,91 @@
+"""Rows with invocation tokens in, their loss under an activated LoRA out: the gate, token by token in packed rows.
+
+PEFT's own gate takes each row of a batch for one text. In a packed sequence it is put where the rows' own tokens are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from edgetune_runtime.states.activation import start_of
+
+from edgetune.objectives.example import Example
+from edgetune.objectives.next_token import NextToken
+from edgetune.objectives.packing import Packed, pack, shared_length
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class Activated(Packed):
+    """Packed rows; `active` [1, n] is True for the tokens that the adapter acts on."""
+
+    active: torch.Tensor
+
+
+class ActivatedNextToken(NextToken):
+    """Each learned token that the adapter acts on is predicted from those before it."""
+
+    def __init__(self, invocation: Sequence[int]) -> None:
+        self.invocation = tuple(invocation)
+
+    def learned(self, row: Example) -> int:
+        """The learned tokens that are predicted by a token that the adapter acts on."""
+        return sum(self._behind(row).learned)
+
+    def batch(self, rows: Sequence[Example]) -> Activated:
+        """The rows behind one another; they share nothing that the adapter acts on in one of them."""
+        starts = [start_of(row.tokens, self.invocation) for row in rows]
+        shared = min(shared_length(rows), *starts)
+        packed = pack([self._behind(row) for row in rows], shared)
+        active = [False] * shared
+        for row, start in zip(rows, starts, strict=True):
+            active += [position >= start for position in range(shared, len(row.tokens))]
+        return Activated(**{f.name: getattr(packed, f.name) for f in fields(packed)}, active=torch.tensor([active]))
+
+    def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Packed) -> torch.Tensor:
+        """Cross entropy, with logits only where there is loss."""
+        assert isinstance(batch, Activated)
+        model.packed_gate.active = batch.active
+        return super().loss(forward, model, batch)
+
+    def _behind(self, row: Example) -> Example:
+        """The row without what is learned before the adapter acts, which no training of it changes."""
+        start = start_of(row.tokens, self.invocation)
+        return replace(row, learned=tuple(on and i > start for i, on in enumerate(row.learned)))
+
+
+class PackedGate:
+    """Takes the place of PEFT's variant of a layer in training: `active` [1, n] says which tokens of the pass are.
+
+    PEFT hands them to its layers for the forward pass alone, where activation checkpointing runs layers again later.
+    """
+
+    active: torch.Tensor
+
+    def forward(
+        self,
+        module: Any,  # noqa: ANN401 - PEFT carries no types
+        active_adapter: str,
+        x: torch.Tensor,
+        result: torch.Tensor,
+        **_kwargs: object,
+    ) -> torch.Tensor:
+        """The base's `result` [1, n, rows] with the update added to the active tokens."""
+        inputs = module.lora_dropout[active_adapter](x[self.active])
+        added = module.lora_B[active_adapter](module.lora_A[active_adapter](inputs)) * module.scaling[active_adapter]
+        return result.index_put((self.active,), added.to(result.dtype), accumulate=True)
+
+
+def gate(model: PeftModel) -> None:
+    """Let the layers of `model` take the active tokens from its `packed_gate`."""
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415 - slow to import
+
+    model.packed_gate = PackedGate()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_variant.update(dict.fromkeys(module.lora_variant, model.packed_gate))

@@ -1,0 +1,53 @@
+"""Methods whose change of the weights is no product of low rank: merged, or cut to one where the recipe allows it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from edgetune_export.adapters.factor import truncated
+from edgetune_export.adapters.shapes import Floats, Folded, Merged
+from pydantic import Field
+
+from .base import Checkpoint
+from .peft import PeftMethod, TargetOptions, base_weight, merged_weight, merged_weights, peft_model, tuned_layers
+
+GUESSED_RANK = 64
+
+
+class DenseOptions(TargetOptions):
+    """Options of methods that no product of low rank expresses."""
+
+    max_error: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Ship an adapter of low rank that leaves out at most this share of what was trained (0.1: 10 % of "
+        "the change's norm); null ships a whole model.",
+    )
+
+
+class DenseMethod(PeftMethod[Any]):
+    """A method of PEFT's that can only be merged exactly."""
+
+    def shapes(self, options: DenseOptions) -> tuple[str, ...]:
+        """A whole model, unless `max_error` allows a product of low rank."""
+        return ("merged",) if options.max_error is None else ("low_rank", "merged")
+
+    def shipped_rank(self, options: DenseOptions) -> int:
+        """A guess, as only the trained change tells."""
+        return 0 if options.max_error is None else GUESSED_RANK
+
+    def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
+        """The merged weights, or the truncated change of each layer's."""
+        with peft_model(checkpoint) as model:
+            layers = dict(tuned_layers(model))
+        if shape == "merged":
+            return Merged(checkpoint.name, self.name, merged_weights(layers))
+        assert isinstance(checkpoint.options, DenseOptions) and checkpoint.options.max_error is not None
+        changes = {module: partial(_change, layer) for module, layer in layers.items()}
+        return truncated(checkpoint.name, self.name, changes, checkpoint.options.max_error)
+
+
+def _change(layer: Any) -> Floats:  # noqa: ANN401 - PEFT carries no types
+    return merged_weight(layer) - base_weight(layer)

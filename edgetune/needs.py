@@ -1,0 +1,313 @@
+"""What a build takes of this machine, memory and disk, told before any work and refused where it cannot be. No torch.
+
+Sizes follow from the base's header and the recipe alone; MB are 10^6 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune_devices import fit
+from edgetune_runtime.bundle import CLASSIFICATION
+from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.threads import machine
+
+from . import bases, methods
+from .data import Row
+from .folder_header import predict_header
+from .methods.common.peft import ALL_LINEAR, TargetOptions
+from .methods.lora import AUTO
+from .recipe.model import Recipe
+from .recipe.parts import AdapterSpec, Training
+from .targets import shapes_in
+from .tasks import Task
+from .training.memory import BaseShape, training_need
+
+# Python with torch, transformers and the engines loaded, and with the process beside it that makes an ONNX graph: what
+# builds of 135M and 506M parameters took beyond the base in float32.
+_PROCESS_MB = 700.0
+_ONNX_PROCESS_MB = 1250.0
+_FLOAT = 4
+# Characters of a row for each of its tokens, at the least that texts in one language have.
+_CHARACTERS = 3
+# In a training's saved state: the parameter, its best value and two moments; an old state stays until the new is whole.
+_STATE_BYTES = 2 * 4 * _FLOAT
+_ADAPTER_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
+# An ONNX graph against the GGUF file of the same blocks, and its adapter slots, in which projections are packed.
+_ONNX_BASE = 1.15
+_ONNX_ADAPTER = 1.25
+
+
+@dataclass(frozen=True)
+class BuildNeeds:
+    """What a build takes, in 10^6 bytes.
+
+    Memory: `training_mb` and `export_mb`; `least_training_mb` where forward passes must be as small as can be;
+    `weights_mb` is the base in float32 alone, without which nothing can be exported.
+
+    Disk: `disk_mb` is all that is there at a time while `bundle_mb` of it are made, `least_disk_mb` what cannot be done
+    without, `onnx_mb` the part of the bundle that the format onnx adds.
+    """
+
+    parameters: int
+    weights_mb: float
+    training_mb: float
+    least_training_mb: float
+    export_mb: float
+    bundle_mb: float
+    disk_mb: float
+    least_disk_mb: float
+    onnx_mb: float
+
+    @property
+    def memory_mb(self) -> float:
+        """The most memory that a part of the build takes."""
+        return max(self.training_mb, self.export_mb)
+
+    @property
+    def least_memory_mb(self) -> float:
+        """The same where forward passes must be as small as can be."""
+        return max(self.least_training_mb, self.export_mb)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What this machine has left in 10^6 bytes: memory (None where it does not tell), and the disk of `folder`.
+
+    Of the disk, what an earlier build of the same bundle left in its work folder counts as free: it is used again.
+    """
+
+    folder: Path
+    memory_mb: float | None
+    disk_mb: float
+
+
+def told(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader | None, out: Path) -> dict[str, Any] | None:
+    """What building `out` takes and what there is, as JSON values: whole MB, a `summary`, and `warnings`.
+
+    None without a header. Raises OutOfSpaceError or IncompatibleError, with what would fit instead, where it surely
+    cannot be built.
+    """
+    if header is None:
+        return None
+    needs, room = of_recipe(recipe, tasks, header), room_for(out)
+    warnings = check(recipe, needs, room)
+    figures = {
+        "memory_mb": needs.memory_mb,
+        **asdict(needs),
+        "free_memory_mb": room.memory_mb,
+        "free_disk_mb": room.disk_mb,
+    }
+    whole = {key: None if value is None else math.ceil(value) for key, value in figures.items()}
+    return {"summary": describe(needs, room), **whole, "warnings": warnings}
+
+
+def of_recipe(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> BuildNeeds:
+    """What building `recipe` with these tasks on the base of this header takes, at most about."""
+    parameters = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+    whole_mb = parameters * _FLOAT / 1e6
+    bundle, onnx_mb = _bundle_mb(recipe, header)
+    trained = [_trainable(spec, header, parameters) for spec in recipe.adapters.values()]
+    requantized = bases.requantizes(recipe)
+    base_mb = _base_bytes(recipe, header) / 1e6
+    # In the work folder: a base of its own, one continued on text, and what was trained.
+    kept = base_mb * (requantized + (recipe.domain is not None)) + sum(trained) * _FLOAT / 1e6
+    staged = bundle - base_mb * ("gguf" in recipe.targets)
+    at_a_time = (max(trained, default=0) * _STATE_BYTES / 1e6, staged + bundle)
+    least_mb, training_mb = _training_mb(recipe, tasks, header)
+    # A graph in float32 is a copy of the base.
+    copies = 2 if "onnx" in recipe.targets and recipe.onnx.weights == "fp32" else 1
+    return BuildNeeds(
+        parameters=parameters,
+        weights_mb=whole_mb,
+        training_mb=training_mb,
+        least_training_mb=least_mb,
+        export_mb=(_ONNX_PROCESS_MB if "onnx" in recipe.targets else _PROCESS_MB) + copies * whole_mb,
+        bundle_mb=bundle,
+        disk_mb=kept + max(at_a_time),
+        least_disk_mb=staged + bundle,
+        onnx_mb=onnx_mb,
+    )
+
+
+def room_for(out: Path) -> Room:
+    """What this machine has left for a build of the bundle `out`, which need not be there yet."""
+    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
+    work = out.with_name(f"{out.name}.work")
+    left = sum(path.stat().st_size for path in _files(work))
+    return Room(folder, machine.free_mb(), (shutil.disk_usage(folder).free + left) / 1e6)
+
+
+def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
+    """Warnings where memory or disk may be too small for `needs`, each with what to do about it.
+
+    Raises OutOfSpaceError, IncompatibleError or UsageError, with what would fit instead, where they surely are.
+    """
+    _refuse_disk(recipe, needs, room)
+    warnings = []
+    if room.disk_mb < needs.disk_mb:
+        what = f"building takes up to {_mb(needs.disk_mb)} of disk, and {room.folder} has {_mb(room.disk_mb)} free"
+        warnings.append(f"{what}; {_disk_remedy(recipe, needs, needs.disk_mb - room.disk_mb)}")
+    limit_mb = recipe.training.memory_mb
+    if limit_mb is not None and limit_mb < needs.least_training_mb:
+        warnings.append(_refused_limit(limit_mb, needs))
+    if room.memory_mb is None:
+        return warnings
+    if room.memory_mb < needs.weights_mb:
+        message = (
+            f"base {recipe.base!r} of {needs.parameters / 1e6:,.0f}M parameters takes at least {_mb(needs.weights_mb)} "
+            f"of memory in float32, and {_mb(room.memory_mb)} are free"
+        )
+        raise IncompatibleError(message, _memory_remedy(room.memory_mb))
+    if room.memory_mb < needs.least_memory_mb:
+        part = "training" if needs.least_training_mb >= needs.export_mb else "export"
+        what = f"{part} takes about {_mb(needs.least_memory_mb)} of memory, and {_mb(room.memory_mb)} are free"
+        warnings.append(f"{what}; {_memory_remedy(room.memory_mb)}")
+    return warnings
+
+
+def describe(needs: BuildNeeds, room: Room) -> str:
+    """Needs beside what there is, in one line."""
+    free = "" if room.memory_mb is None else f" ({_mb(room.memory_mb)} free)"
+    less = ""
+    if needs.least_training_mb < needs.training_mb:
+        less = f" ({_mb(needs.least_training_mb)} with the smallest forward passes)"
+    return (
+        f"memory about {_mb(needs.training_mb)} for training{less} and {_mb(needs.export_mb)} for export{free}; "
+        f"disk up to {_mb(needs.disk_mb)}, the bundle {_mb(needs.bundle_mb)} of it ({_mb(room.disk_mb)} free)"
+    )
+
+
+def header_of(recipe: Recipe) -> GgufHeader | None:
+    """The header to work out the needs by, that of a folder being predicted; reads no weights and downloads nothing.
+
+    None where the base must be downloaded first, and for encoders, which are small. Raises what `bases.describe` does.
+    """
+    if recipe.task == CLASSIFICATION:
+        return None
+    header = bases.describe(recipe)
+    if header is not None or not bases.is_at_hand(recipe.base, recipe.folder):
+        return header
+    return predict_header(bases.locate(recipe.base, recipe.folder))
+
+
+def _refused_limit(limit_mb: int, needs: BuildNeeds) -> str:
+    """A warning of a limit that training hardly fits within; raises UsageError where the weights alone do not."""
+    what = f"training.memory_mb is {limit_mb:,}, and training takes at least about {_mb(needs.least_training_mb)}"
+    remedy = f"set it to {math.ceil(needs.least_training_mb):,} or more, or leave it out"
+    # Weights in bf16 take half.
+    if limit_mb < needs.weights_mb / 2:
+        raise UsageError(what, remedy)
+    return f"{what}; {remedy}"
+
+
+def _refuse_disk(recipe: Recipe, needs: BuildNeeds, room: Room) -> None:
+    if room.disk_mb >= needs.least_disk_mb:
+        return
+    message = (
+        f"building takes at least {_mb(needs.least_disk_mb)} of disk, and {room.folder} has {_mb(room.disk_mb)} free"
+    )
+    raise OutOfSpaceError(message, _disk_remedy(recipe, needs, needs.least_disk_mb - room.disk_mb))
+
+
+def _disk_remedy(recipe: Recipe, needs: BuildNeeds, missing_mb: float) -> str:
+    less = ""
+    if "onnx" in recipe.targets and len(recipe.targets) > 1:
+        less = f", or build targets: [gguf] alone, whose bundle is {_mb(needs.onnx_mb)} smaller"
+    return f"free {_mb(math.ceil(missing_mb))} or choose another --out{less}"
+
+
+def _memory_remedy(free_mb: float) -> str:
+    most = (free_mb - _PROCESS_MB) * 1e6 / _FLOAT / 1e6
+    fits = f", or choose a base of at most {most:,.0f}M parameters" if most >= 1 else ""
+    return f"close other programs{fits}"
+
+
+def _training_mb(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> tuple[float, float]:
+    """The memory of the largest training: with forward passes as small as can be, and as large as is of use."""
+    shape = BaseShape.of_header(header)
+    needs = [
+        training_need(
+            shape,
+            methods.load(task.spec.method.name),
+            task.spec.method.options,
+            longest_row=min(recipe.context_length, max(lengths)),
+            batch_tokens=math.ceil(sum(lengths) / len(lengths) * task.training.batch_size),
+            precision=_precision(task.training),
+        )
+        for task in tasks
+        if (lengths := [_tokens(row, task.spec.system) for row in task.train])
+    ]
+    if recipe.domain is not None:
+        window, training = recipe.domain.window or recipe.context_length, recipe.training.under(recipe.domain.training)
+        method = recipe.domain.method
+        sizes = {"longest_row": window, "batch_tokens": window * training.batch_size}
+        kind = methods.load(method.name)
+        needs.append(training_need(shape, kind, method.options, **sizes, precision=_precision(training)))
+    least_mb, most_mb = max(need.least_mb for need in needs), max(need.planned_mb for need in needs)
+    limit_mb = recipe.training.memory_mb
+    return least_mb, most_mb if limit_mb is None else max(least_mb, min(most_mb, limit_mb))
+
+
+def _precision(training: Training) -> str:
+    """`fp32` unless the recipe says otherwise: what the hardware multiplies fast is for torch to tell."""
+    return "bf16" if training.precision == "bf16" else "fp32"
+
+
+def _tokens(row: Row, system: str | None) -> int:
+    """About how many tokens a row has, rather too many."""
+    texts = (system, row.text, row.completion, *(message["content"] for message in row.messages or ()))
+    return math.ceil(sum(len(text) for text in texts if text) / _CHARACTERS)
+
+
+def _bundle_mb(recipe: Recipe, header: GgufHeader) -> tuple[float, float]:
+    """The size of the bundle, and of what the format onnx adds to it."""
+    base_bytes = _base_bytes(recipe, header)
+    parameters = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+    by_target = dict.fromkeys(recipe.targets, 0.0)
+    for target in recipe.targets:
+        is_gguf = target == "gguf"
+        fp32 = recipe.onnx.weights == "fp32" and not is_gguf
+        by_target[target] += parameters * _FLOAT if fp32 else base_bytes * (1 if is_gguf else _ONNX_BASE)
+        for spec in recipe.adapters.values():
+            shape = shapes_in((target,), spec.method.name, spec.method.options, merged=spec.merged)[target]
+            if shape == "merged":
+                by_target[target] += parameters * (_FLOAT if fp32 else 34 / 32)
+            elif shape == "low_rank":
+                dtype = spec.dtype if is_gguf else spec.onnx_dtype
+                factor = 1.0 if is_gguf else _ONNX_ADAPTER
+                by_target[target] += _trainable(spec, header, parameters) * _ADAPTER_BYTES[dtype] * factor
+    return sum(by_target.values()) / 1e6, by_target.get("onnx", 0.0) / 1e6
+
+
+def _base_bytes(recipe: Recipe, header: GgufHeader) -> int:
+    """The size of the base's GGUF file in the bundle; its board may pick a smaller one."""
+    scheme = (recipe.quantize or bases.DEFAULT_QUANTIZATION) if bases.requantizes(recipe) else None
+    return fit.needs_of_header(header, context_length=recipe.context_length, scheme=scheme).base_bytes
+
+
+def _trainable(spec: AdapterSpec, header: GgufHeader, parameters: int) -> int:
+    """About how many parameters an adapter trains; 0 for those that are next to nothing beside a base."""
+    method, options = methods.load(spec.method.name), spec.method.options
+    if method.trains_base:
+        layers = int(header.metadata[f"{header.architecture}.block_count"])
+        return parameters * min(layers, getattr(options, "layers", layers)) // layers
+    targets = options.target_modules if isinstance(options, TargetOptions) else ALL_LINEAR
+    # Of modules that are still to be chosen, the most.
+    targets = ALL_LINEAR if targets == AUTO else targets
+    return fit.lora_size(header, method.shipped_rank(options), targets, dtype="f32").file_bytes // _FLOAT
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files below a folder, without what links lead to; none where it is not there."""
+    return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _mb(value: float) -> str:
+    return f"{math.ceil(value):,} MB"

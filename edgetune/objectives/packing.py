@@ -1,0 +1,215 @@
+"""Examples in, one padding-free sequence out, and the attention that keeps its rows apart.
+
+The rows of a step lie one behind the other in one sequence, so that no product is spent on padding. Tokens that all
+rows begin with (chat header, system prompt) are computed once and attended to by every row, which changes no row's
+result. Attention alone runs on rows, padded to the longest; grouping rows by length keeps that small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import takewhile
+from typing import Any, Self
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from edgetune.objectives.example import Example
+
+ATTENTION = "edgetune_packed"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that attend together: indices into the packed sequence, padded to rectangles.
+
+    `queries` [rows, q] and `keys` [rows, k] are packed indices; `mask` [rows, 1, q, k] is True where a query sees a
+    key; `distance` [rows, q, k] is by how many positions the key lies before the query.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor
+    distance: torch.Tensor
+    _biases: dict[tuple[torch.dtype, int | None], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def to(self, device: torch.device) -> Group:
+        """The same on `device`."""
+        return Group(*(getattr(self, f.name).to(device) for f in fields(self) if f.init))
+
+    def bias(self, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+        """What is added to the scores [1, 1, q, k]: 0, or -inf where the mask or the sliding window hides a key.
+
+        It is made once for all layers: each would keep its own for the backward pass.
+        """
+        if (dtype, window) not in self._biases:
+            # All rows are seen alike.
+            seen = self.mask[:1]
+            if window is not None:
+                seen = seen & (self.distance[:1] < window).unsqueeze(1)
+            self._biases[dtype, window] = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
+        return self._biases[dtype, window]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One forward pass: `tokens` and `positions` [1, n]; for each learned token, the index of the token before it
+    (`predictors`) and the token itself (`targets`). `place` [n] finds a packed token among the groups' queries.
+    `row_tokens` counts the tokens of the rows, as if each stood alone.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    place: torch.Tensor
+    groups: tuple[Group, ...]
+    row_tokens: int
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved, groups=tuple(group.to(device) for group in self.groups))
+
+    def after_cache(self, length: int) -> Packed:
+        """The same behind a cache of `length` positions, whose keys come first and which all rows see."""
+        return replace(
+            self, positions=self.positions + length, groups=tuple(_behind(g, length, 0) for g in self.groups)
+        )
+
+    def after_tokens(self, length: int) -> Packed:
+        """The same behind `length` tokens that are put in front of `tokens` and which all rows see.
+
+        `positions`, `place` and `groups` count them; `tokens` and `predictors` do not.
+        """
+        before = torch.arange(length, device=self.positions.device)
+        first = _group([range(length)], range(0)).to(before.device)
+        return replace(
+            self,
+            positions=torch.cat([before[None], self.positions + length], 1),
+            place=torch.cat([before, self.place + length]),
+            groups=(first, *(_behind(group, length, length) for group in self.groups)),
+        )
+
+
+def pack(examples: Sequence[Example], shared: int | None = None) -> Packed:
+    """Put the examples into one sequence, what they all begin with first and once, or only `shared` tokens of it."""
+    shared = shared_length(examples) if shared is None else shared
+    tokens = list(examples[0].tokens[:shared])
+    positions = list(range(shared))
+    own: list[range] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    for example in examples:
+        start = len(tokens)
+        own.append(range(start, start + len(example.tokens) - shared))
+        tokens += example.tokens[shared:]
+        positions += range(shared, len(example.tokens))
+        where = [*range(shared), *own[-1]]
+        learned = [i for i in range(1, len(example.tokens)) if example.learned[i]]
+        predictors += [where[i - 1] for i in learned]
+        targets += [example.tokens[i] for i in learned]
+    groups = [_group([range(shared)], range(0))] if shared else []
+    groups.append(_group(own, range(shared)))
+    return Packed(
+        torch.tensor([tokens]),
+        torch.tensor([positions]),
+        torch.tensor(predictors, dtype=torch.long),
+        torch.tensor(targets, dtype=torch.long),
+        _place(groups, own, shared),
+        tuple(groups),
+        sum(len(example.tokens) for example in examples),
+    )
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _attention_mask: torch.Tensor | None,
+    *,
+    packed: Packed,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed sequence, with the signature that transformers asks of an attention function.
+
+    `query` is [1, heads, n, dim], `key` and `value` [1, kv_heads, n, dim], behind those of a cache if there is one;
+    returns [1, n, heads, dim].
+    """
+    heads, key_heads, dim = query.shape[1], key.shape[1], key.shape[3]
+    # Repeated heads would be kept for the backward pass. On GPUs torch's fast kernels take none that are grouped.
+    grouped = query.device.type == "cpu"
+    repeats = 1 if grouped else heads // key_heads
+    outputs = []
+    for group in packed.groups:
+        rows = len(group.queries)
+        q = _gathered(query, group.queries).view(rows, -1, heads, dim).transpose(1, 2)
+        k, v = (_gathered(states, group.keys).view(rows, -1, key_heads, dim) for states in (key, value))
+        k, v = (states.transpose(1, 2).repeat_interleave(repeats, 1) for states in (k, v))
+        bias = group.bias(query.dtype, sliding_window)
+        out = scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2).reshape(-1, heads * dim))
+    return torch.cat(outputs).index_select(0, packed.place).view(1, -1, heads, dim), None
+
+
+def _gathered(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The states [1, heads, n, dim] of packed tokens, one behind the other [tokens, heads * dim].
+
+    Whole rows of memory, selected along the first dimension: indexing's own gradient takes three times as long.
+    """
+    return states[0].transpose(0, 1).flatten(1).index_select(0, indices.flatten())
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+def shared_length(examples: Sequence[Example]) -> int:
+    """Tokens that all rows begin with; each row keeps at least one of its own. One row alone shares nothing."""
+    if len(examples) < 2:
+        return 0
+    columns = zip(*(example.tokens for example in examples), strict=False)
+    alike = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return min(alike, min(len(example.tokens) for example in examples) - 1)
+
+
+def _group(rows: Sequence[range], before: range) -> Group:
+    """Rows of packed indices, each of which sees `before` wholly and itself causally."""
+    longest = max(len(row) for row in rows)
+    lengths = torch.tensor([len(row) for row in rows])
+    starts = torch.tensor([row.start for row in rows])
+    step = torch.arange(longest)
+    queries = starts[:, None] + torch.minimum(step, lengths[:, None] - 1)
+    keys = torch.cat([torch.tensor(before, dtype=torch.long).expand(len(rows), -1), queries], 1)
+    distance = (step[:, None] + len(before)) - torch.arange(len(before) + longest)
+    # A padded query keeps sight of its keys: a row of the mask without any would give NaN.
+    mask = (distance >= 0).expand(len(rows), 1, -1, -1)
+    return Group(queries, keys, mask, distance.expand(len(rows), -1, -1))
+
+
+def _behind(group: Group, length: int, tokens: int) -> Group:
+    """The group behind `length` keys that all its queries see, of which `tokens`, all or none, are queries as well."""
+    rows, width = group.queries.shape
+    before = torch.arange(length, device=group.keys.device)
+    # A group's first key is at position 0, so its distance is the query's position.
+    distance = group.distance[:, :, :1] + length - before
+    return Group(
+        group.queries + tokens,
+        torch.cat([before.expand(rows, -1), group.keys + length], 1),
+        torch.cat([group.mask.new_ones(rows, 1, width, length), group.mask], 3),
+        torch.cat([distance, group.distance], 2),
+    )
+
+
+def _place(groups: Sequence[Group], own: Sequence[range], shared: int) -> torch.Tensor:
+    width = groups[-1].queries.shape[1]
+    places = [torch.arange(shared)]
+    places += [shared + row * width + torch.arange(len(indices)) for row, indices in enumerate(own)]
+    return torch.cat(places)

@@ -1,0 +1,193 @@
+"""A training that leaves its modules to their cost in, modules and rank out: the best of those that cost little enough.
+
+Each placement within the budget is trained for a few steps; the one with the lowest validation loss is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import UsageError
+
+from edgetune.bases import Base
+from edgetune.methods.lora import LoraOptions
+from edgetune.objectives.example import Example
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import AdapterSpec
+from edgetune.training.job import Job, TrainResult
+from edgetune.training.loop import processes
+from edgetune.training.schedule import Schedule
+
+from .cost import Placement, busy, costs, describe, placements
+
+Trials = Callable[[Sequence[Job[Example]]], Mapping[str, TrainResult]]
+"""Trains all jobs and keeps what is done, as `pipeline.train_all` does."""
+
+# A trial takes this share of the training's steps, but for tiny and long trainings.
+_SHARE = 0.1
+_STEPS = (4, 30)
+_VALIDATION_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A placement with the share of decode speed that it costs; `val_loss` is None where none was trained."""
+
+    placement: Placement
+    cost: float
+    val_loss: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        modules = self.placement.modules
+        return {
+            "modules": modules if isinstance(modules, str) else list(modules),
+            "rank": self.placement.rank,
+            "cost": round(self.cost, 4),
+            "val_loss": self.val_loss,
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen within `budget`, of what, and where the costs come from; trials took `steps` steps each.
+
+    `busy` says why measured costs are not those of a quiet machine, else it is None.
+    """
+
+    chosen: Tried
+    tried: Sequence[Tried]
+    budget: float
+    source: str
+    steps: int
+    busy: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values: those of the chosen placement, and of all."""
+        return {
+            **self.chosen.to_json(),
+            "max_decode_overhead": self.budget,
+            "costs": self.source,
+            "busy": self.busy,
+            "steps": self.steps,
+            "tried": [item.to_json() for item in self.tried],
+        }
+
+    def table(self) -> list[str]:
+        """A line for each set of modules: its rank that was trained, or else the cheapest."""
+        lines = []
+        for _, group in groupby(self.tried, lambda item: item.placement.modules):
+            ranks = list(group)
+            item = next((item for item in ranks if item in _contenders(self.tried, self.budget)), ranks[0])
+            lines.append(f"  {item.placement.title:<16} rank {item.placement.rank:<4} {self._said(item)}")
+        return lines
+
+    def _said(self, item: Tried) -> str:
+        cost = f"decodes {item.cost:.1%} slower"
+        if not _fits(item, self.budget):
+            return f"{cost}: over the budget"
+        loss = "" if item.val_loss is None else f", validation loss {item.val_loss:.3f} after {self.steps} steps"
+        return f"{cost}{loss}{' <- chosen' if item == self.chosen else ''}"
+
+
+def choose(
+    job: Job[Example],
+    spec: AdapterSpec,
+    base: Base,
+    recipe: Recipe,
+    *,
+    folder: Path,
+    train_all: Trials,
+    progress: Progress,
+) -> Choice:
+    """The placement for a job whose options say `target_modules: auto`; the rank is at most theirs.
+
+    Costs and trials are kept in `folder` or by `train_all`, so the same call chooses the same again. Of several
+    processes the first one measures. UsageError names the cheapest placement when all cost more than the options
+    allow.
+    """
+    options = job.options
+    assert isinstance(options, LoraOptions)
+    wanted, budget = placements(options.r), options.max_decode_overhead
+    with processes().main_process_first():
+        found = costs(wanted, spec, base, recipe, folder=folder, progress=progress)
+    tried = [Tried(placement, found[placement]) for placement in wanted]
+    contenders = _contenders(tried, budget)
+    if not contenders:
+        raise _too_dear(job.name, tried, budget, describe(recipe))
+    steps = 0
+    if len(contenders) > 1:
+        steps = _steps(job)
+        results = train_all([_trial(job, item.placement, steps) for item in contenders])
+        losses = {item.placement: results[_name(job, item.placement)].val_loss for item in contenders}
+        tried = [replace(item, val_loss=losses.get(item.placement)) for item in tried]
+        contenders = [item for item in tried if item.val_loss is not None]
+    best = min(contenders, key=lambda item: (item.val_loss or 0.0, item.cost))
+    choice = Choice(best, tried, budget, describe(recipe), steps, busy(spec, base, recipe, folder))
+    progress.say(f"{job.name}: modules and rank for decoding less than {_percent(budget)} slower, {choice.source}")
+    for line in choice.table():
+        progress.say(line)
+    if choice.busy is not None:
+        remedy = f"to measure again on a quiet machine, delete {folder}, or name a device"
+        progress.say(f"{job.name}: measured on a busy machine ({choice.busy}), so the choice may be wrong; {remedy}")
+    return choice
+
+
+def _fits(item: Tried, budget: float) -> bool:
+    # Noise may hide what an adapter costs, but each costs something: a budget of 0 allows none.
+    return item.cost < budget
+
+
+def _contenders(tried: Sequence[Tried], budget: float) -> list[Tried]:
+    """The highest rank within the budget of each set of modules: a lower one can express nothing more."""
+    highest = {item.placement.modules: item for item in tried if _fits(item, budget)}
+    return list(highest.values())
+
+
+def _too_dear(name: str, tried: Sequence[Tried], budget: float, source: str) -> UsageError:
+    cheapest = min(tried, key=lambda item: item.cost)
+    what = f"{cheapest.placement.title} at rank {cheapest.placement.rank}"
+    message = (
+        f"adapter {name!r} slows down decoding by {_percent(budget)} or more wherever it is placed; "
+        f"the cheapest, {what}, costs {cheapest.cost:.1%} ({source})"
+    )
+    enough = math.floor(cheapest.cost * 100) + 1
+    return UsageError(message, f"set max_decode_overhead: {enough}% or more")
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.3g}%"
+
+
+def _steps(job: Job[Example]) -> int:
+    whole = Schedule(len(job.train), job.training).steps
+    least, most = _STEPS
+    return min(whole, max(least, min(most, round(whole * _SHARE))))
+
+
+def _name(job: Job[Example], placement: Placement) -> str:
+    return f"{job.name}/{placement.key}"
+
+
+def _trial(job: Job[Example], placement: Placement, steps: int) -> Job[Example]:
+    """A whole training of few steps, validated once, at its end."""
+    assert isinstance(job.options, LoraOptions)
+    options = job.options.placed(placement.modules, placement.rank)
+    training = job.training.model_copy(update={"max_steps": steps, "evals": 1, "patience": None})
+    state = [job.key, options.model_dump(mode="json"), training.model_dump(mode="json"), _VALIDATION_ROWS]
+    return replace(
+        job,
+        name=_name(job, placement),
+        options=options,
+        training=training,
+        validation=job.validation[:_VALIDATION_ROWS],
+        key=hashlib.sha256(json.dumps(state).encode()).hexdigest(),
+    )

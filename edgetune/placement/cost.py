@@ -1,0 +1,263 @@
+"""A base and placements of adapters in, the share of decode speed that each costs out: measured here, or a board's.
+
+A placement is the modules that an adapter changes, and its rank. What is measured is kept on disk, so that a build
+that goes on, and every process of one, decides by the same figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from edgetune_devices import boards, fit
+from edgetune_export import backends
+from edgetune_export.adapters.shapes import Delta, LowRank
+from edgetune_export.architectures.layout import name_map
+from edgetune_export.backends.base import Source, Weights
+from edgetune_runtime import engines
+from edgetune_runtime.atomic import replacing
+from edgetune_runtime.engines.base import Engine
+from edgetune_runtime.formats.gguf_file import GgufHeader
+
+from edgetune import bases
+from edgetune.bases import Base
+from edgetune.methods.common.peft import ALL_LINEAR
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import AdapterSpec
+
+PARTS = {
+    **{f"{which}_proj": "self_attn" for which in ("q", "k", "v", "o")},
+    **{f"{which}_proj": "mlp" for which in ("gate", "up", "down")},
+}
+"""The linear modules of a layer, and the block that each is in."""
+ATTENTION = tuple(name for name, block in PARTS.items() if block == "self_attn")
+MLP = tuple(name for name, block in PARTS.items() if block == "mlp")
+MODULES: tuple[str | tuple[str, ...], ...] = (
+    ("o_proj",),
+    ("down_proj",),
+    ("v_proj",),
+    ("q_proj", "v_proj"),
+    ATTENTION,
+    MLP,
+    ALL_LINEAR,
+)
+"""What may be adapted, as `target_modules` says it."""
+
+# Tokens that stand before those that are timed, and those timed in a row; one more before them warms up.
+_BEFORE = tuple(range(1, 33))
+_IN_A_ROW = 4
+# A placement is measured in rounds of base and adapter in turn: for so long, but at least and at most so many.
+_SECONDS = 2.0
+_ROUNDS = (3, 30)
+# Rounds whose quartiles lie further apart were disturbed by what else the machine does.
+_CALM = 0.1
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Modules to adapt, as `target_modules` says them, and the rank."""
+
+    modules: str | tuple[str, ...]
+    rank: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The last names of the modules."""
+        return tuple(PARTS) if isinstance(self.modules, str) else self.modules
+
+    @property
+    def title(self) -> str:
+        """The modules in words."""
+        known = {ATTENTION: "attention", MLP: "MLP"}
+        return self.modules if isinstance(self.modules, str) else known.get(self.modules, ", ".join(self.modules))
+
+    @property
+    def key(self) -> str:
+        """A name for files."""
+        return f"{self.title.replace(', ', '+').lower()}-r{self.rank}"
+
+
+def placements(rank: int) -> list[Placement]:
+    """All that are considered for ranks of at most `rank`: a quarter of it, a half, and the whole."""
+    ranks = sorted({max(1, rank // 4), max(1, rank // 2), rank})
+    return [Placement(modules, rank) for modules in MODULES for rank in ranks]
+
+
+def describe(recipe: Recipe) -> str:
+    """Where the costs for a recipe come from."""
+    if recipe.device is not None:
+        return f"predicted for {recipe.device}"
+    return f"measured here with {recipe.targets[0]}"
+
+
+def costs(
+    wanted: Sequence[Placement], spec: AdapterSpec, base: Base, recipe: Recipe, *, folder: Path, progress: Progress
+) -> dict[Placement, float]:
+    """The share of the base's decode speed that an adapter of each placement costs, at least 0.
+
+    For a recipe with a board it is predicted as `edgetune devices fit` does. Else random adapters are run beside the
+    plain base by the engine of the recipe's first target; the figures are kept in `folder`.
+    """
+    if recipe.device is not None:
+        return {placement: _predicted(placement, spec, base.header, recipe) for placement in wanted}
+    bench = _Bench(base, recipe, spec, folder)
+    known = bench.read()
+    missing = [placement for placement in wanted if placement.key not in known]
+    if missing:
+        progress.say(f"measuring what adapters cost in decoding with {bench.target}")
+        with progress.step("placements", len(missing)) as step, bench.plain() as plain:
+            for modules, group in groupby(missing, lambda placement: placement.modules):
+                known |= bench.measure(plain, Placement(modules, 0).names, list(group))
+                bench.write(known)
+                step.update("", step.done + sum(placement.modules == modules for placement in missing))
+    return {placement: known[placement.key] for placement in wanted}
+
+
+def busy(spec: AdapterSpec, base: Base, recipe: Recipe, folder: Path) -> str | None:
+    """Why the costs that `costs` measured into `folder` are not those of a quiet machine; None where they are."""
+    spread = 0.0 if recipe.device is not None else _Bench(base, recipe, spec, folder).spread
+    return f"costs varied by {spread:.0%}" if spread > _CALM else None
+
+
+def _predicted(placement: Placement, spec: AdapterSpec, header: GgufHeader, recipe: Recipe) -> float:
+    assert recipe.device is not None
+    size = fit.lora_size(header, placement.rank, placement.names, dtype=spec.dtype)
+    needs = fit.needs_of_header(header, context_length=recipe.context_length, adapters={"adapter": size})
+    found = fit.fit(needs, boards.load(recipe.device))
+    return 1 - found.adapter_tokens_per_s / found.decode_tokens_per_s
+
+
+class _Bench:
+    """The engine of a recipe's first target, with files of its own in a folder.
+
+    `spread` is the largest distance between the quartiles of a placement's rounds so far, those of earlier runs too.
+    """
+
+    def __init__(self, base: Base, recipe: Recipe, spec: AdapterSpec, folder: Path) -> None:
+        self.base, self.target, self.threads = base, recipe.targets[0], recipe.threads
+        self.dtype = spec.dtype if self.target == "gguf" else spec.onnx_dtype
+        # How the numbers were rounded does not change how fast they are.
+        self.weights = Weights(recipe.onnx.weights)
+        self._backend = backends.load(self.target)
+        self._engine = engines.load(self.target)
+        state = [base.fingerprint, self.target, self.threads, self.dtype, self.weights.scheme]
+        digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+        self._file, self._folder = folder / f"costs-{digest[:12]}.json", folder / "bench"
+        self._spread_file = folder / f"spread-{digest[:12]}.json"
+        self.spread = max(_read(self._spread_file).values(), default=0.0)
+
+    def read(self) -> dict[str, float]:
+        """The figures so far, by the placements' keys."""
+        return _read(self._file)
+
+    def write(self, known: Mapping[str, float]) -> None:
+        """Keep the figures."""
+        for file, values in ((self._spread_file, {"spread": self.spread}), (self._file, known)):
+            with replacing(file) as path:
+                path.write_text(json.dumps(values), encoding="utf-8")
+
+    @contextmanager
+    def plain(self) -> Iterator[Engine]:
+        """The engine on the base that ships when there are no adapters; all files are gone afterwards."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        try:
+            with closing(self._open(self._backend.write_base(self._source, self._folder / "plain", []))) as engine:
+                yield engine
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def measure(self, plain: Engine, names: Sequence[str], group: Sequence[Placement]) -> dict[str, float]:
+        """The cost of placements on the same modules, by key: on a base that is made for these modules."""
+        adapters = {placement.key: self._random(names, placement) for placement in group}
+        folder = self._folder / "adapted"
+        path = self._backend.write_base(self._source, folder, list(adapters.values()))
+        found: dict[str, float] = {}
+        with closing(self._open(path)) as engine:
+            for key, adapter in adapters.items():
+                out = folder / f"{key}.adapter"
+                self._backend.write_adapter(
+                    adapter, path, out, dtype=self.dtype, base_fingerprint=self.base.fingerprint
+                )
+                engine.load_adapter(key, out)
+                engine.activate({key: 1.0})
+                lost = _rounds(plain, engine)
+                found[key] = max(0.0, statistics.median(lost))
+                lower, _, upper = statistics.quantiles(lost, n=4)
+                self.spread = max(self.spread, upper - lower)
+        shutil.rmtree(folder)
+        return found
+
+    @cached_property
+    def _source(self) -> Source:
+        import torch  # noqa: PLC0415 - slow to import, and GGUF files are at hand
+
+        model = None if self.target == "gguf" else bases.load_torch(self.base, torch.float32)
+        return Source(self.base.path, self.base.fingerprint, model, self._folder / "way", self.weights)
+
+    def _open(self, path: Path) -> Engine:
+        length = len(_BEFORE) + _IN_A_ROW + 1
+        return self._engine(path, context_length=length, threads=self.threads)
+
+    def _random(self, names: Sequence[str], placement: Placement) -> LowRank:
+        """An adapter of the placement's size; what its numbers are does not change how fast it is."""
+        random = np.random.default_rng(0)
+        modules = {}
+        for module, (columns, rows) in _modules(self.base.header, names):
+            a = random.normal(0, 0.01, (placement.rank, columns)).astype(np.float32)
+            b = random.normal(0, 0.01, (rows, placement.rank)).astype(np.float32)
+            modules[module] = Delta(a, b)
+        return LowRank(placement.key, "lora", modules)
+
+
+def _read(file: Path) -> dict[str, float]:
+    """Numbers by name, as they were written; none where the file is missing or cut short."""
+    try:
+        return {str(key): float(value) for key, value in json.loads(file.read_bytes()).items()}
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _modules(header: GgufHeader, names: Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The base's modules of these last names, with columns and rows."""
+    known = name_map(header)
+    for layer in range(int(header.metadata[f"{header.architecture}.block_count"])):
+        for name in names:
+            module = f"model.layers.{layer}.{PARTS[name]}.{name}"
+            columns, rows = header.tensors[f"{known.get_name(module)}.weight"].shape
+            yield module, (columns, rows)
+
+
+def _rounds(plain: Engine, adapted: Engine) -> list[float]:
+    """The share of the plain engine's speed that the other lacks, in rounds of both in turn."""
+    least, most = _ROUNDS
+    begin = time.monotonic()
+    lost: list[float] = []
+    while len(lost) < least or (len(lost) < most and time.monotonic() - begin < _SECONDS):
+        # What else the machine does slows down both of a round.
+        lost.append(1 - _token_s(plain) / _token_s(adapted))
+    return lost
+
+
+def _token_s(engine: Engine) -> float:
+    """Seconds that a token takes, the median of some, always at the same place of the context."""
+    kept = engine.forget(len(_BEFORE))
+    if kept < len(_BEFORE):
+        engine.decode(_BEFORE[kept:])
+    seconds = []
+    for _ in range(1 + _IN_A_ROW):
+        begin = time.perf_counter()
+        engine.decode(_BEFORE[:1])
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:])

@@ -1,0 +1,229 @@
+"""Recipe file in, frozen Recipe out; every problem of the file is reported at once, with its line."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from edgetune_runtime.bundle import CLASSIFICATION
+from edgetune_runtime.errors import UsageError
+from pydantic import (
+    BaseModel,
+    Field,
+    PositiveInt,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from edgetune import methods
+
+from .parts import TARGETS, AdapterSpec, DomainSpec, MethodSpec, Name, OnnxSpec, Part, Target, Text, Training
+from .problems import Loc, explain, override, read_document, suggest, value_at
+
+SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+class Recipe(Part):
+    """A base, its tasks and a board: all that `edgetune build` needs."""
+
+    name: Name
+    """Name of the bundle: a-z, 0-9, _ and -."""
+    task: Literal["text-generation", "text-classification"] = "text-generation"
+    """text-generation for bases that write; text-classification trains a head for each adapter's labels on an encoder
+    (docs/encoders.md), whose targets are [onnx]."""
+    base: Text
+    """The base model: an alias such as smollm2-135m, a .gguf file, a Hugging Face folder, or a hub id; for
+    text-classification the alias all-minilm-l6-v2, or the folder or hub id of a BERT-type model."""
+    targets: tuple[Target, ...] = Field(default=TARGETS[:1], min_length=1)
+    """Formats to export: gguf for llama.cpp, onnx for onnxruntime; the first is what the runtime opens by default."""
+    quantize: str | None = None
+    """Quantization of the base (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …), before training; null takes q8_0 for a folder
+    or a hub id, and a .gguf file as it is. onnx holds q4_0 and q8_0 number for number and at the same size."""
+    quantize_merged: str | None = None
+    """Quantization of merged models; null takes q8_0 where the base has fewer bits, and else the base's own: rounding
+    to 4 bits once more loses most of what was trained."""
+    states: Literal["first_use", "ship"] = "first_use"
+    """When the states of the adapters' prompts are made: by the device at first use, or by the build, which ships them
+    for this version of the engine. One of SmolLM2 takes 23 kB a token, in onnx twice that."""
+    onnx: OnnxSpec = OnnxSpec()
+    """How the onnx target holds the base's weights."""
+    device: str | None = None
+    """The board that the bundle must fit: see `edgetune devices list`."""
+    context_length: int = Field(default=1024, ge=16)
+    """Tokens of prompt and answer together, in training and on the device."""
+    threads: PositiveInt | None = None
+    """Threads on the device; null takes the board's cores."""
+    training: Training = Training()
+    """Training options of all adapters."""
+    domain: DomainSpec | None = None
+    """Text that the base is continued on first, so that it knows the domain of all tasks."""
+    adapters: dict[Name, AdapterSpec] = Field(min_length=1)
+    """The tasks, by name (a-z, 0-9, _ and -)."""
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the recipe file, that relative paths in it start from."""
+        return self._folder
+
+    @property
+    def default_out(self) -> Path:
+        """Where the bundle goes unless the command says otherwise."""
+        return Path("build") / self.name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _targets_of_task(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("task") == CLASSIFICATION:
+            return {"targets": ["onnx"], **values}
+        return values
+
+    @field_validator("targets")
+    @classmethod
+    def _once(cls, targets: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if "gguf" in targets and _is_encoder(info):
+            raise ValueError("encoders run in onnx; write targets: [onnx]")
+        return tuple(dict.fromkeys(targets))
+
+    @field_validator("quantize", "quantize_merged")
+    @classmethod
+    def _known_scheme(cls, scheme: str | None, info: ValidationInfo) -> str | None:
+        if scheme is None:
+            return None
+        if _is_encoder(info):
+            raise ValueError("is for bases that write text; write onnx: {weights: int8} for an encoder")
+        from edgetune_export.backends.gguf.quantize import SCHEMES  # noqa: PLC0415 - most recipes need no exporter to be read
+
+        return _one_of(scheme, sorted(SCHEMES), "quantization")
+
+    @field_validator("onnx")
+    @classmethod
+    def _weights_of_task(cls, onnx: OnnxSpec, info: ValidationInfo) -> OnnxSpec:
+        if _is_encoder(info) and onnx.weights == "int4":
+            raise ValueError("an encoder's weights are auto, fp32 or int8")
+        return onnx
+
+    @field_validator("device")
+    @classmethod
+    def _known_board(cls, device: str | None, info: ValidationInfo) -> str | None:
+        if device is None:
+            return None
+        if _is_encoder(info):
+            raise ValueError("what an encoder takes on a board is not predicted; leave it out, and set threads")
+        from edgetune_devices import boards  # noqa: PLC0415 - most recipes need no board to be read
+
+        return _one_of(device, boards.names(), "board")
+
+    @field_validator("domain")
+    @classmethod
+    def _domain_of_task(cls, domain: DomainSpec | None, info: ValidationInfo) -> DomainSpec | None:
+        if _is_encoder(info) and domain is not None:
+            raise ValueError("is for bases that write text; leave it out for an encoder")
+        return domain
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_of_task(cls, adapters: dict[str, AdapterSpec], info: ValidationInfo) -> dict[str, AdapterSpec]:
+        problems = [f"{name}: {what}" for name, spec in adapters.items() for what in spec.unfit_for_encoder()]
+        if _is_encoder(info) and problems:
+            raise ValueError("; ".join(problems))
+        return adapters
+
+    @model_validator(mode="after")
+    def _keep_folder(self, info: ValidationInfo) -> Recipe:
+        self._folder = (info.context or {}).get("folder", Path())
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with all defaults filled in, as JSON values that make the same recipe again.
+
+        Paths are relative to the recipe as far as they lie beside it; of other absolute paths only the last part is
+        kept, so that nothing tells where it was built.
+        """
+        values = self.model_dump(mode="json")
+        values["base"] = self._portable(values["base"])
+        domains = [values["domain"]] if values["domain"] else []
+        for part in (*values["adapters"].values(), *domains):
+            for key in ("train", "validation"):
+                part["data"][key] = part["data"][key] and self._portable(part["data"][key])
+        for adapter in values["adapters"].values():
+            if adapter["method"].get("document"):
+                adapter["method"]["document"] = self._portable(adapter["method"]["document"])
+        return values
+
+    def _portable(self, source: str) -> str:
+        inside = source.removeprefix(f"{self._folder}{os.sep}")
+        return Path(inside).name if Path(inside).is_absolute() else inside
+
+
+def _is_encoder(info: ValidationInfo) -> bool:
+    """Whether the recipe that is being read is for an encoder; `task` is read first."""
+    return info.data.get("task") == CLASSIFICATION
+
+
+def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read and check the recipe at `path`.
+
+    `overrides` maps dotted keys, such as `adapters.command.method.r`, to values that replace the file's; text is read
+    as YAML. Data paths come out relative to the working folder.
+
+    Raises NotFoundError when there is no such file and UsageError with all problems, a line each.
+    """
+    document = read_document(Path(path))
+    values = copy.deepcopy(document.values)
+    changes = overrides or {}
+    problems = [problem for key, value in changes.items() if (problem := override(values, key, value, _model_at))]
+    try:
+        recipe = Recipe.model_validate(values, context={"folder": document.path.parent})
+    except ValidationError as error:
+        problems += explain(error, values, document, changes, _model_at)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return recipe
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a recipe, for editors; it lists the boards and quantizations there are."""
+    from edgetune_devices import boards  # noqa: PLC0415 - as in the validators
+    from edgetune_export.backends.gguf.quantize import SCHEMES  # noqa: PLC0415
+
+    schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
+    schema["properties"]["quantize"]["anyOf"][0]["enum"] = sorted(SCHEMES)
+    schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names()
+    return schema
+
+
+TEMPLATE = Path(__file__).with_name("template_recipe.yaml").read_text(encoding="utf-8")
+"""The commented recipe that `edgetune init` writes."""
+
+
+def _one_of(value: str, known: list[str], what: str) -> str:
+    if value not in known:
+        raise ValueError(f"no {what} {value!r}; {suggest(value, known)}")
+    return value
+
+
+def _model_at(loc: Loc, values: dict[str, Any]) -> type[BaseModel] | None:
+    """The model that the mapping at `loc` is checked against; None where it has no fixed keys."""
+    if not loc:
+        return Recipe
+    if loc[0] == "adapters" and len(loc) <= 2:
+        return AdapterSpec if len(loc) == 2 else None
+    parent = _model_at(loc[:-1], values)
+    field = parent.model_fields.get(str(loc[-1])) if parent is not None else None
+    choices = () if field is None else (field.annotation, *get_args(field.annotation))
+    model = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return _options_model(value_at(loc, values)) if model is MethodSpec else model
+
+
+def _options_model(method: object) -> type[BaseModel] | None:
+    default = MethodSpec.model_fields["name"].default
+    name = method.get("name", default) if isinstance(method, dict) else method or default
+    return methods.load(name).options if name in methods.names() else None

@@ -1,0 +1,30 @@
+"""What a build made: the bundle and the figures of each adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .bases import Base
+from .shipping.verify import Trained
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """The bundle and the figures of each adapter, and of a base that was continued on text, as JSON values.
+
+    `base` and `trained` are what a build exported.
+    """
+
+    bundle: Path
+    adapters: Mapping[str, Mapping[str, Any]]
+    domain: Mapping[str, Any] = field(default_factory=dict)
+    base: Base | None = None
+    trained: Mapping[str, Trained] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        domain = {"domain": self.domain} if self.domain else {}
+        return {"bundle": str(self.bundle), **domain, "adapters": self.adapters}

@@ -1,0 +1,1 @@
+"""Trained adapters in, checked and packed files out."""

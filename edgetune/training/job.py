@@ -1,0 +1,75 @@
+"""One training to do, and what it gave: losses over time, speed and memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from edgetune.methods import Method, Options
+from edgetune.objectives.base import Objective, Row
+from edgetune.objectives.next_token import NEXT_TOKEN
+from edgetune.recipe.parts import Training
+
+R = TypeVar("R", bound=Row)
+
+
+@dataclass(frozen=True)
+class Job(Generic[R]):
+    """One training: `key` stands for all that its result depends on."""
+
+    name: str
+    method: Method[Any]
+    options: Options
+    training: Training
+    train: Sequence[R]
+    validation: Sequence[R]
+    key: str
+    objective: Objective[Any] = NEXT_TOKEN
+
+
+@dataclass
+class Point:
+    """One validation pass: after `step` steps; losses are means over what is learned, in nats."""
+
+    step: int
+    epoch: float
+    train_loss: float
+    val_loss: float
+    learning_rate: float
+
+
+@dataclass
+class TrainResult:
+    """What a training gave. `overfit_step` is where validation loss turned, None when it never rose again."""
+
+    train_loss: float
+    val_loss: float
+    best_step: int
+    steps: int
+    overfit_step: int | None
+    trainable_parameters: int
+    total_parameters: int
+    tokens: int
+    tokens_per_s: float
+    peak_memory_mb: float
+    seconds: float
+    precision: str
+    history: list[Point] = field(default_factory=list)
+
+    def figures(self) -> dict[str, Any]:
+        """All but the history, as JSON values."""
+        return {key: value for key, value in asdict(self).items() if key != "history"}
+
+
+def finished(folder: Path, key: str) -> TrainResult | None:
+    """The result in `folder` if it was trained from the same `key`, else None."""
+    try:
+        raw = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if raw.pop("key") != key:
+            return None
+        return TrainResult(**{**raw, "history": [Point(**point) for point in raw["history"]]})
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None

@@ -1,0 +1,63 @@
+"""Trainings in, their results out: those that are finished are not done again, and the base is loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune.progress import Progress
+
+from .duration import tokens_left
+from .job import Job, TrainResult, finished
+from .loop import DTYPES, VALIDATION_ROWS, precision_of, processes, train
+from .plot import plot_training
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def train_all(
+    jobs: Sequence[Job[Any]],
+    base: str,
+    load: Callable[[torch.dtype], PreTrainedModel],
+    work: Path,
+    progress: Progress,
+    *,
+    plots: bool = True,
+) -> dict[str, TrainResult]:
+    """The result of each training; the base, by name, is loaded only if one is left to do."""
+    results: dict[str, TrainResult] = {}
+    model: PreTrainedModel | None = None
+    loaded = ""
+    left = {job.name: job for job in jobs if finished(work / job.name, job.key) is None}
+    for job in jobs:
+        folder = work / job.name
+        result = finished(folder, job.key)
+        left.pop(job.name, None)
+        if result is None:
+            # A change of the base's own weights is too small a step for bf16.
+            precision = "fp32" if job.method.trains_base else precision_of(job.training)
+            if model is None or precision != loaded:
+                progress.say(f"loading the base {base}")
+                model, loaded = load(DTYPES[precision]), precision
+            later = sum(tokens_left(o.train, o.validation[:VALIDATION_ROWS], o.training) for o in left.values())
+            result = train(model, job, folder, progress, later)
+            if job.method.trains_base:
+                model = None
+            if plots and processes().is_main_process:
+                plot_training(result, job.name, folder / "training.png")
+        progress.say(_summary(job.name, result))
+        results[job.name] = result
+    return results
+
+
+def _summary(name: str, result: TrainResult) -> str:
+    turned = "" if result.overfit_step is None else f", overfitting from step {result.overfit_step} on"
+    share = result.trainable_parameters / result.total_parameters
+    return (
+        f"{name}: validation loss {result.val_loss:.3f} at step {result.best_step} of {result.steps}{turned}; "
+        f"{result.trainable_parameters:,} trainable parameters ({share:.1%}), {result.tokens_per_s:.0f} tokens/s, "
+        f"peak memory {result.peak_memory_mb:.0f} MB"
+    )

@@ -1,0 +1,392 @@
+"""Tokenized rows and a base in, a folder with the best checkpoint out: `adapter/`, `result.json`, `log.jsonl`.
+
+One lean loop on accelerate for every objective: validation during training, early stopping, and a state on disk from
+which a killed run goes on. More processes or GPUs are the launcher's business.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from edgetune_runtime.atomic import replacing
+from edgetune_runtime.errors import CancelledError, EdgetuneError
+
+from edgetune.methods.common.base import trainable
+from edgetune.objectives.base import Batch, Row, row_length
+from edgetune.progress import Progress, Step
+from edgetune.recipe.parts import Training
+
+from .checkpointing import checkpointed, layers_of
+from .duration import TimeTrial, tokens_left
+from .fused import fused
+from .job import Job, Point, TrainResult
+from .memory import PassPlan
+from .pass_sizes import pass_cost, passes_within, peak_memory_mb
+from .schedule import Schedule, passes, plan
+from .step_threads import StepThreads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Validation uses at most this many rows, so that watching a large task does not cost more than training it.
+VALIDATION_ROWS = 256
+# A killed run loses at most about this much work.
+_SAVE_EVERY_S = 60.0
+# A validation loss this much above the best counts as overfitting, less as noise.
+_OVERFIT = 1.01
+
+
+@dataclass
+class _State:
+    """What a killed run needs to go on, besides the weights and the optimizer."""
+
+    step: int = 0
+    history: list[Point] = field(default_factory=list)
+    loss_sum: float = 0.0
+    loss_tokens: int = 0
+    row_tokens: int = 0
+    seconds: float = 0.0
+
+
+def processes() -> PartialState:
+    """This process among those of the launcher; the first call settles where all training runs."""
+    # Left alone, accelerate takes several processes for several GPUs, and each of them for one of its own without.
+    return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+
+
+def precision_of(training: Training) -> str:
+    """`bf16` or `fp32`: what the recipe asks for, or what the hardware multiplies fast."""
+    device = processes().device
+    if training.precision != "auto":
+        return training.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if fast else "fp32"
+    return "fp32"
+
+
+def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress, later: float = 0.0) -> TrainResult:
+    """Do the job; `base` is left as it was. Goes on where a run of the same key in `folder` ended.
+
+    After ten steps it says about how long it takes, and with the `later` tokens of the trainings after it.
+    Writes the best checkpoint by validation loss to `folder/adapter` in PEFT's format. Raises CancelledError when the
+    user interrupts, after saving; EdgetuneError when the loss is not a number; UsageError for a limit of memory that
+    not even the longest row fits within.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(base, job, folder)
+    try:
+        with run.layers():
+            run.plan_passes()
+            if told := run.told_passes():
+                progress.say(told)
+            left = tokens_left(run.train_rows, run.validation, job.training, run.state.step)
+            with progress.step(f"training {job.name}", run.schedule.steps) as step:
+                run.loop(step, TimeTrial(job.name, left, later), progress.say)
+        return run.finish()
+    except KeyboardInterrupt as error:
+        # In the middle of a change of weights only the state saved before is one to go on from.
+        if not run.is_changing:
+            run.save()
+        message = f"training {job.name} stopped at step {run.state.step}"
+        raise CancelledError(message, "run it again to go on") from error
+    finally:
+        run.detach()
+
+
+class _Run:
+    """One training: model, optimizer and where it stands."""
+
+    def __init__(self, base: PreTrainedModel, job: Job[Any], folder: Path) -> None:
+        training, method = job.training, job.method
+        self.training, self.folder, self.key, self.objective = training, folder, job.key, job.objective
+        self.method, self.options, self.name = method, job.options, job.name
+        self.train_rows = list(job.train)
+        self.validation = list(job.validation)[:VALIDATION_ROWS]
+        # Processes validate different numbers of batches, so none may wait for another in a forward pass.
+        apart = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(kwargs_handlers=[apart])
+        self.precision = precision_of(training)
+        self.schedule = Schedule(len(self.train_rows), training)
+        self.state = _State()
+        torch.manual_seed(training.seed)
+        self.base, self.attention = base, base.config._attn_implementation
+        self.tuned: Any = method.attach(base, job.options, self.schedule.steps)
+        if self.objective.attention is not None:
+            base.set_attn_implementation(self.objective.attention)
+        self.objective.extend(self.tuned)
+        named = trainable(self.tuned)
+        groups = method.parameter_groups(self.tuned, job.options, training.learning_rate)
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.counts = (sum(p.numel() for _, p in named), sum(p.numel() for p in base.parameters()))
+        self.model, self.optimizer = self.accelerator.prepare(self.tuned, optimizer)
+        self.best: dict[str, torch.Tensor] = {}
+        self.is_changing = False
+        self.passes = PassPlan()
+        self.checkpointed: list[Any] = []
+        self.threads = StepThreads(is_cpu=self.accelerator.device.type == "cpu")
+        self._saved = time.monotonic()
+        self._resume()
+
+    def plan_passes(self) -> None:
+        """Make forward passes as large as memory allows; UsageError when the recipe's limit allows none."""
+        self.model.train()
+        before = self.method.prefix_tokens(self.options)
+        vocabulary = getattr(self.base.config, "vocab_size", 0)
+        cost = pass_cost(self.train_rows, self.tuned, self._loss_of_row, before=before, vocabulary=vocabulary)
+        if cost is not None:
+            self.passes = passes_within(
+                cost,
+                self.training,
+                (*self.train_rows, *self.validation),
+                accelerator=self.accelerator,
+                trained=self.counts[0],
+                name=self.name,
+            )
+            # The backward pass comes to the first layers last, when what the others kept is gone.
+            self.checkpointed = layers_of(self.tuned)[-self.passes.layers :][: self.passes.checkpointed]
+
+    def told_passes(self) -> str:
+        """What is to be said of the passes; nothing when neither the recipe nor what is free limits them."""
+        limit = self.training.memory_mb
+        within = "" if limit is None else f", within {limit:,} MB"
+        is_limited = limit is not None or self.passes.tokens < PassPlan.tokens
+        return f"training {self.name}: {self.passes}{within}" if is_limited else ""
+
+    def _loss_of_row(self, row: Row) -> torch.Tensor:
+        return self._loss(self.objective.batch([row]).to(self.accelerator.device), self.tuned)
+
+    def layers(self) -> AbstractContextManager[None]:
+        """The layers as they train fastest; autocast needs the model's own."""
+        return fused(self.tuned) if self.precision == "fp32" else nullcontext()
+
+    def loop(self, progress: Step, trial: TimeTrial, say: Callable[[str], None]) -> None:
+        """Take all steps that are left, with validation and saving in between."""
+        self.model.train()
+        started = time.monotonic()
+        before = self.state.seconds
+        progress.update("resumed" if self.state.step else "", self.state.step)
+        if self._is_validation_due():
+            self._validate()
+        for rows in self._batches():
+            if self._is_out_of_patience():
+                break
+            tokens = sum(map(row_length, rows))
+            with self.threads.step(tokens):
+                self._step(rows)
+            if (told := trial.step(tokens, time.monotonic())) is not None:
+                say(told)
+            self.state.seconds = before + time.monotonic() - started
+            note = f"loss {self.state.loss_sum / max(1, self.state.loss_tokens):.3f}, {self._speed():.0f} tokens/s"
+            if self._is_validation_due():
+                point = self._validate()
+                note = f"validation loss {point.val_loss:.3f}, {self._speed():.0f} tokens/s"
+                self.save()
+            elif time.monotonic() - self._saved > _SAVE_EVERY_S:
+                self.save()
+            progress.update(note, self.state.step)
+
+    def finish(self) -> TrainResult:
+        """Write the best checkpoint and the result, drop the state."""
+        history = self.state.history
+        best = min(history, key=lambda point: point.val_loss)
+        turned = best is not history[-1] and history[-1].val_loss > best.val_loss * _OVERFIT
+        result = TrainResult(
+            train_loss=best.train_loss,
+            val_loss=best.val_loss,
+            best_step=best.step,
+            steps=self.state.step,
+            overfit_step=best.step if turned else None,
+            trainable_parameters=self.counts[0],
+            total_parameters=self.counts[1],
+            tokens=self.state.row_tokens,
+            tokens_per_s=self._speed(),
+            peak_memory_mb=peak_memory_mb(self.accelerator.device),
+            seconds=self.state.seconds,
+            precision=self.precision,
+            history=history,
+        )
+        self._load_weights(self.best)
+        if self.accelerator.is_main_process:
+            self.method.save(self.tuned, self.folder / "adapter")
+            self.objective.save(self.tuned, self.folder / "adapter")
+            lines = [json.dumps(asdict(point)) for point in history]
+            (self.folder / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            with replacing(self.folder / "result.json") as path:
+                path.write_text(json.dumps({"key": self.key, **asdict(result)}), encoding="utf-8")
+            self._state_path.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def save(self) -> None:
+        """Write all that a later run needs to go on from here."""
+        self._saved = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "key": self.key,
+            "state": {**asdict(self.state), "history": [asdict(point) for point in self.state.history]},
+            "weights": self._weights(),
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "method": dict(self.method.state(self.tuned)),
+        }
+        # Given a path, torch turns a full disk into an error that does not say so.
+        with replacing(self._state_path) as path, path.open("wb") as file:
+            torch.save(state, file)
+
+    def detach(self) -> None:
+        """Give the base, and torch's threads, back as they were."""
+        self.threads.restore()
+        self.method.detach(self.tuned)
+        self.base.set_attn_implementation(self.attention)
+        self.accelerator.free_memory()
+
+    @property
+    def _state_path(self) -> Path:
+        return self.folder / "state.pt"
+
+    def _resume(self) -> None:
+        try:
+            saved = torch.load(self._state_path, map_location="cpu", weights_only=True)
+        except (FileNotFoundError, RuntimeError, EOFError, ValueError, UnpicklingError):
+            return
+        if saved.get("key") != self.key:
+            return
+        raw = saved["state"]
+        self.state = _State(**{**raw, "history": [Point(**point) for point in raw["history"]]})
+        self.best = saved["best"]
+        self._load_weights(saved["weights"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.method.restore(self.tuned, saved["method"])
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().cpu().clone() for name, p in trainable(self.tuned)}
+
+    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in trainable(self.tuned):
+                parameter.copy_(weights[name])
+
+    def _batches(self) -> Iterator[list[Row]]:
+        """The rows of each step that is left."""
+        for indices in plan([len(e.tokens) for e in self.train_rows], self.schedule, self.training)[self.state.step :]:
+            yield [self.train_rows[i] for i in indices]
+
+    def _step(self, rows: Sequence[Row]) -> None:
+        """One optimizer step on the mean loss over all that is learned of `rows`, whatever process they fall to.
+
+        The state changes at its end alone, so a step that is interrupted before counts as not taken.
+        """
+        processes = self.accelerator.num_processes
+        learned = sum(self.objective.learned(row) for row in rows)
+        # A process without a row of its own still takes part, with no weight.
+        own = rows[self.accelerator.process_index :: processes]
+        weight = processes / learned if own else 0.0
+        torch.manual_seed(self.training.seed + self.state.step)
+        groups = passes(own or rows[:1], self.passes.tokens)
+        parts = [self.objective.batch(part).to(self.accelerator.device) for part in groups]
+        loss_sum = 0.0
+        for number, part in enumerate(parts, 1):
+            waits = self.accelerator.no_sync(self.model) if number < len(parts) else nullcontext()
+            # Checkpointed layers run again in the backward pass, and must not cast their inputs there either.
+            with waits, checkpointed(self.checkpointed), self._uncast():
+                loss = self._loss(part, self.model)
+                penalty = self.method.penalty(self.tuned) if number == len(parts) else 0.0
+                self.accelerator.backward(loss * weight + penalty)
+            loss_sum += loss.item() if own else 0.0
+        self._require_finite(loss_sum, self.state.step + 1)
+        self.accelerator.clip_grad_norm_(self.tuned.parameters(), self.training.max_grad_norm)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.schedule.factor(self.state.step)
+        self.is_changing = True
+        self.optimizer.step()
+        self.method.after_step(self.tuned, self.state.step)
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        self.state.loss_sum += loss_sum
+        self.state.loss_tokens += sum(len(part.targets) for part in parts) if own else 0
+        self.state.row_tokens += sum(len(example.tokens) for example in rows)
+        self.is_changing = False
+
+    def _loss(self, batch: Batch, model: torch.nn.Module) -> torch.Tensor:
+        """Summed loss of what is learned, by `model`, which is the tuned one as it is or as accelerate prepared it."""
+        casting = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with casting, self._uncast():
+            return self.objective.loss(model, self.tuned, batch)
+
+    def _uncast(self) -> AbstractContextManager[None]:
+        """Autocast casts the adapter's weights; PEFT would cast its inputs to float32 and back besides."""
+        from peft.helpers import disable_input_dtype_casting  # noqa: PLC0415 - peft's import takes seconds
+
+        active = self.precision == "bf16" and self._casts_inputs()
+        casting: AbstractContextManager[None] = disable_input_dtype_casting(self.tuned, active=active)
+        return casting
+
+    def _casts_inputs(self) -> bool:
+        """Whether PEFT's layers know how not to cast their inputs; those of (IA)3 never do."""
+        from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - as above
+
+        layers = (module for module in self.tuned.modules() if isinstance(module, BaseTunerLayer))
+        return all(hasattr(layer, "cast_input_dtype_enabled") for layer in layers)
+
+    @torch.no_grad()
+    def _validate(self) -> Point:
+        self.model.eval()
+        totals = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
+        own = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
+        for part in passes(sorted(own, key=row_length), self.passes.validation_tokens):
+            batch = self.objective.batch(part).to(self.accelerator.device)
+            totals[0] += self._loss(batch, self.model).double()
+            totals[1] += len(batch.targets)
+        totals[2], totals[3] = self.state.loss_sum, self.state.loss_tokens
+        val_sum, val_tokens, train_sum, train_tokens = self.accelerator.reduce(totals, "sum").tolist()
+        self._require_finite(val_sum, self.state.step)
+        self.state.loss_sum, self.state.loss_tokens = 0.0, 0
+        point = Point(
+            step=self.state.step,
+            epoch=self.state.step / self.schedule.steps_per_epoch,
+            train_loss=train_sum / train_tokens,
+            val_loss=val_sum / val_tokens,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+        )
+        if point.val_loss < min((p.val_loss for p in self.state.history), default=math.inf):
+            self.best = self._weights()
+        self.state.history.append(point)
+        self.model.train()
+        return point
+
+    def _require_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            message = f"the loss is not a number at step {step}"
+            raise EdgetuneError(message, "lower training.learning_rate, or set training.precision: fp32")
+
+    def _is_validation_due(self) -> bool:
+        """Whether the step just taken is to be validated and was not, as when a run is stopped while it validates."""
+        done = self.state.history[-1].step if self.state.history else 0
+        return self.state.step in self.schedule.evals and self.state.step > done
+
+    def _is_out_of_patience(self) -> bool:
+        history, patience = self.state.history, self.training.patience
+        if patience is None or not history:
+            return False
+        best = min(range(len(history)), key=lambda i: history[i].val_loss)
+        return len(history) - 1 - best >= patience
+
+    def _speed(self) -> float:
+        """Tokens of training rows a second, validation included."""
+        return self.state.row_tokens / max(self.state.seconds, 1e-9)

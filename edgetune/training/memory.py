@@ -1,0 +1,283 @@
+"""What training costs in memory: predicted from a base's shape or measured, and the forward passes that fit a limit.
+
+A forward pass keeps activations for the backward pass, in proportion to its tokens. With activation checkpointing a
+layer keeps its input alone and is computed again in the backward pass (Chen et al. 2016, arXiv:1604.06174). Sizes are
+in MB = 10^6 bytes, or bytes where the name says nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
+
+from edgetune.objectives.base import LOGITS_PER_CHUNK
+
+if TYPE_CHECKING:
+    from edgetune.methods import Method, Options
+
+    from .checkpointing import LayerCost
+
+MOST_TOKENS = 4096
+"""Larger forward passes are no faster."""
+FREE_SHARE = 0.9
+"""Share of the free memory that training may take."""
+
+# Resident memory with torch, transformers, PEFT and accelerate imported, on x86-64 Linux with torch for CPUs.
+_IMPORTS_MB = 450.0
+# A chunk's logits, their float32 and log-probabilities, and the gradient.
+_COPIES_OF_LOGITS = 4
+# Per trained parameter: its gradient, AdamW's two moments, the best checkpoint, and the copy that is being saved.
+_STATE_BYTES = 5 * 4
+# What the backward pass of a layer takes at once, as a share of what its forward pass kept.
+_BACKWARD = 1.0
+# What the allocator loses between blocks, as a share of the activations: little while it gives freed blocks back to the
+# system, which takes time, and much while it keeps them.
+_LOST = 0.05
+_LOST_KEEPING = 0.45
+_MB = 1e6
+# What the linear modules of a layer read.
+_READS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention"),
+    "o_proj": "heads",
+    **dict.fromkeys(("gate_proj", "up_proj"), "mlp"),
+    "down_proj": "inner",
+}
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """The sizes of a base that its training cost follows from; `norms` are the values per token that a layer's norms
+    read."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    queries: int
+    keys: int
+    vocabulary: int
+    norms: int
+    parameters: int
+
+    @classmethod
+    def of_header(cls, header: GgufHeader) -> BaseShape:
+        """The shape of a GGUF base; IncompatibleError when its layers differ in heads."""
+        arch, cache = header.architecture, cache_shape(header)
+        hidden = int(header.metadata[f"{arch}.embedding_length"])
+        lengths = header.metadata[f"{arch}.feed_forward_length"]
+        queries = int(header.metadata[f"{arch}.attention.head_count"]) * cache.key_size
+        keys = cache.heads * cache.key_size
+        per_head = queries + keys if arch in {"qwen3", "gemma3"} else 0
+        return cls(
+            layers=cache.layers,
+            hidden=hidden,
+            intermediate=max(lengths) if isinstance(lengths, tuple) else int(lengths),
+            queries=queries,
+            keys=keys,
+            vocabulary=header.tensors["token_embd.weight"].shape[1],
+            norms=hidden * (4 if arch == "gemma3" else 2) + per_head,
+            parameters=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
+        )
+
+    @property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """Inputs and outputs of a layer's linear modules."""
+        mlp = (self.hidden, self.intermediate)
+        return {
+            "q_proj": (self.hidden, self.queries),
+            "k_proj": (self.hidden, self.keys),
+            "v_proj": (self.hidden, self.keys),
+            "o_proj": (self.queries, self.hidden),
+            "gate_proj": mlp,
+            "up_proj": mlp,
+            "down_proj": mlp[::-1],
+        }
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Bytes that a forward pass keeps: `per_token` in all of the `layers`, of which `input_per_token` are a layer's
+    input, and `constant` whatever its tokens; `loss` is what the loss takes for a while, and `lost` the share of all
+    that the allocator loses."""
+
+    layers: int
+    per_token: float
+    input_per_token: float
+    constant: float
+    loss: float
+    lost: float = _LOST
+
+    def pass_mb(self, tokens: int, checkpointed: int = 0) -> float:
+        """The most that a pass takes, forward and backward, with so many layers checkpointed."""
+        return (self.constant + self.loss + tokens * self._per_token(checkpointed)) / _MB
+
+    def tokens(self, room_mb: float, checkpointed: int = 0) -> int:
+        """Tokens of the longest pass that takes at most `room_mb`."""
+        left = room_mb * _MB - self.constant - self.loss
+        return max(0, int(left / self._per_token(checkpointed)))
+
+    def validation_tokens(self, room_mb: float) -> int:
+        """Tokens of the longest pass without gradients that takes at most `room_mb`."""
+        left = room_mb * _MB - self.constant - self.loss
+        return max(0, int(left / (self.per_token / self.layers * (1 + self.lost))))
+
+    def _per_token(self, checkpointed: int) -> float:
+        layer = self.per_token / self.layers
+        kept = self.per_token - checkpointed * max(0.0, layer - self.input_per_token)
+        return (kept + layer * _BACKWARD) * (1 + self.lost)
+
+    @property
+    def most_checkpointed(self) -> int:
+        """All layers but the last, which would be computed again at once."""
+        return self.layers - 1
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """Forward passes of at most `tokens` tokens, the first `checkpointed` of the `layers` with activation
+    checkpointing, and of `validation_tokens` in validation; `mb` is the most that such a pass takes. `keeps_freed`
+    says that the process may keep what it frees, which is faster."""
+
+    tokens: int = MOST_TOKENS
+    validation_tokens: int = MOST_TOKENS
+    checkpointed: int = 0
+    layers: int = 0
+    mb: float = 0.0
+    keeps_freed: bool = True
+
+    def __str__(self) -> str:
+        passes = f"forward passes of at most {self.tokens:,} tokens"
+        if not self.checkpointed:
+            return passes
+        return f"{passes}, activation checkpointing in {self.checkpointed} of {self.layers} layers"
+
+
+@dataclass(frozen=True)
+class TrainingNeed:
+    """Memory of a training's process at its peak: the least that it can do with, and without a limit."""
+
+    least_mb: float
+    planned_mb: float
+
+
+def training_need(
+    shape: BaseShape,
+    method: Method[Any],
+    options: Options,
+    *,
+    longest_row: int,
+    batch_tokens: int,
+    precision: str,
+) -> TrainingNeed:
+    """Predict what training `method` on the base takes when its longest row has `longest_row` tokens and a step
+    `batch_tokens`; `precision` is `bf16` or `fp32`. Loading the base may take more for a while."""
+    cost = predicted(shape, method, options, precision)
+    trained = _trained_parameters(shape, method, options)
+    added = 0 if method.trains_base else 4 * trained
+    fixed = _IMPORTS_MB + (shape.parameters * _width(method, precision) + added) / _MB + state_mb(trained)
+    longest = longest_row + method.prefix_tokens(options)
+    least = cost.pass_mb(longest, cost.most_checkpointed)
+    whole = max(longest, min(batch_tokens, MOST_TOKENS))
+    return TrainingNeed(fixed + least, fixed + replace(cost, lost=_LOST_KEEPING).pass_mb(whole))
+
+
+def predicted(shape: BaseShape, method: Method[Any], options: Options, precision: str) -> PassCost:
+    """What a pass of the method keeps: what a layer's norms, attention and activation function read, and the inputs of
+    the modules whose weights are trained."""
+    width = _width(method, precision)
+    trained = _trained_modules(shape, method, options)
+    attention, gated = 2 * shape.queries + 2 * shape.keys, 3 * shape.intermediate
+    # Modules that read the same values keep these once.
+    inputs = sum({_READS[name]: shape.modules[name][0] for name in trained}.values())
+    ranks = len(trained) * int(getattr(options, "r", 0))
+    # Norms compute in float32, whatever the base is in, and keep what they multiply by a weight that is trained.
+    norms = 4 * shape.norms * (2 if method.trains_base else 1)
+    per_layer = width * (attention + gated + inputs + ranks) + norms
+    layers = _trained_layers(shape, options)
+    return PassCost(layers, layers * per_layer, width * shape.hidden, 0.0, loss_bytes(shape.vocabulary))
+
+
+def loss_bytes(vocabulary: int) -> float:
+    """What the loss takes for a while: a chunk's logits."""
+    return 4 * _COPIES_OF_LOGITS * max(LOGITS_PER_CHUNK, vocabulary)
+
+
+def plan_passes(
+    cost: PassCost,
+    *,
+    longest_row: int,
+    batch_size: int,
+    used_mb: float,
+    limit_mb: float | None,
+    room_mb: float,
+    name: str,
+) -> PassPlan:
+    """The passes of a training that holds `used_mb` already: as large as `room_mb` of free memory and `limit_mb` for
+    all of it allow, with as few layers checkpointed as the longest row needs.
+
+    Raises UsageError when not even the longest row alone fits within `limit_mb`. Where memory is short without such a
+    limit, the smallest passes are planned, as the system may yet find room.
+    """
+    room = room_mb if limit_mb is None else min(room_mb, limit_mb - used_mb)
+    for_validation = min(MOST_TOKENS, cost.validation_tokens(room))
+    whole = max(longest_row, min(MOST_TOKENS, batch_size * longest_row))
+    keeping = replace(cost, lost=_LOST_KEEPING)
+    if keeping.pass_mb(whole) <= room:
+        return PassPlan(MOST_TOKENS, for_validation, 0, cost.layers, keeping.pass_mb(whole))
+    for checkpointed in range(cost.layers):
+        if cost.pass_mb(longest_row, checkpointed) <= room:
+            tokens = min(MOST_TOKENS, cost.tokens(room, checkpointed))
+            most = cost.pass_mb(max(tokens, longest_row), checkpointed)
+            return PassPlan(tokens, for_validation, checkpointed, cost.layers, most, keeps_freed=False)
+    least = cost.pass_mb(longest_row, cost.most_checkpointed)
+    if limit_mb is not None and used_mb + least > limit_mb:
+        needed = math.ceil(used_mb + least)
+        message = f"training.memory_mb is {limit_mb:,.0f}, but training {name} takes at least {needed:,}"
+        remedy = f"set it to {needed} or more, or make the rows shorter: the longest has {longest_row} tokens"
+        raise UsageError(message, remedy)
+    return PassPlan(longest_row, longest_row, cost.most_checkpointed, cost.layers, least, keeps_freed=False)
+
+
+def measured(small: tuple[int, LayerCost], large: tuple[int, LayerCost], *, layers: int, vocabulary: int) -> PassCost:
+    """What a pass keeps, by what one of its layers kept of two passes of as many tokens as said."""
+    (few, cost_of_few), (many, cost_of_many) = small, large
+    # Rows of like length do not tell what is kept whatever their tokens.
+    apart = many >= 2 * few
+    slope = (cost_of_many.kept - cost_of_few.kept) / (many - few) if apart else cost_of_many.kept / many
+    constant = max(0.0, cost_of_many.kept - slope * many)
+    return PassCost(layers, layers * slope, cost_of_many.input / many, layers * constant, loss_bytes(vocabulary))
+
+
+def state_mb(parameters: int) -> float:
+    """What training so many parameters takes besides their own values."""
+    return parameters * _STATE_BYTES / _MB
+
+
+def _width(method: Method[Any], precision: str) -> int:
+    """Bytes of a value of the base, and of an activation."""
+    return 2 if precision == "bf16" and not method.trains_base else 4
+
+
+def _trained_modules(shape: BaseShape, method: Method[Any], options: Options) -> list[str]:
+    """The linear modules of a layer that keep their inputs."""
+    if method.trains_base:
+        return list(shape.modules)
+    targets = getattr(options, "target_modules", ())
+    return [name for name in shape.modules if isinstance(targets, str) or name in targets]
+
+
+def _trained_layers(shape: BaseShape, options: Options) -> int:
+    """Layers that gradients reach: those before the first trained one keep nothing."""
+    return min(shape.layers, int(getattr(options, "layers", shape.layers)))
+
+
+def _trained_parameters(shape: BaseShape, method: Method[Any], options: Options) -> int:
+    """Of a method that trains the base, its share by layers; else those of two factors, a guess for other methods."""
+    if method.trains_base:
+        return shape.parameters * _trained_layers(shape, options) // shape.layers
+    rank = int(getattr(options, "r", 0))
+    return shape.layers * rank * sum(sum(shape.modules[name]) for name in _trained_modules(shape, method, options))

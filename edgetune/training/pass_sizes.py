@@ -1,0 +1,102 @@
+"""Sizes the forward passes of a training that is set up: measures what its layers keep and what memory is free."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from edgetune_runtime.bench import resident_mb
+from edgetune_runtime.threads.machine import free_mb
+
+from edgetune.objectives.base import Row, row_length
+from edgetune.recipe.parts import Training
+
+from .allocator import give_back_freed_memory, keep_freed_memory
+from .checkpointing import layer_cost, layers_of, trained_layers
+from .memory import FREE_SHARE, PassCost, PassPlan, measured, plan_passes, state_mb
+
+# What a layer keeps is measured on rows of at most so many tokens, where there are such.
+_MEASURED_TOKENS = 256
+
+
+def pass_cost(
+    rows: Sequence[Row],
+    model: torch.nn.Module,
+    loss_of: Callable[[Row], torch.Tensor],
+    *,
+    before: int,
+    vocabulary: int,
+) -> PassCost | None:
+    """What a pass of `model` keeps, measured by the loss of two of the rows, each of which has `before` tokens more.
+
+    None where transformers does not say what the layers are.
+    """
+    layers = layers_of(model)
+    if not layers:
+        return None
+    shortest = min(rows, key=row_length)
+    measurable = (row for row in rows if row_length(row) <= _MEASURED_TOKENS)
+    large = max(measurable, key=row_length, default=shortest)
+    costs = [(row_length(row) + before, layer_cost(partial(loss_of, row), layers[-2:])) for row in (shortest, large)]
+    return measured(*costs, layers=trained_layers(layers), vocabulary=vocabulary)
+
+
+def passes_within(
+    cost: PassCost,
+    training: Training,
+    rows: Sequence[Row],
+    *,
+    accelerator: Accelerator,
+    trained: int,
+    name: str,
+) -> PassPlan:
+    """The largest passes that the recipe's limit and the free memory allow a training of so many parameters.
+
+    Sets how the process treats memory that it frees. UsageError when the recipe's limit allows no pass.
+    """
+    device = accelerator.device
+    # What was freed before counts as free, also where the last training kept it.
+    give_back_freed_memory()
+    # Processes of a launcher share the memory of the machine, not that of a GPU.
+    sharing = accelerator.num_processes if device.type == "cpu" else 1
+    states = state_mb(trained)
+    planned = plan_passes(
+        cost,
+        longest_row=max(map(row_length, rows)),
+        batch_size=training.batch_size,
+        used_mb=_used_mb(device) + states,
+        limit_mb=training.memory_mb,
+        room_mb=_free_mb(device) * FREE_SHARE / sharing - states,
+        name=name,
+    )
+    (keep_freed_memory if planned.keeps_freed else give_back_freed_memory)()
+    return planned
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory taken so far: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _used_mb(device: torch.device) -> float:
+    """Memory that this process holds: of the GPU where there is one, else all of it."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 1e6
+    return resident_mb() or peak_memory_mb(device)
+
+
+def _free_mb(device: torch.device) -> float:
+    """Memory that this process can still take; without end where the system does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) / 1e6
+    free = free_mb() if device.type == "cpu" else None
+    return math.inf if free is None else free

@@ -1,0 +1,31 @@
+"""A training's result in, its curves as a PNG out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .job import TrainResult
+
+SIZE_INCHES = (7.0, 4.0)
+
+
+def plot_training(result: TrainResult, title: str, out: Path) -> None:
+    """Draw training and validation loss over the epochs, with the best checkpoint and where overfitting began."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    epochs = [point.epoch for point in result.history]
+    axes.plot(epochs, [point.train_loss for point in result.history], "o-", color="tab:gray", label="training")
+    axes.plot(epochs, [point.val_loss for point in result.history], "o-", color="tab:blue", label="validation")
+    best = next(point for point in result.history if point.step == result.best_step)
+    shipped = f"shipped: {best.val_loss:.3f}"
+    axes.plot([best.epoch], [best.val_loss], "o", color="tab:green", markersize=10, label=shipped)
+    if result.overfit_step is not None:
+        axes.axvspan(best.epoch, epochs[-1], color="tab:red", alpha=0.1, label="overfitting")
+    axes.set(title=title, xlabel="epoch", ylabel="loss (nats a token)", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=120)

@@ -1,0 +1,72 @@
+"""Lengths of rows and training options in, which rows each step takes and when to validate out. Pure, from the seed."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from edgetune.recipe.parts import Training
+
+if TYPE_CHECKING:
+    from edgetune.objectives.base import Row
+
+R = TypeVar("R", bound="Row")
+
+# Rows are sorted by length inside windows of so many steps: nearly no padding, and still another order each epoch.
+_WINDOW_STEPS = 16
+
+
+class Schedule:
+    """How many steps a training takes, its learning rate at each, and after which steps it validates."""
+
+    def __init__(self, rows: int, training: Training) -> None:
+        self.steps_per_epoch = math.ceil(rows / training.batch_size)
+        self.steps = max(1, math.ceil(training.epochs * self.steps_per_epoch))
+        if training.max_steps is not None:
+            self.steps = min(self.steps, training.max_steps)
+        self._warmup_steps = math.ceil(training.warmup * self.steps)
+        self._form = training.schedule
+        passes = min(self.steps, max(training.evals, math.ceil(self.steps / self.steps_per_epoch)))
+        self.evals = frozenset(number * self.steps // passes for number in range(1, passes + 1))
+
+    def factor(self, step: int) -> float:
+        """Factor on the learning rate at `step`, counted from 0."""
+        if step < self._warmup_steps:
+            return (step + 1) / (self._warmup_steps + 1)
+        done = (step - self._warmup_steps) / max(1, self.steps - self._warmup_steps)
+        return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self._form]
+
+
+def plan(lengths: Sequence[int], schedule: Schedule, training: Training) -> list[list[int]]:
+    """The indices of the rows of every step of a run, rows of like length together."""
+    steps: list[list[int]] = []
+    epoch = 0
+    while len(steps) < schedule.steps:
+        rng = random.Random(f"{training.seed}/{epoch}")
+        order = rng.sample(range(len(lengths)), len(lengths))
+        window = _WINDOW_STEPS * training.batch_size
+        batches: list[list[int]] = []
+        for start in range(0, len(order), window):
+            near = sorted(order[start : start + window], key=lambda i: lengths[i])
+            batches += [near[i : i + training.batch_size] for i in range(0, len(near), training.batch_size)]
+        rng.shuffle(batches)
+        steps += batches
+        epoch += 1
+    return steps[: schedule.steps]
+
+
+def passes(examples: Sequence[R], most_tokens: int) -> Iterator[list[R]]:
+    """The examples in groups of at most `most_tokens` tokens, a longer one alone: a step that is split into passes has
+    the same gradient."""
+    group: list[R] = []
+    tokens = 0
+    for example in examples:
+        if group and tokens + len(example.tokens) > most_tokens:
+            yield group
+            group, tokens = [], 0
+        group.append(example)
+        tokens += len(example.tokens)
+    if group:
+        yield group

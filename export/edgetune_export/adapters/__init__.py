@@ -1,0 +1,1 @@
+"""The shapes that trained adapters are folded into."""

@@ -1,0 +1,58 @@
+"""Names and rows of a Hugging Face model in, those of its GGUF file out.
+
+Files of the llama architecture hold the rows of q and k in another order. llama.cpp's rotary embedding of that
+architecture turns neighbouring rows together, Hugging Face's the two halves of a head, so the converter interleaves the
+halves of each head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
+
+_QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(weight|bias)")
+
+
+def name_map(header: GgufHeader) -> gguf.TensorNameMap:
+    """What the GGUF calls the modules of the Hugging Face model."""
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture)
+    return gguf.get_tensor_name_map(architecture, count(header.metadata, f"{header.architecture}.block_count"))
+
+
+def tensor_of(module: str, header: GgufHeader, names: gguf.TensorNameMap) -> TensorInfo:
+    """The base's tensor of a module's weights; an output layer that is not there is tied to the embedding."""
+    tensors = header.tensors
+    return tensors.get(f"{names.get_name(module)}.weight") or tensors["token_embd.weight"]
+
+
+def base_rows(tensor: TensorInfo, header: GgufHeader) -> npt.NDArray[np.intp] | None:
+    """For each row of the base's tensor, its number in the Hugging Face model; None when the order is the same.
+
+    `hf[base_rows]` is the base's order. IncompatibleError when the rows do not divide into heads.
+    """
+    match = _QUERY_OR_KEY.fullmatch(tensor.name)
+    if header.architecture != "llama" or match is None:
+        return None
+    key = "head_count" if match["which"] == "q" else "head_count_kv"
+    if f"llama.attention.{key}" not in header.metadata:
+        key = "head_count"
+    heads, rows = count(header.metadata, f"llama.attention.{key}"), tensor.shape[-1]
+    if rows % (2 * heads):
+        raise IncompatibleError(f"{rows} rows do not divide into {heads} heads", "give a base that llama.cpp runs")
+    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
+
+
+def count(metadata: Mapping[str, Any], key: str) -> int:
+    """A positive whole number of the base's metadata; IncompatibleError for anything else, such as one per layer."""
+    value = metadata.get(key)
+    if not isinstance(value, int) or value < 1:
+        remedy = "give a base with the same number of heads in each layer, converted by llama.cpp"
+        raise IncompatibleError(f"the base's {key} is {value!r}", remedy)
+    return value

@@ -1,0 +1,63 @@
+"""What a backend takes and gives: a base and folded adapters in, files of the backend's format out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from edgetune_export.adapters.shapes import Adapter, Merged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How an ONNX graph holds the base's matrices: `auto`, `fp32`, `int8`, or `int4` rounded by `method`.
+
+    `calibration` holds token rows of the tasks, which the method gptq needs.
+    """
+
+    scheme: str = "auto"
+    method: str = "rtn"
+    calibration: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """The base of a build: its GGUF file with its sha256, its weights in torch, and a folder for what is on the way."""
+
+    path: Path
+    fingerprint: str
+    model: PreTrainedModel | None = None
+    work: Path = Path()
+    weights: Weights = field(default_factory=Weights)
+
+
+class Backend(Protocol):
+    """A module of this package, named after the format that it writes; the runtime's engine has the same name.
+
+    `SHAPES` names the adapter shapes that it can express; `SUPPORTED` the base architectures; `ADAPTER_FILE` and
+    `MODEL_FILE` what an adapter and a merged model are called in the adapter's folder.
+    """
+
+    SHAPES: tuple[str, ...]
+    SUPPORTED: tuple[str, ...]
+    ADAPTER_FILE: str
+    MODEL_FILE: str
+
+    def write_base(self, source: Source, folder: Path, adapters: Sequence[Adapter]) -> Path:
+        """Write the base into `folder`, made for these adapters; returns the file that an engine opens."""
+
+    def write_adapter(
+        self, adapter: Adapter, base: Path, out: Path, *, dtype: str = ..., base_fingerprint: str
+    ) -> None:
+        """Write the adapter of the base file `base` to `out`; IncompatibleError names what of it does not fit."""
+
+    def write_merged(self, merged: Merged, source: Source, out: Path) -> None:
+        """Write the base with the merged model's own parameters in place of its."""
+
+    def quantization(self, source: Source) -> str:
+        """How the base's weights are rounded, as `parity.check` knows it."""

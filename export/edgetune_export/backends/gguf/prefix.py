@@ -1,0 +1,70 @@
+"""Prefix and base GGUF in, GGUF file of keys and values out, as edgetune's runtime puts them into llama.cpp's cache.
+
+For each layer `blk.N.prefix_k` and `blk.N.prefix_v`, [tokens, key/value heads, head size], as the cache holds them: the
+llama architecture rotates neighbouring numbers of a head together there, and the two halves in Hugging Face models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+from edgetune_runtime.atomic import replacing
+from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.formats.gguf_file import CacheShape, cache_shape, prefix_tensor, read_header
+
+from edgetune_export.adapters.shapes import Floats, Prefix
+
+DTYPES = {"f32": np.float32, "f16": np.float16}
+
+_F16_MAX = float(np.finfo(np.float16).max)
+
+
+def write_prefix(prefix: Prefix, base: Path, out: Path, *, dtype: str, base_fingerprint: str) -> None:
+    """Write the prefix for the base GGUF `base`, whose sha256 is `base_fingerprint`; `dtype` is f32 or f16.
+
+    Raises UsageError for another dtype, IncompatibleError when the prefix does not fit the base, VerificationError when
+    a value is beyond the range of f16, OutOfSpaceError when the disk is full.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"no dtype {dtype!r} for a prefix", f"choose one of: {', '.join(DTYPES)}")
+    header = read_header(base)
+    check_prefix_fits(prefix, cache_shape(header))
+    keys = _interleaved(prefix.keys) if header.architecture == "llama" else prefix.keys
+    with replacing(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, header.architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(prefix.name)
+        writer.add_string(gguf.Keys.Adapter.TYPE, prefix.shape)
+        writer.add_string("edgetune.base_fingerprint", base_fingerprint)
+        writer.add_string("edgetune.method", prefix.method)
+        for layer in range(len(keys)):
+            for which, heads in (("k", keys[layer]), ("v", prefix.values[layer])):
+                rows = np.ascontiguousarray(heads.swapaxes(0, 1), DTYPES[dtype])
+                writer.add_tensor(prefix_tensor(layer, which), rows)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def check_prefix_fits(prefix: Prefix, shape: CacheShape) -> None:
+    """IncompatibleError unless the base keeps such keys and values, VerificationError unless f16 can hold them."""
+    for what, array, size in (("keys", prefix.keys, shape.key_size), ("values", prefix.values, shape.value_size)):
+        wanted = (shape.layers, shape.heads, prefix.tokens, size)
+        if array.shape != wanted or not prefix.tokens:
+            message = f"prefix {prefix.name!r} has {what} of shape {array.shape}, the base keeps {wanted}"
+            raise IncompatibleError(message, "give the base that the prefix was trained on")
+        largest = float(np.abs(array).max())
+        if not largest <= _F16_MAX:
+            message = f"prefix {prefix.name!r} has {what} up to {largest:.3g}, f16 ends at {_F16_MAX:.0f}"
+            raise VerificationError(message, "train it again with a lower learning rate")
+
+
+def _interleaved(keys: Floats) -> Floats:
+    """The two halves of each head, number by number in turn."""
+    *outer, size = keys.shape
+    return keys.reshape(*outer, 2, size // 2).swapaxes(-1, -2).reshape(keys.shape)

@@ -1,0 +1,135 @@
+"""Unquantized GGUF and a scheme in, quantized GGUF out; also rows of floats to the bytes of a ggml type and back."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from edgetune_runtime.atomic import is_full, replacing
+from edgetune_runtime.engines.gguf.llama import last_errors, library
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
+from edgetune_runtime.formats.gguf_file import GGML_TYPES, TensorInfo, describe_quantization, read_header
+
+from edgetune_export.adapters.shapes import Floats
+
+# Scheme to llama.cpp's LLAMA_FTYPE number, which GGUF files carry too; none needs an importance matrix.
+SCHEMES: dict[str, int] = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 32,
+    "q8_0": 7,
+    "q6_k": 18,
+    "q5_k_m": 17,
+    "q5_k_s": 16,
+    "q5_1": 9,
+    "q5_0": 8,
+    "q4_k_m": 15,
+    "q4_k_s": 14,
+    "q4_1": 3,
+    "q4_0": 2,
+    "iq4_nl": 25,
+    "iq4_xs": 30,
+    "q3_k_m": 12,
+}
+_UNQUANTIZED = ("f32", "f16", "bf16")
+# ggml's functions from these types to f32; those of its blocks are called by the type.
+_FLOAT_ROWS = {"f16": "ggml_fp16_to_fp32_row", "bf16": "ggml_bf16_to_fp32_row"}
+
+
+def quantize_gguf(source: Path, out: Path, scheme: str, *, again: bool = False) -> None:
+    """Quantize the f32, f16 or bf16 file `source` to `scheme` with llama.cpp, into `out`, whole or not at all.
+
+    With `again`, a file that is quantized already is taken as well; its errors add to the new ones.
+
+    Tensors whose columns a scheme cannot divide fall back to another type, as llama.cpp decides;
+    `describe_quantization` tells what came out. Raises UsageError for an unknown scheme, IncompatibleError when
+    `source` is already quantized, OutOfSpaceError, VerificationError when llama.cpp refuses the file.
+    """
+    if scheme not in SCHEMES:
+        raise UsageError(f"no quantization {scheme!r}", f"choose one of: {', '.join(SCHEMES)}")
+    held = describe_quantization(read_header(source))
+    if held not in _UNQUANTIZED and not again:
+        remedy = "give the unquantized model, or ship this file as it is"
+        raise IncompatibleError(f"{source} is already quantized to {held}", remedy)
+    llama = library()
+    parameters = llama.llama_model_quantize_default_params()
+    parameters.ftype = SCHEMES[scheme]
+    parameters.allow_requantize = again
+    last_errors()
+    with replacing(out) as temporary:
+        if llama.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), parameters) != 0:
+            raise _failure(source, out, last_errors())
+
+
+def quantize_rows(values: Floats, ggml_type: int) -> bytes:
+    """The bytes of `values` [rows, columns] as a tensor of this ggml type, made by ggml itself.
+
+    Raises IncompatibleError for a type that needs an importance matrix or whose blocks do not divide the columns.
+    """
+    name, block_size, block_bytes = GGML_TYPES[ggml_type]
+    rows, columns = values.shape
+    ggml = _ggml()
+    if columns % block_size or ggml.ggml_quantize_requires_imatrix(ggml_type):
+        raise IncompatibleError(f"cannot write rows of {columns} values as {name}", "quantize the base to q8_0")
+    contiguous = np.ascontiguousarray(values, np.float32)
+    out = ctypes.create_string_buffer(rows * columns // block_size * block_bytes)
+    source = contiguous.ctypes.data_as(ctypes.c_void_p)
+    written = ggml.ggml_quantize_chunk(ggml_type, source, out, 0, rows, columns, None)
+    if written != len(out):
+        raise EdgetuneError(f"ggml wrote {written} bytes of {name}, expected {len(out)}", "report this as a bug")
+    return out.raw
+
+
+def dequantize_rows(data: bytes | npt.NDArray[np.uint8], tensor: TensorInfo, out: Floats | None = None) -> Floats:
+    """The values of a tensor whose bytes are `data`, float32 [rows, columns], computed by ggml itself.
+
+    They are written to `out` where it is given, which must be contiguous. Raises IncompatibleError for an unknown type,
+    VerificationError when `data` ends early.
+    """
+    values = np.empty(tensor.shape[::-1], np.float32) if out is None else out
+    raw = np.frombuffer(data, np.uint8)
+    if raw.size != tensor.nbytes:
+        message = f"{tensor.name} has {raw.size} bytes of {tensor.nbytes}"
+        raise VerificationError(message, "build or copy the base again")
+    if tensor.type_name == "f32":
+        values[...] = raw.view("<f4").reshape(values.shape)
+        return values
+    name = _FLOAT_ROWS.get(tensor.type_name) or f"dequantize_row_{tensor.type_name.replace('_k', '_K')}"
+    convert = getattr(_ggml(), name, None)
+    if convert is None:
+        message = f"cannot read the weights of {tensor.name}, which are of type {tensor.type_name}"
+        raise IncompatibleError(message, "quantize the base to q8_0")
+    convert.argtypes, convert.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
+    convert(raw.ctypes.data_as(ctypes.c_void_p), values.ctypes.data_as(ctypes.c_void_p), values.size)
+    return values
+
+
+def _failure(source: Path, out: Path, reason: str) -> EdgetuneError:
+    # The C++ stream does not tell why a write failed; a disk that was filled up to the last block does.
+    if is_full(out.parent):
+        return OutOfSpaceError(f"no space left to write {out}", "free some space or choose another folder")
+    message = f"llama.cpp cannot quantize {source}: {reason}"
+    return VerificationError(message, "convert the model again")
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    """The ggml library beside llama_cpp's, with the types of the functions used here."""
+    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(library().__file__).parent / "lib")
+    names = {"darwin": ("libggml-base.dylib",), "win32": ("ggml-base.dll", "libggml-base.dll")}
+    candidates = [folder / name for name in names.get(sys.platform, ("libggml-base.so",))]
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    if path is None:
+        raise IncompatibleError(f"no ggml library in {folder}", "install llama-cpp-python again")
+    ggml = ctypes.CDLL(str(path))
+    ggml.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
+    ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    return ggml

@@ -1,0 +1,35 @@
+"""Tensors of a graph's optional inputs in, `.onnx_adapter` file out, tied to its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from edgetune_runtime.atomic import replacing
+from edgetune_runtime.engines.onnx.engine import model_version
+from edgetune_runtime.errors import UsageError
+
+from edgetune_export.adapters.shapes import Floats
+
+DTYPES = {"f32": np.float32, "f16": np.float16}
+
+
+def write_tensors(tensors: Mapping[str, Floats], out: Path, *, dtype: str, base_fingerprint: str) -> None:
+    """Write the tensors, by the names of the inputs that they fill, to `out`; `dtype` is f32 or f16.
+
+    Raises UsageError for another dtype, OutOfSpaceError when the disk is full.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(DTYPES)}")
+    values = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor, DTYPES[dtype]))
+        for name, tensor in tensors.items()
+    }
+    file = onnxruntime.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(model_version(base_fingerprint))
+    file.set_parameters(values)
+    with replacing(out) as temporary:
+        file.export_adapter(str(temporary))

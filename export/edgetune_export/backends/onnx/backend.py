@@ -1,0 +1,160 @@
+"""Base and folded adapters in, ONNX folder and `.onnx_adapter` files out, as onnxruntime-genai loads them too.
+
+The structure comes from onnxruntime-genai's builder, the numbers from the base's GGUF file, block by block, so that an
+adapter meets the same base in both formats. A merged model is made from the merged GGUF for the same reason.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgetune_runtime.atomic import raising_out_of_space
+from edgetune_runtime.formats.gguf_file import describe_quantization, read_header
+from edgetune_runtime.formats.onnx_file import read_onnx
+
+from edgetune_export.adapters.shapes import Adapter, Floats, LowRank, Merged, Tensors
+from edgetune_export.backends.base import Source
+from edgetune_export.backends.gguf import backend as gguf
+from edgetune_export.parity import INT4
+
+from . import slots as onnx_slots
+from .adapter import write_tensors
+from .graph import GRAPH, add_logits_start, load_structure, put_ends, put_weights, run_builder, save_model
+from .prefix import prefix_tensors
+from .tensors import add_tensor_slots, fill_tensors
+from .tokenizer import end_tokens, write_tokenizer
+from .weights import FLOAT_TYPES
+
+if TYPE_CHECKING:
+    import torch
+
+SHAPES = ("low_rank", "prefix", "tensors", "merged")
+SUPPORTED = ("llama", "qwen2", "qwen3", "gemma3")
+ADAPTER_FILE = "adapter.onnx_adapter"
+MODEL_FILE = f"onnx/{GRAPH}"
+
+_CONFIG = "genai_config.json"
+
+
+def write_base(source: Source, folder: Path, adapters: Sequence[Adapter]) -> Path:
+    """Write the base into `folder/onnx`, with slots for all that these adapters change; returns its graph.
+
+    Raises IncompatibleError when the builder cannot export the base, OutOfSpaceError when the disk is full.
+    """
+    out = folder / MODEL_FILE
+    _write_model(source, source.path, out, adapters)
+    return out
+
+
+def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f32", base_fingerprint: str) -> None:
+    """Write the adapter as tensors for the slots, or the past keys and values, of the graph `base`; `dtype` f32 or f16.
+
+    Raises IncompatibleError when the adapter does not fit them, OutOfSpaceError when the disk is full.
+    """
+    header = read_onnx(base)
+    if isinstance(adapter, LowRank):
+        tensors = onnx_slots.fill(adapter, onnx_slots.slots_of(header.metadata))
+    elif isinstance(adapter, Tensors):
+        tensors = fill_tensors(adapter, header)
+    else:
+        tensors = prefix_tensors(adapter, header)
+    write_tensors(tensors, out, dtype=dtype, base_fingerprint=base_fingerprint)
+
+
+def write_merged(merged: Merged, source: Source, out: Path) -> None:
+    """Write a whole model of the merged parameters, rounded once more to the base's types."""
+    whole = source.work / f"{merged.name}.gguf"
+    gguf.write_merged(merged, source, whole)
+    _write_model(source, whole, out, (), _vectors_of(merged, source))
+    whole.unlink()
+
+
+def quantization(source: Source) -> str:
+    """How the graph's weights are rounded, as `parity.check` knows it."""
+    held = describe_quantization(read_header(source.path))
+    if source.weights.scheme == "fp32":
+        return "f32"
+    if source.weights.scheme == "int4" and held != "q4_0":
+        return INT4
+    if held in FLOAT_TYPES:
+        return "q8_0" if source.weights.scheme == "int8" else "f32"
+    return held
+
+
+def _vectors(source: Source) -> dict[str, torch.Tensor]:
+    """The base's norms and biases, which the graph takes from the builder and not from the GGUF file."""
+    assert source.model is not None
+    return {name: parameter for name, parameter in source.model.named_parameters() if parameter.dim() == 1}
+
+
+def _vectors_of(merged: Merged, source: Source) -> Mapping[str, Floats]:
+    """The same of what is merged, where it has other ones."""
+    vectors = _vectors(source)
+    return {name: compute() for name, compute in merged.parameters.items() if name in vectors}
+
+
+def _write_model(
+    source: Source, weights: Path, out: Path, adapters: Sequence[Adapter], vectors: Mapping[str, Floats] | None = None
+) -> None:
+    structure = _structure_with(source, vectors) if vectors else _structure(source)
+    config = json.loads((structure / _CONFIG).read_text(encoding="utf-8"))
+    model = load_structure(structure)
+    scheme = source.weights.scheme
+    put_weights(model, weights, "fp32" if scheme == "int4" else scheme)
+    put_ends(model, weights, "int8" if scheme == "int4" else scheme)
+    if scheme == "int4":
+        from .quantize import requantize  # noqa: PLC0415 - it sets up logging for the whole process
+
+        model = requantize(model, source.weights, config["model"]["decoder"]["head_size"])
+    header = read_header(weights)
+    add_logits_start(model.graph)
+    # First, so that they lie behind the low-rank slots of the same products.
+    add_tensor_slots(model, header, [adapter for adapter in adapters if isinstance(adapter, Tensors)])
+    modules = {module for adapter in adapters if isinstance(adapter, LowRank) for module in adapter.modules}
+    onnx_slots.add_slots(model, header, modules)
+    model.metadata_props["edgetune.base_fingerprint"] = source.fingerprint
+    save_model(model, out.parent)
+    with raising_out_of_space(out):
+        write_tokenizer(source.path, out.parent)
+        config["model"]["eos_token_id"] = end_tokens(source.path)
+        (out.parent / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _structure_with(source: Source, vectors: Mapping[str, Floats]) -> Path:
+    """The folder of the builder's float32 graph of the base with other norms or biases."""
+    shutil.rmtree(source.work / "structure-merged", ignore_errors=True)
+    return _structure(source, "structure-merged", vectors)
+
+
+def _structure(source: Source, name: str = "structure", vectors: Mapping[str, Floats] | None = None) -> Path:
+    """The folder of the builder's float32 graph, made once a build; `vectors` take the place of the base's."""
+    import torch  # noqa: PLC0415 - only where something is exported
+
+    structure = source.work / name
+    if not (structure / GRAPH).exists():
+        assert source.model is not None
+        folder = source.work / "checkpoint"
+        others = {key: torch.from_numpy(values) for key, values in (vectors or {}).items()}
+        with raising_out_of_space(folder):
+            source.model.save_pretrained(folder, state_dict={**_vectors(source), **others})
+            write_tokenizer(source.path, folder)
+            _flatten_rope(folder / "config.json")
+            run_builder(folder, structure)
+        shutil.rmtree(folder)
+    return structure
+
+
+def _flatten_rope(path: Path) -> None:
+    """Say of a model whose kinds of layers rotate differently what the builder looks for beside the kinds' own entries.
+
+    transformers 5 writes an entry for each kind, builder 0.18 reads the names of transformers 4.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "sliding_attention" in rope:
+        rope |= {**rope["full_attention"], "rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+        path.write_text(json.dumps(config), encoding="utf-8")

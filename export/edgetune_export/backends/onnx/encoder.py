@@ -1,0 +1,210 @@
+"""Encoder in torch in, ONNX graph with slots for adapters and heads out; a task's adapter and head in, its file out.
+
+The graph comes from `torch.onnx.export`: it is kept in PyTorch itself and takes any module, so pooling is in the graph.
+transformers' own OnnxExporter calls it too, with patches that encoders do not need; it is experimental and takes
+transformers' classes alone. optimum's exporter needs transformers below 5; onnxruntime-genai's builder knows decoders
+only. The exporter notes at each node the module that it came from, which is how slots find their products.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from edgetune_runtime.atomic import raising_out_of_space
+from edgetune_runtime.engines.onnx.encoder import CONTEXT_LENGTH, HEAD_BIAS, HEAD_WEIGHT, LOGITS, POOLED
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.onnx_file import read_onnx
+from transformers import PreTrainedModel
+
+from edgetune_export.adapters.shapes import Floats, LowRank
+
+from .adapter import write_tensors
+from .graph import GRAPH, Projection, optional_input, replace_gather, replace_product, save_model
+from .slots import METADATA, add_slot, fill, slots_of
+from .weights import BLOCK, pack_floats
+
+# The first with an Attention operator, which leaves the fewest nodes.
+_OPSET = 23
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_NAMES = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """The encoder of a build: float32 in torch, the file of its tokenizer, its fingerprint and its longest text.
+
+    `work` is a folder for the plain graph, which is exported once a build.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Path
+    fingerprint: str
+    context_length: int
+    work: Path
+
+
+class _Pooled(torch.nn.Module):
+    """The encoder with its last layer pooled."""
+
+    def __init__(self, encoder: PreTrainedModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        last = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return mean_pooled(last, attention_mask)
+
+
+def mean_pooled(last: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean [rows, hidden] of the vectors [rows, tokens, hidden] where the mask [rows, tokens] is 1."""
+    weights = mask.unsqueeze(-1).to(last.dtype)
+    return (last * weights).sum(1) / weights.sum(1)
+
+
+def write_encoder(source: EncoderSource, folder: Path, modules: Collection[str], *, int8: bool) -> Path:
+    """Write the encoder into `folder`, with slots for adapters of these modules and for a head; returns its graph.
+
+    `int8` rounds the matrices to 8 bits. Raises IncompatibleError when the graph has no product for a module,
+    OutOfSpaceError when the disk is full.
+    """
+    linear = {name: m for name, m in source.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    model = ir.load(_structure(source))
+    products = _products(model.graph, linear)
+    missing = sorted(set(modules) - {product.name for product in products})
+    if missing:
+        message = f"the exported graph has no product of its own for {missing[0]} and {len(missing) - 1} more"
+        raise IncompatibleError(message, "leave it out of target_modules")
+    if int8:
+        products = _round(model.graph, linear, products)
+    slots = {}
+    for product in products:
+        if product.name in modules:
+            module = linear[product.name]
+            slots[product.name] = [(product.name, module.in_features, module.out_features)]
+            add_slot(model.graph, product, module.in_features, module.out_features)
+    _add_head(model.graph, source.model.config.hidden_size)
+    model.metadata_props[METADATA] = json.dumps(slots)
+    model.metadata_props["edgetune.base_fingerprint"] = source.fingerprint
+    model.metadata_props[CONTEXT_LENGTH] = str(source.context_length)
+    save_model(model, folder)
+    with raising_out_of_space(folder):
+        shutil.copyfile(source.tokenizer, folder / "tokenizer.json")
+    return folder / GRAPH
+
+
+def write_task(
+    adapter: LowRank, head: tuple[Floats, Floats], base: Path, out: Path, *, dtype: str, base_fingerprint: str
+) -> None:
+    """Write adapter and head (weight [labels, hidden], bias [labels]) as tensors for the slots of the graph `base`.
+
+    `dtype` is f32 or f16. Raises IncompatibleError when the adapter does not fit the slots, OutOfSpaceError when the
+    disk is full.
+    """
+    tensors = fill(adapter, slots_of(read_onnx(base).metadata))
+    weight, bias = head
+    write_tensors(
+        {**tensors, HEAD_WEIGHT: weight.T, HEAD_BIAS: bias}, out, dtype=dtype, base_fingerprint=base_fingerprint
+    )
+
+
+def _structure(source: EncoderSource) -> Path:
+    """The graph of the encoder with its pooling, for any batch and length."""
+    out = source.work / "structure.onnx"
+    if out.exists():
+        return out
+    wrapped = _Pooled(source.model).eval()
+    # Two rows of other lengths: an exporter takes a dimension of 1 for a fixed one.
+    tokens, mask = torch.full((2, 6), 1), torch.ones((2, 6), dtype=torch.int64)
+    mask[1, 4:] = 0
+    dimensions = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    with _quiet():
+        program = torch.onnx.export(
+            wrapped,
+            (tokens, mask),
+            dynamo=True,
+            verbose=False,
+            opset_version=_OPSET,
+            input_names=list(_NAMES),
+            output_names=[POOLED],
+            dynamic_shapes=(dimensions, dimensions),
+        )
+    assert program is not None
+    with raising_out_of_space(out):
+        source.work.mkdir(parents=True, exist_ok=True)
+        program.save(out, external_data=True)
+    return out
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes to itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _products(graph: ir.Graph, linear: Collection[str]) -> list[Projection]:
+    """The products of linear modules, named as the modules."""
+    found = []
+    for node in graph:
+        module = _module_of(node)
+        if node.op_type == "MatMul" and module in linear:
+            found.append(Projection(node, module, (module,)))
+    return found
+
+
+def _module_of(node: ir.Node) -> str:
+    """The module of the encoder that the node came from, "" for none."""
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    return scopes[-2].removeprefix("encoder.") if len(scopes) > 1 else ""
+
+
+def _round(graph: ir.Graph, linear: dict[str, torch.nn.Linear], products: list[Projection]) -> list[Projection]:
+    """Round the weights of products and of the token embedding to 8 bits, as far as blocks divide them."""
+    for product in products:
+        weight = _floats(linear[product.name].weight)
+        if weight.shape[1] % BLOCK == 0:
+            replace_product(graph, product.node, pack_floats(weight))
+    for node in list(graph):
+        table = node.inputs[0].const_value if node.op_type == "Gather" and node.inputs[0] is not None else None
+        if table is not None and len(table.shape) == 2 and _module_of(node).endswith("word_embeddings"):
+            rows = np.ascontiguousarray(table.numpy(), np.float32)
+            if rows.shape[1] % BLOCK == 0:
+                replace_gather(graph, node, pack_floats(rows), f"{_module_of(node)}.weight")
+    by_name = {node.name: node for node in graph}
+    return [Projection(by_name[product.node.name], product.name, product.modules) for product in products]
+
+
+def _add_head(graph: ir.Graph, hidden: int) -> None:
+    """Logits of the labels: an optional product on the pooled layer, with no labels unless it is given."""
+    weight = optional_input(graph, HEAD_WEIGHT, np.zeros((hidden, 0), np.float32), [hidden, "labels"])
+    bias = optional_input(graph, HEAD_BIAS, np.zeros(0, np.float32), ["labels"])
+    pooled = graph.outputs[0]
+    product = ir.node("MatMul", [pooled, weight], name="classifier/MatMul")
+    product.outputs[0].name = "classifier/MatMul/output_0"
+    added = ir.node("Add", [product.outputs[0], bias], name="classifier/Add")
+    logits = added.outputs[0]
+    logits.name, logits.type, logits.shape = LOGITS, ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "labels"])
+    graph.extend([product, added])
+    graph.outputs.insert(0, logits)
+
+
+def _floats(tensor: torch.Tensor) -> Floats:
+    return np.ascontiguousarray(tensor.detach().float().numpy(), np.float32)

@@ -1,0 +1,274 @@
+"""Base in, ONNX decoder graph out: the structure from onnxruntime-genai's builder, the numbers from the base's GGUF."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from edgetune_runtime.atomic import raising_out_of_space
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from edgetune_export.adapters.shapes import Floats
+from edgetune_export.architectures.layout import base_rows, name_map, tensor_of
+from edgetune_export.backends.gguf.quantize import dequantize_rows
+
+from .weights import BLOCK, Packed, pack, pack_floats, reorder, stack
+
+GRAPH = "model.onnx"
+MICROSOFT = "com.microsoft"
+HEAD = "/lm_head/MatMul"
+EMBEDDING = "/model/embed_tokens/Gather"
+_EMBEDDING_SCALE = "/model/embed_tokens/Mul"
+LOGITS_START = "logits_start"
+
+# Smaller tensors stay in the graph's own file. The data starts where a page may be mapped.
+_EXTERNAL_BYTES = 1024
+_ALIGNMENT = 4096
+_RMS_NORM_OPSET = 23
+_PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp)/(?P<which>\w+)_proj/MatMul")
+_BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
+_FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A product of the graph with the modules of the Hugging Face model that it computes, one under the other."""
+
+    node: ir.Node
+    name: str
+    modules: tuple[str, ...]
+
+
+def run_builder(folder: Path, out: Path) -> None:
+    """Let the builder write the float32 graph of the Hugging Face folder, with packed q/k/v and gate/up, into `out`.
+
+    `folder` need not hold the model's matrices; the graph names them and has no values for them.
+    """
+    command = [sys.executable, "-m", "edgetune_export.backends.onnx.structure"]
+    # Caches of the window's size would forbid contexts that are shorter, and going back.
+    options = ["--extra_options", "fuse_mlp_gate_up=true", "windowed_kv_cache=false", "hf_token=false"]
+    places = ["-i", str(folder), "-o", str(out), "-c", str(out / "cache")]
+    # A process of its own: the builder prints, and keeps its memory.
+    result = subprocess.run(
+        [*command, *places, "-p", "fp32", "-e", "cpu", *options], capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise IncompatibleError(f"onnxruntime-genai's builder cannot export {folder.name}: {reason}", "build for gguf")
+
+
+def projections(graph: ir.Graph) -> list[Projection]:
+    """The products with weights of the base, in the graph's order."""
+    found = []
+    for node in graph:
+        name = (node.name or "").removesuffix("_Q4").removesuffix("_Q8")
+        match = _PROJECTION.fullmatch(name)
+        if match:
+            prefix = f"model.{match['layer']}.{_BLOCKS[match['block']]}"
+            which = _FUSED.get(match["which"], (match["which"],))
+            modules = tuple(f"{prefix}.{part}_proj" for part in which)
+            slot = f"model.{match['layer']}.{match['block']}.{match['which']}_proj"
+            found.append(Projection(node, slot, modules))
+        elif name == HEAD:
+            found.append(Projection(node, "lm_head", ("lm_head",)))
+    return found
+
+
+def load_structure(folder: Path) -> ir.Model:
+    """The graph that `run_builder` left in `folder`, without its matrices, its norms by ONNX's own operator."""
+    model = ir.load(folder / GRAPH)
+    for node in model.graph:
+        # An operator of onnxruntime's under ONNX's name, which no other tool knows, `onnx.checker` neither.
+        if node.op_type == "SimplifiedLayerNormalization":
+            node.op_type = "RMSNormalization"
+        if node.name == _EMBEDDING_SCALE:
+            _set_exact_scale(model.graph, node)
+    model.graph.opset_imports[""] = max(model.graph.opset_imports[""], _RMS_NORM_OPSET)
+    return model
+
+
+def put_weights(model: ir.Model, base: Path, scheme: str) -> None:
+    """Give the graph's products the numbers of the GGUF `base`, in MatMulNBits.
+
+    `auto` keeps the base's blocks where the operator can and takes 8 bits elsewhere, floats stay floats; `int8` rounds
+    floats to 8 bits too; `fp32` makes floats of all.
+    """
+    source = _Source(base, scheme)
+    for projection in projections(model.graph):
+        if projection.node.name != HEAD:
+            replace_product(model.graph, projection.node, source.of(projection.modules))
+
+
+def put_ends(model: ir.Model, base: Path, scheme: str) -> None:
+    """The same for the embedding and the output layer, in GatherBlockQuantized and MatMulNBits."""
+    source = _Source(base, scheme)
+    for node in list(model.graph):
+        if node.name == HEAD:
+            replace_product(model.graph, node, source.of(("lm_head",)))
+        elif node.name == EMBEDDING:
+            replace_gather(model.graph, node, source.of(("model.embed_tokens",)), "model.embed_tokens.weight")
+
+
+class _Source:
+    """The base's file, from which matrices are read by the names of the Hugging Face model."""
+
+    def __init__(self, base: Path, scheme: str) -> None:
+        self._path, self._scheme = base, scheme
+        self._header = read_header(base)
+        self._names = name_map(self._header)
+
+    def of(self, modules: Sequence[str]) -> Packed | Floats:
+        """The matrices of these modules under each other; floats when one of them stays so."""
+        packed = [self._packed(module) for module in modules]
+        whole = [part for part in packed if part is not None]
+        if len(whole) == len(packed):
+            return stack(whole)
+        return np.concatenate([self._floats(module) for module in modules])
+
+    def _packed(self, module: str) -> Packed | None:
+        tensor, data = self._read(module)
+        packed = None if self._scheme == "fp32" else pack(data, tensor)
+        if packed is None and self._scheme == "int8" and tensor.shape[0] % BLOCK == 0:
+            packed = pack_floats(dequantize_rows(data, tensor))
+        return None if packed is None else reorder(packed, base_rows(tensor, self._header))
+
+    def _floats(self, module: str) -> Floats:
+        tensor, data = self._read(module)
+        values, order = dequantize_rows(data, tensor), base_rows(tensor, self._header)
+        return values if order is None else values[np.argsort(order)]
+
+    def _read(self, module: str) -> tuple[TensorInfo, bytes]:
+        tensor = tensor_of(module, self._header, self._names)
+        with self._path.open("rb") as file:
+            file.seek(tensor.offset)
+            return tensor, file.read(tensor.nbytes)
+
+
+def add_logits_start(graph: ir.Graph) -> None:
+    """An optional input, the first row that logits are wanted of: a prompt needs only its last one.
+
+    The default 0 gives all rows, as onnxruntime-genai expects.
+    """
+    head = next(node for node in graph if node.name == HEAD)
+    start = optional_input(graph, LOGITS_START, np.zeros(1, np.int64), [1])
+    ends = initializer(graph, "logits_end", np.array([np.iinfo(np.int64).max], np.int64))
+    axes = initializer(graph, "logits_axis", np.array([1], np.int64))
+    rows = ir.node("Slice", [head.inputs[0], start, ends, axes], name="/lm_head/Slice")
+    rows.outputs[0].name = "/lm_head/Slice/output_0"
+    head.replace_input_with(0, rows.outputs[0])
+    graph.insert_before(head, rows)
+
+
+def optional_input(
+    graph: ir.Graph, name: str, default: npt.NDArray[np.generic], shape: Sequence[int | str]
+) -> ir.Value:
+    """An input that takes `default` when it is not given."""
+    value = initializer(graph, name, default)
+    value.shape = ir.Shape(shape)
+    graph.inputs.append(value)
+    return value
+
+
+def initializer(graph: ir.Graph, name: str, values: npt.NDArray[np.generic]) -> ir.Value:
+    """A constant of the graph."""
+    tensor = ir.tensor(np.ascontiguousarray(values), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def save_model(model: ir.Model, folder: Path) -> None:
+    """Write the graph into `folder`, its weights beside it; tensors of the same bytes are written once."""
+    RemoveUnusedNodesPass()(model)
+    model.graph.sort()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = f"{GRAPH}.data"
+    written: dict[bytes, int] = {}
+    with raising_out_of_space(folder), (folder / place).open("wb") as file:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None:
+                continue
+            if tensor.nbytes < _EXTERNAL_BYTES:
+                # The builder may have left it in its own data file, which does not come along.
+                value.const_value = ir.tensor(tensor.numpy(), name=value.name)
+                continue
+            data = tensor.tobytes()
+            digest = hashlib.sha256(data).digest()
+            if digest not in written:
+                file.write(bytes(-file.tell() % _ALIGNMENT))
+                written[digest] = file.tell()
+                file.write(data)
+            value.const_value = ir.ExternalTensor(
+                place,
+                written[digest],
+                len(data),
+                tensor.dtype,
+                shape=ir.Shape(tensor.numpy().shape),
+                name=value.name or "",
+                base_dir=folder,
+            )
+        ir.save(model, folder / GRAPH)
+
+
+def _set_exact_scale(graph: ir.Graph, node: ir.Node) -> None:
+    """Multiply embeddings by the root of their width, as Gemma does, where the builder rounded it to two decimals."""
+    gather = next(node for node in graph if node.name == EMBEDDING)
+    table, factor = gather.inputs[0], node.inputs[1]
+    assert table is not None and table.shape is not None and factor is not None
+    exact = np.sqrt(np.array([int(str(table.shape[1]))], np.float32))
+    rounded = ir.convenience.get_const_tensor(factor)
+    if rounded is not None and abs(rounded.numpy() - exact).max() < 0.006:
+        node.replace_input_with(1, initializer(graph, "model.embed_tokens.scale", exact))
+
+
+def replace_product(graph: ir.Graph, node: ir.Node, weights: Packed | Floats) -> None:
+    """Let a product compute with `weights` [outputs, columns]."""
+    weight = node.inputs[1]
+    assert weight is not None
+    if not isinstance(weights, Packed):
+        weight.const_value = ir.tensor(np.ascontiguousarray(weights.T), name=weight.name)
+        return
+    stem = (weight.name or "").removesuffix(".weight")
+    attributes = {"K": weights.columns, "N": weights.rows, "bits": weights.bits, "block_size": BLOCK}
+    values = [
+        initializer(graph, f"{stem}.weight_q{weights.bits}", weights.data),
+        initializer(graph, f"{stem}.weight_scales", weights.scales),
+    ]
+    # Without accuracy_level 4 the activations are not rounded to 8 bits, which the fast kernels need.
+    graph.opset_imports[MICROSOFT] = 1
+    _replace(graph, node, "MatMulNBits", [node.inputs[0], *values], {**attributes, "accuracy_level": 4})
+
+
+def replace_gather(graph: ir.Graph, node: ir.Node, weights: Packed | Floats, name: str) -> None:
+    """Let an embedding, called `name` in the graph, look up the rows of `weights` [rows, columns]."""
+    if not isinstance(weights, Packed):
+        node.replace_input_with(0, initializer(graph, f"{name}_rows", weights))
+        return
+    attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": weights.bits}
+    data = initializer(graph, f"{name}_q{weights.bits}", weights.data.reshape(weights.rows, -1))
+    scales = initializer(graph, f"{name}_scales", weights.scales)
+    graph.opset_imports[MICROSOFT] = 1
+    _replace(graph, node, "GatherBlockQuantized", [data, node.inputs[1], scales], attributes)
+
+
+def _replace(
+    graph: ir.Graph, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int]
+) -> None:
+    """Put another operator in the node's place, with its name and its output."""
+    made = ir.node(op_type, inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
+    old, new = node.outputs[0], made.outputs[0]
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    graph.insert_after(node, made)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)

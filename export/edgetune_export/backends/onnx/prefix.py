@@ -1,0 +1,23 @@
+"""Prefix in, tensors by the names of an ONNX graph's inputs of past keys and values out."""
+
+from __future__ import annotations
+
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.onnx_file import OnnxHeader
+from edgetune_runtime.formats.onnx_prefix import past_inputs
+
+from edgetune_export.adapters.shapes import Floats, Prefix
+
+
+def prefix_tensors(prefix: Prefix, graph: OnnxHeader) -> dict[str, Floats]:
+    """`past_key_values.N.key` and `.value` of each layer, [1, key/value heads, tokens, head size].
+
+    IncompatibleError when the graph takes other ones.
+    """
+    tensors: dict[str, Floats] = {}
+    for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        tensors |= {f"past_key_values.{layer}.key": keys[None], f"past_key_values.{layer}.value": values[None]}
+    if not prefix.tokens or {name: tensor.shape[1] for name, tensor in tensors.items()} != past_inputs(graph):
+        message = f"prefix {prefix.name!r} has keys of shape {prefix.keys.shape}, which the graph has no inputs for"
+        raise IncompatibleError(message, "give the base that the prefix was trained on")
+    return tensors

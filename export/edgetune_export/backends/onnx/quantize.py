@@ -1,0 +1,92 @@
+"""Float graph and a method in, graph of 4-bit products out, by ONNX Runtime's MatMulNBitsQuantizer.
+
+For bases whose blocks the operators cannot hold in 4 bits, and bundles without a GGUF file beside: there is no second
+format to agree with, so the method that suits the task may be taken.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from edgetune_runtime.errors import UsageError
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxruntime.quantization import CalibrationDataReader
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    GPTQWeightOnlyQuantConfig,
+    HQQWeightOnlyQuantConfig,
+    KQuantWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+)
+
+from edgetune_export.backends.base import Weights
+
+from .graph import HEAD
+from .weights import BLOCK
+
+METHODS = ("rtn", "k_quant", "hqq", "gptq")
+
+
+def requantize(model: ir.Model, weights: Weights, head_size: int) -> ir.Model:
+    """The graph with its products, but for the output layer, in 4 bits a weight and blocks of 32.
+
+    `head_size` is that of the keys, of which calibration starts with none.
+    """
+    if weights.method not in METHODS:
+        raise UsageError(f"no method {weights.method!r}", f"choose one of: {', '.join(METHODS)}")
+    # Matrices that other weights took the place of are still named, and have no values.
+    RemoveUnusedNodesPass()(model)
+    quantizer = _Quantizer(
+        ir.to_proto(model),
+        block_size=BLOCK,
+        accuracy_level=4,
+        nodes_to_exclude=[HEAD],
+        algo_config=_config(model, weights, head_size),
+    )
+    # It draws bars on standard output, where a caller may expect JSON.
+    with redirect_stdout(io.StringIO()):
+        quantizer.process()
+    quantized: ir.Model = ir.from_proto(quantizer.model.model)
+    return quantized
+
+
+class _Quantizer(MatMulNBitsQuantizer):  # type: ignore[misc]
+    """Leaves out the output layer with gptq too, which does not look at `nodes_to_exclude`."""
+
+    def _generate_q4_node_config(self) -> dict[str, Any]:
+        return {**super()._generate_q4_node_config(), HEAD: "fp32"}
+
+
+def _config(model: ir.Model, weights: Weights, head_size: int) -> Any:  # noqa: ANN401 - the library's classes share no public type
+    if weights.method == "rtn":
+        return DefaultWeightOnlyQuantConfig(block_size=BLOCK, accuracy_level=4)
+    if weights.method == "k_quant":
+        return KQuantWeightOnlyQuantConfig()
+    if weights.method == "hqq":
+        return HQQWeightOnlyQuantConfig(block_size=BLOCK)
+    return GPTQWeightOnlyQuantConfig(_Rows(model, weights.calibration, head_size), block_size=BLOCK)
+
+
+class _Rows(CalibrationDataReader):  # type: ignore[misc]
+    """Token rows as inputs of the graph, with nothing before them."""
+
+    def __init__(self, model: ir.Model, rows: Sequence[Sequence[int]], head_size: int) -> None:
+        self._empty = {
+            value.name: np.zeros((1, int(str(value.shape[1])), 0, head_size), np.float32)
+            for value in model.graph.inputs
+            if value.name is not None and value.name.startswith("past_key_values.") and value.shape is not None
+        }
+        self._rows = iter(rows)
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The inputs of the next row; None after the last."""
+        row = next(self._rows, None)
+        if row is None:
+            return None
+        ids = np.array([row], np.int64)
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids), **self._empty}

@@ -1,0 +1,146 @@
+"""Graph and adapted modules in, graph with adapter slots out; folded adapter in, the tensors that fill the slots out.
+
+A slot is a pair of optional inputs beside a product: y = x·W + (x·A)·B, A [in, rank] and B [rank, out], empty unless
+they are given. The product of q, k and v has one slot for all three: their A lie side by side, and B is block-diagonal.
+Decoding pays for nodes more than for the zeros in that B. Gate and up, whose B are wide, have a slot each behind the
+split of their product (docs/measurements.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import GgufHeader
+
+from edgetune_export.adapters.shapes import Delta, Floats, LowRank
+from edgetune_export.architectures.layout import name_map, tensor_of
+
+from .graph import Projection, optional_input, projections
+
+METADATA = "edgetune.slots"
+"""Key of the graph's metadata: JSON of {slot: [[module of the Hugging Face model, its inputs, its outputs], …]}."""
+
+Slots = Mapping[str, Sequence[tuple[str, int, int]]]
+
+
+def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> None:
+    """Give each product that computes one of `modules` a slot, and say in the metadata what it is for."""
+    names = name_map(header)
+    slots: dict[str, list[tuple[str, int, int]]] = {}
+    for projection in projections(model.graph):
+        if not set(projection.modules) & set(modules):
+            continue
+        shapes = [tensor_of(module, header, names).shape for module in projection.modules]
+        parts = [(module, shape[0], shape[1]) for module, shape in zip(projection.modules, shapes, strict=True)]
+        split = split_behind(projection)
+        if split is None:
+            slots[projection.name] = parts
+            add_slot(model.graph, projection, shapes[0][0], sum(rows for *_, rows in parts))
+            continue
+        for part, plain in zip(parts, split.outputs, strict=True):
+            if part[0] in modules:
+                name = f"{projection.name.rpartition('.')[0]}.{part[0].rpartition('.')[2]}"
+                slots[name] = [part]
+                _add_pair(model.graph, name, projection.node.inputs[0], plain, (part[1], part[2]))
+    model.metadata_props[METADATA] = json.dumps(slots)
+
+
+def slots_of(metadata: Mapping[str, str]) -> Slots:
+    """What `add_slots` wrote into a graph's metadata."""
+    raw = json.loads(metadata[METADATA])
+    return {slot: [(module, columns, rows) for module, columns, rows in parts] for slot, parts in raw.items()}
+
+
+def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
+    """The tensors of the slots that the adapter fills, by input name: A [in, rank], B [rank, out], scale in B.
+
+    IncompatibleError names modules that have no slot or another size.
+    """
+    known = {module: (rows, columns) for parts in slots.values() for module, columns, rows in parts}
+    problems = [_misfit(module, delta, known) for module, delta in adapter.modules.items()]
+    problems = [problem for problem in problems if problem]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        message = f"adapter {adapter.name!r} does not fit the graph: {'; '.join(problems[:3])}{more}"
+        raise IncompatibleError(message, "export the base and its adapters together")
+    tensors: dict[str, Floats] = {}
+    for slot, parts in slots.items():
+        deltas = [(delta, start) for delta, start in _placed(adapter, parts) if delta is not None]
+        if deltas:
+            tensors[f"{slot}.lora_A.weight"] = np.ascontiguousarray(np.concatenate([d.a for d, _ in deltas]).T)
+            tensors[f"{slot}.lora_B.weight"] = _block_diagonal(deltas, sum(rows for *_, rows in parts))
+    return tensors
+
+
+def _placed(adapter: LowRank, parts: Sequence[tuple[str, int, int]]) -> list[tuple[Delta | None, int]]:
+    """The delta of each module of a slot, and the first output that it changes."""
+    starts = np.cumsum([0, *(rows for *_, rows in parts)])
+    return [(adapter.modules.get(module), int(start)) for (module, *_), start in zip(parts, starts, strict=False)]
+
+
+def _block_diagonal(deltas: Sequence[tuple[Delta, int]], outputs: int) -> Floats:
+    b = np.zeros((sum(delta.rank for delta, _ in deltas), outputs), np.float32)
+    row = 0
+    for delta, start in deltas:
+        b[row : row + delta.rank, start : start + delta.b.shape[0]] = delta.b.T
+        row += delta.rank
+    return b
+
+
+def _misfit(module: str, delta: Delta, known: Mapping[str, tuple[int, int]]) -> str:
+    if module not in known:
+        return f"no slot for {module}"
+    rows, columns = known[module]
+    if (rows, columns) != (delta.b.shape[0], delta.a.shape[1]):
+        return f"{module} is {delta.b.shape[0]}x{delta.a.shape[1]} in the adapter, {rows}x{columns} in the base"
+    return ""
+
+
+def add_slot(graph: ir.Graph, projection: Projection, columns: int, outputs: int) -> None:
+    """Give one product its slot, named as the projection."""
+    node = projection.node
+    _add_pair(graph, projection.name, node.inputs[0], node.outputs[0], (columns, outputs))
+
+
+def split_behind(projection: Projection) -> ir.Node | None:
+    """The node that takes gate and up apart again, behind their bias if there is one; None for other products."""
+    if not projection.name.endswith(".gate_up_proj"):
+        return None
+    behind = projection.node.outputs[0].consumers()
+    if behind and behind[0].op_type == "Add":
+        behind = behind[0].outputs[0].consumers()
+    return behind[0]
+
+
+def _add_pair(graph: ir.Graph, name: str, read: ir.Value | None, plain: ir.Value, shape: tuple[int, int]) -> None:
+    """Add (read·A)·B, the shape of whose product is [in, out], to the value `plain`."""
+    columns, outputs = shape
+    # A rank symbol of its own: with a shared one, adapters of mixed ranks fail.
+    rank = f"{name}.rank"
+    a = optional_input(graph, f"{name}.lora_A.weight", np.zeros((columns, 0), np.float32), [columns, rank])
+    b = optional_input(graph, f"{name}.lora_B.weight", np.zeros((0, outputs), np.float32), [rank, outputs])
+    down = ir.node("MatMul", [read, a], name=f"{name}/lora_A")
+    up = ir.node("MatMul", [down.outputs[0], b], name=f"{name}/lora_B")
+    added = ir.node("Add", [plain, up.outputs[0]], name=f"{name}/lora_Add")
+    for made in (down, up, added):
+        made.outputs[0].name = f"{made.name}/output_0"
+    added.outputs[0].type, added.outputs[0].shape = plain.type, plain.shape
+    put_behind(graph, plain, [down, up, added])
+
+
+def put_behind(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Insert nodes that read a value. All else that took it, the graph's output too, takes the last one's."""
+    result, producer = nodes[-1].outputs[0], value.producer()
+    assert producer is not None
+    for user, index in value.uses():
+        if user not in nodes:
+            user.replace_input_with(index, result)
+    for index, output in enumerate(graph.outputs):
+        if output is value:
+            graph.outputs[index] = result
+            value.name, result.name = result.name, value.name
+    graph.insert_after(producer, nodes)

@@ -1,0 +1,242 @@
+"""Graph and adapters of scalings and bottlenecks in, graph with slots out; such an adapter in, its tensors out.
+
+Each slot does what a hook on the module does in torch. A scaling multiplies what a module gives, behind its bias and
+its low-rank slot, or what it takes; q, k and v have one input of factors, as they are one product, gate and up have
+their own. All bottlenecks of a block read the same values and are added side by side, whatever their kinds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.onnx_file import OnnxHeader
+from edgetune_runtime.formats.onnx_tensors import (
+    DOWN,
+    DOWN_BIAS,
+    SCALINGS,
+    UP,
+    UP_BIAS,
+    Shape,
+    bottleneck_slot,
+    check_tensor_arrays,
+    tensor_slots_of,
+)
+
+from edgetune_export.adapters.shapes import Activation, Bottleneck, Floats, Scaling, Tensors
+from edgetune_export.architectures.layout import name_map, tensor_of
+
+from .graph import Projection, optional_input, projections
+from .slots import put_behind, split_behind
+
+METADATA = "edgetune.scalings"
+"""Key of the graph's metadata: JSON of {input: [[module of the Hugging Face model, its factors], …]}."""
+
+_ENDS = {"mlp": ("up_proj", "down_proj"), "self_attn": ("q_proj", "o_proj")}
+"""The modules that take a block's input and that give its output."""
+
+_Parts = Sequence[tuple[str, int]]
+_Reads = str
+
+
+def add_tensor_slots(model: ir.Model, header: GgufHeader, adapters: Sequence[Tensors]) -> None:
+    """Give the graph, before its low-rank slots, the slots that these adapters need.
+
+    IncompatibleError names modules whose inputs alone cannot be scaled, since others share their product.
+    """
+    names = name_map(header)
+    products = projections(model.graph)
+    widths = {module: tensor_of(module, header, names).shape for product in products for module in product.modules}
+    # From the outside in: what is put behind a product later comes before what is there already.
+    _add_bottlenecks(model.graph, products, widths, adapters)
+    scaled: dict[str, set[str]] = {side: set() for side in SCALINGS}
+    for adapter in adapters:
+        for module, scaling in adapter.scalings.items():
+            scaled[scaling.side].add(module)
+    known = _scale_inputs(model.graph, products, widths, scaled["input"])
+    known |= _scale_outputs(model.graph, products, widths, scaled["output"])
+    model.metadata_props[METADATA] = json.dumps(known)
+
+
+def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
+    """The tensors of the slots that the adapter fills, by input name, for the graph with this header.
+
+    IncompatibleError names modules and blocks that have no slot or another size.
+    """
+    slots = tensor_slots_of(header)
+    inputs = json.loads(header.metadata.get(METADATA, "{}"))
+    problems = [*_misfits(adapter.scalings, inputs), *_without_slot(adapter.bottlenecks, slots)]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        message = f"adapter {adapter.name!r} does not fit the graph: {'; '.join(problems[:3])}{more}"
+        raise IncompatibleError(message, "export the base and its adapters together")
+    tensors: dict[str, Floats] = {}
+    for name, parts in inputs.items():
+        own = {module: adapter.scalings[module].factors for module in _scaled_by(adapter.scalings, name, parts)}
+        if own:
+            factors = [own.get(module, np.ones(width, np.float32)) for module, width in parts]
+            tensors[name] = np.concatenate(factors)
+    for block, bottleneck in adapter.bottlenecks.items():
+        slot = _slot_of(block, bottleneck)
+        tensors[slot + DOWN], tensors[slot + DOWN_BIAS] = bottleneck.down.T, bottleneck.down_bias
+        tensors[slot + UP], tensors[slot + UP_BIAS] = bottleneck.up.T, bottleneck.up_bias
+    check_tensor_arrays(tensors, slots, adapter.name)
+    return tensors
+
+
+def _scaled_by(scalings: Mapping[str, Scaling], name: str, parts: _Parts) -> list[str]:
+    """The modules of an input of factors that these scalings have factors for."""
+    own = [module for module, _ in parts if module in scalings]
+    return [module for module in own if name.endswith(SCALINGS[scalings[module].side])]
+
+
+def _misfits(scalings: Mapping[str, Scaling], inputs: Mapping[str, _Parts]) -> list[str]:
+    """Modules that have no input of factors, or another number of them."""
+    widths = {
+        module: dict(parts)[module]
+        for name, parts in ((name, [(module, width) for module, width in raw]) for name, raw in inputs.items())
+        for module in _scaled_by(scalings, name, parts)
+    }
+    problems = []
+    for module, scaling in scalings.items():
+        if module not in widths:
+            problems.append(f"no slot for the {scaling.side} of {module}")
+        elif scaling.factors.shape != (widths[module],):
+            problems.append(f"{module} has factors of shape {scaling.factors.shape}, {widths[module]} in the base")
+    return problems
+
+
+def _without_slot(bottlenecks: Mapping[str, Bottleneck], slots: Mapping[str, Shape]) -> list[str]:
+    missing = [(block, own) for block, own in bottlenecks.items() if _slot_of(block, own) + DOWN not in slots]
+    return [f"no slot for a bottleneck ({own.activation}, reads {own.reads}) of {block}" for block, own in missing]
+
+
+def _slot_of(block: str, bottleneck: Bottleneck) -> str:
+    return bottleneck_slot(block, bottleneck.activation, bottleneck.reads)
+
+
+def _scale_inputs(
+    graph: ir.Graph, products: Sequence[Projection], widths: Mapping[str, tuple[int, ...]], modules: Collection[str]
+) -> dict[str, _Parts]:
+    """Let the products of these modules take their inputs times factors, which others that take them do not."""
+    own = [product for product in products if set(product.modules) & set(modules)]
+    shared = sorted(
+        set(modules) & {module for product in own if len(product.modules) > 1 for module in product.modules}
+    )
+    if shared:
+        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+        message = f"ONNX cannot scale the inputs of {', '.join(shared[:3])}{more}: other modules share the product"
+        raise IncompatibleError(message, "scale the outputs, or merge the adapter (merged: true)")
+    known: dict[str, _Parts] = {}
+    for product in own:
+        name, width = product.name + SCALINGS["input"], widths[product.modules[0]][0]
+        value = product.node.inputs[0]
+        assert value is not None
+        factors = optional_input(graph, name, np.ones(width, np.float32), [width])
+        node = _node("Mul", [value, factors], f"{name}/Mul", like=value)
+        graph.insert_before(product.node, node)
+        product.node.replace_input_with(0, node.outputs[0])
+        known[name] = [(product.modules[0], width)]
+    return known
+
+
+def _scale_outputs(
+    graph: ir.Graph, products: Sequence[Projection], widths: Mapping[str, tuple[int, ...]], modules: Collection[str]
+) -> dict[str, _Parts]:
+    """Multiply what the products of these modules give with factors."""
+    known: dict[str, _Parts] = {}
+    for product in products:
+        for stem, value, own in _outputs(product):
+            if set(own) & set(modules):
+                name, parts = stem + SCALINGS["output"], [(module, widths[module][1]) for module in own]
+                width = sum(width for _, width in parts)
+                factors = optional_input(graph, name, np.ones(width, np.float32), [width])
+                put_behind(graph, value, [_node("Mul", [value, factors], f"{name}/Mul", like=value)])
+                known[name] = parts
+    return known
+
+
+def _outputs(product: Projection) -> list[tuple[str, ir.Value, tuple[str, ...]]]:
+    """What a product gives behind its bias: name, value and the modules in it; gate and up apart."""
+    split = split_behind(product)
+    if split is not None:
+        stem = product.name.rpartition(".")[0]
+        ends = [module.rpartition(".")[2] for module in product.modules]
+        values = zip(ends, product.modules, split.outputs, strict=True)
+        return [(f"{stem}.{end}", value, (module,)) for end, module, value in values]
+    value = product.node.outputs[0]
+    for node in value.consumers():
+        if node.op_type == "Add" and any(other is not None and other.is_initializer() for other in node.inputs):
+            value = node.outputs[0]
+    return [(product.name, value, product.modules)]
+
+
+def _add_bottlenecks(
+    graph: ir.Graph,
+    products: Sequence[Projection],
+    widths: Mapping[str, tuple[int, ...]],
+    adapters: Sequence[Tensors],
+) -> None:
+    """Add to each block's output, for each kind of bottleneck that it has, a slot's network."""
+    kinds: dict[str, dict[tuple[Activation, _Reads], None]] = {}
+    for adapter in adapters:
+        for block, own in adapter.bottlenecks.items():
+            kinds.setdefault(block, {})[own.activation, own.reads] = None
+    by_module = {module: product for product in products for module in product.modules}
+    for block, wanted in kinds.items():
+        first, last = (f"{block}.{end}" for end in _ENDS.get(block.rpartition(".")[2], ("", "")))
+        if first not in by_module or last not in by_module:
+            continue
+        ((_, value, _),) = _outputs(by_module[last])
+        taken = by_module[first].node.inputs[0]
+        assert taken is not None
+        nodes, total = [], value
+        for activation, reads in wanted:
+            slot = bottleneck_slot(block, activation, reads)
+            read, columns = (taken, widths[first][0]) if reads == "input" else (value, widths[last][1])
+            nodes += _network(graph, slot, activation, read, (columns, widths[last][1]))
+            nodes.append(_node("Add", [total, nodes[-1].outputs[0]], f"{slot}/Add", like=value))
+            total = nodes[-1].outputs[0]
+        put_behind(graph, value, nodes)
+
+
+def _network(
+    graph: ir.Graph, slot: str, activation: Activation, read: ir.Value, shape: tuple[int, int]
+) -> list[ir.Node]:
+    """The nodes of act(read·down + down_bias)·up + up_bias, `shape` being [in, out], of rank 0 unless it is given."""
+    columns, rows = shape
+    # A rank symbol of its own: with a shared one, adapters of mixed ranks fail.
+    rank = f"{slot}.rank"
+    down = optional_input(graph, slot + DOWN, np.zeros((columns, 0), np.float32), [columns, rank])
+    down_bias = optional_input(graph, slot + DOWN_BIAS, np.zeros(0, np.float32), [rank])
+    up = optional_input(graph, slot + UP, np.zeros((0, rows), np.float32), [rank, rows])
+    up_bias = optional_input(graph, slot + UP_BIAS, np.zeros(rows, np.float32), [rows])
+    nodes = [_node("MatMul", [read, down], f"{slot}/down")]
+    nodes.append(_node("Add", [nodes[-1].outputs[0], down_bias], f"{slot}/down_Add"))
+    nodes += _activation(activation, nodes[-1].outputs[0], slot)
+    nodes.append(_node("MatMul", [nodes[-1].outputs[0], up], f"{slot}/up"))
+    nodes.append(_node("Add", [nodes[-1].outputs[0], up_bias], f"{slot}/up_Add"))
+    return nodes
+
+
+def _activation(activation: Activation, value: ir.Value, slot: str) -> list[ir.Node]:
+    if activation == "relu":
+        return [_node("Relu", [value], f"{slot}/Relu")]
+    if activation == "gelu":
+        return [_node("Gelu", [value], f"{slot}/Gelu")]
+    # ONNX has a SiLU of its own only from operator set 24 on.
+    gate = _node("Sigmoid", [value], f"{slot}/Sigmoid")
+    return [gate, _node("Mul", [value, gate.outputs[0]], f"{slot}/Mul")]
+
+
+def _node(op_type: str, inputs: Sequence[ir.Value], name: str, like: ir.Value | None = None) -> ir.Node:
+    """A node whose output is named after it, of type and shape of another value."""
+    node = ir.node(op_type, inputs, name=name)
+    node.outputs[0].name = f"{name}/output_0"
+    if like is not None:
+        node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
+    return node

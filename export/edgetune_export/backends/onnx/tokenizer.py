@@ -1,0 +1,242 @@
+"""Base GGUF in; its tokenizer out, as `tokenizer.json` and what goes with it, for runtimes without llama.cpp.
+
+What a token is (its text, its kind, its score) comes from llama.cpp itself, which corrects what files say. Token ids
+are those of llama.cpp but for these, which `differences` finds in given texts:
+- Code points that are new in Unicode 16: the tables of Oniguruma (in tokenizers) have them, those of llama.cpp do not.
+- Special tokens that overlap in a text: here the one that begins first is taken, in llama.cpp the longest one.
+- Special tokens that take the space behind them (Phi-3): here that is Unicode's white space, in llama.cpp ASCII's.
+- SentencePiece tokens that two overlapping pairs could make: llama.cpp takes the pair on the left, here the order is
+  fixed by where the token is cut.
+- SentencePiece characters that are no token but part of one: llama.cpp joins them, here they are bytes.
+- Byte-level merges whose result is no token, and bytes above 0x7F without a token.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.llama import Vocabulary, library, load_model
+from edgetune_runtime.engines.onnx.tokenizers import SPACE, JsonTokenizer, byte_character
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+_WAY_OUT = "build for gguf, or choose another base"
+_UNKNOWN, _CONTROL, _USER_DEFINED, _LSTRIP, _RSTRIP = 1 << 0, 1 << 3, 1 << 4, 1 << 7, 1 << 8
+_SPECIAL = _UNKNOWN | _CONTROL
+
+_CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
+_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
+
+_SPLITS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion", "exaone4"): (_GPT2,),
+    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"): (r"\p{N}", _GPT2),
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"): (_LLAMA3,),
+    ("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"): (_LLAMA3,),
+    ("qwen2", "deepseek-r1-qwen", "kormo", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2"): (_QWEN2,),
+    ("default", ""): (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+}
+"""llama.cpp's regular expressions, one after the other, by names of `tokenizer.ggml.pre` (llama-vocab.cpp)."""
+
+_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "glm4"}
+"""Names under which a word that is a token is taken whole, whatever the merges say."""
+
+
+@dataclass(frozen=True)
+class _Token:
+    text: str
+    attributes: int
+    score: float
+
+
+def write_tokenizer(base: Path, folder: Path) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and, where the base has one, `chat_template.jinja` into `folder`.
+
+    IncompatibleError for a kind of vocabulary or a pre-tokenizer that has no counterpart in the `tokenizers` library.
+    """
+    header = read_header(base)
+    _check_kind(header)
+    with _opened(base) as (vocabulary, pointer):
+        tokens = _tokens(vocabulary, pointer)
+        adds_bos = bool(library().llama_vocab_get_add_bos(pointer)) and vocabulary.bos != ""
+        tokenizer = _byte_level(header, tokens) if _kind(header) == "gpt2" else _sentencepiece(header, tokens)
+        _add_specials(tokenizer, tokens)
+        if adds_bos:
+            _add_bos(tokenizer, vocabulary.bos, library().llama_vocab_bos(pointer))
+        config = _config(vocabulary, tokens, adds_bos=adds_bos)
+        template = vocabulary.chat_template
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+
+
+def end_tokens(base: Path) -> list[int]:
+    """All tokens with which llama.cpp ends a generation; the one that ends a turn first."""
+    with closing(GgufTokenizer(base)) as tokenizer:
+        found = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
+        return sorted(found, key=lambda token: token != tokenizer.end_token)
+
+
+def differences(base: Path, folder: Path, texts: Sequence[str]) -> list[str]:
+    """The texts to which the tokenizer in `folder` gives other tokens than the base's own."""
+    with closing(GgufTokenizer(base)) as ours, closing(JsonTokenizer(folder, end_tokens(base))) as written:
+        return [text for text in texts if ours.tokenize(text) != written.tokenize(text)]
+
+
+@contextmanager
+def _opened(base: Path) -> Iterator[tuple[Vocabulary, Any]]:
+    """The base's vocabulary with llama.cpp's pointer to it."""
+    model = load_model(base, vocabulary_only=True)
+    try:
+        yield Vocabulary(model), library().llama_model_get_vocab(model)
+    finally:
+        library().llama_model_free(model)
+
+
+def _config(vocabulary: Vocabulary, tokens: Sequence[_Token], *, adds_bos: bool) -> dict[str, Any]:
+    # What llama.cpp prints as nothing though it is no special token: fillers of the vocabulary.
+    unused = [n for n, token in enumerate(tokens) if not token.attributes & _SPECIAL and not vocabulary.piece(n)]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": vocabulary.bos or None,
+        "eos_token": vocabulary.eos or None,
+        "add_bos_token": adds_bos,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "unused_tokens": unused,
+    }
+    return config if vocabulary.chat_template is None else config | {"chat_template": vocabulary.chat_template}
+
+
+def _kind(header: GgufHeader) -> str:
+    return str(header.metadata.get("tokenizer.ggml.model", ""))
+
+
+def _check_kind(header: GgufHeader) -> None:
+    kind = _kind(header)
+    if kind not in {"gpt2", "llama"}:
+        raise IncompatibleError(f"ONNX bundles do not support tokenizers of model {kind!r}", _WAY_OUT)
+    if kind == "gpt2":
+        _splits(header)
+    else:
+        _check_bytes(header)
+
+
+def _check_bytes(header: GgufHeader) -> None:
+    # Without them llama.cpp ends the process at the first text that it has no token for.
+    tokens, kinds = (header.metadata.get(f"tokenizer.ggml.{key}", ()) for key in ("tokens", "token_type"))
+    found = {token for token, kind in zip(tokens, kinds, strict=False) if kind == gguf.TokenType.BYTE}
+    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in found]
+    if missing:
+        raise IncompatibleError(f"ONNX bundles need a token for each byte, and {missing[0]:#04x} has none", _WAY_OUT)
+
+
+def _splits(header: GgufHeader) -> tuple[str, ...]:
+    pre = header.metadata.get("tokenizer.ggml.pre", "")
+    found = next((patterns for names, patterns in _SPLITS.items() if pre in names), None)
+    if found is None:
+        raise IncompatibleError(f"ONNX bundles do not support the pre-tokenizer {pre!r}", _WAY_OUT)
+    return found
+
+
+def _tokens(vocabulary: Vocabulary, pointer: Any) -> list[_Token]:  # noqa: ANN401 - a bare pointer
+    llama = library()
+    tokens = []
+    for token in range(vocabulary.vocab_size):
+        try:
+            text = llama.llama_vocab_get_text(pointer, token).decode()
+        except UnicodeDecodeError as error:
+            message = f"ONNX bundles do not support token {token}, whose text is no UTF-8"
+            raise IncompatibleError(message, _WAY_OUT) from error
+        attributes = int(llama.llama_vocab_get_attr(pointer, token))
+        tokens.append(_Token(text, attributes, float(llama.llama_vocab_get_score(pointer, token))))
+    return tokens
+
+
+def _byte_level(header: GgufHeader, tokens: Sequence[_Token]) -> Tokenizer:
+    vocabulary = _ids(tokens)
+    merges: dict[tuple[str, str], None] = {}
+    for merge in header.metadata.get("tokenizer.ggml.merges", ()):
+        cut = merge.find(" ", 1)
+        left, right = merge[:cut], merge[cut + 1 :]
+        if cut > 0 and {left, right, left + right} <= vocabulary.keys():
+            merges[left, right] = None
+    whole_words = header.metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), ignore_merges=whole_words))
+    splits: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _splits(header)
+    ]
+    # Such a byte is dropped, but its neighbours must not be merged.
+    missing = "".join(chr(byte) for byte in range(0x80) if byte_character(byte) not in vocabulary)
+    if missing:
+        splits.append(pre_tokenizers.Split(Regex(f"[{re.escape(missing)}]"), behavior="isolated"))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(header: GgufHeader, tokens: Sequence[_Token]) -> Tokenizer:
+    vocabulary = _ids(tokens)
+    adds_space = bool(header.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    model = models.BPE(vocab=vocabulary, merges=_merges(tokens, vocabulary), byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    escape = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), escape]) if adds_space else escape
+    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if adds_space else steps)
+    return tokenizer
+
+
+def _merges(tokens: Sequence[_Token], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """All pairs of tokens that make a token, in the order in which llama.cpp joins them: the highest score first."""
+    best_first = sorted(range(len(tokens)), key=lambda token: -tokens[token].score)
+    pairs = []
+    for token in best_first:
+        text = tokens[token].text
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if left in vocabulary and right in vocabulary:
+                pairs.append((left, right))
+    return pairs
+
+
+def _ids(tokens: Sequence[_Token]) -> dict[str, int]:
+    return {token.text: number for number, token in enumerate(tokens)}
+
+
+def _add_specials(tokenizer: Tokenizer, tokens: Sequence[_Token]) -> None:
+    """Let the tokens be found that llama.cpp looks for before all others: control, unknown and user-defined ones."""
+    for wanted, add in ((True, tokenizer.add_special_tokens), (False, tokenizer.add_tokens)):
+        found = [
+            AddedToken(
+                token.text,
+                normalized=False,
+                special=wanted,
+                lstrip=bool(token.attributes & _LSTRIP),
+                rstrip=bool(token.attributes & _RSTRIP),
+            )
+            for token in tokens
+            if token.attributes & (_SPECIAL | _USER_DEFINED) and bool(token.attributes & _SPECIAL) == wanted
+        ]
+        add(found)
+
+
+def _add_bos(tokenizer: Tokenizer, text: str, token: int) -> None:
+    """Let other runtimes put BOS in front, which they do only when the file says so."""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[text, "$A"], pair=[text, "$A", "$B:1"], special_tokens=[(text, token)]
+    )

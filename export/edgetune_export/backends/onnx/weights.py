@@ -1,0 +1,119 @@
+"""GGUF matrix in, weights of ONNX Runtime's MatMulNBits out: the same numbers where the types allow, else close by.
+
+MatMulNBits holds blocks of 32 weights as scale · (q - zero), with a zero point of 8 (4 bits) or 128 (8 bits) unless
+given. That is what GGUF's q4_0, q5_0 and q8_0 blocks are, so these keep every number. The other types have an offset,
+or scales for fewer weights; in 8 bits they come within about 1/30 of a 4-bit step, or 1/17 where all weights of a block
+have one sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from edgetune_runtime.formats.gguf_file import TensorInfo
+
+from edgetune_export.adapters.shapes import Floats
+from edgetune_export.backends.gguf.quantize import dequantize_rows
+
+BLOCK = 32
+FLOAT_TYPES = ("f32", "f16", "bf16")
+
+_ONE_SCALE = ("q4_0", "q5_0", "q8_0")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights of `rows` outputs: `data` uint8 [rows, blocks, 32 · bits / 8], `scales` float32 [rows, blocks].
+
+    `exact` tells whether every number is that of the base.
+    """
+
+    bits: int
+    data: npt.NDArray[np.uint8]
+    scales: Floats
+    columns: int
+    exact: bool
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs."""
+        return int(self.data.shape[0])
+
+
+def pack(data: bytes, tensor: TensorInfo) -> Packed | None:
+    """The matrix whose bytes are `data`, in as few bits as hold it; None for floats and columns that 32 divides not."""
+    columns, rows = tensor.shape
+    if tensor.type_name in FLOAT_TYPES or columns % BLOCK:
+        return None
+    if tensor.type_name not in _ONE_SCALE:
+        return pack_floats(dequantize_rows(data, tensor))
+    blocks = np.frombuffer(data, np.uint8).reshape(rows, columns // BLOCK, -1)
+    if tensor.type_name == "q4_0":
+        scales, levels = _split_scale(blocks)
+        # GGUF pairs weight i with i + 16 in a byte, MatMulNBits pairs neighbours.
+        return Packed(4, _join_nibbles(_gguf_nibbles(levels)), scales, columns, exact=True)
+    if tensor.type_name == "q5_0":
+        scales, rest = _split_scale(blocks)
+        high = np.unpackbits(rest[..., :4], axis=-1, bitorder="little")
+        fives = _gguf_nibbles(rest[..., 4:]) | (high << 4)
+        return Packed(8, (fives + 128 - 16).astype(np.uint8), scales, columns, exact=True)
+    scales, signed = _split_scale(blocks)
+    return Packed(8, signed ^ np.uint8(128), scales, columns, exact=True)
+
+
+def pack_floats(values: Floats) -> Packed:
+    """Round float32 [rows, columns] to 8 bits a weight, by the largest of each block; 32 must divide the columns."""
+    rows, columns = values.shape
+    blocks = values.reshape(rows, columns // BLOCK, BLOCK)
+    scales = np.abs(blocks).max(-1) / np.float32(127)
+    divisors = np.where(scales > 0, scales, np.float32(1))[..., None]
+    levels = np.rint(blocks / divisors).astype(np.int16) + 128
+    return Packed(8, levels.astype(np.uint8), scales.astype(np.float32), columns, exact=False)
+
+
+def widen(packed: Packed) -> Packed:
+    """The same numbers in 8 bits a weight."""
+    if packed.bits == 8:
+        return packed
+    levels = np.stack([packed.data & 15, packed.data >> 4], -1).reshape(packed.rows, -1, BLOCK)
+    return Packed(8, levels + np.uint8(128 - 8), packed.scales, packed.columns, packed.exact)
+
+
+def reorder(packed: Packed, order: npt.NDArray[np.intp] | None) -> Packed:
+    """Put row i at `order[i]`; blocks stay whole."""
+    if order is None:
+        return packed
+    data, scales = np.empty_like(packed.data), np.empty_like(packed.scales)
+    data[order], scales[order] = packed.data, packed.scales
+    return Packed(packed.bits, data, scales, packed.columns, packed.exact)
+
+
+def stack(parts: Sequence[Packed]) -> Packed:
+    """Matrices of the same input under each other, in the bits of the widest."""
+    if len({part.bits for part in parts}) > 1:
+        parts = [widen(part) for part in parts]
+    data, scales = np.concatenate([p.data for p in parts]), np.concatenate([p.scales for p in parts])
+    return Packed(parts[0].bits, data, scales, parts[0].columns, all(part.exact for part in parts))
+
+
+def unpack(packed: Packed) -> Floats:
+    """The numbers as the operator computes with them, float32 [rows, columns]."""
+    wide = widen(packed)
+    levels = wide.data.astype(np.float32) - np.float32(128)
+    return np.asarray((levels * wide.scales[..., None]).reshape(wide.rows, -1), np.float32)
+
+
+def _split_scale(blocks: npt.NDArray[np.uint8]) -> tuple[Floats, npt.NDArray[np.uint8]]:
+    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
+    return scales, np.ascontiguousarray(blocks[..., 2:])
+
+
+def _gguf_nibbles(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.concatenate([levels & np.uint8(15), levels >> np.uint8(4)], axis=-1)
+
+
+def _join_nibbles(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return levels[..., 0::2] | (levels[..., 1::2] << np.uint8(4))

@@ -1,0 +1,1 @@
+"""The engine of GGUF files, on llama.cpp."""

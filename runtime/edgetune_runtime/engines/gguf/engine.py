@@ -1,0 +1,402 @@
+"""GGUF files in, logits out: the engine and the tokenizer on llama.cpp's own calls, base mapped once, adapters kept."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune_runtime.engines.base import (
+    Logits,
+    StepStopped,
+    check_continuations,
+    check_kv,
+    check_options,
+    check_prefix_room,
+    check_room,
+    check_scales,
+    prefix_among,
+)
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.formats.gguf_file import check_adapter, invocation_of, read_header
+from edgetune_runtime.states.batches import CHUNK
+from edgetune_runtime.threads.machine import usable_cores
+
+from .base import GgufBase, GgufTokenizer
+from .llama import KV_BYTES, StopFlag, decode_batch, last_errors, library, make_context
+from .state import PrefixState, check_state, read_prefix
+from .tree import Continuation, ContinuationTree, groups
+
+__all__ = ["BRANCHES", "ENGINE", "MAIN", "GgufEngine", "GgufTokenizer"]
+
+T = TypeVar("T")
+
+MAIN = 0
+"""The sequence that callers see; the others are branches of it while `score` runs."""
+
+BRANCHES = 32
+"""Continuations scored in one pass. llama.cpp keeps a row of logits for each: 0.6 MB at 150,000 tokens."""
+
+_CONTEXT_FULL, _STOPPED = 1, 2
+_MOST_CHOICES = 256
+
+
+class _Choice(NamedTuple):
+    """Adapters with their scales as llama.cpp takes them, and the prefix among them."""
+
+    prefix: str | None
+    pointers: Any
+    scales: Any
+
+
+class GgufEngine:
+    """One GGUF base, mapped once, with its adapters (LoRA files and prefixes) and one sequence; see `Engine`.
+
+    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8. For
+    `kv`, of which q8_0 takes no prefixes, and `repack` see `Runtime.open`. UsageError when a number is not positive or
+    the context is longer than the base was trained for.
+    """
+
+    KV: ClassVar[tuple[str, ...]] = ("f16", "q8_0")
+    bytes_per_number: ClassVar[float] = 2
+    adjusts_threads = True
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context_length: int,
+        threads: int | None = None,
+        batch: int = CHUNK,
+        kv: str | None = None,
+        repack: bool | None = None,
+    ) -> None:
+        check_options(context_length, threads, batch)
+        self._kv = check_kv(kv, self.KV, "llama.cpp")
+        self._begin(GgufBase(path, context_length, repack), context_length, threads or usable_cores(), batch)
+
+    def fork(self) -> GgufEngine:
+        """Another engine on the same base and adapters, with a sequence of its own."""
+        other = object.__new__(GgufEngine)
+        other._kv = self._kv
+        other._begin(self._base, self.context_length, self._threads, self._batch)
+        return other
+
+    def _begin(self, base: GgufBase, context_length: int, threads: int, batch: int) -> None:
+        self._base, self.context_length, self._threads = base, context_length, threads
+        self._adapters, self._prefixes, self._loaded = base.adapters, base.prefixes, base.loaded
+        self._prefix: str | None = None
+        model, sequences, llama = base.model, BRANCHES + 1, library()
+        self._context = make_context(model, context_length, threads, batch=batch, sequences=sequences, kv=self._kv)
+        self._free = weakref.finalize(self, llama.llama_free, self._context)
+        self._stop = StopFlag(self._context)
+        self._used_threads = threads
+        self._memory = llama.llama_get_memory(self._context)
+        self._window: int = llama.llama_model_n_swa(model)
+        self._cells: int = llama.llama_n_ctx(self._context)
+        self._batch: int = llama.llama_n_batch(self._context)
+        self._outputs = min(BRANCHES, self._batch)
+        self.tokenizer = base.vocabulary
+        # Kept ready, as a switch runs with nothing of itself left in the processor's caches.
+        self._switch = llama.llama_set_adapters_lora
+        self._choices: dict[tuple[tuple[str, float], ...], _Choice] = {}
+        self._length = 0
+        self._last: Logits | None = None
+
+    @property
+    def kv_bytes(self) -> float:
+        """What the number of a key or a value takes."""
+        return KV_BYTES[self._kv]
+
+    @property
+    def threads(self) -> int:
+        """Threads that a step computes with when no others want the cores."""
+        return self._threads
+
+    @property
+    def signatures(self) -> tuple[str, ...]:
+        """The library and its version, and how it keeps weights, keys and values; those of the other weights behind."""
+        kept = ("repacked", "mapped") if self._base.repacked else ("mapped", "repacked")
+        return tuple(f"llama-cpp-python {library().__version__}, {weights}, {self._kv}" for weights in kept)
+
+    @staticmethod
+    def examine(path: Path, sha256: str) -> tuple[list[Path], str | None]:
+        """The one file of the base, whose digest is the fingerprint that adapters are trained for."""
+        return [path], sha256
+
+    def load_adapter(
+        self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
+    ) -> None:
+        """Check the adapter file against the base, load it and keep it; a name already loaded is left as it is.
+
+        Loading a prefix drops the sequence. VerificationError for a damaged file, IncompatibleError for one of another
+        base or of other `invocation` tokens.
+        """
+        if name in self._loaded:
+            return
+        header = read_header(path)
+        made_for = header.metadata.get("edgetune.base_fingerprint")
+        if None not in {made_for, fingerprint} and made_for != fingerprint:
+            raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
+        if header.metadata.get("adapter.type") == "prefix":
+            self._load_prefix(name, read_prefix(path, header, self._base.header, name))
+            return
+        check_adapter(header, self._base.header, name)
+        if invocation_of(header, name) != tuple(invocation):
+            message = f"adapter {name!r} acts from the tokens {invocation_of(header, name)} on, not {tuple(invocation)}"
+            raise IncompatibleError(message, "build the bundle again")
+        last_errors()
+        adapter = library().llama_adapter_lora_init(self._base.model, os.fsencode(path))
+        if not adapter:
+            message = f"llama.cpp cannot load adapter {name!r}: {last_errors()}"
+            raise IncompatibleError(message, "export it again for this base")
+        self._adapters[name] = adapter
+
+    def activate(self, adapters: Mapping[str, float]) -> None:
+        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base.
+
+        The sequence stays, unless the prefix is another one than before. UsageError for two prefixes or a scaled one.
+        """
+        wanted = tuple(adapters.items())
+        choice = self._choices.get(wanted)
+        if choice is None:
+            if len(self._choices) >= _MOST_CHOICES:
+                self._choices.clear()
+            choice = self._choices[wanted] = self._choice_of(adapters)
+        self._switch(self._context, choice.pointers, len(choice.scales), choice.scales)
+        if choice.prefix != self._prefix:
+            self._prefix = choice.prefix
+            self._rewind()
+
+    def _choice_of(self, adapters: Mapping[str, float]) -> _Choice:
+        check_scales(adapters, self._loaded)
+        prefix = prefix_among(adapters, self._prefixes)
+        added = {name: scale for name, scale in adapters.items() if name not in self._prefixes}
+        pointers = (library().llama_adapter_lora_p_ctypes * len(added))(*(self._adapters[name] for name in added))
+        return _Choice(prefix, pointers, (ctypes.c_float * len(added))(*added.values()))
+
+    def capacity(self, adapters: Mapping[str, float]) -> int:
+        """How many tokens a sequence may have beside what these adapters take of the context."""
+        prefix = prefix_among(adapters, self._prefixes)
+        return self.context_length - (self._prefixes[prefix].tokens if prefix else 0)
+
+    def forget(self, keep: int) -> int:
+        """Drop the sequence's tokens from position `keep` on; returns how many are left (0 if it cannot trim)."""
+        start = self._prefixes[self._prefix].tokens if self._prefix else 0
+        end = start + max(keep, 0)
+        if start < end == self._length:
+            return keep
+        self._last = None
+        can_trim = 0 < end <= self._length and self._has_window_before(end)
+        if can_trim and library().llama_memory_seq_rm(self._memory, MAIN, end, -1):
+            self._length = end
+        else:
+            self._rewind()
+        return self._length - start
+
+    def use_threads(self, count: int) -> None:
+        """Compute the steps from now on with so many threads, which changes no bit of them."""
+        if count != self._used_threads:
+            self._used_threads = count
+            library().llama_set_n_threads(self._context, count, count)
+
+    def stop_step(self) -> None:
+        """Have the step that another thread computes end soon with StepStopped; where none runs, maybe the next one."""
+        self._stop.set()
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
+        check_room(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
+        with self._whole():
+            for part in _parts(tokens, self._batch):
+                self._append(part, [False] * (len(part) - 1) + [True])
+                self._last = self._view(1)[0].copy()
+        assert self._last is not None
+        return self._last
+
+    def decode_all(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; logits after each, shape [tokens, vocab]. UsageError when they do not fit in the context."""
+        check_room(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
+        logits = np.empty((len(tokens), self.tokenizer.vocab_size), np.float32)
+        with self._whole():
+            for number, part in enumerate(_parts(tokens, self._outputs)):
+                self._append(part, [True] * len(part))
+                logits[number * self._outputs :][: len(part)] = self._view(len(part))
+        self._last = logits[-1].copy()
+        return logits
+
+    def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
+        """Sum of log probabilities (nats) of each continuation after the sequence, which stays as it is.
+
+        The continuations form a tree whose shared beginnings are decoded once, as branches of the sequence. UsageError
+        when nothing was decoded last, or when the longest continuation does not fit in the context.
+        """
+        if self._last is None:
+            raise UsageError("there are no logits to score continuations from", "decode at least one token first")
+        wanted = sorted({tuple(tokens) for tokens in continuations})
+        check_continuations(wanted, self._length, self.context_length, self.tokenizer.vocab_size)
+        scores: dict[Continuation, float] = {}
+        for group in groups(wanted, BRANCHES, self._cells - self._length):
+            scores.update(self._score_group(group))
+        return [scores[tuple(tokens)] for tokens in continuations]
+
+    def save_state(self) -> memoryview:
+        """The sequence's keys and values, for `restore_state` of the same base."""
+        llama = library()
+        size: int = llama.llama_state_seq_get_size(self._context, MAIN)
+        buffer = np.empty(size, np.uint8)
+        if llama.llama_state_seq_get_data(self._context, _pointer(buffer), size, MAIN) != size:
+            raise EdgetuneError(f"llama.cpp cannot save a state of {size} bytes: {last_errors()}")
+        return buffer.data
+
+    def restore_state(self, state: memoryview) -> None:
+        """Replace the sequence by a saved one of the same prefix; decode at least one token before `score`."""
+        self._last = None
+        try:
+            check_state(state, self.context_length)
+            self._set_state(state)
+        except VerificationError:
+            self._rewind()
+            raise
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing, and no other call may follow."""
+        if self._free.alive:
+            self.tokenizer.close()
+            self._free()
+            # The last engine to let go of the base frees it.
+            del self._base
+
+    def _load_prefix(self, name: str, prefix: PrefixState) -> None:
+        """Keep a prefix, if llama.cpp takes its state and gives the same back."""
+        check_prefix_room(name, prefix.tokens, self.context_length)
+        if self._kv != "f16":
+            # llama.cpp may rotate what it quantizes, and would not say so.
+            message = f"adapter {name!r} is a prefix, which goes with keys and values in f16 only"
+            raise IncompatibleError(message, "open the bundle with kv f16")
+        try:
+            self._set_state(prefix.data)
+            same = self.save_state() == prefix.data
+        except VerificationError:
+            same = False
+        finally:
+            self._rewind()
+        if not same:
+            message = f"this llama.cpp keeps keys and values in another way than adapter {name!r} needs"
+            raise IncompatibleError(message, "install the version of llama-cpp-python that edgetune-runtime names")
+        self._prefixes[name] = prefix
+
+    def _rewind(self) -> None:
+        """Drop the sequence and put the active prefix, if there is one, in its place."""
+        self._last = None
+        library().llama_memory_seq_rm(self._memory, MAIN, -1, -1)
+        self._length = 0
+        if self._prefix:
+            self._set_state(self._prefixes[self._prefix].data)
+
+    def _set_state(self, state: bytes | memoryview) -> None:
+        """Replace all of the sequence, prefix included; VerificationError when llama.cpp does not take the state."""
+        llama = library()
+        llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
+        self._length = 0
+        last_errors()
+        pointer = _pointer(np.frombuffer(state, np.uint8))
+        if not llama.llama_state_seq_set_data(self._context, pointer, len(state), MAIN):
+            llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
+            raise VerificationError(f"llama.cpp refuses a saved state: {last_errors()}", "start without it")
+        self._length = llama.llama_memory_seq_pos_max(self._memory, MAIN) + 1
+
+    def _has_window_before(self, position: int) -> bool:
+        # Of sliding-window layers, a saved state has only the window before its own end. Trimmed further back and
+        # continued, it would attend to less than the model was trained on, and nothing would say so.
+        first: int = library().llama_memory_seq_pos_min(self._memory, MAIN)
+        return first <= max(0, position - self._window + 1)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Drop all that a step appended when it is stopped."""
+        length = self._length
+        try:
+            yield
+        except StepStopped:
+            library().llama_memory_seq_rm(self._memory, MAIN, length, -1)
+            self._length, self._last = length, None
+            raise
+
+    def _append(self, tokens: Sequence[int], outputs: Sequence[bool]) -> None:
+        self._last = None
+        positions = range(self._length, self._length + len(tokens))
+        try:
+            self._submit(tokens, positions, [(MAIN,)] * len(tokens), outputs)
+        except EdgetuneError:
+            library().llama_memory_seq_rm(self._memory, MAIN, self._length, -1)
+            raise
+        self._length += len(tokens)
+
+    def _submit(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[tuple[int, ...]],
+        outputs: Sequence[bool],
+    ) -> None:
+        """Decode one batch; tokens that belong to several sequences are computed once."""
+        last_errors()
+        self._stop.clear()
+        result = decode_batch(self._context, tokens, positions, sequences, outputs)
+        if result == _STOPPED:
+            raise StepStopped
+        if result == _CONTEXT_FULL:
+            raise UsageError(f"the context of {self._cells} tokens is full", "open the bundle with a longer context")
+        if result != 0:
+            raise EdgetuneError(f"llama.cpp cannot decode {len(tokens)} tokens ({result}): {last_errors()}")
+
+    def _view(self, count: int) -> Logits:
+        """The last batch's logits where llama.cpp keeps them; the next batch overwrites them."""
+        logits = library().llama_get_logits(self._context)
+        rows: Logits = np.ctypeslib.as_array(logits, (count, self.tokenizer.vocab_size))
+        return rows
+
+    def _score_group(self, group: Sequence[Continuation]) -> dict[Continuation, float]:
+        tree = ContinuationTree(group)
+        assert self._last is not None
+        log_p = tree.steps_after([()], self._last[None])
+        with self._branched(len(group)):
+            for nodes in _parts(tree.nodes, self._outputs):
+                positions = [self._length + len(node) - 1 for node in nodes]
+                sequences = [tuple(MAIN + 1 + number for number in tree.branches[node]) for node in nodes]
+                self._submit([node[-1] for node in nodes], positions, sequences, [True] * len(nodes))
+                log_p |= tree.steps_after(nodes, self._view(len(nodes)))
+        return tree.totals(log_p)
+
+    @contextmanager
+    def _branched(self, count: int) -> Iterator[None]:
+        """While it lasts, sequences 1 to `count` share all cells of the main one."""
+        llama = library()
+        branches = range(MAIN + 1, MAIN + 1 + count)
+        for branch in branches:
+            llama.llama_memory_seq_cp(self._memory, MAIN, branch, -1, -1)
+        try:
+            yield
+        finally:
+            for branch in branches:
+                llama.llama_memory_seq_rm(self._memory, branch, -1, -1)
+
+
+def _pointer(buffer: NDArray[np.uint8]) -> Any:  # noqa: ANN401 - a bare pointer
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+ENGINE = GgufEngine
+"""What `Runtime.open(engine="gguf")` makes."""

@@ -1,0 +1,137 @@
+"""File of a prefix in, state of a sequence out: the bytes from which llama.cpp fills its cache of keys and values.
+
+States that were kept are looked through before llama.cpp reads them.
+
+The layout is that of `llama_kv_cache::state_write` at llama.cpp 0c1e57098: a magic and the sequence, then for each of
+the model's caches (one, and a second for sliding-window layers) the cells with their positions, the keys of all its
+layers, and the values of all its layers. llama.cpp itself refuses sizes and types that are not its own; the engine
+compares what it gives back.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.formats.gguf_file import (
+    CacheShape,
+    GgufHeader,
+    TensorInfo,
+    cache_shape,
+    check_prefix,
+    prefix_tensor,
+)
+
+_MAGIC = 0xAF143CD8
+_STREAMS = 1
+_F16 = 1
+_TRANSPOSED = 1
+
+Halves = NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class PrefixState:
+    """A prefix of so many `tokens` as the state of sequence 0."""
+
+    tokens: int
+    data: bytes
+
+
+def read_prefix(path: Path, adapter: GgufHeader, base: GgufHeader, name: str) -> PrefixState:
+    """Read a prefix, whose header is `adapter`.
+
+    Raises VerificationError for a damaged file and IncompatibleError for one of another base; `name` is the adapter's
+    in the errors.
+    """
+    tokens, shape = check_prefix(adapter, base, name), cache_shape(base)
+    layers = range(shape.layers)
+    keys, values = ([_rows(path, adapter.tensors[prefix_tensor(n, which)], name) for n in layers] for which in "kv")
+    return PrefixState(tokens, _state(keys, values, shape))
+
+
+def check_state(state: memoryview, context_length: int) -> None:
+    """VerificationError unless the bytes are a state of sequence 0 within the context, to the last byte.
+
+    Types and sizes are llama.cpp's own to compare with its cache.
+    """
+    try:
+        magic, sequence = struct.unpack_from("<Ii", state)
+        offset = 8 if (magic, sequence) == (_MAGIC, 0) else len(state) + 1
+        while offset < len(state):
+            offset = _after_part(state, offset, context_length)
+    except (struct.error, ValueError):
+        offset = -1
+    if offset != len(state):
+        raise VerificationError("a saved state is not laid out as llama.cpp does it", "start without it")
+
+
+def _after_part(state: memoryview, offset: int, context_length: int) -> int:
+    """Where one cache ends that begins at `offset`; ValueError or struct.error when it is not one."""
+    streams, count = struct.unpack_from("<II", state, offset)
+    if streams != _STREAMS or not 0 < count <= context_length:
+        raise ValueError("cells")
+    cells = np.frombuffer(state, "<i4", 3 * count, offset + 8).reshape(count, 3)
+    positions, rest = cells[:, 0], cells[:, 1:]
+    if positions.min() < 0 or positions.max() >= context_length or (rest != (1, 0)).any():
+        raise ValueError("positions")
+    offset += 8 + cells.nbytes
+    transposed, layers = struct.unpack_from("<II", state, offset)
+    offset += 8
+    for values in (False, True):
+        for _ in range(layers):
+            if values and transposed:
+                _, size, rows = struct.unpack_from("<iII", state, offset)
+            else:
+                _, size = struct.unpack_from("<iQ", state, offset)
+                rows = 1
+            offset += 12 + size * rows * count
+    return offset
+
+
+def _rows(path: Path, tensor: TensorInfo, name: str) -> Halves:
+    """A tensor's values, [tokens, heads * size]."""
+    width = tensor.shape[0] * tensor.shape[1]
+    stored = "<f4" if tensor.type_name == "f32" else "<f2"
+    raw = np.fromfile(path, stored, tensor.shape[2] * width, offset=tensor.offset)
+    with np.errstate(over="ignore"):
+        rows: Halves = raw.astype("<f2").reshape(-1, width)
+    if not np.isfinite(rows).all():
+        message = f"adapter {name!r} has values in {tensor.name!r} that are not finite numbers of 16 bits"
+        raise VerificationError(message, "build or copy the file again")
+    return rows
+
+
+def _state(keys: Sequence[Halves], values: Sequence[Halves], shape: CacheShape) -> bytes:
+    whole = [layer for layer in range(shape.layers) if layer not in shape.sliding]
+    tokens = len(keys[0])
+    parts = [(whole, 0)]
+    if shape.window:
+        # Of what lies before the window llama.cpp keeps no cells in a state.
+        parts.append((list(shape.sliding), max(0, tokens - shape.window)))
+    pieces = [struct.pack("<Ii", _MAGIC, 0)]
+    for layers, first in parts:
+        pieces.append(_part([keys[n][first:] for n in layers], [values[n][first:] for n in layers], first, tokens))
+    return b"".join(pieces)
+
+
+def _part(keys: Sequence[Halves], values: Sequence[Halves], first: int, end: int) -> bytes:
+    """One cache: cells of the positions `first` to `end`, each of one sequence, 0."""
+    cells = np.zeros((end - first, 3), "<i4")
+    cells[:, 0], cells[:, 1] = np.arange(first, end), 1
+    pieces = [
+        struct.pack("<II", _STREAMS, end - first),
+        cells.tobytes(),
+        struct.pack("<II", _TRANSPOSED, len(keys)),
+    ]
+    for rows in keys:
+        pieces += [struct.pack("<iQ", _F16, rows.shape[1] * rows.itemsize), rows.tobytes()]
+    for rows in values:
+        pieces += [struct.pack("<iII", _F16, rows.itemsize, rows.shape[1]), rows.T.tobytes()]
+    return b"".join(pieces)

@@ -1,0 +1,1 @@
+"""The engine of ONNX files, on onnxruntime."""

@@ -1,0 +1,193 @@
+"""ONNX encoder folder in, logits over an adapter's labels out: one forward pass on plain onnxruntime.
+
+The graph pools an encoder's last layer and has slots for the adapters' low-rank updates and for their heads. An adapter
+is a set of inputs of a run, so switching is passing others, and several threads may run at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune_runtime.engines.base import Logits, check_options
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
+from edgetune_runtime.text.chat import Message, messages_for
+from edgetune_runtime.threads.machine import threads_for
+from edgetune_runtime.threads.priority import ComputeThread
+
+from .engine import model_version
+from .ort import adapter_arrays, open_session
+from .tokenizers import load_tokenizer
+
+HEAD_WEIGHT, HEAD_BIAS = "classifier.weight", "classifier.bias"
+"""Inputs of a head: weight [hidden, labels] and bias [labels], without labels unless they are given."""
+LOGITS, POOLED = "logits", "pooled"
+"""Outputs: logits [batch, labels], and the pooled last layer [batch, hidden] that they are computed from."""
+CONTEXT_LENGTH = "edgetune.context_length"
+"""Key of the graph's metadata: the tokens that the base was trained for."""
+
+_DAMAGED = "build or copy the bundle again"
+Arrays = Mapping[str, NDArray[np.float32]]
+T = TypeVar("T")
+
+
+class EncoderTokenizer:
+    """The `tokenizer.json` of an encoder: text to token ids with the special tokens around them, never cut."""
+
+    def __init__(self, path: Path) -> None:
+        self._tokenizer = load_tokenizer(path)
+        # Many such files pad and cut to a length of their own.
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text`."""
+        tokens: list[int] = self._tokenizer.encode(text.encode("utf-8", "replace").decode()).ids
+        return tokens
+
+
+class EncoderEngine:
+    """An ONNX encoder with its adapters. `path` is model.onnx; its folder holds the rest. Safe to use from threads.
+
+    `context_length` is in tokens; `threads` defaults to the cores this process may use, at most 8. UsageError when one
+    is not positive, VerificationError for a graph that is no encoder's. All is computed on `thread`, if there is one.
+    """
+
+    bytes_per_number = 4
+
+    def __init__(
+        self, path: Path, *, context_length: int, threads: int | None = None, thread: ComputeThread | None = None
+    ) -> None:
+        check_options(context_length, threads, 1)
+        header = read_onnx(path)
+        self._hidden = _hidden_size(header, path)
+        self.context_length = min(context_length, _context_length(header, path))
+        self._slots = slots_of(header)
+        self.tokenizer = EncoderTokenizer(path.with_name("tokenizer.json"))
+        self._thread = thread
+        # Threads that onnxruntime starts have the priority of the one that opens the session.
+        self._session: Any = self._computed(partial(open_session, path, threads_for(threads)))
+        self._adapters: dict[str, Arrays] = {}
+
+    @staticmethod
+    def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
+        """All files that are read for the base at `path`; the fingerprint of the weights that the graph says it has."""
+        header = read_onnx(path)
+        parts = [path, *(path.parent / name for name in ("tokenizer.json", *header.external_files))]
+        return parts, header.metadata.get("edgetune.base_fingerprint")
+
+    def load_adapter(self, name: str, path: Path, fingerprint: str | None = None, labels: int | None = None) -> None:
+        """Check the adapter file against slots and head, load it and keep it; one already loaded is left as it is.
+
+        `labels` is how many labels its head must have. VerificationError for a damaged file, IncompatibleError for one
+        of another base.
+        """
+        if name in self._adapters:
+            return
+        arrays, version = adapter_arrays(path, name)
+        if fingerprint is not None and version != model_version(fingerprint):
+            raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
+        head = {key: arrays.pop(key) for key in (HEAD_WEIGHT, HEAD_BIAS) if key in arrays}
+        _check_head(head, self._hidden, labels, name)
+        check_adapter_arrays(arrays, self._slots, name)
+        self._adapters[name] = {
+            key: np.ascontiguousarray(array, np.float32) for key, array in {**arrays, **head}.items()
+        }
+
+    def tokens_of(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of the prompt's text; UsageError when it does not fit in the context or is a conversation."""
+        tokens = self.tokenizer.tokenize(text_of(prompt))
+        if not 0 < len(tokens) <= self.context_length:
+            message = f"the prompt has {len(tokens)} tokens, the context holds 1 to {self.context_length}"
+            raise UsageError(message, "shorten the prompt, or open the bundle with a longer context")
+        return tokens
+
+    def logits(self, tokens: Sequence[int], name: str, scale: float = 1.0) -> Logits:
+        """Logits of the adapter's labels, float32 [labels], with `scale` times its update of the base."""
+        return self._run(tokens, LOGITS, _scaled(self._adapter(name), scale))
+
+    def pooled(self, tokens: Sequence[int]) -> Logits:
+        """The plain base's pooled last layer, float32 [hidden]."""
+        return self._run(tokens, POOLED, {})
+
+    def close(self) -> None:
+        """Free everything once running calls have ended; a second call does nothing."""
+        self._session = None
+        self._adapters = {}
+        if self._thread is not None:
+            self._thread.close()
+
+    def _adapter(self, name: str) -> Arrays:
+        if name not in self._adapters and self._session is not None:
+            raise NotFoundError(f"adapter {name!r} is not loaded", "load it first")
+        return self._adapters.get(name, {})
+
+    def _run(self, tokens: Sequence[int], output: str, adapter: Arrays) -> Logits:
+        # Another thread may close the engine: this call keeps its session.
+        session = self._session
+        if session is None:
+            raise UsageError("the runtime is closed", "open the bundle again")
+        ids = np.array([tokens], np.int64)
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), **adapter}
+        found = self._computed(partial(session.run, [output], inputs))[0]
+        return np.asarray(found[0], np.float32)
+
+    def _computed(self, compute: Callable[[], T]) -> T:
+        return compute() if self._thread is None else self._thread.run(compute)
+
+
+def text_of(prompt: str | Sequence[Message]) -> str:
+    """The one text of a prompt; UsageError for a conversation, which an encoder does not read."""
+    messages = messages_for(prompt, None)
+    roles = [message["role"] for message in messages]
+    if roles != ["user"]:
+        raise UsageError(f"an encoder reads one text, not messages of: {', '.join(roles)}", "give the text alone")
+    return messages[0]["content"]
+
+
+def _scaled(adapter: Arrays, scale: float) -> Arrays:
+    if scale == 1:
+        return adapter
+    factor = np.float32(scale)
+    return {key: array * factor if key.endswith(".lora_B.weight") else array for key, array in adapter.items()}
+
+
+def _check_head(head: Mapping[str, NDArray[np.generic]], hidden: int, labels: int | None, name: str) -> None:
+    """VerificationError unless the head is whole, finite and has as many labels as it should."""
+    shapes = [array.shape for array in head.values()]
+    match shapes:
+        case [(int(width), int(columns)), (int(outputs),)] if (
+            width == hidden
+            and columns == outputs == (outputs if labels is None else labels) > 0
+            and all(array.dtype in (np.float32, np.float16) and np.isfinite(array).all() for array in head.values())
+        ):
+            return
+    wanted = f"[{hidden}, {'labels' if labels is None else labels}]"
+    found = ", ".join(f"{key} {list(array.shape)} {array.dtype}" for key, array in head.items()) or "none"
+    message = f"adapter {name!r} has no usable head: {HEAD_WEIGHT} should be finite {wanted}, there is {found}"
+    raise VerificationError(message, _DAMAGED)
+
+
+def _hidden_size(header: OnnxHeader, path: Path) -> int:
+    """Width of the pooled layer; VerificationError when the graph is no encoder's."""
+    weight, bias, pooled = header.inputs.get(HEAD_WEIGHT), header.inputs.get(HEAD_BIAS), header.outputs.get(POOLED)
+    defaults = [header.initializers.get(name) for name in (HEAD_WEIGHT, HEAD_BIAS)]
+    known = {"input_ids", "attention_mask"} <= header.inputs.keys() and LOGITS in header.outputs
+    if known and weight and bias and pooled and all(defaults):
+        hidden = weight.shape[0] if len(weight.shape) == 2 else ""
+        if isinstance(hidden, int) and hidden > 0 and pooled.shape[-1:] == (hidden,):
+            return hidden
+    raise VerificationError(f"{path} is no encoder's graph", _DAMAGED)
+
+
+def _context_length(header: OnnxHeader, path: Path) -> int:
+    text = header.metadata.get(CONTEXT_LENGTH, "")
+    if not text.isdecimal() or int(text) < 1:
+        raise VerificationError(f"{path} does not say how many tokens it was trained for", _DAMAGED)
+    return int(text)

@@ -1,0 +1,386 @@
+"""ONNX folder in, logits out: plain onnxruntime, the base mapped once, buffers and adapters bound as inputs.
+
+Keys and values lie in one buffer a layer, past and present at once, so a step copies none of them; the length of the
+attention mask says how much is filled. Each set of active adapters has a binding of its own, and a switch takes another
+one. (`run_with_iobinding` ignores the active adapters of RunOptions, so their tensors are bound as inputs.)
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import ChainMap, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune_runtime.engines.base import (
+    Logits,
+    StepStopped,
+    check_continuations,
+    check_kv,
+    check_options,
+    check_prefix_room,
+    check_room,
+    check_scales,
+    check_trained,
+    log_total,
+    prefix_among,
+)
+from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.formats.onnx_file import check_adapter_arrays, read_onnx, slots_of
+from edgetune_runtime.formats.onnx_prefix import check_prefix_arrays, is_past, past_inputs
+from edgetune_runtime.formats.onnx_tensors import check_tensor_arrays, is_tensor, summed, tensor_slots_of
+from edgetune_runtime.states.batches import CHUNK
+from edgetune_runtime.states.cache import common_prefix
+from edgetune_runtime.threads.machine import threads_for
+
+from .config import read_config
+from .ort import adapter_arrays, library, open_session, run_options
+from .tokenizers import JsonTokenizer
+
+Arrays = Mapping[str, NDArray[np.float32]]
+
+_BINDINGS = 32
+"""Sets of adapters whose bindings are kept; a sum of adapters also keeps its tensors."""
+
+_STATE = struct.Struct("<4sII")
+_MAGIC = b"ETS2"
+
+
+@dataclass
+class _Binding:
+    """onnxruntime's binding, the adapter's tensors that it points to, and the number of tokens that it is bound for."""
+
+    io: Any
+    tensors: Arrays
+    count: int = 0
+
+
+class OnnxEngine:
+    """One ONNX base with its adapters and one sequence; see `Engine`. `path` is model.onnx; its folder holds the rest.
+
+    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8, and
+    more than these are not taken. onnxruntime repacks weights whatever `repack` says.
+    UsageError when one is not positive or the context is longer than the base was trained for.
+    """
+
+    KV: ClassVar[tuple[str, ...]] = ("f32",)
+    bytes_per_number: ClassVar[float] = 4
+    adjusts_threads = False
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context_length: int,
+        threads: int | None = None,
+        batch: int = CHUNK,
+        kv: str | None = None,
+        repack: bool | None = None,
+    ) -> None:
+        check_options(context_length, threads, batch)
+        check_kv(kv, self.KV, "onnxruntime")
+        self.context_length = context_length
+        self._batch = batch
+        header = read_onnx(path)
+        config = read_config(path.with_name("genai_config.json"))
+        check_trained(context_length, config.context_length)
+        self._slots, self._tensor_slots, self._past = slots_of(header), tensor_slots_of(header), past_inputs(header)
+        self._head_size = config.head_size
+        self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
+        self.threads = threads_for(threads)
+        self._session = open_session(path, self.threads)
+        self._vocab_size = _last_dimension(self._session, "logits", path)
+        self._adapters: dict[str, Arrays] = {}
+        self._prefixes: dict[str, Arrays] = {}
+        self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
+        self._new_sequence()
+
+    def fork(self) -> OnnxEngine:
+        """Another engine on the same session and adapters, with a sequence of its own."""
+        other = copy(self)
+        other._new_sequence()
+        return other
+
+    def _new_sequence(self) -> None:
+        """Make what belongs to one sequence: buffers, and bindings that point to them."""
+        self._buffers = _buffers(self._session, self.context_length, self._head_size)
+        self._mask = np.ones(self.context_length, np.int64)
+        self._ids, self._start = np.zeros(self._batch, np.int64), np.zeros(1, np.int64)
+        self._options = run_options()
+        self._prefix: str | None = None
+        self._begin = 0
+        self._bindings: OrderedDict[tuple[tuple[str, float], ...], _Binding] = OrderedDict()
+        self._length = 0
+        self._last: Logits | None = None
+        self.activate({})
+
+    @property
+    def kv_bytes(self) -> float:
+        """What the number of a key or a value takes."""
+        return self.bytes_per_number
+
+    @property
+    def signatures(self) -> tuple[str, ...]:
+        """The library and its version, and how keys and values are kept."""
+        return (f"onnxruntime {library().__version__}, f32",)
+
+    @staticmethod
+    def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
+        """All files that are read for the base at `path`; the fingerprint of what the graph says it was made from."""
+        header = read_onnx(path)
+        names = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", *header.external_files)
+        return [path, *(path.parent / name for name in names)], header.metadata.get("edgetune.base_fingerprint")
+
+    def load_adapter(
+        self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
+    ) -> None:
+        """Check the adapter file against the graph, load it and keep it; a name already loaded is left as it is.
+
+        The file says nothing of tokens that activate it. VerificationError for a damaged file, IncompatibleError for
+        one of another base.
+        """
+        if name in self._loaded:
+            return
+        arrays, version = adapter_arrays(path, name)
+        if fingerprint is not None and version != model_version(fingerprint):
+            raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
+        if any(is_past(slot) for slot in arrays):
+            tokens = check_prefix_arrays(arrays, self._past, self._head_size, name)
+            check_prefix_room(name, tokens, self.context_length)
+            self._prefixes[name] = {slot: np.asarray(array[0], np.float32) for slot, array in arrays.items()}
+            return
+        if any(is_tensor(slot) for slot in arrays):
+            check_tensor_arrays(arrays, self._tensor_slots, name)
+        else:
+            check_adapter_arrays(arrays, self._slots, name)
+        self._adapters[name] = {slot: np.ascontiguousarray(array, np.float32) for slot, array in arrays.items()}
+        # Making a binding takes a millisecond or two, so the first switch finds it made.
+        self._binding_of({name: 1.0})
+
+    def activate(self, adapters: Mapping[str, float]) -> None:
+        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base.
+
+        The sequence stays, unless the prefix is another one than before. UsageError for two prefixes or a scaled one.
+        """
+        check_scales(adapters, self._loaded)
+        prefix = prefix_among(adapters, self._prefixes)
+        self._binding = self._binding_of({name: scale for name, scale in adapters.items() if name in self._adapters})
+        if prefix != self._prefix:
+            self._prefix = prefix
+            self._begin = self._length = self._tokens_of(prefix)
+            self._last = None
+            for slot, array in self._prefixes[prefix].items() if prefix else ():
+                self._buffers[slot][:, : self._begin] = array
+
+    def capacity(self, adapters: Mapping[str, float]) -> int:
+        """How many tokens a sequence may have beside what these adapters take of the context."""
+        return self.context_length - self._tokens_of(prefix_among(adapters, self._prefixes))
+
+    def forget(self, keep: int) -> int:
+        """Drop the sequence's tokens from position `keep` on; returns how many are left."""
+        end = self._begin + max(keep, 0)
+        if end < self._length:
+            self._length, self._last = end, None
+        return self._length - self._begin
+
+    def use_threads(self, count: int) -> None:
+        """Nothing: a session keeps its threads, which take over each other's work when one of them lacks a core."""
+
+    def stop_step(self) -> None:
+        """Have the step that another thread computes end soon with StepStopped; where none runs, maybe the next one."""
+        self._options.terminate = True
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
+        check_room(tokens, self._length, self.context_length, self._vocab_size)
+        row = np.empty((1, self._vocab_size), np.float32)
+        with self._whole():
+            for start in range(0, len(tokens), self._batch):
+                self._run(tokens[start : start + self._batch], row)
+        self._last = row[0]
+        return self._last
+
+    def decode_all(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; logits after each, shape [tokens, vocab]. UsageError when they do not fit in the context."""
+        check_room(tokens, self._length, self.context_length, self._vocab_size)
+        with self._whole():
+            logits = self._run_all(tokens)
+        self._last = logits[-1].copy()
+        return logits
+
+    def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
+        """Sum of log probabilities (nats) of each continuation after the sequence, which stays as it is.
+
+        The continuations are walked in order, so that shared beginnings are computed once. UsageError when nothing was
+        decoded last, or when the longest continuation does not fit in the context.
+        """
+        if self._last is None:
+            raise UsageError("there are no logits to score continuations from", "decode at least one token first")
+        start, last = self._length, self._last
+        check_continuations(continuations, start, self.context_length, self._vocab_size)
+        scores: dict[tuple[int, ...], float] = {}
+        # rows[i] holds the logits after the first i tokens of `path`, with their log-sum-exp.
+        path: tuple[int, ...] = ()
+        rows = [(last, log_total(last))]
+        try:
+            for tokens in sorted({tuple(tokens) for tokens in continuations}):
+                shared = max(0, min(common_prefix(path, tokens), len(tokens) - 1))
+                path = tokens[:-1]
+                self._length = start + shared
+                del rows[shared + 1 :]
+                if path[shared:]:
+                    rows += [(row, log_total(row)) for row in self._run_all(path[shared:])]
+                scores[tokens] = math.fsum(float(rows[i][0][token]) - rows[i][1] for i, token in enumerate(tokens))
+        finally:
+            self._length, self._last = start, last
+        return [scores[tuple(tokens)] for tokens in continuations]
+
+    def save_state(self) -> memoryview:
+        """The sequence's keys and values, for `restore_state` of the same base behind the same prefix."""
+        parts = [buffer[:, self._begin : self._length] for buffer in self._buffers.values()]
+        state = np.empty(_STATE.size + sum(part.nbytes for part in parts), np.uint8)
+        _STATE.pack_into(state.data, 0, _MAGIC, self._begin, self._length)
+        offset = _STATE.size
+        for part in parts:
+            state[offset : offset + part.nbytes].view(np.float32).reshape(part.shape)[...] = part
+            offset += part.nbytes
+        return state.data
+
+    def restore_state(self, state: memoryview) -> None:
+        """Replace the sequence by a saved one; decode at least one token before `score`."""
+        magic, begin, length = _STATE.unpack_from(state) if len(state) >= _STATE.size else (b"", 0, 0)
+        part = slice(begin, length)
+        sizes = [buffer[:, part].nbytes for buffer in self._buffers.values()]
+        self.forget(0)
+        fits = begin == self._begin <= length <= self.context_length
+        if magic != _MAGIC or not fits or len(state) != _STATE.size + sum(sizes):
+            raise VerificationError("a saved state does not fit this engine", "start without it")
+        offset = _STATE.size
+        for buffer, size in zip(self._buffers.values(), sizes, strict=True):
+            rows = buffer[:, part]
+            rows[...] = np.frombuffer(state, np.float32, rows.size, offset).reshape(rows.shape)
+            offset += size
+        self._length = length
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing, and no other call may follow."""
+        self.tokenizer.close()
+        self._length, self._last = 0, None
+        self._bindings.clear()
+        self._adapters, self._prefixes = {}, {}
+        self._session = None
+        self._buffers = {}
+
+    def _tokens_of(self, prefix: str | None) -> int:
+        """How many positions a prefix takes."""
+        return next(iter(self._prefixes[prefix].values())).shape[1] if prefix else 0
+
+    def _binding_of(self, adapters: Mapping[str, float]) -> _Binding:
+        """The binding of a set of adapters, made at its first use and kept while it is among the last used."""
+        key = tuple(adapters.items())
+        if key not in self._bindings:
+            tensors = _sum([(self._adapters[name], scale) for name, scale in key])
+            self._bindings[key] = _Binding(self._bind(tensors), tensors)
+            if len(self._bindings) > _BINDINGS:
+                self._bindings.popitem(last=False)
+        self._bindings.move_to_end(key)
+        return self._bindings[key]
+
+    def _bind(self, tensors: Arrays) -> Any:  # noqa: ANN401 - onnxruntime's own
+        """A binding of the keys and values and of an adapter's tensors; slots without one keep their empty default."""
+        binding = self._session.io_binding()
+        for name, buffer in self._buffers.items():
+            shape = (1, *buffer.shape)
+            binding.bind_input(name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+            present = name.replace("past_key_values", "present")
+            binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+        for name, tensor in tensors.items():
+            binding.bind_input(name, "cpu", 0, np.float32, tensor.shape, tensor.ctypes.data)
+        binding.bind_input("logits_start", "cpu", 0, np.int64, (1,), self._start.ctypes.data)
+        return binding
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Drop all that a step appended when it is stopped."""
+        length = self._length
+        try:
+            yield
+        except StepStopped:
+            self._length, self._last = length, None
+            raise
+
+    def _run_all(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; logits after each, shape [tokens, vocab]."""
+        logits = np.empty((len(tokens), self._vocab_size), np.float32)
+        for start in range(0, len(tokens), self._batch):
+            part = slice(start, start + self._batch)
+            self._run(tokens[part], logits[part])
+        return logits
+
+    def _run(self, tokens: Sequence[int], out: Logits) -> None:
+        """Append tokens; logits after the last of them, as many as `out` has rows, are written into it."""
+        count, binding = len(tokens), self._binding
+        self._last = None
+        self._ids[:count] = tokens
+        self._start[0] = count - len(out)
+        total = self._length + count
+        # Binding takes longer than the smallest operators, so what is bound already stays.
+        if binding.count != count:
+            binding.io.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
+            binding.count = count
+        binding.io.bind_output("logits", "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
+        binding.io.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
+        self._options.terminate = False
+        try:
+            self._session.run_with_iobinding(binding.io, self._options)
+        except Exception as error:  # onnxruntime raises classes of its own, which share no other base
+            if self._options.terminate:
+                raise StepStopped from error
+            raise
+        self._length = total
+
+
+def model_version(fingerprint: str) -> int:
+    """What an adapter file carries of its base's fingerprint: the first 28 bits, as the format has a 32-bit number."""
+    return int(fingerprint[:7], 16)
+
+
+def _sum(parts: Sequence[tuple[Arrays, float]]) -> Arrays:
+    """One adapter's tensors that do what the parts do together: ranks side by side, each part's scale in its B."""
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for name in {name: None for arrays, _ in parts for name in arrays}:
+        own = [(arrays[name], scale) for arrays, scale in parts if name in arrays]
+        if is_tensor(name):
+            tensors[name] = summed(name, own)
+            continue
+        is_b = name.endswith(".lora_B.weight")
+        scaled = [array * np.float32(scale) if is_b else array for array, scale in own]
+        tensors[name] = np.ascontiguousarray(np.concatenate(scaled, axis=0 if is_b else 1), np.float32)
+    return tensors
+
+
+def _buffers(session: Any, context_length: int, head_size: int) -> dict[str, NDArray[np.float32]]:  # noqa: ANN401 - as above
+    """A buffer [heads, context, head size] for each input of past keys or values."""
+    inputs = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+    return {value.name: np.zeros((int(value.shape[1]), context_length, head_size), np.float32) for value in inputs}
+
+
+def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401 - as above
+    size = next((value.shape[-1] for value in session.get_outputs() if value.name == name), None)
+    if not isinstance(size, int):
+        raise VerificationError(f"{path} has no {name} of a known size", "build the bundle again")
+    return size
+
+
+ENGINE = OnnxEngine
+"""What `Runtime.open(engine="onnx")` makes."""

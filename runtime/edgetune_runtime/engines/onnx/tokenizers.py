@@ -1,0 +1,169 @@
+"""The `tokenizer.json` of an ONNX bundle in, the base's tokenizer out, on the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SPACE = "\u2581"
+"""What SentencePiece writes for a space."""
+
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+_PRINTABLE = frozenset([*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)])
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_INSTALL = 'run: pip install "edgetune-runtime[onnx]"'
+_DAMAGED = "build or copy the bundle again"
+
+
+class JsonTokenizer:
+    """The tokenizer in a folder, as `edgetune_export.backends.onnx.tokenizer` writes it; see `Tokenizer`.
+
+    `end_tokens` end a generation, the first of them a turn. NotFoundError when a file is missing, VerificationError
+    when one is damaged, IncompatibleError when the `tokenizers` library is not installed.
+    """
+
+    def __init__(self, folder: Path, end_tokens: Sequence[int]) -> None:
+        self._tokenizer = load_tokenizer(folder / "tokenizer.json")
+        config = _config(folder / "tokenizer_config.json")
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        for token in end_tokens:
+            if not 0 <= token < self.vocab_size:
+                message = f"end token {token} is not in the vocabulary of {self.vocab_size} in {folder}"
+                raise VerificationError(message, _DAMAGED)
+        self._ends = frozenset(end_tokens)
+        self._end_token = end_tokens[0] if end_tokens else -1
+        self.bos: str = config["bos_token"] or ""
+        self.eos: str = config["eos_token"] or ""
+        self.chat_template: str | None = config.get("chat_template")
+        bos = self._tokenizer.token_to_id(self.bos)
+        self._added_bos: list[int] = [bos] if config["add_bos_token"] and bos is not None else []
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token: b"" if found.special else found.content.encode() for token, found in added.items()}
+        self._added |= dict.fromkeys(config["unused_tokens"], b"")
+        self._sentencepiece = bool(getattr(self._tokenizer.model, "byte_fallback", False))
+        self._newline = self._tokenizer.token_to_id("<0x0A>")
+        self._adds_space = self._sentencepiece and any(
+            self.piece(token).startswith(b" ") for token in self._raw("a")[:1]
+        )
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a turn, or else the one that ends a text; -1 if there is none."""
+        return self._end_token
+
+    def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
+        """Token ids of `text`; see `Tokenizer.tokenize`."""
+        if continues:
+            return self._after_newline(text) if self._adds_space else self._raw(text)
+        tokens = self._raw(text)
+        return tokens if tokens[:1] == self._added_bos else self._added_bos + tokens
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that `token` stands for; empty for control tokens."""
+        self._check(token)
+        added = self._added.get(token)
+        if added is not None:
+            return added
+        text: str = self._tokenizer.id_to_token(token) or ""
+        return _sentencepiece_bytes(text) if self._sentencepiece else _byte_level_bytes(text)
+
+    def is_end(self, token: int) -> bool:
+        """Whether generation ends with `token`."""
+        self._check(token)
+        return token in self._ends
+
+    def close(self) -> None:
+        """Refuse all calls from now on."""
+        self.vocab_size = 0
+
+    def _raw(self, text: str) -> list[int]:
+        self._check(0)
+        sound = text.encode("utf-8", "replace").decode()
+        tokens: list[int] = self._tokenizer.encode(sound, add_special_tokens=False).ids
+        return tokens
+
+    def _after_newline(self, text: str) -> list[int]:
+        # The space in front of the first word cannot be turned off for one call; behind a newline there is none.
+        tokens = self._raw("\n" + text)
+        return tokens[tokens.index(self._newline) + 1 :] if self._newline in tokens else self._raw(text)
+
+    def _check(self, token: int) -> None:
+        if self.vocab_size == 0:
+            raise UsageError("the tokenizer is closed", "open its folder again")
+        if not 0 <= token < self.vocab_size:
+            raise UsageError(f"no token {token} in a vocabulary of {self.vocab_size}", "use this base's own tokenizer")
+
+
+def byte_character(byte: int) -> str:
+    """GPT-2's character for a byte: printable ones of Latin-1 stand for themselves, U+0100 and on for the others."""
+    return chr(byte) if byte in _PRINTABLE else chr(0x100 + _OTHERS.index(byte))
+
+
+def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a `tokenizer.json`; raises as `JsonTokenizer`."""
+    try:
+        from tokenizers import Tokenizer  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise IncompatibleError("ONNX bundles need tokenizers, which is not installed", _INSTALL) from error
+    text = _read(path)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise VerificationError(f"{path} is no tokenizer: {error}", _DAMAGED) from error
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{path} is no JSON: {error}", _DAMAGED) from error
+    text = str | None
+    wanted: dict[str, Any] = {"bos_token": text, "eos_token": text, "add_bos_token": bool, "unused_tokens": list}
+    values = config if isinstance(config, dict) else {}
+    wrong = [key for key, kind in wanted.items() if key not in values or not isinstance(values[key], kind)]
+    if "unused_tokens" not in wrong and not all(isinstance(token, int) for token in values["unused_tokens"]):
+        wrong.append("unused_tokens")
+    if not isinstance(values.get("chat_template"), text):
+        wrong.append("chat_template")
+    if wrong:
+        raise VerificationError(f"{path} has no usable {', '.join(wrong)}", _DAMAGED)
+    return values
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no file {path}", "check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise VerificationError(f"cannot read {path}: {error}", _DAMAGED) from error
+
+
+def _sentencepiece_bytes(text: str) -> bytes:
+    byte = _BYTE.fullmatch(text)
+    return bytes.fromhex(byte[1]) if byte else text.replace(SPACE, " ").encode()
+
+
+def _byte_level_bytes(text: str) -> bytes:
+    table = _byte_of_character()
+    parts = []
+    for character in text:
+        byte = table.get(character)
+        # What llama.cpp writes for a character that stands for no byte.
+        unknown = f"[UNK_BYTE_0x{character.encode().hex()}{text}]"
+        parts.append(unknown.encode() if byte is None else bytes([byte]))
+    return b"".join(parts)
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    return {byte_character(byte): byte for byte in range(256)}

@@ -1,0 +1,1 @@
+"""Files of GGUF and ONNX, read and checked before a native library does."""

@@ -1,0 +1,389 @@
+"""GGUF file in, checked header out: metadata and tensor places, read without trusting a byte of the file.
+
+llama.cpp aborts the process, or worse, on some malformed files, so this module refuses them first. It needs only the
+standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+
+GGML_TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("f32", 1, 4),
+    1: ("f16", 1, 2),
+    2: ("q4_0", 32, 18),
+    3: ("q4_1", 32, 20),
+    6: ("q5_0", 32, 22),
+    7: ("q5_1", 32, 24),
+    8: ("q8_0", 32, 34),
+    9: ("q8_1", 32, 40),
+    10: ("q2_k", 256, 84),
+    11: ("q3_k", 256, 110),
+    12: ("q4_k", 256, 144),
+    13: ("q5_k", 256, 176),
+    14: ("q6_k", 256, 210),
+    15: ("q8_k", 256, 292),
+    16: ("iq2_xxs", 256, 66),
+    17: ("iq2_xs", 256, 74),
+    18: ("iq3_xxs", 256, 98),
+    19: ("iq1_s", 256, 50),
+    20: ("iq4_nl", 32, 18),
+    21: ("iq3_s", 256, 110),
+    22: ("iq2_s", 256, 82),
+    23: ("iq4_xs", 256, 136),
+    24: ("i8", 1, 1),
+    25: ("i16", 1, 2),
+    26: ("i32", 1, 4),
+    27: ("i64", 1, 8),
+    28: ("f64", 1, 8),
+    29: ("iq1_m", 256, 56),
+    30: ("bf16", 1, 2),
+    34: ("tq1_0", 256, 54),
+    35: ("tq2_0", 256, 66),
+    39: ("mxfp4", 32, 17),
+    40: ("nvfp4", 64, 36),
+    41: ("q1_0", 128, 18),
+    42: ("q2_0", 64, 18),
+}
+"""Tensor types by number: name, values a block, bytes a block."""
+
+ADAPTER_TYPES = ("f32", "f16", "bf16", "q8_0")
+PREFIX_TYPES = ("f32", "f16")
+INVOCATION_TOKENS = "adapter.alora.invocation_tokens"
+"""Metadata key of the tokens that activate an adapter."""
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
+_VERSIONS = (2, 3)
+_MAX_DIMENSIONS = 4
+_MAX_NAME_BYTES = 63
+_DAMAGED = "build or copy the file again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `shape` in ggml order (columns first), `offset` in bytes from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: int
+    offset: int
+    nbytes: int
+
+    @property
+    def type_name(self) -> str:
+        """Name of the tensor's type, such as `q4_1`."""
+        return GGML_TYPES[self.ggml_type][0]
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """All that a GGUF file says before its weights. Arrays are tuples; `value_types` has each key's type number."""
+
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    value_types: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`, such as `llama`; VerificationError when the file names none."""
+        name = self.metadata.get("general.architecture")
+        if not isinstance(name, str):
+            raise VerificationError("the GGUF file names no architecture", _DAMAGED)
+        return name
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a base keeps of a token in each layer: keys and values of `heads` heads, `key_size` and `value_size` each.
+
+    Layers in `sliding` attend to the last `window` positions only.
+    """
+
+    layers: int
+    heads: int
+    key_size: int
+    value_size: int
+    sliding: tuple[int, ...] = ()
+    window: int = 0
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read a GGUF file's metadata and tensor table and check that every tensor lies wholly in the file.
+
+    Raises NotFoundError when there is no such file and VerificationError for a bad magic, a cut-off file, duplicate
+    names, unknown types, sizes that cannot be, or tensors that overlap or reach past the end.
+    """
+    try:
+        with path.open("rb") as file:
+            return _Reader(file, path).header()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no file {path}", "check the path") from error
+    except IsADirectoryError as error:
+        raise VerificationError(f"{path} is a folder, not a GGUF file", "name the .gguf file in it") from error
+    except OSError as error:
+        raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+
+
+def digest_of_tokenizer(header: GgufHeader) -> str:
+    """Hex sha256 over all `tokenizer.*` values but the chat templates: equal digests tokenize alike."""
+    values = {k: v for k, v in header.metadata.items() if k.startswith("tokenizer.") and "chat_template" not in k}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_chat_template(header: GgufHeader) -> str:
+    """Hex sha256 of the default chat template's text; that of the empty text when the file has none."""
+    template = str(header.metadata.get("tokenizer.chat_template", ""))
+    return hashlib.sha256(template.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def describe_quantization(header: GgufHeader) -> str:
+    """The tensor type that takes the most bytes of the file, for example "q4_1"."""
+    bytes_by_type: Counter[str] = Counter()
+    for tensor in header.tensors.values():
+        bytes_by_type[tensor.type_name] += tensor.nbytes
+    return bytes_by_type.most_common(1)[0][0]
+
+
+def cache_shape(base: GgufHeader) -> CacheShape:
+    """The shape of the base's keys and values; IncompatibleError when it is not the same in each layer."""
+    layers, heads = (_count(base, key) for key in ("block_count", "attention.head_count"))
+    width = _count(base, "embedding_length") // heads
+    kv_heads = _count(base, "attention.head_count_kv", heads)
+    key_size, value_size = (_count(base, f"attention.{which}_length", width) for which in ("key", "value"))
+    window = base.metadata.get(f"{base.architecture}.attention.sliding_window")
+    # Other architectures have layers of this kind too, but llama.cpp runs them as whole ones.
+    if base.architecture != "gemma3" or not isinstance(window, int) or window < 1:
+        return CacheShape(layers, kv_heads, key_size, value_size)
+    pattern = base.metadata.get("gemma3.attention.sliding_window_pattern", 6)
+    if isinstance(pattern, tuple):
+        sliding = tuple(layer for layer, slides in enumerate(pattern[:layers]) if slides)
+    else:
+        sliding = tuple(layer for layer in range(layers) if pattern == 0 or (layer + 1) % pattern)
+    return CacheShape(layers, kv_heads, key_size, value_size, sliding, window)
+
+
+def prefix_tensor(layer: int, which: str) -> str:
+    """Name of the tensor of a layer's keys (`k`) or values (`v`) in the file of a prefix."""
+    return f"blk.{layer}.prefix_{which}"
+
+
+def check_prefix(adapter: GgufHeader, base: GgufHeader, name: str) -> int:
+    """Check that the file of a prefix is sound and fits the base; returns how many positions it takes.
+
+    Errors as those of `check_adapter`.
+    """
+    _check_metadata(adapter, base, name, "prefix")
+    shape = cache_shape(base)
+    sizes = {"k": shape.key_size, "v": shape.value_size}
+    wanted = {prefix_tensor(n, which): size for n in range(shape.layers) for which, size in sizes.items()}
+    tokens = {tensor.shape[2] if len(tensor.shape) == 3 else 0 for tensor in adapter.tensors.values()}
+    if len(tokens) != 1 or 0 in tokens:
+        raise VerificationError(f"adapter {name!r} has no tensors, or not of the same number of tokens", _DAMAGED)
+    for tensor in adapter.tensors.values():
+        if tensor.type_name not in PREFIX_TYPES:
+            message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type_name}"
+            raise IncompatibleError(message, f"export it again as one of: {', '.join(PREFIX_TYPES)}")
+        if tensor.shape[:2] != (wanted.get(tensor.name), shape.heads):
+            message = f"adapter {name!r} has {tensor.name!r} of shape {tensor.shape}, which the base has no place for"
+            raise IncompatibleError(message, "use the base that the adapter was trained on")
+    if len(adapter.tensors) != len(wanted):
+        message = f"adapter {name!r} has {len(adapter.tensors)} tensors, the base has {shape.layers} layers"
+        raise IncompatibleError(message, "use the base that the adapter was trained on")
+    return tokens.pop()
+
+
+def invocation_of(adapter: GgufHeader, name: str) -> tuple[int, ...]:
+    """The tokens that activate an activated LoRA, none for any other; VerificationError when they cannot be tokens."""
+    tokens = adapter.metadata.get(INVOCATION_TOKENS, ())
+    if not isinstance(tokens, tuple) or not all(type(token) is int and token >= 0 for token in tokens):
+        raise VerificationError(f"adapter {name!r} has {INVOCATION_TOKENS} {str(tokens)[:80]!r}", _DAMAGED)
+    return tokens
+
+
+def check_adapter(adapter: GgufHeader, base: GgufHeader, name: str) -> None:
+    """Check that a LoRA file is sound and fits the base, so that llama.cpp can load it without harm.
+
+    Raises VerificationError when the file contradicts itself and IncompatibleError when it is sound but not for this
+    base. `name` is the adapter's name in the errors.
+    """
+    _check_metadata(adapter, base, name, "lora")
+    alpha, kind = (table.get("adapter.lora.alpha") for table in (adapter.metadata, adapter.value_types))
+    # llama.cpp aborts the whole process when the type is another one.
+    if kind != _FLOAT32 or not isinstance(alpha, float) or not math.isfinite(alpha):
+        raise VerificationError(f"adapter {name!r} has adapter.lora.alpha {alpha!r}, not a finite float32", _DAMAGED)
+    invocation_of(adapter, name)
+    pairs: dict[str, dict[str, TensorInfo]] = {}
+    for tensor in adapter.tensors.values():
+        target, _, suffix = tensor.name.rpartition(".")
+        if suffix not in ("lora_a", "lora_b"):
+            message = f"adapter {name!r} has tensor {tensor.name!r}, which is no LoRA matrix"
+            raise IncompatibleError(message, "export it again, or merge it into the base")
+        pairs.setdefault(target, {})[suffix] = tensor
+    if not pairs:
+        raise VerificationError(f"adapter {name!r} has no tensors", _DAMAGED)
+    for target, pair in pairs.items():
+        _check_pair(target, pair, base, name)
+
+
+def _check_metadata(adapter: GgufHeader, base: GgufHeader, name: str, wanted_type: str) -> None:
+    for key, wanted in (("general.type", "adapter"), ("adapter.type", wanted_type)):
+        found = adapter.metadata.get(key)
+        if found != wanted:
+            message = f"adapter {name!r} has {key} {found!r} instead of {wanted!r}"
+            raise VerificationError(message, "give a GGUF LoRA file, or a prefix that edgetune wrote")
+    if adapter.architecture != base.architecture:
+        message = f"adapter {name!r} is for architecture {adapter.architecture!r}, the base is {base.architecture!r}"
+        raise IncompatibleError(message, "use the base that the adapter was trained on")
+
+
+def _count(base: GgufHeader, key: str, default: int | None = None) -> int:
+    value = base.metadata.get(f"{base.architecture}.{key}", default)
+    if not isinstance(value, int) or value < 1:
+        message = f"the base's {base.architecture}.{key} is {str(value)[:80]!r}"
+        raise IncompatibleError(message, "a prefix needs a base with the same number of heads in each layer")
+    return value
+
+
+def _check_pair(target: str, pair: Mapping[str, TensorInfo], base: GgufHeader, name: str) -> None:
+    if len(pair) != 2:
+        raise VerificationError(f"adapter {name!r} has only {next(iter(pair))} for {target!r}", _DAMAGED)
+    a, b = pair["lora_a"], pair["lora_b"]
+    for tensor in (a, b):
+        if tensor.type_name not in ADAPTER_TYPES:
+            message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type_name}"
+            raise IncompatibleError(message, f"export it again as one of: {', '.join(ADAPTER_TYPES)}")
+    weight = base.tensors.get(target)
+    if weight is None:
+        message = f"adapter {name!r} changes {target!r}, which the base does not have"
+        raise IncompatibleError(message, "use the base that the adapter was trained on")
+    if any(len(tensor.shape) != 2 for tensor in (a, b, weight)):
+        raise IncompatibleError(f"adapter {name!r} changes {target!r}, which is no matrix", "leave that module out")
+    columns, rows = weight.shape
+    # llama.cpp looks rows of A up by token for the embedding, so it stores both matrices the other way round there.
+    fits = a.shape[0] == b.shape[0] and (a.shape[1], b.shape[1]) == (rows, columns)
+    if target != "token_embd.weight":
+        fits = a.shape[1] == b.shape[0] and (a.shape[0], b.shape[1]) == (columns, rows)
+    if not fits:
+        message = f"adapter {name!r} has shapes {a.shape} and {b.shape} for {target!r} of shape {weight.shape}"
+        raise IncompatibleError(message, "use the base that the adapter was trained on")
+
+
+def _is_tensor_name(name: str) -> bool:
+    return 1 <= len(name.encode("utf-8", "surrogateescape")) <= _MAX_NAME_BYTES and "\0" not in name
+
+
+class _Reader:
+    """Reads one header; each size is compared with what is left of the file before anything is allocated."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._size = os.fstat(file.fileno()).st_size
+        self._position = 0
+
+    def header(self) -> GgufHeader:
+        if self._take(4) != b"GGUF":
+            raise self._damaged("does not begin with the magic GGUF")
+        version = self._unsigned(4)
+        if version not in _VERSIONS:
+            raise self._damaged(f"has GGUF version {version}; readable are {_VERSIONS}")
+        tensor_count, key_count = self._unsigned(8), self._unsigned(8)
+        metadata: dict[str, Any] = {}
+        value_types: dict[str, int] = {}
+        for _ in range(key_count):
+            key = self._string()
+            if not key or key in metadata:
+                raise self._damaged(f"has the key {key!r} twice" if key else "has an empty key")
+            value_types[key] = self._unsigned(4)
+            metadata[key] = self._value(value_types[key])
+        alignment = metadata.get("general.alignment", 32)
+        if value_types.get("general.alignment", _UINT32) != _UINT32 or alignment <= 0 or alignment & (alignment - 1):
+            raise self._damaged(f"has alignment {alignment!r}, which is no power of two")
+        return GgufHeader(metadata, self._tensors(tensor_count, alignment), value_types)
+
+    def _tensors(self, count: int, alignment: int) -> dict[str, TensorInfo]:
+        places: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        for _ in range(count):
+            name = self._string()
+            if name in places or not _is_tensor_name(name):
+                raise self._damaged(f"has the tensor name {name[:80]!r}, which is taken, empty, too long or no text")
+            dimensions = self._unsigned(4)
+            if not 1 <= dimensions <= _MAX_DIMENSIONS:
+                raise self._damaged(f"gives tensor {name!r} {dimensions} dimensions")
+            shape = tuple(self._unsigned(8) for _ in range(dimensions))
+            places[name] = (shape, self._unsigned(4), self._unsigned(8))
+        start = self._position + -self._position % alignment
+        tensors: dict[str, TensorInfo] = {}
+        expected = 0
+        for name, (shape, kind, offset) in places.items():
+            nbytes = self._tensor_bytes(name, shape, kind)
+            # llama.cpp accepts only tensors that follow one another, so anything else is damage: no gaps, no overlap.
+            if offset != expected:
+                raise self._damaged(f"places tensor {name!r} at {offset} instead of {expected}")
+            if start + offset + nbytes > self._size:
+                raise self._damaged(f"ends within tensor {name!r}")
+            tensors[name] = TensorInfo(name, shape, kind, start + offset, nbytes)
+            expected = offset + nbytes + -nbytes % alignment
+        return tensors
+
+    def _tensor_bytes(self, name: str, shape: tuple[int, ...], kind: int) -> int:
+        if kind not in GGML_TYPES:
+            raise self._damaged(f"gives tensor {name!r} the unknown type {kind}")
+        type_name, block, block_bytes = GGML_TYPES[kind]
+        if min(shape) == 0 or shape[0] % block:
+            raise self._damaged(f"gives tensor {name!r} the shape {shape}, which {type_name} cannot have")
+        return math.prod(shape) // block * block_bytes
+
+    def _value(self, kind: int) -> object:
+        if kind in _SCALARS:
+            code = _SCALARS[kind]
+            return struct.unpack(code, self._take(struct.calcsize(code)))[0]
+        if kind == _STRING:
+            return self._string()
+        if kind == _ARRAY:
+            return self._array()
+        raise self._damaged(f"has a value of unknown type {kind}")
+
+    def _array(self) -> tuple[Any, ...]:
+        kind, count = self._unsigned(4), self._unsigned(8)
+        if kind == _STRING:
+            self._need(count * 8)
+            return tuple(self._string() for _ in range(count))
+        if kind not in _SCALARS:
+            raise self._damaged(f"has an array of type {kind}")
+        code = _SCALARS[kind]
+        data = self._take(count * struct.calcsize(code))
+        return struct.unpack(f"<{count}{code[1]}", data)
+
+    def _unsigned(self, size: int) -> int:
+        return int.from_bytes(self._take(size), "little")
+
+    def _string(self) -> str:
+        return self._take(self._unsigned(8)).decode("utf-8", "surrogateescape")
+
+    def _take(self, count: int) -> bytes:
+        self._need(count)
+        data = self._file.read(count)
+        if len(data) != count:
+            raise self._damaged("ends within its header")
+        self._position += count
+        return data
+
+    def _need(self, count: int) -> None:
+        if count > self._size - self._position:
+            raise self._damaged("ends within its header")
+
+    def _damaged(self, what: str) -> VerificationError:
+        return VerificationError(f"{self._path} {what}", _DAMAGED)

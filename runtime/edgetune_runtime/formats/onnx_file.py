@@ -1,0 +1,342 @@
+"""ONNX file in, checked header out: inputs, outputs, initializers and external files, read without trusting a byte.
+
+onnxruntime opens whatever files a graph names, and some locations even as addresses in memory, so this module refuses
+such graphs first. Reading needs only the standard library; weights are skipped, never copied.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypeVar
+
+from edgetune_runtime.errors import IncompatibleError, VerificationError
+
+from .onnx_wire import Message, decode
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SLOT_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+"""Ends of the names of an adapter slot's two inputs."""
+
+_TYPE_BITS = {
+    **dict.fromkeys((22, 21, 23), 4),
+    **dict.fromkeys((25, 26), 2),
+    **dict.fromkeys((27, 28), 6),
+    **dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24), 8),
+    **dict.fromkeys((4, 5, 10, 16), 16),
+    **dict.fromkeys((1, 6, 12), 32),
+    **dict.fromkeys((7, 11, 13, 14), 64),
+    15: 128,
+}
+"""Bits of a value by its number in TensorProto.DataType; texts have none."""
+
+_FLOAT = 1
+_EXTERNAL = 1
+_EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
+_MAX_DIMENSIONS = 64
+_NAMED = 3
+_DAMAGED = "build or copy the file again"
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A graph's input, output or initializer: ONNX type number and shape.
+
+    A symbolic dimension is its symbol, an unknown one "". What is no tensor has `elem_type` 0 and shape ().
+    """
+
+    name: str
+    elem_type: int
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class OnnxHeader:
+    """All that an ONNX file says beside its weights.
+
+    `external_files` are relative to the model's folder. `ops` are the operators of all graphs and functions, such as
+    `MatMul` and `com.microsoft::MatMulNBits`; the default domain is "" in `opsets`.
+    """
+
+    ir_version: int
+    opsets: Mapping[str, int]
+    inputs: Mapping[str, Value]
+    outputs: Mapping[str, Value]
+    initializers: Mapping[str, Value]
+    external_files: tuple[str, ...]
+    metadata: Mapping[str, str]
+    ops: frozenset[str]
+
+
+def read_onnx(path: Path) -> OnnxHeader:
+    """Read an ONNX model and check its structure and that all its tensors lie wholly in the files that it names.
+
+    Raises NotFoundError when there is no such file and VerificationError for a cut-off or malformed one, for names that
+    occur twice, and for external data that is missing, too short or outside the model's own folder.
+    """
+    return _Header(decode(path), path).header()
+
+
+def slots_of(header: OnnxHeader) -> dict[str, tuple[int, int]]:
+    """The graph's adapter slots: module to (width of its input, width of its output).
+
+    A slot is two float32 inputs, `<module>.lora_A.weight` of shape [in, rank] and `<module>.lora_B.weight` of shape
+    [rank, out], with initializers of rank 0 as defaults. VerificationError names the modules where they do not fit.
+    """
+    inputs = [name for name in header.inputs if name.endswith(SLOT_SUFFIXES)]
+    modules = dict.fromkeys(name[: -len(SLOT_SUFFIXES[0])] for name in inputs)
+    slots = {module: _slot(header, module) for module in modules}
+    problems = [f"{module[:80]!r} {slot}" for module, slot in slots.items() if isinstance(slot, str)]
+    if problems:
+        raise VerificationError(f"the graph's adapter slots are damaged: {some(problems)}", _DAMAGED)
+    return {module: slot for module, slot in slots.items() if not isinstance(slot, str)}
+
+
+def check_adapter_arrays(
+    arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, tuple[int, int]], name: str
+) -> None:
+    """Check that an adapter file's arrays are sound and fit the graph's slots. `name` is the adapter's in the errors.
+
+    Raises VerificationError when the file contradicts itself and IncompatibleError when it is sound but not for this
+    graph, with up to three of the problems.
+    """
+    if not arrays:
+        raise VerificationError(f"adapter {name!r} has no tensors", _DAMAGED)
+    known = {module + suffix for module in slots for suffix in SLOT_SUFFIXES}
+    foreign = [f"unknown slot {key[:80]!r}" for key in arrays if key not in known]
+    damaged: list[str] = []
+    for module, widths in slots.items():
+        pair = [arrays.get(module + suffix) for suffix in SLOT_SUFFIXES]
+        if all(array is None for array in pair):
+            continue
+        if pair[0] is None or pair[1] is None:
+            damaged.append(f"{module!r} has no lora_{'A' if pair[0] is None else 'B'}")
+            continue
+        damaged += _contradictions(module, pair[0], pair[1])
+        if pair[0].ndim == pair[1].ndim == 2 and (pair[0].shape[0], pair[1].shape[1]) != widths:
+            found = f"{pair[0].shape} and {pair[1].shape}"
+            foreign.append(f"{module!r} has shapes {found}, the graph's widths are {widths}")
+    if damaged:
+        raise VerificationError(f"adapter {name!r} is damaged: {some(damaged + foreign)}", _DAMAGED)
+    if foreign:
+        message = f"adapter {name!r} does not fit the graph: {some(foreign)}"
+        raise IncompatibleError(message, "use the base that the adapter was trained on")
+
+
+def _contradictions(module: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> list[str]:
+    """What is wrong with the two matrices of a module whatever the graph is."""
+    import numpy as np  # noqa: PLC0415 - files are read without it
+
+    problems = []
+    if a.ndim != 2 or b.ndim != 2:
+        problems.append(f"{module!r} has shapes {a.shape} and {b.shape}, which are no matrices")
+    elif a.shape[1] != b.shape[0]:
+        problems.append(f"{module!r} has rank {a.shape[1]} in A and {b.shape[0]} in B")
+    elif a.shape[1] == 0:
+        problems.append(f"{module!r} has rank 0")
+    for suffix, array in zip("AB", (a, b), strict=True):
+        if array.dtype not in (np.float32, np.float16):
+            problems.append(f"{module!r} stores lora_{suffix} as {array.dtype}, not as float32 or float16")
+        elif not np.isfinite(array).all():
+            problems.append(f"{module!r} has values in lora_{suffix} that are not finite")
+    return problems
+
+
+def _slot(header: OnnxHeader, module: str) -> tuple[int, int] | str:
+    """The slot's widths, or what is wrong with it."""
+    names = [module + suffix for suffix in SLOT_SUFFIXES]
+    for name in names:
+        if name not in header.inputs or name not in header.initializers:
+            what = "default" if name in header.inputs else "input"
+            return f"has no {what} {name[len(module) + 1 :]}"
+    inputs, defaults = ([table[name] for name in names] for table in (header.inputs, header.initializers))
+    match [value.shape for value in inputs + defaults]:
+        case [(int(width_in), str(rank)), (str(other), int(width_out)), empty_a, empty_b] if (
+            min(width_in, width_out) > 0
+            and rank == other != ""
+            and (empty_a, empty_b) == ((width_in, 0), (0, width_out))
+            and all(value.elem_type == _FLOAT for value in inputs + defaults)
+        ):
+            return width_in, width_out
+    found = " and ".join(f"{value.shape} of type {value.elem_type}" for value in inputs + defaults)
+    return f"is not float32 [in, rank], [rank, out] with defaults [in, 0], [0, out] but {found}"
+
+
+def some(problems: Sequence[str]) -> str:
+    """Up to three of the problems, and how many more there are."""
+    more = len(problems) - _NAMED
+    return "; ".join(problems[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+class _Header:
+    """Gives a decoded model its meaning: unique names, known types, tensors that lie in their files."""
+
+    def __init__(self, model: Message, path: Path) -> None:
+        self._model = model
+        self._path = path
+        self._folder = path.parent.resolve()
+        self._sizes: dict[str, int] = {}
+        self._ops: set[str] = set()
+
+    def header(self) -> OnnxHeader:
+        model, graph = self._model, self._model.get("graph")
+        ir_version = model.get("ir_version", 0)
+        if ir_version < 1 or graph is None or "opset_import" not in model:
+            raise self._damaged("has no version, no graph or no operator sets")
+        opsets = [(_domain(entry), int(entry.get("version", 0))) for entry in model["opset_import"]]
+        metadata = [(e.get("key", ""), e.get("value", "")) for e in model.get("metadata_props", ())]
+        self._check_graph(graph)
+        for training in model.get("training_info", ()):
+            for part in ("initialization", "algorithm"):
+                self._check_graph(training.get(part, {}))
+        for function in model.get("functions", ()):
+            self._check_nodes(function.get("node", ()))
+            self._check_attributes(function.get("attribute_proto", ()))
+        return OnnxHeader(
+            ir_version,
+            self._unique("operator set", opsets),
+            self._by_name("input", map(self._value, graph.get("input", ()))),
+            self._by_name("output", map(self._value, graph.get("output", ()))),
+            self._by_name("initializer", _initializers(graph)),
+            tuple(sorted({str(PurePosixPath(location)) for location in self._sizes})),
+            self._unique("metadata key", metadata),
+            frozenset(self._ops),
+        )
+
+    def _check_graph(self, graph: Message) -> None:
+        for tensor in graph.get("initializer", ()):
+            self._check_tensor(tensor)
+        for sparse in graph.get("sparse_initializer", ()):
+            self._check_sparse(sparse)
+        self._check_nodes(graph.get("node", ()))
+
+    def _check_nodes(self, nodes: Sequence[Message]) -> None:
+        for node in nodes:
+            op_type, domain = node.get("op_type", ""), _domain(node)
+            if not op_type:
+                raise self._damaged(f"has the node {node.get('name', '')[:80]!r} without an operator")
+            self._ops.add(f"{domain}::{op_type}" if domain else op_type)
+            self._check_attributes(node.get("attribute", ()))
+
+    def _check_attributes(self, attributes: Sequence[Message]) -> None:
+        for attribute in attributes:
+            for tensor in _both(attribute, "t", "tensors"):
+                self._check_tensor(tensor)
+            for sparse in _both(attribute, "sparse_tensor", "sparse_tensors"):
+                self._check_sparse(sparse)
+            for graph in _both(attribute, "g", "graphs"):
+                self._check_graph(graph)
+
+    def _check_sparse(self, sparse: Message) -> None:
+        self._check_shape("a sparse tensor", sparse.get("dims", ()))
+        for part in ("values", "indices"):
+            self._check_tensor(sparse.get(part, {"dims": (0,)}))
+
+    def _check_tensor(self, tensor: Message) -> None:
+        shape, bits = tensor.get("dims", ()), _TYPE_BITS.get(tensor.get("data_type", 0))
+        called = f"the tensor {tensor.get('name', '')[:80]!r}"
+        self._check_shape(called, shape)
+        elements = math.prod(shape)
+        nbytes = None if bits is None else -(-elements * bits // 8)
+        location = tensor.get("data_location", 0)
+        if location not in (0, _EXTERNAL):
+            raise self._damaged(f"gives {called} the data location {location}")
+        external = tensor.get("external_data", ())
+        stored = [key for key in ("raw_data", "data") if key in tensor]
+        if location == _EXTERNAL or external:
+            if location != _EXTERNAL or stored or nbytes is None:
+                raise self._damaged(f"keeps {called} both inside and outside, or outside with an unknown type")
+            self._check_external(external, nbytes, called)
+        elif len(stored) > 1 or ("raw_data" in stored and tensor["raw_data"] != nbytes):
+            raise self._damaged(f"has {called} with more or fewer bytes than its type and shape have")
+        elif elements and not stored:
+            raise self._damaged(f"has {called} of shape {tuple(shape)} without its values")
+
+    def _check_external(self, entries: Sequence[Message], nbytes: int, called: str) -> None:
+        found = self._unique("external data", [(entry.get("key", ""), entry.get("value", "")) for entry in entries])
+        unknown = [key for key in found if key not in _EXTERNAL_KEYS]
+        offset, length = found.get("offset", "0"), found.get("length", str(nbytes))
+        if unknown or not all(re.fullmatch("[0-9]{1,19}", number) for number in (offset, length)):
+            raise self._damaged(f"places {called} with {unknown or (offset[:40], length[:40])}, which cannot be")
+        if int(length) != nbytes:
+            raise self._damaged(f"gives {called} {length} bytes instead of {nbytes}")
+        location = found.get("location", "")
+        if location not in self._sizes:
+            self._sizes[location] = self._size_of(location)
+        if int(offset) + nbytes > self._sizes[location]:
+            raise self._damaged(f"places {called} past the end of {location[:80]!r}")
+
+    def _size_of(self, location: str) -> int:
+        """Bytes in the file at the location, when that is a file in the model's own folder."""
+        # onnxruntime takes the location */_ORT_MEM_ADDR_/* for its own memory and the offset for an address in it.
+        if not location or location.startswith("/") or ".." in location.split("/") or re.search(r"[\\:*\0]", location):
+            raise self._damaged(f"keeps tensors in {location[:80]!r}, which is no plain path in its folder")
+        try:
+            file = (self._folder / location).resolve(strict=True)
+            status = file.stat()
+        except (OSError, RuntimeError) as error:  # links in a circle are RuntimeError up to Python 3.12
+            raise self._damaged(f"needs {location[:80]!r} beside it, which is missing or unreadable") from error
+        if not file.is_relative_to(self._folder) or not stat.S_ISREG(status.st_mode):
+            raise self._damaged(f"keeps tensors in {location[:80]!r}, which leads outside its folder or is no file")
+        return status.st_size
+
+    def _value(self, info: Message) -> Value:
+        kind = info.get("type", {})
+        if len(kind) > 1:
+            raise self._damaged(f"gives {info.get('name', '')[:80]!r} more than one type")
+        tensor = kind.get("tensor_type", {})
+        dimensions = tensor.get("shape", {}).get("dim", ())
+        if any(len(dimension) > 1 for dimension in dimensions):
+            raise self._damaged(f"gives {info.get('name', '')[:80]!r} a dimension with a number and a symbol")
+        shape = tuple(_dimension(dimension) for dimension in dimensions)
+        return Value(info.get("name", ""), tensor.get("elem_type", 0), shape)
+
+    def _by_name(self, what: str, values: Iterator[Value]) -> dict[str, Value]:
+        return self._unique(what, ((value.name, value) for value in values))
+
+    def _unique(self, what: str, pairs: Iterable[tuple[str, _T]]) -> dict[str, _T]:
+        table: dict[str, _T] = {}
+        for name, value in pairs:
+            if name in table:
+                raise self._damaged(f"has the {what} {name[:80]!r} twice")
+            table[name] = value
+        return table
+
+    def _check_shape(self, called: str, shape: Sequence[int]) -> None:
+        if len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0:
+            raise self._damaged(f"gives {called} the shape {tuple(shape[:8])} of {len(shape)} dimensions")
+
+    def _damaged(self, what: str) -> VerificationError:
+        return VerificationError(f"{self._path} {what}", _DAMAGED)
+
+
+def _domain(message: Message) -> str:
+    domain: str = message.get("domain", "")
+    return "" if domain == "ai.onnx" else domain
+
+
+def _both(message: Message, one: str, many: str) -> list[Message]:
+    return [*([message[one]] if one in message else ()), *message.get(many, ())]
+
+
+def _dimension(dimension: Message) -> int | str:
+    number = dimension.get("dim_value", -1)
+    # Some exporters write -1 for an unknown dimension.
+    return int(number) if number >= 0 else str(dimension.get("dim_param", ""))
+
+
+def _initializers(graph: Message) -> Iterator[Value]:
+    for tensor in graph.get("initializer", ()):
+        yield Value(tensor.get("name", ""), tensor.get("data_type", 0), tuple(tensor.get("dims", ())))
+    for sparse in graph.get("sparse_initializer", ()):
+        values = sparse.get("values", {})
+        yield Value(values.get("name", ""), values.get("data_type", 0), tuple(sparse.get("dims", ())))

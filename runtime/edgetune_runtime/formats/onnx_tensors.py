@@ -1,0 +1,161 @@
+"""ONNX header in, its slots for scalings and bottlenecks out; an adapter's arrays for them in, checked or summed, out.
+
+A slot is one or more optional inputs that belong together. A scaling is one, of ones by default. A bottleneck is four,
+of rank 0 by default, and its name says its activation and what it reads, since both are in the graph.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from edgetune_runtime.errors import IncompatibleError, VerificationError
+
+from .onnx_file import OnnxHeader, some
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Shape = tuple[int | None, ...]
+"""Of a slot's input; None is the rank, which each adapter has its own."""
+
+SCALINGS = {"output": ".output_scaling", "input": ".input_scaling"}
+"""End of the name of a scaling's input, by the side of the product that it acts on."""
+
+DOWN, DOWN_BIAS, UP, UP_BIAS = ".down", ".down_bias", ".up", ".up_bias"
+
+_BOTTLENECK = {DOWN: ("columns", "rank"), DOWN_BIAS: ("rank",), UP: ("rank", "rows"), UP_BIAS: ("rows",)}
+_SCALING = {"": ("width",)}
+_NAME = re.compile(r"(?P<slot>.+\.bottleneck_[a-z]+_[a-z]+)(?P<part>\.down|\.down_bias|\.up|\.up_bias)")
+_FLOAT = 1
+_DAMAGED = "build or copy the file again"
+
+
+def bottleneck_slot(block: str, activation: str, reads: str) -> str:
+    """The slot of a block's bottlenecks of one kind; its inputs end in `.down`, `.down_bias`, `.up` and `.up_bias`."""
+    return f"{block}.bottleneck_{activation}_{reads}"
+
+
+def is_tensor(name: str) -> bool:
+    """Whether an input of that name belongs to a scaling or a bottleneck."""
+    return name.endswith(tuple(SCALINGS.values())) or _NAME.fullmatch(name) is not None
+
+
+def tensor_slots_of(header: OnnxHeader) -> dict[str, Shape]:
+    """The inputs of the graph's scalings and bottlenecks with their shapes.
+
+    All are float32: a scaling [width], a bottleneck [in, rank], [rank], [rank, out] and [out]. VerificationError names
+    the slots that lack an input or a default, or whose shapes do not fit together.
+    """
+    found: dict[str, Shape] = {}
+    problems = []
+    for slot, parts in _grouped(header.inputs).items():
+        shapes = _slot_shapes(header, slot, parts)
+        if shapes is None:
+            problems.append(f"{slot[:80]!r}")
+        else:
+            found |= shapes
+    if problems:
+        raise VerificationError(f"the graph's adapter slots are damaged: {some(problems)}", _DAMAGED)
+    return found
+
+
+def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, Shape], name: str) -> None:
+    """Check that an adapter file's arrays are sound and fit `slots`. `name` is the adapter's in the errors.
+
+    Raises VerificationError when the file contradicts itself and IncompatibleError when it is sound but not for this
+    graph, with up to three of the problems.
+    """
+    if not arrays:
+        raise VerificationError(f"adapter {name!r} has no tensors", _DAMAGED)
+    foreign = [f"unknown slot {key[:80]!r}" for key in arrays if key not in slots]
+    damaged: list[str] = []
+    for slot, parts in _grouped(key for key in arrays if key in slots).items():
+        own = _contradictions(arrays, slot, parts)
+        damaged += own
+        for key in () if own else (slot + part for part in parts):
+            misfits = zip(arrays[key].shape, slots[key], strict=True)
+            if any(width is not None and size != width for size, width in misfits):
+                shape = tuple("rank" if width is None else width for width in slots[key])
+                foreign.append(f"{key!r} has shape {arrays[key].shape}, the graph wants {shape}")
+    if damaged:
+        raise VerificationError(f"adapter {name!r} is damaged: {some(damaged + foreign)}", _DAMAGED)
+    if foreign:
+        message = f"adapter {name!r} does not fit the graph: {some(foreign)}"
+        raise IncompatibleError(message, "use the base that the adapter was trained on")
+
+
+def summed(name: str, parts: Sequence[tuple[NDArray[np.float32], float]]) -> NDArray[np.float32]:
+    """What the parts, arrays of the input `name` with scales, do together.
+
+    Factors l become the product of 1 + scale·(l - 1); bottlenecks lie side by side, the scale in the way up.
+    """
+    import numpy as np  # noqa: PLC0415 - files are read without it
+
+    arrays, scales = [array for array, _ in parts], [np.float32(scale) for _, scale in parts]
+    if name.endswith(tuple(SCALINGS.values())):
+        one = np.float32(1)
+        factors = [one + scale * (array - one) for array, scale in zip(arrays, scales, strict=True)]
+        return np.asarray(np.prod(factors, axis=0), np.float32)
+    if name.endswith((DOWN, DOWN_BIAS)):
+        return np.concatenate(arrays, axis=-1)
+    scaled = [array * scale for array, scale in zip(arrays, scales, strict=True)]
+    return np.concatenate(scaled) if name.endswith(UP) else np.asarray(np.sum(scaled, axis=0), np.float32)
+
+
+def _grouped(names: Iterable[str]) -> dict[str, Mapping[str, tuple[str, ...]]]:
+    """The slots that these inputs belong to, with what each has: the end of an input's name to its dimensions."""
+    groups: dict[str, Mapping[str, tuple[str, ...]]] = {}
+    for name in filter(is_tensor, names):
+        match = _NAME.fullmatch(name)
+        groups[match["slot"] if match else name] = _BOTTLENECK if match else _SCALING
+    return groups
+
+
+def _slot_shapes(header: OnnxHeader, slot: str, parts: Mapping[str, tuple[str, ...]]) -> dict[str, Shape] | None:
+    """The shapes of a slot's inputs, or None when the slot is damaged."""
+    sizes: dict[str, int | str] = {}
+    for part, dimensions in parts.items():
+        given, default = (table.get(slot + part) for table in (header.inputs, header.initializers))
+        if given is None or default is None or {given.elem_type, default.elem_type} != {_FLOAT}:
+            return None
+        if len(given.shape) != len(dimensions):
+            return None
+        for dimension, size in zip(dimensions, given.shape, strict=True):
+            if sizes.setdefault(dimension, size) != size or not size or isinstance(size, str) != (dimension == "rank"):
+                return None
+        if default.shape != tuple(0 if dimension == "rank" else sizes[dimension] for dimension in dimensions):
+            return None
+    return {
+        slot + part: tuple(size if isinstance(size := sizes[dimension], int) else None for dimension in dimensions)
+        for part, dimensions in parts.items()
+    }
+
+
+def _contradictions(
+    arrays: Mapping[str, NDArray[np.generic]], slot: str, parts: Mapping[str, tuple[str, ...]]
+) -> list[str]:
+    """What is wrong with the arrays of a slot whatever the graph is."""
+    import numpy as np  # noqa: PLC0415 - as above
+
+    missing = [f"{slot!r} has no {part[1:]}" for part in parts if slot + part not in arrays]
+    if missing:
+        return missing
+    problems, ranks = [], set()
+    for part, dimensions in parts.items():
+        array = arrays[slot + part]
+        if array.ndim != len(dimensions):
+            problems.append(f"{slot + part!r} has shape {array.shape}, which is not of {len(dimensions)} dimensions")
+            continue
+        ranks |= {size for size, dimension in zip(array.shape, dimensions, strict=True) if dimension == "rank"}
+        if array.dtype not in (np.float32, np.float16):
+            problems.append(f"{slot + part!r} is stored as {array.dtype}, not as float32 or float16")
+        elif not np.isfinite(array).all():
+            problems.append(f"{slot + part!r} has values that are not finite")
+    if len(ranks) > 1:
+        problems.append(f"{slot!r} has ranks {' and '.join(map(str, sorted(ranks)))} at once")
+    elif 0 in ranks:
+        problems.append(f"{slot!r} has rank 0")
+    return problems

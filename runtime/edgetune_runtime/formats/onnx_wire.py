@@ -1,0 +1,230 @@
+"""ONNX file in, tree of its messages out: protobuf's wire format, read without trusting a byte of the file.
+
+Weights are skipped where they lie. It needs only the standard library.
+"""
+
+from __future__ import annotations
+
+import mmap
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import NotFoundError, VerificationError
+
+_MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
+    "Model": {
+        1: ("ir_version", "int64"),
+        7: ("graph", "Graph"),
+        8: ("opset_import", "OperatorSet*"),
+        14: ("metadata_props", "Entry*"),
+        20: ("training_info", "TrainingInfo*"),
+        25: ("functions", "Function*"),
+    },
+    "OperatorSet": {1: ("domain", "text"), 2: ("version", "int64")},
+    "Entry": {1: ("key", "text"), 2: ("value", "text")},
+    "TrainingInfo": {1: ("initialization", "Graph"), 2: ("algorithm", "Graph")},
+    "Function": {
+        1: ("name", "text"),
+        4: ("input", "text*"),
+        5: ("output", "text*"),
+        7: ("node", "Node*"),
+        10: ("domain", "text"),
+        11: ("attribute_proto", "Attribute*"),
+    },
+    "Graph": {
+        1: ("node", "Node*"),
+        2: ("name", "text"),
+        5: ("initializer", "Tensor*"),
+        11: ("input", "ValueInfo*"),
+        12: ("output", "ValueInfo*"),
+        13: ("value_info", "ValueInfo*"),
+        15: ("sparse_initializer", "SparseTensor*"),
+    },
+    "Node": {
+        1: ("input", "text*"),
+        2: ("output", "text*"),
+        3: ("name", "text"),
+        4: ("op_type", "text"),
+        5: ("attribute", "Attribute*"),
+        7: ("domain", "text"),
+    },
+    "Attribute": {
+        1: ("name", "text"),
+        5: ("t", "Tensor"),
+        6: ("g", "Graph"),
+        10: ("tensors", "Tensor*"),
+        11: ("graphs", "Graph*"),
+        20: ("type", "int32"),
+        22: ("sparse_tensor", "SparseTensor"),
+        23: ("sparse_tensors", "SparseTensor*"),
+    },
+    "Tensor": {
+        1: ("dims", "int64*"),
+        2: ("data_type", "int32"),
+        4: ("data", "data*"),
+        5: ("data", "data*"),
+        6: ("data", "data*"),
+        7: ("data", "data*"),
+        8: ("name", "text"),
+        9: ("raw_data", "data"),
+        10: ("data", "data*"),
+        11: ("data", "data*"),
+        13: ("external_data", "Entry*"),
+        14: ("data_location", "int32"),
+    },
+    "SparseTensor": {1: ("values", "Tensor"), 2: ("indices", "Tensor"), 3: ("dims", "int64*")},
+    "ValueInfo": {1: ("name", "text"), 2: ("type", "Type")},
+    "Type": {
+        1: ("tensor_type", "TensorType"),
+        4: ("sequence_type", "ElementType"),
+        5: ("map_type", "MapType"),
+        8: ("sparse_tensor_type", "TensorType"),
+        9: ("optional_type", "ElementType"),
+    },
+    "TensorType": {1: ("elem_type", "int32"), 2: ("shape", "Shape")},
+    "ElementType": {1: ("elem_type", "Type")},
+    "MapType": {1: ("key_type", "int32"), 2: ("value_type", "Type")},
+    "Shape": {1: ("dim", "Dimension*")},
+    "Dimension": {1: ("dim_value", "int64"), 2: ("dim_param", "text")},
+}
+"""The messages of onnx.proto by field number: name and kind, with a star when repeated. `data` is measured only."""
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
+_INTEGER_BITS = {"int32": 32, "int64": 64}
+_MAX_VARINT_BYTES = 10
+_MAX_DEPTH = 100
+_MAX_FIELDS = 2_000_000
+_DAMAGED = "build or copy the file again"
+
+Message = Mapping[str, Any]
+"""A message's fields that the file has, by their names in onnx.proto: int, str, Message, or a list of these.
+
+Of weights it has only the length in bytes: `raw_data`, or the list `data` for all other fields that may hold them.
+"""
+
+
+def decode(path: Path) -> Message:
+    """The ModelProto in the file.
+
+    Raises NotFoundError when there is no such file and VerificationError for one that is cut off, malformed or nested
+    too deeply, for text that is not UTF-8, and for numbers out of range.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise VerificationError(f"{path} is no regular file", "name the .onnx file itself")
+        if not status.st_size:
+            raise VerificationError(f"{path} is empty", _DAMAGED)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Decoder(data, path).model()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no file {path}", "check the path") from error
+    except OSError as error:
+        raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+
+
+class _Decoder:
+    """Decodes protobuf messages by `_MESSAGES`; every length is compared with what is left of the message around it.
+
+    Stricter than protobuf, which merges a field that occurs twice and skips one of another wire type: no writer makes
+    such files, and what is read here must be what onnxruntime reads.
+    """
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self._data = data
+        self._path = path
+        self._fields_left = _MAX_FIELDS
+
+    def model(self) -> Message:
+        return self._message("Model", 0, len(self._data), 1)
+
+    def _message(self, kind: str, position: int, end: int, depth: int) -> dict[str, Any]:
+        if depth > _MAX_DEPTH:
+            raise self._damaged(f"nests messages more than {_MAX_DEPTH} deep")
+        fields = _MESSAGES[kind]
+        found: dict[str, Any] = {}
+        while position < end:
+            tag, start = self._varint(position, end)
+            wire = tag & 7
+            if wire == _BYTES:
+                size, start = self._varint(start, end)
+                stop = start + size
+            elif wire == _VARINT:
+                stop = self._varint(start, end)[1]
+            elif wire in _FIXED_SIZES:
+                stop = start + _FIXED_SIZES[wire]
+            else:
+                raise self._damaged(f"has no protobuf field at byte {position}")
+            if stop > end or not 8 <= tag < 1 << 32:
+                raise self._damaged(f"has a field of {kind} at byte {position} that is cut off or has no number")
+            self._count_field()
+            if tag >> 3 in fields:
+                self._keep(found, fields[tag >> 3], wire, (start, stop), depth)
+            position = stop
+        return found
+
+    def _keep(
+        self, found: dict[str, Any], field: tuple[str, str], wire: int, place: tuple[int, int], depth: int
+    ) -> None:
+        """Put a field's value into `found`; a repeated field's into a list there."""
+        name, kind = field
+        base = kind.removesuffix("*")
+        integer = base in _INTEGER_BITS
+        value: Any
+        if integer and (wire == _VARINT or (wire == _BYTES and base != kind)):
+            value = list(self._integers(base, *place))
+        elif integer or (wire != _BYTES and kind != "data*"):
+            raise self._damaged(f"has the field {name} with a wrong wire type before byte {place[1]}")
+        elif base == "text":
+            value = self._text(*place)
+        elif base == "data":
+            value = place[1] - place[0]
+        else:
+            value = self._message(base, *place, depth + 1)
+        if base != kind:
+            found.setdefault(name, []).extend(value if integer else (value,))
+        elif name in found:
+            raise self._damaged(f"has the field {name} twice, again before byte {place[1]}")
+        else:
+            found[name] = value[0] if integer else value
+
+    def _integers(self, kind: str, position: int, end: int) -> Iterator[int]:
+        while position < end:
+            number, position = self._varint(position, end)
+            self._count_field()
+            yield self._signed(kind, number)
+
+    def _signed(self, kind: str, number: int) -> int:
+        value = number - (1 << 64) if number >> 63 else number
+        # protobuf would cut a longer one down to 32 bits, and read another number than the one checked here.
+        if not -1 << _INTEGER_BITS[kind] - 1 <= value < 1 << _INTEGER_BITS[kind] - 1:
+            raise self._damaged(f"has the number {value}, which is no {kind}")
+        return value
+
+    def _text(self, start: int, stop: int) -> str:
+        try:
+            return self._data[start:stop].decode()
+        except UnicodeDecodeError as error:
+            raise self._damaged(f"has text at byte {start} that is not UTF-8") from error
+
+    def _varint(self, position: int, end: int) -> tuple[int, int]:
+        """The unsigned number at `position`, of at most 64 bits, and the position behind it."""
+        if position < end and self._data[position] < 0x80:
+            return self._data[position], position + 1
+        number = 0
+        for index, byte in enumerate(self._data[position : min(position + _MAX_VARINT_BYTES, end)]):
+            number |= (byte & 0x7F) << 7 * index
+            if byte < 0x80 and number < 1 << 64:
+                return number, position + index + 1
+        raise self._damaged(f"has a number that is cut off or too long at byte {position}")
+
+    def _count_field(self) -> None:
+        self._fields_left -= 1
+        if self._fields_left < 0:
+            raise self._damaged(f"has more than {_MAX_FIELDS} fields")
+
+    def _damaged(self, what: str) -> VerificationError:
+        return VerificationError(f"{self._path} {what}", _DAMAGED)

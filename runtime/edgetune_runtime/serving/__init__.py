@@ -1,0 +1,1 @@
+"""Contexts of a loaded base, shared among callers."""

@@ -1,0 +1,1 @@
+"""Keys and values that were computed once and are used again."""

@@ -1,0 +1,1 @@
+"""Chat templates, sampling, and tokens as text."""

@@ -1,0 +1,113 @@
+"""Logits in, next token out: the usual filters in llama.cpp's order. Pure numpy, no engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune_runtime.errors import UsageError
+
+REPEAT_WINDOW = 64
+"""How many of the last tokens `repeat_penalty` looks at."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens and when to end. The default, temperature 0, always takes the likeliest token.
+
+    `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch filters off. `stop` holds texts that end the answer
+    and are not part of it. `seed` None draws anew each time. UsageError lists all values that cannot be.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        rules = (
+            (_is_number(self.temperature) and self.temperature >= 0, "temperature", "a number from 0 up"),
+            (_is_integer(self.top_k) and self.top_k >= 0, "top_k", "a whole number from 0 up"),
+            (_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number above 0, at most 1"),
+            (_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number from 0 to 1"),
+            (_is_number(self.repeat_penalty) and self.repeat_penalty > 0, "repeat_penalty", "a number above 0"),
+            (self.seed is None or (_is_integer(self.seed) and self.seed >= 0), "seed", "a whole number from 0 up"),
+            (all(isinstance(text, str) and text for text in self.stop), "stop", "texts that are not empty"),
+            (_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a whole number from 1 up"),
+        )
+        wrong = [f"{name} {getattr(self, name)!r} is not {wanted}" for holds, name, wanted in rules if not holds]
+        if wrong:
+            raise UsageError(f"sampling: {', '.join(wrong)}", "give other values")
+
+
+def sampling_of(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Sampling:
+    """The sampling with single fields replaced; UsageError for one that there is not."""
+    try:
+        return replace(sampling or Sampling(), **overrides)
+    except TypeError as error:
+        known = ", ".join(Sampling.__dataclass_fields__)
+        raise UsageError(f"sampling has no {sorted(overrides)}: {error}", f"choose among: {known}") from error
+
+
+class Sampler:
+    """Chooses tokens for one answer."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+
+    def next(self, logits: NDArray[np.float32], recent: Sequence[int]) -> int:
+        """The next token after logits of shape [vocab]; `recent` are the tokens so far, which repeat_penalty damps."""
+        sampling = self._sampling
+        if sampling.repeat_penalty != 1.0 and recent:
+            logits = _damp(logits, recent[-REPEAT_WINDOW:], sampling.repeat_penalty)
+        if sampling.temperature == 0.0:
+            return int(logits.argmax())
+        order = _likeliest(logits, sampling.top_k)
+        chosen = logits[order].astype(np.float64)
+        probabilities = _softmax(chosen)
+        if sampling.top_p < 1.0:
+            # As many as reach top_p in sum, the one that crosses it included.
+            kept = int(np.searchsorted(probabilities.cumsum(), sampling.top_p)) + 1
+            order, chosen, probabilities = order[:kept], chosen[:kept], probabilities[:kept]
+        kept = int((probabilities >= sampling.min_p * probabilities[0]).sum())
+        return int(self._random.choice(order[:kept], p=_softmax(chosen[:kept] / sampling.temperature)))
+
+
+def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+    """Token ids from the likeliest down, at most `count` (0: all)."""
+    if not 0 < count < len(logits):
+        return np.argsort(-logits, kind="stable")
+    top = np.argpartition(-logits, count - 1)[:count]
+    return top[np.argsort(-logits[top], kind="stable")]
+
+
+def _damp(logits: NDArray[np.float32], recent: Sequence[int], penalty: float) -> NDArray[np.float32]:
+    logits = logits.copy()
+    seen = np.unique(np.asarray(recent, np.intp))
+    logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    return logits
+
+
+def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    weights = np.exp(values - values.max())
+    normalized: NDArray[np.float64] = weights / weights.sum()
+    return normalized
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

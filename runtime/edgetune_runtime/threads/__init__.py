@@ -1,0 +1,1 @@
+"""The machine's cores and memory, and how many threads compute."""

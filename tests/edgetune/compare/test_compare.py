@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
+
+from edgetune.cli.main import main
+from edgetune.compare.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
+from edgetune.compare.figures import Outcome, read_outcome
+from edgetune.compare.grid import Request, Trial, recipe_of, trials_of
+from edgetune.compare.process import failed, run_here
+from edgetune.compare.sweep import Comparison, compare
+from edgetune.progress import Progress
+
+QUIET = Progress(quiet=True)
+SETTINGS = {"rslora.target_modules": "nothing_like_it"}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A finished comparison and what was asked for."""
+
+    request: Request
+    result: Comparison
+
+    def outcome(self, name: str) -> Outcome:
+        return next(outcome for outcome in self.result.outcomes if outcome.name == name)
+
+
+def write_recipe(folder: Path, base: Path, **keys: object) -> Path:
+    rows = [{"prompt": f"turn on the light {n}", "completion": ("reply on", "set red")[n % 2]} for n in range(20)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    task = {
+        "data": {"train": "rows.jsonl", "held_out": 0.2},
+        "method": {"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    }
+    training = {"max_steps": 4, "evals": 2, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"}
+    recipe = {
+        "name": "home",
+        "base": str(base),
+        "targets": ["gguf", "onnx"],
+        "training": training,
+        "adapters": {"lights": task, "other": task},
+        **keys,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def request_of(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Request]:
+    """`request_of(**keys)`: lora at rank 2 on the tiny llama, or what the keys say."""
+    folder = tmp_path_factory.mktemp("compare")
+    recipe = write_recipe(folder, tiny_gguf("llama"))
+    whole = Request(recipe, "lights", ("lora",), folder / "out", ranks=(2,), rows=3)
+    return lambda **keys: replace(whole, **keys)
+
+
+@pytest.fixture(scope="module")
+def compared(request_of: Callable[..., Request]) -> Compared:
+    """lora, an rslora that fails, and bottleneck, which GGUF cannot hold."""
+    request = request_of(methods=("lora", "rslora", "bottleneck"), settings=SETTINGS)
+    return Compared(request, compare(request, run_here, QUIET))
+
+
+def no_run(trials: Sequence[Trial], _progress: Progress) -> Iterator[Outcome]:
+    assert not trials
+    yield from ()
+
+
+def trials(request: Request, fingerprint: str = "ab") -> list[Trial]:
+    return trials_of(request, recipe_of(request), fingerprint)
+
+
+def method_of(trial: Trial) -> dict[str, Any]:
+    spec: dict[str, Any] = trial.one_task.adapters[trial.task].method.model_dump(mode="json")
+    return spec
+
+
+def test_a_failing_trial_does_not_stop_the_others(compared: Compared) -> None:
+    assert {outcome.name: outcome.status for outcome in compared.result.outcomes} == {
+        "lora-r2": "done",
+        "bottleneck": "done",
+        "rslora-r2": "failed",
+    }
+    reason = compared.outcome("rslora-r2").reason
+    assert reason.startswith("the base has no module 'nothing_like_it'; ")
+    assert "\n" not in reason
+
+
+def test_a_row_is_filled_for_each_engine(compared: Compared) -> None:
+    lora = compared.outcome("lora-r2")
+    assert (lora.rows, lora.metric, lora.rank) == (3, "exact", 2)
+    assert lora.training is not None and lora.torch_score is not None
+    assert 0 < lora.training.trainable_share < 0.1
+    assert lora.training.peak_memory_mb > 100 and lora.training.tokens_per_s > 0
+    assert len(lora.training.history) == 2
+    assert list(lora.engines) == ["gguf", "onnx"]
+    for figures in lora.engines.values():
+        assert figures.shape == "low_rank"
+        assert 0 < figures.bytes < 100_000
+        speeds = (figures.tokens_per_s, figures.merged_tokens_per_s, figures.base_tokens_per_s)
+        assert all(speed is not None and speed > 0 for speed in speeds)
+        assert figures.switch_us is not None and figures.first_token_ms is not None
+        assert figures.score == lora.torch_score
+
+
+def test_a_format_that_cannot_hold_a_method_has_the_reason_in_place_of_figures(compared: Compared) -> None:
+    bottleneck = compared.outcome("bottleneck")
+    assert list(bottleneck.engines) == ["onnx"]
+    assert bottleneck.engines["onnx"].merged_tokens_per_s is None
+    assert "gguf cannot hold what bottleneck trains" in bottleneck.refused["gguf"]
+    assert ("bottleneck", "gguf", f"refused: {bottleneck.refused['gguf']}") in list(engine_rows([bottleneck]))
+
+
+def test_the_bundle_of_a_trial_is_whole_and_nothing_merged_is_left(compared: Compared) -> None:
+    folder = compared.request.out / "trials" / "lora-r2"
+    manifest = read_manifest(folder / "bundle")
+    assert list(manifest.adapters) == ["lights"]
+    assert set(manifest.adapters["lights"].ranks.values()) == {2}
+    assert not (folder / "merged").exists()
+    assert not (compared.request.out / "shared" / "structure").exists()
+
+
+def test_what_is_finished_is_not_run_again(compared: Compared) -> None:
+    asked: list[str] = []
+
+    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[Outcome]:
+        for trial in trials:
+            asked.append(trial.name)
+            yield compared.outcome(trial.name)
+
+    again = compare(compared.request, run, QUIET)
+    assert asked == ["rslora-r2"]
+    assert {o.name: o for o in again.outcomes if o.status == "done"} == {
+        o.name: o for o in compared.result.outcomes if o.status == "done"
+    }
+
+
+def test_another_recipe_or_other_rows_are_run_anew(compared: Compared, request_of: Callable[..., Request]) -> None:
+    same, *_ = trials(request_of())
+    for keys in ({"rows": 2}, {"settings": {"training.seed": 1}}, {"targets": ("gguf",)}, {"data": "other.jsonl"}):
+        other, *_ = trials(request_of(**keys))
+        assert other.name == same.name
+        assert other.key != same.key
+    assert trials(request_of(), "cd")[0].key != same.key
+    assert read_outcome(Path(same.folder), same.key) is None  # the base's fingerprint is another
+    done = Path(same.folder) / "trial.json"
+    assert read_outcome(Path(same.folder), json.loads(done.read_text())["key"]) == compared.outcome("lora-r2")
+
+
+def test_the_page_has_every_row_and_needs_nothing_else(compared: Compared) -> None:
+    page = (compared.request.out / "compare.html").read_text(encoding="utf-8")
+    for outcome in compared.result.outcomes:
+        assert f">{outcome.name}</td>" in page
+    assert "the base has no module &#x27;nothing_like_it&#x27;" in page
+    assert page.count('src="data:image/png;base64,') == 3
+    assert "http" not in page and "<script" not in page
+    assert compared.result.recommended is not None
+    assert f"Take {compared.result.recommended.name}." in page
+
+
+def test_files_hold_what_is_printed(compared: Compared) -> None:
+    out = compared.request.out
+    told = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    assert (told["task"], told["metric"], told["rows"]) == ("lights", "exact", 3)
+    assert [trial["name"] for trial in told["trials"]] == [outcome.name for outcome in compared.result.outcomes]
+    assert told["recommended"] in {"lora-r2", "bottleneck"}
+    assert told["reason"]
+    for name in ("score-size.png", "score-speed.png", "loss.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_have_a_cell_for_each_column(compared: Compared) -> None:
+    done = [outcome for outcome in compared.result.outcomes if outcome.status == "done"]
+    assert {len(row) for row in training_rows(done)} == {len(TRAINING)}
+    assert {len(row) for row in engine_rows([compared.outcome("lora-r2")])} == {len(ON_ENGINE)}
+
+
+def test_a_method_without_a_rank_is_tried_once(request_of: Callable[..., Request]) -> None:
+    found = trials(request_of(methods=("lora", "full", "lora"), ranks=(4, 8, 4)))
+    assert [(trial.name, trial.rank) for trial in found] == [("lora-r4", 4), ("lora-r8", 8), ("full", None)]
+
+
+def test_alpha_follows_the_rank(request_of: Callable[..., Request]) -> None:
+    small, large = trials(request_of(ranks=(2, 16)))
+    assert (method_of(small)["lora_alpha"], method_of(large)["lora_alpha"]) == (4, 32)
+
+
+def test_what_the_recipe_sets_holds_for_methods_that_weigh_alike(request_of: Callable[..., Request]) -> None:
+    lora, dora, rslora = map(method_of, trials(request_of(methods=("lora", "dora", "rslora"), ranks=())))
+    assert lora["target_modules"] == dora["target_modules"] == ["q_proj", "v_proj"]
+    assert (dora["r"], dora["lora_alpha"]) == (lora["r"], lora["lora_alpha"]) == (4, 8)
+    # Its alpha means another weight.
+    assert (rslora["r"], rslora["lora_alpha"]) == (16, 8)
+
+
+def test_settings_of_one_method_leave_the_others_alone(request_of: Callable[..., Request]) -> None:
+    settings = {"lora.target_modules": "o_proj", "dora.training.learning_rate": "1e-4", "training.epochs": "2"}
+    lora, dora = trials(request_of(methods=("lora", "dora"), settings=settings))
+    recipes = [trial.one_task for trial in (lora, dora)]
+    assert [recipe.training.under(recipe.adapters["lights"].training).learning_rate for recipe in recipes] == [
+        5e-3,
+        1e-4,
+    ]
+    assert [recipe.training.epochs for recipe in recipes] == [2, 2]
+    assert (method_of(lora)["target_modules"], method_of(dora)["target_modules"]) == ("o_proj", ["q_proj", "v_proj"])
+
+
+def test_a_method_that_no_format_holds_is_refused_without_training(request_of: Callable[..., Request]) -> None:
+    request = request_of(methods=("bottleneck",), targets=("gguf",), out=request_of().out.with_name("refused"))
+    with pytest.raises(IncompatibleError, match=r"none of 1 trials succeeded; bottleneck: gguf cannot hold"):
+        compare(request, no_run, QUIET)
+    assert "gguf cannot hold" in (request.out / "compare.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"methods": ("lora", "lroa")}, "--methods: no method 'lroa'; did you mean 'lora'?"),
+        ({"task": "light"}, "--task: no task 'light'; did you mean 'lights'?"),
+        ({"task": "zzz"}, "--task: no task 'zzz'; choose among: lights, other"),
+        ({"targets": ("ggfu",)}, "--targets: no format 'ggfu'; did you mean 'gguf'?"),
+        ({"ranks": (4, 0)}, "--ranks: 0 is no rank; give whole numbers from 1 on"),
+        ({"settings": {"dora.r": "2"}}, "--set: dora is not compared; name it in --methods, or leave --set dora.… out"),
+    ],
+)
+def test_a_wrong_request_is_told_before_anything_is_done(
+    request_of: Callable[..., Request], tmp_path: Path, keys: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UsageError) as raised:
+        compare(request_of(out=tmp_path / "out", **keys), no_run, QUIET)
+    assert str(raised.value) == told
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_data_and_a_wrong_folder_are_told_first(request_of: Callable[..., Request], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file is not a folder; choose another --out"):
+        compare(request_of(out=tmp_path / "file"), no_run, QUIET)
+    with pytest.raises(EdgetuneError, match="no-such"):
+        compare(request_of(out=tmp_path / "out", data="no-such.jsonl"), no_run, QUIET)
+
+
+def test_an_interrupt_says_what_is_finished(request_of: Callable[..., Request], tmp_path: Path) -> None:
+    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[Outcome]:
+        yield failed(trials[0], "for the test")
+        raise KeyboardInterrupt
+
+    request = request_of(out=tmp_path / "out", ranks=(2, 4))
+    with pytest.raises(CancelledError, match="stopped with 1 of 2 trials finished; run it again to go on"):
+        compare(request, run, QUIET)
+
+
+def test_ctrl_c_ends_the_trial_that_runs_and_the_command(request_of: Callable[..., Request], tmp_path: Path) -> None:
+    request = request_of(out=tmp_path / "out")
+    arguments = ["compare", str(request.recipe), "--task", "lights", "--methods", "lora", "--out", str(request.out)]
+    command = [sys.executable, "-m", "edgetune", *arguments, "--set", "training.max_steps=100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        first = next(line for line in process.stderr if line.startswith("lora-r4: "))
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == CancelledError.exit_code, first + rest
+    assert rest.splitlines()[-1].startswith("edgetune: comparison stopped with 0 of 1 trials finished; ")
+    assert not running(tmp_path)
+
+
+def test_a_trial_ends_when_its_parent_is_gone() -> None:
+    trial = "import time; from edgetune.compare.process import end_with_parent; end_with_parent(); time.sleep(60)"
+    ended = subprocess.run([sys.executable, "-c", trial], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    assert ended.returncode == -signal.SIGINT
+    assert b"KeyboardInterrupt" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--ranks", "4,x"), "--ranks: '4,x' are no whole numbers; write them as --ranks 4,16"),
+        (("--engine", "spark"), "--engine: no engine 'spark'; choose among: local, ray"),
+        (("--set", "lora.q=1"), "--set adapters.lights.method: "),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2_and_one_line(
+    request_of: Callable[..., Request], capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: str
+) -> None:
+    request = request_of()
+    out = str(request.out.with_name("never"))
+    command = ["compare", str(request.recipe), "--task", "lights", "--methods", "lora", "--out", out]
+    assert main([*command, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"edgetune: {told}")
+    assert len(error.splitlines()) == 1
+
+
+def test_json_is_the_last_line_of_what_is_printed(
+    compared: Compared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared.request.out, tmp_path / "out")
+    recipe, out = str(compared.request.recipe), str(tmp_path / "out")
+    command = ["compare", recipe, "--task", "lights", "--methods", "lora", "--ranks", "2", "--rows", "3", "--out", out]
+    assert main([*command, "--json"]) == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out.splitlines()[-1])
+    assert (told["recommended"], [trial["name"] for trial in told["trials"]]) == ("lora-r2", ["lora-r2"])
+    assert "lora-r2 is finished already" in printed.err
+    assert main([*command, "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert "recommended: lora-r2 in " in printed.out
+    assert printed.err == ""
+
+
+def running(folder: Path) -> list[str]:
+    """Command lines of processes that work in `folder`."""
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in listed if str(folder) in line and "pytest" not in line and str(os.getpid()) not in line]

@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from matplotlib.text import Annotation
+
+from edgetune.bases import Base, load_torch
+from edgetune.compare import plots
+from edgetune.compare.columns import busy_notes, engine_rows, placement_rows
+from edgetune.compare.figures import OnBoard, OnEngine, Outcome, Training, standard_error
+from edgetune.compare.page import page
+from edgetune.compare.recommend import Recommendation, recommend
+from edgetune.compare.sweep import Comparison
+from edgetune.compare.torch_engine import TorchEngine
+from edgetune.shipping.verify import logits_of
+
+TRAINED = Training(1000, 100_000, 10.0, 500.0, 900.0, 0.2, 0.3, 5, 10, None, ((0.5, 1.0, 0.9), (1.0, 0.2, 0.3)))
+
+
+def engine(score: float, size: int, *, error: float = 0.02, speed: float = 50.0) -> OnEngine:
+    return OnEngine("low_rank", size, score, error, 1e-3, 90.0, speed, 88.0, 4.0, 20.0)
+
+
+def outcome(name: str, board: OnBoard | None = None, metric: str = "exact", **engines: OnEngine) -> Outcome:
+    return Outcome(name, name, None, "done", "", TRAINED, metric, 100, 0.9, engines, {}, board)
+
+
+def recommended(*outcomes: Outcome) -> Recommendation:
+    found = recommend(outcomes)
+    assert found is not None
+    return found
+
+
+def test_the_smallest_within_one_standard_error_is_recommended() -> None:
+    found = recommended(
+        outcome("large", gguf=engine(0.95, 9_000_000)),
+        outcome("middle", gguf=engine(0.935, 4_000_000), onnx=engine(0.94, 8_000_000)),
+        outcome("small", gguf=engine(0.92, 1_000_000)),
+    )
+    assert (found.name, found.target) == ("middle", "gguf")
+    assert found.reason == (
+        "middle in gguf is the smallest adapter (4.00 MB) whose exact on the device's engine (0.935) is within one "
+        "standard error (0.02) of the best (0.95, large in gguf)"
+    )
+
+
+def test_the_best_is_recommended_where_no_smaller_one_is_as_good() -> None:
+    found = recommended(outcome("small", onnx=engine(0.5, 1)), outcome("large", gguf=engine(0.9, 9_000_000)))
+    assert (found.name, found.target) == ("large", "gguf")
+    assert "large in gguf has the best exact (0.9)" in found.reason
+
+
+def test_of_adapters_of_the_same_size_the_better_one_is_recommended() -> None:
+    found = recommended(outcome("one", gguf=engine(0.9, 10)), outcome("two", gguf=engine(0.91, 10)))
+    assert found.name == "two"
+
+
+def test_what_the_board_cannot_hold_is_not_recommended() -> None:
+    small = OnBoard("pi-zero-2w", True, 300, 380)
+    large = OnBoard("pi-zero-2w", False, 500, 380)
+    found = recommended(outcome("large", large, gguf=engine(0.99, 10)), outcome("small", small, gguf=engine(0.8, 20)))
+    assert found.name == "small"
+    assert "pi-zero-2w" in found.reason
+    alone = recommended(outcome("large", large, gguf=engine(0.99, 10)))
+    assert alone.name == "large"
+    assert "none fits pi-zero-2w" in alone.reason
+
+
+def test_a_lower_perplexity_is_better() -> None:
+    found = recommended(
+        outcome("worse", metric="perplexity", gguf=engine(9.0, 1)),
+        outcome("better", metric="perplexity", gguf=engine(7.0, 2)),
+    )
+    assert found.name == "better"
+
+
+def test_nothing_is_recommended_when_no_trial_succeeded() -> None:
+    assert recommend([Outcome("lora", "lora", None, "failed", "why")]) is None
+
+
+def test_trials_that_all_scored_0_are_not_told_apart_by_the_score() -> None:
+    found = recommended(
+        outcome("large", gguf=engine(0, 9_000_000, error=0)), outcome("small", gguf=engine(0, 1_000_000, error=0))
+    )
+    assert found.undecided == (
+        "all 2 trials scored 0; train longer or on more rows, and see in the answers whether exact is the right metric"
+    )
+    assert found.reason == "small in gguf by size alone: the smallest adapter (1.00 MB)"
+    alone = recommended(outcome("alone", gguf=engine(0, 10, error=0)))
+    assert alone.undecided.startswith("the trial scored 0; ")
+
+
+def test_trials_within_one_standard_error_of_each_other_are_not_told_apart_by_the_score() -> None:
+    close = [outcome(f"m{n}", gguf=engine(0.90 + n / 100, 10 - n, error=0.05), onnx=engine(0.92, 50)) for n in range(4)]
+    found = recommended(*close)
+    assert found.undecided == (
+        "all 4 trials lie within one standard error (0.05) of each other; score on more than 100 rows, or train longer"
+    )
+    assert found.name == "m3"
+    # One of them apart, and the score decides.
+    found = recommended(*close, outcome("bad", gguf=engine(0.5, 1, error=0.05)))
+    assert (found.name, found.undecided) == ("m3", "")
+    perplexities = [outcome(f"p{n}", metric="perplexity", gguf=engine(9 + n / 100, 10 - n)) for n in range(2)]
+    assert "within one standard error" in recommended(*perplexities).undecided
+
+
+def test_a_perfect_score_beside_a_nearly_perfect_one_decides_nothing() -> None:
+    found = recommended(outcome("all", gguf=engine(1, 9, error=0)), outcome("most", gguf=engine(0.985, 2, error=0.02)))
+    assert (found.name, found.undecided.split(";")[0]) == (
+        "most",
+        "all 2 trials lie within one standard error (0.02) of each other",
+    )
+    found = recommended(outcome("one", gguf=engine(1, 9, error=0)), outcome("two", gguf=engine(1, 2, error=0)))
+    assert (found.name, found.undecided) == (
+        "two",
+        "all 2 trials scored 1; score on more than 100 rows, or on harder ones",
+    )
+
+
+def test_a_single_trial_with_a_score_is_recommended_by_it() -> None:
+    assert recommended(outcome("alone", gguf=engine(0.9, 10), onnx=engine(0.9, 20))).undecided == ""
+
+
+def test_the_page_and_the_json_say_that_the_score_decides_nothing() -> None:
+    outcomes = [outcome("one", gguf=engine(0, 9, error=0)), outcome("two", gguf=engine(0, 2, error=0))]
+    compared = Comparison("lights", "tiny", "exact", 100, outcomes, recommend(outcomes))
+    shown = page(compared, [])
+    assert "<b>Nothing can be recommended on the score:</b> all 2 trials scored 0; " in shown
+    assert "By size alone: Take two." in shown
+    told = compared.to_json()
+    assert told["undecided"].startswith("all 2 trials scored 0; ")
+    assert (told["recommended"], told["reason"]) == (
+        "two",
+        "two in gguf by size alone: the smallest adapter (0.0000 MB)",
+    )
+
+
+def test_times_taken_on_a_busy_machine_are_marked_and_change_no_recommendation() -> None:
+    quick, slow = engine(0.9, 10), replace(engine(0.9, 10, speed=5.0), slow=True, busy="load 3.1 on 2 cores")
+    calm, busy = outcome("calm", gguf=quick), outcome("busy", gguf=slow, onnx=replace(slow, busy=None))
+    (first, *_), (row, _) = list(engine_rows([calm])), list(engine_rows([busy]))
+    assert [cell for cell in first if cell.endswith("*")] == []
+    assert [cell for cell in row if cell.endswith("*")] == ["5.0*", "88.0*", "90.0*", "4.0*", "20.0*"]
+    assert busy_notes([calm]) == []
+    assert busy_notes([calm, busy])[0] == (
+        "* timed on a busy machine, so these times and speeds are not used: busy in gguf (load 3.1 on 2 cores), "
+        "busy in onnx"
+    )
+    shown = page(Comparison("lights", "tiny", "exact", 100, [calm, busy], None), [])
+    assert "busy in gguf (load 3.1 on 2 cores)" in shown and "88.0*" in shown
+    assert Outcome.of_json(busy.to_json()) == busy
+    quiet = replace(busy, engines={name: replace(of, slow=False, busy=None) for name, of in busy.engines.items()})
+    assert recommended(calm, busy) == recommended(calm, quiet)
+
+
+def test_the_plot_of_speeds_marks_what_was_timed_on_a_busy_machine(tmp_path: Path) -> None:
+    outcomes = [outcome("calm", gguf=engine(0.9, 10)), outcome("busy", gguf=replace(engine(0.8, 10), slow=True))]
+    texts = [text.get_text() for text in plots._speeds(outcomes).axes[0].texts if isinstance(text, Annotation)]
+    assert texts == ["calm", "busy*"]
+    captions = [picture.caption for picture in plots.plots(outcomes, tmp_path)]
+    assert [caption for caption in captions if "busy machine" in caption] == [captions[1]]
+    assert not any("busy machine" in picture.caption for picture in plots.plots(outcomes[:1], tmp_path))
+
+
+def test_figures_of_an_earlier_version_are_read_as_of_a_quiet_machine() -> None:
+    values = outcome("lora", gguf=engine(0.9, 10)).to_json()
+    for key in ("slow", "busy"):
+        del values["engines"]["gguf"][key]
+    assert not Outcome.of_json(values).engines["gguf"].slow
+
+
+def test_the_standard_error_is_binomial_where_answers_are_right_or_wrong() -> None:
+    assert standard_error("exact", 0.75, [1.0, 1.0, 1.0, 0.0]) == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    points = [0.2, 0.4, 0.9]
+    assert standard_error("rouge_l", 0.5, points) == pytest.approx(np.std(points, ddof=1) / math.sqrt(3))
+    assert standard_error("perplexity", 8.0, points) == pytest.approx(8 * np.std(points, ddof=1) / math.sqrt(3))
+    assert standard_error("exact", 1.0, [1.0]) == 0
+
+
+def test_an_outcome_is_read_as_it_was_written() -> None:
+    board = OnBoard("pi-5", True, 300.5, 3800)
+    whole = outcome("lora-r4", board, gguf=engine(0.9, 10), onnx=engine(0.8, 20))
+    assert Outcome.of_json(whole.to_json()) == whole
+
+
+def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:
+    tried = [
+        {"modules": ["q_proj", "v_proj"], "rank": 16, "cost": 0.081, "val_loss": 0.5},
+        {"modules": "all-linear", "rank": 16, "cost": 0.234, "val_loss": None},
+    ]
+    plain = outcome("dora", gguf=engine(0.9, 10))
+    placed = replace(plain, name="lora", placement={**tried[0], "tried": tried})
+    assert list(placement_rows([plain, placed])) == [
+        ("lora", "q_proj, v_proj", "16", "8.1", "0.500", "yes"),
+        ("lora", "all-linear", "16", "23.4", "-", ""),
+    ]
+    shown = page(Comparison("lights", "tiny", "exact", 100, [placed], None), [])
+    assert "Choosing the modules" in shown
+    assert "q_proj, v_proj" in shown
+    noisy = replace(placed, placement={**tried[0], "tried": tried, "busy": "costs varied by 34%"})
+    assert busy_notes([placed, noisy]) == [
+        "lora: its modules were chosen by speeds measured on a busy machine (costs varied by 34%)"
+    ]
+    assert "Choosing the modules" not in page(Comparison("lights", "tiny", "exact", 100, [plain], None), [])
+
+
+def test_labels_of_a_plot_cover_no_other_label(tmp_path: Path) -> None:
+    crowd = [outcome(f"method-r{n}", gguf=engine(0.9 + n / 500, 1_000_000 * (n + 1))) for n in range(9)]
+    figure = plots._sizes(crowd)
+    figure.savefig(tmp_path / "sizes.png")
+    renderer: Any = figure.canvas
+    texts = [text for text in figure.axes[0].texts if isinstance(text, Annotation)]
+    boxes = [plots._extent(text, renderer.get_renderer()) for text in texts]
+    assert len(boxes) == 9
+    assert not [(a, b) for a in range(9) for b in range(a) if boxes[a].overlaps(boxes[b])]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Callable[[str], Base]) -> torch.nn.Module:
+    return load_torch(tiny_base("llama"), torch.float32)
+
+
+class Counted:
+    """A model that counts its passes."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.passes = model, 0
+
+    def __call__(self, **inputs: torch.Tensor) -> Any:  # noqa: ANN401 - transformers' output
+        self.passes += 1
+        return self.model(**inputs)
+
+
+def answer_of(engine: TorchEngine, prompt: Sequence[int], length: int = 6) -> list[int]:
+    tokens = [int(engine.decode(prompt).argmax())]
+    while len(tokens) < length:
+        tokens.append(int(engine.decode_all(tokens[-1:])[0].argmax()))
+    return tokens
+
+
+def test_answers_in_torch_do_not_depend_on_the_guess(model: torch.nn.Module, tiny_base: Callable[[str], Base]) -> None:
+    with closing(GgufTokenizer(tiny_base("llama").path)) as tokenizer:
+        prompt = tokenizer.tokenize("turn on the light")
+        sequence = list(prompt)
+        for _ in range(6):
+            sequence.append(int(logits_of(model)(sequence)[-1].argmax()))
+        right = b"".join(map(tokenizer.piece, sequence[len(prompt) :])).decode("utf-8", "replace")
+        for guesses, most in (((), 6), (("set red",), 6), ((right,), 6)):
+            counted = Counted(model)
+            engine = TorchEngine(counted, tokenizer, context_length=64, guesses=guesses)
+            assert answer_of(engine, prompt) == sequence[len(prompt) :]
+            assert counted.passes <= most
+
+
+def test_a_right_guess_takes_one_pass(model: torch.nn.Module, tiny_base: Callable[[str], Base]) -> None:
+    with closing(GgufTokenizer(tiny_base("llama").path)) as tokenizer:
+        counted = Counted(model)
+        engine = TorchEngine(counted, tokenizer, context_length=64, guesses=("reply on",))
+        answer = tokenizer.tokenize("reply on", continues=True)
+        engine.decode(tokenizer.tokenize("turn on the light"))
+        for token in answer:
+            engine.decode_all([token])
+        assert counted.passes == 1
+        assert engine.forget(3) == 3
+
+
+def test_labels_in_torch_are_scored_by_their_tokens(model: torch.nn.Module, tiny_base: Callable[[str], Base]) -> None:
+    with closing(GgufTokenizer(tiny_base("llama").path)) as tokenizer:
+        engine = TorchEngine(model, tokenizer, context_length=64)
+        prompt, labels = tokenizer.tokenize("set heat"), [[5, 9], [7]]
+        engine.decode(prompt)
+        expected = []
+        for label in labels:
+            rows = torch.from_numpy(logits_of(model)([*prompt, *label])).double().log_softmax(-1)
+            expected.append(sum(float(rows[len(prompt) - 1 + i, token]) for i, token in enumerate(label)))
+        assert engine.score(labels) == pytest.approx(expected, abs=1e-5)

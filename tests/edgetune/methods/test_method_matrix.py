@@ -1,0 +1,224 @@
+"""Every method on every backend: trained on a tiny base, folded, written, run by the real engine, against torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from edgetune_export.adapters.shapes import LowRank, Merged
+from edgetune_export.backends.base import Source
+from edgetune_export.backends.gguf import backend as gguf
+from edgetune_export.backends.onnx import backend as onnx
+from edgetune_export.parity import compare
+from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.engines.onnx.engine import OnnxEngine
+from edgetune_runtime.errors import IncompatibleError
+
+from edgetune import bases, methods
+from edgetune.bases import Base
+from edgetune.objectives.example import Example
+from edgetune.progress import Progress
+from edgetune.recipe.parts import Training
+from edgetune.shipping.verify import logits_of
+from edgetune.training.job import Job, TrainResult
+from edgetune.training.loop import train
+
+BACKENDS: dict[str, Any] = {"gguf": gguf, "onnx": onnx}
+ENGINES: dict[str, Any] = {"gguf": GgufEngine, "onnx": OnnxEngine}
+HEADER = (10, 11, 12)
+ROWS = [[*HEADER, 30 + number, 13, 130 + number, 131 + number, 40, 41, 2] for number in range(3)]
+# The base is f16: what lies beside it is exact, a merged model is rounded to f16 once more.
+CLOSE = {"low_rank": 1e-4, "tensors": 1e-4, "prefix": 1e-3, "merged": 1e-3}
+LOW_RANK = {"gguf": "low_rank", "onnx": "low_rank"}
+MERGED = {"gguf": "merged", "onnx": "merged"}
+PREFIX = {"gguf": "prefix", "onnx": "prefix"}
+# Rows begin with what activates alora, so that an engine, which gates nothing, runs all of each row with it.
+# What each method becomes on each backend, and options that keep the tiny models' changes small but real.
+TABLE: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "adalora": (LOW_RANK, {"target_r": 2, "init_r": 4}),
+    "alora": (LOW_RANK, {"r": 4, "invocation_tokens": HEADER}),
+    "boft": (MERGED, {"boft_block_size": 4}),
+    "bottleneck": ({"onnx": "tensors"}, {"bottleneck_size": 4}),
+    "cartridge": (PREFIX, {"num_virtual_tokens": 4}),
+    "dora": (MERGED, {"r": 4}),
+    "full": (MERGED, {}),
+    "ia3": ({"gguf": "merged", "onnx": "tensors"}, {}),
+    "last_layers": (MERGED, {"layers": 1}),
+    "loha": (LOW_RANK, {"r": 2}),
+    "lokr": (LOW_RANK, {"r": 2, "decompose_factor": 2}),
+    "lora": (LOW_RANK, {"r": 4}),
+    "loraplus": (LOW_RANK, {"r": 4}),
+    "oft": (MERGED, {"oft_block_size": 8}),
+    "olora": (LOW_RANK, {"r": 4}),
+    "pissa": (LOW_RANK, {"r": 4}),
+    "p_tuning": (PREFIX, {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
+    "prefix": (PREFIX, {"num_virtual_tokens": 4, "init_tokens": HEADER}),
+    "prompt": (PREFIX, {"num_virtual_tokens": 4, "init_tokens": HEADER}),
+    "rslora": (LOW_RANK, {"r": 4}),
+    "vera": (LOW_RANK, {"r": 8}),
+}
+TRUNCATED: dict[str, dict[str, Any]] = {name: {**TABLE[name][1], "max_error": 0.3} for name in ("dora", "oft")}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A method's training on the tiny base."""
+
+    method: methods.Method[Any]
+    checkpoint: methods.Checkpoint
+    result: TrainResult
+
+
+def example(number: int) -> Example:
+    tokens = (*HEADER, 30 + number, 13, 130 + number % 40, 131 + number % 40, 2)
+    return Example(tokens, (False,) * 5 + (True,) * 3, 5)
+
+
+def job_of(name: str, options: dict[str, Any], **training: Any) -> Job[Example]:  # noqa: ANN401 - fields of Training
+    """A few steps of a method on a few rows."""
+    method = methods.load(name)
+    chosen = method.options.model_validate(options)
+    values = {"max_steps": 6, "evals": 2, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32", "patience": None}
+    rows = [example(number) for number in range(24)]
+    objective = method.objective(chosen)
+    return Job(name, method, chosen, Training(**(values | training)), rows, rows[::3], name, objective)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Callable[[str], Base]) -> Base:
+    return tiny_base("llama")
+
+
+@pytest.fixture(scope="module")
+def source(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return Source(base.path, base.fingerprint, bases.load_torch(base, torch.float32), tmp_path_factory.mktemp("way"))
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Base, source: Source, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tuned]:
+    """`tuned(method, **options)`: the method trained for a few steps."""
+
+    @cache
+    def make(name: str, options: tuple[tuple[str, Any], ...]) -> Tuned:
+        folder, job = tmp_path_factory.mktemp(name), job_of(name, dict(options))
+        result = train(bases.load_torch(base, torch.float32), job, folder, Progress(quiet=True))
+        assert source.model is not None
+        return Tuned(job.method, methods.Checkpoint(name, folder / "adapter", source.model, job.options), result)
+
+    return lambda name, **options: make(name, tuple(options.items()))
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_method_trains_in_bf16(name: str, base: Base, tmp_path: Path) -> None:
+    job = job_of(name, TABLE[name][1], precision="bf16", max_steps=2, evals=1)
+    result = train(bases.load_torch(base, torch.bfloat16), job, tmp_path, Progress(quiet=True))
+    assert result.precision == "bf16"
+    assert 0 < result.val_loss < 20
+
+
+def logits(tuned: Tuned) -> Callable[[list[int]], Any]:
+    """What torch computes of the checkpoint, row by row."""
+
+    def compute(tokens: list[int]) -> Any:  # noqa: ANN401 - an array
+        with tuned.method.loaded(tuned.checkpoint) as model:
+            return logits_of(model)(tokens)
+
+    return compute
+
+
+def engine_of(tuned: Tuned, shape: str, backend: str, source: Source, folder: Path) -> Any:  # noqa: ANN401 - either engine
+    """The engine with what was trained active in it."""
+    writer, folded = BACKENDS[backend], tuned.method.fold(tuned.checkpoint, shape)
+    assert folded.shape == shape
+    if isinstance(folded, Merged):
+        out = folder / writer.MODEL_FILE
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_merged(folded, source, out)
+        return ENGINES[backend](out, context_length=64, threads=1)
+    graph, out = writer.write_base(source, folder, [folded]), folder / writer.ADAPTER_FILE
+    dtype = {"gguf": "f16", "onnx": "f32"}[backend]
+    writer.write_adapter(folded, graph, out, dtype=dtype, base_fingerprint=source.fingerprint)
+    engine = ENGINES[backend](graph, context_length=64, threads=1)
+    invocation = folded.invocation if isinstance(folded, LowRank) else ()
+    engine.load_adapter("adapter", out, invocation=invocation)
+    engine.activate({"adapter": 1.0})
+    return engine
+
+
+def test_the_table_names_every_method() -> None:
+    assert sorted(TABLE) == methods.names()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", TABLE)
+def test_what_runs_is_what_was_trained(
+    name: str, backend: str, tuned: Callable[..., Tuned], source: Source, tmp_path: Path
+) -> None:
+    shapes, options = TABLE[name]
+    method = methods.load(name)
+    accepted, chosen = BACKENDS[backend].SHAPES, method.options.model_validate(options)
+    if backend not in shapes:
+        with pytest.raises(IncompatibleError, match=f"{backend} cannot hold what {name} trains"):
+            methods.shape_for(method, chosen, backend, accepted, merged=False)
+        return
+    shape = methods.shape_for(method, chosen, backend, accepted, merged=False)
+    assert shape == shapes[backend]
+    trained = tuned(name, **options)
+    with closing(engine_of(trained, shape, backend, source, tmp_path)) as engine:
+        parity = compare(logits(trained), engine, ROWS)
+        assert parity.kl < CLOSE[shape]
+        # Far from the base, so that an engine which ran that would not pass.
+        assert compare(logits_of(source.model), engine, ROWS).kl > 20 * CLOSE[shape]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "name", [name for name, (shapes, _) in TABLE.items() if shapes == LOW_RANK and name != "alora"]
+)
+def test_a_product_can_be_merged_too(
+    name: str, backend: str, tuned: Callable[..., Tuned], source: Source, tmp_path: Path
+) -> None:
+    trained = tuned(name, **TABLE[name][1])
+    with closing(engine_of(trained, "merged", backend, source, tmp_path)) as engine:
+        assert compare(logits(trained), engine, ROWS).kl < CLOSE["merged"]
+
+
+@pytest.mark.parametrize("name", TRUNCATED)
+def test_a_dense_change_is_cut_to_the_rank_that_its_error_allows(
+    name: str, tuned: Callable[..., Tuned], source: Source, tmp_path: Path
+) -> None:
+    trained = tuned(name, **TRUNCATED[name])
+    folded = trained.method.fold(trained.checkpoint, "low_rank")
+    assert isinstance(folded, LowRank)
+    assert 0 < folded.error <= 0.3
+    exact = replace(trained.checkpoint, options=trained.method.options.model_validate({"max_error": 1e-6}))
+    ranks = trained.method.fold(exact, "low_rank").modules  # type: ignore[union-attr]
+    assert all(delta.rank < ranks[module].rank for module, delta in folded.modules.items())
+    with closing(engine_of(trained, "low_rank", "gguf", source, tmp_path)) as engine:
+        near, far = compare(logits(trained), engine, ROWS).kl, compare(logits_of(source.model), engine, ROWS).kl
+        assert near < far / 4
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_checkpoint_is_the_best_of_the_training_and_leaves_the_base_alone(
+    name: str, tuned: Callable[..., Tuned], source: Source
+) -> None:
+    assert source.model is not None
+    before = {key: tensor.clone() for key, tensor in source.model.state_dict().items()}
+    trained = tuned(name, **TABLE[name][1])
+    first, *_, last = trained.result.history
+    assert min(first.val_loss, last.val_loss) == pytest.approx(trained.result.val_loss)
+    losses = []
+    with trained.method.loaded(trained.checkpoint) as model:
+        for row in [example(number) for number in range(0, 24, 3)]:
+            log_p = torch.from_numpy(logits_of(model)(list(row.tokens))).log_softmax(-1)
+            losses += [-float(log_p[i - 1, row.tokens[i]]) for i in range(5, 8)]
+    assert sum(losses) / len(losses) == pytest.approx(trained.result.val_loss, rel=1e-3)
+    after = source.model.state_dict()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from edgetune_export.adapters.shapes import Prefix
+from edgetune_runtime.errors import CancelledError, IncompatibleError, NotFoundError, UsageError
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from tiny import make_model
+from torch.nn.functional import cross_entropy
+from trainings import Stopping
+from transformers import DynamicCache, PreTrainedModel
+
+from edgetune import methods
+from edgetune.methods import Checkpoint
+from edgetune.methods.common.base import trainable
+from edgetune.methods.common.distill import Distill
+from edgetune.methods.common.prompt_model import Given, split_states
+from edgetune.objectives.example import Example
+from edgetune.objectives.next_token import NEXT_TOKEN
+from edgetune.objectives.packing import ATTENTION
+from edgetune.progress import Progress
+from edgetune.recipe.model import load_recipe
+from edgetune.recipe.parts import Training
+from edgetune.training.job import Job
+from edgetune.training.loop import train
+
+QUIET = Progress(quiet=True)
+VOCABULARY = 384
+HEADER = (10, 11, 12)
+METHODS: dict[str, dict[str, Any]] = {
+    "prefix": {},
+    "prefix of a network": {"name": "prefix", "prefix_projection": True},
+    "prompt": {},
+    "p_tuning": {},
+    "cartridge": {"num_virtual_tokens": 16},
+    "p_tuning by an LSTM": {"name": "p_tuning", "encoder_reparameterization_type": "LSTM"},
+}
+BaseOf = Callable[[str], PreTrainedModel]
+
+
+@pytest.fixture(scope="module")
+def base_of() -> BaseOf:
+    """`base_of(arch)`: a tiny base; gemma3's window is 16, less than the 20 positions of a prefix."""
+    return cache(lambda arch: make_model(arch, VOCABULARY))
+
+
+def random_row(seed: int, length: int, beginning: Sequence[int] = ()) -> Example:
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randint(30, VOCABULARY, (length - len(beginning),), generator=generator).tolist()
+    learned = tuple(i >= length - 4 for i in range(length))
+    return Example((*beginning, *own), learned, length - 4)
+
+
+ROWS = {
+    "rows of different lengths": [random_row(1, 40), random_row(2, 9), random_row(3, 23)],
+    "rows with a shared beginning": [random_row(seed, 18 + 9 * seed, range(10, 22)) for seed in range(3)],
+}
+
+
+class Letters:
+    """A token a letter."""
+
+    def tokenize(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def method_of(case: str, **more: object) -> tuple[Any, Any]:
+    """The method of one of `METHODS` with its options, ready for a training."""
+    given = {**METHODS[case], **more}
+    method = methods.load(str(given.pop("name", case)))
+    options = method.options.model_validate(given)
+    return method, method.prepared(options, Letters(), [Example(tuple(range(30, 42)), (False,) * 12, 1)])
+
+
+@contextmanager
+def attached(case: str, base: PreTrainedModel, **more: object) -> Iterator[Any]:
+    method, options = method_of(case, **more)
+    torch.manual_seed(1)
+    model = method.attach(base, options, 10)
+    yield model
+    method.detach(model)
+
+
+def loss_packed(base: PreTrainedModel, model: Any, rows: Sequence[Example]) -> torch.Tensor:  # noqa: ANN401 - as attached
+    base.set_attn_implementation(ATTENTION)
+    batch = NEXT_TOKEN.batch(rows)
+    loss = NEXT_TOKEN.loss(model, model, batch) / len(batch.targets)
+    base.set_attn_implementation("sdpa")
+    return loss
+
+
+def loss_alone(model: Any, rows: Sequence[Example]) -> torch.Tensor:  # noqa: ANN401 - with PEFT around it
+    """The mean over all learned tokens, each row run by itself with transformers' own attention."""
+    logits = torch.cat([model(torch.tensor([row.tokens])).logits[0, -5:-1] for row in rows])
+    return cross_entropy(logits, torch.tensor([row.tokens[-4:] for row in rows]).flatten())
+
+
+DOCUMENT = "".join(chr(60 + number * number % 97) for number in range(150))
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> str:
+    path = tmp_path / "document.txt"
+    path.write_text(DOCUMENT, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("case", METHODS)
+def test_packed_rows_have_the_loss_of_pefts_own_forward(case: str, arch: str, rows: str, base_of: BaseOf) -> None:
+    base = base_of(arch)
+    with attached(case, base) as model:
+        packed, alone = loss_packed(base, model, ROWS[rows]), loss_alone(Given(model.peft), ROWS[rows])
+        assert packed.item() == pytest.approx(alone.item(), abs=1e-4)
+        parameters = [p for _, p in trainable(model)]
+        pairs = zip(*(torch.autograd.grad(loss, parameters) for loss in (packed, alone)), strict=True)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+            assert a.abs().max() > 0
+
+
+def answer(number: int) -> Example:
+    """A question whose answer follows from its number."""
+    tokens = (*HEADER, 30 + number, 13, 130 + number, 131 + number, 2)
+    return Example(tokens, (False,) * 5 + (True,) * 3, 5)
+
+
+def job(case: str, method_options: dict[str, Any] | None = None, **training: object) -> Job[Example]:
+    options = {"max_steps": 30, "epochs": 100, "evals": 3, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32"}
+    method, prepared = method_of(case, **(method_options or {}))
+    return Job(
+        name="reply",
+        method=method,
+        options=prepared,
+        training=Training.model_validate({**options, **training}),
+        train=[answer(number) for number in range(24)],
+        validation=[answer(number) for number in range(0, 24, 3)],
+        key="abc",
+        objective=method.objective(prepared),
+    )
+
+
+def checkpoint_of(done: Job[Example], base: PreTrainedModel, folder: Path, scale: float = 1.0) -> Checkpoint:
+    return Checkpoint("reply", folder / "adapter", base, done.options, scale)
+
+
+def states_in(folder: Path) -> torch.Tensor:
+    found: torch.Tensor = load_file(folder / "adapter/adapter_model.safetensors")["prompt_embeddings"]
+    return found
+
+
+def mean_loss(model: Any, rows: Sequence[Example]) -> float:  # noqa: ANN401 - with PEFT around it
+    with torch.no_grad():
+        logits = torch.cat([model(input_ids=torch.tensor([row.tokens])).logits[0, 4:7] for row in rows])
+    return cross_entropy(logits, torch.tensor([row.tokens[5:] for row in rows]).flatten()).item()
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_a_training_learns_and_leaves_the_base_as_it_was(case: str, base_of: BaseOf, tmp_path: Path) -> None:
+    base = base_of("llama")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    modules = [(name, type(module)) for name, module in base.named_modules()]
+    done = job(case)
+    result = train(base, done, tmp_path, QUIET)
+    assert result.val_loss < 0.8 * mean_loss(base, done.validation)
+    with done.method.loaded(checkpoint_of(done, base, tmp_path)) as model:
+        assert mean_loss(model, done.validation) == pytest.approx(result.val_loss, abs=1e-4)
+    after = base.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [(name, type(module)) for name, module in base.named_modules()] == modules
+    assert base.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("case", ["prefix", "p_tuning", "cartridge"])
+def test_an_interrupted_run_goes_on_to_the_same_positions(case: str, base_of: BaseOf, tmp_path: Path) -> None:
+    base, asked = base_of("llama"), job(case, max_steps=4)
+    train(base, asked, tmp_path / "whole", QUIET)
+    with pytest.raises(CancelledError):
+        train(base, asked, tmp_path / "cut", Stopping(2))
+    train(base, asked, tmp_path / "cut", QUIET)
+    assert torch.equal(states_in(tmp_path / "cut"), states_in(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("case", ["prefix", "p_tuning by an LSTM"])
+def test_bf16_trains_float32_positions(case: str, tmp_path: Path) -> None:
+    base = make_model("llama", VOCABULARY).bfloat16()
+    result = train(base, job(case, precision="bf16", max_steps=12), tmp_path, QUIET)
+    assert result.val_loss < result.history[0].val_loss
+    assert states_in(tmp_path).dtype == torch.float32
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("case", METHODS)
+def test_the_folded_prefix_says_what_the_checkpoint_says(case: str, arch: str, base_of: BaseOf, tmp_path: Path) -> None:
+    base, (method, options) = base_of(arch), method_of(case)
+    with attached(case, base) as model, torch.no_grad():
+        for _, parameter in trainable(model):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        method.save(model, tmp_path)
+    checkpoint = Checkpoint("reply", tmp_path, base, options)
+    prefix = method.fold(checkpoint, "prefix")
+    assert isinstance(prefix, Prefix)
+    assert (prefix.name, prefix.method) == ("reply", method.name)
+    assert prefix.tokens == method.prefix_tokens(options) == options.num_virtual_tokens
+    assert prefix.keys.dtype == prefix.values.dtype == "float32"
+    tokens = torch.tensor([random_row(5, 30).tokens])
+    layers = zip(torch.tensor(prefix.keys), torch.tensor(prefix.values), strict=True)
+    with torch.no_grad(), method.loaded(checkpoint) as model:
+        folded = base(input_ids=tokens, cache=DynamicCache([(keys[None], values[None]) for keys, values in layers]))
+        torch.testing.assert_close(folded.logits, model(input_ids=tokens).logits, rtol=0, atol=2e-4)
+        assert (folded.logits - base(input_ids=tokens).logits).abs().max() > 0.01
+
+
+def test_a_cartridge_learns_to_say_what_the_base_says_with_the_document(
+    document: str, base_of: BaseOf, tmp_path: Path
+) -> None:
+    base, done = base_of("llama"), job("cartridge", {"document": document}, max_steps=60)
+    result = train(base, done, tmp_path, QUIET)
+    assert result.val_loss < 0.5 * result.history[0].val_loss
+    read = torch.tensor([[ord(letter) for letter in DOCUMENT]])
+
+    def divergence(model: Any, before: torch.Tensor) -> float:  # noqa: ANN401 - with PEFT around it
+        total = 0.0
+        for row in done.validation:
+            tokens = torch.tensor([row.tokens])
+            teacher = base(torch.cat([read, tokens], 1)).logits[0, -4:-1].log_softmax(1)
+            student = model(input_ids=torch.cat([before, tokens], 1)).logits[0, -4:-1].log_softmax(1)
+            total += (teacher.exp() * (teacher - student)).sum(1).mean().item() / len(done.validation)
+        return total
+
+    nothing = torch.zeros(1, 0, dtype=torch.long)
+    with torch.no_grad(), done.method.loaded(checkpoint_of(done, base, tmp_path)) as model:
+        learned = divergence(model, nothing)
+        assert learned < 0.5 * divergence(base, read[:, :16])
+        assert learned < 0.5 * divergence(base, nothing)
+        assert 0 < result.val_loss <= learned
+
+
+def test_a_cartridge_keeps_its_frozen_tokens(document: str, base_of: BaseOf, tmp_path: Path) -> None:
+    base = base_of("llama")
+    with attached("cartridge", base, document=document, num_frozen_tokens=3) as model:
+        first = model.positions().detach().clone()
+    train(base, job("cartridge", {"document": document, "num_frozen_tokens": 3}, max_steps=2), tmp_path, QUIET)
+    after = states_in(tmp_path)
+    assert torch.equal(after[:3], first[:3])
+    assert not torch.isclose(after[3:], first[3:]).all(1).any()
+
+
+def test_a_document_longer_than_the_context_is_read_as_far_as_it_fits(base_of: BaseOf) -> None:
+    base, row = base_of("llama"), answer(3)
+    base.set_attn_implementation(ATTENTION)
+    text = [60 + number * number % 97 for number in range(700)]
+    long, cut = Distill(text)._lesson(base, row), Distill(text[: 512 - len(row.tokens)])._lesson(base, row)
+    base.set_attn_implementation("sdpa")
+    torch.testing.assert_close(long.log_probabilities, cut.log_probabilities)
+    with torch.no_grad():
+        logits = base(torch.tensor([[*text[: 512 - len(row.tokens)], *row.tokens]])).logits[0, -4:-1]
+    likeliest = logits.log_softmax(1).gather(1, cut.tokens.long())
+    torch.testing.assert_close(cut.log_probabilities[:, :-1], likeliest, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cut.log_probabilities.exp().sum(1), torch.ones(3))
+
+
+def test_a_prefix_begins_as_the_states_of_its_text(base_of: BaseOf) -> None:
+    base = base_of("llama")
+    with attached("prefix", base, init_text="<AB>") as model, torch.no_grad():
+        cache = DynamicCache()
+        base(torch.tensor([[60, 65, 66, 62] * 5]), cache=cache, use_cache=True)
+        keys, values = split_states(model.positions(), base.config)
+        torch.testing.assert_close(keys, torch.stack([layer.keys[0] for layer in cache.layers]))
+        torch.testing.assert_close(values, torch.stack([layer.values[0] for layer in cache.layers]))
+    with attached("prompt", base, prompt_tuning_init_text="<AB>") as model, torch.no_grad():
+        embedded = base.get_input_embeddings()(torch.tensor([60, 65, 66, 62] * 5))
+        torch.testing.assert_close(model.positions(), embedded)
+
+
+@pytest.mark.parametrize(("init", "largest"), [("random", 1.0), ("zero", 0.0)])
+def test_a_prefix_begins_as_asked(init: str, largest: float, base_of: BaseOf) -> None:
+    with attached("prefix", base_of("llama"), init_weights=init) as model:
+        assert model.positions().std().item() == pytest.approx(largest, abs=0.1)
+
+
+def test_a_network_behind_a_prefix_learns_more_slowly_unless_told(base_of: BaseOf) -> None:
+    def rate(**options: object) -> float:
+        method, prepared = method_of("prefix", **options)
+        with attached("prefix", base_of("llama"), **options) as model:
+            (group,) = method.parameter_groups(model, prepared, 1e-3)
+        return float(group["lr"])
+
+    assert rate() == pytest.approx(1e-2)
+    assert rate(prefix_projection=True) == pytest.approx(1e-3)
+    assert rate(prefix_projection=True, learning_rate_factor=3) == pytest.approx(3e-3)
+
+
+def test_what_cannot_be_is_refused_in_one_line(base_of: BaseOf, document: str, tmp_path: Path) -> None:
+    base = base_of("llama")
+    with pytest.raises(UsageError, match="num_virtual_tokens 512 fills the base's 512 positions; give fewer than 512"):
+        method_of("prefix")[0].attach(base, method_of("prefix", num_virtual_tokens=512)[1], 1)
+    with pytest.raises(UsageError, match="has 150 tokens for 151 virtual ones; give num_virtual_tokens: 150 or less"):
+        method_of("cartridge", document=document, num_virtual_tokens=151)
+    with pytest.raises(NotFoundError, match=r"no document .*none\.txt"):
+        method_of("cartridge", document=str(tmp_path / "none.txt"))
+    with pytest.raises(ValidationError, match="num_frozen_tokens must be less than num_virtual_tokens, 4"):
+        method_of("cartridge", num_virtual_tokens=4, num_frozen_tokens=4)
+    done = job("prefix", max_steps=1)
+    train(base, done, tmp_path, QUIET)
+    with pytest.raises(IncompatibleError, match=r"reply has the scale 0\.5, but a prefix is there or not"):
+        done.method.fold(checkpoint_of(done, base, tmp_path, 0.5), "prefix")
+    with pytest.raises(IncompatibleError, match="the prefix has 128 values a token where the base takes 384"):
+        done.method.fold(checkpoint_of(done, base_of("gemma3"), tmp_path), "prefix")
+
+
+def test_a_document_lies_beside_the_recipe(document: str, tmp_path: Path) -> None:
+    method = {"name": "cartridge", "document": "document.txt"}
+    recipe = {"name": "x", "base": "b.gguf", "adapters": {"a": {"data": {"train": "rows.jsonl"}, "method": method}}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    read = load_recipe(tmp_path / "recipe.yaml")
+    assert read.adapters["a"].method.options.model_dump()["document"] == document
+    prepared = method_of("cartridge", document=document)[1]
+    assert prepared.document_tokens == tuple(map(ord, DOCUMENT))
+    assert "document_tokens" not in prepared.model_dump()
+    assert prepared.document_digest == sha256(DOCUMENT.encode()).hexdigest()
+    assert read.resolved()["adapters"]["a"]["method"]["document"] == "document.txt"

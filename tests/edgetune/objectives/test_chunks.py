@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_model
+from torch.nn.functional import cross_entropy
+
+from edgetune import methods
+from edgetune.objectives import chunks
+from edgetune.objectives.example import Example
+from edgetune.objectives.next_token import NEXT_TOKEN, packed_logits
+
+VOCABULARY = 384
+
+
+def batch() -> Any:  # noqa: ANN401 - of an objective
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, VOCABULARY, (3, 30), generator=generator).tolist()
+    return NEXT_TOKEN.batch([Example(tuple(row), (False,) * 10 + (True,) * 20, 10) for row in tokens])
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("method", "options"), [("lora", {"r": 4}), ("full", {}), ("lora", {"target_modules": ("q_proj", "lm_head")})]
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+def test_a_loss_by_chunks_has_the_value_and_gradients_of_one_on_all_logits(
+    arch: str, method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, kind = make_model(arch, VOCABULARY), methods.load(method)
+    tuned = kind.attach(base, kind.options.model_validate(options), 1)
+    base.set_attn_implementation(NEXT_TOKEN.attention)
+    packed = batch()
+
+    def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        tuned.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in tuned.named_parameters() if p.grad is not None}
+
+    whole = cross_entropy(packed_logits(tuned, packed).float(), packed.targets, reduction="sum")
+    wanted = gradients(whole)
+    # 60 predictions in chunks of 7.
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 7 * VOCABULARY)
+    loss = NEXT_TOKEN.loss(tuned, tuned, packed)
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    found = gradients(loss)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+    with torch.no_grad():
+        assert NEXT_TOKEN.loss(tuned, tuned, packed).item() == pytest.approx(whole.item(), rel=1e-6)
+    assert packed_logits(tuned, packed).shape == (60, VOCABULARY)
+
+
+def test_logits_are_made_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, rows = make_model("llama", VOCABULARY), []
+    base.set_attn_implementation(NEXT_TOKEN.attention)
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 25 * VOCABULARY)
+
+    def loss_of(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        rows.append((len(logits), part.start))
+        return logits.sum()
+
+    chunks.summed_loss(partial(packed_logits, base, batch()), base, loss_of)
+    assert rows == [(25, 0), (25, 25), (10, 50)]

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_devices import boards
+from edgetune_export.backends.gguf.quantize import SCHEMES
+from edgetune_runtime.errors import NotFoundError, UsageError
+from pydantic import ValidationError
+
+from edgetune import methods
+from edgetune.data import read_rows
+from edgetune.recipe.model import TEMPLATE, Recipe, json_schema, load_recipe
+from edgetune.recipe.parts import is_hub_id
+from edgetune.recipe.reference import reference
+
+GOOD = """\
+name: home
+base: smollm2-135m
+training: {epochs: 2, learning_rate: 1e-3}
+adapters:
+  command:
+    data:
+      train: data/command.jsonl
+    method: lora
+  intent:
+    data: {train: owner/intents, validation: ./check.csv}
+    method: {name: lora, rank: 8, alpha: 16}
+    training: {epochs: 5}
+"""
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write_recipe(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_recipe
+
+
+def problems_of(path: Path, overrides: Mapping[str, Any] | None = None) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value).replace(f"{path}:", "").splitlines()
+
+
+def test_defaults_fill_what_a_recipe_leaves_out(write: Write) -> None:
+    recipe = load_recipe(write(GOOD))
+    command = recipe.adapters["command"]
+    assert recipe.targets == ("gguf",)
+    assert recipe.training.learning_rate == 0.001
+    assert command.metric == "auto"
+    assert command.method.name == "lora"
+    assert command.method.options.model_dump()["r"] == 16
+
+
+def test_other_names_of_options_are_taken(write: Write) -> None:
+    options = load_recipe(write(GOOD)).adapters["intent"].method.options.model_dump()
+    assert (options["r"], options["lora_alpha"]) == (8, 16)
+
+
+def test_an_adapters_training_goes_over_the_recipes(write: Write) -> None:
+    recipe = load_recipe(write(GOOD))
+    assert recipe.training.under(recipe.adapters["command"].training).epochs == 2
+    own = recipe.training.under(recipe.adapters["intent"].training)
+    assert (own.epochs, own.learning_rate, own.batch_size) == (5, 0.001, 16)
+
+
+def test_data_paths_start_from_the_recipe_and_hub_ids_stay(write: Write, tmp_path: Path) -> None:
+    recipe = load_recipe(write(GOOD))
+    assert recipe.folder == tmp_path
+    assert recipe.adapters["command"].data.train == str(tmp_path / "data/command.jsonl")
+    assert recipe.adapters["intent"].data.train == "owner/intents"
+    assert recipe.adapters["intent"].data.validation == str(tmp_path / "check.csv")
+
+
+def test_a_file_without_suffix_beside_the_recipe_is_no_hub_id(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "intents").write_text("{}")
+    assert load_recipe(write(GOOD)).adapters["intent"].data.train == str(tmp_path / "owner/intents")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("owner/name", True),
+        ("owner/name:config", True),
+        ("owner/name-1.5:config@validation", True),
+        ("owner/name.jsonl", False),
+        ("./owner/name", False),
+        ("/owner/name", False),
+        ("name", False),
+        ("a/b/c", False),
+    ],
+)
+def test_a_hub_id_is_told_from_a_path(source: str, expected: bool) -> None:
+    assert is_hub_id(source) is expected
+
+
+def test_a_recipe_cannot_be_changed(write: Write) -> None:
+    recipe = load_recipe(write(GOOD))
+    with pytest.raises(ValidationError):
+        recipe.name = "other"
+
+
+def test_the_resolved_recipe_makes_the_same_recipe_and_names_no_folder_of_this_machine(
+    write: Write, tmp_path: Path
+) -> None:
+    base = tmp_path.parent / "elsewhere" / "base.gguf"
+    resolved = load_recipe(write(GOOD), {"base": str(base)}).resolved()
+    text = json.dumps(resolved)
+    assert str(tmp_path.parent) not in text
+    assert resolved["base"] == "base.gguf"
+    assert resolved["adapters"]["command"]["data"]["train"] == "data/command.jsonl"
+    assert resolved["adapters"]["intent"]["training"] == {"epochs": 5.0}
+    assert Recipe.model_validate(json.loads(text)).resolved() == resolved
+
+
+def test_all_problems_are_reported_at_once_in_the_files_order(write: Write) -> None:
+    path = write("""\
+name: My Home
+bse: smollm2-135m
+training:
+  epochs: three
+  batch_sise: 4
+  learning_rate: -1
+  schedule: cosin
+  patience: 2.5
+learning_rate: 1
+adapters:
+  Command:
+    data: {train: a.jsonl}
+  b:
+    scale: .inf
+    labels: [on, 5]
+    method: {name: lora, rank: -1, rr: 3, target_modules: 5}
+  c:
+    data: {train: a.jsonl, held_out: 2, columns: {prompt: q, completion: []}}
+    merged: maybe
+    method: loar
+  d:
+""")
+    assert problems_of(path) == [
+        "1: name: the name 'My Home' must be of a-z, 0-9, _ and -, and begin with a letter or a digit",
+        "1: base: is missing",
+        "2: bse: unknown key; did you mean 'base'?",
+        "4: training.epochs: 'three' is not a number",
+        "5: training.batch_sise: unknown key; did you mean 'batch_size'?",
+        "6: training.learning_rate: -1 is not greater than 0",
+        "7: training.schedule: 'cosin' is not one of: 'cosine', 'linear' or 'constant'; did you mean 'cosine'?",
+        "8: training.patience: 2.5 is not a whole number",
+        "9: learning_rate: unknown key; did you mean 'training.learning_rate'?",
+        "11: adapters.Command: the name 'Command' must be of a-z, 0-9, _ and -, and begin with a letter or a digit",
+        "13: adapters.b.data: is missing",
+        "14: adapters.b.scale: inf is not a finite number",
+        "15: adapters.b.labels.1: 5 is not text; put it in quotes if it should be",
+        "16: adapters.b.method.target_modules: 5 does not fit; it is: "
+        "Modules to adapt: all-linear, names such as [q_proj, v_proj], or auto, which chooses modules and a rank of "
+        "at most r by what they cost and give (docs/placement.md)",
+        "16: adapters.b.method.rank: -1 is not greater than 0",
+        "16: adapters.b.method.rr: unknown key; did you mean 'r'?",
+        "18: adapters.c.data.held_out: 2 is not less than 1",
+        "18: adapters.c.data.columns.completion: the list is empty; name at least one column",
+        "19: adapters.c.merged: 'maybe' is neither true nor false",
+        "20: adapters.c.method: no method 'loar'; did you mean 'lora'?",
+        "21: adapters.d: null is not a mapping of keys to values",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("adapters", "{}", "--set adapters: needs at least 1"),
+        ("adapters.command.labels", "[a]", "needs at least 2 labels"),
+        ("adapters.command.labels", "[a, b, a]", "'a' is there twice"),
+        ("adapters.command.method", "[lora]", "['lora'] is not a method"),
+        ("adapters.command.system", "''", "is empty"),
+        ("adapters.intent.method.r.x", "1", "adapters.intent.method.r holds no keys"),
+        ("training.epochs", "[", "'[' is not a YAML value"),
+        ("training", "{epochs: 0}", "--set training: training.epochs: 0 is not greater than 0"),
+        ("adapters.comand.scale", "2", "no adapter 'comand'; did you mean 'command'?"),
+        ("quantize", "q4_9", "no quantization 'q4_9'"),
+        ("device", "pi-55", "no board 'pi-55'; did you mean 'pi-5'?"),
+    ],
+)
+def test_a_wrong_override_is_named_by_its_flag(write: Write, key: str, value: str, problem: str) -> None:
+    (line,) = problems_of(write(GOOD.replace("rank: 8", "r: 8")), {key: value})
+    assert line.startswith(f"--set {key}: ")
+    assert problem in line
+
+
+def test_problems_of_overrides_and_of_the_file_come_together(write: Write) -> None:
+    path = write(GOOD.replace("epochs: 2", "epochs: two"))
+    lines = problems_of(path, {"threads": "many", "adapters.x.scale": 1})
+    assert lines == [
+        "--set adapters.x.scale: no adapter 'x'; choose one of: command, intent",
+        "--set threads: 'many' is not a whole number",
+        "3: training.epochs: 'two' is not a number",
+    ]
+
+
+def test_overrides_replace_the_files_values(write: Write) -> None:
+    overrides = {
+        "training.epochs": "1",
+        "adapters.command.method.r": 4,
+        "adapters.intent.method.r": "4",
+        "adapters.intent.training": None,
+        "device": "pi-5",
+        "adapters.command.data.columns": "{prompt: q, completion: [a, b]}",
+    }
+    with pytest.raises(UsageError, match="null is not a mapping"):
+        load_recipe(write(GOOD), overrides)
+    del overrides["adapters.intent.training"]
+    recipe = load_recipe(write(GOOD), overrides)
+    assert recipe.training.epochs == 1
+    assert [spec.method.options.model_dump()["r"] for spec in recipe.adapters.values()] == [4, 4]
+    assert recipe.device == "pi-5"
+    columns = recipe.adapters["command"].data.columns
+    assert columns is not None
+    assert columns.completion == ("a", "b")
+
+
+def test_two_names_of_one_option_are_refused(write: Write) -> None:
+    (line,) = problems_of(write(GOOD.replace("rank: 8", "rank: 8, r: 8")))
+    assert line == "11: adapters.intent.method.rank: is another name of 'r'; keep one"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("name: a\nbase: b\nname: c\n", "3: the key 'name' is there twice; keep one"),
+        ("name: [a\nbase: b\n", "2: not YAML"),
+        ("name: a\n\tbase: b\n", "2: not YAML"),
+        ("", "1: the recipe is empty"),
+        ("- a\n", "1: the recipe is not a mapping"),
+        ("name: *nobody\n", "1: not YAML"),
+        ("a: " + "[" * 3000, "is nested too deep"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_with_its_line(write: Write, text: str, problem: str) -> None:
+    (line,) = problems_of(write(text))
+    assert problem in line
+
+
+def test_a_missing_recipe_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="edgetune init"):
+        load_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(UsageError, match="is a folder"):
+        load_recipe(tmp_path)
+
+
+def test_a_recipe_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(UsageError, match="not UTF-8 text at byte 9"):
+        load_recipe(path)
+
+
+def test_yaml_anchors_may_share_settings(write: Write) -> None:
+    text = GOOD.replace("training: {epochs: 2", "training: &t {epochs: 2").replace("{epochs: 5}", "{<<: *t, seed: 4}")
+    recipe = load_recipe(write(text))
+    training = recipe.training.under(recipe.adapters["intent"].training)
+    assert (training.epochs, training.seed) == (2, 4)
+
+
+def test_the_template_is_a_valid_recipe_whose_data_forms_are_read(write: Write, tmp_path: Path) -> None:
+    recipe = load_recipe(write(TEMPLATE))
+    (tmp_path / "data").mkdir()
+    examples = [line.strip("# ") for line in TEMPLATE.splitlines() if line.strip().startswith("#   {")]
+    Path(recipe.adapters["command"].data.train).write_text("\n".join(examples), encoding="utf-8")
+    Path(recipe.adapters["intent"].data.train).write_text("sentence,intent\nwarmer please,heating\n")
+    for spec in recipe.adapters.values():
+        assert read_rows(spec.data.train, spec.data.columns, labels=spec.labels)
+
+
+def test_the_schema_names_every_key_method_and_board() -> None:
+    schema = json_schema()
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert schema["properties"]["device"]["anyOf"][0]["enum"] == boards.names()
+    assert set(schema["properties"]["quantize"]["anyOf"][0]["enum"]) == set(SCHEMES)
+    short, *long = schema["$defs"]["MethodSpec"]["oneOf"]
+    assert short["enum"] == methods.names()
+    for name, method in zip(methods.names(), long, strict=True):
+        assert method["properties"]["name"]["const"] == name
+        assert set(methods.load(name).options.model_fields) < set(method["properties"])
+    assert {"rank", "alpha", "dropout"} < set(long[methods.names().index("lora")]["properties"])
+    undescribed = [key for key, value in schema["properties"].items() if not value.get("description")]
+    assert not undescribed
+
+
+def test_the_reference_in_the_docs_is_up_to_date() -> None:
+    written = Path(__file__).parents[3] / "docs" / "recipe.md"
+    assert written.read_text(encoding="utf-8") == reference(), "run: make docs/recipe.md"

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
+from edgetune_runtime.formats.gguf_file import read_header
+
+from edgetune import needs as build_needs
+from edgetune.cli.validate import check
+from edgetune.folder_header import predict_header
+from edgetune.needs import BuildNeeds, Room
+from edgetune.pipeline import build
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.tasks import read_task
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+NEEDS = BuildNeeds(1_700_000_000, 6800, 12000, 8000, 15000, 2000, 20000, 3000, 900)
+PLENTY = Room(Path("/data"), 64000.0, 500000.0)
+
+
+def recipe_of(folder: Path, base: Path, method: object = "lora", **keys: object) -> Recipe:
+    rows = [{"prompt": f"turn on the light {number}", "completion": "reply on"} for number in range(10)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    adapters = {"command": {"method": method, "data": {"train": "rows.jsonl", "held_out": 0.2}}}
+    training = {"max_steps": 4, "evals": 2, "batch_size": 4, "precision": "fp32"}
+    values = {"name": "home", "base": str(base), "training": training, "adapters": adapters, **keys}
+    return Recipe.model_validate(values, context={"folder": folder})
+
+
+def needs_of(recipe: Recipe) -> BuildNeeds:
+    header = build_needs.header_of(recipe)
+    assert header is not None
+    return build_needs.of_recipe(recipe, [read_task(name, recipe) for name in recipe.adapters], header)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_header_of_a_folder_is_that_of_the_file_it_is_converted_to(
+    arch: str, tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
+) -> None:
+    predicted, converted = predict_header(tiny_folder(arch)), read_header(tiny_gguf(arch))
+    sizes = {name: tensor.shape for name, tensor in converted.tensors.items() if name != "rope_freqs.weight"}
+    assert {name: tensor.shape for name, tensor in predicted.tensors.items()} == sizes
+    for key, value in predicted.metadata.items():
+        assert converted.metadata[key] == value, key
+
+
+def test_a_damaged_folder_is_told(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    config = (tiny_folder("llama") / "config.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    for content in (b"", b"short", (1 << 60).to_bytes(8, "little") + b"{}", bytes([2, *bytes(7)]) + b"[]"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(VerificationError, match=r"is no \.safetensors file; get the model again"):
+            predict_header(tmp_path)
+
+
+def test_the_needs_of_a_folder_are_those_of_its_file(
+    tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"quantize": "q8_0", "targets": ["gguf", "onnx"]}
+    of_folder, of_file = (needs_of(recipe_of(tmp_path, base("llama"), **keys)) for base in (tiny_folder, tiny_gguf))
+    # A file brings its tokenizer.
+    assert of_folder == replace(
+        of_file,
+        bundle_mb=pytest.approx(of_file.bundle_mb, abs=0.1),
+        disk_mb=pytest.approx(of_file.disk_mb, abs=0.2),
+        least_disk_mb=pytest.approx(of_file.least_disk_mb, abs=0.2),
+        onnx_mb=pytest.approx(of_file.onnx_mb, abs=0.1),
+    )
+
+
+def test_needs_follow_from_what_the_recipe_asks_for(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    base = tiny_gguf("llama")
+    lora = needs_of(recipe_of(tmp_path, base))
+    assert lora.onnx_mb == 0
+    assert lora.bundle_mb == pytest.approx(base.stat().st_size / 1e6, rel=0.5)
+    both = needs_of(recipe_of(tmp_path, base, targets=["gguf", "onnx"]))
+    assert both.bundle_mb == pytest.approx(lora.bundle_mb + both.onnx_mb)
+    assert both.disk_mb > both.least_disk_mb > both.bundle_mb > lora.bundle_mb
+    assert both.export_mb > lora.export_mb
+    full, last = (needs_of(recipe_of(tmp_path, base, {"name": name, **options})) for name, options in TRAINS_BASE)
+    assert full.training_mb > last.training_mb > lora.weights_mb
+    assert full.bundle_mb > base.stat().st_size / 1e6
+    assert needs_of(recipe_of(tmp_path, base, {"name": "lora", "target_modules": "auto"})) == lora
+
+
+TRAINS_BASE: list[tuple[str, dict[str, int]]] = [("full", {}), ("last_layers", {"layers": 1})]
+
+
+def test_the_bundle_is_about_as_large_as_predicted(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+    result = build(recipe, tmp_path / "home", progress=Progress(quiet=True))
+    assert result is not None
+    size = sum(path.stat().st_size for path in result.bundle.rglob("*") if path.is_file())
+    assert needs_of(recipe).bundle_mb * 1e6 == pytest.approx(size, rel=0.2)
+    left = sum(path.stat().st_size for path in tmp_path.glob("home.work/**/*") if path.is_file())
+    with_work, without = build_needs.room_for(tmp_path / "home"), build_needs.room_for(tmp_path / "other/home")
+    assert with_work.folder == tmp_path / "home"
+    assert without.folder == tmp_path
+    assert left > 0 and with_work.disk_mb > 0
+
+
+def test_a_machine_with_room_for_all_gets_no_warning(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+    assert build_needs.check(recipe, NEEDS, PLENTY) == []
+    assert build_needs.check(recipe, NEEDS, replace(PLENTY, memory_mb=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "error", "told"),
+    [
+        (
+            {"memory_mb": 3000.2},
+            IncompatibleError,
+            "base 'BASE' of 1,700M parameters takes at least 6,800 MB of memory in float32, and 3,001 MB are free; "
+            "close other programs, or choose a base of at most 575M parameters",
+        ),
+        (
+            {"disk_mb": 1000.0},
+            OutOfSpaceError,
+            "building takes at least 3,000 MB of disk, and /data has 1,000 MB free; free 2,000 MB or choose another "
+            "--out, or build targets: [gguf] alone, whose bundle is 900 MB smaller",
+        ),
+    ],
+)
+def test_what_surely_cannot_be_built_is_refused_with_what_would_fit(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path, room: dict[str, float], error: type[EdgetuneError], told: str
+) -> None:
+    base = tiny_gguf("llama")
+    recipe = recipe_of(tmp_path, base, targets=["gguf", "onnx"])
+    with pytest.raises(error) as raised:
+        build_needs.check(recipe, NEEDS, replace(PLENTY, **room))
+    assert str(raised.value) == told.replace("BASE", str(base))
+
+
+def test_what_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+    disk, memory = build_needs.check(recipe, NEEDS, Room(Path("/data"), 9000.0, 5000.0))
+    assert disk == (
+        "building takes up to 20,000 MB of disk, and /data has 5,000 MB free; free 15,000 MB or choose another --out"
+    )
+    assert memory.startswith("export takes about 15,000 MB of memory, and 9,000 MB are free; close other programs")
+
+
+def test_validate_tells_the_needs(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    found = check(recipe_of(tmp_path, tiny_gguf("llama")), tmp_path / "home")["needs"]
+    for key in ("memory_mb", "training_mb", "export_mb", "disk_mb", "bundle_mb", "free_disk_mb"):
+        assert isinstance(found[key], int) and found[key] > 0, key
+    assert found["summary"].startswith("memory about ")
+    assert json.loads(json.dumps(found)) == found
+    assert check(recipe_of(tmp_path, Path("nobody/nothing")))["needs"] is None
+
+
+def test_a_build_tells_its_needs_first(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    class Stopping(Progress):
+        def say(self, text: str) -> None:
+            lines.append(text)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe_of(tmp_path, tiny_folder("llama")), tmp_path / "home", progress=Stopping(quiet=True))
+    assert lines[0].startswith("needs memory about ")
+    assert not (tmp_path / "home.work").exists()
+
+
+def test_the_memory_limit_of_the_recipe_counts(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    base, long = tiny_gguf("llama"), {"batch_size": 4000, "max_steps": 4}
+    free, limited = (needs_of(recipe_of(tmp_path, base, training=long | limit)) for limit in ({}, {"memory_mb": 1_000}))
+    assert free.training_mb > free.least_training_mb == limited.least_training_mb
+    assert limited.training_mb == max(limited.least_training_mb, min(1_000, free.training_mb))
+
+
+def test_numbers_are_rounded_up() -> None:
+    text = build_needs.describe(replace(NEEDS, bundle_mb=0.2), replace(PLENTY, memory_mb=None))
+    assert "the bundle 1 MB of it" in text
+    assert math.isclose(NEEDS.memory_mb, 15000)
+
+
+def test_a_limit_that_training_does_not_fit_within_is_told_before_any_work(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def recipe(limit_mb: int) -> Recipe:
+        return recipe_of(tmp_path, tiny_gguf("llama"), training={"memory_mb": limit_mb})
+
+    told = "training takes at least about 8,000 MB; set it to 8,000 or more"
+    assert build_needs.check(recipe(8000), NEEDS, PLENTY) == []
+    assert [told in warning for warning in build_needs.check(recipe(5000), NEEDS, PLENTY)] == [True]
+    with pytest.raises(UsageError, match=f"training.memory_mb is 3,000, and {told}"):
+        build_needs.check(recipe(3000), NEEDS, PLENTY)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from edgetune_runtime.errors import UsageError
+from trainings import Listening, job
+
+from edgetune.bases import Base, load_torch
+from edgetune.cli import trial
+from edgetune.recipe.model import Recipe
+from edgetune.training.duration import TRIAL_STEPS, TimeTrial, duration, tokens_left
+from edgetune.training.loop import train
+
+
+def recipe_of(folder: Path, base: Path, **keys: object) -> Recipe:
+    rows = [{"text": f"turn on the light {number}", "label": ("on", "off")[number % 2]} for number in range(40)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    method = {"name": "lora", "target_modules": "all-linear"}
+    adapters = {"command": {"method": method, "data": {"train": "rows.jsonl", "held_out": 0.2}}}
+    training = {"batch_size": 4, "precision": "fp32"}
+    values = {"name": "home", "base": str(base), "training": training, "adapters": adapters, **keys}
+    return Recipe.model_validate(values, context={"folder": folder})
+
+
+def told(steps: int, left: float, later: float, *, tokens: int = 100, seconds: float = 0.5) -> list[str]:
+    """What a trial says whose first two steps take ten times as long."""
+    made, now, lines = TimeTrial("reply", left, later), 0.0, []
+    for step in range(steps):
+        now += seconds * (10 if step < 2 else 1)
+        lines.append(made.step(tokens, now))
+    return [line for line in lines if line is not None]
+
+
+def test_the_first_ten_steps_tell_the_time_left_once() -> None:
+    assert told(TRIAL_STEPS - 1, 13_000, 0) == []
+    assert told(40, 13_000, 0) == ["reply: about 1 min left at 200 tokens/s"]
+    assert told(40, 13_000, 240_000) == ["reply: about 1 min left at 200 tokens/s, 21 min with the trainings after it"]
+
+
+def test_a_training_that_is_nearly_over_tells_nothing() -> None:
+    assert told(10, 1000, 0) == []
+    assert told(10, 1000, 24_000) == ["reply: about 0 s left at 200 tokens/s, 2 min with the trainings after it"]
+
+
+def test_a_clock_that_stands_still_tells_nothing() -> None:
+    assert told(20, 13_000, 0, seconds=0) == []
+
+
+def test_tokens_are_those_of_all_steps_and_half_of_the_validation() -> None:
+    work = job("lora", max_steps=6, evals=2)
+    rows, validation = sum(len(row.tokens) for row in work.train), sum(len(row.tokens) for row in work.validation)
+    # Six steps of 8 of the 24 rows are two epochs.
+    assert tokens_left(work.train, work.validation, work.training) == 2 * rows + 2 * validation / 2
+    assert tokens_left(work.train, work.validation, work.training, 3) == rows + validation / 2
+    assert tokens_left(work.train, work.validation, work.training, 6) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 s"), (59, "59 s"), (61, "2 min"), (840, "14 min"), (7800, "2 h 10 min")]
+)
+def test_a_duration_is_rounded_up(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_training_says_how_long_it_takes(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:
+    progress = Listening()
+    work = job("lora", max_steps=40, evals=1)
+    train(load_torch(tiny_base("llama"), torch.float32), work, tmp_path, progress, later=1e9)
+    (line,) = progress.lines
+    assert re.fullmatch(r"reply: about \d+ s left at \d+ tokens/s, .* with the trainings after it", line)
+
+
+def test_a_trial_tells_speed_and_time_and_leaves_nothing(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+    found = trial.run(recipe, tmp_path / "home", Listening())
+    assert found["tokens_per_s"] > 0 and found["training_s"] >= 0
+    assert re.fullmatch(r"training takes about .+ at the \d+ tokens/s of command", found["summary"])
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_an_encoder_has_no_trial(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_encoder("bert"), task="text-classification", targets=["onnx"])
+    with pytest.raises(UsageError, match="--trial is for bases that write text"):
+        trial.run(recipe, tmp_path / "home", Listening())

@@ -1,0 +1,83 @@
+"""The fused layers give the losses and gradients of PEFT's and transformers' own, and leave no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import ARCHITECTURES, make_model
+from trainings import VOCABULARY, answer
+
+from edgetune.objectives.next_token import NEXT_TOKEN
+from edgetune.objectives.packing import ATTENTION
+from edgetune.training.fused import fused
+
+
+def _tuned(arch: str, **options: Any) -> Any:  # noqa: ANN401 - PEFT's
+    base = make_model(arch, VOCABULARY)
+    base.set_attn_implementation(ATTENTION)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **options))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401 - as above
+    """The loss and the gradients of one packed pass."""
+    model.zero_grad()
+    loss = NEXT_TOKEN.loss(model, model, NEXT_TOKEN.batch([answer(number) for number in range(6)]))
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _fused_modules(model: torch.nn.Module) -> list[str]:
+    return [type(module).__name__ for module in model.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_losses_and_gradients_are_those_of_the_own_layers(arch: str, targets: Any) -> None:  # noqa: ANN401
+    model = _tuned(arch, target_modules=targets)
+    expected = _gradients(model)
+    with fused(model):
+        changed = set(_fused_modules(model))
+        found = _gradients(model)
+    assert "Linear" in changed
+    assert any(name.endswith("RMSNorm") for name in changed)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_no_module_keeps_its_fused_forward() -> None:
+    model = _tuned("llama", target_modules="all-linear")
+    with pytest.raises(KeyboardInterrupt), fused(model):
+        raise KeyboardInterrupt
+    assert not _fused_modules(model)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}], ids=str)
+def test_layers_that_compute_more_than_a_plain_lora_keep_their_forward(options: dict[str, Any]) -> None:
+    model = _tuned("qwen2", target_modules=["q_proj"], **options)
+    with fused(model):
+        assert "Linear" not in _fused_modules(model)
+
+
+def test_layers_in_bf16_keep_their_forward() -> None:
+    model = _tuned("llama", target_modules="all-linear").to(torch.bfloat16)
+    with fused(model):
+        assert not _fused_modules(model)
+
+
+def test_a_disabled_adapter_does_nothing() -> None:
+    model = _tuned("llama", target_modules="all-linear")
+    tokens = torch.tensor([answer(0).tokens])
+    with model.disable_adapter():
+        expected = model(input_ids=tokens, use_cache=False, packed=NEXT_TOKEN.batch([answer(0)])).logits
+        with fused(model):
+            found = model(input_ids=tokens, use_cache=False, packed=NEXT_TOKEN.batch([answer(0)])).logits
+    torch.testing.assert_close(found, expected)

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from edgetune_runtime.errors import CancelledError, EdgetuneError, UsageError
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import make_model
+from torch.nn.functional import cross_entropy
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from trainings import Stopping
+from transformers import PreTrainedModel
+
+from edgetune import methods
+from edgetune.objectives.example import Example
+from edgetune.progress import Progress
+from edgetune.recipe.parts import Training
+from edgetune.training import memory
+from edgetune.training.job import Job, finished
+from edgetune.training.loop import train
+
+QUIET = Progress(quiet=True)
+VOCABULARY = 384
+HEADER = (10, 11, 12)
+
+
+@pytest.fixture(scope="module")
+def base() -> PreTrainedModel:
+    return make_model("llama", VOCABULARY)
+
+
+@pytest.fixture
+def run(base: PreTrainedModel, tmp_path: Path) -> Callable[..., Any]:
+    """`run(job, folder_name, progress)`: the result of a training in that folder below tmp_path."""
+    return lambda job, folder="run", progress=QUIET: train(base, job, tmp_path / folder, progress)
+
+
+def answer(number: int, shift: int = 0) -> Example:
+    """A question whose answer follows from its number: `shift` makes another rule."""
+    tokens = (*HEADER, 30 + number, 13, 130 + (number + shift) % 40, 131 + (number + shift) % 40, 2)
+    return Example(tokens, (False,) * 5 + (True,) * 3, 5)
+
+
+def job(
+    method: dict[str, Any] | None = None,
+    validation: Sequence[Example] | None = None,
+    rows: int = 24,
+    **training: object,
+) -> Job:
+    options = {"max_steps": 12, "epochs": 100, "evals": 3, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32"}
+    lora = methods.load("lora")
+    return Job(
+        name="reply",
+        method=lora,
+        options=lora.options.model_validate({"r": 4, **(method or {})}),
+        training=Training.model_validate({**options, **training}),
+        train=[answer(number) for number in range(rows)],
+        validation=[answer(number) for number in range(0, 24, 3)] if validation is None else validation,
+        key="abc",
+    )
+
+
+OVERFITTING = job(
+    rows=4, validation=[answer(n, shift=7) for n in range(8)], max_steps=40, evals=20, batch_size=4, patience=None,
+    seed=1,
+)  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(folder / "adapter/adapter_model.safetensors")
+    return found
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(tensor.abs().max() > 0 for name, tensor in a.items() if "lora_B" in name)
+
+
+def state_of(folder: Path) -> Any:  # noqa: ANN401 - as saved
+    return torch.load(folder / "state.pt", weights_only=True)["state"]
+
+
+def loss_of(model: Any, rows: Sequence[Example]) -> float:  # noqa: ANN401 - with or without PEFT around it
+    """The mean loss of the learned tokens, rows run one by one with transformers' own attention."""
+    logits = torch.cat([model(torch.tensor([row.tokens])).logits[0, 4:7] for row in rows])
+    return cross_entropy(logits, torch.tensor([row.tokens[5:] for row in rows]).flatten()).item()
+
+
+def test_a_training_learns_its_task_and_tells_its_figures(run: Callable[..., Any], tmp_path: Path) -> None:
+    result = run(job(max_steps=40))
+    losses = [point.val_loss for point in result.history]
+    assert losses[-1] == result.val_loss < 0.7 * losses[0]
+    assert [point.step for point in result.history] == [2, 5, 8, 11, 14, 17, 20, 22, 25, 28, 31, 34, 37, 40]
+    assert (result.steps, result.best_step, result.overfit_step, result.precision) == (40, 40, None, "fp32")
+    assert result.tokens == 40 * 8 * 8
+    assert 0 < result.trainable_parameters < result.total_parameters
+    assert min(result.seconds, result.tokens_per_s, result.peak_memory_mb) > 0
+    lines = (tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["val_loss"] for line in lines] == losses
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "log.jsonl", "result.json"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 8}, "lora_dropout": 0.1},
+        {"loraplus_lr_ratio": 4, "target_modules": ["q_proj", "v_proj"]},
+    ],
+)
+def test_the_forms_of_lora_learn(method: dict[str, Any], run: Callable[..., Any], tmp_path: Path) -> None:
+    result = run(job(method))
+    assert result.val_loss < result.history[0].val_loss
+    ranks = {tensor.shape[0] for name, tensor in weights(tmp_path / "run").items() if "q_proj.lora_A" in name}
+    assert ranks == {method.get("rank_pattern", {}).get("q_proj", 4)}
+
+
+def test_bf16_trains_on_the_cpu(tmp_path: Path) -> None:
+    result = train(make_model("llama", VOCABULARY).bfloat16(), job(precision="bf16"), tmp_path, QUIET)
+    assert result.precision == "bf16"
+    assert result.val_loss < 0.95 * result.history[0].val_loss
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path).values())
+
+
+def test_the_base_is_left_as_it_was(base: PreTrainedModel, run: Callable[..., Any], tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    modules = [(name, type(module)) for name, module in base.named_modules()]
+    attention = base.config._attn_implementation
+
+    def assert_unchanged() -> None:
+        after = base.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert [(name, type(module)) for name, module in base.named_modules()] == modules
+        assert base.config._attn_implementation == attention
+
+    run(job(max_steps=2))
+    assert_unchanged()
+    with pytest.raises(RuntimeError, match="killed"):
+        run(job(), "killed", Stopping(2, type("KilledError", (RuntimeError,), {"__str__": lambda _: "killed"})))
+    assert_unchanged()
+    with pytest.raises(UsageError, match="no module 'q_porj'"):
+        run(job({"target_modules": ["q_porj"]}), "refused")
+    assert_unchanged()
+
+
+@pytest.fixture(scope="module")
+def whole(base: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `RESUMED`, trained in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(base, RESUMED, folder, QUIET)
+    return folder
+
+
+RESUMED = job({"lora_dropout": 0.2}, evals=3, weight_decay=0.1)
+
+
+def assert_as_in_one_go(folder: Path, whole: Path) -> None:
+    assert_same_weights(folder, whole)
+    (first, second) = (finished(path, "abc") for path in (folder, whole))
+    assert first is not None
+    assert second is not None
+    assert (first.history, first.steps, first.tokens) == (second.history, second.steps, second.tokens)
+    assert not (folder / "state.pt").exists()
+
+
+@pytest.mark.parametrize("step", [1, 9, 12])
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    step: int, run: Callable[..., Any], tmp_path: Path, whole: Path
+) -> None:
+    with pytest.raises(CancelledError, match=f"training reply stopped at step {step}; run it again to go on"):
+        run(RESUMED, progress=Stopping(step, KeyboardInterrupt))
+    assert state_of(tmp_path / "run")["step"] == step
+    assert not (tmp_path / "run/result.json").exists()
+    run(RESUMED)
+    assert_as_in_one_go(tmp_path / "run", whole)
+
+
+def test_a_killed_run_goes_on_from_its_last_validation(run: Callable[..., Any], tmp_path: Path, whole: Path) -> None:
+    with pytest.raises(RuntimeError):
+        run(RESUMED, progress=Stopping(8, RuntimeError))
+    assert state_of(tmp_path / "run")["step"] == 6
+    run(RESUMED)
+    assert_as_in_one_go(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("point", [3, 12])
+def test_a_run_interrupted_while_it_validates_validates_again(
+    point: int, base: PreTrainedModel, run: Callable[..., Any], tmp_path: Path, whole: Path
+) -> None:
+    passes = []
+
+    def interrupt(model: torch.nn.Module, _inputs: object) -> None:
+        passes.extend([] if model.training else [1])
+        if len(passes) == point // 3:
+            raise KeyboardInterrupt
+
+    hook = base.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(CancelledError, match=f"stopped at step {point}"):
+            run(RESUMED)
+    finally:
+        hook.remove()
+    run(RESUMED)
+    assert_as_in_one_go(tmp_path / "run", whole)
+
+
+def test_a_run_interrupted_in_the_middle_of_a_step_takes_it_again_wholly(
+    base: PreTrainedModel, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "MOST_TOKENS", 40)
+    run(RESUMED, "whole")
+    passes = []
+
+    def interrupt(model: torch.nn.Module, _inputs: object) -> None:
+        passes.extend([1] if model.training else [])
+        # Two more passes before the first step measure what a pass keeps.
+        if len(passes) == 12:
+            raise KeyboardInterrupt
+
+    hook = base.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(CancelledError, match="stopped at step 4"):
+            run(RESUMED)
+    finally:
+        hook.remove()
+    run(RESUMED)
+    assert_as_in_one_go(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_interrupted_while_weights_change_goes_on_from_the_state_before(
+    run: Callable[..., Any], tmp_path: Path, whole: Path
+) -> None:
+    steps = []
+
+    def interrupt(*_: object) -> None:
+        steps.append(1)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+
+    hook = register_optimizer_step_post_hook(interrupt)
+    try:
+        with pytest.raises(CancelledError):
+            run(RESUMED)
+    finally:
+        hook.remove()
+    run(RESUMED)
+    assert_as_in_one_go(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no state", b"PK\x03\x04 cut off"])
+def test_a_damaged_state_starts_the_run_anew(
+    damage: bytes, run: Callable[..., Any], tmp_path: Path, whole: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/state.pt").write_bytes(damage)
+    run(RESUMED)
+    assert_as_in_one_go(tmp_path / "run", whole)
+
+
+def test_a_state_of_another_key_is_not_taken_up(run: Callable[..., Any], tmp_path: Path, whole: Path) -> None:
+    other = job(learning_rate=5e-2)
+    with pytest.raises(CancelledError):
+        run(Job(**{**vars(other), "key": "other"}), progress=Stopping(5, KeyboardInterrupt))
+    run(RESUMED)
+    assert_as_in_one_go(tmp_path / "run", whole)
+
+
+def test_the_adapter_is_the_best_checkpoint_by_validation_loss(run: Callable[..., Any], tmp_path: Path) -> None:
+    result = run(OVERFITTING)
+    losses = {point.step: point.val_loss for point in result.history}
+    assert result.best_step == min(losses, key=lambda step: losses[step]) < result.steps == 40
+    assert (result.overfit_step, result.val_loss) == (result.best_step, losses[result.best_step])
+    assert losses[40] > 1.1 * result.val_loss
+    tuned = PeftModel.from_pretrained(make_model("llama", VOCABULARY), tmp_path / "run/adapter").eval()
+    with torch.no_grad():
+        assert loss_of(tuned, OVERFITTING.validation) == pytest.approx(result.val_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("stopped", [None, 4])
+def test_patience_ends_a_run_that_gets_no_better(stopped: int | None, run: Callable[..., Any], tmp_path: Path) -> None:
+    impatient = Job(**{**vars(OVERFITTING), "training": OVERFITTING.training.model_copy(update={"patience": 2})})
+    if stopped is not None:
+        with pytest.raises(CancelledError):
+            run(impatient, progress=Stopping(stopped, KeyboardInterrupt))
+    result = run(impatient)
+    after_best = [point for point in result.history if point.step > result.best_step]
+    assert len(after_best) == 2
+    assert all(point.val_loss >= result.val_loss for point in after_best)
+    assert result.steps == after_best[-1].step < 40
+
+
+def test_a_result_counts_only_for_its_key(run: Callable[..., Any], tmp_path: Path) -> None:
+    result = run(job(max_steps=2))
+    folder = tmp_path / "run"
+    assert finished(folder, "abc") == result
+    assert finished(folder, "abd") is None
+    assert finished(tmp_path / "none", "abc") is None
+    (folder / "result.json").write_text('{"key": "abc", "history"', encoding="utf-8")
+    assert finished(folder, "abc") is None
+
+
+@pytest.mark.parametrize(("steps", "evals"), [(3, 1), (1, 1), (4, 4)])
+def test_a_loss_that_is_no_number_is_an_error_with_a_remedy(
+    steps: int, evals: int, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(EdgetuneError, match=r"the loss is not a number at step [0-9]; lower training.learning_rate"):
+        run(job(learning_rate=1e30, warmup=0, max_steps=steps, evals=evals, max_grad_norm=1e30))
+    assert not (tmp_path / "run/result.json").exists()
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_the_seed_decides_the_weights(run: Callable[..., Any], tmp_path: Path) -> None:
+    for folder, seed in (("one", 1), ("again", 1), ("two", 2)):
+        run(job(seed=seed, max_steps=2), folder)
+    assert_same_weights(tmp_path / "one", tmp_path / "again")
+    name, first = next(iter(weights(tmp_path / "one").items()))
+    assert not torch.equal(first, weights(tmp_path / "two")[name])

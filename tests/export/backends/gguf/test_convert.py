@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from edgetune_export.backends.gguf import convert
+from edgetune_export.backends.gguf.convert import SCRIPT, check_folder, convert_folder, find_converter
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.formats.gguf_file import read_header
+
+VERSION = importlib.metadata.version("llama-cpp-python")
+# A build backend without dependencies, as pip asks a source distribution for its metadata.
+BACKEND = f"""\
+from pathlib import Path
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    made = Path(folder, "llama_cpp_python-{VERSION}.dist-info")
+    made.mkdir()
+    made.joinpath("METADATA").write_text("Metadata-Version: 2.1\\nName: llama-cpp-python\\nVersion: {VERSION}\\n")
+    return made.name
+"""
+SDIST = {
+    "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
+    "backend.py": BACKEND,
+    "PKG-INFO": f"Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: {VERSION}\n",
+    f"vendor/llama.cpp/{SCRIPT}": "print('converter')\n",
+    "vendor/llama.cpp/gguf-py/gguf/__init__.py": "",
+    "vendor/llama.cpp/src/llama.cpp": "int main() {}\n",
+}
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that pip takes for its only index, and an empty cache of edgetune's."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def put_sdist(index: Path, leave_out: str = "") -> None:
+    name = f"llama_cpp_python-{VERSION}"
+    with tarfile.open(index / f"{name}.tar.gz", "w:gz") as tar:
+        for path, text in SDIST.items():
+            if path.endswith(leave_out) and leave_out:
+                continue
+            entry = tarfile.TarInfo(f"{name}/{path}")
+            entry.size = len(text.encode())
+            tar.addfile(entry, io.BytesIO(text.encode()))
+
+
+def assert_refused(kind: type[EdgetuneError], message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_given_converter_is_a_checkout_or_its_script(tmp_path: Path) -> None:
+    script = tmp_path / SCRIPT
+    script.touch()
+    assert find_converter(tmp_path) == find_converter(script) == script
+
+
+def test_a_given_converter_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    for given in (tmp_path / "none", tmp_path, tmp_path / SCRIPT):
+        message = f"{given} holds no {SCRIPT}; give a llama.cpp checkout"
+        assert_refused(NotFoundError, message, lambda given=given: find_converter(given))  # type: ignore[misc]
+
+
+def test_the_converter_is_fetched_once_and_kept(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(convert.SDIST_SHA256, VERSION, raising=False)
+    put_sdist(index)
+    script = find_converter()
+    assert script.read_text(encoding="utf-8") == "print('converter')\n"
+    kept = {path.relative_to(script.parent).as_posix() for path in script.parent.rglob("*") if path.is_file()}
+    assert kept == {SCRIPT, "gguf-py/gguf/__init__.py"}
+    # Nothing but the converter is left in the cache, and pip would find nothing now.
+    assert [path.name for path in script.parent.parent.iterdir()] == [f"llama-cpp-python-{VERSION}"]
+    shutil.rmtree(index)
+    assert find_converter() == script
+
+
+@pytest.mark.parametrize(
+    ("given", "known", "error", "message"),
+    [
+        ("nothing", "", NotFoundError, "go online once, or give a llama.cpp checkout with --converter"),
+        ("sdist", "00" * 32, VerificationError, "is not the one that edgetune knows"),
+        ("sdist without the script", "", VerificationError, f"carries no {SCRIPT}"),
+    ],
+)
+def test_a_converter_that_cannot_be_had_is_an_error_and_leaves_nothing(
+    given: str, known: str, error: type[EdgetuneError], message: str, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(convert.SDIST_SHA256, VERSION, known)
+    if given != "nothing":
+        put_sdist(index, SCRIPT if "without" in given else "")
+    assert_refused(error, message, find_converter)
+    assert list((index.parent / "cache/edgetune").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        ({}, NotFoundError, "has no config.json; give a Hugging Face model folder"),
+        ({"config.json": "{"}, VerificationError, "names no model_type"),
+        ({"config.json": "[]"}, VerificationError, "names no model_type"),
+        ({"config.json": "{}"}, VerificationError, "names no model_type"),
+        ({"config.json": '{"model_type": "gpt2"}', "model.safetensors": ""}, IncompatibleError, "architecture 'gpt2'"),
+        ({"config.json": '{"model_type": ["llama"]}'}, IncompatibleError, "is not supported; choose one of: llama"),
+        ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, NotFoundError, "no .safetensors file"),
+    ],
+)
+def test_a_folder_that_cannot_be_converted_is_refused_before_any_work(
+    files: dict[str, str], error: type[EdgetuneError], message: str, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert_refused(error, message, lambda: check_folder(tmp_path))
+    # No converter was looked for: this one does not exist.
+    out = tmp_path / "out.gguf"
+    assert_refused(error, message, lambda: convert_folder(tmp_path, out, converter=tmp_path / "none"))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_supported_folders_are_told_by_their_gguf_architecture(
+    arch: str, tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
+) -> None:
+    assert check_folder(tiny_folder(arch)) == read_header(tiny_gguf(arch)).architecture == arch
+
+
+def test_a_folder_that_llama_cpp_refuses_gives_its_last_words(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "broken")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}), encoding="utf-8")
+    out = tmp_path / "out.gguf"
+    assert_refused(IncompatibleError, "NoSuchModel", lambda: convert_folder(folder, out))
+    assert not out.exists()

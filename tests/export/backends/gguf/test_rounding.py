@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from edgetune_export.backends.gguf.quantize import dequantize_rows, quantize_rows
+from edgetune_export.backends.gguf.rounding import rounded
+from edgetune_runtime.formats.gguf_file import GGML_TYPES, TensorInfo
+
+NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
+STEP = 1 / 127
+ROWS, COLUMNS = 64, 512
+
+
+def base_of(kind: str = "q8_0", seed: int = 0) -> tuple[bytes, TensorInfo]:
+    """Random weights between -1 and 1 in a type, and what a header says of them."""
+    values = np.random.default_rng(seed).uniform(-1, 1, (ROWS, COLUMNS)).astype(np.float32)
+    data = quantize_rows(values, NUMBERS[kind])
+    return data, TensorInfo("blk.0.ffn_up.weight", (COLUMNS, ROWS), NUMBERS[kind], 0, len(data))
+
+
+def test_the_base_itself_stays_byte_for_byte() -> None:
+    data, tensor = base_of()
+    assert rounded(data, tensor, dequantize_rows(data, tensor)) == data
+
+
+def test_many_small_changes_keep_their_sum_which_the_nearest_points_lose() -> None:
+    data, tensor = base_of()
+    base = dequantize_rows(data, tensor)
+    change = np.zeros_like(base)
+    change[:, ::2] = 0.05 * STEP
+    made = dequantize_rows(rounded(data, tensor, base + change), tensor) - base
+    nearest = dequantize_rows(quantize_rows(base + change, NUMBERS["q8_0"]), tensor) - base
+    # The sum over 16,384 weights, each of which moves by a step with odds of 1 in 20.
+    assert made[:, ::2].mean() == pytest.approx(0.05 * STEP, rel=0.1)
+    assert abs(nearest[:, ::2].mean()) < 0.01 * STEP
+    # Nothing moves by more than a step, and the others not at all.
+    assert np.abs(made[:, ::2]).max() < 1.1 * STEP
+    assert np.abs(made[:, 1::2]).max() < 1e-3 * STEP
+
+
+def test_large_changes_take_the_nearest_points_and_other_scales() -> None:
+    data, tensor = base_of()
+    other = dequantize_rows(*base_of(seed=1))
+    assert rounded(data, tensor, other * 3) == quantize_rows(other * 3, NUMBERS["q8_0"])
+
+
+def test_a_block_that_leaves_its_range_takes_another_scale_alone() -> None:
+    data, tensor = base_of()
+    values = dequantize_rows(data, tensor)
+    values[5, 32:64] *= 4
+    found = dequantize_rows(rounded(data, tensor, values), tensor)
+    assert np.abs(found - values)[5, 32:64].max() <= 4 * STEP
+    values[5, 32:64] = found[5, 32:64] = 0
+    np.testing.assert_array_equal(found, values)
+
+
+def test_zeros_in_the_base_can_be_changed() -> None:
+    data = quantize_rows(np.zeros((1, 64), np.float32), NUMBERS["q8_0"])
+    tensor = TensorInfo("blk.0.ffn_up.weight", (64, 1), NUMBERS["q8_0"], 0, len(data))
+    values = np.zeros((1, 64), np.float32)
+    values[0, :32] = 0.25
+    np.testing.assert_allclose(dequantize_rows(rounded(data, tensor, values), tensor), values, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q4_0", "q6_k"])
+def test_other_types_take_the_nearest_points(kind: str) -> None:
+    data, tensor = base_of(kind)
+    values = dequantize_rows(data, tensor) + np.float32(0.001)
+    assert rounded(data, tensor, values) == quantize_rows(values, NUMBERS[kind])

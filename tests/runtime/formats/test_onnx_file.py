@@ -1,0 +1,602 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from edgetune_runtime import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.formats.onnx_file import (
+    SLOT_SUFFIXES,
+    OnnxHeader,
+    Value,
+    check_adapter_arrays,
+    read_onnx,
+    slots_of,
+)
+from google.protobuf.message import DecodeError
+from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
+
+MODULE = "layers.0.attn.q_proj"
+
+
+def external(name: str, values: np.ndarray, file: str = "weights.data", **entries: object) -> TensorProto:
+    """A tensor that says that its values lie in `file`; entries of None are left out."""
+    tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": file, "offset": 0, "length": values.nbytes, **entries}.items():
+        if value is not None:
+            tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def slot_parts(
+    module: str = MODULE,
+    a: tuple[object, ...] = (64, "rank"),
+    b: tuple[object, ...] = ("rank", 32),
+    empty: tuple[tuple[int, ...], tuple[int, ...]] = ((64, 0), (0, 32)),
+    dtype: type = np.float32,
+) -> tuple[list[onnx.ValueInfoProto], list[TensorProto]]:
+    names = [module + suffix for suffix in SLOT_SUFFIXES]
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    inputs = [helper.make_tensor_value_info(n, kind, s) for n, s in zip(names, (a, b), strict=True)]
+    defaults = [numpy_helper.from_array(np.zeros(s, dtype), n) for n, s in zip(names, empty, strict=True)]
+    return inputs, defaults
+
+
+def make_model(
+    initializers: list[TensorProto] | None = None,
+    inputs: list[onnx.ValueInfoProto] | None = None,
+    nodes: list[onnx.NodeProto] | None = None,
+) -> ModelProto:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", None, 64])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    nodes = nodes or [helper.make_node("Relu", ["x"], ["y"])]
+    graph = helper.make_graph(nodes, "main", [x, *(inputs or ())], [y], initializers or [])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets)
+    helper.set_model_props(model, {"edgetune.base_fingerprint": "abc"})
+    return model
+
+
+def rich_model() -> ModelProto:
+    """Slots, a subgraph, tensors in attributes, sparse tensors, a function and every way of storing numbers."""
+    inputs, defaults = slot_parts()
+    sparse = helper.make_sparse_tensor(
+        helper.make_tensor("sparse", TensorProto.FLOAT, [2], [1.0, 2.0]),
+        helper.make_tensor("places", TensorProto.INT64, [2], [0, 3]),
+        [4],
+    )
+    constant = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.ones((2, 2), np.float32)))
+    inside = helper.make_graph([constant], "then", [], [helper.make_tensor_value_info("c", TensorProto.FLOAT, [2, 2])])
+    branch = helper.make_node("If", ["x"], ["z"], then_branch=inside, else_branch=inside)
+    fused = helper.make_node("MatMulNBits", ["x"], ["y"], domain="com.microsoft", K=64, N=32, name="fused")
+    model = make_model([*defaults, *stored()], inputs, [branch, fused])
+    model.graph.sparse_initializer.append(sparse)
+    nodes = [helper.make_node("Neg", ["a"], ["b"])]
+    model.functions.append(helper.make_function("own", "Twice", ["a"], ["b"], nodes, [helper.make_opsetid("", 21)]))
+    return model
+
+
+def stored() -> list[TensorProto]:
+    return [
+        helper.make_tensor("floats", TensorProto.FLOAT, [3], [1.0, 2.0, 3.0]),
+        helper.make_tensor("numbers", TensorProto.INT64, [2], [-1, 2**40]),
+        helper.make_tensor("texts", TensorProto.STRING, [2], [b"", b"\xff"]),
+        helper.make_tensor("nibbles", TensorProto.UINT4, [3], [1, 2, 3]),
+        helper.make_tensor("scalar", TensorProto.FLOAT16, [], np.float16(2).tobytes(), raw=True),
+        helper.make_tensor("packed", TensorProto.INT4, [3], b"\x12\x03", raw=True),
+    ]
+
+
+def saved(model: ModelProto, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def shape_of(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    dims = value.type.tensor_type.shape.dim
+    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in dims)
+
+
+def assert_agrees(header: OnnxHeader, model: ModelProto) -> None:
+    """`header` says what onnx's own reader says."""
+    assert header.ir_version == model.ir_version
+    assert header.opsets == {entry.domain: entry.version for entry in model.opset_import}
+    assert header.metadata == {entry.key: entry.value for entry in model.metadata_props}
+    for found, expected in ((header.inputs, model.graph.input), (header.outputs, model.graph.output)):
+        assert list(found.values()) == [Value(v.name, v.type.tensor_type.elem_type, shape_of(v)) for v in expected]
+    dense = [Value(t.name, t.data_type, tuple(t.dims)) for t in model.graph.initializer]
+    sparse = [Value(t.values.name, t.values.data_type, tuple(t.dims)) for t in model.graph.sparse_initializer]
+    assert list(header.initializers.values()) == dense + sparse
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    places = ["-i", str(tiny_folder("llama")), "-o", str(folder), "-c", str(folder / "cache")]
+    options = ["-p", "fp32", "-e", "cpu", "--extra_options", "hf_token=false"]
+    subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", *places, *options], check=True)
+    return folder / "model.onnx"
+
+
+def test_a_header_says_what_onnx_says_of_a_graph_with_everything(tmp_path: Path) -> None:
+    model = rich_model()
+    header = read_onnx(saved(model, tmp_path))
+    assert_agrees(header, model)
+    assert header.inputs["x"] == Value("x", TensorProto.FLOAT, ("batch", "", 64))
+    assert header.ops == {"If", "Constant", "com.microsoft::MatMulNBits", "Neg"}
+    assert header.external_files == ()
+
+
+def test_a_header_says_what_onnx_says_of_an_exported_graph(exported: Path) -> None:
+    model = onnx.load(exported, load_external_data=False)
+    header = read_onnx(exported)
+    assert_agrees(header, model)
+    assert header.ops == {f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.node}
+    assert header.external_files == ("model.onnx.data",)
+
+
+def test_an_exported_graph_is_read_without_numpy(exported: Path) -> None:
+    code = f"import sys, pathlib, edgetune_runtime.formats.onnx_file as o; o.read_onnx(pathlib.Path({str(exported)!r}))"
+    subprocess.run([sys.executable, "-c", code + "; assert 'numpy' not in sys.modules"], check=True)
+
+
+def test_an_exported_graph_with_half_its_weights_is_damaged(exported: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(exported.read_bytes())
+    weights = exported.with_name("model.onnx.data").read_bytes()
+    (tmp_path / "model.onnx.data").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(VerificationError, match="past the end"):
+        read_onnx(path)
+
+
+def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError):
+        read_onnx(tmp_path / "none.onnx")
+
+
+def test_a_folder_and_a_pipe_are_no_onnx_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(VerificationError, match="no regular file"):
+            read_onnx(path)
+
+
+def is_read(data: bytes, path: Path) -> bool:
+    """Whether the bytes are read as a header; any error but VerificationError fails the test."""
+    path.write_bytes(data)
+    try:
+        read_onnx(path)
+    except VerificationError:
+        return False
+    return True
+
+
+def test_a_file_cut_off_anywhere_within_its_graph_is_damaged(tmp_path: Path) -> None:
+    data = rich_model().SerializeToString()
+    readable = [length for length in range(len(data)) if is_read(data[:length], tmp_path / "cut.onnx")]
+    # Cut off between two fields behind the graph, a file is a whole model with less metadata.
+    assert len(readable) <= 4
+    assert all(length > 0.8 * len(data) for length in readable)
+
+
+def test_flipped_bits_are_damage_or_what_onnx_reads(tmp_path: Path) -> None:
+    data, rng, path = rich_model().SerializeToString(), random.Random(0), tmp_path / "flipped.onnx"
+    agreed = 0
+    for _ in range(1500):
+        flipped = bytearray(data)
+        for _ in range(rng.choice((1, 1, 1, 4))):
+            flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        if is_read(bytes(flipped), path):
+            # Numbers within weights are skipped here, and checked by protobuf alone.
+            with contextlib.suppress(DecodeError):
+                assert_agrees(read_onnx(path), ModelProto.FromString(bytes(flipped)))
+                agreed += 1
+    assert 300 < agreed < 1200
+
+
+def test_random_bytes_are_damage(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    assert not any(is_read(rng.randbytes(rng.randrange(200)), tmp_path / "random.onnx") for _ in range(500))
+
+
+def field(number: int, body: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(body)) + body
+
+
+def varint(number: int) -> bytes:
+    data = b""
+    while number > 0x7F:
+        data, number = data + bytes([number & 0x7F | 0x80]), number >> 7
+    return data + bytes([number])
+
+
+GRAPH, OPSET = field(7, field(2, b"main")), field(8, b"\x10\x15")
+SOUND = b"\x08\x0a" + GRAPH + OPSET
+
+
+def nested(depth: int) -> bytes:
+    """Graphs in attributes of nodes of graphs."""
+    graph = b""
+    for _ in range(depth):
+        graph = field(1, field(4, b"If") + field(5, field(6, graph)))
+    return graph
+
+
+def model_of(graph: bytes) -> bytes:
+    return b"\x08\x0a" + OPSET + field(7, graph)
+
+
+def input_of(kind: bytes) -> bytes:
+    return field(11, field(2, kind))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        GRAPH + OPSET,
+        b"\x08\x0a" + OPSET,
+        b"\x08\x0a" + GRAPH,
+        SOUND + GRAPH,
+        SOUND + b"\x08\x0a",
+        SOUND + OPSET,
+        SOUND + b"\x3a\x7f",
+        SOUND + b"\x38\x01",
+        SOUND + b"\x00\x00",
+        SOUND + b"\x9b\x06",
+        SOUND + b"\x9f\x06",
+        SOUND + b"\x9d\x06\x00",
+        SOUND + b"\x98\x06" + b"\xff" * 9 + b"\x02",
+        SOUND + b"\x98\x06" + b"\x80" * 10 + b"\x01",
+        SOUND + varint(1 << 35 | 2) + b"\x00",
+        SOUND + field(14, field(1, b"\xff")),
+        SOUND + 2 * field(14, field(1, b"k")),
+        model_of(nested(40)),
+        model_of(field(1, b"")),
+        model_of(input_of(field(1, b"\x08\xff\xff\xff\xff\x7f"))),
+        model_of(input_of(field(1, field(2, field(1, b"\x08\x01\x12\x01n"))))),
+        model_of(input_of(field(1, b"") + field(4, b""))),
+    ],
+)
+def test_a_model_that_cannot_be_is_damaged(data: bytes, tmp_path: Path) -> None:
+    assert not is_read(data, tmp_path / "bad.onnx")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        SOUND,
+        SOUND + b"\x9d\x06" + bytes(4),
+        SOUND + field(99, b"new"),
+        model_of(nested(30)),
+        model_of(field(1, field(4, b"Relu"))),
+        model_of(input_of(field(1, b"\x08\x01" + field(2, field(1, b"\x08\x01"))))),
+    ],
+)
+def test_the_same_models_without_fault_are_read(data: bytes, tmp_path: Path) -> None:
+    assert is_read(data, tmp_path / "good.onnx")
+
+
+def test_a_hostile_number_of_fields_is_refused_soon(tmp_path: Path) -> None:
+    path = tmp_path / "long.onnx"
+    path.write_bytes(SOUND + field(7, field(5, field(1, bytes(3_000_000)))))
+    with pytest.raises(VerificationError, match="more than"):
+        read_onnx(path)
+
+
+VALUES = np.arange(16, dtype=np.float32)
+
+
+def in_initializer(tensor: TensorProto) -> ModelProto:
+    return make_model([tensor])
+
+
+def in_sparse_initializer(tensor: TensorProto) -> ModelProto:
+    model = make_model()
+    indices = numpy_helper.from_array(np.arange(16), "places")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(tensor, indices, [16]))
+    return model
+
+
+def in_attribute(tensor: TensorProto) -> ModelProto:
+    return make_model(nodes=[helper.make_node("Constant", [], ["y"], value=tensor)])
+
+
+def in_attribute_list(tensor: TensorProto) -> ModelProto:
+    model = make_model()
+    attribute = AttributeProto(name="many", type=AttributeProto.TENSORS, tensors=[tensor])
+    model.graph.node[0].attribute.append(attribute)
+    return model
+
+
+def in_subgraph(tensor: TensorProto) -> ModelProto:
+    inside = helper.make_graph([], "then", [], [], [tensor])
+    return make_model(nodes=[helper.make_node("If", ["x"], ["y"], then_branch=inside, else_branch=inside)])
+
+
+def in_function(tensor: TensorProto) -> ModelProto:
+    model = make_model()
+    nodes = [helper.make_node("Constant", [], ["b"], value=tensor)]
+    model.functions.append(helper.make_function("own", "F", [], ["b"], nodes, [helper.make_opsetid("", 21)]))
+    return model
+
+
+def in_function_default(tensor: TensorProto) -> ModelProto:
+    model = in_function(numpy_helper.from_array(VALUES))
+    model.functions[0].attribute_proto.append(helper.make_attribute("default", tensor))
+    return model
+
+
+def in_training(tensor: TensorProto) -> ModelProto:
+    model = make_model()
+    model.training_info.add().algorithm.CopyFrom(helper.make_graph([], "train", [], [], [tensor]))
+    return model
+
+
+PLACES = (
+    in_initializer,
+    in_sparse_initializer,
+    in_attribute,
+    in_attribute_list,
+    in_subgraph,
+    in_function,
+    in_function_default,
+    in_training,
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_external_data_is_found_and_checked_wherever_a_tensor_can_be(
+    place: Callable[[TensorProto], ModelProto], tmp_path: Path
+) -> None:
+    path = saved(place(external("w", VALUES)), tmp_path)
+    with pytest.raises(VerificationError, match="missing"):
+        read_onnx(path)
+    (tmp_path / "weights.data").write_bytes(VALUES.tobytes())
+    assert read_onnx(path).external_files == ("weights.data",)
+    (tmp_path / "weights.data").write_bytes(VALUES.tobytes()[:-1])
+    with pytest.raises(VerificationError, match="past the end"):
+        read_onnx(path)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Iterator[Path]:
+    """A model's folder with weights in and beside it, and links to both."""
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "*" / "_ORT_MEM_ADDR_").mkdir(parents=True)
+    names = ("model/in.data", "model/sub/in.data", "model/c:in.data", "model/back\\slash", "out.data")
+    for name in (*names, "model/*/_ORT_MEM_ADDR_/*"):
+        (tmp_path / name).write_bytes(VALUES.tobytes())
+    (folder / "inward").symlink_to("in.data")
+    (folder / "outward").symlink_to("../out.data")
+    (folder / "up").symlink_to("..")
+    (folder / "circle").symlink_to("circle")
+    os.mkfifo(folder / "pipe")
+    yield folder
+
+
+@pytest.mark.parametrize("location", ["in.data", "sub/in.data", "inward", "./in.data"])
+def test_external_data_in_the_models_folder_is_read(location: str, folders: Path) -> None:
+    header = read_onnx(saved(make_model([external("w", VALUES, location)]), folders))
+    assert header.external_files == (location.removeprefix("./"),)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "",
+        ".",
+        "sub",
+        "pipe",
+        "none",
+        "circle",
+        "../out.data",
+        "sub/../in.data",
+        "outward",
+        "up/out.data",
+        "/etc/hostname",
+        "c:in.data",
+        "back\\slash",
+        "in.data\0",
+        "*/_ORT_MEM_ADDR_/*",
+        "x" * 5000,
+    ],
+)
+def test_external_data_elsewhere_is_refused(location: str, folders: Path) -> None:
+    with pytest.raises(VerificationError):
+        read_onnx(saved(make_model([external("w", VALUES, location)]), folders))
+
+
+def test_an_absolute_path_into_the_models_folder_is_refused(folders: Path) -> None:
+    tensor = external("w", VALUES, str(folders / "in.data"))
+    with pytest.raises(VerificationError, match="plain path"):
+        read_onnx(saved(make_model([tensor]), folders))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"offset": 1},
+        {"offset": -1},
+        {"offset": "0x0"},
+        {"offset": "\u0661"},
+        {"offset": "9" * 5000},
+        {"length": 60},
+        {"length": 68},
+        {"length": -64},
+        {"location": None},
+        {"basepath": "/etc"},
+        {"prepacked_w": "0;64;0"},
+    ],
+)
+def test_external_data_at_an_impossible_place_is_refused(entries: dict[str, object], folders: Path) -> None:
+    with pytest.raises(VerificationError):
+        read_onnx(saved(make_model([external("w", VALUES, "in.data", **entries)]), folders))
+
+
+def test_without_a_length_the_shape_says_how_much_is_read(folders: Path) -> None:
+    read_onnx(saved(make_model([external("w", VALUES, "in.data", length=None)]), folders))
+    with pytest.raises(VerificationError, match="past the end"):
+        read_onnx(saved(make_model([external("w", np.zeros(17, np.float32), "in.data", length=None)]), folders))
+
+
+def test_a_second_location_of_one_tensor_is_refused(folders: Path) -> None:
+    tensor = external("w", VALUES, "in.data")
+    tensor.external_data.add(key="location", value="sub/in.data")
+    with pytest.raises(VerificationError, match="twice"):
+        read_onnx(saved(make_model([tensor]), folders))
+
+
+def test_a_tensor_without_elements_needs_no_bytes(folders: Path) -> None:
+    empty = np.zeros((64, 0), np.float32)
+    outside = external("a", empty, "in.data", offset=VALUES.nbytes)
+    inside = TensorProto(name="b", data_type=TensorProto.FLOAT, dims=[0, 32])
+    assert read_onnx(saved(make_model([outside, inside]), folders)).initializers["b"].shape == (0, 32)
+
+
+def changed(**fields: object) -> TensorProto:
+    tensor = numpy_helper.from_array(VALUES, "w")
+    for name, value in fields.items():
+        if name == "dims":
+            del tensor.dims[:]
+            tensor.dims.extend(value)
+        elif value is None:
+            tensor.ClearField(name)
+        else:
+            setattr(tensor, name, value)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        changed(dims=[15]),
+        changed(dims=[2**62, 2**62]),
+        changed(dims=[-16]),
+        changed(dims=[-4, -4]),
+        changed(dims=[1] * 100),
+        changed(raw_data=VALUES.tobytes()[1:]),
+        changed(raw_data=None),
+        changed(data_type=TensorProto.STRING),
+        changed(data_type=99),
+        changed(data_location=TensorProto.EXTERNAL),
+    ],
+)
+def test_a_tensor_that_contradicts_itself_is_refused(tensor: TensorProto, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError):
+        read_onnx(saved(make_model([tensor]), tmp_path))
+
+
+def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    inputs, defaults = slot_parts()
+    for model in (make_model(defaults * 2), make_model([], inputs * 2)):
+        with pytest.raises(VerificationError, match="twice"):
+            read_onnx(saved(model, tmp_path))
+
+
+def header_of(folder: Path, *parts: tuple[list[onnx.ValueInfoProto], list[TensorProto]]) -> OnnxHeader:
+    inputs = [value for values, _ in parts for value in values]
+    return read_onnx(saved(make_model([tensor for _, tensors in parts for tensor in tensors], inputs), folder))
+
+
+def test_slots_have_the_widths_of_their_modules(tmp_path: Path) -> None:
+    second = slot_parts("lm_head", ("64", "r"), ("r", 7), ((64, 0), (0, 7)))
+    second[0][0].type.tensor_type.shape.dim[0].dim_value = 64
+    header = header_of(tmp_path, slot_parts(), second)
+    assert slots_of(header) == {MODULE: (64, 32), "lm_head": (64, 7)}
+
+
+def test_constants_with_the_names_of_slots_are_none(tmp_path: Path) -> None:
+    assert slots_of(header_of(tmp_path, ([], slot_parts()[1]))) == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"a": (64, "other")},
+        {"a": (64, None), "b": (None, 32)},
+        {"a": (64, 0), "b": (0, 32)},
+        {"a": ("width", "rank")},
+        {"a": (64, "rank", 1)},
+        {"a": (32, "rank")},
+        {"b": ("rank", 64)},
+        {"empty": ((64, 1), (1, 32))},
+        {"empty": ((64, 0), (0, 33))},
+        {"a": (0, "rank"), "empty": ((0, 0), (0, 32))},
+        {"dtype": np.float16},
+    ],
+)
+def test_a_slot_that_does_not_fit_is_named(options: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=MODULE):
+        slots_of(header_of(tmp_path, slot_parts(**options)))
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_half_a_slot_is_named(kept: int, tmp_path: Path) -> None:
+    inputs, defaults = slot_parts()
+    parts = slice(kept, kept + 1)
+    for half in ((inputs[parts], defaults[parts]), (inputs, defaults[parts])):
+        with pytest.raises(VerificationError, match=MODULE):
+            slots_of(header_of(tmp_path, half))
+
+
+def test_of_many_damaged_slots_three_are_named(tmp_path: Path) -> None:
+    header = header_of(tmp_path, *[slot_parts(f"m{i}", a=(64, "other")) for i in range(5)])
+    with pytest.raises(VerificationError, match=r"m0.*m1.*m2.*2 more"):
+        slots_of(header)
+
+
+SLOTS = {MODULE: (64, 32), "lm_head": (64, 7)}
+A, B = (MODULE + suffix for suffix in SLOT_SUFFIXES)
+
+
+def matrix(*shape: int, dtype: type = np.float32, value: float = 1) -> np.ndarray:
+    return np.full(shape, value, dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_sound_adapter_passes(dtype: type) -> None:
+    pair = {A: matrix(64, 4, dtype=dtype), B: matrix(4, 32, dtype=dtype)}
+    head = {"lm_head.lora_A.weight": matrix(64, 2), "lm_head.lora_B.weight": matrix(2, 7)}
+    check_adapter_arrays({**pair, **head}, SLOTS, "command")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "error", "reason"),
+    [
+        ({}, VerificationError, "no tensors"),
+        ({A: matrix(64, 4)}, VerificationError, "no lora_B"),
+        ({B: matrix(4, 32)}, VerificationError, "no lora_A"),
+        ({A: matrix(64, 4), B: matrix(5, 32)}, VerificationError, "rank 4 in A and 5 in B"),
+        ({A: matrix(64, 0), B: matrix(0, 32)}, VerificationError, "rank 0"),
+        ({A: matrix(64, 4, value=np.nan), B: matrix(4, 32)}, VerificationError, "lora_A that are not finite"),
+        ({A: matrix(64, 4), B: matrix(4, 32, value=np.inf)}, VerificationError, "lora_B that are not finite"),
+        ({A: matrix(64, 4, dtype=np.int8), B: matrix(4, 32)}, VerificationError, "int8"),
+        ({A: matrix(64), B: matrix(4, 32)}, VerificationError, "no matrices"),
+        ({A: matrix(63, 4), B: matrix(4, 32)}, IncompatibleError, "widths are"),
+        ({A: matrix(64, 4), B: matrix(4, 31)}, IncompatibleError, "widths are"),
+        ({"other.lora_A.weight": matrix(64, 4)}, IncompatibleError, "unknown slot 'other"),
+        ({MODULE: matrix(64, 4)}, IncompatibleError, "unknown slot"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    arrays: dict[str, np.ndarray], error: type[EdgetuneError], reason: str
+) -> None:
+    with pytest.raises(error, match=rf"'command'.*{reason}") as caught:
+        check_adapter_arrays(arrays, SLOTS, "command")
+    assert "\n" not in str(caught.value)
+
+
+def test_of_many_problems_of_an_adapter_three_are_named() -> None:
+    arrays = {f"m{i}.lora_A.weight": matrix(64, 4) for i in range(5)}
+    with pytest.raises(VerificationError, match=r"no lora_B.*m0.*m1.*; and 3 more"):
+        check_adapter_arrays({A: matrix(64, 4), **arrays}, SLOTS, "command")

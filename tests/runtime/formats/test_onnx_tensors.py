@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, VerificationError
+from edgetune_runtime.formats.onnx_file import OnnxHeader, Value
+from edgetune_runtime.formats.onnx_tensors import (
+    bottleneck_slot,
+    check_tensor_arrays,
+    is_tensor,
+    summed,
+    tensor_slots_of,
+)
+
+SLOT = bottleneck_slot("model.layers.0.mlp", "relu", "output")
+FACTORS = "model.layers.0.attn.qkv_proj.output_scaling"
+FLOAT, HALF = 1, 10
+Shape = tuple[int | str, ...]
+
+INPUTS: Mapping[str, Shape] = {
+    FACTORS: (12,),
+    f"{SLOT}.down": (6, "r"),
+    f"{SLOT}.down_bias": ("r",),
+    f"{SLOT}.up": ("r", 8),
+    f"{SLOT}.up_bias": (8,),
+}
+DEFAULTS: Mapping[str, Shape] = {
+    FACTORS: (12,),
+    f"{SLOT}.down": (6, 0),
+    f"{SLOT}.down_bias": (0,),
+    f"{SLOT}.up": (0, 8),
+    f"{SLOT}.up_bias": (8,),
+}
+SLOTS = {FACTORS: (12,), f"{SLOT}.down": (6, None), f"{SLOT}.down_bias": (None,), f"{SLOT}.up": (None, 8)}
+SLOTS |= {f"{SLOT}.up_bias": (8,)}
+
+
+def header(inputs: Mapping[str, Shape], defaults: Mapping[str, Shape], elem_type: int = FLOAT) -> OnnxHeader:
+    tables = ({name: Value(name, elem_type, shape) for name, shape in table.items()} for table in (inputs, defaults))
+    given, initializers = tables
+    other = {"input_ids": Value("input_ids", 7, ("batch", "sequence"))}
+    return OnnxHeader(10, {"": 23}, {**other, **given}, {}, initializers, (), {}, frozenset())
+
+
+def arrays(rank: int = 3) -> dict[str, np.ndarray]:
+    shapes = {"down": (6, rank), "down_bias": (rank,), "up": (rank, 8), "up_bias": (8,)}
+    network = {f"{SLOT}.{part}": np.ones(shape, np.float32) for part, shape in shapes.items()}
+    return {FACTORS: np.ones(12, np.float32), **network}
+
+
+def test_slots_have_the_shapes_of_their_inputs() -> None:
+    assert tensor_slots_of(header(INPUTS, DEFAULTS)) == SLOTS
+
+
+def test_constants_with_the_names_of_slots_and_other_inputs_are_none() -> None:
+    assert tensor_slots_of(header({}, DEFAULTS)) == {}
+    assert not any(map(is_tensor, ("layers.0.mlp.down_proj.lora_A.weight", "past_key_values.0.key", "a.down", "x.up")))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "defaults", "named"),
+    [
+        ({FACTORS: (12, 1)}, {}, FACTORS),
+        ({FACTORS: ("width",)}, {}, FACTORS),
+        ({FACTORS: (0,)}, {FACTORS: (0,)}, FACTORS),
+        ({}, {FACTORS: (13,)}, FACTORS),
+        ({f"{SLOT}.down": (6, "other")}, {}, SLOT),
+        ({f"{SLOT}.down": (6, 4)}, {}, SLOT),
+        ({f"{SLOT}.down": (6, "")}, {}, SLOT),
+        ({f"{SLOT}.down_bias": (3,)}, {}, SLOT),
+        ({f"{SLOT}.up": ("r", 9)}, {}, SLOT),
+        ({f"{SLOT}.up_bias": ("r",)}, {}, SLOT),
+        ({}, {f"{SLOT}.up": (1, 8)}, SLOT),
+        ({}, {f"{SLOT}.up_bias": (7,)}, SLOT),
+    ],
+)
+def test_a_graph_s_slot_that_does_not_fit_is_named(
+    inputs: Mapping[str, Shape], defaults: Mapping[str, Shape], named: str
+) -> None:
+    with pytest.raises(VerificationError, match=f"slots are damaged: '{named}'"):
+        tensor_slots_of(header({**INPUTS, **inputs}, {**DEFAULTS, **defaults}))
+
+
+@pytest.mark.parametrize("name", list(INPUTS))
+def test_a_graph_s_slot_without_a_default_an_input_or_in_another_type_is_named(name: str) -> None:
+    slot = name if name == FACTORS else SLOT
+    inputs, defaults = ({key: table[key] for key in table if key != name} for table in (INPUTS, DEFAULTS))
+    damaged = [header(INPUTS, defaults), header(INPUTS, DEFAULTS, HALF)]
+    if name != FACTORS:
+        damaged.append(header(inputs, DEFAULTS))
+    half = header(INPUTS, DEFAULTS)
+    damaged.append(replace(half, initializers={**half.initializers, name: Value(name, HALF, DEFAULTS[name])}))
+    for one in damaged:
+        with pytest.raises(VerificationError, match=f"'{slot}'"):
+            tensor_slots_of(one)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("kept", [list(INPUTS), [FACTORS], [name for name in INPUTS if name != FACTORS]])
+def test_a_sound_adapter_passes(kept: list[str], dtype: type) -> None:
+    check_tensor_arrays({name: arrays()[name].astype(dtype) for name in kept}, SLOTS, "command")
+
+
+def odd(value: float) -> np.ndarray:
+    return np.array([1] * 11 + [value], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "reason"),
+    [
+        ({FACTORS: odd(np.nan)}, VerificationError, "output_scaling' has values that are not finite"),
+        ({FACTORS: odd(np.inf)}, VerificationError, "output_scaling' has values that are not finite"),
+        ({FACTORS: np.ones(12)}, VerificationError, "output_scaling' is stored as float64"),
+        ({FACTORS: np.ones(12, np.int8)}, VerificationError, "output_scaling' is stored as int8"),
+        ({FACTORS: np.ones((1, 12), np.float32)}, VerificationError, r"shape \(1, 12\), which is not of 1 dimensions"),
+        ({FACTORS: np.ones(11, np.float32)}, IncompatibleError, r"shape \(11,\), the graph wants \(12,\)"),
+        ({f"{SLOT}.up": np.ones((3, 7), np.float32)}, IncompatibleError, r"\(3, 7\), the graph wants \('rank', 8\)"),
+        ({f"{SLOT}.down": np.ones((6, 4), np.float32)}, VerificationError, "has ranks 3 and 4 at once"),
+        ({f"{SLOT}.down_bias": np.ones(2, np.float32)}, VerificationError, "has ranks 2 and 3 at once"),
+        (arrays(0), VerificationError, "has rank 0"),
+        ({"other.output_scaling": np.ones(3, np.float32)}, IncompatibleError, "unknown slot 'other"),
+        ({"x.lora_A.weight": np.ones((6, 3), np.float32)}, IncompatibleError, "unknown slot 'x"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    changed: dict[str, np.ndarray], error: type[EdgetuneError], reason: str
+) -> None:
+    with pytest.raises(error, match=rf"'command'.*{reason}") as caught:
+        check_tensor_arrays({**arrays(), **changed}, SLOTS, "command")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["down", "down_bias", "up", "up_bias"])
+def test_a_bottleneck_without_a_part_is_refused(part: str) -> None:
+    given = {name: array for name, array in arrays().items() if name != f"{SLOT}.{part}"}
+    with pytest.raises(VerificationError, match=f"relu_output' has no {part};"):
+        check_tensor_arrays(given, SLOTS, "command")
+
+
+def test_an_adapter_without_tensors_is_refused() -> None:
+    with pytest.raises(VerificationError, match="'command' has no tensors"):
+        check_tensor_arrays({}, SLOTS, "command")
+
+
+def test_factors_of_several_adapters_are_multiplied_each_at_its_scale() -> None:
+    parts = [(np.array([3, 0], np.float32), 0.5), (np.array([2, -1], np.float32), -1.0)]
+    np.testing.assert_array_equal(summed(FACTORS, parts), np.array([2 * 0, 0.5 * 3], np.float32))
+
+
+def test_bottlenecks_of_several_adapters_compute_the_sum_of_what_each_computes() -> None:
+    rng = np.random.default_rng(0)
+    both = [
+        {name: rng.normal(size=array.shape).astype(np.float32) for name, array in arrays(n).items()} for n in (2, 5)
+    ]
+    scales, x = (0.5, -2.0), rng.normal(size=(4, 6)).astype(np.float32)
+
+    def network(own: Mapping[str, np.ndarray]) -> np.ndarray:
+        down, down_bias, up, up_bias = (own[f"{SLOT}.{part}"] for part in ("down", "down_bias", "up", "up_bias"))
+        added: np.ndarray = np.maximum(x @ down + down_bias, 0) @ up + up_bias
+        return added
+
+    names = [name for name in INPUTS if name != FACTORS]
+    together = {name: summed(name, [(one[name], s) for one, s in zip(both, scales, strict=True)]) for name in names}
+    assert {array.dtype for array in together.values()} == {np.dtype(np.float32)}
+    check_tensor_arrays(together, SLOTS, "both")
+    expected = sum(s * network(one) for one, s in zip(both, scales, strict=True))
+    np.testing.assert_allclose(network(together), expected, atol=1e-5)

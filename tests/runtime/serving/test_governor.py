@@ -1,0 +1,163 @@
+"""Steps of real engines that are stopped, and begun anew when they stall."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edgetune_export.backends.gguf.convert import convert_folder
+from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_runtime import Runtime
+from edgetune_runtime.engines.base import Engine, Logits, StepStopped
+from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.serving.governor import AnswerUsage, Governor
+from edgetune_runtime.serving.limits import Limits, Stopped
+from tiny import make_folder
+
+TRIES = 2000
+TOKENS = [5, 9, 4, 3] * 20
+
+
+@pytest.fixture(params=["gguf", "onnx"])
+def engine(request: pytest.FixtureRequest, prompted_of: Callable[[str], Path]) -> Iterator[Engine]:
+    with Runtime.open(prompted_of("llama"), engine=request.param, contexts=1, disk_mb=0) as runtime:
+        context, _ = runtime.context()
+        yield context.engine
+
+
+@contextmanager
+def _stopping(engine: Engine) -> Iterator[None]:
+    """Another thread that asks for the end of the step again and again."""
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            engine.stop_step()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _again_and_again(engine: Engine, tokens: Sequence[int], keep: int) -> Logits:
+    """A step that goes on until it is stopped."""
+    for _ in range(TRIES):
+        engine.decode(tokens)
+        engine.forget(keep)
+    raise AssertionError("the step was not stopped")
+
+
+def test_a_stopped_step_leaves_the_sequence_as_it_was(engine: Engine) -> None:
+    first = engine.decode(TOKENS[:7]).copy()
+    rest = engine.decode_all(TOKENS[7:]).copy()
+    for step in (engine.decode, engine.decode_all):
+        engine.forget(7)
+        with pytest.raises(StepStopped), _stopping(engine):
+            for _ in range(TRIES):
+                step(TOKENS[7:])
+                engine.forget(7)
+        assert np.array_equal(engine.decode_all(TOKENS[7:]), rest)
+    engine.forget(0)
+    assert np.array_equal(engine.decode(TOKENS[:7]), first)
+
+
+def test_scoring_that_was_stopped_can_be_done_again(engine: Engine) -> None:
+    continuations = [[4, 5, 6, 7] * 3, [4, 5, 6, 8] * 3, [9, 9]]
+    engine.decode(TOKENS)
+    expected = engine.score(continuations)
+    with pytest.raises(StepStopped), _stopping(engine):
+        for _ in range(TRIES):
+            engine.score(continuations)
+    assert engine.score(continuations) == expected
+
+
+@pytest.mark.parametrize("reason", ["deadline", "cancelled"])
+def test_a_step_ends_when_its_call_is_to_stop(engine: Engine, reason: str) -> None:
+    cancel = threading.Event()
+    limits = Limits(0.05 if reason == "deadline" else None, cancel)
+    engine.decode(TOKENS[:5])
+    governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
+    threading.Timer(0.05, cancel.set).start() if reason == "cancelled" else None
+    step = partial(_again_and_again, engine, TOKENS, 5)
+    with pytest.raises(Stopped, match=reason):
+        governor.step(engine, len(TOKENS), step, limits.check, AnswerUsage())
+    assert engine.forget(5) == 5
+
+
+@pytest.fixture(scope="module")
+def wide_base(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in q4_0 whose heads are wide enough for keys and values in q8_0."""
+    folder = tmp_path_factory.mktemp("wide")
+    wide = make_folder("llama", folder / "wide", tiny_folder("llama") / "tokenizer.model", hidden_size=128)
+    convert_folder(wide, folder / "f16.gguf", dtype="f16")
+    quantize_gguf(folder / "f16.gguf", folder / "q4_0.gguf", "q4_0")
+    return folder / "q4_0.gguf"
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+@pytest.mark.parametrize("repack", [True, False])
+def test_any_number_of_threads_gives_the_same_bits(wide_base: Path, kv: str, repack: bool) -> None:
+    with closing(GgufEngine(wide_base, context_length=128, threads=4, kv=kv, repack=repack)) as engine:
+        found = []
+        for threads in (1, 2, 3, 4):
+            engine.use_threads(threads)
+            engine.forget(0)
+            logits = [engine.decode(TOKENS).copy(), engine.decode([7]).copy()]
+            found.append((np.stack(logits), engine.score([[1, 2, 3], [1, 2, 4]])))
+    for logits, scores in found[1:]:
+        assert np.array_equal(logits, found[0][0])
+        assert scores == found[0][1]
+
+
+def test_a_step_that_stalls_is_begun_anew_with_fewer_threads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not engine.adjusts_threads:
+        pytest.skip("onnxruntime's threads take over each other's work")
+    monkeypatch.setattr(Governor, "_stalls", _stalls_with_several_threads)
+    governor, tries = Governor(4, adjusts=True), []
+    monkeypatch.setattr(governor._count, "look_around", lambda: None)
+
+    def step() -> Logits:
+        tries.append(governor.threads)
+        return _again_and_again(engine, TOKENS, 0) if governor.threads > 1 else engine.decode(TOKENS)
+
+    found = governor.step(engine, len(TOKENS), step, lambda: None, AnswerUsage()).copy()
+    assert tries == [4, 2, 1]
+    engine.forget(0)
+    assert np.array_equal(engine.decode(TOKENS), found)
+
+
+def _stalls_with_several_threads(governor: Governor, *_: object) -> bool:
+    governor._is_stalled = governor.threads > 1
+    return governor._is_stalled
+
+
+def _steps(governor: Governor, token_s: float, share: float) -> AnswerUsage:
+    """An answer of single tokens that took so long each and had that share of two cores."""
+    usage = AnswerUsage()
+    for _ in range(8):
+        governor._record(1, token_s, token_s * share * 2, usage)
+    return usage
+
+
+def test_an_answer_is_slow_when_it_lacked_cores_or_took_much_longer_than_before() -> None:
+    governor = Governor(2, adjusts=False)
+    usages = [_steps(governor, 0.02, share=1.0), _steps(governor, 0.05, share=1.0), _steps(governor, 0.02, share=0.5)]
+    assert [governor.is_slow(usage) for usage in (AnswerUsage(), *usages)] == [False, False, True, True]
+
+
+def test_a_chunk_of_a_prompt_shrinks_where_steps_are_slow() -> None:
+    governor = Governor(2, adjusts=False)
+    found = [governor.chunk(128)]
+    for token_s in (0.001, 0.003, 0.1):
+        governor._record(128, 128 * token_s, 2 * 128 * token_s, AnswerUsage())
+        found.append(governor.chunk(128))
+    assert found == [128, 128, 64, 16]

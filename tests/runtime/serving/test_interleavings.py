@@ -1,0 +1,199 @@
+"""Whatever was asked before, in whatever order: each greedy answer is that of a fresh process, token for token."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.engines.base import Logits
+from edgetune_runtime.generation import Call
+from edgetune_runtime.session import Session
+from edgetune_runtime.text.chat import Message
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+STEPS = 4
+TIE = 0.05
+"""A lead in logits below which rounding may choose another token (see CLOSE in the engine's tests)."""
+CHOICES: tuple[Any, ...] = (None, "one", "two", {"one": 0.5}, {"one": 1.0, "two": 1.0})
+PROMPTS = ("turn on the light", "turn on the light in the hall", "stop", "play " * 30)
+
+choices, prompts = st.integers(0, len(CHOICES) - 1), st.integers(0, len(PROMPTS) - 1)
+ACTIONS = st.one_of(
+    st.tuples(st.just("call"), choices, prompts),
+    st.tuples(st.just("session"), choices, prompts, st.integers(0, 1)),
+    st.tuples(st.just("drop"), choices, prompts),
+    st.tuples(st.just("cancel"), choices, prompts),
+    st.tuples(st.just("evict")),
+    st.tuples(st.just("restart")),
+)
+
+
+def greedy(call: Call) -> list[Logits]:
+    """The logits that a call's greedy answer is chosen from, those after the whole answer included."""
+    with call.pool.lease(call.job) as context:
+        rows = [context.run(call.job).logits]
+        while len(rows) < STEPS and not context.engine.tokenizer.is_end(token := int(rows[-1].argmax())):
+            rows.append(context.extend([token])[0].copy())
+    return rows
+
+
+class Fresh:
+    """What a runtime that knows nothing answers."""
+
+    def __init__(self, bundle: Path, engine: str) -> None:
+        self._runtime = Runtime.open(bundle, engine=engine, cache_mb=0, disk_mb=0, contexts=1)
+        self._greedy = cache(self._greedy_of)
+
+    def greedy(self, messages: Sequence[Message], choice: int) -> list[Logits]:
+        """The logits that its answer is chosen from."""
+        return self._greedy(tuple((m["role"], m["content"]) for m in messages), choice)
+
+    def agrees(self, text: str, messages: Sequence[Message], choice: int) -> bool:
+        """Whether a text is this runtime's answer, up to where that met a tie."""
+        tokenizer, pieces, is_whole = self._runtime.context()[0].engine.tokenizer, b"", True
+        for logits in self.greedy(messages, choice):
+            second, first = np.partition(logits, -2)[-2:]
+            token = int(logits.argmax())
+            is_whole = is_whole and first - second >= TIE
+            if not is_whole or tokenizer.is_end(token):
+                break
+            pieces += tokenizer.piece(token)
+        expected = pieces.decode("utf-8", "replace")
+        return text == expected if is_whole else text.startswith(expected.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def close(self) -> None:
+        self._runtime.close()
+
+    def _greedy_of(self, messages: tuple[tuple[str, str], ...], choice: int) -> list[Logits]:
+        self._runtime.clear_cache()
+        return greedy(self._runtime.call([{"role": role, "content": text} for role, text in messages], CHOICES[choice]))
+
+
+@pytest.fixture(scope="module")
+def fresh_of(prompted_of: Callable[[str], Path]) -> Any:  # noqa: ANN401 - a generator fixture
+    """`fresh_of(engine)`: what a runtime of that engine answers that knows nothing."""
+    made: dict[str, Fresh] = {}
+
+    def make(engine: str) -> Fresh:
+        if engine not in made:
+            made[engine] = Fresh(prompted_of("llama"), engine)
+        return made[engine]
+
+    yield make
+    for fresh in made.values():
+        fresh.close()
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+@pytest.mark.parametrize("budgets", [(64, 64), (0.2, 0), (0, 64), (0, 0)])
+@given(actions=st.lists(ACTIONS, min_size=3, max_size=10))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_no_order_of_calls_changes_an_answer(
+    engine: str,
+    budgets: tuple[float, float],
+    actions: list[tuple[Any, ...]],
+    prompted_of: Callable[[str], Path],
+    fresh_of: Callable[[str], Fresh],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    fresh, folder = fresh_of(engine), tmp_path_factory.mktemp("states")
+    options: dict[str, Any] = {"cache_mb": budgets[0], "disk_mb": budgets[1], "cache_folder": folder}
+    runtime = Runtime.open(prompted_of("llama"), engine=engine, contexts=2, **options)
+    sessions: dict[int, Session] = {}
+    try:
+        for kind, *rest in actions:
+            if kind == "evict":
+                runtime.clear_cache()
+            elif kind == "restart":
+                for number, session in sessions.items():
+                    session.save(folder / f"{number}.session")
+                runtime.close()
+                runtime = Runtime.open(prompted_of("llama"), engine=engine, contexts=2, **options)
+                sessions = {number: runtime.load_session(folder / f"{number}.session") for number in sessions}
+            else:
+                _act(kind, rest, runtime, sessions, fresh)
+    finally:
+        runtime.close()
+
+
+def _act(kind: str, rest: list[int], runtime: Runtime, sessions: dict[int, Session], fresh: Fresh) -> None:
+    choice, prompt = rest[:2]
+    messages: list[Message] = [{"role": "user", "content": PROMPTS[prompt]}]
+    if kind == "call":
+        found = greedy(runtime.call(messages, CHOICES[choice]))
+        # Bit for bit, so no tie can fall another way.
+        np.testing.assert_array_equal(found, fresh.greedy(messages, choice))
+    elif kind == "session":
+        session = sessions.setdefault(rest[2], runtime.session())
+        session.use(CHOICES[choice])
+        # A conversation must fit in the context.
+        del session.history[:-2]
+        messages = [*session.history, *messages]
+        assert fresh.agrees(session.send(PROMPTS[prompt], max_tokens=STEPS).text, messages, choice)
+    elif kind == "drop":
+        stream = runtime.stream(messages, adapter=CHOICES[choice], max_tokens=STEPS)
+        next(stream, None)
+        del stream
+    else:
+        assert runtime.generate(messages, adapter=CHOICES[choice], deadline_s=1e-9).stop_reason == "deadline"
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_eight_threads_change_no_answer(
+    engine: str, prompted_of: Callable[[str], Path], fresh_of: Callable[[str], Fresh], tmp_path: Path
+) -> None:
+    jobs = list(itertools.product(range(len(CHOICES)), range(3))) * 3
+    with Runtime.open(prompted_of("llama"), engine=engine, contexts=3, cache_mb=0.5, cache_folder=tmp_path) as runtime:
+
+        def answer(job: tuple[int, int]) -> list[Logits]:
+            return greedy(runtime.call(PROMPTS[job[1]], CHOICES[job[0]]))
+
+        with ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(answer, jobs))
+    for (choice, prompt), found in zip(jobs, answers, strict=True):
+        expected = fresh_of(engine).greedy([{"role": "user", "content": PROMPTS[prompt]}], choice)
+        np.testing.assert_array_equal(found, expected)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from edgetune_runtime import Runtime
+from edgetune_runtime.states.store import StateStore
+bundle, engine, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+with Runtime.open(bundle, engine=engine, cache_folder=folder, contexts=1) as runtime:
+    while True:
+        runtime.clear_cache()
+        StateStore(folder, 64).clear()
+        runtime.warm()
+        print("warm", flush=True)
+"""
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_states_of_a_process_that_was_killed_while_it_wrote_change_no_answer(
+    engine: str, prompted_of: Callable[[str], Path], fresh_of: Callable[[str], Fresh], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", WRITER, str(prompted_of("llama")), engine, str(tmp_path)]
+    for delay_s in (0.0, 0.004, 0.011):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"warm\n"
+            time.sleep(delay_s)
+            writer.kill()
+        with Runtime.open(prompted_of("llama"), engine=engine, contexts=1, cache_folder=tmp_path) as runtime:
+            for choice in range(3):
+                found = greedy(runtime.call(PROMPTS[1], CHOICES[choice]))
+                expected = fresh_of(engine).greedy([{"role": "user", "content": PROMPTS[1]}], choice)
+                np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from edgetune_runtime import BusyError, Runtime, UsageError
+from edgetune_runtime.serving.turns import Turns
+from edgetune_runtime.states.batches import CHUNK
+
+ENGINES = ("gguf", "onnx")
+PROMPT = "turn on the light"
+
+
+@pytest.fixture(params=ENGINES)
+def open_(request: pytest.FixtureRequest, prompted_of: Callable[[str], Path]) -> Iterator[Callable[..., Runtime]]:
+    """Opens the bundle of long prompts with options, in each engine."""
+    opened: list[Runtime] = []
+
+    def make(**options: int) -> Runtime:
+        opened.append(Runtime.open(prompted_of("llama"), engine=request.param, disk_mb=0, **options))
+        return opened[-1]
+
+    yield make
+    for runtime in opened:
+        runtime.close()
+
+
+def test_streams_of_one_thread_run_side_by_side_and_say_what_each_alone_says(open_: Callable[..., Runtime]) -> None:
+    runtime = open_(contexts=2)
+    alone = {name: runtime.generate(PROMPT, adapter=name, max_tokens=8).text for name in ("one", "two")}
+    streams = {name: runtime.stream(PROMPT, adapter=name, max_tokens=8) for name in ("one", "two")}
+    texts = dict.fromkeys(streams, "")
+    while any(stream.answer is None for stream in streams.values()):
+        for name, stream in streams.items():
+            texts[name] += next(stream, "")
+    assert texts == alone
+    assert len(runtime.pool(None)[0].contexts) == 2
+
+
+def test_eight_threads_get_the_answers_that_one_alone_gets(open_: Callable[..., Runtime]) -> None:
+    runtime = open_(contexts=3)
+    choices = [None, "one", "two", {"one": 0.5}]
+    prompts = (PROMPT, "play music in the hall", "stop")
+    alone = {
+        (p, a): runtime.generate(prompts[p], adapter=choices[a], max_tokens=4).text for p in range(3) for a in range(4)
+    }
+    jobs = [place for _ in range(6) for place in alone]
+
+    def answer(place: tuple[int, int]) -> str:
+        return runtime.generate(prompts[place[0]], adapter=choices[place[1]], max_tokens=4).text
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(answer, jobs)) == [alone[place] for place in jobs]
+    assert len(runtime.pool(None)[0].contexts) <= 3
+
+
+def test_more_calls_than_may_wait_are_told_so(open_: Callable[..., Runtime]) -> None:
+    runtime = open_(contexts=1, waiting=0)
+    stream = runtime.stream(PROMPT, max_tokens=50)
+    next(stream)
+    with ThreadPoolExecutor(1) as other, pytest.raises(BusyError, match="0 calls wait for one of 1 contexts"):
+        other.submit(runtime.generate, PROMPT).result()
+    with pytest.raises(UsageError, match="stream"):
+        runtime.generate(PROMPT)
+    stream.close()
+    assert runtime.generate(PROMPT, max_tokens=1).tokens <= 1
+
+
+def test_a_deadline_holds_while_a_call_waits_in_its_prompt_and_between_tokens(open_: Callable[..., Runtime]) -> None:
+    runtime = open_(contexts=1)
+    stream = runtime.stream(PROMPT, max_tokens=200, adapter="one")
+    next(stream)
+    with ThreadPoolExecutor(1) as other:
+        begin = time.monotonic()
+        answer = other.submit(runtime.generate, PROMPT, deadline_s=0.2).result()
+        assert (answer.stop_reason, answer.text) == ("deadline", "")
+        assert 0.2 <= time.monotonic() - begin < 5
+    stream.close()
+    assert runtime.generate(PROMPT, deadline_s=1e-6).stop_reason == "deadline"
+    stream = runtime.stream(PROMPT, deadline_s=0.5, max_tokens=200, temperature=2.0, seed=1)
+    for _ in stream:
+        time.sleep(0.1)
+    assert stream.answer is not None
+    assert stream.answer.stop_reason == "deadline"
+    with pytest.raises(UsageError, match="deadline_s"):
+        runtime.generate(PROMPT, deadline_s=0)
+
+
+def test_a_cancelled_call_ends_with_what_there_is_and_frees_its_context(open_: Callable[..., Runtime]) -> None:
+    runtime, cancel = open_(contexts=1), threading.Event()
+    expected = runtime.generate(PROMPT, adapter="one", max_tokens=200)
+    stream = runtime.stream(PROMPT, adapter="one", cancel=cancel, max_tokens=200)
+    pieces = [next(stream)]
+    cancel.set()
+    pieces += stream
+    assert stream.answer is not None
+    assert stream.answer.stop_reason == "cancelled"
+    assert stream.answer.tokens <= 3
+    assert expected.text.startswith(stream.answer.text.rstrip("�"))
+    assert runtime.generate(PROMPT, adapter="one", max_tokens=200).text == expected.text
+
+
+def test_a_prompt_is_computed_in_chunks_between_which_others_have_their_turn(open_: Callable[..., Runtime]) -> None:
+    runtime = open_(contexts=2)
+    long = runtime.call("play " * 110, "one").job
+    assert len(long.tokens) > CHUNK
+    order: list[str] = []
+    pool, _ = runtime.pool("one")
+
+    def look() -> None:
+        # Another call computes between two chunks of this one. The watch asks as well, while a chunk is computed.
+        if threading.current_thread() is not threading.main_thread():
+            return
+        order.append("chunk")
+        if order.count("chunk") == 2:
+            with ThreadPoolExecutor(1) as other:
+                other.submit(runtime.generate, "stop", adapter="two", max_tokens=1).result(60)
+            order.append("other")
+
+    job = replace(long, check=look)
+    with pool.lease(job) as context:
+        context.run(job)
+    assert order[:4] == ["chunk", "chunk", "other", "chunk"] or order[:3] == ["chunk", "chunk", "other"]
+
+
+def test_turns_are_taken_in_the_order_of_asking() -> None:
+    turns, order, started = Turns(), [], []
+
+    def work(number: int) -> None:
+        started.append(number)
+        with turns.take():
+            order.append(number)
+
+    threads = []
+    with turns.take():
+        for number in range(5):
+            threads.append(threading.Thread(target=work, args=(number,)))
+            threads[-1].start()
+            while len(turns._waiting) <= number:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, 3, 4]
+    with turns.take():
+        pass

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from edgetune_runtime.states.state_file import read_about, read_state, write_state
+from edgetune_runtime.states.store import StateStore, default_folder
+
+STATE = memoryview(bytes(range(256)) * 40)
+
+
+def identity(tokens: str, **changes: object) -> dict[str, object]:
+    return {"engine": "llama-cpp-python 0, f16", "base": "b" * 64, "spans": [[0, []]], "tokens": tokens, **changes}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StateStore:
+    """A folder for three states."""
+    return StateStore(tmp_path / "states", 3.5 * len(STATE) / 1e6)
+
+
+def test_a_state_is_read_as_it_was_written(store: StateStore) -> None:
+    assert store.load(identity("one")) is None
+    assert store.save(identity("one"), STATE, "home: command", 7)
+    assert store.load(identity("one")) == STATE
+    (entry,) = store.entries()
+    assert (entry.label, entry.tokens, entry.engine) == ("home: command", 7, "llama-cpp-python 0, f16")
+
+
+@pytest.mark.parametrize("change", [{"engine": "llama-cpp-python 1, f16"}, {"base": "c"}, {"spans": [[0, [["d", 1]]]]}])
+def test_another_engine_base_or_adapter_has_a_state_of_its_own(store: StateStore, change: dict[str, object]) -> None:
+    store.save(identity("one"), STATE, "home", 7)
+    assert store.load(identity("one", **change)) is None
+    assert store.load(identity("one")) == STATE
+
+
+@pytest.mark.parametrize("place", [0, 40, -1, -len(STATE)])
+def test_a_damaged_file_is_dropped(store: StateStore, place: int) -> None:
+    store.save(identity("one"), STATE, "home", 7)
+    path = store.path_of(identity("one"))
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert store.load(identity("one")) is None
+    assert not path.exists()
+
+
+def test_a_cut_off_file_is_dropped(store: StateStore) -> None:
+    store.save(identity("one"), STATE, "home", 7)
+    path = store.path_of(identity("one"))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.load(identity("one")) is None
+    assert not path.exists()
+
+
+def test_a_state_under_anothers_name_is_not_taken_for_it(store: StateStore) -> None:
+    store.save(identity("one"), STATE, "home", 7)
+    store.path_of(identity("one")).rename(store.path_of(identity("two")))
+    assert store.load(identity("two")) is None
+
+
+def test_the_longest_unused_goes_first(store: StateStore) -> None:
+    for age, name in enumerate("abc"):
+        store.save(identity(name), STATE, name, 7)
+        os.utime(store.path_of(identity(name)), (age, age))
+    store.load(identity("a"))
+    store.save(identity("d"), STATE, "d", 7)
+    assert {entry.label for entry in store.entries()} == {"a", "c", "d"}
+
+
+def test_what_is_larger_than_the_budget_is_not_kept(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, len(STATE) / 2e6)
+    assert not store.save(identity("one"), STATE, "home", 7)
+    assert store.entries() == []
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = StateStore(tmp_path / "file" / "states", 1)
+    assert not store.save(identity("one"), STATE, "home", 7)
+    assert store.load(identity("one")) is None
+
+
+def test_clear_deletes_states_and_what_killed_writers_left_and_nothing_else(store: StateStore) -> None:
+    store.save(identity("one"), STATE, "home", 7)
+    (store.folder / ".abc.kv.tmp-1-1").write_bytes(b"half")
+    (store.folder / "notes.txt").write_text("mine")
+    (store.folder / "odd.kv").write_text("no state")
+    assert {entry.label for entry in store.entries()} == {"home", "damaged"}
+    assert store.clear() == 2
+    assert [path.name for path in store.folder.iterdir()] == ["notes.txt"]
+
+
+def test_the_folder_is_the_users_cache_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGETUNE_CACHE", str(tmp_path / "mine"))
+    assert default_folder() == tmp_path / "mine"
+    monkeypatch.delenv("EDGETUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "edgetune/states"
+
+
+@pytest.mark.parametrize("text", ["", "{}\n", "[]\n", '{"edgetune_state": 2}\n', "\xff\n", "[" * 100_000 + "\n"])
+def test_other_files_are_no_states(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "file"
+    path.write_text(text, encoding="latin-1")
+    assert read_state(path) is None
+    assert read_about(path) is None
+    assert read_state(tmp_path / "none") is None
+
+
+def test_an_empty_state_is_one(tmp_path: Path) -> None:
+    write_state(tmp_path / "file", {"a": "é"}, memoryview(b""))
+    found = read_state(tmp_path / "file")
+    assert found is not None
+    assert (found.about, bytes(found.state)) == ({"a": "é"}, b"")

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from edgetune_runtime import Sampling, UsageError
+from edgetune_runtime.text.sampling import Sampler
+
+LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], np.float32))
+OPEN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def drawn(
+    logits: np.ndarray = LOGITS, recent: tuple[int, ...] = (), count: int = 4000, **options: object
+) -> Counter[int]:
+    sampler = Sampler(Sampling(**{"seed": 0, **options}))
+    return Counter(sampler.next(logits, recent) for _ in range(count))
+
+
+def test_the_default_takes_the_likeliest() -> None:
+    assert set(drawn(temperature=0.0)) == {0}
+
+
+def test_temperature_one_draws_with_the_models_own_probabilities() -> None:
+    counts = drawn(**OPEN)
+    shares = [counts[token] / 4000 for token in range(5)]
+    assert shares == pytest.approx([0.5, 0.25, 0.15, 0.07, 0.03], abs=0.03)
+
+
+def test_a_higher_temperature_flattens() -> None:
+    assert drawn(**{**OPEN, "temperature": 5.0})[4] > 2 * drawn(**OPEN)[4]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kept"),
+    [
+        ("top_k", 2, {0, 1}),
+        ("top_p", 0.8, {0, 1, 2}),
+        ("top_p", 0.01, {0}),
+        ("min_p", 0.2, {0, 1, 2}),
+        ("min_p", 1, {0}),
+    ],
+)
+def test_each_filter_keeps_the_tokens_that_it_should(option: str, value: float, kept: set[int]) -> None:
+    assert set(drawn(**{**OPEN, option: value})) == kept
+
+
+def test_repeat_penalty_damps_recent_tokens_whatever_their_sign() -> None:
+    logits = np.array([2.0, 1.9, -1.0, -1.1], np.float32)
+    assert Sampler(Sampling(repeat_penalty=1.2)).next(logits, [0]) == 1
+    assert Sampler(Sampling(repeat_penalty=1.2)).next(logits[2:], [0]) == 1
+    assert Sampler(Sampling(repeat_penalty=1.2)).next(logits, []) == 0
+    assert Sampler(Sampling(repeat_penalty=1.2)).next(logits, [0, *[3] * 64]) == 0
+
+
+def test_the_same_seed_gives_the_same_tokens_and_none_gives_others() -> None:
+    def run(seed: int | None) -> list[int]:
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed))
+        return [sampler.next(LOGITS, []) for _ in range(60)]
+
+    assert run(7) == run(7) != run(8)
+    assert run(None) != run(None)
+
+
+def test_sampling_leaves_the_logits_as_they_are() -> None:
+    logits = LOGITS.copy()
+    drawn(logits, recent=(0,), count=5, repeat_penalty=1.5, temperature=1.0)
+    assert np.array_equal(logits, LOGITS)
+
+
+def test_all_wrong_values_are_told_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        Sampling(temperature=-1, top_k=-1, top_p=0, min_p=2, repeat_penalty=0, seed=-1, stop=("",), max_tokens=0)
+    named = ["temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop", "max_tokens"]
+    assert [name for name in named if name not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": float("nan")}, {"max_tokens": 1.5}, {"top_k": True}, {"top_p": "1"}])
+def test_values_of_a_wrong_kind_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        Sampling(**wrong)
+
+
+def test_one_stop_text_may_stand_alone() -> None:
+    assert Sampling(stop="END").stop == Sampling(stop=["END"]).stop == ("END",)
