@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from edgetune_export.adapters.fold import fold_peft, merge
-from edgetune_export.adapters.shapes import Folded
 from edgetune_runtime.errors import UsageError
 from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
 
-from .common.base import Checkpoint, O, trainable
-from .common.peft import ALL_LINEAR, PeftMethod, TargetOptions, check_targets, lora_config, matches, module_weight
+from .common.base import trainable
+from .common.lora_checkpoint import LoraCheckpoint
+from .common.peft import ALL_LINEAR, TargetOptions, check_targets, lora_config, matches
 
 if TYPE_CHECKING:
     import torch
@@ -92,24 +90,6 @@ class LoraOptions(TargetOptions):
         share = rank / self.r
         alpha = self.lora_alpha * (math.sqrt(share) if self.use_rslora else share)
         return self.model_copy(update={"target_modules": modules, "r": rank, "lora_alpha": alpha})
-
-
-class LoraCheckpoint(PeftMethod[O]):
-    """A method whose folder holds a plain LoRA."""
-
-    takes_scale = True
-    takes_encoders = True
-
-    def shapes(self, options: O) -> tuple[str, ...]:
-        """A product of low rank, exactly."""
-        return ("low_rank", "merged")
-
-    def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """Read from the folder, which may come from anywhere; see `fold_peft` for what is refused."""
-        adapter = fold_peft(checkpoint.folder, checkpoint.name, self.name)
-        if shape == "low_rank":
-            return adapter
-        return merge(adapter, partial(module_weight, checkpoint.base), checkpoint.scale)
 
 
 class Lora(LoraCheckpoint[LoraOptions]):

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import AliasChoices, Field, PositiveInt
 
-from edgetune.methods.lora import LoraCheckpoint
-
+from .lora_checkpoint import LoraCheckpoint
 from .peft import Dropout, TargetOptions, check_targets, lora_config
 
 if TYPE_CHECKING:
