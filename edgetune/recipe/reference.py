@@ -35,7 +35,7 @@ not in memory, and says what would fit; where it may become tight it warns. Wher
 forward passes smaller. What a base takes that must be downloaded first, the build alone can say. `--trial` trains ten
 steps of the first adapter and says how long all trainings take; a build says so after its own first ten steps.
 
-This page is made from the descriptions in `edgetune/recipe.py`, `edgetune/recipe_parts.py` and `edgetune/methods/`.
+This page is made from the descriptions in `edgetune/recipe/` and `edgetune/methods/`.
 """
 WORDS: dict[object, str] = {
     str: "text",
