@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_devices import fit
+from edgetune_export import backends
 from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader
@@ -29,19 +30,14 @@ from .targets import shapes_in
 from .tasks import Task
 from .training.memory import BaseShape, training_need
 
-# Python with torch, transformers and the engines loaded, and with the process beside it that makes an ONNX graph: what
-# builds of 135M and 506M parameters took beyond the base in float32.
+# Python with torch, transformers and the engines loaded: builds of 135M and 506M parameters took that
+# beyond the base in float32.
 _PROCESS_MB = 700.0
-_ONNX_PROCESS_MB = 1250.0
 _FLOAT = 4
 # Characters of a row for each of its tokens, at the least that texts in one language have.
 _CHARACTERS = 3
 # In a training's saved state: the parameter, its best value and two moments; an old state stays until the new is whole.
 _STATE_BYTES = 2 * 4 * _FLOAT
-_ADAPTER_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
-# An ONNX graph against the GGUF file of the same blocks, and its adapter slots, in which projections are packed.
-_ONNX_BASE = 1.15
-_ONNX_ADAPTER = 1.25
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class BuildNeeds:
     `weights_mb` is the base in float32 alone, without which nothing can be exported.
 
     Disk: `disk_mb` is all that is there at a time while `bundle_mb` of it are made, `least_disk_mb` what cannot be done
-    without, `onnx_mb` the part of the bundle that the format onnx adds.
+    without, `others_mb` the part of the bundle that all formats but the first add.
     """
 
     parameters: int
@@ -63,7 +59,7 @@ class BuildNeeds:
     bundle_mb: float
     disk_mb: float
     least_disk_mb: float
-    onnx_mb: float
+    others_mb: float
 
     @property
     def memory_mb(self) -> float:
@@ -112,27 +108,26 @@ def of_recipe(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> Buil
     """What building `recipe` with these tasks on the base of this header takes, at most about."""
     parameters = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
     whole_mb = parameters * _FLOAT / 1e6
-    bundle, onnx_mb = _bundle_mb(recipe, header)
+    bundle, others_mb = _bundle_mb(recipe, header)
     trained = [_trainable(spec, header, parameters) for spec in recipe.adapters.values()]
     requantized = bases.requantizes(recipe)
     base_mb = _base_bytes(recipe, header) / 1e6
     # In the work folder: a base of its own, one continued on text, and what was trained.
     kept = base_mb * (requantized + (recipe.domain is not None)) + sum(trained) * _FLOAT / 1e6
-    staged = bundle - base_mb * ("gguf" in recipe.targets)
+    formats = [backends.format_of(target) for target in recipe.targets]
+    staged = bundle - base_mb * any(found.links_base for found in formats)
     at_a_time = (max(trained, default=0) * _STATE_BYTES / 1e6, staged + bundle)
     least_mb, training_mb = _training_mb(recipe, tasks, header)
-    # A graph in float32 is a copy of the base.
-    copies = 2 if "onnx" in recipe.targets and recipe.onnx.weights == "fp32" else 1
     return BuildNeeds(
         parameters=parameters,
         weights_mb=whole_mb,
         training_mb=training_mb,
         least_training_mb=least_mb,
-        export_mb=(_ONNX_PROCESS_MB if "onnx" in recipe.targets else _PROCESS_MB) + copies * whole_mb,
+        export_mb=max(found.export_mb(whole_mb, recipe.onnx.weights) for found in formats),
         bundle_mb=bundle,
         disk_mb=kept + max(at_a_time),
         least_disk_mb=staged + bundle,
-        onnx_mb=onnx_mb,
+        others_mb=others_mb,
     )
 
 
@@ -218,8 +213,8 @@ def _refuse_disk(recipe: Recipe, needs: BuildNeeds, room: Room) -> None:
 
 def _disk_remedy(recipe: Recipe, needs: BuildNeeds, missing_mb: float) -> str:
     less = ""
-    if "onnx" in recipe.targets and len(recipe.targets) > 1:
-        less = f", or build targets: [gguf] alone, whose bundle is {_mb(needs.onnx_mb)} smaller"
+    if len(recipe.targets) > 1:
+        less = f", or build targets: [{recipe.targets[0]}] alone, whose bundle is {_mb(needs.others_mb)} smaller"
     return f"free {_mb(math.ceil(missing_mb))} or choose another --out{less}"
 
 
@@ -267,23 +262,21 @@ def _tokens(row: Row, system: str | None) -> int:
 
 
 def _bundle_mb(recipe: Recipe, header: GgufHeader) -> tuple[float, float]:
-    """The size of the bundle, and of what the format onnx adds to it."""
+    """The size of the bundle, and of what all formats but the first add to it."""
     base_bytes = _base_bytes(recipe, header)
     parameters = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
-    by_target = dict.fromkeys(recipe.targets, 0.0)
+    weights, by_target = recipe.onnx.weights, []
     for target in recipe.targets:
-        is_gguf = target == "gguf"
-        fp32 = recipe.onnx.weights == "fp32" and not is_gguf
-        by_target[target] += parameters * _FLOAT if fp32 else base_bytes * (1 if is_gguf else _ONNX_BASE)
+        found = backends.format_of(target)
+        size = found.base_bytes(base_bytes, parameters, weights)
         for spec in recipe.adapters.values():
             shape = shapes_in((target,), spec.method.name, spec.method.options, merged=spec.merged)[target]
             if shape == "merged":
-                by_target[target] += parameters * (_FLOAT if fp32 else 34 / 32)
+                size += found.merged_bytes(parameters, weights)
             elif shape == "low_rank":
-                dtype = spec.dtype if is_gguf else spec.onnx_dtype
-                factor = 1.0 if is_gguf else _ONNX_ADAPTER
-                by_target[target] += _trainable(spec, header, parameters) * _ADAPTER_BYTES[dtype] * factor
-    return sum(by_target.values()) / 1e6, by_target.get("onnx", 0.0) / 1e6
+                size += found.adapter_bytes(_trainable(spec, header, parameters), spec.dtype_in(target))
+        by_target.append(size / 1e6)
+    return sum(by_target), sum(by_target[1:])
 
 
 def _base_bytes(recipe: Recipe, header: GgufHeader) -> int:

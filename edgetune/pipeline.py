@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune_export import backends
 from edgetune_export.backends.base import Weights
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import CLASSIFICATION
@@ -132,7 +133,7 @@ def export_trained(
     quantize: str | None = None,
     systems: Mapping[str, str] | None = None,
     merged: bool = False,
-    targets: tuple[str, ...] = ("gguf",),
+    targets: tuple[str, ...] = (backends.DEFAULT,),
     progress: Progress,
     converter: Path | None = None,
 ) -> BuildResult:
@@ -299,7 +300,7 @@ def _trained(item: _Work, result: TrainResult, work: Path) -> Trained:
         metric=item.task.metric,
         labels=item.task.labels,
         merged=spec.merged,
-        dtypes={"gguf": spec.dtype, "onnx": spec.onnx_dtype},
+        dtypes={target: spec.dtype_in(target) for target in backends.names()},
         training=item.figures(result),
         texts=[text for row in item.task.validation[:TEXT_ROWS] for text in _texts(row)],
     )

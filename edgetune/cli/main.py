@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 
 from edgetune.failure import PROGRAM, drop_output, fail
@@ -313,12 +314,10 @@ def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any])
 
 
 def _targets(joined: str | None) -> tuple[str, ...]:
-    from edgetune.recipe.parts import TARGETS  # noqa: PLC0415 - help needs no pydantic
-
-    names = tuple(dict.fromkeys(names_of(joined))) if joined is not None else TARGETS[:1]
+    names = tuple(dict.fromkeys(names_of(joined))) if joined is not None else (backends.DEFAULT,)
     for name in names:
-        if name not in TARGETS:
-            raise UsageError(f"--targets: no format {name!r}", f"choose among: {', '.join(TARGETS)}")
+        if name not in backends.names():
+            raise UsageError(f"--targets: no format {name!r}", f"choose among: {', '.join(backends.names())}")
     return names
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from edgetune_export import backends
 from edgetune_runtime.errors import IncompatibleError
 
 from edgetune import methods
 from edgetune.methods import Method
-from edgetune.recipe.parts import TARGETS
 from edgetune.recipe.problems import other_names
 from edgetune.targets import shapes_in
 
@@ -27,7 +27,7 @@ def describe(name: str) -> dict[str, Any]:
     return {
         "about": inspect.cleandoc(type(method).__doc__ or "").splitlines()[0],
         "shapes": list(method.shapes(defaults)),
-        "backends": {target: _shape(name, method, target) for target in TARGETS},
+        "backends": {target: _shape(name, method, target) for target in backends.names()},
         "options": {
             key: {
                 "default": value,
@@ -41,11 +41,11 @@ def describe(name: str) -> dict[str, Any]:
 
 def table() -> list[str]:
     """A line a method: its name, what it becomes in each backend, and when to take it."""
-    lines = [("method", *TARGETS, "")]
+    lines = [("method", *backends.names(), "")]
     for name in names():
         found = describe(name)
-        lines.append((name, *(found["backends"][target] or "-" for target in TARGETS), found["about"]))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(TARGETS) + 1)]
+        lines.append((name, *(found["backends"][target] or "-" for target in backends.names()), found["about"]))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(backends.names()) + 1)]
     return ["  ".join([*map(str.ljust, line, widths), line[-1]]).rstrip() for line in lines]
 
 

@@ -15,13 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from edgetune_export import backends
 from edgetune_runtime.bundle import CLASSIFICATION, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from pydantic.fields import FieldInfo
 
 from edgetune import methods
 from edgetune.recipe.model import Recipe, load_recipe
-from edgetune.recipe.parts import TARGETS, MethodSpec
+from edgetune.recipe.parts import MethodSpec
 from edgetune.targets import shapes_in
 
 REQUEST_FILE = "request.json"
@@ -131,8 +132,8 @@ def _check_lists(request: Request) -> None:
         if rank < 1:
             raise UsageError(f"--ranks: {rank} is no rank", "give whole numbers from 1 on")
     for target in request.targets or ():
-        if target not in TARGETS:
-            raise UsageError(f"--targets: {_no('format', target, TARGETS)}")
+        if target not in backends.names():
+            raise UsageError(f"--targets: {_no('format', target, backends.names())}")
 
 
 def _no(what: str, given: str, known: Sequence[str]) -> str:

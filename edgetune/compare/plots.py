@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune_export import backends
+
 from .columns import BUSY
 from .figures import LOWER_IS_BETTER, OnEngine, Outcome
 
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 
 SIZE_INCHES = (8.0, 4.8)
 DPI = 120
-MARKERS = {"gguf": "o", "onnx": "s"}
+# Of the formats in the order of their names, and of what is no format.
+MARKERS = "os^v"
 OTHER_MARKER = "D"
 # Directions in which a label is tried, the best first, and distances in points.
 _DIRECTIONS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
@@ -143,7 +146,11 @@ def _colors(count: int) -> list[Any]:
 
 
 def _marker(target: str) -> str:
-    return MARKERS.get(target, OTHER_MARKER)
+    return _markers().get(target, OTHER_MARKER)
+
+
+def _markers() -> dict[str, str]:
+    return dict(zip(backends.names(), MARKERS, strict=False))
 
 
 def _draw(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:  # noqa: ANN401 - matplotlib has no types
@@ -152,7 +159,7 @@ def _draw(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:  # noqa:
         face = "white" if point.is_hollow else point.color
         axes.errorbar(point.x, point.y, point.error, color=point.color, alpha=0.35, capsize=3, zorder=1)
         axes.plot(point.x, point.y, point.marker, color=point.color, markerfacecolor=face, markersize=8, zorder=3)
-    for target, marker in MARKERS.items():
+    for target, marker in _markers().items():
         if any(point.marker == marker for point in points):
             axes.plot([], [], marker, color="tab:gray", label=target)
     axes.margins(x=0.12, y=0.15)

@@ -143,7 +143,7 @@ def _trained(item: _Work, work: Path) -> TrainedTask:
         spec.method.options,
         probes,
         spec.scale,
-        spec.onnx_dtype,
+        spec.dtype_in(ENGINE),
     )
 
 

@@ -146,7 +146,7 @@ class _Bench:
 
     def __init__(self, base: Base, recipe: Recipe, spec: AdapterSpec, folder: Path) -> None:
         self.base, self.target, self.threads = base, recipe.targets[0], recipe.threads
-        self.dtype = spec.dtype if self.target == "gguf" else spec.onnx_dtype
+        self.dtype = spec.dtype_in(self.target)
         # How the numbers were rounded does not change how fast they are.
         self.weights = Weights(recipe.onnx.weights)
         self._backend = backends.load(self.target)

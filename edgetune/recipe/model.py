@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from edgetune_export import backends
 from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.errors import UsageError
 from pydantic import (
@@ -23,7 +24,7 @@ from pydantic import (
 
 from edgetune import methods
 
-from .parts import TARGETS, AdapterSpec, DomainSpec, MethodSpec, Name, OnnxSpec, Part, Target, Text, Training
+from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, OnnxSpec, Part, Target, Text, Training
 from .problems import Loc, explain, override, read_document, suggest, value_at
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -40,7 +41,7 @@ class Recipe(Part):
     base: Text
     """The base model: an alias such as smollm2-135m, a .gguf file, a Hugging Face folder, or a hub id; for
     text-classification the alias all-minilm-l6-v2, or the folder or hub id of a BERT-type model."""
-    targets: tuple[Target, ...] = Field(default=TARGETS[:1], min_length=1)
+    targets: tuple[Target, ...] = Field(default=(backends.DEFAULT,), min_length=1)
     """Formats to export: gguf for llama.cpp, onnx for onnxruntime; the first is what the runtime opens by default."""
     quantize: str | None = None
     """Quantization of the base (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …), before training; null takes q8_0 for a folder
@@ -82,14 +83,15 @@ class Recipe(Part):
     @classmethod
     def _targets_of_task(cls, values: object) -> object:
         if isinstance(values, dict) and values.get("task") == CLASSIFICATION:
-            return {"targets": ["onnx"], **values}
+            return {"targets": list(backends.of_task(CLASSIFICATION)), **values}
         return values
 
     @field_validator("targets")
     @classmethod
     def _once(cls, targets: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if "gguf" in targets and _is_encoder(info):
-            raise ValueError("encoders run in onnx; write targets: [onnx]")
+        fit = backends.of_task(CLASSIFICATION) if _is_encoder(info) else targets
+        if not set(targets) <= set(fit):
+            raise ValueError(f"encoders run in {' and '.join(fit)}; write targets: [{', '.join(fit)}]")
         return tuple(dict.fromkeys(targets))
 
     @field_validator("quantize", "quantize_merged")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
+from edgetune_export import backends
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -43,8 +44,20 @@ def _check_name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN.pattern}$"})]
 Text = Annotated[str, StringConstraints(min_length=1)]
-Target = Literal["gguf", "onnx"]
-TARGETS: tuple[Target, ...] = get_args(Target)
+
+
+def _check_target(name: str) -> str:
+    if name not in backends.names():
+        raise ValueError(f"no format {name!r}; {suggest(name, backends.names())}")
+    return name
+
+
+Target = Annotated[
+    str,
+    AfterValidator(_check_target),
+    Field(json_schema_extra=lambda schema: schema.update(enum=list(backends.names()))),
+]
+"""A format that there is a backend for."""
 Metric = Literal["auto", "exact", "json", "label", "rouge_l", "chrf", "perplexity"]
 
 
@@ -225,6 +238,11 @@ class AdapterSpec(Part):
         if self.merged and self.method.is_auto:
             raise ValueError("a merged adapter slows nothing down; name target_modules instead of auto")
         return self
+
+    def dtype_in(self, target: str) -> str:
+        """Number format of the adapter's file in a format."""
+        found: str = getattr(self, backends.format_of(target).dtype_key)
+        return found
 
     def unfit_for_encoder(self) -> list[str]:
         """What an adapter of an encoder cannot be, with the way out."""

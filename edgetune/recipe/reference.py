@@ -11,13 +11,14 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from edgetune_export import backends
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from edgetune import methods
 
 from .model import Recipe
-from .parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, OnnxSpec, TextSpec, Training
+from .parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, OnnxSpec, Target, TextSpec, Training
 from .problems import other_names
 
 INTRODUCTION = """\
@@ -100,6 +101,8 @@ def _default(field: FieldInfo) -> str:
 def _values(annotation: Any) -> str:  # noqa: ANN401 - what an annotation is has no type
     """An annotation in words."""
     origin, parts = get_origin(annotation), get_args(annotation)
+    if annotation is Target:
+        return ", ".join(f"`{name}`" for name in backends.names())
     if origin is Literal:
         return ", ".join(f"`{part}`" for part in parts)
     if origin in (Union, types.UnionType):

@@ -46,7 +46,7 @@ class Wanted:
     name: str
     context_length: int
     threads: int | None = None
-    targets: tuple[str, ...] = ("gguf",)
+    targets: tuple[str, ...] = (backends.DEFAULT,)
     weights: Weights = field(default_factory=Weights)
     quantize_merged: str | None = None
     ships_states: bool = False
@@ -186,7 +186,7 @@ class _Stage:
     def _write(self, target: str, folded: Adapter, adapter: Trained, base: Path) -> Written:
         backend = backends.load(target)
         out = self._folder(adapter) / backend.ADAPTER_FILE
-        dtype = adapter.dtypes[target]
+        dtype = adapter.dtype_in(target)
         backend.write_adapter(folded, base, out, dtype=dtype, base_fingerprint=self.source.fingerprint)
         if isinstance(folded, LowRank):
             return Written(out, folded.shape, folded.error, folded.invocation)
@@ -242,7 +242,7 @@ def _base_entry(base: Base, files: Mapping[str, str]) -> BaseEntry:
 
 
 def _versions(targets: Sequence[str]) -> dict[str, str]:
+    # Every base is quantized and tokenized by llama.cpp.
     names = ["edgetune", "edgetune-runtime", "llama-cpp-python", "torch", "transformers", "peft"]
-    if "onnx" in targets:
-        names += ["onnxruntime", "onnxruntime-genai"]
+    names += [package for target in targets for package in backends.format_of(target).packages]
     return {name: importlib.metadata.version(name) for name in names}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from edgetune_export import backends
 from edgetune_export.adapters.shapes import Floats
 from edgetune_export.parity import Decoder, Parity, Rows, check, compare
 from edgetune_export.parity import Trained as Model
@@ -31,8 +32,6 @@ Logits = Callable[[list[int]], Floats]
 States = dict[tuple[int, ...], Any]
 """What a model's output layer reads for each token of a row, by the row."""
 
-# Number format of an adapter's file for each backend; onnxruntime-genai takes no other than f32 for a float32 graph.
-DTYPES = {"gguf": "f16", "onnx": "f32"}
 # Prompts that are answered greedily, and the length of the answers.
 PROMPTS = 3
 ANSWER_TOKENS = 24
@@ -69,9 +68,13 @@ class Trained:
     metric: str = "exact"
     labels: tuple[str, ...] = ()
     merged: bool = False
-    dtypes: Mapping[str, str] = field(default_factory=lambda: dict(DTYPES))
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     texts: Sequence[str] = ()
+
+    def dtype_in(self, target: str) -> str:
+        """Number format of the adapter's file in a format, by default that format's own."""
+        return self.dtypes.get(target, backends.format_of(target).adapter_dtypes[0])
 
     def checkpoint(self, base: PreTrainedModel) -> methods.Checkpoint:
         """What was trained, with its base in float32."""
@@ -153,7 +156,7 @@ def _adapter_parity(
         parity,
         adapter.name,
         written.quantization or export.quantization,
-        dtype=adapter.dtypes[export.backend],
+        dtype=adapter.dtype_in(export.backend),
         merged=written.shape == "merged",
         error=written.error,
     )

@@ -1,4 +1,4 @@
-"""One folder per format; the folder's name is the format's, and its module `backend` is a Backend (see base.py)."""
+"""One folder per format, named after it: the package has its facts as FORMAT, and its module `backend` writes it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from edgetune_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from .base import Backend
+    from .format import Format
+
+DEFAULT = "gguf"
+"""The format that is written unless others are asked for."""
 
 
 def names() -> tuple[str, ...]:
@@ -19,6 +23,21 @@ def names() -> tuple[str, ...]:
 
 def load(name: str) -> Backend:
     """What writes a format, imported when it is needed; UsageError names the formats there are."""
+    _check(name)
+    return cast("Backend", import_module(f"{__name__}.{name}.backend"))
+
+
+def format_of(name: str) -> Format:
+    """The facts of a format; UsageError names the formats there are."""
+    _check(name)
+    return cast("Format", import_module(f"{__name__}.{name}").FORMAT)
+
+
+def of_task(task: str) -> tuple[str, ...]:
+    """The formats that hold models for a task."""
+    return tuple(name for name in names() if task in format_of(name).tasks)
+
+
+def _check(name: str) -> None:
     if name not in names():
         raise UsageError(f"no format {name!r}", f"choose among: {', '.join(names())}")
-    return cast("Backend", import_module(f"{__name__}.{name}.backend"))

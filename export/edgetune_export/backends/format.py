@@ -1,0 +1,51 @@
+"""What is known of a format before any of its libraries is imported: recipes and predictions of size need no more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgetune_runtime.bundle import GENERATION
+
+_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format's facts.
+
+    `adapter_dtypes` are the number formats of an adapter's file, the default first, and `dtype_key` is the recipe's key
+    for it; `packages` are those whose versions a manifest records; `tasks` what its models are for. `links_base` says
+    that the base ships as the GGUF file that it is; `base_factor` and `adapter_factor` are the sizes of its files
+    against those of GGUF with the same numbers, and `process_mb` (10^6 bytes) is what a process that writes it takes
+    beyond the base in float32.
+    """
+
+    adapter_dtypes: tuple[str, ...] = ("f16", "q8_0", "f32")
+    dtype_key: str = "dtype"
+    packages: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = (GENERATION,)
+    links_base: bool = False
+    base_factor: float = 1.0
+    adapter_factor: float = 1.0
+    process_mb: float = 700.0
+
+    def base_bytes(self, gguf_bytes: float, parameters: int, weights: str) -> float:
+        """About the bytes of a base whose GGUF file has `gguf_bytes`; `weights` are those of `Weights.scheme`."""
+        return parameters * _FLOAT if self._is_float(weights) else gguf_bytes * self.base_factor
+
+    def merged_bytes(self, parameters: int, weights: str) -> float:
+        """About the bytes of a merged model, whose weights are rounded to 8 bits."""
+        return parameters * (_FLOAT if self._is_float(weights) else _BYTES["q8_0"])
+
+    def adapter_bytes(self, parameters: int, dtype: str) -> float:
+        """About the bytes of an adapter of low rank."""
+        return parameters * _BYTES[dtype] * self.adapter_factor
+
+    def export_mb(self, weights_mb: float, weights: str) -> float:
+        """About the memory that writing a base takes whose float32 weights are `weights_mb` (10^6 bytes)."""
+        # A graph in float32 is a copy of the base.
+        return self.process_mb + (2 if self._is_float(weights) else 1) * weights_mb
+
+    def _is_float(self, weights: str) -> bool:
+        return weights == "fp32" and not self.links_base

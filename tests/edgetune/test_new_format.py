@@ -1,0 +1,95 @@
+"""A format and its engine are two folders: nothing else changes for a build to write, check and run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from edgetune_export import backends
+from edgetune_runtime import Runtime, engines
+from edgetune_runtime.bundle import read_manifest
+
+from edgetune.pipeline import build
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+
+FORMAT = """
+from edgetune_export.backends.format import Format
+
+FORMAT = Format(adapter_dtypes=("f32",), packages=("numpy",), base_factor=1.0)
+"""
+# Whole copies of GGUF files under another name.
+BACKEND = """
+import shutil
+
+from edgetune_export.backends.gguf import backend as gguf
+
+SHAPES = ("low_rank", "merged")
+SUPPORTED = gguf.SUPPORTED
+ADAPTER_FILE = "adapter.toy"
+MODEL_FILE = "model.toy"
+write_adapter = gguf.write_adapter
+write_merged = gguf.write_merged
+quantization = gguf.quantization
+
+
+def write_base(source, folder, adapters):
+    folder.mkdir(parents=True, exist_ok=True)
+    return shutil.copyfile(source.path, folder / "base.toy")
+"""
+ENGINE = """
+from edgetune_runtime.engines.gguf.engine import GgufEngine
+
+
+class ToyEngine(GgufEngine):
+    pass
+
+
+ENGINE = ToyEngine
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a format whose backend and engine are in a temporary folder."""
+    for package, files in (
+        (backends, {"__init__.py": FORMAT, "backend.py": BACKEND}),
+        (engines, {"__init__.py": "", "engine.py": ENGINE}),
+    ):
+        folder = tmp_path / package.__name__ / "toy"
+        folder.mkdir(parents=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder.parent)])
+    return "toy"
+
+
+def test_a_format_in_a_folder_of_its_own_is_built_checked_and_run(
+    toy: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = "".join(f'{{"prompt": "turn on the light {n}", "completion": "reply on"}}\n' for n in range(8))
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    adapter = {"data": {"train": "rows.jsonl", "held_out": 0.25}, "method": {"name": "lora", "r": 4}}
+    values = {
+        "name": "home",
+        "base": str(tiny_gguf("llama")),
+        "targets": ["gguf", toy],
+        "training": {"max_steps": 2, "batch_size": 4, "precision": "fp32"},
+        "adapters": {"plain": adapter, "whole": {**adapter, "merged": True}},
+    }
+    recipe = Recipe.model_validate(values, context={"folder": tmp_path})
+
+    assert build(recipe, tmp_path / "home", progress=Progress(quiet=True)) is not None
+
+    manifest = read_manifest(tmp_path / "home")
+    assert manifest.base.files[toy] == "base/base.toy"
+    assert manifest.adapters["plain"].files[toy] == "adapters/plain/adapter.toy"
+    assert set(manifest.adapters["plain"].parity) == set(manifest.adapters["whole"].parity) == {"gguf", toy}
+    assert "numpy" in manifest.versions
+    for name in (None, "plain", "whole"):
+        answers = set()
+        for engine in ("gguf", toy):
+            with Runtime.open(tmp_path / "home", engine=engine) as runtime:
+                answers.add(runtime.generate("turn on the light 1", adapter=name, max_tokens=8).text)
+        assert len(answers) == 1
