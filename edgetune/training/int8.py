@@ -105,19 +105,20 @@ def _frozen(model: torch.nn.Module) -> list[torch.nn.Linear]:
 def _forward(module: torch.nn.Linear, packed: PackedLinear, x: torch.Tensor) -> torch.Tensor:
     if not module.training:
         return torch.nn.Linear.forward(module, x)
-    out: torch.Tensor = _Int8Linear.apply(x, packed)  # type: ignore[no-untyped-call]
-    return out
+    out: torch.Tensor = _Int8Linear.apply(x.flatten(0, -2), packed)  # type: ignore[no-untyped-call]
+    # PEFT's layers add to it in place, which autograd forbids for views that are made inside of the function.
+    return out.view(*x.shape[:-1], -1)
 
 
 class _Int8Linear(torch.autograd.Function):
     """The outputs of a packed layer, with the gradient for its inputs; it keeps nothing for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:  # noqa: ANN401 - torch gives it no public type
+    def forward(ctx: Any, rows: torch.Tensor, packed: PackedLinear) -> torch.Tensor:  # noqa: ANN401 - torch gives it no public type
         ctx.packed = packed
-        return packed.outputs(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return packed.outputs(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401 - as above
-        return ctx.packed.inputs(grad.flatten(0, -2)).view(*grad.shape[:-1], -1), None
+        return ctx.packed.inputs(grad), None
