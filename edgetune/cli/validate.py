@@ -68,7 +68,7 @@ def _collected(problems: list[EdgetuneError]) -> Iterator[None]:
 def _device() -> str:
     from edgetune.training.loop import processes  # noqa: PLC0415 - torch, which nothing else here needs
 
-    return processes().device.type
+    return str(processes().device.type)
 
 
 def _check_base(recipe: Recipe) -> dict[str, Any]:
