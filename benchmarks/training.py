@@ -2,10 +2,12 @@
 
     pip install -e '.[bench]'
     python benchmarks/training.py --data DIR/snips/train.jsonl --rows 320
+    python benchmarks/training.py --data DIR/snips/train.jsonl --rows 128 --precision int8 fp32 --no-trl
 
 Same base (SmolLM2-135M, dequantized from the GGUF that ships), same LoRA (rank 16, all linear layers), same rows and
-batch size, bf16, loss on completions, one epoch. `tokens_per_s` counts the tokens of the rows, without padding. TRL
-runs with its defaults, and again without gradient checkpointing. The rounds alternate, so that noise meets all alike.
+batch size, loss on completions, one epoch. `tokens_per_s` counts the tokens of the rows, without padding. edgetune
+runs in each given precision; TRL in bf16 if that is among them, else in float32, with its defaults, and again without
+gradient checkpointing. The rounds alternate, so that noise meets all alike.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +35,7 @@ from edgetune.objectives.example import Example
 from edgetune.progress import Progress
 from edgetune.recipe.parts import Columns, Training
 from edgetune.training.job import Job
-from edgetune.training.loop import train
+from edgetune.training.loop import DTYPES, train
 
 SYSTEM = "Turn the sentence into JSON with its intent and slots."
 BATCH_SIZE = 16
@@ -45,27 +48,35 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="SNIPS' train.jsonl")
     parser.add_argument("--rows", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", nargs="+", choices=sorted(DTYPES), default=["bf16"])
+    parser.add_argument("--trl", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     progress = Progress()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         base = bases.resolve("smollm2-135m", folder=Path(), quantize=None, work=work, progress=progress, converter=None)
         examples = _examples(options.data, options.rows, base.path)
-        model = bases.load_torch(base, torch.bfloat16)
+        models = {dtype: bases.load_torch(base, dtype) for dtype in {DTYPES[name] for name in options.precision}}
         tokens = sum(len(example.tokens) for example in examples)
         ways: dict[str, Callable[[], float]] = {
-            "edgetune": lambda: _edgetune(model, examples, work / "edgetune", progress),
-            # TRL leaves its settings on a model, such as gradient checkpointing.
-            "trl": lambda: _trl(deepcopy(model), examples, work / "trl", gradient_checkpointing=True),
-            "trl_no_checkpointing": lambda: _trl(deepcopy(model), examples, work / "trl", gradient_checkpointing=False),
+            f"edgetune_{name}": partial(_edgetune, models[DTYPES[name]], name, examples, work / "edgetune", progress)
+            for name in options.precision
         }
+        if options.trl:
+            model = models.get(torch.bfloat16, models.get(torch.float32))
+            # TRL leaves its settings on a model, such as gradient checkpointing.
+            ways |= {
+                name: lambda is_on=is_on: _trl(deepcopy(model), examples, work / "trl", gradient_checkpointing=is_on)
+                for name, is_on in (("trl", True), ("trl_no_checkpointing", False))
+            }
         speeds: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(options.rounds):
             for name, run in ways.items():
                 speeds[name].append(tokens / run())
                 print(f"round {number + 1} {name}: {speeds[name][-1]:.0f} tokens/s", file=sys.stderr)
     medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
-    ratios = {f"edgetune/{name}": round(medians["edgetune"] / medians[name], 2) for name in ways if name != "edgetune"}
+    first, *others = medians
+    ratios = {f"{first}/{name}": round(medians[first] / medians[name], 2) for name in others}
     print(json.dumps({"rows": len(examples), "tokens": tokens, "tokens_per_s": medians, "ratio": ratios}))
 
 
@@ -76,11 +87,13 @@ def _examples(data: Path, count: int, base: Path) -> list[Example]:
         return tokenize_rows(rows[:count], tokenizer, system=SYSTEM, loss_on="completion", max_tokens=512)[0]
 
 
-def _edgetune(model: PreTrainedModel, examples: Sequence[Example], folder: Path, progress: Progress) -> float:
+def _edgetune(
+    model: PreTrainedModel, precision: str, examples: Sequence[Example], folder: Path, progress: Progress
+) -> float:
     """Seconds of one epoch; one row is validated at the end, which counts."""
     lora = methods.load("lora")
     options = lora.options(r=RANK, lora_alpha=ALPHA)
-    training = Training(epochs=1, batch_size=BATCH_SIZE, precision="bf16", evals=1)
+    training = Training(epochs=1, batch_size=BATCH_SIZE, precision=precision, evals=1)
     job = Job("speed", lora, options, training, examples, examples[:1], key=str(time.monotonic()))
     return train(model, job, folder, progress).seconds
 
@@ -101,7 +114,7 @@ def _trl(model: PreTrainedModel, examples: Sequence[Example], folder: Path, *, g
         per_device_train_batch_size=BATCH_SIZE,
         num_train_epochs=1,
         learning_rate=1e-3,
-        bf16=True,
+        bf16=model.dtype == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=gradient_checkpointing,
         completion_only_loss=True,

@@ -252,7 +252,7 @@ def _training_mb(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> t
 
 def _precision(training: Training) -> str:
     """`fp32` unless the recipe says otherwise: what the hardware multiplies fast is for torch to tell."""
-    return "bf16" if training.precision == "bf16" else "fp32"
+    return "fp32" if training.precision == "auto" else training.precision
 
 
 def _tokens(row: Row, system: str | None) -> int:

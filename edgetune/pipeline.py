@@ -39,6 +39,7 @@ from .tasks import Task, read_task
 from .training.job import Job, TrainResult
 from .training.jobs import train_all
 from .training.loop import processes
+from .training.precision import check_precision
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,7 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
         progress = Progress(quiet=True)
     check_destination(out)
     check_shapes(recipe)
+    check_precision(recipe, lambda: state.device.type)
     if recipe.task == CLASSIFICATION:
         from .encoder.build import build_encoder  # noqa: PLC0415 - torch only when training
 

@@ -1,4 +1,4 @@
-"""Recipe in, what `edgetune validate` found out: its base, its board and the rows of each adapter. No torch."""
+"""Recipe in, what `edgetune validate` finds: base, board, rows of each adapter. No torch, unless int8 is asked for."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from edgetune.encoder import base as encoder
 from edgetune.recipe.model import Recipe
 from edgetune.targets import check_shapes
 from edgetune.tasks import Task, read_task
+from edgetune.training.precision import check_precision
 
 
 def check(recipe: Recipe, out: Path | None = None) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def check(recipe: Recipe, out: Path | None = None) -> dict[str, Any]:
         found |= _check_base(recipe)
     with _collected(problems):
         check_shapes(recipe)
+    with _collected(problems):
+        check_precision(recipe, _device)
     with _collected(problems):
         texts = read_texts(recipe)
         found |= {} if texts is None else {"domain": str(texts)}
@@ -60,6 +63,12 @@ def _collected(problems: list[EdgetuneError]) -> Iterator[None]:
         yield
     except EdgetuneError as error:
         problems.append(error)
+
+
+def _device() -> str:
+    from edgetune.training.loop import processes  # noqa: PLC0415 - torch, which nothing else here needs
+
+    return str(processes().device.type)
 
 
 def _check_base(recipe: Recipe) -> dict[str, Any]:

@@ -64,7 +64,8 @@ def layer_cost(run: Callable[[], object], layers: Sequence[torch.nn.Module]) -> 
         watch.enter_context(torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor))
         return (inputs[0].requires_grad_(), *inputs[1:])
 
-    with ExitStack() as watch, ExitStack() as hooks, torch.no_grad():
+    # An error may leave a layer half-way, with gradients on.
+    with torch.no_grad(), ExitStack() as hooks, ExitStack() as watch:
         for layer in layers:
             hooks.callback(layer.register_forward_pre_hook(before).remove)
             hooks.callback(layer.register_forward_hook(lambda *_: watch.close()).remove)

@@ -7,12 +7,14 @@ autograd writes a tensor for each scaling, addition and cast of a PEFT layer and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from .int8 import PackedLayers, PackedLinear, in_int8
 
 Forward = Callable[..., torch.Tensor]
 
@@ -21,29 +23,31 @@ _NORMS = {"LlamaRMSNorm": 0.0, "Qwen2RMSNorm": 0.0, "Qwen3RMSNorm": 0.0, "Gemma3
 
 
 @contextmanager
-def fused(model: torch.nn.Module) -> Iterator[None]:
+def fused(model: torch.nn.Module, *, int8: bool = False) -> Iterator[None]:
     """Fuse the steps of the plain LoRA layers and frozen RMSNorms of `model`; its own forwards return at the end.
 
     Losses and gradients are the same within float error. Layers of other kinds, and those that are not in float32 on
-    the CPU, are left alone.
+    the CPU, are left alone. With `int8`, frozen linear layers train as `in_int8` says.
     """
-    forwards = {module: forward for module in model.modules() if (forward := _fused_forward(module)) is not None}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in forwards:
-            del module.forward
+    packing: AbstractContextManager[PackedLayers] = in_int8(model) if int8 else nullcontext({})
+    with packing as packed:
+        forwards = {module: found for module in model.modules() if (found := _fused_forward(module, packed))}
+        for module, forward in forwards.items():
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module in forwards:
+                del module.forward
 
 
-def _fused_forward(module: Any) -> Forward | None:  # noqa: ANN401 - PEFT and transformers carry no types
+def _fused_forward(module: Any, packed: PackedLayers) -> Forward | None:  # noqa: ANN401 - PEFT and transformers carry no types
     """The fused forward of a module, or None if it has none."""
     # A forward of its own is somebody else's change, such as a hook of accelerate's.
     if "forward" in vars(module) or not all(_is_float32_on_cpu(p) for p in module.parameters()):
         return None
     if _is_plain_lora(module):
-        return partial(_lora_forward, module)
+        return partial(_lora_forward, module, packed.get(module.base_layer))
     addend = _NORMS.get(type(module).__name__)
     if addend is None or any(p.requires_grad for p in module.parameters()):
         return None
@@ -71,13 +75,13 @@ def _is_plain_lora(module: Any) -> bool:  # noqa: ANN401 - PEFT carries no types
     )
 
 
-def _lora_forward(module: Any, x: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - as above
+def _lora_forward(module: Any, packed: PackedLinear | None, x: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - as above
     if module.disable_adapters or module.merged:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     name, base = module.active_adapters[0], module.base_layer
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     out: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, base.weight, base.bias, a, b, module.scaling[name]
+        x, base.weight, base.bias, a, b, module.scaling[name], packed if module.training else None
     )
     return out
 
@@ -89,7 +93,7 @@ def _norm_forward(module: Any, addend: float, epsilon: float, x: torch.Tensor) -
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ, with gradients for x, A and B."""
+    """x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ, with gradients for x, A and B; products with W are in int8 if it is `packed`."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - torch passes them so
@@ -100,13 +104,14 @@ class _LoraLinear(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         scale: float,
+        packed: PackedLinear | None,
     ) -> torch.Tensor:
         rows = x.flatten(0, -2)
         low = rows @ a.t()
         ctx.save_for_backward(rows, low, weight, a, b)
-        ctx.scale = scale
-        out = torch.nn.functional.linear(rows, weight, bias).addmm_(low, b.t(), alpha=scale)
-        return out.view(*x.shape[:-1], -1)
+        ctx.scale, ctx.packed = scale, packed
+        out = torch.nn.functional.linear(rows, weight, bias) if packed is None else packed.outputs(rows)
+        return out.addmm_(low, b.t(), alpha=scale).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -114,9 +119,12 @@ class _LoraLinear(torch.autograd.Function):
         rows, low, weight, a, b = ctx.saved_tensors
         out = grad.flatten(0, -2)
         to_low = (out @ b).mul_(ctx.scale)
-        to_x = (out @ weight).addmm_(to_low, a).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = out @ weight if ctx.packed is None else ctx.packed.inputs(out)
+            to_x = to_x.addmm_(to_low, a).view(*grad.shape[:-1], -1)
         to_b = (low.t() @ out).mul_(ctx.scale).t()
-        return to_x, None, None, to_low.t() @ rows, to_b, None
+        return to_x, None, None, to_low.t() @ rows, to_b, None, None
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -30,7 +30,6 @@ def train_all(
     """The result of each training; the base, by name, is loaded only if one is left to do."""
     results: dict[str, TrainResult] = {}
     model: PreTrainedModel | None = None
-    loaded = ""
     left = {job.name: job for job in jobs if finished(work / job.name, job.key) is None}
     for job in jobs:
         folder = work / job.name
@@ -38,10 +37,10 @@ def train_all(
         left.pop(job.name, None)
         if result is None:
             # A change of the base's own weights is too small a step for bf16.
-            precision = "fp32" if job.method.trains_base else precision_of(job.training)
-            if model is None or precision != loaded:
+            dtype = DTYPES["fp32" if job.method.trains_base else precision_of(job.training, job.method)]
+            if model is None or dtype != model.dtype:
                 progress.say(f"loading the base {base}")
-                model, loaded = load(DTYPES[precision]), precision
+                model = load(dtype)
             later = sum(tokens_left(o.train, o.validation[:VALIDATION_ROWS], o.training) for o in left.values())
             result = train(model, job, folder, progress, later)
             if job.method.trains_base:

@@ -21,6 +21,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError
 
+from edgetune.methods import Method
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.base import Batch, Row, row_length
 from edgetune.progress import Progress, Step
@@ -32,13 +33,15 @@ from .fused import fused
 from .job import Job, Point, TrainResult
 from .memory import PassPlan
 from .pass_sizes import pass_cost, passes_within, peak_memory_mb
+from .precision import require_int8
 from .schedule import Schedule, passes, plan
 from .step_threads import StepThreads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.float32}
+"""How the base is loaded for each precision."""
 # Validation uses at most this many rows, so that watching a large task does not cost more than training it.
 VALIDATION_ROWS = 256
 # A killed run loses at most about this much work.
@@ -65,9 +68,14 @@ def processes() -> PartialState:
     return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
 
 
-def precision_of(training: Training) -> str:
-    """`bf16` or `fp32`: what the recipe asks for, or what the hardware multiplies fast."""
+def precision_of(training: Training, method: Method[Any]) -> str:
+    """What the recipe asks for, or `bf16` or `fp32`, whichever the hardware multiplies fast.
+
+    UsageError for int8 where the hardware or the method cannot take it.
+    """
     device = processes().device
+    if training.precision == "int8":
+        require_int8(method, device.type)
     if training.precision != "auto":
         return training.precision
     if device.type == "cuda":
@@ -119,7 +127,7 @@ class _Run:
         # Processes validate different numbers of batches, so none may wait for another in a forward pass.
         apart = DistributedDataParallelKwargs(broadcast_buffers=False)
         self.accelerator = Accelerator(kwargs_handlers=[apart])
-        self.precision = precision_of(training)
+        self.precision = precision_of(training, method)
         self.schedule = Schedule(len(self.train_rows), training)
         self.state = _State()
         torch.manual_seed(training.seed)
@@ -172,7 +180,7 @@ class _Run:
 
     def layers(self) -> AbstractContextManager[None]:
         """The layers as they train fastest; autocast needs the model's own."""
-        return fused(self.tuned) if self.precision == "fp32" else nullcontext()
+        return nullcontext() if self.precision == "bf16" else fused(self.tuned, int8=self.precision == "int8")
 
     def loop(self, progress: Step, trial: TimeTrial, say: Callable[[str], None]) -> None:
         """Take all steps that are left, with validation and saving in between."""

@@ -33,6 +33,8 @@ _IMPORTS_MB = 450.0
 _COPIES_OF_LOGITS = 4
 # Per trained parameter: its gradient, AdamW's two moments, the best checkpoint, and the copy that is being saved.
 _STATE_BYTES = 5 * 4
+# Per weight that is packed in int8, once for the forward and once for the backward pass, beside its float32.
+_PACKED_BYTES = 2
 # What the backward pass of a layer takes at once, as a share of what its forward pass kept.
 _BACKWARD = 1.0
 # What the allocator loses between blocks, as a share of the activations: little while it gives freed blocks back to the
@@ -96,6 +98,11 @@ class BaseShape:
             "up_proj": mlp,
             "down_proj": mlp[::-1],
         }
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the linear modules of all layers."""
+        return self.layers * sum(math.prod(sizes) for sizes in self.modules.values())
 
 
 @dataclass(frozen=True)
@@ -174,11 +181,13 @@ def training_need(
     precision: str,
 ) -> TrainingNeed:
     """Predict what training `method` on the base takes when its longest row has `longest_row` tokens and a step
-    `batch_tokens`; `precision` is `bf16` or `fp32`. Loading the base may take more for a while."""
+    `batch_tokens`; `precision` is `bf16`, `fp32` or `int8`. Loading the base may take more for a while."""
     cost = predicted(shape, method, options, precision)
     trained = _trained_parameters(shape, method, options)
     added = 0 if method.trains_base else 4 * trained
-    fixed = _IMPORTS_MB + (shape.parameters * _width(method, precision) + added) / _MB + state_mb(trained)
+    packed = _PACKED_BYTES * shape.linear_weights if precision == "int8" else 0
+    weights = shape.parameters * _width(method, precision) + packed
+    fixed = _IMPORTS_MB + (weights + added) / _MB + state_mb(trained)
     longest = longest_row + method.prefix_tokens(options)
     least = cost.pass_mb(longest, cost.most_checkpointed)
     whole = max(longest, min(batch_tokens, MOST_TOKENS))

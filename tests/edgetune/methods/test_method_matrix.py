@@ -18,7 +18,7 @@ from edgetune_export.backends.onnx import backend as onnx
 from edgetune_export.parity import compare
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
-from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 
 from edgetune import bases, methods
 from edgetune.bases import Base
@@ -119,6 +119,21 @@ def test_every_method_trains_in_bf16(name: str, base: Base, tmp_path: Path) -> N
     job = job_of(name, TABLE[name][1], precision="bf16", max_steps=2, evals=1)
     result = train(bases.load_torch(base, torch.bfloat16), job, tmp_path, Progress(quiet=True))
     assert result.precision == "bf16"
+    assert 0 < result.val_loss < 20
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_method_that_leaves_the_base_alone_trains_in_int8(name: str, base: Base, tmp_path: Path) -> None:
+    job, model = (
+        job_of(name, TABLE[name][1], precision="int8", max_steps=2, evals=1),
+        bases.load_torch(base, torch.float32),
+    )
+    if job.method.trains_base:
+        with pytest.raises(UsageError, match=f"{name} trains the base's own weights"):
+            train(model, job, tmp_path, Progress(quiet=True))
+        return
+    result = train(model, job, tmp_path, Progress(quiet=True))
+    assert result.precision == "int8"
     assert 0 < result.val_loss < 20
 
 

@@ -101,3 +101,12 @@ def test_checkpointed_layers_keep_their_input_and_run_again() -> None:
     assert trained_layers(layers) == 2
     layers[0].requires_grad_(requires_grad=False)
     assert trained_layers(layers) == 1
+
+
+def test_an_error_in_a_measured_layer_leaves_gradients_as_they_were() -> None:
+    base = make_model("llama", VOCABULARY)
+    layers = layers_of(base)
+    layers[0].self_attn.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        layer_cost(lambda: base(torch.tensor([[1, 2]])), layers)
+    assert torch.is_grad_enabled()

@@ -130,6 +130,15 @@ def test_a_need_grows_with_rows_and_with_what_is_trained() -> None:
     assert all(least < planned for least, planned in (short, long, full))
 
 
+def test_int8_takes_two_bytes_more_for_each_weight_of_the_layers() -> None:
+    kind = methods.load("lora")
+    sizes = {"longest_row": 100, "batch_tokens": 800}
+    fp32, int8 = (training_need(SHAPE, kind, kind.options(), **sizes, precision=p) for p in ("fp32", "int8"))
+    weights = 2 * (2 * 192 * 192 + 2 * 192 * 64 + 3 * 192 * 512)
+    assert int8.least_mb - fp32.least_mb == pytest.approx(2 * weights / 1e6)
+    assert int8.planned_mb - fp32.planned_mb == pytest.approx(2 * weights / 1e6)
+
+
 def test_a_training_keeps_to_its_limit_and_says_so(tmp_path: Path) -> None:
     base = make_model("llama", 384)
     with pytest.raises(UsageError, match=r"training.memory_mb is 5, but training reply takes at least") as error:
