@@ -6,7 +6,7 @@ BUNDLE := build/smart-home
 DATA := examples/smart-home/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test clean
+.PHONY: help setup demo test dist clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,12 @@ test: setup  ## Run all tests and checks
 	@$(BIN)/lint-imports
 	@echo "== pytest"
 	@$(BIN)/pytest
+
+dist: setup  ## Build the sdist and wheel of both distributions into build/dist, and check them
+	@rm -rf build/dist
+	@$(BIN)/python -m build --no-isolation --outdir build/dist .
+	@$(BIN)/python -m build --no-isolation --outdir build/dist runtime
+	@$(BIN)/twine check --strict build/dist/*
 
 clean:  ## Remove what builds and checks left, but not .venv
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
