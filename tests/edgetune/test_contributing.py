@@ -6,12 +6,17 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from edgetune_devices import boards
+from edgetune_export import backends
+from edgetune_export.adapters.shapes import Delta, LowRank
+from edgetune_runtime import engines
+from edgetune_runtime.errors import NotFoundError
 from trainings import job, learn
 
-from edgetune import bases, methods
+from edgetune import bases, methods, targets
 from edgetune.bases import Base
 
 PAGE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -40,6 +45,38 @@ def test_the_method_is_found_trains_and_folds(
     assert work.method.fold(checkpoint, "low_rank").shape == "low_rank"
     trained = work.method.attach(base, work.options, 1)
     assert all("lora_B" in name for name, p in trained.named_parameters() if p.requires_grad)
+
+
+def package(name: str, folder: Path) -> Path:
+    """The example module whose path ends with `name`, in a package named as its folder is."""
+    home = folder / Path(name).parent
+    home.mkdir()
+    (home / "__init__.py").touch()
+    return written(name, folder)
+
+
+def test_the_format_is_found_and_writes_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package("npz/backend.py", tmp_path)
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+    assert "npz" in backends.names()
+    npz = backends.load("npz")
+    assert targets.shapes_in(["npz"], "lora", methods.load("lora").options()) == {"npz": "low_rank"}
+    delta = Delta(np.ones((2, 3), np.float32), np.ones((4, 2), np.float32))
+    adapter = LowRank("reply", "lora", {"model.layers.0.self_attn.q_proj": delta})
+    npz.write_adapter(adapter, tmp_path, tmp_path / npz.ADAPTER_FILE, base_fingerprint="ab")
+    with np.load(tmp_path / npz.ADAPTER_FILE) as arrays:
+        assert str(arrays["base"]) == "ab"
+        assert arrays["model.layers.0.self_attn.q_proj.b"].shape == (4, 2)
+
+
+def test_the_engine_is_found_and_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package("npz/engine.py", tmp_path)
+    monkeypatch.setattr(engines, "__path__", [*engines.__path__, str(tmp_path)])
+    engine = engines.load("npz")(tmp_path, context_length=16)
+    engine.load_adapter("reply", tmp_path / "adapter.npz")
+    engine.activate({"reply": 1.0})
+    with pytest.raises(NotFoundError, match="is not loaded"):
+        engine.activate({"other": 1.0})
 
 
 def test_the_board_has_all_figures_and_sources(tmp_path: Path) -> None:
