@@ -18,6 +18,7 @@ import pytest
 from edgetune_runtime import __version__
 
 ROOT = Path(__file__).parents[1]
+(TEMPLATE,) = (ROOT / "edgetune").rglob("template_recipe.yaml")
 # The packages of each distribution, by the folder of its pyproject.toml.
 PACKAGES = {
     "edgetune": (ROOT, ("edgetune", "devices/edgetune_devices", "export/edgetune_export")),
@@ -127,7 +128,7 @@ def test_wheel_holds_the_packages_and_the_license(name: str, built: dict[str, Bu
     assert {path for path in found if not path.startswith(info)} == sources
     assert {f"{package.name}/py.typed" for package in packages(name)} <= sources
     if name == "edgetune":
-        assert {"edgetune/template_recipe.yaml", "edgetune_devices/boards/pi-4.toml"} <= sources
+        assert {TEMPLATE.relative_to(ROOT).as_posix(), "edgetune_devices/boards/pi-4.toml"} <= sources
 
 
 def packages(name: str) -> list[Path]:
@@ -157,7 +158,7 @@ def test_packages_are_imported_from_the_wheels(installed: Path) -> None:
 
 def test_the_template_recipe_and_boards_are_found_in_the_wheels(installed: Path, tmp_path: Path) -> None:
     call(str(installed / "edgetune"), "init", str(tmp_path / "recipe.yaml"))
-    assert (tmp_path / "recipe.yaml").read_bytes() == (ROOT / "edgetune/template_recipe.yaml").read_bytes()
+    assert (tmp_path / "recipe.yaml").read_bytes() == TEMPLATE.read_bytes()
     assert "pi-4" in call(str(installed / "edgetune"), "devices", "list")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -120,6 +121,14 @@ def test_every_page_is_in_the_navigation() -> None:
 
     project = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
     assert pages(project["nav"]) == {*PAGES, *GENERATED}
+
+
+def test_the_page_of_commands_finds_all_commands() -> None:
+    made = runpy.run_path(str(ROOT / "tools/commands_page.py"))
+    of_runtime = {command for command, _ in made["pages"]("edgetune-run", ())}
+    assert {"edgetune-run", "edgetune-run bench", "edgetune-run cache ls"} <= of_runtime
+    listed = set(made["commands_in"](made["help_of"]("edgetune", ())))
+    assert {"build", "compare", "devices", "evaluate", "export", "init", "methods", "schema", "validate"} <= listed
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

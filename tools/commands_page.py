@@ -37,9 +37,14 @@ def pages(program: str, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """A command's name and help, and those of all its commands."""
     text = help_of(program, path)
     yield " ".join((program, *path)), text
-    _, _, listed = text.partition("ommands:\n")
-    for name in _COMMAND.findall(listed):
+    for name in commands_in(text):
         yield from pages(program, (*path, name))
+
+
+def commands_in(text: str) -> list[str]:
+    """The names of the commands that a help text lists."""
+    _, _, listed = text.partition("ommands:\n")
+    return _COMMAND.findall(listed)
 
 
 def help_of(program: str, path: tuple[str, ...]) -> str:
