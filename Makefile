@@ -6,7 +6,7 @@ BUNDLE := build/smart-home
 DATA := examples/smart-home/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test clean
+.PHONY: help setup demo test dist docs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,5 +43,15 @@ test: setup  ## Run all tests and checks
 	@echo "== pytest"
 	@$(BIN)/pytest
 
+dist: setup  ## Build the sdist and wheel of both distributions into build/dist, and check them
+	@rm -rf build/dist
+	@$(BIN)/python -m build --no-isolation --outdir build/dist .
+	@$(BIN)/python -m build --no-isolation --outdir build/dist runtime
+	@$(BIN)/twine check --strict build/dist/*
+
+docs: setup  ## Build the documentation site into build/site; a warning is an error
+	@$(BIN)/python tools/commands_page.py > docs/reference/commands.md
+	@$(BIN)/zensical build --clean --strict
+
 clean:  ## Remove what builds and checks left, but not .venv
-	rm -rf build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .cache

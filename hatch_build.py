@@ -1,0 +1,16 @@
+"""Adds edgetune-runtime, at the version that is being built, to the dependencies of edgetune."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hatchling.metadata.plugin.interface import MetadataHookInterface
+
+
+class RuntimeOfSameVersion(MetadataHookInterface):
+    """The dependencies in pyproject.toml under this hook, and the runtime: bundles are only tested between equals."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Set `dependencies`; hatchling has set `version` already."""
+        runtime = f"edgetune-runtime[gguf,onnx]=={metadata['version']}"
+        metadata["dependencies"] = [runtime, *self.config["dependencies"]]

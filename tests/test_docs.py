@@ -1,0 +1,152 @@
+"""Runs the commands and Python blocks of the documentation, page by page, on a tiny base in place of the real one.
+
+A block of `sh` or `python` is run unless the line above it is `<!-- not run: REASON -->`. A block below
+`<!-- file: NAME -->` is written to that file first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+# Made by `make docs`, from the commands' own help.
+GENERATED = {"reference/commands.md"}
+PAGES = sorted(page for path in DOCS.rglob("*.md") if (page := path.relative_to(DOCS).as_posix()) not in GENERATED)
+FORMS = {"sh", "python", "yaml", "json", "text"}
+BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<form>[^\n]*)\n(?P<text>.*?)```", re.DOTALL)
+# What makes a build of a page's recipe a matter of seconds.
+QUICK = ("training.max_steps=2", "training.precision=fp32")
+BUILD = ["edgetune", "build", "examples/smart-home/recipe.yaml", "--out", "build/smart-home"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: what the comment above it says, its language and its text."""
+
+    mark: str
+    form: str
+    text: str
+
+    @property
+    def is_run(self) -> bool:
+        return self.form in {"sh", "python"} and not self.mark.startswith("not run: ")
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return [Block(found["mark"] or "", found["form"], found["text"]) for found in BLOCK.finditer(text)]
+
+
+RUN = [page for page in PAGES if any(block.is_run for block in blocks(page))]
+
+
+@pytest.fixture(scope="session")
+def build_folder(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `build` of all pages, with what the command BUILD makes."""
+    folder = tmp_path_factory.mktemp("docs")
+    with contextlib.chdir(folder):
+        Path("examples").symlink_to(ROOT / "examples")
+        assert run(BUILD, tiny_gguf("llama")) == 0
+    return folder / "build"
+
+
+def run(words: list[str], base: Path) -> int:
+    """Run a command of ours in this process, its recipe with the tiny base and a short training; the exit code."""
+    program, *rest = words
+    if program == "edgetune" and rest[0] in {"build", "validate"}:
+        rest += [word for setting in (f"base={base}", *QUICK) for word in ("--set", setting)]
+    project = ROOT / "runtime" if program == "edgetune-run" else ROOT
+    scripts = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    module, _, function = scripts[program].partition(":")
+    code: int = getattr(import_module(module), function)(rest)
+    return code
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_the_commands_of_a_page_run(
+    page: str, build_folder: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(ROOT / "examples")
+    Path("build").symlink_to(build_folder)
+    names: dict[str, object] = {}
+    for block in blocks(page):
+        if block.mark.startswith("file: "):
+            Path(block.mark.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
+        elif block.is_run and block.form == "python":
+            exec(compile(block.text, page, "exec"), names)
+        elif block.is_run:
+            for line in block.text.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                # The fixture has run BUILD, and `export` is the shell's.
+                if words and words != BUILD and words[0] != "export":
+                    assert run(words, tiny_gguf("llama")) == 0, line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_names_its_form_and_what_is_not_run_says_why(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert {block.form for block in blocks(page)} <= FORMS
+    assert not re.search(r"^ {4}(edgetune|python|pip|make)\b", text, re.MULTILINE), "use a fenced block"
+    for block in blocks(page):
+        if block.mark.startswith("not run"):
+            assert len(block.mark) > len("not run: ") + 10
+            assert all((ROOT / path).is_file() for path in re.findall(r"tests/\S+\.py", block.mark)), block.mark
+        if block.form == "json":
+            assert [json.loads(line) for line in block.text.splitlines()]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    def pages(entries: list[object]) -> set[str]:
+        found = set()
+        for entry in entries:
+            for value in entry.values() if isinstance(entry, dict) else [entry]:
+                found |= pages(value) if isinstance(value, list) else {value}
+        return found
+
+    project = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+    assert pages(project["nav"]) == {*PAGES, *GENERATED}
+
+
+def test_the_page_of_commands_finds_all_commands() -> None:
+    made = runpy.run_path(str(ROOT / "tools/commands_page.py"))
+    of_runtime = {command for command, _ in made["pages"]("edgetune-run", ())}
+    assert {"edgetune-run", "edgetune-run bench", "edgetune-run cache ls"} <= of_runtime
+    listed = set(made["commands_in"](made["help_of"]("edgetune", ())))
+    assert {"build", "compare", "devices", "evaluate", "export", "init", "methods", "schema", "validate"} <= listed
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    # The settings' paths are relative to their file, so the site is built from a copy.
+    copied(DOCS, tmp_path / "docs")
+    (tmp_path / "runtime").symlink_to(ROOT / "runtime")
+    (tmp_path / "docs/reference/commands.md").write_text("# Commands\n", encoding="utf-8")
+    (tmp_path / "zensical.toml").write_text((ROOT / "zensical.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "build/site/reference/api.html").read_text(encoding="utf-8")
+    assert "edgetune_runtime.Runtime.generate" in reference
+
+
+def copied(source: Path, target: Path) -> None:
+    """Copy the pages of a folder."""
+    for path in source.rglob("*.md"):
+        out = target / path.relative_to(source)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(path.read_bytes())

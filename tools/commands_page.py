@@ -1,0 +1,64 @@
+"""Writes the documentation page of both commands from their own help: python tools/commands_page.py > PAGE"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+INTRODUCTION = """\
+# Commands
+
+`edgetune` trains and exports on a computer; `edgetune-run` runs bundles on a board. Standard output is data, standard
+error is progress and errors. `NO_COLOR` is respected, `--debug` shows tracebacks.
+
+Exit codes: 0 done; 1 unexpected error; 2 usage or recipe; 3 not found; 4 verification; 5 incompatible; 6 out of space;
+7 too many calls wait; 130 interrupted.
+"""
+# The lines of a program's help that name its commands.
+_COMMAND = re.compile(r"^ {2,4}([a-z][a-z-]*)(?:  |$)", re.MULTILINE)
+
+
+def main() -> None:
+    """Print the page."""
+    print(INTRODUCTION)
+    for program in ("edgetune", "edgetune-run"):
+        for command, text in pages(program, ()):
+            depth = "##" if command == program else "###"
+            print(f"{depth} {command}\n\n```text\n{text}\n```\n")
+
+
+def pages(program: str, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """A command's name and help, and those of all its commands."""
+    text = help_of(program, path)
+    yield " ".join((program, *path)), text
+    for name in commands_in(text):
+        yield from pages(program, (*path, name))
+
+
+def commands_in(text: str) -> list[str]:
+    """The names of the commands that a help text lists."""
+    _, _, listed = text.partition("ommands:\n")
+    return _COMMAND.findall(listed)
+
+
+def help_of(program: str, path: tuple[str, ...]) -> str:
+    """What `program path --help` prints, 100 columns wide."""
+    project = ROOT / "runtime" if program == "edgetune-run" else ROOT
+    scripts = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    module, _, function = scripts[program].partition(":")
+    code = f"import sys; from {module} import {function} as main; sys.argv[0] = {program!r}; sys.exit(main())"
+    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *path, "--help"], capture_output=True, text=True, check=True, env=environment
+    )
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
