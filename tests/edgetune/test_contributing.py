@@ -57,8 +57,10 @@ def package(name: str, folder: Path) -> Path:
 
 def test_the_format_is_found_and_writes_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package("npz/backend.py", tmp_path)
+    written("npz/__init__.py", tmp_path)
     monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
     assert "npz" in backends.names()
+    assert backends.format_of("npz").adapter_dtypes == ("f32",)
     npz = backends.load("npz")
     assert targets.shapes_in(["npz"], "lora", methods.load("lora").options()) == {"npz": "low_rank"}
     delta = Delta(np.ones((2, 3), np.float32), np.ones((4, 2), np.float32))
