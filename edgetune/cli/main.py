@@ -42,7 +42,7 @@ COLUMNS = (
 )
 
 app = typer.Typer(
-    help="One small adapter a task on one quantized base: from a recipe to a bundle that a small board runs.",
+    help="Train one small adapter per task on one quantized base, and pack them for a small board.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

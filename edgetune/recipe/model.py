@@ -51,7 +51,7 @@ class Recipe(Part):
     to 4 bits once more loses most of what was trained."""
     states: Literal["first_use", "ship"] = "first_use"
     """When the states of the adapters' prompts are made: by the device at first use, or by the build, which ships them
-    for this version of the engine. One of SmolLM2 takes 23 kB a token, in onnx twice that."""
+    for this version of the engine. A state of SmolLM2 takes 23 kB per token, in onnx twice that."""
     onnx: OnnxSpec = OnnxSpec()
     """How the onnx target holds the base's weights."""
     device: str | None = None

@@ -275,7 +275,7 @@ class TextSpec(Part):
 class DomainSpec(Part):
     """Text that the base is continued on before the adapters are trained (docs/domain.md).
 
-    What comes out, at the base's own quantization, is the base of all that follows.
+    The result, at the base's own quantization, is the base of everything after.
     """
 
     data: TextSpec
@@ -303,8 +303,8 @@ class OnnxSpec(Part):
     """How an ONNX graph holds the base's weights, which are those of the GGUF base."""
 
     weights: Literal["auto", "fp32", "int8", "int4"] = "auto"
-    """auto keeps q4_0 and q8_0 blocks number for number, brings other types to 8 bits and leaves floats; int8 rounds
-    floats too, fp32 nothing; int4 rounds all to 4 bits by `method`."""
+    """auto keeps q4_0 and q8_0 blocks as they are, requantizes other types to 8 bits and keeps floats; int8 rounds
+    floats too; fp32 dequantizes all; int4 requantizes all to 4 bits by `method`."""
     method: Literal["rtn", "k_quant", "hqq", "gptq"] = "rtn"
     """How int4 rounds: to nearest, or by one of ONNX Runtime's other methods; gptq takes rows of the tasks."""
 
