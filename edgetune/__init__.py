@@ -1,1 +1,1 @@
-"""edgetune: one small adapter a task on one quantized base, from a recipe to a bundle."""
+"""edgetune: one small adapter per task on one quantized base, from a recipe to a bundle."""

@@ -35,8 +35,8 @@ class AloraOptions(LoraOptions):
     invocation: str | None = Field(
         default=None,
         min_length=1,
-        description="The adapter acts from the last place of this text in a prompt on, with the space before it; null takes "
-        "what the base's chat template puts before an answer.",
+        description="The adapter acts from the last place of this text in a prompt on, with the space before it; null "
+        "takes what the base's chat template puts before an answer.",
     )
     invocation_tokens: tuple[NonNegativeInt, ...] = Field(
         default=(), description="The same in tokens of the base; taken from invocation when empty."
