@@ -5,8 +5,6 @@ Training and parity load the dequantized weights of that very file, so an adapte
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import importlib.util
 import io
 import json
@@ -23,6 +21,9 @@ from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.wording import first_of, nearest
+
+from edgetune.digests import key_of
 
 from .progress import Progress
 from .recipe.model import Recipe
@@ -161,7 +162,7 @@ def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
         raise IncompatibleError(message, "use a base of another quantization or architecture") from error
     missing = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if missing:
-        message = f"base {base.name!r} has no weights for {missing[0]} and {len(missing) - 1} more"
+        message = f"base {base.name!r} has no weights for {first_of(missing, 1)}"
         raise IncompatibleError(message, "convert the base again with llama.cpp's converter")
     model.config.use_cache = False
     return model
@@ -213,8 +214,8 @@ def locate(name: str, folder: Path, aliases: Mapping[str, Packaged] = ALIASES) -
         return path
     if is_hub_id(name):
         return _downloaded(name)
-    near = difflib.get_close_matches(name, aliases, n=1)
-    hint = f"did you mean {near[0]!r}? Or " if near else ""
+    near = nearest(name, aliases)
+    hint = f"did you mean {near!r}? Or " if near else ""
     remedy = f"{hint}give one of {', '.join(aliases)}, a .gguf file, a Hugging Face folder, or a hub id owner/name"
     raise NotFoundError(f"no base {name!r}", remedy)
 
@@ -283,7 +284,7 @@ def _key_of_folder(folder: Path) -> str:
     """A short name for the folder's state: its files' names, sizes and times of change."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     state = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
+    return key_of(state)[:12]
 
 
 def _require_supported(header: GgufHeader, name: str) -> None:

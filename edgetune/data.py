@@ -19,6 +19,7 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.engines.onnx.encoder import text_of
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.text.chat import Message, messages_for, render
+from edgetune_runtime.wording import nearest
 
 from .objectives.example import Example
 from .recipe.parts import HUB_ID, Columns, is_hub_id
@@ -306,8 +307,8 @@ def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: 
     needed = [prompt, *([completion] if isinstance(completion, str) else completion)]
     for name in needed:
         if name not in values:
-            near = difflib.get_close_matches(name, map(str, values), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"its keys are {', '.join(map(str, values))}"
+            near = nearest(name, map(str, values))
+            hint = f"did you mean {near!r}?" if near else f"its keys are {', '.join(map(str, values))}"
             raise _BadRowError(f"has no {name!r}; {hint}")
     message = {"role": "user", "content": _text(values[prompt], prompt)}
     answer = values[completion] if isinstance(completion, str) else {name: values[name] for name in completion}

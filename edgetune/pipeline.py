@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -19,6 +17,7 @@ from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.text.chat import messages_for, render
 
+from edgetune.digests import key_of
 from edgetune.objectives.example import Example
 
 from . import bases, methods, plan
@@ -264,10 +263,7 @@ def _place(
 def _key(task: Task, base: Base, examples: Sequence[Example]) -> str:
     options = task.spec.method.model_dump(mode="json")
     state = [base.fingerprint, options, task.training.model_dump(mode="json")]
-    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    for example in examples:
-        digest.update(repr((example.tokens, example.learned)).encode())
-    return digest.hexdigest()
+    return key_of(state, ((example.tokens, example.learned) for example in examples))
 
 
 def _wanted(recipe: Recipe, todo: Sequence[_Work]) -> Wanted:

@@ -5,7 +5,6 @@ A board is one file, `boards/NAME.toml`; adding a board is adding a file.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.wording import nearest
 
 FOLDER = Path(__file__).parent / "boards"
 
@@ -61,8 +61,8 @@ def load(name: str) -> Board:
     """The board called `name`; NotFoundError names those there are and the nearest of them."""
     known = names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        near = nearest(name, known)
+        hint = f" (did you mean {near!r}?)" if near else ""
         raise NotFoundError(f"no board {name!r}{hint}", f"choose one of: {', '.join(known)}")
     return read(FOLDER / f"{name}.toml")
 
@@ -96,8 +96,8 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
     wanted = {f.name for f in fields(Board)} - {"name"}
     problems = [f"{key} is missing" for key in sorted(wanted - raw.keys())]
     for key in sorted(raw.keys() - wanted):
-        near = difflib.get_close_matches(key, wanted, n=1)
-        problems.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        near = nearest(key, wanted)
+        problems.append(f"unknown key {key!r}" + (f" (did you mean {near!r}?)" if near else ""))
     if problems:
         return problems
     problems += [f"{key} is {raw[key]!r}, not a positive number" for key in _NUMBERS if not _is_positive(raw[key])]

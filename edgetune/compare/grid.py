@@ -5,8 +5,6 @@ A trial is the recipe cut down to the one task, with one method at one rank.
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,9 +16,11 @@ from typing import Any
 from edgetune_export import backends
 from edgetune_runtime.bundle import CLASSIFICATION, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.wording import suggestion
 from pydantic.fields import FieldInfo
 
 from edgetune import methods
+from edgetune.digests import key_of
 from edgetune.recipe.model import Recipe, load_recipe
 from edgetune.recipe.parts import MethodSpec
 from edgetune.targets import shapes_in
@@ -137,9 +137,7 @@ def _check_lists(request: Request) -> None:
 
 
 def _no(what: str, given: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(given, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose among: {', '.join(known)}"
-    return f"no {what} {given!r}; {hint}"
+    return f"no {what} {given!r}; {suggestion(given, known)}"
 
 
 def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fingerprint: str) -> Trial:
@@ -243,4 +241,4 @@ def _key(trial: Trial, fingerprint: str) -> str:
     sources = [source for source in (data.train, data.validation, trial.data) if source is not None]
     files = {source: sha256_of(Path(source)) if Path(source).is_file() else source for source in sources}
     state = [version("edgetune"), fingerprint, recipe.resolved(), trial.rows, files]
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return key_of(state)

@@ -5,7 +5,6 @@ It is as if two builds followed each other, the second with the first one's resu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -34,6 +33,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader, describe_quantization
 
 from edgetune import bases, methods
 from edgetune.bases import Base
+from edgetune.digests import key_of
 from edgetune.evaluate import spread
 from edgetune.objectives.example import Example
 from edgetune.progress import Progress
@@ -97,10 +97,8 @@ def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Job[Exam
     tokens = sum(len(window.tokens) for window in validation)
     validation = list(spread(validation, math.ceil(len(validation) * min(1.0, MEASURED_TOKENS / tokens))))
     state = [base.fingerprint, spec.method.model_dump(mode="json"), training.model_dump(mode="json")]
-    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    for window in (*train, *validation):
-        digest.update(repr(window.tokens).encode())
-    return Job(NAME, kind, options, training, train, validation, digest.hexdigest(), kind.objective(options))
+    key = key_of(state, (window.tokens for window in (*train, *validation)))
+    return Job(NAME, kind, options, training, train, validation, key, kind.objective(options))
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class _Stage:
     def key(self) -> str:
         """Stands for all that the figures depend on."""
         state = [self.job.key, self.recipe.targets, self.recipe.onnx.model_dump(mode="json")]
-        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+        return key_of(state)
 
     def base(self, figures: Mapping[str, Any]) -> Base:
         """The continued base as all else takes it."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.wording import first_of
 
 from edgetune import bases
 from edgetune.recipe.model import Recipe
@@ -89,7 +90,7 @@ def load_torch(base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
         raise IncompatibleError(f"transformers cannot load base {base.name!r}: {reason}", _SAVE_AGAIN) from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        message = f"base {base.name!r} has no weights for {missing[0]} and {len(missing) - 1} more"
+        message = f"base {base.name!r} has no weights for {first_of(missing, 1)}"
         raise IncompatibleError(message, _SAVE_AGAIN)
     if hasattr(model, "pooler"):
         model.pooler = None

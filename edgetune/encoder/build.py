@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune import methods
 from edgetune.bases import check_context
 from edgetune.data import TooLong
+from edgetune.digests import key_of
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.result import BuildResult
@@ -127,10 +126,7 @@ def _plan(tasks: Sequence[Task], base: EncoderBase, context_length: int, progres
 def _key(task: Task, base: EncoderBase, rows: Sequence[Labelled]) -> str:
     options = task.spec.method.model_dump(mode="json")
     state = [CLASSIFICATION, base.fingerprint, options, task.training.model_dump(mode="json"), list(task.labels)]
-    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    for row in rows:
-        digest.update(repr((row.tokens, row.label)).encode())
-    return digest.hexdigest()
+    return key_of(state, ((row.tokens, row.label) for row in rows))
 
 
 def _trained(item: _Work, work: Path) -> TrainedTask:

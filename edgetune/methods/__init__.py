@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import pkgutil
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.wording import suggestion
 
 from .common.base import Checkpoint, Method, Options
 
@@ -25,9 +25,7 @@ def names() -> list[str]:
 def load(name: str) -> Method[Any]:
     """The method called `name`; UsageError names the methods there are."""
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(names())}"
-        raise UsageError(f"no method {name!r}", hint)
+        raise UsageError(f"no method {name!r}", suggestion(name, names()))
     method: Method[Any] = importlib.import_module(f"{__name__}.{name}").METHOD
     return method
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 
+from edgetune.methods.common.base import rate_factor
+
 from .common.dense import DenseMethod, DenseOptions
 from .common.peft import peft_targets, task_type
 
@@ -19,9 +21,7 @@ class BoftOptions(DenseOptions):
 
     boft_block_size: PositiveInt = Field(4, description="Inputs that are turned together; divides a module's inputs.")
     boft_n_butterfly_factor: PositiveInt = Field(1, description="Number of sparse factors; 1 is OFT.")
-    learning_rate_factor: float = Field(
-        default=2.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
-    )
+    learning_rate_factor: float = rate_factor(2.0)
 
 
 class Boft(DenseMethod):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from edgetune_runtime.errors import NotFoundError, UsageError
 from pydantic import Field, NonNegativeInt, PositiveInt, PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from edgetune.methods.common.base import rate_factor
+
 from .common.prompt import BeginOptions, CacheMethod
 
 if TYPE_CHECKING:
@@ -33,9 +35,7 @@ class CartridgeOptions(BeginOptions):
     num_frozen_tokens: NonNegativeInt = Field(
         1, description="The first so many stay as they begin, as all other tokens lean on them."
     )
-    learning_rate_factor: float = Field(
-        default=10.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
-    )
+    learning_rate_factor: float = rate_factor(10.0)
     document_digest: str | None = Field(None, description="SHA-256 of the document's text; a build fills it in.")
 
     _tokens: tuple[int, ...] = PrivateAttr(())

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from edgetune_export.adapters.shapes import Floats, Folded, Merged
 from edgetune_runtime.errors import IncompatibleError, VerificationError
-from pydantic import Field
+
+from edgetune.methods.common.base import rate_factor
 
 from .common.base import Checkpoint, Method, O, Options, trainable
 from .common.peft import array, no_grad
@@ -25,9 +26,7 @@ WEIGHTS = "model.safetensors"
 class FullOptions(Options):
     """Options of full fine-tuning."""
 
-    learning_rate_factor: float = Field(
-        default=0.03, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
-    )
+    learning_rate_factor: float = rate_factor(0.03)
 
 
 class OwnWeights(Method[O]):

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export.adapters.shapes import Floats, Folded, Merged, Scaling, Tensors
 from pydantic import Field
 
+from edgetune.methods.common.base import rate_factor
+
 from .common.base import Checkpoint, trainable
 from .common.peft import (
     ALL_LINEAR,
@@ -46,9 +48,7 @@ class Ia3Options(TargetOptions):
     feedforward_modules: str | tuple[str, ...] = Field(
         ("down_proj",), description="Modules whose inputs are scaled instead of their outputs, where they are targets."
     )
-    learning_rate_factor: float = Field(
-        default=10.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
-    )
+    learning_rate_factor: float = rate_factor(10.0)
 
 
 class Ia3(PeftMethod[Ia3Options]):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from edgetune_runtime.errors import UsageError
 from pydantic import Field, PositiveInt
 
+from edgetune.methods.common.base import rate_factor
+
 from .common.base import Options
 from .full import OwnWeights
 
@@ -21,9 +23,7 @@ class LastLayersOptions(Options):
     """Options of fine-tuning the last layers."""
 
     layers: PositiveInt = Field(4, description="How many layers are trained, and the last norm with them.")
-    learning_rate_factor: float = Field(
-        default=0.1, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
-    )
+    learning_rate_factor: float = rate_factor(0.1)
 
 
 class LastLayers(OwnWeights[LastLayersOptions]):

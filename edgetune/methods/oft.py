@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
 
+from edgetune.methods.common.base import rate_factor
+
 from .common.dense import DenseMethod, DenseOptions
 from .common.peft import peft_targets, task_type
 
@@ -18,9 +20,7 @@ class OftOptions(DenseOptions):
     """Options of OFT, by PEFT's names."""
 
     oft_block_size: PositiveInt = Field(32, description="Inputs that are turned together; divides a module's inputs.")
-    learning_rate_factor: float = Field(
-        default=2.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
-    )
+    learning_rate_factor: float = rate_factor(2.0)
 
 
 class Oft(DenseMethod):

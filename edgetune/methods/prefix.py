@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from edgetune.methods.common.base import rate_factor
+
 from .common.prompt import BeginOptions, CacheMethod
 
 if TYPE_CHECKING:
@@ -27,11 +29,7 @@ class PrefixOptions(BeginOptions):
         description="What keys and values begin as: the base's own for a text, or PEFT's random numbers or zeros; with"
         " prefix_projection, states means random.",
     )
-    learning_rate_factor: float = Field(
-        default=10.0,
-        gt=0,
-        description="The method's learning rate as a multiple of training.learning_rate; 1 with prefix_projection.",
-    )
+    learning_rate_factor: float = rate_factor(10.0, "; 1 with prefix_projection")
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import AliasChoices, Field
 
+from edgetune.methods.common.base import rate_factor
+
 from .common.prompt import BeginOptions, TokenMethod
 
 if TYPE_CHECKING:
@@ -25,9 +27,7 @@ class PromptTuningOptions(BeginOptions):
         "TEXT",
         description="What the soft tokens begin as: the embeddings of a text, of random tokens, or random numbers.",
     )
-    learning_rate_factor: float = Field(
-        default=10.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
-    )
+    learning_rate_factor: float = rate_factor(10.0)
 
 
 class Prompt(TokenMethod[PromptTuningOptions]):

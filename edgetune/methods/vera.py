@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export.adapters.shapes import Delta
 from pydantic import AliasChoices, Field, PositiveInt
 
+from edgetune.methods.common.base import rate_factor
+
 from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
 
 if TYPE_CHECKING:
@@ -27,9 +29,7 @@ class VeraOptions(TargetOptions):
         description="Share of inputs dropped.",
     )
     projection_prng_key: int = Field(0, ge=0, description="Seed of the shared matrices.")
-    learning_rate_factor: float = Field(
-        default=10.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
-    )
+    learning_rate_factor: float = rate_factor(10.0)
 
 
 class Vera(WeightMethod[VeraOptions]):

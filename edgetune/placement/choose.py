@@ -5,8 +5,6 @@ Each placement within the budget is trained for a few steps; the one with the lo
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +15,7 @@ from typing import Any
 from edgetune_runtime.errors import UsageError
 
 from edgetune.bases import Base
+from edgetune.digests import key_of
 from edgetune.methods.lora import LoraOptions
 from edgetune.objectives.example import Example
 from edgetune.progress import Progress
@@ -189,5 +188,5 @@ def _trial(job: Job[Example], placement: Placement, steps: int) -> Job[Example]:
         options=options,
         training=training,
         validation=job.validation[:_VALIDATION_ROWS],
-        key=hashlib.sha256(json.dumps(state).encode()).hexdigest(),
+        key=key_of(state),
     )

@@ -6,7 +6,6 @@ that goes on, and every process of one, decides by the same figures.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import statistics
@@ -31,6 +30,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader
 
 from edgetune import bases
 from edgetune.bases import Base
+from edgetune.digests import key_of
 from edgetune.methods.common.peft import ALL_LINEAR
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -152,7 +152,7 @@ class _Bench:
         self._backend = backends.load(self.target)
         self._engine = engines.load(self.target)
         state = [base.fingerprint, self.target, self.threads, self.dtype, self.weights.scheme]
-        digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+        digest = key_of(state)
         self._file, self._folder = folder / f"costs-{digest[:12]}.json", folder / "bench"
         self._spread_file = folder / f"spread-{digest[:12]}.json"
         self.spread = max(_read(self._spread_file).values(), default=0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.wording import nearest
 from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
@@ -143,9 +143,9 @@ def explain(
 def suggest(name: str, known: Sequence[str]) -> str:
     """The remedy for an unknown `name`: the one that was meant, in full where it is deeper, or all there are."""
     short = {key.rpartition(".")[2]: key for key in reversed(known)}
-    near = difflib.get_close_matches(name, list(short), n=1)
+    near = nearest(name, short)
     direct = [key for key in known if "." not in key]
-    return f"did you mean {short[near[0]]!r}?" if near else f"choose one of: {', '.join(direct or known)}"
+    return f"did you mean {short[near]!r}?" if near else f"choose one of: {', '.join(direct or known)}"
 
 
 def shown(value: object) -> str:
@@ -196,8 +196,8 @@ def _in_english(error: Mapping[str, Any], model: type[BaseModel] | None, known: 
     if kind in PLAIN:
         text = PLAIN[kind].format(value=shown(error["input"]), **context)
         if kind == "literal_error":
-            near = difflib.get_close_matches(str(error["input"]), re.findall(r"'([^']+)'", context["expected"]), n=1)
-            return text + (f"; did you mean {near[0]!r}?" if near else "")
+            near = nearest(str(error["input"]), re.findall(r"'([^']+)'", context["expected"]))
+            return text + (f"; did you mean {near!r}?" if near else "")
         return text
     if kind == "value_error":
         return str(context["error"])

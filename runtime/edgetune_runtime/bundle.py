@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+
 from .errors import IncompatibleError, NotFoundError, VerificationError
 
 MANIFEST_NAME = "manifest.json"
@@ -25,7 +27,6 @@ GENERATION = "text-generation"
 CLASSIFICATION = "text-classification"
 TASKS = (GENERATION, CLASSIFICATION)
 
-_AGAIN = "build or copy the bundle again"
 
 T = TypeVar("T")
 
@@ -137,9 +138,9 @@ def read_manifest(bundle: Path) -> Manifest:
     except OSError as error:
         raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
     except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path} is not JSON: {error}", _AGAIN) from error
+        raise VerificationError(f"{path} is not JSON: {error}", COPY_BUNDLE_AGAIN) from error
     if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
-        raise VerificationError(f"{path} has no schema number", _AGAIN)
+        raise VerificationError(f"{path} has no schema number", COPY_BUNDLE_AGAIN)
     if raw["schema"] > SCHEMA_VERSION:
         message = f"{path} has schema {raw['schema']}, this runtime reads up to {SCHEMA_VERSION}"
         raise VerificationError(message, "update edgetune-runtime")
@@ -152,17 +153,17 @@ def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None =
     """Compare size and sha256 of the named files (default: all) with the manifest; VerificationError if one differs."""
     for name in manifest.files if names is None else names:
         if name not in manifest.files:
-            raise VerificationError(f"the manifest gives no digest for {name}", _AGAIN)
+            raise VerificationError(f"the manifest gives no digest for {name}", COPY_BUNDLE_AGAIN)
         entry = manifest.files[name]
         path = resolve(bundle, name)
         if not path.is_file():
-            raise VerificationError(f"{name} is missing from bundle {bundle}", _AGAIN)
+            raise VerificationError(f"{name} is missing from bundle {bundle}", COPY_BUNDLE_AGAIN)
         size = path.stat().st_size
         if size != entry.bytes:
             message = f"{name} has {size} bytes, the manifest says {entry.bytes}"
-            raise VerificationError(message, _AGAIN)
+            raise VerificationError(message, COPY_BUNDLE_AGAIN)
         if sha256_of(path) != entry.sha256:
-            raise VerificationError(f"{name} does not match its digest in the manifest", _AGAIN)
+            raise VerificationError(f"{name} does not match its digest in the manifest", COPY_BUNDLE_AGAIN)
 
 
 def resolve(bundle: Path, name: str) -> Path:
@@ -187,7 +188,7 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
         base = _build(BaseEntry, raw["base"])
         return _build(Manifest, {**raw, "base": base, "adapters": adapters, "files": files})
     except (KeyError, TypeError, AttributeError) as error:
-        raise VerificationError(f"{path} is not a manifest: {error}", _AGAIN) from error
+        raise VerificationError(f"{path} is not a manifest: {error}", COPY_BUNDLE_AGAIN) from error
 
 
 def _build(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
@@ -225,7 +226,7 @@ def _check_references(manifest: Manifest, path: Path) -> None:
         if pure.is_absolute() or ".." in pure.parts or "\\" in name:
             raise VerificationError(f"{path} names {name!r}, which leads outside the bundle", "do not use this bundle")
         if name not in manifest.files:
-            raise VerificationError(f"{path} gives no digest for {name!r}", _AGAIN)
+            raise VerificationError(f"{path} gives no digest for {name!r}", COPY_BUNDLE_AGAIN)
     if manifest.task not in TASKS:
         raise VerificationError(f"{path} is for the unknown task {manifest.task!r}", "update edgetune-runtime")
     for adapter in manifest.adapters.values():

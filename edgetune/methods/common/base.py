@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from edgetune.objectives.example import Example
 
 
+def rate_factor(default: float, note: str = "") -> Any:  # noqa: ANN401 - as pydantic types a field
+    """The field `learning_rate_factor` of a method's options."""
+    text = f"The method's learning rate as a multiple of training.learning_rate{note}."
+    return Field(default=default, gt=0, description=text)
+
+
 class Options(BaseModel):
     """Base of all options of methods: frozen, unknown keys refused, a field's name or its alias accepted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    learning_rate_factor: float = Field(
-        default=1.0, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
-    )
+    learning_rate_factor: float = rate_factor(1.0)
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741 - the options of one method

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import AliasChoices, Field, PositiveInt
 
+from edgetune.methods.common.base import rate_factor
+
 from .lora_checkpoint import LoraCheckpoint
 from .peft import Dropout, TargetOptions, check_targets, lora_config
 
@@ -28,9 +30,7 @@ class InitializedOptions(TargetOptions):
         8, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update counts alpha / r."
     )
     lora_dropout: Dropout = 0.0
-    learning_rate_factor: float = Field(
-        default=0.2, gt=0, description="The method's learning rate as a multiple of training.learning_rate."
-    )
+    learning_rate_factor: float = rate_factor(0.2)
 
 
 class Initialized(LoraCheckpoint[InitializedOptions]):

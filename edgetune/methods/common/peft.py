@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from edgetune_export.adapters.shapes import Delta, Floats, Folded, LowRank, Merged
 from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.wording import nearest
 from pydantic import AliasChoices, Field
 
 from .base import Checkpoint, Method, O, Options
@@ -222,8 +222,8 @@ def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) 
     for target in as_names(target_modules):
         matched = {name for name in linear if name == target or name.endswith(f".{target}")}
         if not matched:
-            near = difflib.get_close_matches(target, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            near = nearest(target, known)
+            hint = f"did you mean {near!r}? " if near else ""
             remedy = f"{hint}target_modules: all-linear, or any of {', '.join(known)}"
             raise UsageError(f"the base has no module {target!r}", remedy)
         adapted |= matched

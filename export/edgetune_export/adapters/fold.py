@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.wording import first_of
 from safetensors import SafetensorError, deserialize
 
 from .shapes import Delta, Floats, LowRank, Merged
@@ -265,5 +266,4 @@ def _mismatch(module: str, a: Floats, b: Floats, rank: int) -> str:
 
 def _raise_all(error: type[EdgetuneError], what: str, problems: Sequence[str], remedy: str) -> None:
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise error(f"{what}: {'; '.join(problems[:3])}{more}", remedy)
+        raise error(f"{what}: {first_of(problems)}", remedy)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.wording import COPY_FILE_AGAIN
 
 GGML_TYPES: dict[int, tuple[str, int, int]] = {
     0: ("f32", 1, 4),
@@ -68,7 +69,6 @@ _UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 63
-_DAMAGED = "build or copy the file again"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class GgufHeader:
         """`general.architecture`, such as `llama`; VerificationError when the file names none."""
         name = self.metadata.get("general.architecture")
         if not isinstance(name, str):
-            raise VerificationError("the GGUF file names no architecture", _DAMAGED)
+            raise VerificationError("the GGUF file names no architecture", COPY_FILE_AGAIN)
         return name
 
 
@@ -190,7 +190,9 @@ def check_prefix(adapter: GgufHeader, base: GgufHeader, name: str) -> int:
     wanted = {prefix_tensor(n, which): size for n in range(shape.layers) for which, size in sizes.items()}
     tokens = {tensor.shape[2] if len(tensor.shape) == 3 else 0 for tensor in adapter.tensors.values()}
     if len(tokens) != 1 or 0 in tokens:
-        raise VerificationError(f"adapter {name!r} has no tensors, or not of the same number of tokens", _DAMAGED)
+        raise VerificationError(
+            f"adapter {name!r} has no tensors, or not of the same number of tokens", COPY_FILE_AGAIN
+        )
     for tensor in adapter.tensors.values():
         if tensor.type_name not in PREFIX_TYPES:
             message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type_name}"
@@ -208,7 +210,7 @@ def invocation_of(adapter: GgufHeader, name: str) -> tuple[int, ...]:
     """The tokens that activate an activated LoRA, none for any other; VerificationError when they cannot be tokens."""
     tokens = adapter.metadata.get(INVOCATION_TOKENS, ())
     if not isinstance(tokens, tuple) or not all(type(token) is int and token >= 0 for token in tokens):
-        raise VerificationError(f"adapter {name!r} has {INVOCATION_TOKENS} {str(tokens)[:80]!r}", _DAMAGED)
+        raise VerificationError(f"adapter {name!r} has {INVOCATION_TOKENS} {str(tokens)[:80]!r}", COPY_FILE_AGAIN)
     return tokens
 
 
@@ -222,7 +224,9 @@ def check_adapter(adapter: GgufHeader, base: GgufHeader, name: str) -> None:
     alpha, kind = (table.get("adapter.lora.alpha") for table in (adapter.metadata, adapter.value_types))
     # llama.cpp aborts the whole process when the type is another one.
     if kind != _FLOAT32 or not isinstance(alpha, float) or not math.isfinite(alpha):
-        raise VerificationError(f"adapter {name!r} has adapter.lora.alpha {alpha!r}, not a finite float32", _DAMAGED)
+        raise VerificationError(
+            f"adapter {name!r} has adapter.lora.alpha {alpha!r}, not a finite float32", COPY_FILE_AGAIN
+        )
     invocation_of(adapter, name)
     pairs: dict[str, dict[str, TensorInfo]] = {}
     for tensor in adapter.tensors.values():
@@ -232,7 +236,7 @@ def check_adapter(adapter: GgufHeader, base: GgufHeader, name: str) -> None:
             raise IncompatibleError(message, "export it again, or merge it into the base")
         pairs.setdefault(target, {})[suffix] = tensor
     if not pairs:
-        raise VerificationError(f"adapter {name!r} has no tensors", _DAMAGED)
+        raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
     for target, pair in pairs.items():
         _check_pair(target, pair, base, name)
 
@@ -258,7 +262,7 @@ def _count(base: GgufHeader, key: str, default: int | None = None) -> int:
 
 def _check_pair(target: str, pair: Mapping[str, TensorInfo], base: GgufHeader, name: str) -> None:
     if len(pair) != 2:
-        raise VerificationError(f"adapter {name!r} has only {next(iter(pair))} for {target!r}", _DAMAGED)
+        raise VerificationError(f"adapter {name!r} has only {next(iter(pair))} for {target!r}", COPY_FILE_AGAIN)
     a, b = pair["lora_a"], pair["lora_b"]
     for tensor in (a, b):
         if tensor.type_name not in ADAPTER_TYPES:
@@ -386,4 +390,4 @@ class _Reader:
             raise self._damaged("ends within its header")
 
     def _damaged(self, what: str) -> VerificationError:
-        return VerificationError(f"{self._path} {what}", _DAMAGED)
+        return VerificationError(f"{self._path} {what}", COPY_FILE_AGAIN)

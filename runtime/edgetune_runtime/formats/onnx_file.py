@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
 from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.wording import COPY_FILE_AGAIN, first_of
 
 from .onnx_wire import Message, decode
 
@@ -41,8 +42,6 @@ _FLOAT = 1
 _EXTERNAL = 1
 _EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
 _MAX_DIMENSIONS = 64
-_NAMED = 3
-_DAMAGED = "build or copy the file again"
 
 _T = TypeVar("_T")
 
@@ -97,7 +96,7 @@ def slots_of(header: OnnxHeader) -> dict[str, tuple[int, int]]:
     slots = {module: _slot(header, module) for module in modules}
     problems = [f"{module[:80]!r} {slot}" for module, slot in slots.items() if isinstance(slot, str)]
     if problems:
-        raise VerificationError(f"the graph's adapter slots are damaged: {some(problems)}", _DAMAGED)
+        raise VerificationError(f"the graph's adapter slots are damaged: {first_of(problems)}", COPY_FILE_AGAIN)
     return {module: slot for module, slot in slots.items() if not isinstance(slot, str)}
 
 
@@ -110,7 +109,7 @@ def check_adapter_arrays(
     graph, with up to three of the problems.
     """
     if not arrays:
-        raise VerificationError(f"adapter {name!r} has no tensors", _DAMAGED)
+        raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
     known = {module + suffix for module in slots for suffix in SLOT_SUFFIXES}
     foreign = [f"unknown slot {key[:80]!r}" for key in arrays if key not in known]
     damaged: list[str] = []
@@ -126,9 +125,9 @@ def check_adapter_arrays(
             found = f"{pair[0].shape} and {pair[1].shape}"
             foreign.append(f"{module!r} has shapes {found}, the graph's widths are {widths}")
     if damaged:
-        raise VerificationError(f"adapter {name!r} is damaged: {some(damaged + foreign)}", _DAMAGED)
+        raise VerificationError(f"adapter {name!r} is damaged: {first_of(damaged + foreign)}", COPY_FILE_AGAIN)
     if foreign:
-        message = f"adapter {name!r} does not fit the graph: {some(foreign)}"
+        message = f"adapter {name!r} does not fit the graph: {first_of(foreign)}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
 
 
@@ -169,12 +168,6 @@ def _slot(header: OnnxHeader, module: str) -> tuple[int, int] | str:
             return width_in, width_out
     found = " and ".join(f"{value.shape} of type {value.elem_type}" for value in inputs + defaults)
     return f"is not float32 [in, rank], [rank, out] with defaults [in, 0], [0, out] but {found}"
-
-
-def some(problems: Sequence[str]) -> str:
-    """Up to three of the problems, and how many more there are."""
-    more = len(problems) - _NAMED
-    return "; ".join(problems[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
 class _Header:
@@ -316,7 +309,7 @@ class _Header:
             raise self._damaged(f"gives {called} the shape {tuple(shape[:8])} of {len(shape)} dimensions")
 
     def _damaged(self, what: str) -> VerificationError:
-        return VerificationError(f"{self._path} {what}", _DAMAGED)
+        return VerificationError(f"{self._path} {what}", COPY_FILE_AGAIN)
 
 
 def _domain(message: Message) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.wording import COPY_FILE_AGAIN, first_of
 
 from .onnx_file import OnnxHeader
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
-_DAMAGED = "build or copy the file again"
 
 
 def is_past(name: str) -> bool:
@@ -35,7 +35,7 @@ def past_inputs(header: OnnxHeader) -> dict[str, int]:
                 case (_, int(heads), _, _):
                     inputs[name] = heads
                 case _:
-                    raise VerificationError(f"the graph's input {name!r} has shape {value.shape}", _DAMAGED)
+                    raise VerificationError(f"the graph's input {name!r} has shape {value.shape}", COPY_FILE_AGAIN)
     return inputs
 
 
@@ -51,12 +51,14 @@ def check_prefix_arrays(
 
     tokens = {array.shape[2] if array.ndim == 4 else 0 for array in arrays.values()}
     if len(tokens) != 1 or 0 in tokens:
-        raise VerificationError(f"adapter {name!r} has no tensors, or not of the same number of tokens", _DAMAGED)
+        raise VerificationError(
+            f"adapter {name!r} has no tensors, or not of the same number of tokens", COPY_FILE_AGAIN
+        )
     _check_names(arrays, inputs, name)
     for key, array in arrays.items():
         if array.dtype not in (np.float32, np.float16) or not np.isfinite(array).all():
             message = f"adapter {name!r} has {key!r} as {array.dtype} or with values that are not finite"
-            raise VerificationError(message, _DAMAGED)
+            raise VerificationError(message, COPY_FILE_AGAIN)
         if (array.shape[0], array.shape[1], array.shape[3]) != (1, inputs[key], head_size):
             wanted = f"{inputs[key]} heads of {head_size}"
             message = f"adapter {name!r} has {key!r} of shape {array.shape}, the graph has {wanted}"
@@ -67,5 +69,5 @@ def check_prefix_arrays(
 def _check_names(names: Collection[str], inputs: Collection[str], name: str) -> None:
     odd = sorted(set(names) ^ set(inputs))
     if odd:
-        message = f"adapter {name!r} and the graph differ in {odd[0][:80]!r} and {len(odd) - 1} more"
+        message = f"adapter {name!r} and the graph differ in {first_of([repr(item[:80]) for item in odd], 1)}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.wording import COPY_FILE_AGAIN, first_of
 
-from .onnx_file import OnnxHeader, some
+from .onnx_file import OnnxHeader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,6 @@ _BOTTLENECK = {DOWN: ("columns", "rank"), DOWN_BIAS: ("rank",), UP: ("rank", "ro
 _SCALING = {"": ("width",)}
 _NAME = re.compile(r"(?P<slot>.+\.bottleneck_[a-z]+_[a-z]+)(?P<part>\.down|\.down_bias|\.up|\.up_bias)")
 _FLOAT = 1
-_DAMAGED = "build or copy the file again"
 
 
 def bottleneck_slot(block: str, activation: str, reads: str) -> str:
@@ -58,7 +58,7 @@ def tensor_slots_of(header: OnnxHeader) -> dict[str, Shape]:
         else:
             found |= shapes
     if problems:
-        raise VerificationError(f"the graph's adapter slots are damaged: {some(problems)}", _DAMAGED)
+        raise VerificationError(f"the graph's adapter slots are damaged: {first_of(problems)}", COPY_FILE_AGAIN)
     return found
 
 
@@ -69,7 +69,7 @@ def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mappin
     graph, with up to three of the problems.
     """
     if not arrays:
-        raise VerificationError(f"adapter {name!r} has no tensors", _DAMAGED)
+        raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
     foreign = [f"unknown slot {key[:80]!r}" for key in arrays if key not in slots]
     damaged: list[str] = []
     for slot, parts in _grouped(key for key in arrays if key in slots).items():
@@ -81,9 +81,9 @@ def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mappin
                 shape = tuple("rank" if width is None else width for width in slots[key])
                 foreign.append(f"{key!r} has shape {arrays[key].shape}, the graph wants {shape}")
     if damaged:
-        raise VerificationError(f"adapter {name!r} is damaged: {some(damaged + foreign)}", _DAMAGED)
+        raise VerificationError(f"adapter {name!r} is damaged: {first_of(damaged + foreign)}", COPY_FILE_AGAIN)
     if foreign:
-        message = f"adapter {name!r} does not fit the graph: {some(foreign)}"
+        message = f"adapter {name!r} does not fit the graph: {first_of(foreign)}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.wording import COPY_FILE_AGAIN
 
 _MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
     "Model": {
@@ -97,7 +98,6 @@ _INTEGER_BITS = {"int32": 32, "int64": 64}
 _MAX_VARINT_BYTES = 10
 _MAX_DEPTH = 100
 _MAX_FIELDS = 2_000_000
-_DAMAGED = "build or copy the file again"
 
 Message = Mapping[str, Any]
 """A message's fields that the file has, by their names in onnx.proto: int, str, Message, or a list of these.
@@ -117,7 +117,7 @@ def decode(path: Path) -> Message:
         if not stat.S_ISREG(status.st_mode):
             raise VerificationError(f"{path} is no regular file", "name the .onnx file itself")
         if not status.st_size:
-            raise VerificationError(f"{path} is empty", _DAMAGED)
+            raise VerificationError(f"{path} is empty", COPY_FILE_AGAIN)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Decoder(data, path).model()
     except FileNotFoundError as error:
@@ -227,4 +227,4 @@ class _Decoder:
             raise self._damaged(f"has more than {_MAX_FIELDS} fields")
 
     def _damaged(self, what: str) -> VerificationError:
-        return VerificationError(f"{self._path} {what}", _DAMAGED)
+        return VerificationError(f"{self._path} {what}", COPY_FILE_AGAIN)

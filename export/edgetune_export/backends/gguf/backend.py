@@ -22,6 +22,7 @@ from edgetune_runtime.formats.gguf_file import (
     describe_quantization,
     read_header,
 )
+from edgetune_runtime.wording import first_of
 
 from edgetune_export.adapters.shapes import Adapter, Delta, Floats, LowRank, Merged, Prefix
 from edgetune_export.architectures.layout import base_rows, name_map
@@ -176,8 +177,7 @@ def _place(adapter: LowRank, header: GgufHeader) -> list[_Placed]:
 
 def _refuse(name: str, problems: Sequence[str]) -> None:
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        message = f"adapter {name!r} does not fit this base: {'; '.join(problems[:3])}{more}"
+        message = f"adapter {name!r} does not fit this base: {first_of(problems)}"
         raise IncompatibleError(message, "give the base that the adapter was trained on")
 
 

@@ -25,6 +25,7 @@ from edgetune_runtime.atomic import raising_out_of_space
 from edgetune_runtime.engines.onnx.encoder import CONTEXT_LENGTH, HEAD_BIAS, HEAD_WEIGHT, LOGITS, POOLED
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.onnx_file import read_onnx
+from edgetune_runtime.wording import first_of
 from transformers import PreTrainedModel
 
 from edgetune_export.adapters.shapes import Floats, LowRank
@@ -83,7 +84,7 @@ def write_encoder(source: EncoderSource, folder: Path, modules: Collection[str],
     products = _products(model.graph, linear)
     missing = sorted(set(modules) - {product.name for product in products})
     if missing:
-        message = f"the exported graph has no product of its own for {missing[0]} and {len(missing) - 1} more"
+        message = f"the exported graph has no product of its own for {first_of(missing, 1)}"
         raise IncompatibleError(message, "leave it out of target_modules")
     if int8:
         products = _round(model.graph, linear, products)

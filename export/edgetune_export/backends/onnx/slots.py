@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.wording import first_of
 
 from edgetune_export.adapters.shapes import Delta, Floats, LowRank
 from edgetune_export.architectures.layout import name_map, tensor_of
@@ -64,8 +65,7 @@ def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
     problems = [_misfit(module, delta, known) for module, delta in adapter.modules.items()]
     problems = [problem for problem in problems if problem]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        message = f"adapter {adapter.name!r} does not fit the graph: {'; '.join(problems[:3])}{more}"
+        message = f"adapter {adapter.name!r} does not fit the graph: {first_of(problems)}"
         raise IncompatibleError(message, "export the base and its adapters together")
     tensors: dict[str, Floats] = {}
     for slot, parts in slots.items():

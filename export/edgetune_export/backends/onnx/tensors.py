@@ -26,6 +26,7 @@ from edgetune_runtime.formats.onnx_tensors import (
     check_tensor_arrays,
     tensor_slots_of,
 )
+from edgetune_runtime.wording import first_of
 
 from edgetune_export.adapters.shapes import Activation, Bottleneck, Floats, Scaling, Tensors
 from edgetune_export.architectures.layout import name_map, tensor_of
@@ -71,8 +72,7 @@ def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
     inputs = json.loads(header.metadata.get(METADATA, "{}"))
     problems = [*_misfits(adapter.scalings, inputs), *_without_slot(adapter.bottlenecks, slots)]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        message = f"adapter {adapter.name!r} does not fit the graph: {'; '.join(problems[:3])}{more}"
+        message = f"adapter {adapter.name!r} does not fit the graph: {first_of(problems)}"
         raise IncompatibleError(message, "export the base and its adapters together")
     tensors: dict[str, Floats] = {}
     for name, parts in inputs.items():
@@ -128,8 +128,7 @@ def _scale_inputs(
         set(modules) & {module for product in own if len(product.modules) > 1 for module in product.modules}
     )
     if shared:
-        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-        message = f"ONNX cannot scale the inputs of {', '.join(shared[:3])}{more}: other modules share the product"
+        message = f"ONNX cannot scale the inputs of {first_of(shared, separator=', ')}: other modules share the product"
         raise IncompatibleError(message, "scale the outputs, or merge the adapter (merged: true)")
     known: dict[str, _Parts] = {}
     for product in own:

@@ -27,6 +27,7 @@ from edgetune_runtime.formats.gguf_file import (
     check_prefix,
     prefix_tensor,
 )
+from edgetune_runtime.wording import COPY_FILE_AGAIN
 
 _MAGIC = 0xAF143CD8
 _STREAMS = 1
@@ -104,7 +105,7 @@ def _rows(path: Path, tensor: TensorInfo, name: str) -> Halves:
         rows: Halves = raw.astype("<f2").reshape(-1, width)
     if not np.isfinite(rows).all():
         message = f"adapter {name!r} has values in {tensor.name!r} that are not finite numbers of 16 bits"
-        raise VerificationError(message, "build or copy the file again")
+        raise VerificationError(message, COPY_FILE_AGAIN)
     return rows
 
 

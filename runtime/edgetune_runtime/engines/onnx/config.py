@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def read_config(path: Path) -> OnnxConfig:
         end_tokens = tuple(int(token) for token in (ends if isinstance(ends, list) else [ends]))
         return OnnxConfig(int(model["context_length"]), int(model["decoder"]["head_size"]), end_tokens)
     except FileNotFoundError as error:
-        raise NotFoundError(f"{path} is missing", "build or copy the bundle again") from error
+        raise NotFoundError(f"{path} is missing", COPY_BUNDLE_AGAIN) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VerificationError(
             f"{path} is not what onnxruntime-genai's builder writes: {error}", "build it again"

@@ -20,6 +20,7 @@ from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays,
 from edgetune_runtime.text.chat import Message, messages_for
 from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.threads.priority import ComputeThread
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 from .engine import model_version
 from .ort import adapter_arrays, open_session
@@ -32,7 +33,6 @@ LOGITS, POOLED = "logits", "pooled"
 CONTEXT_LENGTH = "edgetune.context_length"
 """Key of the graph's metadata: the tokens that the base was trained for."""
 
-_DAMAGED = "build or copy the bundle again"
 Arrays = Mapping[str, NDArray[np.float32]]
 T = TypeVar("T")
 
@@ -171,7 +171,7 @@ def _check_head(head: Mapping[str, NDArray[np.generic]], hidden: int, labels: in
     wanted = f"[{hidden}, {'labels' if labels is None else labels}]"
     found = ", ".join(f"{key} {list(array.shape)} {array.dtype}" for key, array in head.items()) or "none"
     message = f"adapter {name!r} has no usable head: {HEAD_WEIGHT} should be finite {wanted}, there is {found}"
-    raise VerificationError(message, _DAMAGED)
+    raise VerificationError(message, COPY_BUNDLE_AGAIN)
 
 
 def _hidden_size(header: OnnxHeader, path: Path) -> int:
@@ -183,11 +183,11 @@ def _hidden_size(header: OnnxHeader, path: Path) -> int:
         hidden = weight.shape[0] if len(weight.shape) == 2 else ""
         if isinstance(hidden, int) and hidden > 0 and pooled.shape[-1:] == (hidden,):
             return hidden
-    raise VerificationError(f"{path} is no encoder's graph", _DAMAGED)
+    raise VerificationError(f"{path} is no encoder's graph", COPY_BUNDLE_AGAIN)
 
 
 def _context_length(header: OnnxHeader, path: Path) -> int:
     text = header.metadata.get(CONTEXT_LENGTH, "")
     if not text.isdecimal() or int(text) < 1:
-        raise VerificationError(f"{path} does not say how many tokens it was trained for", _DAMAGED)
+        raise VerificationError(f"{path} does not say how many tokens it was trained for", COPY_BUNDLE_AGAIN)
     return int(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 if TYPE_CHECKING:
     import tokenizers
@@ -21,7 +22,6 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _PRINTABLE = frozenset([*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)])
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _INSTALL = 'run: pip install "edgetune-runtime[onnx]"'
-_DAMAGED = "build or copy the bundle again"
 
 
 class JsonTokenizer:
@@ -38,7 +38,7 @@ class JsonTokenizer:
         for token in end_tokens:
             if not 0 <= token < self.vocab_size:
                 message = f"end token {token} is not in the vocabulary of {self.vocab_size} in {folder}"
-                raise VerificationError(message, _DAMAGED)
+                raise VerificationError(message, COPY_BUNDLE_AGAIN)
         self._ends = frozenset(end_tokens)
         self._end_token = end_tokens[0] if end_tokens else -1
         self.bos: str = config["bos_token"] or ""
@@ -118,14 +118,14 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
-        raise VerificationError(f"{path} is no tokenizer: {error}", _DAMAGED) from error
+        raise VerificationError(f"{path} is no tokenizer: {error}", COPY_BUNDLE_AGAIN) from error
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path} is no JSON: {error}", _DAMAGED) from error
+        raise VerificationError(f"{path} is no JSON: {error}", COPY_BUNDLE_AGAIN) from error
     text = str | None
     wanted: dict[str, Any] = {"bos_token": text, "eos_token": text, "add_bos_token": bool, "unused_tokens": list}
     values = config if isinstance(config, dict) else {}
@@ -135,7 +135,7 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(values.get("chat_template"), text):
         wrong.append("chat_template")
     if wrong:
-        raise VerificationError(f"{path} has no usable {', '.join(wrong)}", _DAMAGED)
+        raise VerificationError(f"{path} has no usable {', '.join(wrong)}", COPY_BUNDLE_AGAIN)
     return values
 
 
@@ -145,7 +145,7 @@ def _read(path: Path) -> str:
     except FileNotFoundError as error:
         raise NotFoundError(f"no file {path}", "check the path") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise VerificationError(f"cannot read {path}: {error}", _DAMAGED) from error
+        raise VerificationError(f"cannot read {path}: {error}", COPY_BUNDLE_AGAIN) from error
 
 
 def _sentencepiece_bytes(text: str) -> bytes:
