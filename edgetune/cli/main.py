@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.interrupts import end_on_interrupt
 
 from edgetune.failure import PROGRAM, drop_output, fail
 
@@ -64,6 +65,7 @@ Out = Annotated[Path | None, typer.Option(metavar="OUT", help="The bundle (defau
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, or that of the error, which goes to standard error in one line."""
+    end_on_interrupt()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     command = typer.main.get_command(app)
