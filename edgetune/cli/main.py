@@ -24,10 +24,9 @@ from edgetune.failure import PROGRAM, drop_output, fail
 
 from . import compare as compare_cli
 from . import devices as devices_cli
+from . import evaluate as evaluate_cli
 from .arguments import (
     BASE_PANEL,
-    DATA_PANEL,
-    ENGINE_PANEL,
     OUTPUT_PANEL,
     RECIPE_PANEL,
     AsJson,
@@ -43,13 +42,11 @@ from .arguments import (
 from .grouped_help import GroupedCommand, GroupedGroup
 
 if TYPE_CHECKING:
-    from edgetune.evaluate import Evaluation
     from edgetune.recipe.model import Recipe
 
 # The script of --install-completion sets it when a shell asks what may come next.
 COMPLETION_VARIABLE = "_EDGETUNE_COMPLETE"
 DEFAULT_RECIPE = Path("recipe.yaml")
-MAX_SHOWN = 300
 # Titles over the commands in --help.
 RECIPE_COMMANDS = "Recipes"
 BUILD_PANEL = "Bundles"
@@ -314,62 +311,7 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
-@app.command(cls=GroupedCommand, rich_help_panel=MEASURE_PANEL)
-def evaluate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
-    *,
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="Rows as in the training data: .jsonl, .csv, or a hub id.",
-            rich_help_panel=DATA_PANEL,
-        ),
-    ],
-    adapter: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The adapter to score (default: the plain base).")
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Score N rows, spread evenly over the file.", rich_help_panel=DATA_PANEL),
-    ] = None,
-    show: Annotated[
-        int,
-        typer.Option(min=0, metavar="N", help="Wrong rows to show without --json.", rich_help_panel=OUTPUT_PANEL),
-    ] = 3,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="What runs the bundle: gguf or onnx (default: its first format).",
-            rich_help_panel=ENGINE_PANEL,
-        ),
-    ] = None,
-    kv: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Keep keys and values as f16 (default) or q8_0; gguf alone.",
-            rich_help_panel=ENGINE_PANEL,
-        ),
-    ] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Score a bundle's adapter on data.
-
-    Rows are answered through the runtime, as on the board, and scored by the metric of the adapter's task.
-    """
-    from edgetune.evaluate import evaluate as run  # noqa: PLC0415 - numpy and the engine
-    from edgetune.progress import Progress  # noqa: PLC0415
-
-    result = run(bundle, adapter, data, limit=limit, engine=engine, kv=kv, progress=Progress(quiet=quiet))
-    if as_json:
-        print_json(result.to_json())
-    else:
-        _print_evaluation(result, show)
-
-
+app.command(cls=GroupedCommand, rich_help_panel=MEASURE_PANEL)(evaluate_cli.evaluate)
 app.command(cls=GroupedCommand, rich_help_panel=MEASURE_PANEL)(compare_cli.compare)
 app.add_typer(devices_cli.app, name="devices", rich_help_panel=MEASURE_PANEL)
 
@@ -447,18 +389,3 @@ def _cell(values: Any, place: str, form: str) -> str:  # noqa: ANN401 - JSON val
     for key in place.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return "-" if values is None else form.format(values)
-
-
-def _print_evaluation(result: Evaluation, show: int) -> None:
-    left_out = f", {result.too_long} more too long" if result.too_long else ""
-    print(f"{result.metric} {result.score:.4g} on {result.rows} rows{left_out}")
-    wrong = [] if result.metric == "perplexity" else [row for row in result.details if row.score < 1]
-    for row in sorted(wrong, key=lambda row: row.score)[:show]:
-        print(f"\n{row.where}: score {row.score:.2f}")
-        for name, text in (("prompt", row.prompt), ("expected", row.reference), ("answered", row.answer)):
-            print(f"  {name:<10}{_shortened(text)}")
-
-
-def _shortened(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 1]}…"
