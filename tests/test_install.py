@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts/install.py"
+SCRIPT = Path(__file__).parents[1] / "tools/install.py"
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 COMPLETION_VARIABLE = "_EDGETUNE_COMPLETE"
 DEFAULT_RECIPE = Path("recipe.yaml")
 # Titles over the commands in --help.
-RECIPE_COMMANDS = "Recipes"
-BUILD_PANEL = "Bundles"
-MEASURE_PANEL = "Measurements"
+RECIPE_COMMANDS = "Recipe commands"
+BUNDLE_COMMANDS = "Bundle commands"
+MEASUREMENT_COMMANDS = "Measurement commands"
 # Title, place in an adapter's figures, and form of each column of a build's table.
 COLUMNS = (
     ("train loss", "train_loss", "{:.3f}"),
@@ -139,7 +139,7 @@ def _root(
     """Options of all commands; `main` takes --debug out before it comes here."""
 
 
-@app.command(cls=GroupedCommand, rich_help_panel=BUILD_PANEL)
+@app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
 def build(
     recipe: RecipePath,
     *,
@@ -187,7 +187,7 @@ def build(
             _print_next(loaded, result.bundle)
 
 
-@app.command(cls=GroupedCommand, rich_help_panel=BUILD_PANEL)
+@app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
 def export(
     *,
     base: Annotated[
@@ -311,9 +311,9 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
-app.command(cls=GroupedCommand, rich_help_panel=MEASURE_PANEL)(evaluate_cli.evaluate)
-app.command(cls=GroupedCommand, rich_help_panel=MEASURE_PANEL)(compare_cli.compare)
-app.add_typer(devices_cli.app, name="devices", rich_help_panel=MEASURE_PANEL)
+app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(evaluate_cli.evaluate)
+app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(compare_cli.compare)
+app.add_typer(devices_cli.app, name="devices", rich_help_panel=MEASUREMENT_COMMANDS)
 
 
 def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any]) -> Recipe:

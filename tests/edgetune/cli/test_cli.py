@@ -125,7 +125,7 @@ def test_help_and_version_are_on_standard_output(run: Run) -> None:
 def test_help_lists_options_by_group(run: Run) -> None:
     titles = [line for line in run("build", "--help")[1].splitlines() if line.endswith(":") and line[0] != " "]
     assert titles == ["Arguments:", "Output:", "Settings over the recipe's:", "Base:", "Options:"]
-    assert "Measurements:\n  evaluate" in run("--help")[1]
+    assert "Measurement commands:\n  evaluate" in run("--help")[1]
 
 
 def test_the_shell_completes_commands_and_options() -> None:

@@ -1,6 +1,6 @@
 """Install with pip, and say every ten seconds what it does and for how long it has run.
 
-    python scripts/install.py LOG [pip install's arguments]
+    python tools/install.py LOG [pip install's arguments]
 
 Standard library only, for any Python that edgetune runs on. All that pip says goes to the file LOG; when pip fails it
 is printed whole, and its exit code is this one's.
