@@ -6,10 +6,10 @@ BUNDLE := build/smart-home
 DATA := examples/smart-home/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test dist docs clean
+.PHONY: help setup demo demo-full demo-with-recipe check fast test dist docs clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/ready  ## Make .venv and install both distributions into it
 
@@ -18,21 +18,28 @@ $(VENV)/ready: pyproject.toml runtime/pyproject.toml
 		{ echo "edgetune needs Python 3.11 or newer; this is $$($(PYTHON) --version). Run: make PYTHON=python3.12 …"; exit 5; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 		{ echo "llama-cpp-python needs a C++ compiler. Debian: apt install g++ make; macOS: xcode-select --install"; exit 5; }
-	@echo "== installing into $(VENV); compiling llama.cpp takes some minutes the first time"
+	@echo "== installing into $(VENV); on two cores 5 to 9 minutes when llama.cpp has to be compiled, else about 1.5"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet --editable './runtime[gguf,onnx]' --editable '.[demo,dev]'
+	@$(BIN)/python tools/install.py $(VENV)/install.log --editable './runtime[gguf,onnx]' --editable '.[demo,dev]'
 	@touch $@
 
-demo: setup  ## Build examples/smart-home and answer one prompt with each adapter, in both engines
-	@echo "== building $(BUNDLE): three adapters on one 135M base, for llama.cpp and onnxruntime"
-	@$(BIN)/edgetune build examples/smart-home/recipe.yaml --out $(BUNDLE)
+demo: RECIPE := examples/smart-home/quick.yaml
+demo: demo-with-recipe  ## Build examples/smart-home from fewer steps and answer one prompt with each adapter
+
+demo-full: RECIPE := examples/smart-home/recipe.yaml
+demo-full: BUNDLE := build/smart-home-full
+demo-full: demo-with-recipe  ## The same by the full recipe, which takes more than twice as long and answers better
+
+demo-with-recipe: setup
+	@echo "== building $(BUNDLE) by $(RECIPE): three adapters on one 135M base, for llama.cpp and onnxruntime"
+	@$(BIN)/edgetune build $(RECIPE) --out $(BUNDLE)
 	@echo "== one prompt, each engine, each adapter"
 	@$(BIN)/python examples/smart-home/switch.py $(BUNDLE)
 	@echo "== the app: intent, then command or reply"
 	@$(BIN)/python examples/smart-home/app.py $(BUNDLE)
 
-test: setup  ## Run all tests and checks
+check: setup  ## Run ruff, mypy and import-linter
 	@echo "== ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -40,6 +47,11 @@ test: setup  ## Run all tests and checks
 	@$(BIN)/mypy
 	@echo "== import-linter"
 	@$(BIN)/lint-imports
+
+fast: setup  ## Run the tests that need no model: no network, no training, under 90 s
+	@$(BIN)/pytest -m "not model"
+
+test: check  ## Run all checks and tests, as CI does
 	@echo "== pytest"
 	@$(BIN)/pytest
 

@@ -3,15 +3,17 @@
     pip install -e '.[demo]'
     python benchmarks/scale.py --json --out benchmarks/results
 
-Llama-shaped bases with random q4_0 blocks and SmolLM2's tokenizer, a rank-16 adapter on all linear layers, rows of
-about 512 tokens, both formats. Each build runs in a process of its own; its stages are told by what it says. A stage's
-peak is the most that the process and those it starts hold at once.
+Llama-shaped bases as transformers folders, with random f16 weights and SmolLM2's tokenizer, are converted and quantized
+to q4_0; a rank-16 adapter on all linear layers, rows of about 512 tokens, both formats. Each build runs in a process of
+its own; its stages are told by what it says. A stage's peak is the most that the process and those it starts hold at
+once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -29,21 +31,27 @@ from typing import Any
 # Python looks for modules beside the script first, where onnx.py would stand in for the package onnx.
 sys.path[:] = [place for place in sys.path if Path(place) != Path(__file__).resolve().parent]
 
-import gguf
 import numpy as np
+import numpy.typing as npt
+from edgetune_export.backends.gguf.convert import find_converter
+from edgetune_export.backends.onnx.tokenizer import write_tokenizer
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from safetensors.numpy import save_file
 
 from edgetune.bases import ALIASES, locate
 from edgetune.progress import Progress, Step
 
 RANK = 16
+QUANTIZATION = "q4_0"
 WORDS = (
     "lamp heater window kitchen garden music alarm morning evening quiet bright never always answer short plain only"
 )
-STAGES = ("load", "step", "fold", "gguf", "onnx", "parity", "pack")
+STAGES = ("convert", "quantize", "load", "step", "fold", "gguf", "onnx", "parity", "pack")
 # What a build says when a stage begins; `step` begins with its progress bar.
 _BEGINNINGS = {
+    "converting base": "convert",
+    "quantizing base": "quantize",
     "loading the base": "load",
     "task: validation loss": "fold",
     "writing gguf": "gguf",
@@ -87,10 +95,11 @@ def main() -> None:
     if options.worker:
         print(json.dumps(build_one(options)))
         return
+    find_converter()  # fetched on first use, which is no part of the conversion
     with tempfile.TemporaryDirectory() as temporary:
         options.work = options.work or Path(temporary)
         found = {size: _run(size, options) for size in options.sizes.split(",")}
-    settings = {"row_tokens": options.row_tokens, "steps": options.steps, "rank": RANK, "quantization": "q4_0"}
+    settings = {"row_tokens": options.row_tokens, "steps": options.steps, "rank": RANK, "quantization": QUANTIZATION}
     result = {"machine": _machine(), **settings, "sizes": found}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -117,16 +126,16 @@ def build_one(options: argparse.Namespace) -> dict[str, Any]:
 
     folder = options.work / options.worker
     folder.mkdir(parents=True, exist_ok=True)
-    header = read_header(locate("smollm2-135m", Path(), ALIASES))
-    write_base(folder / "base.gguf", SIZES[options.worker], header)
+    smollm = locate("smollm2-135m", Path(), ALIASES)
+    parameters = write_folder(folder / "base", SIZES[options.worker], read_header(smollm), smollm)
     write_rows(folder / "rows.jsonl", options.steps + 2, options.row_tokens)
     training = {"max_steps": options.steps, "batch_size": 1, "evals": 1}
     adapter = {
         "data": {"train": "rows.jsonl", "held_out": 2 / (options.steps + 2)},
         "method": {"name": "lora", "r": RANK, "target_modules": "all-linear"},
     }
-    values = {"name": "scale", "base": "base.gguf", "targets": ["gguf", "onnx"], "context_length": options.row_tokens}
-    values |= {"training": training, "adapters": {"task": adapter}}
+    values = {"name": "scale", "base": "base", "quantize": QUANTIZATION, "targets": ["gguf", "onnx"]}
+    values |= {"context_length": options.row_tokens, "training": training, "adapters": {"task": adapter}}
     recipe = Recipe.model_validate(values, context={"folder": folder})
     stages = Stages()
     failed = {}
@@ -135,48 +144,79 @@ def build_one(options: argparse.Namespace) -> dict[str, Any]:
             build(recipe, folder / "bundle", progress=stages)
         except EdgetuneError as error:
             failed = {"failed": str(error)}
-    parameters = sum(int(np.prod(tensor.shape)) for tensor in read_header(folder / "base.gguf").tensors.values())
     return {"parameters": parameters, **failed, "stages": stages.found}
 
 
-def write_base(out: Path, shape: Shape, like: GgufHeader) -> None:
-    """Write a base of random q4_0 blocks, with the vocabulary and the metadata of `like`."""
-    width, inner, keys = shape.width, shape.inner, shape.key_heads * _HEAD_SIZE
-    own = {
-        "llama.embedding_length": width,
-        "llama.block_count": shape.layers,
-        "llama.attention.head_count": shape.heads,
-        "llama.attention.head_count_kv": shape.key_heads,
-        "llama.feed_forward_length": inner,
-        "llama.rope.dimension_count": _HEAD_SIZE,
-    }
-    writer = gguf.GGUFWriter(out, "llama")
-    for key, value in {**like.metadata, **own}.items():
-        if isinstance(value, tuple):
-            writer.add_array(key, value)
-        elif key != "general.architecture":
-            writer.add_key_value(key, value, gguf.GGUFValueType(like.value_types[key]))
+def write_folder(folder: Path, shape: Shape, like: GgufHeader, tokenizer_of: Path) -> int:
+    """Write a transformers folder of random f16 weights, a shard a layer, with the tokenizer of the base `like`.
+
+    Returns the number of parameters.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(tokenizer_of, folder)
+    (folder / "config.json").write_text(json.dumps(_config(shape, like), indent=2), encoding="utf-8")
     rng = np.random.default_rng(0)
-    matrices = {"attn_q": (width, width), "attn_k": (keys, width), "attn_v": (keys, width)}
-    matrices |= {"attn_output": (width, width), "ffn_gate": (inner, width), "ffn_up": (inner, width)}
-    matrices |= {"ffn_down": (width, inner)}
-    _add_matrix(writer, "token_embd", (len(like.metadata["tokenizer.ggml.tokens"]), width), rng)
-    for layer in range(shape.layers):
-        for name, size in matrices.items():
-            _add_matrix(writer, f"blk.{layer}.{name}", size, rng)
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(width, np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
-    writer.close()
+    vocabulary = len(like.metadata["tokenizer.ggml.tokens"])
+    ends = {"model.embed_tokens.weight": (vocabulary, shape.width), "model.norm.weight": (shape.width,)}
+    parts = [ends, *(_layer(number, shape) for number in range(shape.layers))]
+    places: dict[str, str] = {}
+    for number, sizes in enumerate(parts, 1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        save_file({name: _random(size, rng) for name, size in sizes.items()}, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(sizes, file)
+    parameters = sum(math.prod(size) for sizes in parts for size in sizes.values())
+    index = {"metadata": {"total_size": 2 * parameters}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return parameters
 
 
-def _add_matrix(writer: gguf.GGUFWriter, name: str, size: tuple[int, int], rng: np.random.Generator) -> None:
-    blocks = rng.integers(0, 256, (size[0] * size[1] // 32, 18), np.uint8)
-    # Levels from -8 to 7 in steps of this size have a standard deviation of 0.02.
-    blocks[:, :2] = np.frombuffer(np.float16(0.02 / 4.6).tobytes(), np.uint8)
-    writer.add_tensor(f"{name}.weight", blocks.reshape(size[0], -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+def _config(shape: Shape, like: GgufHeader) -> dict[str, Any]:
+    metadata = like.metadata
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float16",
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_heads,
+        "head_dim": _HEAD_SIZE,
+        "intermediate_size": shape.inner,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "max_position_embeddings": metadata["llama.context_length"],
+        "rms_norm_eps": metadata["llama.attention.layer_norm_rms_epsilon"],
+        "rope_theta": metadata["llama.rope.freq_base"],
+        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
+    }
+
+
+def _layer(number: int, shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Names and sizes of a layer's weights."""
+    width, inner, keys = shape.width, shape.inner, shape.key_heads * _HEAD_SIZE
+    sizes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+    }
+    return {f"model.layers.{number}.{name}.weight": size for name, size in sizes.items()}
+
+
+def _random(size: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float16]:
+    """Matrices with the standard deviation of trained ones; a norm's weights are ones."""
+    if len(size) == 1:
+        return np.ones(size, np.float16)
+    values = rng.standard_normal(size, np.float32)
+    values *= 0.02
+    return values.astype(np.float16)
 
 
 def write_rows(out: Path, count: int, tokens: int) -> None:

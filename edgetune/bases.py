@@ -260,10 +260,11 @@ def _converted(folder: Path, quantize: str, work: Path, progress: Progress, conv
         convert_folder(folder, whole, dtype=quantize, converter=converter)
         whole.replace(out)
         return out
-    progress.say(f"converting {folder.name} to GGUF and quantizing it to {quantize}")
     whole = work / f".{folder.name}-{key}.part.gguf"
     try:
+        progress.say(f"converting {folder.name} to GGUF")
         convert_folder(folder, whole, dtype="auto", converter=converter)
+        progress.say(f"quantizing {folder.name} to {quantize}")
         quantize_gguf(whole, out, quantize)
     finally:
         whole.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+MODEL_FIXTURES = {"tiny_folder", "tiny_encoder"}
+"""All other fixtures with a base or a bundle are made from these, the first through llama.cpp's converter."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a model, through whatever fixture, or train one; `make fast` leaves them out."""
+    for item in items:
+        if isinstance(item, pytest.Function) and (MODEL_FIXTURES & set(item.fixturenames) or _trains(item.module)):
+            item.add_marker("model")
+
+
+def _trains(module: ModuleType) -> bool:
+    """Whether a test module takes anything from trainings.py."""
+    return any(getattr(value, "__module__", None) == "trainings" for value in vars(module).values())
 
 
 def pytest_collection_finish() -> None:

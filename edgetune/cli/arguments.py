@@ -10,14 +10,32 @@ from typing import Annotated, Any
 import typer
 from edgetune_runtime.errors import UsageError
 
+# Titles over the options in --help.
+RECIPE_PANEL = "Settings over the recipe's"
+BASE_PANEL = "Base"
+DATA_PANEL = "Data"
+ENGINE_PANEL = "Engine"
+OUTPUT_PANEL = "Output"
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe, such as training.epochs=1; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set a key of the recipe, such as training.epochs=1; repeatable.",
+        rich_help_panel=RECIPE_PANEL,
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-Targets = Annotated[str | None, typer.Option(metavar="A,B", help="Formats to export, joined by commas: gguf, onnx.")]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON object as the last line of standard output.", rich_help_panel=OUTPUT_PANEL),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.", rich_help_panel=OUTPUT_PANEL)]
+Targets = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Formats to export, joined by commas: gguf, onnx.", rich_help_panel=RECIPE_PANEL),
+]
 
 
 def names_of(joined: str) -> list[str]:

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import UsageError
 
-from .arguments import AsJson, Quiet, RecipePath, Settings, Targets, names_of, print_json, settings_of
+from .arguments import (
+    DATA_PANEL,
+    ENGINE_PANEL,
+    OUTPUT_PANEL,
+    AsJson,
+    Quiet,
+    RecipePath,
+    Settings,
+    Targets,
+    names_of,
+    print_json,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from edgetune.compare.columns import Column
@@ -27,15 +39,28 @@ def compare(
     *,
     task: Annotated[str, typer.Option(metavar="NAME", help="The adapter of the recipe to try the methods on.")],
     methods: Annotated[str, typer.Option(metavar="A,B", help="Methods, joined by commas.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where trials, tables and plots go.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where trials, tables and plots go.", rich_help_panel=OUTPUT_PANEL)
+    ],
     ranks: Annotated[str | None, typer.Option(metavar="4,16", help="Ranks to try of methods that have one.")] = None,
     targets: Targets = None,
     settings: Settings = None,
     data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Rows to score on (default: the task's validation rows).")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Rows to score on (default: the task's validation rows).",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, metavar="N", help="Score at most N rows, spread evenly.")] = 100,
-    engine: Annotated[str, typer.Option(metavar="NAME", help="What runs the trials: local, or ray.")] = ENGINES[0],
+    rows: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Score at most N rows, spread evenly.", rich_help_panel=DATA_PANEL),
+    ] = 100,
+    engine: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="What runs the trials: local, or ray.", rich_help_panel=ENGINE_PANEL),
+    ] = ENGINES[0],
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

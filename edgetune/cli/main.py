@@ -6,6 +6,7 @@ Commands import what they need when they run: help and `edgetune validate` must 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -17,19 +18,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.interrupts import end_on_interrupt
 
 from edgetune.failure import PROGRAM, drop_output, fail
 
 from . import compare as compare_cli
 from . import devices as devices_cli
-from .arguments import AsJson, Quiet, RecipePath, Settings, Targets, names_of, pairs_of, print_json, settings_of
+from . import evaluate as evaluate_cli
+from .arguments import (
+    BASE_PANEL,
+    OUTPUT_PANEL,
+    RECIPE_PANEL,
+    AsJson,
+    Quiet,
+    RecipePath,
+    Settings,
+    Targets,
+    names_of,
+    pairs_of,
+    print_json,
+    settings_of,
+)
+from .grouped_help import GroupedCommand, GroupedGroup
 
 if TYPE_CHECKING:
-    from edgetune.evaluate import Evaluation
     from edgetune.recipe.model import Recipe
 
+# The script of --install-completion sets it when a shell asks what may come next.
+COMPLETION_VARIABLE = "_EDGETUNE_COMPLETE"
 DEFAULT_RECIPE = Path("recipe.yaml")
-MAX_SHOWN = 300
+# Titles over the commands in --help.
+RECIPE_COMMANDS = "Recipe commands"
+BUNDLE_COMMANDS = "Bundle commands"
+MEASUREMENT_COMMANDS = "Measurement commands"
 # Title, place in an adapter's figures, and form of each column of a build's table.
 COLUMNS = (
     ("train loss", "train_loss", "{:.3f}"),
@@ -44,29 +65,41 @@ COLUMNS = (
 app = typer.Typer(
     help="Train one small adapter per task on one quantized base, and pack them for a small board.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=GroupedGroup,
     rich_markup_mode=None,
 )
-app.add_typer(devices_cli.app, name="devices")
-app.command()(compare_cli.compare)
 
 Converter = Annotated[
     Path | None,
-    typer.Option(metavar="PATH", help="A llama.cpp checkout to convert the base with (default: fetched through pip)."),
+    typer.Option(
+        metavar="PATH",
+        help="A llama.cpp checkout to convert the base with (default: fetched through pip).",
+        rich_help_panel=BASE_PANEL,
+    ),
 ]
 Quantize = Annotated[
     str | None,
-    typer.Option(metavar="SCHEME", help="Quantization of the base (default: a .gguf file as it is, else q8_0)."),
+    typer.Option(
+        metavar="SCHEME",
+        help="Quantization of the base (default: a .gguf file as it is, else q8_0).",
+        rich_help_panel=BASE_PANEL,
+    ),
 ]
 
-Out = Annotated[Path | None, typer.Option(metavar="OUT", help="The bundle (default: build/ and its name).")]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="OUT", help="The bundle (default: build/ and its name).", rich_help_panel=OUTPUT_PANEL),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, or that of the error, which goes to standard error in one line."""
+    end_on_interrupt()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     command = typer.main.get_command(app)
+    if COMPLETION_VARIABLE in os.environ:
+        command(prog_name=PROGRAM)  # prints what the shell asks for, and ends
     try:
         with warnings.catch_warnings():
             if not debug and not sys.warnoptions:
@@ -106,19 +139,29 @@ def _root(
     """Options of all commands; `main` takes --debug out before it comes here."""
 
 
-@app.command()
+@app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
 def build(
     recipe: RecipePath,
     *,
     out: Out = None,
     as_json: AsJson = False,
     settings: Settings = None,
-    base: Annotated[str | None, typer.Option(metavar="BASE", help="Another base than the recipe's.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Another base than the recipe's.", rich_help_panel=BASE_PANEL)
+    ] = None,
     quantize: Quantize = None,
-    device: Annotated[str | None, typer.Option(metavar="BOARD", help="The board that the bundle must fit.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="BOARD", help="The board that the bundle must fit.", rich_help_panel=RECIPE_PANEL),
+    ] = None,
     targets: Targets = None,
-    epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the rows, for all adapters.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of all adapters.")] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Passes over the rows, for all adapters.", rich_help_panel=RECIPE_PANEL),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of all adapters.", rich_help_panel=RECIPE_PANEL)
+    ] = None,
     converter: Converter = None,
     quiet: Quiet = False,
 ) -> None:
@@ -140,16 +183,21 @@ def build(
     result = pipeline.build(loaded, out or loaded.default_out, progress=Progress(quiet=quiet), converter=converter)
     if result is not None:
         _print_build(result.to_json(), as_json=as_json)
+        if not (as_json or quiet):
+            _print_next(loaded, result.bundle)
 
 
-@app.command()
+@app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
 def export(
     *,
-    base: Annotated[str, typer.Option(metavar="BASE", help="The base that the adapters were trained on.")],
+    base: Annotated[
+        str,
+        typer.Option(metavar="BASE", help="The base that the adapters were trained on.", rich_help_panel=BASE_PANEL),
+    ],
     adapters: Annotated[
         list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="A folder that PEFT saved; repeatable.")
     ],
-    out: Annotated[Path, typer.Option(metavar="OUT", help="The bundle.")],
+    out: Annotated[Path, typer.Option(metavar="OUT", help="The bundle.", rich_help_panel=OUTPUT_PANEL)],
     quantize: Quantize = None,
     systems: Annotated[
         list[str] | None,
@@ -189,7 +237,7 @@ def export(
     _print_build(result.to_json(), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
 def validate(
     recipe: RecipePath,
     *,
@@ -225,7 +273,7 @@ def validate(
         print(f"{'adapter':<14}{name}: {', '.join(f'{key} {value}' for key, value in adapter.items())}")
 
 
-@app.command("methods")
+@app.command("methods", cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
 def list_methods(*, as_json: AsJson = False) -> None:
     """List the ways of tuning.
 
@@ -240,7 +288,7 @@ def list_methods(*, as_json: AsJson = False) -> None:
     print("\n".join(table()))
 
 
-@app.command()
+@app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
 def init(path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write it.")] = DEFAULT_RECIPE) -> None:
     """Write a recipe with comments to start from."""
     from edgetune.recipe.model import TEMPLATE  # noqa: PLC0415 - help needs no pydantic
@@ -255,7 +303,7 @@ def init(path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to wri
     print(target)
 
 
-@app.command()
+@app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from edgetune.recipe.model import json_schema  # noqa: PLC0415 - help needs no pydantic
@@ -263,39 +311,9 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
-@app.command()
-def evaluate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
-    *,
-    data: Annotated[str, typer.Option(metavar="FILE", help="Rows as in the training data: .jsonl, .csv, or a hub id.")],
-    adapter: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The adapter to score (default: the plain base).")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Score N rows, spread evenly over the file.")
-    ] = None,
-    show: Annotated[int, typer.Option(min=0, metavar="N", help="Wrong rows to show without --json.")] = 3,
-    engine: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What runs the bundle: gguf or onnx (default: its first format).")
-    ] = None,
-    kv: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="Keep keys and values as f16 (default) or q8_0; gguf alone.")
-    ] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Score a bundle's adapter on data.
-
-    Rows are answered through the runtime, as on the board, and scored by the metric of the adapter's task.
-    """
-    from edgetune.evaluate import evaluate as run  # noqa: PLC0415 - numpy and the engine
-    from edgetune.progress import Progress  # noqa: PLC0415
-
-    result = run(bundle, adapter, data, limit=limit, engine=engine, kv=kv, progress=Progress(quiet=quiet))
-    if as_json:
-        print_json(result.to_json())
-    else:
-        _print_evaluation(result, show)
+app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(evaluate_cli.evaluate)
+app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(compare_cli.compare)
+app.add_typer(devices_cli.app, name="devices", rich_help_panel=MEASUREMENT_COMMANDS)
 
 
 def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any]) -> Recipe:
@@ -358,22 +376,16 @@ def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
     print(result["bundle"])
 
 
+def _print_next(recipe: Recipe, bundle: Path) -> None:
+    from .next_commands import next_commands  # noqa: PLC0415 - help needs none of it
+
+    # The bundle's path stays the last line of standard output.
+    sys.stdout.flush()
+    print("\nRun it, score it, and see whether it fits a board:", file=sys.stderr)
+    print("\n".join(f"  {command}" for command in next_commands(recipe, bundle)), file=sys.stderr)
+
+
 def _cell(values: Any, place: str, form: str) -> str:  # noqa: ANN401 - JSON values
     for key in place.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return "-" if values is None else form.format(values)
-
-
-def _print_evaluation(result: Evaluation, show: int) -> None:
-    left_out = f", {result.too_long} more too long" if result.too_long else ""
-    print(f"{result.metric} {result.score:.4g} on {result.rows} rows{left_out}")
-    wrong = [] if result.metric == "perplexity" else [row for row in result.details if row.score < 1]
-    for row in sorted(wrong, key=lambda row: row.score)[:show]:
-        print(f"\n{row.where}: score {row.score:.2f}")
-        for name, text in (("prompt", row.prompt), ("expected", row.reference), ("answered", row.answer)):
-            print(f"  {name:<10}{_shortened(text)}")
-
-
-def _shortened(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 1]}…"

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from edgetune_runtime.interrupts import end_on_interrupt
+
 from edgetune.progress import Progress
 
 from .figures import Outcome, read_outcome
@@ -66,6 +68,7 @@ def end_with_parent() -> None:
         os.read(0, 1)
         os.kill(os.getpid(), signal.SIGINT)
 
+    end_on_interrupt()
     threading.Thread(target=wait, daemon=True).start()
 
 

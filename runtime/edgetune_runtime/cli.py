@@ -16,6 +16,7 @@ from . import __version__
 from .bundle import Manifest, read_manifest, verify_files
 from .conversation import PROGRAM, Conversation, adapter_choice, show
 from .errors import CancelledError, EdgetuneError, UsageError
+from .interrupts import end_on_interrupt
 from .threads.priority import NORMAL, PRIORITIES
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, or that of the error, which goes to standard error in one line."""
+    end_on_interrupt()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)

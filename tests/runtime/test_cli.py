@@ -156,7 +156,8 @@ def test_bench_measures_everything_that_it_promises(run: Run, bundle: Path) -> N
     )
     assert isinstance(told["slow"], bool)
     assert told["busy"] is None or "\n" not in told["busy"]
-    assert 0 < told["switch_us"]["p50"] <= told["switch_us"]["p99"] < 100
+    assert 0 < told["switch_us"]["p50"] <= told["switch_us"]["p99"]
+    assert told["switch_us"]["p50"] < 1e3 * told["ttft_ms"]["cold"]
     assert set(told["ttft_ms"]) == {"cold", "after_switch", "restored"}
     assert min(*told["ttft_ms"].values(), told["state_mb"], told["state_restore_ms"]) > 0
     assert told["start_ms"] > told["ttft_ms"]["cold"]
@@ -234,9 +235,12 @@ def test_a_reader_that_leaves_early_is_no_error(bundle: Path) -> None:
     assert (process.wait(30), told) == (0, b"")
 
 
-def test_an_interrupt_ends_in_130_and_one_line(bundle: Path) -> None:
+# A shell without job control starts background jobs with SIGINT ignored.
+@pytest.mark.parametrize("trap", ["", 'trap "" INT; '])
+def test_an_interrupt_ends_in_130_and_one_line(bundle: Path, trap: str) -> None:
+    command = ["sh", "-c", f'{trap}exec "$@"', "sh", *RUN, "chat", str(bundle)]
     process = subprocess.Popen(
-        [*RUN, "chat", str(bundle)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     # Ready once it has told its adapters.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -119,6 +120,21 @@ def test_help_and_version_are_on_standard_output(run: Run) -> None:
         assert command in run("--help")[1]
         code, out, err = run(command, "--help")
         assert (code, out.startswith(f"Usage: edgetune {command} "), err) == (0, True, "")
+
+
+def test_help_lists_options_by_group(run: Run) -> None:
+    titles = [line for line in run("build", "--help")[1].splitlines() if line.endswith(":") and line[0] != " "]
+    assert titles == ["Arguments:", "Output:", "Settings over the recipe's:", "Base:", "Options:"]
+    assert "Measurement commands:\n  evaluate" in run("--help")[1]
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    for words, expected in (("edgetune bu", ["build"]), ("edgetune build --qu", ["--quantize", "--quiet"])):
+        asked = {"_EDGETUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = subprocess.run(EDGETUNE, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+        assert sorted(done.stdout.split()) == expected
+    script = subprocess.run([*EDGETUNE, "--show-completion", "bash"], capture_output=True, text=True, check=True)
+    assert "complete -o default -F _edgetune_completion edgetune" in script.stdout
 
 
 def test_no_command_shows_the_help_as_a_mistake(run: Run) -> None:
@@ -307,6 +323,22 @@ def test_build_prints_a_table_with_what_happened_to_each_adapter(built: Built, r
     assert lines[-1] == str(bundle)
 
 
+def test_build_ends_with_commands_that_work(built: Built, run: Run) -> None:
+    bundle = built[0]
+    code, out, err = run("build", bundle.parent / "recipe.yaml", "--out", bundle)
+    commands = [shlex.split(line) for line in err.partition("fits a board:\n")[2].splitlines()]
+    assert (code, out.splitlines()[-1]) == (0, str(bundle))
+    assert [command[:2] for command in commands] == [
+        ["edgetune-run", "generate"],
+        ["edgetune", "evaluate"],
+        ["edgetune", "devices"],
+    ]
+    modules = {"edgetune": "edgetune", "edgetune-run": "edgetune_runtime"}
+    for program, *arguments in commands:
+        done = subprocess.run([sys.executable, "-m", modules[program], *arguments], capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
 def test_flags_override_the_recipe_for_all_adapters(
     run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,13 +442,14 @@ def test_a_build_on_a_full_disk_ends_in_one_line(run: Run, recipe: Path, small_d
 def test_an_interrupted_build_ends_in_130_and_keeps_what_it_has(recipe: Path, tmp_path: Path) -> None:
     flags = ("--out", str(tmp_path / "home"), "--set", "training.max_steps=100000", "--set", "training.evals=20000")
     flags = (*flags, "--set", "training.patience=null")
-    process = subprocess.Popen([*EDGETUNE, "build", str(recipe), *flags], stderr=subprocess.PIPE, text=True)
+    # A shell without job control starts background jobs with SIGINT ignored.
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *EDGETUNE, "build", str(recipe), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     state = tmp_path / "home.work/train/reply/state.pt"
-    deadline = time.monotonic() + 60
-    while not state.exists() and time.monotonic() < deadline:
+    while not state.exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 130, err
     assert err.splitlines()[-1].startswith("edgetune: training reply stopped at step ")
     assert state.exists()

@@ -1,0 +1,85 @@
+"""`edgetune evaluate BUNDLE --data FILE`: an adapter's score, and its wrong answers, on standard output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .arguments import DATA_PANEL, ENGINE_PANEL, OUTPUT_PANEL, AsJson, Quiet, print_json
+
+if TYPE_CHECKING:
+    from edgetune.evaluate import Evaluation
+
+MAX_SHOWN = 300
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    *,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Rows as in the training data: .jsonl, .csv, or a hub id.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ],
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The adapter to score (default: the plain base).")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Score N rows, spread evenly over the file.", rich_help_panel=DATA_PANEL),
+    ] = None,
+    show: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Wrong rows to show without --json.", rich_help_panel=OUTPUT_PANEL),
+    ] = 3,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What runs the bundle: gguf or onnx (default: its first format).",
+            rich_help_panel=ENGINE_PANEL,
+        ),
+    ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Keep keys and values as f16 (default) or q8_0; gguf alone.",
+            rich_help_panel=ENGINE_PANEL,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a bundle's adapter on data.
+
+    Rows are answered through the runtime, as on the board, and scored by the metric of the adapter's task.
+    """
+    from edgetune.evaluate import evaluate as run  # noqa: PLC0415 - numpy and the engine
+    from edgetune.progress import Progress  # noqa: PLC0415
+
+    result = run(bundle, adapter, data, limit=limit, engine=engine, kv=kv, progress=Progress(quiet=quiet))
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _print_evaluation(result, show)
+
+
+def _print_evaluation(result: Evaluation, show: int) -> None:
+    left_out = f", {result.too_long} more too long" if result.too_long else ""
+    print(f"{result.metric} {result.score:.4g} on {result.rows} rows{left_out}")
+    wrong = [] if result.metric == "perplexity" else [row for row in result.details if row.score < 1]
+    for row in sorted(wrong, key=lambda row: row.score)[:show]:
+        print(f"\n{row.where}: score {row.score:.2f}")
+        for name, text in (("prompt", row.prompt), ("expected", row.reference), ("answered", row.answer)):
+            print(f"  {name:<10}{_shortened(text)}")
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 1]}…"

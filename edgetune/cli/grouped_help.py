@@ -1,0 +1,50 @@
+"""Plain --help with options and commands under the titles that Typer calls rich_help_panel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose options are listed by panel."""
+
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+        """Write a section for each panel, in the order of the panels' first options."""
+        records = ((_panel(parameter), parameter.get_help_record(ctx)) for parameter in self.get_params(ctx))
+        _write_sections(formatter, records)
+
+
+class GroupedGroup(TyperGroup):
+    """A group whose commands are listed by panel."""
+
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+        """Write a section for each panel, in the order of the panels' first commands."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        limit = formatter.width - 6 - max(len(name) for name, _ in commands)
+        records = (
+            (_panel(command, "Commands"), (name, command.get_short_help_str(limit)))
+            for name, command in commands
+            if command is not None and not command.hidden
+        )
+        _write_sections(formatter, records)
+
+
+def _panel(part: Any, default: str = "Options") -> str:  # noqa: ANN401 - Typer's parameters share no public class
+    named = getattr(part, "rich_help_panel", None)
+    if isinstance(named, str):
+        return named
+    return "Arguments" if getattr(part, "param_type_name", "") == "argument" else default
+
+
+def _write_sections(formatter: Any, records: Iterable[tuple[str, tuple[str, str] | None]]) -> None:  # noqa: ANN401
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for title, record in records:
+        if record is not None:
+            sections.setdefault(title, []).append(record)
+    for title, lines in sections.items():
+        with formatter.section(title):
+            formatter.write_dl(lines)
