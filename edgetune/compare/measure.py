@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -25,6 +24,7 @@ from edgetune_runtime.serving.context import Context, Shared
 from edgetune_runtime.serving.governor import Governor
 from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.cache import StateCache
+from filelock import FileLock
 
 from edgetune import bases, methods
 from edgetune.data import Row
@@ -176,6 +176,5 @@ def _runtime(bundle: Path, manifest: Manifest, engine: Engine, name: str) -> Run
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keep out other trials that run at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):
         yield

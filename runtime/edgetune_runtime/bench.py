@@ -194,14 +194,19 @@ def _step_s(context: Context, token: int) -> float:
 
 
 def resident_mb() -> float | None:
-    """Resident memory of this process, in 10^6 bytes; off Linux the most that it has had, on Windows None."""
+    """Resident memory of this process, in 10^6 bytes; off Linux its peak, on Windows None."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
         return int(line.split()[1]) * 1024 / 1e6
-    if sys.platform == "win32":
-        return None
-    import resource  # noqa: PLC0415 - not on Windows
+    return peak_mb()
 
-    # Kilobytes on BSD, bytes on macOS.
+
+def peak_mb() -> float | None:
+    """Most resident memory that this process has had, in 10^6 bytes; None on Windows."""
+    try:
+        import resource  # noqa: PLC0415 - Windows has none
+    except ImportError:
+        return None
+    # Bytes on macOS, kilobytes elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
