@@ -78,7 +78,9 @@ def free_mb(root: Path = ROOT) -> float | None:
     lines = _read(root / "proc/meminfo").splitlines()
     free = [int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("MemAvailable")]
     for folder in _cgroups("memory", root):
-        limit = _number(_read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes"))
+        # From memory.high on (MemoryHigh of a systemd unit) the kernel slows the process down to reclaim memory.
+        found = [_number(_read(folder / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        limit = min((number for number in found if number is not None), default=None)
         used = _number(_read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes"))
         if limit is not None and used is not None:
             # Pages of files count as used, and go when memory is needed.
