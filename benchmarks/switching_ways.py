@@ -92,6 +92,7 @@ class Edgetune:
             disk_mb=0,
             contexts=1,
             repack=repack,
+            map_large_blocks=True,
         )
         self.runtime.warm()
 

@@ -167,6 +167,7 @@ def _open(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 
         priority=options.priority,
         verify=not options.no_verify,
         cache_folder=options.cache_folder,
+        map_large_blocks=True,
         **more,
     )
 

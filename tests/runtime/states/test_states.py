@@ -28,7 +28,7 @@ class Info(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
-with Runtime.open(sys.argv[1], disk_mb=0):
+with Runtime.open(sys.argv[1], disk_mb=0, map_large_blocks=sys.argv[2] == "mapped"):
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):
         sys.exit("no mallinfo2")
@@ -209,10 +209,13 @@ def test_a_sliding_window_keeps_the_state_of_the_fixed_prompt(open_: Callable[..
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_a_large_state_leaves_no_hole_in_the_heap(prompted_of: Callable[[str], Path]) -> None:
-    command = [sys.executable, "-c", ALLOCATES, str(prompted_of("llama"))]
+@pytest.mark.parametrize(("option", "mapped_blocks"), [("mapped", "1"), ("left alone", "0")])
+def test_malloc_maps_large_blocks_only_when_asked(
+    prompted_of: Callable[[str], Path], option: str, mapped_blocks: str
+) -> None:
+    command = [sys.executable, "-c", ALLOCATES, str(prompted_of("llama")), option]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if "no mallinfo2" in done.stderr:
         pytest.skip("an older glibc, or another C library")
-    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, mapped_blocks), done.stderr
