@@ -21,7 +21,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .generation import Answer, Timings
+    from .generation import Answer, Stream, Timings
     from .runtime import Runtime
     from .session import Session
     from .text.sampling import Sampling
@@ -39,6 +39,7 @@ __all__ = [
     "Runtime",
     "Sampling",
     "Session",
+    "Stream",
     "Timings",
     "UsageError",
     "VerificationError",
@@ -48,6 +49,7 @@ __all__ = [
 # These need numpy, which takes longer to import than all the rest: loaded at first use.
 _LAZY = {
     "Answer": "generation",
+    "Stream": "generation",
     "Timings": "generation",
     "Runtime": "runtime",
     "Sampling": "text.sampling",

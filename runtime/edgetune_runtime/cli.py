@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .bundle import Manifest, read_manifest, verify_files
+from .bundle import CLASSIFICATION, Manifest, read_manifest, verify_files
 from .conversation import PROGRAM, Conversation, adapter_choice, show
 from .errors import CancelledError, EdgetuneError, UsageError
 from .threads.priority import NORMAL, PRIORITIES
@@ -216,7 +216,7 @@ def _classify(options: argparse.Namespace) -> None:
 
 def _warm(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
-        if runtime.encoder is not None:
+        if runtime.manifest.task == CLASSIFICATION:
             raise UsageError(f"bundle {runtime.manifest.name!r} classifies text: it has no prompts", "nothing to warm")
         tokens = runtime.warm()
     if options.json:
@@ -295,7 +295,7 @@ def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _chat(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
-        runtime.context()  # refuses a bundle that cannot chat before the first line is read
+        runtime.session()  # refuses a bundle that cannot chat before the first line is read
         Conversation(runtime, options.adapter, _sampling(options), as_json=options.json).run()
 
 

@@ -14,6 +14,7 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.gguf import engine as gguf
 from edgetune_runtime.engines.onnx import engine as onnx
+from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.states.store import StateStore
 from runtime.bundles import change_manifest
 from runtime.conftest import LONG_PROMPTS
@@ -60,7 +61,7 @@ def files_of(tmp_path: Path) -> list[Path]:
 
 
 def fixed(runtime: Runtime, adapter: str | None) -> int:
-    return runtime.call("?", adapter).job.fixed
+    return loaded_bundle(runtime).call("?", adapter).job.fixed
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -181,12 +182,12 @@ def test_a_state_that_the_engine_refuses_is_made_again(
 ) -> None:
     with open_(engine) as runtime:
         expected = runtime.generate(PROMPT, adapter="one", max_tokens=6).text
-        call = runtime.call(PROMPT, "one")
-        context, _ = runtime.context()
+        call = loaded_bundle(runtime).call(PROMPT, "one")
+        context, _ = loaded_bundle(runtime).context()
         prompts = context.shared.prompts
         assert prompts is not None
         (path,) = files_of(tmp_path)
-        key = runtime.pool(None)[0].saved("").key.until(call.job.fixed)
+        key = loaded_bundle(runtime).pool(None)[0].saved("").key.until(call.job.fixed)
         identity = prompts.identity(key, call.job.tokens[: call.job.fixed])
     store = StateStore(tmp_path / "states", 1)
     assert store.path_of(identity) == path
