@@ -6,6 +6,7 @@ with Runtime.open("build/smart-home") as runtime:
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,9 @@ __all__ = [
     "VerificationError",
     "__version__",
 ]
+
+# Silent until the app sets up logging.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # These need numpy, which takes longer to import than all the rest: loaded at first use.
 _LAZY = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -22,6 +23,8 @@ from .text.chat import Prompt, messages_for, render
 
 if TYPE_CHECKING:
     from .engines.onnx.encoder import EncoderEngine
+
+_LOG = logging.getLogger(__name__)
 
 Adapters = str | Mapping[str, float] | None
 
@@ -164,7 +167,9 @@ class LoadedBundle:
         with self._lock:
             if entry.name not in self._merged:
                 file = file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")
+                begin = time.perf_counter()
                 made = open_base(self.bundle, self.manifest, file, self.options)
+                _LOG.info("loaded merged adapter %r in %.2f s", entry.name, time.perf_counter() - begin)
                 assert isinstance(made, Pool)
                 self._merged[entry.name] = made
             return self._merged[entry.name]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,8 @@ from .states.store import StateStore, default_folder
 from .text.chat import Prompt
 from .text.sampling import Sampling
 from .threads.priority import NORMAL
+
+_LOG = logging.getLogger(__name__)
 
 CACHE_MB = 128
 DISK_MB = 512
@@ -86,6 +90,7 @@ class Runtime:
         Raises NotFoundError, VerificationError for damaged files, IncompatibleError for adapters of another base or a
         missing engine, UsageError for options that cannot be.
         """
+        begin = time.perf_counter()
         bundle = Path(path)
         manifest = read_manifest(bundle)
         longest = manifest.base.context_length
@@ -118,6 +123,8 @@ class Runtime:
         except BaseException:
             loaded.close()
             raise
+        taken_s, count = time.perf_counter() - begin, len(manifest.adapters)
+        _LOG.info("opened %s with %s and %d adapters in %.2f s", bundle, engine, count, taken_s)
         return cls(loaded)
 
     @property
@@ -232,8 +239,11 @@ class Runtime:
         for choice in choices:
             call = self._loaded.call("?", choice)
             if call.job.is_worth_a_state:
+                begin = time.perf_counter()
                 with call.pool.lease(call.job) as context:
-                    context.run(call.job)
+                    reused = context.run(call.job).reused
+                count, taken_ms = call.job.fixed, (time.perf_counter() - begin) * 1e3
+                _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", _name_of(choice), count, reused, taken_ms)
                 tokens[_name_of(choice)] = call.job.fixed
         return tokens
 

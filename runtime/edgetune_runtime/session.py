@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from .text.chat import Message
 
 Carry = Literal["recompute", "reuse"]
 
+_LOG = logging.getLogger(__name__)
 _STOPPED = ("deadline", "cancelled")
 
 
@@ -107,6 +109,8 @@ class Session:
                 saved = _saved_of(state["key"], found.state)
                 if pool.identity_of(saved) == state["identity"]:
                     pool.keep(saved, session._owner)
+                else:
+                    _LOG.warning("dropped the state in %s, which is of other files or another engine", path)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise VerificationError(f"{path} is no saved session: {error}", "save the session again") from error
         return session

@@ -6,11 +6,14 @@ the folder that /proc and /sys are in.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_LOG = logging.getLogger(__name__)
 
 ROOT = Path("/")
 MOST_THREADS = 8
@@ -45,7 +48,12 @@ def cores_left(root: Path = ROOT) -> int:
 
 def threads_for(wanted: int | None) -> int:
     """The threads of an engine that keeps them: those that are wanted, as far as there are cores for them now."""
-    return usable_cores() if wanted is None else min(wanted, cores_left())
+    if wanted is None:
+        return usable_cores()
+    left = cores_left()
+    if wanted > left:
+        _LOG.warning("threads=%d where %d cores may be used: computing with %d", wanted, left, left)
+    return min(wanted, left)
 
 
 def others_running(root: Path = ROOT) -> int | None:
