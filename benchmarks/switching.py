@@ -133,6 +133,7 @@ def task_prompt(number: int, tokens: int, base: Path) -> str:
 def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """The requests of each order, as tokens that the runtime makes of them."""
     from edgetune_runtime import Runtime
+    from edgetune_runtime.measuring import loaded_bundle
 
     rng, count = random.Random(0), options.adapters
     weights = [1 / (rank + 1) for rank in range(count)]
@@ -144,7 +145,7 @@ def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
         def request(number: int, adapter: int) -> dict[str, Any]:
             message = MESSAGES[number // count % len(MESSAGES)]
-            job = runtime.call(message, f"task{adapter}").job
+            job = loaded_bundle(runtime).call(message, f"task{adapter}").job
             return {"adapter": adapter, "prompt": job.tokens, "fixed": job.fixed, "message": message}
 
         return {order: [request(*pair) for pair in enumerate(chosen)] for order, chosen in orders.items()}

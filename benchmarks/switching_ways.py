@@ -81,6 +81,7 @@ class Edgetune:
 
     def __init__(self, folder: Folder, engine: str, *, repack: bool | None = None) -> None:
         from edgetune_runtime import Runtime
+        from edgetune_runtime.measuring import loaded_bundle
 
         self.folder = folder
         self.runtime = Runtime.open(
@@ -92,12 +93,14 @@ class Edgetune:
             disk_mb=0,
             contexts=1,
             repack=repack,
+            map_large_blocks=True,
         )
+        self.loaded = loaded_bundle(self.runtime)
         self.runtime.warm()
 
     def answer(self, request: Request) -> Answered:
         begin = time.perf_counter()
-        call = self.runtime.call(request.message, self.folder.name(request.adapter))
+        call = self.loaded.call(request.message, self.folder.name(request.adapter))
         assert (call.job.tokens, call.job.fixed) == (request.prompt, request.fixed)
         with call.pool.lease(call.job) as context:
             start = context.run(call.job)
@@ -115,7 +118,7 @@ class Edgetune:
 
     def states_mb(self) -> float:
         """Memory that the states take, in 10^6 bytes."""
-        return self.runtime.context()[0].shared.cache.bytes / 1e6
+        return self.loaded.context()[0].shared.cache.bytes / 1e6
 
     def adapters_mb(self) -> float:
         """Size of the adapters' files, in 10^6 bytes."""

@@ -13,6 +13,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.engines.onnx.encoder import EncoderEngine
 from edgetune_runtime.errors import UsageError, VerificationError
+from edgetune_runtime.measuring import loaded_bundle
 from pydantic import ValidationError
 
 from edgetune.objectives.example import Example
@@ -161,7 +162,7 @@ def _loss(task: _Task, row: Row, example: Example | None) -> tuple[float, int]:
     """Negative log likelihood (nats) of a text, or of a completion after its prompt, and its tokens."""
     if example is None:
         return task.runtime.perplexity(row.text or "", adapter=task.adapter)
-    context, active = task.runtime.context(task.adapter)
+    context, active = loaded_bundle(task.runtime).context(task.adapter)
     target = example.tokens[example.prompt_length :]
     with context.hold():
         context.start(active, example.prompt_tokens)
@@ -225,9 +226,10 @@ def _check_rows(rows: Sequence[Row], metric: Metric) -> None:
 
 def _fitting(task: _Task, rows: Sequence[Row]) -> tuple[list[Pair], int]:
     """The rows that fit in the context, prompt rows with their tokens, and how many do not; texts fit at any length."""
-    if task.runtime.encoder is not None:
-        return _fitting_encoder(task.runtime.encoder, rows)
-    context, active = task.runtime.context(task.adapter)
+    loaded = loaded_bundle(task.runtime)
+    if loaded.encoder is not None:
+        return _fitting_encoder(loaded.encoder, rows)
+    context, active = loaded.context(task.adapter)
     prompts = [row for row in rows if row.messages is not None]
     with context.hold():
         tokenizer, room = context.engine.tokenizer, context.capacity(active)

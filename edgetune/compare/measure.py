@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -17,14 +16,9 @@ from edgetune_export.backends.base import Source, Weights
 from edgetune_export.merged import source_of_merged
 from edgetune_runtime import Runtime, bench, engines
 from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest
-from edgetune_runtime.engines.base import Engine
-from edgetune_runtime.engines.gguf import engine as gguf
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
-from edgetune_runtime.opening import Options
-from edgetune_runtime.serving.context import Context, Shared
-from edgetune_runtime.serving.governor import Governor
-from edgetune_runtime.serving.pool import Pool
-from edgetune_runtime.states.cache import StateCache
+from edgetune_runtime.measuring import runtime_around
+from filelock import FileLock
 
 from edgetune import bases, methods
 from edgetune.data import Row
@@ -126,7 +120,7 @@ class InTorch:
         manifest = replace(measured.manifest, adapters={entry.name: entry})
         with closing(GgufTokenizer(self.base.path)) as tokenizer, self.method.loaded(self.checkpoint) as model:
             engine = TorchEngine(model, tokenizer, context_length=manifest.context_length, guesses=answers)
-            with _runtime(measured.bundle, manifest, engine, "torch") as runtime:
+            with runtime_around(engine, measured.bundle, manifest, "torch") as runtime:
                 return score(runtime, entry.name, measured.rows, measured.progress)
 
     def merged_speed(self, target: str) -> MergedSpeed | None:
@@ -154,7 +148,7 @@ class InTorch:
         manifest = replace(self.measured.manifest, adapters={})
         make = engines.load(target)
         engine = make(model, context_length=manifest.context_length, threads=manifest.threads)
-        found = bench.measure(lambda: _runtime(self.measured.bundle, manifest, engine, target), lambda _: None)
+        found = bench.measure(lambda: runtime_around(engine, self.measured.bundle, manifest, target), lambda _: None)
         return MergedSpeed(float(found["decode_tokens_per_s"]["base"]), *_load_in(found))
 
 
@@ -163,19 +157,9 @@ def _load_in(timed: Mapping[str, Any]) -> tuple[bool, str | None]:
     return bool(timed.get("slow", False)), timed.get("busy")
 
 
-def _runtime(bundle: Path, manifest: Manifest, engine: Engine, name: str) -> Runtime:
-    """A runtime around an engine that is open already, which keeps no states."""
-    length, threads = manifest.context_length, manifest.threads
-    options = Options(name, gguf.ENGINE, length, threads, verify=False, cache_mb=0)
-    governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
-    shared = Shared(manifest.base.fingerprint, manifest.base.kv_bytes_per_token, StateCache(0), governor)
-    return Runtime(bundle, manifest, Pool(Context(engine, shared)), options)
-
-
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keep out other trials that run at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):
         yield

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from accelerate import Accelerator
-from edgetune_runtime.bench import resident_mb
+from edgetune_runtime.bench import peak_mb, resident_mb
 from edgetune_runtime.threads.machine import free_mb
 
 from edgetune.objectives.base import Row, row_length
@@ -79,18 +77,18 @@ def passes_within(
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory taken so far: of the GPU where there is one, else of this process."""
+    """Most memory taken so far: of the GPU where there is one, else of this process; NaN where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+    peak = peak_mb()
+    return math.nan if peak is None else peak
 
 
 def _used_mb(device: torch.device) -> float:
-    """Memory that this process holds: of the GPU where there is one, else all of it."""
+    """Memory that this process holds: of the GPU where there is one, else all of it; 0 where unknown."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 1e6
-    return resident_mb() or peak_memory_mb(device)
+    return resident_mb() or 0.0
 
 
 def _free_mb(device: torch.device) -> float:

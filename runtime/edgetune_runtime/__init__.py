@@ -6,6 +6,7 @@ with Runtime.open("build/smart-home") as runtime:
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .generation import Answer, Timings
+    from .generation import Answer, Stream, Timings
     from .runtime import Runtime
     from .session import Session
     from .text.sampling import Sampling
@@ -39,15 +40,20 @@ __all__ = [
     "Runtime",
     "Sampling",
     "Session",
+    "Stream",
     "Timings",
     "UsageError",
     "VerificationError",
     "__version__",
 ]
 
+# Silent until the app sets up logging.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
 # These need numpy, which takes longer to import than all the rest: loaded at first use.
 _LAZY = {
     "Answer": "generation",
+    "Stream": "generation",
     "Timings": "generation",
     "Runtime": "runtime",
     "Sampling": "text.sampling",

@@ -60,8 +60,12 @@ def require_space(out: Path, needed_bytes: int) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's bytes, or a folder's entries, are on the disk; of a folder, Windows has no such call."""
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():
+        return
+    # Windows flushes only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

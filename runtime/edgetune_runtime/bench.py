@@ -15,6 +15,7 @@ from typing import Any
 from .bundle import AdapterEntry
 from .engines.base import Engine
 from .errors import EdgetuneError
+from .measuring import loaded_bundle
 from .runtime import Runtime
 from .serving.context import Context
 from .threads.machine import disturbance
@@ -108,7 +109,7 @@ def start_ms(command: Sequence[str]) -> float:
 
 def _restored(runtime: Runtime, names: list[str | None]) -> tuple[float | None, float | None]:
     """Megabytes of the largest state of a fixed prompt, and the median milliseconds of restoring it."""
-    jobs = [call for name in names if (call := runtime.call(MESSAGES[0], name)).job.is_worth_a_state]
+    jobs = [call for name in names if (call := loaded_bundle(runtime).call(MESSAGES[0], name)).job.is_worth_a_state]
     if not jobs:
         return None, None
     call = max(jobs, key=lambda call: call.job.fixed)
@@ -134,8 +135,8 @@ def _bytes_of(runtime: Runtime, entry: AdapterEntry) -> int:
 
 
 def _switches(runtime: Runtime, names: list[str]) -> dict[str, float]:
-    context, _ = runtime.context()
-    active: list[Mapping[str, float]] = [{}, *(runtime.context(name)[1] for name in names)]
+    context, _ = loaded_bundle(runtime).context()
+    active: list[Mapping[str, float]] = [{}, *(loaded_bundle(runtime).context(name)[1] for name in names)]
     with context.hold():
         times = sorted(_timed_us(context.engine, adapters) for adapters in islice(cycle(active), SWITCHES))
         # The engine was switched behind the context's back.
@@ -177,7 +178,7 @@ class _Speed:
 
 
 def _decode_speed(runtime: Runtime, name: str | None) -> _Speed:
-    context, active = runtime.context(name)
+    context, active = loaded_bundle(runtime).context(name)
     with context.hold():
         room = context.capacity(active)
         tokens = context.engine.tokenizer.tokenize(MESSAGES[0])[: room // 2]
@@ -194,14 +195,19 @@ def _step_s(context: Context, token: int) -> float:
 
 
 def resident_mb() -> float | None:
-    """Resident memory of this process, in 10^6 bytes; off Linux the most that it has had, on Windows None."""
+    """Resident memory of this process, in 10^6 bytes; off Linux its peak, on Windows None."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
         return int(line.split()[1]) * 1024 / 1e6
-    if sys.platform == "win32":
-        return None
-    import resource  # noqa: PLC0415 - not on Windows
+    return peak_mb()
 
-    # Kilobytes on BSD, bytes on macOS.
+
+def peak_mb() -> float | None:
+    """Most resident memory that this process has had, in 10^6 bytes; None on Windows."""
+    try:
+        import resource  # noqa: PLC0415 - Windows has none
+    except ImportError:
+        return None
+    # Bytes on macOS, kilobytes elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .bundle import Manifest, read_manifest, verify_files
+from .bundle import CLASSIFICATION, Manifest, read_manifest, verify_files
 from .conversation import PROGRAM, Conversation, adapter_choice, show
 from .errors import CancelledError, EdgetuneError, UsageError
 from .interrupts import end_on_interrupt
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with _logging(debug=options.debug):
+            options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough; Python would complain when it flushes at exit.
@@ -60,6 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = EdgetuneError(f"unexpected {type(error).__name__}: {error}", "run again with --debug and report it")
         return _fail(what, debug=options.debug)
     return 0
+
+
+@contextmanager
+def _logging(*, debug: bool) -> Iterator[None]:
+    """While it lasts, write the library's own warnings, or with `debug` all that is logged, to standard error."""
+    logger, handler = logging.getLogger(__package__), logging.StreamHandler()
+    if not debug:
+        # Of these, what matters is an error of ours.
+        handler.addFilter(lambda record: not record.name.endswith(("llama_cpp", "onnxruntime")))
+    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
+    before = logger.level
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _fail(error: EdgetuneError, *, debug: bool) -> int:
@@ -108,7 +129,7 @@ def _command(
 
 def _common(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="write JSON to standard output")
-    command.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    command.add_argument("--debug", action="store_true", help="show a traceback with an error, and what is logged")
     command.set_defaults(run=run)
     return command
 
@@ -169,6 +190,7 @@ def _open(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 
         priority=options.priority,
         verify=not options.no_verify,
         cache_folder=options.cache_folder,
+        map_large_blocks=True,
         **more,
     )
 
@@ -217,7 +239,7 @@ def _classify(options: argparse.Namespace) -> None:
 
 def _warm(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
-        if runtime.encoder is not None:
+        if runtime.manifest.task == CLASSIFICATION:
             raise UsageError(f"bundle {runtime.manifest.name!r} classifies text: it has no prompts", "nothing to warm")
         tokens = runtime.warm()
     if options.json:
@@ -296,7 +318,7 @@ def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _chat(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
-        runtime.context()  # refuses a bundle that cannot chat before the first line is read
+        runtime.session()  # refuses a bundle that cannot chat before the first line is read
         Conversation(runtime, options.adapter, _sampling(options), as_json=options.json).run()
 
 

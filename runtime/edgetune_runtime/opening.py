@@ -52,6 +52,7 @@ class Options:
     contexts: int | None = None
     waiting: int = 0
     priority: str = NORMAL
+    map_large_blocks: bool = False
 
 
 def engine_class(name: str, task: str) -> EngineClass | type[EncoderEngine]:
@@ -73,7 +74,8 @@ def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
 
 def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> Pool | EncoderEngine:
     """Check and load the base, or a merged model, that the bundle has in `file`; errors as those of `Runtime.open`."""
-    _keep_large_blocks_apart()
+    if options.map_large_blocks:
+        _map_large_blocks()
     make, path, sha256 = options.make, resolve(bundle, file), manifest.files[file].sha256
     if options.verify:
         # The file itself first: which others belong to it is read from it.
@@ -114,11 +116,10 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> 
     return Pool(Context(running, shared), limit=limit, waiting=options.waiting)
 
 
-def _keep_large_blocks_apart() -> None:
-    """Have glibc return each block of 1 MB and more to the system once it is freed; see mallopt(3).
+def _map_large_blocks() -> None:
+    """Have glibc return each block of 1 MiB and more to the system once it is freed; see mallopt(3).
 
-    By itself it moves that limit up to 32 MB, and then states that come and go leave holes: 40 MB with eight adapters.
-    With 4 MB llama.cpp would compute the first message after a switch 2 to 3 ms sooner, and eight adapters take 20 MB.
+    By itself glibc raises that limit up to 32 MiB, and then states that come and go leave holes in the heap.
     """
     if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         with suppress(AttributeError):

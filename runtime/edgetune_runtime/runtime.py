@@ -2,51 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from .bundle import AdapterEntry, Manifest, read_manifest, resolve, verify_files
-from .engines.base import Tokenizer
-from .errors import IncompatibleError, UsageError
-from .generation import Answer, Call, Carried, Outcome, Stream, generate
+from .bundle import read_manifest
+from .errors import UsageError
+from .generation import Answer, Outcome, Stream, generate
+from .loaded import Adapters, LoadedBundle
 from .opening import Options, engine_class, file_of, open_base
 from .scoring import label_scores, likeliest, window_loss
-from .serving.context import Context, Job
-from .serving.pool import Pool
-from .session import Adapters, Session
-from .states.activation import behind
-from .states.cache import CALLS, common_prefix
+from .session import Session
 from .states.store import StateStore, default_folder
-from .text.chat import Prompt, messages_for, render
+from .text.chat import Prompt
 from .text.sampling import Sampling
 from .threads.priority import NORMAL
 
-if TYPE_CHECKING:
-    from .engines.onnx.encoder import EncoderEngine
+_LOG = logging.getLogger(__name__)
 
 CACHE_MB = 128
 DISK_MB = 512
-
-_PROBES = ("A", "7", "\n", "é", "(")
-"""Messages that have no beginning in common: what their prompts share is fixed."""
 
 
 class Runtime:
     """A bundle that is ready to answer. Use it in a `with` block, or call `close`. Safe to use from several threads."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, running: Pool | EncoderEngine, options: Options) -> None:
-        self.bundle = bundle
-        self.manifest = manifest
-        self._running = running
-        self._merged: dict[str, Pool] = {}
-        self._lock = threading.Lock()
-        self._fixed: dict[tuple[int, str | None], list[int]] = {}
-        self._options = options
+    def __init__(self, loaded: LoadedBundle) -> None:
+        self.bundle = loaded.bundle
+        self.manifest = loaded.manifest
+        self._loaded = loaded
 
     @classmethod
     def open(
@@ -66,6 +55,7 @@ class Runtime:
         contexts: int | None = None,
         waiting: int = 64,
         priority: str = NORMAL,
+        map_large_blocks: bool = False,
     ) -> Self:
         """Open a bundle: check its files, map the base and load the adapters.
 
@@ -93,9 +83,14 @@ class Runtime:
         `priority` is that of the threads that compute: normal, low (behind all normal processes' threads) or idle (only
         on cores that nobody else wants), on Linux.
 
+        `map_large_blocks` sets M_MMAP_THRESHOLD of glibc's malloc to 1 MiB for the whole process, unless the variable
+        MALLOC_MMAP_THRESHOLD_ is set, so that states that come and go leave no holes in the heap: 40 MB with eight
+        adapters. Without the option, and without glibc, malloc is left alone.
+
         Raises NotFoundError, VerificationError for damaged files, IncompatibleError for adapters of another base or a
         missing engine, UsageError for options that cannot be.
         """
+        begin = time.perf_counter()
         bundle = Path(path)
         manifest = read_manifest(bundle)
         longest = manifest.base.context_length
@@ -118,31 +113,29 @@ class Runtime:
             contexts=contexts,
             waiting=waiting,
             priority=priority,
+            map_large_blocks=map_large_blocks,
         )
         file = file_of(manifest.base.files, engine, "the base")
-        runtime = cls(bundle, manifest, open_base(bundle, manifest, file, options), options)
+        loaded = LoadedBundle(bundle, manifest, open_base(bundle, manifest, file, options), options)
         try:
             for entry in manifest.adapters.values():
-                runtime._load(entry)
+                loaded.load(entry)
         except BaseException:
-            runtime.close()
+            loaded.close()
             raise
-        return runtime
+        taken_s, count = time.perf_counter() - begin, len(manifest.adapters)
+        _LOG.info("opened %s with %s and %d adapters in %.2f s", bundle, engine, count, taken_s)
+        return cls(loaded)
 
     @property
     def engine(self) -> str:
         """Name of the engine that runs the bundle."""
-        return self._options.engine
+        return self._loaded.options.engine
 
     @property
     def adapters(self) -> list[str]:
         """Names of the bundle's adapters."""
         return list(self.manifest.adapters)
-
-    @property
-    def encoder(self) -> EncoderEngine | None:
-        """What runs a text-classification bundle; None for one that generates."""
-        return None if isinstance(self._running, Pool) else self._running
 
     def generate(
         self,
@@ -177,14 +170,14 @@ class Runtime:
         **overrides: object,
     ) -> Stream:
         """As `generate`, but yields the text in pieces as it comes; it holds a context until it ends or is closed."""
-        call, outcome = self.call(prompt, adapter), Outcome()
+        call, outcome = self._loaded.call(prompt, adapter), Outcome()
         pieces = generate(call, outcome, sampling=sampling, deadline_s=deadline_s, cancel=cancel, **overrides)
         return Stream(pieces, outcome)
 
     def session(self, adapter: Adapters = None) -> Session:
         """A conversation that begins with these adapters; see `Session`."""
-        self.pool(adapter)
-        return Session(self, adapter)
+        self._loaded.pool(adapter)
+        return Session(self._loaded, adapter)
 
     def load_session(self, path: str | Path) -> Session:
         """Go on with a conversation that `Session.save` wrote; its state is taken up if it fits this bundle and engine.
@@ -192,7 +185,7 @@ class Runtime:
         Raises NotFoundError when there is no such file, VerificationError when it is damaged or none, IncompatibleError
         for one of another base, NotFoundError for an adapter that the bundle lacks.
         """
-        return Session.load(self, Path(path))
+        return Session.load(self._loaded, Path(path))
 
     def classify(
         self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None
@@ -202,8 +195,8 @@ class Runtime:
         All labels are scored in one pass that computes the prompt and their shared beginnings once. An encoder knows
         the labels of one adapter alone, and shares the probability out among those of them that are given.
         """
-        scales = self.scales(adapter)
-        if self.encoder is not None and len(scales) != 1:
+        scales, encoder = self._loaded.scales(adapter), self._loaded.encoder
+        if encoder is not None and len(scales) != 1:
             message = f"an encoder classifies with the labels of one adapter, not of {len(scales)}"
             raise UsageError(message, f"choose one of: {', '.join(self.adapters)}")
         if labels is None:
@@ -211,9 +204,9 @@ class Runtime:
             labels = self.manifest.adapter(first).labels if first else ()
         if not labels or len(set(labels)) != len(labels) or not all(labels):
             raise UsageError(f"cannot classify among {list(labels)}", "give labels, none of them empty or twice")
-        if self.encoder is not None:
-            return likeliest(labels, label_scores(self.encoder, self.manifest, prompt, labels, scales))
-        call = self.call(prompt, adapter)
+        if encoder is not None:
+            return likeliest(labels, label_scores(encoder, self.manifest, prompt, labels, scales))
+        call = self._loaded.call(prompt, adapter)
         with call.pool.lease(call.job) as context:
             tokenizer = context.engine.tokenizer
             endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
@@ -226,7 +219,7 @@ class Runtime:
 
         A text longer than the context is taken in windows that overlap by one token.
         """
-        context, adapters = self.context(adapter)
+        context, adapters = self._loaded.context(adapter)
         with context.hold():
             window = context.capacity(adapters)
             tokens = context.engine.tokenizer.tokenize(text)
@@ -244,83 +237,23 @@ class Runtime:
         choices = [None, *self.adapters] if adapters is None else adapters
         tokens = {}
         for choice in choices:
-            call = self.call("?", choice)
+            call = self._loaded.call("?", choice)
             if call.job.is_worth_a_state:
+                begin = time.perf_counter()
                 with call.pool.lease(call.job) as context:
-                    context.run(call.job)
+                    reused = context.run(call.job).reused
+                count, taken_ms = call.job.fixed, (time.perf_counter() - begin) * 1e3
+                _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", _name_of(choice), count, reused, taken_ms)
                 tokens[_name_of(choice)] = call.job.fixed
         return tokens
 
     def clear_cache(self) -> None:
         """Forget all prompts and answers but what is on the disk: the next call computes, or loads, everything."""
-        for pool in self._pools():
-            for context in pool.contexts:
-                with context.hold():
-                    context.clear()
-
-    def forget(self, owner: str) -> None:
-        """Forget the states of an owner, such as a session that has ended."""
-        for pool in self._pools():
-            pool.forget(owner)
+        self._loaded.clear()
 
     def close(self) -> None:
         """Free base and adapters once other threads' calls have ended; a second call does nothing."""
-        for running in (self._running, *self._merged.values()):
-            running.close()
-
-    def context(self, adapter: Adapters = None) -> tuple[Context, dict[str, float]]:
-        """Where a call with these adapters runs, and what is active there: for measurements, inside `Context.hold`.
-
-        UsageError for a text-classification bundle, which generates nothing.
-        """
-        pool, active = self.pool(adapter)
-        return pool.first, active
-
-    def call(
-        self,
-        prompt: Prompt,
-        adapter: Adapters,
-        *,
-        owner: str = CALLS,
-        carried: Carried | None = None,
-    ) -> Call:
-        """Make a call ready: tokens, adapters, and the fixed part of the prompt; errors as those of `generate`.
-
-        `owner` is whose state is taken up and left. What is `carried` stands as far as the prompt begins with it, its
-        system prompt in place of the adapter's.
-        """
-        pool, active = self.pool(adapter)
-        first = next(iter(self.scales(adapter)), None)
-        system = carried.system if carried is not None else self._system_of(first)
-        begin = time.perf_counter()
-        with pool.tokenizer() as tokenizer:
-            tokens = _tokens(tokenizer, prompt, system)
-            fixed = self._fixed_part(pool, tokenizer, first, system)
-        prepared_s = time.perf_counter() - begin
-        longest = pool.first.capacity(active)
-        if not 0 < len(tokens) <= longest:
-            message = f"the prompt has {len(tokens)} tokens, the context holds 1 to {longest}"
-            raise UsageError(message, "change the prompt, or open the bundle with a longer context")
-        count = len(fixed) if len(fixed) < len(tokens) and tokens[: len(fixed)] == fixed else 0
-        spans, kept = pool.first.spans(active, tokens), 0
-        if carried is not None:
-            kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
-            spans = behind(carried.spans, kept, spans)
-        return Call(pool, Job(tokens, spans, count, owner), system, prepared_s, kept)
-
-    def scales(self, adapter: Adapters) -> dict[str, float]:
-        """What a choice of adapters means; NotFoundError for an unknown one, UsageError for what is no choice."""
-        if adapter is None:
-            return {}
-        if isinstance(adapter, str):
-            return {adapter: self.manifest.adapter(adapter).scale}
-        if not isinstance(adapter, Mapping):
-            raise UsageError(f"adapter is {adapter!r}", "give a name, {name: scale}, or None for the base")
-        for name, scale in adapter.items():
-            self.manifest.adapter(name)
-            if not isinstance(scale, int | float) or not math.isfinite(scale):
-                raise UsageError(f"adapter {name!r} has scale {scale!r}", "give a finite number")
-        return {name: float(scale) for name, scale in adapter.items()}
+        self._loaded.close()
 
     def __enter__(self) -> Self:
         return self
@@ -329,66 +262,6 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _fixed_part(self, pool: Pool, tokenizer: Tokenizer, first: str | None, system: str | None) -> list[int]:
-        """The tokens that all prompts with the adapter's own system prompt begin with, whatever the message."""
-        if system != self._system_of(first):
-            return []
-        place = (id(pool), first)
-        if place not in self._fixed:
-            one, *others = (_tokens(tokenizer, probe, system) for probe in _PROBES)
-            self._fixed[place] = one[: min(common_prefix(one, other) for other in others)]
-        return self._fixed[place]
-
-    def _system_of(self, first: str | None) -> str | None:
-        return self.manifest.adapter(first).system if first is not None else None
-
-    def pool(self, adapter: Adapters) -> tuple[Pool, dict[str, float]]:
-        """The contexts that a call with these adapters runs in, and what is active there; errors as of `context`."""
-        if not isinstance(self._running, Pool):
-            message = f"bundle {self.manifest.name!r} classifies text: its encoder writes none and has no perplexity"
-            raise UsageError(message, "use classify")
-        scales = self.scales(adapter)
-        merged = [name for name in scales if self._is_merged(self.manifest.adapter(name))]
-        if not merged:
-            return self._running, scales
-        if len(scales) > 1 or scales[merged[0]] != 1:
-            message = f"adapter {merged[0]!r} is merged, so it cannot be scaled or added to others"
-            raise IncompatibleError(message, "use it alone with scale 1")
-        return self._merged_pool(self.manifest.adapter(merged[0])), {}
-
-    def _load(self, entry: AdapterEntry) -> None:
-        """Check one adapter and load it beside the base; a merged one waits until it is used."""
-        if self._is_merged(entry):
-            return
-        file = file_of(entry.files, self._options.engine, f"adapter {entry.name!r}")
-        if self._options.verify:
-            verify_files(self.bundle, self.manifest, [file])
-        path, fingerprint = resolve(self.bundle, file), self.manifest.base.fingerprint
-        if isinstance(self._running, Pool):
-            self._running.first.engine.load_adapter(entry.name, path, fingerprint, entry.invocation)
-        else:
-            self._running.load_adapter(entry.name, path, fingerprint, len(entry.labels))
-
-    def _is_merged(self, entry: AdapterEntry) -> bool:
-        return entry.shapes.get(self._options.engine) == "merged"
-
-    def _merged_pool(self, entry: AdapterEntry) -> Pool:
-        with self._lock:
-            if entry.name not in self._merged:
-                file = file_of(entry.files, self._options.engine, f"adapter {entry.name!r}")
-                made = open_base(self.bundle, self.manifest, file, self._options)
-                assert isinstance(made, Pool)
-                self._merged[entry.name] = made
-            return self._merged[entry.name]
-
-    def _pools(self) -> list[Pool]:
-        return [running for running in (self._running, *self._merged.values()) if isinstance(running, Pool)]
-
-
-def _tokens(tokenizer: Tokenizer, prompt: Prompt, system: str | None) -> list[int]:
-    messages, bos, eos = messages_for(prompt, system), tokenizer.bos, tokenizer.eos
-    return tokenizer.tokenize(render(tokenizer.chat_template, messages, add_generation_prompt=True, bos=bos, eos=eos))
 
 
 def _name_of(adapter: Adapters) -> str:

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
-from .bundle import Manifest
 from .errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from .generation import Answer, Call, Carried, Outcome, Stream, generate
+from .loaded import Adapters, LoadedBundle
 from .serving.pool import Pool
 from .states.cache import Key, SavedState
 from .states.state_file import read_state, write_state
 from .text.chat import Message
 
-Adapters = str | Mapping[str, float] | None
 Carry = Literal["recompute", "reuse"]
 
+_LOG = logging.getLogger(__name__)
 _STOPPED = ("deadline", "cancelled")
-
-
-class Host(Protocol):
-    """What a session asks of the runtime that it belongs to; see there."""
-
-    manifest: Manifest
-
-    def call(
-        self, prompt: list[Message], adapter: Adapters, *, owner: str = ..., carried: Carried | None = None
-    ) -> Call:
-        """Make a call ready."""
-
-    def pool(self, adapter: Adapters) -> tuple[Pool, dict[str, float]]:
-        """The contexts that a call with these adapters runs in, and what is active there."""
-
-    def forget(self, owner: str) -> None:
-        """Forget the states of an owner."""
 
 
 class Session:
@@ -51,10 +35,10 @@ class Session:
     known. One that a deadline or a cancel cut short is not taken into the history. Not for two threads at once.
     """
 
-    def __init__(self, runtime: Host, adapter: Adapters, history: Sequence[Message] = ()) -> None:
+    def __init__(self, loaded: LoadedBundle, adapter: Adapters, history: Sequence[Message] = ()) -> None:
         self.adapter = adapter
         self.history: list[Message] = [dict(message) for message in history]
-        self._runtime = runtime
+        self._loaded = loaded
         self._owner = uuid.uuid4().hex
         self._last: Carried | None = None
         self._carries = False
@@ -67,7 +51,7 @@ class Session:
         """As `send`, but yields the text in pieces. Only an answer that was read to its end is in the history."""
         messages = [*self.history, {"role": "user", "content": message}]
         carried = self._last if self._carries else None
-        call, outcome = self._runtime.call(messages, self.adapter, owner=self._owner, carried=carried), Outcome()
+        call, outcome = self._loaded.call(messages, self.adapter, owner=self._owner, carried=carried), Outcome()
         return Stream(self._recorded(messages, call, generate(call, outcome, **options), outcome), outcome)
 
     def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
@@ -79,7 +63,7 @@ class Session:
         """
         if carry not in ("recompute", "reuse"):
             raise UsageError(f"carry is {carry!r}", "give recompute or reuse")
-        pool, _ = self._runtime.pool(adapter)
+        pool, _ = self._loaded.pool(adapter)
         if carry == "reuse" and pool is not self._pool():
             raise IncompatibleError("a merged model cannot take up another one's state", 'use carry="recompute"')
         self.adapter = adapter
@@ -93,7 +77,7 @@ class Session:
         pool, last = self._pool(), self._last
         saved = pool.saved(self._owner)
         conversation = {
-            "base": self._runtime.manifest.base.fingerprint,
+            "base": self._loaded.manifest.base.fingerprint,
             "adapter": self.adapter if self.adapter is None or isinstance(self.adapter, str) else dict(self.adapter),
             "history": self.history,
             "carries": self._carries,
@@ -105,7 +89,7 @@ class Session:
         write_state(Path(path), about, saved.state if saved is not None else memoryview(b""))
 
     @classmethod
-    def load(cls, runtime: Host, path: Path) -> Self:
+    def load(cls, loaded: LoadedBundle, path: Path) -> Self:
         """What `save` wrote; see `Runtime.load_session`."""
         found = read_state(path)
         if found is None and not path.exists():
@@ -115,23 +99,25 @@ class Session:
                 raise ValueError("its bytes are not those that were written")
             conversation, state = found.about["conversation"], found.about["state"]
             base, adapter, history = (conversation[key] for key in ("base", "adapter", "history"))
-            if base != runtime.manifest.base.fingerprint:
-                message = f"{path} is a session on another base than that of bundle {runtime.manifest.name!r}"
+            if base != loaded.manifest.base.fingerprint:
+                message = f"{path} is a session on another base than that of bundle {loaded.manifest.name!r}"
                 raise IncompatibleError(message, "open the bundle that it was saved with")
-            session = cls(runtime, adapter, history)
+            session = cls(loaded, adapter, history)
             pool = session._pool()
             session._carries, session._last = bool(conversation["carries"]), _carried_of(conversation["last"])
             if state is not None:
                 saved = _saved_of(state["key"], found.state)
                 if pool.identity_of(saved) == state["identity"]:
                     pool.keep(saved, session._owner)
+                else:
+                    _LOG.warning("dropped the state in %s, which is of other files or another engine", path)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise VerificationError(f"{path} is no saved session: {error}", "save the session again") from error
         return session
 
     def close(self) -> None:
         """Forget the session's state; a second call does nothing."""
-        self._runtime.forget(self._owner)
+        self._loaded.forget(self._owner)
         self._last = None
 
     def __enter__(self) -> Self:
@@ -152,7 +138,7 @@ class Session:
             self._last = Carried(outcome.tokens, call.job.spans, call.system)
 
     def _pool(self) -> Pool:
-        return self._runtime.pool(self.adapter)[0]
+        return self._loaded.pool(self.adapter)[0]
 
 
 def _carried_of(values: Mapping[str, Any] | None) -> Carried | None:

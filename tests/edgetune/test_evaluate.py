@@ -11,6 +11,7 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import MANIFEST_NAME
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.measuring import loaded_bundle
 from runtime.bundles import Adapter, low_rank, write_bundle
 
 from edgetune import metrics
@@ -110,7 +111,7 @@ def test_perplexity_of_texts_and_of_completions(bundle_with: Callable[..., Path]
     assert (result.metric, result.score) == ("perplexity", pytest.approx(expected, rel=1e-4))
     on, off = score(bundle, write(*({"prompt": "play", "completion": text} for text in ("on", "off")))).details
     with Runtime.open(bundle) as runtime:
-        tokenizer = runtime.context()[0].engine.tokenizer
+        tokenizer = loaded_bundle(runtime).context()[0].engine.tokenizer
         counts = [len(tokenizer.tokenize(text, continues=True)) + 1 for text in ("on", "off")]
     ratio = math.exp(off.score * counts[1] - on.score * counts[0])
     assert ratio == pytest.approx(shares["on"] / shares["off"], rel=1e-3)

@@ -12,6 +12,7 @@ from edgetune_export import parity
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.measuring import loaded_bundle
 from peft import LoraConfig, get_peft_model
 from tiny import make_folder, make_tokenizer
 from trainings import Listening, build_in_two_processes
@@ -121,7 +122,7 @@ def test_states_ship_with_the_bundle_and_are_found_there_whatever_the_weights(
     states = [name for name in manifest.files if name.startswith("states/")]
     for repack in (False, True):
         with Runtime.open(tmp_path / "home", disk_mb=0, repack=repack) as runtime:
-            fixed = {name: runtime.call("?", name).job for name in (None, *runtime.adapters)}
+            fixed = {name: loaded_bundle(runtime).call("?", name).job for name in (None, *runtime.adapters)}
             assert len(states) == sum(job.is_worth_a_state for job in fixed.values()) > 0
             for name, job in fixed.items():
                 answer = runtime.generate(QUESTIONS[0], adapter=name, max_tokens=1)

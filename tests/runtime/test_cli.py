@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from edgetune_runtime import Runtime, __version__
 from edgetune_runtime.cli import main
+from edgetune_runtime.measuring import loaded_bundle
 from runtime.conftest import LABELS
 
 PROMPT = "turn on the light"
@@ -54,7 +55,7 @@ def test_generate_writes_the_answer_and_nothing_else(run: Run, bundle: Path, run
     assert (code, err, told["text"], told["tokens"], told["stop_reason"]) == (0, "", answer.text, 6, "length")
     assert all(told[key] > 0 for key in ("ttft_ms", "tokens_per_s", "switch_us", "prompt_tokens"))
     # The first run left the state of the adapter's prompt on the disk.
-    assert told["reused_tokens"] == runtime.call(PROMPT, "command").job.fixed > 0
+    assert told["reused_tokens"] == loaded_bundle(runtime).call(PROMPT, "command").job.fixed > 0
 
 
 def test_states_are_made_listed_and_deleted(run: Run, bundle: Path, tmp_path: Path) -> None:

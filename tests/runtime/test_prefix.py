@@ -15,6 +15,7 @@ from edgetune_runtime import EdgetuneError, IncompatibleError, Runtime, UsageErr
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.formats.gguf_file import read_header
+from edgetune_runtime.measuring import loaded_bundle
 from runtime.bundles import folded, low_rank
 from runtime.shaped import BACKENDS, random_prefix, torch_logits, write_shaped
 
@@ -175,7 +176,7 @@ PROMPTS = ["turn on the warm light in the kitchen", "turn on the warm light in t
 
 def greedy(runtime: Runtime, prompt: str, adapters: Adapters) -> list[int]:
     """The likeliest three tokens one after another, -1 from where two are as good as equal."""
-    context, active = runtime.context(adapters)
+    context, active = loaded_bundle(runtime).context(adapters)
     chosen: list[int] = []
     with context.hold():
         logits = context.start(active, context.engine.tokenizer.tokenize(prompt)).logits

@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
 
 import edgetune_runtime
 import pytest
@@ -18,10 +20,28 @@ NAMES = {
     "Runtime",
     "Sampling",
     "Session",
+    "Stream",
     "Timings",
     "UsageError",
     "VerificationError",
     "__version__",
+}
+
+RUNTIME = {
+    "adapters",
+    "bundle",
+    "classify",
+    "clear_cache",
+    "close",
+    "engine",
+    "generate",
+    "load_session",
+    "manifest",
+    "open",
+    "perplexity",
+    "session",
+    "stream",
+    "warm",
 }
 
 IMPORT_PROBE = """
@@ -37,6 +57,23 @@ def test_the_public_names_are_these() -> None:
     assert set(edgetune_runtime.__all__) == NAMES
     assert all(getattr(edgetune_runtime, name) for name in NAMES)
     assert set(dir(edgetune_runtime)) == NAMES
+
+
+def test_the_public_members_are_these(bundle: Path) -> None:
+    with edgetune_runtime.Runtime.open(bundle, disk_mb=0) as runtime, runtime.session() as session:
+        stream = runtime.stream("play", max_tokens=1)
+        stream.close()
+        assert public(runtime) == RUNTIME
+        assert public(session) == {"adapter", "close", "history", "load", "save", "send", "stream", "use"}
+        assert public(stream) == {"answer", "close", "read"}
+
+
+def public(thing: object) -> set[str]:
+    return {name for name in dir(thing) if not name.startswith("_")}
+
+
+def test_type_checkers_find_the_type_hints() -> None:
+    assert files(edgetune_runtime).joinpath("py.typed").is_file()
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, Sampling, UsageError, VerificationError
+from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.text.chat import messages_for, render
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ PROMPTS = [PROMPT, "turn on the warm light in the hall", "play", "stop " * 30]
 
 def greedy(runtime: Runtime, prompt: str, adapter: Adapters, steps: int = 4) -> tuple[list[int], list[float]]:
     """The likeliest tokens one after another, and their logits."""
-    context, active = runtime.context(adapter)
+    context, active = loaded_bundle(runtime).context(adapter)
     tokenizer = context.engine.tokenizer
     messages = messages_for(prompt, SYSTEM if adapter == "command" else None)
     tokens = tokenizer.tokenize(render(tokenizer.chat_template, messages, add_generation_prompt=True))
@@ -206,7 +207,7 @@ def test_classify_gives_probabilities_over_the_labels(runtime: Runtime) -> None:
 
 
 def test_classify_scores_a_label_as_generation_would_end_it(runtime: Runtime) -> None:
-    context, active = runtime.context("tone")
+    context, active = loaded_bundle(runtime).context("tone")
     tokenizer = context.engine.tokenizer
     text = render(tokenizer.chat_template, messages_for(PROMPT, None), add_generation_prompt=True)
     losses = []
@@ -231,7 +232,7 @@ def test_labels_that_are_missing_empty_or_twice_are_refused(
 
 
 def test_perplexity_sums_over_all_tokens_but_the_first(runtime: Runtime) -> None:
-    context, active = runtime.context("tone")
+    context, active = loaded_bundle(runtime).context("tone")
     tokens = context.engine.tokenizer.tokenize(PROMPT)
     with context.hold():
         rows = [context.start(active, tokens[:1]).logits, *context.extend(tokens[1:])]
@@ -243,7 +244,7 @@ def test_perplexity_sums_over_all_tokens_but_the_first(runtime: Runtime) -> None
 def test_perplexity_of_a_text_longer_than_the_context_counts_each_token_once(runtime: Runtime) -> None:
     text = "turn on the lamp " * 200
     loss, counted = runtime.perplexity(text)
-    assert counted == len(runtime.context()[0].engine.tokenizer.tokenize(text)) - 1 > 2 * 256
+    assert counted == len(loaded_bundle(runtime).context()[0].engine.tokenizer.tokenize(text)) - 1 > 2 * 256
     assert 0 < loss / counted < 20
 
 

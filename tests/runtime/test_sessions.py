@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
+from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.context import Job
 
 ENGINES = ("gguf", "onnx")
@@ -50,7 +51,7 @@ def test_carrying_a_state_over_computes_the_message_alone_and_says_so(runtime: R
     with runtime.session("one") as session, runtime.session("one") as exact:
         for either in (session, exact):
             either.send(MESSAGES[0], max_tokens=4)
-        before = runtime.pool("one")[0].saved(session._owner)
+        before = loaded_bundle(runtime).pool("one")[0].saved(session._owner)
         session.use("two", carry="reuse")
         exact.use("two")
         answer, recomputed = session.send(MESSAGES[1], max_tokens=4), exact.send(MESSAGES[1], max_tokens=4)
@@ -58,11 +59,11 @@ def test_carrying_a_state_over_computes_the_message_alone_and_says_so(runtime: R
         assert answer.timings.reused_tokens == carried > 16
         assert recomputed.timings.carried_tokens == 0
         # What the adapters so far have made stands, and the new ones act on all that follows.
-        call = session._runtime.call([*session.history[:3]], "two", carried=None)
+        call = session._loaded.call([*session.history[:3]], "two", carried=None)
         assert before is not None
-        context, _ = runtime.context()
+        context, _ = loaded_bundle(runtime).context()
         messages = [{"role": "system", "content": runtime.manifest.adapter("one").system}, *session.history[:3]]
-        tokens = runtime.call(messages, "two").job.tokens
+        tokens = loaded_bundle(runtime).call(messages, "two").job.tokens
         spans = ((0, {"one": 1.0}), (carried, {"two": 0.5}))
         with context.hold():
             logits = context.run(Job(tokens, spans)).logits
@@ -78,7 +79,7 @@ def test_two_sessions_share_nothing_but_the_fixed_prompt(runtime: Runtime) -> No
     secret = "warm light warm light warm light in the kitchen"
     with runtime.session("one") as mine, runtime.session("one") as other:
         mine.send(secret, max_tokens=3)
-        fixed = runtime.call("?", "one").job.fixed
+        fixed = loaded_bundle(runtime).call("?", "one").job.fixed
         assert other.send(secret, max_tokens=3).timings.reused_tokens == fixed
         assert runtime.generate(secret, adapter="one", max_tokens=3).timings.reused_tokens == fixed
         assert mine.send("play", max_tokens=3).timings.reused_tokens > fixed
@@ -89,8 +90,8 @@ def test_a_closed_session_leaves_no_state(runtime: Runtime) -> None:
         session.send(MESSAGES[0], max_tokens=3)
         owner = session._owner
         runtime.generate("play", adapter="two", max_tokens=1)
-        assert runtime.pool("one")[0].saved(owner) is not None
-    assert runtime.pool("one")[0].saved(owner) is None
+        assert loaded_bundle(runtime).pool("one")[0].saved(owner) is not None
+    assert loaded_bundle(runtime).pool("one")[0].saved(owner) is None
 
 
 def test_a_session_goes_on_in_another_process(runtime: Runtime, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from .limits import Stopped
 from .turns import Turns
 
 T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
 
 
 def _go_on() -> None:
@@ -140,6 +143,8 @@ class Context:
         places = self._places(key, job)
         with self._resetting():
             reused, switch_ns = self._begin(key, job, places)
+        if _LOG.isEnabledFor(logging.DEBUG):
+            _log_start(key, len(job.tokens), reused, switch_ns)
         logits, acting = None, dict(key.spans[-1][1])
         for begin, end in batches(reused, len(job.tokens), places):
             job.check()
@@ -269,7 +274,8 @@ class Context:
             yield
         except Stopped:
             raise
-        except BaseException:
+        except BaseException as error:
+            _LOG.warning("dropped the live sequence of %d tokens: %s", len(self.tokens), type(error).__name__)
             self.reset()
             raise
 
@@ -321,7 +327,9 @@ class Context:
         prompts = self.shared.prompts
         state = prompts.load(key, tokens) if prompts is not None else None
         if prompts is None or state is None:
+            _LOG.debug("miss: no state of the fixed prompt's %d tokens", job.fixed)
             return live
+        _LOG.debug("hit: the state of the fixed prompt's %d tokens is on the disk", job.fixed)
         if not self._restored(state, ends):
             prompts.drop(key, tokens)
             return 0
@@ -333,7 +341,8 @@ class Context:
         self._ends = []
         try:
             self.engine.restore_state(state)
-        except VerificationError:
+        except VerificationError as error:
+            _LOG.warning("the engine refuses a saved state, so its tokens are computed again: %s", error)
             return False
         self._ends = list(ends)
         return True
@@ -368,6 +377,12 @@ class Context:
 
 def _last(ends: Sequence[int]) -> int:
     return ends[-1] if ends else 0
+
+
+def _log_start(key: Key, tokens: int, reused: int, switch_ns: int) -> None:
+    names = " ".join(f"{name}={scale:g}" for name, scale in key.spans[-1][1]) or "the base"
+    _LOG.debug("switched to %s in %.1f µs", names, switch_ns / 1e3)
+    _LOG.debug("%s: %d of %d prompt tokens reused", "hit" if reused else "miss", reused, tokens)
 
 
 def _acting(key: Key, position: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ Threads of a step wait for each other hundreds of times; when one of them is off
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from edgetune_runtime.threads.count import ThreadCount, Usage
 from edgetune_runtime.threads.watch import WATCH
 
 T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
 
 _STALL_FACTOR, _SHORTEST_STALL_S, _UNKNOWN_STALL_S = 3.0, 0.1, 0.5
 """A step that lacks cores is begun anew with fewer threads after this many times its usual time."""
@@ -85,6 +88,7 @@ class Governor:
                 check()
                 if self._is_stalled:
                     self._count.give_way()
+                    _LOG.warning("a step lacked cores: computing it again with threads=%d", self._count.threads)
                 continue
             finally:
                 self._is_stalled = False

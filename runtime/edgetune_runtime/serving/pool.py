@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from edgetune_runtime.states.cache import SavedState
 
 from .context import Context, Job
 from .turns import LOOK_S
+
+_LOG = logging.getLogger(__name__)
 
 
 class Pool:
@@ -104,6 +107,7 @@ class Pool:
             if len(self._contexts) < self._limit:
                 free = [self.first.fork()]
                 self._contexts += free
+                _LOG.debug("made context %d of at most %d", len(self._contexts), self._limit)
             elif all(context.holder == threading.get_ident() for context in self._contexts):
                 raise UsageError("a stream of this thread is still open", "read it to its end or close it first")
             else:

@@ -6,6 +6,7 @@ reused only as far as all of these match, so no adapter's state can ever shape a
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ Active = tuple[tuple[str, float], ...]
 """Adapters with their scales, in order of their names."""
 
 Place = tuple[str, tuple[Active, ...]]
+
+_LOG = logging.getLogger(__name__)
 
 CALLS = ""
 """Owner of what calls without a session leave: the last state of each set of adapters."""
@@ -174,6 +177,8 @@ class StateCache:
         for place in order:
             if self.bytes + size <= self._budget:
                 break
+            evicted = self._states[place]
+            _LOG.debug("evicted a state of %d tokens, %.1f MB", len(evicted.tokens), len(evicted.state) / 1e6)
             self._drop(place)
         return self.bytes + size <= self._budget
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from edgetune_runtime.errors import OutOfSpaceError
 from .state_file import read_about, read_state, write_state
 
 SUFFIX = ".kv"
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,10 @@ class StateStore:
         """The state of exactly this identity, which counts as use; a damaged file is deleted."""
         path = self.path_of(identity)
         found = read_state(path)
+        if found is None and not path.exists():
+            return None
         if found is None or found.about.get("identity") != json.loads(json.dumps(identity)):
+            _LOG.warning("dropped a saved state that is damaged or of something else: %s", path)
             self.drop(identity)
             return None
         if self._budget:
@@ -82,12 +88,14 @@ class StateStore:
         `label` says in words whose it is.
         """
         if len(state) > self._budget:
+            _LOG.debug("a state of %.1f MB is larger than the folder may be", len(state) / 1e6)
             return False
         path = self.path_of(identity)
         try:
             self._make_room(self._budget - len(state), path)
             write_state(path, {"identity": identity, "label": label, "tokens": tokens}, state)
-        except (OSError, OutOfSpaceError):
+        except (OSError, OutOfSpaceError) as error:
+            _LOG.warning("a state cannot be kept on the disk: %s", error)
             return False
         return True
 
@@ -122,4 +130,5 @@ class StateStore:
         while entries and total > left:
             oldest = entries.pop()
             total -= oldest.bytes
+            _LOG.debug("evicted %s: %s, %d tokens", oldest.path, oldest.label, oldest.tokens)
             oldest.path.unlink(missing_ok=True)

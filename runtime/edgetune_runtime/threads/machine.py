@@ -6,11 +6,14 @@ the folder that /proc and /sys are in.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_LOG = logging.getLogger(__name__)
 
 ROOT = Path("/")
 MOST_THREADS = 8
@@ -45,7 +48,12 @@ def cores_left(root: Path = ROOT) -> int:
 
 def threads_for(wanted: int | None) -> int:
     """The threads of an engine that keeps them: those that are wanted, as far as there are cores for them now."""
-    return usable_cores() if wanted is None else min(wanted, cores_left())
+    if wanted is None:
+        return usable_cores()
+    left = cores_left()
+    if wanted > left:
+        _LOG.warning("threads=%d where %d cores may be used: computing with %d", wanted, left, left)
+    return min(wanted, left)
 
 
 def others_running(root: Path = ROOT) -> int | None:
@@ -78,7 +86,9 @@ def free_mb(root: Path = ROOT) -> float | None:
     lines = _read(root / "proc/meminfo").splitlines()
     free = [int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("MemAvailable")]
     for folder in _cgroups("memory", root):
-        limit = _number(_read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes"))
+        # From memory.high on (MemoryHigh of a systemd unit) the kernel slows the process down to reclaim memory.
+        found = [_number(_read(folder / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        limit = min((number for number in found if number is not None), default=None)
         used = _number(_read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes"))
         if limit is not None and used is not None:
             # Pages of files count as used, and go when memory is needed.

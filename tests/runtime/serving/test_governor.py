@@ -15,6 +15,7 @@ from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.base import Engine, Logits, StepStopped
 from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.governor import AnswerUsage, Governor
 from edgetune_runtime.serving.limits import Limits, Stopped
 from tiny import make_folder
@@ -26,7 +27,7 @@ TOKENS = [5, 9, 4, 3] * 20
 @pytest.fixture(params=["gguf", "onnx"])
 def engine(request: pytest.FixtureRequest, prompted_of: Callable[[str], Path]) -> Iterator[Engine]:
     with Runtime.open(prompted_of("llama"), engine=request.param, contexts=1, disk_mb=0) as runtime:
-        context, _ = runtime.context()
+        context, _ = loaded_bundle(runtime).context()
         yield context.engine
 
 

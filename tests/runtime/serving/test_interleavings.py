@@ -17,6 +17,7 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.generation import Call
+from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.session import Session
 from edgetune_runtime.text.chat import Message
 from hypothesis import HealthCheck, given, settings
@@ -61,7 +62,7 @@ class Fresh:
 
     def agrees(self, text: str, messages: Sequence[Message], choice: int) -> bool:
         """Whether a text is this runtime's answer, up to where that met a tie."""
-        tokenizer, pieces, is_whole = self._runtime.context()[0].engine.tokenizer, b"", True
+        tokenizer, pieces, is_whole = loaded_bundle(self._runtime).context()[0].engine.tokenizer, b"", True
         for logits in self.greedy(messages, choice):
             second, first = np.partition(logits, -2)[-2:]
             token = int(logits.argmax())
@@ -77,7 +78,11 @@ class Fresh:
 
     def _greedy_of(self, messages: tuple[tuple[str, str], ...], choice: int) -> list[Logits]:
         self._runtime.clear_cache()
-        return greedy(self._runtime.call([{"role": role, "content": text} for role, text in messages], CHOICES[choice]))
+        return greedy(
+            loaded_bundle(self._runtime).call(
+                [{"role": role, "content": text} for role, text in messages], CHOICES[choice]
+            )
+        )
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +136,7 @@ def _act(kind: str, rest: list[int], runtime: Runtime, sessions: dict[int, Sessi
     choice, prompt = rest[:2]
     messages: list[Message] = [{"role": "user", "content": PROMPTS[prompt]}]
     if kind == "call":
-        found = greedy(runtime.call(messages, CHOICES[choice]))
+        found = greedy(loaded_bundle(runtime).call(messages, CHOICES[choice]))
         # Bit for bit, so no tie can fall another way.
         np.testing.assert_array_equal(found, fresh.greedy(messages, choice))
     elif kind == "session":
@@ -157,7 +162,7 @@ def test_eight_threads_change_no_answer(
     with Runtime.open(prompted_of("llama"), engine=engine, contexts=3, cache_mb=0.5, cache_folder=tmp_path) as runtime:
 
         def answer(job: tuple[int, int]) -> list[Logits]:
-            return greedy(runtime.call(PROMPTS[job[1]], CHOICES[job[0]]))
+            return greedy(loaded_bundle(runtime).call(PROMPTS[job[1]], CHOICES[job[0]]))
 
         with ThreadPoolExecutor(8) as threads:
             answers = list(threads.map(answer, jobs))
@@ -194,6 +199,6 @@ def test_states_of_a_process_that_was_killed_while_it_wrote_change_no_answer(
             writer.kill()
         with Runtime.open(prompted_of("llama"), engine=engine, contexts=1, cache_folder=tmp_path) as runtime:
             for choice in range(3):
-                found = greedy(runtime.call(PROMPTS[1], CHOICES[choice]))
+                found = greedy(loaded_bundle(runtime).call(PROMPTS[1], CHOICES[choice]))
                 expected = fresh_of(engine).greedy([{"role": "user", "content": PROMPTS[1]}], choice)
                 np.testing.assert_array_equal(found, expected)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime import BusyError, Runtime, UsageError
+from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.turns import Turns
 from edgetune_runtime.states.batches import CHUNK
 
@@ -39,7 +40,7 @@ def test_streams_of_one_thread_run_side_by_side_and_say_what_each_alone_says(ope
         for name, stream in streams.items():
             texts[name] += next(stream, "")
     assert texts == alone
-    assert len(runtime.pool(None)[0].contexts) == 2
+    assert len(loaded_bundle(runtime).pool(None)[0].contexts) == 2
 
 
 def test_eight_threads_get_the_answers_that_one_alone_gets(open_: Callable[..., Runtime]) -> None:
@@ -56,7 +57,7 @@ def test_eight_threads_get_the_answers_that_one_alone_gets(open_: Callable[..., 
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(answer, jobs)) == [alone[place] for place in jobs]
-    assert len(runtime.pool(None)[0].contexts) <= 3
+    assert len(loaded_bundle(runtime).pool(None)[0].contexts) <= 3
 
 
 def test_more_calls_than_may_wait_are_told_so(open_: Callable[..., Runtime]) -> None:
@@ -107,10 +108,10 @@ def test_a_cancelled_call_ends_with_what_there_is_and_frees_its_context(open_: C
 
 def test_a_prompt_is_computed_in_chunks_between_which_others_have_their_turn(open_: Callable[..., Runtime]) -> None:
     runtime = open_(contexts=2)
-    long = runtime.call("play " * 110, "one").job
+    long = loaded_bundle(runtime).call("play " * 110, "one").job
     assert len(long.tokens) > CHUNK
     order: list[str] = []
-    pool, _ = runtime.pool("one")
+    pool, _ = loaded_bundle(runtime).pool("one")
 
     def look() -> None:
         # Another call computes between two chunks of this one. The watch asks as well, while a chunk is computed.

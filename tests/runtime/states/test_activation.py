@@ -14,6 +14,7 @@ from edgetune_export.backends.base import Source
 from edgetune_export.parity import divergence
 from edgetune_runtime import IncompatibleError, Runtime, UsageError
 from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.states.activation import behind, spans_of
 from runtime.bundles import folded, low_rank, write_manifest
@@ -105,7 +106,7 @@ def context_of(bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., Conte
 
     def make(arch: str, backend: str, bundle: Path | None = None) -> Context:
         runtimes.append(Runtime.open(bundle or bundle_of(arch), engine=backend, context_length=128, exact=False))
-        return runtimes[-1].context()[0]
+        return loaded_bundle(runtimes[-1]).context()[0]
 
     yield make
     for runtime in runtimes:

@@ -14,6 +14,7 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.gguf import engine as gguf
 from edgetune_runtime.engines.onnx import engine as onnx
+from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.states.store import StateStore
 from runtime.bundles import change_manifest
 from runtime.conftest import LONG_PROMPTS
@@ -28,7 +29,7 @@ class Info(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
-with Runtime.open(sys.argv[1], disk_mb=0):
+with Runtime.open(sys.argv[1], disk_mb=0, map_large_blocks=sys.argv[2] == "mapped"):
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):
         sys.exit("no mallinfo2")
@@ -60,7 +61,7 @@ def files_of(tmp_path: Path) -> list[Path]:
 
 
 def fixed(runtime: Runtime, adapter: str | None) -> int:
-    return runtime.call("?", adapter).job.fixed
+    return loaded_bundle(runtime).call("?", adapter).job.fixed
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -181,12 +182,12 @@ def test_a_state_that_the_engine_refuses_is_made_again(
 ) -> None:
     with open_(engine) as runtime:
         expected = runtime.generate(PROMPT, adapter="one", max_tokens=6).text
-        call = runtime.call(PROMPT, "one")
-        context, _ = runtime.context()
+        call = loaded_bundle(runtime).call(PROMPT, "one")
+        context, _ = loaded_bundle(runtime).context()
         prompts = context.shared.prompts
         assert prompts is not None
         (path,) = files_of(tmp_path)
-        key = runtime.pool(None)[0].saved("").key.until(call.job.fixed)
+        key = loaded_bundle(runtime).pool(None)[0].saved("").key.until(call.job.fixed)
         identity = prompts.identity(key, call.job.tokens[: call.job.fixed])
     store = StateStore(tmp_path / "states", 1)
     assert store.path_of(identity) == path
@@ -209,10 +210,13 @@ def test_a_sliding_window_keeps_the_state_of_the_fixed_prompt(open_: Callable[..
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_a_large_state_leaves_no_hole_in_the_heap(prompted_of: Callable[[str], Path]) -> None:
-    command = [sys.executable, "-c", ALLOCATES, str(prompted_of("llama"))]
+@pytest.mark.parametrize(("option", "mapped_blocks"), [("mapped", "1"), ("left alone", "0")])
+def test_malloc_maps_large_blocks_only_when_asked(
+    prompted_of: Callable[[str], Path], option: str, mapped_blocks: str
+) -> None:
+    command = [sys.executable, "-c", ALLOCATES, str(prompted_of("llama")), option]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if "no mallinfo2" in done.stderr:
         pytest.skip("an older glibc, or another C library")
-    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, mapped_blocks), done.stderr

@@ -73,7 +73,10 @@ def test_memory_is_what_the_tightest_cgroup_leaves(tmp_path: Path) -> None:
         "sys/fs/cgroup/box/memory.current": "450000000",
         "sys/fs/cgroup/box/memory.stat": "anon 7\ninactive_file 30000000",
     }
-    assert machine.free_mb(_write(tmp_path, files)) == 80.0
+    root = _write(tmp_path, files)
+    assert machine.free_mb(root) == 80.0
+    (root / "sys/fs/cgroup/box/app/memory.high").write_text("45000000")
+    assert machine.free_mb(root) == 40.0
 
 
 def test_slow_cores_do_not_count(tmp_path: Path) -> None:

@@ -269,6 +269,7 @@ class GgufEngine:
     def close(self) -> None:
         """Free everything; a second call does nothing, and no other call may follow."""
         if self._free.alive:
+            self._stop.clear()
             self.tokenizer.close()
             self._free()
             # The last engine to let go of the base frees it.
@@ -352,6 +353,7 @@ class GgufEngine:
         self._stop.clear()
         result = decode_batch(self._context, tokens, positions, sequences, outputs)
         if result == _STOPPED:
+            self._stop.clear()
             raise StepStopped
         if result == _CONTEXT_FULL:
             raise UsageError(f"the context of {self._cells} tokens is full", "open the bundle with a longer context")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections import deque
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.text.chat import render
 
+from .log import LlamaLog
+
 _SPM_VOCABULARY = 1
-_ERROR_LEVEL = 4
 _INSTALL = (
     'run: pip install "edgetune-runtime[gguf]", which needs a C++ compiler '
     "(Debian: apt install g++, macOS: xcode-select --install)"
@@ -23,12 +23,12 @@ _INSTALL = (
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
 """Bytes of a key's or a value's number in each form that a context may keep them in."""
 
-_errors: deque[str] = deque(maxlen=3)
+_LOG = LlamaLog()
 
 
 @cache
 def library() -> Any:  # noqa: ANN401 - a module of ctypes functions
-    """The llama_cpp module with its log silenced; IncompatibleError that says what to install when it is missing."""
+    """The llama_cpp module, which logs to `logging`; IncompatibleError that says what to install when it is missing."""
     try:
         import llama_cpp  # noqa: PLC0415 - heavy and optional
     except ImportError as error:
@@ -42,18 +42,12 @@ def library() -> Any:  # noqa: ANN401 - a module of ctypes functions
 
 @cache
 def _log_callback(llama_cpp: Any) -> Any:  # noqa: ANN401 - as above; cached because C code keeps a bare pointer to it
-    def keep_errors(level: int, text: bytes, _: object) -> None:
-        if level == _ERROR_LEVEL:
-            _errors.append(text.decode("utf-8", "replace").strip())
-
-    return llama_cpp.llama_log_callback(keep_errors)
+    return llama_cpp.llama_log_callback(_LOG.write)
 
 
 def last_errors() -> str:
     """What llama.cpp logged as errors since the last call, in one line."""
-    lines = [line for line in _errors if line]
-    _errors.clear()
-    return " / ".join(lines) or "llama.cpp gave no reason"
+    return _LOG.take_errors() or "llama.cpp gave no reason"
 
 
 def load_model(path: Path, *, vocabulary_only: bool, repack: bool = False) -> Any:  # noqa: ANN401 - a bare pointer
@@ -125,10 +119,12 @@ class StopFlag:
 
     def set(self) -> None:
         """End the batch."""
+        _LOG.stopping.add(id(self))
         self._text.raw = b"\x01\x00"
 
     def clear(self) -> None:
         """Let the next batch be computed."""
+        _LOG.stopping.discard(id(self))
         self._text.raw = b"\x00\x00"
 
 

@@ -18,6 +18,7 @@ from edgetune_runtime.bundle import CLASSIFICATION, AdapterEntry, BaseEntry, Man
 from edgetune_runtime.cli import main
 from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, EncoderEngine
 from edgetune_runtime.engines.onnx.ort import adapter_arrays
+from edgetune_runtime.measuring import loaded_bundle
 from tiny import FINGERPRINT
 
 LABELS = {"place": ("hall", "kitchen", "none"), "power": ("on", "off")}
@@ -103,7 +104,7 @@ def test_some_of_the_labels_share_all_the_probability(runtime: Runtime) -> None:
 
 
 def test_a_scale_weighs_the_adapters_update_alone(runtime: Runtime) -> None:
-    plain = runtime.encoder
+    plain = loaded_bundle(runtime).encoder
     assert plain is not None
     tokens = plain.tokens_of(TEXT)
     weight, bias = head("place")
@@ -128,10 +129,10 @@ def test_a_message_of_the_user_is_the_same_as_its_text(runtime: Runtime) -> None
 
 
 def test_texts_are_neither_cut_nor_padded_to_what_the_tokenizer_file_says(runtime: Runtime) -> None:
-    assert runtime.encoder is not None
+    assert loaded_bundle(runtime).encoder is not None
     # The file cuts and pads to 8.
-    assert len(runtime.encoder.tokens_of("lamp")) == 3
-    assert len(runtime.encoder.tokens_of("lamp " * 20)) == 22
+    assert len(loaded_bundle(runtime).encoder.tokens_of("lamp")) == 3
+    assert len(loaded_bundle(runtime).encoder.tokens_of("lamp " * 20)) == 22
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx import ort as _ort
 from edgetune_runtime.engines.onnx.engine import OnnxEngine, model_version
+from edgetune_runtime.measuring import loaded_bundle
 from runtime.bundles import (
     change_manifest,
     concatenated,
@@ -401,7 +402,7 @@ def test_a_stream_gives_whole_characters_and_the_text_of_generate(runtime: Runti
 
 
 def test_a_character_of_several_tokens_comes_out_whole(runtime: Runtime) -> None:
-    tokenizer = runtime.context()[0].engine.tokenizer
+    tokenizer = loaded_bundle(runtime).context()[0].engine.tokenizer
     tokens = tokenizer.tokenize("23 °C 🙂 ok", continues=True)
     assert len(tokenizer.tokenize("🙂", continues=True)) >= 4
     assert b"".join(map(tokenizer.piece, tokens)).decode() == "23 °C 🙂 ok"
@@ -418,11 +419,11 @@ def test_classify_gives_probabilities_over_the_adapters_labels(runtime: Runtime)
 
 def test_the_first_format_of_a_bundle_is_the_default(both_of: Callable[[str], Path], tmp_path: Path) -> None:
     with Runtime.open(both_of("llama")) as runtime:
-        assert isinstance(runtime.context()[0].engine, GgufEngine)
+        assert isinstance(loaded_bundle(runtime).context()[0].engine, GgufEngine)
     copy = Path(shutil.copytree(both_of("llama"), tmp_path / "copy"))
     change_manifest(copy, lambda raw: raw["base"]["files"].pop("gguf"))
     with Runtime.open(copy) as runtime:
-        assert isinstance(runtime.context()[0].engine, OnnxEngine)
+        assert isinstance(loaded_bundle(runtime).context()[0].engine, OnnxEngine)
 
 
 def test_a_bundle_without_onnx_says_what_it_has(bundle: Path) -> None:

@@ -1,0 +1,62 @@
+"""Brings llama.cpp's log to `logging`, as whole lines."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+LOG = logging.getLogger("edgetune_runtime.llama_cpp")
+
+_DEBUG, _INFORMATION, _ERROR, _CONTINUED = 1, 2, 4, 5
+# Of ggml.h. What llama.cpp takes for information is a hundred lines per model.
+_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+# Expected: one for each tensor of an adapter beside repacked weights.
+_NO_WARNING = "cannot use buft 'CPU_REPACK', fallback to CPU"
+
+
+class LlamaLog:
+    """What llama.cpp logs: to the logger `edgetune_runtime.llama_cpp`, and the last errors kept for ours.
+
+    Its debug messages are left out: thousands of lines per model, and two per switch of adapters, where asking for the
+    logger's level would cost 0.2 of 1.6 µs. `stopping` holds steps that were asked to stop, which it calls errors.
+    """
+
+    def __init__(self) -> None:
+        self.stopping: set[int] = set()
+        self._errors: deque[str] = deque(maxlen=3)
+        self._level = _DEBUG
+        self._line = ""
+
+    def write(self, level: int, text: bytes, _: object = None) -> None:
+        """Take a message, which may be a part of a line; a continuation has the level of what it continues."""
+        if level == _DEBUG or (level == _INFORMATION and not LOG.isEnabledFor(logging.DEBUG)):
+            self._level = _DEBUG
+            return
+        if level != _CONTINUED:
+            self._end_line()
+            self._level = level
+        if self._level == _DEBUG:
+            return
+        *whole, self._line = (self._line + text.decode("utf-8", "replace")).split("\n")
+        for line in whole:
+            self._emit(line)
+
+    def take_errors(self) -> str:
+        """What was logged as errors since the last call, in one line; empty if there was nothing."""
+        self._end_line()
+        lines = [line for line in self._errors if line]
+        self._errors.clear()
+        return " / ".join(lines)
+
+    def _end_line(self) -> None:
+        line, self._line = self._line, ""
+        if line:
+            self._emit(line)
+
+    def _emit(self, line: str) -> None:
+        line = line.strip()
+        if self._level == _ERROR:
+            self._errors.append(line)
+        if line:
+            is_expected = bool(self.stopping) or line.endswith(_NO_WARNING)
+            LOG.log(logging.DEBUG if is_expected else _LEVELS.get(self._level, logging.DEBUG), "%s", line)

@@ -1,0 +1,183 @@
+"""A bundle whose base and adapters are loaded: which contexts run a call, and what a call computes there."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .bundle import AdapterEntry, Manifest, resolve, verify_files
+from .engines.base import Tokenizer
+from .errors import IncompatibleError, UsageError
+from .generation import Call, Carried
+from .opening import Options, file_of, open_base
+from .serving.context import Context, Job
+from .serving.pool import Pool
+from .states.activation import behind
+from .states.cache import CALLS, common_prefix
+from .text.chat import Prompt, messages_for, render
+
+if TYPE_CHECKING:
+    from .engines.onnx.encoder import EncoderEngine
+
+_LOG = logging.getLogger(__name__)
+
+Adapters = str | Mapping[str, float] | None
+
+_PROBES = ("A", "7", "\n", "é", "(")
+"""Messages that have no beginning in common: what their prompts share is fixed."""
+
+
+class LoadedBundle:
+    """What runs behind a `Runtime` and its sessions. Safe to use from several threads."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, running: Pool | EncoderEngine, options: Options) -> None:
+        self.bundle = bundle
+        self.manifest = manifest
+        self.options = options
+        self._running = running
+        self._merged: dict[str, Pool] = {}
+        self._lock = threading.Lock()
+        self._fixed: dict[tuple[int, str | None], list[int]] = {}
+
+    @property
+    def encoder(self) -> EncoderEngine | None:
+        """What runs a text-classification bundle; None for one that generates."""
+        return None if isinstance(self._running, Pool) else self._running
+
+    def context(self, adapter: Adapters = None) -> tuple[Context, dict[str, float]]:
+        """Where a call with these adapters runs, and what is active there: for measurements, inside `Context.hold`.
+
+        UsageError for a text-classification bundle, which generates nothing.
+        """
+        pool, active = self.pool(adapter)
+        return pool.first, active
+
+    def pool(self, adapter: Adapters) -> tuple[Pool, dict[str, float]]:
+        """The contexts that a call with these adapters runs in, and what is active there; errors as of `context`."""
+        if not isinstance(self._running, Pool):
+            message = f"bundle {self.manifest.name!r} classifies text: its encoder writes none and has no perplexity"
+            raise UsageError(message, "use classify")
+        scales = self.scales(adapter)
+        merged = [name for name in scales if self._is_merged(self.manifest.adapter(name))]
+        if not merged:
+            return self._running, scales
+        if len(scales) > 1 or scales[merged[0]] != 1:
+            message = f"adapter {merged[0]!r} is merged, so it cannot be scaled or added to others"
+            raise IncompatibleError(message, "use it alone with scale 1")
+        return self._merged_pool(self.manifest.adapter(merged[0])), {}
+
+    def call(
+        self,
+        prompt: Prompt,
+        adapter: Adapters,
+        *,
+        owner: str = CALLS,
+        carried: Carried | None = None,
+    ) -> Call:
+        """Make a call ready: tokens, adapters, and the fixed part of the prompt; errors as those of `generate`.
+
+        `owner` is whose state is taken up and left. What is `carried` stands as far as the prompt begins with it, its
+        system prompt in place of the adapter's.
+        """
+        pool, active = self.pool(adapter)
+        first = next(iter(self.scales(adapter)), None)
+        system = carried.system if carried is not None else self._system_of(first)
+        begin = time.perf_counter()
+        with pool.tokenizer() as tokenizer:
+            tokens = _tokens(tokenizer, prompt, system)
+            fixed = self._fixed_part(pool, tokenizer, first, system)
+        prepared_s = time.perf_counter() - begin
+        longest = pool.first.capacity(active)
+        if not 0 < len(tokens) <= longest:
+            message = f"the prompt has {len(tokens)} tokens, the context holds 1 to {longest}"
+            raise UsageError(message, "change the prompt, or open the bundle with a longer context")
+        count = len(fixed) if len(fixed) < len(tokens) and tokens[: len(fixed)] == fixed else 0
+        spans, kept = pool.first.spans(active, tokens), 0
+        if carried is not None:
+            kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
+            spans = behind(carried.spans, kept, spans)
+        return Call(pool, Job(tokens, spans, count, owner), system, prepared_s, kept)
+
+    def scales(self, adapter: Adapters) -> dict[str, float]:
+        """What a choice of adapters means; NotFoundError for an unknown one, UsageError for what is no choice."""
+        if adapter is None:
+            return {}
+        if isinstance(adapter, str):
+            return {adapter: self.manifest.adapter(adapter).scale}
+        if not isinstance(adapter, Mapping):
+            raise UsageError(f"adapter is {adapter!r}", "give a name, {name: scale}, or None for the base")
+        for name, scale in adapter.items():
+            self.manifest.adapter(name)
+            if not isinstance(scale, int | float) or not math.isfinite(scale):
+                raise UsageError(f"adapter {name!r} has scale {scale!r}", "give a finite number")
+        return {name: float(scale) for name, scale in adapter.items()}
+
+    def load(self, entry: AdapterEntry) -> None:
+        """Check one adapter and load it beside the base; a merged one waits until it is used."""
+        if self._is_merged(entry):
+            return
+        file = file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")
+        if self.options.verify:
+            verify_files(self.bundle, self.manifest, [file])
+        path, fingerprint = resolve(self.bundle, file), self.manifest.base.fingerprint
+        if isinstance(self._running, Pool):
+            self._running.first.engine.load_adapter(entry.name, path, fingerprint, entry.invocation)
+        else:
+            self._running.load_adapter(entry.name, path, fingerprint, len(entry.labels))
+
+    def clear(self) -> None:
+        """Forget all live sequences and saved states, but those on the disk."""
+        for pool in self._pools():
+            for context in pool.contexts:
+                with context.hold():
+                    context.clear()
+
+    def forget(self, owner: str) -> None:
+        """Forget the states of an owner, such as a session that has ended."""
+        for pool in self._pools():
+            pool.forget(owner)
+
+    def close(self) -> None:
+        """Free base and adapters once other threads' calls have ended; a second call does nothing."""
+        for running in (self._running, *self._merged.values()):
+            running.close()
+
+    def _fixed_part(self, pool: Pool, tokenizer: Tokenizer, first: str | None, system: str | None) -> list[int]:
+        """The tokens that all prompts with the adapter's own system prompt begin with, whatever the message."""
+        if system != self._system_of(first):
+            return []
+        place = (id(pool), first)
+        if place not in self._fixed:
+            one, *others = (_tokens(tokenizer, probe, system) for probe in _PROBES)
+            self._fixed[place] = one[: min(common_prefix(one, other) for other in others)]
+        return self._fixed[place]
+
+    def _system_of(self, first: str | None) -> str | None:
+        return self.manifest.adapter(first).system if first is not None else None
+
+    def _is_merged(self, entry: AdapterEntry) -> bool:
+        return entry.shapes.get(self.options.engine) == "merged"
+
+    def _merged_pool(self, entry: AdapterEntry) -> Pool:
+        with self._lock:
+            if entry.name not in self._merged:
+                file = file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")
+                begin = time.perf_counter()
+                made = open_base(self.bundle, self.manifest, file, self.options)
+                _LOG.info("loaded merged adapter %r in %.2f s", entry.name, time.perf_counter() - begin)
+                assert isinstance(made, Pool)
+                self._merged[entry.name] = made
+            return self._merged[entry.name]
+
+    def _pools(self) -> list[Pool]:
+        return [running for running in (self._running, *self._merged.values()) if isinstance(running, Pool)]
+
+
+def _tokens(tokenizer: Tokenizer, prompt: Prompt, system: str | None) -> list[int]:
+    messages, bos, eos = messages_for(prompt, system), tokenizer.bos, tokenizer.eos
+    return tokenizer.tokenize(render(tokenizer.chat_template, messages, add_generation_prompt=True, bos=bos, eos=eos))

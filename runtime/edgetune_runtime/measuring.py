@@ -1,0 +1,37 @@
+"""Opens what is inside a runtime to measurements and tests: contexts, prepared calls, engines, saved states.
+
+None of it is part of the public API: names and behaviour may change in any version.
+
+    context, active = loaded_bundle(runtime).context("command")
+    with context.hold():
+        logits = context.start(active, tokens).logits
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from .bundle import Manifest
+from .engines.base import Engine, EngineClass
+from .loaded import LoadedBundle
+from .opening import Options
+from .runtime import Runtime
+from .serving.context import Context, Shared
+from .serving.governor import Governor
+from .serving.pool import Pool
+from .states.cache import StateCache
+
+
+def loaded_bundle(runtime: Runtime) -> LoadedBundle:
+    """What runs behind a runtime; it is closed with it."""
+    return runtime._loaded
+
+
+def runtime_around(engine: Engine, bundle: Path, manifest: Manifest, name: str) -> Runtime:
+    """A runtime that computes on an engine made elsewhere, of this name, and keeps no states; closes the engine."""
+    make = cast("EngineClass", type(engine))
+    options = Options(name, make, manifest.context_length, manifest.threads, verify=False)
+    governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
+    shared = Shared(manifest.base.fingerprint, manifest.base.kv_bytes_per_token, StateCache(0), governor)
+    return Runtime(LoadedBundle(bundle, manifest, Pool(Context(engine, shared)), options))
