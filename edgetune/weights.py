@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from edgetune_export import architectures
 from edgetune_export.architectures.layout import base_rows, name_map
 from edgetune_export.backends.gguf.quantize import dequantize_rows
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
@@ -24,13 +25,14 @@ _OUTPUT = "output.weight"
 
 
 def config_of(header: GgufHeader) -> PreTrainedConfig:
-    """What transformers makes of a GGUF file's metadata.
+    """What transformers makes of a GGUF file's metadata, corrected where llama.cpp makes something else of it.
 
     It gets a file without the arrays of the vocabulary, which take it seconds to read and of which it needs the length.
-    Raises ValueError for an architecture that it does not know.
+    Raises IncompatibleError for an architecture that is not supported.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - slow to import
 
+    entries = architectures.of(header).config_entries(header)
     vocabulary = f"{header.architecture}.vocab_size"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "header.gguf")
@@ -48,6 +50,8 @@ def config_of(header: GgufHeader) -> PreTrainedConfig:
             write()
         writer.close()
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=path.name)
+    for name, value in entries.items():
+        setattr(config, name, value)
     return config
 
 
@@ -90,6 +94,6 @@ def _values(data: np.ndarray, tensor: TensorInfo, header: GgufHeader) -> torch.T
     # Aligned by torch, on which the speed of its products depends.
     values = torch.empty(tensor.shape[::-1], dtype=torch.float32)
     dequantize_rows(data, tensor, out=values.numpy())
-    if header.architecture == "gemma3" and tensor.name.endswith("norm.weight"):
-        values -= 1
+    if tensor.name.endswith("norm.weight"):
+        values -= architectures.of(header).norm_offset
     return values

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from edgetune_export import architectures
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
 
@@ -73,7 +74,8 @@ class BaseShape:
         lengths = header.metadata[f"{arch}.feed_forward_length"]
         queries = int(header.metadata[f"{arch}.attention.head_count"]) * cache.key_size
         keys = cache.heads * cache.key_size
-        per_head = queries + keys if arch in {"qwen3", "gemma3"} else 0
+        known = architectures.of(header)
+        per_head = queries + keys if known.norms_queries_and_keys else 0
         return cls(
             layers=cache.layers,
             hidden=hidden,
@@ -81,7 +83,7 @@ class BaseShape:
             queries=queries,
             keys=keys,
             vocabulary=header.tensors["token_embd.weight"].shape[1],
-            norms=hidden * (4 if arch == "gemma3" else 2) + per_head,
+            norms=hidden * known.norms_per_layer + per_head,
             parameters=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
         )
 

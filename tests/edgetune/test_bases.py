@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from edgetune_export import architectures
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufEngine
@@ -159,7 +160,8 @@ def test_model_and_config_are_those_that_transformers_makes_of_the_file(
     base = resolve(str(tiny_gguf(arch)), quantize="q8_0")
     model = load_torch(base, dtype)
     config = AutoConfig.from_pretrained(base.path.parent, gguf_file=base.path.name)
-    bases._complete(config, base.header)
+    for name, value in architectures.of(base.header).config_entries(base.header).items():
+        setattr(config, name, value)
     expected = AutoModelForCausalLM.from_pretrained(
         base.path.parent, gguf_file=base.path.name, config=config, dtype=dtype
     )

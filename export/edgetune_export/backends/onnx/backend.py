@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import torch
 
 SHAPES = ("low_rank", "prefix", "tensors", "merged")
-SUPPORTED = ("llama", "qwen2", "qwen3", "gemma3")
 ADAPTER_FILE = "adapter.onnx_adapter"
 MODEL_FILE = f"onnx/{GRAPH}"
 
@@ -102,7 +101,7 @@ def _write_model(
 ) -> None:
     structure = _structure_with(source, vectors) if vectors else _structure(source)
     config = json.loads((structure / _CONFIG).read_text(encoding="utf-8"))
-    model = load_structure(structure)
+    model = load_structure(structure, read_header(source.path))
     scheme = source.weights.scheme
     put_weights(model, weights, "fp32" if scheme == "int4" else scheme)
     put_ends(model, weights, "int8" if scheme == "int4" else scheme)

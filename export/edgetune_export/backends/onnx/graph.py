@@ -15,9 +15,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 from edgetune_runtime.atomic import raising_out_of_space
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats
 from edgetune_export.architectures.layout import base_rows, name_map, tensor_of
 from edgetune_export.backends.gguf.quantize import dequantize_rows
@@ -84,15 +85,18 @@ def projections(graph: ir.Graph) -> list[Projection]:
     return found
 
 
-def load_structure(folder: Path) -> ir.Model:
-    """The graph that `run_builder` left in `folder`, without its matrices, its norms by ONNX's own operator."""
+def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
+    """The graph that `run_builder` left of `base` in `folder`, without its matrices, its norms by ONNX's own
+    operator."""
     model = ir.load(folder / GRAPH)
+    scale = architectures.of(base).embedding_scale(base)
     for node in model.graph:
         # An operator of onnxruntime's under ONNX's name, which no other tool knows, `onnx.checker` neither.
         if node.op_type == "SimplifiedLayerNormalization":
             node.op_type = "RMSNormalization"
-        if node.name == _EMBEDDING_SCALE:
-            _set_exact_scale(model.graph, node)
+        if node.name == _EMBEDDING_SCALE and scale is not None:
+            factor = initializer(model.graph, "model.embed_tokens.scale", np.array([scale], np.float32))
+            node.replace_input_with(1, factor)
     model.graph.opset_imports[""] = max(model.graph.opset_imports[""], _RMS_NORM_OPSET)
     return model
 
@@ -219,17 +223,6 @@ def save_model(model: ir.Model, folder: Path) -> None:
                 base_dir=folder,
             )
         ir.save(model, folder / GRAPH)
-
-
-def _set_exact_scale(graph: ir.Graph, node: ir.Node) -> None:
-    """Multiply embeddings by the root of their width, as Gemma does, where the builder rounded it to two decimals."""
-    gather = next(node for node in graph if node.name == EMBEDDING)
-    table, factor = gather.inputs[0], node.inputs[1]
-    assert table is not None and table.shape is not None and factor is not None
-    exact = np.sqrt(np.array([int(str(table.shape[1]))], np.float32))
-    rounded = ir.convenience.get_const_tensor(factor)
-    if rounded is not None and abs(rounded.numpy() - exact).max() < 0.006:
-        node.replace_input_with(1, initializer(graph, "model.embed_tokens.scale", exact))
 
 
 def replace_product(graph: ir.Graph, node: ir.Node, weights: Packed | Floats) -> None:

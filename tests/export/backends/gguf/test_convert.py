@@ -115,7 +115,11 @@ def test_a_converter_that_cannot_be_had_is_an_error_and_leaves_nothing(
         ({"config.json": "[]"}, VerificationError, "names no model_type"),
         ({"config.json": "{}"}, VerificationError, "names no model_type"),
         ({"config.json": '{"model_type": "gpt2"}', "model.safetensors": ""}, IncompatibleError, "architecture 'gpt2'"),
-        ({"config.json": '{"model_type": ["llama"]}'}, IncompatibleError, "is not supported; choose one of: llama"),
+        (
+            {"config.json": '{"model_type": ["llama"]}'},
+            IncompatibleError,
+            "is not supported; choose a base of one",
+        ),
         ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, NotFoundError, "no .safetensors file"),
     ],
 )
