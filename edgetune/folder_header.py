@@ -24,7 +24,7 @@ def predict_header(folder: Path) -> GgufHeader:
     Reads config.json and the heads of the .safetensors files. Raises what `check_folder` raises, and VerificationError
     when a file is damaged.
     """
-    architecture = check_folder(folder)
+    architecture = check_folder(folder).gguf
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     metadata: dict[str, Any] = {"general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": config[name] for name, key in ENTRIES.items() if config.get(name) is not None}

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _VOCABULARY = "tokenizer.ggml.tokens"
 _OUTPUT = "output.weight"
+# The writer adds the one itself; by the other transformers tells Mistral from LLaMA, and gives it a window of attention
+# that llama.cpp leaves out.
+_LEFT_OUT = ("general.architecture", "general.name")
 
 
 def config_of(header: GgufHeader) -> PreTrainedConfig:
@@ -40,7 +43,7 @@ def config_of(header: GgufHeader) -> PreTrainedConfig:
         for key, value in header.metadata.items():
             if isinstance(value, tuple) and not key.startswith("tokenizer."):
                 writer.add_array(key, value)
-            elif not isinstance(value, tuple) and key != "general.architecture":
+            elif not isinstance(value, tuple) and key not in _LEFT_OUT:
                 writer.add_key_value(key, value, gguf.GGUFValueType(header.value_types[key]))
         if vocabulary not in header.metadata and _VOCABULARY in header.metadata:
             writer.add_uint32(vocabulary, len(header.metadata[_VOCABULARY]))

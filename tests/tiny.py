@@ -18,6 +18,8 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -26,7 +28,9 @@ from transformers import (
     RobertaConfig,
 )
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+FEW = ("llama", "qwen2", "qwen3", "gemma3")
+"""What tests that take long run on: what differs in the others is not what they look at."""
+ARCHITECTURES = (*FEW, "mistral")
 FINGERPRINT = "ab" * 32
 ENCODERS = ("bert", "distilbert", "electra", "roberta")
 CHAT_TEMPLATE = (
@@ -77,6 +81,9 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
     model: PreTrainedModel
     if arch == "llama":
         model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=True))
+    elif arch == "mistral":
+        # A window of attention that llama.cpp leaves out; longer than what the tests run.
+        model = MistralForCausalLM(MistralConfig(**common, sliding_window=256))
     elif arch == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=False))
     elif arch == "qwen3":

@@ -55,7 +55,7 @@ def _fused_forward(module: Any, packed: PackedLayers) -> Forward | None:  # noqa
 
 def _norms() -> dict[str, float]:
     """What each class of norms adds to its weights. Classes that compute anything else keep their own forward."""
-    return {architecture.rms_norm: architecture.norm_offset for architecture in architectures.known()}
+    return {architecture.rms_norm: architecture.norm_offset for architecture in architectures.known().values()}
 
 
 def _is_float32_on_cpu(tensor: torch.Tensor) -> bool:

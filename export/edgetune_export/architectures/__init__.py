@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 
@@ -22,22 +23,25 @@ def names() -> tuple[str, ...]:
 
 
 @cache
-def known() -> tuple[Architecture, ...]:
-    """All architectures, in the order of their names."""
-    return tuple(import_module(f"{__name__}.{name}").ARCHITECTURE for name in names())
+def known() -> Mapping[str, Architecture]:
+    """All architectures by their names."""
+    return {name: import_module(f"{__name__}.{name}").ARCHITECTURE for name in names()}
 
 
 def of(header: GgufHeader, base: str = "") -> Architecture:
-    """The architecture of a GGUF file; IncompatibleError, naming also the `base`, when it is not supported."""
-    for architecture in known():
-        if architecture.gguf == header.architecture:
-            return architecture
-    raise _unsupported(header.architecture, base)
+    """The architecture of a GGUF file; IncompatibleError, naming also the `base`, when it is not supported.
+
+    Where GGUF knows several by one name, it is the one that is called so.
+    """
+    architecture = known().get(header.architecture)
+    if architecture is None or architecture.gguf != header.architecture:
+        raise _unsupported(header.architecture, base)
+    return architecture
 
 
 def of_model_type(model_type: str, base: str = "") -> Architecture:
     """The architecture that a config.json calls `model_type`; errors as those of `of`."""
-    for architecture in known():
+    for architecture in known().values():
         if model_type in architecture.model_types:
             return architecture
     raise _unsupported(model_type, base)

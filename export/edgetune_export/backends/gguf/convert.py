@@ -20,6 +20,7 @@ from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 
 from edgetune_export import architectures
+from edgetune_export.architectures import Architecture
 
 SCRIPT = "convert_hf_to_gguf.py"
 # What of vendor/llama.cpp the converter needs.
@@ -28,8 +29,8 @@ PARTS = (SCRIPT, "conversion", "gguf-py/gguf", "LICENSE")
 SDIST_SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
 
 
-def check_folder(folder: Path) -> str:
-    """The GGUF architecture of a Hugging Face model folder, before any work is done.
+def check_folder(folder: Path) -> Architecture:
+    """The architecture of a Hugging Face model folder, before any work is done.
 
     Raises NotFoundError when the folder holds no model and IncompatibleError for an architecture that is not supported.
     """
@@ -45,7 +46,7 @@ def check_folder(folder: Path) -> str:
     if not any(folder.glob("*.safetensors")):
         remedy = "save the model with save_pretrained, not as a pickle"
         raise NotFoundError(f"{folder} has no .safetensors file", remedy)
-    return architecture.gguf
+    return architecture
 
 
 def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: Path | None = None) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from edgetune_export import architectures
 from edgetune_export.backends.gguf import convert
 from edgetune_export.backends.gguf.convert import SCRIPT, check_folder, convert_folder, find_converter
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
+from tiny import ARCHITECTURES
 
 VERSION = importlib.metadata.version("llama-cpp-python")
 # A build backend without dependencies, as pip asks a source distribution for its metadata.
@@ -135,11 +137,13 @@ def test_a_folder_that_cannot_be_converted_is_refused_before_any_work(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_supported_folders_are_told_by_their_gguf_architecture(
     arch: str, tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
 ) -> None:
-    assert check_folder(tiny_folder(arch)) == read_header(tiny_gguf(arch)).architecture == arch
+    header = read_header(tiny_gguf(arch))
+    assert check_folder(tiny_folder(arch)).gguf == header.architecture
+    assert architectures.of(header).gguf == header.architecture
 
 
 def test_a_folder_that_llama_cpp_refuses_gives_its_last_words(

@@ -28,7 +28,7 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.onnx_file import read_onnx
 from onnx import numpy_helper
-from tiny import ARCHITECTURES
+from tiny import ARCHITECTURES, FEW
 from transformers import PreTrainedModel
 from weights import weights_in
 
@@ -195,7 +195,7 @@ def test_empty_slots_change_no_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", FEW)
 def test_an_adapter_does_what_it_does_in_peft(
     arch: str,
     kind: str,
@@ -321,7 +321,7 @@ def greedy(engine: OnnxEngine, prompt: list[int], adapters: dict[str, float], co
     return tokens
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", FEW)
 def test_onnxruntime_genai_gives_the_same_texts_on_the_same_folder(
     arch: str, made: Made, tune: Callable[..., Any], open_engine: Callable[..., Any], tmp_path: Path
 ) -> None:
