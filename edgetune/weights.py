@@ -30,12 +30,27 @@ _LEFT_OUT = ("general.architecture", "general.name")
 def config_of(header: GgufHeader) -> PreTrainedConfig:
     """What transformers makes of a GGUF file's metadata, corrected where llama.cpp makes something else of it.
 
-    It gets a file without the arrays of the vocabulary, which take it seconds to read and of which it needs the length.
     Raises IncompatibleError for an architecture that is not supported.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - slow to import
 
-    entries = architectures.of(header).config_entries(header)
+    architecture = architectures.of(header)
+    if architecture.transformers_reads_gguf:
+        config = _read_config(header)
+    else:
+        config = AutoConfig.for_model(architecture.model_types[0], **architecture.whole_config(header))
+    for name, value in architecture.config_entries(header).items():
+        setattr(config, name, value)
+    return config
+
+
+def _read_config(header: GgufHeader) -> PreTrainedConfig:
+    """What transformers makes of the metadata.
+
+    It gets a file without the arrays of the vocabulary, which take it seconds to read and of which it needs the length.
+    """
+    from transformers import AutoConfig  # noqa: PLC0415 - slow to import
+
     vocabulary = f"{header.architecture}.vocab_size"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "header.gguf")
@@ -53,8 +68,6 @@ def config_of(header: GgufHeader) -> PreTrainedConfig:
             write()
         writer.close()
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=path.name)
-    for name, value in entries.items():
-        setattr(config, name, value)
     return config
 
 

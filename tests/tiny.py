@@ -26,11 +26,13 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     RobertaConfig,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 FEW = ("llama", "qwen2", "qwen3", "gemma3")
 """What tests that take long run on: what differs in the others is not what they look at."""
-ARCHITECTURES = (*FEW, "mistral")
+ARCHITECTURES = (*FEW, "mistral", "smollm3")
 FINGERPRINT = "ab" * 32
 ENCODERS = ("bert", "distilbert", "electra", "roberta")
 CHAT_TEMPLATE = (
@@ -84,6 +86,10 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
     elif arch == "mistral":
         # A window of attention that llama.cpp leaves out; longer than what the tests run.
         model = MistralForCausalLM(MistralConfig(**common, sliding_window=256))
+    elif arch == "smollm3":
+        # Every fourth layer has no rotary embedding.
+        four = {**common, "num_hidden_layers": 4, "pad_token_id": None}
+        model = SmolLM3ForCausalLM(SmolLM3Config(**four, tie_word_embeddings=True))
     elif arch == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=False))
     elif arch == "qwen3":

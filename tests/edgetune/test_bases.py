@@ -24,6 +24,8 @@ from edgetune import bases
 from edgetune.bases import Base, load_torch
 from edgetune.progress import Progress
 
+READ_BY_TRANSFORMERS = [arch for arch in ARCHITECTURES if architectures.known()[arch].transformers_reads_gguf]
+
 
 @pytest.fixture
 def resolve(tmp_path: Path) -> Callable[..., Base]:
@@ -153,7 +155,9 @@ def test_the_weights_in_torch_are_those_that_llama_cpp_runs(arch: str, tiny_base
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", [arch for arch in ARCHITECTURES if architectures.known()[arch].transformers_reads_gguf]
+)
 def test_model_and_config_are_those_that_transformers_makes_of_the_file(
     arch: str, dtype: torch.dtype, tiny_gguf: Callable[[str], Path], resolve: Callable[..., Base]
 ) -> None:

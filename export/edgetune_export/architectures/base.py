@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 
 ENTRIES = {
@@ -38,11 +39,46 @@ class Architecture:
     interleaves_rows: bool = False
     """Whether llama.cpp's rotary embedding turns neighbouring numbers of a head together, where Hugging Face's turns
     the two halves: then the rows of q and k in a GGUF file, and its keys, lie in another order (see layout.py)."""
+    transformers_reads_gguf: bool = True
+    """Whether transformers makes a configuration of a GGUF file's metadata."""
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """IncompatibleError when a model of this config.json, once in a GGUF file, would compute something else."""
 
     def config_entries(self, header: GgufHeader) -> Mapping[str, Any]:
         """Entries of transformers' configuration that it does not take from a GGUF file as llama.cpp does."""
         head_dim = header.metadata.get(f"{self.gguf}.attention.key_length")
         return {"head_dim": head_dim} if isinstance(head_dim, int) else {}
+
+    def whole_config(self, header: GgufHeader) -> Mapping[str, Any]:
+        """All entries of transformers' configuration, where it reads none from a GGUF file.
+
+        IncompatibleError for rotary embeddings that are scaled for long contexts.
+        """
+        metadata, own = header.metadata, f"{self.gguf}."
+        scaling = metadata.get(f"{own}rope.scaling.type", "none")
+        if scaling != "none":
+            message = f"the base scales its rotary embedding ({scaling}), which is not supported for {self.gguf}"
+            raise IncompatibleError(message, "give a base without")
+        entries = {name: metadata[own + key] for name, key in ENTRIES.items() if own + key in metadata}
+        tokens = {f"{which}_token_id": metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("bos", "eos")}
+        return {
+            **entries,
+            **tokens,
+            "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+            "vocab_size": header.tensors["token_embd.weight"].shape[1],
+            "rms_norm_eps": metadata[f"{own}attention.layer_norm_rms_epsilon"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": metadata[f"{own}rope.freq_base"]},
+            "tie_word_embeddings": "output.weight" not in header.tensors,
+        }
+
+    def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Entries of a config.json that onnxruntime-genai's builder must find other than transformers writes them."""
+        return {}
+
+    def rotates(self, _layer: int) -> bool:
+        """Whether a layer's attention has a rotary embedding."""
+        return True
 
     def embedding_scale(self, _header: GgufHeader) -> float | None:
         """What the embeddings are multiplied by, where onnxruntime-genai's builder rounds it; else None."""

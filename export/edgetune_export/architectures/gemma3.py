@@ -23,6 +23,13 @@ class _Gemma3(Architecture):
             scalar = metadata["gemma3.embedding_length"] // metadata["gemma3.attention.head_count"]
         return {**super().config_entries(header), "query_pre_attn_scalar": scalar}
 
+    def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """transformers 5 writes an entry for each kind of layers, as they rotate differently; builder 0.18 reads the
+        names of transformers 4 beside them."""
+        rope = config["rope_parameters"]
+        local = {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+        return {"rope_parameters": {**rope, **rope["full_attention"], **local}}
+
     def embedding_scale(self, header: GgufHeader) -> float | None:
         """The root of the width; the builder rounds it to two decimals."""
         return math.sqrt(header.metadata["gemma3.embedding_length"])

@@ -39,10 +39,12 @@ def check_folder(folder: Path) -> Architecture:
         remedy = "give a Hugging Face model folder, a .gguf file or a hub id"
         raise NotFoundError(f"{folder} has no config.json", remedy)
     try:
-        model_type = str(json.loads(config_path.read_text(encoding="utf-8"))["model_type"])
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        model_type = str(config["model_type"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise VerificationError(f"{config_path} names no model_type", "get the model again") from error
     architecture = architectures.of_model_type(model_type, str(folder))
+    architecture.check_config(config)
     if not any(folder.glob("*.safetensors")):
         remedy = "save the model with save_pretrained, not as a pickle"
         raise NotFoundError(f"{folder} has no .safetensors file", remedy)

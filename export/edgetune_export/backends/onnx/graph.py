@@ -37,6 +37,9 @@ _EXTERNAL_BYTES = 1024
 _ALIGNMENT = 4096
 _RMS_NORM_OPSET = 23
 _PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp)/(?P<which>\w+)_proj/MatMul")
+_ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention")
+# The inputs of GroupQueryAttention that hold cosines and sines.
+_ROTARY_TABLES = (7, 8)
 _BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
 _FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
@@ -89,7 +92,8 @@ def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
     """The graph that `run_builder` left of `base` in `folder`, without its matrices, its norms by ONNX's own
     operator."""
     model = ir.load(folder / GRAPH)
-    scale = architectures.of(base).embedding_scale(base)
+    architecture = architectures.of(base)
+    scale = architecture.embedding_scale(base)
     for node in model.graph:
         # An operator of onnxruntime's under ONNX's name, which no other tool knows, `onnx.checker` neither.
         if node.op_type == "SimplifiedLayerNormalization":
@@ -97,6 +101,11 @@ def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
         if node.name == _EMBEDDING_SCALE and scale is not None:
             factor = initializer(model.graph, "model.embed_tokens.scale", np.array([scale], np.float32))
             node.replace_input_with(1, factor)
+        attention = _ATTENTION.fullmatch(node.name or "")
+        if attention and not architecture.rotates(int(attention["layer"])):
+            node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
+            for table in _ROTARY_TABLES:
+                node.replace_input_with(table, None)
     model.graph.opset_imports[""] = max(model.graph.opset_imports[""], _RMS_NORM_OPSET)
     return model
 
