@@ -16,6 +16,8 @@ from transformers import (
     ElectraConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -32,7 +34,7 @@ from transformers import (
 
 FEW = ("llama", "qwen2", "qwen3", "gemma3")
 """What tests that take long run on: what differs in the others is not what they look at."""
-ARCHITECTURES = (*FEW, "mistral", "smollm3")
+ARCHITECTURES = (*FEW, "mistral", "smollm3", "granite")
 FINGERPRINT = "ab" * 32
 ENCODERS = ("bert", "distilbert", "electra", "roberta")
 CHAT_TEMPLATE = (
@@ -90,6 +92,11 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
         # Every fourth layer has no rotary embedding.
         four = {**common, "num_hidden_layers": 4, "pad_token_id": None}
         model = SmolLM3ForCausalLM(SmolLM3Config(**four, tie_word_embeddings=True))
+    elif arch == "granite":
+        factors = {"embedding_multiplier": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.75}
+        # GGUF files hold no head size of a Granite.
+        plain = {key: value for key, value in common.items() if key != "head_dim"}
+        model = GraniteForCausalLM(GraniteConfig(**plain, **factors, logits_scaling=0.5, tie_word_embeddings=True))
     elif arch == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=False))
     elif arch == "qwen3":

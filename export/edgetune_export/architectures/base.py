@@ -70,7 +70,13 @@ class Architecture:
             "rms_norm_eps": metadata[f"{own}attention.layer_norm_rms_epsilon"],
             "rope_parameters": {"rope_type": "default", "rope_theta": metadata[f"{own}rope.freq_base"]},
             "tie_word_embeddings": "output.weight" not in header.tensors,
+            "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
         }
+
+    def logits_divisor(self, _config: Any) -> float:  # noqa: ANN401 - transformers' configuration
+        """What a model of this configuration divides the output of its last layer by to get logits."""
+        return 1.0
 
     def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Entries of a config.json that onnxruntime-genai's builder must find other than transformers writes them."""
