@@ -120,11 +120,11 @@ def describe(recipe: Recipe) -> GgufHeader | None:
     """
     if _is_gguf(recipe.base):
         header = read_header(locate(recipe.base, recipe.folder))
-        architectures.of(header, recipe.base)
+        architectures.of(header, recipe.base).check_formats(recipe.targets)
         return header
     if is_at_hand(recipe.base, recipe.folder):
         _refuse_encoder(recipe.base, recipe.folder)
-        check_folder(locate(recipe.base, recipe.folder))
+        check_folder(locate(recipe.base, recipe.folder)).check_formats(recipe.targets)
     return None
 
 

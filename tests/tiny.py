@@ -8,6 +8,8 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from edgetune_export.backends.onnx.tokenizer import write_tokenizer
+from edgetune_runtime.formats.gguf_file import read_header
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -22,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -32,9 +36,11 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from edgetune.bases import locate
+
 FEW = ("llama", "qwen2", "qwen3", "gemma3")
 """What tests that take long run on: what differs in the others is not what they look at."""
-ARCHITECTURES = (*FEW, "mistral", "smollm3", "granite")
+ARCHITECTURES = (*FEW, "mistral", "smollm3", "granite", "olmo2")
 FINGERPRINT = "ab" * 32
 ENCODERS = ("bert", "distilbert", "electra", "roberta")
 CHAT_TEMPLATE = (
@@ -97,6 +103,8 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
         # GGUF files hold no head size of a Granite.
         plain = {key: value for key, value in common.items() if key != "head_dim"}
         model = GraniteForCausalLM(GraniteConfig(**plain, **factors, logits_scaling=0.5, tie_word_embeddings=True))
+    elif arch == "olmo2":
+        model = Olmo2ForCausalLM(Olmo2Config(**common, pad_token_id=None))
     elif arch == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=False))
     elif arch == "qwen3":
@@ -115,7 +123,15 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
 
 
 def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64) -> Path:
-    """Save a tiny model and its tokenizer as a Hugging Face folder."""
+    """Save a tiny model and its tokenizer as a Hugging Face folder.
+
+    llama.cpp converts an OLMo 2 only with a byte-pair tokenizer that it knows, so it gets SmolLM2's.
+    """
+    if arch == "olmo2":
+        smollm2 = locate("smollm2-135m", folder)
+        make_model(arch, len(read_header(smollm2).metadata["tokenizer.ggml.tokens"])).save_pretrained(folder)
+        write_tokenizer(smollm2, folder)
+        return folder
     vocab_size = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
     make_model(arch, vocab_size, hidden_size).save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())

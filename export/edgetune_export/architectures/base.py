@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError
@@ -41,6 +41,15 @@ class Architecture:
     the two halves: then the rows of q and k in a GGUF file, and its keys, lie in another order (see layout.py)."""
     transformers_reads_gguf: bool = True
     """Whether transformers makes a configuration of a GGUF file's metadata."""
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    """Formats that cannot hold such a base, and why."""
+
+    def check_formats(self, formats: Sequence[str]) -> None:
+        """IncompatibleError when one of the formats cannot hold such a base."""
+        for name in formats:
+            if name in self.refusals:
+                message = f"{name} cannot hold a base of architecture {self.gguf!r}: {self.refusals[name]}"
+                raise IncompatibleError(message, "leave that target out")
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """IncompatibleError when a model of this config.json, once in a GGUF file, would compute something else."""
