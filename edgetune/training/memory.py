@@ -45,9 +45,9 @@ _LOST_KEEPING = 0.45
 _MB = 1e6
 # What the linear modules of a layer read.
 _READS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention"),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention"),
     "o_proj": "heads",
-    **dict.fromkeys(("gate_proj", "up_proj"), "mlp"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "mlp"),
     "down_proj": "inner",
 }
 
@@ -65,6 +65,7 @@ class BaseShape:
     vocabulary: int
     norms: int
     parameters: int
+    fuses_projections: bool = False
 
     @classmethod
     def of_header(cls, header: GgufHeader) -> BaseShape:
@@ -84,6 +85,7 @@ class BaseShape:
             keys=keys,
             vocabulary=header.tensors["token_embd.weight"].shape[1],
             norms=hidden * known.norms_per_layer + per_head,
+            fuses_projections=known.fuses_projections,
             parameters=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
         )
 
@@ -91,6 +93,13 @@ class BaseShape:
     def modules(self) -> Mapping[str, tuple[int, int]]:
         """Inputs and outputs of a layer's linear modules."""
         mlp = (self.hidden, self.intermediate)
+        if self.fuses_projections:
+            return {
+                "qkv_proj": (self.hidden, self.queries + 2 * self.keys),
+                "o_proj": (self.queries, self.hidden),
+                "gate_up_proj": (self.hidden, 2 * self.intermediate),
+                "down_proj": mlp[::-1],
+            }
         return {
             "q_proj": (self.hidden, self.queries),
             "k_proj": (self.hidden, self.keys),

@@ -39,6 +39,8 @@ class Architecture:
     interleaves_rows: bool = False
     """Whether llama.cpp's rotary embedding turns neighbouring numbers of a head together, where Hugging Face's turns
     the two halves: then the rows of q and k in a GGUF file, and its keys, lie in another order (see layout.py)."""
+    fuses_projections: bool = False
+    """Whether q, k and v are one linear module, qkv_proj, and gate and up another, gate_up_proj."""
     transformers_reads_gguf: bool = True
     """Whether transformers makes a configuration of a GGUF file's metadata."""
     refusals: Mapping[str, str] = field(default_factory=dict)

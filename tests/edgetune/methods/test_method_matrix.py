@@ -67,6 +67,8 @@ TABLE: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 }
 # A method of each shape, the least that an architecture needs: low rank, scalings, networks, prefix, merged model.
 OF_EACH_SHAPE = ("bottleneck", "full", "ia3", "lora", "prefix")
+# Where q, k and v are one module.
+FUSED_MODULES = {"ia3": {"target_modules": ("qkv_proj", "down_proj")}}
 TRUNCATED: dict[str, dict[str, Any]] = {name: {**TABLE[name][1], "max_error": 0.3} for name in ("dora", "oft")}
 
 
@@ -213,7 +215,7 @@ def test_every_architecture_runs_what_was_trained(
     (shapes, options), source = TABLE[name], tiny_source(arch)
     if backend not in shapes or backend in known()[arch].refusals:
         return
-    trained = tuned(name, arch, **options)
+    trained = tuned(name, arch, **options, **FUSED_MODULES.get(name, {}) if known()[arch].fuses_projections else {})
     with closing(engine_of(trained, shapes[backend], backend, source, tmp_path)) as engine:
         assert compare(logits(trained), engine, ROWS).kl < CLOSE[shapes[backend]]
         assert compare(logits_of(source.model), engine, ROWS).kl > 20 * CLOSE[shapes[backend]]

@@ -71,15 +71,16 @@ def run_builder(folder: Path, out: Path) -> None:
         raise IncompatibleError(f"onnxruntime-genai's builder cannot export {folder.name}: {reason}", "build for gguf")
 
 
-def projections(graph: ir.Graph) -> list[Projection]:
+def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
     """The products with weights of the base, in the graph's order."""
+    parts = {} if architectures.of(base).fuses_projections else _FUSED
     found = []
     for node in graph:
         name = (node.name or "").removesuffix("_Q4").removesuffix("_Q8")
         match = _PROJECTION.fullmatch(name)
         if match:
             prefix = f"model.{match['layer']}.{_BLOCKS[match['block']]}"
-            which = _FUSED.get(match["which"], (match["which"],))
+            which = parts.get(match["which"], (match["which"],))
             modules = tuple(f"{prefix}.{part}_proj" for part in which)
             slot = f"model.{match['layer']}.{match['block']}.{match['which']}_proj"
             found.append(Projection(node, slot, modules))
@@ -117,7 +118,7 @@ def put_weights(model: ir.Model, base: Path, scheme: str) -> None:
     floats to 8 bits too; `fp32` makes floats of all.
     """
     source = _Source(base, scheme)
-    for projection in projections(model.graph):
+    for projection in projections(model.graph, source.header):
         if projection.node.name != HEAD:
             replace_product(model.graph, projection.node, source.of(projection.modules))
 
@@ -137,8 +138,8 @@ class _Source:
 
     def __init__(self, base: Path, scheme: str) -> None:
         self._path, self._scheme = base, scheme
-        self._header = read_header(base)
-        self._names = name_map(self._header)
+        self.header = read_header(base)
+        self._names = name_map(self.header)
 
     def of(self, modules: Sequence[str]) -> Packed | Floats:
         """The matrices of these modules under each other; floats when one of them stays so."""
@@ -153,15 +154,15 @@ class _Source:
         packed = None if self._scheme == "fp32" else pack(data, tensor)
         if packed is None and self._scheme == "int8" and tensor.shape[0] % BLOCK == 0:
             packed = pack_floats(dequantize_rows(data, tensor))
-        return None if packed is None else reorder(packed, base_rows(tensor, self._header))
+        return None if packed is None else reorder(packed, base_rows(tensor, self.header))
 
     def _floats(self, module: str) -> Floats:
         tensor, data = self._read(module)
-        values, order = dequantize_rows(data, tensor), base_rows(tensor, self._header)
+        values, order = dequantize_rows(data, tensor), base_rows(tensor, self.header)
         return values if order is None else values[np.argsort(order)]
 
     def _read(self, module: str) -> tuple[TensorInfo, bytes]:
-        tensor = tensor_of(module, self._header, self._names)
+        tensor = tensor_of(module, self.header, self._names)
         with self._path.open("rb") as file:
             file.seek(tensor.offset)
             return tensor, file.read(tensor.nbytes)

@@ -17,6 +17,7 @@ from edgetune_runtime.formats.gguf_file import read_header
 from tiny import ARCHITECTURES
 
 VERSION = importlib.metadata.version("llama-cpp-python")
+LONG = '{"model_type": "phi3", "rope_scaling": {"type": "longrope", "long_factor": [1.5]}}'
 NO_ROTATION = '{"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 1]}'
 # A build backend without dependencies, as pip asks a source distribution for its metadata.
 BACKEND = f"""\
@@ -123,6 +124,7 @@ def test_a_converter_that_cannot_be_had_is_an_error_and_leaves_nothing(
             IncompatibleError,
             "is not supported; choose a base of one",
         ),
+        ({"config.json": LONG}, IncompatibleError, "a Phi with scaled or partial rotary embeddings"),
         ({"config.json": NO_ROTATION}, IncompatibleError, "rotates other layers than every SmolLM3"),
         ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, NotFoundError, "no .safetensors file"),
     ],
