@@ -33,7 +33,7 @@ def of(header: GgufHeader, base: str = "") -> Architecture:
 
     Where GGUF knows several by one name, it is the one that is called so.
     """
-    architecture = known().get(header.architecture)
+    architecture = known().get(header.architecture.replace("-", "_"))
     if architecture is None or architecture.gguf != header.architecture:
         raise _unsupported(header.architecture, base)
     return architecture
