@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export.backends.gguf.backend import SUPPORTED
+from edgetune_export import architectures
 from edgetune_export.backends.gguf.convert import check_folder, convert_folder
 from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime.bundle import sha256_of
@@ -102,7 +102,7 @@ def resolve(
         source = _converted(source, quantize or DEFAULT_QUANTIZATION, work, progress, converter)
         quantize = None
     header = read_header(source)
-    _require_supported(header, name)
+    architectures.of(header, name)
     fingerprint = sha256_of(source)
     expected = ALIASES[name].sha256 if name in ALIASES else fingerprint
     if fingerprint != expected:
@@ -121,11 +121,11 @@ def describe(recipe: Recipe) -> GgufHeader | None:
     """
     if _is_gguf(recipe.base):
         header = read_header(locate(recipe.base, recipe.folder))
-        _require_supported(header, recipe.base)
+        architectures.of(header, recipe.base).check_formats(recipe.targets)
         return header
     if is_at_hand(recipe.base, recipe.folder):
         _refuse_encoder(recipe.base, recipe.folder)
-        check_folder(locate(recipe.base, recipe.folder))
+        check_folder(locate(recipe.base, recipe.folder)).check_formats(recipe.targets)
     return None
 
 
@@ -152,7 +152,6 @@ def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
         with redirect_stderr(io.StringIO()):
             header = read_header(base.path)
             config = config_of(header)
-            _complete(config, header)
             # PEFT writes it into what it saves.
             config.name_or_path = str(base.path.parent)
             model = model_of(config, dtype, base.path, header)
@@ -166,19 +165,6 @@ def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
         raise IncompatibleError(message, "convert the base again with llama.cpp's converter")
     model.config.use_cache = False
     return model
-
-
-def _complete(config: object, header: GgufHeader) -> None:
-    """Set what transformers 5.24 does not take from a GGUF file as llama.cpp does."""
-    arch, metadata = header.architecture, header.metadata
-    head_dim = metadata.get(f"{arch}.attention.key_length")
-    if isinstance(head_dim, int):
-        config.head_dim = head_dim  # type: ignore[attr-defined]
-    if arch == "gemma3":
-        # llama.cpp scales queries by the head dimension, but for the 27B model by width per head.
-        heads, width = metadata["gemma3.attention.head_count"], metadata["gemma3.embedding_length"]
-        is_27b = metadata["gemma3.block_count"] == 62
-        config.query_pre_attn_scalar = width // heads if is_27b else head_dim  # type: ignore[attr-defined]
 
 
 def encoder_type(folder: Path) -> str | None:
@@ -286,12 +272,6 @@ def _key_of_folder(folder: Path) -> str:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     state = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return key_of(state)[:12]
-
-
-def _require_supported(header: GgufHeader, name: str) -> None:
-    if header.architecture not in SUPPORTED:
-        message = f"architecture {header.architecture!r} of base {name!r} is not supported"
-        raise IncompatibleError(message, f"choose a base of one of: {', '.join(SUPPORTED)}")
 
 
 def check_context(recipe: Recipe, most: int) -> None:

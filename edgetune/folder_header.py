@@ -9,22 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgetune_export.architectures.base import ENTRIES
 from edgetune_export.architectures.layout import name_map
 from edgetune_export.backends.gguf.convert import check_folder
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 
 _F16 = 1
-# What GGUF calls the entries of config.json.
-_KEYS = {
-    "num_hidden_layers": "block_count",
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "max_position_embeddings": "context_length",
-}
 
 
 def predict_header(folder: Path) -> GgufHeader:
@@ -33,10 +24,10 @@ def predict_header(folder: Path) -> GgufHeader:
     Reads config.json and the heads of the .safetensors files. Raises what `check_folder` raises, and VerificationError
     when a file is damaged.
     """
-    architecture = check_folder(folder)
+    architecture = check_folder(folder).gguf
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     metadata: dict[str, Any] = {"general.architecture": architecture}
-    metadata |= {f"{architecture}.{key}": config[name] for name, key in _KEYS.items() if config.get(name) is not None}
+    metadata |= {f"{architecture}.{key}": config[name] for name, key in ENTRIES.items() if config.get(name) is not None}
     metadata.setdefault(f"{architecture}.attention.head_count_kv", config.get("num_attention_heads"))
     if "head_dim" in config:
         metadata[f"{architecture}.attention.value_length"] = config["head_dim"]

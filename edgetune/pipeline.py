@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export import backends
+from edgetune_export import architectures, backends
 from edgetune_export.backends.base import Weights
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import CLASSIFICATION
@@ -151,6 +151,7 @@ def export_trained(
         progress=progress,
         converter=converter,
     )
+    architectures.of(found.header).check_formats(targets)
     prompts = systems or {}
     adapters = [_elsewhere(name, folder, prompts.get(name), found, merged=merged) for name, folder in folders.items()]
     context_length = min(defaults["context_length"].default, base_context_length(found.header))
@@ -184,6 +185,7 @@ def base_of(recipe: Recipe, work: Path, progress: Progress, converter: Path | No
         )
 
     base = resolve(recipe.quantize)
+    architectures.of(base.header).check_formats(recipe.targets)
     most = base_context_length(base.header)
     check_context(recipe, most)
     picked: dict[str, Any] = {"context_length": recipe.context_length}

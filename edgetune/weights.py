@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from edgetune_export import architectures
 from edgetune_export.architectures.layout import base_rows, name_map
 from edgetune_export.backends.gguf.quantize import dequantize_rows
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
@@ -21,13 +22,32 @@ if TYPE_CHECKING:
 
 _VOCABULARY = "tokenizer.ggml.tokens"
 _OUTPUT = "output.weight"
+# The writer adds the one itself; by the other transformers tells Mistral from LLaMA, and gives it a window of attention
+# that llama.cpp leaves out.
+_LEFT_OUT = ("general.architecture", "general.name")
 
 
 def config_of(header: GgufHeader) -> PreTrainedConfig:
-    """What transformers makes of a GGUF file's metadata.
+    """What transformers makes of a GGUF file's metadata, corrected where llama.cpp makes something else of it.
+
+    Raises IncompatibleError for an architecture that is not supported.
+    """
+    from transformers import AutoConfig  # noqa: PLC0415 - slow to import
+
+    architecture = architectures.of(header)
+    if architecture.transformers_reads_gguf:
+        config = _read_config(header)
+    else:
+        config = AutoConfig.for_model(architecture.model_types[0], **architecture.whole_config(header))
+    for name, value in architecture.config_entries(header).items():
+        setattr(config, name, value)
+    return config
+
+
+def _read_config(header: GgufHeader) -> PreTrainedConfig:
+    """What transformers makes of the metadata.
 
     It gets a file without the arrays of the vocabulary, which take it seconds to read and of which it needs the length.
-    Raises ValueError for an architecture that it does not know.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - slow to import
 
@@ -38,7 +58,7 @@ def config_of(header: GgufHeader) -> PreTrainedConfig:
         for key, value in header.metadata.items():
             if isinstance(value, tuple) and not key.startswith("tokenizer."):
                 writer.add_array(key, value)
-            elif not isinstance(value, tuple) and key != "general.architecture":
+            elif not isinstance(value, tuple) and key not in _LEFT_OUT:
                 writer.add_key_value(key, value, gguf.GGUFValueType(header.value_types[key]))
         if vocabulary not in header.metadata and _VOCABULARY in header.metadata:
             writer.add_uint32(vocabulary, len(header.metadata[_VOCABULARY]))
@@ -90,6 +110,6 @@ def _values(data: np.ndarray, tensor: TensorInfo, header: GgufHeader) -> torch.T
     # Aligned by torch, on which the speed of its products depends.
     values = torch.empty(tensor.shape[::-1], dtype=torch.float32)
     dequantize_rows(data, tensor, out=values.numpy())
-    if header.architecture == "gemma3" and tensor.name.endswith("norm.weight"):
-        values -= 1
+    if tensor.name.endswith("norm.weight"):
+        values -= architectures.of(header).norm_offset
     return values

@@ -55,7 +55,7 @@ def _states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_folder(arch)`: the Hugging Face folder of a tiny random base, arch in llama, qwen2, qwen3, gemma3."""
+    """`tiny_folder(arch)`: the Hugging Face folder of a tiny random base, arch as in tiny.py."""
     from tiny import make_folder, make_tokenizer  # noqa: PLC0415 - torch only where a test needs a base
 
     root = tmp_path_factory.mktemp("tiny")

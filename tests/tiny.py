@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
+from edgetune_export.backends.onnx.tokenizer import write_tokenizer
+from edgetune_runtime.formats.gguf_file import read_header
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -16,17 +19,60 @@ from transformers import (
     ElectraConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     RobertaConfig,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+from edgetune.bases import locate
+
+FEW = ("llama", "qwen2", "qwen3", "gemma3")
+"""What tests that take long run on: what differs in the others is not what they look at."""
+ARCHITECTURES = (*FEW, "mistral", "smollm3", "granite", "olmo2", "phi3")
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    # A window of attention that llama.cpp leaves out; longer than what the tests run.
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 256}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
+    # llama.cpp takes every sixth layer of a Gemma 3 for a full one, so six layers hold one of them.
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {"num_hidden_layers": 6, "sliding_window": 16}),
+    # Every fourth layer has no rotary embedding.
+    "smollm3": (
+        SmolLM3ForCausalLM,
+        SmolLM3Config,
+        {"num_hidden_layers": 4, "pad_token_id": None, "tie_word_embeddings": True},
+    ),
+    "granite": (
+        GraniteForCausalLM,
+        GraniteConfig,
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.5,
+            "residual_multiplier": 0.75,
+            "logits_scaling": 0.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {"pad_token_id": None}),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {"original_max_position_embeddings": 512, "pad_token_id": None}),
+}
+"""Classes of each architecture's model and configuration, and what the configuration has of its own."""
 FINGERPRINT = "ab" * 32
 ENCODERS = ("bert", "distilbert", "electra", "roberta")
 CHAT_TEMPLATE = (
@@ -60,30 +106,25 @@ def make_tokenizer(folder: Path) -> Path:
 
 def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedModel:
     """A random two-layer model with grouped-query attention; its weights are big enough to give varied answers."""
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        # transformers takes 128 for a Qwen 3 GGUF, whatever the file says; bases.py corrects it.
+        # transformers takes 128 for a Qwen 3 GGUF, whatever the file says; architectures/base.py corrects it.
         "head_dim": hidden_size // 4,
         "max_position_embeddings": 512,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if arch in {"granite", "phi3"}:
+        # GGUF files hold no head size of these.
+        del common["head_dim"]
+    model_class, config_class, own = MODELS[arch]
     torch.manual_seed(0)
-    model: PreTrainedModel
-    if arch == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=True))
-    elif arch == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**common, tie_word_embeddings=False))
-    elif arch == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**common, tie_word_embeddings=True))
-    else:
-        # llama.cpp takes every sixth layer of a Gemma 3 for a full one, so six layers hold one of them.
-        model = Gemma3ForCausalLM(Gemma3TextConfig(**{**common, "num_hidden_layers": 6}, sliding_window=16))
+    model: PreTrainedModel = model_class(config_class(**common | own))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -95,8 +136,21 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
 
 
 def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64) -> Path:
-    """Save a tiny model and its tokenizer as a Hugging Face folder."""
+    """Save a tiny model and its tokenizer as a Hugging Face folder.
+
+    llama.cpp converts an OLMo 2 only with a byte-pair tokenizer that it knows, so it gets SmolLM2's.
+    """
+    if arch == "olmo2":
+        smollm2 = locate("smollm2-135m", folder)
+        make_model(arch, len(read_header(smollm2).metadata["tokenizer.ggml.tokens"])).save_pretrained(folder)
+        write_tokenizer(smollm2, folder)
+        return folder
     vocab_size = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
+    folder.mkdir(parents=True, exist_ok=True)
+    if arch == "phi3":
+        # llama.cpp does not load one without this token.
+        (folder / "added_tokens.json").write_text(json.dumps({"<|endoftext|>": vocab_size}))
+        vocab_size += 1
     make_model(arch, vocab_size, hidden_size).save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
     config = {

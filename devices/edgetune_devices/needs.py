@@ -43,6 +43,7 @@ _TYPES = {name: (block, size) for name, block, size in GGML_TYPES.values()}
 
 _MODULES = {
     "attn_q": "self_attn.q_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
@@ -238,16 +239,19 @@ def lora_size(
     header: GgufHeader, rank: int, targets: Sequence[str] | str = "all-linear", *, dtype: str = "f16"
 ) -> AdapterSize:
     """The size of a LoRA adapter before it is trained: `targets` as PEFT takes them, `dtype` of its file."""
-    tensors = [tensor for tensor in header.tensors.values() if _is_target(_module_name(tensor.name), targets)]
+    tensors = [tensor for tensor in header.tensors.values() if _is_target(_module_name(tensor.name, header), targets)]
     values = rank * sum(columns + rows for columns, rows in (t.shape for t in tensors))
     return AdapterSize(math.ceil(values * _ADAPTER_TYPES[dtype]), len(tensors))
 
 
-def _module_name(tensor_name: str) -> str | None:
+def _module_name(tensor_name: str, header: GgufHeader) -> str | None:
     """What a Hugging Face model calls the linear module of a layer's tensor; None for other tensors."""
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor_name)
     if match is None or match[2] not in _MODULES:
         return None
+    if match[2] == "ffn_up" and f"blk.{match[1]}.ffn_gate.weight" not in header.tensors:
+        # One matrix for both.
+        return f"model.layers.{match[1]}.mlp.gate_up_proj"
     return f"model.layers.{match[1]}.{_MODULES[match[2]]}"
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from edgetune_export import architectures
 from transformers import PreTrainedModel
 
 from edgetune.objectives.base import LOGITS_PER_CHUNK
@@ -25,8 +26,11 @@ def summed_loss(run: Callable[[], torch.Tensor], model: torch.nn.Module, loss_of
     if getattr(base.config, "final_logit_softcapping", None) is not None:
         # Such a base changes what its head gives.
         return loss_of(run().float(), slice(None))
-    with _loss_as_logits(base.get_output_embeddings(), base.config.vocab_size, loss_of):
-        return run().sum()
+    divisor = architectures.of_model_type(base.config.model_type).logits_divisor(base.config)
+    loss_of_output = loss_of if divisor == 1 else lambda output, rows: loss_of(output / divisor, rows)
+    with _loss_as_logits(base.get_output_embeddings(), base.config.vocab_size, loss_of_output):
+        # The base divides what it takes for the output of its head.
+        return run().sum() * divisor
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from edgetune_export import architectures
 from edgetune_runtime.errors import UsageError
 
 from edgetune.bases import Base
@@ -115,6 +116,9 @@ def choose(
     """
     options = job.options
     assert isinstance(options, LoraOptions)
+    if architectures.of(base.header).fuses_projections:
+        message = f"target_modules: auto cannot choose among the modules of base {base.name!r}, which are fused"
+        raise UsageError(message, "name them, such as [qkv_proj, o_proj], or take all-linear")
     wanted, budget = placements(options.r), options.max_decode_overhead
     with processes().main_process_first():
         found = costs(wanted, spec, base, recipe, folder=folder, progress=progress)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from edgetune_export import backends
+from edgetune_export import architectures, backends
 from edgetune_export.adapters.shapes import Floats
 from edgetune_export.parity import Decoder, Parity, Rows, check, compare
 from edgetune_export.parity import Trained as Model
@@ -250,6 +250,7 @@ class _Logits:
     head: Any
     states: Any
     vocabulary: int
+    divisor: float
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -261,18 +262,19 @@ class _Logits:
         import torch  # noqa: PLC0415 - only where something is exported
 
         with torch.inference_mode():
-            return np.asarray(self.head(self.states[part]).float().numpy(), np.float32)
+            return np.asarray((self.head(self.states[part]).float() / self.divisor).numpy(), np.float32)
 
 
 def _remembered(base: PreTrainedModel, model: Any, known: States) -> Model:  # noqa: ANN401 - with or without PEFT around it
     """The logits of `model`, which is `base` tuned or not: it runs once for each row, however many backends compare."""
     head: Any = base.get_output_embeddings()
+    divisor = architectures.of_model_type(base.config.model_type).logits_divisor(base.config)
 
     def remember(tokens: list[int]) -> Rows:
         key = tuple(tokens)
         if key not in known:
             known[key] = _states(head, model, tokens)
-        return _Logits(head, known[key], base.config.vocab_size)
+        return _Logits(head, known[key], base.config.vocab_size, divisor)
 
     return remember
 

@@ -12,14 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from edgetune_export import architectures
 from torch.autograd.function import once_differentiable
 
 from .int8 import PackedLayers, PackedLinear, in_int8
 
 Forward = Callable[..., torch.Tensor]
-
-# What each class adds to its weights. Classes that compute anything else keep their own forward.
-_NORMS = {"LlamaRMSNorm": 0.0, "Qwen2RMSNorm": 0.0, "Qwen3RMSNorm": 0.0, "Gemma3RMSNorm": 1.0}
 
 
 @contextmanager
@@ -48,11 +46,16 @@ def _fused_forward(module: Any, packed: PackedLayers) -> Forward | None:  # noqa
         return None
     if _is_plain_lora(module):
         return partial(_lora_forward, module, packed.get(module.base_layer))
-    addend = _NORMS.get(type(module).__name__)
+    addend = _norms().get(type(module).__name__)
     if addend is None or any(p.requires_grad for p in module.parameters()):
         return None
     epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return partial(_norm_forward, module, addend, epsilon)
+
+
+def _norms() -> dict[str, float]:
+    """What each class of norms adds to its weights. Classes that compute anything else keep their own forward."""
+    return {architecture.rms_norm: architecture.norm_offset for architecture in architectures.known().values()}
 
 
 def _is_float32_on_cpu(tensor: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from edgetune_export import architectures
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
 
@@ -44,9 +45,9 @@ _LOST_KEEPING = 0.45
 _MB = 1e6
 # What the linear modules of a layer read.
 _READS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention"),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention"),
     "o_proj": "heads",
-    **dict.fromkeys(("gate_proj", "up_proj"), "mlp"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "mlp"),
     "down_proj": "inner",
 }
 
@@ -64,6 +65,7 @@ class BaseShape:
     vocabulary: int
     norms: int
     parameters: int
+    fuses_projections: bool = False
 
     @classmethod
     def of_header(cls, header: GgufHeader) -> BaseShape:
@@ -73,7 +75,8 @@ class BaseShape:
         lengths = header.metadata[f"{arch}.feed_forward_length"]
         queries = int(header.metadata[f"{arch}.attention.head_count"]) * cache.key_size
         keys = cache.heads * cache.key_size
-        per_head = queries + keys if arch in {"qwen3", "gemma3"} else 0
+        known = architectures.of(header)
+        per_head = queries + keys if known.norms_queries_and_keys else 0
         return cls(
             layers=cache.layers,
             hidden=hidden,
@@ -81,7 +84,8 @@ class BaseShape:
             queries=queries,
             keys=keys,
             vocabulary=header.tensors["token_embd.weight"].shape[1],
-            norms=hidden * (4 if arch == "gemma3" else 2) + per_head,
+            norms=hidden * known.norms_per_layer + per_head,
+            fuses_projections=known.fuses_projections,
             parameters=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
         )
 
@@ -89,6 +93,13 @@ class BaseShape:
     def modules(self) -> Mapping[str, tuple[int, int]]:
         """Inputs and outputs of a layer's linear modules."""
         mlp = (self.hidden, self.intermediate)
+        if self.fuses_projections:
+            return {
+                "qkv_proj": (self.hidden, self.queries + 2 * self.keys),
+                "o_proj": (self.queries, self.hidden),
+                "gate_up_proj": (self.hidden, 2 * self.intermediate),
+                "down_proj": mlp[::-1],
+            }
         return {
             "q_proj": (self.hidden, self.queries),
             "k_proj": (self.hidden, self.keys),

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from edgetune_export import architectures
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufEngine
@@ -22,6 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from edgetune import bases
 from edgetune.bases import Base, load_torch
 from edgetune.progress import Progress
+
+READ_BY_TRANSFORMERS = [arch for arch in ARCHITECTURES if architectures.known()[arch].transformers_reads_gguf]
 
 
 @pytest.fixture
@@ -152,14 +155,17 @@ def test_the_weights_in_torch_are_those_that_llama_cpp_runs(arch: str, tiny_base
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", [arch for arch in ARCHITECTURES if architectures.known()[arch].transformers_reads_gguf]
+)
 def test_model_and_config_are_those_that_transformers_makes_of_the_file(
     arch: str, dtype: torch.dtype, tiny_gguf: Callable[[str], Path], resolve: Callable[..., Base]
 ) -> None:
     base = resolve(str(tiny_gguf(arch)), quantize="q8_0")
     model = load_torch(base, dtype)
     config = AutoConfig.from_pretrained(base.path.parent, gguf_file=base.path.name)
-    bases._complete(config, base.header)
+    for name, value in architectures.of(base.header).config_entries(base.header).items():
+        setattr(config, name, value)
     expected = AutoModelForCausalLM.from_pretrained(
         base.path.parent, gguf_file=base.path.name, config=config, dtype=dtype
     )
@@ -179,7 +185,7 @@ def test_model_and_config_are_those_that_transformers_makes_of_the_file(
 
 def comparable(config: PreTrainedConfig) -> dict[str, Any]:
     """All that a config says but where it is from, how it is run and what its file was."""
-    apart = {"_name_or_path", "quantization_config", "use_cache"}
+    apart = {"_name_or_path", "_model_name_or_path", "quantization_config", "use_cache"}
     return {key: value for key, value in config.to_dict().items() if key not in apart}
 
 
@@ -201,11 +207,11 @@ def test_a_base_without_some_weights_is_refused(tiny_base: Callable[[str], Base]
     assert_refused(IncompatibleError, message, lambda: load_torch(part, torch.float32))
 
 
-def test_a_base_that_transformers_cannot_load_is_refused(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:
+def test_a_file_of_an_unknown_architecture_is_refused(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "nosuch")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     other = replace(tiny_base("llama"), name="other", path=tmp_path / "other.gguf")
-    message = "transformers cannot load base 'other': "
+    message = "architecture 'nosuch' is not supported"
     assert_refused(IncompatibleError, message, lambda: load_torch(other, torch.float32))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
+from tiny import ARCHITECTURES
 
 from edgetune import needs as build_needs
 from edgetune.cli.validate import check
@@ -20,7 +21,6 @@ from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 NEEDS = BuildNeeds(1_700_000_000, 6800, 12000, 8000, 15000, 2000, 20000, 3000, 900)
 PLENTY = Room(Path("/data"), 64000.0, 500000.0)
 
@@ -49,6 +49,15 @@ def test_the_header_of_a_folder_is_that_of_the_file_it_is_converted_to(
     assert {name: tensor.shape for name, tensor in predicted.tensors.items()} == sizes
     for key, value in predicted.metadata.items():
         assert converted.metadata[key] == value, key
+
+
+def test_a_format_that_cannot_hold_the_architecture_is_refused(
+    tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for base in (tiny_folder("olmo2"), tiny_gguf("olmo2")):
+        assert build_needs.header_of(recipe_of(tmp_path, base)) is not None
+        with pytest.raises(IncompatibleError, match=r"onnx cannot hold a base of architecture 'olmo2': .*; leave that"):
+            build_needs.header_of(recipe_of(tmp_path, base, targets=["gguf", "onnx"]))
 
 
 def test_a_damaged_folder_is_told(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ import shutil
 from edgetune_export.backends.gguf import backend as gguf
 
 SHAPES = ("low_rank", "merged")
-SUPPORTED = gguf.SUPPORTED
 ADAPTER_FILE = "adapter.toy"
 MODEL_FILE = "model.toy"
 write_adapter = gguf.write_adapter

@@ -1,1 +1,53 @@
-"""What is known about the architectures of bases."""
+"""One file per architecture of decoders, with an ARCHITECTURE; what they share is in `base` and `layout`."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import GgufHeader
+
+from .base import Architecture
+
+__all__ = ["Architecture", "known", "names", "of", "of_model_type"]
+
+_SHARED = ("base", "layout")
+
+
+def names() -> tuple[str, ...]:
+    """The names of all architectures, from the files of this package."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED))
+
+
+@cache
+def known() -> Mapping[str, Architecture]:
+    """All architectures by their names."""
+    return {name: import_module(f"{__name__}.{name}").ARCHITECTURE for name in names()}
+
+
+def of(header: GgufHeader, base: str = "") -> Architecture:
+    """The architecture of a GGUF file; IncompatibleError, naming also the `base`, when it is not supported.
+
+    Where GGUF knows several by one name, it is the one that is called so.
+    """
+    architecture = known().get(header.architecture.replace("-", "_"))
+    if architecture is None or architecture.gguf != header.architecture:
+        raise _unsupported(header.architecture, base)
+    return architecture
+
+
+def of_model_type(model_type: str, base: str = "") -> Architecture:
+    """The architecture that a config.json calls `model_type`; errors as those of `of`."""
+    for architecture in known().values():
+        if model_type in architecture.model_types:
+            return architecture
+    raise _unsupported(model_type, base)
+
+
+def _unsupported(name: str, base: str) -> IncompatibleError:
+    whose = f" of base {base!r}" if base else ""
+    message = f"architecture {name!r}{whose} is not supported"
+    return IncompatibleError(message, f"choose a base of one of: {', '.join(names())}")

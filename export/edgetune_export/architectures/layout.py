@@ -1,8 +1,8 @@
 """Names and rows of a Hugging Face model in, those of its GGUF file out.
 
-Files of the llama architecture hold the rows of q and k in another order. llama.cpp's rotary embedding of that
-architecture turns neighbouring rows together, Hugging Face's the two halves of a head, so the converter interleaves the
-halves of each head.
+Files of some architectures hold the rows of q and k in another order. There llama.cpp's rotary embedding turns
+neighbouring rows together, Hugging Face's the two halves of a head, so the converter interleaves the halves of each
+head.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
+
+from . import of
 
 _QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(weight|bias)")
 
@@ -38,12 +40,12 @@ def base_rows(tensor: TensorInfo, header: GgufHeader) -> npt.NDArray[np.intp] | 
     `hf[base_rows]` is the base's order. IncompatibleError when the rows do not divide into heads.
     """
     match = _QUERY_OR_KEY.fullmatch(tensor.name)
-    if header.architecture != "llama" or match is None:
+    if match is None or not of(header).interleaves_rows:
         return None
-    key = "head_count" if match["which"] == "q" else "head_count_kv"
-    if f"llama.attention.{key}" not in header.metadata:
-        key = "head_count"
-    heads, rows = count(header.metadata, f"llama.attention.{key}"), tensor.shape[-1]
+    prefix = f"{header.architecture}.attention"
+    key = f"{prefix}.head_count" if match["which"] == "q" else f"{prefix}.head_count_kv"
+    heads = count(header.metadata, key if key in header.metadata else f"{prefix}.head_count")
+    rows = tensor.shape[-1]
     if rows % (2 * heads):
         raise IncompatibleError(f"{rows} rows do not divide into {heads} heads", "give a base that llama.cpp runs")
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)

@@ -39,12 +39,11 @@ class Source:
 class Backend(Protocol):
     """A module of this package, named after the format that it writes; the runtime's engine has the same name.
 
-    `SHAPES` names the adapter shapes that it can express; `SUPPORTED` the base architectures; `ADAPTER_FILE` and
-    `MODEL_FILE` what an adapter and a merged model are called in the adapter's folder.
+    `SHAPES` names the adapter shapes that it can express, `ADAPTER_FILE` and `MODEL_FILE` what an adapter and a merged
+    model are called in the adapter's folder.
     """
 
     SHAPES: tuple[str, ...]
-    SUPPORTED: tuple[str, ...]
     ADAPTER_FILE: str
     MODEL_FILE: str
 

@@ -69,6 +69,9 @@ _UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 63
+# Architectures with sliding-window layers, and which layers attend to all where the file does not say: every sixth.
+# Other architectures have such layers too, but llama.cpp runs them as whole ones.
+_WHOLE_LAYERS = {"gemma3": 6}
 
 
 @dataclass(frozen=True)
@@ -163,10 +166,10 @@ def cache_shape(base: GgufHeader) -> CacheShape:
     kv_heads = _count(base, "attention.head_count_kv", heads)
     key_size, value_size = (_count(base, f"attention.{which}_length", width) for which in ("key", "value"))
     window = base.metadata.get(f"{base.architecture}.attention.sliding_window")
-    # Other architectures have layers of this kind too, but llama.cpp runs them as whole ones.
-    if base.architecture != "gemma3" or not isinstance(window, int) or window < 1:
+    every = _WHOLE_LAYERS.get(base.architecture)
+    if every is None or not isinstance(window, int) or window < 1:
         return CacheShape(layers, kv_heads, key_size, value_size)
-    pattern = base.metadata.get("gemma3.attention.sliding_window_pattern", 6)
+    pattern = base.metadata.get(f"{base.architecture}.attention.sliding_window_pattern", every)
     if isinstance(pattern, tuple):
         sliding = tuple(layer for layer, slides in enumerate(pattern[:layers]) if slides)
     else:

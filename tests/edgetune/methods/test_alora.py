@@ -14,7 +14,7 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from tiny import ARCHITECTURES, make_encoder, make_model
+from tiny import FEW, make_encoder, make_model
 from torch.nn.functional import cross_entropy
 from trainings import VOCABULARY, job, learn, logits_of, stopped_and_resumed
 
@@ -92,7 +92,7 @@ def loss_alone(model: Any, rows: list[Example]) -> float:  # noqa: ANN401 - as a
     return total
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", FEW)
 def test_packed_rows_lose_what_pefts_own_gate_loses_on_each_alone(arch: str, tmp_path: Path) -> None:
     model = attached(arch)
     ALORA.save(model, tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from edgetune_export.adapters.shapes import Bottleneck, Tensors
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
-from tiny import ARCHITECTURES, make_encoder, make_model
+from tiny import FEW, make_encoder, make_model
 from torch.nn import functional
 from trainings import QUIET, VOCABULARY, answer, job, learn, logits_of, stopped_and_resumed
 
@@ -76,7 +76,7 @@ def assert_refused(error: type[EdgetuneError], problem: str, checkpoint: Checkpo
         pass
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", FEW)
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: options["kind"])
 def test_folder_and_fold_say_what_was_trained(arch: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = attach(arch, options)

@@ -9,7 +9,7 @@ import torch
 from edgetune_export.adapters.shapes import Merged, Tensors
 from edgetune_runtime.errors import UsageError
 from peft import IA3Config, get_peft_model
-from tiny import ARCHITECTURES, make_model
+from tiny import FEW, make_model
 from torch.nn.functional import linear
 from trainings import VOCABULARY, answer, job, learn, logits_of, stopped_and_resumed
 from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ def scaled(base: PreTrainedModel, folded: Tensors, scale: float) -> torch.Tensor
     return logits_of(base, TOKENS)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", FEW)
 @pytest.mark.parametrize("options", [{}, BOTH_SIDES])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_both_shapes_say_what_was_trained(arch: str, options: dict[str, Any], scale: float, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from edgetune_export.adapters.shapes import LowRank, Merged
+from edgetune_export.architectures import known
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf import backend as gguf
 from edgetune_export.backends.onnx import backend as onnx
@@ -19,6 +20,7 @@ from edgetune_export.parity import compare
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.errors import IncompatibleError, UsageError
+from tiny import ARCHITECTURES
 
 from edgetune import bases, methods
 from edgetune.bases import Base
@@ -63,6 +65,10 @@ TABLE: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "rslora": (LOW_RANK, {"r": 4}),
     "vera": (LOW_RANK, {"r": 8}),
 }
+# A method of each shape, the least that an architecture needs: low rank, scalings, networks, prefix, merged model.
+OF_EACH_SHAPE = ("bottleneck", "full", "ia3", "lora", "prefix")
+# Where q, k and v are one module.
+FUSED_MODULES = {"ia3": {"target_modules": ("qkv_proj", "down_proj")}}
 TRUNCATED: dict[str, dict[str, Any]] = {name: {**TABLE[name][1], "max_error": 0.3} for name in ("dora", "oft")}
 
 
@@ -96,22 +102,25 @@ def base(tiny_base: Callable[[str], Base]) -> Base:
 
 
 @pytest.fixture(scope="module")
-def source(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return Source(base.path, base.fingerprint, bases.load_torch(base, torch.float32), tmp_path_factory.mktemp("way"))
+def source(tiny_source: Callable[[str], Source]) -> Source:
+    return tiny_source("llama")
 
 
 @pytest.fixture(scope="module")
-def tuned(base: Base, source: Source, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tuned]:
-    """`tuned(method, **options)`: the method trained for a few steps."""
+def tuned(
+    tiny_base: Callable[[str], Base], tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Tuned]:
+    """`tuned(method, arch, **options)`: the method trained for a few steps on a tiny base."""
 
     @cache
-    def make(name: str, options: tuple[tuple[str, Any], ...]) -> Tuned:
+    def make(name: str, arch: str, options: tuple[tuple[str, Any], ...]) -> Tuned:
         folder, job = tmp_path_factory.mktemp(name), job_of(name, dict(options))
-        result = train(bases.load_torch(base, torch.float32), job, folder, Progress(quiet=True))
-        assert source.model is not None
-        return Tuned(job.method, methods.Checkpoint(name, folder / "adapter", source.model, job.options), result)
+        result = train(bases.load_torch(tiny_base(arch), torch.float32), job, folder, Progress(quiet=True))
+        model = tiny_source(arch).model
+        assert model is not None
+        return Tuned(job.method, methods.Checkpoint(name, folder / "adapter", model, job.options), result)
 
-    return lambda name, **options: make(name, tuple(options.items()))
+    return lambda name, arch="llama", **options: make(name, arch, tuple(options.items()))
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -190,6 +199,26 @@ def test_what_runs_is_what_was_trained(
         assert parity.kl < CLOSE[shape]
         # Far from the base, so that an engine which ran that would not pass.
         assert compare(logits_of(source.model), engine, ROWS).kl > 20 * CLOSE[shape]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OF_EACH_SHAPE)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_runs_what_was_trained(
+    arch: str,
+    name: str,
+    backend: str,
+    tuned: Callable[..., Tuned],
+    tiny_source: Callable[[str], Source],
+    tmp_path: Path,
+) -> None:
+    (shapes, options), source = TABLE[name], tiny_source(arch)
+    if backend not in shapes or backend in known()[arch].refusals:
+        return
+    trained = tuned(name, arch, **options, **FUSED_MODULES.get(name, {}) if known()[arch].fuses_projections else {})
+    with closing(engine_of(trained, shapes[backend], backend, source, tmp_path)) as engine:
+        assert compare(logits(trained), engine, ROWS).kl < CLOSE[shapes[backend]]
+        assert compare(logits_of(source.model), engine, ROWS).kl > 20 * CLOSE[shapes[backend]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

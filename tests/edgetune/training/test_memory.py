@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from edgetune_runtime.errors import UsageError
-from tiny import make_model
+from tiny import ARCHITECTURES, make_model
 from trainings import Listening, job
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -116,6 +116,16 @@ def test_the_shape_of_a_base_is_read_from_its_header(tiny_base: Callable[[str], 
     assert shape.norms == 4 * 64 + 64 + 32
     model = make_model("gemma3", shape.vocabulary)
     assert shape.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.01)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_modules_of_a_layer_are_those_of_the_model(arch: str, tiny_base: Callable[[str], Base]) -> None:
+    shape = BaseShape.of_header(tiny_base(arch).header)
+    layer = layers_of(make_model(arch, 384))[0]
+    linear = {
+        name.rpartition(".")[2]: module for name, module in layer.named_modules() if hasattr(module, "in_features")
+    }
+    assert shape.modules == {name: (module.in_features, module.out_features) for name, module in linear.items()}
 
 
 def test_a_need_grows_with_rows_and_with_what_is_trained() -> None:

@@ -1,7 +1,7 @@
 """Folded adapter and base GGUF in, GGUF LoRA file, prefix or merged GGUF out, as llama.cpp loads them.
 
-llama.cpp computes W·x + alpha/rank · B·(A·x) for each pair `<tensor>.lora_a`, `<tensor>.lora_b`. Files of the llama
-architecture hold the rows of q and k in another order than Hugging Face models, so B's rows are reordered too.
+llama.cpp computes W·x + alpha/rank · B·(A·x) for each pair `<tensor>.lora_a`, `<tensor>.lora_b`. Where a file holds
+the rows of q and k in another order than the Hugging Face model, B's rows are reordered too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from edgetune_runtime.formats.gguf_file import (
 )
 from edgetune_runtime.wording import first_of
 
+from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Adapter, Delta, Floats, LowRank, Merged, Prefix
 from edgetune_export.architectures.layout import base_rows, name_map
 from edgetune_export.backends.base import Source
@@ -33,7 +34,6 @@ from .quantize import quantize_rows
 from .rounding import rounded
 
 SHAPES = ("low_rank", "prefix", "merged")
-SUPPORTED = ("llama", "qwen2", "qwen3", "gemma3")
 ADAPTER_FILE = "adapter.gguf"
 MODEL_FILE = "model.gguf"
 DTYPES = ("f32", "f16", "q8_0")
@@ -144,21 +144,19 @@ def _place_parameters(merged: Merged, header: GgufHeader) -> list[tuple[TensorIn
 
 
 def _stored(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
-    """A parameter as the file holds it: rows in the base's order, Gemma's norms with the 1 that they are added to."""
+    """A parameter as the file holds it: rows in the base's order, norms with what they are added to."""
     if values.shape[::-1] != tensor.shape:
         message = f"{tensor.name} is {tensor.shape[::-1]} in the base, {values.shape} in the merged model"
         raise IncompatibleError(message, "give the base that the model was trained from")
-    if header.architecture == "gemma3" and tensor.name.endswith("norm.weight"):
-        return values + np.float32(1)
+    if tensor.name.endswith("norm.weight"):
+        return values + np.float32(architectures.of(header).norm_offset)
     order = base_rows(tensor, header)
     return values if order is None else values[order]
 
 
 def _place(adapter: LowRank, header: GgufHeader) -> list[_Placed]:
     """Find the base tensor of each module and check that it fits; IncompatibleError lists the modules that do not."""
-    if header.architecture not in SUPPORTED:
-        message = f"bases of architecture {header.architecture!r} are not supported"
-        raise IncompatibleError(message, f"choose one of: {', '.join(SUPPORTED)}")
+    architectures.of(header)
     if not adapter.modules:
         raise IncompatibleError(f"adapter {adapter.name!r} changes no module", "train it with target modules")
     names = name_map(header)

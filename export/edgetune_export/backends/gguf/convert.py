@@ -19,17 +19,18 @@ import platformdirs
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 
+from edgetune_export import architectures
+from edgetune_export.architectures import Architecture
+
 SCRIPT = "convert_hf_to_gguf.py"
 # What of vendor/llama.cpp the converter needs.
 PARTS = (SCRIPT, "conversion", "gguf-py/gguf", "LICENSE")
 # Digests of source distributions that were looked at; for other versions pip's own check against the index has to do.
 SDIST_SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
-# `model_type` in config.json of the architectures that the tests cover, and the name that GGUF gives them.
-MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 
 
-def check_folder(folder: Path) -> str:
-    """The GGUF architecture of a Hugging Face model folder, before any work is done.
+def check_folder(folder: Path) -> Architecture:
+    """The architecture of a Hugging Face model folder, before any work is done.
 
     Raises NotFoundError when the folder holds no model and IncompatibleError for an architecture that is not supported.
     """
@@ -38,16 +39,16 @@ def check_folder(folder: Path) -> str:
         remedy = "give a Hugging Face model folder, a .gguf file or a hub id"
         raise NotFoundError(f"{folder} has no config.json", remedy)
     try:
-        model_type = str(json.loads(config_path.read_text(encoding="utf-8"))["model_type"])
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        model_type = str(config["model_type"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise VerificationError(f"{config_path} names no model_type", "get the model again") from error
-    if model_type not in MODEL_TYPES:
-        known = ", ".join(MODEL_TYPES)
-        raise IncompatibleError(f"architecture {model_type!r} of {folder} is not supported", f"choose one of: {known}")
+    architecture = architectures.of_model_type(model_type, str(folder))
+    architecture.check_config(config)
     if not any(folder.glob("*.safetensors")):
         remedy = "save the model with save_pretrained, not as a pickle"
         raise NotFoundError(f"{folder} has no .safetensors file", remedy)
-    return MODEL_TYPES[model_type]
+    return architecture
 
 
 def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: Path | None = None) -> None:

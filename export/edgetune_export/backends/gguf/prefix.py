@@ -1,7 +1,7 @@
 """Prefix and base GGUF in, GGUF file of keys and values out, as edgetune's runtime puts them into llama.cpp's cache.
 
-For each layer `blk.N.prefix_k` and `blk.N.prefix_v`, [tokens, key/value heads, head size], as the cache holds them: the
-llama architecture rotates neighbouring numbers of a head together there, and the two halves in Hugging Face models.
+For each layer `blk.N.prefix_k` and `blk.N.prefix_v`, [tokens, key/value heads, head size], as the cache holds them:
+keys in the order in which the base's file has the rows of k (see architectures/layout.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import CacheShape, cache_shape, prefix_tensor, read_header
 
+from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats, Prefix
 
 DTYPES = {"f32": np.float32, "f16": np.float16}
@@ -31,7 +32,7 @@ def write_prefix(prefix: Prefix, base: Path, out: Path, *, dtype: str, base_fing
         raise UsageError(f"no dtype {dtype!r} for a prefix", f"choose one of: {', '.join(DTYPES)}")
     header = read_header(base)
     check_prefix_fits(prefix, cache_shape(header))
-    keys = _interleaved(prefix.keys) if header.architecture == "llama" else prefix.keys
+    keys = _interleaved(prefix.keys) if architectures.of(header).interleaves_rows else prefix.keys
     with replacing(out) as temporary:
         writer = gguf.GGUFWriter(temporary, header.architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -16,7 +16,9 @@ from edgetune_runtime.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import describe_quantization, read_header
 from edgetune_runtime.formats.onnx_file import read_onnx
 
+from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Adapter, Floats, LowRank, Merged, Tensors
+from edgetune_export.architectures import Architecture
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf import backend as gguf
 from edgetune_export.parity import INT4
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     import torch
 
 SHAPES = ("low_rank", "prefix", "tensors", "merged")
-SUPPORTED = ("llama", "qwen2", "qwen3", "gemma3")
 ADAPTER_FILE = "adapter.onnx_adapter"
 MODEL_FILE = f"onnx/{GRAPH}"
 
@@ -102,7 +103,7 @@ def _write_model(
 ) -> None:
     structure = _structure_with(source, vectors) if vectors else _structure(source)
     config = json.loads((structure / _CONFIG).read_text(encoding="utf-8"))
-    model = load_structure(structure)
+    model = load_structure(structure, read_header(source.path))
     scheme = source.weights.scheme
     put_weights(model, weights, "fp32" if scheme == "int4" else scheme)
     put_ends(model, weights, "int8" if scheme == "int4" else scheme)
@@ -142,19 +143,13 @@ def _structure(source: Source, name: str = "structure", vectors: Mapping[str, Fl
         with raising_out_of_space(folder):
             source.model.save_pretrained(folder, state_dict={**_vectors(source), **others})
             write_tokenizer(source.path, folder)
-            _flatten_rope(folder / "config.json")
+            _prepare_config(folder / "config.json", architectures.of(read_header(source.path)))
             run_builder(folder, structure)
         shutil.rmtree(folder)
     return structure
 
 
-def _flatten_rope(path: Path) -> None:
-    """Say of a model whose kinds of layers rotate differently what the builder looks for beside the kinds' own entries.
-
-    transformers 5 writes an entry for each kind, builder 0.18 reads the names of transformers 4.
-    """
+def _prepare_config(path: Path, architecture: Architecture) -> None:
+    """Say in a config.json what the builder looks for."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}
-    if "sliding_attention" in rope:
-        rope |= {**rope["full_attention"], "rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
-        path.write_text(json.dumps(config), encoding="utf-8")
+    path.write_text(json.dumps({**config, **architecture.builder_entries(config)}), encoding="utf-8")

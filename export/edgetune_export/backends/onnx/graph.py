@@ -15,9 +15,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 from edgetune_runtime.atomic import raising_out_of_space
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats
 from edgetune_export.architectures.layout import base_rows, name_map, tensor_of
 from edgetune_export.backends.gguf.quantize import dequantize_rows
@@ -36,6 +37,9 @@ _EXTERNAL_BYTES = 1024
 _ALIGNMENT = 4096
 _RMS_NORM_OPSET = 23
 _PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp)/(?P<which>\w+)_proj/MatMul")
+_ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention")
+# The inputs of GroupQueryAttention that hold cosines and sines.
+_ROTARY_TABLES = (7, 8)
 _BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
 _FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
@@ -67,15 +71,16 @@ def run_builder(folder: Path, out: Path) -> None:
         raise IncompatibleError(f"onnxruntime-genai's builder cannot export {folder.name}: {reason}", "build for gguf")
 
 
-def projections(graph: ir.Graph) -> list[Projection]:
+def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
     """The products with weights of the base, in the graph's order."""
+    parts = {} if architectures.of(base).fuses_projections else _FUSED
     found = []
     for node in graph:
         name = (node.name or "").removesuffix("_Q4").removesuffix("_Q8")
         match = _PROJECTION.fullmatch(name)
         if match:
             prefix = f"model.{match['layer']}.{_BLOCKS[match['block']]}"
-            which = _FUSED.get(match["which"], (match["which"],))
+            which = parts.get(match["which"], (match["which"],))
             modules = tuple(f"{prefix}.{part}_proj" for part in which)
             slot = f"model.{match['layer']}.{match['block']}.{match['which']}_proj"
             found.append(Projection(node, slot, modules))
@@ -84,15 +89,24 @@ def projections(graph: ir.Graph) -> list[Projection]:
     return found
 
 
-def load_structure(folder: Path) -> ir.Model:
-    """The graph that `run_builder` left in `folder`, without its matrices, its norms by ONNX's own operator."""
+def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
+    """The graph that `run_builder` left of `base` in `folder`, without its matrices, its norms by ONNX's own
+    operator."""
     model = ir.load(folder / GRAPH)
+    architecture = architectures.of(base)
+    scale = architecture.embedding_scale(base)
     for node in model.graph:
         # An operator of onnxruntime's under ONNX's name, which no other tool knows, `onnx.checker` neither.
         if node.op_type == "SimplifiedLayerNormalization":
             node.op_type = "RMSNormalization"
-        if node.name == _EMBEDDING_SCALE:
-            _set_exact_scale(model.graph, node)
+        if node.name == _EMBEDDING_SCALE and scale is not None:
+            factor = initializer(model.graph, "model.embed_tokens.scale", np.array([scale], np.float32))
+            node.replace_input_with(1, factor)
+        attention = _ATTENTION.fullmatch(node.name or "")
+        if attention and not architecture.rotates(int(attention["layer"])):
+            node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
+            for table in _ROTARY_TABLES:
+                node.replace_input_with(table, None)
     model.graph.opset_imports[""] = max(model.graph.opset_imports[""], _RMS_NORM_OPSET)
     return model
 
@@ -104,7 +118,7 @@ def put_weights(model: ir.Model, base: Path, scheme: str) -> None:
     floats to 8 bits too; `fp32` makes floats of all.
     """
     source = _Source(base, scheme)
-    for projection in projections(model.graph):
+    for projection in projections(model.graph, source.header):
         if projection.node.name != HEAD:
             replace_product(model.graph, projection.node, source.of(projection.modules))
 
@@ -124,8 +138,8 @@ class _Source:
 
     def __init__(self, base: Path, scheme: str) -> None:
         self._path, self._scheme = base, scheme
-        self._header = read_header(base)
-        self._names = name_map(self._header)
+        self.header = read_header(base)
+        self._names = name_map(self.header)
 
     def of(self, modules: Sequence[str]) -> Packed | Floats:
         """The matrices of these modules under each other; floats when one of them stays so."""
@@ -140,15 +154,15 @@ class _Source:
         packed = None if self._scheme == "fp32" else pack(data, tensor)
         if packed is None and self._scheme == "int8" and tensor.shape[0] % BLOCK == 0:
             packed = pack_floats(dequantize_rows(data, tensor))
-        return None if packed is None else reorder(packed, base_rows(tensor, self._header))
+        return None if packed is None else reorder(packed, base_rows(tensor, self.header))
 
     def _floats(self, module: str) -> Floats:
         tensor, data = self._read(module)
-        values, order = dequantize_rows(data, tensor), base_rows(tensor, self._header)
+        values, order = dequantize_rows(data, tensor), base_rows(tensor, self.header)
         return values if order is None else values[np.argsort(order)]
 
     def _read(self, module: str) -> tuple[TensorInfo, bytes]:
-        tensor = tensor_of(module, self._header, self._names)
+        tensor = tensor_of(module, self.header, self._names)
         with self._path.open("rb") as file:
             file.seek(tensor.offset)
             return tensor, file.read(tensor.nbytes)
@@ -219,17 +233,6 @@ def save_model(model: ir.Model, folder: Path) -> None:
                 base_dir=folder,
             )
         ir.save(model, folder / GRAPH)
-
-
-def _set_exact_scale(graph: ir.Graph, node: ir.Node) -> None:
-    """Multiply embeddings by the root of their width, as Gemma does, where the builder rounded it to two decimals."""
-    gather = next(node for node in graph if node.name == EMBEDDING)
-    table, factor = gather.inputs[0], node.inputs[1]
-    assert table is not None and table.shape is not None and factor is not None
-    exact = np.sqrt(np.array([int(str(table.shape[1]))], np.float32))
-    rounded = ir.convenience.get_const_tensor(factor)
-    if rounded is not None and abs(rounded.numpy() - exact).max() < 0.006:
-        node.replace_input_with(1, initializer(graph, "model.embed_tokens.scale", exact))
 
 
 def replace_product(graph: ir.Graph, node: ir.Node, weights: Packed | Floats) -> None:

@@ -32,7 +32,7 @@ def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> 
     """Give each product that computes one of `modules` a slot, and say in the metadata what it is for."""
     names = name_map(header)
     slots: dict[str, list[tuple[str, int, int]]] = {}
-    for projection in projections(model.graph):
+    for projection in projections(model.graph, header):
         if not set(projection.modules) & set(modules):
             continue
         shapes = [tensor_of(module, header, names).shape for module in projection.modules]
@@ -107,8 +107,9 @@ def add_slot(graph: ir.Graph, projection: Projection, columns: int, outputs: int
 
 
 def split_behind(projection: Projection) -> ir.Node | None:
-    """The node that takes gate and up apart again, behind their bias if there is one; None for other products."""
-    if not projection.name.endswith(".gate_up_proj"):
+    """The node that takes gate and up apart again, behind their bias if there is one; None for other products, and
+    where the two are one module."""
+    if not projection.name.endswith(".gate_up_proj") or len(projection.modules) == 1:
         return None
     behind = projection.node.outputs[0].consumers()
     if behind and behind[0].op_type == "Add":

@@ -37,9 +37,6 @@ from .slots import put_behind, split_behind
 METADATA = "edgetune.scalings"
 """Key of the graph's metadata: JSON of {input: [[module of the Hugging Face model, its factors], …]}."""
 
-_ENDS = {"mlp": ("up_proj", "down_proj"), "self_attn": ("q_proj", "o_proj")}
-"""The modules that take a block's input and that give its output."""
-
 _Parts = Sequence[tuple[str, int]]
 _Reads = str
 
@@ -50,7 +47,7 @@ def add_tensor_slots(model: ir.Model, header: GgufHeader, adapters: Sequence[Ten
     IncompatibleError names modules whose inputs alone cannot be scaled, since others share their product.
     """
     names = name_map(header)
-    products = projections(model.graph)
+    products = projections(model.graph, header)
     widths = {module: tensor_of(module, header, names).shape for product in products for module in product.modules}
     # From the outside in: what is put behind a product later comes before what is there already.
     _add_bottlenecks(model.graph, products, widths, adapters)
@@ -185,19 +182,20 @@ def _add_bottlenecks(
     for adapter in adapters:
         for block, own in adapter.bottlenecks.items():
             kinds.setdefault(block, {})[own.activation, own.reads] = None
-    by_module = {module: product for product in products for module in product.modules}
     for block, wanted in kinds.items():
-        first, last = (f"{block}.{end}" for end in _ENDS.get(block.rpartition(".")[2], ("", "")))
-        if first not in by_module or last not in by_module:
+        own_products = [product for product in products if product.modules[0].rpartition(".")[0] == block]
+        if not own_products:
             continue
-        ((_, value, _),) = _outputs(by_module[last])
-        taken = by_module[first].node.inputs[0]
+        # In the graph's order, the first takes the block's input and the last gives its output.
+        first, last = own_products[0], own_products[-1]
+        ((_, value, (gives,)),) = _outputs(last)
+        taken = first.node.inputs[0]
         assert taken is not None
         nodes, total = [], value
         for activation, reads in wanted:
             slot = bottleneck_slot(block, activation, reads)
-            read, columns = (taken, widths[first][0]) if reads == "input" else (value, widths[last][1])
-            nodes += _network(graph, slot, activation, read, (columns, widths[last][1]))
+            read, columns = (taken, widths[first.modules[0]][0]) if reads == "input" else (value, widths[gives][1])
+            nodes += _network(graph, slot, activation, read, (columns, widths[gives][1]))
             nodes.append(_node("Add", [total, nodes[-1].outputs[0]], f"{slot}/Add", like=value))
             total = nodes[-1].outputs[0]
         put_behind(graph, value, nodes)

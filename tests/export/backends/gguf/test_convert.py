@@ -9,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from edgetune_export import architectures
 from edgetune_export.backends.gguf import convert
 from edgetune_export.backends.gguf.convert import SCRIPT, check_folder, convert_folder, find_converter
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
+from tiny import ARCHITECTURES
 
 VERSION = importlib.metadata.version("llama-cpp-python")
+LONG = '{"model_type": "phi3", "rope_scaling": {"type": "longrope", "long_factor": [1.5]}}'
+NO_ROTATION = '{"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 1]}'
 # A build backend without dependencies, as pip asks a source distribution for its metadata.
 BACKEND = f"""\
 from pathlib import Path
@@ -115,7 +119,13 @@ def test_a_converter_that_cannot_be_had_is_an_error_and_leaves_nothing(
         ({"config.json": "[]"}, VerificationError, "names no model_type"),
         ({"config.json": "{}"}, VerificationError, "names no model_type"),
         ({"config.json": '{"model_type": "gpt2"}', "model.safetensors": ""}, IncompatibleError, "architecture 'gpt2'"),
-        ({"config.json": '{"model_type": ["llama"]}'}, IncompatibleError, "is not supported; choose one of: llama"),
+        (
+            {"config.json": '{"model_type": ["llama"]}'},
+            IncompatibleError,
+            "is not supported; choose a base of one",
+        ),
+        ({"config.json": LONG}, IncompatibleError, "a Phi with scaled or partial rotary embeddings"),
+        ({"config.json": NO_ROTATION}, IncompatibleError, "rotates other layers than every SmolLM3"),
         ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, NotFoundError, "no .safetensors file"),
     ],
 )
@@ -131,11 +141,13 @@ def test_a_folder_that_cannot_be_converted_is_refused_before_any_work(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_supported_folders_are_told_by_their_gguf_architecture(
     arch: str, tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
 ) -> None:
-    assert check_folder(tiny_folder(arch)) == read_header(tiny_gguf(arch)).architecture == arch
+    header = read_header(tiny_gguf(arch))
+    assert check_folder(tiny_folder(arch)).gguf == header.architecture
+    assert architectures.of(header).gguf == header.architecture
 
 
 def test_a_folder_that_llama_cpp_refuses_gives_its_last_words(

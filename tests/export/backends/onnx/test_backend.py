@@ -16,6 +16,7 @@ import pytest
 import torch
 from edgetune_export.adapters.fold import fold_peft, merge
 from edgetune_export.adapters.shapes import Delta, LowRank
+from edgetune_export.architectures import known
 from edgetune_export.backends.base import Source, Weights
 from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_export.backends.onnx.backend import quantization, write_adapter, write_base, write_merged
@@ -25,10 +26,10 @@ from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from edgetune_runtime.formats.gguf_file import read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.onnx_file import read_onnx
 from onnx import numpy_helper
-from tiny import ARCHITECTURES
+from tiny import ARCHITECTURES, FEW
 from transformers import PreTrainedModel
 from weights import weights_in
 
@@ -141,7 +142,7 @@ def test_the_checker_of_onnx_passes(held: str, made: Made) -> None:
 
 
 @pytest.mark.parametrize("weights", [Weights(), Weights("fp32")])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if "onnx" not in known()[arch].refusals])
 def test_a_float_graph_computes_what_torch_computes(
     arch: str,
     weights: Weights,
@@ -164,11 +165,12 @@ def test_a_float_graph_of_a_quantized_base_computes_what_torch_computes(
     np.testing.assert_allclose(decoded(engine, rows[0]), expected, atol=CLOSE)
 
 
-@pytest.mark.parametrize(("written", "kept"), [(11.31, 128**0.5), (12.0, 12.0)])
+@pytest.mark.parametrize(("arch", "kept"), [("gemma3", 128**0.5), ("llama", 11.31)])
 def test_embeddings_are_scaled_by_the_root_of_their_width_where_the_builder_rounds_it(
-    written: float, kept: float, tmp_path: Path
+    arch: str, kept: float, tmp_path: Path
 ) -> None:
-    values = {"table": np.ones((7, 128), np.float32), "scale": np.array(written, np.float32)}
+    base = GgufHeader({"general.architecture": arch, f"{arch}.embedding_length": 128}, {})
+    values = {"table": np.ones((7, 128), np.float32), "scale": np.array(11.31, np.float32)}
     nodes = [
         onnx.helper.make_node("Gather", ["table", "ids"], ["rows"], name="/model/embed_tokens/Gather"),
         onnx.helper.make_node("Mul", ["rows", "scale"], ["scaled"], name="/model/embed_tokens/Mul"),
@@ -179,7 +181,7 @@ def test_embeddings_are_scaled_by_the_root_of_their_width_where_the_builder_roun
     graph = onnx.helper.make_graph(nodes, "main", [ids], [scaled], tensors)
     opsets = [onnx.helper.make_opsetid("", 22)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "model.onnx")
-    model = ir.to_proto(load_structure(tmp_path)).SerializeToString()
+    model = ir.to_proto(load_structure(tmp_path, base)).SerializeToString()
     rows = onnxruntime.InferenceSession(model).run(None, {"ids": np.array([3])})[0]
     assert rows[0, 0] == np.float32(kept)
 
@@ -194,7 +196,7 @@ def test_empty_slots_change_no_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", FEW)
 def test_an_adapter_does_what_it_does_in_peft(
     arch: str,
     kind: str,
@@ -320,7 +322,7 @@ def greedy(engine: OnnxEngine, prompt: list[int], adapters: dict[str, float], co
     return tokens
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", FEW)
 def test_onnxruntime_genai_gives_the_same_texts_on_the_same_folder(
     arch: str, made: Made, tune: Callable[..., Any], open_engine: Callable[..., Any], tmp_path: Path
 ) -> None:

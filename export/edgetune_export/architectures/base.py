@@ -1,0 +1,102 @@
+"""What an architecture's file says of it: names, the order of rows, norms, and what transformers must be told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import GgufHeader
+
+ENTRIES = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+}
+"""What GGUF calls the entries of config.json, behind the architecture's name."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture of decoders. Its defaults are those of LLaMA.
+
+    `gguf` is the name in GGUF files, `model_types` those in config.json, `rms_norm` the class of its norms in
+    transformers, which multiply by their weights plus `norm_offset`; GGUF files hold the sum.
+    """
+
+    gguf: str
+    model_types: tuple[str, ...]
+    rms_norm: str
+    norm_offset: float = 0.0
+    norms_per_layer: int = 2
+    """Norms of a layer that read values as wide as the model."""
+    norms_queries_and_keys: bool = False
+    interleaves_rows: bool = False
+    """Whether llama.cpp's rotary embedding turns neighbouring numbers of a head together, where Hugging Face's turns
+    the two halves: then the rows of q and k in a GGUF file, and its keys, lie in another order (see layout.py)."""
+    fuses_projections: bool = False
+    """Whether q, k and v are one linear module, qkv_proj, and gate and up another, gate_up_proj."""
+    transformers_reads_gguf: bool = True
+    """Whether transformers makes a configuration of a GGUF file's metadata."""
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    """Formats that cannot hold such a base, and why."""
+
+    def check_formats(self, formats: Sequence[str]) -> None:
+        """IncompatibleError when one of the formats cannot hold such a base."""
+        for name in formats:
+            if name in self.refusals:
+                message = f"{name} cannot hold a base of architecture {self.gguf!r}: {self.refusals[name]}"
+                raise IncompatibleError(message, "leave that target out")
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """IncompatibleError when a model of this config.json, once in a GGUF file, would compute something else."""
+
+    def config_entries(self, header: GgufHeader) -> Mapping[str, Any]:
+        """Entries of transformers' configuration that it does not take from a GGUF file as llama.cpp does."""
+        head_dim = header.metadata.get(f"{self.gguf}.attention.key_length")
+        return {"head_dim": head_dim} if isinstance(head_dim, int) else {}
+
+    def whole_config(self, header: GgufHeader) -> Mapping[str, Any]:
+        """All entries of transformers' configuration, where it reads none from a GGUF file.
+
+        IncompatibleError for rotary embeddings that are scaled for long contexts.
+        """
+        metadata, own = header.metadata, f"{self.gguf}."
+        scaling = metadata.get(f"{own}rope.scaling.type", "none")
+        if scaling != "none":
+            message = f"the base scales its rotary embedding ({scaling}), which is not supported for {self.gguf}"
+            raise IncompatibleError(message, "give a base without")
+        entries = {name: metadata[own + key] for name, key in ENTRIES.items() if own + key in metadata}
+        tokens = {f"{which}_token_id": metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("bos", "eos")}
+        return {
+            **entries,
+            **tokens,
+            "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+            "vocab_size": header.tensors["token_embd.weight"].shape[1],
+            "rms_norm_eps": metadata[f"{own}attention.layer_norm_rms_epsilon"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": metadata[f"{own}rope.freq_base"]},
+            "tie_word_embeddings": "output.weight" not in header.tensors,
+            "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
+        }
+
+    def logits_divisor(self, _config: Any) -> float:  # noqa: ANN401 - transformers' configuration
+        """What a model of this configuration divides the output of its last layer by to get logits."""
+        return 1.0
+
+    def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Entries of a config.json that onnxruntime-genai's builder must find other than transformers writes them."""
+        return {}
+
+    def rotates(self, _layer: int) -> bool:
+        """Whether a layer's attention has a rotary embedding."""
+        return True
+
+    def embedding_scale(self, _header: GgufHeader) -> float | None:
+        """What the embeddings are multiplied by, where onnxruntime-genai's builder rounds it; else None."""
+        return None

@@ -1,0 +1,31 @@
+"""Granite 3: LLaMA's layers, with factors for embeddings, attention, what a block adds, and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgetune_runtime.formats.gguf_file import GgufHeader
+
+from .base import Architecture
+
+_FACTORS = {
+    "embedding_multiplier": "granite.embedding_scale",
+    "attention_multiplier": "granite.attention.scale",
+    "residual_multiplier": "granite.residual_scale",
+    "logits_scaling": "granite.logit_scale",
+}
+
+
+class _Granite(Architecture):
+    def whole_config(self, header: GgufHeader) -> Mapping[str, Any]:
+        """With the factors."""
+        factors = {name: header.metadata[key] for name, key in _FACTORS.items() if key in header.metadata}
+        return {**super().whole_config(header), **factors}
+
+    def logits_divisor(self, config: Any) -> float:  # noqa: ANN401 - transformers' configuration
+        """Logits are what the output layer gives, by this number."""
+        return float(config.logits_scaling)
+
+
+ARCHITECTURE = _Granite("granite", ("granite",), "GraniteRMSNorm", interleaves_rows=True, transformers_reads_gguf=False)

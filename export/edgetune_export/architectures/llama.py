@@ -1,0 +1,7 @@
+"""LLaMA, and what has its layers: SmolLM 2, TinyLlama and others."""
+
+from __future__ import annotations
+
+from .base import Architecture
+
+ARCHITECTURE = Architecture("llama", ("llama",), "LlamaRMSNorm", interleaves_rows=True)

@@ -1,0 +1,38 @@
+"""Phi-3, with contexts of 4k: q, k and v are one module, gate and up another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import GgufHeader
+
+from .base import Architecture
+
+
+class _Phi3(Architecture):
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """transformers reads neither scaled nor partial rotary embeddings from a GGUF file."""
+        rope = {**config, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        if rope.get("long_factor") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise self._unsupported()
+
+    def config_entries(self, header: GgufHeader) -> Mapping[str, Any]:
+        """What tells contexts of 4k from longer ones, and no padding of a vocabulary that the base may not have.
+        IncompatibleError as with `check_config`."""
+        metadata = header.metadata
+        width = metadata["phi3.embedding_length"] // metadata["phi3.attention.head_count"]
+        if "rope_factors_long.weight" in header.tensors or metadata.get("phi3.rope.dimension_count", width) != width:
+            raise self._unsupported()
+        trained = metadata.get("phi3.rope.scaling.original_context_length", metadata["phi3.context_length"])
+        padding = metadata.get("tokenizer.ggml.padding_token_id")
+        own = {"original_max_position_embeddings": trained, "pad_token_id": padding}
+        return {**super().config_entries(header), **own}
+
+    def _unsupported(self) -> IncompatibleError:
+        message = "the base is a Phi with scaled or partial rotary embeddings, which are not supported"
+        return IncompatibleError(message, "give one of 4k tokens, such as Phi-3-mini-4k-instruct")
+
+
+ARCHITECTURE = _Phi3("phi3", ("phi3",), "Phi3RMSNorm", fuses_projections=True)

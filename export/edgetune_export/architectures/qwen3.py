@@ -1,0 +1,7 @@
+"""Qwen 3: LLaMA's layers with a norm for the queries and one for the keys of each head."""
+
+from __future__ import annotations
+
+from .base import Architecture
+
+ARCHITECTURE = Architecture("qwen3", ("qwen3",), "Qwen3RMSNorm", norms_queries_and_keys=True)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+from edgetune_export import architectures
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from tiny import ARCHITECTURES
+
+
+def header_of(name: str) -> GgufHeader:
+    return GgufHeader({"general.architecture": name}, {})
+
+
+def test_every_architecture_is_tested() -> None:
+    assert sorted(ARCHITECTURES) == list(architectures.names())
+
+
+@pytest.mark.parametrize("name", architectures.names())
+def test_an_architecture_is_found_by_its_names(name: str) -> None:
+    known = architectures.known()[name]
+    # What GGUF calls by the name of another is loaded as that other.
+    assert architectures.of(header_of(known.gguf)) is architectures.known()[known.gguf]
+    assert [architectures.of_model_type(model_type) for model_type in known.model_types] == [known]
+
+
+@pytest.mark.parametrize("name", ["bloom", "mistral", "base"])
+def test_others_are_refused_by_name_with_those_there_are(name: str) -> None:
+    message = rf"architecture '{name}' of base 'x' is not supported; .*: {', '.join(architectures.names())}"
+    with pytest.raises(IncompatibleError, match=message):
+        architectures.of(header_of(name), "x")
+    with pytest.raises(IncompatibleError, match="architecture 'gpt2' is not supported"):
+        architectures.of_model_type("gpt2")
+
+
+def test_a_format_that_cannot_hold_an_architecture_is_refused() -> None:
+    architectures.of(header_of("olmo2")).check_formats(["gguf"])
+    with pytest.raises(IncompatibleError, match="onnx cannot hold a base of architecture 'olmo2'"):
+        architectures.of(header_of("olmo2")).check_formats(["gguf", "onnx"])
