@@ -33,8 +33,8 @@ from edgetune import bases, methods
 from edgetune.data import read_rows, tokenize_rows
 from edgetune.objectives.example import Example
 from edgetune.progress import Progress
-from edgetune.recipe.parts import Columns, Training
-from edgetune.training.job import Job
+from edgetune.recipe.parts import Columns, TrainingSpec
+from edgetune.training.job import TrainingJob
 from edgetune.training.loop import DTYPES, train
 
 SYSTEM = "Turn the sentence into JSON with its intent and slots."
@@ -93,8 +93,8 @@ def _edgetune(
     """Seconds of one epoch; one row is validated at the end, which counts."""
     lora = methods.load("lora")
     options = lora.options(r=RANK, lora_alpha=ALPHA)
-    training = Training(epochs=1, batch_size=BATCH_SIZE, precision=precision, evals=1)
-    job = Job("speed", lora, options, training, examples, examples[:1], key=str(time.monotonic()))
+    training = TrainingSpec(epochs=1, batch_size=BATCH_SIZE, precision=precision, evals=1)
+    job = TrainingJob("speed", lora, options, training, examples, examples[:1], key=str(time.monotonic()))
     return train(model, job, folder, progress).seconds
 
 

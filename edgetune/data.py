@@ -31,7 +31,7 @@ FORMS = "messages, prompt and completion, text and label, or text"
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskRow:
     """One row of a task.
 
     A prompt row has `messages`, which end before the assistant's last turn, and that turn's text as `completion`; a
@@ -56,7 +56,7 @@ class _BadRowError(Exception):
     """A reason why a row cannot be used."""
 
 
-def read_rows(source: str, columns: Columns | None = None, *, labels: Sequence[str] | None = None) -> list[Row]:
+def read_rows(source: str, columns: Columns | None = None, *, labels: Sequence[str] | None = None) -> list[TaskRow]:
     """Read the rows of a JSONL, CSV or TSV file, or of a hub id; each row's form is told by its keys.
 
     Raises NotFoundError when there is no such file or data set, UsageError when it is empty, not of a known kind, or
@@ -79,7 +79,7 @@ def read_rows(source: str, columns: Columns | None = None, *, labels: Sequence[s
     return rows
 
 
-def split(rows: Sequence[Row], held_out: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[TaskRow], list[TaskRow]]:
     """Training and validation rows, each in the order of `rows`; rows with the same prompt stay on one side.
 
     About `held_out` of the rows, and at least one, are for validation; the same seed gives the same split. Raises
@@ -106,7 +106,7 @@ def split(rows: Sequence[Row], held_out: float, seed: int) -> tuple[list[Row], l
 
 
 def tokenize_rows(
-    rows: Sequence[Row],
+    rows: Sequence[TaskRow],
     tokenizer: Tokenizer,
     *,
     system: str | None,
@@ -132,7 +132,7 @@ def tokenize_rows(
     return examples, TooLong(len(too_long), tuple(too_long[:3]))
 
 
-def labelled_text(row: Row) -> str:
+def labelled_text(row: TaskRow) -> str:
     """The row's text; UsageError when it has no label or is a conversation."""
     if row.messages is None:
         raise UsageError(f"{row.where}: has no label", "give rows of text and label")
@@ -142,7 +142,7 @@ def labelled_text(row: Row) -> str:
         raise UsageError(f"{row.where}: {error.message}", "give rows of text and label") from error
 
 
-def _example(row: Row, tokenizer: Tokenizer, system: str | None, loss_on: str) -> Example:
+def _example(row: TaskRow, tokenizer: Tokenizer, system: str | None, loss_on: str) -> Example:
     if row.messages is None:
         tokens = [*tokenizer.tokenize(row.text or ""), tokenizer.end_token]
         return Example(tuple(tokens), (False, *[True] * (len(tokens) - 1)), 1)
@@ -282,7 +282,7 @@ def _named(value: object, name_of: Callable[[int], str] | None) -> object:
     return name_of(value) if value >= 0 else None
 
 
-def _row(where: str, values: object, columns: Columns | None, labels: Sequence[str] | None) -> Row:
+def _row(where: str, values: object, columns: Columns | None, labels: Sequence[str] | None) -> TaskRow:
     if not isinstance(values, dict):
         raise _BadRowError(f"is {_kind(values)}, not an object; write one object a line")
     if columns is not None:
@@ -294,7 +294,7 @@ def _row(where: str, values: object, columns: Columns | None, labels: Sequence[s
     elif "label" in values:
         row = _prompt_row(where, values, "text", "label")
     elif "text" in values:
-        row = Row(where, text=_text(values["text"], "text"))
+        row = TaskRow(where, text=_text(values["text"], "text"))
     else:
         keys = ", ".join(map(str, values)) or "none"
         raise _BadRowError(f"has none of {FORMS}; its keys are {keys}; name them with `columns`")
@@ -303,7 +303,7 @@ def _row(where: str, values: object, columns: Columns | None, labels: Sequence[s
     return row
 
 
-def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: str | Sequence[str]) -> Row:
+def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: str | Sequence[str]) -> TaskRow:
     needed = [prompt, *([completion] if isinstance(completion, str) else completion)]
     for name in needed:
         if name not in values:
@@ -312,10 +312,10 @@ def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: 
             raise _BadRowError(f"has no {name!r}; {hint}")
     message = {"role": "user", "content": _text(values[prompt], prompt)}
     answer = values[completion] if isinstance(completion, str) else {name: values[name] for name in completion}
-    return Row(where, (message,), _answer(answer, completion if isinstance(completion, str) else "completion"))
+    return TaskRow(where, (message,), _answer(answer, completion if isinstance(completion, str) else "completion"))
 
 
-def _conversation(where: str, messages: object) -> Row:
+def _conversation(where: str, messages: object) -> TaskRow:
     if not isinstance(messages, list) or not messages:
         raise _BadRowError(f"messages is {_kind(messages)}, not a list with at least one message")
     turns = [_message(number, message) for number, message in enumerate(messages, 1)]
@@ -326,7 +326,7 @@ def _conversation(where: str, messages: object) -> Row:
             raise _BadRowError(f"message {number + first + 1} is the {turn['role']}'s where the {expected}'s should be")
     if turns[-1]["role"] != "assistant":
         raise _BadRowError(f"the last message is the {turns[-1]['role']}'s; a row ends with the assistant's")
-    return Row(where, tuple(turns[:-1]), turns[-1]["content"])
+    return TaskRow(where, tuple(turns[:-1]), turns[-1]["content"])
 
 
 def _message(number: int, message: object) -> dict[str, str]:
@@ -360,7 +360,7 @@ def _text(value: object, name: str) -> str:
     return value
 
 
-def _check_label(row: Row, labels: Sequence[str]) -> None:
+def _check_label(row: TaskRow, labels: Sequence[str]) -> None:
     if row.completion is None:
         raise _BadRowError("is plain text, but the adapter has labels; give the row a label")
     if row.completion not in labels:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from edgetune.objectives.example import Example
 
 from . import metrics
-from .data import Row, labelled_text, read_rows, tokenize_rows
+from .data import TaskRow, labelled_text, read_rows, tokenize_rows
 from .progress import Progress, Step
 from .recipe.parts import Columns, Metric
 
@@ -28,7 +28,7 @@ _ROOM_FACTOR = 1.5
 _ROOM_TOKENS = 16
 
 T = TypeVar("T")
-Pair = tuple[Row, Example | None]
+Pair = tuple[TaskRow, Example | None]
 """A row with its tokens; a row of plain text has none here."""
 
 
@@ -100,7 +100,7 @@ def evaluate(
         return score(runtime, adapter, rows, progress)
 
 
-def score(runtime: Runtime, adapter: str | None, rows: Sequence[Row], progress: Progress) -> Evaluation:
+def score(runtime: Runtime, adapter: str | None, rows: Sequence[TaskRow], progress: Progress) -> Evaluation:
     """Score `adapter` (None: the plain base) of an open runtime on all of `rows`, as `evaluate` does."""
     entry = runtime.manifest.adapter(adapter) if adapter is not None else None
     labels = entry.labels if entry is not None else ()
@@ -150,7 +150,7 @@ def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, lis
     return score, [_detail(row, answer, points) for (row, _), answer, points in scored]
 
 
-def _answer(task: _Task, row: Row, max_tokens: int) -> str:
+def _answer(task: _Task, row: TaskRow, max_tokens: int) -> str:
     """The likeliest label, or a greedy generation."""
     prompt = row.messages or ()
     if task.metric == "label":
@@ -158,7 +158,7 @@ def _answer(task: _Task, row: Row, max_tokens: int) -> str:
     return task.runtime.generate(prompt, adapter=task.adapter, temperature=0.0, max_tokens=max_tokens).text
 
 
-def _loss(task: _Task, row: Row, example: Example | None) -> tuple[float, int]:
+def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, int]:
     """Negative log likelihood (nats) of a text, or of a completion after its prompt, and its tokens."""
     if example is None:
         return task.runtime.perplexity(row.text or "", adapter=task.adapter)
@@ -169,12 +169,12 @@ def _loss(task: _Task, row: Row, example: Example | None) -> tuple[float, int]:
         return -context.engine.score([target])[0], len(target)
 
 
-def _detail(row: Row, answer: str, score: float) -> Scored:
+def _detail(row: TaskRow, answer: str, score: float) -> Scored:
     prompt = row.messages[-1]["content"] if row.messages else row.text or ""
     return Scored(row.where, prompt, row.completion or "", answer, score)
 
 
-def _read(source: str, columns: Columns | None, entry: AdapterEntry | None) -> list[Row]:
+def _read(source: str, columns: Columns | None, entry: AdapterEntry | None) -> list[TaskRow]:
     """The rows by the adapter's columns, or by their own keys where these alone give prompts with completions."""
     labels = entry.labels if entry is not None and entry.metric == "label" and entry.labels else None
     try:
@@ -213,7 +213,7 @@ def _metric(entry: AdapterEntry | None) -> Metric:
     return cast("Metric", entry.metric)
 
 
-def _check_rows(rows: Sequence[Row], metric: Metric) -> None:
+def _check_rows(rows: Sequence[TaskRow], metric: Metric) -> None:
     texts = [row.where for row in rows if row.completion is None]
     if texts and metric != "perplexity":
         message = f"{texts[0]}: is plain text, and metric {metric} compares answers"
@@ -224,7 +224,7 @@ def _check_rows(rows: Sequence[Row], metric: Metric) -> None:
         metrics.score(metric, references, references)
 
 
-def _fitting(task: _Task, rows: Sequence[Row]) -> tuple[list[Pair], int]:
+def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
     """The rows that fit in the context, prompt rows with their tokens, and how many do not; texts fit at any length."""
     loaded = loaded_bundle(task.runtime)
     if loaded.encoder is not None:
@@ -246,7 +246,7 @@ def _fitting(task: _Task, rows: Sequence[Row]) -> tuple[list[Pair], int]:
     return fitting, len(pairs) - len(fitting)
 
 
-def _fitting_encoder(encoder: EncoderEngine, rows: Sequence[Row]) -> tuple[list[Pair], int]:
+def _fitting_encoder(encoder: EncoderEngine, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
     """The same for an encoder, which answers without more tokens."""
     tokens = [tuple(encoder.tokenizer.tokenize(labelled_text(row))) for row in rows]
     room = encoder.context_length

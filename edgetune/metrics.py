@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 
 from edgetune_runtime.errors import UsageError
 
-from .data import Row
+from .data import TaskRow
 from .recipe.parts import Metric
 
 LONG_ANSWER_WORDS = 3
 
 
-def metric_for(metric: Metric, rows: Sequence[Row], labels: Sequence[str] | None) -> Metric:
+def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | None) -> Metric:
     """The metric to use: `metric` itself, or with "auto" the one that fits `rows`.
 
     Labels give label accuracy, rows of text perplexity, completions that are all JSON objects JSON equality,

@@ -20,12 +20,12 @@ from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.threads import machine
 
 from . import bases, methods
-from .data import Row
+from .data import TaskRow
 from .folder_header import predict_header
 from .methods.common.peft import ALL_LINEAR, TargetOptions
 from .methods.lora import AUTO
 from .recipe.model import Recipe
-from .recipe.parts import AdapterSpec, Training
+from .recipe.parts import AdapterSpec, TrainingSpec
 from .targets import shapes_in
 from .tasks import Task
 from .training.memory import BaseShape, training_need
@@ -250,12 +250,12 @@ def _training_mb(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> t
     return least_mb, most_mb if limit_mb is None else max(least_mb, min(most_mb, limit_mb))
 
 
-def _precision(training: Training) -> str:
+def _precision(training: TrainingSpec) -> str:
     """`fp32` unless the recipe says otherwise: what the hardware multiplies fast is for torch to tell."""
     return "fp32" if training.precision == "auto" else training.precision
 
 
-def _tokens(row: Row, system: str | None) -> int:
+def _tokens(row: TaskRow, system: str | None) -> int:
     """About how many tokens a row has, rather too many."""
     texts = (system, row.text, row.completion, *(message["content"] for message in row.messages or ()))
     return math.ceil(sum(len(text) for text in texts if text) / _CHARACTERS)

@@ -23,7 +23,7 @@ from edgetune.objectives.example import Example
 from . import bases, methods, plan
 from . import needs as build_needs
 from .bases import Base, base_context_length, check_context
-from .data import Row, TooLong
+from .data import TaskRow, TooLong
 from .domain import continued as domain
 from .domain.texts import Texts, read_texts
 from .methods.lora import LoraOptions
@@ -31,11 +31,11 @@ from .placement import choose as placement
 from .progress import Progress
 from .recipe.model import Recipe
 from .result import BuildResult
-from .shipping.ship import Shipped, Wanted, ship
-from .shipping.verify import Trained
+from .shipping.ship import BundleSpec, ShippedAdapter, ship
+from .shipping.verify import TrainedAdapter
 from .targets import check_shapes
 from .tasks import Task, read_task
-from .training.job import Job, TrainResult
+from .training.job import TrainingJob, TrainResult
 from .training.jobs import train_all
 from .training.loop import processes
 from .training.precision import check_precision
@@ -65,9 +65,9 @@ class _Work:
     """A task, its training, the rows that were left out, and how its modules were chosen if the recipe does not say."""
 
     task: Task
-    job: Job[Example]
+    job: TrainingJob[Example]
     too_long: TooLong
-    placement: placement.Choice | None = None
+    placement: placement.PlacementChoice | None = None
 
     def figures(self, result: TrainResult) -> dict[str, Any]:
         """What the training gave, and what the choice of its modules was made by, as JSON values."""
@@ -155,7 +155,7 @@ def export_trained(
     prompts = systems or {}
     adapters = [_elsewhere(name, folder, prompts.get(name), found, merged=merged) for name, folder in folders.items()]
     context_length = min(defaults["context_length"].default, base_context_length(found.header))
-    wanted = Wanted(out.name, context_length, targets=targets)
+    wanted = BundleSpec(out.name, context_length, targets=targets)
     shipped = ship(found, adapters, work / "stage", out, wanted=wanted, progress=progress)
     seconds = round(time.monotonic() - started, 1)
     return BuildResult(out, {name: {**_figures(item), "seconds": seconds} for name, item in shipped.items()})
@@ -208,7 +208,7 @@ def continue_base(recipe: Recipe, texts: Texts, base: Base, work: Path, progress
     return domain.continued(recipe, texts, base, work, train_all=trainer, progress=progress)
 
 
-def jobs_of(tasks: Sequence[Task], base: Base, context_length: int, progress: Progress) -> list[Job[Example]]:
+def jobs_of(tasks: Sequence[Task], base: Base, context_length: int, progress: Progress) -> list[TrainingJob[Example]]:
     """The trainings of the tasks, in tokens of the base; rows that are too long are told."""
     return [item.job for item in _plan(tasks, base, context_length, progress)]
 
@@ -230,7 +230,7 @@ def _plan(tasks: Sequence[Task], base: Base, context_length: int, progress: Prog
             task = replace(task, spec=task.spec.model_copy(update={"method": method}))  # noqa: PLW2901 - now complete
             key = _key(task, base, rows)
             objective = kind.objective(options)
-            job = Job(task.name, kind, options, task.training, training, validation, key, objective)
+            job = TrainingJob(task.name, kind, options, task.training, training, validation, key, objective)
             todo.append(_Work(task, job, too_long))
     return todo
 
@@ -268,12 +268,12 @@ def _key(task: Task, base: Base, examples: Sequence[Example]) -> str:
     return key_of(state, ((example.tokens, example.learned) for example in examples))
 
 
-def _wanted(recipe: Recipe, todo: Sequence[_Work]) -> Wanted:
+def _wanted(recipe: Recipe, todo: Sequence[_Work]) -> BundleSpec:
     """What the recipe says of the bundle; the first training rows of each task calibrate what needs it."""
     onnx = recipe.onnx
     rows = [example.tokens for item in todo for example in item.job.train[:CALIBRATION_ROWS]]
     weights = Weights(onnx.weights, onnx.method, tuple(map(tuple, rows)) if onnx.method == "gptq" else ())
-    return Wanted(
+    return BundleSpec(
         recipe.name,
         recipe.context_length,
         recipe.threads,
@@ -285,10 +285,10 @@ def _wanted(recipe: Recipe, todo: Sequence[_Work]) -> Wanted:
     )
 
 
-def _trained(item: _Work, result: TrainResult, work: Path) -> Trained:
+def _trained(item: _Work, result: TrainResult, work: Path) -> TrainedAdapter:
     spec = item.task.spec
     probes = item.job.validation[:PARITY_ROWS]
-    return Trained(
+    return TrainedAdapter(
         name=item.job.name,
         folder=work / item.job.name / "adapter",
         method=spec.method.name,
@@ -306,12 +306,12 @@ def _trained(item: _Work, result: TrainResult, work: Path) -> Trained:
     )
 
 
-def _texts(row: Row) -> list[str]:
+def _texts(row: TaskRow) -> list[str]:
     parts = [row.text, row.completion, *(message["content"] for message in row.messages or ())]
     return [part for part in parts if part]
 
 
-def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merged: bool) -> Trained:
+def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merged: bool) -> TrainedAdapter:
     with closing(GgufTokenizer(base.path)) as tokenizer:
         rows = []
         for probe in PROBES:
@@ -321,9 +321,9 @@ def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merge
             rows.append(tokenizer.tokenize(text))
     lengths = [len(row) for row in rows]
     method = methods.of_folder(folder)
-    return Trained(name, folder, method.name, method.options(), rows, lengths, system=system, merged=merged)
+    return TrainedAdapter(name, folder, method.name, method.options(), rows, lengths, system=system, merged=merged)
 
 
-def _figures(shipped: Shipped) -> dict[str, Any]:
+def _figures(shipped: ShippedAdapter) -> dict[str, Any]:
     parity = {target: asdict(found) for target, found in shipped.parity.items()}
     return {"parity": next(iter(parity.values())), "parity_by_target": parity, "bytes": shipped.bytes}

@@ -24,7 +24,7 @@ def needs_of_recipe(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> 
     )
 
 
-def choose_for(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> fit.Choice | None:
+def choose_for(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> fit.BoardChoice | None:
     """What the recipe's board picks for the keys that the recipe leaves unset; None when it names no board.
 
     What the recipe sets is kept. Raises IncompatibleError when the bundle cannot fit, so a build ends before training.

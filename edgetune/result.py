@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .bases import Base
-from .shipping.verify import Trained
+from .shipping.verify import TrainedAdapter
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class BuildResult:
     adapters: Mapping[str, Mapping[str, Any]]
     domain: Mapping[str, Any] = field(default_factory=dict)
     base: Base | None = None
-    trained: Mapping[str, Trained] = field(default_factory=dict)
+    trained: Mapping[str, TrainedAdapter] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""

@@ -9,11 +9,11 @@ from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.errors import IncompatibleError
 
 from . import methods
-from .methods import Options
+from .methods import MethodOptions
 from .recipe.model import Recipe
 
 
-def shapes_in(targets: Sequence[str], method: str, options: Options, *, merged: bool = False) -> dict[str, str]:
+def shapes_in(targets: Sequence[str], method: str, options: MethodOptions, *, merged: bool = False) -> dict[str, str]:
     """The shape of a method in each of the targets; IncompatibleError names one that can hold none of its shapes."""
     found = methods.load(method)
     return {

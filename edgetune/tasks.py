@@ -10,10 +10,10 @@ from edgetune_runtime.engines.base import Tokenizer
 
 from edgetune.objectives.example import Example
 
-from .data import Row, TooLong, read_rows, split, tokenize_rows
+from .data import TaskRow, TooLong, read_rows, split, tokenize_rows
 from .metrics import metric_for
 from .recipe.model import Recipe
-from .recipe.parts import AdapterSpec, Metric, Training
+from .recipe.parts import AdapterSpec, Metric, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class Task:
 
     name: str
     spec: AdapterSpec
-    training: Training
-    train: Sequence[Row]
-    validation: Sequence[Row]
+    training: TrainingSpec
+    train: Sequence[TaskRow]
+    validation: Sequence[TaskRow]
     labels: tuple[str, ...]
     metric: Metric
 
     def tokenize(self, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Example], list[Example], TooLong]:
         """Training and validation examples, and the rows of both that are too long."""
 
-        def of(rows: Sequence[Row]) -> tuple[list[Example], TooLong]:
+        def of(rows: Sequence[TaskRow]) -> tuple[list[Example], TooLong]:
             loss_on = self.spec.data.loss_on
             return tokenize_rows(rows, tokenizer, system=self.spec.system, loss_on=loss_on, max_tokens=max_tokens)
 

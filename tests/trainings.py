@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from edgetune import methods
 from edgetune.objectives.example import Example
 from edgetune.progress import Progress, Step
-from edgetune.recipe.parts import Training
-from edgetune.training.job import Job, TrainResult
+from edgetune.recipe.parts import TrainingSpec
+from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.loop import train
 
 VOCABULARY = 384
@@ -73,17 +73,17 @@ def answer(number: int) -> Example:
     return Example(tokens, (False,) * prompt + (True,) * 3, prompt)
 
 
-def job(method: str, options: dict[str, Any] | None = None, **training: object) -> Job[Example]:
+def job(method: str, options: dict[str, Any] | None = None, **training: object) -> TrainingJob[Example]:
     """A training of 24 rows by `method`."""
     kind = methods.load(method)
     chosen = kind.options.model_validate(options or {})
     given = {"max_steps": 12, "epochs": 100, "evals": 3, "batch_size": 8, "precision": "fp32", "patience": None}
     rows = [answer(number) for number in range(24)]
-    schedule = Training.model_validate({**given, **training})
-    return Job("reply", kind, chosen, schedule, rows, rows[::3], "abc", kind.objective(chosen))
+    schedule = TrainingSpec.model_validate({**given, **training})
+    return TrainingJob("reply", kind, chosen, schedule, rows, rows[::3], "abc", kind.objective(chosen))
 
 
-def learn(base: PreTrainedModel, work: Job[Example], folder: Path) -> TrainResult:
+def learn(base: PreTrainedModel, work: TrainingJob[Example], folder: Path) -> TrainResult:
     """Train; the base must be bit for bit what it was, hooks and all."""
     before = _state(base)
     result = train(base, work, folder, QUIET)
@@ -98,7 +98,7 @@ def _state(base: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in base.state_dict().items()}
 
 
-def stopped_and_resumed(base: PreTrainedModel, work: Job[Example], folder: Path, step: int) -> TrainResult:
+def stopped_and_resumed(base: PreTrainedModel, work: TrainingJob[Example], folder: Path, step: int) -> TrainResult:
     """The result of a training that was interrupted after `step` steps and taken up again."""
     with pytest.raises(CancelledError):
         train(base, work, folder, Stopping(step))

@@ -17,7 +17,7 @@ from .needs import AdapterSize, Needs, estimate_needs, kv_bytes_per_token, lora_
 
 __all__ = [
     "AdapterSize",
-    "Choice",
+    "BoardChoice",
     "Fit",
     "Item",
     "Needs",
@@ -93,7 +93,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BoardChoice:
     """What a board asks of a recipe; `quantize` is None for a base that ships as it is. `reason` is one sentence."""
 
     quantize: str | None
@@ -151,7 +151,7 @@ def choose(
     context_length: int | None = None,
     threads: int | None = None,
     requantize: bool = True,
-) -> Choice:
+) -> BoardChoice:
     """What a recipe for `board` should say where it says nothing: quantization, context and threads.
 
     `quantize`, `context_length` and `threads` are kept where given; `requantize=False`: the base ships as it is.
@@ -185,7 +185,7 @@ def choose(
         f"{what} is {why} on {board.name}: {found.needed_mb:.0f} of {found.available_mb} MB, "
         f"about {found.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
-    return Choice(scheme, threads or board.cores, length, reason)
+    return BoardChoice(scheme, threads or board.cores, length, reason)
 
 
 def table(result: Fit) -> list[tuple[str, str]]:

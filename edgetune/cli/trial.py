@@ -20,7 +20,7 @@ from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 from edgetune.training.duration import TRIAL_STEPS, duration, tokens_left
-from edgetune.training.job import Job
+from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 from edgetune.training.loop import VALIDATION_ROWS
 
@@ -45,7 +45,7 @@ def run(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     return {"summary": summary, "tokens_per_s": round(result.tokens_per_s, 1), "training_s": round(seconds)}
 
 
-def _short(job: Job[Example]) -> Job[Example]:
+def _short(job: TrainingJob[Example]) -> TrainingJob[Example]:
     """The first steps of a training."""
     options = job.options
     if isinstance(options, LoraOptions) and options.is_auto:

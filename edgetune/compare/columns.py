@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .figures import OnEngine, Outcome, Training, megabytes
+from .figures import OnEngine, TrainingFigures, TrialResult, megabytes
 
 NONE = "-"
 """A figure that there is not."""
@@ -58,7 +58,7 @@ TEXT_COLUMNS = {"trial", "engine", "shape", "modules", "chosen"}
 """Columns that are no numbers."""
 
 
-def training_rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
+def training_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
     """A row for each outcome; one that is not done has its name and the reason alone."""
     for outcome in outcomes:
         training = outcome.training
@@ -79,7 +79,7 @@ def training_rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def engine_rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
+def engine_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
     """A row for each outcome on each engine; where the format holds no such adapter, the reason."""
     for outcome in outcomes:
         for target, figures in outcome.engines.items():
@@ -89,7 +89,7 @@ def engine_rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
                 yield outcome.name, target, f"refused: {reason}"
 
 
-def placement_rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
+def placement_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
     """A row for each placement that was weighed for a trial whose modules are chosen by their cost."""
     for outcome in outcomes:
         found = outcome.placement
@@ -105,7 +105,7 @@ def placement_rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
             )
 
 
-def busy_notes(outcomes: Sequence[Outcome]) -> list[str]:
+def busy_notes(outcomes: Sequence[TrialResult]) -> list[str]:
     """What the mark at times and speeds means, where there is one: which trials were timed on a busy machine, and why.
 
     Placements that were weighed on one are named too.
@@ -149,7 +149,7 @@ def _on_engine(figures: OnEngine) -> tuple[str, ...]:
     )
 
 
-def _overfit(training: Training) -> str:
+def _overfit(training: TrainingFigures) -> str:
     return NONE if training.overfit_step is None else str(training.overfit_step)
 
 

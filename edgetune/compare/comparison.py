@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .figures import Outcome
+from .figures import TrialResult
 from .recommend import Recommendation
 
 
@@ -18,7 +18,7 @@ class Comparison:
     base: str
     metric: str
     rows: int
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[TrialResult]
     recommended: Recommendation | None
 
     def to_json(self) -> dict[str, Any]:

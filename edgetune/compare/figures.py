@@ -46,7 +46,7 @@ class OnEngine:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingFigures:
     """What a training took and gave; losses are nats a token, `history` holds (epoch, training, validation loss)."""
 
     trainable_parameters: int
@@ -78,7 +78,7 @@ class OnBoard:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialResult:
     """One row of a comparison. Of a trial that is not `done`, `reason` says why in one line.
 
     `torch_score` is that of the checkpoint before export; `refused` maps a format to why it holds no such adapter.
@@ -90,7 +90,7 @@ class Outcome:
     rank: int | None
     status: Status
     reason: str = ""
-    training: Training | None = None
+    training: TrainingFigures | None = None
     metric: str = ""
     rows: int = 0
     torch_score: float | None = None
@@ -104,26 +104,26 @@ class Outcome:
         return asdict(self)
 
     @classmethod
-    def of_json(cls, values: Mapping[str, Any]) -> Outcome:
+    def of_json(cls, values: Mapping[str, Any]) -> TrialResult:
         """What `to_json` gave; TypeError or KeyError for anything else."""
         training, board = values["training"], values["board"]
         if training is not None:
-            training = Training(**{**training, "history": tuple(map(tuple, training["history"]))})
+            training = TrainingFigures(**{**training, "history": tuple(map(tuple, training["history"]))})
         engines = {name: OnEngine(**figures) for name, figures in values["engines"].items()}
         board = None if board is None else OnBoard(**board)
         return cls(**{**values, "training": training, "engines": engines, "board": board})
 
 
-def read_outcome(folder: Path, key: str) -> Outcome | None:
+def read_outcome(folder: Path, key: str) -> TrialResult | None:
     """The outcome that a trial of this key left in `folder`, else None."""
     try:
         values = json.loads((folder / OUTCOME_FILE).read_text(encoding="utf-8"))
-        return Outcome.of_json(values["outcome"]) if values["key"] == key else None
+        return TrialResult.of_json(values["outcome"]) if values["key"] == key else None
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return None
 
 
-def write_outcome(outcome: Outcome, folder: Path, key: str) -> None:
+def write_outcome(outcome: TrialResult, folder: Path, key: str) -> None:
     """Leave the outcome of a trial of this key in `folder`."""
     with replacing(folder / OUTCOME_FILE) as path:
         path.write_text(json.dumps({"key": key, "outcome": outcome.to_json()}, indent=2), encoding="utf-8")

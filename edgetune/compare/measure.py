@@ -21,10 +21,10 @@ from edgetune_runtime.measuring import runtime_around
 from filelock import FileLock
 
 from edgetune import bases, methods
-from edgetune.data import Row
+from edgetune.data import TaskRow
 from edgetune.evaluate import Evaluation, score
 from edgetune.progress import Progress
-from edgetune.shipping.verify import Trained
+from edgetune.shipping.verify import TrainedAdapter
 
 from .figures import OnEngine, standard_error
 from .torch_engine import TorchEngine
@@ -45,7 +45,7 @@ class Measured:
 
     bundle: Path
     task: str
-    rows: Sequence[Row]
+    rows: Sequence[TaskRow]
     progress: Progress
 
     @property
@@ -95,7 +95,7 @@ class InTorch:
 
     measured: Measured
     base: bases.Base
-    trained: Trained
+    trained: TrainedAdapter
     work: Path
     weights: Weights
     quantize_merged: str | None

@@ -19,7 +19,7 @@ from .columns import (
     training_rows,
 )
 from .comparison import Comparison
-from .figures import LOWER_IS_BETTER, Outcome
+from .figures import LOWER_IS_BETTER, TrialResult
 from .plots import Picture
 from .recommend import Recommendation
 
@@ -107,13 +107,13 @@ def _cell(tag: str, column: Column, text: str) -> str:
     return f"<{tag}{kind}>{escape(text)}</{tag}>"
 
 
-def _placements(outcomes: Sequence[Outcome]) -> list[str]:
+def _placements(outcomes: Sequence[TrialResult]) -> list[str]:
     """What each placement costs and gave, where a trial's modules were chosen by it."""
     rows = list(placement_rows(outcomes))
     return ["<h2>Choosing the modules</h2>", *_table(PLACEMENTS, rows, None)] if rows else []
 
 
-def _boards(outcomes: Sequence[Outcome]) -> list[str]:
+def _boards(outcomes: Sequence[TrialResult]) -> list[str]:
     """Which bundles the recipe's board cannot hold."""
     boards = [(outcome.name, outcome.board) for outcome in outcomes if outcome.board is not None]
     if not boards:
@@ -132,7 +132,7 @@ def _figure(picture: Picture) -> str:
     )
 
 
-def _meanings(outcomes: Sequence[Outcome]) -> list[str]:
+def _meanings(outcomes: Sequence[TrialResult]) -> list[str]:
     placements = PLACEMENTS if any(placement_rows(outcomes)) else ()
     columns = {column.title: column.meaning for column in (*ON_ENGINE, *TRAINING, *placements)}
     lines = [f"<dt>{escape(title)}</dt><dd>{escape(meaning)}</dd>" for title, meaning in columns.items()]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export import backends
 
 from .columns import BUSY
-from .figures import LOWER_IS_BETTER, OnEngine, Outcome
+from .figures import LOWER_IS_BETTER, OnEngine, TrialResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ class _Point:
     is_hollow: bool = False
 
 
-def plots(outcomes: Sequence[Outcome], out: Path) -> list[Picture]:
+def plots(outcomes: Sequence[TrialResult], out: Path) -> list[Picture]:
     """Draw all plots of the trials that are done into the folder `out`; none where no trial is."""
     done = [outcome for outcome in outcomes if outcome.status == "done"]
     if not done:
@@ -64,7 +64,7 @@ def plots(outcomes: Sequence[Outcome], out: Path) -> list[Picture]:
     return pictures
 
 
-def _sizes(done: Sequence[Outcome]) -> Figure:
+def _sizes(done: Sequence[TrialResult]) -> Figure:
     figure, axes = _figure(done[0].metric)
     points = [
         _Point(figures.bytes / 1e6, figures.score, figures.standard_error, label, color, _marker(target))
@@ -76,7 +76,7 @@ def _sizes(done: Sequence[Outcome]) -> Figure:
     return figure
 
 
-def _speeds(done: Sequence[Outcome]) -> Figure:
+def _speeds(done: Sequence[TrialResult]) -> Figure:
     figure, axes = _figure(done[0].metric)
     points = []
     for label, color, target, of in _each(done):
@@ -91,7 +91,7 @@ def _speeds(done: Sequence[Outcome]) -> Figure:
     return figure
 
 
-def _losses(done: Sequence[Outcome]) -> Figure:
+def _losses(done: Sequence[TrialResult]) -> Figure:
     figure, axes = _figure("")
     for outcome, color in zip(done, _colors(len(done)), strict=True):
         assert outcome.training is not None
@@ -131,7 +131,7 @@ def _figure(metric: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _each(done: Sequence[Outcome]) -> Iterator[tuple[str, Any, str, OnEngine]]:
+def _each(done: Sequence[TrialResult]) -> Iterator[tuple[str, Any, str, OnEngine]]:
     """Label, colour, engine and figures of each point."""
     for outcome, color in zip(done, _colors(len(done)), strict=True):
         for target, figures in outcome.engines.items():

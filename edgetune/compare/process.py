@@ -14,7 +14,7 @@ from edgetune_runtime.interrupts import end_on_interrupt
 
 from edgetune.progress import Progress
 
-from .figures import Outcome, read_outcome
+from .figures import TrialResult, read_outcome
 from .grid import REQUEST_FILE, Trial
 
 LOG_FILE = "log.txt"
@@ -24,14 +24,14 @@ _ERROR = "edgetune: "
 _STOP_S = 60.0
 
 
-def run_here(trials: Sequence[Trial], progress: Progress) -> Iterator[Outcome]:
+def run_here(trials: Sequence[Trial], progress: Progress) -> Iterator[TrialResult]:
     """Run the trials on this machine; KeyboardInterrupt ends the one that runs, after it saved where it is."""
     for number, trial in enumerate(trials, 1):
         progress.say(f"trial {number} of {len(trials)}: {trial.name}")
         yield run_process(trial, progress.say)
 
 
-def run_process(trial: Trial, say: Callable[[str], None]) -> Outcome:
+def run_process(trial: Trial, say: Callable[[str], None]) -> TrialResult:
     """Run one trial; `say` gets what it says. A trial that fails, or is killed, has an outcome that tells why."""
     folder = Path(trial.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,9 +55,9 @@ def run_process(trial: Trial, say: Callable[[str], None]) -> Outcome:
     return outcome or failed(trial, "; ".join(errors) or _ended(code))
 
 
-def failed(trial: Trial, reason: str) -> Outcome:
+def failed(trial: Trial, reason: str) -> TrialResult:
     """The outcome of a trial that has no figures."""
-    return Outcome(trial.name, trial.method, trial.rank, "failed", reason, refused=trial.refused)
+    return TrialResult(trial.name, trial.method, trial.rank, "failed", reason, refused=trial.refused)
 
 
 def end_with_parent() -> None:

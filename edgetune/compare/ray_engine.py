@@ -12,7 +12,7 @@ from edgetune_runtime.errors import IncompatibleError
 
 from edgetune.progress import Progress
 
-from .figures import Outcome
+from .figures import TrialResult
 from .grid import Trial
 from .process import failed, run_process
 
@@ -20,7 +20,7 @@ DEFAULT_CPUS = 1
 """Processors of a trial where the recipe sets no threads."""
 
 
-def run_on_ray(trials: Sequence[Trial], progress: Progress) -> Iterator[Outcome]:
+def run_on_ray(trials: Sequence[Trial], progress: Progress) -> Iterator[TrialResult]:
     """Run the trials on the cluster that RAY_ADDRESS names, or on one of this machine's processors.
 
     A trial takes as many processors as the recipe has threads, so that trials side by side do not slow each other.
@@ -52,5 +52,5 @@ def run_on_ray(trials: Sequence[Trial], progress: Progress) -> Iterator[Outcome]
             ray.shutdown()
 
 
-def _run(trial: Trial) -> Outcome:
+def _run(trial: Trial) -> TrialResult:
     return run_process(trial, lambda _: None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .figures import OnEngine, Outcome, goodness, megabytes
+from .figures import OnEngine, TrialResult, goodness, megabytes
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class _Candidate:
-    outcome: Outcome
+    outcome: TrialResult
     target: str
     figures: OnEngine
 
@@ -32,7 +32,7 @@ class _Candidate:
         return goodness(self.outcome.metric, self.figures.score)
 
 
-def recommend(outcomes: Sequence[Outcome]) -> Recommendation | None:
+def recommend(outcomes: Sequence[TrialResult]) -> Recommendation | None:
     """The smallest adapter, in bytes on disk, within one standard error of the best score on the device's engines.
 
     What the recipe's board cannot hold does not count, unless it can hold none. Of adapters of the same size, the one
@@ -85,7 +85,7 @@ def _smallest(chosen: _Candidate, board: str) -> str:
     return f"{chosen.outcome.name} in {chosen.target} by size alone: the smallest adapter ({size} MB){board}"
 
 
-def _board(done: Sequence[Outcome], fitting: Sequence[Outcome]) -> str:
+def _board(done: Sequence[TrialResult], fitting: Sequence[TrialResult]) -> str:
     board = next((outcome.board.name for outcome in done if outcome.board is not None), None)
     if board is None:
         return ""

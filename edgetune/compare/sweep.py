@@ -17,11 +17,11 @@ from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 
 from .comparison import Comparison
-from .figures import Outcome, goodness, read_outcome
+from .figures import TrialResult, goodness, read_outcome
 from .grid import Request, Trial, recipe_of, trials_of
 from .recommend import recommend
 
-Run = Callable[[Sequence[Trial], Progress], Iterator[Outcome]]
+Run = Callable[[Sequence[Trial], Progress], Iterator[TrialResult]]
 """Runs trials and yields their outcomes as they come; one that fails has an outcome too."""
 
 
@@ -64,7 +64,7 @@ def write(comparison: Comparison, out: Path) -> None:
         path.write_text(page(comparison, pictures), encoding="utf-8")
 
 
-def said(outcome: Outcome) -> str:
+def said(outcome: TrialResult) -> str:
     """An outcome in one line."""
     if outcome.status != "done":
         return f"{outcome.status}: {outcome.reason}"
@@ -91,12 +91,12 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
     return recipe, trials_of(request, recipe, base.fingerprint)
 
 
-def _refused(trial: Trial) -> Outcome:
+def _refused(trial: Trial) -> TrialResult:
     reason = next(iter(trial.refused.values()))
-    return Outcome(trial.name, trial.method, trial.rank, "refused", reason, refused=trial.refused)
+    return TrialResult(trial.name, trial.method, trial.rank, "refused", reason, refused=trial.refused)
 
 
-def _compared(task: str, base: str, outcomes: Sequence[Outcome]) -> Comparison:
+def _compared(task: str, base: str, outcomes: Sequence[TrialResult]) -> Comparison:
     done = [outcome for outcome in outcomes if outcome.status == "done"]
     first = done[0] if done else None
     ordered = [*sorted(done, key=_best, reverse=True), *(o for o in outcomes if o.status != "done")]
@@ -104,11 +104,11 @@ def _compared(task: str, base: str, outcomes: Sequence[Outcome]) -> Comparison:
     return Comparison(task, base, metric, rows, ordered, recommend(outcomes))
 
 
-def _best(outcome: Outcome) -> float:
+def _best(outcome: TrialResult) -> float:
     return max(goodness(outcome.metric, figures.score) for figures in outcome.engines.values())
 
 
-def _check_any(outcomes: Sequence[Outcome]) -> None:
+def _check_any(outcomes: Sequence[TrialResult]) -> None:
     if any(outcome.status == "done" for outcome in outcomes):
         return
     first = outcomes[0]

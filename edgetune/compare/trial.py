@@ -24,13 +24,13 @@ from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 
-from .figures import OnBoard, Outcome, Training, write_outcome
+from .figures import OnBoard, TrainingFigures, TrialResult, write_outcome
 from .grid import REQUEST_FILE, Trial
 from .measure import InTorch, Measured
 from .process import end_with_parent
 
 
-def run(trial: Trial, progress: Progress) -> Outcome:
+def run(trial: Trial, progress: Progress) -> TrialResult:
     """Do the trial in its folder. Raises what `pipeline.build` and `evaluate.score` raise."""
     folder, recipe = Path(trial.folder), trial.one_task
     bundle, work = folder / "bundle", folder / "bundle.work"
@@ -51,7 +51,7 @@ def run(trial: Trial, progress: Progress) -> Outcome:
     torch = InTorch(measured, built.base, built.trained[trial.task], shared, weights, recipe.quantize_merged)
     of_torch = torch.score([row.answer for row in first.details])
     merged = {target: torch.merged_speed(target) for target in recipe.targets}
-    return Outcome(
+    return TrialResult(
         name=trial.name,
         method=trial.method,
         rank=trial.rank,
@@ -76,11 +76,11 @@ def _share_base(work: Path, shared: Path) -> None:
         base.symlink_to(shared / "base", target_is_directory=True)
 
 
-def _training(figures: Mapping[str, Any], log: Path) -> Training:
+def _training(figures: Mapping[str, Any], log: Path) -> TrainingFigures:
     points = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     history = tuple((point["epoch"], point["train_loss"], point["val_loss"]) for point in points)
-    kept = {key: figures[key] for key in Training.__dataclass_fields__ if key != "history"}
-    return Training(**kept, history=history)
+    kept = {key: figures[key] for key in TrainingFigures.__dataclass_fields__ if key != "history"}
+    return TrainingFigures(**kept, history=history)
 
 
 def _board(recipe: Recipe, bundle: Path) -> OnBoard | None:

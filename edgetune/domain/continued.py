@@ -40,7 +40,7 @@ from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import DomainSpec
 from edgetune.shipping.verify import logits_of
-from edgetune.training.job import Job, TrainResult
+from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.loop import processes
 
 from .texts import Texts, split_windows, window_of
@@ -59,7 +59,7 @@ _MOST_NATS = 700.0
 # An engine gives the logits of so many tokens at a time.
 _ROWS = 64
 
-TrainAll = Callable[[Sequence[Job[Any]]], Mapping[str, TrainResult]]
+TrainAll = Callable[[Sequence[TrainingJob[Any]]], Mapping[str, TrainResult]]
 """Trains all jobs and keeps what is done, as `pipeline.train_all` does."""
 Rows = Callable[[list[int]], Iterable[Floats]]
 """Tokens to the logits after each."""
@@ -88,7 +88,7 @@ def _check_writable(header: GgufHeader) -> None:
         quantize_rows(np.zeros((1, columns), np.float32), ggml_type)
 
 
-def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Job[Example]:
+def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> TrainingJob[Example]:
     kind, training = methods.load(spec.method.name), recipe.training.under(spec.training)
     with closing(GgufTokenizer(base.path)) as tokenizer:
         length = window_of(recipe, base.header)
@@ -98,7 +98,7 @@ def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Job[Exam
     validation = list(spread(validation, math.ceil(len(validation) * min(1.0, MEASURED_TOKENS / tokens))))
     state = [base.fingerprint, spec.method.model_dump(mode="json"), training.model_dump(mode="json")]
     key = key_of(state, (window.tokens for window in (*train, *validation)))
-    return Job(NAME, kind, options, training, train, validation, key, kind.objective(options))
+    return TrainingJob(NAME, kind, options, training, train, validation, key, kind.objective(options))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Stage:
 
     recipe: Recipe
     source: Base
-    job: Job[Example]
+    job: TrainingJob[Example]
     result: TrainResult
     folder: Path
     progress: Progress

@@ -27,7 +27,7 @@ from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.result import BuildResult
 from edgetune.tasks import Task, read_task
-from edgetune.training.job import Job, TrainResult
+from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.jobs import train_all
 from edgetune.training.loop import processes
 
@@ -50,7 +50,7 @@ class _Work:
     """A task, its training, and the rows that were left out."""
 
     task: Task
-    job: Job[Labelled]
+    job: TrainingJob[Labelled]
     too_long: TooLong
 
 
@@ -109,7 +109,7 @@ def _plan(tasks: Sequence[Task], base: EncoderBase, context_length: int, progres
         if too_long.count:
             progress.say(f"{task.name}: {too_long.count} rows are longer than {context_length} tokens: {where[0]} …")
         method = task.spec.method
-        job = Job(
+        job = TrainingJob(
             task.name,
             methods.load(method.name),
             method.options,

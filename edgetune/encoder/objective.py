@@ -18,7 +18,7 @@ from edgetune_runtime.errors import UsageError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from edgetune.data import Row, TooLong, labelled_text
+from edgetune.data import TaskRow, TooLong, labelled_text
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,7 +48,7 @@ class Padded:
 
 
 def tokenize_labelled(
-    rows: Sequence[Row], tokenizer: EncoderTokenizer, labels: Sequence[str], max_tokens: int
+    rows: Sequence[TaskRow], tokenizer: EncoderTokenizer, labels: Sequence[str], max_tokens: int
 ) -> tuple[list[Labelled], TooLong]:
     """Tokens and label of each row that fits in `max_tokens`, in order; the others are counted, never cut.
 

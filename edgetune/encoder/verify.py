@@ -42,7 +42,7 @@ class TrainedTask:
     name: str
     folder: Path
     method: str
-    options: methods.Options
+    options: methods.MethodOptions
     probes: Sequence[Sequence[int]]
     scale: float = 1.0
     dtype: str = "f32"

@@ -12,9 +12,9 @@ from typing import Any
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import suggestion
 
-from .common.base import Checkpoint, Method, Options
+from .common.base import Checkpoint, Method, MethodOptions
 
-__all__ = ["Checkpoint", "Method", "Options", "load", "names", "of_folder", "shape_for"]
+__all__ = ["Checkpoint", "Method", "MethodOptions", "load", "names", "of_folder", "shape_for"]
 
 
 def names() -> list[str]:
@@ -47,7 +47,9 @@ def of_folder(folder: Path) -> Method[Any]:
     return load("lora")
 
 
-def shape_for(method: Method[Any], options: Options, backend: str, accepted: Sequence[str], *, merged: bool) -> str:
+def shape_for(
+    method: Method[Any], options: MethodOptions, backend: str, accepted: Sequence[str], *, merged: bool
+) -> str:
     """The shape that a backend writes of a method: the first of its shapes that is accepted, or a merged model.
 
     IncompatibleError with the way out when there is none.

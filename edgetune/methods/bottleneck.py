@@ -22,7 +22,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from .common.base import Checkpoint, Method, Options
+from .common.base import Checkpoint, Method, MethodOptions
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ _ARRAYS = tuple(field.name for field in fields(Bottleneck) if field.name not in 
 _AGAIN = "train or copy the adapter again"
 
 
-class BottleneckOptions(Options):
+class BottleneckOptions(MethodOptions):
     """Options of bottleneck adapters, by AdapterHub's names."""
 
     kind: Literal["houlsby", "pfeiffer", "parallel"] = Field(
@@ -69,13 +69,13 @@ class BottleneckMethod(Method[BottleneckOptions]):
 
     def attach(self, base: PreTrainedModel, options: BottleneckOptions, steps: int) -> Bottlenecked:
         """Hook bottlenecks, which add 0 at first, onto `base`; UsageError when it has no such blocks."""
-        from .common.bottleneck import Bottlenecked, Part  # noqa: PLC0415 - torch only when training
+        from .common.bottleneck import Bottlenecked, BottleneckModule  # noqa: PLC0415 - torch only when training
 
         width = base.config.hidden_size
         size = options.bottleneck_size or max(1, int(width // options.reduction_factor))
         activation, scaling = options.non_linearity, options.scaling
         places = _places(base, options.kind)
-        parts = {block: Part(width, size, activation, reads, scaling) for block, reads in places.items()}
+        parts = {block: BottleneckModule(width, size, activation, reads, scaling) for block, reads in places.items()}
         return Bottlenecked(base, parts, options)
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
@@ -93,11 +93,11 @@ class BottleneckMethod(Method[BottleneckOptions]):
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[Bottlenecked]:
         """The folder's bottlenecks, times the scale, on the base."""
-        from .common.bottleneck import Bottlenecked, Part  # noqa: PLC0415 - torch only when training or checking
+        from .common.bottleneck import Bottlenecked, BottleneckModule  # noqa: PLC0415 - torch only when training or checking
 
         options, bottlenecks = _read(checkpoint.folder)
         _check_fit(checkpoint, bottlenecks)
-        parts = {block: Part.of(item, checkpoint.scale) for block, item in bottlenecks.items()}
+        parts = {block: BottleneckModule.of(item, checkpoint.scale) for block, item in bottlenecks.items()}
         model = Bottlenecked(checkpoint.base, parts, options)
         try:
             yield model.eval()

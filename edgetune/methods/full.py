@@ -13,7 +13,7 @@ from edgetune_runtime.errors import IncompatibleError, VerificationError
 
 from edgetune.methods.common.base import rate_factor
 
-from .common.base import Checkpoint, Method, O, Options, trainable
+from .common.base import Checkpoint, Method, MethodOptions, O, trainable
 from .common.peft import array, no_grad
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 
 
-class FullOptions(Options):
+class FullOptions(MethodOptions):
     """Options of full fine-tuning."""
 
     learning_rate_factor: float = rate_factor(0.03)

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 
 from edgetune.methods.common.base import rate_factor
 
-from .common.base import Options
+from .common.base import MethodOptions
 from .full import OwnWeights
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-class LastLayersOptions(Options):
+class LastLayersOptions(MethodOptions):
     """Options of fine-tuning the last layers."""
 
     layers: PositiveInt = Field(4, description="How many layers are trained, and the last norm with them.")

@@ -14,7 +14,7 @@ LOGITS_PER_CHUNK = 2**23
 """The loss is computed on so many logits at a time."""
 
 
-class Row(Protocol):
+class TrainingRow(Protocol):
     """What every row of a training has."""
 
     @property
@@ -22,7 +22,7 @@ class Row(Protocol):
         """The tokens that the model reads."""
 
 
-def row_length(row: Row) -> int:
+def row_length(row: TrainingRow) -> int:
     """Tokens of a row."""
     return len(row.tokens)
 
@@ -38,7 +38,7 @@ class Batch(Protocol):
         """The same on `device`."""
 
 
-R_contra = TypeVar("R_contra", bound=Row, contravariant=True)
+R_contra = TypeVar("R_contra", bound=TrainingRow, contravariant=True)
 
 
 class Objective(Protocol[R_contra]):

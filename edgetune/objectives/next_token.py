@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from edgetune.objectives.example import Example
 
 from .chunks import summed_loss
-from .packing import ATTENTION, Packed, pack
+from .packing import ATTENTION, PackedRows, pack
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,11 +31,11 @@ class NextToken:
         """The learned tokens."""
         return sum(row.learned)
 
-    def batch(self, rows: Sequence[Example]) -> Packed:
+    def batch(self, rows: Sequence[Example]) -> PackedRows:
         """The rows behind one another."""
         return pack(rows)
 
-    def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Packed) -> torch.Tensor:
+    def loss(self, forward: Callable[..., Any], model: PeftModel, batch: PackedRows) -> torch.Tensor:
         """Cross entropy, with logits only where there is loss."""
 
         def loss_of(logits: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -47,7 +47,7 @@ class NextToken:
         """There is nothing else to write."""
 
 
-def packed_logits(forward: Callable[..., Any], packed: Packed) -> torch.Tensor:
+def packed_logits(forward: Callable[..., Any], packed: PackedRows) -> torch.Tensor:
     """The model's logits before each learned token [learned, vocabulary]."""
     logits: torch.Tensor = forward(
         input_ids=packed.tokens,

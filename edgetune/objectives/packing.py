@@ -54,7 +54,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRows:
     """One forward pass: `tokens` and `positions` [1, n]; for each learned token, the index of the token before it
     (`predictors`) and the token itself (`targets`). `place` [n] finds a packed token among the groups' queries.
     `row_tokens` counts the tokens of the rows, as if each stood alone.
@@ -75,13 +75,13 @@ class Packed:
         }
         return replace(self, **moved, groups=tuple(group.to(device) for group in self.groups))
 
-    def after_cache(self, length: int) -> Packed:
+    def after_cache(self, length: int) -> PackedRows:
         """The same behind a cache of `length` positions, whose keys come first and which all rows see."""
         return replace(
             self, positions=self.positions + length, groups=tuple(_behind(g, length, 0) for g in self.groups)
         )
 
-    def after_tokens(self, length: int) -> Packed:
+    def after_tokens(self, length: int) -> PackedRows:
         """The same behind `length` tokens that are put in front of `tokens` and which all rows see.
 
         `positions`, `place` and `groups` count them; `tokens` and `predictors` do not.
@@ -96,7 +96,7 @@ class Packed:
         )
 
 
-def pack(examples: Sequence[Example], shared: int | None = None) -> Packed:
+def pack(examples: Sequence[Example], shared: int | None = None) -> PackedRows:
     """Put the examples into one sequence, what they all begin with first and once, or only `shared` tokens of it."""
     shared = shared_length(examples) if shared is None else shared
     tokens = list(examples[0].tokens[:shared])
@@ -115,7 +115,7 @@ def pack(examples: Sequence[Example], shared: int | None = None) -> Packed:
         targets += [example.tokens[i] for i in learned]
     groups = [_group([range(shared)], range(0))] if shared else []
     groups.append(_group(own, range(shared)))
-    return Packed(
+    return PackedRows(
         torch.tensor([tokens]),
         torch.tensor([positions]),
         torch.tensor(predictors, dtype=torch.long),
@@ -133,7 +133,7 @@ def packed_attention(
     value: torch.Tensor,
     _attention_mask: torch.Tensor | None,
     *,
-    packed: Packed,
+    packed: PackedRows,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,

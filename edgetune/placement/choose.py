@@ -22,13 +22,13 @@ from edgetune.objectives.example import Example
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
-from edgetune.training.job import Job, TrainResult
+from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.loop import processes
 from edgetune.training.schedule import Schedule
 
 from .cost import Placement, busy, costs, describe, placements
 
-Trials = Callable[[Sequence[Job[Example]]], Mapping[str, TrainResult]]
+Trials = Callable[[Sequence[TrainingJob[Example]]], Mapping[str, TrainResult]]
 """Trains all jobs and keeps what is done, as `pipeline.train_all` does."""
 
 # A trial takes this share of the training's steps, but for tiny and long trainings.
@@ -38,7 +38,7 @@ _VALIDATION_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Tried:
+class PlacementTrial:
     """A placement with the share of decode speed that it costs; `val_loss` is None where none was trained."""
 
     placement: Placement
@@ -57,14 +57,14 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlacementChoice:
     """What was chosen within `budget`, of what, and where the costs come from; trials took `steps` steps each.
 
     `busy` says why measured costs are not those of a quiet machine, else it is None.
     """
 
-    chosen: Tried
-    tried: Sequence[Tried]
+    chosen: PlacementTrial
+    tried: Sequence[PlacementTrial]
     budget: float
     source: str
     steps: int
@@ -90,7 +90,7 @@ class Choice:
             lines.append(f"  {item.placement.title:<16} rank {item.placement.rank:<4} {self._said(item)}")
         return lines
 
-    def _said(self, item: Tried) -> str:
+    def _said(self, item: PlacementTrial) -> str:
         cost = f"decodes {item.cost:.1%} slower"
         if not _fits(item, self.budget):
             return f"{cost}: over the budget"
@@ -99,7 +99,7 @@ class Choice:
 
 
 def choose(
-    job: Job[Example],
+    job: TrainingJob[Example],
     spec: AdapterSpec,
     base: Base,
     recipe: Recipe,
@@ -107,7 +107,7 @@ def choose(
     folder: Path,
     train_all: Trials,
     progress: Progress,
-) -> Choice:
+) -> PlacementChoice:
     """The placement for a job whose options say `target_modules: auto`; the rank is at most theirs.
 
     Costs and trials are kept in `folder` or by `train_all`, so the same call chooses the same again. Of several
@@ -122,7 +122,7 @@ def choose(
     wanted, budget = placements(options.r), options.max_decode_overhead
     with processes().main_process_first():
         found = costs(wanted, spec, base, recipe, folder=folder, progress=progress)
-    tried = [Tried(placement, found[placement]) for placement in wanted]
+    tried = [PlacementTrial(placement, found[placement]) for placement in wanted]
     contenders = _contenders(tried, budget)
     if not contenders:
         raise _too_dear(job.name, tried, budget, describe(recipe))
@@ -134,7 +134,7 @@ def choose(
         tried = [replace(item, val_loss=losses.get(item.placement)) for item in tried]
         contenders = [item for item in tried if item.val_loss is not None]
     best = min(contenders, key=lambda item: (item.val_loss or 0.0, item.cost))
-    choice = Choice(best, tried, budget, describe(recipe), steps, busy(spec, base, recipe, folder))
+    choice = PlacementChoice(best, tried, budget, describe(recipe), steps, busy(spec, base, recipe, folder))
     progress.say(f"{job.name}: modules and rank for decoding less than {_percent(budget)} slower, {choice.source}")
     for line in choice.table():
         progress.say(line)
@@ -144,18 +144,18 @@ def choose(
     return choice
 
 
-def _fits(item: Tried, budget: float) -> bool:
+def _fits(item: PlacementTrial, budget: float) -> bool:
     # Noise may hide what an adapter costs, but each costs something: a budget of 0 allows none.
     return item.cost < budget
 
 
-def _contenders(tried: Sequence[Tried], budget: float) -> list[Tried]:
+def _contenders(tried: Sequence[PlacementTrial], budget: float) -> list[PlacementTrial]:
     """The highest rank within the budget of each set of modules: a lower one can express nothing more."""
     highest = {item.placement.modules: item for item in tried if _fits(item, budget)}
     return list(highest.values())
 
 
-def _too_dear(name: str, tried: Sequence[Tried], budget: float, source: str) -> UsageError:
+def _too_dear(name: str, tried: Sequence[PlacementTrial], budget: float, source: str) -> UsageError:
     cheapest = min(tried, key=lambda item: item.cost)
     what = f"{cheapest.placement.title} at rank {cheapest.placement.rank}"
     message = (
@@ -170,17 +170,17 @@ def _percent(share: float) -> str:
     return f"{share * 100:.3g}%"
 
 
-def _steps(job: Job[Example]) -> int:
+def _steps(job: TrainingJob[Example]) -> int:
     whole = Schedule(len(job.train), job.training).steps
     least, most = _STEPS
     return min(whole, max(least, min(most, round(whole * _SHARE))))
 
 
-def _name(job: Job[Example], placement: Placement) -> str:
+def _name(job: TrainingJob[Example], placement: Placement) -> str:
     return f"{job.name}/{placement.key}"
 
 
-def _trial(job: Job[Example], placement: Placement, steps: int) -> Job[Example]:
+def _trial(job: TrainingJob[Example], placement: Placement, steps: int) -> TrainingJob[Example]:
     """A whole training of few steps, validated once, at its end."""
     assert isinstance(job.options, LoraOptions)
     options = job.options.placed(placement.modules, placement.rank)

@@ -24,13 +24,13 @@ from pydantic import (
 
 from edgetune import methods
 
-from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, OnnxSpec, Part, Target, Text, Training
+from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, OnnxSpec, RecipePart, Target, Text, TrainingSpec
 from .problems import Loc, explain, override, read_document, suggest, value_at
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-class Recipe(Part):
+class Recipe(RecipePart):
     """A base, its tasks and a board: all that `edgetune build` needs."""
 
     name: Name
@@ -60,7 +60,7 @@ class Recipe(Part):
     """Tokens of prompt and answer together, in training and on the device."""
     threads: PositiveInt | None = None
     """Threads on the device; null takes the board's cores."""
-    training: Training = Training()
+    training: TrainingSpec = TrainingSpec()
     """Training options of all adapters."""
     domain: DomainSpec | None = None
     """Text that the base is continued on first, so that it knows the domain of all tasks."""

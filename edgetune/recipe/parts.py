@@ -61,13 +61,13 @@ Target = Annotated[
 Metric = Literal["auto", "exact", "json", "label", "rouge_l", "chrf", "perplexity"]
 
 
-class Part(BaseModel):
+class RecipePart(BaseModel):
     """Base of the recipe's parts: frozen, unknown keys refused, a field's meaning is the text under it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class Training(Part):
+class TrainingSpec(RecipePart):
     """How adapters are trained. At the top of a recipe it holds for all adapters; under an adapter, for that one."""
 
     epochs: PositiveFloat = 3.0
@@ -101,12 +101,12 @@ class Training(Part):
     Forward passes are made as small as it needs, with activation checkpointing where a row alone does not fit; the
     result is the same."""
 
-    def under(self, own: Training) -> Training:
+    def under(self, own: TrainingSpec) -> TrainingSpec:
         """These options with those that `own` sets put over them."""
         return self.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
-OwnTraining = Annotated[Training, PlainSerializer(lambda own: own.model_dump(mode="json", exclude_unset=True))]
+OwnTraining = Annotated[TrainingSpec, PlainSerializer(lambda own: own.model_dump(mode="json", exclude_unset=True))]
 """Training options over those of the recipe: what is not set stays unset."""
 
 
@@ -128,7 +128,7 @@ Data = Annotated[Text, AfterValidator(_beside_the_recipe)]
 """A data file or a hub id."""
 
 
-class Columns(Part):
+class Columns(RecipePart):
     """Which columns of the data are the prompt and the completion, when they are named otherwise."""
 
     prompt: Text
@@ -144,7 +144,7 @@ class Columns(Part):
         return value
 
 
-class DataSpec(Part):
+class DataSpec(RecipePart):
     """The rows of one task: JSONL, CSV or TSV files, beside the recipe, or a hub id.
 
     A row holds `messages`, which end with the assistant's; or `prompt` and `completion`; or `text` and `label`; or
@@ -165,12 +165,12 @@ class DataSpec(Part):
     """Learn the completions only, or the whole text."""
 
 
-class MethodSpec(Part):
+class MethodSpec(RecipePart):
     """A method's name and its options; written as the name alone, or as a mapping of `name` and the options."""
 
     name: str = "lora"
     """The method."""
-    options: SerializeAsAny[methods.Options]
+    options: SerializeAsAny[methods.MethodOptions]
     """The options of that method, complete with its defaults."""
 
     @model_validator(mode="before")
@@ -201,7 +201,7 @@ class MethodSpec(Part):
         return {"title": "Method", "description": cls.__doc__, "oneOf": [{"enum": methods.names()}, *_method_schemas()]}
 
 
-class AdapterSpec(Part):
+class AdapterSpec(RecipePart):
     """One task: its data, and how its adapter is trained, exported and scored."""
 
     data: DataSpec
@@ -222,7 +222,7 @@ class AdapterSpec(Part):
     """Number format of the adapter's GGUF file; q8_0 where the rows allow it."""
     onnx_dtype: Literal["f32", "f16"] = "f32"
     """Number format of the adapter's .onnx_adapter file; f16 halves it, but onnxruntime-genai loads f32 alone."""
-    training: OwnTraining = Training()
+    training: OwnTraining = TrainingSpec()
     """Training options of this adapter alone, over those of the recipe."""
 
     @field_validator("labels")
@@ -260,7 +260,7 @@ class AdapterSpec(Part):
         return problems
 
 
-class TextSpec(Part):
+class TextSpec(RecipePart):
     """Plain text: a .txt file, which is one text, or JSONL, CSV or TSV rows of `text` or a hub id, of which each row is
     one."""
 
@@ -272,7 +272,7 @@ class TextSpec(Part):
     """Share of the training text, its end, held out when `validation` is not given."""
 
 
-class DomainSpec(Part):
+class DomainSpec(RecipePart):
     """Text that the base is continued on before the adapters are trained (docs/domain.md).
 
     The result, at the base's own quantization, is the base of everything after.
@@ -284,7 +284,7 @@ class DomainSpec(Part):
     """How the base is tuned: a method that can be merged, such as full (the default), last_layers or lora."""
     window: int | None = Field(default=None, ge=16)
     """Tokens that a longer text is cut into; null takes `context_length`."""
-    training: OwnTraining = Training()
+    training: OwnTraining = TrainingSpec()
     """Training options of this stage alone, over those of the recipe; a row is a window."""
 
     @field_validator("method")
@@ -299,7 +299,7 @@ class DomainSpec(Part):
         return method
 
 
-class OnnxSpec(Part):
+class OnnxSpec(RecipePart):
     """How an ONNX graph holds the base's weights, which are those of the GGUF base."""
 
     weights: Literal["auto", "fp32", "int8", "int4"] = "auto"

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from edgetune import methods
 
 from .model import Recipe
-from .parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, OnnxSpec, Target, TextSpec, Training
+from .parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, OnnxSpec, Target, TextSpec, TrainingSpec
 from .problems import other_names
 
 INTRODUCTION = """\
@@ -57,7 +57,7 @@ def reference() -> str:
         ("`adapters.NAME`", AdapterSpec),
         ("`adapters.NAME.data`", DataSpec),
         ("`adapters.NAME.data.columns`", Columns),
-        ("`training`, `adapters.NAME.training` and `domain.training`", Training),
+        ("`training`, `adapters.NAME.training` and `domain.training`", TrainingSpec),
         ("`domain`", DomainSpec),
         ("`domain.data`", TextSpec),
         ("`onnx`", OnnxSpec),
@@ -91,7 +91,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(value, Training | OnnxSpec):
+    if isinstance(value, TrainingSpec | OnnxSpec):
         return "those below"
     if isinstance(value, MethodSpec):
         return f"`{value.name}`"

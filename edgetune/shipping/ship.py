@@ -33,14 +33,14 @@ from edgetune.progress import Progress
 from edgetune.targets import shapes_in
 from edgetune.training.allocator import give_back_freed_memory
 
-from .verify import Checked, Exported, Trained, Written, compare_bases, verify
+from .verify import ExportedFormat, FormatParity, TrainedAdapter, WrittenAdapter, compare_bases, verify
 
 _LARGE_BYTES = 50_000_000
 """Of a base's file: what is freed is worth looking for."""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class BundleSpec:
     """What a bundle is to be: its name and defaults, the formats to write, and the recipe that it keeps."""
 
     name: str
@@ -54,7 +54,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Shipped:
+class ShippedAdapter:
     """What is in the bundle for an adapter: its manifest entry, bytes of its files, and parity by backend."""
 
     entry: AdapterEntry
@@ -63,8 +63,8 @@ class Shipped:
 
 
 def ship(
-    base: Base, adapters: Sequence[Trained], work: Path, out: Path, *, wanted: Wanted, progress: Progress
-) -> dict[str, Shipped]:
+    base: Base, adapters: Sequence[TrainedAdapter], work: Path, out: Path, *, wanted: BundleSpec, progress: Progress
+) -> dict[str, ShippedAdapter]:
     """Export `adapters`, compare each with what was trained, and pack the bundle `out`; `work` is overwritten.
 
     Raises VerificationError that names the adapter when one does not say what was trained, and what fold, the backend
@@ -122,7 +122,7 @@ class _Stage:
 
     work: Path
     source: Source
-    adapters: Sequence[Trained]
+    adapters: Sequence[TrainedAdapter]
     shapes: Mapping[str, Mapping[str, str]]
     quantize_merged: str | None
     progress: Progress
@@ -137,7 +137,7 @@ class _Stage:
                     assert not isinstance(folded, Merged)
                     self.folded[adapter.name, shape] = folded
 
-    def export(self, target: str) -> Exported:
+    def export(self, target: str) -> ExportedFormat:
         """Write the base and all adapters in one format."""
         backend = backends.load(target)
         shapes = {adapter.name: self.shapes[adapter.name][target] for adapter in self.adapters}
@@ -149,11 +149,13 @@ class _Stage:
                 written[adapter.name] = self._write_merged(target, adapter)
             else:
                 written[adapter.name] = self._write(target, beside[adapter.name], adapter, base)
-        return Exported(target, base, written, backend.quantization(self.source))
+        return ExportedFormat(target, base, written, backend.quantization(self.source))
 
-    def shipped(self, exports: Sequence[Exported], checked: Mapping[str, Checked]) -> dict[str, Shipped]:
+    def shipped(
+        self, exports: Sequence[ExportedFormat], checked: Mapping[str, FormatParity]
+    ) -> dict[str, ShippedAdapter]:
         """What the manifest says of each adapter."""
-        shipped: dict[str, Shipped] = {}
+        shipped: dict[str, ShippedAdapter] = {}
         for adapter in self.adapters:
             found = {target: of.adapters[adapter.name] for target, of in checked.items()}
             folded = [item for (name, _), item in self.folded.items() if name == adapter.name]
@@ -176,23 +178,23 @@ class _Stage:
                 training=adapter.training,
             )
             size = sum(path.stat().st_size for path in self._folder(adapter).rglob("*") if path.is_file())
-            shipped[adapter.name] = Shipped(entry, size, found)
+            shipped[adapter.name] = ShippedAdapter(entry, size, found)
         return shipped
 
     def name_of(self, path: Path) -> str:
         """The name in the bundle of a staged file."""
         return path.relative_to(self.work).as_posix()
 
-    def _write(self, target: str, folded: Adapter, adapter: Trained, base: Path) -> Written:
+    def _write(self, target: str, folded: Adapter, adapter: TrainedAdapter, base: Path) -> WrittenAdapter:
         backend = backends.load(target)
         out = self._folder(adapter) / backend.ADAPTER_FILE
         dtype = adapter.dtype_in(target)
         backend.write_adapter(folded, base, out, dtype=dtype, base_fingerprint=self.source.fingerprint)
         if isinstance(folded, LowRank):
-            return Written(out, folded.shape, folded.error, folded.invocation)
-        return Written(out, folded.shape, prefix_tokens=folded.tokens if isinstance(folded, Prefix) else 0)
+            return WrittenAdapter(out, folded.shape, folded.error, folded.invocation)
+        return WrittenAdapter(out, folded.shape, prefix_tokens=folded.tokens if isinstance(folded, Prefix) else 0)
 
-    def _write_merged(self, target: str, adapter: Trained) -> Written:
+    def _write_merged(self, target: str, adapter: TrainedAdapter) -> WrittenAdapter:
         backend = backends.load(target)
         source = source_of_merged(self.source, self.quantize_merged)
         quantization = backend.quantization(source)
@@ -202,13 +204,13 @@ class _Stage:
         merged, out = self._fold(adapter, Merged.shape), self._folder(adapter) / backend.MODEL_FILE
         assert isinstance(merged, Merged)
         backend.write_merged(merged, source, out)
-        return Written(out, Merged.shape, quantization=quantization)
+        return WrittenAdapter(out, Merged.shape, quantization=quantization)
 
-    def _fold(self, adapter: Trained, shape: str) -> Folded:
+    def _fold(self, adapter: TrainedAdapter, shape: str) -> Folded:
         assert self.source.model is not None
         return methods.load(adapter.method).fold(adapter.checkpoint(self.source.model), shape)
 
-    def _folder(self, adapter: Trained) -> Path:
+    def _folder(self, adapter: TrainedAdapter) -> Path:
         return self.work / "adapters" / adapter.name
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from edgetune_export import architectures, backends
 from edgetune_export.adapters.shapes import Floats
 from edgetune_export.parity import Decoder, Parity, Rows, check, compare
-from edgetune_export.parity import Trained as Model
+from edgetune_export.parity import TrainedLogits as Model
 from edgetune_runtime import engines
 from edgetune_runtime.engines.base import Engine, Tokenizer
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
@@ -26,7 +26,7 @@ from .gated import Gated
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Logits = Callable[[list[int]], Floats]
+LogitsOf = Callable[[list[int]], Floats]
 """Token ids to the logits after each, float32 [tokens, vocabulary]."""
 
 States = dict[tuple[int, ...], Any]
@@ -50,7 +50,7 @@ BASE_ROWS = 2
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedAdapter:
     """A trained adapter on its way into a bundle.
 
     `folder` is what `method` wrote; `probes` are token rows to compare on, the first of them, with `prompt_lengths`, to
@@ -60,7 +60,7 @@ class Trained:
     name: str
     folder: Path
     method: str
-    options: methods.Options
+    options: methods.MethodOptions
     probes: Sequence[Sequence[int]]
     prompt_lengths: Sequence[int]
     scale: float = 1.0
@@ -82,7 +82,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenAdapter:
     """One adapter's file and its shape.
 
     `error` is the share of what was trained that it leaves out; with `invocation` tokens it waits for these;
@@ -98,17 +98,17 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedFormat:
     """What one backend wrote: the base's file, the adapters by name, and how the base's weights are rounded."""
 
     backend: str
     base: Path
-    adapters: Mapping[str, Written]
+    adapters: Mapping[str, WrittenAdapter]
     quantization: str
 
 
 @dataclass(frozen=True)
-class Checked:
+class FormatParity:
     """Parity of a backend's base and of its adapters, by name."""
 
     base: Parity
@@ -116,8 +116,12 @@ class Checked:
 
 
 def verify(
-    base: Base, model: PreTrainedModel, adapters: Sequence[Trained], exports: Sequence[Exported], progress: Progress
-) -> dict[str, Checked]:
+    base: Base,
+    model: PreTrainedModel,
+    adapters: Sequence[TrainedAdapter],
+    exports: Sequence[ExportedFormat],
+    progress: Progress,
+) -> dict[str, FormatParity]:
     """Run every adapter in torch and in each backend's engine on the same tokens, the base last, after switching back.
 
     `model` holds the base in float32. Raises VerificationError that names the first adapter, or the base, that is
@@ -141,12 +145,18 @@ def verify(
                 for adapter in adapters
             }
             plain = _remembered(model, model, known[None])
-            checked[export.backend] = Checked(_base_parity(plain, adapters, export, engine, progress), found)
+            checked[export.backend] = FormatParity(_base_parity(plain, adapters, export, engine, progress), found)
     return checked
 
 
 def _adapter_parity(
-    model: PreTrainedModel, adapter: Trained, export: Exported, engine: Engine, *, known: States, progress: Progress
+    model: PreTrainedModel,
+    adapter: TrainedAdapter,
+    export: ExportedFormat,
+    engine: Engine,
+    *,
+    known: States,
+    progress: Progress,
 ) -> Parity:
     written = export.adapters[adapter.name]
     with methods.load(adapter.method).loaded(adapter.checkpoint(model)) as tuned:
@@ -163,7 +173,9 @@ def _adapter_parity(
     return parity
 
 
-def compare_bases(first: Exported, second: Exported, adapters: Sequence[Trained], progress: Progress) -> Parity:
+def compare_bases(
+    first: ExportedFormat, second: ExportedFormat, adapters: Sequence[TrainedAdapter], progress: Progress
+) -> Parity:
     """How far the second backend's plain base is from the first's, on rows of the tasks."""
     rows = _base_rows(adapters)
     length = max(map(len, rows))
@@ -178,7 +190,7 @@ def compare_bases(first: Exported, second: Exported, adapters: Sequence[Trained]
     return parity
 
 
-def logits_of(model: Any) -> Logits:  # noqa: ANN401 - with or without PEFT around it
+def logits_of(model: Any) -> LogitsOf:  # noqa: ANN401 - with or without PEFT around it
     """A function from token ids to the model's logits after each, float32 [tokens, vocabulary]."""
     import torch  # noqa: PLC0415
 
@@ -201,7 +213,7 @@ def _said(parity: Parity) -> str:
 
 
 def _compare_tokenizers(
-    base: Path, name: str, tokenizer: Tokenizer, adapters: Sequence[Trained], progress: Progress
+    base: Path, name: str, tokenizer: Tokenizer, adapters: Sequence[TrainedAdapter], progress: Progress
 ) -> None:
     """Warn of texts that an engine cuts into other tokens than training did."""
     texts = dict.fromkeys([*HARD_TEXTS, *(text for adapter in adapters for text in adapter.texts)])
@@ -213,7 +225,7 @@ def _compare_tokenizers(
 
 
 def _base_parity(
-    plain: Model, adapters: Sequence[Trained], export: Exported, engine: Engine, progress: Progress
+    plain: Model, adapters: Sequence[TrainedAdapter], export: ExportedFormat, engine: Engine, progress: Progress
 ) -> Parity:
     engine.activate({})
     parity = compare(plain, engine, _base_rows(adapters))
@@ -222,7 +234,7 @@ def _base_parity(
     return parity
 
 
-def _parity(trained: Model, adapter: Trained, export: Exported, engine: Engine) -> Parity:
+def _parity(trained: Model, adapter: TrainedAdapter, export: ExportedFormat, engine: Engine) -> Parity:
     written, active = export.adapters[adapter.name], {adapter.name: adapter.scale}
     if written.shape == "merged":
         with _engine(export.backend, written.file, engine.context_length) as merged:
@@ -233,7 +245,7 @@ def _parity(trained: Model, adapter: Trained, export: Exported, engine: Engine) 
     return _compare(trained, adapter, gated if written.invocation else engine, engine.capacity(active))
 
 
-def _compare(trained: Model, adapter: Trained, engine: Decoder, capacity: int) -> Parity:
+def _compare(trained: Model, adapter: TrainedAdapter, engine: Decoder, capacity: int) -> Parity:
     room = capacity - ANSWER_TOKENS
     prompts = [
         row[:length]
@@ -299,5 +311,5 @@ def _states(head: Any, model: Any, tokens: list[int]) -> Any:  # noqa: ANN401 - 
     return taken[0][-len(tokens) :].clone()
 
 
-def _base_rows(adapters: Sequence[Trained]) -> list[Sequence[int]]:
+def _base_rows(adapters: Sequence[TrainedAdapter]) -> list[Sequence[int]]:
     return [row for adapter in adapters for row in adapter.probes[:BASE_ROWS]]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from .schedule import Schedule, plan
 
 if TYPE_CHECKING:
-    from edgetune.objectives.base import Row
-    from edgetune.recipe.parts import Training
+    from edgetune.objectives.base import TrainingRow
+    from edgetune.recipe.parts import TrainingSpec
 
 TRIAL_STEPS = 10
 """Steps of a training that tell how fast this machine is."""
@@ -21,7 +21,9 @@ _WARMUP_STEPS = 2
 _VALIDATION_COST = 0.5
 
 
-def tokens_left(train: Sequence[Row], validation: Sequence[Row], training: Training, step: int = 0) -> float:
+def tokens_left(
+    train: Sequence[TrainingRow], validation: Sequence[TrainingRow], training: TrainingSpec, step: int = 0
+) -> float:
     """Tokens that a training has before it after `step` steps, those of its validation passes at what they cost.
 
     `validation` are the rows of one pass. A training without patience left ends sooner.

@@ -8,22 +8,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from edgetune.methods import Method, Options
-from edgetune.objectives.base import Objective, Row
+from edgetune.methods import Method, MethodOptions
+from edgetune.objectives.base import Objective, TrainingRow
 from edgetune.objectives.next_token import NEXT_TOKEN
-from edgetune.recipe.parts import Training
+from edgetune.recipe.parts import TrainingSpec
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=TrainingRow)
 
 
 @dataclass(frozen=True)
-class Job(Generic[R]):
+class TrainingJob(Generic[R]):
     """One training: `key` stands for all that its result depends on."""
 
     name: str
     method: Method[Any]
-    options: Options
-    training: Training
+    options: MethodOptions
+    training: TrainingSpec
     train: Sequence[R]
     validation: Sequence[R]
     key: str

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune.progress import Progress
 
 from .duration import tokens_left
-from .job import Job, TrainResult, finished
+from .job import TrainingJob, TrainResult, finished
 from .loop import DTYPES, VALIDATION_ROWS, precision_of, processes, train
 from .plot import plot_training
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def train_all(
-    jobs: Sequence[Job[Any]],
+    jobs: Sequence[TrainingJob[Any]],
     base: str,
     load: Callable[[torch.dtype], PreTrainedModel],
     work: Path,

@@ -23,14 +23,14 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError
 
 from edgetune.methods import Method
 from edgetune.methods.common.base import trainable
-from edgetune.objectives.base import Batch, Row, row_length
+from edgetune.objectives.base import Batch, TrainingRow, row_length
 from edgetune.progress import Progress, Step
-from edgetune.recipe.parts import Training
+from edgetune.recipe.parts import TrainingSpec
 
 from .checkpointing import checkpointed, layers_of
 from .duration import TimeTrial, tokens_left
 from .fused import fused
-from .job import Job, Point, TrainResult
+from .job import Point, TrainingJob, TrainResult
 from .memory import PassPlan
 from .pass_sizes import pass_cost, passes_within, peak_memory_mb
 from .precision import require_int8
@@ -68,7 +68,7 @@ def processes() -> PartialState:
     return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
 
 
-def precision_of(training: Training, method: Method[Any]) -> str:
+def precision_of(training: TrainingSpec, method: Method[Any]) -> str:
     """What the recipe asks for, or `bf16` or `fp32`, whichever the hardware multiplies fast.
 
     UsageError for int8 where the hardware or the method cannot take it.
@@ -86,7 +86,9 @@ def precision_of(training: Training, method: Method[Any]) -> str:
     return "fp32"
 
 
-def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress, later: float = 0.0) -> TrainResult:
+def train(
+    base: PreTrainedModel, job: TrainingJob[Any], folder: Path, progress: Progress, later: float = 0.0
+) -> TrainResult:
     """Do the job; `base` is left as it was. Goes on where a run of the same key in `folder` ended.
 
     After ten steps it says about how long it takes, and with the `later` tokens of the trainings after it.
@@ -118,7 +120,7 @@ def train(base: PreTrainedModel, job: Job[Any], folder: Path, progress: Progress
 class _Run:
     """One training: model, optimizer and where it stands."""
 
-    def __init__(self, base: PreTrainedModel, job: Job[Any], folder: Path) -> None:
+    def __init__(self, base: PreTrainedModel, job: TrainingJob[Any], folder: Path) -> None:
         training, method = job.training, job.method
         self.training, self.folder, self.key, self.objective = training, folder, job.key, job.objective
         self.method, self.options, self.name = method, job.options, job.name
@@ -175,7 +177,7 @@ class _Run:
         is_limited = limit is not None or self.passes.tokens < PassPlan.tokens
         return f"training {self.name}: {self.passes}{within}" if is_limited else ""
 
-    def _loss_of_row(self, row: Row) -> torch.Tensor:
+    def _loss_of_row(self, row: TrainingRow) -> torch.Tensor:
         return self._loss(self.objective.batch([row]).to(self.accelerator.device), self.tuned)
 
     def layers(self) -> AbstractContextManager[None]:
@@ -290,12 +292,12 @@ class _Run:
             for name, parameter in trainable(self.tuned):
                 parameter.copy_(weights[name])
 
-    def _batches(self) -> Iterator[list[Row]]:
+    def _batches(self) -> Iterator[list[TrainingRow]]:
         """The rows of each step that is left."""
         for indices in plan([len(e.tokens) for e in self.train_rows], self.schedule, self.training)[self.state.step :]:
             yield [self.train_rows[i] for i in indices]
 
-    def _step(self, rows: Sequence[Row]) -> None:
+    def _step(self, rows: Sequence[TrainingRow]) -> None:
         """One optimizer step on the mean loss over all that is learned of `rows`, whatever process they fall to.
 
         The state changes at its end alone, so a step that is interrupted before counts as not taken.

@@ -19,7 +19,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
 from edgetune.objectives.base import LOGITS_PER_CHUNK
 
 if TYPE_CHECKING:
-    from edgetune.methods import Method, Options
+    from edgetune.methods import Method, MethodOptions
 
     from .checkpointing import LayerCost
 
@@ -185,7 +185,7 @@ class TrainingNeed:
 def training_need(
     shape: BaseShape,
     method: Method[Any],
-    options: Options,
+    options: MethodOptions,
     *,
     longest_row: int,
     batch_tokens: int,
@@ -205,7 +205,7 @@ def training_need(
     return TrainingNeed(fixed + least, fixed + replace(cost, lost=_LOST_KEEPING).pass_mb(whole))
 
 
-def predicted(shape: BaseShape, method: Method[Any], options: Options, precision: str) -> PassCost:
+def predicted(shape: BaseShape, method: Method[Any], options: MethodOptions, precision: str) -> PassCost:
     """What a pass of the method keeps: what a layer's norms, attention and activation function read, and the inputs of
     the modules whose weights are trained."""
     width = _width(method, precision)
@@ -282,7 +282,7 @@ def _width(method: Method[Any], precision: str) -> int:
     return 2 if precision == "bf16" and not method.trains_base else 4
 
 
-def _trained_modules(shape: BaseShape, method: Method[Any], options: Options) -> list[str]:
+def _trained_modules(shape: BaseShape, method: Method[Any], options: MethodOptions) -> list[str]:
     """The linear modules of a layer that keep their inputs."""
     if method.trains_base:
         return list(shape.modules)
@@ -290,12 +290,12 @@ def _trained_modules(shape: BaseShape, method: Method[Any], options: Options) ->
     return [name for name in shape.modules if isinstance(targets, str) or name in targets]
 
 
-def _trained_layers(shape: BaseShape, options: Options) -> int:
+def _trained_layers(shape: BaseShape, options: MethodOptions) -> int:
     """Layers that gradients reach: those before the first trained one keep nothing."""
     return min(shape.layers, int(getattr(options, "layers", shape.layers)))
 
 
-def _trained_parameters(shape: BaseShape, method: Method[Any], options: Options) -> int:
+def _trained_parameters(shape: BaseShape, method: Method[Any], options: MethodOptions) -> int:
     """Of a method that trains the base, its share by layers; else those of two factors, a guess for other methods."""
     if method.trains_base:
         return shape.parameters * _trained_layers(shape, options) // shape.layers

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from edgetune_runtime.bench import peak_mb, resident_mb
 from edgetune_runtime.threads.machine import free_mb
 
-from edgetune.objectives.base import Row, row_length
-from edgetune.recipe.parts import Training
+from edgetune.objectives.base import TrainingRow, row_length
+from edgetune.recipe.parts import TrainingSpec
 
 from .allocator import give_back_freed_memory, keep_freed_memory
 from .checkpointing import layer_cost, layers_of, trained_layers
@@ -23,9 +23,9 @@ _MEASURED_TOKENS = 256
 
 
 def pass_cost(
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     model: torch.nn.Module,
-    loss_of: Callable[[Row], torch.Tensor],
+    loss_of: Callable[[TrainingRow], torch.Tensor],
     *,
     before: int,
     vocabulary: int,
@@ -46,8 +46,8 @@ def pass_cost(
 
 def passes_within(
     cost: PassCost,
-    training: Training,
-    rows: Sequence[Row],
+    training: TrainingSpec,
+    rows: Sequence[TrainingRow],
     *,
     accelerator: Accelerator,
     trained: int,

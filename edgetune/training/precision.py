@@ -11,7 +11,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune import methods
 from edgetune.methods import Method
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import Training
+from edgetune.recipe.parts import TrainingSpec
 
 _X86 = frozenset({"x86_64", "amd64"})
 
@@ -42,7 +42,7 @@ def require_int8(method: Method[Any], device: str, *, machine: str = "", where: 
     raise UsageError(f"{key} is int8, but {why}", f"set {key}: fp32")
 
 
-def _trainings(recipe: Recipe) -> Iterator[tuple[str, Training, Method[Any]]]:
+def _trainings(recipe: Recipe) -> Iterator[tuple[str, TrainingSpec, Method[Any]]]:
     """The recipe's trainings: the prefix of their keys, options and method."""
     for name, spec in recipe.adapters.items():
         yield f"adapters.{name}.", recipe.training.under(spec.training), methods.load(spec.method.name)

@@ -7,12 +7,12 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from edgetune.recipe.parts import Training
+from edgetune.recipe.parts import TrainingSpec
 
 if TYPE_CHECKING:
-    from edgetune.objectives.base import Row
+    from edgetune.objectives.base import TrainingRow
 
-R = TypeVar("R", bound="Row")
+R = TypeVar("R", bound="TrainingRow")
 
 # Rows are sorted by length inside windows of so many steps: nearly no padding, and still another order each epoch.
 _WINDOW_STEPS = 16
@@ -21,7 +21,7 @@ _WINDOW_STEPS = 16
 class Schedule:
     """How many steps a training takes, its learning rate at each, and after which steps it validates."""
 
-    def __init__(self, rows: int, training: Training) -> None:
+    def __init__(self, rows: int, training: TrainingSpec) -> None:
         self.steps_per_epoch = math.ceil(rows / training.batch_size)
         self.steps = max(1, math.ceil(training.epochs * self.steps_per_epoch))
         if training.max_steps is not None:
@@ -39,7 +39,7 @@ class Schedule:
         return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self._form]
 
 
-def plan(lengths: Sequence[int], schedule: Schedule, training: Training) -> list[list[int]]:
+def plan(lengths: Sequence[int], schedule: Schedule, training: TrainingSpec) -> list[list[int]]:
     """The indices of the rows of every step of a run, rows of like length together."""
     steps: list[list[int]] = []
     epoch = 0

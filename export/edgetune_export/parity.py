@@ -25,7 +25,7 @@ class Rows(Protocol):
         """The logits after these tokens."""
 
 
-Trained = Callable[[list[int]], Rows]
+TrainedLogits = Callable[[list[int]], Rows]
 """Token ids to the trained model's logits after each."""
 
 
@@ -98,7 +98,7 @@ class Parity:
 
 
 def compare(
-    trained: Trained,
+    trained: TrainedLogits,
     engine: Decoder,
     rows: Sequence[Sequence[int]],
     *,
@@ -130,7 +130,7 @@ def compare(
     return Parity(nats / count, same / count, greedy, len(rows), count)
 
 
-def greedy_agreement(trained: Trained, engine: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
+def greedy_agreement(trained: TrainedLogits, engine: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
     """Tokens that both generate alike when each takes its likeliest token, the least over the prompts.
 
     An answer that agrees to its end counts as `max_tokens`. The trained model runs once a prompt: as long as it would
@@ -165,7 +165,7 @@ def check(
         raise VerificationError(message, remedy)
 
 
-def _agreement(trained: Trained, engine: Decoder, prompt: list[int], max_tokens: int) -> int:
+def _agreement(trained: TrainedLogits, engine: Decoder, prompt: list[int], max_tokens: int) -> int:
     engine.forget(0)
     chosen: list[int] = []
     logits = engine.decode(prompt)

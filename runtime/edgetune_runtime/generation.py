@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from .serving.context import Context, Job
+from .serving.context import Context, PromptJob
 from .serving.limits import Limits, Stopped
 from .serving.pool import Pool
 from .states.activation import Spans
@@ -53,7 +53,7 @@ class Call:
     """One call made ready: where it runs, what on, its system prompt, how long that took, and how much is carried."""
 
     pool: Pool
-    job: Job
+    job: PromptJob
     system: str | None
     prepared_s: float
     carried: int = 0
@@ -69,7 +69,7 @@ class Carried:
 
 
 @dataclass
-class Outcome:
+class Generation:
     """Where a generation leaves its answer and the tokens whose state there is then.
 
     It is apart from the stream, so that dropping the stream ends the generation.
@@ -82,7 +82,7 @@ class Outcome:
 class Stream(Iterator[str]):
     """Pieces of an answer as they come; `answer` is there once they are exhausted. `close` ends it early."""
 
-    def __init__(self, pieces: Generator[str, None, None], outcome: Outcome) -> None:
+    def __init__(self, pieces: Generator[str, None, None], outcome: Generation) -> None:
         self._pieces = pieces
         self._outcome = outcome
 
@@ -108,7 +108,7 @@ class Stream(Iterator[str]):
 
 def generate(
     call: Call,
-    outcome: Outcome,
+    outcome: Generation,
     *,
     sampling: Sampling | None = None,
     deadline_s: float | None = None,
@@ -122,7 +122,7 @@ def generate(
     return _generate(call, sampling_of(sampling, overrides), Limits(deadline_s, cancel), outcome)
 
 
-def _generate(call: Call, sampling: Sampling, limits: Limits, outcome: Outcome) -> Generator[str, None, None]:
+def _generate(call: Call, sampling: Sampling, limits: Limits, outcome: Generation) -> Generator[str, None, None]:
     job = replace(call.job, check=limits.check)
     try:
         with call.pool.lease(job) as context:
@@ -144,7 +144,7 @@ class _Answering:
         self._first_s = self._rest_s = 0.0
         self._reason = ""
 
-    def pieces(self, job: Job) -> Generator[str, None, None]:
+    def pieces(self, job: PromptJob) -> Generator[str, None, None]:
         """Compute the prompt, then choose tokens one after another."""
         context, tokenizer = self._context, self._context.engine.tokenizer
         sampler, text = Sampler(self._sampling), TextStream(self._sampling.stop)

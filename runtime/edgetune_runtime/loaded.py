@@ -14,8 +14,8 @@ from .bundle import AdapterEntry, Manifest, resolve, verify_files
 from .engines.base import Tokenizer
 from .errors import IncompatibleError, UsageError
 from .generation import Call, Carried
-from .opening import Options, file_of, open_base
-from .serving.context import Context, Job
+from .opening import OpeningOptions, file_of, open_base
+from .serving.context import Context, PromptJob
 from .serving.pool import Pool
 from .states.activation import behind
 from .states.cache import CALLS, common_prefix
@@ -35,7 +35,9 @@ _PROBES = ("A", "7", "\n", "é", "(")
 class LoadedBundle:
     """What runs behind a `Runtime` and its sessions. Safe to use from several threads."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, running: Pool | EncoderEngine, options: Options) -> None:
+    def __init__(
+        self, bundle: Path, manifest: Manifest, running: Pool | EncoderEngine, options: OpeningOptions
+    ) -> None:
         self.bundle = bundle
         self.manifest = manifest
         self.options = options
@@ -101,7 +103,7 @@ class LoadedBundle:
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = behind(carried.spans, kept, spans)
-        return Call(pool, Job(tokens, spans, count, owner), system, prepared_s, kept)
+        return Call(pool, PromptJob(tokens, spans, count, owner), system, prepared_s, kept)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
         """What a choice of adapters means; NotFoundError for an unknown one, UsageError for what is no choice."""

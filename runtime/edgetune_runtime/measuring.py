@@ -15,7 +15,7 @@ from typing import cast
 from .bundle import Manifest
 from .engines.base import Engine, EngineClass
 from .loaded import LoadedBundle
-from .opening import Options
+from .opening import OpeningOptions
 from .runtime import Runtime
 from .serving.context import Context, Shared
 from .serving.governor import Governor
@@ -31,7 +31,7 @@ def loaded_bundle(runtime: Runtime) -> LoadedBundle:
 def runtime_around(engine: Engine, bundle: Path, manifest: Manifest, name: str) -> Runtime:
     """A runtime that computes on an engine made elsewhere, of this name, and keeps no states; closes the engine."""
     make = cast("EngineClass", type(engine))
-    options = Options(name, make, manifest.context_length, manifest.threads, verify=False)
+    options = OpeningOptions(name, make, manifest.context_length, manifest.threads, verify=False)
     governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
     shared = Shared(manifest.base.fingerprint, manifest.base.kv_bytes_per_token, StateCache(0), governor)
     return Runtime(LoadedBundle(bundle, manifest, Pool(Context(engine, shared)), options))

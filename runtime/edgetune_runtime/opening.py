@@ -36,7 +36,7 @@ _SHARE_OF_FREE = 0.25
 
 
 @dataclass(frozen=True)
-class Options:
+class OpeningOptions:
     """How a bundle is opened; see `Runtime.open`."""
 
     engine: str
@@ -72,7 +72,7 @@ def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
     return files[engine]
 
 
-def open_base(bundle: Path, manifest: Manifest, file: str, options: Options) -> Pool | EncoderEngine:
+def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions) -> Pool | EncoderEngine:
     """Check and load the base, or a merged model, that the bundle has in `file`; errors as those of `Runtime.open`."""
     if options.map_large_blocks:
         _map_large_blocks()
@@ -126,7 +126,7 @@ def _map_large_blocks() -> None:
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-def _prompts(bundle: Path, manifest: Manifest, running: Engine, options: Options) -> PromptStates:
+def _prompts(bundle: Path, manifest: Manifest, running: Engine, options: OpeningOptions) -> PromptStates:
     digests = {
         name: manifest.files[entry.files[options.engine]].sha256
         for name, entry in manifest.adapters.items()

@@ -13,9 +13,9 @@ from typing import Any, Self
 
 from .bundle import read_manifest
 from .errors import UsageError
-from .generation import Answer, Outcome, Stream, generate
+from .generation import Answer, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
-from .opening import Options, engine_class, file_of, open_base
+from .opening import OpeningOptions, engine_class, file_of, open_base
 from .scoring import label_scores, likeliest, window_loss
 from .session import Session
 from .states.store import StateStore, default_folder
@@ -99,7 +99,7 @@ class Runtime:
         if (contexts is not None and contexts < 1) or waiting < 0:
             raise UsageError(f"contexts is {contexts} and waiting {waiting}", "give at least 1 context")
         engine = engine or next(iter(manifest.base.files), "gguf")
-        options = Options(
+        options = OpeningOptions(
             engine=engine,
             make=engine_class(engine, manifest.task),
             context_length=context_length or manifest.context_length,
@@ -170,7 +170,7 @@ class Runtime:
         **overrides: object,
     ) -> Stream:
         """As `generate`, but yields the text in pieces as it comes; it holds a context until it ends or is closed."""
-        call, outcome = self._loaded.call(prompt, adapter), Outcome()
+        call, outcome = self._loaded.call(prompt, adapter), Generation()
         pieces = generate(call, outcome, sampling=sampling, deadline_s=deadline_s, cancel=cancel, **overrides)
         return Stream(pieces, outcome)
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from .errors import IncompatibleError, NotFoundError, UsageError, VerificationError
-from .generation import Answer, Call, Carried, Outcome, Stream, generate
+from .generation import Answer, Call, Carried, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .serving.pool import Pool
 from .states.cache import Key, SavedState
@@ -51,7 +51,7 @@ class Session:
         """As `send`, but yields the text in pieces. Only an answer that was read to its end is in the history."""
         messages = [*self.history, {"role": "user", "content": message}]
         carried = self._last if self._carries else None
-        call, outcome = self._loaded.call(messages, self.adapter, owner=self._owner, carried=carried), Outcome()
+        call, outcome = self._loaded.call(messages, self.adapter, owner=self._owner, carried=carried), Generation()
         return Stream(self._recorded(messages, call, generate(call, outcome, **options), outcome), outcome)
 
     def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
@@ -129,7 +129,7 @@ class Session:
         self.close()
 
     def _recorded(
-        self, messages: list[Message], call: Call, pieces: Iterator[str], outcome: Outcome
+        self, messages: list[Message], call: Call, pieces: Iterator[str], outcome: Generation
     ) -> Generator[str, None, None]:
         yield from pieces
         answer = outcome.answer

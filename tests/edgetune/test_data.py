@@ -12,7 +12,7 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.text.chat import messages_for, render
 
-from edgetune.data import Row, read_rows, split, tokenize_rows
+from edgetune.data import TaskRow, read_rows, split, tokenize_rows
 from edgetune.objectives.example import Example
 from edgetune.recipe.parts import Columns
 
@@ -36,8 +36,8 @@ def tokenizer(tiny_gguf: Callable[[str], Path]) -> Iterator[GgufTokenizer]:
     opened.close()
 
 
-def row(prompt: str, completion: str = "ok", where: str = "rows.jsonl:1") -> Row:
-    return Row(where, ({"role": "user", "content": prompt},), completion)
+def row(prompt: str, completion: str = "ok", where: str = "rows.jsonl:1") -> TaskRow:
+    return TaskRow(where, ({"role": "user", "content": prompt},), completion)
 
 
 def problems_of(source: str, columns: Columns | None = None, labels: list[str] | None = None) -> list[str]:
@@ -60,10 +60,10 @@ def test_each_row_tells_its_own_form(write: Write) -> None:
     ]
     source = write("\n".join(json.dumps(v) for v in values))
     assert read_rows(source) == [
-        Row(f"{source}:1", tuple(conversation[:2]), "hello"),
+        TaskRow(f"{source}:1", tuple(conversation[:2]), "hello"),
         row("turn on", "done", f"{source}:2"),
         row("is it late", "time", f"{source}:3"),
-        Row(f"{source}:4", text="once upon a time"),
+        TaskRow(f"{source}:4", text="once upon a time"),
     ]
 
 
@@ -267,13 +267,13 @@ def test_each_side_gets_a_row_at_least(held_out: float) -> None:
 
 
 @pytest.mark.parametrize("rows", [[row("a")], [row("a", "b"), row("a", "c")]])
-def test_rows_that_cannot_be_split_are_refused(rows: list[Row]) -> None:
+def test_rows_that_cannot_be_split_are_refused(rows: list[TaskRow]) -> None:
     with pytest.raises(UsageError, match="cannot be split"):
         split(rows, 0.5, seed=0)
 
 
 def tokenize_one(
-    read: Row, tokenizer: GgufTokenizer, system: str | None = None, loss_on: str = "completion"
+    read: TaskRow, tokenizer: GgufTokenizer, system: str | None = None, loss_on: str = "completion"
 ) -> Example:
     examples, _ = tokenize_rows(
         [read], tokenizer, system=system, loss_on="all" if loss_on == "all" else "completion", max_tokens=400
@@ -312,7 +312,7 @@ def test_the_prompt_is_the_runtimes_and_only_the_completion_is_learned(tokenizer
 
 def test_a_row_that_brings_its_system_prompt_keeps_it(tokenizer: GgufTokenizer) -> None:
     messages = ({"role": "system", "content": "red"}, {"role": "user", "content": "stop"})
-    example = tokenize_one(Row("x:1", messages, "ok"), tokenizer, system="warm")
+    example = tokenize_one(TaskRow("x:1", messages, "ok"), tokenizer, system="warm")
     assert example.prompt_tokens == prompt_of(list(messages), tokenizer, None)
 
 
@@ -324,7 +324,7 @@ CONVERSATION = (
 
 
 def test_all_turns_of_the_assistant_are_learned(tokenizer: GgufTokenizer) -> None:
-    example = tokenize_one(Row("x:1", CONVERSATION, "stop it"), tokenizer)
+    example = tokenize_one(TaskRow("x:1", CONVERSATION, "stop it"), tokenizer)
     assert example.prompt_tokens == prompt_of(list(CONVERSATION), tokenizer, None)
     end = (tokenizer.end_token,)
     first = tuple(tokenizer.tokenize("time to play", continues=True))
@@ -339,7 +339,7 @@ def test_a_template_that_rewrites_past_turns_leaves_them_unlearned(
 ) -> None:
     rewriting = GgufTokenizer(tiny_gguf("llama"))
     rewriting.chat_template = str(tokenizer.chat_template).replace("m['content']", "m['content'] | upper")
-    example = tokenize_one(Row("x:1", CONVERSATION, "stop it"), rewriting)
+    example = tokenize_one(TaskRow("x:1", CONVERSATION, "stop it"), rewriting)
     rewriting.close()
     assert example.learned.index(True) == len(example.prompt_tokens)
 
@@ -351,7 +351,7 @@ def test_loss_on_all_learns_all_but_the_first_token(tokenizer: GgufTokenizer) ->
 
 
 def test_a_text_is_learned_without_template_to_its_end(tokenizer: GgufTokenizer) -> None:
-    example = tokenize_one(Row("x:1", text="play the red light"), tokenizer, system="unused")
+    example = tokenize_one(TaskRow("x:1", text="play the red light"), tokenizer, system="unused")
     assert example.tokens == (*tokenizer.tokenize("play the red light"), tokenizer.end_token)
     assert example.learned == (False, *[True] * (len(example.tokens) - 1))
     assert example.prompt_length == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.data import Row, read_rows
+from edgetune.data import TaskRow, read_rows
 from edgetune.recipe.model import load_recipe
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smart-home"
@@ -35,21 +35,21 @@ NUMBERS = {
 RECIPE = load_recipe(EXAMPLE / "recipe.yaml")
 
 
-def rows(task: str, split: str) -> list[Row]:
+def rows(task: str, split: str) -> list[TaskRow]:
     return read_rows(str(EXAMPLE / "data" / f"{task}-{split}.jsonl"), None, labels=RECIPE.adapters[task].labels)
 
 
-def prompt(row: Row) -> str:
+def prompt(row: TaskRow) -> str:
     assert row.messages is not None
     return row.messages[-1]["content"]
 
 
-def completion(row: Row) -> str:
+def completion(row: TaskRow) -> str:
     assert row.completion is not None
     return row.completion
 
 
-def all_rows(task: str) -> list[Row]:
+def all_rows(task: str) -> list[TaskRow]:
     return [row for split in SPLITS for row in rows(task, split)]
 
 

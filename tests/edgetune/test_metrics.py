@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 from edgetune_runtime.errors import UsageError
 
-from edgetune.data import Row
+from edgetune.data import TaskRow
 from edgetune.metrics import metric_for, score
 
 
-def rows(*completions: str) -> list[Row]:
-    return [Row(f"x:{n}", ({"role": "user", "content": "q"},), text) for n, text in enumerate(completions)]
+def rows(*completions: str) -> list[TaskRow]:
+    return [TaskRow(f"x:{n}", ({"role": "user", "content": "q"},), text) for n, text in enumerate(completions)]
 
 
 def test_auto_finds_the_metric_that_fits_the_rows() -> None:
@@ -17,7 +17,7 @@ def test_auto_finds_the_metric_that_fits_the_rows() -> None:
     assert metric_for("auto", rows('{"a": 1}', "[1]"), None) == "exact"
     assert metric_for("auto", rows("yes it is", "no"), None) == "exact"
     assert metric_for("auto", rows("yes it is so", "no it is not so"), None) == "rouge_l"
-    assert metric_for("auto", [Row("x:1", text="once upon a time")], None) == "perplexity"
+    assert metric_for("auto", [TaskRow("x:1", text="once upon a time")], None) == "perplexity"
 
 
 def test_a_metric_that_is_named_is_kept() -> None:

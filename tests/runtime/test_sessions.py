@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
 from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.serving.context import Job
+from edgetune_runtime.serving.context import PromptJob
 
 ENGINES = ("gguf", "onnx")
 MESSAGES = ("turn on the light", "play music", "and in the hall")
@@ -66,7 +66,7 @@ def test_carrying_a_state_over_computes_the_message_alone_and_says_so(runtime: R
         tokens = loaded_bundle(runtime).call(messages, "two").job.tokens
         spans = ((0, {"one": 1.0}), (carried, {"two": 0.5}))
         with context.hold():
-            logits = context.run(Job(tokens, spans)).logits
+            logits = context.run(PromptJob(tokens, spans)).logits
         piece = context.engine.tokenizer.piece(int(logits.argmax())).decode("utf-8", "replace")
         assert answer.text.startswith(piece.strip("�"))
         assert tokens[:carried] == list(before.tokens[:carried])

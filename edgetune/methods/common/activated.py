@@ -14,14 +14,14 @@ from edgetune_runtime.states.activation import start_of
 
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NextToken
-from edgetune.objectives.packing import Packed, pack, shared_length
+from edgetune.objectives.packing import PackedRows, pack, shared_length
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
 @dataclass(frozen=True)
-class Activated(Packed):
+class Activated(PackedRows):
     """Packed rows; `active` [1, n] is True for the tokens that the adapter acts on."""
 
     active: torch.Tensor
@@ -47,7 +47,7 @@ class ActivatedNextToken(NextToken):
             active += [position >= start for position in range(shared, len(row.tokens))]
         return Activated(**{f.name: getattr(packed, f.name) for f in fields(packed)}, active=torch.tensor([active]))
 
-    def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Packed) -> torch.Tensor:
+    def loss(self, forward: Callable[..., Any], model: PeftModel, batch: PackedRows) -> torch.Tensor:
         """Cross entropy, with logits only where there is loss."""
         assert isinstance(batch, Activated)
         model.packed_gate.active = batch.active

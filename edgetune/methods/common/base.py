@@ -27,7 +27,7 @@ def rate_factor(default: float, note: str = "") -> Any:  # noqa: ANN401 - as pyd
     return Field(default=default, gt=0, description=text)
 
 
-class Options(BaseModel):
+class MethodOptions(BaseModel):
     """Base of all options of methods: frozen, unknown keys refused, a field's name or its alias accepted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -35,7 +35,7 @@ class Options(BaseModel):
     learning_rate_factor: float = rate_factor(1.0)
 
 
-O = TypeVar("O", bound=Options)  # noqa: E741 - the options of one method
+O = TypeVar("O", bound=MethodOptions)  # noqa: E741 - the options of one method
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Checkpoint:
     name: str
     folder: Path
     base: PreTrainedModel
-    options: Options
+    options: MethodOptions
     scale: float = 1.0
 
 
@@ -57,7 +57,7 @@ class Method(ABC, Generic[O]):
     something, and `takes_encoders` that it tunes encoders too.
     """
 
-    options: ClassVar[type[Options]]
+    options: ClassVar[type[MethodOptions]]
     trains_base: ClassVar[bool] = False
     peft_type: ClassVar[str] = ""
     takes_scale: ClassVar[bool] = False

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from .base import Options
+from .base import MethodOptions
 
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": functional.relu,
@@ -20,7 +20,7 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class Part(nn.Module):
+class BottleneckModule(nn.Module):
     """One bottleneck: scaling · (up·act(down·x + down_bias) + up_bias), float32. A new one gives 0."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Part(nn.Module):
             nn.init.zeros_(zero)
 
     @classmethod
-    def of(cls, folded: Bottleneck, scale: float) -> Part:
+    def of(cls, folded: Bottleneck, scale: float) -> BottleneckModule:
         """The bottleneck times `scale`."""
         part = cls(folded.down.shape[1], folded.down.shape[0], folded.activation, folded.reads, scale)
         values = (folded.down, folded.down_bias, folded.up, folded.up_bias)
@@ -67,7 +67,7 @@ class Part(nn.Module):
 class Bottlenecked(nn.Module):
     """The base with a part at each of the named blocks, until `detach`; the base's own parameters are frozen."""
 
-    def __init__(self, base: PreTrainedModel, parts: Mapping[str, Part], options: Options) -> None:
+    def __init__(self, base: PreTrainedModel, parts: Mapping[str, BottleneckModule], options: MethodOptions) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.blocks, self.options = tuple(parts), options
@@ -80,7 +80,9 @@ class Bottlenecked(nn.Module):
 
     def folded(self) -> dict[str, Bottleneck]:
         """Each part's values now, by the name of its block."""
-        return {block: cast(Part, part).folded() for block, part in zip(self.blocks, self.parts, strict=True)}
+        return {
+            block: cast(BottleneckModule, part).folded() for block, part in zip(self.blocks, self.parts, strict=True)
+        }
 
     def detach(self) -> None:
         """Take the parts off the base."""
@@ -88,7 +90,7 @@ class Bottlenecked(nn.Module):
             hook.remove()
 
 
-def _adding(part: Part) -> Callable[..., Any]:
+def _adding(part: BottleneckModule) -> Callable[..., Any]:
     """A forward hook that adds what `part` makes of a block's input or output; attention gives a tuple."""
 
     def hook(_block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:  # noqa: ANN401 - as above

@@ -17,7 +17,7 @@ import torch
 from edgetune.objectives.chunks import summed_loss
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import packed_logits
-from edgetune.objectives.packing import ATTENTION, Packed, pack
+from edgetune.objectives.packing import ATTENTION, PackedRows, pack
 
 from .prompt_model import States, behind_states, states_of
 
@@ -38,7 +38,7 @@ class Lesson:
 class Distilled:
     """Rows for one forward pass."""
 
-    packed: Packed
+    packed: PackedRows
     rows: tuple[Example, ...]
 
     @property

@@ -17,7 +17,7 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import nearest
 from pydantic import AliasChoices, Field
 
-from .base import Checkpoint, Method, O, Options
+from .base import Checkpoint, Method, MethodOptions, O
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ Dropout = Annotated[
 """The option `lora_dropout`."""
 
 
-class TargetOptions(Options):
+class TargetOptions(MethodOptions):
     """Options of methods that change linear modules."""
 
     target_modules: str | tuple[str, ...] = Field(

@@ -12,7 +12,7 @@ from edgetune_export.adapters.shapes import Folded, Prefix
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from .base import Checkpoint, Method, Options
+from .base import Checkpoint, Method, MethodOptions
 from .peft import array, load_peft, no_grad
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from edgetune.objectives.example import Example
 
-    from .prompt_model import Behind
+    from .prompt_model import PrefixedModel
 
 
-class PromptOptions(Options):
+class PromptOptions(MethodOptions):
     """Options of all methods that learn a prefix or a prompt, by PEFT's names."""
 
     num_virtual_tokens: PositiveInt = Field(20, description="Positions of the context that the adapter takes.")
@@ -62,7 +62,7 @@ class PromptMethod(Method[P]):
         """PEFT's configuration."""
 
     @abstractmethod
-    def behind(self, peft: PeftModel) -> Behind:
+    def behind(self, peft: PeftModel) -> PrefixedModel:
         """The base behind the trained positions, as packed rows ask for."""
 
     @abstractmethod
@@ -80,7 +80,7 @@ class PromptMethod(Method[P]):
     def begin(self, peft: PeftModel, options: P) -> None:
         """Set the first values of what is trained, where PEFT's own are not wanted."""
 
-    def attach(self, base: PreTrainedModel, options: P, steps: int) -> Behind:
+    def attach(self, base: PreTrainedModel, options: P, steps: int) -> PrefixedModel:
         """The base behind trainable positions, in float32; UsageError when it has no room for them."""
         from peft import get_peft_model  # noqa: PLC0415 - torch only when training
 
@@ -103,9 +103,9 @@ class PromptMethod(Method[P]):
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[torch.nn.Module]:
         """PEFT's own model of the folder, on the base."""
-        from .prompt_model import Given  # noqa: PLC0415 - torch only when exporting
+        from .prompt_model import GivenTokensModel  # noqa: PLC0415 - torch only when exporting
 
-        yield Given(_unscaled(checkpoint))
+        yield GivenTokensModel(_unscaled(checkpoint))
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
         """The keys and values of the trained positions."""
@@ -118,11 +118,11 @@ class PromptMethod(Method[P]):
 class CacheMethod(PromptMethod[P]):
     """A method whose positions are keys and values of every layer."""
 
-    def behind(self, peft: PeftModel) -> Behind:
+    def behind(self, peft: PeftModel) -> PrefixedModel:
         """Behind a cache of them."""
-        from .prompt_model import BehindCache  # noqa: PLC0415 - torch only when training
+        from .prompt_model import CachePrefixedModel  # noqa: PLC0415 - torch only when training
 
-        return BehindCache(peft)
+        return CachePrefixedModel(peft)
 
     def begin_as(self, peft: PeftModel, tokens: Sequence[int], length: int) -> None:
         """Begin as the base's states of the tokens, which are repeated as far as needed; of none, as random ones."""
@@ -142,11 +142,11 @@ class CacheMethod(PromptMethod[P]):
 class TokenMethod(PromptMethod[P]):
     """A method whose positions are soft tokens: vectors where a token's embedding would be."""
 
-    def behind(self, peft: PeftModel) -> Behind:
+    def behind(self, peft: PeftModel) -> PrefixedModel:
         """Behind the soft tokens."""
-        from .prompt_model import BehindTokens  # noqa: PLC0415 - torch only when training
+        from .prompt_model import TokenPrefixedModel  # noqa: PLC0415 - torch only when training
 
-        return BehindTokens(peft)
+        return TokenPrefixedModel(peft)
 
     def states(self, base: PreTrainedModel, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Those that the soft tokens produce in the base."""

@@ -1,6 +1,6 @@
 """A base behind trained positions: PEFT's prompt learning in, logits of packed rows out, as training asks for them.
 
-PEFT's own forward drops the positions that packed rows need; `Given` runs it on one row, as a reference.
+PEFT's own forward drops the positions that packed rows need; `GivenTokensModel` runs it on one row, as a reference.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from edgetune_runtime.errors import IncompatibleError
 from transformers import DynamicCache
 
-from edgetune.objectives.packing import Packed
+from edgetune.objectives.packing import PackedRows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,7 +23,7 @@ States = tuple[torch.Tensor, torch.Tensor]
 """Keys, as they are after rotary embedding, and values: [layers, key/value heads, tokens, head size] each."""
 
 
-class Behind(torch.nn.Module):
+class PrefixedModel(torch.nn.Module):
     """A base behind positions that are trained."""
 
     def __init__(self, peft: PeftModel) -> None:
@@ -40,7 +40,7 @@ class Behind(torch.nn.Module):
         return made
 
 
-class BehindCache(Behind):
+class CachePrefixedModel(PrefixedModel):
     """Behind keys and values of every layer."""
 
     def forward(self, **inputs: Any) -> Any:  # noqa: ANN401 - transformers' output
@@ -49,7 +49,7 @@ class BehindCache(Behind):
         return behind_states(base, split_states(self.positions(), base.config), **inputs)
 
 
-class BehindTokens(Behind):
+class TokenPrefixedModel(PrefixedModel):
     """Behind soft tokens."""
 
     def forward(
@@ -57,7 +57,7 @@ class BehindTokens(Behind):
         *,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        packed: Packed,
+        packed: PackedRows,
         logits_to_keep: torch.Tensor,
         **inputs: Any,  # noqa: ANN401 - what the base takes besides
     ) -> Any:  # noqa: ANN401 - transformers' output
@@ -74,7 +74,7 @@ class BehindTokens(Behind):
         )
 
 
-class Given(torch.nn.Module):
+class GivenTokensModel(torch.nn.Module):
     """PEFT's own forward of one row; the logits are those of the given tokens."""
 
     def __init__(self, peft: PeftModel) -> None:
@@ -106,7 +106,7 @@ def behind_states(
     *,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
-    packed: Packed,
+    packed: PackedRows,
     **inputs: Any,  # noqa: ANN401 - what the base takes besides
 ) -> Any:  # noqa: ANN401 - transformers' output
     """The base on packed rows, each behind the given keys and values; gradients reach these."""

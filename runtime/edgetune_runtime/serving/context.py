@@ -43,7 +43,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Job:
+class PromptJob:
     """What a sequence is to begin with: the tokens, and which adapters act where in them.
 
     The first `fixed` tokens are the part of the prompt that does not change from call to call. `owner` is whose
@@ -131,9 +131,9 @@ class Context:
 
     def start(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Start:
         """Switch to these adapters and decode the tokens, all but what is known of their beginning."""
-        return self.run(Job(tokens, self.spans(adapters, tokens)))
+        return self.run(PromptJob(tokens, self.spans(adapters, tokens)))
 
-    def run(self, job: Job) -> Start:
+    def run(self, job: PromptJob) -> Start:
         """Begin a sequence as the job says, computing what is not known of it; `usage` counts from here on.
 
         Stopped, the sequence being as far as it came, when the job's `check` says so.
@@ -167,7 +167,7 @@ class Context:
         key = key_of(self.shared.base, spans)
         with self._resetting():
             # The first token is decoded in any case: a state has no logits.
-            self._begin(key, Job(tokens[:1], spans), [])
+            self._begin(key, PromptJob(tokens[:1], spans), [])
         places = places_of(len(tokens), (since for since, _ in key.spans), rows)
         for begin, end in batches(0, len(tokens), places):
             self._activate(_acting(key, begin))
@@ -225,12 +225,12 @@ class Context:
         """Another context on the same loaded base, with a sequence of its own."""
         return Context(self.engine.fork(), self.shared)
 
-    def known(self, job: Job) -> int:
+    def known(self, job: PromptJob) -> int:
         """How many of the job's tokens the live sequence begins with, as far as the job may take it up."""
         key = key_of(self.shared.base, job.spans)
         return self._known(key, job, self._places(key, job))
 
-    def _known(self, key: Key, job: Job, places: Sequence[int]) -> int:
+    def _known(self, key: Key, job: PromptJob, places: Sequence[int]) -> int:
         if self._key is None:
             return 0
         live = min(reusable((self._key, self.tokens), (key, job.tokens)), len(job.tokens) - 1)
@@ -279,7 +279,7 @@ class Context:
             self.reset()
             raise
 
-    def _begin(self, key: Key, job: Job, places: Sequence[int]) -> tuple[int, int]:
+    def _begin(self, key: Key, job: PromptJob, places: Sequence[int]) -> tuple[int, int]:
         """Bring the engine's sequence to the longest known beginning of the tokens, one short of all at most.
 
         What acts in the end is active then. Returns the beginning's tokens, and the nanoseconds that the switch took.
@@ -302,18 +302,18 @@ class Context:
         self.tokens, self._ends = list(job.tokens[:keep]), [end for end in self._ends if end <= keep]
         return keep, switch_ns
 
-    def _places(self, key: Key, job: Job) -> list[int]:
+    def _places(self, key: Key, job: PromptJob) -> list[int]:
         """Where the job's tokens are cut into batches, whatever is known of them; by what steps take if not exact."""
         cuts = [since for since, _ in key.spans]
         rows = CHUNK if self.shared.exact else self.shared.governor.chunk(CHUNK)
         return places_of(len(job.tokens), [*cuts, job.fixed] if job.is_worth_a_state else cuts, rows)
 
-    def _keeps(self, job: Job) -> bool:
+    def _keeps(self, job: PromptJob) -> bool:
         """Whether the state of the prompt's fixed part is kept anywhere."""
         fits = self.shared.prompts is not None or self.shared.cache.admits(job.fixed * self.shared.kv_bytes_per_token)
         return fits and job.is_worth_a_state
 
-    def _restore_prompt(self, key: Key, job: Job, places: Sequence[int], live: int) -> int:
+    def _restore_prompt(self, key: Key, job: PromptJob, places: Sequence[int], live: int) -> int:
         """Restore the fixed part's state from memory, or from the disk into memory.
 
         Returns how many tokens the sequence has then: the `live` ones where there was no state. One in memory is found
@@ -347,7 +347,7 @@ class Context:
         self._ends = list(ends)
         return True
 
-    def _keep_prompt(self, key: Key, job: Job) -> None:
+    def _keep_prompt(self, key: Key, job: PromptJob) -> None:
         saved = SavedState(key.until(job.fixed), tuple(self.tokens), self.engine.save_state(), tuple(self._ends))
         self.shared.cache.put(saved, PROMPTS)
         if self.shared.prompts is not None:

@@ -11,7 +11,7 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import BusyError, UsageError
 from edgetune_runtime.states.cache import SavedState
 
-from .context import Context, Job
+from .context import Context, PromptJob
 from .turns import LOOK_S
 
 _LOG = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Pool:
         return list(self._contexts)
 
     @contextmanager
-    def lease(self, job: Job) -> Iterator[Context]:
+    def lease(self, job: PromptJob) -> Iterator[Context]:
         """The free context that knows most of the job; waits for one, in which `job.check` may end the work.
 
         UsageError when this very thread's streams are what it would wait for; BusyError when too many wait already.
@@ -100,7 +100,7 @@ class Pool:
         if self.first.shared.thread is not None:
             self.first.shared.thread.close()
 
-    def _take(self, job: Job) -> Context | None:
+    def _take(self, job: PromptJob) -> Context | None:
         """Mark a free context as this thread's, making one where there may be more; inside the gate."""
         free = [context for context in self._contexts if context.holder is None]
         if not free:

@@ -17,7 +17,7 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleE
 
 from edgetune.cli.main import main
 from edgetune.compare.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
-from edgetune.compare.figures import Outcome, read_outcome
+from edgetune.compare.figures import TrialResult, read_outcome
 from edgetune.compare.grid import Request, Trial, recipe_of, trials_of
 from edgetune.compare.process import failed, run_here
 from edgetune.compare.sweep import Comparison, compare
@@ -34,7 +34,7 @@ class Compared:
     request: Request
     result: Comparison
 
-    def outcome(self, name: str) -> Outcome:
+    def outcome(self, name: str) -> TrialResult:
         return next(outcome for outcome in self.result.outcomes if outcome.name == name)
 
 
@@ -75,7 +75,7 @@ def compared(request_of: Callable[..., Request]) -> Compared:
     return Compared(request, compare(request, run_here, QUIET))
 
 
-def no_run(trials: Sequence[Trial], _progress: Progress) -> Iterator[Outcome]:
+def no_run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
     assert not trials
     yield from ()
 
@@ -137,7 +137,7 @@ def test_the_bundle_of_a_trial_is_whole_and_nothing_merged_is_left(compared: Com
 def test_what_is_finished_is_not_run_again(compared: Compared) -> None:
     asked: list[str] = []
 
-    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[Outcome]:
+    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
         for trial in trials:
             asked.append(trial.name)
             yield compared.outcome(trial.name)
@@ -255,7 +255,7 @@ def test_wrong_data_and_a_wrong_folder_are_told_first(request_of: Callable[..., 
 
 
 def test_an_interrupt_says_what_is_finished(request_of: Callable[..., Request], tmp_path: Path) -> None:
-    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[Outcome]:
+    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
         yield failed(trials[0], "for the test")
         raise KeyboardInterrupt
 

@@ -16,25 +16,25 @@ from matplotlib.text import Annotation
 from edgetune.bases import Base, load_torch
 from edgetune.compare import plots
 from edgetune.compare.columns import busy_notes, engine_rows, placement_rows
-from edgetune.compare.figures import OnBoard, OnEngine, Outcome, Training, standard_error
+from edgetune.compare.figures import OnBoard, OnEngine, TrainingFigures, TrialResult, standard_error
 from edgetune.compare.page import page
 from edgetune.compare.recommend import Recommendation, recommend
 from edgetune.compare.sweep import Comparison
 from edgetune.compare.torch_engine import TorchEngine
 from edgetune.shipping.verify import logits_of
 
-TRAINED = Training(1000, 100_000, 10.0, 500.0, 900.0, 0.2, 0.3, 5, 10, None, ((0.5, 1.0, 0.9), (1.0, 0.2, 0.3)))
+TRAINED = TrainingFigures(1000, 100_000, 10.0, 500.0, 900.0, 0.2, 0.3, 5, 10, None, ((0.5, 1.0, 0.9), (1.0, 0.2, 0.3)))
 
 
 def engine(score: float, size: int, *, error: float = 0.02, speed: float = 50.0) -> OnEngine:
     return OnEngine("low_rank", size, score, error, 1e-3, 90.0, speed, 88.0, 4.0, 20.0)
 
 
-def outcome(name: str, board: OnBoard | None = None, metric: str = "exact", **engines: OnEngine) -> Outcome:
-    return Outcome(name, name, None, "done", "", TRAINED, metric, 100, 0.9, engines, {}, board)
+def outcome(name: str, board: OnBoard | None = None, metric: str = "exact", **engines: OnEngine) -> TrialResult:
+    return TrialResult(name, name, None, "done", "", TRAINED, metric, 100, 0.9, engines, {}, board)
 
 
-def recommended(*outcomes: Outcome) -> Recommendation:
+def recommended(*outcomes: TrialResult) -> Recommendation:
     found = recommend(outcomes)
     assert found is not None
     return found
@@ -84,7 +84,7 @@ def test_a_lower_perplexity_is_better() -> None:
 
 
 def test_nothing_is_recommended_when_no_trial_succeeded() -> None:
-    assert recommend([Outcome("lora", "lora", None, "failed", "why")]) is None
+    assert recommend([TrialResult("lora", "lora", None, "failed", "why")]) is None
 
 
 def test_trials_that_all_scored_0_are_not_told_apart_by_the_score() -> None:
@@ -157,7 +157,7 @@ def test_times_taken_on_a_busy_machine_are_marked_and_change_no_recommendation()
     )
     shown = page(Comparison("lights", "tiny", "exact", 100, [calm, busy], None), [])
     assert "busy in gguf (load 3.1 on 2 cores)" in shown and "88.0*" in shown
-    assert Outcome.of_json(busy.to_json()) == busy
+    assert TrialResult.of_json(busy.to_json()) == busy
     quiet = replace(busy, engines={name: replace(of, slow=False, busy=None) for name, of in busy.engines.items()})
     assert recommended(calm, busy) == recommended(calm, quiet)
 
@@ -175,7 +175,7 @@ def test_figures_of_an_earlier_version_are_read_as_of_a_quiet_machine() -> None:
     values = outcome("lora", gguf=engine(0.9, 10)).to_json()
     for key in ("slow", "busy"):
         del values["engines"]["gguf"][key]
-    assert not Outcome.of_json(values).engines["gguf"].slow
+    assert not TrialResult.of_json(values).engines["gguf"].slow
 
 
 def test_the_standard_error_is_binomial_where_answers_are_right_or_wrong() -> None:
@@ -189,7 +189,7 @@ def test_the_standard_error_is_binomial_where_answers_are_right_or_wrong() -> No
 def test_an_outcome_is_read_as_it_was_written() -> None:
     board = OnBoard("pi-5", True, 300.5, 3800)
     whole = outcome("lora-r4", board, gguf=engine(0.9, 10), onnx=engine(0.8, 20))
-    assert Outcome.of_json(whole.to_json()) == whole
+    assert TrialResult.of_json(whole.to_json()) == whole
 
 
 def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from trainings import VOCABULARY, job, learn, logits_of, stopped_and_resumed
 
 from edgetune import methods
-from edgetune.data import Row, tokenize_rows
+from edgetune.data import TaskRow, tokenize_rows
 from edgetune.methods import Checkpoint
 from edgetune.methods.alora import start_of
 from edgetune.methods.common.base import trainable
@@ -183,8 +183,8 @@ def test_it_learns_on_a_bf16_base(tmp_path: Path) -> None:
 
 
 ROWS = [
-    Row("a", ({"role": "user", "content": "turn on the lamp"},), "lamp on"),
-    Row("b", ({"role": "user", "content": "play red"}, {"role": "assistant", "content": "red"},
+    TaskRow("a", ({"role": "user", "content": "turn on the lamp"},), "lamp on"),
+    TaskRow("b", ({"role": "user", "content": "play red"}, {"role": "assistant", "content": "red"},
               {"role": "user", "content": "stop"}), "off"),
 ]  # fmt: skip
 
@@ -210,7 +210,11 @@ def test_the_invocation_is_by_default_the_beginning_of_an_answer(arch: str, tiny
 def test_rows_without_the_invocation_are_refused(tiny_gguf: Callable[[str], Path]) -> None:
     with closing(GgufTokenizer(tiny_gguf("llama"))) as tokenizer:
         rows, _ = tokenize_rows(
-            [*ROWS, Row("c", text="turn on the light")], tokenizer, system=None, loss_on="completion", max_tokens=256
+            [*ROWS, TaskRow("c", text="turn on the light")],
+            tokenizer,
+            system=None,
+            loss_on="completion",
+            max_tokens=256,
         )
         remedy = "give invocation: a text that every prompt has, with the space before it, or take method lora"
         with pytest.raises(UsageError, match=f"2 of 3 rows learn nothing behind the invocation '<lamp>'; {remedy}"):

@@ -26,9 +26,9 @@ from edgetune import bases, methods
 from edgetune.bases import Base
 from edgetune.objectives.example import Example
 from edgetune.progress import Progress
-from edgetune.recipe.parts import Training
+from edgetune.recipe.parts import TrainingSpec
 from edgetune.shipping.verify import logits_of
-from edgetune.training.job import Job, TrainResult
+from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.loop import train
 
 BACKENDS: dict[str, Any] = {"gguf": gguf, "onnx": onnx}
@@ -86,14 +86,14 @@ def example(number: int) -> Example:
     return Example(tokens, (False,) * 5 + (True,) * 3, 5)
 
 
-def job_of(name: str, options: dict[str, Any], **training: Any) -> Job[Example]:  # noqa: ANN401 - fields of Training
+def job_of(name: str, options: dict[str, Any], **training: Any) -> TrainingJob[Example]:  # noqa: ANN401 - fields of Training
     """A few steps of a method on a few rows."""
     method = methods.load(name)
     chosen = method.options.model_validate(options)
     values = {"max_steps": 6, "evals": 2, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32", "patience": None}
     rows = [example(number) for number in range(24)]
     objective = method.objective(chosen)
-    return Job(name, method, chosen, Training(**(values | training)), rows, rows[::3], name, objective)
+    return TrainingJob(name, method, chosen, TrainingSpec(**(values | training)), rows, rows[::3], name, objective)
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,14 @@ from edgetune import methods
 from edgetune.methods import Checkpoint
 from edgetune.methods.common.base import trainable
 from edgetune.methods.common.distill import Distill
-from edgetune.methods.common.prompt_model import Given, split_states
+from edgetune.methods.common.prompt_model import GivenTokensModel, split_states
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.objectives.packing import ATTENTION
 from edgetune.progress import Progress
 from edgetune.recipe.model import load_recipe
-from edgetune.recipe.parts import Training
-from edgetune.training.job import Job
+from edgetune.recipe.parts import TrainingSpec
+from edgetune.training.job import TrainingJob
 from edgetune.training.loop import train
 
 QUIET = Progress(quiet=True)
@@ -120,7 +120,7 @@ def document(tmp_path: Path) -> str:
 def test_packed_rows_have_the_loss_of_pefts_own_forward(case: str, arch: str, rows: str, base_of: BaseOf) -> None:
     base = base_of(arch)
     with attached(case, base) as model:
-        packed, alone = loss_packed(base, model, ROWS[rows]), loss_alone(Given(model.peft), ROWS[rows])
+        packed, alone = loss_packed(base, model, ROWS[rows]), loss_alone(GivenTokensModel(model.peft), ROWS[rows])
         assert packed.item() == pytest.approx(alone.item(), abs=1e-4)
         parameters = [p for _, p in trainable(model)]
         pairs = zip(*(torch.autograd.grad(loss, parameters) for loss in (packed, alone)), strict=True)
@@ -135,14 +135,14 @@ def answer(number: int) -> Example:
     return Example(tokens, (False,) * 5 + (True,) * 3, 5)
 
 
-def job(case: str, method_options: dict[str, Any] | None = None, **training: object) -> Job[Example]:
+def job(case: str, method_options: dict[str, Any] | None = None, **training: object) -> TrainingJob[Example]:
     options = {"max_steps": 30, "epochs": 100, "evals": 3, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32"}
     method, prepared = method_of(case, **(method_options or {}))
-    return Job(
+    return TrainingJob(
         name="reply",
         method=method,
         options=prepared,
-        training=Training.model_validate({**options, **training}),
+        training=TrainingSpec.model_validate({**options, **training}),
         train=[answer(number) for number in range(24)],
         validation=[answer(number) for number in range(0, 24, 3)],
         key="abc",
@@ -150,7 +150,7 @@ def job(case: str, method_options: dict[str, Any] | None = None, **training: obj
     )
 
 
-def checkpoint_of(done: Job[Example], base: PreTrainedModel, folder: Path, scale: float = 1.0) -> Checkpoint:
+def checkpoint_of(done: TrainingJob[Example], base: PreTrainedModel, folder: Path, scale: float = 1.0) -> Checkpoint:
     return Checkpoint("reply", folder / "adapter", base, done.options, scale)
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
 from edgetune.objectives.example import Example
-from edgetune.objectives.packing import ATTENTION, Packed, pack, shared_length
+from edgetune.objectives.packing import ATTENTION, PackedRows, pack, shared_length
 
 VOCABULARY = 384
 SYSTEM = range(10, 22)
@@ -52,7 +52,7 @@ ROWS = {
 }  # fmt: skip
 
 
-def packed_logits(model: PreTrainedModel, packed: Packed, keep: torch.Tensor | int = 0) -> torch.Tensor:
+def packed_logits(model: PreTrainedModel, packed: PackedRows, keep: torch.Tensor | int = 0) -> torch.Tensor:
     model.set_attn_implementation(ATTENTION)
     out = model(
         input_ids=packed.tokens, position_ids=packed.positions, logits_to_keep=keep, packed=packed, use_cache=False

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from edgetune import methods
 from edgetune.objectives.example import Example
 from edgetune.progress import Progress
-from edgetune.recipe.parts import Training
+from edgetune.recipe.parts import TrainingSpec
 from edgetune.training import memory
-from edgetune.training.job import Job, finished
+from edgetune.training.job import TrainingJob, finished
 from edgetune.training.loop import train
 
 QUIET = Progress(quiet=True)
@@ -51,14 +51,14 @@ def job(
     validation: Sequence[Example] | None = None,
     rows: int = 24,
     **training: object,
-) -> Job:
+) -> TrainingJob:
     options = {"max_steps": 12, "epochs": 100, "evals": 3, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32"}
     lora = methods.load("lora")
-    return Job(
+    return TrainingJob(
         name="reply",
         method=lora,
         options=lora.options.model_validate({"r": 4, **(method or {})}),
-        training=Training.model_validate({**options, **training}),
+        training=TrainingSpec.model_validate({**options, **training}),
         train=[answer(number) for number in range(rows)],
         validation=[answer(number) for number in range(0, 24, 3)] if validation is None else validation,
         key="abc",
@@ -267,7 +267,7 @@ def test_a_damaged_state_starts_the_run_anew(
 def test_a_state_of_another_key_is_not_taken_up(run: Callable[..., Any], tmp_path: Path, whole: Path) -> None:
     other = job(learning_rate=5e-2)
     with pytest.raises(CancelledError):
-        run(Job(**{**vars(other), "key": "other"}), progress=Stopping(5, KeyboardInterrupt))
+        run(TrainingJob(**{**vars(other), "key": "other"}), progress=Stopping(5, KeyboardInterrupt))
     run(RESUMED)
     assert_as_in_one_go(tmp_path / "run", whole)
 
@@ -285,7 +285,9 @@ def test_the_adapter_is_the_best_checkpoint_by_validation_loss(run: Callable[...
 
 @pytest.mark.parametrize("stopped", [None, 4])
 def test_patience_ends_a_run_that_gets_no_better(stopped: int | None, run: Callable[..., Any], tmp_path: Path) -> None:
-    impatient = Job(**{**vars(OVERFITTING), "training": OVERFITTING.training.model_copy(update={"patience": 2})})
+    impatient = TrainingJob(
+        **{**vars(OVERFITTING), "training": OVERFITTING.training.model_copy(update={"patience": 2})}
+    )
     if stopped is not None:
         with pytest.raises(CancelledError):
             run(impatient, progress=Stopping(stopped, KeyboardInterrupt))

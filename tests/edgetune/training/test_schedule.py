@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from edgetune.objectives.example import Example
-from edgetune.recipe.parts import Training
+from edgetune.recipe.parts import TrainingSpec
 from edgetune.training.schedule import Schedule, passes, plan
 
 LENGTHS = random.Random(0).choices(range(5, 200), k=203)
 
 
-def schedule_of(rows: int = len(LENGTHS), **options: object) -> tuple[Schedule, Training]:
-    training = Training.model_validate({"batch_size": 8, "epochs": 3, **options})
+def schedule_of(rows: int = len(LENGTHS), **options: object) -> tuple[Schedule, TrainingSpec]:
+    training = TrainingSpec.model_validate({"batch_size": 8, "epochs": 3, **options})
     return Schedule(rows, training), training
 
 

@@ -23,7 +23,7 @@ from edgetune_export.adapters.shapes import Floats
 from edgetune_export.architectures.layout import base_rows, name_map, tensor_of
 from edgetune_export.backends.gguf.quantize import dequantize_rows
 
-from .weights import BLOCK, Packed, pack, pack_floats, reorder, stack
+from .weights import BLOCK, PackedWeights, pack, pack_floats, reorder, stack
 
 GRAPH = "model.onnx"
 MICROSOFT = "com.microsoft"
@@ -141,7 +141,7 @@ class _Source:
         self.header = read_header(base)
         self._names = name_map(self.header)
 
-    def of(self, modules: Sequence[str]) -> Packed | Floats:
+    def of(self, modules: Sequence[str]) -> PackedWeights | Floats:
         """The matrices of these modules under each other; floats when one of them stays so."""
         packed = [self._packed(module) for module in modules]
         whole = [part for part in packed if part is not None]
@@ -149,7 +149,7 @@ class _Source:
             return stack(whole)
         return np.concatenate([self._floats(module) for module in modules])
 
-    def _packed(self, module: str) -> Packed | None:
+    def _packed(self, module: str) -> PackedWeights | None:
         tensor, data = self._read(module)
         packed = None if self._scheme == "fp32" else pack(data, tensor)
         if packed is None and self._scheme == "int8" and tensor.shape[0] % BLOCK == 0:
@@ -235,11 +235,11 @@ def save_model(model: ir.Model, folder: Path) -> None:
         ir.save(model, folder / GRAPH)
 
 
-def replace_product(graph: ir.Graph, node: ir.Node, weights: Packed | Floats) -> None:
+def replace_product(graph: ir.Graph, node: ir.Node, weights: PackedWeights | Floats) -> None:
     """Let a product compute with `weights` [outputs, columns]."""
     weight = node.inputs[1]
     assert weight is not None
-    if not isinstance(weights, Packed):
+    if not isinstance(weights, PackedWeights):
         weight.const_value = ir.tensor(np.ascontiguousarray(weights.T), name=weight.name)
         return
     stem = (weight.name or "").removesuffix(".weight")
@@ -253,9 +253,9 @@ def replace_product(graph: ir.Graph, node: ir.Node, weights: Packed | Floats) ->
     _replace(graph, node, "MatMulNBits", [node.inputs[0], *values], {**attributes, "accuracy_level": 4})
 
 
-def replace_gather(graph: ir.Graph, node: ir.Node, weights: Packed | Floats, name: str) -> None:
+def replace_gather(graph: ir.Graph, node: ir.Node, weights: PackedWeights | Floats, name: str) -> None:
     """Let an embedding, called `name` in the graph, look up the rows of `weights` [rows, columns]."""
-    if not isinstance(weights, Packed):
+    if not isinstance(weights, PackedWeights):
         node.replace_input_with(0, initializer(graph, f"{name}_rows", weights))
         return
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": weights.bits}

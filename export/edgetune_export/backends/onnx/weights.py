@@ -25,7 +25,7 @@ _ONE_SCALE = ("q4_0", "q5_0", "q8_0")
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedWeights:
     """Weights of `rows` outputs: `data` uint8 [rows, blocks, 32 · bits / 8], `scales` float32 [rows, blocks].
 
     `exact` tells whether every number is that of the base.
@@ -43,7 +43,7 @@ class Packed:
         return int(self.data.shape[0])
 
 
-def pack(data: bytes, tensor: TensorInfo) -> Packed | None:
+def pack(data: bytes, tensor: TensorInfo) -> PackedWeights | None:
     """The matrix whose bytes are `data`, in as few bits as hold it; None for floats and columns that 32 divides not."""
     columns, rows = tensor.shape
     if tensor.type_name in FLOAT_TYPES or columns % BLOCK:
@@ -54,52 +54,52 @@ def pack(data: bytes, tensor: TensorInfo) -> Packed | None:
     if tensor.type_name == "q4_0":
         scales, levels = _split_scale(blocks)
         # GGUF pairs weight i with i + 16 in a byte, MatMulNBits pairs neighbours.
-        return Packed(4, _join_nibbles(_gguf_nibbles(levels)), scales, columns, exact=True)
+        return PackedWeights(4, _join_nibbles(_gguf_nibbles(levels)), scales, columns, exact=True)
     if tensor.type_name == "q5_0":
         scales, rest = _split_scale(blocks)
         high = np.unpackbits(rest[..., :4], axis=-1, bitorder="little")
         fives = _gguf_nibbles(rest[..., 4:]) | (high << 4)
-        return Packed(8, (fives + 128 - 16).astype(np.uint8), scales, columns, exact=True)
+        return PackedWeights(8, (fives + 128 - 16).astype(np.uint8), scales, columns, exact=True)
     scales, signed = _split_scale(blocks)
-    return Packed(8, signed ^ np.uint8(128), scales, columns, exact=True)
+    return PackedWeights(8, signed ^ np.uint8(128), scales, columns, exact=True)
 
 
-def pack_floats(values: Floats) -> Packed:
+def pack_floats(values: Floats) -> PackedWeights:
     """Round float32 [rows, columns] to 8 bits a weight, by the largest of each block; 32 must divide the columns."""
     rows, columns = values.shape
     blocks = values.reshape(rows, columns // BLOCK, BLOCK)
     scales = np.abs(blocks).max(-1) / np.float32(127)
     divisors = np.where(scales > 0, scales, np.float32(1))[..., None]
     levels = np.rint(blocks / divisors).astype(np.int16) + 128
-    return Packed(8, levels.astype(np.uint8), scales.astype(np.float32), columns, exact=False)
+    return PackedWeights(8, levels.astype(np.uint8), scales.astype(np.float32), columns, exact=False)
 
 
-def widen(packed: Packed) -> Packed:
+def widen(packed: PackedWeights) -> PackedWeights:
     """The same numbers in 8 bits a weight."""
     if packed.bits == 8:
         return packed
     levels = np.stack([packed.data & 15, packed.data >> 4], -1).reshape(packed.rows, -1, BLOCK)
-    return Packed(8, levels + np.uint8(128 - 8), packed.scales, packed.columns, packed.exact)
+    return PackedWeights(8, levels + np.uint8(128 - 8), packed.scales, packed.columns, packed.exact)
 
 
-def reorder(packed: Packed, order: npt.NDArray[np.intp] | None) -> Packed:
+def reorder(packed: PackedWeights, order: npt.NDArray[np.intp] | None) -> PackedWeights:
     """Put row i at `order[i]`; blocks stay whole."""
     if order is None:
         return packed
     data, scales = np.empty_like(packed.data), np.empty_like(packed.scales)
     data[order], scales[order] = packed.data, packed.scales
-    return Packed(packed.bits, data, scales, packed.columns, packed.exact)
+    return PackedWeights(packed.bits, data, scales, packed.columns, packed.exact)
 
 
-def stack(parts: Sequence[Packed]) -> Packed:
+def stack(parts: Sequence[PackedWeights]) -> PackedWeights:
     """Matrices of the same input under each other, in the bits of the widest."""
     if len({part.bits for part in parts}) > 1:
         parts = [widen(part) for part in parts]
     data, scales = np.concatenate([p.data for p in parts]), np.concatenate([p.scales for p in parts])
-    return Packed(parts[0].bits, data, scales, parts[0].columns, all(part.exact for part in parts))
+    return PackedWeights(parts[0].bits, data, scales, parts[0].columns, all(part.exact for part in parts))
 
 
-def unpack(packed: Packed) -> Floats:
+def unpack(packed: PackedWeights) -> Floats:
     """The numbers as the operator computes with them, float32 [rows, columns]."""
     wide = widen(packed)
     levels = wide.data.astype(np.float32) - np.float32(128)

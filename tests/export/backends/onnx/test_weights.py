@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 from edgetune_export.backends.gguf.quantize import dequantize_rows, quantize_rows
-from edgetune_export.backends.onnx.weights import BLOCK, Packed, pack, pack_floats, reorder, stack, unpack, widen
+from edgetune_export.backends.onnx.weights import BLOCK, PackedWeights, pack, pack_floats, reorder, stack, unpack, widen
 from edgetune_runtime.formats.gguf_file import GGML_TYPES, TensorInfo
 
 NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
@@ -22,7 +22,7 @@ def quantized(kind: str, rows: int = 6, columns: int = 512, seed: int = 0) -> tu
     return data, tensor, gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.ggml_type))
 
 
-def packed_of(kind: str, **options: int) -> Packed:
+def packed_of(kind: str, **options: int) -> PackedWeights:
     data, tensor, _ = quantized(kind, **options)
     packed = pack(data, tensor)
     assert packed is not None
