@@ -19,9 +19,9 @@ FOLDER = Path(__file__).parent / "boards"
 
 @dataclass(frozen=True)
 class Board:
-    """One board. Memory is in units of 2**20 bytes, as `free -m` counts it; a GB is 10**9 bytes.
+    """One board. Memory is in MiB, as `free -m` counts it; a GB is 10^9 bytes.
 
-    `ram_free_mb` is what an idle system leaves. `bandwidth_gb_per_s` is what decoding sustains, not what the memory's
+    `ram_free_mib` is what an idle system leaves. `bandwidth_gb_per_s` is what decoding sustains, not what the memory's
     data sheet says. `compute_gflop_per_s` counts a multiplication and an addition as two. `layer_us` is what a layer
     costs beside reading its weights; `adapter_module_us` is what one adapted module adds to a token.
     `sources` says for each figure where it comes from.
@@ -31,8 +31,8 @@ class Board:
     title: str
     cores: int
     instruction_sets: tuple[str, ...]
-    ram_mb: int
-    ram_free_mb: int
+    ram_mib: int
+    ram_free_mib: int
     bandwidth_gb_per_s: float
     compute_gflop_per_s: float
     layer_us: float
@@ -40,16 +40,21 @@ class Board:
     storage: str
     sources: Mapping[str, str]
 
-    def with_ram(self, ram_mb: int) -> Board:
+    @property
+    def free_mb(self) -> float:
+        """What an idle system leaves, in MB (10^6 bytes)."""
+        return self.ram_free_mib * 2**20 / 1e6
+
+    def with_ram(self, ram_mib: int) -> Board:
         """The same board with another size of memory; the system is taken to need as much as at the size in the file.
 
         UsageError when the system would not fit.
         """
-        system_mb = self.ram_mb - self.ram_free_mb
-        if ram_mb <= system_mb:
-            remedy = f"give more than the {system_mb} MB that the system of {self.name} takes"
-            raise UsageError(f"a {self.name} with {ram_mb} MB of RAM has nothing left for a model", remedy)
-        return replace(self, ram_mb=ram_mb, ram_free_mb=ram_mb - system_mb)
+        system_mib = self.ram_mib - self.ram_free_mib
+        if ram_mib <= system_mib:
+            remedy = f"give more than the {system_mib} MiB that the system of {self.name} takes"
+            raise UsageError(f"a {self.name} with {ram_mib} MiB of RAM has nothing left for a model", remedy)
+        return replace(self, ram_mib=ram_mib, ram_free_mib=ram_mib - system_mib)
 
 
 def names() -> list[str]:
@@ -83,8 +88,8 @@ def read(path: Path) -> Board:
 
 _NUMBERS = (
     "cores",
-    "ram_mb",
-    "ram_free_mb",
+    "ram_mib",
+    "ram_free_mib",
     "bandwidth_gb_per_s",
     "compute_gflop_per_s",
     "layer_us",
@@ -108,8 +113,8 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
     if not isinstance(sources, dict) or not all(isinstance(text, str) and text for text in sources.values()):
         return [*problems, "sources is not a table of texts"]
     problems += [f"sources.{key} is missing" for key in ("instruction_sets", *_NUMBERS) if key not in sources]
-    if not problems and raw["ram_free_mb"] >= raw["ram_mb"]:
-        problems.append(f"ram_free_mb is {raw['ram_free_mb']}, not less than ram_mb {raw['ram_mb']}")
+    if not problems and raw["ram_free_mib"] >= raw["ram_mib"]:
+        problems.append(f"ram_free_mib is {raw['ram_free_mib']}, not less than ram_mib {raw['ram_mib']}")
     return problems
 
 

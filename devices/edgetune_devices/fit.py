@@ -1,6 +1,6 @@
 """Needs and a board in; memory item by item, predicted speed, and the quantization to choose out.
 
-An MB is 2**20 bytes. docs/boards.md shows how far predictions lie from measurements.
+An MB is 10^6 bytes. docs/boards.md shows how far predictions lie from measurements.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
     "table",
 ]
 
-MB = 2**20
-RUNTIME_MB = 46
+MB = 10**6
+RUNTIME_MB = 48
 """Resident memory of Python 3.11 on x86-64 Linux with numpy, jinja2, llama_cpp and the runtime imported, no model."""
 
 QUALITY = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
@@ -58,7 +58,7 @@ class Fit:
 
     device: str
     items: tuple[Item, ...]
-    available_mb: int
+    available_mb: float
     decode_tokens_per_s: float
     adapter_tokens_per_s: float
     prefill_tokens_per_s: float
@@ -85,7 +85,7 @@ class Fit:
             "fits": self.fits,
             "items": [{"name": item.name, "mb": round(item.mb, 1)} for item in self.items],
             "needed_mb": round(self.needed_mb, 1),
-            "available_mb": self.available_mb,
+            "available_mb": round(self.available_mb, 1),
             "decode_tokens_per_s": round(self.decode_tokens_per_s, 1),
             "adapter_tokens_per_s": round(self.adapter_tokens_per_s, 1),
             "prefill_tokens_per_s": round(self.prefill_tokens_per_s, 1),
@@ -120,7 +120,7 @@ def fit(needs: Needs, board: Board) -> Fit:
     return Fit(
         device=board.name,
         items=tuple(items),
-        available_mb=board.ram_free_mb,
+        available_mb=board.free_mb,
         decode_tokens_per_s=1 / seconds,
         adapter_tokens_per_s=1 / (seconds + slowest),
         prefill_tokens_per_s=board.compute_gflop_per_s * 1e9 / (2 * body),
@@ -133,10 +133,10 @@ def require_fit(needs: Needs, board: Board) -> Fit:
     if not result.fits:
         largest = result.largest
         message = (
-            f"needs {result.needed_mb:.0f} MB, but {board.name} leaves {result.available_mb} MB; "
+            f"needs {result.needed_mb:.0f} MB, but {board.name} leaves {result.available_mb:.0f} MB; "
             f"the largest part is {largest.name} with {largest.mb:.0f} MB"
         )
-        raise IncompatibleError(message, _remedy(needs, result, board))
+        raise IncompatibleError(message, _remedy(needs, result))
     return result
 
 
@@ -182,7 +182,7 @@ def choose(
     what = f"{scheme or 'the base as it is'} with a context of {length} tokens"
     why = "the best that fits" if usable else f"the fastest that fits, though below {USABLE_TOKENS_PER_S:.0f} tokens/s"
     reason = (
-        f"{what} is {why} on {board.name}: {found.needed_mb:.0f} of {found.available_mb} MB, "
+        f"{what} is {why} on {board.name}: {found.needed_mb:.0f} of {found.available_mb:.0f} MB, "
         f"about {found.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
     return BoardChoice(scheme, threads or board.cores, length, reason)
@@ -193,7 +193,7 @@ def table(result: Fit) -> list[tuple[str, str]]:
     return [
         *((item.name, f"{item.mb:.1f} MB") for item in result.items),
         ("needed", f"{result.needed_mb:.1f} MB"),
-        (f"left by {result.device}", f"{result.available_mb} MB"),
+        (f"left by {result.device}", f"{result.available_mb:.0f} MB"),
         ("fits", "yes" if result.fits else "no"),
         ("decode, base", f"{result.decode_tokens_per_s:.1f} tokens/s"),
         ("decode, slowest adapter", f"{result.adapter_tokens_per_s:.1f} tokens/s"),
@@ -213,11 +213,11 @@ def _adapter_seconds(size: AdapterSize, board: Board) -> float:
     return size.file_bytes / (board.bandwidth_gb_per_s * 1e9) + size.modules * board.adapter_module_us / 1e6
 
 
-def _remedy(needs: Needs, result: Fit, board: Board) -> str:
+def _remedy(needs: Needs, result: Fit) -> str:
     bytes_per_token = needs.kv_bytes_per_token + needs.scores_bytes_per_token
     without_context = result.needed_mb - bytes_per_token * needs.context_length / MB
-    if without_context < board.ram_free_mb:
-        tokens = int((board.ram_free_mb - without_context) * MB / bytes_per_token)
+    if without_context < result.available_mb:
+        tokens = int((result.available_mb - without_context) * MB / bytes_per_token)
         if tokens >= CONTEXTS[-1]:
             return f"set context_length to {tokens} or less, or quantize the base further"
     if result.largest.name.startswith("merged"):

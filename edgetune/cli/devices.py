@@ -16,7 +16,7 @@ from edgetune_runtime.formats.gguf_file import read_header
 app = typer.Typer(help="Boards, and what fits on them.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON value on standard output.")]
-RamMb = Annotated[int | None, typer.Option("--ram-mb", min=1, help="Take the board with this much memory instead.")]
+RamMib = Annotated[int | None, typer.Option("--ram-mib", min=1, help="Memory of the board in MiB.")]
 
 
 @app.command("list")
@@ -26,14 +26,14 @@ def list_boards(*, as_json: AsJson = False) -> None:
     if as_json:
         _print_json([_summary(board) for board in found])
         return
-    rows = [(b.name, b.title, f"{b.ram_free_mb} of {b.ram_mb} MB", f"{b.bandwidth_gb_per_s:g} GB/s") for b in found]
+    rows = [(b.name, b.title, f"{b.ram_free_mib} of {b.ram_mib} MiB", f"{b.bandwidth_gb_per_s:g} GB/s") for b in found]
     _print_columns(rows)
 
 
 @app.command()
-def show(name: str, *, ram_mb: RamMb = None, as_json: AsJson = False) -> None:
+def show(name: str, *, ram_mib: RamMib = None, as_json: AsJson = False) -> None:
     """Show all figures of a board, and where they come from."""
-    board = _board(name, ram_mb)
+    board = _board(name, ram_mib)
     if as_json:
         _print_json(asdict(board))
         return
@@ -50,14 +50,14 @@ def fit_target(
     target: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_RECIPE", help="A bundle, a recipe or a .gguf file.")],
     *,
     device: Annotated[str, typer.Option("--device", help="The board: see `edgetune devices list`.")],
-    ram_mb: RamMb = None,
+    ram_mib: RamMib = None,
     context_length: Annotated[
         int | None, typer.Option("--context-length", min=1, help="Tokens of context instead of the bundle's own.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Sum the memory that a bundle or recipe needs on a board, and predict its speed."""
-    board = _board(device, ram_mb)
+    board = _board(device, ram_mib)
     result = fit.fit(_needs(target, context_length), board)
     if as_json:
         _print_json(result.to_json())
@@ -99,9 +99,9 @@ def _no_figures(target: Path) -> UsageError:
     return UsageError(message, "run it there: edgetune-run classify")
 
 
-def _board(name: str, ram_mb: int | None) -> boards.Board:
+def _board(name: str, ram_mib: int | None) -> boards.Board:
     board = boards.load(name)
-    return board if ram_mb is None else board.with_ram(ram_mb)
+    return board if ram_mib is None else board.with_ram(ram_mib)
 
 
 def _summary(board: boards.Board) -> dict[str, Any]:

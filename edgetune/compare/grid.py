@@ -29,6 +29,8 @@ REQUEST_FILE = "request.json"
 """Where a trial's process finds it, in the trial's folder."""
 RANK = "r"
 """The option that holds a method's rank."""
+MEAN_RANK = "target_r"
+"""The same of a method whose modules end with ranks of their own."""
 ALPHAS = {"lora_alpha", "alpha"}
 """The options that weigh an update against its rank."""
 
@@ -118,8 +120,8 @@ def trials_of(request: Request, recipe: Recipe, fingerprint: str) -> list[Trial]
     """
     trials: list[Trial] = []
     for name in dict.fromkeys(request.methods):
-        has_rank = RANK in methods.load(name).options.model_fields
-        for rank in dict.fromkeys(request.ranks) if has_rank and request.ranks else (None,):
+        key = _rank_key(methods.load(name).options.model_fields)
+        for rank in dict.fromkeys(request.ranks) if key and request.ranks else (None,):
             trials.append(_trial(request, recipe, name, rank, fingerprint))
     return trials
 
@@ -155,7 +157,8 @@ def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fing
     }
     loaded = _one_task(load_recipe(request.recipe, overrides), request.task)
     spec = loaded.adapters[request.task].method
-    held = getattr(spec.options, RANK, None)
+    key = _rank_key(type(spec.options).model_fields)
+    held = None if key is None else getattr(spec.options, key)
     name = method if held is None else f"{method}-r{held}"
     refused = _refusals(spec, loaded.targets)
     kept = [target for target in loaded.targets if target not in refused]
@@ -204,16 +207,22 @@ def _options(recipe: MethodSpec, method: str, rank: int | None) -> dict[str, Any
     if method == recipe.name or _weighs_alike(fields, own):
         given = recipe.options.model_dump(mode="json", include=recipe.options.model_fields_set)
         options |= {key: value for key, value in given.items() if key in fields}
-    if rank is not None:
-        for alpha in fields.keys() & ALPHAS:
+    key = _rank_key(fields)
+    if rank is not None and key is not None:
+        # A mean rank is that of the end; what alpha is divided by stays.
+        for alpha in fields.keys() & ALPHAS if key == RANK else ():
             options[alpha] = _value(options, fields, alpha) * rank / _value(options, fields, RANK)
-        options[RANK] = rank
+        options[key] = rank
     return options
 
 
 def _weighs_alike(one: Fields, other: Fields) -> bool:
     shared = {RANK, *ALPHAS} & one.keys()
     return len(shared) > 1 and all(key in other and one[key].default == other[key].default for key in shared)
+
+
+def _rank_key(fields: Fields) -> str | None:
+    return next((key for key in (RANK, MEAN_RANK) if key in fields), None)
 
 
 def _value(options: Mapping[str, Any], fields: Fields, key: str) -> Any:  # noqa: ANN401 - a JSON value

@@ -305,7 +305,7 @@ class OnnxSpec(RecipePart):
     weights: Literal["auto", "fp32", "int8", "int4"] = "auto"
     """auto keeps q4_0 and q8_0 blocks as they are, requantizes other types to 8 bits and keeps floats; int8 rounds
     floats too; fp32 dequantizes all; int4 requantizes all to 4 bits by `method`."""
-    method: Literal["rtn", "k_quant", "hqq", "gptq"] = "rtn"
+    method: Literal["rtn", "k_quant", "gptq"] = "rtn"
     """How int4 rounds: to nearest, or by one of ONNX Runtime's other methods; gptq takes rows of the tasks."""
 
 

@@ -87,7 +87,6 @@ class AdapterEntry:
     system: str | None = None
     metric: str = "exact"
     labels: tuple[str, ...] = ()
-    scores: Mapping[str, float] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 

@@ -210,8 +210,7 @@ def _info(options: argparse.Namespace) -> None:
     )
     for entry in manifest.adapters.values():
         shapes = " and ".join(dict.fromkeys(entry.shapes.values()))
-        scores = "".join(f", {metric} {value:.3g}" for metric, value in entry.scores.items())
-        print(f"adapter   {entry.name}: {entry.method}, {shapes}, {_size(manifest, entry.files.values())}{scores}")
+        print(f"adapter   {entry.name}: {entry.method}, {shapes}, {_size(manifest, entry.files.values())}")
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> str:

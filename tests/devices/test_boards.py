@@ -15,8 +15,8 @@ from edgetune_runtime.errors import NotFoundError, UsageError
 def test_each_board_loads_and_gives_a_source_for_every_figure(name: str) -> None:
     board = boards.load(name)
     assert board.name == name
-    assert board.ram_free_mb < board.ram_mb
-    assert set(board.sources) >= {"cores", "ram_free_mb", "bandwidth_gb_per_s", "compute_gflop_per_s", "layer_us"}
+    assert board.ram_free_mib < board.ram_mib
+    assert set(board.sources) >= {"cores", "ram_free_mib", "bandwidth_gb_per_s", "compute_gflop_per_s", "layer_us"}
     assert re.search(r"https://\S+\.\S+/", board.sources["bandwidth_gb_per_s"] + board.sources["cores"])
 
 
@@ -29,7 +29,7 @@ def test_a_better_board_is_faster_and_leaves_more_memory() -> None:
     for slower, faster in itertools.pairwise(order):
         assert slower.bandwidth_gb_per_s < faster.bandwidth_gb_per_s
         assert slower.compute_gflop_per_s < faster.compute_gflop_per_s
-        assert slower.ram_free_mb < faster.ram_free_mb
+        assert slower.ram_free_mib < faster.ram_free_mib
         assert slower.layer_us > faster.layer_us
 
 
@@ -46,9 +46,9 @@ def test_a_path_is_not_taken_for_a_board() -> None:
 def test_with_ram_keeps_what_the_system_takes() -> None:
     board = boards.load("pi-4")
     bigger = board.with_ram(8192)
-    assert bigger.ram_mb - bigger.ram_free_mb == board.ram_mb - board.ram_free_mb
+    assert bigger.ram_mib - bigger.ram_free_mib == board.ram_mib - board.ram_free_mib
     assert bigger.bandwidth_gb_per_s == board.bandwidth_gb_per_s
-    with pytest.raises(UsageError, match="128 MB of RAM has nothing left"):
+    with pytest.raises(UsageError, match="128 MiB of RAM has nothing left"):
         board.with_ram(128)
 
 
@@ -62,8 +62,8 @@ def _file(folder: Path, **changes: str) -> Path:
 
 
 def test_a_copied_board_file_is_a_board(tmp_path: Path) -> None:
-    board = boards.read(_file(tmp_path, ram_mb="ram_mb = 16384", ram_free_mb="ram_free_mb = 15500"))
-    assert (board.name, board.ram_mb, board.ram_free_mb) == ("mine", 16384, 15500)
+    board = boards.read(_file(tmp_path, ram_mib="ram_mib = 16384", ram_free_mib="ram_free_mib = 15500"))
+    assert (board.name, board.ram_mib, board.ram_free_mib) == ("mine", 16384, 15500)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_a_copied_board_file_is_a_board(tmp_path: Path) -> None:
     [
         ({"cores": "core = 4"}, r"mine.toml: cores is missing; unknown key 'core' \(did you mean 'cores'\?\)"),
         ({"cores": "cores = 0"}, "cores is 0, not a positive number"),
-        ({"cores": "cores = true", "ram_mb": 'ram_mb = "8"'}, "cores is True.*; ram_mb is '8', not a positive"),
-        ({"ram_free_mb": "ram_free_mb = 9000"}, "ram_free_mb is 9000, not less than ram_mb 8192"),
+        ({"cores": "cores = true", "ram_mib": 'ram_mib = "8"'}, "cores is True.*; ram_mib is '8', not a positive"),
+        ({"ram_free_mib": "ram_free_mib = 9000"}, "ram_free_mib is 9000, not less than ram_mib 8192"),
         ({"instruction_sets": 'instruction_sets = "neon"'}, "instruction_sets is not a list of names"),
         ({"title": "title = "}, "mine.toml is not TOML"),
     ],

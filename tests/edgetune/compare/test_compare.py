@@ -194,6 +194,12 @@ def test_a_method_without_a_rank_is_tried_once(request_of: Callable[..., Request
     assert [(trial.name, trial.rank) for trial in found] == [("lora-r4", 4), ("lora-r8", 8), ("full", None)]
 
 
+def test_the_mean_rank_of_adalora_is_a_rank(request_of: Callable[..., Request]) -> None:
+    found = trials(request_of(methods=("adalora",), ranks=(2, 4)))
+    assert [(trial.name, trial.rank) for trial in found] == [("adalora-r2", 2), ("adalora-r4", 4)]
+    assert [method_of(trial)["target_r"] for trial in found] == [2, 4]
+
+
 def test_alpha_follows_the_rank(request_of: Callable[..., Request]) -> None:
     small, large = trials(request_of(ranks=(2, 16)))
     assert (method_of(small)["lora_alpha"], method_of(large)["lora_alpha"]) == (4, 32)

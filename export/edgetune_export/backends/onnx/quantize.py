@@ -19,7 +19,6 @@ from onnxruntime.quantization import CalibrationDataReader
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
     GPTQWeightOnlyQuantConfig,
-    HQQWeightOnlyQuantConfig,
     KQuantWeightOnlyQuantConfig,
     MatMulNBitsQuantizer,
 )
@@ -29,7 +28,7 @@ from edgetune_export.backends.base import Weights
 from .graph import HEAD
 from .weights import BLOCK
 
-METHODS = ("rtn", "k_quant", "hqq", "gptq")
+METHODS = ("rtn", "k_quant", "gptq")
 
 
 def requantize(model: ir.Model, weights: Weights, head_size: int) -> ir.Model:
@@ -67,8 +66,6 @@ def _config(model: ir.Model, weights: Weights, head_size: int) -> Any:  # noqa: 
         return DefaultWeightOnlyQuantConfig(block_size=BLOCK, accuracy_level=4)
     if weights.method == "k_quant":
         return KQuantWeightOnlyQuantConfig()
-    if weights.method == "hqq":
-        return HQQWeightOnlyQuantConfig(block_size=BLOCK)
     return GPTQWeightOnlyQuantConfig(_Rows(model, weights.calibration, head_size), block_size=BLOCK)
 
 

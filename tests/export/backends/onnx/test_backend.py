@@ -361,7 +361,7 @@ INT4_KL = 0.03
 """Bound of the mean KL between a random base and its 4-bit graph: 0.007 to 0.013 were seen."""
 
 
-@pytest.mark.parametrize("method", ["rtn", "k_quant", "hqq", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "k_quant", "gptq"])
 def test_each_method_gives_a_4_bit_graph_that_is_near_torch(
     method: str,
     made: Made,
@@ -391,7 +391,7 @@ def test_each_method_gives_a_4_bit_graph_that_is_near_torch(
 
 def test_an_unknown_method_is_refused(source_of: Sources, tmp_path: Path) -> None:
     source = replace(source_of("llama"), weights=Weights("int4", "awq"))
-    with pytest.raises(UsageError, match=r"'awq'.*choose one of: rtn, k_quant, hqq, gptq"):
+    with pytest.raises(UsageError, match=r"'awq'.*choose one of: rtn, k_quant, gptq"):
         write_base(source, tmp_path, ())
     assert not list(tmp_path.iterdir())
 
