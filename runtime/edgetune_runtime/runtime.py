@@ -186,7 +186,7 @@ class Runtime:
         Raises NotFoundError when there is no such file, VerificationError when it is damaged or none, IncompatibleError
         for one of another base, NotFoundError for an adapter that the bundle lacks.
         """
-        return Session.load(self._loaded, Path(path))
+        return Session._load(self._loaded, Path(path))
 
     def classify(
         self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None
