@@ -84,8 +84,9 @@ class Runtime:
         on cores that nobody else wants), on Linux.
 
         `map_large_blocks` sets M_MMAP_THRESHOLD of glibc's malloc to 1 MiB for the whole process, unless the variable
-        MALLOC_MMAP_THRESHOLD_ is set, so that states that come and go leave no holes in the heap: 40 MB with eight
-        adapters. Without the option, and without glibc, malloc is left alone.
+        MALLOC_MMAP_THRESHOLD_ is set, so that large blocks that come and go leave no holes in the heap. Resident
+        memory with SmolLM2-135M and eight adapters after 216 answers: 478 MB in place of 509 MB. Without the option,
+        and without glibc, malloc is left alone.
 
         Raises NotFoundError, VerificationError for damaged files, IncompatibleError for adapters of another base or a
         missing engine, UsageError for options that cannot be.
@@ -185,7 +186,7 @@ class Runtime:
         Raises NotFoundError when there is no such file, VerificationError when it is damaged or none, IncompatibleError
         for one of another base, NotFoundError for an adapter that the bundle lacks.
         """
-        return Session.load(self._loaded, Path(path))
+        return Session._load(self._loaded, Path(path))
 
     def classify(
         self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None

@@ -89,7 +89,7 @@ class Session:
         write_state(Path(path), about, saved.state if saved is not None else memoryview(b""))
 
     @classmethod
-    def load(cls, loaded: LoadedBundle, path: Path) -> Self:
+    def _load(cls, loaded: LoadedBundle, path: Path) -> Self:
         """What `save` wrote; see `Runtime.load_session`."""
         found = read_state(path)
         if found is None and not path.exists():

@@ -46,6 +46,22 @@ def test_info_tells_the_manifest(run: Run, bundle: Path) -> None:
     assert [line.split()[0] for line in out.splitlines()] == ["bundle", "base", "adapter", "adapter", "adapter"]
 
 
+def test_a_damaged_state_is_a_warning_and_debug_shows_the_log(
+    run: Run, prompted_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = ("generate", prompted_of("llama"), "--adapter", "one", "--prompt", PROMPT, "--max-tokens", 1)
+    folder = ("--cache-folder", tmp_path)
+    code, out, err = run(*options, *folder)
+    assert (code, err) == (0, "")
+    (state,) = tmp_path.glob("*.kv")
+    state.write_bytes(b"damaged")
+    text = f"dropped a saved state that is damaged or of something else: {state}"
+    assert run(*options, *folder) == (0, out, f"edgetune-run: WARNING: {text}\n")
+    code, again, err = run(*options, *folder, "--debug")
+    assert (code, again) == (0, out)
+    assert "edgetune-run: INFO: opened " in err and "edgetune-run: DEBUG: hit: " in err
+
+
 def test_generate_writes_the_answer_and_nothing_else(run: Run, bundle: Path, runtime: Runtime) -> None:
     answer = runtime.generate(PROMPT, adapter="command", max_tokens=6)
     options = ("generate", bundle, "--adapter", "command", "--prompt", PROMPT, "--max-tokens", 6)

@@ -130,7 +130,7 @@ def test_llama_cpp_logs_its_errors_and_its_information_as_debug(
 
 def test_parts_of_a_line_are_one_message_of_the_first_ones_level(logged: Callable[..., list[str]]) -> None:
     log = LlamaLog()
-    parts = [(3, b"one "), (5, b"two\nthr"), (5, b"ee\n"), (4, b"bad"), (2, b"good\n"), (1, b"deb"), (5, b"ug\n")]
+    parts = [(3, b"one "), (5, b"two\nthr"), (5, b"ee\n"), (2, b"good\n"), (4, b"bad"), (1, b"deb"), (5, b"ug\n")]
     for level, text in parts:
         log.write(level, text)
     assert logged(WARNING, "llama_cpp") == ["one two", "three"]

@@ -64,7 +64,7 @@ def test_the_public_members_are_these(bundle: Path) -> None:
         stream = runtime.stream("play", max_tokens=1)
         stream.close()
         assert public(runtime) == RUNTIME
-        assert public(session) == {"adapter", "close", "history", "load", "save", "send", "stream", "use"}
+        assert public(session) == {"adapter", "close", "history", "save", "send", "stream", "use"}
         assert public(stream) == {"answer", "close", "read"}
 
 

@@ -88,7 +88,7 @@ class Governor:
                 check()
                 if self._is_stalled:
                     self._count.give_way()
-                    _LOG.warning("a step lacked cores: computing it again with threads=%d", self._count.threads)
+                    _LOG.debug("a step lacked cores: computing it again with threads=%d", self._count.threads)
                 continue
             finally:
                 self._is_stalled = False

@@ -30,6 +30,8 @@ class LlamaLog:
     def write(self, level: int, text: bytes, _: object = None) -> None:
         """Take a message, which may be a part of a line; a continuation has the level of what it continues."""
         if level == _DEBUG or (level == _INFORMATION and not LOG.isEnabledFor(logging.DEBUG)):
+            if self._line:
+                self._end_line()
             self._level = _DEBUG
             return
         if level != _CONTINUED:
