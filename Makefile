@@ -39,7 +39,7 @@ demo-with-recipe: setup
 	@echo "== the app: intent, then command or reply"
 	@$(BIN)/python examples/smart-home/app.py $(BUNDLE)
 
-check: setup  ## Run ruff, mypy and import-linter
+check: setup docs  ## Run ruff, mypy and import-linter, and build the documentation
 	@echo "== ruff"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -62,6 +62,7 @@ dist: setup  ## Build the sdist and wheel of both distributions into build/dist,
 	@$(BIN)/twine check --strict build/dist/*
 
 docs: setup  ## Build the documentation site into build/site; a warning is an error
+	@echo "== docs"
 	@$(BIN)/python tools/commands_page.py > docs/reference/commands.md
 	@$(BIN)/zensical build --clean --strict
 
