@@ -101,7 +101,7 @@ def _ranks(joined: str | None) -> list[int]:
 
 def _run(engine: str) -> Run:
     if engine not in ENGINES:
-        raise UsageError(f"--engine: no engine {engine!r}", f"choose among: {', '.join(ENGINES)}")
+        raise UsageError(f"--engine: no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
     if engine == "ray":
         from edgetune.compare.ray_engine import run_on_ray  # noqa: PLC0415 - needs the extra ray
 

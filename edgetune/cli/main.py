@@ -335,7 +335,7 @@ def _targets(joined: str | None) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(names_of(joined))) if joined is not None else (backends.DEFAULT,)
     for name in names:
         if name not in backends.names():
-            raise UsageError(f"--targets: no format {name!r}", f"choose among: {', '.join(backends.names())}")
+            raise UsageError(f"--targets: no format {name!r}", f"choose one of: {', '.join(backends.names())}")
     return names
 
 

@@ -40,4 +40,4 @@ def of_task(task: str) -> tuple[str, ...]:
 
 def _check(name: str) -> None:
     if name not in names():
-        raise UsageError(f"no format {name!r}", f"choose among: {', '.join(names())}")
+        raise UsageError(f"no format {name!r}", f"choose one of: {', '.join(names())}")

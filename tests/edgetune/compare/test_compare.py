@@ -237,7 +237,7 @@ def test_a_method_that_no_format_holds_is_refused_without_training(request_of: C
     [
         ({"methods": ("lora", "lroa")}, "--methods: no method 'lroa'; did you mean 'lora'?"),
         ({"task": "light"}, "--task: no task 'light'; did you mean 'lights'?"),
-        ({"task": "zzz"}, "--task: no task 'zzz'; choose among: lights, other"),
+        ({"task": "zzz"}, "--task: no task 'zzz'; choose one of: lights, other"),
         ({"targets": ("ggfu",)}, "--targets: no format 'ggfu'; did you mean 'gguf'?"),
         ({"ranks": (4, 0)}, "--ranks: 0 is no rank; give whole numbers from 1 on"),
         ({"settings": {"dora.r": "2"}}, "--set: dora is not compared; name it in --methods, or leave --set dora.… out"),
@@ -295,7 +295,7 @@ def test_a_trial_ends_when_its_parent_is_gone() -> None:
     ("flags", "told"),
     [
         (("--ranks", "4,x"), "--ranks: '4,x' are no whole numbers; write them as --ranks 4,16"),
-        (("--engine", "spark"), "--engine: no engine 'spark'; choose among: local, ray"),
+        (("--engine", "spark"), "--engine: no engine 'spark'; choose one of: local, ray"),
         (("--set", "lora.q=1"), "--set adapters.lights.method: "),
     ],
 )
