@@ -94,7 +94,7 @@ class TrainingSpec(RecipePart):
     """Stop after so many validation passes without a better loss; null trains to the end."""
     precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"
     """Number format of the base's weights in training; auto takes bf16 where the hardware multiplies it fast, else
-    fp32. int8 is about 1.5 times as fast as fp32 on x86 CPUs without bf16 arithmetic, for a slightly higher loss: it
+    fp32. int8 is 1.2 to 1.6 times as fast as fp32 on x86 CPUs without bf16 arithmetic, for a higher loss: it
     rounds in the products with frozen weights, and takes 6 bytes per weight instead of 4. Validation stays in fp32."""
     memory_mb: PositiveInt | None = Field(default=None, exclude=True)
     """Most memory that a training's process may take, in MB (of a GPU, where there is one); null takes what is free.
