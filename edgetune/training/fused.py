@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ def _fused_forward(module: Any, packed: PackedLayers) -> Forward | None:  # noqa
     return partial(_norm_forward, module, addend, epsilon)
 
 
+@cache
 def _norms() -> dict[str, float]:
     """What each class of norms adds to its weights. Classes that compute anything else keep their own forward."""
     return {architecture.rms_norm: architecture.norm_offset for architecture in architectures.known().values()}
