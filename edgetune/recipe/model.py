@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from edgetune_export import backends
 from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.wording import suggestion
 from pydantic import (
     BaseModel,
     Field,
@@ -25,7 +26,7 @@ from pydantic import (
 from edgetune import methods
 
 from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, OnnxSpec, RecipePart, Target, Text, TrainingSpec
-from .problems import Loc, explain, override, read_document, suggest, value_at
+from .problems import Loc, explain, override, read_document, value_at
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -208,7 +209,7 @@ TEMPLATE = Path(__file__).with_name("template_recipe.yaml").read_text(encoding="
 
 def _one_of(value: str, known: list[str], what: str) -> str:
     if value not in known:
-        raise ValueError(f"no {what} {value!r}; {suggest(value, known)}")
+        raise ValueError(f"no {what} {value!r}; {suggestion(value, known)}")
     return value
 
 

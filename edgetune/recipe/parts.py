@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from edgetune_export import backends
+from edgetune_runtime.wording import suggestion
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -29,7 +30,7 @@ from pydantic import (
 from edgetune import methods
 from edgetune.methods.lora import LoraOptions
 
-from .problems import other_names, shown, suggest
+from .problems import other_names, shown
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
@@ -48,7 +49,7 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 
 def _check_target(name: str) -> str:
     if name not in backends.names():
-        raise ValueError(f"no format {name!r}; {suggest(name, backends.names())}")
+        raise ValueError(f"no format {name!r}; {suggestion(name, backends.names())}")
     return name
 
 
@@ -183,7 +184,7 @@ class MethodSpec(RecipePart):
             raise ValueError(f"{shown(value)} is not a method; write its name, or a mapping of name and options")
         name = given.get("name", cls.model_fields["name"].default)
         if name not in methods.names():
-            raise ValueError(f"no method {name!r}; {suggest(str(name), methods.names())}")
+            raise ValueError(f"no method {name!r}; {suggestion(str(name), methods.names())}")
         options = {key: option for key, option in given.items() if key != "name"}
         return {"name": name, "options": methods.load(name).options.model_validate(options, context=info.context)}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.wording import nearest
+from edgetune_runtime.wording import nearest, suggestion
 from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
@@ -99,7 +99,7 @@ def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) 
     node: Any = values
     for depth, part in enumerate(parents):
         if parents[:depth] == ["adapters"] and part not in node:
-            return f"--set {key}: no adapter {part!r}; {suggest(part, list(node))}"
+            return f"--set {key}: no adapter {part!r}; {suggestion(part, list(node))}"
         if part == "method" and isinstance(node.get(part), str):
             node[part] = {"name": node[part]}
         if node.get(part) is None:
@@ -140,8 +140,9 @@ def explain(
     return [text for _, text in sorted(lines, key=lambda line: line[0])]
 
 
-def suggest(name: str, known: Sequence[str]) -> str:
-    """The remedy for an unknown `name`: the one that was meant, in full where it is deeper, or all there are."""
+def _suggested_key(name: str, known: Sequence[str]) -> str:
+    """As `suggestion`, for a key that may belong to a deeper part: the near one is given with its path, and where there
+    is none, the keys of this part are listed."""
     short = {key.rpartition(".")[2]: key for key in reversed(known)}
     near = nearest(name, short)
     direct = [key for key in known if "." not in key]
@@ -192,7 +193,7 @@ def _in_english(error: Mapping[str, Any], model: type[BaseModel] | None, known: 
     if kind == "extra_forbidden":
         key = str(error["loc"][-1])
         same = other_names(key, model)
-        return f"is another name of {same[0]!r}; keep one" if same else f"unknown key; {suggest(key, known)}"
+        return f"is another name of {same[0]!r}; keep one" if same else f"unknown key; {_suggested_key(key, known)}"
     if kind in PLAIN:
         text = PLAIN[kind].format(value=shown(error["input"]), **context)
         if kind == "literal_error":
