@@ -1,4 +1,4 @@
-"""Runs the commands and Python blocks of the documentation, page by page, on a tiny base in place of the real one.
+"""Runs the commands and Python blocks of the documentation and READMEs, page by page, on a tiny base.
 
 A block of `sh` or `python` is run unless the line above it is `<!-- not run: REASON -->`. A block below
 `<!-- file: NAME -->` is written to that file first.
@@ -26,6 +26,8 @@ DOCS = ROOT / "docs"
 # Made by `make docs`, from the commands' own help.
 GENERATED = {"reference/commands.md"}
 PAGES = sorted(page for path in DOCS.rglob("*.md") if (page := path.relative_to(DOCS).as_posix()) not in GENERATED)
+READMES = ("README.md", "runtime/README.md", "examples/smart-home/README.md")
+CHECKED = [*READMES, *(f"docs/{page}" for page in PAGES)]
 FORMS = {"sh", "python", "yaml", "json", "text"}
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<form>[^\n]*)\n(?P<text>.*?)```", re.DOTALL)
 # What makes a build of a page's recipe a matter of seconds.
@@ -47,12 +49,12 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    """The fenced blocks of a page."""
-    text = (DOCS / page).read_text(encoding="utf-8")
+    """The fenced blocks of a page, which is named by its path in the repository."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     return [Block(found["mark"] or "", found["form"], found["text"]) for found in BLOCK.finditer(text)]
 
 
-RUN = [page for page in PAGES if any(block.is_run for block in blocks(page))]
+RUN = [page for page in CHECKED if any(block.is_run for block in blocks(page))]
 
 
 @pytest.fixture(scope="session")
@@ -66,15 +68,29 @@ def build_folder(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 
 def run(words: list[str], base: Path) -> int:
-    """Run a command of ours in this process, its recipe with the tiny base and a short training; the exit code."""
+    """Run a command in this process, its recipe with the tiny base, a short training and few rows; the exit code."""
     program, *rest = words
+    if program == "python":
+        return run_script(rest)
     if program == "edgetune" and rest[0] in {"build", "validate"}:
         rest += [word for setting in (f"base={base}", *QUICK) for word in ("--set", setting)]
+    if program == "edgetune" and rest[0] == "evaluate":
+        rest += ["--limit", "5"]
     project = ROOT / "runtime" if program == "edgetune-run" else ROOT
     scripts = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     module, _, function = scripts[program].partition(":")
     code: int = getattr(import_module(module), function)(rest)
     return code
+
+
+def run_script(arguments: list[str]) -> int:
+    """Run `python ARGUMENTS` in this process; 0, as an error of the script ends the test."""
+    before, sys.argv = sys.argv, arguments
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        sys.argv = before
+    return 0
 
 
 @pytest.mark.parametrize("page", RUN)
@@ -98,9 +114,9 @@ def test_the_commands_of_a_page_run(
                     assert run(words, tiny_gguf("llama")) == 0, line
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", CHECKED)
 def test_every_block_names_its_form_and_what_is_not_run_says_why(page: str) -> None:
-    text = (DOCS / page).read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8")
     assert {block.form for block in blocks(page)} <= FORMS
     assert not re.search(r"^ {4}(edgetune|python|pip|make)\b", text, re.MULTILINE), "use a fenced block"
     for block in blocks(page):
