@@ -71,7 +71,8 @@ class AdapterEntry:
     `error` is the share of what was trained that a product of low rank leaves out. `prefix_tokens` are the positions of
     the context that it takes; with `invocation` tokens it acts only from the last place on where these stand. `ranks`
     maps a module's name in the trained model to its rank; `scale` is the factor where a caller names none. `metric` is
-    the name of the score that `edgetune evaluate` computes. `parity` maps a backend to `kl`, `top1`, … .
+    the name of the score that `edgetune evaluate` computes. `parity` maps a backend to `kl`, `top1`, … . `draft` is the
+    file of its draft table (see `decoding.drafts`).
     """
 
     name: str
@@ -87,6 +88,7 @@ class AdapterEntry:
     system: str | None = None
     metric: str = "exact"
     labels: tuple[str, ...] = ()
+    draft: str | None = None
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -220,6 +222,7 @@ def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - type hints have n
 
 def _check_references(manifest: Manifest, path: Path) -> None:
     named = [*manifest.base.files.values(), *(f for a in manifest.adapters.values() for f in a.files.values())]
+    named += [adapter.draft for adapter in manifest.adapters.values() if adapter.draft is not None]
     for name in [*manifest.files, *named]:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name:

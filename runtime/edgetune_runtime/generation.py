@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from .decoding.drafts import Drafter, DraftTable
 from .serving.context import Context, PromptJob
 from .serving.limits import Limits, Stopped
 from .serving.pool import Pool
@@ -23,6 +24,9 @@ class Timings:
     `reused_tokens` came from an earlier state, and `carried_tokens` stand as other adapters made them, because a
     session was told to carry its state over. Waiting for other calls to end does not count. `slow` says that other
     processes took the cores, or that steps took much longer than they did before.
+
+    After the prompt the answer took `steps` steps; `accepted` of its tokens were drafted (see `decoding.drafts`) and
+    verified beside others.
     """
 
     switch_us: float
@@ -32,6 +36,13 @@ class Timings:
     reused_tokens: int
     carried_tokens: int = 0
     slow: bool = False
+    steps: int = 0
+    accepted: int = 0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens after the first for each step, 0 where there was none."""
+        return (self.steps + self.accepted) / self.steps if self.steps else 0.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Call:
     system: str | None
     prepared_s: float
     carried: int = 0
+    drafts: DraftTable | None = None
 
 
 @dataclass(frozen=True)
@@ -140,42 +152,82 @@ class _Answering:
     def __init__(self, call: Call, context: Context, sampling: Sampling, limits: Limits) -> None:
         self._call, self._context, self._sampling, self._limits = call, context, sampling, limits
         self._pieces: list[str] = []
-        self._count = 0
+        self._count = self._steps = self._accepted = 0
         self._first_s = self._rest_s = 0.0
         self._reason = ""
+        self._sampler, self._text = Sampler(sampling), TextStream(sampling.stop)
 
     def pieces(self, job: PromptJob) -> Generator[str, None, None]:
-        """Compute the prompt, then choose tokens one after another."""
-        context, tokenizer = self._context, self._context.engine.tokenizer
-        sampler, text = Sampler(self._sampling), TextStream(self._sampling.stop)
+        """Compute the prompt, then choose tokens, several in a step where a draft of them is right."""
+        context, prompt = self._context, len(job.tokens)
         tick = time.perf_counter()
         self._start = context.run(job)
-        logits = self._start.logits
+        drafter = None if self._call.drafts is None else Drafter(self._call.drafts, list(job.tokens))
+        chosen = [self._sampler.next(self._start.logits, context.tokens)]
+        self._first_s = time.perf_counter() - tick
         while True:
-            token = sampler.next(logits, context.tokens)
-            self._took(time.perf_counter() - tick)
-            if tokenizer.is_end(token):
-                self._reason = "end"
-                break
-            self._count += 1
-            yield from self._push(text.push(tokenizer.piece(token)))
-            self._reason = self._reason_to_stop(text)
+            yield from self._emit(chosen)
             if self._reason:
                 break
             tick = time.perf_counter()
+            if drafter is not None:
+                drafter.add(chosen)
             try:
-                logits = context.extend([token])[0]
+                chosen = self._step(chosen[-1], drafter)
             except Stopped as stopped:
                 self._reason = stopped.reason
                 break
-        yield from self._push(text.finish())
+            self._rest_s += time.perf_counter() - tick
+        # What was drafted beyond the end is no part of the answer.
+        context.truncate(prompt + self._count)
+        yield from self._push(self._text.finish())
+
+    def _step(self, token: int, drafter: Drafter | None) -> list[int]:
+        """Compute `token`, which was chosen, and a draft behind it; the tokens of the draft that stand, and one more."""
+        context = self._context
+        draft, chances = self._draft(drafter)
+        rows = context.extend([token, *draft])
+        known, chosen = len(context.tokens) - len(draft), list[int]()
+        for row, drafted in zip(rows, [*draft, None], strict=True):
+            chosen.append(self._sampler.next(row, context.tokens[: known + len(chosen)]))
+            if chosen[-1] != drafted:
+                break
+        accepted = len(chosen) - 1
+        context.truncate(known + accepted)
+        if drafter is not None and draft:
+            drafter.learn(chances, accepted)
+        self._steps, self._accepted = self._steps + 1, self._accepted + accepted
+        return chosen
+
+    def _draft(self, drafter: Drafter | None) -> tuple[list[int], list[float]]:
+        """Tokens that are worth verifying in the next step, and their chances."""
+        if drafter is None:
+            return [], []
+        context = self._context
+        # Each step gives one token beyond its draft.
+        limit = min(self._sampling.max_tokens - self._count, context.most_tokens - len(context.tokens)) - 1
+        draft, chances = drafter.propose(limit)
+        count = context.batch_cost.worthwhile(chances)
+        return draft[:count], chances[:count]
+
+    def _emit(self, tokens: Sequence[int]) -> Iterator[str]:
+        """The pieces of chosen tokens, up to one that ends the answer."""
+        tokenizer = self._context.engine.tokenizer
+        for token in tokens:
+            if tokenizer.is_end(token):
+                self._reason = "end"
+                return
+            self._count += 1
+            yield from self._push(self._text.push(tokenizer.piece(token)))
+            self._reason = self._reason_to_stop()
+            if self._reason:
+                return
 
     def answer(self) -> Answer:
         """The whole answer, once all pieces are there."""
         prompt, start = len(self._call.job.tokens), self._start
-        steps = len(self._context.tokens) - prompt
         ttft_ms = (self._call.prepared_s + self._first_s) * 1e3
-        speed = steps / self._rest_s if steps else 0.0
+        speed = (self._steps + self._accepted) / self._rest_s if self._steps else 0.0
         timings = Timings(
             switch_us=start.switch_us,
             ttft_ms=ttft_ms,
@@ -184,6 +236,8 @@ class _Answering:
             reused_tokens=start.reused,
             carried_tokens=self._call.carried,
             slow=self._context.is_slow,
+            steps=self._steps,
+            accepted=self._accepted,
         )
         return Answer("".join(self._pieces), self._count, timings, self._reason)
 
@@ -192,15 +246,11 @@ class _Answering:
         if piece:
             yield piece
 
-    def _took(self, elapsed_s: float) -> None:
-        if self._count:
-            self._rest_s += elapsed_s
-        else:
-            self._first_s = elapsed_s
-
-    def _reason_to_stop(self, text: TextStream) -> str:
-        if text.stopped:
+    def _reason_to_stop(self) -> str:
+        if self._text.stopped:
             return "stop"
-        if self._count == self._sampling.max_tokens or self._context.is_full():
+        # To go on, the last token has to be computed.
+        is_full = len(self._call.job.tokens) + self._count > self._context.most_tokens
+        if self._count == self._sampling.max_tokens or is_full:
             return "length"
         return self._limits.reason()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .bundle import AdapterEntry, Manifest, resolve, verify_files
+from .decoding.drafts import DraftTable, read_table
 from .engines.base import Tokenizer
 from .errors import IncompatibleError, UsageError
 from .generation import Call, Carried
@@ -43,6 +44,7 @@ class LoadedBundle:
         self.options = options
         self._running = running
         self._merged: dict[str, Pool] = {}
+        self._drafts: dict[str, DraftTable] = {}
         self._lock = threading.Lock()
         self._fixed: dict[tuple[int, str | None], list[int]] = {}
 
@@ -103,7 +105,8 @@ class LoadedBundle:
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = behind(carried.spans, kept, spans)
-        return Call(pool, PromptJob(tokens, spans, count, owner), system, prepared_s, kept)
+        drafts = self._drafts.get(first) if first is not None else None
+        return Call(pool, PromptJob(tokens, spans, count, owner), system, prepared_s, kept, drafts)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
         """What a choice of adapters means; NotFoundError for an unknown one, UsageError for what is no choice."""
@@ -121,6 +124,11 @@ class LoadedBundle:
 
     def load(self, entry: AdapterEntry) -> None:
         """Check one adapter and load it beside the base; a merged one waits until it is used."""
+        if self.options.drafts and entry.draft is not None:
+            if self.options.verify:
+                verify_files(self.bundle, self.manifest, [entry.draft])
+            path = resolve(self.bundle, entry.draft)
+            self._drafts[entry.name] = read_table(path, self.manifest.base.tokenizer_sha256)
         if self._is_merged(entry):
             return
         file = file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")

@@ -53,6 +53,7 @@ class OpeningOptions:
     waiting: int = 0
     priority: str = NORMAL
     map_large_blocks: bool = False
+    drafts: bool = True
 
 
 def engine_class(name: str, task: str) -> EngineClass | type[EncoderEngine]:

@@ -56,6 +56,7 @@ class Runtime:
         waiting: int = 64,
         priority: str = NORMAL,
         map_large_blocks: bool = False,
+        drafts: bool = True,
     ) -> Self:
         """Open a bundle: check its files, map the base and load the adapters.
 
@@ -88,6 +89,9 @@ class Runtime:
         memory with SmolLM2-135M and eight adapters after 216 answers: 478 MB in place of 509 MB. Without the option,
         and without glibc, malloc is left alone.
 
+        With `drafts`, answers are drafted by what the adapter's training answers have in common, and several tokens are
+        verified in one step. The text stays the same unless two tokens are almost equally likely.
+
         Raises NotFoundError, VerificationError for damaged files, IncompatibleError for adapters of another base or a
         missing engine, UsageError for options that cannot be.
         """
@@ -115,6 +119,7 @@ class Runtime:
             waiting=waiting,
             priority=priority,
             map_large_blocks=map_large_blocks,
+            drafts=drafts,
         )
         file = file_of(manifest.base.files, engine, "the base")
         loaded = LoadedBundle(bundle, manifest, open_base(bundle, manifest, file, options), options)

@@ -10,11 +10,12 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from .errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from .formats.checked_file import read_checked, write_checked
 from .generation import Answer, Call, Carried, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .serving.pool import Pool
 from .states.cache import Key, SavedState
-from .states.state_file import read_state, write_state
+from .states.store import KIND
 from .text.chat import Message
 
 Carry = Literal["recompute", "reuse"]
@@ -86,12 +87,12 @@ class Session:
         key = saved and {"base": saved.key.base, "spans": saved.key.spans, "tokens": saved.tokens}
         state = saved and {"key": key, "identity": pool.identity_of(saved)}
         about = {"conversation": conversation, "state": state}
-        write_state(Path(path), about, saved.state if saved is not None else memoryview(b""))
+        write_checked(Path(path), KIND, about, saved.state if saved is not None else memoryview(b""))
 
     @classmethod
     def _load(cls, loaded: LoadedBundle, path: Path) -> Self:
         """What `save` wrote; see `Runtime.load_session`."""
-        found = read_state(path)
+        found = read_checked(path, KIND)
         if found is None and not path.exists():
             raise NotFoundError(f"no file {path}", "check the path")
         try:
@@ -106,7 +107,7 @@ class Session:
             pool = session._pool()
             session._carries, session._last = bool(conversation["carries"]), _carried_of(conversation["last"])
             if state is not None:
-                saved = _saved_of(state["key"], found.state)
+                saved = _saved_of(state["key"], found.data)
                 if pool.identity_of(saved) == state["identity"]:
                     pool.keep(saved, session._owner)
                 else:

@@ -49,8 +49,11 @@ class Engine(Protocol):
 
     An adapter that is a prefix takes the first positions of the context, and the sequence begins behind it. At most one
     may be active, with scale 1, beside any other adapters.
+
+    `BATCH_COST` maps a number of tokens to about what a step of so many costs in steps of one token.
     """
 
+    BATCH_COST: Mapping[int, float]
     context_length: int
 
     @property
@@ -113,8 +116,11 @@ class Engine(Protocol):
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
 
-    def decode_all(self, tokens: Sequence[int]) -> Logits:
-        """Append tokens; logits after each, shape [tokens, vocab]. UsageError when they do not fit in the context."""
+    def decode_all(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        """Append tokens; logits after each of the `last` ones (default: all), shape [last, vocab].
+
+        UsageError when the tokens do not fit in the context.
+        """
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
         """Sum of log probabilities (nats) of each continuation after the sequence, which stays as it is.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from edgetune_runtime.decoding.batch_cost import BatchCost
 from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.serving.governor import AnswerUsage, Governor
@@ -25,6 +26,9 @@ from .limits import Stopped
 from .turns import Turns
 
 T = TypeVar("T")
+
+_MOST_DECODED = 16
+"""Tokens of a step that decodes; more are a part of a prompt."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -88,6 +92,7 @@ class Context:
 
     def __init__(self, engine: Engine, shared: Shared) -> None:
         self.engine = engine
+        self.batch_cost = BatchCost(engine.BATCH_COST)
         self.shared = shared
         self.tokens: list[int] = []
         self._key: Key | None = None
@@ -173,13 +178,31 @@ class Context:
             self._activate(_acting(key, begin))
             yield self.extend(tokens[begin:end])
 
-    def extend(self, tokens: Sequence[int]) -> Logits:
-        """Decode more tokens; logits after each, shape [tokens, vocab]. Stopped as in `run`, the sequence as it was."""
+    def extend(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        """Decode more tokens; logits after each of the `last` ones (default: all), shape [last, vocab].
+
+        Stopped as in `run`, the sequence as it was.
+        """
         self.check_open()
+        decode = partial(self.engine.decode_all, tokens, last=last)
         with self._turn():
-            logits = self._step(len(tokens), partial(self.engine.decode_all, tokens))
+            if len(tokens) <= _MOST_DECODED:
+                logits = self._step(self.batch_cost.of(len(tokens)), decode, even=True)
+            else:
+                logits = self._step(len(tokens), decode)
             self.tokens.extend(tokens)
         return logits
+
+    def truncate(self, count: int) -> None:
+        """Drop all but the first `count` tokens of the live sequence, such as drafted ones that were wrong."""
+        if count >= len(self.tokens):
+            return
+        with self._resetting():
+            kept = self.engine.forget(count)
+        lost = self.tokens[kept:count]
+        self.tokens, self._ends = self.tokens[:kept], [end for end in self._ends if end <= kept]
+        if lost:
+            self.extend(lost, last=1)
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
         """Sum of log probabilities (nats) of each continuation after the sequence, which stays as it is."""
@@ -206,9 +229,10 @@ class Context:
         """How many tokens fit in the context with these adapters, prompt and answer together."""
         return self.engine.capacity(adapters)
 
-    def is_full(self) -> bool:
-        """Whether the context has no room for another token."""
-        return len(self.tokens) >= self._room
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens the live sequence may have."""
+        return self._room
 
     def clear(self) -> None:
         """Forget the live sequence and all saved states, but those on the disk."""
@@ -262,10 +286,10 @@ class Context:
         with self.shared.turns.take(self._check), self._resetting():
             yield
 
-    def _step(self, tokens: int, compute: Callable[[], T]) -> T:
+    def _step(self, tokens: float, compute: Callable[[], T], *, even: bool = False) -> T:
         thread = self.shared.thread
         run = compute if thread is None else partial(thread.run, compute)
-        return self.shared.governor.step(self.engine, tokens, run, self._check, self.usage)
+        return self.shared.governor.step(self.engine, tokens, run, self._check, self.usage, even=even)
 
     @contextmanager
     def _resetting(self) -> Iterator[None]:

@@ -68,9 +68,19 @@ class Governor:
         return tokens
 
     def step(
-        self, engine: Engine, tokens: int, compute: Callable[[], T], check: Callable[[], None], usage: AnswerUsage
+        self,
+        engine: Engine,
+        tokens: float,
+        compute: Callable[[], T],
+        check: Callable[[], None],
+        usage: AnswerUsage,
+        *,
+        even: bool,
     ) -> T:
-        """Compute one step, again if it stalls, and count it; `check` may end it by raising, the sequence as before."""
+        """Compute one step, again if it stalls, and count it; `check` may end it by raising, the sequence as before.
+
+        An `even` step decodes, and costs `tokens` times a step of one token; the others compute prompts.
+        """
         if self._adjusts and time.monotonic() - self._ended > _IDLE_S:
             self._count.look_around()
         while True:
@@ -79,7 +89,7 @@ class Governor:
             begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
 
             def is_over(begin_s: float = begin_s, begin_cpu_s: float = begin_cpu_s) -> bool:
-                return _raises(check) or self._stalls(tokens, begin_s, begin_cpu_s)
+                return _raises(check) or self._stalls(tokens, begin_s, begin_cpu_s, even=even)
 
             try:
                 with WATCH.over(is_over, engine.stop_step):
@@ -93,24 +103,25 @@ class Governor:
             finally:
                 self._is_stalled = False
                 self._ended = time.monotonic()
-            self._record(tokens, time.perf_counter() - begin_s, time.process_time() - begin_cpu_s, usage)
+            wall_s, cpu_s = time.perf_counter() - begin_s, time.process_time() - begin_cpu_s
+            self._record(tokens, wall_s, cpu_s, usage, even=even)
             return result
 
-    def _stalls(self, tokens: int, begin_s: float, begin_cpu_s: float) -> bool:
+    def _stalls(self, tokens: float, begin_s: float, begin_cpu_s: float, *, even: bool) -> bool:
         """Whether the running step is far over its usual time, because its threads lack cores."""
         if not self._adjusts or self._count.threads == 1:
             return False
         wall_s = time.perf_counter() - begin_s
-        usual_s = self._count.best_s(even=tokens == 1) * tokens
+        usual_s = self._count.best_s(even=even) * tokens
         patience_s = max(_SHORTEST_STALL_S, _STALL_FACTOR * usual_s) if usual_s else _UNKNOWN_STALL_S
         self._is_stalled = wall_s >= patience_s and self._count.lacks_cores(wall_s, time.process_time() - begin_cpu_s)
         return self._is_stalled
 
-    def _record(self, tokens: int, wall_s: float, cpu_s: float, usage: AnswerUsage) -> None:
+    def _record(self, tokens: float, wall_s: float, cpu_s: float, usage: AnswerUsage, *, even: bool) -> None:
         usage.all.add(tokens, wall_s, cpu_s, self._count.limit)
-        if tokens == 1:
+        if even:
             usage.single.add(tokens, wall_s, cpu_s, self._count.limit)
-        self._count.record(tokens, wall_s, cpu_s, even=tokens == 1)
+        self._count.record(tokens, wall_s, cpu_s, even=even)
 
 
 def _raises(check: Callable[[], None]) -> bool:

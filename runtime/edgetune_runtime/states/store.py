@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import OutOfSpaceError
-
-from .state_file import read_about, read_state, write_state
+from edgetune_runtime.formats.checked_file import read_about, read_checked, write_checked
 
 SUFFIX = ".kv"
+KIND = "edgetune_state"
+"""What a file of a state begins with; see `formats.checked_file`."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class StateStore:
     def load(self, identity: Mapping[str, Any]) -> memoryview | None:
         """The state of exactly this identity, which counts as use; a damaged file is deleted."""
         path = self.path_of(identity)
-        found = read_state(path)
+        found = read_checked(path, KIND)
         if found is None and not path.exists():
             return None
         if found is None or found.about.get("identity") != json.loads(json.dumps(identity)):
@@ -74,7 +75,7 @@ class StateStore:
         if self._budget:
             with contextlib.suppress(OSError):
                 os.utime(path)
-        return found.state
+        return found.data
 
     def drop(self, identity: Mapping[str, Any]) -> None:
         """Delete the state of this identity, if there is one."""
@@ -93,7 +94,7 @@ class StateStore:
         path = self.path_of(identity)
         try:
             self._make_room(self._budget - len(state), path)
-            write_state(path, {"identity": identity, "label": label, "tokens": tokens}, state)
+            write_checked(path, KIND, {"identity": identity, "label": label, "tokens": tokens}, state)
         except (OSError, OutOfSpaceError) as error:
             _LOG.warning("a state cannot be kept on the disk: %s", error)
             return False
@@ -114,7 +115,7 @@ class StateStore:
 
     def _entries(self) -> Iterator[Stored]:
         for path in self.folder.glob(f"*{SUFFIX}"):
-            about = read_about(path)
+            about = read_about(path, KIND)
             with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
                 status = path.stat()
                 if about is None:

@@ -29,9 +29,9 @@ class Usage:
     cpu_s: float = 0.0
     wanted_s: float = 0.0
     steps: int = 0
-    tokens: int = 0
+    tokens: float = 0.0
 
-    def add(self, tokens: int, wall_s: float, cpu_s: float, threads: int) -> None:
+    def add(self, tokens: float, wall_s: float, cpu_s: float, threads: int) -> None:
         """Count one more step, which wanted so many threads."""
         self.wall_s += wall_s
         self.cpu_s += cpu_s
@@ -47,7 +47,7 @@ class Usage:
     @property
     def token_s(self) -> float:
         """Seconds per token."""
-        return self.wall_s / max(1, self.tokens)
+        return self.wall_s / max(1.0, self.tokens)
 
 
 @dataclass
@@ -115,7 +115,7 @@ class ThreadCount:
         self._window, self._trial = Usage(), None
         self._wait_longer()
 
-    def record(self, tokens: int, wall_s: float, cpu_s: float, *, even: bool) -> None:
+    def record(self, tokens: float, wall_s: float, cpu_s: float, *, even: bool) -> None:
         """Take a step into account; of `even` steps the tokens cost alike, so that numbers of threads are compared."""
         if even != self._is_even:
             self._window, self._trial, self._is_even = Usage(), None, even

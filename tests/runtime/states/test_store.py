@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.states.state_file import read_about, read_state, write_state
-from edgetune_runtime.states.store import StateStore, default_folder
+from edgetune_runtime.formats.checked_file import read_about, read_checked, write_checked
+from edgetune_runtime.states.store import KIND, StateStore, default_folder
 
 STATE = memoryview(bytes(range(256)) * 40)
 
@@ -104,13 +104,13 @@ def test_the_folder_is_the_users_cache_unless_said_otherwise(monkeypatch: pytest
 def test_other_files_are_no_states(tmp_path: Path, text: str) -> None:
     path = tmp_path / "file"
     path.write_text(text, encoding="latin-1")
-    assert read_state(path) is None
-    assert read_about(path) is None
-    assert read_state(tmp_path / "none") is None
+    assert read_checked(path, KIND) is None
+    assert read_about(path, KIND) is None
+    assert read_checked(tmp_path / "none", KIND) is None
 
 
 def test_an_empty_state_is_one(tmp_path: Path) -> None:
-    write_state(tmp_path / "file", {"a": "é"}, memoryview(b""))
-    found = read_state(tmp_path / "file")
+    write_checked(tmp_path / "file", KIND, {"a": "é"}, memoryview(b""))
+    found = read_checked(tmp_path / "file", KIND)
     assert found is not None
-    assert (found.about, bytes(found.state)) == ({"a": "é"}, b"")
+    assert (found.about, bytes(found.data)) == ({"a": "é"}, b"")

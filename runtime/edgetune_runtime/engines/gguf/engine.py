@@ -65,6 +65,7 @@ class GgufEngine:
     """
 
     KV: ClassVar[tuple[str, ...]] = ("f16", "q8_0")
+    BATCH_COST: ClassVar[Mapping[int, float]] = {2: 1.5, 4: 1.9, 8: 2.9, 16: 4.6}
     bytes_per_number: ClassVar[float] = 2
     adjusts_threads = True
 
@@ -221,14 +222,22 @@ class GgufEngine:
         assert self._last is not None
         return self._last
 
-    def decode_all(self, tokens: Sequence[int]) -> Logits:
-        """Append tokens; logits after each, shape [tokens, vocab]. UsageError when they do not fit in the context."""
+    def decode_all(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        """Append tokens; logits after each of the `last` ones (default: all), shape [last, vocab].
+
+        UsageError when the tokens do not fit in the context.
+        """
         check_room(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
-        logits = np.empty((len(tokens), self.tokenizer.vocab_size), np.float32)
+        first = len(tokens) - (len(tokens) if last is None else last)
+        logits = np.empty((len(tokens) - first, self.tokenizer.vocab_size), np.float32)
         with self._whole():
-            for number, part in enumerate(_parts(tokens, self._outputs)):
-                self._append(part, [True] * len(part))
-                logits[number * self._outputs :][: len(part)] = self._view(len(part))
+            for start in range(0, len(tokens), self._outputs):
+                part = tokens[start : start + self._outputs]
+                outputs = [place >= first for place in range(start, start + len(part))]
+                self._append(part, outputs)
+                if any(outputs):
+                    begin = max(0, start - first)
+                    logits[begin : begin + sum(outputs)] = self._view(sum(outputs))
         self._last = logits[-1].copy()
         return logits
 

@@ -72,6 +72,7 @@ class OnnxEngine:
     """
 
     KV: ClassVar[tuple[str, ...]] = ("f32",)
+    BATCH_COST: ClassVar[Mapping[int, float]] = {2: 1.3, 4: 1.8, 8: 2.9, 16: 4.9}
     bytes_per_number: ClassVar[float] = 4
     adjusts_threads = False
 
@@ -208,11 +209,14 @@ class OnnxEngine:
         self._last = row[0]
         return self._last
 
-    def decode_all(self, tokens: Sequence[int]) -> Logits:
-        """Append tokens; logits after each, shape [tokens, vocab]. UsageError when they do not fit in the context."""
+    def decode_all(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        """Append tokens; logits after each of the `last` ones (default: all), shape [last, vocab].
+
+        UsageError when the tokens do not fit in the context.
+        """
         check_room(tokens, self._length, self.context_length, self._vocab_size)
         with self._whole():
-            logits = self._run_all(tokens)
+            logits = self._run_all(tokens, last)
         self._last = logits[-1].copy()
         return logits
 
@@ -317,12 +321,14 @@ class OnnxEngine:
             self._length, self._last = length, None
             raise
 
-    def _run_all(self, tokens: Sequence[int]) -> Logits:
-        """Append tokens; logits after each, shape [tokens, vocab]."""
-        logits = np.empty((len(tokens), self._vocab_size), np.float32)
+    def _run_all(self, tokens: Sequence[int], last: int | None = None) -> Logits:
+        """Append tokens; logits after each of the `last` ones, shape [last, vocab]."""
+        first = len(tokens) - (len(tokens) if last is None else last)
+        logits = np.empty((len(tokens) - first, self._vocab_size), np.float32)
         for start in range(0, len(tokens), self._batch):
-            part = slice(start, start + self._batch)
-            self._run(tokens[part], logits[part])
+            part = tokens[start : start + self._batch]
+            rows = logits[max(0, start - first) : max(0, start + len(part) - first)]
+            self._run(part, rows if len(rows) else np.empty((1, self._vocab_size), np.float32))
         return logits
 
     def _run(self, tokens: Sequence[int], out: Logits) -> None:

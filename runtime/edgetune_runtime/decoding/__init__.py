@@ -1,0 +1,1 @@
+"""Several tokens per step, and which tokens an answer may have."""

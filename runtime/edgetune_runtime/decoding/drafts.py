@@ -1,0 +1,179 @@
+"""Tokens so far in, a draft of the next ones out: n-grams of a task's training answers, and what a prompt repeats.
+
+A draft costs no model. What it proposes is verified in one batch by the engine, so a wrong one costs time and changes
+no answer (speculative decoding, Leviathan et al., 2211.17192, with the lookup of Saxena's prompt lookup decoding).
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.formats.checked_file import read_checked, write_checked
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+
+KIND = "edgetune_draft"
+LONGEST_CONTEXT = 6
+"""Tokens of the longest n-gram's context."""
+LONGEST_DRAFT = 8
+END = (1 << 32) - 1
+"""In a table: the answer ends here."""
+
+_MASK = (1 << 64) - 1
+_PRIME = 0x9E3779B97F4A7C15
+# Per entry: the context's hash, the next token, and the confidence in 255ths.
+_ENTRY_BYTES = 8 + 4 + 1
+
+
+@dataclass(frozen=True)
+class DraftTable:
+    """The n-grams of one task, sorted by the hash of their context; what follows each, and how sure that is.
+
+    `copied` is how often the token that follows a repeated sequence of 1, 2, ... tokens in the prompt is the next one.
+    `tokenizer_sha256` is the digest of the tokenizer that made the tokens.
+    """
+
+    tokenizer_sha256: str
+    keys: Sequence[int]
+    tokens: Sequence[int]
+    confidences: Sequence[int]
+    copied: tuple[float, ...] = (0.0,) * LONGEST_CONTEXT
+
+    def next(self, context: Sequence[int]) -> tuple[int, float]:
+        """The token that follows the longest known end of `context` and its probability; (-1, 0) where none is known."""
+        for key in reversed(list(context_keys(context))):
+            place = bisect_left(self.keys, key)
+            if place < len(self.keys) and self.keys[place] == key:
+                return self.tokens[place], self.confidences[place] / 255
+        return -1, 0.0
+
+    @classmethod
+    def of(
+        cls, entries: Mapping[int, tuple[int, float]], copied: Sequence[float], tokenizer_sha256: str
+    ) -> DraftTable:
+        """A table of {hash of a context: (next token, probability)}."""
+        keys = sorted(entries)
+        tokens, shares = [entries[key][0] for key in keys], [round(255 * entries[key][1]) for key in keys]
+        return cls(tokenizer_sha256, keys, tokens, shares, tuple(copied))
+
+
+def context_keys(context: Sequence[int]) -> Iterator[int]:
+    """Hashes of the last token of `context`, the last two, and so on up to `LONGEST_CONTEXT`."""
+    key = 0
+    for token in reversed(context[-LONGEST_CONTEXT:]):
+        key = ((key ^ (token + 1)) * _PRIME) & _MASK
+        key ^= key >> 29
+        yield key
+
+
+def write_table(path: Path, table: DraftTable) -> None:
+    """Write `draft.bin`; OutOfSpaceError on a full disk."""
+    count = len(table.keys)
+    parts = (("Q", table.keys), ("I", table.tokens), ("B", table.confidences))
+    data = b"".join(struct.pack(f"<{count}{form}", *values) for form, values in parts)
+    about = {"tokenizer_sha256": table.tokenizer_sha256, "entries": count, "copied": list(table.copied)}
+    write_checked(path, KIND, about, memoryview(data))
+
+
+def read_table(path: Path, tokenizer_sha256: str) -> DraftTable:
+    """What `write_table` wrote.
+
+    Raises VerificationError for a damaged file, IncompatibleError for the table of another tokenizer.
+    """
+    found = read_checked(path, KIND)
+    try:
+        if found is None:
+            raise ValueError("its bytes are not those that were written")
+        count, copied = int(found.about["entries"]), tuple(map(float, found.about["copied"]))
+        made_for = str(found.about["tokenizer_sha256"])
+        if count < 0 or len(found.data) != count * _ENTRY_BYTES or len(copied) != LONGEST_CONTEXT:
+            raise ValueError(f"it has {len(found.data)} bytes for {count} entries")
+        ends = [0, 8 * count, 12 * count, 13 * count]
+        keys, tokens, confidences = (
+            found.data[begin:end].cast(form) for begin, end, form in zip(ends, ends[1:], "QIB", strict=False)
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise VerificationError(f"{path} is not a draft table: {error}", COPY_BUNDLE_AGAIN) from error
+    if made_for != tokenizer_sha256:
+        raise IncompatibleError(f"{path} is the draft table of another tokenizer", "build the bundle again")
+    return DraftTable(made_for, keys, tokens, confidences, copied)
+
+
+@dataclass
+class Drafter:
+    """Drafts for one answer. `tokens` are the prompt's and the answer's so far; `add` appends to them."""
+
+    table: DraftTable
+    tokens: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Index the prompt."""
+        self._places: dict[int, list[int]] = {}
+        self._hits, self._drafted = 0.0, 0.0
+        known, self.tokens = self.tokens, []
+        self.add(known)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Append tokens that are known to stand."""
+        for token in tokens:
+            self._places.setdefault(token, []).append(len(self.tokens))
+            self.tokens.append(token)
+
+    def propose(self, limit: int) -> tuple[list[int], list[float]]:
+        """At most `limit` tokens to follow the known ones, and how likely it is that all up to each stand."""
+        context, draft, chances = self.tokens[-LONGEST_CONTEXT:], list[int](), list[float]()
+        place, chance = self._match(context), self._trust
+        for _ in range(min(limit, LONGEST_DRAFT)):
+            token, share = self.table.next(context)
+            start, length = place
+            copied = self.table.copied[length - 1] if length else 0.0
+            if copied > share and start < len(self.tokens):
+                token, share = self.tokens[start], copied
+            if share <= 0 or token == END:
+                break
+            chance *= share
+            follows = length and start < len(self.tokens) and self.tokens[start] == token
+            context.append(token)
+            draft.append(token)
+            chances.append(chance)
+            place = (start + 1, min(length + 1, LONGEST_CONTEXT)) if follows else self._match(context)
+        return draft, chances
+
+    def repeated(self) -> tuple[int, int]:
+        """The token after the longest repetition of the end of the known tokens, and its length; length 0 for none."""
+        place, length = self._match(self.tokens[-LONGEST_CONTEXT:])
+        return (self.tokens[place] if length else -1), length
+
+    def learn(self, chances: Sequence[float], accepted: int) -> None:
+        """Take into account that of a draft with these chances the first `accepted` tokens stood."""
+        self._drafted += sum(chances)
+        self._hits += accepted
+
+    @property
+    def _trust(self) -> float:
+        """How far this answer has followed its drafts so far, in terms of what was expected."""
+        return min(1.0, (_PRIOR + self._hits) / (_PRIOR + self._drafted))
+
+    def _match(self, context: Sequence[int]) -> tuple[int, int]:
+        """The place behind the longest repetition of the context's end in the known tokens, and its length."""
+        best = (0, 0)
+        for place in reversed(self._places.get(context[-1], ())[-_PLACES:] if context else ()):
+            length = 1
+            while (
+                length < min(LONGEST_CONTEXT, len(context), place + 1)
+                and self.tokens[place - length] == context[-1 - length]
+            ):
+                length += 1
+            if length > best[1] and place + 1 < len(self.tokens):
+                best = (place + 1, length)
+        return best
+
+
+_PRIOR = 2.0
+"""Tokens that count as expected and accepted before an answer has shown how far it follows drafts."""
+_PLACES = 8
+"""Latest places of a token that are looked at."""
