@@ -52,9 +52,7 @@ class DraftTable:
         return -1, 0.0
 
     @classmethod
-    def of(
-        cls, entries: Mapping[int, tuple[int, float]], copied: Sequence[float], tokenizer_sha256: str
-    ) -> DraftTable:
+    def of(cls, entries: Mapping[int, tuple[int, float]], copied: Sequence[float], tokenizer_sha256: str) -> DraftTable:
         """A table of {hash of a context: (next token, probability)}."""
         keys = sorted(entries)
         tokens, shares = [entries[key][0] for key in keys], [round(255 * entries[key][1]) for key in keys]

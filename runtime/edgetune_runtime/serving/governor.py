@@ -75,7 +75,7 @@ class Governor:
         check: Callable[[], None],
         usage: AnswerUsage,
         *,
-        even: bool,
+        even: bool = False,
     ) -> T:
         """Compute one step, again if it stalls, and count it; `check` may end it by raising, the sequence as before.
 

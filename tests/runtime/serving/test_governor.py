@@ -136,7 +136,7 @@ def test_a_step_that_stalls_is_begun_anew_with_fewer_threads(engine: Engine, mon
     assert np.array_equal(engine.decode(TOKENS), found)
 
 
-def _stalls_with_several_threads(governor: Governor, *_: object) -> bool:
+def _stalls_with_several_threads(governor: Governor, *_: object, **__: object) -> bool:
     governor._is_stalled = governor.threads > 1
     return governor._is_stalled
 
@@ -145,7 +145,7 @@ def _steps(governor: Governor, token_s: float, share: float) -> AnswerUsage:
     """An answer of single tokens that took so long each and had that share of two cores."""
     usage = AnswerUsage()
     for _ in range(8):
-        governor._record(1, token_s, token_s * share * 2, usage)
+        governor._record(1, token_s, token_s * share * 2, usage, even=True)
     return usage
 
 
@@ -159,6 +159,6 @@ def test_a_chunk_of_a_prompt_shrinks_where_steps_are_slow() -> None:
     governor = Governor(2, adjusts=False)
     found = [governor.chunk(128)]
     for token_s in (0.001, 0.003, 0.1):
-        governor._record(128, 128 * token_s, 2 * 128 * token_s, AnswerUsage())
+        governor._record(128, 128 * token_s, 2 * 128 * token_s, AnswerUsage(), even=False)
         found.append(governor.chunk(128))
     assert found == [128, 128, 64, 16]

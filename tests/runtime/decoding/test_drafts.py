@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_export.drafts import Row, table_of
+from edgetune_runtime import IncompatibleError, Runtime, VerificationError
+from edgetune_runtime.bundle import FileEntry, read_manifest, sha256_of
+from edgetune_runtime.decoding.drafts import END, Drafter, DraftTable, read_table, write_table
+from edgetune_runtime.measuring import loaded_bundle
+from runtime.bundles import change_manifest
+
+TOKENIZER = "a" * 64
+STOP = 9
+# An answer of four tokens that always follows the prompt's last one, and a token copied from the prompt.
+ROWS = [Row([1, copied, 5, 20, 21, copied, 22, STOP], 3) for copied in (100, 101, 102, 103)]
+
+
+@pytest.fixture
+def table() -> DraftTable:
+    return table_of(ROWS, lambda token: token == STOP, TOKENIZER)
+
+
+def drafted(table: DraftTable, tokens: list[int], limit: int = 8) -> list[int]:
+    return Drafter(table, tokens).propose(limit)[0]
+
+
+def test_a_draft_follows_the_training_answers(table: DraftTable) -> None:
+    assert drafted(table, [1, 100, 5]) == [20, 21]
+    assert drafted(table, [1, 100, 5], limit=1) == [20]
+
+
+def test_a_draft_ends_where_the_answers_end(table: DraftTable) -> None:
+    assert table.next([20, 21, 100, 22])[0] == END
+    assert drafted(table, [1, 100, 5, 20, 21, 100, 22]) == []
+
+
+def test_a_longer_context_decides() -> None:
+    rows = [*ROWS, *ROWS, *[Row([1, 7, 5, 30, 21, 40, STOP], 3)] * 4]
+    both = table_of(rows, lambda token: token == STOP, TOKENIZER)
+    assert both.next([1, 104, 5])[0] == 20
+    assert both.next([1, 7, 5])[0] == 30
+
+
+def test_what_the_prompt_repeats_is_drafted() -> None:
+    copied = DraftTable.of({}, [0.5, 0.9, 0.9, 0.9, 0.9, 0.9], TOKENIZER)
+    draft, chances = Drafter(copied, [1, 2, 3, 4, 5, 8, 1, 2]).propose(8)
+    assert draft == [3, 4, 5, 8, 1, 2]
+    assert chances == pytest.approx([0.9**n for n in range(1, 7)])
+
+
+def test_wrong_drafts_make_an_answer_trust_them_less(table: DraftTable) -> None:
+    drafter = Drafter(table, [1, 100, 5])
+    before = drafter.propose(8)[1]
+    drafter.learn([1.0] * 8, 0)
+    after = drafter.propose(8)[1]
+    assert after[0] == pytest.approx(before[0] * 2 / 10)
+    drafter.learn([0.0] * 8, 8)
+    assert drafter.propose(8)[1] == pytest.approx(before)
+
+
+def test_a_table_survives_its_file(table: DraftTable, tmp_path: Path) -> None:
+    write_table(tmp_path / "draft.bin", table)
+    found = read_table(tmp_path / "draft.bin", TOKENIZER)
+    assert list(found.keys) == list(table.keys)
+    assert list(found.tokens) == list(table.tokens)
+    assert list(found.confidences) == list(table.confidences)
+    assert found.copied == table.copied
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"\x07", lambda _: b"{}\n"])
+def test_a_damaged_table_is_refused(table: DraftTable, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "draft.bin"
+    write_table(path, table)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(VerificationError, match=r"draft\.bin is not a draft table"):
+        read_table(path, TOKENIZER)
+
+
+def test_the_table_of_another_tokenizer_is_refused(table: DraftTable, tmp_path: Path) -> None:
+    write_table(tmp_path / "draft.bin", table)
+    with pytest.raises(IncompatibleError, match="another tokenizer"):
+        read_table(tmp_path / "draft.bin", "b" * 64)
+
+
+PROMPTS = ("turn on the warm light", "play", "stop " * 12)
+
+
+@pytest.fixture(scope="module", params=["gguf", "onnx"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def drafting(prompted_of: Callable[[str], Path], engine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose adapter `one` has a table of what it answers to some prompts."""
+    bundle = Path(shutil.copytree(prompted_of("llama"), tmp_path_factory.mktemp("drafting") / "home"))
+    manifest = read_manifest(bundle)
+    rows = []
+    with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
+        for prompt in PROMPTS:
+            call = loaded_bundle(runtime).call(prompt, "one")
+            answer = runtime.generate(prompt, adapter="one", max_tokens=40)
+            context = call.pool.first
+            rows += [Row(list(context.tokens), len(call.job.tokens))] * 3
+            assert answer.timings.accepted == 0
+    path = bundle / "adapters/one/draft.bin"
+    write_table(path, table_of(rows, lambda _: False, manifest.base.tokenizer_sha256))
+    name = path.relative_to(bundle).as_posix()
+
+    def add(raw: dict[str, Any]) -> None:
+        raw["adapters"]["one"]["draft"] = name
+        entry = FileEntry(sha256_of(path), path.stat().st_size)
+        raw["files"][name] = {"sha256": entry.sha256, "bytes": entry.bytes}
+
+    change_manifest(bundle, add)
+    return bundle
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2, "seed": 5}, {"repeat_penalty": 1.3}])
+def test_drafts_change_no_answer(drafting: Path, engine: str, sampling: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"engine": engine, "disk_mb": 0}
+    with Runtime.open(drafting, **options) as fast, Runtime.open(drafting, **options, drafts=False) as plain:
+        for prompt in (*PROMPTS, "something else"):
+            for most in (1, 2, 7, 40):
+                found = fast.generate(prompt, adapter="one", max_tokens=most, **sampling)
+                expected = plain.generate(prompt, adapter="one", max_tokens=most, **sampling)
+                assert (found.text, found.tokens, found.stop_reason) == (
+                    expected.text,
+                    expected.tokens,
+                    expected.stop_reason,
+                )
+
+
+def test_a_known_answer_takes_few_steps(drafting: Path, engine: str) -> None:
+    with Runtime.open(drafting, engine=engine, disk_mb=0) as runtime:
+        timings = runtime.generate(PROMPTS[0], adapter="one", max_tokens=40).timings
+    assert timings.steps + timings.accepted == 39
+    assert timings.tokens_per_step > 3
+
+
+def test_a_stop_text_within_a_draft_ends_the_answer_there(drafting: Path, engine: str) -> None:
+    with Runtime.open(drafting, engine=engine, disk_mb=0, drafts=False) as plain:
+        whole = plain.generate(PROMPTS[0], adapter="one", max_tokens=40).text
+        stop = whole[len(whole) // 2 :][:3]
+        expected = plain.generate(PROMPTS[0], adapter="one", max_tokens=40, stop=stop)
+    with Runtime.open(drafting, engine=engine, disk_mb=0) as runtime:
+        found = runtime.generate(PROMPTS[0], adapter="one", max_tokens=40, stop=stop)
+        assert (found.text, found.tokens, found.stop_reason) == (expected.text, expected.tokens, "stop")
+        call = loaded_bundle(runtime).call(PROMPTS[0], "one")
+        assert len(call.pool.first.tokens) <= len(call.job.tokens) + found.tokens
+
+
+def test_a_session_goes_on_after_drafted_answers(drafting: Path, engine: str) -> None:
+    answers = []
+    for drafts in (True, False):
+        with Runtime.open(drafting, engine=engine, disk_mb=0, drafts=drafts) as runtime:
+            with runtime.session("one") as session:
+                answers.append([session.send(prompt, max_tokens=12).text for prompt in PROMPTS])
+    assert answers[0] == answers[1]
+
+
+def test_a_context_that_fills_up_ends_a_drafted_answer_where_it_ends_without(drafting: Path, engine: str) -> None:
+    found = []
+    for drafts in (True, False):
+        with Runtime.open(drafting, engine=engine, disk_mb=0, drafts=drafts, context_length=120) as runtime:
+            answer = runtime.generate(PROMPTS[0], adapter="one", max_tokens=200)
+            found.append((answer.text, answer.tokens, answer.stop_reason))
+    assert found[0] == found[1]
+    assert found[0][2] == "length"
