@@ -1,1 +1,1 @@
-"""Several tokens per step, and which tokens an answer may have."""
+"""Which tokens an answer may have, and several of them in one step."""
