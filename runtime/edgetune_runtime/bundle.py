@@ -72,7 +72,7 @@ class AdapterEntry:
     the context that it takes; with `invocation` tokens it acts only from the last place on where these stand. `ranks`
     maps a module's name in the trained model to its rank; `scale` is the factor where a caller names none. `metric` is
     the name of the score that `edgetune evaluate` computes. `parity` maps a backend to `kl`, `top1`, … . `draft` is the
-    file of its draft table (see `decoding.drafts`).
+    file of its draft table (see `decoding.drafts`), `output` what its answers are held to (see `decoding.output`).
     """
 
     name: str
@@ -89,6 +89,7 @@ class AdapterEntry:
     metric: str = "exact"
     labels: tuple[str, ...] = ()
     draft: str | None = None
+    output: Mapping[str, Any] | None = None
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 

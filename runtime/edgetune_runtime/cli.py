@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .bundle import CLASSIFICATION, Manifest, read_manifest, verify_files
 from .conversation import PROGRAM, Conversation, adapter_choice, show
-from .errors import CancelledError, EdgetuneError, UsageError
+from .errors import CancelledError, EdgetuneError, NotFoundError, UsageError
 from .interrupts import end_on_interrupt
 from .threads.priority import NORMAL, PRIORITIES
 
@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("--labels", metavar="A,B,C", help="the labels, joined by commas (default: the adapter's)")
     for command in (generate, chat):
         _add_sampling(command)
+        _add_form(command)
     for command in (generate, classify, chat, bench, warm):
         _add_opening(command)
     return parser
@@ -160,6 +161,16 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help=text)
 
 
+def _add_form(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("form of the answer (default: the adapter's own, if it has one)")
+    forms = group.add_mutually_exclusive_group()
+    forms.add_argument("--schema", type=Path, metavar="FILE", help="JSON that a JSON Schema describes")
+    forms.add_argument("--choices", metavar="A,B", help="one of these texts")
+    forms.add_argument("--regex", metavar="REGEX", help="a text that the regular expression matches")
+    forms.add_argument("--grammar", type=Path, metavar="FILE", help="a text of a Lark grammar")
+    forms.add_argument("--free", action="store_true", help="any text")
+
+
 def _add_opening(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("opening the bundle")
     text = "what runs it, gguf or onnx (default: the bundle's first format)"
@@ -174,6 +185,8 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
     text = "of the threads that compute: normal, low or idle, so that other processes go first (Linux; default: normal)"
     group.add_argument("--priority", choices=PRIORITIES, default=NORMAL, help=text)
     _add_cache_folder(group)
+    text = "choose each token alone: do not draft answers by the adapter's training answers"
+    group.add_argument("--no-drafts", action="store_true", help=text)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
 
 
@@ -191,6 +204,7 @@ def _open(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 
         verify=not options.no_verify,
         cache_folder=options.cache_folder,
         map_large_blocks=True,
+        drafts=not options.no_drafts,
         **more,
     )
 
@@ -220,7 +234,7 @@ def _size(manifest: Manifest, names: Iterable[str]) -> str:
 def _generate(options: argparse.Namespace) -> None:
     prompt = _prompt(options)
     with _open(options) as runtime:
-        stream = runtime.stream(prompt, adapter=adapter_choice(runtime, options.adapter), **_sampling(options))
+        stream = runtime.stream(prompt, adapter=adapter_choice(runtime, options.adapter), **_answer_options(options))
         show(stream, as_json=options.json)
 
 
@@ -318,7 +332,7 @@ def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _chat(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
         runtime.session()  # refuses a bundle that cannot chat before the first line is read
-        Conversation(runtime, options.adapter, _sampling(options), as_json=options.json).run()
+        Conversation(runtime, options.adapter, _answer_options(options), as_json=options.json).run()
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -326,7 +340,17 @@ def _prompt(options: argparse.Namespace) -> str:
     return sys.stdin.read().removesuffix("\n") if text == "-" else text
 
 
-def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling options that were given; the defaults are those of `Sampling`."""
+def _answer_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of answers that were given; the others have the defaults of `AnswerOptions`."""
     given = vars(options)
-    return {name: given[name] for name in (*SAMPLING, "stop") if name in given}
+    found = {name: given[name] for name in (*SAMPLING, "stop") if name in given}
+    files = {name: _read(given[name]) for name in ("schema", "grammar") if given[name] is not None}
+    choices = {} if options.choices is None else {"choices": [text.strip() for text in options.choices.split(",")]}
+    return {**found, **files, **choices, "regex": options.regex, "free": options.free}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotFoundError(f"cannot read {path}: {error}", "give a text file") from error

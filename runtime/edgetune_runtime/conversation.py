@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .errors import NotFoundError, UsageError
+from .errors import NotFoundError, UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from .generation import Stream
+    from .generation import Answer, Stream
     from .runtime import Runtime
     from .session import Session
 
@@ -100,11 +101,18 @@ def show(stream: Stream, *, as_json: bool) -> None:
     answer = stream.answer
     assert answer is not None
     if as_json:
-        fields = asdict(answer)
-        timings = fields.pop("timings")
-        print(json.dumps(fields | timings, ensure_ascii=False), flush=True)
+        print(json.dumps(_fields_of(answer), ensure_ascii=False), flush=True)
     else:
         print(flush=True)
+
+
+def _fields_of(answer: Answer) -> dict[str, Any]:
+    fields: dict[str, Any] = {"text": answer.text, "tokens": answer.tokens, "stop_reason": answer.stop_reason}
+    if answer.output is not None:
+        with suppress(VerificationError):
+            fields["parsed"] = answer.parsed
+        fields.setdefault("parsed", None)
+    return fields | asdict(answer.timings)
 
 
 def adapter_choice(runtime: Runtime, choices: Sequence[str]) -> str | dict[str, float] | None:

@@ -6,8 +6,12 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from .decoding.constraint import Constraint
 from .decoding.drafts import Drafter, DraftTable
+from .decoding.output import OutputSpec
+from .engines.base import Logits
 from .serving.context import Context, PromptJob
 from .serving.limits import Limits, Stopped
 from .serving.pool import Pool
@@ -25,8 +29,8 @@ class Timings:
     session was told to carry its state over. Waiting for other calls to end does not count. `slow` says that other
     processes took the cores, or that steps took much longer than they did before.
 
-    After the prompt the answer took `steps` steps; `accepted` of its tokens were drafted (see `decoding.drafts`) and
-    verified beside others.
+    A step after the prompt gave `tokens_per_step` tokens. `accepted` of them were drafted (see `decoding.drafts`), and
+    `forced` ones the only ones that the answer's form allowed.
     """
 
     switch_us: float
@@ -36,27 +40,32 @@ class Timings:
     reused_tokens: int
     carried_tokens: int = 0
     slow: bool = False
-    steps: int = 0
+    tokens_per_step: float = 0.0
+    forced: int = 0
     accepted: int = 0
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Tokens after the first for each step, 0 where there was none."""
-        return (self.steps + self.accepted) / self.steps if self.steps else 0.0
 
 
 @dataclass(frozen=True)
 class Answer:
     """A generated text of `tokens` tokens.
 
-    `stop_reason` is `end` (of turn), `stop` (text), `length`, `deadline`, or `cancelled`; with the last two the text is
-    what there was until then.
+    `stop_reason` is `end` (of turn), `stop` (text), `length`, `deadline`, `cancelled`, or `dead_end`, where no token
+    fits the form that the answer was held to (`output`); with the last four the text is what there was until then.
     """
 
     text: str
     tokens: int
     timings: Timings
     stop_reason: str
+    output: OutputSpec | None = None
+
+    @property
+    def parsed(self) -> Any:  # noqa: ANN401 - whatever the schema describes
+        """The object that the answer stands for; the text itself if it was not held to a schema.
+
+        VerificationError when it ended too early to be one, or a pydantic model refuses it.
+        """
+        return self.text if self.output is None else self.output.parse(self.text)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class Call:
     prepared_s: float
     carried: int = 0
     drafts: DraftTable | None = None
+    output: OutputSpec | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -147,67 +158,115 @@ def _generate(call: Call, sampling: Sampling, limits: Limits, outcome: Generatio
 
 
 class _Answering:
-    """One answer as it comes into being."""
+    """One answer in the making."""
 
     def __init__(self, call: Call, context: Context, sampling: Sampling, limits: Limits) -> None:
         self._call, self._context, self._sampling, self._limits = call, context, sampling, limits
-        self._pieces: list[str] = []
-        self._count = self._steps = self._accepted = 0
-        self._first_s = self._rest_s = 0.0
-        self._reason = ""
         self._sampler, self._text = Sampler(sampling), TextStream(sampling.stop)
+        self._constraint = call.constraint
+        self._drafter: Drafter | None = None
+        self._pending: list[int] = []
+        self._pieces: list[str] = []
+        self._count = self._steps = self._accepted = self._forced = self._after_first = 0
+        self._first_s = self._rest_s = 0.0
+        self._reason = self._reason_at_end = ""
 
     def pieces(self, job: PromptJob) -> Generator[str, None, None]:
-        """Compute the prompt, then choose tokens, several in a step where a draft of them is right."""
-        context, prompt = self._context, len(job.tokens)
+        """Compute the prompt, then choose tokens: several in a step where they are forced, or drafted rightly."""
+        context = self._context
         tick = time.perf_counter()
         self._start = context.run(job)
-        drafter = None if self._call.drafts is None else Drafter(self._call.drafts, list(job.tokens))
-        chosen = [self._sampler.next(self._start.logits, context.tokens)]
-        self._first_s = time.perf_counter() - tick
+        if self._call.drafts is not None:
+            self._drafter = Drafter(self._call.drafts, list(job.tokens))
+        chosen = self._choose([self._start.logits], [])
+        self._first_s, self._after_first = time.perf_counter() - tick, len(chosen) - 1
         while True:
             yield from self._emit(chosen)
             if self._reason:
                 break
             tick = time.perf_counter()
-            if drafter is not None:
-                drafter.add(chosen)
             try:
-                chosen = self._step(chosen[-1], drafter)
+                chosen = self._step()
             except Stopped as stopped:
                 self._reason = stopped.reason
                 break
             self._rest_s += time.perf_counter() - tick
-        # What was drafted beyond the end is no part of the answer.
-        context.truncate(prompt + self._count)
+            self._after_first += len(chosen)
+        # What was computed beyond the end is no part of the answer.
+        context.truncate(len(job.tokens) + self._count)
         yield from self._push(self._text.finish())
 
-    def _step(self, token: int, drafter: Drafter | None) -> list[int]:
-        """Compute `token`, which was chosen, and a draft behind it; the tokens of the draft that stand, and one more."""
+    def answer(self) -> Answer:
+        """The whole answer, once all pieces are there."""
+        start = self._start
+        timings = Timings(
+            switch_us=start.switch_us,
+            ttft_ms=(self._call.prepared_s + self._first_s) * 1e3,
+            tokens_per_s=self._after_first / self._rest_s if self._steps else 0.0,
+            prompt_tokens=len(self._call.job.tokens),
+            reused_tokens=start.reused,
+            carried_tokens=self._call.carried,
+            slow=self._context.is_slow,
+            tokens_per_step=self._after_first / self._steps if self._steps else 0.0,
+            forced=self._forced,
+            accepted=self._accepted,
+        )
+        return Answer("".join(self._pieces), self._count, timings, self._reason, self._call.output)
+
+    def _step(self) -> list[int]:
+        """Compute the pending tokens and a draft behind them; the tokens that follow."""
         context = self._context
-        draft, chances = self._draft(drafter)
-        rows = context.extend([token, *draft])
-        known, chosen = len(context.tokens) - len(draft), list[int]()
-        for row, drafted in zip(rows, [*draft, None], strict=True):
-            chosen.append(self._sampler.next(row, context.tokens[: known + len(chosen)]))
-            if chosen[-1] != drafted:
-                break
-        accepted = len(chosen) - 1
-        context.truncate(known + accepted)
-        if drafter is not None and draft:
-            drafter.learn(chances, accepted)
-        self._steps, self._accepted = self._steps + 1, self._accepted + accepted
+        draft, chances = self._draft()
+        rows = context.extend([*self._pending, *draft], last=len(draft) + 1)
+        chosen = self._choose(rows, draft)
+        self._steps += 1
+        if self._drafter is not None and draft:
+            self._drafter.learn(chances, self._rightly)
+        context.truncate(len(context.tokens) - len(draft) + self._rightly)
         return chosen
 
-    def _draft(self, drafter: Drafter | None) -> tuple[list[int], list[float]]:
+    def _choose(self, rows: Sequence[Logits], draft: Sequence[int]) -> list[int]:
+        """The tokens after each row of logits up to the first that was not drafted, and those that it forces.
+
+        All but the drafted ones are still to be computed: they are pending.
+        """
+        known = len(self._context.tokens) - len(draft)
+        chosen: list[int] = []
+        self._rightly = 0
+        for row, drafted in zip(rows, [*draft, None], strict=True):
+            allowed = row if self._constraint is None else self._constraint.mask(row)
+            if allowed is None:
+                self._pending = []
+                self._reason_at_end = "dead_end"
+                break
+            token = self._sampler.next(allowed, self._context.tokens[: known + len(chosen)])
+            chosen.append(token)
+            if self._constraint is not None:
+                self._constraint.accept(token)
+            if token != drafted:
+                self._pending = [token]
+                break
+            self._rightly += 1
+        self._accepted += self._rightly
+        if self._constraint is not None and self._pending and not self._is_end(self._pending[0]):
+            forced = self._constraint.forced()
+            self._constraint.accept(*forced)
+            self._pending, chosen, self._forced = self._pending + forced, chosen + forced, self._forced + len(forced)
+        if self._drafter is not None:
+            self._drafter.add(chosen)
+        return chosen
+
+    def _draft(self) -> tuple[list[int], list[float]]:
         """Tokens that are worth verifying in the next step, and their chances."""
-        if drafter is None:
+        if self._drafter is None:
             return [], []
-        context = self._context
+        context, pending = self._context, len(self._pending)
         # Each step gives one token beyond its draft.
-        limit = min(self._sampling.max_tokens - self._count, context.most_tokens - len(context.tokens)) - 1
-        draft, chances = drafter.propose(limit)
-        count = context.batch_cost.worthwhile(chances)
+        limit = min(self._sampling.max_tokens - self._count - 1, context.most_tokens - len(context.tokens) - pending)
+        draft, chances = self._drafter.propose(limit)
+        if self._constraint is not None:
+            draft = draft[: self._constraint.valid_prefix(draft)]
+        count = context.batch_cost.worthwhile(chances[: len(draft)], pending)
         return draft[:count], chances[:count]
 
     def _emit(self, tokens: Sequence[int]) -> Iterator[str]:
@@ -222,24 +281,12 @@ class _Answering:
             self._reason = self._reason_to_stop()
             if self._reason:
                 return
+        if self._constraint is not None and self._constraint.is_complete:
+            self._reason = "end"
+        self._reason = self._reason or self._reason_at_end
 
-    def answer(self) -> Answer:
-        """The whole answer, once all pieces are there."""
-        prompt, start = len(self._call.job.tokens), self._start
-        ttft_ms = (self._call.prepared_s + self._first_s) * 1e3
-        speed = (self._steps + self._accepted) / self._rest_s if self._steps else 0.0
-        timings = Timings(
-            switch_us=start.switch_us,
-            ttft_ms=ttft_ms,
-            tokens_per_s=speed,
-            prompt_tokens=prompt,
-            reused_tokens=start.reused,
-            carried_tokens=self._call.carried,
-            slow=self._context.is_slow,
-            steps=self._steps,
-            accepted=self._accepted,
-        )
-        return Answer("".join(self._pieces), self._count, timings, self._reason)
+    def _is_end(self, token: int) -> bool:
+        return self._context.engine.tokenizer.is_end(token)
 
     def _push(self, piece: str) -> Iterator[str]:
         self._pieces.append(piece)

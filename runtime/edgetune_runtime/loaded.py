@@ -7,13 +7,16 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .bundle import AdapterEntry, Manifest, resolve, verify_files
 from .decoding.drafts import DraftTable, read_table
+from .decoding.grammars import Grammars
+from .decoding.output import OutputSpec
 from .engines.base import Tokenizer
-from .errors import IncompatibleError, UsageError
+from .errors import IncompatibleError, UsageError, VerificationError
 from .generation import Call, Carried
 from .opening import OpeningOptions, file_of, open_base
 from .serving.context import Context, PromptJob
@@ -45,6 +48,7 @@ class LoadedBundle:
         self._running = running
         self._merged: dict[str, Pool] = {}
         self._drafts: dict[str, DraftTable] = {}
+        self._forms: dict[str, OutputSpec] = {}
         self._lock = threading.Lock()
         self._fixed: dict[tuple[int, str | None], list[int]] = {}
 
@@ -82,11 +86,13 @@ class LoadedBundle:
         *,
         owner: str = CALLS,
         carried: Carried | None = None,
+        form: OutputSpec | None = None,
+        free: bool = False,
     ) -> Call:
         """Make a call ready: tokens, adapters, and the fixed part of the prompt; errors as those of `generate`.
 
         `owner` is whose state is taken up and left. What is `carried` stands as far as the prompt begins with it, its
-        system prompt in place of the adapter's.
+        system prompt in place of the adapter's. The answer is held to `form`, by default the adapter's, unless `free`.
         """
         pool, active = self.pool(adapter)
         first = next(iter(self.scales(adapter)), None)
@@ -95,7 +101,6 @@ class LoadedBundle:
         with pool.tokenizer() as tokenizer:
             tokens = _tokens(tokenizer, prompt, system)
             fixed = self._fixed_part(pool, tokenizer, first, system)
-        prepared_s = time.perf_counter() - begin
         longest = pool.first.capacity(active)
         if not 0 < len(tokens) <= longest:
             message = f"the prompt has {len(tokens)} tokens, the context holds 1 to {longest}"
@@ -106,7 +111,11 @@ class LoadedBundle:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = behind(carried.spans, kept, spans)
         drafts = self._drafts.get(first) if first is not None else None
-        return Call(pool, PromptJob(tokens, spans, count, owner), system, prepared_s, kept, drafts)
+        if form is None and not free and first is not None:
+            form = self._forms.get(first)
+        constraint = None if form is None else self._grammars.constraint(form)
+        prepared_s = time.perf_counter() - begin
+        return Call(pool, PromptJob(tokens, spans, count, owner), system, prepared_s, kept, drafts, form, constraint)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
         """What a choice of adapters means; NotFoundError for an unknown one, UsageError for what is no choice."""
@@ -124,6 +133,8 @@ class LoadedBundle:
 
     def load(self, entry: AdapterEntry) -> None:
         """Check one adapter and load it beside the base; a merged one waits until it is used."""
+        if entry.output is not None:
+            self._forms[entry.name] = _form_of(entry)
         if self.options.drafts and entry.draft is not None:
             if self.options.verify:
                 verify_files(self.bundle, self.manifest, [entry.draft])
@@ -157,6 +168,12 @@ class LoadedBundle:
         for running in (self._running, *self._merged.values()):
             running.close()
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        """The forms of answers, compiled for the base's vocabulary, which merged models have too."""
+        assert isinstance(self._running, Pool)
+        return Grammars(self._running.first.engine.tokenizer)
+
     def _fixed_part(self, pool: Pool, tokenizer: Tokenizer, first: str | None, system: str | None) -> list[int]:
         """The tokens that all prompts with the adapter's own system prompt begin with, whatever the message."""
         if system != self._system_of(first):
@@ -186,6 +203,14 @@ class LoadedBundle:
 
     def _pools(self) -> list[Pool]:
         return [running for running in (self._running, *self._merged.values()) if isinstance(running, Pool)]
+
+
+def _form_of(entry: AdapterEntry) -> OutputSpec:
+    try:
+        return OutputSpec.from_json(entry.output or {})
+    except UsageError as error:
+        message = f"adapter {entry.name!r} has an output that cannot be: {error.message}"
+        raise VerificationError(message, "build the bundle again") from error
 
 
 def _tokens(tokenizer: Tokenizer, prompt: Prompt, system: str | None) -> list[int]:

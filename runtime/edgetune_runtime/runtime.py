@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, Unpack
 
 from .bundle import read_manifest
 from .errors import UsageError
 from .generation import Answer, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .opening import OpeningOptions, engine_class, file_of, open_base
+from .options import AnswerOptions, split_form
 from .scoring import label_scores, likeliest, window_loss
 from .session import Session
 from .states.store import StateStore, default_folder
 from .text.chat import Prompt
-from .text.sampling import Sampling
 from .threads.priority import NORMAL
 
 _LOG = logging.getLogger(__name__)
@@ -148,37 +147,29 @@ class Runtime:
         prompt: Prompt,
         *,
         adapter: Adapters = None,
-        sampling: Sampling | None = None,
-        deadline_s: float | None = None,
-        cancel: threading.Event | None = None,
-        **overrides: object,
+        **options: Unpack[AnswerOptions],
     ) -> Answer:
         """Answer a prompt, a text or chat messages, with one adapter by name, several {name: scale} or the base.
 
         A name alone means the manifest's scale. The (first) adapter's own system prompt is used unless the messages
-        bring one. After `deadline_s` seconds, or once `cancel` is set, the answer ends with what there is, waiting for
-        other calls included. `overrides` change single fields of `sampling`, such as `temperature=0.7`.
+        bring one, and the answer is held to its form unless the options say otherwise; see `AnswerOptions` for these.
 
-        Raises NotFoundError for an unknown adapter, UsageError for a prompt that does not fit in the context, BusyError
-        when too many calls wait already.
+        Raises NotFoundError for an unknown adapter, UsageError for a prompt that does not fit in the context or a form
+        that cannot be met, BusyError when too many calls wait already.
         """
-        limits: dict[str, Any] = {"deadline_s": deadline_s, "cancel": cancel, **overrides}
-        return self.stream(prompt, adapter=adapter, sampling=sampling, **limits).read()
+        return self.stream(prompt, adapter=adapter, **options).read()
 
     def stream(
         self,
         prompt: Prompt,
         *,
         adapter: Adapters = None,
-        sampling: Sampling | None = None,
-        deadline_s: float | None = None,
-        cancel: threading.Event | None = None,
-        **overrides: object,
+        **options: Unpack[AnswerOptions],
     ) -> Stream:
         """As `generate`, but yields the text in pieces as it comes; it holds a context until it ends or is closed."""
-        call, outcome = self._loaded.call(prompt, adapter), Generation()
-        pieces = generate(call, outcome, sampling=sampling, deadline_s=deadline_s, cancel=cancel, **overrides)
-        return Stream(pieces, outcome)
+        form, is_free, others = split_form(options)
+        call, outcome = self._loaded.call(prompt, adapter, form=form, free=is_free), Generation()
+        return Stream(generate(call, outcome, **others), outcome)
 
     def session(self, adapter: Adapters = None) -> Session:
         """A conversation that begins with these adapters; see `Session`."""

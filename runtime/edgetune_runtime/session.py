@@ -7,12 +7,13 @@ import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 from .errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from .formats.checked_file import read_checked, write_checked
 from .generation import Answer, Call, Carried, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
+from .options import AnswerOptions, split_form
 from .serving.pool import Pool
 from .states.cache import Key, SavedState
 from .states.store import KIND
@@ -44,16 +45,18 @@ class Session:
         self._last: Carried | None = None
         self._carries = False
 
-    def send(self, message: str, **options: Any) -> Answer:  # noqa: ANN401 - those of `Runtime.generate`
+    def send(self, message: str, **options: Unpack[AnswerOptions]) -> Answer:
         """Answer a message; options as those of `Runtime.generate`, and the same errors."""
         return self.stream(message, **options).read()
 
-    def stream(self, message: str, **options: Any) -> Stream:  # noqa: ANN401 - as above
+    def stream(self, message: str, **options: Unpack[AnswerOptions]) -> Stream:
         """As `send`, but yields the text in pieces. Only an answer that was read to its end is in the history."""
         messages = [*self.history, {"role": "user", "content": message}]
         carried = self._last if self._carries else None
-        call, outcome = self._loaded.call(messages, self.adapter, owner=self._owner, carried=carried), Generation()
-        return Stream(self._recorded(messages, call, generate(call, outcome, **options), outcome), outcome)
+        form, is_free, others = split_form(options)
+        call = self._loaded.call(messages, self.adapter, owner=self._owner, carried=carried, form=form, free=is_free)
+        outcome = Generation()
+        return Stream(self._recorded(messages, call, generate(call, outcome, **others), outcome), outcome)
 
     def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
         """Let other adapters answer from now on; NotFoundError for an unknown one, the old ones then stay.

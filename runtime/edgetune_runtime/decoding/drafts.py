@@ -44,7 +44,7 @@ class DraftTable:
     copied: tuple[float, ...] = (0.0,) * LONGEST_CONTEXT
 
     def next(self, context: Sequence[int]) -> tuple[int, float]:
-        """The token that follows the longest known end of `context` and its probability; (-1, 0) where none is known."""
+        """The token that follows the longest known end of `context`, and its probability; (-1, 0) if none is known."""
         for key in reversed(list(context_keys(context))):
             place = bisect_left(self.keys, key)
             if place < len(self.keys) and self.keys[place] == key:

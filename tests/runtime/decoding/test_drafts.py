@@ -138,7 +138,7 @@ def test_drafts_change_no_answer(drafting: Path, engine: str, sampling: dict[str
 def test_a_known_answer_takes_few_steps(drafting: Path, engine: str) -> None:
     with Runtime.open(drafting, engine=engine, disk_mb=0) as runtime:
         timings = runtime.generate(PROMPTS[0], adapter="one", max_tokens=40).timings
-    assert timings.steps + timings.accepted == 39
+    assert timings.accepted > 20
     assert timings.tokens_per_step > 3
 
 
@@ -157,9 +157,9 @@ def test_a_stop_text_within_a_draft_ends_the_answer_there(drafting: Path, engine
 def test_a_session_goes_on_after_drafted_answers(drafting: Path, engine: str) -> None:
     answers = []
     for drafts in (True, False):
-        with Runtime.open(drafting, engine=engine, disk_mb=0, drafts=drafts) as runtime:
-            with runtime.session("one") as session:
-                answers.append([session.send(prompt, max_tokens=12).text for prompt in PROMPTS])
+        opened = Runtime.open(drafting, engine=engine, disk_mb=0, drafts=drafts)
+        with opened as runtime, runtime.session("one") as session:
+            answers.append([session.send(prompt, max_tokens=12).text for prompt in PROMPTS])
     assert answers[0] == answers[1]
 
 

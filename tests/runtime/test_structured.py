@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import Runtime, UsageError, VerificationError, cli
+from pydantic import BaseModel
+from runtime.bundles import change_manifest
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "service": {"enum": ["turn_on", "turn_off", "set_brightness"]},
+        "entities": {"type": "array", "items": {"enum": ["light.kitchen", "light.hall"]}, "minItems": 1, "maxItems": 2},
+        "brightness": {"type": "integer", "minimum": 0, "maximum": 100},
+    },
+    "required": ["service", "entities"],
+    "additionalProperties": False,
+}
+HOT: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 120}
+
+
+class Command(BaseModel):
+    service: str
+    entities: list[str]
+    brightness: int | None = None
+
+
+@pytest.fixture(scope="module", params=["gguf", "onnx"])
+def opened(request: pytest.FixtureRequest, prompted_of: Callable[[str], Path]) -> Iterator[Runtime]:
+    with Runtime.open(prompted_of("llama"), engine=request.param, disk_mb=0) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def formed(prompted_of: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A bundle whose adapter `one` has a form of its own."""
+    bundle = Path(shutil.copytree(prompted_of("llama"), tmp_path / "home"))
+    change_manifest(bundle, lambda raw: raw["adapters"]["one"].update(output={"schema": SCHEMA}))
+    return bundle
+
+
+def test_a_schema_holds_at_any_temperature(opened: Runtime) -> None:
+    for seed in range(10):
+        answer = opened.generate(f"light {seed}", adapter="one", schema=SCHEMA, seed=seed, **HOT)
+        assert answer.stop_reason == "end"
+        assert Command.model_validate(answer.parsed).service in SCHEMA["properties"]["service"]["enum"]
+
+
+def test_what_the_schema_forces_takes_no_steps(opened: Runtime) -> None:
+    answer = opened.generate("play", adapter="one", schema=SCHEMA, max_tokens=120)
+    assert answer.timings.forced > 3
+    assert answer.timings.tokens_per_step > 1.5
+
+
+def test_a_pydantic_model_gives_its_objects(opened: Runtime) -> None:
+    with opened.session("one") as session:
+        answer = session.send("play", schema=Command, **HOT, seed=1)
+    assert answer.stop_reason in {"end", "length"}
+    if answer.stop_reason == "end":
+        assert isinstance(answer.parsed, Command)
+
+
+def test_choices_and_patterns_and_grammars_hold(opened: Runtime) -> None:
+    for seed in range(5):
+        assert opened.generate("play", choices=["warm red", "warm", "green"], seed=seed, **HOT).text in {
+            "warm red",
+            "warm",
+            "green",
+        }
+        assert opened.generate("play", regex="[0-9]{3}", seed=seed, **HOT).text.isdigit()
+        assert opened.generate("play", grammar='start: "a" | "b" "c"', seed=seed, **HOT).text in {"a", "bc"}
+
+
+def test_an_answer_that_is_too_long_for_its_form_does_not_parse(opened: Runtime) -> None:
+    answer = opened.generate("play", adapter="one", schema=SCHEMA, max_tokens=3)
+    assert answer.stop_reason == "length"
+    with pytest.raises(VerificationError, match="does not parse: .*; give a higher max_tokens"):
+        _ = answer.parsed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schema": {"type": "object"}, "regex": "a"}, "schema and regex is given"),
+        ({"free": True, "choices": ["a"]}, "free and choices are both given"),
+        ({"regex": "("}, "regex"),
+        ({"schema": {"enum": []}}, "enum"),
+    ],
+)
+def test_a_form_that_cannot_be_is_one_line_and_the_runtime_goes_on(
+    opened: Runtime, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        opened.generate("play", **options)
+    assert "\n" not in str(raised.value)
+    assert opened.generate("play", max_tokens=2).tokens
+
+
+def test_an_adapters_own_form_holds_unless_the_answer_is_free(formed: Path) -> None:
+    with Runtime.open(formed, disk_mb=0) as runtime:
+        held = runtime.generate("play", adapter="one", max_tokens=120)
+        assert set(held.parsed) >= {"service", "entities"}
+        free = runtime.generate("play", adapter="one", max_tokens=5, free=True)
+        other = runtime.generate("play", adapter="one", max_tokens=5, choices=["green"])
+        base = runtime.generate("play", max_tokens=5)
+    assert free.output is None
+    assert base.output is None
+    assert other.text == "green"
+
+
+def test_the_command_prints_what_an_answer_stands_for(
+    formed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(SCHEMA), encoding="utf-8")
+    command = ["generate", str(formed), "--prompt", "play", "--adapter", "one", "--json", "--max-tokens", "120"]
+    assert cli.main([*command, "--schema", str(schema)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parsed"] == json.loads(found["text"])
+    assert {"tokens_per_step", "forced", "accepted"} <= found.keys()
+    assert cli.main([*command, "--schema", str(tmp_path / "none.json")]) != 0
+    assert capsys.readouterr().err.count("\n") == 1
