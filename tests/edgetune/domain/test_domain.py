@@ -306,17 +306,17 @@ def test_validate_reads_the_texts(tmp_path: Path, tiny_gguf: Callable[[str], Pat
         (
             {"method": "prefix"},
             {},
-            "domain.method: what prefix trains (prefix) cannot be merged into the base; take full, last_layers or lora",
+            "domain.method: prefix cannot be merged into the base; use full, last_layers or lora",
         ),
         (
             {"method": {"name": "lora", "target_modules": "auto"}},
             {},
-            "domain.method: what is merged slows nothing",
+            "domain.method: target_modules: auto does not work here",
         ),
         ({"windows": 8}, {}, "domain.windows: unknown key; did you mean 'window'?"),
         ({"data": {}}, {}, "domain.data.train: is missing"),
-        ({"window": 8}, {}, "domain.window: 8 is less than 16"),
-        ({}, {"task": "text-classification"}, "domain: is for bases that write text; leave it out for an encoder"),
+        ({"window": 8}, {}, "domain.window: 8 must be at least 16"),
+        ({}, {"task": "text-classification"}, "domain: continued pretraining does not work for an encoder; remove domain"),
     ],
 )
 def test_problems_of_the_key_have_their_line(
