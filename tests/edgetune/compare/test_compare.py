@@ -121,7 +121,7 @@ def test_a_format_that_cannot_hold_a_method_has_the_reason_in_place_of_figures(c
     bottleneck = compared.outcome("bottleneck")
     assert list(bottleneck.engines) == ["onnx"]
     assert bottleneck.engines["onnx"].merged_tokens_per_s is None
-    assert "gguf cannot hold what bottleneck trains" in bottleneck.refused["gguf"]
+    assert "gguf does not support bottleneck" in bottleneck.refused["gguf"]
     assert ("bottleneck", "gguf", f"refused: {bottleneck.refused['gguf']}") in list(engine_rows([bottleneck]))
 
 

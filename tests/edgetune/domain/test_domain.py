@@ -266,7 +266,7 @@ def test_the_end_of_the_text_is_held_out(tokenizer: GgufTokenizer) -> None:
         ),
         ({"plays.txt": "turn"}, {}, "domain.data.train has one token, and nothing to learn; give it a longer text"),
         ({}, {"window": 513}, "domain.window 513 is more than the 512 tokens that"),
-        ({}, {"method": {"name": "last_layers", "layers": 3}}, "the base has 2 layers, not 3; give layers: 2 or fewer"),
+        ({}, {"method": {"name": "last_layers", "layers": 3}}, "layers is 3, but the base has 2; set layers to 2 or fewer"),
     ],
 )
 def test_what_cannot_be_learned_is_refused_in_one_line(

@@ -162,8 +162,8 @@ adapters:
         "14: adapters.b.scale: inf is not a finite number",
         "15: adapters.b.labels.1: 5 is not a string; put it in quotes",
         "16: adapters.b.method.target_modules: 5 is not valid; expected: "
-        "Modules to adapt: all-linear, names such as [q_proj, v_proj], or auto, which chooses modules and a rank of "
-        "at most r by what they cost and give (docs/placement.md)",
+        "Modules to adapt: all-linear, a list of names such as [q_proj, v_proj], or auto, which chooses modules and a "
+        "rank of at most r by their benefit and cost (docs/placement.md)",
         "16: adapters.b.method.rank: -1 must be greater than 0",
         "16: adapters.b.method.rr: unknown key; did you mean 'r'?",
         "18: adapters.c.data.held_out: 2 must be less than 1",
