@@ -26,8 +26,8 @@ class PrefixOptions(BeginOptions):
     )
     init_weights: Literal["states", "random", "zero"] = Field(
         "states",
-        description="Initialization of the keys and values. states: the base's own for a text; random, zero: as in PEFT."
-        " With prefix_projection, states means random.",
+        description="Initialization of the keys and values. states: those that the base computes for a text; random,"
+        " zero: as in PEFT. With prefix_projection, states means random.",
     )
     learning_rate_factor: float = rate_factor(10.0, "; 1 with prefix_projection")
 
