@@ -266,7 +266,11 @@ def test_the_end_of_the_text_is_held_out(tokenizer: GgufTokenizer) -> None:
         ),
         ({"plays.txt": "turn"}, {}, "domain.data.train has one token, and nothing to learn; give it a longer text"),
         ({}, {"window": 513}, "domain.window 513 is more than the 512 tokens that"),
-        ({}, {"method": {"name": "last_layers", "layers": 3}}, "layers is 3, but the base has 2; set layers to 2 or fewer"),
+        (
+            {},
+            {"method": {"name": "last_layers", "layers": 3}},
+            "layers is 3, but the base has 2; set layers to 2 or fewer",
+        ),
     ],
 )
 def test_what_cannot_be_learned_is_refused_in_one_line(
@@ -316,7 +320,11 @@ def test_validate_reads_the_texts(tmp_path: Path, tiny_gguf: Callable[[str], Pat
         ({"windows": 8}, {}, "domain.windows: unknown key; did you mean 'window'?"),
         ({"data": {}}, {}, "domain.data.train: is missing"),
         ({"window": 8}, {}, "domain.window: 8 must be at least 16"),
-        ({}, {"task": "text-classification"}, "domain: continued pretraining does not work for an encoder; remove domain"),
+        (
+            {},
+            {"task": "text-classification"},
+            "domain: continued pretraining does not work for an encoder; remove domain",
+        ),
     ],
 )
 def test_problems_of_the_key_have_their_line(

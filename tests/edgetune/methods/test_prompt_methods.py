@@ -304,7 +304,9 @@ def test_a_network_behind_a_prefix_learns_more_slowly_unless_told(base_of: BaseO
 
 def test_what_cannot_be_is_refused_in_one_line(base_of: BaseOf, document: str, tmp_path: Path) -> None:
     base = base_of("llama")
-    with pytest.raises(UsageError, match="num_virtual_tokens is 512, but the base has 512 positions; give fewer than 512"):
+    with pytest.raises(
+        UsageError, match="num_virtual_tokens is 512, but the base has 512 positions; give fewer than 512"
+    ):
         method_of("prefix")[0].attach(base, method_of("prefix", num_virtual_tokens=512)[1], 1)
     refusal = "has 150 tokens, but num_virtual_tokens is 151; set num_virtual_tokens to 150 or less"
     with pytest.raises(UsageError, match=refusal):
