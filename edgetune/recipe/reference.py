@@ -40,8 +40,8 @@ estimate after its first ten steps.
 This page is generated from the descriptions in `edgetune/recipe/` and `edgetune/methods/`.
 """
 WORDS: dict[object, str] = {
-    str: "text",
-    int: "whole number",
+    str: "string",
+    int: "integer",
     float: "number",
     bool: "`true`, `false`",
     type(None): "`null`",
@@ -49,6 +49,7 @@ WORDS: dict[object, str] = {
     dict: "mapping of names to ",
     Annotated: "",
 }
+PLURALS = {"string": "strings", "integer": "integers", "number": "numbers"}
 
 
 def reference() -> str:
@@ -109,7 +110,8 @@ def _values(annotation: Any) -> str:  # noqa: ANN401 - what an annotation is has
     if origin in (Union, types.UnionType):
         return " or ".join(_values(part) for part in parts)
     if origin in WORDS:
-        return WORDS[origin] + _values(parts[1] if origin is dict else parts[0])
+        inner = _values(parts[1] if origin is dict else parts[0])
+        return WORDS[origin] + (inner if origin is Annotated else PLURALS.get(inner, inner))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "keys, see below"
     return WORDS[annotation]

@@ -127,7 +127,7 @@ class CacheMethod(PromptMethod[P]):
         return CachePrefixedModel(peft)
 
     def begin_as(self, peft: PeftModel, tokens: Sequence[int], length: int) -> None:
-        """Initialize from the base's KV cache of `tokens`, repeated as needed, or of random tokens if there are none."""
+        """Initialize from the base's KV cache of `tokens`, repeated as needed; of random tokens if empty."""
         from .prompt_model import join_states, random_tokens, repeated, states_of  # noqa: PLC0415 - torch only when training
 
         base = peft.get_base_model()

@@ -155,7 +155,7 @@ adapters:
         "5: training.batch_sise: unknown key; did you mean 'batch_size'?",
         "6: training.learning_rate: -1 must be greater than 0",
         "7: training.schedule: 'cosin' is not one of: 'cosine', 'linear' or 'constant'; did you mean 'cosine'?",
-        "8: training.patience: 2.5 is not a whole number",
+        "8: training.patience: 2.5 is not an integer",
         "9: learning_rate: unknown key; did you mean 'training.learning_rate'?",
         "11: adapters.Command: 'Command' is not a valid name; use a-z, 0-9, _ and -, starting with a letter or a digit",
         "13: adapters.b.data: is missing",
@@ -201,7 +201,7 @@ def test_problems_of_overrides_and_of_the_file_come_together(write: Write) -> No
     lines = problems_of(path, {"threads": "many", "adapters.x.scale": 1})
     assert lines == [
         "--set adapters.x.scale: no adapter 'x'; choose one of: command, intent",
-        "--set threads: 'many' is not a whole number",
+        "--set threads: 'many' is not an integer",
         "3: training.epochs: 'two' is not a number",
     ]
 
