@@ -100,7 +100,7 @@ def _default(field: FieldInfo) -> str:
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
-def _values(annotation: Any) -> str:  # noqa: ANN401 - what an annotation is has no type
+def _values(annotation: Any) -> str:  # noqa: ANN401 - annotations have no common type
     """A type annotation in words."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if annotation is Target:

@@ -74,7 +74,7 @@ class Bottlenecked(nn.Module):
         self.parts = nn.ModuleList(parts.values()).to(base.device)
         self._hooks = [base.get_submodule(block).register_forward_hook(_adding(part)) for block, part in parts.items()]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the base takes and gives
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as in the base
         """The base's forward pass with the bottlenecks."""
         return self.base(*args, **kwargs)
 

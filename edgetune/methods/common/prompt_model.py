@@ -60,7 +60,7 @@ class TokenPrefixedModel(PrefixedModel):
         position_ids: torch.Tensor,
         packed: PackedRows,
         logits_to_keep: torch.Tensor,
-        **inputs: Any,  # noqa: ANN401 - what the base takes besides
+        **inputs: Any,  # noqa: ANN401 - further arguments of the base
     ) -> Any:  # noqa: ANN401 - transformers' output
         """Logits at `logits_to_keep`, counted from the first given token."""
         base = self.peft.get_base_model()
@@ -108,7 +108,7 @@ def behind_states(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
     packed: PackedRows,
-    **inputs: Any,  # noqa: ANN401 - what the base takes besides
+    **inputs: Any,  # noqa: ANN401 - further arguments of the base
 ) -> Any:  # noqa: ANN401 - transformers' output
     """The base on packed rows, each after the given keys and values, which get gradients."""
     behind = packed.after_cache(states[0].shape[2])
@@ -117,7 +117,7 @@ def behind_states(
     return base(input_ids=input_ids, position_ids=behind.positions, packed=behind, cache=cache, **inputs)
 
 
-def states_of(base: PreTrainedModel, **inputs: Any) -> States:  # noqa: ANN401 - what the base takes
+def states_of(base: PreTrainedModel, **inputs: Any) -> States:  # noqa: ANN401 - arguments of the base
     """The keys and values that the base computes for one sequence of inputs, without gradients."""
     cache = DynamicCache()
     with torch.no_grad():
