@@ -160,7 +160,7 @@ class DataSpec(RecipePart):
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training rows that is held out for validation if `validation` is not given."""
     columns: Columns | None = None
-    """Names of the prompt and completion columns; not needed if the rows have one of the four forms above."""
+    """Names of the prompt and completion columns; not needed for rows in one of the four standard forms."""
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens count in the loss: those of the completions, or all."""
 
