@@ -12,5 +12,5 @@ class RuntimeOfSameVersion(MetadataHookInterface):
 
     def update(self, metadata: dict[str, Any]) -> None:
         """Set `dependencies`; hatchling has set `version` already."""
-        runtime = f"edgetune-runtime[gguf,onnx]=={metadata['version']}"
+        runtime = f"edgetune-runtime[gguf,onnx,structured]=={metadata['version']}"
         metadata["dependencies"] = [runtime, *self.config["dependencies"]]

@@ -104,7 +104,7 @@ def test_both_distributions_have_one_version_and_license(built: dict[str, Built]
         assert metadata["License-Expression"] == "Apache-2.0"
         assert metadata["Requires-Python"] == ">=3.11"
     requirements = built["edgetune"].metadata().get_all("Requires-Dist", [])
-    assert f"edgetune-runtime[gguf,onnx]=={__version__}" in requirements
+    assert f"edgetune-runtime[gguf,onnx,structured]=={__version__}" in requirements
     assert (ROOT / "LICENSE").read_bytes() == (ROOT / "runtime/LICENSE").read_bytes()
 
 

@@ -1,0 +1,161 @@
+"""One answer held to its form: which tokens may come next, which must, and where it may end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune_runtime.engines.base import Logits
+from edgetune_runtime.errors import UsageError
+
+from .library import DEAD_END, one_line
+from .vocabulary import GrammarVocabulary
+
+T = TypeVar("T")
+
+_BYTES = np.arange(256, dtype=np.uint8)[:, None]
+_BIAS = np.where(np.unpackbits(_BYTES, axis=1, bitorder="little"), np.float32(0), np.float32(-np.inf))
+"""What eight tokens' logits get for each byte of llguidance's mask: faster than unpacking it."""
+
+
+class Constraint:
+    """Follows one answer, token by token; made by `Grammars.constraint`. Not thread-safe.
+
+    At each place: end the answer if `is_complete`; else take what `forced` gives, or choose a token after `mask`; then
+    `accept` it. Every method may raise UsageError when llguidance reaches its limits; `rollback` leads back from there.
+    """
+
+    def __init__(self, start: Any, vocabulary: GrammarVocabulary, restart: Callable[[], Any]) -> None:  # noqa: ANN401 - llguidance's matcher
+        self._matcher = start
+        self._vocabulary = vocabulary
+        self._restart = restart
+        self.tokens: list[int] = []
+        """The tokens that were accepted, an end token included."""
+        self._bits = np.zeros((vocabulary.handle.vocab_size + 31) // 32, np.uint32)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the answer so far fits its form, so that an end token may come next or has come."""
+        return self._has_ended or (not self._matcher.is_error() and bool(self._matcher.is_accepting()))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but an end token may come next, or one has come: the answer can end without computing it."""
+        return self._has_ended or (not self._matcher.is_error() and bool(self._matcher.is_stopped()))
+
+    def mask(self, logits: Logits) -> Logits | None:
+        """A copy of the logits [vocab] with minus infinity for every token that may not come next.
+
+        None at a dead end, where no token may: none of the vocabulary goes on, and the answer may not end.
+        """
+        if not self._fill_bits():
+            return None
+        bias = _BIAS.take(self._bits.view(np.uint8), axis=0).ravel()
+        bias[self._vocabulary.size :] = -np.inf
+        if len(bias) < len(logits):
+            # A padded vocabulary has more logits than tokens.
+            bias = np.append(bias, np.full(len(logits) - len(bias), -np.inf, np.float32))
+        masked = bias[: len(logits)]
+        masked += logits
+        return masked
+
+    def allowed(self) -> NDArray[np.bool_] | None:
+        """Whether each token [vocab] may come next; None at a dead end."""
+        if not self._fill_bits():
+            return None
+        count = self._vocabulary.size
+        return np.unpackbits(self._bits.view(np.uint8), count=count, bitorder="little").view(np.bool_)
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next, as the base's tokenizer cuts their text; [] where there is a choice."""
+        return [] if self.is_complete else self._ask(lambda matcher: list(matcher.compute_ff_tokens()))
+
+    def valid_prefix(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens could come next, one after another; an end token can only be the last of them.
+
+        A text that is forced counts however it is cut into tokens, while `mask` allows the tokens of `forced` only.
+        """
+        if self._has_ended:
+            return 0
+        if self.is_complete:
+            return int(bool(tokens) and tokens[0] in self._vocabulary.ends)
+        known = list(takewhile(lambda token: 0 <= token < self._vocabulary.size, tokens))
+        count = self._ask(lambda matcher: int(matcher.validate_tokens(known)))
+        return 0 if self._matcher.is_error() else count
+
+    def accept(self, *tokens: int) -> None:
+        """Go on with these tokens; UsageError, with those before it accepted, for one that may not come next."""
+        for token in tokens:
+            if not self._takes(token):
+                raise UsageError(f"token {token} may not come next in this answer", "choose one after mask()")
+            self.tokens.append(token)
+
+    def rollback(self, count: int) -> None:
+        """Take back the last `count` tokens; UsageError when there are not so many."""
+        if not 0 <= count <= len(self.tokens):
+            raise UsageError(f"cannot take back {count} of {len(self.tokens)} tokens", "give a smaller number")
+        if count == 0:
+            return
+        consumed = count - self._has_ended
+        del self.tokens[-count:]
+        if self._matcher.is_error() or not self._matcher.rollback(consumed):
+            self._revive()
+            self._check()
+
+    @property
+    def _has_ended(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1] in self._vocabulary.ends
+
+    def _fill_bits(self) -> bool:
+        """Compute the bit of each token that says whether it may come next; False at a dead end."""
+        bits, ends = self._bits, self._vocabulary.end_list
+        self._ask(lambda matcher: matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes))
+        # llguidance gives the end tokens in place of what it could not compute.
+        if self._matcher.is_error():
+            return False
+        # A grammar may name an end token by its number, or any token, where the answer may not end yet.
+        named = [token for token in ends if bits[token >> 5] >> (token & 31) & 1]
+        if named and not self.may_end:
+            for token in named:
+                bits[token >> 5] &= ~np.uint32(1 << (token & 31))
+            return bool(bits.any())
+        return True
+
+    def _takes(self, token: int) -> bool:
+        if self._has_ended:
+            return False
+        if token in self._vocabulary.ends:
+            return self.may_end
+        if not 0 <= token < self._vocabulary.size:
+            return False
+        return self._ask(lambda matcher: bool(matcher.try_consume_tokens([token]) == 1))
+
+    def _ask(self, question: Callable[[Any], T]) -> T:
+        """The matcher's answer, that of another one if this one fails; UsageError if that fails too."""
+        answer = question(self._matcher)
+        if self._failure():
+            # Answers of one form share the states of its automaton, whose limit may be due to the others.
+            self._revive()
+            answer = question(self._matcher)
+            self._check()
+        return answer
+
+    def _revive(self) -> None:
+        # A matcher stays in an error, so another one takes its place.
+        self._matcher = self._restart()
+        self._matcher.consume_tokens(self.tokens)
+
+    def _failure(self) -> str:
+        """Why the matcher failed, or ''; a dead end is no failure."""
+        error = str(self._matcher.get_error())
+        return "" if DEAD_END in error else error
+
+    def _check(self) -> None:
+        failure = self._failure()
+        if failure:
+            message = f"after {len(self.tokens)} tokens the answer cannot be held to its form: {one_line(failure)}"
+            raise UsageError(message, "simplify the form, or bound its repetitions")

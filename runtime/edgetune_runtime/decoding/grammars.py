@@ -1,0 +1,57 @@
+"""Compiled forms of answers for one base: made on first use, kept while in use."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from functools import cached_property
+from typing import Any
+
+from edgetune_runtime.engines.base import Tokenizer
+
+from .constraint import Constraint
+from .library import compile_grammar, refusal
+from .output import OutputSpec
+from .vocabulary import GrammarVocabulary
+
+
+class Grammars:
+    """The forms of answers that calls on one base use, compiled; the `keep` last used are kept. Thread-safe.
+
+    The base's vocabulary is read for the first of them. All answers of one form share the states of its automaton, so
+    later ones compute less.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, keep: int = 32) -> None:
+        self._tokenizer = tokenizer
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+
+    def constraint(self, spec: OutputSpec) -> Constraint:
+        """One answer's constraint, at its beginning.
+
+        UsageError when the base has no tokens that fit, or the form cannot be used (see `output_of`);
+        IncompatibleError when llguidance is not installed.
+        """
+        return Constraint(self._start(spec), self._vocabulary, lambda: self._start(spec, again=True))
+
+    def _start(self, spec: OutputSpec, *, again: bool = False) -> Any:  # noqa: ANN401 - llguidance's matcher
+        with self._lock:
+            if again or spec.digest not in self._compiled:
+                self._compiled[spec.digest] = self._compile(spec)
+            self._compiled.move_to_end(spec.digest)
+            while len(self._compiled) > self._keep:
+                self._compiled.popitem(last=False)
+            # A copy shares the automaton.
+            return self._compiled[spec.digest].deep_copy()
+
+    def _compile(self, spec: OutputSpec) -> Any:  # noqa: ANN401 - as above
+        matcher, error = compile_grammar(self._vocabulary.handle, spec.grammar)
+        if error:
+            raise refusal(spec.kind, spec.text, error)
+        return matcher
+
+    @cached_property
+    def _vocabulary(self) -> GrammarVocabulary:
+        return GrammarVocabulary(self._tokenizer)

@@ -1,0 +1,90 @@
+"""The llguidance library: imported on first use, with limits fit for a board, and with errors in one line."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError, UsageError
+
+DEAD_END = "NoExtensionBias"
+"""In llguidance's error where no token of the vocabulary goes on, and the answer may not end."""
+UNKNOWN_TOKEN = "unknown special token"
+"""In llguidance's error for a control token that the vocabulary does not have."""
+
+_INSTALL = 'run: pip install "edgetune-runtime[structured]"'
+_SIMPLIFY = "simplify it, or bound its repetitions"
+_REMEDIES = {
+    "Unimplemented keys": "leave these keywords out of the schema",
+    "Unknown format": "leave this format out, or give a pattern",
+    "oneOf constraints": "write anyOf, or give each option a const or an enum of its own",
+    "nsatisfiable": "change it so that some answer fits",
+    DEAD_END: "change it so that some answer fits",
+    UNKNOWN_TOKEN: "name a control token of the chat template, or its number as <[123]>",
+    "too complex": _SIMPLIFY,
+    "TooComplex": _SIMPLIFY,
+    "too large": _SIMPLIFY,
+    "too many": _SIMPLIFY,
+    "fuel": _SIMPLIFY,
+}
+_NOISE = (
+    re.compile(r"<(state|grammar|backtrace)>.*?</\1>|<non-verbose/>", re.DOTALL),
+    # The line of the grammar, with a caret under the place, and those of a regex.
+    re.compile(r"\n\s+\d+ \|.*", re.DOTALL),
+    re.compile(r"regex parse error:.*\nerror: ", re.DOTALL),
+    re.compile(r" Enable .coerce_one_of.*", re.DOTALL),
+    re.compile(r"^at 1\(8\): invalid regex .*? \(in regex\): ", re.DOTALL),
+)
+
+
+@cache
+def library() -> Any:  # noqa: ANN401 - an optional module
+    """The llguidance module; IncompatibleError that says what to install when it is missing."""
+    try:
+        import llguidance  # noqa: PLC0415 - optional
+    except ImportError as error:
+        message = "answers held to a schema, choices, a regex or a grammar need llguidance, which is not installed"
+        raise IncompatibleError(message, _INSTALL) from error
+    return llguidance
+
+
+@cache
+def byte_tokenizer() -> Any:  # noqa: ANN401 - of an optional module
+    """A tokenizer of single bytes, for checks without a base."""
+    return library().LLTokenizer("byte")
+
+
+def compile_grammar(tokenizer: Any, grammar: str) -> tuple[Any, str]:  # noqa: ANN401 - of an optional module
+    """A matcher at the beginning of an answer, and why it cannot be used, or ''. It holds the GIL only at the end."""
+    matcher = library().LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
+    if matcher.is_error():
+        return matcher, matcher.get_error()
+    probe = matcher.deep_copy()
+    probe.compute_bitmask()
+    return matcher, probe.get_error()
+
+
+def refusal(kind: str, value: str, message: str) -> UsageError:
+    """UsageError that gives llguidance's reason against a schema, regex, ..., in one line, and a remedy."""
+    reason = "no answer fits it" if DEAD_END in message else one_line(message)
+    remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in message), f"correct the {kind}")
+    return UsageError(f"{kind} {shortened(' '.join(value.split()), 80)} cannot be used: {reason}", remedy)
+
+
+def one_line(message: str) -> str:
+    """llguidance's error without excerpts, in one line of at most 300 characters."""
+    for noise in _NOISE:
+        message = noise.sub("", message)
+    return shortened(" ".join(message.split()), 300)
+
+
+def shortened(text: str, length: int) -> str:
+    """The text, cut to `length` characters."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+@cache
+def _limits() -> Any:  # noqa: ANN401 - of an optional module
+    # The default of 250,000 states of the lexer may take 500 MB.
+    return library().LLParserLimits(max_lexer_states=20_000, verbose_errors=False)

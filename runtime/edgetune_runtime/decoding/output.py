@@ -1,0 +1,183 @@
+"""What an answer may be: a JSON schema, a list of choices, a regular expression or a grammar, checked by llguidance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from edgetune_runtime.errors import UsageError, VerificationError
+from edgetune_runtime.wording import suggestion
+
+from .library import UNKNOWN_TOKEN, byte_tokenizer, compile_grammar, library, one_line, refusal, shortened
+from .schema import check, closed
+
+KINDS = ("schema", "choices", "regex", "grammar")
+_GIVE_SCHEMA = "give a JSON Schema or a pydantic model class"
+_RULE = re.compile(r"^[ \t]*[\w?!-]+[^:\n]*:", re.MULTILINE)
+SPACINGS: dict[str, dict[str, Any]] = {
+    # A space, or a line break with an indent of up to 24: what json.dumps writes, and no endless blanks.
+    "any": {"whitespace_pattern": r" |\r?\n[ \t]{0,24}"},
+    "compact": {"whitespace_flexible": False},
+    "spaced": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+}
+"""Where JSON may have whitespace: `any` usual place, nowhere (`{"a":1,"b":2}`), or as `{"a": 1, "b": 2}`."""
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """What an answer may be.
+
+    `kind` is one of KINDS. `text` is the schema or the list of choices as JSON, or the regular expression (Rust's
+    syntax) or Lark grammar itself. `spacing` is one of SPACINGS, for a schema. `model` is the pydantic class that the
+    schema came from; it makes `parse` return its objects, and is not stored. Make one with `output_of` or `from_json`.
+    """
+
+    kind: str
+    text: str
+    spacing: str = "any"
+    model: Any = field(default=None, compare=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what a manifest stores, the same in every process."""
+        return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()
+
+    @cached_property
+    def grammar(self) -> str:
+        """What llguidance compiles; IncompatibleError when it is not installed, UsageError for too deep a schema."""
+        if self.kind == "schema":
+            options = {"json_allow_general_unicode_escapes": True, **SPACINGS[self.spacing]}
+            try:
+                schema = json.dumps(closed(json.loads(self.text)))
+                return str(library().LLMatcher.grammar_from_json_schema(schema, overrides=options))
+            except (ValueError, RecursionError) as error:
+                raise refusal(self.kind, self.text, str(error)) from error
+        if self.kind == "regex":
+            return str(library().LLMatcher.grammar_from_regex(self.text))
+        lark = _lark_of(json.loads(self.text)) if self.kind == "choices" else self.text
+        # In JSON, so that a grammar that begins with a brace is not taken for one of llguidance's own format.
+        return json.dumps({"grammars": [{"lark_grammar": lark}]})
+
+    def parse(self, text: str) -> Any:  # noqa: ANN401 - whatever the schema describes
+        """The object that an answer stands for: JSON, or an instance of `model`, for a schema; else the text itself.
+
+        VerificationError when the text is no such JSON, as that of an answer that ended early, or `model` refuses it.
+        """
+        if self.kind != "schema":
+            return text
+        try:
+            return json.loads(text) if self.model is None else self.model.model_validate_json(text)
+        except (ValueError, RecursionError) as error:
+            message = f"the answer {shortened(text, 80)!r} does not parse: {one_line(str(error))}"
+            raise VerificationError(message, "give a higher max_tokens if it was cut off") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """What a manifest stores, for `from_json`."""
+        value = self.text if self.kind in {"regex", "grammar"} else json.loads(self.text)
+        return {self.kind: value} if self.spacing == "any" else {self.kind: value, "spacing": self.spacing}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> OutputSpec:
+        """The reverse of `to_json`; UsageError as `output_of`. Nothing is compiled, so llguidance may be missing."""
+        unknown = [key for key in stored if key not in {*KINDS, "spacing"}]
+        if unknown:
+            raise UsageError(f"output has no key {unknown[0]!r}", suggestion(unknown[0], (*KINDS, "spacing")))
+        return _checked(**stored)
+
+
+def output_of(
+    *,
+    schema: object = None,
+    choices: Sequence[str] | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    spacing: str = "any",
+) -> OutputSpec:
+    """What an answer may be, compiled once to see that it can be used.
+
+    Exactly one of `schema` (a JSON Schema as mapping or JSON text, or a pydantic model class), `choices` (texts),
+    `regex` (for the whole answer) and `grammar` (Lark as llguidance reads it) is to be given. `spacing` says where JSON
+    may have whitespace, see SPACINGS; a fixed spacing forces more tokens, but has to be that of the training data.
+    UsageError, in one line, for none or several of them, what llguidance cannot read or does not support, what is too
+    complex, and what no answer fits. IncompatibleError when llguidance is not installed.
+    """
+    spec = _checked(schema=schema, choices=choices, regex=regex, grammar=grammar, spacing=spacing)
+    error = compile_grammar(byte_tokenizer(), spec.grammar)[1]
+    # Which control tokens there are is known with a base only.
+    if error and UNKNOWN_TOKEN not in error:
+        raise refusal(spec.kind, spec.text, error)
+    return spec
+
+
+def _checked(*, spacing: object = "any", **given: object) -> OutputSpec:
+    """The spec of the one form that is given, its shape checked, not compiled."""
+    kinds = [kind for kind, value in given.items() if value is not None]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "nothing"
+        raise UsageError(f"{found} is given for the output", f"give exactly one of {', '.join(KINDS)}")
+    (kind,) = kinds
+    value = given[kind]
+    if spacing not in SPACINGS:
+        raise UsageError(f"spacing is {spacing!r}", f"choose one of: {', '.join(SPACINGS)}")
+    if spacing != "any" and kind != "schema":
+        raise UsageError(f"spacing {spacing!r} is given for a {kind}", "give it for a schema only")
+    if kind == "schema":
+        model = value if hasattr(value, "model_json_schema") else None
+        return OutputSpec(kind, _schema_text(value), str(spacing), model)
+    if kind == "choices":
+        return OutputSpec(kind, _choices_text(value))
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"{kind} is {value!r}", "give a text that is not empty")
+    if kind == "grammar":
+        _check_lark(value)
+    return OutputSpec(kind, value)
+
+
+def _schema_text(value: Any) -> str:  # noqa: ANN401 - it is checked here
+    try:
+        if hasattr(value, "model_json_schema"):
+            value = value.model_json_schema()
+        elif isinstance(value, str):
+            value = json.loads(value)
+        elif isinstance(value, Mapping):
+            value = dict(value)
+        if not isinstance(value, dict):
+            raise UsageError(
+                f"schema is a {type(value).__name__}, no JSON object", "give a JSON Schema or a pydantic model class"
+            )
+        check(value)
+        return json.dumps(value, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"schema is no JSON: {one_line(str(error))}", "give a JSON Schema or a pydantic model class"
+        ) from error
+
+
+def _choices_text(value: Any) -> str:  # noqa: ANN401 - it is checked here
+    texts = [] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"choices are {shortened(repr(value), 80)}", "give a list of texts")
+    if "" in texts:
+        raise UsageError(f"choice {texts.index('') + 1} of {len(texts)} is empty", "leave it out")
+    repeated = [text for text, count in Counter(texts).items() if count > 1]
+    if repeated:
+        raise UsageError(f"choice {shortened(repeated[0], 80)!r} is given twice", "leave one out")
+    return json.dumps(texts)
+
+
+def _check_lark(text: str) -> None:
+    # llguidance overflows the stack where some 2,000 rules, or 600 references in schemas, lead from one to the next.
+    for what, count, most in (("rules", len(_RULE.findall(text)), 500), ("references", text.count('"$ref"'), 200)):
+        if count > most:
+            raise UsageError(f"grammar has {count} {what}", f"give at most {most}")
+
+
+def _lark_of(choices: Sequence[str]) -> str:
+    """One terminal, which llguidance compiles into one automaton."""
+    return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)

@@ -1,0 +1,130 @@
+"""JSON schemas before llguidance gets them: objects are closed; what nothing fits or nests too deep is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgetune_runtime.errors import UsageError
+
+MAX_DEPTH = 200
+"""Levels of a schema, each reference followed once. llguidance overflows a stack of 8 MB at about 600."""
+
+Schema = dict[str, Any]
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+_SINGLE = ("items", "additionalItems", "additionalProperties")
+_COMBINING = frozenset({"anyOf", "oneOf", "allOf", "$ref"})
+_OPENING = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties"})
+
+
+def closed(schema: Schema) -> Schema:
+    """The schema with `additionalProperties: false` in objects that list their properties and say nothing of others.
+
+    JSON Schema allows any others there, and a model that may always add a key need never end. Schemas that combine
+    objects (`allOf`, or properties beside `anyOf`, `oneOf` or `$ref`) stay as they are, because closed parts would
+    exclude each other's properties. What fits the result fits the schema.
+    """
+    result: Schema = schema if _combines(schema) else _close(schema)
+    return result
+
+
+def check(schema: Schema) -> None:
+    """UsageError for a schema of too many levels, or one that only an endless JSON fits."""
+    seen: set[str] = set()
+    pending: list[tuple[Any, int]] = [(schema, 1)]
+    while pending:
+        part, depth = pending.pop()
+        if depth > MAX_DEPTH:
+            raise UsageError(f"schema has more than {MAX_DEPTH} levels, references included", "simplify it")
+        # The first child is looked at first, as in llguidance: a reference is followed where it occurs first.
+        pending += [(child, depth + 1) for child in reversed(_children(part))]
+        reference = part.get("$ref") if isinstance(part, dict) else None
+        if isinstance(reference, str) and reference not in seen:
+            seen.add(reference)
+            pending.append((_target(reference, schema), depth + 1))
+    finite: set[str] = set()
+    while found := {name for name in seen - finite if _is_finite(_target(name, schema), finite)}:
+        finite |= found
+    if not _is_finite(schema, finite):
+        raise UsageError("schema has a part that requires another like itself", "make the inner one optional")
+
+
+def _children(schema: object) -> list[Any]:
+    """The schemas directly in a schema."""
+    if not isinstance(schema, dict):
+        return []
+    children: list[Any] = []
+    for key, value in schema.items():
+        if key in _MAPS and isinstance(value, dict):
+            children += value.values()
+        elif key in _LISTS and isinstance(value, list):
+            children += value
+        elif key in _SINGLE:
+            children.append(value)
+    return children
+
+
+def _combines(schema: object) -> bool:
+    """Whether the schema, or one in it, is made of several that hold at once."""
+    if not isinstance(schema, dict):
+        return False
+    here = "allOf" in schema or ("properties" in schema and not _COMBINING.isdisjoint(schema))
+    return here or any(map(_combines, _children(schema)))
+
+
+def _close(schema: Any) -> Any:  # noqa: ANN401 - any JSON
+    if not isinstance(schema, dict):
+        return schema
+    result: Schema = {}
+    for key, value in schema.items():
+        if key in _MAPS and isinstance(value, dict):
+            result[key] = {name: _close(child) for name, child in value.items()}
+        elif key in _LISTS and isinstance(value, list):
+            result[key] = [_close(child) for child in value]
+        else:
+            result[key] = _close(value) if key in _SINGLE else value
+    if _lists_all(schema):
+        result["additionalProperties"] = False
+    return result
+
+
+def _lists_all(schema: Schema) -> bool:
+    """Whether the schema lists the properties of an object, all that it requires among them, and says nothing more."""
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list) or not _OPENING.isdisjoint(schema):
+        return False
+    return all(name in properties for name in required)
+
+
+def _is_finite(schema: Any, finite: set[str]) -> bool:  # noqa: ANN401 - any JSON
+    """Whether a finite JSON may fit, where it may for these references only."""
+    if not isinstance(schema, dict):
+        return True
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference not in finite:
+        return False
+    for key in ("anyOf", "oneOf"):
+        options = schema.get(key)
+        if isinstance(options, list) and options and not any(_is_finite(one, finite) for one in options):
+            return False
+    return all(_is_finite(part, finite) for part in _needed(schema))
+
+
+def _needed(schema: Schema) -> list[Any]:
+    """The schemas of what a JSON cannot do without."""
+    parts = list(schema["allOf"]) if isinstance(schema.get("allOf"), list) else []
+    properties, required = schema.get("properties"), schema.get("required")
+    if schema.get("type") == "object" and isinstance(properties, dict) and isinstance(required, list):
+        parts += [value for name, value in properties.items() if name in required]
+    if schema.get("type") == "array" and schema.get("minItems"):
+        parts.append(schema.get("items"))
+    return parts
+
+
+def _target(reference: str, root: Schema) -> Any:  # noqa: ANN401 - any JSON
+    """What a reference within the schema points to; None if nothing, or for one to elsewhere."""
+    found: Any = root if reference.startswith("#") else None
+    for step in filter(None, reference.removeprefix("#").split("/")):
+        found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
+    return found

@@ -1,0 +1,74 @@
+"""A base's tokens as llguidance reads them: the bytes of each, the end tokens, and the base's own tokenization."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from edgetune_runtime.engines.base import Tokenizer
+
+from .library import library
+
+# llguidance's mark of a token that is no text; no byte of UTF-8.
+_CONTROL = b"\xff"
+_NAME = re.compile(r"<[^<>\s]{1,60}>")
+
+
+class GrammarVocabulary:
+    """The tokens of one base for llguidance, which keeps them in a trie. Make it once per base: see `Grammars`.
+
+    Control tokens and end tokens stand for no text. A grammar may name those control tokens that the chat template
+    names, as `<|tool_call|>`, and any by its number, as `<[123]>`. IncompatibleError when llguidance is not installed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.size: int = tokenizer.vocab_size
+        self.end_list = [token for token in range(self.size) if tokenizer.is_end(token)]
+        self.ends = frozenset(self.end_list)
+        adapter = _LlguidanceTokenizer(tokenizer, self.ends)
+        # Without an end token llguidance adds one of its own, behind the vocabulary, where no logits are.
+        self.handle: Any = library().LLTokenizer(adapter, eos_token=self.end_list or None)
+        adapter.tokens = []
+        adapter.fallback = self.handle.greedy_tokenize
+
+
+class _LlguidanceTokenizer:
+    """What llguidance asks of a tokenizer that is written in Python."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    special_token_ids: Sequence[int] = ()
+
+    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ends = ends
+        self.eos_token_id = min(ends, default=None)
+        self.tokens = [self._bytes(token) for token in range(tokenizer.vocab_size)]
+        for token, name in _control_names(tokenizer).items():
+            if token not in ends:
+                self.tokens[token] = _CONTROL + name.encode()
+        self.fallback: Any = None
+
+    def __call__(self, text: str) -> list[int]:
+        """The base's own tokens of `text`, as in training, so that a forced text has the tokens that were learned."""
+        tokens = self._tokenizer.tokenize(text, continues=True)
+        if b"".join(map(self._bytes, tokens)) == text.encode():
+            return tokens
+        # The tokenizer reads the text of a control token as that token, which stands for no text here.
+        found: list[int] = self.fallback(text)
+        return found
+
+    def _bytes(self, token: int) -> bytes:
+        piece = b"" if token in self._ends else self._tokenizer.piece(token)
+        return b"" if piece.startswith(_CONTROL) else piece
+
+
+def _control_names(tokenizer: Tokenizer) -> dict[int, str]:
+    """The control tokens that the chat template names."""
+    names = {}
+    for name in _NAME.findall(f"{tokenizer.bos}{tokenizer.eos}{tokenizer.chat_template or ''}"):
+        tokens = tokenizer.tokenize(name, continues=True)
+        if len(tokens) == 1 and not tokenizer.piece(tokens[0]):
+            names[tokens[0]] = name
+    return names

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from edgetune_runtime.decoding.grammars import Grammars
+from edgetune_runtime.decoding.output import OutputSpec, output_of
+from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.errors import UsageError
+from pydantic import BaseModel
+from runtime.decoding.answers import random_answer
+from runtime.decoding.schemas import FORMS
+
+Opened = tuple[Tokenizer, Grammars]
+COMMAND = output_of(
+    schema={
+        "type": "object",
+        "properties": {"service": {"enum": ["light.on", "light.off"]}, "area": {"type": "string"}},
+        "required": ["service"],
+    },
+    spacing="spaced",
+)
+
+
+def text_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    return b"".join(map(tokenizer.piece, tokens)).decode()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_random_answers_fit_their_schema(form: type[BaseModel], base: Opened) -> None:
+    tokenizer, grammars = base
+    random = np.random.default_rng(0)
+    for spacing in ("any", "compact", "spaced"):
+        spec = output_of(schema=form, spacing=spacing)
+        for number in range(20 if tokenizer.vocab_size < 1000 else 4):
+            answer = random_answer(grammars.constraint(spec), tokenizer, random, force=number % 2 == 0)
+            assert isinstance(spec.parse(answer.decode()), form)
+
+
+CHOICES = ["on", "off", "warm", "warm red", "café ☕", 'a "b"\\\n']
+GRAMMAR = 'start: "turn " STATE (" the " NAME)?\nSTATE: "on" | "off"\nNAME: /[a-z]{1,5}/'
+
+
+@pytest.mark.parametrize(
+    ("spec", "pattern"),
+    [
+        (output_of(regex=r"[a-z]{1,4}(-\d{2}){0,2}"), r"[a-z]{1,4}(-\d{2}){0,2}"),
+        (output_of(grammar=GRAMMAR), "turn (on|off)( the [a-z]{1,5})?"),
+        (output_of(choices=CHOICES), "|".join(map(re.escape, CHOICES))),
+    ],
+    ids=["regex", "grammar", "choices"],
+)
+def test_random_answers_fit_choices_regex_and_grammar(spec: OutputSpec, pattern: str, base: Opened) -> None:
+    tokenizer, grammars = base
+    random = np.random.default_rng(0)
+    found = set()
+    for number in range(60):
+        answer = random_answer(grammars.constraint(spec), tokenizer, random, force=number % 2 == 0).decode()
+        assert spec.parse(answer) == answer
+        assert re.fullmatch(pattern, answer)
+        found.add(answer)
+    assert len(found) >= len(CHOICES)
+
+
+@pytest.mark.parametrize("text", ["turn on the lamp", "  lamp, 23 °C 🙂", "<|im_end|> is text", "a\n\nb"])
+def test_a_forced_text_has_the_tokens_of_training(text: str, base: Opened) -> None:
+    tokenizer, grammars = base
+    constraint = grammars.constraint(output_of(choices=[text]))
+    tokens = constraint.forced()
+    assert text_of(tokenizer, tokens) == text
+    if "<" not in text:
+        assert tokens == tokenizer.tokenize(text, continues=True)
+    constraint.accept(*tokens)
+    assert constraint.is_complete
+    assert constraint.forced() == []
+
+
+def test_forced_tokens_stop_where_another_token_may_go_on(base: Opened) -> None:
+    tokenizer, grammars = base
+    constraint = grammars.constraint(output_of(choices=["turn on the lamp", "turn on the light"]))
+    tokens = constraint.forced()
+    for whole in ("turn on the lamp", "turn on the light"):
+        expected = tokenizer.tokenize(whole, continues=True)
+        assert expected[: len(tokens)] == tokens
+        assert constraint.valid_prefix(expected) == len(expected)
+
+
+def test_only_end_tokens_may_come_where_nothing_else_fits(base: Opened) -> None:
+    tokenizer, grammars = base
+    ends = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
+    assert len(ends) > 1
+    constraint = grammars.constraint(output_of(choices=["lamp"]))
+    before = constraint.allowed()
+    assert before is not None
+    assert not before[ends].any()
+    assert not constraint.may_end
+    with pytest.raises(UsageError, match=f"token {ends[0]} may not come next"):
+        constraint.accept(ends[0])
+    constraint.accept(*tokenizer.tokenize("lamp", continues=True))
+    after = constraint.allowed()
+    assert after is not None
+    assert np.flatnonzero(after).tolist() == ends
+    assert [constraint.valid_prefix([end]) for end in ends] == [1] * len(ends)
+    constraint.accept(ends[-1])
+    assert constraint.valid_prefix([ends[0]]) == 0
+    with pytest.raises(UsageError, match="may not come next"):
+        constraint.accept(ends[0])
+
+
+def test_an_answer_may_end_or_go_on_where_both_fit(tiny: Opened) -> None:
+    tokenizer, grammars = tiny
+    constraint = grammars.constraint(output_of(choices=["warm", "warm red"]))
+    constraint.accept(*tokenizer.tokenize("warm", continues=True))
+    assert constraint.may_end
+    assert not constraint.is_complete
+    assert constraint.forced() == []
+    rest = tokenizer.tokenize("warm red", continues=True)[len(tokenizer.tokenize("warm", continues=True)) :]
+    assert constraint.valid_prefix([*rest, tokenizer.end_token, tokenizer.end_token]) == len(rest) + 1
+
+
+def test_the_mask_keeps_the_logits_of_what_may_come_next(base: Opened) -> None:
+    tokenizer, grammars = base
+    random = np.random.default_rng(0)
+    constraint = grammars.constraint(COMMAND)
+    constraint.accept(*tokenizer.tokenize('{"service": "light.on", "area": "', continues=True))
+    logits = random.normal(0, 3, tokenizer.vocab_size).astype(np.float32)
+    kept = logits.copy()
+    masked, allowed = constraint.mask(logits), constraint.allowed()
+    assert masked is not None
+    assert allowed is not None
+    assert masked.dtype == np.float32
+    np.testing.assert_array_equal(logits, kept)
+    np.testing.assert_array_equal(masked, np.where(allowed, logits, -np.inf))
+    assert 100 < allowed.sum() < tokenizer.vocab_size
+    # Some engines pad the vocabulary.
+    padded = constraint.mask(np.append(logits, np.zeros(100, np.float32)))
+    assert padded is not None
+    np.testing.assert_array_equal(padded, np.append(masked, np.full(100, -np.inf)))
+
+
+def test_a_token_is_valid_as_the_mask_says_where_none_is_forced(base: Opened) -> None:
+    tokenizer, grammars = base
+    random = np.random.default_rng(0)
+    for form in FORMS[:3]:
+        constraint = grammars.constraint(output_of(schema=form))
+        for _ in range(30):
+            if constraint.is_complete:
+                break
+            allowed = constraint.allowed()
+            assert allowed is not None
+            tested = random.integers(0, tokenizer.vocab_size, 200)
+            if not constraint.forced():
+                assert [constraint.valid_prefix([int(token)]) for token in tested] == allowed[tested].tolist()
+            constraint.accept(int(random.choice(np.flatnonzero(allowed))))
+
+
+def test_rollback_leads_back_to_the_same_masks(base: Opened) -> None:
+    _, grammars = base
+    random = np.random.default_rng(1)
+    for form in FORMS[:4]:
+        constraint = grammars.constraint(output_of(schema=form, spacing="spaced"))
+        masks, states = [], []
+        while not constraint.is_complete and len(masks) < 60:
+            masks.append(constraint.allowed())
+            states.append((constraint.may_end, constraint.forced()))
+            constraint.accept(int(random.choice(np.flatnonzero(masks[-1]))))
+        for _ in range(20):
+            count = int(random.integers(0, len(masks) + 1))
+            masks, states = masks[: len(masks) - count], states[: len(states) - count]
+            constraint.rollback(count)
+            at = constraint.allowed()
+            assert at is not None
+            if count:
+                again = grammars.constraint(output_of(schema=form, spacing="spaced"))
+                again.accept(*constraint.tokens)
+                np.testing.assert_array_equal(at, again.allowed())
+                assert (constraint.may_end, constraint.forced()) == (again.may_end, again.forced())
+            while not constraint.is_complete and len(masks) < 60:
+                masks.append(constraint.allowed())
+                states.append((constraint.may_end, constraint.forced()))
+                constraint.accept(int(random.choice(np.flatnonzero(masks[-1]))))
+    with pytest.raises(UsageError, match="cannot take back 1000 of"):
+        constraint.rollback(1000)
+
+
+def test_drafts_are_valid_up_to_the_first_token_that_does_not_fit(base: Opened) -> None:
+    tokenizer, grammars = base
+    constraint = grammars.constraint(COMMAND)
+    good = tokenizer.tokenize('{"service": "light.off"}', continues=True)
+    bad = tokenizer.tokenize("]]", continues=True)
+    assert constraint.valid_prefix([]) == 0
+    assert constraint.valid_prefix(good) == len(good)
+    assert constraint.valid_prefix([*good, tokenizer.end_token]) == len(good) + 1
+    assert constraint.valid_prefix([*good[:3], *bad]) == 3
+    assert constraint.valid_prefix([*good[:3], tokenizer.vocab_size, *good[3:]]) == 3
+    assert constraint.valid_prefix([-1]) == 0
+    assert constraint.tokens == []
+
+
+def test_a_token_that_does_not_fit_is_refused_and_the_answer_goes_on(tiny: Opened) -> None:
+    tokenizer, grammars = tiny
+    constraint = grammars.constraint(COMMAND)
+    good = tokenizer.tokenize('{"service": "light.off"}', continues=True)
+    for token in (-1, tokenizer.vocab_size, *tokenizer.tokenize("]", continues=True)):
+        with pytest.raises(UsageError, match=f"token {token} may not come next"):
+            constraint.accept(token)
+    constraint.accept(*good)
+    assert constraint.is_complete
+
+
+def test_a_dead_end_gives_no_mask_and_can_be_left(tiny: Opened) -> None:
+    tokenizer, grammars = tiny
+    # No text is both of these.
+    constraint = grammars.constraint(output_of(grammar='start: "a" BOTH | "lamp"\nBOTH: /b/ & /c/'))
+    (a,) = tokenizer.tokenize("a", continues=True)
+    first = constraint.allowed()
+    assert first is not None
+    constraint.accept(a)
+    constraint.rollback(1)
+    np.testing.assert_array_equal(constraint.allowed(), first)
+
+
+def test_an_end_token_that_a_grammar_names_does_not_end_it(tiny: Opened) -> None:
+    tokenizer, grammars = tiny
+    end = tokenizer.end_token
+    constraint = grammars.constraint(output_of(grammar=f'start: "lamp" <[{end}]> "on"'))
+    constraint.accept(*tokenizer.tokenize("lamp", continues=True))
+    assert constraint.allowed() is None
+    assert constraint.mask(np.zeros(tokenizer.vocab_size, np.float32)) is None
+    constraint.rollback(1)
+    assert constraint.allowed() is not None
+    anything = grammars.constraint(output_of(grammar='start: <[*]> "on"')).allowed()
+    assert anything is not None
+    assert anything.sum() > 300
+    assert not anything[end]
+
+
+@pytest.mark.parametrize("regex", [r"(a|b)*a(a|b){40}", r"((a{1,1000}){1,1000}){1,1000}", r"(a?){5000}a{5000}"])
+def test_a_regex_that_explodes_is_an_error_and_the_base_goes_on(regex: str, tiny: Opened) -> None:
+    tokenizer, grammars = tiny
+    random = np.random.default_rng(0)
+    spec = OutputSpec("regex", regex)
+    with pytest.raises(UsageError, match=r"too many .*; simplify"):
+        for _ in range(20):
+            constraint = grammars.constraint(spec)
+            for _ in range(3000):
+                allowed = constraint.allowed()
+                assert allowed is not None
+                choices = np.flatnonzero(allowed)
+                choices = choices[choices != tokenizer.end_token]
+                if constraint.is_complete or not len(choices):
+                    break
+                constraint.accept(int(random.choice(choices)))
+    assert random_answer(grammars.constraint(COMMAND), tokenizer, random, force=True)
+
+
+def test_what_the_base_has_no_tokens_for_is_refused(tiny: Opened) -> None:
+    _, grammars = tiny
+    with pytest.raises(UsageError, match=r"unknown special token: \"<\|tool_call\|>\".*; name a control token"):
+        grammars.constraint(output_of(grammar='start: <|tool_call|> "a"'))
+
+
+def test_control_tokens_that_the_template_names_can_be_named(opened: Callable[..., Opened]) -> None:
+    for engine in ("gguf", "onnx"):
+        tokenizer, grammars = opened(engine, "smollm2")
+        (start,) = tokenizer.tokenize("<|im_start|>", continues=True)
+        constraint = grammars.constraint(output_of(grammar='start: <|im_start|> "lamp"'))
+        allowed = constraint.allowed()
+        assert allowed is not None
+        assert np.flatnonzero(allowed).tolist() == [start]
+
+
+def test_answers_of_several_threads_do_not_mix(opened: Callable[..., Opened]) -> None:
+    tokenizer, grammars = opened("gguf", "tiny")
+    spec = output_of(schema=FORMS[1])
+    alone = [
+        random_answer(grammars.constraint(spec), tokenizer, np.random.default_rng(seed), force=False)
+        for seed in range(8)
+    ]
+    found: dict[int, bytes] = {}
+
+    def answer(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        found[seed] = random_answer(Grammars.constraint(grammars, spec), tokenizer, random, force=False)
+
+    threads = [threading.Thread(target=answer, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[seed] for seed in range(8)] == alone
