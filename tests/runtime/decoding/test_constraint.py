@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from edgetune_runtime.decoding.constraint import Constraint
 from edgetune_runtime.decoding.grammars import Grammars
 from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.engines.base import Tokenizer
@@ -219,6 +220,14 @@ def test_a_dead_end_gives_no_mask_and_can_be_left(tiny: Opened) -> None:
     first = constraint.allowed()
     assert first is not None
     constraint.accept(a)
+    assert constraint.allowed() is None
+    assert constraint.mask(np.zeros(tokenizer.vocab_size, np.float32)) is None
+    assert constraint.forced() == []
+    assert constraint.valid_prefix([a, tokenizer.end_token]) == 0
+    assert not constraint.may_end
+    assert not constraint.is_complete
+    with pytest.raises(UsageError, match="may not come next"):
+        constraint.accept(a)
     constraint.rollback(1)
     np.testing.assert_array_equal(constraint.allowed(), first)
 
@@ -238,23 +247,39 @@ def test_an_end_token_that_a_grammar_names_does_not_end_it(tiny: Opened) -> None
     assert not anything[end]
 
 
-@pytest.mark.parametrize("regex", [r"(a|b)*a(a|b){40}", r"((a{1,1000}){1,1000}){1,1000}", r"(a?){5000}a{5000}"])
+def go_on(constraint: Constraint, ends: list[int], random: np.random.Generator, steps: int) -> None:
+    """Accept random tokens that do not end the answer."""
+    for _ in range(steps):
+        allowed = constraint.allowed()
+        assert allowed is not None
+        allowed[ends] = False
+        if not allowed.any():
+            break
+        constraint.accept(int(random.choice(np.flatnonzero(allowed))))
+
+
+@pytest.mark.parametrize("regex", [r"((a{1,1000}){1,1000}){1,1000}", r"(a?){5000}a{5000}"])
 def test_a_regex_that_explodes_is_an_error_and_the_base_goes_on(regex: str, tiny: Opened) -> None:
     tokenizer, grammars = tiny
+    ends = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
     random = np.random.default_rng(0)
-    spec = OutputSpec("regex", regex)
-    with pytest.raises(UsageError, match=r"too many .*; simplify"):
-        for _ in range(20):
-            constraint = grammars.constraint(spec)
-            for _ in range(3000):
-                allowed = constraint.allowed()
-                assert allowed is not None
-                choices = np.flatnonzero(allowed)
-                choices = choices[choices != tokenizer.end_token]
-                if constraint.is_complete or not len(choices):
-                    break
-                constraint.accept(int(random.choice(choices)))
+    spec = output_of(regex=regex)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"too many .*; simplify"):
+            go_on(grammars.constraint(spec), ends, random, steps=1000)
     assert random_answer(grammars.constraint(COMMAND), tokenizer, random, force=True)
+
+
+def test_answers_go_on_when_the_automaton_that_they_share_is_full(tiny: Opened) -> None:
+    tokenizer, grammars = tiny
+    ends = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
+    random = np.random.default_rng(0)
+    # A state for each of the last 41 letters: some 10,000 tokens fill the automaton.
+    spec = output_of(regex="(a|b)*a(a|b){40}")
+    for _ in range(8):
+        constraint = grammars.constraint(spec)
+        go_on(constraint, ends, random, steps=2000)
+        assert len(constraint.tokens) == 2000
 
 
 def test_what_the_base_has_no_tokens_for_is_refused(tiny: Opened) -> None:
