@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import json
 import re
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -375,3 +377,14 @@ def test_answers_of_the_example_are_forced_as_they_are_trained(base: Opened) -> 
                 forced, tokens = forced + len(must), tokens[len(following) :]
             assert constraint.is_complete
         assert forced > least * total
+
+
+def test_a_vocabulary_is_freed_with_its_forms(opened: Callable[..., Opened]) -> None:
+    tokenizer, _ = opened("onnx", "tiny")
+    grammars = Grammars(tokenizer)
+    constraint = grammars.constraint(output_of(choices=["<|im_end|>"]))
+    assert text_of(tokenizer, constraint.forced()) == "<|im_end|>"
+    vocabulary = weakref.ref(constraint._vocabulary)
+    del grammars, constraint
+    gc.collect()
+    assert vocabulary() is None
