@@ -1,4 +1,4 @@
-"""Tiny real bases for all tests: Hugging Face folders and the GGUF files that llama.cpp's converter makes of them."""
+"""Fixtures with tiny real bases: Hugging Face folders, and GGUF files converted from them by llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ if TYPE_CHECKING:
     from edgetune_export.backends.onnx.encoder import EncoderSource
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Models this small lose by a second thread, and by thirty times where other processes want the cores.
+# For models this small, a second thread makes things slower, and 30 times slower if other processes need the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 MODEL_FIXTURES = {"tiny_folder", "tiny_encoder"}
-"""All other fixtures with a base or a bundle are made from these, the first through llama.cpp's converter."""
+"""All other fixtures with a base or a bundle depend on these."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need a model, through whatever fixture, or train one; `make fast` leaves them out."""
+    """Mark the tests that need a model, directly or through another fixture, or train one; `make fast` skips them."""
     for item in items:
         if isinstance(item, pytest.Function) and (MODEL_FIXTURES & set(item.fixturenames) or _trains(item.module)):
             item.add_marker("model")
 
 
 def _trains(module: ModuleType) -> bool:
-    """Whether a test module takes anything from trainings.py."""
+    """Whether a test module imports anything from trainings.py."""
     return any(getattr(value, "__module__", None) == "trainings" for value in vars(module).values())
 
 
 def pytest_collection_finish() -> None:
-    """Keep what is imported by now out of later collections, each of which looks through it for a third of a second.
+    """Exclude everything imported so far from garbage collection, which takes a third of a second otherwise.
 
-    accelerate asks for one at the end of every training.
+    accelerate runs the garbage collector at the end of every training.
     """
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """States of prompts that others left would hide what computing them gives."""
+    """Give each test its own state cache, so that no test reuses the states of another."""
     monkeypatch.setenv("EDGETUNE_CACHE", str(tmp_path / "states-of-prompts"))
 
 
@@ -80,7 +80,7 @@ def tiny_gguf(tiny_folder: Callable[[str], Path]) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def tiny_source(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
-    """`tiny_source(arch)`: the f16 base as ONNX files are made from. The builder, slow to start, runs once for each."""
+    """`tiny_source(arch)`: the f16 base as the source of ONNX files. The builder, slow to start, runs once per base."""
     import torch  # noqa: PLC0415 - as above
     from edgetune_export.backends.base import Source  # noqa: PLC0415
     from edgetune_runtime.bundle import sha256_of  # noqa: PLC0415
@@ -111,7 +111,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 def encoder_source(
     tiny_encoder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], EncoderSource]:
-    """`encoder_source(arch)`: the tiny encoder as graphs are made from. It is exported, which takes seconds, once."""
+    """`encoder_source(arch)`: the tiny encoder as the source of ONNX graphs. Exported once, which takes seconds."""
     from edgetune_export.backends.onnx.encoder import EncoderSource  # noqa: PLC0415 - as above
     from tiny import FINGERPRINT, load_encoder  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Makes tiny random bases of each supported architecture, with a tokenizer and a chat template, as real files."""
+"""Make tiny random bases of each supported architecture, with a tokenizer and a chat template, as real files."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from transformers import (
 from edgetune.bases import locate
 
 FEW = ("llama", "qwen2", "qwen3", "gemma3")
-"""What tests that take long run on: what differs in the others is not what they look at."""
+"""The architectures for slow tests; the differences of the others do not matter there."""
 ARCHITECTURES = (*FEW, "mistral", "smollm3", "granite", "olmo2", "phi3")
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
-    # A window of attention that llama.cpp leaves out; longer than what the tests run.
+    # llama.cpp ignores this attention window; it is longer than the sequences in the tests.
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 256}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
-    # llama.cpp takes every sixth layer of a Gemma 3 for a full one, so six layers hold one of them.
+    # llama.cpp uses full attention in every sixth layer of a Gemma 3, so one of six layers has it.
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {"num_hidden_layers": 6, "sliding_window": 16}),
     # Every fourth layer has no rotary embedding.
     "smollm3": (
@@ -72,7 +72,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "olmo2": (Olmo2ForCausalLM, Olmo2Config, {"pad_token_id": None}),
     "phi3": (Phi3ForCausalLM, Phi3Config, {"original_max_position_embeddings": 512, "pad_token_id": None}),
 }
-"""Classes of each architecture's model and configuration, and what the configuration has of its own."""
+"""Model class, configuration class and special configuration values of each architecture."""
 FINGERPRINT = "ab" * 32
 ENCODERS = ("bert", "distilbert", "electra", "roberta")
 CHAT_TEMPLATE = (
@@ -105,7 +105,7 @@ def make_tokenizer(folder: Path) -> Path:
 
 
 def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedModel:
-    """A random two-layer model with grouped-query attention; its weights are big enough to give varied answers."""
+    """A random two-layer model with grouped-query attention; its weights are large enough for varied answers."""
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -113,14 +113,14 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        # transformers takes 128 for a Qwen 3 GGUF, whatever the file says; architectures/base.py corrects it.
+        # transformers uses 128 for a Qwen 3 GGUF, whatever the file says; architectures/base.py corrects it.
         "head_dim": hidden_size // 4,
         "max_position_embeddings": 512,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
     if arch in {"granite", "phi3"}:
-        # GGUF files hold no head size of these.
+        # GGUF files of these architectures have no head size.
         del common["head_dim"]
     model_class, config_class, own = MODELS[arch]
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
 def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64) -> Path:
     """Save a tiny model and its tokenizer as a Hugging Face folder.
 
-    llama.cpp converts an OLMo 2 only with a byte-pair tokenizer that it knows, so it gets SmolLM2's.
+    llama.cpp converts OLMo 2 only with a BPE tokenizer that it knows, so it gets SmolLM2's.
     """
     if arch == "olmo2":
         smollm2 = locate("smollm2-135m", folder)
@@ -148,7 +148,7 @@ def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64)
     vocab_size = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
     folder.mkdir(parents=True, exist_ok=True)
     if arch == "phi3":
-        # llama.cpp does not load one without this token.
+        # llama.cpp does not load a Phi-3 without this token.
         (folder / "added_tokens.json").write_text(json.dumps({"<|endoftext|>": vocab_size}))
         vocab_size += 1
     make_model(arch, vocab_size, hidden_size).save_pretrained(folder)
@@ -174,7 +174,7 @@ def make_encoder(arch: str, vocab_size: int) -> PreTrainedModel:
     elif arch == "electra":
         config = ElectraConfig(**common, **sizes, embedding_size=32, max_position_embeddings=64)
     elif arch == "roberta":
-        # Its positions begin behind the padding token's number.
+        # Its positions begin after the padding token's id.
         config = RobertaConfig(**common, **sizes, max_position_embeddings=65)
     else:
         config = BertConfig(**common, **sizes | {"num_hidden_layers": 2}, max_position_embeddings=64)
@@ -187,7 +187,7 @@ def make_encoder(arch: str, vocab_size: int) -> PreTrainedModel:
 
 
 def make_encoder_folder(arch: str, folder: Path) -> Path:
-    """Save a tiny encoder and its WordPiece tokenizer, which pads and cuts as those of sentence encoders do."""
+    """Save a tiny encoder and its WordPiece tokenizer, which pads and truncates like those of sentence encoders."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(WORDS.split()), "##s", "##ing"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -203,7 +203,7 @@ def make_encoder_folder(arch: str, folder: Path) -> Path:
 
 
 def load_encoder(folder: Path) -> PreTrainedModel:
-    """The encoder in a folder, as the trainer takes it."""
+    """Load the encoder of a folder as training does: without BERT's pooler."""
     model: PreTrainedModel = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     if hasattr(model, "pooler"):
         model.pooler = None

@@ -1,4 +1,4 @@
-"""Short trainings on tiny bases, run as `edgetune build` runs them: jobs to learn, and ways to stop one half-way."""
+"""Short trainings on tiny bases, run as in `edgetune build`: jobs, and ways to interrupt one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUIET = Progress(quiet=True)
 
 
 class Listening(Progress):
-    """Keeps what is said; raises KeyboardInterrupt at the line that begins with `stop_at`."""
+    """Records the lines of progress; raises KeyboardInterrupt at a line that begins with `stop_at`."""
 
     def __init__(self, stop_at: str | None = None) -> None:
         super().__init__(quiet=True)
@@ -43,7 +43,7 @@ class Listening(Progress):
 
 
 class Stopping(Progress):
-    """Quiet, and raises `error` once when `step` steps are done."""
+    """Prints nothing, and raises `error` once after `step` steps."""
 
     def __init__(self, step: int, error: type[BaseException] = KeyboardInterrupt) -> None:
         super().__init__(quiet=True)
@@ -66,7 +66,7 @@ class _StoppingStep(Step):
 
 
 def answer(number: int) -> Example:
-    """A question whose answer follows from its number; rows are of two lengths."""
+    """A row whose answer depends on its number; rows have two different lengths."""
     words = (30 + number, 13) if number % 2 else (30 + number, 14, 13)
     tokens = (*HEADER, *words, 130 + number % 40, 131 + number % 40, 2)
     prompt = len(HEADER) + len(words)
@@ -84,7 +84,7 @@ def job(method: str, options: dict[str, Any] | None = None, **training: object) 
 
 
 def learn(base: PreTrainedModel, work: TrainingJob[Example], folder: Path) -> TrainResult:
-    """Train; the base must be bit for bit what it was, hooks and all."""
+    """Train, and check that the base is unchanged afterwards, bit for bit and without hooks."""
     before = _state(base)
     result = train(base, work, folder, QUIET)
     after = _state(base)
@@ -99,7 +99,7 @@ def _state(base: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def stopped_and_resumed(base: PreTrainedModel, work: TrainingJob[Example], folder: Path, step: int) -> TrainResult:
-    """The result of a training that was interrupted after `step` steps and taken up again."""
+    """The result of a training that was interrupted after `step` steps and resumed."""
     with pytest.raises(CancelledError):
         train(base, work, folder, Stopping(step))
     return train(base, work, folder, QUIET)
@@ -113,7 +113,7 @@ def logits_of(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:  # noqa: ANN
 
 
 def build_in_two_processes(recipe: Path, out: Path) -> dict[str, Any]:
-    """What `edgetune build RECIPE --json` prints, run by torch's launcher on two processors."""
+    """The output of `edgetune build RECIPE --json`, run by torch's launcher in two processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "edgetune", "build", str(recipe), "--out", str(out), "--json"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""One file a method; the file name is the method's name."""
+"""Tuning methods, one file per method; the file name is the method's name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Method[Any]:
-    """The method called `name`; UsageError names the methods there are."""
+    """The method called `name`. Raises UsageError, which suggests known names, if there is none."""
     if name not in names():
         raise UsageError(f"no method {name!r}", suggestion(name, names()))
     method: Method[Any] = importlib.import_module(f"{__name__}.{name}").METHOD
@@ -31,9 +31,9 @@ def load(name: str) -> Method[Any]:
 
 
 def of_folder(folder: Path) -> Method[Any]:
-    """The method whose checkpoint lies in `folder`, which someone else may have trained with PEFT.
+    """The method whose checkpoint is in `folder`, which may come from another PEFT training.
 
-    LoRA, which says what is wrong with it, where nothing is recognized.
+    If no method recognizes the folder, this is LoRA, which reports what is wrong with it.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -50,16 +50,16 @@ def of_folder(folder: Path) -> Method[Any]:
 def shape_for(
     method: Method[Any], options: MethodOptions, backend: str, accepted: Sequence[str], *, merged: bool
 ) -> str:
-    """The shape that a backend writes of a method: the first of its shapes that is accepted, or a merged model.
+    """The shape in which a backend writes a method: the first one that the backend accepts, or a merged model.
 
-    IncompatibleError with the way out when there is none.
+    Raises IncompatibleError with the remedy if there is none.
     """
     shapes = method.shapes(options)
     for shape in ("merged",) if merged else shapes:
         if shape in shapes and shape in accepted:
             return shape
     if merged:
-        message = f"what {method.name} trains ({', '.join(shapes)}) cannot be merged into the base"
-        raise IncompatibleError(message, "leave merged out")
-    message = f"{backend} cannot hold what {method.name} trains ({', '.join(shapes)})"
-    raise IncompatibleError(message, "leave that target out, or take another method, such as lora")
+        message = f"{method.name} cannot be merged into the base; it trains: {', '.join(shapes)}"
+        raise IncompatibleError(message, "remove merged")
+    message = f"{backend} does not support {method.name}, which exports to {' or '.join(shapes)}"
+    raise IncompatibleError(message, "remove this target, or use another method, such as lora")

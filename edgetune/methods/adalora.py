@@ -1,4 +1,4 @@
-"""AdaLoRA: a LoRA that gives ranks to the modules that need them. Zhang et al. 2023, arXiv:2303.10512."""
+"""AdaLoRA: LoRA that moves rank to the modules that need it. Zhang et al. 2023, arXiv:2303.10512."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class AdaLoraOptions(TargetOptions):
-    """Options of AdaLoRA, by PEFT's names; its phases are shares of the training's steps."""
+    """Options of AdaLoRA, named as in PEFT; the lengths of its phases are shares of the training steps."""
 
     target_r: PositiveInt = Field(
-        8, validation_alias=AliasChoices("target_r", "r", "rank"), description="Mean rank of the modules in the end."
+        8, validation_alias=AliasChoices("target_r", "r", "rank"), description="Mean rank after training."
     )
-    init_r: PositiveInt = Field(12, description="Rank of every module in the beginning.")
+    init_r: PositiveInt = Field(12, description="Rank of every module before training.")
     lora_alpha: float = Field(
-        32, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update counts alpha / init_r."
+        32,
+        gt=0,
+        validation_alias=AliasChoices("lora_alpha", "alpha"),
+        description="The update is scaled by alpha / init_r.",
     )
-    tinit: float = Field(0.1, ge=0, lt=1, description="Share of the steps before ranks are taken away.")
-    tfinal: float = Field(0.3, ge=0, lt=1, description="Share of the steps after the last rank was taken away.")
+    tinit: float = Field(0.1, ge=0, lt=1, description="Share of the steps before ranks are reduced.")
+    tfinal: float = Field(0.3, ge=0, lt=1, description="Share of the steps after the last reduction.")
     orth_reg_weight: float = Field(0.1, ge=0, description="Weight of the penalty that keeps the factors orthogonal.")
 
 
 class AdaLora(WeightMethod[AdaLoraOptions]):
-    """Ranks move to the modules that gain by them: take it when a rank for all modules is too large or too small."""
+    """LoRA whose rank differs per module: use it when no single rank suits all modules."""
 
     options = AdaLoraOptions
     peft_type = "ADALORA"
 
     def shipped_rank(self, options: AdaLoraOptions) -> int:
-        """What the modules have in the beginning, which some may keep."""
+        """The initial rank, which some modules may keep."""
         return max(options.init_r, options.target_r)
 
     def config(self, base: PreTrainedModel, options: AdaLoraOptions, steps: int) -> AdaLoraConfig:
@@ -63,14 +66,14 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
         )
 
     def save(self, model: PeftModel, folder: Path) -> None:
-        """Write PEFT's folder with all ranks, those that were taken away as zeros: PEFT scales fewer otherwise."""
+        """Write PEFT's folder with all ranks, pruned ones as zeros, because PEFT scales a reduced rank differently."""
         config, ranks = _config(model), _config(model).rank_pattern
         config.rank_pattern = {}
         super().save(model, folder)
         config.rank_pattern = ranks
 
     def penalty(self, model: PeftModel) -> torch.Tensor | float:
-        """How far the factors are from orthogonal ones (the paper, equation 4), as PEFT's own forward adds it."""
+        """The orthogonality penalty (equation 4 of the paper), which PEFT's own forward pass adds too."""
         import torch  # noqa: PLC0415 - torch only when training
 
         weight = model.peft_config["default"].orth_reg_weight
@@ -84,22 +87,22 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
         return weighted
 
     def after_step(self, model: PeftModel, step: int) -> None:
-        """Take ranks away by importance."""
+        """Prune the least important ranks."""
         model.base_model.update_and_allocate(step)
 
     def state(self, model: PeftModel) -> Mapping[str, Any]:
-        """The importances so far, and the ranks once they are settled."""
+        """The importances so far, and the ranks once they are final."""
         allocator = model.base_model.rankallocator
         return {**{key: dict(getattr(allocator, key)) for key in _IMPORTANCE}, "ranks": _config(model).rank_pattern}
 
     def restore(self, model: PeftModel, state: Mapping[str, Any]) -> None:
-        """Take up the importances and ranks."""
+        """Restore the importances and ranks."""
         for key in _IMPORTANCE:
             setattr(model.base_model.rankallocator, key, dict(state[key]))
         _config(model).rank_pattern = state["ranks"]
 
     def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
-        """B · diag(E)·A without the ranks that were taken away."""
+        """B · diag(E)·A without the pruned ranks."""
         (name,) = layer.active_adapters
         scale = layer.scaling[name] / (layer.ranknum[name] + 1e-5)
         values = layer.lora_E[name][:, 0]

@@ -1,7 +1,7 @@
-"""Activated LoRA: a LoRA that acts only from its invocation tokens on, such as the beginning of the assistant's turn.
+"""Activated LoRA: LoRA that acts from its invocation tokens on, such as those that begin the assistant's turn.
 
-aLoRA: Greenewald et al. 2025, arXiv:2504.12397, through PEFT. What stands before these tokens is computed by the base
-alone, so that its keys and values serve every such adapter and a switch in the middle of a conversation costs nothing.
+aLoRA: Greenewald et al. 2025, arXiv:2504.12397, through PEFT. The tokens before the invocation are computed by the base
+alone. So all such adapters share their keys and values, and a switch in the middle of a conversation costs nothing.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
 
 class AloraOptions(LoraOptions):
-    """Options of LoRA, and from where on it acts."""
+    """Options of LoRA, and the invocation from which on it acts."""
 
     invocation: str | None = Field(
         default=None,
         min_length=1,
-        description="The adapter acts from the last place of this text in a prompt on, with the space before it; null "
-        "takes what the base's chat template puts before an answer.",
+        description="The adapter acts from the last occurrence of this text in a prompt on. Include the space before "
+        "the text. null: the text that the base's chat template puts before an answer.",
     )
     invocation_tokens: tuple[NonNegativeInt, ...] = Field(
-        default=(), description="The same in tokens of the base; taken from invocation when empty."
+        default=(), description="The invocation as token ids of the base. Empty: the tokens of `invocation`."
     )
 
 
 class Alora(Lora):
-    """LoRA that leaves the prompt's keys and values to the base: take it to switch in the middle of a conversation."""
+    """LoRA that reuses the base's KV cache of the prompt: use it to switch in the middle of a conversation."""
 
     options = AloraOptions
     peft_type = "LORA"
@@ -55,30 +55,30 @@ class Alora(Lora):
         return config.get("peft_type") == self.peft_type and bool(config.get("alora_invocation_tokens"))
 
     def shapes(self, options: LoraOptions) -> tuple[str, ...]:
-        """A product of low rank with its invocation tokens; a merged model would act before them."""
+        """Low-rank only; a merged model would act before the invocation tokens too."""
         return (LowRank.shape,)
 
     def prepared(self, options: LoraOptions, tokenizer: Tokenizer, rows: Sequence[Example]) -> LoraOptions:
-        """With the invocation's tokens; UsageError when a row has nothing to learn behind them."""
+        """The options with the invocation's tokens. Raises UsageError if a row has nothing to learn after them."""
         assert isinstance(options, AloraOptions)
         tokens = _tokens(options, tokenizer)
         unfit = sum(not any(row.learned[start_of(row.tokens, tokens) + 1 :]) for row in rows)
         if unfit:
             shown = f"{options.invocation!r}" if options.invocation else f"of tokens {list(tokens)}"
-            remedy = "give invocation: a text that every prompt has, with the space before it, or take method lora"
-            raise UsageError(f"{unfit} of {len(rows)} rows learn nothing behind the invocation {shown}", remedy)
+            remedy = "set invocation to a text in every prompt, with the space before it, or use method lora"
+            raise UsageError(f"{unfit} of {len(rows)} rows have nothing to learn after the invocation {shown}", remedy)
         return options.model_copy(update={"invocation_tokens": tokens})
 
     def attach(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> PeftModel:
-        """Add LoRA modules in float32 to `base`; UsageError as with lora, and where there is nothing to act from."""
+        """Add LoRA modules in float32 to `base`. Raises UsageError as lora does, and if there is no invocation."""
         from .common.activated import gate  # noqa: PLC0415 - torch only when training
 
         assert isinstance(options, AloraOptions)
         if not options.invocation_tokens or not base.can_generate():
-            message = "alora needs invocation tokens, and a base that writes text"
-            raise UsageError(message, "give invocation_tokens, or take method lora for an encoder")
+            message = "alora needs invocation tokens and a decoder as its base"
+            raise UsageError(message, "set invocation_tokens, or use method lora for an encoder")
         if "lm_head" in as_names(options.target_modules):
-            raise UsageError("alora cannot adapt lm_head", "name other target_modules, or take method lora")
+            raise UsageError("alora cannot adapt lm_head", "use other target_modules, or method lora")
         model = super().attach(base, options, steps)
         gate(model)
         return model
@@ -91,31 +91,31 @@ class Alora(Lora):
         return config
 
     def objective(self, options: LoraOptions) -> Objective[Any]:
-        """The next token, behind the invocation."""
+        """The next token, after the invocation."""
         from .common.activated import ActivatedNextToken  # noqa: PLC0415 - torch only when training
 
         assert isinstance(options, AloraOptions)
         return ActivatedNextToken(options.invocation_tokens)
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """Read from the folder, with the invocation tokens that it names."""
+        """Read from the folder, with its invocation tokens."""
         return fold_peft(checkpoint.folder, checkpoint.name, self.name)
 
 
 def _tokens(options: AloraOptions, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens given, or else those of the text."""
+    """The given tokens, or those of the invocation text."""
     given = options.invocation_tokens
     if given and options.invocation is None:
         return given
     tokens = tuple(tokenizer.tokenize(options.invocation or _before_answer(tokenizer), continues=True))
     if given and given != tokens:
-        message = f"invocation_tokens {list(given)} are not those of invocation {options.invocation!r}, {list(tokens)}"
-        raise UsageError(message, "give one of both")
+        message = f"invocation_tokens {list(given)} are not the tokens of invocation {options.invocation!r}"
+        raise UsageError(message, f"set only one of them, or invocation_tokens to {list(tokens)}")
     return tokens
 
 
 def _before_answer(tokenizer: Tokenizer) -> str:
-    """What the chat template puts before an answer; UsageError when that is nothing."""
+    """The text that the chat template puts before an answer. Raises UsageError if there is none."""
 
     def rendered(*, add_generation_prompt: bool) -> str:
         template, ends = tokenizer.chat_template, {"bos": tokenizer.bos, "eos": tokenizer.eos}
@@ -124,8 +124,8 @@ def _before_answer(tokenizer: Tokenizer) -> str:
 
     before, whole = rendered(add_generation_prompt=False), rendered(add_generation_prompt=True)
     if not whole.startswith(before) or whole == before:
-        message = "the base's chat template puts no text of its own before an answer"
-        raise UsageError(message, "give the method an invocation: a text that every prompt has")
+        message = "the base's chat template adds no text before an answer"
+        raise UsageError(message, "set the method's invocation to a text that is in every prompt")
     return whole.removeprefix(before)
 
 

@@ -1,4 +1,4 @@
-"""BOFT: the weights turned by a product of sparse orthogonal matrices. Liu et al. 2023, arXiv:2311.06243."""
+"""BOFT: the weights are rotated by a product of sparse orthogonal matrices. Liu et al. 2023, arXiv:2311.06243."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 class BoftOptions(DenseOptions):
-    """Options of BOFT, by PEFT's names."""
+    """Options of BOFT, named as in PEFT."""
 
-    boft_block_size: PositiveInt = Field(4, description="Inputs that are turned together; divides a module's inputs.")
-    boft_n_butterfly_factor: PositiveInt = Field(1, description="Number of sparse factors; 1 is OFT.")
+    boft_block_size: PositiveInt = Field(4, description="Inputs per rotation; must divide a module's inputs.")
+    boft_n_butterfly_factor: PositiveInt = Field(1, description="Number of sparse factors; 1 is the same as OFT.")
     learning_rate_factor: float = rate_factor(2.0)
 
 
 class Boft(DenseMethod):
-    """OFT with fewer numbers for the same reach, and a slower training: take it when OFT's blocks are too local."""
+    """OFT whose rotations reach across blocks, slower to train: use it when OFT's blocks are too local."""
 
     options = BoftOptions
     peft_type = "BOFT"

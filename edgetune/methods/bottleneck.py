@@ -1,9 +1,9 @@
-"""Bottleneck adapters: a small trained network behind or beside the blocks of each layer, in modules of our own.
+"""Bottleneck adapters: a small trained network after or parallel to the blocks of each layer.
 
 Houlsby: Houlsby et al. 2019, arXiv:1902.00751. Pfeiffer: Pfeiffer et al. 2020, arXiv:2005.00247. Parallel: He et al.
-2021, arXiv:2110.04366. The options have the names of the AdapterHub library, which does not follow transformers 5 and
-is therefore not used. Where its Pfeiffer adapter may stand behind a layer's norm, here each stands at the block itself,
-before the residual is added.
+2021, arXiv:2110.04366. The options are named as in the AdapterHub library, which is not used because it does not
+support transformers 5. Its Pfeiffer adapter can come after a layer's norm; here all adapters are applied to the block's
+output or input, before the residual is added.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "bottlenecks.safetensors"
 OPTIONS_NAME = "bottlenecks.json"
-# The blocks of a layer that get a bottleneck, and what it reads.
+# The blocks of a layer that get a bottleneck, and whether it reads their output or input.
 _PLACES: dict[str, dict[str, Literal["output", "input"]]] = {
     "houlsby": {"self_attn": "output", "mlp": "output"},
     "pfeiffer": {"mlp": "output"},
@@ -43,32 +43,34 @@ _AGAIN = "train or copy the adapter again"
 
 
 class BottleneckOptions(MethodOptions):
-    """Options of bottleneck adapters, by AdapterHub's names."""
+    """Options of bottleneck adapters, named as in AdapterHub."""
 
     kind: Literal["houlsby", "pfeiffer", "parallel"] = Field(
         "pfeiffer",
-        description="houlsby: behind attention and behind the MLP; pfeiffer: behind the MLP; parallel: beside the MLP.",
+        description="houlsby: after attention and after the MLP; pfeiffer: after the MLP; parallel: beside the MLP.",
     )
-    reduction_factor: PositiveFloat = Field(16, description="The base's hidden size divided by the bottleneck's.")
+    reduction_factor: PositiveFloat = Field(16, description="The base's hidden size divided by that of the bottleneck.")
     bottleneck_size: PositiveInt | None = Field(
-        None, description="Size of the bottleneck itself, in place of reduction_factor."
+        None, description="Hidden size of the bottleneck; overrides reduction_factor."
     )
-    non_linearity: Activation = Field("relu", description="Between down and up; gelu is the exact one.")
-    scaling: PositiveFloat = Field(1.0, description="Factor on what is added; He et al. take 4 for parallel.")
+    non_linearity: Activation = Field(
+        "relu", description="Activation between the down and up projections; gelu is the exact GELU."
+    )
+    scaling: PositiveFloat = Field(1.0, description="Factor on the adapter's output; He et al. use 4 for parallel.")
 
 
 class BottleneckMethod(Method[BottleneckOptions]):
-    """A small network behind or beside a layer's blocks: take it where ONNX runs and LoRA, measured, falls short."""
+    """A small network after or parallel to a layer's blocks: use it with ONNX, when LoRA is not enough."""
 
     takes_scale = True
     options = BottleneckOptions
 
     def shapes(self, options: BottleneckOptions) -> tuple[str, ...]:
-        """The networks' weights; no change of the base's weights expresses them."""
+        """The networks' weights; they cannot be expressed as a change of the base's weights."""
         return (Tensors.shape,)
 
     def attach(self, base: PreTrainedModel, options: BottleneckOptions, steps: int) -> Bottlenecked:
-        """Hook bottlenecks, which add 0 at first, onto `base`; UsageError when it has no such blocks."""
+        """Hook bottlenecks, which add 0 at first, onto `base`. Raises UsageError if it has no such blocks."""
         from .common.bottleneck import Bottlenecked, BottleneckModule  # noqa: PLC0415 - torch only when training
 
         width = base.config.hidden_size
@@ -87,7 +89,7 @@ class BottleneckMethod(Method[BottleneckOptions]):
         (folder / OPTIONS_NAME).write_text(json.dumps(tuned.options.model_dump(mode="json")), encoding="utf-8")
 
     def detach(self, model: torch.nn.Module) -> None:
-        """Take the hooks off the base."""
+        """Remove the hooks from the base."""
         cast("Bottlenecked", model).detach()
 
     @contextmanager
@@ -105,14 +107,14 @@ class BottleneckMethod(Method[BottleneckOptions]):
             model.detach()
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """Each block's bottleneck, the scaling in `up`; read from the folder."""
+        """The bottleneck of each block, read from the folder; `up` includes the scaling."""
         _, bottlenecks = _read(checkpoint.folder)
         _check_fit(checkpoint, bottlenecks)
         return Tensors(checkpoint.name, self.name, bottlenecks=bottlenecks)
 
 
 def _places(base: PreTrainedModel, kind: str) -> dict[str, Literal["output", "input"]]:
-    """The names of the base's blocks that get a bottleneck, and what each reads."""
+    """The names of the base's blocks that get a bottleneck, and whether it reads their output or input."""
     wanted = _PLACES[kind]
     found = {}
     for name, _ in base.named_modules():
@@ -120,13 +122,13 @@ def _places(base: PreTrainedModel, kind: str) -> dict[str, Literal["output", "in
         if match and match[1] in wanted:
             found[name] = wanted[match[1]]
     if not found:
-        message = f"{type(base).__name__} has no {' or '.join(wanted)} in its layers to put a bottleneck at"
-        raise UsageError(message, "take another method, such as lora")
+        message = f"{type(base).__name__} has no {' or '.join(wanted)} in its layers for a bottleneck"
+        raise UsageError(message, "use another method, such as lora")
     return found
 
 
 def _read(folder: Path) -> tuple[BottleneckOptions, dict[str, Bottleneck]]:
-    """The options and the bottlenecks, by the names of their blocks, that `save` wrote."""
+    """The options and the bottlenecks by block name, as written by `save`."""
     path = folder / WEIGHTS_NAME
     try:
         options = BottleneckOptions.model_validate_json((folder / OPTIONS_NAME).read_bytes())
@@ -134,8 +136,8 @@ def _read(folder: Path) -> tuple[BottleneckOptions, dict[str, Bottleneck]]:
         blocks = dict.fromkeys(name.rpartition(".")[0] for name in sorted(arrays))
         return options, {block: _bottleneck(block, arrays, options) for block in blocks}
     except FileNotFoundError as error:
-        message = f"{folder} is no bottleneck adapter: it has no {OPTIONS_NAME} or no {WEIGHTS_NAME}"
-        raise NotFoundError(message, "give the folder that a training wrote") from error
+        message = f"{folder} is not a bottleneck adapter: {OPTIONS_NAME} or {WEIGHTS_NAME} is missing"
+        raise NotFoundError(message, "give a folder written by a training") from error
     except (ValidationError, SafetensorError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise VerificationError(f"the bottleneck adapter in {folder} is damaged: {reason}", _AGAIN) from error
@@ -148,7 +150,7 @@ def _bottleneck(block: str, arrays: Mapping[str, Floats], options: BottleneckOpt
 
 
 def _check_fit(checkpoint: Checkpoint, bottlenecks: Mapping[str, Bottleneck]) -> None:
-    """IncompatibleError when the base lacks a block or is of another size."""
+    """Raise IncompatibleError if the base lacks a block or has another size."""
     width = checkpoint.base.config.hidden_size
     names = {name for name, _ in checkpoint.base.named_modules()}
     for block, item in bottlenecks.items():
@@ -156,7 +158,7 @@ def _check_fit(checkpoint: Checkpoint, bottlenecks: Mapping[str, Bottleneck]) ->
         shapes = [item.down.shape, item.down_bias.shape, item.up.shape, item.up_bias.shape]
         if block not in names or shapes != [(size, width), (size,), (width, size), (width,)]:
             message = f"adapter {checkpoint.name!r} has a bottleneck at {block} that does not fit the base"
-            raise IncompatibleError(message, "give the base that the adapter was trained on")
+            raise IncompatibleError(message, "use the base that the adapter was trained on")
 
 
 METHOD = BottleneckMethod()

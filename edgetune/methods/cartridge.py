@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class CartridgeOptions(BeginOptions):
-    """Options of cartridges, by PEFT's names."""
+    """Options of cartridges, named as in PEFT."""
 
     document: str | None = Field(
         None,
-        description="A text file, relative to the recipe: the adapter learns to answer the rows as the base does with"
-        " that text in its context, as much of it as fits; without one, it learns the rows' own answers.",
+        description="A text file (path relative to the recipe). The adapter learns to answer the rows as the base does"
+        " with this text, as much of it as fits, in its context. null: the adapter learns the answers in the rows.",
     )
-    num_virtual_tokens: PositiveInt = Field(64, description="Positions of the context that the adapter takes.")
+    num_virtual_tokens: PositiveInt = Field(64, description="Number of virtual tokens, which use up context.")
     num_frozen_tokens: NonNegativeInt = Field(
-        1, description="The first so many stay as they begin, as all other tokens lean on them."
+        1, description="Number of leading virtual tokens that are not trained: they are the attention sink."
     )
     learning_rate_factor: float = rate_factor(10.0)
     document_digest: str | None = Field(None, description="SHA-256 of the document's text; a build fills it in.")
@@ -41,7 +41,7 @@ class CartridgeOptions(BeginOptions):
     _tokens: tuple[int, ...] = PrivateAttr(())
 
     def read(self, text: str, tokens: Sequence[int]) -> CartridgeOptions:
-        """The same with the document's text in tokens, the first of which the cartridge begins as."""
+        """The options with the document's tokens; the first of them initialize the cartridge."""
         first = self.init_tokens or tuple(tokens[: self.num_virtual_tokens])
         digest = hashlib.sha256(text.encode()).hexdigest()
         options = self.model_copy(update={"init_tokens": first, "document_digest": digest})
@@ -50,7 +50,7 @@ class CartridgeOptions(BeginOptions):
 
     @property
     def document_tokens(self) -> tuple[int, ...]:
-        """The document in tokens of the base, once `read` has it."""
+        """The document's tokens, after `read`."""
         return self._tokens
 
     @field_validator("document")
@@ -62,12 +62,13 @@ class CartridgeOptions(BeginOptions):
     @model_validator(mode="after")
     def _some_learn(self) -> CartridgeOptions:
         if self.num_frozen_tokens >= self.num_virtual_tokens:
-            raise ValueError(f"num_frozen_tokens must be less than num_virtual_tokens, {self.num_virtual_tokens}")
+            most = self.num_virtual_tokens - 1
+            raise ValueError(f"num_frozen_tokens is {self.num_frozen_tokens}; give at most {most}")
         return self
 
 
 class Cartridge(CacheMethod[CartridgeOptions]):
-    """A document as a prefix: take it where a long text is to be known without the cost of reading it."""
+    """A document as a trained prefix: use it when answers need a long text that is too slow to prefill."""
 
     options = CartridgeOptions
     peft_type = "CARTRIDGE"
@@ -83,18 +84,19 @@ class Cartridge(CacheMethod[CartridgeOptions]):
         )
 
     def prepared(self, options: CartridgeOptions, tokenizer: Tokenizer, rows: Sequence[Example]) -> CartridgeOptions:
-        """With the document's tokens. NotFoundError or UsageError when it cannot be read or is too short."""
+        """The options with the document's tokens. Raises NotFoundError if it is missing, UsageError if it is short."""
         if options.document is None:
             return super().prepared(options, tokenizer, rows)
         text = _text(options.document)
         tokens = tokenizer.tokenize(text)
         if len(tokens) < options.num_virtual_tokens:
-            message = f"{options.document} has {len(tokens)} tokens for {options.num_virtual_tokens} virtual ones"
-            raise UsageError(message, f"give num_virtual_tokens: {len(tokens)} or less")
+            count = options.num_virtual_tokens
+            message = f"{options.document} has {len(tokens)} tokens, but num_virtual_tokens is {count}"
+            raise UsageError(message, f"set num_virtual_tokens to {len(tokens)} or less")
         return options.read(text, tokens)
 
     def objective(self, options: CartridgeOptions) -> Objective[Any]:
-        """The base with the document in its context is the teacher."""
+        """Distillation from the base with the document in its context."""
         if not options.document_tokens:
             return super().objective(options)
         from edgetune.methods.common.distill import Distill  # noqa: PLC0415 - torch only when training
@@ -102,7 +104,7 @@ class Cartridge(CacheMethod[CartridgeOptions]):
         return Distill(options.document_tokens)
 
     def begin(self, peft: PeftModel, options: CartridgeOptions) -> None:
-        """Begin as the states of the document's first tokens."""
+        """Initialize from the KV cache of the document's first tokens."""
         self.begin_as(peft, options.init_tokens, options.num_virtual_tokens)
 
 
@@ -110,9 +112,9 @@ def _text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise NotFoundError(f"no document {path}", "give a text file, relative to the recipe") from error
+        raise NotFoundError(f"no document {path}", "give the path of a text file, relative to the recipe") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}", "give a text file in UTF-8") from error
+        raise UsageError(f"cannot read {path}: {error}", "give a UTF-8 text file") from error
 
 
 METHOD = Cartridge()

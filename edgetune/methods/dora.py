@@ -1,4 +1,4 @@
-"""DoRA: LoRA on the direction of the weights, and their size apart. Liu et al. 2024, arXiv:2402.09353."""
+"""DoRA: LoRA on the direction of the weights, with a separate magnitude. Liu et al. 2024, arXiv:2402.09353."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class DoraOptions(DenseOptions):
-    """Options of DoRA, by PEFT's names."""
+    """Options of DoRA, named as in PEFT."""
 
     r: PositiveInt = Field(16, validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")
     lora_alpha: float = Field(
-        32, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update counts alpha / r."
+        32, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update is scaled by alpha / r."
     )
     lora_dropout: Dropout = 0.0
 
 
 class Dora(DenseMethod):
-    """LoRA and a learned size of each output: take it where LoRA of a small rank falls short and a model fits."""
+    """LoRA with a trained magnitude per output: use it when low-rank LoRA is not enough and a full model fits."""
 
     options = DoraOptions
     peft_type = "LORA"

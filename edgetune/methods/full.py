@@ -1,4 +1,4 @@
-"""Full fine-tuning: all weights of the base are trained, through transformers alone."""
+"""Full fine-tuning: all weights of the base are trained, through transformers."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class FullOptions(MethodOptions):
 
 
 class OwnWeights(Method[O]):
-    """A method that trains parameters of the base itself, those that `chosen` says."""
+    """A method that trains parameters of the base itself: those that `chosen` returns."""
 
     trains_base = True
 
     def shapes(self, options: O) -> tuple[str, ...]:
-        """A whole model."""
+        """A full model."""
         return ("merged",)
 
     def chosen(self, base: PreTrainedModel, options: O) -> set[str]:
@@ -43,7 +43,7 @@ class OwnWeights(Method[O]):
         return {name for name, _ in base.named_parameters()}
 
     def attach(self, base: PreTrainedModel, options: O, steps: int) -> torch.nn.Module:
-        """Let training change the chosen parameters of `base`."""
+        """Unfreeze the chosen parameters of `base` and freeze the others."""
         chosen = self.chosen(base, options)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -65,7 +65,7 @@ class OwnWeights(Method[O]):
 
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[torch.nn.Module]:
-        """The base with the trained parameters in place of its own, for a while."""
+        """The base with the trained parameters; its own are restored afterwards."""
         parameters = dict(checkpoint.base.named_parameters())
         kept = {}
         try:
@@ -80,13 +80,13 @@ class OwnWeights(Method[O]):
                     parameters[name].copy_(values)
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """The trained parameters as they lie in the folder."""
+        """The trained parameters as stored in the folder."""
         names = _names(checkpoint)
         return Merged(checkpoint.name, self.name, {name: partial(_values, checkpoint.folder, name) for name in names})
 
 
 def _names(checkpoint: Checkpoint) -> list[str]:
-    """The trained parameters; IncompatibleError when the base lacks one."""
+    """The names of the trained parameters. Raises IncompatibleError if the base lacks one."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
 
     path = checkpoint.folder / WEIGHTS
@@ -94,10 +94,10 @@ def _names(checkpoint: Checkpoint) -> list[str]:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise VerificationError(f"{path} is not what training wrote: {error}", "train it again") from error
+        raise VerificationError(f"{path} is damaged: {error}", "train it again") from error
     unknown = sorted(set(names) - {name for name, _ in checkpoint.base.named_parameters()})
     if unknown:
-        raise IncompatibleError(f"the base has no parameter {unknown[0]}", "give the base that was trained")
+        raise IncompatibleError(f"the base has no parameter {unknown[0]}", "use the base that was trained")
     return names
 
 
@@ -114,7 +114,7 @@ def _values(folder: Path, name: str) -> Floats:
 
 
 class Full(OwnWeights[FullOptions]):
-    """All weights are trained: take it as the yardstick, or for a base of one task that nothing smaller reaches."""
+    """All weights are trained: use it as the reference, or for a single task when no adapter is good enough."""
 
     options = FullOptions
 

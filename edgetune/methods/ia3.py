@@ -1,4 +1,4 @@
-"""(IA)3: learned factors on keys, values and inner activations of the feed-forward blocks, through PEFT.
+"""(IA)3: trained factors on keys, values and inner activations of the feed-forward blocks, through PEFT.
 
 (IA)3: Liu et al. 2022, arXiv:2205.05638. A scale s of the adapter turns each factor f into 1 + s·(f - 1).
 """
@@ -40,30 +40,30 @@ if TYPE_CHECKING:
 
 
 class Ia3Options(TargetOptions):
-    """Options of (IA)3, by PEFT's names; the modules are the paper's."""
+    """Options of (IA)3, named as in PEFT; the default modules are those of the paper."""
 
     target_modules: str | tuple[str, ...] = Field(
-        ("k_proj", "v_proj", "down_proj"), description="Modules to scale: all-linear, or names."
+        ("k_proj", "v_proj", "down_proj"), description="Modules to scale: all-linear, or a list of names."
     )
     feedforward_modules: str | tuple[str, ...] = Field(
-        ("down_proj",), description="Modules whose inputs are scaled instead of their outputs, where they are targets."
+        ("down_proj",), description="The target modules whose inputs are scaled instead of their outputs."
     )
     learning_rate_factor: float = rate_factor(10.0)
 
 
 class Ia3(PeftMethod[Ia3Options]):
-    """A factor for each key, value and inner activation: take it for a file of kilobytes that costs no speed."""
+    """A factor per key, value and inner activation: use it for adapters of a few kB that cost no speed."""
 
     options = Ia3Options
     peft_type = "IA3"
     takes_scale = True
 
     def shapes(self, options: Ia3Options) -> tuple[str, ...]:
-        """The factors themselves, or weights multiplied by them."""
+        """The factors themselves, or the weights times the factors."""
         return ("tensors", "merged")
 
     def attach(self, base: PreTrainedModel, options: Ia3Options, steps: int) -> PeftModel:
-        """Add factors of 1 in float32 to `base`; UsageError names modules that it lacks."""
+        """Add factors of 1 in float32 to `base`. Raises UsageError if the base lacks a module."""
         check_targets(base, options.feedforward_modules)
         return super().attach(base, options, steps)
 
@@ -72,7 +72,7 @@ class Ia3(PeftMethod[Ia3Options]):
         from peft import IA3Config  # noqa: PLC0415 - torch only when training
 
         targets = peft_targets(options.target_modules)
-        # PEFT refuses names that are no targets.
+        # PEFT refuses names that are not targets.
         feedforward = [
             name for name in as_names(options.feedforward_modules) if targets == ALL_LINEAR or name in targets
         ]
@@ -81,13 +81,13 @@ class Ia3(PeftMethod[Ia3Options]):
     def parameter_groups(
         self, model: torch.nn.Module, options: Ia3Options, learning_rate: float
     ) -> list[dict[str, Any]]:
-        """All factors, without weight decay: it would draw them to 0, and 1 is neutral."""
+        """All factors, without weight decay: that would pull them to 0, but the neutral factor is 1."""
         factors = [p for _, p in trainable(model)]
         return [{"params": factors, "lr": learning_rate * options.learning_rate_factor, "weight_decay": 0.0}]
 
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[PeftModel]:
-        """PEFT's own model of the folder, its factors brought to the scale."""
+        """PEFT's model of the folder, with the adapter's scale applied to the factors."""
         with peft_model(replace(checkpoint, scale=1.0)) as model:
             if checkpoint.scale != 1.0:
                 with no_grad():
@@ -96,7 +96,7 @@ class Ia3(PeftMethod[Ia3Options]):
             yield model
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """The factors of each module, or its weights and bias multiplied by them."""
+        """The factors of each module, or its weights and bias times the factors."""
         if shape == Merged.shape:
             with self.loaded(checkpoint) as model:
                 layers = dict(tuned_layers(model))
@@ -115,7 +115,7 @@ def _factors(layer: Any) -> torch.Tensor:  # noqa: ANN401 - PEFT carries no type
 
 
 def _merged_biases(layers: Mapping[str, Any]) -> dict[str, Callable[[], Floats]]:
-    """The biases that a factor on a module's outputs changes as well."""
+    """The biases, which a factor on a module's outputs changes too."""
     return {
         f"{name}.bias": partial(_merged_bias, layer)
         for name, layer in layers.items()

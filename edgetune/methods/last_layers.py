@@ -1,4 +1,4 @@
-"""Fine-tuning of the last layers: the layers before them stay as they are, through transformers alone."""
+"""Fine-tuning of the last layers only, through transformers."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 class LastLayersOptions(MethodOptions):
     """Options of fine-tuning the last layers."""
 
-    layers: PositiveInt = Field(4, description="How many layers are trained, and the last norm with them.")
+    layers: PositiveInt = Field(4, description="Number of last layers to train; the final norm is trained too.")
     learning_rate_factor: float = rate_factor(0.1)
 
 
 class LastLayers(OwnWeights[LastLayersOptions]):
-    """The last layers are trained: take it in place of full fine-tuning where memory for training is short."""
+    """The last layers are trained: use it instead of full fine-tuning when training memory is short."""
 
     options = LastLayersOptions
 
     def chosen(self, base: PreTrainedModel, options: LastLayersOptions) -> set[str]:
-        """The parameters of the last layers, and of the norm behind them."""
+        """The parameters of the last layers and of the final norm."""
         count = base.config.num_hidden_layers
         if options.layers > count:
-            raise UsageError(f"the base has {count} layers, not {options.layers}", f"give layers: {count} or fewer")
+            raise UsageError(f"layers is {options.layers}, but the base has {count}", f"set layers to {count} or fewer")
         first = count - options.layers
         names = {name for name, _ in base.named_parameters()}
         layers = {name for name in names if (match := _LAYER.search(name)) and int(match[1]) >= first}

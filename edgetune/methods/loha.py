@@ -1,4 +1,4 @@
-"""LoHa: the element-wise product of two low-rank products. Hyeon-Woo et al. 2021, arXiv:2108.06098 (FedPara)."""
+"""LoHa: the element-wise product of two low-rank matrices. Hyeon-Woo et al. 2021, arXiv:2108.06098 (FedPara)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 class LoHaOptions(TargetOptions):
-    """Options of LoHa, by PEFT's names. The adapter in the bundle is a product of rank r²."""
+    """Options of LoHa, named as in PEFT. The adapter in the bundle has rank r²."""
 
-    r: PositiveInt = Field(4, validation_alias=AliasChoices("r", "rank"), description="Rank of each of the products.")
-    alpha: float = Field(8, gt=0, description="The update counts alpha / r.")
+    r: PositiveInt = Field(4, validation_alias=AliasChoices("r", "rank"), description="Rank of each matrix.")
+    alpha: float = Field(8, gt=0, description="The update is scaled by alpha / r.")
 
 
 class LoHa(WeightMethod[LoHaOptions]):
-    """Two products of rank r multiplied to one of rank r²: take it for a rich update from few trained numbers."""
+    """Two matrices of rank r, multiplied to one of rank r²: use it for a high-rank update from few parameters."""
 
     options = LoHaOptions
     peft_type = "LOHA"
 
     def shipped_rank(self, options: LoHaOptions) -> int:
-        """That of the two products' product."""
+        """r², the rank of the element-wise product."""
         return options.r**2
 
     def config(self, base: PreTrainedModel, options: LoHaOptions, steps: int) -> LoHaConfig:
@@ -43,7 +43,7 @@ class LoHa(WeightMethod[LoHaOptions]):
         )
 
     def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
-        """(B1·A1)∘(B2·A2): row by row, the Kronecker products of the factors' rows; column by column those of A's."""
+        """(B1·A1)∘(B2·A2) as one product: row-wise Kronecker product of B1 and B2, column-wise of A1 and A2."""
         (name,) = layer.active_adapters
         b1, b2 = layer.hada_w1_a[name], layer.hada_w2_a[name]
         a1, a2 = layer.hada_w1_b[name], layer.hada_w2_b[name]

@@ -1,4 +1,4 @@
-"""LoKr: the Kronecker product of a small matrix and a low-rank product. Yeh et al. 2023, arXiv:2309.14859 (LyCORIS)."""
+"""LoKr: the Kronecker product of a small matrix and a low-rank one. Yeh et al. 2023, arXiv:2309.14859 (LyCORIS)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 
 class LoKrOptions(TargetOptions):
-    """Options of LoKr, by PEFT's names. The adapter in the bundle is a product of rank r·decompose_factor or less."""
+    """Options of LoKr, named as in PEFT. The adapter in the bundle has rank r·decompose_factor or less."""
 
     r: PositiveInt = Field(4, validation_alias=AliasChoices("r", "rank"), description="Rank of the larger factor.")
-    alpha: float = Field(8, gt=0, description="The update counts alpha / r.")
+    alpha: float = Field(8, gt=0, description="The update is scaled by alpha / r.")
     decompose_factor: PositiveInt = Field(4, description="Size of the smaller factor.")
 
 
 class LoKr(WeightMethod[LoKrOptions]):
-    """A Kronecker product, which repeats one small update over a matrix: take it for the smallest checkpoints."""
+    """A Kronecker product, which repeats one small update over a matrix: use it for the smallest checkpoints."""
 
     options = LoKrOptions
     peft_type = "LOKR"
 
     def shipped_rank(self, options: LoKrOptions) -> int:
-        """That of the larger factor, once for each row of the smaller."""
+        """The rank of the larger factor times the size of the smaller one."""
         return options.r * options.decompose_factor
 
     def config(self, base: PreTrainedModel, options: LoKrOptions, steps: int) -> LoKrConfig:
@@ -47,20 +47,20 @@ class LoKr(WeightMethod[LoKrOptions]):
         )
 
     def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
-        """(B1·A1)⊗(B2·A2) = (B1⊗B2)·(A1⊗A2); IncompatibleError when that has no lower rank than the weights."""
+        """(B1·A1)⊗(B2·A2) = (B1⊗B2)·(A1⊗A2). Raises IncompatibleError if that has full rank."""
         import torch  # noqa: PLC0415 - torch only when exporting
 
         (b1, a1), (b2, a2) = _pair(layer, "w1"), _pair(layer, "w2")
         b, a = torch.kron(b1, b2.contiguous()), torch.kron(a1, a2.contiguous())
         if a.shape[0] >= min(b.shape[0], a.shape[1]):
-            message = f"LoKr's change of {b.shape[0]}x{a.shape[1]} weights has rank {a.shape[0]}, which is not low"
-            raise IncompatibleError(message, "lower r or decompose_factor, or write merged: true")
+            message = f"the update of {b.shape[0]}x{a.shape[1]} weights has full rank ({a.shape[0]})"
+            raise IncompatibleError(message, "lower r or decompose_factor, or set merged: true")
         (name,) = layer.active_adapters
         return Delta(array(a), array(b * layer.scaling[name]))
 
 
 def _pair(layer: Any, which: str) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - as above
-    """One of the Kronecker factors as a product; a whole one with the identity on its smaller side."""
+    """One Kronecker factor as a product of two matrices; if stored as one matrix, the other is the identity."""
     import torch  # noqa: PLC0415 - as above
 
     (name,) = layer.active_adapters

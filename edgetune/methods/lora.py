@@ -1,4 +1,4 @@
-"""LoRA and its everyday forms (rsLoRA, LoRA+, rank and alpha per module), through PEFT.
+"""LoRA and its common variants (rsLoRA, LoRA+, rank and alpha per module), through PEFT.
 
 LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+: Hayou et al. 2024,
 arXiv:2402.12354.
@@ -27,7 +27,7 @@ AUTO = "auto"
 
 
 def _share(value: object) -> object:
-    """A share as a number; anything that is no percentage is left for pydantic to refuse."""
+    """A percentage as a fraction; anything else is left for pydantic to check."""
     text = value.strip() if isinstance(value, str) else ""
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else value
@@ -39,76 +39,76 @@ Share = Annotated[float, BeforeValidator(_share, json_schema_input_type=float | 
 
 
 class LoraOptions(TargetOptions):
-    """Options of LoRA, by PEFT's names; `rank`, `alpha` and `dropout` are accepted as well."""
+    """Options of LoRA, named as in PEFT; `rank`, `alpha` and `dropout` are accepted too."""
 
     target_modules: str | tuple[str, ...] = Field(
         ALL_LINEAR,
-        description="Modules to adapt: all-linear, names such as [q_proj, v_proj], or auto, which chooses modules and "
-        "a rank of at most r by what they cost and give (docs/placement.md).",
+        description="Modules to adapt: all-linear, a list of names such as [q_proj, v_proj], or auto, which chooses "
+        "modules and a rank of at most r by their benefit and cost (docs/placement.md).",
     )
     max_decode_overhead: Share = Field(
-        0.1, description="Share of decode speed that the adapter may cost, such as 10% or 0.1; read with auto alone."
+        0.1, description="Share of decode speed that the adapter may cost, such as 10% or 0.1; used by auto only."
     )
     r: PositiveInt = Field(16, validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")
     lora_alpha: float = Field(
         32,
         gt=0,
         validation_alias=AliasChoices("lora_alpha", "alpha"),
-        description="The update counts alpha / r (with use_rslora: alpha / sqrt(r)).",
+        description="The update is scaled by alpha / r (with use_rslora: alpha / sqrt(r)).",
     )
     lora_dropout: float = Field(
         0.0,
         ge=0,
         lt=1,
         validation_alias=AliasChoices("lora_dropout", "dropout"),
-        description="Share of an update's inputs dropped in training.",
+        description="Dropout rate of the adapter's inputs.",
     )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r), steadier for large ranks.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r), which is more stable for high ranks.")
     rank_pattern: dict[str, PositiveInt] = Field(
-        default_factory=dict, description="Module name or regular expression -> its own rank."
+        default_factory=dict, description="Ranks of single modules, by module name or regular expression."
     )
     alpha_pattern: dict[str, float] = Field(
-        default_factory=dict, description="Module name or regular expression -> its own alpha."
+        default_factory=dict, description="Alphas of single modules, by module name or regular expression."
     )
     loraplus_lr_ratio: float = Field(
-        1.0, gt=0, description="Learning rate of B as a multiple of A's; LoRA+ takes about 16."
+        1.0, gt=0, description="Learning rate of B as a multiple of A's; LoRA+ uses about 16."
     )
 
     @model_validator(mode="after")
     def _no_patterns_of_auto(self) -> LoraOptions:
         if self.is_auto and (self.rank_pattern or self.alpha_pattern):
-            raise ValueError("target_modules: auto chooses one rank for all modules; leave the patterns out")
+            raise ValueError("target_modules: auto uses one rank for all modules; remove rank_pattern, alpha_pattern")
         return self
 
     @property
     def is_auto(self) -> bool:
-        """Whether modules and rank are still to be chosen."""
+        """Whether the build chooses modules and rank."""
         return self.target_modules == AUTO
 
     def placed(self, modules: str | tuple[str, ...], rank: int) -> LoraOptions:
-        """The same options for these modules and this rank; the update counts as much as before."""
+        """The options for these modules and this rank, with alpha adjusted so that the scaling stays the same."""
         share = rank / self.r
         alpha = self.lora_alpha * (math.sqrt(share) if self.use_rslora else share)
         return self.model_copy(update={"target_modules": modules, "r": rank, "lora_alpha": alpha})
 
 
 class Lora(LoraCheckpoint[LoraOptions]):
-    """A product B·A beside each weight matrix: take it first, it is exact in both formats and switches fastest."""
+    """A low-rank product B·A beside each weight matrix: use it first; exact in both formats, fastest to switch."""
 
     options = LoraOptions
     peft_type = "LORA"
 
     def wrote(self, config: Mapping[str, Any]) -> bool:
-        """A plain one: DoRA and aLoRA, which PEFT calls LoRA too, are methods of their own."""
+        """A plain LoRA; PEFT saves DoRA and aLoRA with the same type, but they are separate methods here."""
         plain = not config.get("use_dora") and not config.get("alora_invocation_tokens")
         return super().wrote(config) and plain
 
     def shipped_rank(self, options: LoraOptions) -> int:
-        """The highest of the ranks."""
+        """The highest rank of any module."""
         return max([options.r, *options.rank_pattern.values()])
 
     def attach(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> PeftModel:
-        """Add LoRA modules in float32 to `base`; UsageError names target modules or patterns that match nothing."""
+        """Add LoRA modules in float32 to `base`. Raises UsageError if a target module or pattern matches nothing."""
         _check_patterns(check_targets(base, options.target_modules), options)
         return super().attach(base, options, steps)
 
@@ -138,7 +138,7 @@ def _check_patterns(adapted: set[str], options: LoraOptions) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(options, key):
             if not any(matches(pattern, name) for name in adapted):
-                remedy = f"name one of {', '.join(names)}, or write a regular expression of whole module names"
+                remedy = f"use one of {', '.join(names)}, or a regular expression that matches full module names"
                 raise UsageError(f"{key} {pattern!r} matches no adapted module", remedy)
 
 

@@ -1,4 +1,4 @@
-"""LoRA+: LoRA whose B learns faster than its A. Hayou et al. 2024, arXiv:2402.12354."""
+"""LoRA+: LoRA with a higher learning rate for B than for A. Hayou et al. 2024, arXiv:2402.12354."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .lora import Lora, LoraOptions
 
 
 class LoraPlusOptions(LoraOptions):
-    """Options of LoRA, with a learning rate of its own for B."""
+    """Options of LoRA, with a separate learning rate for B."""
 
     loraplus_lr_ratio: float = Field(16.0, gt=0, description="Learning rate of B as a multiple of A's.")
     learning_rate_factor: float = Field(
@@ -17,10 +17,10 @@ class LoraPlusOptions(LoraOptions):
 
 
 class LoraPlus(Lora):
-    """LoRA that learns in fewer steps: take it when few epochs are affordable."""
+    """LoRA that learns in fewer steps: use it when you can afford few epochs only."""
 
     options = LoraPlusOptions
-    # Its folders are those of lora.
+    # Its checkpoints are loaded as lora.
     peft_type = ""
 
 

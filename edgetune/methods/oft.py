@@ -1,4 +1,4 @@
-"""OFT: the weights turned by orthogonal blocks. Qiu et al. 2023, arXiv:2306.07280; Cayley-Neumann: arXiv:2506.19847."""
+"""OFT: the weights are rotated in blocks. Qiu et al. 2023, arXiv:2306.07280; Cayley-Neumann: arXiv:2506.19847."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class OftOptions(DenseOptions):
-    """Options of OFT, by PEFT's names."""
+    """Options of OFT, named as in PEFT."""
 
-    oft_block_size: PositiveInt = Field(32, description="Inputs that are turned together; divides a module's inputs.")
+    oft_block_size: PositiveInt = Field(32, description="Inputs per rotation; must divide a module's inputs.")
     learning_rate_factor: float = rate_factor(2.0)
 
 
 class Oft(DenseMethod):
-    """A rotation of each module's inputs, which keeps the weights' angles: take it to stay close to the base."""
+    """A rotation of each module's inputs that keeps the angles between weights: use it to stay close to the base."""
 
     options = OftOptions
     peft_type = "OFT"

@@ -1,4 +1,4 @@
-"""OLoRA: LoRA that starts from an orthonormal basis of the base's weights. Büyükakyüz 2024, arXiv:2406.01775."""
+"""OLoRA: LoRA initialized with an orthonormal basis of the base's weights. Büyükakyüz 2024, arXiv:2406.01775."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .common.initialized import Initialized
 
 
 class OLora(Initialized):
-    """LoRA with an orthonormal start: take it as PiSSA, with a cheaper start."""
+    """LoRA with orthonormal initialization: use it like PiSSA; it initializes faster."""
 
     start = "olora"
 

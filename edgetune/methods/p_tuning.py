@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 class PTuningOptions(PromptOptions):
-    """Options of P-tuning, by PEFT's names."""
+    """Options of P-tuning, named as in PEFT."""
 
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = Field(
-        "MLP", description="The network that makes the soft tokens in training; only these are kept."
+        "MLP", description="The network that generates the virtual tokens in training; only its output is shipped."
     )
     encoder_hidden_size: PositiveInt | None = Field(
-        None, description="Width of that network; null takes the base's own width."
+        None, description="Hidden size of that network. null: the base's hidden size."
     )
-    encoder_num_layers: PositiveInt = Field(2, description="Layers of an LSTM.")
-    encoder_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout between an LSTM's layers.")
+    encoder_num_layers: PositiveInt = Field(2, description="Number of LSTM layers.")
+    encoder_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout rate between LSTM layers.")
 
 
 class PTuning(TokenMethod[PTuningOptions]):
-    """Soft tokens that a small network makes in training; take it where prompt tuning does not settle."""
+    """Prompt tuning with a small network that generates the tokens: use it when prompt tuning does not converge."""
 
     options = PTuningOptions
     peft_type = "P_TUNING"

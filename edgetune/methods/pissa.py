@@ -1,4 +1,4 @@
-"""PiSSA: LoRA that starts from the base's largest singular values. Meng et al. 2024, arXiv:2404.02948."""
+"""PiSSA: LoRA initialized with the base's largest singular values. Meng et al. 2024, arXiv:2404.02948."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from .common.initialized import Initialized
 
 
 class Pissa(Initialized):
-    """LoRA that trains the main directions of the base's weights: take it when plain LoRA learns too slowly."""
+    """LoRA that trains the principal components of the base's weights: use it when plain LoRA learns too slowly."""
 
-    # A fast randomized decomposition: the whole one takes minutes and ends at the same loss (the paper, section 5.4).
+    # Fast randomized SVD: the full SVD takes minutes and reaches the same loss (the paper, section 5.4).
     start = "pissa_niter_4"
 
 

@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 class PrefixOptions(BeginOptions):
-    """Options of prefix tuning, by PEFT's names."""
+    """Options of prefix tuning, named as in PEFT."""
 
     prefix_projection: bool = Field(
-        False, description="Train a small network that makes the keys and values; only these are kept."
+        False, description="Train a small network that generates the keys and values; only its output is shipped."
     )
     encoder_hidden_size: PositiveInt | None = Field(
-        None, description="Width of that network; null takes the width of a layer's keys."
+        None, description="Hidden size of that network. null: the size of a layer's keys."
     )
     init_weights: Literal["states", "random", "zero"] = Field(
         "states",
-        description="What keys and values begin as: the base's own for a text, or PEFT's random numbers or zeros; with"
-        " prefix_projection, states means random.",
+        description="Initialization of the keys and values. states: those that the base computes for a text; random,"
+        " zero: as in PEFT. With prefix_projection, states means random.",
     )
     learning_rate_factor: float = rate_factor(10.0, "; 1 with prefix_projection")
 
@@ -40,7 +40,7 @@ class PrefixOptions(BeginOptions):
 
 
 class Prefix(CacheMethod[PrefixOptions]):
-    """Keys and values in front of every layer's; take it for a small file that switches fast and slows no layer."""
+    """Trained keys and values before those of every layer: use it for a small file that slows no layer down."""
 
     options = PrefixOptions
     peft_type = "PREFIX_TUNING"
@@ -58,7 +58,7 @@ class Prefix(CacheMethod[PrefixOptions]):
         )
 
     def begin(self, peft: PeftModel, options: PrefixOptions) -> None:
-        """Begin as the states of tokens: from random numbers training takes far longer."""
+        """Initialize from the base's KV cache of tokens; with random values, training takes far longer."""
         if options.init_weights == "states" and not options.prefix_projection:
             self.begin_as(peft, options.init_tokens, options.num_virtual_tokens)
 

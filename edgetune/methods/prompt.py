@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 
 class PromptTuningOptions(BeginOptions):
-    """Options of prompt tuning, by PEFT's names."""
+    """Options of prompt tuning, named as in PEFT."""
 
     init_text: str | None = Field(
         None,
         validation_alias=AliasChoices("init_text", "prompt_tuning_init_text"),
-        description="The text to begin from; without one, the first training rows.",
+        description="Text that initializes the virtual tokens. null: the first training rows.",
     )
     prompt_tuning_init: Literal["TEXT", "SAMPLE_VOCAB", "RANDOM"] = Field(
         "TEXT",
-        description="What the soft tokens begin as: the embeddings of a text, of random tokens, or random numbers.",
+        description="Initialization: embeddings of a text, embeddings of random tokens, or random values.",
     )
     learning_rate_factor: float = rate_factor(10.0)
 
 
 class Prompt(TokenMethod[PromptTuningOptions]):
-    """Soft tokens in front of the text; take it for the smallest file, when a prefix's quality is not needed."""
+    """Trained token embeddings before the prompt: use it for the smallest file, if prefix tuning is not needed."""
 
     options = PromptTuningOptions
     peft_type = "PROMPT_TUNING"
 
     def config(self, base: PreTrainedModel, options: PromptTuningOptions) -> PromptTuningConfig:
-        """PEFT's configuration; its TEXT needs a tokenizer on disk, so the text is put in by `begin`."""
+        """PEFT's configuration; PEFT's TEXT needs a tokenizer on disk, so `begin` sets the text."""
         from peft import PromptTuningConfig  # noqa: PLC0415 - torch only when training
 
         return PromptTuningConfig(
@@ -47,7 +47,7 @@ class Prompt(TokenMethod[PromptTuningOptions]):
         )
 
     def begin(self, peft: PeftModel, options: PromptTuningOptions) -> None:
-        """Begin as the embeddings of a text's tokens."""
+        """Initialize from the embeddings of a text's tokens."""
         from .common.prompt_model import repeated  # noqa: PLC0415 - torch only when training
 
         if options.prompt_tuning_init == "TEXT" and options.init_tokens:

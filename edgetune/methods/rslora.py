@@ -8,17 +8,17 @@ from .lora import Lora, LoraOptions
 
 
 class RsLoraOptions(LoraOptions):
-    """Options of LoRA, with use_rslora on."""
+    """Options of LoRA, with use_rslora as the default."""
 
-    use_rslora: bool = Field(True, description="Scale by alpha / sqrt(r), steadier for large ranks.")
-    lora_alpha: float = Field(8, gt=0, description="The update counts alpha / sqrt(r).")
+    use_rslora: bool = Field(True, description="Scale by alpha / sqrt(r), which is more stable for high ranks.")
+    lora_alpha: float = Field(8, gt=0, description="The update is scaled by alpha / sqrt(r).")
 
 
 class RsLora(Lora):
-    """LoRA whose update keeps its size as the rank grows: take it for ranks of 32 and more."""
+    """LoRA whose update keeps its size at high ranks: use it for ranks of 32 and more."""
 
     options = RsLoraOptions
-    # Its folders are those of lora.
+    # Its checkpoints are loaded as lora.
     peft_type = ""
 
 

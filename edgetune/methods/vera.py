@@ -1,4 +1,4 @@
-"""VeRA: two vectors a module on random matrices that all modules share. Kopiczko et al. 2023, arXiv:2310.11454."""
+"""VeRA: two vectors per module on random matrices shared by all modules. Kopiczko et al. 2023, arXiv:2310.11454."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 
 class VeraOptions(TargetOptions):
-    """Options of VeRA, by PEFT's names. The adapter in the bundle is a product of rank `r`, as large as LoRA's."""
+    """Options of VeRA, named as in PEFT. The adapter in the bundle has rank `r` and the size of such a LoRA."""
 
     r: PositiveInt = Field(64, validation_alias=AliasChoices("r", "rank"), description="Rank of the shared matrices.")
-    d_initial: float = Field(0.1, description="First value of the vector between the matrices.")
+    d_initial: float = Field(0.1, description="Initial value of the vector between the matrices.")
     vera_dropout: float = Field(
         0.0,
         ge=0,
         lt=1,
         validation_alias=AliasChoices("vera_dropout", "dropout"),
-        description="Share of inputs dropped.",
+        description="Dropout rate of the adapter's inputs.",
     )
     projection_prng_key: int = Field(0, ge=0, description="Seed of the shared matrices.")
     learning_rate_factor: float = rate_factor(10.0)
 
 
 class Vera(WeightMethod[VeraOptions]):
-    """Vectors on shared random matrices, the fewest trained numbers: take it for many adapters kept on a host."""
+    """Trained vectors on shared random matrices, the fewest parameters: use it for many checkpoints on a host."""
 
     options = VeraOptions
     peft_type = "VERA"
 
     def shipped_rank(self, options: VeraOptions) -> int:
-        """That of the shared matrices."""
+        """The rank of the shared matrices."""
         return options.r
 
     def config(self, base: PreTrainedModel, options: VeraOptions, steps: int) -> VeraConfig:
@@ -56,7 +56,7 @@ class Vera(WeightMethod[VeraOptions]):
         )
 
     def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
-        """diag(b)·B · diag(d)·A, cut to the module's size."""
+        """diag(b)·B · diag(d)·A, with B and A cut to the module's size."""
         (name,) = layer.active_adapters
         b, d = layer.vera_lambda_b[name], layer.vera_lambda_d[name]
         shared_a, shared_b = layer.vera_A[name], layer.vera_B[name]

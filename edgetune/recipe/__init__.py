@@ -1,1 +1,1 @@
-"""Recipes: what a build is told, checked before any work, and the reference made from it."""
+"""The recipe: its model, its error messages and the reference generated from it."""

@@ -1,4 +1,4 @@
-"""Recipe file in, frozen Recipe out; every problem of the file is reported at once, with its line."""
+"""The recipe model: read a recipe file, validate it and report all its problems at once, each with its line."""
 
 from __future__ import annotations
 
@@ -32,52 +32,53 @@ SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 class Recipe(RecipePart):
-    """A base, its tasks and a board: all that `edgetune build` needs."""
+    """A base, its tasks and a board: everything that `edgetune build` needs."""
 
     name: Name
     """Name of the bundle: a-z, 0-9, _ and -."""
     task: Literal["text-generation", "text-classification"] = "text-generation"
-    """text-generation for bases that write; text-classification trains a head for each adapter's labels on an encoder
-    (docs/encoders.md), whose targets are [onnx]."""
+    """text-generation: the base is a decoder. text-classification: the base is an encoder, each adapter trains its own
+    classification head, and targets is [onnx] (docs/encoders.md)."""
     base: Text
-    """The base model: an alias such as smollm2-135m, a .gguf file, a Hugging Face folder, or a hub id; for
-    text-classification the alias all-minilm-l6-v2, or the folder or hub id of a BERT-type model."""
+    """The base model: an alias such as smollm2-135m, a .gguf file, a Hugging Face folder or a hub id. For
+    text-classification: the alias all-minilm-l6-v2, or the folder or hub id of a BERT-type model."""
     targets: tuple[Target, ...] = Field(default=(backends.DEFAULT,), min_length=1)
-    """Formats to export: gguf for llama.cpp, onnx for onnxruntime; the first is what the runtime opens by default."""
+    """Formats to export: gguf for llama.cpp, onnx for onnxruntime. The runtime opens the first one by default."""
     quantize: str | None = None
-    """Quantization of the base (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …), before training; null takes q8_0 for a folder
-    or a hub id, and a .gguf file as it is. onnx holds q4_0 and q8_0 number for number and at the same size."""
+    """Quantization of the base (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …), applied before training. null: q8_0 for a
+    folder or a hub id; a .gguf file is used as it is. ONNX stores q4_0 and q8_0 exactly and at the same size."""
     quantize_merged: str | None = None
-    """Quantization of merged models; null takes q8_0 where the base has fewer bits, and else the base's own: rounding
-    to 4 bits once more loses most of what was trained."""
+    """Quantization of merged models. null: q8_0 if the base has fewer bits, otherwise that of the base; rounding to
+    4 bits a second time loses most of what was trained."""
     states: Literal["first_use", "ship"] = "first_use"
-    """When the states of the adapters' prompts are made: by the device at first use, or by the build, which ships them
-    for this version of the engine. A state of SmolLM2 takes 23 kB per token, in onnx twice that."""
+    """Where the states of the adapters' system prompts are computed. first_use: on the device, at the first call. ship:
+    by the build, which adds them to the bundle; they work with this version of the engine only. A state of SmolLM2
+    takes 23 kB per token, twice that in ONNX."""
     onnx: OnnxSpec = OnnxSpec()
-    """How the onnx target holds the base's weights."""
+    """How the ONNX graph stores the base's weights."""
     device: str | None = None
-    """The board that the bundle must fit: see `edgetune devices list`."""
+    """The board that the bundle must fit; `edgetune devices list` shows the names."""
     context_length: int = Field(default=1024, ge=16)
-    """Tokens of prompt and answer together, in training and on the device."""
+    """Maximum number of tokens of prompt and answer together, in training and on the device."""
     threads: PositiveInt | None = None
-    """Threads on the device; null takes the board's cores."""
+    """Number of threads on the device. null: one per core."""
     training: TrainingSpec = TrainingSpec()
-    """Training options of all adapters."""
+    """Training options for all adapters."""
     domain: DomainSpec | None = None
-    """Text that the base is continued on first, so that it knows the domain of all tasks."""
+    """Continued pretraining of the base on your own text, before the adapters are trained."""
     adapters: dict[Name, AdapterSpec] = Field(min_length=1)
-    """The tasks, by name (a-z, 0-9, _ and -)."""
+    """The tasks, one adapter each, by name (a-z, 0-9, _ and -)."""
 
     _folder: Path = PrivateAttr(default=Path())
 
     @property
     def folder(self) -> Path:
-        """The folder of the recipe file, that relative paths in it start from."""
+        """The folder of the recipe file; relative paths in the recipe start here."""
         return self._folder
 
     @property
     def default_out(self) -> Path:
-        """Where the bundle goes unless the command says otherwise."""
+        """The bundle's folder if the command line names none."""
         return Path("build") / self.name
 
     @model_validator(mode="before")
@@ -92,7 +93,7 @@ class Recipe(RecipePart):
     def _once(cls, targets: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         fit = backends.of_task(CLASSIFICATION) if _is_encoder(info) else targets
         if not set(targets) <= set(fit):
-            raise ValueError(f"encoders run in {' and '.join(fit)}; write targets: [{', '.join(fit)}]")
+            raise ValueError(f"[{', '.join(targets)}] does not work for an encoder; use [{', '.join(fit)}]")
         return tuple(dict.fromkeys(targets))
 
     @field_validator("quantize", "quantize_merged")
@@ -101,8 +102,8 @@ class Recipe(RecipePart):
         if scheme is None:
             return None
         if _is_encoder(info):
-            raise ValueError("is for bases that write text; write onnx: {weights: int8} for an encoder")
-        from edgetune_export.backends.gguf.quantize import SCHEMES  # noqa: PLC0415 - most recipes need no exporter to be read
+            raise ValueError(f"{scheme!r} does not work for an encoder; use onnx: {{weights: int8}}")
+        from edgetune_export.backends.gguf.quantize import SCHEMES  # noqa: PLC0415 - rarely needed
 
         return _one_of(scheme, sorted(SCHEMES), "quantization")
 
@@ -110,7 +111,7 @@ class Recipe(RecipePart):
     @classmethod
     def _weights_of_task(cls, onnx: OnnxSpec, info: ValidationInfo) -> OnnxSpec:
         if _is_encoder(info) and onnx.weights == "int4":
-            raise ValueError("an encoder's weights are auto, fp32 or int8")
+            raise ValueError("weights: int4 does not work for an encoder; use auto, fp32 or int8")
         return onnx
 
     @field_validator("device")
@@ -119,8 +120,8 @@ class Recipe(RecipePart):
         if device is None:
             return None
         if _is_encoder(info):
-            raise ValueError("what an encoder takes on a board is not predicted; leave it out, and set threads")
-        from edgetune_devices import boards  # noqa: PLC0415 - most recipes need no board to be read
+            raise ValueError(f"there are no predictions for encoders on {device!r}; remove device and set threads")
+        from edgetune_devices import boards  # noqa: PLC0415 - rarely needed
 
         return _one_of(device, boards.names(), "board")
 
@@ -128,7 +129,7 @@ class Recipe(RecipePart):
     @classmethod
     def _domain_of_task(cls, domain: DomainSpec | None, info: ValidationInfo) -> DomainSpec | None:
         if _is_encoder(info) and domain is not None:
-            raise ValueError("is for bases that write text; leave it out for an encoder")
+            raise ValueError("continued pretraining does not work for an encoder; remove domain")
         return domain
 
     @field_validator("adapters")
@@ -145,10 +146,10 @@ class Recipe(RecipePart):
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe with all defaults filled in, as JSON values that make the same recipe again.
+        """The recipe with all defaults filled in, as JSON values that can be read as a recipe again.
 
-        Paths are relative to the recipe as far as they lie beside it; of other absolute paths only the last part is
-        kept, so that nothing tells where it was built.
+        Paths inside the recipe's folder are relative to it. Other absolute paths are cut to their last part, so that
+        the bundle does not reveal where it was built.
         """
         values = self.model_dump(mode="json")
         values["base"] = self._portable(values["base"])
@@ -167,17 +168,17 @@ class Recipe(RecipePart):
 
 
 def _is_encoder(info: ValidationInfo) -> bool:
-    """Whether the recipe that is being read is for an encoder; `task` is read first."""
+    """Whether the recipe being validated is for an encoder; `task` is validated first."""
     return info.data.get("task") == CLASSIFICATION
 
 
 def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read and check the recipe at `path`.
+    """Read and validate the recipe at `path`.
 
-    `overrides` maps dotted keys, such as `adapters.command.method.r`, to values that replace the file's; text is read
-    as YAML. Data paths come out relative to the working folder.
+    `overrides` maps dotted keys, such as `adapters.command.method.r`, to values that replace those in the file; strings
+    are parsed as YAML. Data paths in the result are relative to the working directory.
 
-    Raises NotFoundError when there is no such file and UsageError with all problems, a line each.
+    Raises NotFoundError if the file does not exist, and UsageError with all problems, one per line.
     """
     document = read_document(Path(path))
     values = copy.deepcopy(document.values)
@@ -193,7 +194,7 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) ->
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a recipe, for editors; it lists the boards and quantizations there are."""
+    """The JSON schema (draft 2020-12) of a recipe, for editors; it lists all boards and quantizations."""
     from edgetune_devices import boards  # noqa: PLC0415 - as in the validators
     from edgetune_export.backends.gguf.quantize import SCHEMES  # noqa: PLC0415
 
@@ -214,7 +215,7 @@ def _one_of(value: str, known: list[str], what: str) -> str:
 
 
 def _model_at(loc: Loc, values: dict[str, Any]) -> type[BaseModel] | None:
-    """The model that the mapping at `loc` is checked against; None where it has no fixed keys."""
+    """The model that validates the mapping at `loc`; None if its keys are not fixed."""
     if not loc:
         return Recipe
     if loc[0] == "adapters" and len(loc) <= 2:

@@ -1,6 +1,6 @@
-"""The parts of a recipe below its top: data, method, training, adapters, the domain and the ONNX weights.
+"""The nested sections of a recipe: data, method, training, adapters, domain and ONNX weights.
 
-What a key means is written once, under its field: the JSON schema and docs/recipe.md are made from it.
+The text under a field describes its key. The JSON schema and docs/recipe.md are generated from these texts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
 def _check_name(name: str) -> str:
     if not NAME_PATTERN.fullmatch(name):
-        raise ValueError(f"the name {name!r} must be of a-z, 0-9, _ and -, and begin with a letter or a digit")
+        raise ValueError(f"{name!r} is not a valid name; use a-z, 0-9, _ and -, starting with a letter or a digit")
     return name
 
 
@@ -58,61 +58,61 @@ Target = Annotated[
     AfterValidator(_check_target),
     Field(json_schema_extra=lambda schema: schema.update(enum=list(backends.names()))),
 ]
-"""A format that there is a backend for."""
+"""The name of a format for which there is a backend."""
 Metric = Literal["auto", "exact", "json", "label", "rouge_l", "chrf", "perplexity"]
 
 
 class RecipePart(BaseModel):
-    """Base of the recipe's parts: frozen, unknown keys refused, a field's meaning is the text under it."""
+    """Base class of all recipe sections: frozen, no unknown keys, the text under a field is its description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class TrainingSpec(RecipePart):
-    """How adapters are trained. At the top of a recipe it holds for all adapters; under an adapter, for that one."""
+    """Training options. At the top of a recipe they apply to all adapters, under an adapter to that one."""
 
     epochs: PositiveFloat = 3.0
-    """Passes over the training rows; a fraction is allowed."""
+    """Passes over the training rows; may be a fraction."""
     max_steps: PositiveInt | None = None
-    """Stop after so many steps, whatever `epochs` says."""
+    """Stop after this many steps, even before the last epoch ends."""
     learning_rate: PositiveFloat = 1e-3
-    """Highest learning rate, reached after the warmup."""
+    """Peak learning rate, reached at the end of the warmup."""
     batch_size: PositiveInt = 16
-    """Rows a step."""
+    """Rows per optimizer step."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warmup."""
+    """Learning rate schedule after the warmup."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
-    """Longer gradients are cut to this norm."""
+    """Gradients are clipped to this norm."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the held-out split, the order of the rows and the adapter's first weights."""
+    """Random seed for the held-out split, the order of the rows and the adapter's initial weights."""
     evals: PositiveInt = 8
-    """Validation passes in a run; there is at least one an epoch."""
+    """Validation passes per training run; there is at least one per epoch."""
     patience: PositiveInt | None = 3
-    """Stop after so many validation passes without a better loss; null trains to the end."""
+    """Early stopping: stop after this many validation passes without a lower loss. null: train to the end."""
     precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"
-    """Number format of the base's weights in training; auto takes bf16 where the hardware multiplies it fast, else
-    fp32. int8 is 1.2 to 1.6 times as fast as fp32 on x86 CPUs without bf16 arithmetic, for a higher loss: it
-    rounds in the products with frozen weights, and takes 6 bytes per weight instead of 4. Validation stays in fp32."""
+    """Number format of the base's weights in training. auto: bf16 if the hardware computes it fast, otherwise fp32.
+    int8: 1.2 to 1.6 times as fast as fp32 on x86 CPUs without bf16 arithmetic, but with a higher loss, because products
+    with frozen weights are rounded; it uses 6 bytes per weight instead of 4, and validation stays in fp32."""
     memory_mb: PositiveInt | None = Field(default=None, exclude=True)
-    """Most memory that a training's process may take, in MB (of a GPU, where there is one); null takes what is free.
-    Forward passes are made as small as it needs, with activation checkpointing where a row alone does not fit; the
-    result is the same."""
+    """Memory limit of the training process in MB; on a GPU, the limit of GPU memory. null: all free memory. Forward
+    passes are made small enough for the limit, with activation checkpointing if a single row does not fit; the result
+    is the same."""
 
     def under(self, own: TrainingSpec) -> TrainingSpec:
-        """These options with those that `own` sets put over them."""
+        """These options, overridden by those that are set in `own`."""
         return self.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
 OwnTraining = Annotated[TrainingSpec, PlainSerializer(lambda own: own.model_dump(mode="json", exclude_unset=True))]
-"""Training options over those of the recipe: what is not set stays unset."""
+"""Training options that override those of the recipe; unset ones stay unset."""
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` has the form of a hub id: owner/name, without a suffix such as .jsonl, which means a file."""
+    """Whether `source` looks like a hub id: owner/name without a file suffix such as .jsonl."""
     match = HUB_ID.fullmatch(source)
     return match is not None and not SUFFIX.search(match["id"])
 
@@ -130,12 +130,12 @@ Data = Annotated[Text, AfterValidator(_beside_the_recipe)]
 
 
 class Columns(RecipePart):
-    """Which columns of the data are the prompt and the completion, when they are named otherwise."""
+    """Which columns of the data are the prompt and the completion, if they have other names."""
 
     prompt: Text
     """Column of the prompt."""
     completion: Text | tuple[Text, ...]
-    """Column of the completion, or a list of columns, which are put together in one JSON object."""
+    """Column of the completion, or a list of columns, which become one JSON object."""
 
     @field_validator("completion")
     @classmethod
@@ -146,33 +146,32 @@ class Columns(RecipePart):
 
 
 class DataSpec(RecipePart):
-    """The rows of one task: JSONL, CSV or TSV files, beside the recipe, or a hub id.
+    """The rows of one task: JSONL, CSV or TSV files, or a hub id.
 
-    A row holds `messages`, which end with the assistant's; or `prompt` and `completion`; or `text` and `label`; or
-    `text` alone, which is learned whole. A completion that is an object or a list is learned as JSON. A hub id is
-    `owner/name`, `owner/name:config` or `owner/name:config@split`; the split is `train` unless given.
+    A row has one of four forms: `messages`, ending with an assistant message; `prompt` and `completion`; `text` and
+    `label`; or only `text`, all of which is learned. A completion that is an object or a list is learned as JSON. A hub
+    id is `owner/name`, `owner/name:config` or `owner/name:config@split`; the default split is `train`.
     """
 
     train: Data
-    """Training rows: a file, relative to the recipe, or a hub id such as owner/name:config@split."""
+    """Training rows: a file (path relative to the recipe) or a hub id such as owner/name:config@split."""
     validation: Data | None = None
-    """Validation rows, like `train`; without them some training rows are held out."""
+    """Validation rows, given like `train`. null: part of the training rows is held out."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the training rows held out for validation when `validation` is not given."""
+    """Share of the training rows that is held out for validation if `validation` is not given."""
     columns: Columns | None = None
-    """Which columns are the prompt and the completion; not needed for rows of messages, prompt and completion, text
-    and label, or text."""
+    """Names of the prompt and completion columns; not needed for rows in one of the four standard forms."""
     loss_on: Literal["completion", "all"] = "completion"
-    """Learn the completions only, or the whole text."""
+    """Which tokens count in the loss: those of the completions, or all."""
 
 
 class MethodSpec(RecipePart):
-    """A method's name and its options; written as the name alone, or as a mapping of `name` and the options."""
+    """A method and its options, written as the method's name or as a mapping of `name` and the options."""
 
     name: str = "lora"
-    """The method."""
+    """The method's name."""
     options: SerializeAsAny[methods.MethodOptions]
-    """The options of that method, complete with its defaults."""
+    """The options of the method, with all defaults filled in."""
 
     @model_validator(mode="before")
     @classmethod
@@ -181,7 +180,7 @@ class MethodSpec(RecipePart):
             return value
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, dict):
-            raise ValueError(f"{shown(value)} is not a method; write its name, or a mapping of name and options")
+            raise ValueError(f"{shown(value)} is not a method; write a name, or a mapping of name and options")
         name = given.get("name", cls.model_fields["name"].default)
         if name not in methods.names():
             raise ValueError(f"no method {name!r}; {suggestion(str(name), methods.names())}")
@@ -194,7 +193,7 @@ class MethodSpec(RecipePart):
 
     @property
     def is_auto(self) -> bool:
-        """Whether the modules to adapt are still to be chosen."""
+        """Whether the build chooses the target modules."""
         return isinstance(self.options, LoraOptions) and self.options.is_auto
 
     @classmethod
@@ -208,115 +207,116 @@ class AdapterSpec(RecipePart):
     data: DataSpec
     """The task's rows."""
     system: Text | None = None
-    """System prompt, put before each conversation that brings none, in training and on the device."""
+    """System prompt, added to each conversation that has none, in training and on the device."""
     labels: tuple[Text, ...] | None = None
-    """The answers to choose from; taken from the training rows when the metric is label and none are given."""
+    """The possible answers of a classification task. null: taken from the training rows if the metric is label."""
     metric: Metric = "auto"
-    """How answers are scored; auto looks at the rows."""
+    """How answers are scored. auto: chosen by the form of the rows."""
     method: MethodSpec = Field(default_factory=lambda: MethodSpec.model_validate("lora"))
-    """The tuning method: a name, or a mapping of name and options."""
+    """The tuning method: its name, or a mapping of `name` and options."""
     scale: float = 1.0
-    """Factor on the adapter when the caller names none."""
+    """Scale of the adapter if the caller gives none."""
     merged: bool = False
-    """Ship a whole model with the adapter merged in, as large as the base, instead of an adapter file."""
+    """Ship a full model with the adapter merged in, as large as the base, instead of an adapter file."""
     dtype: Literal["f16", "q8_0", "f32"] = "f16"
-    """Number format of the adapter's GGUF file; q8_0 where the rows allow it."""
+    """Number format of the adapter's GGUF file; q8_0 applies only to matrices whose rows fit its blocks."""
     onnx_dtype: Literal["f32", "f16"] = "f32"
-    """Number format of the adapter's .onnx_adapter file; f16 halves it, but onnxruntime-genai loads f32 alone."""
+    """Number format of the adapter's .onnx_adapter file. f16 halves the file, but onnxruntime-genai loads f32 only."""
     training: OwnTraining = TrainingSpec()
-    """Training options of this adapter alone, over those of the recipe."""
+    """Training options of this adapter; they override those of the recipe."""
 
     @field_validator("labels")
     @classmethod
     def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if labels is not None and len(labels) < 2:
-            raise ValueError("needs at least 2 labels; leave it out to take them from the training rows")
+            remedy = "add some, or remove labels to use those of the training rows"
+            raise ValueError(f"{shown(list(labels))} has fewer than 2 labels; {remedy}")
         twice = sorted({label for label in labels or () if (labels or ()).count(label) > 1})
         if twice:
-            raise ValueError(f"{', '.join(map(repr, twice))} is there twice; keep one")
+            raise ValueError(f"{', '.join(map(repr, twice))} appears twice; keep one")
         return labels
 
     @model_validator(mode="after")
     def _auto_stays_apart(self) -> AdapterSpec:
         if self.merged and self.method.is_auto:
-            raise ValueError("a merged adapter slows nothing down; name target_modules instead of auto")
+            raise ValueError("target_modules: auto does not work with merged: true; name the modules")
         return self
 
     def dtype_in(self, target: str) -> str:
-        """Number format of the adapter's file in a format."""
+        """Number format of the adapter's file for a target."""
         found: str = getattr(self, backends.format_of(target).dtype_key)
         return found
 
     def unfit_for_encoder(self) -> list[str]:
-        """What an adapter of an encoder cannot be, with the way out."""
+        """The settings that do not work for an encoder, each with the remedy."""
         problems = []
         if self.merged:
-            problems.append("a merged encoder is not made; leave merged out")
+            problems.append("merged: true does not work for an encoder; remove merged")
         if self.system is not None:
-            problems.append("an encoder takes no system prompt; leave system out")
+            problems.append("an encoder has no system prompt; remove system")
         if self.metric not in ("auto", "label"):
-            problems.append(f"an encoder's metric is label, not {self.metric}")
+            problems.append(f"metric {self.metric} does not work for an encoder; use label")
         if self.method.is_auto:
-            problems.append("target_modules: auto is for bases that write text; name the modules of an encoder")
+            problems.append("target_modules: auto does not work for an encoder; name the modules")
         return problems
 
 
 class TextSpec(RecipePart):
-    """Plain text: a .txt file, which is one text, or JSONL, CSV or TSV rows of `text` or a hub id, of which each row is
-    one."""
+    """Plain text: a .txt file (one text), or JSONL, CSV or TSV files or a hub id with a column `text` (one text per
+    row)."""
 
     train: Data
-    """The text to learn: a file, relative to the recipe, or a hub id."""
+    """Training text: a file (path relative to the recipe) or a hub id."""
     validation: Data | None = None
-    """Text for validation, like `train`; without it the last part of the training text is held out."""
+    """Validation text, given like `train`. null: the end of the training text is held out."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the training text, its end, held out when `validation` is not given."""
+    """Share of the training text that is held out if `validation` is not given."""
 
 
 class DomainSpec(RecipePart):
-    """Text that the base is continued on before the adapters are trained (docs/domain.md).
+    """Continued pretraining of the base before the adapters are trained (docs/domain.md).
 
-    The result, at the base's own quantization, is the base of everything after.
+    The result has the base's quantization and replaces the base in the rest of the build.
     """
 
     data: TextSpec
-    """The text of the domain."""
+    """The text to train on."""
     method: MethodSpec = Field(default_factory=lambda: MethodSpec.model_validate("full"))
-    """How the base is tuned: a method that can be merged, such as full (the default), last_layers or lora."""
+    """The tuning method; it must be one that can be merged, such as full, last_layers or lora."""
     window: int | None = Field(default=None, ge=16)
-    """Tokens that a longer text is cut into; null takes `context_length`."""
+    """Longer texts are cut into windows of this many tokens. null: `context_length`."""
     training: OwnTraining = TrainingSpec()
-    """Training options of this stage alone, over those of the recipe; a row is a window."""
+    """Training options of this stage; they override those of the recipe. A row is a window."""
 
     @field_validator("method")
     @classmethod
     def _can_be_merged(cls, method: MethodSpec) -> MethodSpec:
         shapes = methods.load(method.name).shapes(method.options)
         if "merged" not in shapes:
-            what = f"what {method.name} trains ({', '.join(shapes)}) cannot be merged into the base"
-            raise ValueError(f"{what}; take full, last_layers or lora")
+            raise ValueError(f"{method.name} cannot be merged into the base; use full, last_layers or lora")
         if method.is_auto:
-            raise ValueError("what is merged slows nothing down; name target_modules instead of auto")
+            raise ValueError("target_modules: auto does not work here, because the result is merged; name the modules")
         return method
 
 
 class OnnxSpec(RecipePart):
-    """How an ONNX graph holds the base's weights, which are those of the GGUF base."""
+    """How the ONNX graph stores the weights of the GGUF base."""
 
     weights: Literal["auto", "fp32", "int8", "int4"] = "auto"
-    """auto keeps q4_0 and q8_0 blocks as they are, requantizes other types to 8 bits and keeps floats; int8 rounds
-    floats too; fp32 dequantizes all; int4 requantizes all to 4 bits by `method`."""
+    """auto: keep q4_0 and q8_0 blocks and floats as they are, requantize other types to 8 bits. int8: as auto, but
+    quantize floats to 8 bits too. fp32: dequantize everything. int4: requantize everything to 4 bits by `method`."""
     method: Literal["rtn", "k_quant", "gptq"] = "rtn"
-    """How int4 rounds: to nearest, or by one of ONNX Runtime's other methods; gptq takes rows of the tasks."""
+    """Quantization algorithm for int4, as named by ONNX Runtime; rtn rounds to nearest, and gptq uses rows of the tasks
+    for calibration."""
 
 
 def _method_schemas() -> list[dict[str, Any]]:
-    """The schema of each method's mapping form, with the options' other names."""
+    """The schema of each method's mapping form, including the aliases of its options."""
     schemas = []
     for name in methods.names():
         options = methods.load(name).options
         schema = options.model_json_schema(by_alias=False)
-        properties = {"name": {"const": name, "description": "The method."}, **schema["properties"]}
+        properties = {"name": {"const": name, "description": "The method's name."}, **schema["properties"]}
         for key in options.model_fields:
             properties |= dict.fromkeys(other_names(key, options), properties[key])
         required = [] if name == MethodSpec.model_fields["name"].default else ["name"]

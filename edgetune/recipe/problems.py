@@ -1,4 +1,4 @@
-"""Recipe text in, plain values with lines out; pydantic's errors in, one line of plain English for each problem out."""
+"""Read a recipe's YAML with line numbers, and turn pydantic's errors into one plain line per problem."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 Loc = tuple[str | int, ...]
-"""Where a value is in a document: keys and list indexes."""
+"""Path of a value in a document: keys and list indexes."""
 Plain = Any
-"""What YAML holds: a dict, a list, text, a number, true or false, or null."""
+"""A YAML value: dict, list, str, int, float, bool or None."""
 ModelAt = Callable[[Loc, dict[str, Any]], type[BaseModel] | None]
-"""Tells which model the mapping at a place of these values is checked against, if it has fixed keys."""
+"""Returns the model that validates the mapping at a path of these values; None if its keys are not fixed."""
 
 MAX_SHOWN = 60
 PLAIN = {
@@ -30,53 +30,53 @@ PLAIN = {
     "float_type": "{value} is not a number",
     "float_parsing": "{value} is not a number",
     "finite_number": "{value} is not a finite number",
-    "int_type": "{value} is not a whole number",
-    "int_parsing": "{value} is not a whole number",
-    "int_from_float": "{value} is not a whole number",
-    "bool_type": "{value} is neither true nor false",
-    "bool_parsing": "{value} is neither true nor false",
-    "string_type": "{value} is not text; put it in quotes if it should be",
+    "int_type": "{value} is not an integer",
+    "int_parsing": "{value} is not an integer",
+    "int_from_float": "{value} is not an integer",
+    "bool_type": "{value} is not a boolean; use true or false",
+    "bool_parsing": "{value} is not a boolean; use true or false",
+    "string_type": "{value} is not a string; put it in quotes",
     "string_too_short": "is empty",
     "literal_error": "{value} is not one of: {expected}",
-    "greater_than": "{value} is not greater than {gt:g}",
-    "greater_than_equal": "{value} is less than {ge:g}",
-    "less_than": "{value} is not less than {lt:g}",
-    "less_than_equal": "{value} is more than {le:g}",
+    "greater_than": "{value} must be greater than {gt:g}",
+    "greater_than_equal": "{value} must be at least {ge:g}",
+    "less_than": "{value} must be less than {lt:g}",
+    "less_than_equal": "{value} must be at most {le:g}",
     "dict_type": "{value} is not a mapping of keys to values",
     "model_type": "{value} is not a mapping of keys to values",
     "model_attributes_type": "{value} is not a mapping of keys to values",
     "tuple_type": "{value} is not a list",
     "list_type": "{value} is not a list",
-    "too_short": "needs at least {min_length}",
+    "too_short": "has too few entries; give at least {min_length}",
 }
 
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML mapping as plain values; `lines` holds the line, from 1, of each key and list item by its path."""
+    """A YAML mapping as plain values; `lines` maps the path of each key and list item to its line, counted from 1."""
 
     path: Path
     values: dict[str, Any]
     lines: Mapping[Loc, int]
 
     def line(self, loc: Loc) -> int:
-        """The line of `loc`, or of the nearest part of it that the file has."""
+        """The line of `loc`, or of its nearest parent that is in the file."""
         while loc and loc not in self.lines:
             loc = loc[:-1]
         return self.lines.get(loc, 1)
 
 
 def read_document(path: Path) -> Document:
-    """Read a YAML file that holds one mapping.
+    """Read a YAML file that contains one mapping.
 
-    Raises NotFoundError when the file is missing and UsageError, with file and line, when it is not such a file.
+    Raises NotFoundError if the file is missing, and UsageError with file and line if it is something else.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise NotFoundError(f"no recipe {path}", "write one with `edgetune init`") from error
     except IsADirectoryError as error:
-        raise UsageError(f"{path} is a folder", "name the recipe file in it") from error
+        raise UsageError(f"{path} is a folder", "give the recipe file in it") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text at byte {error.start}", "save it as UTF-8") from error
     try:
@@ -84,17 +84,17 @@ def read_document(path: Path) -> Document:
     except YAMLError as error:
         raise UsageError(f"{path}:{_yaml_problem(error)}") from error
     except RecursionError as error:
-        raise UsageError(f"{path} is nested too deep", "see `edgetune init`") from error
+        raise UsageError(f"{path} is nested too deeply", "see the template of `edgetune init`") from error
     if not isinstance(root, dict):
         what = "is empty" if root is None else "is not a mapping of keys to values"
-        raise UsageError(f"{path}:1: the recipe {what}", "see `edgetune init`")
+        raise UsageError(f"{path}:1: the recipe {what}", "see the template of `edgetune init`")
     lines: dict[Loc, int] = {}
     values = _plain(root, (), lines)
     return Document(path, values, lines)
 
 
 def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) -> str | None:
-    """Set the dotted `key` in `values`, in place; text is read as YAML. Returns the problem when that cannot be."""
+    """Set the dotted `key` in `values`, in place; strings are parsed as YAML. Returns the problem if there is one."""
     *parents, last = key.split(".")
     node: Any = values
     for depth, part in enumerate(parents):
@@ -106,27 +106,27 @@ def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) 
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            return f"--set {key}: {'.'.join(parents[: depth + 1])} holds no keys in this recipe"
+            return f"--set {key}: {'.'.join(parents[: depth + 1])} is not a mapping in this recipe"
     for other in other_names(last, model_at(tuple(parents), values)):
         node.pop(other, None)
     try:
         node[last] = _plain(YAML().load(StringIO(value)), (), {}) if isinstance(value, str) else value
     except YAMLError:
-        return f"--set {key}: {value!r} is not a YAML value; put text with special characters in quotes"
+        return f"--set {key}: {value!r} is not valid YAML; put strings with special characters in quotes"
     return None
 
 
 def explain(
     error: ValidationError, values: dict[str, Any], document: Document, overrides: Iterable[str], model_at: ModelAt
 ) -> list[str]:
-    """One line for each place of `values` with a problem: those of the dotted `overrides`, then in the file's order."""
+    """One line per invalid value: first those set by the dotted `overrides`, then the others in the file's order."""
     found: dict[Loc, str] = {}
     for item in error.errors():
         loc = _existing(item["loc"], item["type"], values)
         field = _field_at(loc, values, model_at)
         if len(loc) < len(item["loc"]) and item["loc"][-1] != "[key]" and field is not None:
             meaning = " ".join(str(field.description).split()).rstrip(".")
-            found[loc] = f"{shown(value_at(loc, values))} does not fit; it is: {meaning}"
+            found[loc] = f"{shown(value_at(loc, values))} is not valid; expected: {meaning}"
         else:
             found.setdefault(loc, _in_english(item, model_at(loc[:-1], values), _keys_at(loc[:-1], values, model_at)))
     flags = {tuple(key.split(".")): f"--set {key}: " for key in overrides}
@@ -141,8 +141,8 @@ def explain(
 
 
 def _suggested_key(name: str, known: Sequence[str]) -> str:
-    """As `suggestion`, for a key that may belong to a deeper part: the near one is given with its path, and where there
-    is none, the keys of this part are listed."""
+    """Like `suggestion`, for a key that may belong to a nested section: a similar key is given with its path; if there
+    is none, the keys of this section are listed."""
     short = {key.rpartition(".")[2]: key for key in reversed(known)}
     near = nearest(name, short)
     direct = [key for key in known if "." not in key]
@@ -150,13 +150,13 @@ def _suggested_key(name: str, known: Sequence[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """`value` as an error shows it: one line, not long."""
+    """`value` for an error message: one line, shortened if long."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
 
 def value_at(loc: Loc, values: Plain) -> Plain:
-    """The value at `loc`; None where there is none."""
+    """The value at `loc`; None if there is none."""
     for part in loc:
         inside = part in values if isinstance(values, dict) else isinstance(values, list)
         values = values[part] if inside else None
@@ -164,7 +164,7 @@ def value_at(loc: Loc, values: Plain) -> Plain:
 
 
 def other_names(key: str, model: type[BaseModel] | None) -> list[str]:
-    """The other names of the option that `key` is a name of."""
+    """The other names (aliases) of the option called `key`."""
     for field in model.model_fields.values() if model is not None else ():
         if isinstance(field.validation_alias, AliasChoices) and key in field.validation_alias.choices:
             return [str(choice) for choice in field.validation_alias.choices if choice != key]
@@ -172,7 +172,7 @@ def other_names(key: str, model: type[BaseModel] | None) -> list[str]:
 
 
 def _plain(node: Plain, loc: Loc, lines: dict[Loc, int]) -> Plain:
-    """ruamel's values as Python's own; notes in `lines` where each key and item stands."""
+    """ruamel's values as plain Python ones; records the line of each key and item in `lines`."""
     if isinstance(node, TaggedScalar):
         return str(node.value)
     if isinstance(node, CommentedMap | CommentedSeq):
@@ -193,7 +193,7 @@ def _in_english(error: Mapping[str, Any], model: type[BaseModel] | None, known: 
     if kind == "extra_forbidden":
         key = str(error["loc"][-1])
         same = other_names(key, model)
-        return f"is another name of {same[0]!r}; keep one" if same else f"unknown key; {_suggested_key(key, known)}"
+        return f"is an alias of {same[0]!r}; keep one" if same else f"unknown key; {_suggested_key(key, known)}"
     if kind in PLAIN:
         text = PLAIN[kind].format(value=shown(error["input"]), **context)
         if kind == "literal_error":
@@ -207,7 +207,7 @@ def _in_english(error: Mapping[str, Any], model: type[BaseModel] | None, known: 
 
 
 def _existing(loc: Loc, kind: str, values: Plain) -> Loc:
-    """`loc` without the names of types that pydantic appends for the choices of a union."""
+    """`loc` without the type names that pydantic appends for the members of a union."""
     for depth, part in enumerate(loc):
         inside = part in values if isinstance(values, dict) else isinstance(values, list) and isinstance(part, int)
         if not inside:
@@ -237,5 +237,5 @@ def _yaml_problem(error: YAMLError) -> str:
     line = error.problem_mark.line + 1
     duplicate = re.match(r'found duplicate key "(.*?)"', str(error.problem))
     if duplicate:
-        return f"{line}: the key {duplicate[1]!r} is there twice; keep one"
+        return f"{line}: the key {duplicate[1]!r} appears twice; keep one"
     return f"{line}: not YAML: {error.problem}"

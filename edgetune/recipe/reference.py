@@ -1,4 +1,4 @@
-"""The recipe's models in, the text of docs/recipe.md out: every key with its default and meaning.
+"""Generate docs/recipe.md, which lists every key of a recipe with its values, default and meaning.
 
 `python -m edgetune.recipe.reference > docs/recipe.md` writes it.
 """
@@ -24,23 +24,24 @@ from .problems import other_names
 INTRODUCTION = """\
 # Recipe reference
 
-A recipe is a YAML file: one base, its tasks and a board. `edgetune init` writes a commented one to begin with, and
-`edgetune validate RECIPE` reports all problems of one with their lines. Any key can be set for one run with
-`--set KEY=VALUE`, where a key is its path with dots, such as `--set adapters.command.method.r=8`. Paths are relative to
-the recipe. `edgetune schema` prints the JSON schema, with which an editor completes and checks keys.
+A recipe is a YAML file that describes one base, its tasks and a board. `edgetune init` writes a commented recipe to
+start from, and `edgetune validate RECIPE` reports all problems of a recipe with their lines. `--set KEY=VALUE`
+overrides any key for one run; KEY is the key's path with dots, as in `--set adapters.command.method.r=8`. Paths are
+relative to the recipe. `edgetune schema` prints a JSON schema, which lets an editor complete and check keys.
 
-`edgetune validate` also says, without loading anything, what a build will need of this machine: memory for training
-and export, and room on the disk of `--out` (by default `build/NAME`), beside what is free; `needs` in `--json`. It ends
-with exit code 6 or 5, as a build does before any work, where the bundle cannot fit on the disk or the base's weights
-not in memory, and says what would fit; where it may become tight it warns. Where memory is short, training makes its
-forward passes smaller. What a base takes that must be downloaded first, the build alone can say. `--trial` trains ten
-steps of the first adapter and says how long all trainings take; a build says so after its own first ten steps.
+`edgetune validate` also reports, without loading the model, what a build will need and what is free on this machine:
+memory for training and export, and disk space at `--out` (by default `build/NAME`); in `--json` this is the key
+`needs`. `validate` ends with exit code 6 if the bundle does not fit on the disk and with 5 if the base's weights do not
+fit in memory, and says what would fit; a build makes the same checks before any work. If space is tight, it warns. If
+memory is short, training uses smaller forward passes. For a base that is not downloaded yet, only the build can tell.
+`--trial` trains ten steps of the first adapter and estimates the time of all trainings; a build reports the same
+estimate after its first ten steps.
 
-This page is made from the descriptions in `edgetune/recipe/` and `edgetune/methods/`.
+This page is generated from the descriptions in `edgetune/recipe/` and `edgetune/methods/`.
 """
 WORDS: dict[object, str] = {
-    str: "text",
-    int: "whole number",
+    str: "string",
+    int: "integer",
     float: "number",
     bool: "`true`, `false`",
     type(None): "`null`",
@@ -48,6 +49,7 @@ WORDS: dict[object, str] = {
     dict: "mapping of names to ",
     Annotated: "",
 }
+PLURALS = {"string": "strings", "integer": "integers", "number": "numbers"}
 
 
 def reference() -> str:
@@ -92,14 +94,14 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, TrainingSpec | OnnxSpec):
-        return "those below"
+        return "see below"
     if isinstance(value, MethodSpec):
         return f"`{value.name}`"
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
-def _values(annotation: Any) -> str:  # noqa: ANN401 - what an annotation is has no type
-    """An annotation in words."""
+def _values(annotation: Any) -> str:  # noqa: ANN401 - annotations have no common type
+    """A type annotation in words."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if annotation is Target:
         return ", ".join(f"`{name}`" for name in backends.names())
@@ -108,7 +110,8 @@ def _values(annotation: Any) -> str:  # noqa: ANN401 - what an annotation is has
     if origin in (Union, types.UnionType):
         return " or ".join(_values(part) for part in parts)
     if origin in WORDS:
-        return WORDS[origin] + _values(parts[1] if origin is dict else parts[0])
+        inner = _values(parts[1] if origin is dict else parts[0])
+        return WORDS[origin] + (inner if origin is Annotated else PLURALS.get(inner, inner))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "keys, see below"
     return WORDS[annotation]

@@ -1,8 +1,8 @@
-"""Sentences in, what a home assistant does and says out: three adapters on one base, a switch between each step.
+"""A home assistant with three adapters on one base, which switches adapters between the steps of an answer.
 
-`intent` says what a sentence is about, `command` turns an order into a service call, `reply` puts the outcome into the
-butler's words, and small talk goes to the plain base. The home here is a stub that says yes to every call. A real one
-replaces `call_home` and `look_up`; nothing else changes.
+`intent` classifies a sentence, `command` turns an order into a service call, `reply` puts the result into a butler's
+words, and small talk goes to the plain base. The home here is a stub that accepts every call. For a real home, replace
+`call_home` and `look_up`.
 """
 
 import argparse
@@ -29,12 +29,12 @@ MANNER = {"role": "system", "content": "You are a calm butler. Answer in one sho
 
 @dataclass(frozen=True)
 class Home:
-    """The steps that answer one sentence, on an open bundle."""
+    """The steps that answer one sentence, using an open bundle."""
 
     runtime: Runtime
 
     def answer(self, sentence: str) -> str:
-        """What the assistant says to a sentence; an order is carried out first."""
+        """The assistant's answer to a sentence; an order is carried out first."""
         intent, scores = self.runtime.classify(sentence, adapter="intent")
         print(f"  intent   {intent} ({scores[intent]:.0%})")
         if intent == "small_talk":
@@ -42,7 +42,7 @@ class Home:
         return self.reply(self.carry_out(sentence) if intent in ORDERS else look_up(intent))
 
     def carry_out(self, sentence: str) -> str:
-        """Have the home do what the sentence asks for; the outcome as an event for `reply`."""
+        """Carry out the order in a sentence and return the result as an event for `reply`."""
         answer = self.runtime.generate(sentence, adapter="command", max_tokens=60)
         show("command", answer)
         try:
@@ -58,7 +58,7 @@ class Home:
         return answer.text
 
     def small_talk(self, sentence: str) -> str:
-        """What the base says without any adapter."""
+        """The base's answer, without an adapter."""
         messages = [MANNER, {"role": "user", "content": sentence}]
         answer = self.runtime.generate(messages, max_tokens=40)
         show("(base)", answer)
@@ -66,19 +66,19 @@ class Home:
 
 
 def call_home(call: object) -> str:
-    """Where a real home would be called with {"service": ..., "area": ...}; says whether that worked."""
+    """A stub for the call {"service": ..., "area": ...} to a real home; returns whether it worked."""
     if isinstance(call, dict) and "service" in call:
         return f"done: {json.dumps(call)}"
     return "failed: not understood"
 
 
 def look_up(intent: str) -> str:
-    """Where a real home would be asked for the weather, the shopping list or its own state."""
+    """A stub for asking a real home for the weather, the shopping list or its state."""
     return FACTS[intent]
 
 
 def show(adapter: str, answer: Answer) -> None:
-    """One line: the adapter, what it wrote, and how long the switch and the first token took."""
+    """Print the adapter, its answer, the switch time and the time to first token, on one line."""
     timings = answer.timings
     print(f"  {adapter:8} {answer.text}  [switch {timings.switch_us:.0f} µs, first token {timings.ttft_ms:.0f} ms]")
 

@@ -1,4 +1,4 @@
-"""A bundle in, one prompt answered by the plain base and by each of its adapters out, with what each switch took."""
+"""Answer one prompt with the plain base and with each adapter of a bundle, and print the time of each switch."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ PROMPT = "turn off the lamp in the hall"
 
 
 def main() -> None:
-    """Open the bundle once for each format that it has, switch for each answer."""
+    """Open the bundle once per format, and switch for each answer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", help="the bundle's folder, such as build/smart-home")
     parser.add_argument("prompt", nargs="?", default=PROMPT)

@@ -1,1 +1,1 @@
-"""What methods share; no method of its own."""
+"""Code shared by several methods."""

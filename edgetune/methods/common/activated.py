@@ -1,6 +1,6 @@
-"""Rows with invocation tokens in, their loss under an activated LoRA out: the gate, token by token in packed rows.
+"""Training of an activated LoRA on packed rows: its objective, and the gate that selects the tokens it acts on.
 
-PEFT's own gate takes each row of a batch for one text. In a packed sequence it is put where the rows' own tokens are.
+PEFT's own gate assumes that each row of a batch is one text. This one selects tokens in a packed sequence.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Activated(PackedRows):
-    """Packed rows; `active` [1, n] is True for the tokens that the adapter acts on."""
+    """Packed rows; `active` [1, n] is True for the tokens on which the adapter acts."""
 
     active: torch.Tensor
 
 
 class ActivatedNextToken(NextToken):
-    """Each learned token that the adapter acts on is predicted from those before it."""
+    """Next-token prediction for the tokens on which the adapter acts."""
 
     def __init__(self, invocation: Sequence[int]) -> None:
         self.invocation = tuple(invocation)
 
     def learned(self, row: Example) -> int:
-        """The learned tokens that are predicted by a token that the adapter acts on."""
+        """Number of learned tokens that are predicted from a token on which the adapter acts."""
         return sum(self._behind(row).learned)
 
     def batch(self, rows: Sequence[Example]) -> Activated:
-        """The rows behind one another; they share nothing that the adapter acts on in one of them."""
+        """The rows packed one after another; they share no token on which the adapter acts in any of them."""
         starts = [start_of(row.tokens, self.invocation) for row in rows]
         shared = min(shared_length(rows), *starts)
         packed = pack([self._behind(row) for row in rows], shared)
@@ -48,21 +48,21 @@ class ActivatedNextToken(NextToken):
         return Activated(**{f.name: getattr(packed, f.name) for f in fields(packed)}, active=torch.tensor([active]))
 
     def loss(self, forward: Callable[..., Any], model: PeftModel, batch: PackedRows) -> torch.Tensor:
-        """Cross entropy, with logits only where there is loss."""
+        """Cross entropy; logits are computed only where there is loss."""
         assert isinstance(batch, Activated)
         model.packed_gate.active = batch.active
         return super().loss(forward, model, batch)
 
     def _behind(self, row: Example) -> Example:
-        """The row without what is learned before the adapter acts, which no training of it changes."""
+        """The row without the loss before the invocation, which training the adapter cannot change."""
         start = start_of(row.tokens, self.invocation)
         return replace(row, learned=tuple(on and i > start for i, on in enumerate(row.learned)))
 
 
 class PackedGate:
-    """Takes the place of PEFT's variant of a layer in training: `active` [1, n] says which tokens of the pass are.
+    """Replaces PEFT's aLoRA variant of a layer in training; `active` [1, n] is True for the tokens to act on.
 
-    PEFT hands them to its layers for the forward pass alone, where activation checkpointing runs layers again later.
+    PEFT passes these to its layers during the forward pass only, but activation checkpointing runs layers again later.
     """
 
     active: torch.Tensor
@@ -82,7 +82,7 @@ class PackedGate:
 
 
 def gate(model: PeftModel) -> None:
-    """Let the layers of `model` take the active tokens from its `packed_gate`."""
+    """Make the layers of `model` use the active tokens of its `packed_gate`."""
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415 - slow to import
 
     model.packed_gate = PackedGate()

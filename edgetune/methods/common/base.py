@@ -1,4 +1,4 @@
-"""What a method is: its options, the shapes it can take, how it changes a base to be trained, and how it is folded."""
+"""The interface of a method: its options, its shapes, how it changes a base for training, and how it is folded."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def rate_factor(default: float, note: str = "") -> Any:  # noqa: ANN401 - as pydantic types a field
-    """The field `learning_rate_factor` of a method's options."""
+    """The field `learning_rate_factor` with a method's default."""
     text = f"The method's learning rate as a multiple of training.learning_rate{note}."
     return Field(default=default, gt=0, description=text)
 
 
 class MethodOptions(BaseModel):
-    """Base of all options of methods: frozen, unknown keys refused, a field's name or its alias accepted."""
+    """Base class of all method options: frozen, no unknown keys, fields accepted by name or alias."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -40,7 +40,7 @@ O = TypeVar("O", bound=MethodOptions)  # noqa: E741 - the options of one method
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a training left in `folder`, and the base that it belongs to, in float32; `scale` is the adapter's."""
+    """A trained checkpoint in `folder` and its base, in float32; `scale` is the scale of the adapter."""
 
     name: str
     folder: Path
@@ -50,11 +50,12 @@ class Checkpoint:
 
 
 class Method(ABC, Generic[O]):
-    """One way of tuning. The class's docstring says in its first line what it does; the module cites the paper.
+    """A tuning method. The first line of a subclass's docstring says what it does and when to use it, and is printed by
+    `edgetune methods`. The module cites the paper.
 
-    `peft_type` is what PEFT calls it in the folders that it saves. `trains_base` says that training changes the base's
-    own weights, which are then float32 and of no use afterwards; `takes_scale` that a factor on what was trained means
-    something, and `takes_encoders` that it tunes encoders too.
+    `peft_type`: the type that PEFT writes into adapter_config.json. `trains_base`: training changes the base's own
+    weights, which are float32 then, so the base cannot be used again. `takes_scale`: the adapter can be scaled.
+    `takes_encoders`: the method can tune encoders.
     """
 
     options: ClassVar[type[MethodOptions]]
@@ -65,83 +66,83 @@ class Method(ABC, Generic[O]):
 
     @property
     def name(self) -> str:
-        """The method's name, which is that of its file."""
+        """The method's name, which is the name of its file."""
         return type(self).__module__.rpartition(".")[2]
 
     @abstractmethod
     def shapes(self, options: O) -> tuple[str, ...]:
-        """What it can be folded into, the best first."""
+        """The shapes it can be folded into, best first."""
 
     @abstractmethod
     def attach(self, base: PreTrainedModel, options: O, steps: int) -> torch.nn.Module:
-        """The base with the method's trainable parts, in place, for a training of so many steps; all else is frozen.
+        """Add the method's trainable parts to `base`, in place, for a training of `steps` steps, and freeze the rest.
 
-        It is called as a packed sequence asks for (see `objectives.NextToken.loss`). Raises UsageError when the options
-        do not fit the base, such as target modules that it lacks.
+        The result is called with packed sequences (see `objectives.NextToken.loss`). Raises UsageError if the options
+        do not fit the base, for example if it lacks target modules.
         """
 
     @abstractmethod
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """Write what was trained into `folder`."""
+        """Write the trained parameters into `folder`."""
 
     @abstractmethod
     def detach(self, model: torch.nn.Module) -> None:
-        """Give the base back as it was, unless the method trains the base itself."""
+        """Restore the base, unless the method trains the base itself."""
 
     @abstractmethod
     def loaded(self, checkpoint: Checkpoint) -> AbstractContextManager[torch.nn.Module]:
-        """What was trained as torch runs it, times its scale; `model(input_ids=…).logits` [1, tokens, vocabulary] are
-        those of the given tokens. The base is as it was afterwards."""
+        """A context with the trained model in torch, at its scale; `model(input_ids=…).logits` [1, tokens, vocabulary]
+        are the logits of the given tokens. The base is restored afterwards."""
 
     @abstractmethod
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """What was trained in the given one of its shapes. A scale goes into a merged model; else it stays outside."""
+        """The trained adapter in one of its shapes. The scale is applied to merged models only."""
 
     def prepared(self, options: O, tokenizer: Tokenizer, rows: Sequence[Example]) -> O:
-        """The options with what a training takes from texts or its rows, in tokens of the base, filled in.
+        """The options, completed with what depends on the tokenizer or the rows, such as initial tokens.
 
-        `rows` are those of training, then of validation. UsageError when the method cannot learn from them.
+        `rows` are the training rows, then the validation rows. Raises UsageError if the method cannot learn from them.
         """
         return options
 
     def wrote(self, config: Mapping[str, Any]) -> bool:
-        """Whether a folder with this adapter_config.json, which may be foreign, is to be loaded by the method."""
+        """Whether this method loads a folder with this adapter_config.json, which may come from elsewhere."""
         return config.get("peft_type") == self.peft_type and self.peft_type != ""
 
     def objective(self, options: O) -> Objective[Any]:
-        """What a training learns from its rows."""
+        """The objective of training."""
         from edgetune.objectives.next_token import NEXT_TOKEN  # noqa: PLC0415 - torch only when training
 
         return NEXT_TOKEN
 
     def prefix_tokens(self, options: O) -> int:
-        """Positions of the context that the adapter takes."""
+        """Number of context positions that the adapter uses."""
         return 0
 
     def shipped_rank(self, options: O) -> int:
-        """The highest rank of the product that it is folded into, to predict sizes by; 0 for other shapes."""
+        """The highest rank after folding, used to predict file sizes; 0 for shapes other than low_rank."""
         return 0
 
     def parameter_groups(self, model: torch.nn.Module, options: O, learning_rate: float) -> list[dict[str, Any]]:
-        """The optimizer's groups of trainable parameters with their learning rates."""
+        """The optimizer's parameter groups with their learning rates."""
         rate = learning_rate * options.learning_rate_factor
         return [{"params": [p for _, p in trainable(model)], "lr": rate}]
 
     def penalty(self, model: torch.nn.Module) -> torch.Tensor | float:
-        """What is added to a step's mean loss."""
+        """A term added to a step's mean loss."""
         return 0.0
 
     def after_step(self, model: torch.nn.Module, step: int) -> None:
-        """Called after the optimizer's `step` (from 0), while the gradients are still there."""
+        """Called after each optimizer `step` (from 0), before the gradients are cleared."""
 
     def state(self, model: torch.nn.Module) -> Mapping[str, Any]:
-        """What a killed training needs besides the trainable parameters to go on; tensors and plain values."""
+        """State that resuming needs besides the trainable parameters; tensors and plain values."""
         return {}
 
     def restore(self, model: torch.nn.Module, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave."""
+        """Restore what `state` returned."""
 
 
 def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Names and parameters that training changes."""
+    """The trainable parameters with their names."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""A base and bottlenecks in, the base with these hooked onto its blocks out: the torch side of bottleneck adapters."""
+"""Bottleneck adapters in torch, attached to a base's blocks by forward hooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class BottleneckModule(nn.Module):
-    """One bottleneck: scaling · (up·act(down·x + down_bias) + up_bias), float32. A new one gives 0."""
+    """One bottleneck: scaling · (up·act(down·x + down_bias) + up_bias), in float32. A new one returns 0."""
 
     def __init__(
         self, width: int, size: int, activation: Activation, reads: Literal["output", "input"], scaling: float = 1.0
@@ -35,7 +35,7 @@ class BottleneckModule(nn.Module):
 
     @classmethod
     def of(cls, folded: Bottleneck, scale: float) -> BottleneckModule:
-        """The bottleneck times `scale`."""
+        """The module of a folded bottleneck, scaled by `scale`."""
         part = cls(folded.down.shape[1], folded.down.shape[0], folded.activation, folded.reads, scale)
         values = (folded.down, folded.down_bias, folded.up, folded.up_bias)
         with torch.no_grad():
@@ -44,7 +44,7 @@ class BottleneckModule(nn.Module):
         return part
 
     def folded(self) -> Bottleneck:
-        """The values now, with the scaling in `up` and `up_bias`."""
+        """The current values; `up` and `up_bias` include the scaling."""
         down, down_bias, up, up_bias = (parameter.detach().float().cpu() for parameter in self._values())
         return Bottleneck(
             down.numpy(),
@@ -56,7 +56,7 @@ class BottleneckModule(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What is added to the block's output."""
+        """The term that is added to the block's output."""
         added: torch.Tensor = self.up(_ACTIVATIONS[self.activation](self.down(x))) * self.scaling
         return added
 
@@ -65,7 +65,7 @@ class BottleneckModule(nn.Module):
 
 
 class Bottlenecked(nn.Module):
-    """The base with a part at each of the named blocks, until `detach`; the base's own parameters are frozen."""
+    """The base with a bottleneck at each of the given blocks, until `detach`; the base's own parameters are frozen."""
 
     def __init__(self, base: PreTrainedModel, parts: Mapping[str, BottleneckModule], options: MethodOptions) -> None:
         super().__init__()
@@ -74,24 +74,24 @@ class Bottlenecked(nn.Module):
         self.parts = nn.ModuleList(parts.values()).to(base.device)
         self._hooks = [base.get_submodule(block).register_forward_hook(_adding(part)) for block, part in parts.items()]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the base takes and gives
-        """The base's forward pass, with the parts."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as in the base
+        """The base's forward pass with the bottlenecks."""
         return self.base(*args, **kwargs)
 
     def folded(self) -> dict[str, Bottleneck]:
-        """Each part's values now, by the name of its block."""
+        """The current values of each bottleneck, by block name."""
         return {
             block: cast(BottleneckModule, part).folded() for block, part in zip(self.blocks, self.parts, strict=True)
         }
 
     def detach(self) -> None:
-        """Take the parts off the base."""
+        """Remove the bottlenecks from the base."""
         for hook in self._hooks:
             hook.remove()
 
 
 def _adding(part: BottleneckModule) -> Callable[..., Any]:
-    """A forward hook that adds what `part` makes of a block's input or output; attention gives a tuple."""
+    """A forward hook that adds `part` of a block's input or output to the output; attention returns a tuple."""
 
     def hook(_block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:  # noqa: ANN401 - as above
         first = output[0] if isinstance(output, tuple) else output

@@ -1,4 +1,4 @@
-"""Methods whose change of the weights is no product of low rank: merged, or cut to one where the recipe allows it."""
+"""Methods whose weight update has full rank: merged, or truncated to a low rank if the recipe allows it."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ GUESSED_RANK = 64
 
 
 class DenseOptions(TargetOptions):
-    """Options of methods that no product of low rank expresses."""
+    """Options of methods whose weight update has full rank."""
 
     max_error: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="Ship an adapter of low rank that leaves out at most this share of what was trained (0.1: 10 % of "
-        "the change's norm); null ships a whole model.",
+        description="Ship a low-rank adapter whose truncation error is at most this share of the update's norm (0.1: "
+        "10 %). null: ship a full model.",
     )
 
 
 class DenseMethod(PeftMethod[Any]):
-    """A method of PEFT's that can only be merged exactly."""
+    """A PEFT method that is exact only when merged."""
 
     def shapes(self, options: DenseOptions) -> tuple[str, ...]:
-        """A whole model, unless `max_error` allows a product of low rank."""
+        """A full model, unless `max_error` allows a low-rank adapter."""
         return ("merged",) if options.max_error is None else ("low_rank", "merged")
 
     def shipped_rank(self, options: DenseOptions) -> int:
-        """A guess, as only the trained change tells."""
+        """A guess, because the rank depends on the trained update."""
         return 0 if options.max_error is None else GUESSED_RANK
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """The merged weights, or the truncated change of each layer's."""
+        """The merged weights, or the truncated update of each layer."""
         with peft_model(checkpoint) as model:
             layers = dict(tuned_layers(model))
         if shape == "merged":

@@ -1,7 +1,7 @@
-"""A document and rows in, the loss of a model that is to answer as if it had read the document out.
+"""Distillation of a document into a cartridge: the loss between a teacher that sees the document and the student.
 
-The base with the document in its context is the teacher, the base behind a cartridge the student (Cartridges, Eyuboglu
-et al. 2025, arXiv:2506.06266): on the learned tokens of the rows, the loss is the divergence of their predictions.
+The teacher is the base with the document in its context, the student the base with the cartridge (Cartridges, Eyuboglu
+et al. 2025, arXiv:2506.06266). The loss is the KL divergence of their predictions on the learned tokens of the rows.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from edgetune.objectives.packing import ATTENTION, PackedRows, pack
 
 from .prompt_model import States, behind_states, states_of
 
-# The teacher's likeliest tokens are kept, and how likely all others are together: whole distributions fill the memory.
+# The teacher's top tokens are kept, and the total probability of the others: full distributions need too much memory.
 _TOP = 256
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the teacher says of a row's learned tokens: its likeliest `tokens` [learned, top], and the log-probabilities
-    of each and of all others together `[learned, top + 1]`."""
+    """The teacher's predictions for a row's learned tokens: its top `tokens` [learned, top], and the log-probabilities
+    of each and of all others together [learned, top + 1]."""
 
     tokens: torch.Tensor
     log_probabilities: torch.Tensor
@@ -52,8 +52,8 @@ class Distilled:
 
 
 class Distill:
-    """Predict as the base does with `document`, in tokens, before each row; what does not fit in its context is left
-    out at the end. The teacher reads each row once."""
+    """Learn to predict as the base does with the tokens `document` before each row; the end of the document is cut if
+    it does not fit in the context. The teacher runs once per row."""
 
     attention: str | None = ATTENTION
 
@@ -63,18 +63,18 @@ class Distill:
         self._lessons: dict[Example, Lesson] = {}
 
     def extend(self, model: Any) -> None:  # noqa: ANN401 - as the method attached it
-        """Nothing is trained besides the method's weights."""
+        """Adds nothing: only the method's weights are trained."""
 
     def learned(self, row: Example) -> int:
-        """The learned tokens."""
+        """Number of learned tokens."""
         return sum(row.learned)
 
     def batch(self, rows: Sequence[Example]) -> Distilled:
-        """The rows behind one another."""
+        """The rows packed one after another."""
         return Distilled(pack(rows), tuple(rows))
 
     def loss(self, forward: Callable[..., Any], model: Any, batch: Distilled) -> torch.Tensor:  # noqa: ANN401 - as above
-        """Kullback-Leibler divergence from the teacher, summed, over its likeliest tokens and all others together."""
+        """Sum of the KL divergences from the teacher, over its top tokens and all others together."""
         lessons = [self._lesson(model.peft.get_base_model(), row) for row in batch.rows]
         device = batch.targets.device
         tokens = torch.cat([lesson.tokens for lesson in lessons]).to(device)
@@ -87,7 +87,7 @@ class Distill:
         return summed_loss(partial(packed_logits, forward, batch.packed), model, loss_of)
 
     def save(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - as above
-        """There is nothing else to write."""
+        """Writes nothing: the method saves all weights."""
 
     @torch.no_grad()
     def _lesson(self, base: Any, row: Example) -> Lesson:  # noqa: ANN401 - transformers' model
@@ -105,12 +105,12 @@ class Distill:
 
 
 def _read(base: Any, document: Sequence[int]) -> States:  # noqa: ANN401 - as above
-    """The base's states of the document."""
+    """The base's keys and values of the document."""
     packed = pack([Example(tuple(document), (False,) * len(document), len(document))]).to(base.device)
     return states_of(base, input_ids=packed.tokens, position_ids=packed.positions, packed=packed)
 
 
 def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Of each of the tokens, and of all others together, [rows, tokens + 1] of logits [rows, vocabulary]."""
+    """Log-probabilities of the tokens and of all others together [rows, tokens + 1], from logits [rows, vocabulary]."""
     others = logits.scatter(1, tokens.long(), float("-inf")).logsumexp(1, keepdim=True)
     return torch.cat([logits.gather(1, tokens.long()), others], 1) - logits.logsumexp(1, keepdim=True)

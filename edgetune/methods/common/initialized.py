@@ -1,7 +1,7 @@
-"""LoRA that starts from the base's own weights, which the start changes: PiSSA, OLoRA.
+"""LoRA initialized from the base's weights, which changes the base: PiSSA, OLoRA.
 
-What was trained is saved as the difference from the start, a LoRA of twice the rank on the unchanged base, as PEFT's
-own conversion does it.
+The trained adapter is saved as the difference from its initialization: a LoRA of twice the rank on the original base,
+made by PEFT's own conversion.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 
 class InitializedOptions(TargetOptions):
-    """Options of a LoRA that starts from the base's weights; in the bundle it has twice the rank."""
+    """Options of a LoRA that is initialized from the base's weights. In the bundle it has twice the rank."""
 
-    r: PositiveInt = Field(8, validation_alias=AliasChoices("r", "rank"), description="Rank of the update in training.")
+    r: PositiveInt = Field(8, validation_alias=AliasChoices("r", "rank"), description="Rank in training.")
     lora_alpha: float = Field(
-        8, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update counts alpha / r."
+        8, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update is scaled by alpha / r."
     )
     lora_dropout: Dropout = 0.0
     learning_rate_factor: float = rate_factor(0.2)
 
 
 class Initialized(LoraCheckpoint[InitializedOptions]):
-    """LoRA whose start, called `start` by PEFT's init_lora_weights, is taken from the base's weights."""
+    """LoRA that is initialized from the base's weights; `start` is the value of PEFT's init_lora_weights."""
 
     options = InitializedOptions
     trains_base = True
@@ -42,16 +42,16 @@ class Initialized(LoraCheckpoint[InitializedOptions]):
     start: str
 
     def shipped_rank(self, options: InitializedOptions) -> int:
-        """That of the update and of its start."""
+        """The rank of the trained update plus that of its initialization."""
         return 2 * options.r
 
     def attach(self, base: PreTrainedModel, options: InitializedOptions, steps: int) -> PeftModel:
-        """Add LoRA modules to `base` and take their start off its weights; the start is kept beside the model."""
+        """Add LoRA modules to `base` and subtract their initial product from its weights; `model.start` keeps it."""
         check_targets(base, options.target_modules)
         model = super().attach(base, options, steps)
         model.start = TemporaryDirectory(prefix="edgetune-")
         config = model.peft_config["default"]
-        # Else PEFT would compute the start anew when it reads it.
+        # Otherwise PEFT would compute the initialization again when it loads it.
         config.init_lora_weights = True
         model.save_pretrained(model.start.name)
         config.init_lora_weights = self.start
@@ -62,11 +62,11 @@ class Initialized(LoraCheckpoint[InitializedOptions]):
         return lora_config(base, options, init_lora_weights=self.start)
 
     def save(self, model: PeftModel, folder: Path) -> None:
-        """Write a LoRA of twice the rank on the base as it was."""
+        """Write a LoRA of twice the rank for the original base."""
         start = model.start.name
         model.save_pretrained(str(folder), save_embedding_layers=False, path_initial_model_for_weight_conversion=start)
 
     def detach(self, model: PeftModel) -> None:
-        """Take PEFT's layers off; the base has lost its start."""
+        """Remove PEFT's layers; the base still lacks the initial product."""
         super().detach(model)
         model.start.cleanup()

@@ -1,4 +1,4 @@
-"""What the methods share whose folder holds a plain LoRA, whatever it was trained as."""
+"""Base class of the methods whose checkpoint is a plain LoRA."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .peft import PeftMethod, module_weight
 
 
 class LoraCheckpoint(PeftMethod[O]):
-    """A method whose folder holds a plain LoRA."""
+    """A method whose checkpoint is a plain LoRA."""
 
     takes_scale = True
     takes_encoders = True
 
     def shapes(self, options: O) -> tuple[str, ...]:
-        """A product of low rank, exactly."""
+        """Low-rank, which is exact, or merged."""
         return ("low_rank", "merged")
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """Read from the folder, which may come from anywhere; see `fold_peft` for what is refused."""
+        """Read the folder, which may come from elsewhere; see `fold_peft` for what is refused."""
         adapter = fold_peft(checkpoint.folder, checkpoint.name, self.name)
         if shape == "low_rank":
             return adapter

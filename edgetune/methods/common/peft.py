@@ -1,4 +1,4 @@
-"""What methods trained through PEFT share: attach, save, load, and the layers that were trained."""
+"""Base classes and helpers of the methods that train through PEFT: attach, save, load, merge."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ _ADAPTER = "default"
 
 Dropout = Annotated[
     float,
-    Field(ge=0, lt=1, validation_alias=AliasChoices("lora_dropout", "dropout"), description="Share of inputs dropped."),
+    Field(
+        ge=0,
+        lt=1,
+        validation_alias=AliasChoices("lora_dropout", "dropout"),
+        description="Dropout rate of the adapter's inputs.",
+    ),
 ]
 """The option `lora_dropout`."""
 
@@ -39,16 +44,16 @@ class TargetOptions(MethodOptions):
     """Options of methods that change linear modules."""
 
     target_modules: str | tuple[str, ...] = Field(
-        ALL_LINEAR, description="Modules to adapt: all-linear, or names such as [q_proj, v_proj]."
+        ALL_LINEAR, description="Modules to adapt: all-linear, or a list of names such as [q_proj, v_proj]."
     )
 
 
 class PeftMethod(Method[O]):
-    """A method of PEFT's: `config` says which."""
+    """A PEFT method; `config` selects which."""
 
     @abstractmethod
     def config(self, base: PreTrainedModel, options: O, steps: int) -> PeftConfig:
-        """PEFT's configuration of a training of so many steps."""
+        """PEFT's configuration for a training of `steps` steps."""
 
     def attach(self, base: PreTrainedModel, options: O, steps: int) -> PeftModel:
         """Add PEFT's trainable parts in float32 to `base`."""
@@ -63,32 +68,32 @@ class PeftMethod(Method[O]):
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def detach(self, model: PeftModel) -> None:
-        """Take PEFT's layers off the base."""
+        """Remove PEFT's layers from the base."""
         model.unload()
 
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[torch.nn.Module]:
-        """PEFT's own model of the folder, on the base."""
+        """PEFT's model of the checkpoint on the base."""
         with peft_model(checkpoint) as model:
             yield model
 
 
 class WeightMethod(PeftMethod[O]):
-    """A method of PEFT's that changes the weights of linear modules, and can be merged into them."""
+    """A PEFT method that changes the weights of linear modules and can be merged into them."""
 
     takes_scale = True
     takes_encoders = True
 
     def shapes(self, options: O) -> tuple[str, ...]:
-        """A product where `factors` gives one."""
+        """Low-rank by `factors`, or merged."""
         return ("low_rank", "merged")
 
     @abstractmethod
     def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
-        """The change of one layer's weights as a product, exactly."""
+        """The update of one layer's weights as an exact low-rank product."""
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """The product of each layer, or the merged weights."""
+        """The low-rank product of each layer, or the merged weights."""
         with peft_model(checkpoint) as model:
             layers = dict(tuned_layers(model))
             if shape == "merged":
@@ -102,7 +107,7 @@ class WeightMethod(PeftMethod[O]):
 
 @contextmanager
 def peft_model(checkpoint: Checkpoint) -> Iterator[PeftModel]:
-    """The checkpoint, times its scale, on the base, which is given back as it was."""
+    """PEFT's model of the checkpoint at its scale; the base is restored afterwards."""
     model = load_peft(checkpoint)
     if checkpoint.scale != 1.0:
         for _, layer in tuned_layers(model):
@@ -114,7 +119,7 @@ def peft_model(checkpoint: Checkpoint) -> Iterator[PeftModel]:
 
 
 def load_peft(checkpoint: Checkpoint) -> PeftModel:
-    """PEFT's model of the checkpoint on the base, to be evaluated; IncompatibleError when PEFT cannot load it."""
+    """PEFT's model of the checkpoint on the base, in eval mode. Raises IncompatibleError if PEFT cannot load it."""
     from peft import PeftModel  # noqa: PLC0415 - slow to import
 
     try:
@@ -126,17 +131,17 @@ def load_peft(checkpoint: Checkpoint) -> PeftModel:
 
 
 def scale_layer(layer: Any, scale: float) -> None:  # noqa: ANN401 - as above
-    """Let what a layer learned count `scale` times."""
+    """Multiply a layer's update by `scale`."""
     if hasattr(layer, "scale_layer"):
         layer.scale_layer(scale)
     else:
-        # VeRA has no scale; the factor of each output takes it.
+        # VeRA layers have no scale_layer, so scale the factor of each output.
         for factors in layer.vera_lambda_b.values():
             factors.data.mul_(scale)
 
 
 def tuned_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    """The layers that PEFT changes, by their names in the base."""
+    """The layers that PEFT changes, with their names in the base."""
     from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - slow to import
 
     for name, module in model.named_modules():
@@ -145,12 +150,12 @@ def tuned_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
 
 
 def merged_weights(layers: dict[str, Any]) -> dict[str, Callable[[], Floats]]:
-    """The whole weights of each layer, computed when they are called for; the layers may be taken off their base."""
+    """The merged weights of each layer, computed on demand, even after the layers were removed from the base."""
     return {f"{name}.weight": partial(merged_weight, layer) for name, layer in layers.items()}
 
 
 def merged_weight(layer: Any) -> Floats:  # noqa: ANN401 - as above
-    """A layer's weights [rows, columns] with what it learned merged in; the layer stays as it is."""
+    """A layer's weights [rows, columns] with its update merged in; the layer itself is not changed."""
     copy = deepcopy(layer)
     with no_grad():
         copy.merge()
@@ -158,33 +163,33 @@ def merged_weight(layer: Any) -> Floats:  # noqa: ANN401 - as above
 
 
 def module_weight(base: PreTrainedModel, module: str) -> Floats:
-    """The weights [rows, columns] of a linear module of the base; IncompatibleError when it has none of that name."""
+    """The weights [rows, columns] of a linear module of the base. Raises IncompatibleError if there is none."""
     try:
         return array(base.get_submodule(module).weight)
     except AttributeError as error:
         message = f"the base has no linear module {module}"
-        raise IncompatibleError(message, "give the base that the adapter was trained on") from error
+        raise IncompatibleError(message, "use the base that the adapter was trained on") from error
 
 
 def base_weight(layer: Any) -> Floats:  # noqa: ANN401 - as above
-    """A layer's weights [rows, columns] without what it learned."""
+    """A layer's weights [rows, columns] without its update."""
     return array(layer.get_base_layer().weight)
 
 
 def array(tensor: torch.Tensor) -> Floats:
-    """A tensor's values."""
+    """A tensor as a float32 array."""
     return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
 
 
 def no_grad() -> Any:  # noqa: ANN401 - a context of torch's
-    """A context in which torch keeps no gradients."""
+    """torch.no_grad(), with torch imported on demand."""
     import torch  # noqa: PLC0415 - torch only when training or exporting
 
     return torch.no_grad()
 
 
 def peft_targets(target_modules: str | tuple[str, ...]) -> str | list[str]:
-    """Target modules as PEFT takes them: any other string would be a regular expression of the whole name."""
+    """Target modules for PEFT, which would read any string but all-linear as a regular expression."""
     return ALL_LINEAR if target_modules == ALL_LINEAR else list(as_names(target_modules))
 
 
@@ -194,7 +199,7 @@ def as_names(target_modules: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def lora_config(base: PreTrainedModel, options: Any, **more: Any) -> LoraConfig:  # noqa: ANN401 - PEFT's own arguments
-    """PEFT's configuration of a LoRA from the options that all its kin have, and `more` of its arguments."""
+    """PEFT's LoraConfig from the options that all LoRA variants share, with `more` arguments."""
     from peft import LoraConfig  # noqa: PLC0415 - torch only when training
 
     return LoraConfig(
@@ -208,12 +213,12 @@ def lora_config(base: PreTrainedModel, options: Any, **more: Any) -> LoraConfig:
 
 
 def task_type(base: PreTrainedModel) -> str | None:
-    """PEFT's class for causal models asks them for what only these have."""
+    """CAUSAL_LM for a decoder; None for an encoder, which lacks methods that PEFT calls for CAUSAL_LM."""
     return "CAUSAL_LM" if base.can_generate() else None
 
 
 def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) -> set[str]:
-    """The names of the linear modules that `target_modules` means; UsageError names those that the base lacks."""
+    """The names of the linear modules selected by `target_modules`. Raises UsageError for one that the base lacks."""
     linear = {name for name, module in base.named_modules() if type(module).__name__ == "Linear"}
     if target_modules == ALL_LINEAR:
         return linear
@@ -224,14 +229,14 @@ def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) 
         if not matched:
             near = nearest(target, known)
             hint = f"did you mean {near!r}? " if near else ""
-            remedy = f"{hint}target_modules: all-linear, or any of {', '.join(known)}"
+            remedy = f"{hint}set target_modules to all-linear, or to some of {', '.join(known)}"
             raise UsageError(f"the base has no module {target!r}", remedy)
         adapted |= matched
     return adapted
 
 
 def matches(pattern: str, name: str) -> bool:
-    """As PEFT's get_pattern_key matches; False for what is no regular expression."""
+    """Whether `pattern` matches `name` as in PEFT's get_pattern_key; False for an invalid regular expression."""
     try:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error:

@@ -1,4 +1,4 @@
-"""What methods that learn a prefix or a prompt share: through PEFT, trained on packed rows, folded to a prefix."""
+"""Base classes of the methods that train virtual tokens through PEFT: trained on packed rows, folded to a prefix."""
 
 from __future__ import annotations
 
@@ -29,17 +29,19 @@ if TYPE_CHECKING:
 
 
 class PromptOptions(MethodOptions):
-    """Options of all methods that learn a prefix or a prompt, by PEFT's names."""
+    """Options of all methods that train virtual tokens, named as in PEFT."""
 
-    num_virtual_tokens: PositiveInt = Field(20, description="Positions of the context that the adapter takes.")
+    num_virtual_tokens: PositiveInt = Field(20, description="Number of virtual tokens, which use up context.")
 
 
 class BeginOptions(PromptOptions):
-    """Options of those that begin as a text."""
+    """Options of the methods that are initialized from a text."""
 
-    init_text: str | None = Field(None, description="The text to begin as; without one, the first training rows.")
+    init_text: str | None = Field(
+        None, description="Text that initializes the virtual tokens. null: the first training rows."
+    )
     init_tokens: tuple[NonNegativeInt, ...] = Field(
-        (), description="Token ids to begin as, repeated as far as needed; a build makes them of the text."
+        (), description="Token ids that initialize the virtual tokens, repeated as needed. Empty: those of the text."
     )
 
 
@@ -47,14 +49,14 @@ P = TypeVar("P", bound=PromptOptions)
 
 
 class PromptMethod(Method[P]):
-    """A method that puts trained positions in front of every sequence; the base's weights stay as they are."""
+    """A method that puts trained virtual tokens before every sequence; the base's weights do not change."""
 
     def shapes(self, options: P) -> tuple[str, ...]:
-        """A prefix, exactly."""
+        """A prefix, which is exact."""
         return ("prefix",)
 
     def prefix_tokens(self, options: P) -> int:
-        """The virtual tokens."""
+        """The number of virtual tokens."""
         return options.num_virtual_tokens
 
     @abstractmethod
@@ -63,14 +65,14 @@ class PromptMethod(Method[P]):
 
     @abstractmethod
     def behind(self, peft: PeftModel) -> PrefixedModel:
-        """The base behind the trained positions, as packed rows ask for."""
+        """The base with the virtual tokens, for packed rows."""
 
     @abstractmethod
     def states(self, base: PreTrainedModel, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [layers, key/value heads, tokens, head size] of what PEFT saved [tokens, width]."""
+        """Keys and values [layers, key/value heads, tokens, head size] from what PEFT saved [tokens, width]."""
 
     def prepared(self, options: P, tokenizer: Tokenizer, rows: Sequence[Example]) -> P:
-        """With the tokens to begin as."""
+        """The options with the tokens for the initialization."""
         if not isinstance(options, BeginOptions) or options.init_tokens:
             return options
         of_rows = chain.from_iterable(row.tokens for row in rows)
@@ -78,37 +80,37 @@ class PromptMethod(Method[P]):
         return options.model_copy(update={"init_tokens": tuple(islice(tokens, options.num_virtual_tokens))})
 
     def begin(self, peft: PeftModel, options: P) -> None:
-        """Set the first values of what is trained, where PEFT's own are not wanted."""
+        """Set initial values other than PEFT's."""
 
     def attach(self, base: PreTrainedModel, options: P, steps: int) -> PrefixedModel:
-        """The base behind trainable positions, in float32; UsageError when it has no room for them."""
+        """The base with trainable virtual tokens in float32. Raises UsageError if they do not fit in its context."""
         from peft import get_peft_model  # noqa: PLC0415 - torch only when training
 
         room = base.config.max_position_embeddings
         if options.num_virtual_tokens >= room:
-            message = f"num_virtual_tokens {options.num_virtual_tokens} fills the base's {room} positions"
+            message = f"num_virtual_tokens is {options.num_virtual_tokens}, but the base has {room} positions"
             raise UsageError(message, f"give fewer than {room}")
         peft = get_peft_model(base, self.config(base, options))
         self.begin(peft, options)
         return self.behind(peft)
 
     def save(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - PEFT carries no types
-        """Write PEFT's folder; of an encoder that makes the positions, it holds what comes out."""
+        """Write PEFT's folder; if a network generates the virtual tokens, only its output is saved."""
         model.eval()
         model.peft.save_pretrained(str(folder), save_embedding_layers=False)
 
     def detach(self, model: torch.nn.Module) -> None:
-        """PEFT puts these around the base and changes nothing in it, so there is nothing to take off."""
+        """Does nothing, because PEFT wraps the base and does not change it."""
 
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[torch.nn.Module]:
-        """PEFT's own model of the folder, on the base."""
+        """PEFT's model of the checkpoint on the base."""
         from .prompt_model import GivenTokensModel  # noqa: PLC0415 - torch only when exporting
 
         yield GivenTokensModel(_unscaled(checkpoint))
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
-        """The keys and values of the trained positions."""
+        """The keys and values of the virtual tokens."""
         peft = _unscaled(checkpoint)
         with no_grad():
             keys, values = self.states(checkpoint.base, peft.prompt_encoder[peft.active_adapter].embedding.weight)
@@ -116,16 +118,16 @@ class PromptMethod(Method[P]):
 
 
 class CacheMethod(PromptMethod[P]):
-    """A method whose positions are keys and values of every layer."""
+    """A method that trains the keys and values of every layer."""
 
     def behind(self, peft: PeftModel) -> PrefixedModel:
-        """Behind a cache of them."""
+        """The base with these keys and values as its cache."""
         from .prompt_model import CachePrefixedModel  # noqa: PLC0415 - torch only when training
 
         return CachePrefixedModel(peft)
 
     def begin_as(self, peft: PeftModel, tokens: Sequence[int], length: int) -> None:
-        """Begin as the base's states of the tokens, which are repeated as far as needed; of none, as random ones."""
+        """Initialize from the base's KV cache of `tokens`, repeated as needed; of random tokens if empty."""
         from .prompt_model import join_states, random_tokens, repeated, states_of  # noqa: PLC0415 - torch only when training
 
         base = peft.get_base_model()
@@ -133,31 +135,31 @@ class CacheMethod(PromptMethod[P]):
         peft.prompt_encoder[peft.active_adapter].load_prompt_embeddings(join_states(states))
 
     def states(self, base: PreTrainedModel, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those that were trained."""
+        """The trained keys and values."""
         from .prompt_model import split_states  # noqa: PLC0415 - torch only when exporting
 
         return split_states(saved, base.config)
 
 
 class TokenMethod(PromptMethod[P]):
-    """A method whose positions are soft tokens: vectors where a token's embedding would be."""
+    """A method that trains the embeddings of the virtual tokens."""
 
     def behind(self, peft: PeftModel) -> PrefixedModel:
-        """Behind the soft tokens."""
+        """The base with these embeddings before the sequence."""
         from .prompt_model import TokenPrefixedModel  # noqa: PLC0415 - torch only when training
 
         return TokenPrefixedModel(peft)
 
     def states(self, base: PreTrainedModel, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those that the soft tokens produce in the base."""
+        """The keys and values that the base computes from the embeddings."""
         from .prompt_model import states_of  # noqa: PLC0415 - torch only when exporting
 
         return states_of(base, inputs_embeds=saved[None].to(base.dtype))
 
 
 def _unscaled(checkpoint: Checkpoint) -> PeftModel:
-    """PEFT's model of the checkpoint; IncompatibleError when that is to count more or less than once."""
+    """PEFT's model of the checkpoint. Raises IncompatibleError for a scale other than 1."""
     if checkpoint.scale != 1.0:
-        message = f"{checkpoint.name} has the scale {checkpoint.scale}, but a prefix is there or not"
-        raise IncompatibleError(message, "leave scale out")
+        message = f"{checkpoint.name} has scale {checkpoint.scale}, but a prefix cannot be scaled"
+        raise IncompatibleError(message, "remove scale")
     return load_peft(checkpoint)

@@ -1,9 +1,9 @@
-"""Frames in source/*.txt in, nine JSONL files out: train, validation and test rows of the three tasks.
+"""Generate the train, validation and test rows of the three tasks from the templates in source/*.txt.
 
-Run it again after an edit of the frames or of the words below: `python examples/smart-home/data/generate.py`. The same
-frames give the same files. What is measured is never trained: a frame with its values occurs in one split only, half of
-the validation and test rows come from frames that training never sees, and some pairs of service and area (HELD_BACK)
-are asked for outside training only.
+Run it again after you edit the templates or the words below: `python examples/smart-home/data/generate.py`. The same
+templates give the same files. Test data is kept out of training: a template with its values is in one split only, half
+of the validation and test rows come from templates that training never sees, and some pairs of service and area
+(HELD_BACK) are not in the training rows.
 """
 
 import json
@@ -90,7 +90,7 @@ def numbers(values: range, *forms: str) -> dict[int, tuple[str, ...]]:
 
 
 def plain(*words: str) -> dict[str, tuple[str, ...]]:
-    """Values that are said as they are written."""
+    """Values that are spoken as they are written."""
     return {word: (word,) for word in words}
 
 
@@ -127,8 +127,8 @@ SLOTS: dict[str, Mapping[int, tuple[str, ...]] | Mapping[str, tuple[str, ...]]] 
 
 
 @dataclass(frozen=True)
-class Frame:
-    """One line of a source file, under the words of its section: both sides of `=>`, the split that alone uses it."""
+class Template:
+    """One line of a source file: its section, both sides of `=>`, and the only split that may use it, if any."""
 
     section: tuple[str, ...]
     service: str
@@ -138,32 +138,32 @@ class Frame:
 
     @property
     def slots(self) -> list[str]:
-        """The slots of both sides, each once."""
+        """The slots of both sides, without duplicates."""
         return list(dict.fromkeys(re.findall(r"\{(\w+)\}", self.sentence + self.result)))
 
 
 @dataclass(frozen=True)
 class Filled:
-    """A frame with a value for each slot; spoken is how the sentence says it."""
+    """A template with a value for each slot; `spoken` has the values as the sentence says them."""
 
-    frame: Frame
+    template: Template
     values: dict[str, int | str]
     spoken: dict[str, str]
 
     @property
     def key(self) -> str:
-        """What must not occur in two splits, however it is said."""
-        return f"{self.frame.sentence} {self.values}"
+        """Identifies the template and its values, which must not be in two splits."""
+        return f"{self.template.sentence} {self.values}"
 
     @property
     def held_back(self) -> bool:
         """Whether training must not see this service in this area."""
-        return (self.frame.service, self.values.get("area")) in HELD_BACK
+        return (self.template.service, self.values.get("area")) in HELD_BACK
 
 
-def read_frames(task: str) -> list[Frame]:
-    """The frames of a source file, in its order."""
-    frames: list[Frame] = []
+def read_templates(task: str) -> list[Template]:
+    """The templates of a source file, in order."""
+    templates: list[Template] = []
     section: tuple[str, ...] = ()
     for line in (HERE / "source" / f"{task}.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
@@ -172,32 +172,32 @@ def read_frames(task: str) -> list[Frame]:
             only = {"v:": "validation", "t:": "test"}.get(line[:2])
             sentence, _, result = (line[2:] if only else line).strip().partition(" => ")
             named = re.search(r'"service": "([\w.]+)"', line)
-            frames.append(Frame(section, named[1] if named else section[0], only, sentence, result))
-    return frames
+            templates.append(Template(section, named[1] if named else section[0], only, sentence, result))
+    return templates
 
 
-def intent_frames() -> list[Frame]:
-    """The frames of the intent task, together with those of the services that its labels name."""
-    own = read_frames("intent")
-    label_of = {service: frame.section[0] for frame in own for service in frame.section[1:]}
-    borrowed = [frame for frame in read_frames("command") if frame.section[0] in label_of]
-    return own + [Frame((label_of[frame.service],), frame.service, frame.only, frame.sentence) for frame in borrowed]
+def intent_templates() -> list[Template]:
+    """The templates of the intent task, together with those of the services that its labels name."""
+    own = read_templates("intent")
+    label_of = {service: template.section[0] for template in own for service in template.section[1:]}
+    borrowed = [template for template in read_templates("command") if template.section[0] in label_of]
+    return own + [Template((label_of[t.service],), t.service, t.only, t.sentence) for t in borrowed]
 
 
-def fill(frame: Frame, rng: random.Random) -> Filled:
-    """Draw a value and its spoken form for each slot of the frame."""
+def fill(template: Template, rng: random.Random) -> Filled:
+    """Draw a value and its spoken form for each slot of the template."""
     values: dict[str, int | str] = {}
     spoken = {}
-    indoors = frame.service.split(".")[0] not in USED_OUTDOORS
-    for slot in frame.slots:
+    indoors = template.service.split(".")[0] not in USED_OUTDOORS
+    for slot in template.slots:
         choices = [(value, forms) for value, forms in SLOTS[slot].items() if not (indoors and value in OUTDOORS)]
         values[slot], forms = rng.choice(choices)
         spoken[slot] = rng.choice(forms)
-    return Filled(frame, values, spoken)
+    return Filled(template, values, spoken)
 
 
 def replace(text: str, words: Mapping[str, int | str], rng: random.Random) -> str:
-    """Put the words into the slots and choose one of each (one|two); one is on a terrace, not in it."""
+    """Fill the slots and choose one of each (one|two); "in the terrace" becomes "on the terrace"."""
     text = re.sub(r"\(([^()]*\|[^()]*)\)", lambda match: rng.choice(match[1].split("|")), text)
     text = re.sub(r"\{(\w+)\}", lambda match: str(words[match[1]]), text)
     text = re.sub(r"\bin(to)? the (terrace|patio)", r"on\1 the \2", text)
@@ -205,8 +205,8 @@ def replace(text: str, words: Mapping[str, int | str], rng: random.Random) -> st
 
 
 def say(filled: Filled, rng: random.Random) -> str:
-    """The sentence as somebody might say or type it: polite or not, with or without capitals, now and then misspelt."""
-    text = replace(filled.frame.sentence, filled.spoken, rng)
+    """The sentence as somebody might say or type it: polite or not, with or without capitals, sometimes with a typo."""
+    text = replace(filled.template.sentence, filled.spoken, rng)
     if text.split()[0] in ORDERS and text[-1] not in "?.!" and rng.random() < 0.4:
         text = rng.choice(POLITE).format(text)
     if rng.random() < 0.3:
@@ -228,42 +228,42 @@ def misspell(text: str, rng: random.Random) -> str:
 
 def command_row(filled: Filled, rng: random.Random) -> Row:
     """A sentence and the service call that it asks for."""
-    frame = filled.frame
-    if frame.section == ("by", "hand"):
-        return {"prompt": say(filled, rng), "completion": json.loads(frame.result)}
-    fixed = {slot: int(value) for slot, value in (pair.split("=") for pair in frame.result.split())}
+    template = filled.template
+    if template.section == ("by", "hand"):
+        return {"prompt": say(filled, rng), "completion": json.loads(template.result)}
+    fixed = {slot: int(value) for slot, value in (pair.split("=") for pair in template.result.split())}
     values = filled.values | fixed
-    call = {"service": frame.service} | {slot: values[slot] for slot in frame.section[1:]}
+    call = {"service": template.service} | {slot: values[slot] for slot in template.section[1:]}
     return {"prompt": say(filled, rng), "completion": call}
 
 
 def intent_row(filled: Filled, rng: random.Random) -> Row:
     """A sentence and its label."""
-    return {"text": say(filled, rng), "label": filled.frame.section[0]}
+    return {"text": say(filled, rng), "label": filled.template.section[0]}
 
 
 def reply_row(filled: Filled, rng: random.Random) -> Row:
-    """What happened, as the home reports it, and the butler's sentence."""
-    event, sentence = (replace(text, filled.values, rng) for text in (filled.frame.sentence, filled.frame.result))
+    """An event, as the home reports it, and the butler's sentence."""
+    event, sentence = (replace(text, filled.values, rng) for text in (filled.template.sentence, filled.template.result))
     return {"messages": [{"role": "user", "content": event}, {"role": "assistant", "content": sentence}]}
 
 
-def draw(frames: list[Frame], rng: random.Random) -> Iterator[Frame]:
-    """Frames without end: first those without slots, then the sections in turn, within a section by chance."""
-    yield from (frame for frame in frames if not frame.slots)
-    sections: dict[str, list[Frame]] = {}
-    for frame in frames:
-        if frame.slots:
-            sections.setdefault(frame.section[0], []).append(frame)
+def draw(templates: list[Template], rng: random.Random) -> Iterator[Template]:
+    """An endless iterator of templates: first those without slots, then a random one of each section in turn."""
+    yield from (template for template in templates if not template.slots)
+    sections: dict[str, list[Template]] = {}
+    for template in templates:
+        if template.slots:
+            sections.setdefault(template.section[0], []).append(template)
     while True:
         for members in sections.values():
             yield rng.choice(members)
 
 
-def draw_split(split: str, size: int, frames: list[Frame], taken: set[str], rng: random.Random) -> list[Filled]:
-    """Filled frames for one split, none of them in `taken`, to which they are added."""
-    own = draw([frame for frame in frames if frame.only == split], rng)
-    shared = draw([frame for frame in frames if not frame.only and (frame.slots or split == "train")], rng)
+def draw_split(split: str, size: int, templates: list[Template], taken: set[str], rng: random.Random) -> list[Filled]:
+    """Filled templates for one split, none of which is in `taken`; adds them to `taken`."""
+    own = draw([template for template in templates if template.only == split], rng)
+    shared = draw([t for t in templates if not t.only and (t.slots or split == "train")], rng)
     chosen: list[Filled] = []
     while len(chosen) < size:
         unseen_in_training = split != "train" and len(chosen) < size // 2
@@ -275,16 +275,16 @@ def draw_split(split: str, size: int, frames: list[Frame], taken: set[str], rng:
     return chosen
 
 
-def write_task(task: str, frames: list[Frame], make_row: Callable[[Filled, random.Random], Row]) -> None:
+def write_task(task: str, templates: list[Template], make_row: Callable[[Filled, random.Random], Row]) -> None:
     """Write the three files of a task."""
     rng, taken = random.Random(task), set[str]()
     for split in ("test", "validation", "train"):
-        rows = [make_row(filled, rng) for filled in draw_split(split, SIZES[task][split], frames, taken, rng)]
+        rows = [make_row(filled, rng) for filled in draw_split(split, SIZES[task][split], templates, taken, rng)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (HERE / f"{task}-{split}.jsonl").write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write_task("command", read_frames("command"), command_row)
-    write_task("intent", intent_frames(), intent_row)
-    write_task("reply", read_frames("reply"), reply_row)
+    write_task("command", read_templates("command"), command_row)
+    write_task("intent", intent_templates(), intent_row)
+    write_task("reply", read_templates("reply"), reply_row)

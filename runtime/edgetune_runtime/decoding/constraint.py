@@ -25,11 +25,17 @@ _BIAS = np.where(np.unpackbits(_BYTES, axis=1, bitorder="little"), np.float32(0)
 class Constraint:
     """Follows one answer, token by token; made by `Grammars.constraint`. Not thread-safe.
 
-    At each place: end the answer if `is_complete`; else take what `forced` gives, or choose a token after `mask`; then
-    `accept` it. Every method may raise UsageError when llguidance reaches its limits; `rollback` leads back from there.
+    At each place: end the answer if `is_complete`; else take what `forced` gives, or choose a token by `best` or after
+    `mask`; then `accept` it. Every method may raise UsageError when llguidance reaches its limits, from which
+    `rollback` leads back.
     """
 
-    def __init__(self, start: Any, vocabulary: GrammarVocabulary, restart: Callable[[], Any]) -> None:  # noqa: ANN401 - llguidance's matcher
+    def __init__(
+        self,
+        start: Any,  # noqa: ANN401 - llguidance's matcher
+        vocabulary: GrammarVocabulary,
+        restart: Callable[[], Any],
+    ) -> None:
         self._matcher = start
         self._vocabulary = vocabulary
         self._restart = restart
@@ -50,7 +56,7 @@ class Constraint:
     def mask(self, logits: Logits) -> Logits | None:
         """A copy of the logits [vocab] with minus infinity for every token that may not come next.
 
-        None at a dead end, where no token may: none of the vocabulary goes on, and the answer may not end.
+        None behind an end token, and at a dead end: no token of the vocabulary goes on, and the answer may not end.
         """
         if not self._fill_bits():
             return None
@@ -63,6 +69,20 @@ class Constraint:
         masked += logits
         return masked
 
+    def best(self, logits: Logits) -> int | None:
+        """The likeliest token of those that may come next, as `mask(logits).argmax()`; None at a dead end.
+
+        The mask is computed only where the likeliest of all may not come next, which a tuned adapter seldom asks for.
+        """
+        forced = self.forced()
+        if forced:
+            return forced[0]
+        likeliest = int(logits.argmax())
+        if self.valid_prefix([likeliest]):
+            return likeliest
+        masked = self.mask(logits)
+        return None if masked is None else int(masked.argmax())
+
     def allowed(self) -> NDArray[np.bool_] | None:
         """Whether each token [vocab] may come next; None at a dead end."""
         if not self._fill_bits():
@@ -72,7 +92,10 @@ class Constraint:
 
     def forced(self) -> list[int]:
         """The tokens that must come next, as the base's tokenizer cuts their text; [] where there is a choice."""
-        return [] if self.is_complete else self._ask(lambda matcher: list(matcher.compute_ff_tokens()))
+        if self.is_complete:
+            return []
+        tokens = self._ask(lambda matcher: list(matcher.compute_ff_tokens()))
+        return list(takewhile(lambda token: token not in self._vocabulary.ends, tokens))
 
     def valid_prefix(self, tokens: Sequence[int]) -> int:
         """How many of these tokens could come next, one after another; an end token can only be the last of them.
@@ -113,6 +136,8 @@ class Constraint:
     def _fill_bits(self) -> bool:
         """Compute the bit of each token that says whether it may come next; False at a dead end."""
         bits, ends = self._bits, self._vocabulary.end_list
+        if self._has_ended:
+            return False
         self._ask(lambda matcher: matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes))
         # llguidance gives the end tokens in place of what it could not compute.
         if self._matcher.is_error():

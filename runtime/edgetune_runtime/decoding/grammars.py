@@ -18,8 +18,9 @@ from .vocabulary import GrammarVocabulary
 class Grammars:
     """The forms of answers that calls on one base use, compiled; the `keep` last used are kept. Thread-safe.
 
-    The base's vocabulary is read for the first of them. All answers of one form share the states of its automaton, so
-    later ones compute less.
+    The base's vocabulary is read for the first of them: 0.2 s and 25 MB for 49,152 tokens, 1.6 s and 106 MB for 262,144
+    (one x86-64 core), most of it with the GIL held; llguidance cannot store the result. All answers of one form share
+    the states of its automaton, so later ones compute less.
     """
 
     def __init__(self, tokenizer: Tokenizer, keep: int = 32) -> None:

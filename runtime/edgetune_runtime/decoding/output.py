@@ -26,7 +26,7 @@ SPACINGS: dict[str, dict[str, Any]] = {
     "compact": {"whitespace_flexible": False},
     "spaced": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
 }
-"""Where JSON may have whitespace: `any` usual place, nowhere (`{"a":1,"b":2}`), or as `{"a": 1, "b": 2}`."""
+"""The whitespace of JSON: a blank or a line break wherever JSON allows it, `{"a":1,"b":2}`, or `{"a": 1, "b": 2}`."""
 
 
 @dataclass(frozen=True)

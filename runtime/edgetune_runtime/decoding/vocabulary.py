@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +27,10 @@ class GrammarVocabulary:
         self.size: int = tokenizer.vocab_size
         self.end_list = [token for token in range(self.size) if tokenizer.is_end(token)]
         self.ends = frozenset(self.end_list)
-        adapter = _LlguidanceTokenizer(tokenizer, self.ends)
+        adapter = _LlguidanceTokenizer(tokenizer, self)
         # Without an end token llguidance adds one of its own, behind the vocabulary, where no logits are.
         self.handle: Any = library().LLTokenizer(adapter, eos_token=self.end_list or None)
         adapter.tokens = []
-        adapter.fallback = self.handle.greedy_tokenize
 
 
 class _LlguidanceTokenizer:
@@ -40,15 +40,16 @@ class _LlguidanceTokenizer:
     bos_token_id = None
     special_token_ids: Sequence[int] = ()
 
-    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocabulary: GrammarVocabulary) -> None:
         self._tokenizer = tokenizer
-        self._ends = ends
-        self.eos_token_id = min(ends, default=None)
+        self._ends = vocabulary.ends
+        # llguidance holds this object, and Python cannot collect a cycle that goes through llguidance.
+        self._vocabulary = weakref.ref(vocabulary)
+        self.eos_token_id = min(self._ends, default=None)
         self.tokens = [self._bytes(token) for token in range(tokenizer.vocab_size)]
         for token, name in _control_names(tokenizer).items():
-            if token not in ends:
+            if token not in self._ends:
                 self.tokens[token] = _CONTROL + name.encode()
-        self.fallback: Any = None
 
     def __call__(self, text: str) -> list[int]:
         """The base's own tokens of `text`, as in training, so that a forced text has the tokens that were learned."""
@@ -56,8 +57,8 @@ class _LlguidanceTokenizer:
         if b"".join(map(self._bytes, tokens)) == text.encode():
             return tokens
         # The tokenizer reads the text of a control token as that token, which stands for no text here.
-        found: list[int] = self.fallback(text)
-        return found
+        vocabulary = self._vocabulary()
+        return [] if vocabulary is None else list(vocabulary.handle.greedy_tokenize(text))
 
     def _bytes(self, token: int) -> bytes:
         piece = b"" if token in self._ends else self._tokenizer.piece(token)

@@ -266,7 +266,11 @@ def test_the_end_of_the_text_is_held_out(tokenizer: GgufTokenizer) -> None:
         ),
         ({"plays.txt": "turn"}, {}, "domain.data.train has one token, and nothing to learn; give it a longer text"),
         ({}, {"window": 513}, "domain.window 513 is more than the 512 tokens that"),
-        ({}, {"method": {"name": "last_layers", "layers": 3}}, "the base has 2 layers, not 3; give layers: 2 or fewer"),
+        (
+            {},
+            {"method": {"name": "last_layers", "layers": 3}},
+            "layers is 3, but the base has 2; set layers to 2 or fewer",
+        ),
     ],
 )
 def test_what_cannot_be_learned_is_refused_in_one_line(
@@ -306,17 +310,21 @@ def test_validate_reads_the_texts(tmp_path: Path, tiny_gguf: Callable[[str], Pat
         (
             {"method": "prefix"},
             {},
-            "domain.method: what prefix trains (prefix) cannot be merged into the base; take full, last_layers or lora",
+            "domain.method: prefix cannot be merged into the base; use full, last_layers or lora",
         ),
         (
             {"method": {"name": "lora", "target_modules": "auto"}},
             {},
-            "domain.method: what is merged slows nothing",
+            "domain.method: target_modules: auto does not work here",
         ),
         ({"windows": 8}, {}, "domain.windows: unknown key; did you mean 'window'?"),
         ({"data": {}}, {}, "domain.data.train: is missing"),
-        ({"window": 8}, {}, "domain.window: 8 is less than 16"),
-        ({}, {"task": "text-classification"}, "domain: is for bases that write text; leave it out for an encoder"),
+        ({"window": 8}, {}, "domain.window: 8 must be at least 16"),
+        (
+            {},
+            {"task": "text-classification"},
+            "domain: continued pretraining does not work for an encoder; remove domain",
+        ),
     ],
 )
 def test_problems_of_the_key_have_their_line(

@@ -190,13 +190,13 @@ def test_a_graph_that_is_not_what_was_trained_is_found(
 @pytest.mark.parametrize(
     ("keys", "messages"),
     [
-        ({"targets": ["gguf", "onnx"]}, ["targets: encoders run in onnx; write targets: [onnx]"]),
-        ({"quantize": "q8_0"}, ["quantize: is for bases that write text"]),
-        ({"device": "pi-4"}, ["device: what an encoder takes on a board is not predicted"]),
-        ({"onnx": {"weights": "int4"}}, ["onnx: an encoder's weights are auto, fp32 or int8"]),
+        ({"targets": ["gguf", "onnx"]}, ["targets: [gguf, onnx] does not work for an encoder; use [onnx]"]),
+        ({"quantize": "q8_0"}, ["quantize: 'q8_0' does not work for an encoder"]),
+        ({"device": "pi-4"}, ["device: there are no predictions for encoders on 'pi-4'"]),
+        ({"onnx": {"weights": "int4"}}, ["onnx: weights: int4 does not work for an encoder"]),
         (
             {"adapters": {"place": {**ADAPTERS["place"], "merged": True, "system": "x", "metric": "json"}}},
-            ["place: a merged encoder is not made", "leave system out", "metric is label, not json"],
+            ["place: merged: true does not work for an encoder", "remove system", "metric json does not work"],
         ),
         ({"task": "sorting", "targets": ["onnx"]}, ["task"]),
     ],

@@ -216,16 +216,17 @@ def test_rows_without_the_invocation_are_refused(tiny_gguf: Callable[[str], Path
             loss_on="completion",
             max_tokens=256,
         )
-        remedy = "give invocation: a text that every prompt has, with the space before it, or take method lora"
-        with pytest.raises(UsageError, match=f"2 of 3 rows learn nothing behind the invocation '<lamp>'; {remedy}"):
+        remedy = "set invocation to a text in every prompt, with the space before it, or use method lora"
+        refusal = f"2 of 3 rows have nothing to learn after the invocation '<lamp>'; {remedy}"
+        with pytest.raises(UsageError, match=refusal):
             ALORA.prepared(ALORA.options(invocation="<lamp>"), tokenizer, [*rows[:2], _containing("<lamp>", tokenizer)])
-        with pytest.raises(UsageError, match=r"1 of 3 rows learn nothing behind the invocation of tokens \[\d"):
+        with pytest.raises(UsageError, match=r"1 of 3 rows have nothing to learn after the invocation of tokens \[\d"):
             start = ALORA.prepared(ALORA.options(), tokenizer, rows[:2]).invocation_tokens
             ALORA.prepared(ALORA.options(invocation_tokens=start), tokenizer, rows)
-        with pytest.raises(UsageError, match=r"invocation_tokens \[5\] are not those of invocation 'lamp'"):
+        with pytest.raises(UsageError, match=r"invocation_tokens \[5\] are not the tokens of invocation 'lamp'"):
             ALORA.prepared(ALORA.options(invocation="lamp", invocation_tokens=(5,)), tokenizer, rows)
         tokenizer.chat_template = None
-        with pytest.raises(UsageError, match="puts no text of its own before an answer; give the method an invocation"):
+        with pytest.raises(UsageError, match="adds no text before an answer; set the method's invocation"):
             ALORA.prepared(ALORA.options(), tokenizer, rows)
 
 
@@ -247,7 +248,7 @@ def test_what_cannot_be_gated_is_refused(options: dict[str, Any], problem: str) 
 
 
 def test_encoders_are_refused() -> None:
-    with pytest.raises(UsageError, match="take method lora for an encoder"):
+    with pytest.raises(UsageError, match="use method lora for an encoder"):
         ALORA.attach(make_encoder("bert", 32), ALORA.options.model_validate(OPTIONS), 10)
 
 

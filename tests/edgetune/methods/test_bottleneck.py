@@ -178,7 +178,7 @@ def test_it_learns_on_a_bf16_base(tmp_path: Path) -> None:
 
 
 def test_a_base_without_such_blocks_is_refused() -> None:
-    with pytest.raises(UsageError, match="BertModel has no mlp in its layers to put a bottleneck at; take another"):
+    with pytest.raises(UsageError, match="BertModel has no mlp in its layers for a bottleneck; use another"):
         BOTTLENECK.attach(make_encoder("bert", 32), BOTTLENECK.options(), 10)
 
 
@@ -191,4 +191,4 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bottlenecks.safetensors").write_bytes(b"damaged")
     assert_refused(VerificationError, "is damaged", checkpoint)
     (tmp_path / "bottlenecks.json").unlink()
-    assert_refused(NotFoundError, "is no bottleneck adapter", checkpoint)
+    assert_refused(NotFoundError, "is not a bottleneck adapter", checkpoint)

@@ -304,19 +304,22 @@ def test_a_network_behind_a_prefix_learns_more_slowly_unless_told(base_of: BaseO
 
 def test_what_cannot_be_is_refused_in_one_line(base_of: BaseOf, document: str, tmp_path: Path) -> None:
     base = base_of("llama")
-    with pytest.raises(UsageError, match="num_virtual_tokens 512 fills the base's 512 positions; give fewer than 512"):
+    with pytest.raises(
+        UsageError, match="num_virtual_tokens is 512, but the base has 512 positions; give fewer than 512"
+    ):
         method_of("prefix")[0].attach(base, method_of("prefix", num_virtual_tokens=512)[1], 1)
-    with pytest.raises(UsageError, match="has 150 tokens for 151 virtual ones; give num_virtual_tokens: 150 or less"):
+    refusal = "has 150 tokens, but num_virtual_tokens is 151; set num_virtual_tokens to 150 or less"
+    with pytest.raises(UsageError, match=refusal):
         method_of("cartridge", document=document, num_virtual_tokens=151)
     with pytest.raises(NotFoundError, match=r"no document .*none\.txt"):
         method_of("cartridge", document=str(tmp_path / "none.txt"))
-    with pytest.raises(ValidationError, match="num_frozen_tokens must be less than num_virtual_tokens, 4"):
+    with pytest.raises(ValidationError, match="num_frozen_tokens is 4; give at most 3"):
         method_of("cartridge", num_virtual_tokens=4, num_frozen_tokens=4)
     done = job("prefix", max_steps=1)
     train(base, done, tmp_path, QUIET)
-    with pytest.raises(IncompatibleError, match=r"reply has the scale 0\.5, but a prefix is there or not"):
+    with pytest.raises(IncompatibleError, match=r"reply has scale 0\.5, but a prefix cannot be scaled"):
         done.method.fold(checkpoint_of(done, base, tmp_path, 0.5), "prefix")
-    with pytest.raises(IncompatibleError, match="the prefix has 128 values a token where the base takes 384"):
+    with pytest.raises(IncompatibleError, match="the prefix has 128 values per token, but the base needs 384"):
         done.method.fold(checkpoint_of(done, base_of("gemma3"), tmp_path), "prefix")
 
 

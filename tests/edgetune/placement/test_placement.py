@@ -216,9 +216,9 @@ def test_what_is_no_share_is_refused(written: object) -> None:
 @pytest.mark.parametrize(
     ("top", "adapter", "message"),
     [
-        ("task: text-classification", "", "target_modules: auto is for bases that write text"),
-        ("", "merged: true", "a merged adapter slows nothing down; name target_modules instead of auto"),
-        ("", "", "target_modules: auto chooses one rank for all modules; leave the patterns out"),
+        ("task: text-classification", "", "target_modules: auto does not work for an encoder"),
+        ("", "merged: true", "target_modules: auto does not work with merged: true; name the modules"),
+        ("", "", "target_modules: auto uses one rank for all modules; remove rank_pattern"),
     ],
 )
 def test_auto_is_refused_where_it_means_nothing(top: str, adapter: str, message: str, tmp_path: Path) -> None:

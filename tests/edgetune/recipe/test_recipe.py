@@ -148,27 +148,27 @@ adapters:
   d:
 """)
     assert problems_of(path) == [
-        "1: name: the name 'My Home' must be of a-z, 0-9, _ and -, and begin with a letter or a digit",
+        "1: name: 'My Home' is not a valid name; use a-z, 0-9, _ and -, starting with a letter or a digit",
         "1: base: is missing",
         "2: bse: unknown key; did you mean 'base'?",
         "4: training.epochs: 'three' is not a number",
         "5: training.batch_sise: unknown key; did you mean 'batch_size'?",
-        "6: training.learning_rate: -1 is not greater than 0",
+        "6: training.learning_rate: -1 must be greater than 0",
         "7: training.schedule: 'cosin' is not one of: 'cosine', 'linear' or 'constant'; did you mean 'cosine'?",
-        "8: training.patience: 2.5 is not a whole number",
+        "8: training.patience: 2.5 is not an integer",
         "9: learning_rate: unknown key; did you mean 'training.learning_rate'?",
-        "11: adapters.Command: the name 'Command' must be of a-z, 0-9, _ and -, and begin with a letter or a digit",
+        "11: adapters.Command: 'Command' is not a valid name; use a-z, 0-9, _ and -, starting with a letter or a digit",
         "13: adapters.b.data: is missing",
         "14: adapters.b.scale: inf is not a finite number",
-        "15: adapters.b.labels.1: 5 is not text; put it in quotes if it should be",
-        "16: adapters.b.method.target_modules: 5 does not fit; it is: "
-        "Modules to adapt: all-linear, names such as [q_proj, v_proj], or auto, which chooses modules and a rank of "
-        "at most r by what they cost and give (docs/placement.md)",
-        "16: adapters.b.method.rank: -1 is not greater than 0",
+        "15: adapters.b.labels.1: 5 is not a string; put it in quotes",
+        "16: adapters.b.method.target_modules: 5 is not valid; expected: "
+        "Modules to adapt: all-linear, a list of names such as [q_proj, v_proj], or auto, which chooses modules and a "
+        "rank of at most r by their benefit and cost (docs/placement.md)",
+        "16: adapters.b.method.rank: -1 must be greater than 0",
         "16: adapters.b.method.rr: unknown key; did you mean 'r'?",
-        "18: adapters.c.data.held_out: 2 is not less than 1",
+        "18: adapters.c.data.held_out: 2 must be less than 1",
         "18: adapters.c.data.columns.completion: the list is empty; name at least one column",
-        "19: adapters.c.merged: 'maybe' is neither true nor false",
+        "19: adapters.c.merged: 'maybe' is not a boolean; use true or false",
         "20: adapters.c.method: no method 'loar'; did you mean 'lora'?",
         "21: adapters.d: null is not a mapping of keys to values",
     ]
@@ -177,14 +177,14 @@ adapters:
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("adapters", "{}", "--set adapters: needs at least 1"),
-        ("adapters.command.labels", "[a]", "needs at least 2 labels"),
-        ("adapters.command.labels", "[a, b, a]", "'a' is there twice"),
+        ("adapters", "{}", "--set adapters: has too few entries; give at least 1"),
+        ("adapters.command.labels", "[a]", "['a'] has fewer than 2 labels"),
+        ("adapters.command.labels", "[a, b, a]", "'a' appears twice"),
         ("adapters.command.method", "[lora]", "['lora'] is not a method"),
         ("adapters.command.system", "''", "is empty"),
-        ("adapters.intent.method.r.x", "1", "adapters.intent.method.r holds no keys"),
-        ("training.epochs", "[", "'[' is not a YAML value"),
-        ("training", "{epochs: 0}", "--set training: training.epochs: 0 is not greater than 0"),
+        ("adapters.intent.method.r.x", "1", "adapters.intent.method.r is not a mapping"),
+        ("training.epochs", "[", "'[' is not valid YAML"),
+        ("training", "{epochs: 0}", "--set training: training.epochs: 0 must be greater than 0"),
         ("adapters.comand.scale", "2", "no adapter 'comand'; did you mean 'command'?"),
         ("quantize", "q4_9", "no quantization 'q4_9'"),
         ("device", "pi-55", "no board 'pi-55'; did you mean 'pi-5'?"),
@@ -201,7 +201,7 @@ def test_problems_of_overrides_and_of_the_file_come_together(write: Write) -> No
     lines = problems_of(path, {"threads": "many", "adapters.x.scale": 1})
     assert lines == [
         "--set adapters.x.scale: no adapter 'x'; choose one of: command, intent",
-        "--set threads: 'many' is not a whole number",
+        "--set threads: 'many' is not an integer",
         "3: training.epochs: 'two' is not a number",
     ]
 
@@ -229,19 +229,19 @@ def test_overrides_replace_the_files_values(write: Write) -> None:
 
 def test_two_names_of_one_option_are_refused(write: Write) -> None:
     (line,) = problems_of(write(GOOD.replace("rank: 8", "rank: 8, r: 8")))
-    assert line == "11: adapters.intent.method.rank: is another name of 'r'; keep one"
+    assert line == "11: adapters.intent.method.rank: is an alias of 'r'; keep one"
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("name: a\nbase: b\nname: c\n", "3: the key 'name' is there twice; keep one"),
+        ("name: a\nbase: b\nname: c\n", "3: the key 'name' appears twice; keep one"),
         ("name: [a\nbase: b\n", "2: not YAML"),
         ("name: a\n\tbase: b\n", "2: not YAML"),
         ("", "1: the recipe is empty"),
         ("- a\n", "1: the recipe is not a mapping"),
         ("name: *nobody\n", "1: not YAML"),
-        ("a: " + "[" * 3000, "is nested too deep"),
+        ("a: " + "[" * 3000, "is nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_with_its_line(write: Write, text: str, problem: str) -> None:

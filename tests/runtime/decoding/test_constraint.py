@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import gc
+import json
 import re
 import threading
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,8 @@ from runtime.decoding.answers import random_answer
 from runtime.decoding.schemas import FORMS
 
 Opened = tuple[Tokenizer, Grammars]
+
+EXAMPLE = Path(__file__).parents[3] / "examples/smart-home/data"
 COMMAND = output_of(
     schema={
         "type": "object",
@@ -107,6 +113,8 @@ def test_only_end_tokens_may_come_where_nothing_else_fits(base: Opened) -> None:
     assert [constraint.valid_prefix([end]) for end in ends] == [1] * len(ends)
     constraint.accept(ends[-1])
     assert constraint.valid_prefix([ends[0]]) == 0
+    assert constraint.allowed() is None
+    assert constraint.is_complete
     with pytest.raises(UsageError, match="may not come next"):
         constraint.accept(ends[0])
 
@@ -317,3 +325,66 @@ def test_answers_of_several_threads_do_not_mix(opened: Callable[..., Opened]) ->
     for thread in threads:
         thread.join()
     assert [found[seed] for seed in range(8)] == alone
+
+
+def test_the_best_token_is_that_of_the_mask(base: Opened) -> None:
+    tokenizer, grammars = base
+    random = np.random.default_rng(0)
+    for form in FORMS[:3]:
+        constraint = grammars.constraint(output_of(schema=form, spacing="spaced"))
+        for _ in range(40):
+            if constraint.is_complete:
+                break
+            logits = random.normal(0, 2, tokenizer.vocab_size).astype(np.float32)
+            allowed, masked = constraint.allowed(), constraint.mask(logits)
+            assert allowed is not None
+            assert masked is not None
+            # As often as not the likeliest token is one that may come next.
+            logits[random.choice(np.flatnonzero(allowed))] += random.choice([0, 20])
+            best = constraint.best(logits)
+            assert best is not None
+            assert best == np.where(allowed, logits, -np.inf).argmax()
+            constraint.accept(best)
+    ended = grammars.constraint(output_of(choices=["lamp"]))
+    ended.accept(*tokenizer.tokenize("lamp", continues=True))
+    assert tokenizer.is_end(ended.best(np.zeros(tokenizer.vocab_size, np.float32)) or 0)
+    stuck = grammars.constraint(output_of(grammar=f'start: "lamp" <[{tokenizer.end_token}]> "on"'))
+    stuck.accept(*tokenizer.tokenize("lamp", continues=True))
+    assert stuck.best(np.zeros(tokenizer.vocab_size, np.float32)) is None
+
+
+def test_answers_of_the_example_are_forced_as_they_are_trained(base: Opened) -> None:
+    tokenizer, grammars = base
+    lines = (EXAMPLE / "command-test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line)["completion"] for line in lines]
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: {"enum": list(dict.fromkeys(row[name] for row in rows if name in row))} for name in names}
+    schema = {"type": "object", "properties": values, "required": ["service"]}
+    for spacing, least in (("any", 0.1), ("spaced", 0.4)):
+        spec, total, forced = output_of(schema=schema, spacing=spacing), 0, 0
+        for row in rows:
+            text = json.dumps({name: row[name] for name in names if name in row})
+            tokens, constraint = tokenizer.tokenize(text, continues=True), grammars.constraint(spec)
+            total += len(tokens)
+            while tokens:
+                must = constraint.forced()
+                assert tokens[: len(must)] == must
+                following = must or tokens[:1]
+                allowed = constraint.allowed()
+                assert allowed is not None
+                assert allowed[following[0]]
+                constraint.accept(*following)
+                forced, tokens = forced + len(must), tokens[len(following) :]
+            assert constraint.is_complete
+        assert forced > least * total
+
+
+def test_a_vocabulary_is_freed_with_its_forms(opened: Callable[..., Opened]) -> None:
+    tokenizer, _ = opened("onnx", "tiny")
+    grammars = Grammars(tokenizer)
+    constraint = grammars.constraint(output_of(choices=["<|im_end|>"]))
+    assert text_of(tokenizer, constraint.forced()) == "<|im_end|>"
+    vocabulary = weakref.ref(constraint._vocabulary)
+    del grammars, constraint
+    gc.collect()
+    assert vocabulary() is None
