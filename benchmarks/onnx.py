@@ -151,7 +151,7 @@ WORKERS: dict[str, Callable[[Path, int], None]] = {"edgetune": work_ours, "genai
 def ours(engine: OnnxEngine, name: str | None) -> tuple[float, float]:
     """Seconds of a prompt, and the median of the steps after it."""
     engine.activate({} if name is None else {name: 1.0})
-    engine.forget(0)
+    engine.truncate(0)
     prompt_s = timed(lambda: engine.decode(range(100, 100 + PROMPT)))
     return prompt_s, statistics.median(timed(lambda: engine.decode([7])) for _ in range(STEPS))
 

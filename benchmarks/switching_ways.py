@@ -328,10 +328,10 @@ class Merged:
     def answer(self, request: Request) -> Answered:
         begin, engine = time.perf_counter(), self.engines[request.adapter]
         if request.adapter not in self.known:
-            engine.forget(0)
+            engine.truncate(0)
             engine.decode(request.prompt[: request.fixed])
             self.known.add(request.adapter)
-        engine.forget(request.fixed)
+        engine.truncate(request.fixed)
 
         def steps() -> Iterator[int]:
             token = int(engine.decode(request.prompt[request.fixed :]).argmax())

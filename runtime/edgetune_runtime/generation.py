@@ -1,4 +1,4 @@
-"""A prepared call in, the answer's pieces and its timings out."""
+"""Generate one answer: prefill the prompt, decode token by token, measure the timings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .text.stream import TextStream
 
 @dataclass(frozen=True)
 class Timings:
-    """How long one answer took: `switch_us` is the switch alone, `ttft_ms` all up to the first token.
+    """Timings of one answer: `switch_us` of the switch alone, `ttft_ms` from the call to the first token.
 
-    `tokens_per_s` is the speed of the tokens after the first, 0 where there were none. Of `prompt_tokens`,
-    `reused_tokens` came from an earlier state, and `carried_tokens` stand as other adapters made them, because a
-    session was told to carry its state over. Waiting for other calls to end does not count. `slow` says that other
-    processes took the cores, or that steps took much longer than they did before.
+    `tokens_per_s` is the decode speed after the first token, 0 if there was only one. Of the `prompt_tokens`,
+    `reused_tokens` came from a cached state, and `carried_tokens` were computed with other adapters, because a session
+    carried its state over. Time spent waiting for other calls does not count. `slow` means that other processes took
+    the cores, or that steps took much longer than before.
     """
 
     switch_us: float
@@ -38,8 +38,8 @@ class Timings:
 class Answer:
     """A generated text of `tokens` tokens.
 
-    `stop_reason` is `end` (of turn), `stop` (text), `length`, `deadline`, or `cancelled`; with the last two the text is
-    what there was until then.
+    `stop_reason` is `end` (of turn), `stop` (a stop text), `length`, `deadline` or `cancelled`; with the last two the
+    text is incomplete.
     """
 
     text: str
@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Call:
-    """One call made ready: where it runs, what on, its system prompt, how long that took, and how much is carried."""
+    """A prepared call: its pool and job, its system prompt, the time to prepare it, and the tokens carried over."""
 
     pool: Pool
     job: PromptJob
@@ -61,7 +61,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Carried:
-    """Tokens whose state is to stand as it is: which adapters acted where, and the system prompt at their beginning."""
+    """Tokens whose state is carried over unchanged: the adapters that computed each span, and the system prompt."""
 
     tokens: Sequence[int]
     spans: Spans
@@ -70,9 +70,9 @@ class Carried:
 
 @dataclass
 class Generation:
-    """Where a generation leaves its answer and the tokens whose state there is then.
+    """The result of a generation: the answer, and the tokens of the context's state.
 
-    It is apart from the stream, so that dropping the stream ends the generation.
+    Separate from the stream, so that deleting the stream ends the generation.
     """
 
     answer: Answer | None = None
@@ -80,7 +80,7 @@ class Generation:
 
 
 class Stream(Iterator[str]):
-    """Pieces of an answer as they come; `answer` is there once they are exhausted. `close` ends it early."""
+    """Iterator over the pieces of an answer; afterwards `answer` has all of it. `close` ends the answer early."""
 
     def __init__(self, pieces: Generator[str, None, None], outcome: Generation) -> None:
         self._pieces = pieces
@@ -95,7 +95,7 @@ class Stream(Iterator[str]):
         return self._outcome.answer
 
     def read(self) -> Answer:
-        """The whole answer, once it is there."""
+        """Wait for the whole answer and return it."""
         for _ in self:
             pass
         assert self._outcome.answer is not None
@@ -115,9 +115,9 @@ def generate(
     cancel: threading.Event | None = None,
     **overrides: object,
 ) -> Generator[str, None, None]:
-    """The answer's pieces, yielded while holding a context; the whole answer is left in `outcome`.
+    """Yield the pieces of the answer while holding a context; put the whole answer into `outcome`.
 
-    Options as those of `Runtime.generate`, which are checked at once.
+    Takes the options of `Runtime.generate`, which are checked immediately.
     """
     return _generate(call, sampling_of(sampling, overrides), Limits(deadline_s, cancel), outcome)
 
@@ -135,7 +135,7 @@ def _generate(call: Call, sampling: Sampling, limits: Limits, outcome: Generatio
 
 
 class _Answering:
-    """One answer as it comes into being."""
+    """The state of an answer that is being generated."""
 
     def __init__(self, call: Call, context: Context, sampling: Sampling, limits: Limits) -> None:
         self._call, self._context, self._sampling, self._limits = call, context, sampling, limits
@@ -145,7 +145,7 @@ class _Answering:
         self._reason = ""
 
     def pieces(self, job: PromptJob) -> Generator[str, None, None]:
-        """Compute the prompt, then choose tokens one after another."""
+        """Prefill the prompt, then decode token by token."""
         context, tokenizer = self._context, self._context.engine.tokenizer
         sampler, text = Sampler(self._sampling), TextStream(self._sampling.stop)
         tick = time.perf_counter()
@@ -153,7 +153,7 @@ class _Answering:
         logits = self._start.logits
         while True:
             token = sampler.next(logits, context.tokens)
-            self._took(time.perf_counter() - tick)
+            self._add_time(time.perf_counter() - tick)
             if tokenizer.is_end(token):
                 self._reason = "end"
                 break
@@ -171,7 +171,7 @@ class _Answering:
         yield from self._push(text.finish())
 
     def answer(self) -> Answer:
-        """The whole answer, once all pieces are there."""
+        """The whole answer, after the last piece."""
         prompt, start = len(self._call.job.tokens), self._start
         steps = len(self._context.tokens) - prompt
         ttft_ms = (self._call.prepared_s + self._first_s) * 1e3
@@ -192,7 +192,7 @@ class _Answering:
         if piece:
             yield piece
 
-    def _took(self, elapsed_s: float) -> None:
+    def _add_time(self, elapsed_s: float) -> None:
         if self._count:
             self._rest_s += elapsed_s
         else:

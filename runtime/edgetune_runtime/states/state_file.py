@@ -1,6 +1,6 @@
-"""What a state is of and its bytes in, one checked file out; and back, or nothing when the file is not exactly that.
+"""Read and write the files of saved states, which are checked by length and CRC-32.
 
-A file is a line of JSON, which says what the state is of, its length and its CRC-32, and then the state's bytes.
+A file is one line of JSON with the state's description, length and CRC-32, followed by the state's bytes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _LONGEST_LINE = 1 << 24
 
 @dataclass(frozen=True)
 class StateFile:
-    """What a file says that its state is of, and the state."""
+    """The description of a state, and the state."""
 
     about: Mapping[str, Any]
     state: memoryview
 
 
 def write_state(path: Path, about: Mapping[str, Any], state: memoryview) -> None:
-    """Write a file whole or not at all; OutOfSpaceError on a full disk, OSError when it cannot be written."""
+    """Write a file atomically; OutOfSpaceError on a full disk, OSError when it cannot be written."""
     head = {"edgetune_state": VERSION, "bytes": len(state), "crc32": zlib.crc32(state), "about": about}
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
@@ -38,7 +38,7 @@ def write_state(path: Path, about: Mapping[str, Any], state: memoryview) -> None
 
 
 def read_state(path: Path) -> StateFile | None:
-    """What `write_state` wrote; None for a file that is missing, damaged or of another kind."""
+    """Read what `write_state` wrote; None if the file is missing, damaged or of another kind."""
     try:
         with path.open("rb") as file:
             head = json.loads(file.readline(_LONGEST_LINE))
@@ -51,7 +51,7 @@ def read_state(path: Path) -> StateFile | None:
 
 
 def read_about(path: Path) -> Mapping[str, Any] | None:
-    """What a file says that its state is of, the state itself unread; None for a file of another kind."""
+    """The description of the state in a file, without reading the state; None for a file of another kind."""
     try:
         with path.open("rb") as file:
             head = json.loads(file.readline(_LONGEST_LINE))

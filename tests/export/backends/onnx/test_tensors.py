@@ -169,7 +169,7 @@ def opened(
 
 def decoded(engine: OnnxEngine, tokens: list[int], adapters: Mapping[str, float] | None = None) -> np.ndarray:
     engine.activate(adapters or {})
-    engine.forget(0)
+    engine.truncate(0)
     return engine.decode_all(tokens)
 
 
@@ -306,7 +306,7 @@ def test_onnxruntime_genai_gives_the_same_texts(
 
     def ours(name: str | None) -> list[int]:
         engine.activate({name: 1.0} if name else {})
-        engine.forget(0)
+        engine.truncate(0)
         tokens, logits = [], engine.decode(prompt)
         while len(tokens) < 12 and not engine.tokenizer.is_end(int(logits.argmax())):
             tokens.append(int(logits.argmax()))
