@@ -15,7 +15,7 @@ from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.serving.governor import AnswerUsage, Governor
 from edgetune_runtime.states.activation import Invocations, Spans, spans_of
-from edgetune_runtime.states.batches import CHUNK, batches, common_boundary, boundaries_of
+from edgetune_runtime.states.batches import CHUNK, batches, boundaries_of, common_boundary
 from edgetune_runtime.states.cache import CALLS, PROMPTS, Active, Key, SavedState, StateCache, key_of, reusable
 from edgetune_runtime.states.prompts import SHORTEST, PromptStates
 from edgetune_runtime.states.store import digest_of

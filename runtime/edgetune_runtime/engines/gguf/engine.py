@@ -20,8 +20,8 @@ from edgetune_runtime.engines.base import (
     check_kv,
     check_options,
     check_prefix_fits,
-    check_tokens_fit,
     check_scales,
+    check_tokens_fit,
     prefix_among,
 )
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from edgetune_runtime.engines.base import (
     Logits,
     StepStopped,
+    check_context_length,
     check_continuations,
     check_kv,
     check_options,
     check_prefix_fits,
-    check_tokens_fit,
     check_scales,
-    check_context_length,
+    check_tokens_fit,
     log_total,
     prefix_among,
 )
