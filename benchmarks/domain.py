@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edgetune_export import backends
 from edgetune_runtime import Runtime
 
 from edgetune.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import TARGETS
 
 # The adapter of the second stage does not matter here: one step on a few rows.
 ROWS = [{"prompt": f"Who wrote line {number}?", "completion": "Shakespeare"} for number in range(4)]
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4, help="windows per step")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="times the factor of the method")
     parser.add_argument("--window", type=int, default=512, help="tokens per window, and the runtime's context length")
-    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--targets", default=",".join(backends.names()))
     parser.add_argument("--characters", type=int, help="use only this many characters of each file")
     parser.add_argument(
         "--out", type=Path, help="build folder, to resume after an interruption (default: a temporary folder)"

@@ -263,8 +263,8 @@ def summary(setups: dict[str, dict[str, Any]]) -> Iterator[str]:
     for name in [name for name in setups if name.startswith("edgetune")]:
         found, firsts = setups[name], {other: setups[other][ORDERS[0]]["first_token_ms_p50"] for other in others}
         times = {other: first / found[ORDERS[0]]["first_token_ms_p50"] for other, first in firsts.items()}
-        ratios = ", ".join(f"{times[other]:.1f} ({other})" for other in sorted(times, key=times.__getitem__))
-        yield f"- {name}: TTFT of the alternatives after a switch, in round-robin order, relative to it: {ratios}."
+        ratios = ", ".join(f"{other} {times[other]:.1f}x" for other in sorted(times, key=times.__getitem__))
+        yield f"- TTFT after a switch, in round-robin order, as a multiple of {name}'s: {ratios}."
         one, parts = found["rss_mb_of_one_adapter"], found["adapters_mb"] + found["states_mb"]
         more = parts * (1 - 1 / found["adapters"])
         yield (
