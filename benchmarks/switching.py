@@ -296,7 +296,7 @@ def plot(result: dict[str, Any], out: Path) -> None:
     axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
     axes.grid(axis="x", color="#e3e7eb")
     axes.set_axisbelow(True)
-    axes.set_xlabel("time to first token after a switch, ms: median (point) and 99th percentile (end of the line)")
+    axes.set_xlabel("time to first token after a switch in ms: median (dot), 99th percentile (end of line)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=150)
     pyplot.close(figure)

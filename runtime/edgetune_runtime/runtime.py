@@ -16,7 +16,7 @@ from .errors import UsageError
 from .generation import Answer, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .opening import OpeningOptions, engine_class, file_of, open_base
-from .scoring import label_scores, likeliest, window_loss
+from .scoring import label_scores, most_likely, window_loss
 from .session import Session
 from .states.store import StateStore, default_folder
 from .text.chat import Prompt
@@ -208,14 +208,14 @@ class Runtime:
         if not labels or len(set(labels)) != len(labels) or not all(labels):
             raise UsageError(f"cannot classify among {list(labels)}", "give labels that are unique and not empty")
         if encoder is not None:
-            return likeliest(labels, label_scores(encoder, self.manifest, prompt, labels, scales))
+            return most_likely(labels, label_scores(encoder, self.manifest, prompt, labels, scales))
         call = self._loaded.call(prompt, adapter)
         with call.pool.lease(call.job) as context:
             tokenizer = context.engine.tokenizer
             endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
             context.run(call.job)
             scores = context.score(endings)
-        return likeliest(labels, scores)
+        return most_likely(labels, scores)
 
     def perplexity(self, text: str, *, adapter: Adapters = None) -> tuple[float, int]:
         """Sum of the negative log-likelihoods (nats) of the text's tokens except the first, and their number.

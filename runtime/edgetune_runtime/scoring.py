@@ -20,7 +20,7 @@ _ROWS = 64
 """Rows of logits per step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
 
-def likeliest(labels: Sequence[str], scores: Sequence[float]) -> tuple[str, dict[str, float]]:
+def most_likely(labels: Sequence[str], scores: Sequence[float]) -> tuple[str, dict[str, float]]:
     """The label with the highest score (a log probability, up to a constant), and the probability of each."""
     weights = np.exp(np.asarray(scores, np.float64) - max(scores))
     probabilities = dict(zip(labels, (weights / weights.sum()).tolist(), strict=True))

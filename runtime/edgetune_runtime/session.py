@@ -60,7 +60,7 @@ class Session:
 
         With `carry="recompute"` the history is recomputed with the new adapters, except for what is cached. This is
         exact. With "reuse" the new adapters continue from the state that the previous adapters computed, with their
-        system prompt. This costs nothing, but the answers are not those that the new adapters alone would give.
+        system prompt. This is immediate, but the answers are not those that the new adapters alone would give.
         `Answer.timings.carried_tokens` counts the tokens carried over.
         """
         if carry not in ("recompute", "reuse"):

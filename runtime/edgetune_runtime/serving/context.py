@@ -64,7 +64,7 @@ class PromptJob:
 
 @dataclass(frozen=True)
 class Shared:
-    """What the contexts on one base share: its fingerprint, the cached states, and the turns at computing.
+    """What the contexts on one base share: its fingerprint, the cached states, the governor and the turns.
 
     `invocations` are the tokens that activate some of the adapters. With `exact`, a call reuses the states of others
     only where computing them would give the same bits; a session always reuses all of its own state. Steps run on

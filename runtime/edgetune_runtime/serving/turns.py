@@ -1,4 +1,4 @@
-"""Turns at computing, first come first served, and the condition variable that threads wait on for a context."""
+"""Let contexts take turns computing, first come first served, and let threads wait for a free context."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ POLL_S = 0.05
 
 
 class Turns:
-    """The turns at computing of the contexts on one base, first come first served, and their `gate`.
+    """Lets the contexts on one base take turns computing, first come first served.
 
-    Two engines that compute at the same time on the same cores are slower than one after the other.
+    Two engines that compute at the same time on the same cores are slower than one after the other. `gate` guards which
+    thread holds which context.
     """
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ Prompt = str | Sequence[Message]
 
 
 def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
-    """The messages to render: a text becomes a user message; `system` comes first unless there is a system message.
+    """The messages to render: a text becomes a user message; `system` is added unless the first message is one.
 
     UsageError when there are no messages, or when one has no role or no content.
     """

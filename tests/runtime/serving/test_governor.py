@@ -1,4 +1,4 @@
-"""Steps of real engines that are stopped, and begun anew when they stall."""
+"""Steps of real engines that are stopped, or restarted when they stall."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_any_number_of_threads_gives_the_same_bits(wide_base: Path, kv: str, rep
         assert scores == found[0][1]
 
 
-def test_a_step_that_stalls_is_begun_anew_with_fewer_threads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_stalls_is_restarted_with_fewer_threads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     if not engine.adjusts_threads:
         pytest.skip("onnxruntime's threads take over each other's work")
     monkeypatch.setattr(Governor, "_stalls", _stalls_with_several_threads)
