@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (generate, classify):
         command.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads standard input")
     for command in (generate, classify, chat):
-        text = "answer with this adapter at SCALE (default: the bundle's); may be repeated (default: the plain base)"
+        text = "answer with this adapter at SCALE (default: the bundle's); may be repeated; omit it for the plain base"
         command.add_argument("--adapter", action="append", default=[], metavar="NAME[=SCALE]", help=text)
     classify.add_argument("--labels", metavar="A,B,C", help="comma-separated labels (default: the adapter's)")
     for command in (generate, chat):
