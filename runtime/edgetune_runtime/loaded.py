@@ -83,7 +83,7 @@ class LoadedBundle:
     ) -> Call:
         """Prepare a call: its tokens, adapters, and the fixed part of its prompt; same errors as `generate`.
 
-        `owner` owns the state that the call reuses and leaves. The common prefix of the prompt and `carried` keeps its
+        `owner` owns the state that the call reuses and updates. The common prefix of the prompt and `carried` keeps its
         state, and the system prompt of `carried` replaces the adapter's.
         """
         pool, active = self.pool(adapter)

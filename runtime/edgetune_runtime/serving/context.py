@@ -46,8 +46,8 @@ class Start:
 class PromptJob:
     """The prompt of a call: its tokens, and the adapters that are active in each span of them.
 
-    The first `fixed` tokens are the part of the prompt that is the same for all calls. Of other owners' sequences than
-    `owner`'s, only the fixed part is reused. `check` is called before each chunk and ends the work by raising.
+    The first `fixed` tokens are the part of the prompt that is the same for all calls. From sequences that do not
+    belong to `owner`, only the fixed part is reused. `check` is called before each chunk and ends the work by raising.
     """
 
     tokens: Sequence[int]
@@ -279,7 +279,7 @@ class Context:
             raise
 
     def _begin(self, key: Key, job: PromptJob, boundaries: Sequence[int]) -> tuple[int, int]:
-        """Give the engine the longest cached prefix of the prompt, without its last token at least.
+        """Set the engine's sequence to the longest cached prefix of the prompt, without the prompt's last token.
 
         Activates the adapters of the last span. Returns the length of the prefix, and the time of the switch in ns.
         """

@@ -20,15 +20,15 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 _STALL_FACTOR, _SHORTEST_STALL_S, _UNKNOWN_STALL_S = 3.0, 0.1, 0.5
-"""A step that lacks cores is restarted with fewer threads after 3 times its usual time, but not before 0.1 s; after
-0.5 s if the usual time is unknown."""
+"""A step that lacks cores is restarted with fewer threads after this factor of its usual time, but not before the
+shortest time; after the last value if the usual time is unknown."""
 _IDLE_S = 0.5
 """After a pause of this length, measurements of other processes are outdated."""
 _CHUNK_S, _SMALLEST_CHUNK = 0.25, 16
 """Longest time for a prompt chunk whose size may vary, and the smallest chunk in tokens."""
 _SLOW_SHARE, _SLOW_FACTOR, _SLOW_STEPS = 0.75, 2.0, 4
-"""An answer is slow if it got less than this share of its cores, or if its tokens (at least 4) took twice the
-shortest time so far."""
+"""An answer is slow if it got less than this share of its cores, or if its decode steps, at least so many, took this
+factor of the shortest time so far."""
 
 
 @dataclass

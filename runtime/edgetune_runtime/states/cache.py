@@ -80,7 +80,7 @@ def reusable(state: tuple[Key, Sequence[int]], wanted: tuple[Key, Sequence[int]]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both sequences begin with."""
+    """The length of the common prefix of two token sequences."""
     for position, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return position

@@ -1,7 +1,7 @@
 """The cores and memory that this process may use, from affinity, cgroups and core types.
 
-Read from files of Linux; elsewhere, or if a file is missing, there is no limit. `root` is the folder that contains
-/proc and /sys.
+Read from /proc and /sys of Linux, in the folder `root`. Where a file is missing, and on other systems, no limit is
+assumed.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class ComputeThread:
 def compute_thread(priority: str) -> ComputeThread | None:
     """The thread for a priority; None for normal, where the caller's thread computes.
 
-    UsageError for an unknown priority, and for low and idle outside Linux, where threads have no own priority.
+    UsageError for an unknown priority, and for low and idle outside Linux, where priorities are per process.
     """
     if priority not in PRIORITIES:
         raise UsageError(f"no priority {priority!r}", f"choose one of: {', '.join(PRIORITIES)}")
