@@ -348,7 +348,7 @@ K, Q, MLP = "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"
         (
             {},
             {MLP: replace(bottleneck(1), down=np.ones((8, 63), np.float32))},
-            r".*relu_output\.down' has shape \(63, 8\), the graph wants \(64, 'rank'\)",
+            r".*relu_output\.down' has shape \(63, 8\), the graph needs \(64, 'rank'\)",
         ),
     ],
 )
