@@ -1,4 +1,4 @@
-"""Measure both engines and other runtimes while other processes are busy: time to first token and tokens/s.
+"""Measure both engines and other runtimes under CPU contention: time to first token and tokens/s.
 
     pip install -e '.[demo,bench]'
     python benchmarks/busy.py --json --out benchmarks/results
@@ -123,7 +123,7 @@ class Worker:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure answers while other processes are busy.")
+    parser = argparse.ArgumentParser(description="Measure both engines and other runtimes under CPU contention.")
     parser.add_argument("--requests", type=int, default=12, help="requests per setup and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=512, help="length of the task's fixed prompt")
@@ -350,7 +350,7 @@ def plot(result: dict[str, Any], out: Path) -> None:
         axes.bar(places, [found[name]["tokens_per_s"] for name in conditions], 0.14, label=setup, color=color)
     axes.set_xticks(range(len(conditions)), [name.replace(" ", "\n", 1) for name in conditions])
     axes.set_ylabel("tokens/s")
-    axes.set_title("Decode speed while other processes are busy", loc="left")
+    axes.set_title("Decode speed under CPU contention", loc="left")
     axes.legend(frameon=False, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=130)
