@@ -6,7 +6,8 @@
 LLaMA bases in transformers folders, with random f16 weights and SmolLM2's tokenizer, are converted and quantized to
 q4_0. Each gets a rank-16 adapter on all linear layers, trained on rows of about 512 tokens and exported to both
 formats. Each build runs in its own process; its stages are recognized by its progress messages. The peak of a stage is
-the largest resident memory of the process and its children together.
+the largest resident memory of the process and its children together. With `--limit 1.25` each build runs once more in
+a memory cgroup of 1.25 times the peak of its training, which needs root.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,10 +89,12 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES), metavar="A,B", help=f"sizes: {', '.join(SIZES)}")
     parser.add_argument("--row-tokens", type=int, default=512, help="context length and length of the rows")
     parser.add_argument("--steps", type=int, default=2, help="training steps, with one row each")
+    parser.add_argument("--limit", type=float, metavar="FACTOR", help="build again within FACTOR times training's peak")
     parser.add_argument("--work", type=Path, metavar="DIR", help="for bases and bundles (default: a temporary folder)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write scale.json, scale.md and scale.png here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", choices=list(SIZES), help=argparse.SUPPRESS)
+    parser.add_argument("--cgroup", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(build_one(options)))
@@ -98,7 +102,7 @@ def main() -> None:
     find_converter()  # download it now, so that the download does not count as conversion
     with tempfile.TemporaryDirectory() as temporary:
         options.work = options.work or Path(temporary)
-        found = {size: _run(size, options) for size in options.sizes.split(",")}
+        found = {size: _measure(size, options) for size in options.sizes.split(",")}
     settings = {"row_tokens": options.row_tokens, "steps": options.steps, "rank": RANK, "quantization": QUANTIZATION}
     result = {"machine": _machine(), **settings, "sizes": found}
     if options.out:
@@ -109,9 +113,35 @@ def main() -> None:
     print(json.dumps(result) if options.json else table(result))
 
 
-def _run(size: str, options: argparse.Namespace) -> dict[str, Any]:
+def _measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
+    found = _run(size, options)
+    if options.limit and "failed" not in found:
+        limit_mb = options.limit * _training_mb(found["stages"])
+        with _memory_limit(limit_mb) as cgroup:
+            within = _run(size, options, cgroup)
+        found["limited"] = {"limit_mb": round(limit_mb), "stages": within.get("stages", {})}
+        found["limited"] |= {"failed": within["failed"]} if "failed" in within else {}
+    return found
+
+
+@contextmanager
+def _memory_limit(limit_mb: float) -> Iterator[Path]:
+    """A cgroup that may use so much memory, to be removed when its processes have ended."""
+    version_1 = Path("/sys/fs/cgroup/memory")
+    folder = (version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")) / f"edgetune-scale-{os.getpid()}"
+    folder.mkdir()
+    limit = folder / ("memory.limit_in_bytes" if version_1.is_dir() else "memory.max")
+    limit.write_text(str(round(limit_mb * 1e6)))
+    try:
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def _run(size: str, options: argparse.Namespace, cgroup: Path | None = None) -> dict[str, Any]:
     numbers = ["--row-tokens", str(options.row_tokens), "--steps", str(options.steps)]
     command = [sys.executable, __file__, "--worker", size, "--work", str(options.work), *numbers]
+    command += ["--cgroup", str(cgroup)] if cgroup else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         return {"failed": f"exit {done.returncode}"}
@@ -124,8 +154,11 @@ def build_one(options: argparse.Namespace) -> dict[str, Any]:
     from edgetune.pipeline import build  # noqa: PLC0415 - slow to import
     from edgetune.recipe.model import Recipe  # noqa: PLC0415
 
+    if options.cgroup:
+        (options.cgroup / "cgroup.procs").write_text(str(os.getpid()))
     folder = options.work / options.worker
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     smollm = locate("smollm2-135m", Path(), ALIASES)
     parameters = write_folder(folder / "base", SIZES[options.worker], read_header(smollm), smollm)
     write_rows(folder / "rows.jsonl", options.steps + 2, options.row_tokens)
@@ -313,9 +346,25 @@ def table(result: dict[str, Any]) -> str:
     for size, found in result["sizes"].items():
         stages = found.get("stages", {})
         cells = [_cell(stages[stage], found["parameters"]) if stage in stages else "" for stage in STAGES]
-        share = found.get("failed") or f"{_peak(stages) / max(stages[s]['peak_mb'] for s in ('load', 'step')):.2f}"
+        share = found.get("failed") or f"{_peak(stages) / _training_mb(stages):.2f}"
         lines.append(f"| {size} | {' | '.join(cells)} | {share} |")
+    for size, found in result["sizes"].items():
+        if "limited" in found:
+            lines += ["", _said_of_limit(size, found)]
     return "\n".join(lines) + "\n"
+
+
+def _said_of_limit(size: str, found: dict[str, Any]) -> str:
+    limited = found["limited"]
+    within = f"{size} within {limited['limit_mb']:,} MB"
+    if "failed" in limited:
+        return f"{within}: {limited['failed']}"
+    seconds = [sum(stage["seconds"] for stage in of["stages"].values()) for of in (limited, found)]
+    return f"{within}: built in {seconds[0]:.0f} s, without a limit in {seconds[1]:.0f} s."
+
+
+def _training_mb(stages: dict[str, dict[str, float]]) -> float:
+    return max(stages[stage]["peak_mb"] for stage in ("load", "step"))
 
 
 def _cell(stage: dict[str, float], parameters: int) -> str:

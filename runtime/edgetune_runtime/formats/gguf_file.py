@@ -106,6 +106,11 @@ class GgufHeader:
             raise VerificationError("the GGUF file has no general.architecture", COPY_FILE_AGAIN)
         return name
 
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
 
 @dataclass(frozen=True)
 class CacheShape:
