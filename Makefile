@@ -1,4 +1,4 @@
-# Two commands do all set-up on a fresh machine: `make demo` and `make test`.
+# Everything starts from a fresh clone with one command: `make demo` or `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,28 +11,28 @@ DATA := examples/smart-home/data
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/ready  ## Make .venv and install both distributions into it
+setup: $(VENV)/ready  ## Create .venv and install both distributions in it
 
 $(VENV)/ready: pyproject.toml runtime/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "edgetune needs Python 3.11 or newer; this is $$($(PYTHON) --version). Run: make PYTHON=python3.12 …"; exit 5; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 		{ echo "llama-cpp-python needs a C++ compiler. Debian: apt install g++ make; macOS: xcode-select --install"; exit 5; }
-	@echo "== installing into $(VENV); on two cores 5 to 9 minutes when llama.cpp has to be compiled, else about 1.5"
+	@echo "== installing into $(VENV): on two cores 5 to 9 minutes if llama.cpp has to be compiled, else about 1.5"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python tools/install.py $(VENV)/install.log --editable './runtime[gguf,onnx,structured]' --editable '.[demo,dev]'
 	@touch $@
 
 demo: RECIPE := examples/smart-home/quick.yaml
-demo: demo-with-recipe  ## Build examples/smart-home from fewer steps and answer one prompt with each adapter
+demo: demo-with-recipe  ## Build examples/smart-home with a short training and answer one prompt with each adapter
 
 demo-full: RECIPE := examples/smart-home/recipe.yaml
 demo-full: BUNDLE := build/smart-home-full
-demo-full: demo-with-recipe  ## The same by the full recipe, which takes more than twice as long and answers better
+demo-full: demo-with-recipe  ## The same with the full recipe: more than twice as long, and better answers
 
 demo-with-recipe: setup
-	@echo "== building $(BUNDLE) by $(RECIPE): three adapters on one 135M base, for llama.cpp and onnxruntime"
+	@echo "== building $(BUNDLE) from $(RECIPE): three adapters on one 135M base, for llama.cpp and onnxruntime"
 	@$(BIN)/edgetune build $(RECIPE) --out $(BUNDLE)
 	@echo "== one prompt, each engine, each adapter"
 	@$(BIN)/python examples/smart-home/switch.py $(BUNDLE)
@@ -48,7 +48,7 @@ check: setup docs  ## Run ruff, mypy and import-linter, and build the documentat
 	@echo "== import-linter"
 	@$(BIN)/lint-imports
 
-fast: setup  ## Run the tests that need no model: no network, no training, under 90 s
+fast: setup  ## Run the tests without network and training, in less than 90 s
 	@$(BIN)/pytest -m "not model"
 
 test: check  ## Run all checks and tests, as CI does
@@ -61,10 +61,10 @@ dist: setup  ## Build the sdist and wheel of both distributions into build/dist,
 	@$(BIN)/python -m build --no-isolation --outdir build/dist runtime
 	@$(BIN)/twine check --strict build/dist/*
 
-docs: setup  ## Build the documentation site into build/site; a warning is an error
+docs: setup  ## Build the documentation site into build/site; warnings are errors
 	@echo "== docs"
 	@$(BIN)/python tools/commands_page.py > docs/reference/commands.md
 	@$(BIN)/zensical build --clean --strict
 
-clean:  ## Remove what builds and checks left, but not .venv
+clean:  ## Remove the output and caches of builds and checks, but not .venv
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .cache

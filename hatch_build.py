@@ -1,4 +1,4 @@
-"""Adds edgetune-runtime, at the version that is being built, to the dependencies of edgetune."""
+"""Add edgetune-runtime, at the version being built, to the dependencies of edgetune."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 class RuntimeOfSameVersion(MetadataHookInterface):
-    """The dependencies in pyproject.toml under this hook, and the runtime: bundles are only tested between equals."""
+    """The dependencies in pyproject.toml under this hook, and the runtime of the same version.
+
+    Bundles are tested only with equal versions of both.
+    """
 
     def update(self, metadata: dict[str, Any]) -> None:
         """Set `dependencies`; hatchling has set `version` already."""

@@ -1,11 +1,11 @@
-"""Answers beside busy neighbours: time to first token and tokens/s of both engines and of other runtimes.
+"""Measure both engines and other runtimes under CPU contention: time to first token and tokens/s.
 
     pip install -e '.[demo,bench]'
     python benchmarks/busy.py --json --out benchmarks/results
 
-SmolLM2-135M in q4_0 with one rank-16 adapter on all linear layers. Every setup stays loaded in a process of its own and
-answers the same requests of 16 tokens under each condition, in rounds, so that a slow phase of the machine meets all.
-CPU quotas need cgroup v1 or v2 folders that may be written; they are left out elsewhere.
+SmolLM2-135M in q4_0 with one rank-16 adapter on all linear layers. Each setup stays loaded in its own process and
+answers the same requests of 16 tokens under each condition. The setups take turns in rounds, so that slow phases of the
+machine affect all of them. CPU quotas need writable cgroup v1 or v2 folders, and are skipped without them.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-# Python looks for modules beside the script first, where onnx.py would stand in for the package onnx.
+# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
 sys.path[:] = [
     str(Path(__file__).resolve().parents[1]),
     *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
 ]
 
 from benchmarks.switching import _machine, _p99, _read, prepare
-from benchmarks.switching_ways import WAYS, Defaults, Folder
+from benchmarks.switching_setups import SETUPS as SWITCHING_SETUPS
+from benchmarks.switching_setups import Defaults, Folder
 
 SETUPS = {
-    **{name: WAYS[name] for name in ("edgetune gguf", "edgetune onnx")},
+    **{name: SWITCHING_SETUPS[name] for name in ("edgetune gguf", "edgetune onnx")},
     "Llama with its defaults": Defaults,
-    **{name: WAYS[name] for name in ("llama-server", "onnxruntime-genai")},
+    **{name: SWITCHING_SETUPS[name] for name in ("llama-server", "onnxruntime-genai")},
 }
 QUIET = "quiet"
 SIDE_BY_SIDE = "two of the same"
 ROUND_S = 12.0
-"""A round of one setup ends after its requests, or after this time."""
+"""Longest time of one setup's round; it ends earlier when all requests are answered."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What runs beside a setup: kinds of neighbours, a second process of its own kind, or a CPU quota in cores."""
+    """What else runs: kinds of busy processes, a second process of the same setup, or a CPU quota in cores."""
 
     name: str
     neighbours: tuple[str, ...] = ()
@@ -68,7 +69,7 @@ CONDITIONS = (
 
 
 class Neighbour:
-    """A busy process that counts its rounds of work in a mapped file."""
+    """A busy process, which counts its rounds of work in a mapped file."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         self._path = folder / f"{kind}-{time.monotonic_ns()}"
@@ -87,7 +88,7 @@ class Neighbour:
 
 
 class Worker:
-    """A process that has one setup loaded and measures it when it is told to."""
+    """A process with one setup loaded, which runs a round of requests on demand."""
 
     def __init__(self, setup: str, options: argparse.Namespace, cgroup: Path | None = None) -> None:
         command = [sys.executable, __file__, "--worker", setup, "--work", str(options.work)]
@@ -103,7 +104,7 @@ class Worker:
         self._process.stdin.flush()
 
     def end(self) -> dict[str, list[float]]:
-        """Seconds of the round's first tokens, and of all tokens after them."""
+        """The round's times to first token, and the times of all other tokens, in seconds."""
         return dict(self._read())
 
     def __enter__(self) -> Self:
@@ -117,20 +118,20 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"busy.py: {' '.join(self._process.args)} ended with {self._process.wait()}")  # type: ignore[arg-type]
+            raise SystemExit(f"busy.py: {' '.join(self._process.args)} exited with {self._process.wait()}")  # type: ignore[arg-type]
         return json.loads(line)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Answers beside busy neighbours.")
-    parser.add_argument("--requests", type=int, default=12, help="of each setup in each round")
+    parser = argparse.ArgumentParser(description="Measure both engines and other runtimes under CPU contention.")
+    parser.add_argument("--requests", type=int, default=12, help="requests per setup and round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="of the task's own prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="length of the task's fixed prompt")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--setups", default=",".join(SETUPS), metavar="A,B", help="which setups to run")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep what is prepared here; else a folder for now")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write busy.json, busy.md and busy.png")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep prepared files here (default: temporary)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write busy.json, busy.md and busy.png here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", choices=SETUPS, help=argparse.SUPPRESS)
     parser.add_argument("--cgroup", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--neighbour", choices=("spin", "copy", "train"), help=argparse.SUPPRESS)
@@ -148,7 +149,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, temporary: Path) -> dict[str, Any]:
-    """All figures of each setup under each condition."""
+    """Measure each setup under each condition."""
     setups = options.setups.split(",")
     found: dict[str, dict[str, Any]] = {setup: {} for setup in setups}
     with ExitStack() as stack:
@@ -173,7 +174,7 @@ def measure(options: argparse.Namespace, temporary: Path) -> dict[str, Any]:
 def _round(
     condition: Condition, workers: dict[str, Worker], options: argparse.Namespace, temporary: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What one round of each setup took under the condition."""
+    """Run one round of each setup under the condition; yields the times of each."""
     if condition.quota is not None:
         with _quota(condition.quota) as cgroup:
             for setup in workers if cgroup else ():
@@ -195,7 +196,7 @@ def _round(
 
 
 def _took(workers: Sequence[Worker], neighbours: Sequence[Neighbour], alone: Sequence[float] = ()) -> dict[str, Any]:
-    # What the setup knew of its neighbours is outdated, as it would be after a pause between calls.
+    # After this pause the setup has to detect the other processes again, as after a pause between calls.
     time.sleep(1.0)
     begin, before = time.perf_counter(), [neighbour.count() for neighbour in neighbours]
     for worker in workers:
@@ -203,7 +204,7 @@ def _took(workers: Sequence[Worker], neighbours: Sequence[Neighbour], alone: Seq
     rounds = [worker.end() for worker in workers]
     seconds = time.perf_counter() - begin
     rates = [(neighbour.count() - count) / seconds for neighbour, count in zip(neighbours, before, strict=True)]
-    # Of two side by side, the slower one counts.
+    # With two processes of the same setup, report the slower one.
     took: dict[str, Any] = max(rounds, key=lambda one: statistics.fmean(one["steps_s"]))
     took["neighbours"] = [rate / own for rate, own in zip(rates, alone, strict=True)]
     return took
@@ -234,7 +235,7 @@ def _tokens_per_s(took: dict[str, Any]) -> float:
 
 @contextmanager
 def _quota(cores: float) -> Iterator[Path | None]:
-    """A cgroup with a CPU quota, to be removed when its processes have ended; None where there can be none."""
+    """A temporary cgroup with a CPU quota; None if it cannot be created."""
     version_1 = Path("/sys/fs/cgroup/cpu")
     folder = (version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")) / f"edgetune-busy-{os.getpid()}"
     try:
@@ -257,24 +258,24 @@ def work(options: argparse.Namespace) -> None:
     """Load one setup, then answer a round of requests for each line of standard input."""
     if options.cgroup:
         (options.cgroup / "cgroup.procs").write_text(str(os.getpid()))
-    way = SETUPS[options.worker](Folder(options.work, 1, options.threads))
+    setup = SETUPS[options.worker](Folder(options.work, 1, options.threads))
     asked = _read(options.work)["round robin"]
-    way.answer(asked[0])
+    setup.answer(asked[0])
     print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:
         took: dict[str, list[float]] = {"firsts_s": [], "steps_s": []}
         end = time.perf_counter() + ROUND_S
         for number in range(options.requests):
-            answered = way.answer(asked[number % len(asked)])
-            took["firsts_s"].append(answered.first_s)
-            took["steps_s"] += answered.steps_s
+            answer = setup.answer(asked[number % len(asked)])
+            took["firsts_s"].append(answer.first_s)
+            took["steps_s"] += answer.steps_s
             if time.perf_counter() > end:
                 break
         print(json.dumps(took), flush=True)
 
 
 def disturb(kind: str, path: Path) -> None:
-    """Work for ever, counting rounds in a file: a Python loop, copies of 64 MB, or training steps on all cores."""
+    """Run until killed, counting rounds in a file: a Python loop, copies of 64 MB, or training steps on all cores."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 8) as counter:
         for count, _ in enumerate(_work_of(kind), 1):
             counter[:] = struct.pack("q", count)
@@ -303,7 +304,7 @@ def _work_of(kind: str) -> Iterator[None]:
 
 
 def report(result: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print the figures, and write them where they are wanted."""
+    """Print the figures, and write them to `--out`."""
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "busy.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -313,11 +314,11 @@ def report(result: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures in Markdown."""
+    """The figures as a Markdown table."""
     lines = [
         f"{result['machine']}. SmolLM2-135M in q4_0 with one rank-16 adapter, a task prompt of "
         f"{result['prompt_tokens']} tokens, {result['rounds']} round(s) of up to {result['requests']} requests of 16 "
-        "tokens. The neighbours' speed is a share of what they do without the setup.",
+        "tokens. The neighbours' speed is relative to their speed without the setup.",
         "",
         "| setup | condition | TTFT ms p50 | p99 | x quiet | tokens/s | x quiet | longest step ms | neighbours |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -334,7 +335,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], out: Path) -> None:
-    """Tokens/s of each setup under each condition."""
+    """Plot the tokens/s of each setup under each condition."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -349,7 +350,7 @@ def plot(result: dict[str, Any], out: Path) -> None:
         axes.bar(places, [found[name]["tokens_per_s"] for name in conditions], 0.14, label=setup, color=color)
     axes.set_xticks(range(len(conditions)), [name.replace(" ", "\n", 1) for name in conditions])
     axes.set_ylabel("tokens/s")
-    axes.set_title("Decoding beside busy neighbours", loc="left")
+    axes.set_title("Decode speed under CPU contention", loc="left")
     axes.legend(frameon=False, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=130)

@@ -1,10 +1,9 @@
-"""A folder with train.txt and test.txt in; perplexity of a base before and after it was continued on them, as JSON out.
+"""Measure the perplexity of a base before and after continued pretraining on train.txt; prints JSON.
 
     python -m benchmarks.domain --data DIR/tinyshakespeare --steps 100
 
-One recipe with two stages: the base is continued on the text, then an adapter is trained for what came out. `build`
-has the build's own figures, measured by the runtime's engines; `runtime` is the perplexity of test.txt that the
-runtime gives with the finished bundle.
+One recipe with two stages: continued pretraining of the base, then an adapter on the result. `build` has the figures of
+the build, measured with the runtime's engines; `runtime` is the perplexity of test.txt with the finished bundle.
 """
 
 from __future__ import annotations
@@ -17,33 +16,33 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edgetune_export import backends
 from edgetune_runtime import Runtime
 
 from edgetune.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import TARGETS
 
-# The adapter of the second stage is beside the point here: one step on a few rows.
+# The adapter of the second stage does not matter here: one step on a few rows.
 ROWS = [{"prompt": f"Who wrote line {number}?", "completion": "Shakespeare"} for number in range(4)]
 
 
 def main() -> None:
     """Build in a folder and print one JSON object."""
-    parser = argparse.ArgumentParser(description="Perplexity of a base before and after it was continued on text.")
+    parser = argparse.ArgumentParser(description="Measure perplexity before and after continued pretraining.")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.txt and test.txt")
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--quantize", help="quantization of the base; else as it is")
+    parser.add_argument("--quantize", help="quantization of the base (default: unchanged)")
     parser.add_argument("--method", default="full")
-    parser.add_argument("--steps", type=int, help="at most so many steps; else all epochs")
+    parser.add_argument("--steps", type=int, help="maximum number of steps (default: all epochs)")
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--batch-size", type=int, default=4, help="windows a step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of training; each method has a factor on it")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a window, and of the runtime's context")
-    parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--characters", type=int, help="use the first so many of each file")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows per step")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="times the factor of the method")
+    parser.add_argument("--window", type=int, default=512, help="tokens per window, and the runtime's context length")
+    parser.add_argument("--targets", default=",".join(backends.names()))
+    parser.add_argument("--characters", type=int, help="use only this many characters of each file")
     parser.add_argument(
-        "--out", type=Path, help="where to build, and go on after an interruption; else a folder for now"
+        "--out", type=Path, help="build folder, to resume after an interruption (default: a temporary folder)"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -88,7 +87,7 @@ def _recipe(options: argparse.Namespace, folder: Path) -> Recipe:
 
 
 def _perplexity(bundle: Path, engine: str, text: str) -> float:
-    """Of the text on the bundle's plain base."""
+    """Perplexity of the text with the bundle's plain base."""
     with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
         nats, tokens = runtime.perplexity(text)
     return math.exp(nats / tokens)

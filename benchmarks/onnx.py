@@ -1,11 +1,11 @@
-"""Nothing in; decoding, prefill and the cost of adapters in ONNX out, edgetune's engine beside onnxruntime-genai's.
+"""Compare edgetune's ONNX engine with onnxruntime-genai: decode and prefill speed, and the cost of adapters.
 
     pip install -e '.[demo]'
     python benchmarks/onnx.py --json
 
-Same files, same threads: SmolLM2-135M in q4_0 and a model of 0.5B size with random weights, each with
-random rank-16 adapters on all linear layers and on q and v. The ways take turns, a few steps each, so that noise meets
-all alike; medians are compared. `share` is a way's decoding speed as a share of the plain base's.
+Same files, same threads: SmolLM2-135M in q4_0 and a 0.5B model with random weights, each with random rank-16 adapters
+on all linear layers and on q and v. The engines take turns, a few steps each, so that noise affects both equally;
+medians are compared. `share` is the decode speed with an adapter relative to the plain base.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Self
 
-# Python looks for modules beside the script first, where this one would stand in for the package onnx.
+# Python imports from the script's folder first, where this file would shadow the package onnx.
 sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
 
 import gguf
@@ -44,16 +44,16 @@ BASE = backend.MODEL_FILE
 CONTEXT, PROMPT, STEPS = 512, 256, 24
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTERS = {"all-linear": ALL, "q+v": ("q_proj", "v_proj")}
-# The sizes of a Qwen2.5-0.5B, with SmolLM2's vocabulary.
+# The sizes of Qwen2.5-0.5B, with SmolLM2's vocabulary.
 HALF = {"layers": 24, "hidden": 896, "inner": 4864, "heads": 14, "kv_heads": 2}
 
 
 def main() -> None:
     """Build the two bases, run the rounds and print ratios."""
-    parser = argparse.ArgumentParser(description="edgetune's ONNX engine beside onnxruntime-genai.")
+    parser = argparse.ArgumentParser(description="Compare edgetune's ONNX engine with onnxruntime-genai.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -77,32 +77,32 @@ def main() -> None:
 
 
 def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """Medians of decoding and prefill for each engine and adapter, and the ratios between them."""
-    ways = [(engine, name) for name in ("base", *ADAPTERS) for engine in WORKERS]
-    times: dict[tuple[str, str], list[tuple[float, float]]] = {way: [] for way in ways}
+    """Median decode and prefill speed for each engine and adapter, and their ratios."""
+    setups = [(engine, name) for name in ("base", *ADAPTERS) for engine in WORKERS]
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {setup: [] for setup in setups}
     with ExitStack() as stack:
-        # Each in a process of its own, so that neither's threads wait for work beside the other's.
-        asked = {engine: stack.enter_context(Asked(engine, folder, threads)) for engine in WORKERS}
+        # Each engine in its own process, so that the spinning threads of one do not slow down the other.
+        workers = {engine: stack.enter_context(Worker(engine, folder, threads)) for engine in WORKERS}
         for number in range(rounds + 1):
             print(f"round {number} of {rounds}", file=sys.stderr)
-            for engine, name in ways:
-                taken = asked[engine].run(name)
+            for engine, name in setups:
+                times_s = workers[engine].run(name)
                 if number:
-                    times[engine, name].append(taken)
-    prefill = {way: PROMPT / statistics.median(first for first, _ in taken) for way, taken in times.items()}
-    decode = {way: 1 / statistics.median(step for _, step in taken) for way, taken in times.items()}
+                    times[engine, name].append(times_s)
+    prefill = {setup: PROMPT / statistics.median(first for first, _ in found) for setup, found in times.items()}
+    decode = {setup: 1 / statistics.median(step for _, step in found) for setup, found in times.items()}
     names = ("base", *ADAPTERS)
     return {
-        "decode_tokens_per_s": {" ".join(way): round(speed, 1) for way, speed in decode.items()},
-        "prefill_tokens_per_s": {" ".join(way): round(speed) for way, speed in prefill.items()},
+        "decode_tokens_per_s": {" ".join(setup): round(speed, 1) for setup, speed in decode.items()},
+        "prefill_tokens_per_s": {" ".join(setup): round(speed) for setup, speed in prefill.items()},
         "decode_ratio": {name: round(decode["edgetune", name] / decode["genai", name], 2) for name in names},
         "prefill_ratio": {name: round(prefill["edgetune", name] / prefill["genai", name], 2) for name in names},
         "share": {name: round(decode["edgetune", name] / decode["edgetune", "base"], 3) for name in ADAPTERS},
     }
 
 
-class Asked:
-    """A process that measures one engine when it is asked to."""
+class Worker:
+    """A process that measures one engine on demand."""
 
     def __init__(self, engine: str, folder: Path, threads: int) -> None:
         command = [sys.executable, __file__, "--worker", engine, "--folder", str(folder), "--threads", str(threads)]
@@ -116,7 +116,7 @@ class Asked:
         self._process.wait()
 
     def run(self, name: str) -> tuple[float, float]:
-        """Seconds of a prompt and of a step with this adapter, or the base."""
+        """Seconds per prompt and per decode step with this adapter or the base."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{name}\n")
         self._process.stdin.flush()
@@ -125,7 +125,7 @@ class Asked:
 
 
 def work_ours(folder: Path, threads: int) -> None:
-    """Measure edgetune's engine for each name on standard input."""
+    """Measure edgetune's engine with each adapter that is named on standard input."""
     with closing(OnnxEngine(folder / BASE, context_length=CONTEXT, threads=threads)) as engine:
         for name in ADAPTERS:
             engine.load_adapter(name, folder / f"{name}.onnx_adapter")
@@ -135,7 +135,7 @@ def work_ours(folder: Path, threads: int) -> None:
 
 
 def work_genai(folder: Path, _threads: int) -> None:
-    """Measure onnxruntime-genai for each name on standard input; its threads are in the folder's configuration."""
+    """Measure onnxruntime-genai with each adapter that is named on standard input; its config file has the threads."""
     model = og.Model(str((folder / BASE).parent))
     adapters = og.Adapters(model)
     for name in ADAPTERS:
@@ -149,15 +149,15 @@ WORKERS: dict[str, Callable[[Path, int], None]] = {"edgetune": work_ours, "genai
 
 
 def ours(engine: OnnxEngine, name: str | None) -> tuple[float, float]:
-    """Seconds of a prompt, and the median of the steps after it."""
+    """Seconds per prompt, and median seconds per decode step."""
     engine.activate({} if name is None else {name: 1.0})
-    engine.forget(0)
+    engine.truncate(0)
     prompt_s = timed(lambda: engine.decode(range(100, 100 + PROMPT)))
     return prompt_s, statistics.median(timed(lambda: engine.decode([7])) for _ in range(STEPS))
 
 
 def genai(model: Any, adapters: Any, name: str | None) -> tuple[float, float]:  # noqa: ANN401 - the library's own
-    """The same through onnxruntime-genai, which makes a generator anew for each prompt; that is not counted."""
+    """The same with onnxruntime-genai. It needs a new generator for each prompt, whose creation is not counted."""
     params = og.GeneratorParams(model)
     params.set_search_options(max_length=CONTEXT, do_sample=False)
     generator = og.Generator(model, params)
@@ -175,9 +175,9 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def export(base: Base, folder: Path, threads: int) -> None:
-    """Write the base with slots and the adapters; genai runs with `threads` as well."""
+    """Write the base with adapter slots and the adapters; sets `threads` for genai too."""
     model = bases.load_torch(base, torch.float32)
-    source = Source(base.path, base.fingerprint, model, folder / "way")
+    source = Source(base.path, base.fingerprint, model, folder / "work")
     random = np.random.default_rng(0)
     linear = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in ALL}
     adapters = []
@@ -197,17 +197,17 @@ def export(base: Base, folder: Path, threads: int) -> None:
 
 
 def delta(random: np.random.Generator, columns: int, rows: int) -> Delta:
-    """A random update, small enough to keep the activations in range."""
+    """A random low-rank update, small enough to keep the activations in range."""
     a, b = random.normal(0, 0.02, (RANK, columns)), random.normal(0, 0.02, (rows, RANK))
     return Delta(a.astype(np.float32), b.astype(np.float32))
 
 
 def random_base(out: Path, vocabulary: Path) -> None:
-    """A q4_0 base of 0.5B size with random weights and the tokenizer of another GGUF file."""
-    held, layers, hidden = gguf.GGUFReader(vocabulary), HALF["layers"], HALF["hidden"]
+    """Write a 0.5B q4_0 base with random weights and the tokenizer of another GGUF file."""
+    other, layers, hidden = gguf.GGUFReader(vocabulary), HALF["layers"], HALF["hidden"]
     head_size = hidden // HALF["heads"]
     writer = gguf.GGUFWriter(out, "llama")
-    for key, field in held.fields.items():
+    for key, field in other.fields.items():
         if key.startswith("tokenizer."):
             kind, inner = field.types[0], field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(key, field.contents(), kind, sub_type=inner)
@@ -220,7 +220,7 @@ def random_base(out: Path, vocabulary: Path) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(head_size)
     writer.add_rope_freq_base(1e5)
-    vocab_size = len(held.fields["tokenizer.ggml.tokens"].data)
+    vocab_size = len(other.fields["tokenizer.ggml.tokens"].data)
     kv = HALF["kv_heads"] * head_size
     shapes = {"attn_q": (hidden, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
     shapes |= {"attn_output": (hidden, hidden), "ffn_gate": (HALF["inner"], hidden), "ffn_up": (HALF["inner"], hidden)}
@@ -240,7 +240,7 @@ def random_base(out: Path, vocabulary: Path) -> None:
 
 
 def add_blocks(writer: gguf.GGUFWriter, random: np.random.Generator, name: str, shape: tuple[int, int]) -> None:
-    """A matrix of random q4_0 blocks whose weights have a deviation of about 0.02."""
+    """Add a matrix of random q4_0 blocks; its weights have a standard deviation of about 0.02."""
     rows, columns = shape
     blocks = random.integers(0, 256, (rows, columns // 32, 18), np.uint8)
     blocks[..., :2] = np.full((rows, columns // 32, 1), 0.0045, np.float16).view(np.uint8)

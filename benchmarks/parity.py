@@ -1,10 +1,10 @@
-"""A text in; how far llama.cpp is from torch on the same weights, per quantization, as a Markdown table out.
+"""Measure how far llama.cpp is from torch on the same weights, per quantization; prints a Markdown table.
 
     python benchmarks/parity.py --text DIR/wikitext2/wiki.valid.raw --out build/parity
 
-SmolLM2-135M at each quantization, torch in float32 on the dequantized weights of the same file, with and without a
-random rank-16 LoRA on all linear layers, separate (f16 and q8_0) and merged. The tolerances of `edgetune_export.parity`
-are set from this table.
+SmolLM2-135M in each quantization against torch in float32 on the dequantized weights of the same file, with and without
+a random rank-16 LoRA on all linear layers, separate (f16 and q8_0) and merged. The tolerances in
+`edgetune_export.parity` come from this table.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from edgetune.shipping.verify import logits_of
 
 SCHEMES = ("as shipped", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_1", "q4_0")
 ROW_TOKENS, ROWS = 128, 6
-# Large enough to move the logits about as far as a trained adapter does.
+# Large enough to change the logits about as much as a trained adapter.
 B_STD = 0.04
 
 
 def main() -> None:
-    """Print a row of the table per quantization."""
-    parser = argparse.ArgumentParser(description="Parity of llama.cpp with torch, per quantization.")
+    """Print one row of the table per quantization."""
+    parser = argparse.ArgumentParser(description="Measure the parity of llama.cpp with torch, per quantization.")
     parser.add_argument("--text", type=Path, required=True, help="a text file")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the quantized bases")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the quantized bases")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     shipped = _resolve("smollm2-135m").path
@@ -91,7 +91,7 @@ def _row(scheme: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -
 
 
 def _quantized(scheme: str, shipped: Path, out: Path) -> Path:
-    """The shipped base dequantized to f16, and that quantized to `scheme`."""
+    """Dequantize the shipped base to f16 and requantize it to `scheme`."""
     f16, target = out / "f16.gguf", out / f"{scheme}.gguf"
     if not f16.is_file():
         params = llama_cpp.llama_model_quantize_default_params()

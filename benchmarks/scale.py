@@ -1,12 +1,13 @@
-"""Random bases of several sizes in; memory and seconds of each stage of their builds out: a table and a plot.
+"""Measure peak memory and time of each build stage, for random bases of several sizes.
 
     pip install -e '.[demo]'
     python benchmarks/scale.py --json --out benchmarks/results
 
-Llama-shaped bases as transformers folders, with random f16 weights and SmolLM2's tokenizer, are converted and quantized
-to q4_0; a rank-16 adapter on all linear layers, rows of about 512 tokens, both formats. Each build runs in a process of
-its own; its stages are told by what it says. A stage's peak is the most that the process and those it starts hold at
-once.
+LLaMA bases in transformers folders, with random f16 weights and SmolLM2's tokenizer, are converted and quantized to
+q4_0. Each gets a rank-16 adapter on all linear layers, trained on rows of about 512 tokens and exported to both
+formats. Each build runs in its own process; its stages are recognized by its progress messages. The peak of a stage is
+the largest resident memory of the process and its children together. With `--limit 1.25` each build runs once more in
+a memory cgroup of 1.25 times the peak of its training, which needs root.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Python looks for modules beside the script first, where onnx.py would stand in for the package onnx.
+# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
 sys.path[:] = [place for place in sys.path if Path(place) != Path(__file__).resolve().parent]
 
 import numpy as np
@@ -48,7 +50,7 @@ WORDS = (
     "lamp heater window kitchen garden music alarm morning evening quiet bright never always answer short plain only"
 )
 STAGES = ("convert", "quantize", "load", "step", "fold", "gguf", "onnx", "parity", "pack")
-# What a build says when a stage begins; `step` begins with its progress bar.
+# The message of a build at the start of each stage; `step` starts with its progress bar.
 _BEGINNINGS = {
     "converting base": "convert",
     "quantizing base": "quantize",
@@ -65,7 +67,7 @@ _HEAD_SIZE = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """Width, layers, heads of queries and of keys, and width of the feed-forward blocks of a llama."""
+    """Hidden size, layers, query heads, key heads and intermediate size of a LLaMA model."""
 
     width: int
     layers: int
@@ -83,22 +85,24 @@ SIZES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory and seconds of each stage of a build, by the base's size.")
-    parser.add_argument("--sizes", default=",".join(SIZES), metavar="A,B", help=f"of {', '.join(SIZES)}")
-    parser.add_argument("--row-tokens", type=int, default=512, help="context length, which the rows fill")
-    parser.add_argument("--steps", type=int, default=2, help="of training, with one row each")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="for bases and bundles; else a folder for now")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write scale.json, scale.md and scale.png")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser = argparse.ArgumentParser(description="Measure peak memory and time of each build stage, by base size.")
+    parser.add_argument("--sizes", default=",".join(SIZES), metavar="A,B", help=f"sizes: {', '.join(SIZES)}")
+    parser.add_argument("--row-tokens", type=int, default=512, help="context length and length of the rows")
+    parser.add_argument("--steps", type=int, default=2, help="training steps, with one row each")
+    parser.add_argument("--limit", type=float, metavar="FACTOR", help="build again within FACTOR times training's peak")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="for bases and bundles (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write scale.json, scale.md and scale.png here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", choices=list(SIZES), help=argparse.SUPPRESS)
+    parser.add_argument("--cgroup", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(build_one(options)))
         return
-    find_converter()  # fetched on first use, which is no part of the conversion
+    find_converter()  # download it now, so that the download does not count as conversion
     with tempfile.TemporaryDirectory() as temporary:
         options.work = options.work or Path(temporary)
-        found = {size: _run(size, options) for size in options.sizes.split(",")}
+        found = {size: _measure(size, options) for size in options.sizes.split(",")}
     settings = {"row_tokens": options.row_tokens, "steps": options.steps, "rank": RANK, "quantization": QUANTIZATION}
     result = {"machine": _machine(), **settings, "sizes": found}
     if options.out:
@@ -109,9 +113,35 @@ def main() -> None:
     print(json.dumps(result) if options.json else table(result))
 
 
-def _run(size: str, options: argparse.Namespace) -> dict[str, Any]:
+def _measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
+    found = _run(size, options)
+    if options.limit and "failed" not in found:
+        limit_mb = options.limit * _training_mb(found["stages"])
+        with _memory_limit(limit_mb) as cgroup:
+            within = _run(size, options, cgroup)
+        found["limited"] = {"limit_mb": round(limit_mb), "stages": within.get("stages", {})}
+        found["limited"] |= {"failed": within["failed"]} if "failed" in within else {}
+    return found
+
+
+@contextmanager
+def _memory_limit(limit_mb: float) -> Iterator[Path]:
+    """A cgroup that may use so much memory, to be removed when its processes have ended."""
+    version_1 = Path("/sys/fs/cgroup/memory")
+    folder = (version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")) / f"edgetune-scale-{os.getpid()}"
+    folder.mkdir()
+    limit = folder / ("memory.limit_in_bytes" if version_1.is_dir() else "memory.max")
+    limit.write_text(str(round(limit_mb * 1e6)))
+    try:
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def _run(size: str, options: argparse.Namespace, cgroup: Path | None = None) -> dict[str, Any]:
     numbers = ["--row-tokens", str(options.row_tokens), "--steps", str(options.steps)]
     command = [sys.executable, __file__, "--worker", size, "--work", str(options.work), *numbers]
+    command += ["--cgroup", str(cgroup)] if cgroup else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         return {"failed": f"exit {done.returncode}"}
@@ -120,12 +150,15 @@ def _run(size: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_one(options: argparse.Namespace) -> dict[str, Any]:
-    """Parameters, and peak in MB and seconds of each stage, of the build of one base."""
+    """Build with one base; returns its parameters, and the peak in MB and the seconds of each stage."""
     from edgetune.pipeline import build  # noqa: PLC0415 - slow to import
     from edgetune.recipe.model import Recipe  # noqa: PLC0415
 
+    if options.cgroup:
+        (options.cgroup / "cgroup.procs").write_text(str(os.getpid()))
     folder = options.work / options.worker
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     smollm = locate("smollm2-135m", Path(), ALIASES)
     parameters = write_folder(folder / "base", SIZES[options.worker], read_header(smollm), smollm)
     write_rows(folder / "rows.jsonl", options.steps + 2, options.row_tokens)
@@ -148,7 +181,7 @@ def build_one(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_folder(folder: Path, shape: Shape, like: GgufHeader, tokenizer_of: Path) -> int:
-    """Write a transformers folder of random f16 weights, a shard a layer, with the tokenizer of the base `like`.
+    """Write a transformers folder with random f16 weights, one shard per layer, and the tokenizer of the base `like`.
 
     Returns the number of parameters.
     """
@@ -227,7 +260,7 @@ def write_rows(out: Path, count: int, tokens: int) -> None:
 
 
 class Stages(Progress):
-    """Tells a build's stages by what it says, and takes the peak and the seconds of each."""
+    """Recognizes the stages of a build by its messages, and records the peak memory and the time of each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +269,7 @@ class Stages(Progress):
         self._ended = threading.Event()
 
     def say(self, text: str) -> None:
-        """Say it, and begin the stage that it tells of."""
+        """Print a message, and begin its stage if it starts one."""
         super().say(text)
         for beginning, stage in _BEGINNINGS.items():
             if text.startswith(beginning):
@@ -244,14 +277,14 @@ class Stages(Progress):
 
     @contextmanager
     def step(self, label: str, total: int) -> Iterator[Step]:
-        """Training begins with its bar."""
+        """Begin the training stage with its progress bar."""
         self._begin("step")
         with super().step(label, total) as step:
             yield step
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Look at the memory all the time while the block runs; the last stage ends with it."""
+        """Sample the memory while the block runs; the last stage ends with the block."""
         thread = threading.Thread(target=self._sample)
         thread.start()
         try:
@@ -284,7 +317,7 @@ def _status_mb(key: str, process: int | str = "self") -> float:
 
 
 def _family(process: int) -> list[int]:
-    """A process and all that it started."""
+    """A process and all its descendants."""
     found = [process]
     with suppress(OSError):
         for thread in Path(f"/proc/{process}/task").iterdir():
@@ -302,9 +335,9 @@ def _machine() -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: a row for each size, peak and seconds of each stage, and what the build takes beside its training."""
+    """A Markdown table: a row per size with peak and time of each stage, and the build's peak over the training's."""
     lines = [
-        "Peak memory in MB (of it, bytes per parameter) and seconds of each stage of a build "
+        "Peak memory in MB (in parentheses: bytes per parameter) and time of each stage of a build "
         f"(rows of {result['row_tokens']} tokens, {result['steps']} steps of one row, {result['machine']['cpu']}).",
         "",
         f"| base | {' | '.join(STAGES)} | build / training |",
@@ -313,9 +346,25 @@ def table(result: dict[str, Any]) -> str:
     for size, found in result["sizes"].items():
         stages = found.get("stages", {})
         cells = [_cell(stages[stage], found["parameters"]) if stage in stages else "" for stage in STAGES]
-        share = found.get("failed") or f"{_peak(stages) / max(stages[s]['peak_mb'] for s in ('load', 'step')):.2f}"
+        share = found.get("failed") or f"{_peak(stages) / _training_mb(stages):.2f}"
         lines.append(f"| {size} | {' | '.join(cells)} | {share} |")
+    for size, found in result["sizes"].items():
+        if "limited" in found:
+            lines += ["", _said_of_limit(size, found)]
     return "\n".join(lines) + "\n"
+
+
+def _said_of_limit(size: str, found: dict[str, Any]) -> str:
+    limited = found["limited"]
+    within = f"{size} within {limited['limit_mb']:,} MB"
+    if "failed" in limited:
+        return f"{within}: {limited['failed']}"
+    seconds = [sum(stage["seconds"] for stage in of["stages"].values()) for of in (limited, found)]
+    return f"{within}: built in {seconds[0]:.0f} s, without a limit in {seconds[1]:.0f} s."
+
+
+def _training_mb(stages: dict[str, dict[str, float]]) -> float:
+    return max(stages[stage]["peak_mb"] for stage in ("load", "step"))
 
 
 def _cell(stage: dict[str, float], parameters: int) -> str:
@@ -327,8 +376,8 @@ def _peak(stages: dict[str, dict[str, float]]) -> float:
 
 
 def plot(result: dict[str, Any], out: Path) -> None:
-    """Peak memory and seconds of each stage by the number of parameters."""
-    import matplotlib as mpl  # noqa: PLC0415 - only where a plot is asked for
+    """Plot peak memory and time of each stage by the number of parameters."""
+    import matplotlib as mpl  # noqa: PLC0415 - needed only for a plot
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415

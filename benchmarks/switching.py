@@ -1,11 +1,11 @@
-"""Nothing in; what switching tasks costs, edgetune beside other ways of doing it, out: a table and a plot.
+"""Measure the cost of switching between tasks, in edgetune and in alternative setups; writes a table and a plot.
 
     pip install -e '.[demo,bench]'
     python benchmarks/switching.py --json --out benchmarks/results
 
 SmolLM2-135M in q4_0 with eight random rank-16 adapters on all linear layers, task prompts of 512 tokens, requests of 16
-tokens in round robin and in Zipf order. All ways get the same tokens and threads. Each runs in a process of its own,
-one after another. An answer is wrong when it is not, token for token, what the same way answers knowing nothing.
+tokens in round-robin and in Zipf order. All setups get the same tokens and threads. They run one after another, each in
+its own process. An answer is wrong if any token differs from a cold run of the same setup.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Python looks for modules beside the script first, where onnx.py would stand in for the package onnx.
+# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
 sys.path[:] = [
     str(Path(__file__).resolve().parents[1]),
     *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
@@ -31,7 +31,7 @@ sys.path[:] = [
 
 from edgetune_runtime.bench import resident_mb
 
-from benchmarks.switching_ways import CONTEXT, STEPS, WAYS, Edgetune, Folder, Request, Way
+from benchmarks.switching_setups import CONTEXT, SETUPS, STEPS, Edgetune, Folder, Request, Setup
 
 RANK = 16
 ORDERS = ("round robin", "zipf")
@@ -48,16 +48,16 @@ WORDS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What switching tasks costs, beside other ways of doing it.")
+    parser = argparse.ArgumentParser(description="Measure the cost of switching between tasks in several setups.")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="of each task's own prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="length of each task's fixed prompt")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ways", default=",".join(WAYS), metavar="A,B", help="which ways to run")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep what is prepared here; else a folder for now")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write switching.json, switching.md and switching.png")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--worker", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--setups", default=",".join(SETUPS), metavar="A,B", help="which setups to run")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep prepared files here (default: temporary)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write switching.json, .md and .png here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--worker", choices=list(SETUPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         folder = Folder(options.work, options.adapters, options.threads)
@@ -66,10 +66,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         options.work = options.work or Path(temporary)
         prepare(options)
-        found = {name: _run(name, options) for name in options.ways.split(",")}
+        found = {name: _run(name, options) for name in options.setups.split(",")}
         for name in [name for name in found if name.startswith("edgetune") and "failed" not in found[name]]:
             found[name]["rss_mb_of_one_adapter"] = _run(name, options, adapters=1)["rss_mb"]
-    result = {"machine": _machine(options.threads), **_settings(options), "ways": found}
+    result = {"machine": _machine(options.threads), **_settings(options), "setups": found}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "switching.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Make adapters, the bundle of both formats, merged models and the requests, as far as they are not there."""
+    """Make the adapters, the bundle in both formats, the merged models and the requests, unless they exist."""
     if (options.work / "requests.json").exists():
         return
     import torch
@@ -100,7 +100,7 @@ def prepare(options: argparse.Namespace) -> None:
     with torch.no_grad():
         for key, parameter in peft.named_parameters():
             if "lora_" in key:
-                # Enough to change most answers, and not so much that they make no sense.
+                # Large enough to change most answers, small enough to keep them sensible.
                 parameter.normal_(0, 0.02 if "lora_B" in key else 0.05)
     peft.save_pretrained(work / "peft")
     folders = {name: work / "peft" / name for name in names}
@@ -118,7 +118,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def task_prompt(number: int, tokens: int, base: Path) -> str:
-    """A text of this many tokens, another one for each task."""
+    """A text of `tokens` tokens, different for each task."""
     from contextlib import closing
 
     from edgetune_runtime.engines.gguf.engine import GgufTokenizer
@@ -131,7 +131,7 @@ def task_prompt(number: int, tokens: int, base: Path) -> str:
 
 
 def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """The requests of each order, as tokens that the runtime makes of them."""
+    """The requests in each order, with the tokens that the runtime makes of their prompts."""
     from edgetune_runtime import Runtime
     from edgetune_runtime.measuring import loaded_bundle
 
@@ -152,37 +152,37 @@ def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def work(name: str, folder: Folder, orders: dict[str, list[Request]]) -> dict[str, Any]:
-    """Run one way through all requests, then look which answers it would have given knowing nothing."""
-    way = WAYS[name](folder)
+    """Run all requests with one setup, then again cold, to count the wrong answers."""
+    setup = SETUPS[name](folder)
     orders = {
         order: [request for request in asked if request.adapter < folder.adapters] for order, asked in orders.items()
     }
-    # Each adapter once, so that what is made at the first use is made.
+    # Use each adapter once, so that nothing is left to create on first use.
     for adapter in range(folder.adapters):
-        way.answer(next(request for request in orders[ORDERS[0]] if request.adapter == adapter))
+        setup.answer(next(request for request in orders[ORDERS[0]] if request.adapter == adapter))
     found: dict[str, Any] = {}
     answers: list[tuple[Request, list[int]]] = []
     for order, asked in orders.items():
-        found[order] = _measure(way, asked, answers)
+        found[order] = _measure(setup, asked, answers)
     found["rss_mb"] = resident_mb()
-    if isinstance(way, Edgetune):
-        found.update(adapters=folder.adapters, states_mb=way.states_mb(), adapters_mb=way.adapters_mb())
-    known: dict[tuple[int, str], list[int]] = {}
+    if isinstance(setup, Edgetune):
+        found.update(adapters=folder.adapters, states_mb=setup.states_mb(), adapters_mb=setup.adapters_mb())
+    expected: dict[tuple[int, str], list[int]] = {}
     for request, _ in answers:
-        place = (request.adapter, request.message)
-        if place not in known:
-            way.cold()
-            known[place] = way.answer(request).tokens
-    found["wrong"] = sum(known[request.adapter, request.message] != given for request, given in answers)
+        key = (request.adapter, request.message)
+        if key not in expected:
+            setup.cold()
+            expected[key] = setup.answer(request).tokens
+    found["wrong"] = sum(expected[request.adapter, request.message] != given for request, given in answers)
     found["answers"] = len(answers)
     return found
 
 
-def _measure(way: Way, asked: Sequence[Request], answers: list[tuple[Request, list[int]]]) -> dict[str, float]:
+def _measure(setup: Setup, asked: Sequence[Request], answers: list[tuple[Request, list[int]]]) -> dict[str, float]:
     switches, firsts, last = [], [], -1
     begin = time.perf_counter()
     for number, request in enumerate(asked):
-        found = way.answer(request)
+        found = setup.answer(request)
         answers.append((request, found.tokens))
         if request.adapter != last:
             switches.append(found.switch_s * 1e6)
@@ -233,16 +233,16 @@ def _machine(threads: int) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures in Markdown."""
+    """The figures as a Markdown table."""
     lines = [
         f"{result['machine']}. SmolLM2-135M in q4_0, {result['adapters']} adapters of rank {result['rank']} on all "
         f"linear layers, task prompts of {result['prompt_tokens']} tokens, {result['requests']} requests of {STEPS} "
-        "tokens in each order. First token and switch are of requests for another adapter than the one before.",
+        "tokens in each order. Switch and TTFT are those of requests that change the adapter.",
         "",
-        "| way | order | switch µs p50 | p99 | first token ms p50 | p99 | tokens/s | RSS MB | wrong |",
+        "| setup | order | switch µs p50 | p99 | TTFT ms p50 | p99 | tokens/s | RSS MB | wrong |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, found in result["ways"].items():
+    for name, found in result["setups"].items():
         if "failed" in found:
             lines.append(f"| {name} | failed with {found['failed']} | | | | | | | |")
             continue
@@ -252,52 +252,51 @@ def table(result: dict[str, Any]) -> str:
             cells += [f"{figures[key]:.1f}" for key in ("first_token_ms_p50", "first_token_ms_p99", "tokens_per_s")]
             ends = f"{found['rss_mb']:.0f} | {found['wrong']} of {found['answers']}"
             lines.append(f"| {name} | {order} | {' | '.join(cells)} | {ends} |")
-    lines += ["", *verdicts(result["ways"])]
+    lines += ["", *summary(result["setups"])]
     return "\n".join(lines) + "\n"
 
 
-def verdicts(ways: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """How edgetune stands to the best of the others that answered rightly, and what its memory is made of."""
-    ways = {name: found for name, found in ways.items() if "failed" not in found}
-    others = [name for name, found in ways.items() if not name.startswith("edgetune") and not found["wrong"]]
-    for name in [name for name in ways if name.startswith("edgetune")]:
-        found, firsts = ways[name], {other: ways[other][ORDERS[0]]["first_token_ms_p50"] for other in others}
+def summary(setups: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Compare edgetune's TTFT with the alternatives without wrong answers, and explain its memory."""
+    setups = {name: found for name, found in setups.items() if "failed" not in found}
+    others = [name for name, found in setups.items() if not name.startswith("edgetune") and not found["wrong"]]
+    for name in [name for name in setups if name.startswith("edgetune")]:
+        found, firsts = setups[name], {other: setups[other][ORDERS[0]]["first_token_ms_p50"] for other in others}
         times = {other: first / found[ORDERS[0]]["first_token_ms_p50"] for other, first in firsts.items()}
-        told = ", ".join(
-            f"{times[other]:.1f} times as soon as {other}" for other in sorted(times, key=times.__getitem__)
-        )
-        yield f"- {name}: first token after a switch, in round robin, {told}."
+        ratios = ", ".join(f"{other} {times[other]:.1f}x" for other in sorted(times, key=times.__getitem__))
+        yield f"- TTFT after a switch, in round-robin order, as a multiple of {name}'s: {ratios}."
         one, parts = found["rss_mb_of_one_adapter"], found["adapters_mb"] + found["states_mb"]
         more = parts * (1 - 1 / found["adapters"])
         yield (
-            f"- {name}: {found['rss_mb']:.0f} MB with all adapters; {one:.0f} MB with one, and the others with their "
-            f"states have {more:.0f} MB: {found['rss_mb'] / (one + more) - 1:+.1%}."
+            f"- {name}: RSS is {found['rss_mb']:.0f} MB with all adapters. It is {one:.0f} MB with one adapter; the "
+            f"other adapters and their states are {more:.0f} MB. The total differs from the sum by "
+            f"{found['rss_mb'] / (one + more) - 1:+.1%}."
         )
 
 
 def plot(result: dict[str, Any], out: Path) -> None:
-    """First token after a switch in round robin, median and 99th percentile, on a scale of powers of ten."""
+    """Plot the TTFT after a switch in round-robin order, median and 99th percentile, on a logarithmic scale."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot, ticker
 
-    ways = {name: found["round robin"] for name, found in result["ways"].items() if "failed" not in found}
-    names = sorted(ways, key=lambda name: -ways[name]["first_token_ms_p50"])
+    setups = {name: found["round robin"] for name, found in result["setups"].items() if "failed" not in found}
+    names = sorted(setups, key=lambda name: -setups[name]["first_token_ms_p50"])
     figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(names) + 1.5), layout="constrained")
     for name in names:
-        median, late = (ways[name][f"first_token_ms_{which}"] for which in ("p50", "p99"))
+        median, late = (setups[name][f"first_token_ms_{which}"] for which in ("p50", "p99"))
         color = "#2a7d4f" if name.startswith("edgetune") else "#6b7785"
         axes.plot([median, late], [name, name], color=color, linewidth=2.5, marker="|", markevery=[1], markersize=11)
         axes.plot([median], [name], color=color, marker="o", markersize=9)
         axes.text(late * 1.12, name, f"{median:.0f} ms", va="center", fontsize=9)
     axes.set_xscale("log")
-    firsts = [found[f"first_token_ms_{which}"] for found in ways.values() for which in ("p50", "p99")]
+    firsts = [found[f"first_token_ms_{which}"] for found in setups.values() for which in ("p50", "p99")]
     axes.set_xlim(min(firsts) / 2, max(firsts) * 2)
     axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
     axes.grid(axis="x", color="#e3e7eb")
     axes.set_axisbelow(True)
-    axes.set_xlabel("first token after a switch, ms: median (point) and 99th percentile (end of the line)")
+    axes.set_xlabel("time to first token after a switch in ms: median (dot), 99th percentile (end of line)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=150)
     pyplot.close(figure)

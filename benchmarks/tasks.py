@@ -1,9 +1,9 @@
-"""A folder of task data in; build a bundle of one task and score it through the runtime, figures as JSON out.
+"""Build a bundle for one real task and score it through the runtime; prints JSON.
 
     python benchmarks/tasks.py snips    --data DIR/snips     --out build/snips
     python benchmarks/tasks.py banking77 --data DIR/banking77 --out build/banking77
 
-`snips` takes 3,000 training rows and scores the JSON of intent and slots on 200 validation rows; `banking77` takes all
+`snips` trains on 3,000 rows and scores the JSON of intent and slots on 200 validation rows; `banking77` trains on all
 rows and scores its 77 labels on 500 test rows.
 """
 
@@ -28,10 +28,10 @@ TEST = {"snips": ("validation.jsonl", 200), "banking77": ("test.jsonl", 500)}
 
 def main() -> None:
     """Build, score and print one JSON object."""
-    parser = argparse.ArgumentParser(description="Build and score one task of real data.")
+    parser = argparse.ArgumentParser(description="Build a bundle for one real task and score it.")
     parser.add_argument("task", choices=sorted(TRAINING_ROWS))
-    parser.add_argument("--data", type=Path, required=True, help="the task's folder, with train.jsonl")
-    parser.add_argument("--out", type=Path, required=True, help="the bundle")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the task's train.jsonl and test file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     options = parser.parse_args()
     progress = Progress()
     rows = sample(options.data / "train.jsonl", TRAINING_ROWS[options.task], options.out)
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def sample(source: Path, rows: int | None, out: Path) -> Path:
-    """A file with `rows` random rows of `source`, the same ones each time; all of them for None."""
+    """Write `rows` random rows of `source` to a file, always the same ones; None for all rows."""
     lines = source.read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(lines)
     target = out.with_name(f"{out.name}-train.jsonl")
@@ -69,7 +69,7 @@ def sample(source: Path, rows: int | None, out: Path) -> Path:
 
 
 def intent_accuracy(result: Evaluation) -> float:
-    """Share of rows whose answer is JSON with the right intent."""
+    """Share of rows whose answer is JSON with the correct intent."""
     right = [intent_of(row.answer) == intent_of(row.reference) for row in result.details]
     return sum(right) / len(right)
 

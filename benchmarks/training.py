@@ -1,13 +1,13 @@
-"""Rows of a task in; how fast TRL's SFTTrainer and edgetune train on them, side by side, as JSON out.
+"""Compare the training speed of edgetune and TRL's SFTTrainer on the same rows; prints JSON.
 
     pip install -e '.[bench]'
     python benchmarks/training.py --data DIR/snips/train.jsonl --rows 320
     python benchmarks/training.py --data DIR/snips/train.jsonl --rows 128 --precision int8 fp32 --no-trl
 
-Same base (SmolLM2-135M, dequantized from the GGUF that ships), same LoRA (rank 16, all linear layers), same rows and
-batch size, loss on completions, one epoch. `tokens_per_s` counts the tokens of the rows, without padding. edgetune
-runs in each given precision; TRL in bf16 if that is among them, else in float32, with its defaults, and again without
-gradient checkpointing. The rounds alternate, so that noise meets all alike.
+Same base (SmolLM2-135M, dequantized from the GGUF file that ships), same LoRA (rank 16, all linear layers), same rows
+and batch size, loss on completions, one epoch. `tokens_per_s` counts the tokens of the rows, without padding. edgetune
+runs in each given precision. TRL runs in bf16 if that is one of them, else in float32, with its defaults, and again
+without gradient checkpointing. The rounds alternate, so that noise affects all equally.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ RANK, ALPHA = 16, 32
 
 def main() -> None:
     """Run the rounds and print one JSON object with medians and ratios."""
-    parser = argparse.ArgumentParser(description="Training speed of edgetune and TRL on the same rows.")
-    parser.add_argument("--data", type=Path, required=True, help="SNIPS' train.jsonl")
+    parser = argparse.ArgumentParser(description="Compare the training speed of edgetune and TRL on the same rows.")
+    parser.add_argument("--data", type=Path, required=True, help="train.jsonl of SNIPS")
     parser.add_argument("--rows", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", nargs="+", choices=sorted(DTYPES), default=["bf16"])
@@ -58,20 +58,20 @@ def main() -> None:
         examples = _examples(options.data, options.rows, base.path)
         models = {dtype: bases.load_torch(base, dtype) for dtype in {DTYPES[name] for name in options.precision}}
         tokens = sum(len(example.tokens) for example in examples)
-        ways: dict[str, Callable[[], float]] = {
+        trainers: dict[str, Callable[[], float]] = {
             f"edgetune_{name}": partial(_edgetune, models[DTYPES[name]], name, examples, work / "edgetune", progress)
             for name in options.precision
         }
         if options.trl:
             model = models.get(torch.bfloat16, models.get(torch.float32))
-            # TRL leaves its settings on a model, such as gradient checkpointing.
-            ways |= {
+            # TRL changes settings of the model, such as gradient checkpointing.
+            trainers |= {
                 name: lambda is_on=is_on: _trl(deepcopy(model), examples, work / "trl", gradient_checkpointing=is_on)
                 for name, is_on in (("trl", True), ("trl_no_checkpointing", False))
             }
-        speeds: dict[str, list[float]] = {name: [] for name in ways}
+        speeds: dict[str, list[float]] = {name: [] for name in trainers}
         for number in range(options.rounds):
-            for name, run in ways.items():
+            for name, run in trainers.items():
                 speeds[name].append(tokens / run())
                 print(f"round {number + 1} {name}: {speeds[name][-1]:.0f} tokens/s", file=sys.stderr)
     medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
@@ -90,7 +90,7 @@ def _examples(data: Path, count: int, base: Path) -> list[Example]:
 def _edgetune(
     model: PreTrainedModel, precision: str, examples: Sequence[Example], folder: Path, progress: Progress
 ) -> float:
-    """Seconds of one epoch; one row is validated at the end, which counts."""
+    """Seconds of one epoch, including a validation on one row at the end."""
     lora = methods.load("lora")
     options = lora.options(r=RANK, lora_alpha=ALPHA)
     training = TrainingSpec(epochs=1, batch_size=BATCH_SIZE, precision=precision, evals=1)
@@ -99,7 +99,7 @@ def _edgetune(
 
 
 def _trl(model: PreTrainedModel, examples: Sequence[Example], folder: Path, *, gradient_checkpointing: bool) -> float:
-    """Seconds of one epoch of SFTTrainer on the same tokens."""
+    """Seconds of one epoch with SFTTrainer on the same tokens."""
     from datasets import Dataset  # noqa: PLC0415 - slow to import
     from peft import LoraConfig  # noqa: PLC0415
     from transformers import PreTrainedTokenizerFast, PrinterCallback  # noqa: PLC0415
@@ -132,7 +132,7 @@ def _trl(model: PreTrainedModel, examples: Sequence[Example], folder: Path, *, g
         peft_config=lora,
         processing_class=_any_tokenizer(PreTrainedTokenizerFast, model.config.vocab_size),
     )
-    # It prints to standard output, which is for the figures.
+    # It prints to standard output, which is reserved for the figures.
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     trainer.train()
@@ -140,7 +140,7 @@ def _trl(model: PreTrainedModel, examples: Sequence[Example], folder: Path, *, g
 
 
 def _any_tokenizer(cls: type, vocab_size: int) -> object:
-    """TRL asks for a tokenizer, though the rows are tokens already; only its padding token is used."""
+    """A tokenizer for TRL, which requires one although the rows are already tokens; only its padding token is used."""
     from tokenizers import Tokenizer, models  # noqa: PLC0415
 
     words = {f"t{index}": index for index in range(vocab_size)}

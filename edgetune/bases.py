@@ -139,8 +139,11 @@ def base_context_length(header: GgufHeader) -> int:
     return int(header.metadata[f"{header.architecture}.context_length"])
 
 
-def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
-    """The base as a transformers model on the CPU, its weights the dequantized ones of the file that ships."""
+def load_torch(base: Base, dtype: torch.dtype, *, mapped: Path | None = None) -> PreTrainedModel:
+    """The base as a transformers model on the CPU, its weights the dequantized ones of the file that ships.
+
+    In float32 they may be mapped from the file `mapped`, which is written; see `weights.model_of`.
+    """
     from transformers.utils import logging  # noqa: PLC0415 - torch only when training
 
     from .weights import config_of, model_of  # noqa: PLC0415
@@ -154,7 +157,7 @@ def load_torch(base: Base, dtype: torch.dtype) -> PreTrainedModel:
             config = config_of(header)
             # PEFT writes it into what it saves.
             config.name_or_path = str(base.path.parent)
-            model = model_of(config, dtype, base.path, header)
+            model = model_of(config, dtype, base.path, header, mapped)
     except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"transformers cannot load base {base.name!r}: {reason}"

@@ -106,7 +106,7 @@ def told(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader | None, out: 
 
 def of_recipe(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> BuildNeeds:
     """What building `recipe` with these tasks on the base of this header takes, at most about."""
-    parameters = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+    parameters = header.parameters
     whole_mb = parameters * _FLOAT / 1e6
     bundle, others_mb = _bundle_mb(recipe, header)
     trained = [_trainable(spec, header, parameters) for spec in recipe.adapters.values()]
@@ -264,7 +264,7 @@ def _tokens(row: TaskRow, system: str | None) -> int:
 def _bundle_mb(recipe: Recipe, header: GgufHeader) -> tuple[float, float]:
     """The size of the bundle, and of what all formats but the first add to it."""
     base_bytes = _base_bytes(recipe, header)
-    parameters = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+    parameters = header.parameters
     weights, by_target = recipe.onnx.weights, []
     for target in recipe.targets:
         found = backends.format_of(target)

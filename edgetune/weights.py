@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from edgetune_export import architectures
 from edgetune_export.architectures.layout import base_rows, name_map
 from edgetune_export.backends.gguf.quantize import dequantize_rows
+from edgetune_runtime.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _VOCABULARY = "tokenizer.ggml.tokens"
 _OUTPUT = "output.weight"
+# Of tensors in a mapped file, on which the speed of products depends.
+_ALIGNMENT = 64
 # The writer adds the one itself; by the other transformers tells Mistral from LLaMA, and gives it a window of attention
 # that llama.cpp leaves out.
 _LEFT_OUT = ("general.architecture", "general.name")
@@ -71,18 +74,24 @@ def _read_config(header: GgufHeader) -> PreTrainedConfig:
     return config
 
 
-def model_of(config: PreTrainedConfig, dtype: torch.dtype, path: Path, header: GgufHeader) -> PreTrainedModel:
+def model_of(
+    config: PreTrainedConfig, dtype: torch.dtype, path: Path, header: GgufHeader, mapped: Path | None = None
+) -> PreTrainedModel:
     """The causal model of `config` on the CPU, to be evaluated, with the weights of the GGUF file `path` in `dtype`.
 
-    Takes the memory of the model and of one tensor in float32. Parameters that the file has no tensor for stay on the
-    meta device. Raises ValueError for an unknown architecture, RuntimeError when a tensor has another shape,
-    IncompatibleError when one is of an unknown type.
+    Takes the memory of the model and of one tensor in float32. With `mapped`, a file that is written for it, weights in
+    float32 are mapped from that file: when memory is short, the system drops their pages and reads them again.
+    Parameters that the GGUF file has no tensor for stay on the meta device.
+
+    Raises ValueError for an unknown architecture, RuntimeError when a tensor has another shape, IncompatibleError when
+    one is of an unknown type.
     """
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    weights = {name: values.to(dtype) for name, values in _read(model.state_dict(), path, header)}
+    read = _read(model.state_dict(), path, header)
+    weights = {name: values.to(dtype) for name, values in read} if mapped is None else _mapped(read, mapped)
     # What is assigned becomes the parameter itself; copying would hold both.
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
@@ -99,6 +108,22 @@ def _read(parameters: Iterable[str], path: Path, header: GgufHeader) -> Iterator
             if tensor is not None:
                 file.seek(tensor.offset)
                 yield parameter, _values(np.fromfile(file, np.uint8, tensor.nbytes), tensor, header)
+
+
+def _mapped(weights: Iterator[tuple[str, torch.Tensor]], path: Path) -> dict[str, torch.Tensor]:
+    """The same float32 tensors, as they are in a file that is written tensor by tensor."""
+    places: dict[str, tuple[int, torch.Size]] = {}
+    with raising_out_of_space(path), path.open("wb") as file:
+        for name, values in weights:
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            places[name] = (file.tell(), values.shape)
+            values.numpy().tofile(file)
+    # What is written to goes into memory, and never into the file.
+    data = np.memmap(path, np.float32, "c")
+    return {
+        name: torch.from_numpy(data[start // 4 :][: shape.numel()]).view(shape)
+        for name, (start, shape) in places.items()
+    }
 
 
 def _values(data: np.ndarray, tensor: TensorInfo, header: GgufHeader) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Writes the documentation page of both commands from their own help: python tools/commands_page.py > PAGE"""
+"""Write the documentation page of both commands from their help texts: python tools/commands_page.py > PAGE"""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 INTRODUCTION = """\
 # Commands
 
-`edgetune` trains and exports on a computer; `edgetune-run` runs bundles on a board. Standard output is data, standard
-error is progress and errors. `NO_COLOR` is respected, `--debug` shows tracebacks.
+`edgetune` trains and exports on a computer; `edgetune-run` runs bundles on a board. Results go to standard output,
+progress and errors to standard error. `NO_COLOR` is respected, `--debug` prints tracebacks.
 
-Exit codes: 0 done; 1 unexpected error; 2 usage or recipe; 3 not found; 4 verification; 5 incompatible; 6 out of space;
-7 too many calls wait; 130 interrupted.
+Exit codes: 0 success; 1 unexpected error; 2 usage or recipe; 3 not found; 4 verification; 5 incompatible; 6 out of
+space; 7 too many calls are waiting; 130 interrupted.
 """
-# The lines of a program's help that name its commands.
+# The lines of a help text that start with the name of a command.
 _COMMAND = re.compile(r"^ {2,4}([a-z][a-z-]*)(?:  |$)", re.MULTILINE)
 
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def pages(program: str, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """A command's name and help, and those of all its commands."""
+    """Name and help text of a command and all its subcommands."""
     text = help_of(program, path)
     yield " ".join((program, *path)), text
     for name in commands_in(text):
@@ -42,13 +42,13 @@ def pages(program: str, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def commands_in(text: str) -> list[str]:
-    """The names of the commands that a help text lists."""
+    """The names of the commands in a help text."""
     _, _, listed = text.partition("ommands:\n")
     return _COMMAND.findall(listed)
 
 
 def help_of(program: str, path: tuple[str, ...]) -> str:
-    """What `program path --help` prints, 100 columns wide."""
+    """The output of `program path --help`, 100 columns wide."""
     project = ROOT / "runtime" if program == "edgetune-run" else ROOT
     scripts = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     module, _, function = scripts[program].partition(":")

@@ -1,1 +1,1 @@
-"""Boards and what fits on them."""
+"""Boards, and what fits on them."""

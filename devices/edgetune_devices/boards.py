@@ -1,6 +1,6 @@
-"""Name of a board in, its figures out: cores, memory and speed, each with its source. Standard library only.
+"""Read boards: cores, memory and speed, each with its source. Standard library only.
 
-A board is one file, `boards/NAME.toml`; adding a board is adding a file.
+A board is one file, `boards/NAME.toml`; to add a board, add a file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ FOLDER = Path(__file__).parent / "boards"
 
 @dataclass(frozen=True)
 class Board:
-    """One board. Memory is in MiB, as `free -m` counts it; a GB is 10^9 bytes.
+    """One board. Memory is in MiB, as in `free -m`; a GB is 10^9 bytes.
 
-    `ram_free_mib` is what an idle system leaves. `bandwidth_gb_per_s` is what decoding sustains, not what the memory's
-    data sheet says. `compute_gflop_per_s` counts a multiplication and an addition as two. `layer_us` is what a layer
-    costs beside reading its weights; `adapter_module_us` is what one adapted module adds to a token.
-    `sources` says for each figure where it comes from.
+    `ram_free_mib` is the free memory of an idle system. `bandwidth_gb_per_s` is the memory bandwidth that decoding
+    sustains, not the one in the data sheet. `compute_gflop_per_s` counts a multiply-add as two operations. `layer_us`
+    is the time of a layer per token in addition to reading its weights; `adapter_module_us` is the time per token that
+    one adapted module adds. `sources` has the source of each figure.
     """
 
     name: str
@@ -42,28 +42,28 @@ class Board:
 
     @property
     def free_mb(self) -> float:
-        """What an idle system leaves, in MB (10^6 bytes)."""
+        """The free memory of an idle system, in MB (10^6 bytes)."""
         return self.ram_free_mib * 2**20 / 1e6
 
     def with_ram(self, ram_mib: int) -> Board:
-        """The same board with another size of memory; the system is taken to need as much as at the size in the file.
+        """The same board with another amount of memory, of which the system needs as much as in the board's file.
 
         UsageError when the system would not fit.
         """
         system_mib = self.ram_mib - self.ram_free_mib
         if ram_mib <= system_mib:
-            remedy = f"give more than the {system_mib} MiB that the system of {self.name} takes"
+            remedy = f"give more than the {system_mib} MiB that the system of {self.name} uses"
             raise UsageError(f"a {self.name} with {ram_mib} MiB of RAM has nothing left for a model", remedy)
         return replace(self, ram_mib=ram_mib, ram_free_mib=ram_mib - system_mib)
 
 
 def names() -> list[str]:
-    """The boards there are, in alphabetical order."""
+    """The names of all boards, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def load(name: str) -> Board:
-    """The board called `name`; NotFoundError names those there are and the nearest of them."""
+    """The board called `name`; NotFoundError suggests the most similar name and lists all boards."""
     known = names()
     if name not in known:
         near = nearest(name, known)
@@ -73,13 +73,13 @@ def load(name: str) -> Board:
 
 
 def read(path: Path) -> Board:
-    """The board of a file; UsageError with all that is wrong in it."""
+    """Read a board file; UsageError lists all its problems."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NotFoundError(f"no board file {path}", "check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path.name} is not TOML: {error}", "correct the file") from error
+        raise UsageError(f"{path.name} is not valid TOML: {error}", "correct the file") from error
     problems = _problems(raw)
     if problems:
         raise UsageError(f"{path.name}: {'; '.join(problems)}", "see docs/boards.md")
@@ -111,7 +111,7 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
     if not isinstance(sets, list) or not all(isinstance(name, str) for name in sets):
         problems.append("instruction_sets is not a list of names")
     if not isinstance(sources, dict) or not all(isinstance(text, str) and text for text in sources.values()):
-        return [*problems, "sources is not a table of texts"]
+        return [*problems, "sources is not a table of strings"]
     problems += [f"sources.{key} is missing" for key in ("instruction_sets", *_NUMBERS) if key not in sources]
     if not problems and raw["ram_free_mib"] >= raw["ram_mib"]:
         problems.append(f"ram_free_mib is {raw['ram_free_mib']}, not less than ram_mib {raw['ram_mib']}")

@@ -76,7 +76,7 @@ class TorchEngine:
         """How many tokens a sequence may have."""
         return self.context_length
 
-    def forget(self, keep: int) -> int:
+    def truncate(self, keep: int) -> int:
         """Drop the tokens from position `keep` on."""
         del self._tokens[keep:]
         self._is_new = True

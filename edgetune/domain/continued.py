@@ -221,7 +221,7 @@ def _perplexity(rows_of: Rows, windows: Sequence[Example]) -> float:
 
 def _rows_of(engine: Engine) -> Rows:
     def rows(tokens: list[int]) -> Iterator[Floats]:
-        engine.forget(0)
+        engine.truncate(0)
         for start, end in pairwise((*range(0, len(tokens), _ROWS), len(tokens))):
             yield from engine.decode_all(tokens[start:end])
 

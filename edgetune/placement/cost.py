@@ -252,7 +252,7 @@ def _rounds(plain: Engine, adapted: Engine) -> list[float]:
 
 def _token_s(engine: Engine) -> float:
     """Seconds that a token takes, the median of some, always at the same place of the context."""
-    kept = engine.forget(len(_BEFORE))
+    kept = engine.truncate(len(_BEFORE))
     if kept < len(_BEFORE):
         engine.decode(_BEFORE[kept:])
     seconds = []

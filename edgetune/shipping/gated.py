@@ -12,7 +12,7 @@ from edgetune_runtime.states.activation import Invocations, spans_of
 class Gated:
     """What is compared of an engine, its adapters acting as the runtime lets them act (see `activation.spans_of`).
 
-    The first tokens after `forget` hold the invocation.
+    The first tokens after `truncate` hold the invocation.
     """
 
     def __init__(self, engine: Engine, adapters: Mapping[str, float], invocations: Invocations) -> None:
@@ -20,10 +20,10 @@ class Gated:
         self._engine, self._adapters, self._invocations = engine, adapters, invocations
         self._is_empty = True
 
-    def forget(self, keep: int) -> int:
+    def truncate(self, keep: int) -> int:
         """Drop the tokens from position `keep` on."""
         self._is_empty = keep == 0
-        return self._engine.forget(keep)
+        return self._engine.truncate(keep)
 
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after the last, shape [vocab]."""

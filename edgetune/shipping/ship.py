@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from edgetune_devices.fit import kv_bytes_per_token
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Adapter, Folded, LowRank, Merged, Prefix
@@ -26,6 +25,7 @@ from edgetune_export.parity import Parity
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, BaseEntry, Manifest
 from edgetune_runtime.formats.gguf_file import describe_quantization, digest_of_chat_template, digest_of_tokenizer
+from edgetune_runtime.threads import machine
 
 from edgetune import bases, methods
 from edgetune.bases import Base, base_context_length
@@ -75,7 +75,7 @@ def ship(
     shutil.rmtree(work, ignore_errors=True)
     # A training has just let go of the base; two of them need not be there at once.
     _give_back(base)
-    model = bases.load_torch(base, torch.float32)
+    model = bases.load_torch(base, torch.float32, mapped=_file_to_map(base, wanted, work / "way", progress))
     source = Source(base.path, base.fingerprint, model, work / "way", wanted.weights)
     shapes = {a.name: shapes_in(wanted.targets, a.method, a.options, merged=a.merged) for a in adapters}
     stage = _Stage(work, source, adapters, shapes, wanted.quantize_merged, progress)
@@ -87,6 +87,10 @@ def ship(
     progress.say("checking that the bundle says what was trained")
     checked = verify(base, model, adapters, exports, progress)
     parity = {target: asdict(found.base) for target, found in checked.items()}
+    # What follows holds two engines beside each other.
+    stage.source = replace(source, model=None)
+    del model, source
+    _give_back(base)
     for other in exports[1:]:
         parity[f"{exports[0].backend}/{other.backend}"] = asdict(compare_bases(exports[0], other, adapters, progress))
     shipped = stage.shipped(exports, checked)
@@ -106,6 +110,19 @@ def ship(
     pack(work, out, manifest)
     shutil.rmtree(work, ignore_errors=True)
     return shipped
+
+
+def _file_to_map(base: Base, wanted: BundleSpec, folder: Path, progress: Progress) -> Path | None:
+    """Where the base's weights in float32 are to lie on the disk, as memory is short; None where it is not."""
+    weights_mb, free_mb = base.header.parameters * 4 / 1e6, machine.free_mb()
+    needed_mb = max(
+        backends.format_of(target).export_mb(weights_mb, wanted.weights.scheme) for target in wanted.targets
+    )
+    if free_mb is None or free_mb >= needed_mb:
+        return None
+    progress.say(f"mapping the base's weights from the disk, as {free_mb:,.0f} MB of memory are free")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "weights.f32"
 
 
 def _give_back(base: Base) -> None:
@@ -232,7 +249,7 @@ def _base_entry(base: Base, files: Mapping[str, str]) -> BaseEntry:
         fingerprint=base.fingerprint,
         architecture=arch,
         quantization=describe_quantization(base.header),
-        parameters=sum(int(np.prod(tensor.shape)) for tensor in base.header.tensors.values()),
+        parameters=base.header.parameters,
         context_length=base_context_length(base.header),
         layers=int(metadata[f"{arch}.block_count"]),
         kv_bytes_per_token=kv_bytes_per_token(base.header),

@@ -182,7 +182,7 @@ def compare_bases(
     with _engine(first.backend, first.base, length) as one, _engine(second.backend, second.base, length) as other:
 
         def logits(tokens: list[int]) -> Floats:
-            one.forget(0)
+            one.truncate(0)
             return one.decode_all(tokens)
 
         parity = compare(logits, other, rows)

@@ -86,7 +86,7 @@ class BaseShape:
             vocabulary=header.tensors["token_embd.weight"].shape[1],
             norms=hidden * known.norms_per_layer + per_head,
             fuses_projections=known.fuses_projections,
-            parameters=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
+            parameters=header.parameters,
         )
 
     @property

@@ -36,7 +36,7 @@ class Decoder(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The base's own tokenizer."""
 
-    def forget(self, keep: int) -> int:
+    def truncate(self, keep: int) -> int:
         """Drop the tokens from position `keep` on."""
 
     def decode(self, tokens: Sequence[int]) -> Floats:
@@ -115,7 +115,7 @@ def compare(
         tokens = list(row)
         if not tokens:
             continue
-        engine.forget(0)
+        engine.truncate(0)
         exported, expected = engine.decode_all(tokens), trained(tokens)
         _require_same_shape(expected, exported)
         for start in range(0, len(tokens), _POSITIONS):
@@ -166,7 +166,7 @@ def check(
 
 
 def _agreement(trained: TrainedLogits, engine: Decoder, prompt: list[int], max_tokens: int) -> int:
-    engine.forget(0)
+    engine.truncate(0)
     chosen: list[int] = []
     logits = engine.decode(prompt)
     while len(chosen) < max_tokens:

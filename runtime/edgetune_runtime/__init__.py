@@ -1,4 +1,4 @@
-"""A bundle in, answers out: runs one quantized base and switches its adapters by pointer. No torch.
+"""Run a bundle: one quantized base in memory, adapters that are switched by pointer, no torch.
 
 with Runtime.open("build/smart-home") as runtime:
     answer = runtime.generate("turn off the lamp in the hall", adapter="command")
@@ -47,10 +47,10 @@ __all__ = [
     "__version__",
 ]
 
-# Silent until the app sets up logging.
+# Log nothing until the app sets up logging.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-# These need numpy, which takes longer to import than all the rest: loaded at first use.
+# These import numpy, which takes longer than everything else together, so they are loaded on first use.
 _LAZY = {
     "Answer": "generation",
     "Stream": "generation",

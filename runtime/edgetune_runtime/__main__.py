@@ -1,4 +1,4 @@
-"""`python -m edgetune_runtime` is `edgetune-run`."""
+"""`python -m edgetune_runtime` runs `edgetune-run`."""
 
 import sys
 

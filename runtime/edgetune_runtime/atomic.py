@@ -1,4 +1,4 @@
-"""A destination path in, a temporary path out: files that appear whole under their name or not at all."""
+"""Atomic writes: a file appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _REMEDY = "free some space or choose another folder"
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """Give a temporary path beside `out`; rename it to `out` when the block ends, delete it when the block fails.
+    """Yield a temporary path next to `out`; rename it to `out` when the block succeeds, delete it when the block fails.
 
-    Makes the parent folder. Raises OutOfSpaceError when the block or the flush to disk meets a full disk.
+    Creates the parent folder. Raises OutOfSpaceError when the disk is full.
     """
     with raising_out_of_space(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -36,35 +36,38 @@ def replacing(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def raising_out_of_space(out: Path) -> Iterator[None]:
-    """Turn "no space left" in the block into an OutOfSpaceError about `out`; what was written must still be there."""
+    """Turn a "no space left" error in the block into an OutOfSpaceError for `out`.
+
+    The block must not delete what it wrote: a full disk is recognized by its free space.
+    """
     try:
         yield
     except OSError as error:
-        # numpy's tofile raises without a number, so the disk itself has to tell.
+        # numpy's tofile raises OSError without an errno, so check the free space.
         if error.errno not in _FULL and not (error.errno is None and is_full(out.parent)):
             raise
         raise OutOfSpaceError(f"no space left to write {out}", _REMEDY) from error
 
 
 def is_full(folder: Path) -> bool:
-    """Whether the disk of an existing folder has less than 1 MB free, as a failed write leaves it."""
+    """Whether the disk of an existing folder has less than 1 MiB free, as after a failed write."""
     return shutil.disk_usage(folder).free < 1 << 20
 
 
 def require_space(out: Path, needed_bytes: int) -> None:
-    """OutOfSpaceError unless the disk that will hold `out` has `needed_bytes` free; the parent folder must exist."""
+    """Raise OutOfSpaceError unless the disk of `out` has `needed_bytes` free; the parent folder must exist."""
     free_bytes = shutil.disk_usage(out.parent).free
     if free_bytes < needed_bytes:
-        message = f"writing {out} takes {needed_bytes / 1e6:.1f} MB, the disk has {free_bytes / 1e6:.1f} MB free"
+        message = f"writing {out} needs {needed_bytes / 1e6:.1f} MB, the disk has {free_bytes / 1e6:.1f} MB free"
         raise OutOfSpaceError(message, _REMEDY)
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk; of a folder, Windows has no such call."""
+    """Flush a file, or a folder's entries, to disk. Does nothing for folders on Windows, which has no such call."""
     is_windows = os.name == "nt"
     if is_windows and path.is_dir():
         return
-    # Windows flushes only what is open for writing.
+    # Windows flushes only files that are open for writing.
     descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Open bundle in, measured figures out: load, switch, first token, decoding speed and memory on this machine."""
+"""Measure a bundle on this machine: load time, switching, time to first token, decode speed and memory."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ MESSAGES = ("What is the weather like outside today?", "Please turn down the hea
 
 
 def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure a bundle that `open_runtime` opens without states on the disk, telling `progress` what comes next.
+    """Measure a bundle. `open_runtime` opens it without states on disk; each stage is reported to `progress`.
 
-    `load_ms` is one opening, digests included. `switch_us` is the switch call alone, over at least 1,000 of them.
-    `ttft_ms` is the median time to the first token of a short message behind each adapter's own system prompt: with
-    nothing kept (`cold`), and switching back to an adapter used before (`after_switch`). `decode_tokens_per_s` is the
-    median speed of single tokens. `rss_mb` and `adapter_mb` are 10^6 bytes: this process with all adapters but merged
-    ones, and the adapters' files. `state_mb` is the largest state of a fixed prompt, and `state_restore_ms` the median
-    of putting it back. A figure that the bundle or the system cannot give is None.
+    `load_ms` is the time to open the bundle once, digests included. `switch_us` is the time of the switch call alone,
+    over at least 1,000 calls. `ttft_ms` is the median time to first token of a short message after each adapter's own
+    system prompt: with a cold cache (`cold`), and after switching back to an adapter that was used before
+    (`after_switch`). `decode_tokens_per_s` is the median decode speed. `rss_mb` is the resident memory of this process
+    with all adapters except merged ones, `adapter_mb` the size of the adapters' files, both in 10^6 bytes. `state_mb`
+    is the size of the largest state of a fixed prompt, `state_restore_ms` the median time to restore it. A figure that
+    the bundle or the system cannot provide is None.
 
-    `busy` says in a line what other work or throttling there was before, else None; with `slow` the steps lacked cores,
-    or took much longer than they did at their fastest. Such times say little of the machine.
+    `busy` names other load or throttling seen before the start, in one line, or is None. `slow` is true when the steps
+    lacked cores or took much longer than the fastest ones. The figures are then not representative of the machine.
     """
     busy = disturbance()
     progress("opening the bundle")
@@ -52,10 +53,10 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
         switched = [entry.name for entry in entries if entry.name not in merged]
         progress(f"switching {SWITCHES} times")
         switch_us = _switches(runtime, switched) if switched else None
-        progress("first tokens")
+        progress("time to first token")
         ttft_ms = _first_tokens(runtime, switched) if switched else None
-        state_mb, state_restore_ms = _restored(runtime, [None, *switched])
-        progress("decoding")
+        state_mb, state_restore_ms = _state_restore(runtime, [None, *switched])
+        progress("decode speed")
         speeds = {name: _decode_speed(runtime, name) for name in (None, *switched)}
         rss_mb = resident_mb()
         speeds |= {name: _decode_speed(runtime, name) for name in merged}
@@ -78,37 +79,37 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
 
 
 def restored_ms(runtime: Runtime) -> float | None:
-    """Median time to the first token of a short message where states of fixed prompts come from the disk.
+    """Median time to first token of a short message when the fixed prompts' states are restored from disk.
 
-    None where no adapter is beside the base. The runtime has a place for states, to be filled by `Runtime.warm`.
+    None if all adapters are merged. The runtime must have a folder for states; this calls `Runtime.warm` to fill it.
     """
     entries = runtime.manifest.adapters.values()
     names = [entry.name for entry in entries if entry.shapes.get(runtime.engine) != "merged"]
     runtime.warm()
-    taken_ms = []
+    times_ms = []
     for name in names * ROUNDS:
         runtime.clear_cache()
-        taken_ms.append(runtime.generate(MESSAGES[0], adapter=name, max_tokens=1).timings.ttft_ms)
-    return statistics.median(taken_ms) if taken_ms else None
+        times_ms.append(runtime.generate(MESSAGES[0], adapter=name, max_tokens=1).timings.ttft_ms)
+    return statistics.median(times_ms) if times_ms else None
 
 
 def start_ms(command: Sequence[str]) -> float:
     """Median time from the start of a process to the first byte of its answer on standard output."""
-    taken_ms = []
+    times_ms = []
     for _ in range(STARTS):
         begin = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             assert process.stdout is not None
             process.stdout.read(1)
-            taken_ms.append((time.perf_counter() - begin) * 1e3)
+            times_ms.append((time.perf_counter() - begin) * 1e3)
             process.stdout.read()
         if process.returncode:
-            raise EdgetuneError(f"{' '.join(command)} ended with {process.returncode}", "run it to see why")
-    return statistics.median(taken_ms)
+            raise EdgetuneError(f"{' '.join(command)} exited with {process.returncode}", "run it to see why")
+    return statistics.median(times_ms)
 
 
-def _restored(runtime: Runtime, names: list[str | None]) -> tuple[float | None, float | None]:
-    """Megabytes of the largest state of a fixed prompt, and the median milliseconds of restoring it."""
+def _state_restore(runtime: Runtime, names: list[str | None]) -> tuple[float | None, float | None]:
+    """Size in MB of the largest state of a fixed prompt, and the median time in ms to restore it."""
     jobs = [call for name in names if (call := loaded_bundle(runtime).call(MESSAGES[0], name)).job.is_worth_a_state]
     if not jobs:
         return None, None
@@ -117,17 +118,17 @@ def _restored(runtime: Runtime, names: list[str | None]) -> tuple[float | None, 
     with call.pool.lease(fixed) as context:
         context.run(fixed)
         state = context.engine.save_state()
-        taken_ms = []
+        times_ms = []
         for _ in range(RESTORES):
             begin = time.perf_counter()
             context.engine.restore_state(state)
-            taken_ms.append((time.perf_counter() - begin) * 1e3)
+            times_ms.append((time.perf_counter() - begin) * 1e3)
         context.reset()
-    return len(state) / 1e6, statistics.median(taken_ms)
+    return len(state) / 1e6, statistics.median(times_ms)
 
 
 def _bytes_of(runtime: Runtime, entry: AdapterEntry) -> int:
-    """Bytes of an adapter's files for the engine that runs: those in the folder of its first, but other engines'."""
+    """Size of an adapter's files for the running engine: all files of its folder except those of other engines."""
     first = PurePosixPath(entry.files[runtime.engine])
     others = {file for engine, file in entry.files.items() if engine != runtime.engine}
     files = runtime.manifest.files.items()
@@ -139,7 +140,7 @@ def _switches(runtime: Runtime, names: list[str]) -> dict[str, float]:
     active: list[Mapping[str, float]] = [{}, *(loaded_bundle(runtime).context(name)[1] for name in names)]
     with context.hold():
         times = sorted(_timed_us(context.engine, adapters) for adapters in islice(cycle(active), SWITCHES))
-        # The engine was switched behind the context's back.
+        # The context does not know that its engine was switched.
         context.reset()
     return {"p50": statistics.median(times), "p99": times[int(len(times) * 0.99)]}
 
@@ -159,19 +160,19 @@ def _first_tokens(runtime: Runtime, names: list[str]) -> dict[str, float]:
         runtime.clear_cache()
         cold.append(first(name, MESSAGES[0]))
     after_switch: list[float] = []
-    # The base in between makes each call a switch even if there is one adapter only.
+    # Calling the base in between makes each call a switch even with a single adapter.
     for number in range(ROUNDS + 1):
         message = MESSAGES[number % 2]
         first(None, message)
-        taken_ms = [first(name, message) for name in names]
+        times_ms = [first(name, message) for name in names]
         if number:
-            after_switch += taken_ms
+            after_switch += times_ms
     return {"cold": statistics.median(cold), "after_switch": statistics.median(after_switch)}
 
 
 @dataclass(frozen=True)
 class _Speed:
-    """Median speed of single tokens, and whether the steps were slow; see `measure`."""
+    """Median decode speed, and whether the steps were slow; see `measure`."""
 
     tokens_per_s: float
     slow: bool
@@ -180,10 +181,10 @@ class _Speed:
 def _decode_speed(runtime: Runtime, name: str | None) -> _Speed:
     context, active = loaded_bundle(runtime).context(name)
     with context.hold():
-        room = context.capacity(active)
-        tokens = context.engine.tokenizer.tokenize(MESSAGES[0])[: room // 2]
+        capacity = context.capacity(active)
+        tokens = context.engine.tokenizer.tokenize(MESSAGES[0])[: capacity // 2]
         token = int(context.start(active, tokens).logits.argmax())
-        steps = min(DECODE_STEPS, room - len(tokens))
+        steps = min(DECODE_STEPS, capacity - len(tokens))
         median_s = statistics.median([_step_s(context, token) for _ in range(steps)])
         return _Speed(1 / median_s, context.is_slow)
 
@@ -195,7 +196,7 @@ def _step_s(context: Context, token: int) -> float:
 
 
 def resident_mb() -> float | None:
-    """Resident memory of this process, in 10^6 bytes; off Linux its peak, on Windows None."""
+    """Resident memory of this process in 10^6 bytes; outside Linux the peak, on Windows None."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
@@ -204,10 +205,10 @@ def resident_mb() -> float | None:
 
 
 def peak_mb() -> float | None:
-    """Most resident memory that this process has had, in 10^6 bytes; None on Windows."""
+    """Peak resident memory of this process in 10^6 bytes; None on Windows."""
     try:
-        import resource  # noqa: PLC0415 - Windows has none
+        import resource  # noqa: PLC0415 - missing on Windows
     except ImportError:
         return None
-    # Bytes on macOS, kilobytes elsewhere.
+    # Bytes on macOS, KiB elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

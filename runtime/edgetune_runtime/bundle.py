@@ -1,7 +1,7 @@
-"""Bundle folder in, verified Manifest out: the contract between the host that builds and the board that runs.
+"""The manifest of a bundle, and the check of its files: the contract between the build host and the board.
 
-A bundle is a folder of plain files and `manifest.json`, which names each file with its digest and ties the adapters to
-the base they were trained on. Standard library only, so that a board can read it before any engine is installed.
+A bundle is a folder of plain files and `manifest.json`, which lists each file with its digest and ties the adapters to
+the base that they were trained on. Standard library only, so that a board can read it before an engine is installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .errors import IncompatibleError, NotFoundError, VerificationError
 
 MANIFEST_NAME = "manifest.json"
 STATES_FOLDER = "states"
-"""The bundle's folder of the states that came with it."""
+"""Folder in the bundle with the states that ship with it."""
 SCHEMA_VERSION = 1
 SHAPES = ("low_rank", "prefix", "tensors", "merged")
 GENERATION = "text-generation"
@@ -44,9 +44,9 @@ class BaseEntry:
     """The base model that all adapters of the bundle belong to.
 
     `fingerprint` is the sha256 of the GGUF file whose weights the adapters were trained on. `files` maps a backend to
-    the base's path in the bundle. `context_length` is what the base was trained for, in tokens. `parity` maps a backend
-    to how far its base is from the trained one, and `gguf/onnx` to how far the two are from each other. `domain` holds
-    the figures of a base that was continued on text: how it was trained, and its perplexity before and after.
+    the base's path in the bundle. `context_length` is the one that the base was trained for, in tokens. `parity` maps a
+    backend to the distance of its base from the trained one, and `gguf/onnx` to the distance between the two. `domain`
+    has the figures of continued pretraining: how the base was trained, and its perplexity before and after.
     """
 
     name: str
@@ -66,13 +66,13 @@ class BaseEntry:
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """One adapter: its file and its shape per backend, and what is known about it.
+    """One adapter: its file and shape per backend, how it was trained, and how to run it.
 
-    `error` is the share of what was trained that a product of low rank leaves out. `prefix_tokens` are the positions of
-    the context that it takes; with `invocation` tokens it acts only from the last place on where these stand. `ranks`
-    maps a module's name in the trained model to its rank; `scale` is the factor where a caller names none. `metric` is
-    the name of the score that `edgetune evaluate` computes. `parity` maps a backend to `kl`, `top1`, … . `draft` is the
-    file of its draft table (see `decoding.drafts`), `output` what its answers are held to (see `decoding.output`).
+    `error` is the relative error of a low-rank approximation of the trained update. `prefix_tokens` is the number of
+    context positions that a prefix occupies. An adapter with `invocation` tokens is active from their last occurrence
+    on. `ranks` maps the name of a module in the trained model to its rank. `scale` is used when a caller gives none.
+    `metric` names the score that `edgetune evaluate` computes. `parity` maps a backend to `kl`, `top1`, … . `draft` is
+    the file of its draft table (see `decoding.drafts`); `output` constrains its answers (see `decoding.output`).
     """
 
     name: str
@@ -96,9 +96,9 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a bundle says about itself. `context_length` (tokens) and `threads` are the runtime's defaults.
+    """The contents of manifest.json. `context_length` (tokens) and `threads` are the runtime's defaults.
 
-    `task` is text-generation, or text-classification for an encoder with a head for each adapter's labels.
+    `task` is text-generation, or text-classification for an encoder with a classification head per adapter.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Manifest:
     schema: int = SCHEMA_VERSION
 
     def adapter(self, name: str) -> AdapterEntry:
-        """The adapter called `name`; NotFoundError names those there are."""
+        """The adapter called `name`; NotFoundError lists the adapters of the bundle."""
         if name not in self.adapters:
             known = ", ".join(self.adapters) or "none"
             raise NotFoundError(f"no adapter {name!r} in bundle {self.name!r}", f"choose one of: {known}")
@@ -128,8 +128,8 @@ class Manifest:
 def read_manifest(bundle: Path) -> Manifest:
     """Read and check `bundle/manifest.json`; opens no other file.
 
-    Raises NotFoundError when `bundle` is no bundle and VerificationError when the manifest is broken, of a newer
-    schema, or names paths outside the bundle; IncompatibleError when an adapter was made for another base.
+    Raises NotFoundError when `bundle` is not a bundle, VerificationError when the manifest is invalid, has a newer
+    schema or names paths outside the bundle, and IncompatibleError when an adapter was trained on another base.
     """
     path = bundle / MANIFEST_NAME
     try:
@@ -152,10 +152,10 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compare size and sha256 of the named files (default: all) with the manifest; VerificationError if one differs."""
+    """Compare size and sha256 of `names` (default: all files) with the manifest; VerificationError if one differs."""
     for name in manifest.files if names is None else names:
         if name not in manifest.files:
-            raise VerificationError(f"the manifest gives no digest for {name}", COPY_BUNDLE_AGAIN)
+            raise VerificationError(f"the manifest has no digest for {name}", COPY_BUNDLE_AGAIN)
         entry = manifest.files[name]
         path = resolve(bundle, name)
         if not path.is_file():
@@ -169,16 +169,16 @@ def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None =
 
 
 def resolve(bundle: Path, name: str) -> Path:
-    """The path of the bundle's file `name`; VerificationError when it leads outside the bundle, through a link too."""
+    """The path of file `name` in the bundle; VerificationError when it points outside, even through a symbolic link."""
     root = bundle.resolve()
     path = (root / name).resolve()
     if not path.is_relative_to(root):
-        raise VerificationError(f"{name} leads outside the bundle {bundle}", "do not use this bundle")
+        raise VerificationError(f"{name} points outside the bundle {bundle}", "do not use this bundle")
     return path
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -194,7 +194,7 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
 
 
 def _build(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
-    """Make a dataclass of what `raw` has of its fields; TypeError names a field that is missing or of a wrong type."""
+    """Make a dataclass from the fields in `raw`; TypeError names a field that is missing or has the wrong type."""
     values = {}
     for name, hint in get_type_hints(cls).items():
         if name in raw:
@@ -227,16 +227,16 @@ def _check_references(manifest: Manifest, path: Path) -> None:
     for name in [*manifest.files, *named]:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name:
-            raise VerificationError(f"{path} names {name!r}, which leads outside the bundle", "do not use this bundle")
+            raise VerificationError(f"{path} names {name!r}, which is outside the bundle", "do not use this bundle")
         if name not in manifest.files:
-            raise VerificationError(f"{path} gives no digest for {name!r}", COPY_BUNDLE_AGAIN)
+            raise VerificationError(f"{path} has no digest for {name!r}", COPY_BUNDLE_AGAIN)
     if manifest.task not in TASKS:
-        raise VerificationError(f"{path} is for the unknown task {manifest.task!r}", "update edgetune-runtime")
+        raise VerificationError(f"{path} has the unknown task {manifest.task!r}", "update edgetune-runtime")
     for adapter in manifest.adapters.values():
         unknown = [shape for shape in adapter.shapes.values() if shape not in SHAPES]
         if unknown or adapter.shapes.keys() != adapter.files.keys():
-            message = f"adapter {adapter.name!r} has unknown shapes {unknown} or none for a file"
+            message = f"adapter {adapter.name!r} has unknown shapes {unknown}, or a file without a shape"
             raise VerificationError(message, "update edgetune-runtime")
         if adapter.base_fingerprint != manifest.base.fingerprint:
-            message = f"adapter {adapter.name!r} was made for another base than that of bundle {manifest.name!r}"
+            message = f"adapter {adapter.name!r} was made for another base than the one in bundle {manifest.name!r}"
             raise IncompatibleError(message, "build the bundle again")

@@ -1,4 +1,4 @@
-"""Command line in, answers on standard output: `edgetune-run`, the only module here with exit codes."""
+"""The command line of `edgetune-run`: options, commands and exit codes."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from .runtime import Runtime
 
 SAMPLING = {
-    "temperature": (float, "randomness; 0 always takes the likeliest token (default)"),
-    "top_k": (int, "choose among this many likeliest tokens; 0: all"),
-    "top_p": (float, "choose among the likeliest tokens that reach this sum of probability; 1: all"),
-    "min_p": (float, "leave out tokens below this share of the likeliest one's probability; 0: none"),
-    "repeat_penalty": (float, "damp tokens of the last 64; 1: not at all"),
-    "seed": (int, "repeat the same random choices"),
-    "max_tokens": (int, "longest answer in tokens"),
+    "temperature": (float, "randomness; 0 always takes the most likely token (default)"),
+    "top_k": (int, "sample from this many most likely tokens; 0: all"),
+    "top_p": (float, "sample from the most likely tokens whose probabilities add up to this; 1: all"),
+    "min_p": (float, "drop tokens below this fraction of the top token's probability; 0: none"),
+    "repeat_penalty": (float, "penalize tokens that are among the last 64; 1: no penalty"),
+    "seed": (int, "random seed, to get the same answer again"),
+    "max_tokens": (int, "maximum length of the answer in tokens"),
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a wrong command line in one line."""
+    """Reports a wrong command line in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(UsageError.exit_code, f"{PROGRAM}: {message}; see {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, or that of the error, which goes to standard error in one line."""
+    """Run a command. Returns 0 or the exit code of the error, which is printed to standard error in one line."""
     end_on_interrupt()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has seen enough; Python would complain when it flushes at exit.
+        # The reader closed the pipe; without this, Python prints an error when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return _fail(CancelledError("interrupted"), debug=False)
@@ -67,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _logging(*, debug: bool) -> Iterator[None]:
-    """While it lasts, write the library's own warnings, or with `debug` all that is logged, to standard error."""
+    """Write edgetune's own warnings, or with `debug` all log messages, to standard error while the block runs."""
     logger, handler = logging.getLogger(__package__), logging.StreamHandler()
     if not debug:
-        # Of these, what matters is an error of ours.
+        # What matters in these logs is raised as an error.
         handler.addFilter(lambda record: not record.name.endswith(("llama_cpp", "onnxruntime")))
     handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
     before = logger.level
@@ -94,24 +94,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(PROGRAM, description="Run an edgetune bundle: one base, and adapters that switch in microseconds.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    info = _command(commands, "info", _info, "show what a bundle holds, without loading it")
+    info = _command(commands, "info", _info, "show what is in a bundle, without loading it")
     info.add_argument("--verify", action="store_true", help="also compare every file with its digest")
-    generate = _command(commands, "generate", _generate, "answer one prompt; the text is written as it comes")
-    classify = _command(commands, "classify", _classify, "tell which label answers a prompt, with probabilities")
-    chat = _command(commands, "chat", _chat, "talk to the base and its adapters")
-    bench = _command(commands, "bench", _bench, "measure load, switch, first token, speed and memory")
-    warm = _command(commands, "warm", _warm, "make the states of the adapters' fixed prompts and keep them on the disk")
-    text = "tell what this machine leaves for answers, and what slows them down"
+    generate = _command(commands, "generate", _generate, "answer one prompt and print the text as it is generated")
+    classify = _command(commands, "classify", _classify, "print the labels for a prompt with their probabilities")
+    chat = _command(commands, "chat", _chat, "chat with the base and its adapters")
+    bench = _command(commands, "bench", _bench, "measure load time, switching, time to first token, speed and memory")
+    warm = _command(commands, "warm", _warm, "compute the states of the adapters' fixed prompts and save them to disk")
+    text = "show the cores, memory and libraries of this machine, and what slows answers down"
     doctor = commands.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    doctor.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="a bundle's folder, to look at it too")
+    doctor.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="also check the bundle in this folder")
     _common(doctor, _doctor)
     _add_cache(commands)
     for command in (generate, classify):
         command.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads standard input")
     for command in (generate, classify, chat):
-        text = "answer with this adapter, times SCALE (default: the bundle's); may be repeated; without: the base"
+        text = "answer with this adapter at SCALE (default: the bundle's); may be repeated; omit it for the plain base"
         command.add_argument("--adapter", action="append", default=[], metavar="NAME[=SCALE]", help=text)
-    classify.add_argument("--labels", metavar="A,B,C", help="the labels, joined by commas (default: the adapter's)")
+    classify.add_argument("--labels", metavar="A,B,C", help="comma-separated labels (default: the adapter's)")
     for command in (generate, chat):
         _add_sampling(command)
         _add_form(command)
@@ -130,17 +130,17 @@ def _command(
 
 def _common(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="write JSON to standard output")
-    command.add_argument("--debug", action="store_true", help="show a traceback with an error, and what is logged")
+    command.add_argument("--debug", action="store_true", help="print tracebacks of errors and all log messages")
     command.set_defaults(run=run)
     return command
 
 
 def _add_cache(commands: argparse._SubParsersAction[_Parser]) -> None:
-    text = "list or delete the states of prompts that are kept on the disk"
+    text = "list or delete the prompt states saved on disk"
     cache = commands.add_parser("cache", help=text, description=f"{text[0].upper()}{text[1:]}.")
     actions = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, run, what in (
-        ("ls", _list_states, "list states, the last used first"),
+        ("ls", _list_states, "list states, most recently used first"),
         ("clear", _clear_states, "delete all states"),
     ):
         command = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
@@ -148,7 +148,7 @@ def _add_cache(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_cache_folder(group: argparse._ActionsContainer) -> None:
-    text = "folder of the states of prompts (default: $EDGETUNE_CACHE, else edgetune/states in the user's cache)"
+    text = "folder for prompt states (default: $EDGETUNE_CACHE, else edgetune/states in the user's cache folder)"
     group.add_argument("--cache-folder", type=Path, metavar="DIR", help=text)
 
 
@@ -162,36 +162,36 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 
 def _add_form(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("form of the answer (default: the adapter's own, if it has one)")
+    group = command.add_argument_group("output constraint (default: the adapter's own, if it has one)")
     forms = group.add_mutually_exclusive_group()
-    forms.add_argument("--schema", type=Path, metavar="FILE", help="JSON that a JSON Schema describes")
-    forms.add_argument("--choices", metavar="A,B", help="one of these texts")
-    forms.add_argument("--regex", metavar="REGEX", help="a text that the regular expression matches")
-    forms.add_argument("--grammar", type=Path, metavar="FILE", help="a text of a Lark grammar")
-    forms.add_argument("--free", action="store_true", help="any text")
+    forms.add_argument("--schema", type=Path, metavar="FILE", help="answer in JSON that matches this JSON Schema")
+    forms.add_argument("--choices", metavar="A,B", help="answer with one of these texts")
+    forms.add_argument("--regex", metavar="REGEX", help="answer with a text that matches this regular expression")
+    forms.add_argument("--grammar", type=Path, metavar="FILE", help="answer with a text of this Lark grammar")
+    forms.add_argument("--free", action="store_true", help="do not constrain the answer")
 
 
 def _add_opening(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("opening the bundle")
-    text = "what runs it, gguf or onnx (default: the bundle's first format)"
+    text = "engine: gguf or onnx (default: the bundle's first format)"
     group.add_argument("--engine", metavar="NAME", help=text)
-    group.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: the bundle's)")
-    text = "longest prompt and answer together, in tokens (default: the bundle's)"
+    group.add_argument("--threads", type=int, metavar="N", help="number of compute threads (default: the bundle's)")
+    text = "maximum tokens of prompt and answer together (default: the bundle's)"
     group.add_argument("--context-length", type=int, metavar="N", help=text)
-    text = "how keys and values are kept: f16 or q8_0 with gguf, f32 with onnx"
+    text = "data type of the KV cache: f16 or q8_0 with gguf, f32 with onnx"
     group.add_argument("--kv", metavar="TYPE", help=text)
-    text = "gguf: read the weights into memory as the processor likes them, or map the file (default: what is faster)"
+    text = "gguf: repack the weights in memory for this processor, or map the file (default: whichever is faster)"
     group.add_argument("--repack", action=argparse.BooleanOptionalAction, help=text)
-    text = "of the threads that compute: normal, low or idle, so that other processes go first (Linux; default: normal)"
+    text = "priority of the compute threads: normal, or low or idle to let other processes run first (Linux only)"
     group.add_argument("--priority", choices=PRIORITIES, default=NORMAL, help=text)
     _add_cache_folder(group)
-    text = "choose each token alone: do not draft answers by the adapter's training answers"
+    text = "decode token by token, without drafts from the adapter's draft table"
     group.add_argument("--no-drafts", action="store_true", help=text)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
 
 
 def _open(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 - those of `Runtime.open`
-    from .runtime import Runtime  # noqa: PLC0415 - numpy and the engine only when a command needs them
+    from .runtime import Runtime  # noqa: PLC0415 - load numpy and the engine only when a command needs them
 
     return Runtime.open(
         options.bundle,
@@ -253,7 +253,8 @@ def _classify(options: argparse.Namespace) -> None:
 def _warm(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
         if runtime.manifest.task == CLASSIFICATION:
-            raise UsageError(f"bundle {runtime.manifest.name!r} classifies text: it has no prompts", "nothing to warm")
+            message = f"bundle {runtime.manifest.name!r} only classifies text: it has no prompts to warm"
+            raise UsageError(message, "use classify")
         tokens = runtime.warm()
     if options.json:
         print(json.dumps(tokens, ensure_ascii=False))
@@ -263,7 +264,7 @@ def _warm(options: argparse.Namespace) -> None:
 
 
 def _list_states(options: argparse.Namespace) -> None:
-    from .states.store import StateStore, default_folder  # noqa: PLC0415 - help needs none of it
+    from .states.store import StateStore, default_folder  # noqa: PLC0415 - not needed for --help
 
     store = StateStore(options.cache_folder or default_folder(), 0)
     entries = store.entries()
@@ -294,7 +295,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     figures = measure(lambda: _open(options, disk_mb=0), lambda text: print(f"{text} ...", file=sys.stderr))
     if figures["ttft_ms"] is not None:
-        print("states on the disk, and starting ...", file=sys.stderr)
+        print("states on disk and process start ...", file=sys.stderr)
         with TemporaryDirectory() as folder:
             options.cache_folder = Path(folder)
             with _open(options) as runtime:
@@ -331,7 +332,7 @@ def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _chat(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
-        runtime.session()  # refuses a bundle that cannot chat before the first line is read
+        runtime.session()  # fails for a bundle that cannot chat, before the first line is read
         Conversation(runtime, options.adapter, _answer_options(options), as_json=options.json).run()
 
 
@@ -341,7 +342,7 @@ def _prompt(options: argparse.Namespace) -> str:
 
 
 def _answer_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of answers that were given; the others have the defaults of `AnswerOptions`."""
+    """The answer options on the command line; the others have the defaults of `AnswerOptions`."""
     given = vars(options)
     found = {name: given[name] for name in (*SAMPLING, "stop") if name in given}
     files = {name: _read(given[name]) for name in ("schema", "grammar") if given[name] is not None}

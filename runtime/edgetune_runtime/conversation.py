@@ -1,4 +1,4 @@
-"""`edgetune-run chat`: a conversation on the terminal, and how adapters are named and answers written there."""
+"""`edgetune-run chat`: the conversation on the terminal, its commands and its output."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 PROGRAM = "edgetune-run"
 
-CHAT_HELP = """/use NAME  switch to an adapter (each keeps its own history)
+CHAT_HELP = """/use NAME  switch to an adapter (each has its own history)
 /base      switch to the plain base
-/new       forget the history of this adapter
-/help      show this
-/quit      end; so does Ctrl-D. Ctrl-C stops an answer"""
+/new       clear the history of this adapter
+/help      show this help
+/quit      quit; so does Ctrl-D. Ctrl-C stops an answer"""
 
 
 class Conversation:
-    """A conversation on the terminal; each choice of adapters has its own history."""
+    """A conversation on the terminal, with a separate history for each choice of adapters."""
 
     def __init__(
         self, runtime: Runtime, adapters: Sequence[str], sampling: Mapping[str, Any], *, as_json: bool
@@ -38,7 +38,7 @@ class Conversation:
         self._sessions: dict[str, Session] = {}
 
     def run(self) -> None:
-        """Answer each line of standard input, and follow its commands."""
+        """Answer each line of standard input, or run it if it is a command."""
         self._say(f"adapters: {', '.join(self._runtime.adapters) or 'none'}; /help shows the commands")
         while (line := self._read()) is not None:
             if line == "/quit":
@@ -68,7 +68,7 @@ class Conversation:
         elif command == "/help":
             self._say(CHAT_HELP)
         else:
-            self._say(f"{PROGRAM}: no command {command!r}; /help shows them")
+            self._say(f"{PROGRAM}: no command {command!r}; /help lists the commands")
 
     def _answer(self, text: str) -> None:
         stream = self._session().stream(text, **self._sampling)
@@ -89,12 +89,12 @@ class Conversation:
         return " ".join(f"{name}={scale:g}" for name, scale in self._adapters.items())
 
     def _say(self, text: str) -> None:
-        # Standard output is for answers.
+        # Standard output is reserved for answers.
         print(text, file=sys.stderr)
 
 
 def show(stream: Stream, *, as_json: bool) -> None:
-    """Write an answer: its text as it comes, or one JSON object with the timings."""
+    """Print an answer: its text as it is generated, or one JSON object with the timings."""
     for piece in stream:
         if not as_json:
             print(piece, end="", flush=True)
@@ -116,14 +116,15 @@ def _fields_of(answer: Answer) -> dict[str, Any]:
 
 
 def adapter_choice(runtime: Runtime, choices: Sequence[str]) -> str | dict[str, float] | None:
-    """What `--adapter` or `/use` names: None for none, a name alone as it is, or several with their scales."""
+    """The adapters of `--adapter` or `/use`: None, a single name, or a mapping of names to scales."""
     scales: dict[str, float] = {}
     for choice in choices:
         name, given, scale = choice.partition("=")
         try:
             scales[name] = float(scale) if given else runtime.manifest.adapter(name).scale
         except ValueError as error:
-            raise UsageError(f"scale {scale!r} of adapter {name!r} is no number", "give NAME or NAME=SCALE") from error
+            message = f"scale {scale!r} of adapter {name!r} is not a number"
+            raise UsageError(message, "give NAME or NAME=SCALE") from error
     if len(choices) == 1 and "=" not in choices[0]:
         return choices[0]
     return scales or None

@@ -1,4 +1,4 @@
-"""What `edgetune-run doctor` finds: cores, memory, clock, load and libraries, and what slows answers down."""
+"""`edgetune-run doctor`: cores, memory, clock, load and libraries of this machine, and what slows answers down."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _CLOCK = "sys/devices/system/cpu/cpu0/cpufreq"
 
 
 def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, Any]:
-    """The machine as this process may use it, as JSON values, with `problems`, a line each.
+    """What this process may use of the machine, as JSON values, and `problems`, one line each.
 
-    Of a bundle's manifest it also tells with how many threads it runs here. Loads no engine.
+    With a bundle's manifest, also the number of threads that the bundle would use here. Loads no engine.
     """
     quota, threads = cpu_quota(root), usable_cores(root)
     found: dict[str, Any] = {
@@ -39,18 +39,18 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
 def _problems(found: Mapping[str, Any], manifest: Manifest | None) -> Iterator[str]:
     quota, usable = found["cores"]["quota"], found["cores"]["usable"]
     if found["busy"]:
-        yield f"{found['busy']}: answers take longer, and what is measured now says little"
+        yield f"{found['busy']}: answers take longer, and measurements are not representative"
     if quota is not None and quota < 1:
-        yield f"a CPU quota of {quota:g} cores stops each step for a part of the time; give at least 1"
+        yield f"a CPU quota of {quota:g} cores interrupts each step; set it to at least 1"
     if manifest is not None and manifest.threads and manifest.threads > usable:
-        yield f"the bundle asks for {manifest.threads} threads, and {usable} cores may be used"
+        yield f"the bundle asks for {manifest.threads} threads, but only {usable} cores are available"
     governor = found["clock"].get("governor")
     if governor == "powersave" and found["processor"].startswith("ARM"):
-        yield "the clock's governor is powersave, which keeps the processor at its lowest clock; use ondemand"
+        yield "the CPU frequency governor is powersave, which keeps the clock at its lowest; use ondemand"
 
 
 def _processor(root: Path) -> str:
-    """The processor's name as the system gives it; of ARM boards, which give none, the board's."""
+    """The processor's name; on ARM boards, which report none, the name of the board."""
     lines = (root / "proc/cpuinfo").read_text().splitlines() if (root / "proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "model\t"))]
     named = next((name for name in names if not name.isdigit()), "")
@@ -59,7 +59,7 @@ def _processor(root: Path) -> str:
 
 
 def _clock(root: Path) -> dict[str, Any]:
-    """Governor and megahertz of the first core; empty where the system does not tell."""
+    """Frequency governor and MHz of the first core; empty where the system does not report them."""
     clock: dict[str, Any] = {}
     for key, name in (("governor", "scaling_governor"), ("mhz", "scaling_cur_freq"), ("most_mhz", "cpuinfo_max_freq")):
         path = root / _CLOCK / name

@@ -1,12 +1,12 @@
-"""The error tree of edgetune: what went wrong, with the value and the remedy in one line, and the exit code it ends in.
+"""All errors of edgetune with their exit codes. Each says in one line what is wrong, with the value, and what to do.
 
 EdgetuneError                1
 ├── UsageError               2   a recipe, an option or an argument is wrong
 ├── NotFoundError            3   a file, an adapter, a base or a board does not exist
-├── VerificationError        4   a file is damaged, or what was exported does not say what was trained
-├── IncompatibleError        5   sound parts that do not fit together, or that this machine cannot run
+├── VerificationError        4   a file is damaged, or the export does not match the trained model
+├── IncompatibleError        5   valid parts that do not fit together, or that this machine cannot run
 ├── OutOfSpaceError          6   a disk is full
-├── BusyError                7   too many calls wait already
+├── BusyError                7   too many calls are already waiting
 └── CancelledError         130   the user interrupted
 """
 
@@ -14,9 +14,9 @@ from __future__ import annotations
 
 
 class EdgetuneError(Exception):
-    """Base of all errors that edgetune raises on purpose.
+    """Base class of all errors that edgetune raises on purpose.
 
-    `message` names the value at fault, `remedy` says what to do about it; `str()` joins both in one line.
+    `message` names the wrong value, `remedy` says what to do; `str()` gives both in one line.
     """
 
     exit_code = 1
@@ -34,31 +34,31 @@ class UsageError(EdgetuneError):
 
 
 class NotFoundError(EdgetuneError):
-    """Something that was named does not exist."""
+    """A file, an adapter, a base or a board does not exist."""
 
     exit_code = 3
 
 
 class VerificationError(EdgetuneError):
-    """A file is damaged, or an exported model does not agree with the trained one."""
+    """A file is damaged, or the export does not match the trained model."""
 
     exit_code = 4
 
 
 class IncompatibleError(EdgetuneError):
-    """Sound parts that do not fit together: an adapter of another base, a model too big for a board, no engine."""
+    """Valid parts do not fit together: an adapter of another base, a model too big for a board, a missing engine."""
 
     exit_code = 5
 
 
 class OutOfSpaceError(EdgetuneError):
-    """A disk has no room for what has to be written."""
+    """A disk has no space for the file to be written."""
 
     exit_code = 6
 
 
 class BusyError(EdgetuneError):
-    """More calls wait for a context than may."""
+    """Too many calls are already waiting for a context."""
 
     exit_code = 7
 

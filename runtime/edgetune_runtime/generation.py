@@ -1,4 +1,4 @@
-"""A prepared call in, the answer's pieces and its timings out."""
+"""Generate one answer: prefill the prompt, decode token by token, measure the timings."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .serving.context import Context, PromptJob
 from .serving.limits import Limits, Stopped
 from .serving.pool import Pool
 from .states.activation import Spans
-from .text.sampling import Sampler, Sampling, sampling_of
+from .text.sampling import REPEAT_WINDOW, Sampler, Sampling, sampling_of
 from .text.stream import TextStream
 
 
 @dataclass(frozen=True)
 class Timings:
-    """How long one answer took: `switch_us` is the switch alone, `ttft_ms` all up to the first token.
+    """Timings of one answer: `switch_us` of the switch alone, `ttft_ms` from the call to the first token.
 
-    `tokens_per_s` is the speed of the tokens after the first, 0 where there were none. Of `prompt_tokens`,
-    `reused_tokens` came from an earlier state, and `carried_tokens` stand as other adapters made them, because a
-    session was told to carry its state over. Waiting for other calls to end does not count. `slow` says that other
-    processes took the cores, or that steps took much longer than they did before.
+    `tokens_per_s` is the decode speed after the first token, 0 if there was only one. Of the `prompt_tokens`,
+    `reused_tokens` came from a cached state, and `carried_tokens` were computed with other adapters, because a session
+    carried its state over. Time spent waiting for other calls does not count. `slow` means that other processes took
+    the cores, or that steps took much longer than before.
 
-    A step after the prompt gave `tokens_per_step` tokens. `accepted` of them were drafted (see `decoding.drafts`), and
-    `forced` ones the only ones that the answer's form allowed.
+    `tokens_per_step` is the mean number of tokens per step after the prompt. `accepted` tokens were drafted (see
+    `decoding.drafts`) and verified; `forced` tokens were the only ones that the output constraint allowed.
     """
 
     switch_us: float
@@ -49,8 +49,8 @@ class Timings:
 class Answer:
     """A generated text of `tokens` tokens.
 
-    `stop_reason` is `end` (of turn), `stop` (text), `length`, `deadline`, `cancelled`, or `dead_end`, where no token
-    fits the form that the answer was held to (`output`); with the last four the text is what there was until then.
+    `stop_reason` is `end` (of turn), `stop` (a stop text), `length`, `deadline`, `cancelled`, or `dead_end` where no
+    token satisfies the output constraint; with the last three the text is incomplete. `output` is that constraint.
     """
 
     text: str
@@ -61,16 +61,16 @@ class Answer:
 
     @property
     def parsed(self) -> Any:  # noqa: ANN401 - whatever the schema describes
-        """The object that the answer stands for; the text itself if it was not held to a schema.
+        """The answer as an object; the text itself without a schema.
 
-        VerificationError when it ended too early to be one, or a pydantic model refuses it.
+        VerificationError if the answer ended too early to parse, or a pydantic model rejects it.
         """
         return self.text if self.output is None else self.output.parse(self.text)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call made ready: where it runs, what on, its system prompt, how long that took, and how much is carried."""
+    """A prepared call: its pool and job, its system prompt, the time to prepare it, and the tokens carried over."""
 
     pool: Pool
     job: PromptJob
@@ -84,7 +84,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Carried:
-    """Tokens whose state is to stand as it is: which adapters acted where, and the system prompt at their beginning."""
+    """Tokens whose state is carried over unchanged: the adapters that computed each span, and the system prompt."""
 
     tokens: Sequence[int]
     spans: Spans
@@ -93,9 +93,9 @@ class Carried:
 
 @dataclass
 class Generation:
-    """Where a generation leaves its answer and the tokens whose state there is then.
+    """The result of a generation: the answer, and the tokens of the context's state.
 
-    It is apart from the stream, so that dropping the stream ends the generation.
+    Separate from the stream, so that deleting the stream ends the generation.
     """
 
     answer: Answer | None = None
@@ -103,7 +103,7 @@ class Generation:
 
 
 class Stream(Iterator[str]):
-    """Pieces of an answer as they come; `answer` is there once they are exhausted. `close` ends it early."""
+    """Iterator over the pieces of an answer; afterwards `answer` has all of it. `close` ends the answer early."""
 
     def __init__(self, pieces: Generator[str, None, None], outcome: Generation) -> None:
         self._pieces = pieces
@@ -118,7 +118,7 @@ class Stream(Iterator[str]):
         return self._outcome.answer
 
     def read(self) -> Answer:
-        """The whole answer, once it is there."""
+        """Wait for the whole answer and return it."""
         for _ in self:
             pass
         assert self._outcome.answer is not None
@@ -138,9 +138,9 @@ def generate(
     cancel: threading.Event | None = None,
     **overrides: object,
 ) -> Generator[str, None, None]:
-    """The answer's pieces, yielded while holding a context; the whole answer is left in `outcome`.
+    """Yield the pieces of the answer while holding a context; put the whole answer into `outcome`.
 
-    Options as those of `Runtime.generate`, which are checked at once.
+    Takes the options of `Runtime.generate`, which are checked immediately.
     """
     return _generate(call, sampling_of(sampling, overrides), Limits(deadline_s, cancel), outcome)
 
@@ -158,7 +158,7 @@ def _generate(call: Call, sampling: Sampling, limits: Limits, outcome: Generatio
 
 
 class _Answering:
-    """One answer in the making."""
+    """The state of an answer that is being generated."""
 
     def __init__(self, call: Call, context: Context, sampling: Sampling, limits: Limits) -> None:
         self._call, self._context, self._sampling, self._limits = call, context, sampling, limits
@@ -172,7 +172,7 @@ class _Answering:
         self._reason = self._reason_at_end = ""
 
     def pieces(self, job: PromptJob) -> Generator[str, None, None]:
-        """Compute the prompt, then choose tokens: several in a step where they are forced, or drafted rightly."""
+        """Prefill the prompt, then decode: several tokens per step where they are forced or a draft is right."""
         context = self._context
         tick = time.perf_counter()
         self._start = context.run(job)
@@ -192,12 +192,12 @@ class _Answering:
                 break
             self._rest_s += time.perf_counter() - tick
             self._after_first += len(chosen)
-        # What was computed beyond the end is no part of the answer.
+        # Tokens computed beyond the end are not part of the answer.
         context.truncate(len(job.tokens) + self._count)
         yield from self._push(self._text.finish())
 
     def answer(self) -> Answer:
-        """The whole answer, once all pieces are there."""
+        """The whole answer, after the last piece."""
         start = self._start
         timings = Timings(
             switch_us=start.switch_us,
@@ -214,40 +214,38 @@ class _Answering:
         return Answer("".join(self._pieces), self._count, timings, self._reason, self._call.output)
 
     def _step(self) -> list[int]:
-        """Compute the pending tokens and a draft behind them; the tokens that follow."""
+        """Decode the pending tokens and a draft of the next ones; returns the tokens that follow."""
         context = self._context
         draft, chances = self._draft()
         rows = context.extend([*self._pending, *draft], last=len(draft) + 1)
         chosen = self._choose(rows, draft)
         self._steps += 1
         if self._drafter is not None and draft:
-            self._drafter.learn(chances, self._rightly)
-        context.truncate(len(context.tokens) - len(draft) + self._rightly)
+            self._drafter.learn(chances, self._hits)
+        context.truncate(len(context.tokens) - len(draft) + self._hits)
         return chosen
 
     def _choose(self, rows: Sequence[Logits], draft: Sequence[int]) -> list[int]:
-        """The tokens after each row of logits up to the first that was not drafted, and those that it forces.
+        """Choose a token from each row of logits, up to the first that differs from the draft, then append forced ones.
 
-        All but the drafted ones are still to be computed: they are pending.
+        The last chosen token and the forced ones are not computed yet: they are pending.
         """
         known = len(self._context.tokens) - len(draft)
         chosen: list[int] = []
-        self._rightly = 0
+        self._hits = 0
         for row, drafted in zip(rows, [*draft, None], strict=True):
-            allowed = row if self._constraint is None else self._constraint.mask(row)
-            if allowed is None:
-                self._pending = []
-                self._reason_at_end = "dead_end"
+            token = self._token(row, known + len(chosen))
+            if token is None:
+                self._pending, self._reason_at_end = [], "dead_end"
                 break
-            token = self._sampler.next(allowed, self._context.tokens[: known + len(chosen)])
             chosen.append(token)
             if self._constraint is not None:
                 self._constraint.accept(token)
             if token != drafted:
                 self._pending = [token]
                 break
-            self._rightly += 1
-        self._accepted += self._rightly
+            self._hits += 1
+        self._accepted += self._hits
         if self._constraint is not None and self._pending and not self._is_end(self._pending[0]):
             forced = self._constraint.forced()
             self._constraint.accept(*forced)
@@ -256,13 +254,24 @@ class _Answering:
             self._drafter.add(chosen)
         return chosen
 
+    def _token(self, row: Logits, computed: int) -> int | None:
+        """The token chosen from logits after `computed` tokens; None where the output constraint allows none."""
+        constraint, sampling = self._constraint, self._sampling
+        recent = self._context.tokens[max(0, computed - REPEAT_WINDOW) : computed]
+        if constraint is None:
+            return self._sampler.next(row, recent)
+        if sampling.temperature == 0 and sampling.repeat_penalty == 1:
+            return constraint.best(row)
+        allowed = constraint.mask(row)
+        return None if allowed is None else self._sampler.next(allowed, recent)
+
     def _draft(self) -> tuple[list[int], list[float]]:
-        """Tokens that are worth verifying in the next step, and their chances."""
+        """Drafted tokens that are worth verifying in the next step, and their probabilities."""
         if self._drafter is None:
             return [], []
         context, pending = self._context, len(self._pending)
-        # Each step gives one token beyond its draft.
-        limit = min(self._sampling.max_tokens - self._count - 1, context.most_tokens - len(context.tokens) - pending)
+        # A step gives one token more than its draft.
+        limit = min(self._sampling.max_tokens - self._count - 1, context.max_tokens - len(context.tokens) - pending)
         draft, chances = self._drafter.propose(limit)
         if self._constraint is not None:
             draft = draft[: self._constraint.valid_prefix(draft)]
@@ -270,7 +279,7 @@ class _Answering:
         return draft[:count], chances[:count]
 
     def _emit(self, tokens: Sequence[int]) -> Iterator[str]:
-        """The pieces of chosen tokens, up to one that ends the answer."""
+        """The text pieces of chosen tokens, up to one that ends the answer."""
         tokenizer = self._context.engine.tokenizer
         for token in tokens:
             if tokenizer.is_end(token):
@@ -296,8 +305,8 @@ class _Answering:
     def _reason_to_stop(self) -> str:
         if self._text.stopped:
             return "stop"
-        # To go on, the last token has to be computed.
-        is_full = len(self._call.job.tokens) + self._count > self._context.most_tokens
+        # To continue, the last token must fit too.
+        is_full = len(self._call.job.tokens) + self._count > self._context.max_tokens
         if self._count == self._sampling.max_tokens or is_full:
             return "length"
         return self._limits.reason()

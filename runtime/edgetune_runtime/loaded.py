@@ -1,4 +1,4 @@
-"""A bundle whose base and adapters are loaded: which contexts run a call, and what a call computes there."""
+"""A loaded bundle: prepares calls and chooses the pool of contexts that runs them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .generation import Call, Carried
 from .opening import OpeningOptions, file_of, open_base
 from .serving.context import Context, PromptJob
 from .serving.pool import Pool
-from .states.activation import behind
+from .states.activation import join_spans
 from .states.cache import CALLS, common_prefix
 from .text.chat import Prompt, messages_for, render
 
@@ -33,11 +33,11 @@ _LOG = logging.getLogger(__name__)
 Adapters = str | Mapping[str, float] | None
 
 _PROBES = ("A", "7", "\n", "é", "(")
-"""Messages that have no beginning in common: what their prompts share is fixed."""
+"""Messages without a common prefix: the common prefix of their prompts is the fixed part."""
 
 
 class LoadedBundle:
-    """What runs behind a `Runtime` and its sessions. Safe to use from several threads."""
+    """The base and adapters of a `Runtime` and its sessions. Thread-safe."""
 
     def __init__(
         self, bundle: Path, manifest: Manifest, running: Pool | EncoderEngine, options: OpeningOptions
@@ -48,27 +48,27 @@ class LoadedBundle:
         self._running = running
         self._merged: dict[str, Pool] = {}
         self._drafts: dict[str, DraftTable] = {}
-        self._forms: dict[str, OutputSpec] = {}
+        self._outputs: dict[str, OutputSpec] = {}
         self._lock = threading.Lock()
         self._fixed: dict[tuple[int, str | None], list[int]] = {}
 
     @property
     def encoder(self) -> EncoderEngine | None:
-        """What runs a text-classification bundle; None for one that generates."""
+        """The engine of a text-classification bundle; None for a text-generation bundle."""
         return None if isinstance(self._running, Pool) else self._running
 
     def context(self, adapter: Adapters = None) -> tuple[Context, dict[str, float]]:
-        """Where a call with these adapters runs, and what is active there: for measurements, inside `Context.hold`.
+        """The context that runs a call with these adapters, and their scales. For measurements, inside `Context.hold`.
 
-        UsageError for a text-classification bundle, which generates nothing.
+        UsageError for a text-classification bundle.
         """
         pool, active = self.pool(adapter)
         return pool.first, active
 
     def pool(self, adapter: Adapters) -> tuple[Pool, dict[str, float]]:
-        """The contexts that a call with these adapters runs in, and what is active there; errors as of `context`."""
+        """The pool that runs a call with these adapters, and their scales; same errors as `context`."""
         if not isinstance(self._running, Pool):
-            message = f"bundle {self.manifest.name!r} classifies text: its encoder writes none and has no perplexity"
+            message = f"bundle {self.manifest.name!r} only classifies text: it has no generation and no perplexity"
             raise UsageError(message, "use classify")
         scales = self.scales(adapter)
         merged = [name for name in scales if self._is_merged(self.manifest.adapter(name))]
@@ -86,13 +86,14 @@ class LoadedBundle:
         *,
         owner: str = CALLS,
         carried: Carried | None = None,
-        form: OutputSpec | None = None,
+        output: OutputSpec | None = None,
         free: bool = False,
     ) -> Call:
-        """Make a call ready: tokens, adapters, and the fixed part of the prompt; errors as those of `generate`.
+        """Prepare a call: its tokens, adapters, and the fixed part of its prompt; same errors as `generate`.
 
-        `owner` is whose state is taken up and left. What is `carried` stands as far as the prompt begins with it, its
-        system prompt in place of the adapter's. The answer is held to `form`, by default the adapter's, unless `free`.
+        `owner` owns the state that the call reuses and updates. The common prefix of the prompt and `carried` keeps its
+        state, and the system prompt of `carried` replaces the adapter's. `output` constrains the answer, by default as
+        the adapter's manifest entry says, unless `free`.
         """
         pool, active = self.pool(adapter)
         first = next(iter(self.scales(adapter)), None)
@@ -103,22 +104,22 @@ class LoadedBundle:
             fixed = self._fixed_part(pool, tokenizer, first, system)
         longest = pool.first.capacity(active)
         if not 0 < len(tokens) <= longest:
-            message = f"the prompt has {len(tokens)} tokens, the context holds 1 to {longest}"
-            raise UsageError(message, "change the prompt, or open the bundle with a longer context")
+            message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {longest}"
+            raise UsageError(message, "change the prompt, or open the bundle with a larger context_length")
         count = len(fixed) if len(fixed) < len(tokens) and tokens[: len(fixed)] == fixed else 0
         spans, kept = pool.first.spans(active, tokens), 0
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
-            spans = behind(carried.spans, kept, spans)
+            spans = join_spans(carried.spans, kept, spans)
         drafts = self._drafts.get(first) if first is not None else None
-        if form is None and not free and first is not None:
-            form = self._forms.get(first)
-        constraint = None if form is None else self._grammars.constraint(form)
+        if output is None and not free and first is not None:
+            output = self._outputs.get(first)
+        constraint = None if output is None else self._grammars.constraint(output)
         prepared_s = time.perf_counter() - begin
-        return Call(pool, PromptJob(tokens, spans, count, owner), system, prepared_s, kept, drafts, form, constraint)
+        return Call(pool, PromptJob(tokens, spans, count, owner), system, prepared_s, kept, drafts, output, constraint)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
-        """What a choice of adapters means; NotFoundError for an unknown one, UsageError for what is no choice."""
+        """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice."""
         if adapter is None:
             return {}
         if isinstance(adapter, str):
@@ -132,9 +133,9 @@ class LoadedBundle:
         return {name: float(scale) for name, scale in adapter.items()}
 
     def load(self, entry: AdapterEntry) -> None:
-        """Check one adapter and load it beside the base; a merged one waits until it is used."""
+        """Check an adapter and load it; a merged one is loaded on first use."""
         if entry.output is not None:
-            self._forms[entry.name] = _form_of(entry)
+            self._outputs[entry.name] = _output_of(entry)
         if self.options.drafts and entry.draft is not None:
             if self.options.verify:
                 verify_files(self.bundle, self.manifest, [entry.draft])
@@ -152,37 +153,37 @@ class LoadedBundle:
             self._running.load_adapter(entry.name, path, fingerprint, len(entry.labels))
 
     def clear(self) -> None:
-        """Forget all live sequences and saved states, but those on the disk."""
+        """Drop all sequences and cached states, except those on disk."""
         for pool in self._pools():
             for context in pool.contexts:
                 with context.hold():
                     context.clear()
 
-    def forget(self, owner: str) -> None:
-        """Forget the states of an owner, such as a session that has ended."""
+    def drop_states(self, owner: str) -> None:
+        """Drop the states of an owner, such as a closed session."""
         for pool in self._pools():
-            pool.forget(owner)
+            pool.drop_states(owner)
 
     def close(self) -> None:
-        """Free base and adapters once other threads' calls have ended; a second call does nothing."""
+        """Free the base and adapters after the calls of other threads end; a second call does nothing."""
         for running in (self._running, *self._merged.values()):
             running.close()
 
     @cached_property
     def _grammars(self) -> Grammars:
-        """The forms of answers, compiled for the base's vocabulary, which merged models have too."""
+        """Compiled output constraints for the base's vocabulary, which merged models share."""
         assert isinstance(self._running, Pool)
         return Grammars(self._running.first.engine.tokenizer)
 
     def _fixed_part(self, pool: Pool, tokenizer: Tokenizer, first: str | None, system: str | None) -> list[int]:
-        """The tokens that all prompts with the adapter's own system prompt begin with, whatever the message."""
+        """The common prefix of all prompts with the adapter's own system prompt."""
         if system != self._system_of(first):
             return []
-        place = (id(pool), first)
-        if place not in self._fixed:
+        key = (id(pool), first)
+        if key not in self._fixed:
             one, *others = (_tokens(tokenizer, probe, system) for probe in _PROBES)
-            self._fixed[place] = one[: min(common_prefix(one, other) for other in others)]
-        return self._fixed[place]
+            self._fixed[key] = one[: min(common_prefix(one, other) for other in others)]
+        return self._fixed[key]
 
     def _system_of(self, first: str | None) -> str | None:
         return self.manifest.adapter(first).system if first is not None else None
@@ -205,11 +206,11 @@ class LoadedBundle:
         return [running for running in (self._running, *self._merged.values()) if isinstance(running, Pool)]
 
 
-def _form_of(entry: AdapterEntry) -> OutputSpec:
+def _output_of(entry: AdapterEntry) -> OutputSpec:
     try:
         return OutputSpec.from_json(entry.output or {})
     except UsageError as error:
-        message = f"adapter {entry.name!r} has an output that cannot be: {error.message}"
+        message = f"adapter {entry.name!r} has an invalid output: {error.message}"
         raise VerificationError(message, "build the bundle again") from error
 
 

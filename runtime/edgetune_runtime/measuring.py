@@ -1,6 +1,6 @@
-"""Opens what is inside a runtime to measurements and tests: contexts, prepared calls, engines, saved states.
+"""Access to the internals of a runtime, for measurements and tests: contexts, prepared calls, engines, saved states.
 
-None of it is part of the public API: names and behaviour may change in any version.
+Not part of the public API: names and behavior may change in any version.
 
     context, active = loaded_bundle(runtime).context("command")
     with context.hold():
@@ -24,12 +24,12 @@ from .states.cache import StateCache
 
 
 def loaded_bundle(runtime: Runtime) -> LoadedBundle:
-    """What runs behind a runtime; it is closed with it."""
+    """The loaded bundle of a runtime, which closes it."""
     return runtime._loaded
 
 
 def runtime_around(engine: Engine, bundle: Path, manifest: Manifest, name: str) -> Runtime:
-    """A runtime that computes on an engine made elsewhere, of this name, and keeps no states; closes the engine."""
+    """A runtime on an existing engine, called `name`, without a state cache; closing it closes the engine."""
     make = cast("EngineClass", type(engine))
     options = OpeningOptions(name, make, manifest.context_length, manifest.threads, verify=False)
     governor = Governor(engine.threads, adjusts=engine.adjusts_threads)

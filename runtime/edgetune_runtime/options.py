@@ -1,4 +1,4 @@
-"""What `generate`, `stream` and `send` take beside a prompt, and what that says of an answer's form."""
+"""The options of `generate`, `stream` and `send`, and the output constraint among them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .decoding.output import OutputSpec, output_of
 from .errors import UsageError
 from .text.sampling import Sampling
 
-_FORM = ("schema", "choices", "regex", "grammar")
+_CONSTRAINTS = ("schema", "choices", "regex", "grammar")
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Fields of `Sampling`, to be set for one answer."""
+    """Fields of `Sampling`, set for one answer."""
 
     temperature: float
     top_k: int
@@ -29,13 +29,13 @@ class SamplingOptions(TypedDict, total=False):
 class AnswerOptions(SamplingOptions, total=False):
     """Options of one answer.
 
-    `sampling` is how tokens are chosen; single fields of it, such as `temperature=0.7`, may be given beside it.
-    After `deadline_s` seconds, or once `cancel` is set, the answer ends with what there is, waiting for other calls
-    included.
+    `sampling` says how tokens are chosen; other options, such as `temperature=0.7`, change single fields of it. After
+    `deadline_s` seconds, which include waiting for other calls, or once `cancel` is set, the answer ends with the text
+    so far.
 
-    One of `schema` (a JSON Schema as mapping or text, or a pydantic model class), `choices` (texts), `regex` and
-    `grammar` (Lark as llguidance reads it) holds the answer to a form, in place of the adapter's own; `free` holds it
-    to none.
+    At most one of `schema` (a JSON Schema as mapping or text, or a pydantic model class), `choices` (texts), `regex`
+    and `grammar` (Lark as llguidance reads it) constrains the answer, instead of the adapter's own constraint; `free`
+    removes that.
     """
 
     sampling: Sampling | None
@@ -48,13 +48,13 @@ class AnswerOptions(SamplingOptions, total=False):
     free: bool
 
 
-def split_form(options: Mapping[str, Any]) -> tuple[OutputSpec | None, bool, dict[str, Any]]:
-    """The form that the options give, whether an adapter's own is left out, and the other options.
+def split_output(options: Mapping[str, Any]) -> tuple[OutputSpec | None, bool, dict[str, Any]]:
+    """The output constraint among the options, whether they remove the adapter's own, and the other options.
 
-    Raises what `output_of` does; UsageError for `free` beside a form.
+    Raises what `output_of` does; UsageError for `free` together with a constraint.
     """
-    others = {key: value for key, value in options.items() if key not in (*_FORM, "free")}
-    given = {key: options[key] for key in _FORM if options.get(key) is not None}
+    others = {key: value for key, value in options.items() if key not in (*_CONSTRAINTS, "free")}
+    given = {key: options[key] for key in _CONSTRAINTS if options.get(key) is not None}
     is_free = bool(options.get("free", False))
     if given and is_free:
         raise UsageError(f"free and {next(iter(given))} are both given", "give one of them")

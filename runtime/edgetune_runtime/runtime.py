@@ -1,4 +1,4 @@
-"""Bundle in, answers out: the base is loaded once, and each call says which adapters answer it."""
+"""The public API: open a bundle once, then call it with the adapters of your choice."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .errors import UsageError
 from .generation import Answer, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .opening import OpeningOptions, engine_class, file_of, open_base
-from .options import AnswerOptions, split_form
-from .scoring import label_scores, likeliest, window_loss
+from .options import AnswerOptions, split_output
+from .scoring import label_scores, most_likely, window_loss
 from .session import Session
 from .states.store import StateStore, default_folder
 from .text.chat import Prompt
@@ -29,7 +29,7 @@ DISK_MB = 512
 
 
 class Runtime:
-    """A bundle that is ready to answer. Use it in a `with` block, or call `close`. Safe to use from several threads."""
+    """A bundle that is ready to answer. Use it in a `with` block, or call `close`. Thread-safe."""
 
     def __init__(self, loaded: LoadedBundle) -> None:
         self.bundle = loaded.bundle
@@ -59,49 +59,51 @@ class Runtime:
     ) -> Self:
         """Open a bundle: check its files, map the base and load the adapters.
 
-        `engine` is gguf or onnx, by default the first format of the bundle.
-        `context_length` (tokens) and `threads` default to the manifest's. `kv` is how keys and values are kept: with
-        gguf f16 or q8_0, which halves them and every state; with onnx f32 alone. `repack` has llama.cpp read the
-        weights into memory in the order that the processor computes fastest with, in place of mapping the file, which
-        processes share; by default where it has code for that (q4_0, q4_K, iq4_nl; not on a Pi 4). onnxruntime always
-        does. `verify` compares digests before anything is loaded; without it only the files' structure is checked. A
-        merged adapter is a whole model, which is checked and mapped when it is first used.
+        `engine` is gguf or onnx, by default the first format of the bundle. `context_length` (tokens) and `threads`
+        default to the manifest's. `kv` is the data type of the KV cache: with gguf f16 or q8_0, which halves the cache
+        and every state; with onnx only f32. With `repack`, llama.cpp reads the weights into memory in the layout that
+        is fastest on this processor, instead of mapping the file, which processes can share; by default it does so
+        where it has code for it (q4_0, q4_K, iq4_nl; not on a Pi 4). onnxruntime always repacks. `verify` compares
+        digests before anything is loaded; without it, only the structure of the files is checked. A merged adapter is
+        a full model, which is checked and mapped on first use.
 
-        Up to `cache_mb` of memory (10^6 bytes) keep states: of each adapter's fixed prompt, of sessions, and the last
-        of each set of adapters, so that switching back does not compute the prompt again. States of fixed prompts are
-        kept in `cache_folder` too (default: that of `store.default_folder`), up to `disk_mb`; 0 keeps none.
+        Up to `cache_mb` of memory (10^6 bytes) is used for states: of each adapter's fixed prompt, of sessions, and the
+        last one of each set of adapters, so that switching back does not recompute the prompt. States of fixed prompts
+        are also saved in `cache_folder` (default: `store.default_folder`), up to `disk_mb`; 0 saves none.
 
-        With `exact` a call's answer is, bit for bit, what it would be if nothing were known: it takes up fixed prompts
-        and whole chunks of 128 tokens. Without, it takes up every token that it shares with the last one, as a session
-        does with its own; where two tokens are all but equally likely, rounding may then choose the other.
+        With `exact`, a call gives the same answer, bit for bit, as with a cold cache: it reuses only fixed prompts and
+        whole chunks of 128 tokens. Without it, a call reuses all tokens of the common prefix, as a session does with
+        its own state; rounding may then decide a near tie between two tokens differently.
 
-        Up to `contexts` calls run side by side, each with a context of its own, made when it is first needed; by
-        default as many as a quarter of the free memory holds, at most 4. At most `waiting` more wait; the next is a
-        BusyError.
+        Up to `contexts` calls run at the same time, each in its own context, which is created when first needed; by
+        default as many as fit in a quarter of the free memory, at most 4. Up to `waiting` more calls wait; the next one
+        raises BusyError.
 
-        While other processes take the cores, with gguf fewer threads compute than `threads`, which changes no answer.
-        `priority` is that of the threads that compute: normal, low (behind all normal processes' threads) or idle (only
-        on cores that nobody else wants), on Linux.
+        With gguf, fewer threads than `threads` compute while other processes use the cores; this changes no answer.
+        `priority` is the priority of the compute threads, on Linux: normal, low (below the threads of normal processes)
+        or idle (only on cores that are otherwise idle).
 
         `map_large_blocks` sets M_MMAP_THRESHOLD of glibc's malloc to 1 MiB for the whole process, unless the variable
-        MALLOC_MMAP_THRESHOLD_ is set, so that large blocks that come and go leave no holes in the heap. Resident
-        memory with SmolLM2-135M and eight adapters after 216 answers: 478 MB in place of 509 MB. Without the option,
-        and without glibc, malloc is left alone.
+        MALLOC_MMAP_THRESHOLD_ is set, so that temporary large blocks do not fragment the heap. Resident memory with
+        SmolLM2-135M and eight adapters after 216 answers: 478 MB instead of 509 MB. Without the option, or without
+        glibc, malloc is not changed.
 
-        With `drafts`, answers are drafted by what the adapter's training answers have in common, and several tokens are
-        verified in one step. The text stays the same unless two tokens are almost equally likely.
+        With `drafts`, tokens are drafted from the adapter's draft table and from the prompt, and verified several per
+        step (speculative decoding). This changes no answer, except that rounding may decide a near tie differently.
 
-        Raises NotFoundError, VerificationError for damaged files, IncompatibleError for adapters of another base or a
-        missing engine, UsageError for options that cannot be.
+        Raises NotFoundError for missing files, VerificationError for damaged files, IncompatibleError for adapters of
+        another base or a missing engine, UsageError for invalid options.
         """
         begin = time.perf_counter()
         bundle = Path(path)
         manifest = read_manifest(bundle)
         longest = manifest.base.context_length
         if context_length is not None and not 2 <= context_length <= longest:
-            raise UsageError(f"context_length is {context_length}", f"give 2 to {longest}, as the base was trained")
+            remedy = f"give 2 to {longest}, the context length of the base"
+            raise UsageError(f"context_length is {context_length}", remedy)
         if (contexts is not None and contexts < 1) or waiting < 0:
-            raise UsageError(f"contexts is {contexts} and waiting {waiting}", "give at least 1 context")
+            message = f"contexts is {contexts} and waiting is {waiting}"
+            raise UsageError(message, "give contexts of at least 1 and waiting of at least 0")
         engine = engine or next(iter(manifest.base.files), "gguf")
         options = OpeningOptions(
             engine=engine,
@@ -128,8 +130,8 @@ class Runtime:
         except BaseException:
             loaded.close()
             raise
-        taken_s, count = time.perf_counter() - begin, len(manifest.adapters)
-        _LOG.info("opened %s with %s and %d adapters in %.2f s", bundle, engine, count, taken_s)
+        elapsed_s, count = time.perf_counter() - begin, len(manifest.adapters)
+        _LOG.info("opened %s with %s and %d adapters in %.2f s", bundle, engine, count, elapsed_s)
         return cls(loaded)
 
     @property
@@ -149,13 +151,13 @@ class Runtime:
         adapter: Adapters = None,
         **options: Unpack[AnswerOptions],
     ) -> Answer:
-        """Answer a prompt, a text or chat messages, with one adapter by name, several {name: scale} or the base.
+        """Answer a prompt (a text or chat messages) with one adapter by name, with several {name: scale}, or the base.
 
-        A name alone means the manifest's scale. The (first) adapter's own system prompt is used unless the messages
-        bring one, and the answer is held to its form unless the options say otherwise; see `AnswerOptions` for these.
+        A name alone uses the manifest's scale. The system prompt of the (first) adapter is used unless the messages
+        begin with one, and its output constraint unless the options give another; see `AnswerOptions`.
 
-        Raises NotFoundError for an unknown adapter, UsageError for a prompt that does not fit in the context or a form
-        that cannot be met, BusyError when too many calls wait already.
+        Raises NotFoundError for an unknown adapter, UsageError for a prompt that does not fit in the context or an
+        output constraint that cannot be used, BusyError when too many calls are already waiting.
         """
         return self.stream(prompt, adapter=adapter, **options).read()
 
@@ -166,31 +168,31 @@ class Runtime:
         adapter: Adapters = None,
         **options: Unpack[AnswerOptions],
     ) -> Stream:
-        """As `generate`, but yields the text in pieces as it comes; it holds a context until it ends or is closed."""
-        form, is_free, others = split_form(options)
-        call, outcome = self._loaded.call(prompt, adapter, form=form, free=is_free), Generation()
+        """Like `generate`, but yields the text piece by piece; keeps a context until it ends or is closed."""
+        output, is_free, others = split_output(options)
+        call, outcome = self._loaded.call(prompt, adapter, output=output, free=is_free), Generation()
         return Stream(generate(call, outcome, **others), outcome)
 
     def session(self, adapter: Adapters = None) -> Session:
-        """A conversation that begins with these adapters; see `Session`."""
+        """Start a conversation with these adapters; see `Session`."""
         self._loaded.pool(adapter)
         return Session(self._loaded, adapter)
 
     def load_session(self, path: str | Path) -> Session:
-        """Go on with a conversation that `Session.save` wrote; its state is taken up if it fits this bundle and engine.
+        """Resume a conversation saved by `Session.save`; its state is reused if it matches this bundle and engine.
 
-        Raises NotFoundError when there is no such file, VerificationError when it is damaged or none, IncompatibleError
-        for one of another base, NotFoundError for an adapter that the bundle lacks.
+        Raises NotFoundError when the file or one of its adapters does not exist, VerificationError when the file is
+        damaged or not a session, IncompatibleError when it is a session on another base.
         """
         return Session._load(self._loaded, Path(path))
 
     def classify(
         self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None
     ) -> tuple[str, dict[str, float]]:
-        """The likeliest of `labels` (default: the adapter's) as the answer, and the probability of each among them.
+        """The most likely of `labels` (default: the adapter's) as the answer, and the probability of each of them.
 
-        All labels are scored in one pass that computes the prompt and their shared beginnings once. An encoder knows
-        the labels of one adapter alone, and shares the probability out among those of them that are given.
+        All labels are scored in one pass that computes the prompt and the labels' common prefixes once. An encoder has
+        only the labels of its one adapter; the probabilities are normalized over the given labels.
         """
         scales, encoder = self._loaded.scales(adapter), self._loaded.encoder
         if encoder is not None and len(scales) != 1:
@@ -200,21 +202,21 @@ class Runtime:
             first = next(iter(scales), None)
             labels = self.manifest.adapter(first).labels if first else ()
         if not labels or len(set(labels)) != len(labels) or not all(labels):
-            raise UsageError(f"cannot classify among {list(labels)}", "give labels, none of them empty or twice")
+            raise UsageError(f"cannot classify among {list(labels)}", "give labels that are unique and not empty")
         if encoder is not None:
-            return likeliest(labels, label_scores(encoder, self.manifest, prompt, labels, scales))
+            return most_likely(labels, label_scores(encoder, self.manifest, prompt, labels, scales))
         call = self._loaded.call(prompt, adapter)
         with call.pool.lease(call.job) as context:
             tokenizer = context.engine.tokenizer
             endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
             context.run(call.job)
             scores = context.score(endings)
-        return likeliest(labels, scores)
+        return most_likely(labels, scores)
 
     def perplexity(self, text: str, *, adapter: Adapters = None) -> tuple[float, int]:
-        """Sum of the negative log likelihoods (nats) of the text's tokens but the first, and how many were counted.
+        """Sum of the negative log-likelihoods (nats) of the text's tokens except the first, and their number.
 
-        A text longer than the context is taken in windows that overlap by one token.
+        A text longer than the context is split into windows that overlap by one token.
         """
         context, adapters = self._loaded.context(adapter)
         with context.hold():
@@ -227,9 +229,9 @@ class Runtime:
         return total, len(tokens) - 1
 
     def warm(self, adapters: Sequence[Adapters] | None = None) -> dict[str, int]:
-        """Make the states of the fixed prompts of these adapters (default: of the base and each one), where they lack.
+        """Compute the missing states of the fixed prompts of these adapters (default: the base and each adapter).
 
-        Returns how many tokens each state has, by name; one that is too short to be worth a state is left out.
+        Returns the number of tokens of each state by name, without prompts that are too short for a state.
         """
         choices = [None, *self.adapters] if adapters is None else adapters
         tokens = {}
@@ -239,17 +241,17 @@ class Runtime:
                 begin = time.perf_counter()
                 with call.pool.lease(call.job) as context:
                     reused = context.run(call.job).reused
-                count, taken_ms = call.job.fixed, (time.perf_counter() - begin) * 1e3
-                _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", _name_of(choice), count, reused, taken_ms)
+                count, elapsed_ms = call.job.fixed, (time.perf_counter() - begin) * 1e3
+                _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", _name_of(choice), count, reused, elapsed_ms)
                 tokens[_name_of(choice)] = call.job.fixed
         return tokens
 
     def clear_cache(self) -> None:
-        """Forget all prompts and answers but what is on the disk: the next call computes, or loads, everything."""
+        """Drop all sequences and cached states, except those on disk: the next call starts with a cold cache."""
         self._loaded.clear()
 
     def close(self) -> None:
-        """Free base and adapters once other threads' calls have ended; a second call does nothing."""
+        """Free the base and adapters after the calls of other threads end; a second call does nothing."""
         self._loaded.close()
 
     def __enter__(self) -> Self:

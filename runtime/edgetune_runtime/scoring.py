@@ -1,4 +1,4 @@
-"""Logits in, what they say of given texts out: the likeliest label, and the loss of a text."""
+"""Scores from logits: the probability of each label, and the loss of a text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from .engines.onnx.encoder import EncoderEngine
 
 _ROWS = 64
-"""Rows of logits looked at in one go; a vocabulary of 150,000 takes 0.6 MB a row."""
+"""Rows of logits per step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
 
-def likeliest(labels: Sequence[str], scores: Sequence[float]) -> tuple[str, dict[str, float]]:
+def most_likely(labels: Sequence[str], scores: Sequence[float]) -> tuple[str, dict[str, float]]:
     """The label with the highest score (a log probability, up to a constant), and the probability of each."""
     weights = np.exp(np.asarray(scores, np.float64) - max(scores))
     probabilities = dict(zip(labels, (weights / weights.sum()).tolist(), strict=True))
@@ -30,18 +30,18 @@ def likeliest(labels: Sequence[str], scores: Sequence[float]) -> tuple[str, dict
 def label_scores(
     encoder: EncoderEngine, manifest: Manifest, prompt: Prompt, labels: Sequence[str], scales: Mapping[str, float]
 ) -> list[float]:
-    """The logit of each label from the head of the one adapter in `scales`; UsageError for a label it does not know."""
+    """The logit of each label from the head of the one adapter in `scales`; UsageError for an unknown label."""
     name, scale = next(iter(scales.items()))
     known = manifest.adapter(name).labels
     unknown = [label for label in labels if label not in known]
     if unknown:
-        raise UsageError(f"adapter {name!r} has no label {unknown[0]!r}", f"choose among: {', '.join(known)}")
+        raise UsageError(f"adapter {name!r} has no label {unknown[0]!r}", f"choose one of: {', '.join(known)}")
     logits = encoder.logits(encoder.tokens_of(prompt), name, scale)
     return [float(logits[known.index(label)]) for label in labels]
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:
-    """Sum of the negative log likelihoods (nats) of the tokens but the first."""
+    """Sum of the negative log-likelihoods (nats) of the tokens except the first."""
     loss, begin = 0.0, 1
     for rows in context.walk(adapters, tokens, _ROWS):
         targets = tokens[begin : begin + len(rows)]
@@ -51,7 +51,7 @@ def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequenc
 
 
 def _loss(rows: Logits, targets: Sequence[int]) -> float:
-    """Sum of the negative log likelihoods of `targets`, one for each row of logits."""
+    """Sum of the negative log-likelihoods of `targets`, one target per row of logits."""
     chosen = rows[np.arange(len(targets)), list(targets)].astype(np.float64)
     top = rows.max(axis=1).astype(np.float64)
     totals = top + np.log(np.exp(rows - rows.max(axis=1, keepdims=True)).sum(axis=1, dtype=np.float64))

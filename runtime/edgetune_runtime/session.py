@@ -1,4 +1,4 @@
-"""Messages in, answers out: a conversation whose adapter may change, with a state that is its own."""
+"""A conversation that can change adapters; it has its own KV state and can be saved to a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import IncompatibleError, NotFoundError, UsageError, VerificationEr
 from .formats.checked_file import read_checked, write_checked
 from .generation import Answer, Call, Carried, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
-from .options import AnswerOptions, split_form
+from .options import AnswerOptions, split_output
 from .serving.pool import Pool
 from .states.cache import Key, SavedState
 from .states.store import KIND
@@ -26,15 +26,16 @@ _STOPPED = ("deadline", "cancelled")
 
 
 class Session:
-    """A conversation: a history of messages, the adapters that answer next, and a state that no other session sees.
+    """A conversation: a history of messages, the current adapters, and a KV state that no other session reuses.
 
     with runtime.session(adapter="chat") as session:
         session.send("good morning")
         session.use("sql")
         session.send("how many orders came in today?")
 
-    An answer is that of a fresh runtime to the whole history under the adapters in use, computed as far as it is not
-    known. One that a deadline or a cancel cut short is not taken into the history. Not for two threads at once.
+    An answer is the one that a newly opened runtime gives to the whole history with the current adapters; only the
+    tokens without a cached state are computed. An answer cut short by a deadline or cancellation is not added to the
+    history. Not thread-safe.
     """
 
     def __init__(self, loaded: LoadedBundle, adapter: Adapters, history: Sequence[Message] = ()) -> None:
@@ -46,35 +47,39 @@ class Session:
         self._carries = False
 
     def send(self, message: str, **options: Unpack[AnswerOptions]) -> Answer:
-        """Answer a message; options as those of `Runtime.generate`, and the same errors."""
+        """Answer a message; same options and errors as `Runtime.generate`."""
         return self.stream(message, **options).read()
 
     def stream(self, message: str, **options: Unpack[AnswerOptions]) -> Stream:
-        """As `send`, but yields the text in pieces. Only an answer that was read to its end is in the history."""
+        """Like `send`, but yields the text piece by piece. Only an answer read to its end is added to the history."""
         messages = [*self.history, {"role": "user", "content": message}]
         carried = self._last if self._carries else None
-        form, is_free, others = split_form(options)
-        call = self._loaded.call(messages, self.adapter, owner=self._owner, carried=carried, form=form, free=is_free)
+        output, is_free, others = split_output(options)
+        call = self._loaded.call(
+            messages, self.adapter, owner=self._owner, carried=carried, output=output, free=is_free
+        )
         outcome = Generation()
         return Stream(self._recorded(messages, call, generate(call, outcome, **others), outcome), outcome)
 
     def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
-        """Let other adapters answer from now on; NotFoundError for an unknown one, the old ones then stay.
+        """Use other adapters from now on; NotFoundError for an unknown one, which changes nothing.
 
-        With `carry="recompute"` the history is computed again under them, unless its state under them is known: exact.
-        With "reuse" the state stays as the adapters so far have made it, their system prompt included: at once, but no
-        answer that these adapters alone would give. `Answer.timings.carried_tokens` says how much stands.
+        With `carry="recompute"` the history is recomputed with the new adapters, except for what is cached. This is
+        exact. With "reuse" the new adapters continue from the state that the previous adapters computed, with their
+        system prompt. This is immediate, but the answers are not those that the new adapters alone would give.
+        `Answer.timings.carried_tokens` counts the tokens carried over.
         """
         if carry not in ("recompute", "reuse"):
             raise UsageError(f"carry is {carry!r}", "give recompute or reuse")
         pool, _ = self._loaded.pool(adapter)
         if carry == "reuse" and pool is not self._pool():
-            raise IncompatibleError("a merged model cannot take up another one's state", 'use carry="recompute"')
+            message = "the state of one model cannot be reused by another, and a merged adapter is a full model"
+            raise IncompatibleError(message, 'use carry="recompute"')
         self.adapter = adapter
         self._carries = carry == "reuse"
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation and its state into a file, whole or not at all.
+        """Write the conversation and its state to a file, atomically.
 
         OutOfSpaceError on a full disk, OSError when the file cannot be written.
         """
@@ -94,17 +99,17 @@ class Session:
 
     @classmethod
     def _load(cls, loaded: LoadedBundle, path: Path) -> Self:
-        """What `save` wrote; see `Runtime.load_session`."""
+        """Load what `save` wrote; see `Runtime.load_session`."""
         found = read_checked(path, KIND)
         if found is None and not path.exists():
             raise NotFoundError(f"no file {path}", "check the path")
         try:
             if found is None:
-                raise ValueError("its bytes are not those that were written")
+                raise ValueError("its checksum or length is wrong")
             conversation, state = found.about["conversation"], found.about["state"]
             base, adapter, history = (conversation[key] for key in ("base", "adapter", "history"))
             if base != loaded.manifest.base.fingerprint:
-                message = f"{path} is a session on another base than that of bundle {loaded.manifest.name!r}"
+                message = f"{path} is a session on another base than the one in bundle {loaded.manifest.name!r}"
                 raise IncompatibleError(message, "open the bundle that it was saved with")
             session = cls(loaded, adapter, history)
             pool = session._pool()
@@ -114,14 +119,14 @@ class Session:
                 if pool.identity_of(saved) == state["identity"]:
                     pool.keep(saved, session._owner)
                 else:
-                    _LOG.warning("dropped the state in %s, which is of other files or another engine", path)
+                    _LOG.warning("dropped the state in %s: it was made with other files or another engine", path)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise VerificationError(f"{path} is no saved session: {error}", "save the session again") from error
+            raise VerificationError(f"{path} is not a saved session: {error}", "save the session again") from error
         return session
 
     def close(self) -> None:
-        """Forget the session's state; a second call does nothing."""
-        self._loaded.forget(self._owner)
+        """Drop the session's state; a second call does nothing."""
+        self._loaded.drop_states(self._owner)
         self._last = None
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Parts of error messages that several modules share."""
+"""Wording that the error messages of several modules share."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ COPY_BUNDLE_AGAIN = "build or copy the bundle again"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` may be a slip for."""
+    """The known name that `name` is probably a misspelling of."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return near[0] if near else None
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
-    """The remedy for an unknown name: the known one that it is near to, or else all there are."""
+    """The remedy for an unknown name: the known name that is most similar, or else all known names."""
     near = nearest(name, known)
     return f"did you mean {near!r}?" if near else f"choose one of: {', '.join(known)}"
 
 
 def first_of(items: Sequence[str], most: int = 3, separator: str = "; ") -> str:
-    """The first items, and how many more there are."""
+    """The first items, and the number of the others."""
     more = len(items) - most
     return separator.join(items[:most]) + (f" and {more} more" if more > 0 else "")

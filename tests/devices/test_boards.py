@@ -74,7 +74,7 @@ def test_a_copied_board_file_is_a_board(tmp_path: Path) -> None:
         ({"cores": "cores = true", "ram_mib": 'ram_mib = "8"'}, "cores is True.*; ram_mib is '8', not a positive"),
         ({"ram_free_mib": "ram_free_mib = 9000"}, "ram_free_mib is 9000, not less than ram_mib 8192"),
         ({"instruction_sets": 'instruction_sets = "neon"'}, "instruction_sets is not a list of names"),
-        ({"title": "title = "}, "mine.toml is not TOML"),
+        ({"title": "title = "}, "mine.toml is not valid TOML"),
     ],
 )
 def test_a_wrong_board_file_is_refused_with_all_that_is_wrong(

@@ -189,6 +189,21 @@ def comparable(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in apart}
 
 
+def test_mapped_weights_are_the_same_and_their_file_stays_as_it_is(
+    tiny_base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    file = tmp_path / "weights.f32"
+    mapped, model = (load_torch(tiny_base("gemma3"), torch.float32, mapped=path) for path in (file, None))
+    before = file.read_bytes()
+    assert len(before) >= 4 * sum(parameter.numel() for parameter in model.parameters())
+    for (name, values), expected in zip(mapped.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(values, expected), name
+    with torch.no_grad():
+        for values in mapped.parameters():
+            values.add_(1)
+    assert file.read_bytes() == before
+
+
 def test_a_base_without_some_weights_is_refused(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:
     whole = tiny_base("llama")
     writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")

@@ -13,6 +13,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.threads import machine
 from peft import LoraConfig, get_peft_model
 from tiny import make_folder, make_tokenizer
 from trainings import Listening, build_in_two_processes
@@ -284,3 +285,18 @@ def test_an_adapter_of_another_base_is_refused(tiny_gguf: Callable[[str], Path],
         export_trained(str(tiny_gguf("llama")), {"other": adapter}, tmp_path / "home", progress=QUIET)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "home").exists()
+
+
+def test_an_export_maps_the_base_where_memory_is_short(
+    tiny_base: Callable[[str], Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, said = ("plain", "whole"), []
+    recipe = recipe_of(tmp_path, tiny_base("llama").path, names, targets=["gguf", "onnx"])
+    for free_mb in (8000.0, 600.0):
+        monkeypatch.setattr(machine, "free_mb", lambda free_mb=free_mb: free_mb)
+        progress = Listening()
+        build(recipe, tmp_path / f"bundle-{free_mb:.0f}", progress=progress)
+        said.append([line for line in progress.lines if line.startswith("mapping the base")])
+    assert said == [[], ["mapping the base's weights from the disk, as 600 MB of memory are free"]]
+    one, other = (read_manifest(tmp_path / f"bundle-{mb}") for mb in (8000, 600))
+    assert one.files == other.files

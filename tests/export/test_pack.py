@@ -144,7 +144,7 @@ def test_a_bundle_set_aside_by_a_killed_build_comes_back(work: Path, tmp_path: P
 def test_too_small_a_disk_is_refused_before_anything_is_written(work: Path, small_disk: Path) -> None:
     with (work / "base/m.gguf").open("wb") as file:
         file.truncate(3 * 2**20)
-    with pytest.raises(OutOfSpaceError, match=r"takes 4\.2 MB, the disk has"):
+    with pytest.raises(OutOfSpaceError, match=r"needs 4\.2 MB, the disk has"):
         pack(work, small_disk / "home", MANIFEST)
     assert not list(small_disk.iterdir())
 

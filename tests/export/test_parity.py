@@ -24,7 +24,7 @@ def same(tiny_gguf: Callable[[str], Path], open_engine: Callable[..., Any]) -> C
     other = open_engine(tiny_gguf("qwen3"))
 
     def run(tokens: list[int]) -> np.ndarray:
-        other.forget(0)
+        other.truncate(0)
         return np.array(other.decode_all(tokens))
 
     return run

@@ -55,7 +55,7 @@ def test_a_damaged_state_is_a_warning_and_debug_shows_the_log(
     assert (code, err) == (0, "")
     (state,) = tmp_path.glob("*.kv")
     state.write_bytes(b"damaged")
-    text = f"dropped a saved state that is damaged or of something else: {state}"
+    text = f"dropped a saved state that is damaged or does not match its file name: {state}"
     assert run(*options, *folder) == (0, out, f"edgetune-run: WARNING: {text}\n")
     code, again, err = run(*options, *folder, "--debug")
     assert (code, again) == (0, out)
@@ -159,7 +159,7 @@ def test_chat_goes_on_after_a_mistake(run: Run, bundle: Path, monkeypatch: pytes
     assert "no adapter 'tome' in bundle" in told[1]
     assert "no command '/nothing'" in told[2]
     assert "no command '/use'" in told[3]
-    assert "the context holds" in told[4]
+    assert "the context allows" in told[4]
     assert told[5].startswith("/use NAME")
 
 

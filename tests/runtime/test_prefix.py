@@ -73,7 +73,7 @@ def engine(request: pytest.FixtureRequest, open_engine: Callable[[str, str], Any
 
 def run(engine: Any, adapters: dict[str, float], tokens: Sequence[int] = ROW) -> np.ndarray:  # noqa: ANN401 - as above
     engine.activate(adapters)
-    engine.forget(0)
+    engine.truncate(0)
     logits: np.ndarray = engine.decode_all(tokens)
     return logits
 
@@ -104,9 +104,9 @@ def test_a_sequence_behind_a_prefix_is_trimmed_saved_and_restored(
     for name in ("prefix", "long"):
         whole = run(engine, {name: 1.0})
         state = engine.save_state()
-        kept = engine.forget(10)
+        kept = engine.truncate(10)
         assert engine.decode_all(ROW[kept:]) == pytest.approx(whole[kept:], abs=0.03)
-        assert engine.forget(0) == 0
+        assert engine.truncate(0) == 0
         assert np.array_equal(engine.decode_all(ROW), whole)
         following = engine.decode(ROW[:3])
         run(engine, {})
@@ -128,7 +128,7 @@ def test_scores_behind_a_prefix_are_those_of_decoding_the_labels(engine: Any) ->
 def test_a_low_rank_switch_keeps_the_sequence_and_another_prefix_drops_it(engine: Any) -> None:  # noqa: ANN401 - as above
     run(engine, {"prefix": 1.0}, ROW[:10])
     engine.activate({"prefix": 1.0, "lora": 1.0})
-    assert engine.forget(10) == 10
+    assert engine.truncate(10) == 10
     engine.activate({"long": 1.0})
     assert engine.decode_all(ROW) == pytest.approx(run(engine, {"long": 1.0}), abs=0.03)
 
@@ -150,14 +150,14 @@ def test_two_prefixes_or_a_scaled_one_are_refused_and_change_nothing(engine: Any
             engine.activate(adapters)
         with pytest.raises(UsageError, match=message):
             engine.capacity(adapters)
-    engine.forget(0)
+    engine.truncate(0)
     assert np.array_equal(engine.decode_all(ROW), before)
     assert np.array_equal(run(engine, {"prefix": 0.0}), run(engine, {}))
 
 
 def test_a_prefix_that_leaves_no_room_is_refused(open_engine: Callable[..., Any]) -> None:
     for backend in ENGINES:
-        with pytest.raises(IncompatibleError, match="'long' is a prefix of 30 tokens, the context holds 31"):
+        with pytest.raises(IncompatibleError, match="'long' is a prefix of 30 tokens, too long for a context of 31"):
             open_engine("llama", backend, 31)
 
 
@@ -226,7 +226,7 @@ def test_prompts_answers_and_texts_fill_what_the_prefix_leaves(backend: str, bun
         # The last token is not decoded, so it needs no room.
         assert answer.stop_reason == "length"
         assert answer.timings.prompt_tokens + answer.tokens == 90 - 30 + 1
-        with pytest.raises(UsageError, match="the context holds 1 to 60"):
+        with pytest.raises(UsageError, match="the context allows 1 to 60"):
             runtime.generate("play " * 40, adapter="long")
         with pytest.raises(UsageError, match="both prefixes"):
             runtime.generate("play", adapter={"long": 1.0, "prefix": 1.0})
@@ -363,5 +363,5 @@ def test_a_state_that_llama_cpp_does_not_give_back_is_refused(
     engine, file = open_engine("llama", "gguf"), file_of(bundle_of("llama"), "gguf")
     for wrong in (0, 2):
         monkeypatch.setattr("edgetune_runtime.engines.gguf.state._F16", wrong)
-        with pytest.raises(IncompatibleError, match="keeps keys and values in another way"):
+        with pytest.raises(IncompatibleError, match="has another layout than adapter"):
             engine.load_adapter("new", file)

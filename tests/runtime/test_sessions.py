@@ -143,7 +143,7 @@ def test_files_that_are_no_sessions_are_refused(
     data = (tmp_path / "saved").read_bytes()
     for spoiled in (b"", data[:-1], data[:-1] + bytes([data[-1] ^ 1]), data.replace(b'"history"', b'"hostory"')):
         (tmp_path / "spoiled").write_bytes(spoiled)
-        with pytest.raises(VerificationError, match="no saved session"):
+        with pytest.raises(VerificationError, match="not a saved session"):
             runtime.load_session(tmp_path / "spoiled")
     with Runtime.open(prompted_of("qwen2"), disk_mb=0) as other, pytest.raises(IncompatibleError, match="another base"):
         other.load_session(tmp_path / "saved")

@@ -1,7 +1,7 @@
-"""Tokens so far in, a draft of the next ones out: n-grams of a task's training answers, and what a prompt repeats.
+"""Tokens so far in, a draft of the next ones out: from n-grams of the task's training answers, and from the prompt.
 
-A draft costs no model. What it proposes is verified in one batch by the engine, so a wrong one costs time and changes
-no answer (speculative decoding, Leviathan et al., 2211.17192, with the lookup of Saxena's prompt lookup decoding).
+Drafting needs no model. The engine verifies a draft in one batch, so a wrong draft costs time and changes no answer:
+speculative decoding (Leviathan et al., 2211.17192) with prompt lookup (Saxena, 2023).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 KIND = "edgetune_draft"
 LONGEST_CONTEXT = 6
-"""Tokens of the longest n-gram's context."""
+"""Tokens in the longest context of an n-gram."""
 LONGEST_DRAFT = 8
 END = (1 << 32) - 1
 """In a table: the answer ends here."""
@@ -31,10 +31,10 @@ _ENTRY_BYTES = 8 + 4 + 1
 
 @dataclass(frozen=True)
 class DraftTable:
-    """The n-grams of one task, sorted by the hash of their context; what follows each, and how sure that is.
+    """The n-grams of one task: hashes of their contexts, sorted, the next token of each, and its probability in 255ths.
 
-    `copied` is how often the token that follows a repeated sequence of 1, 2, ... tokens in the prompt is the next one.
-    `tokenizer_sha256` is the digest of the tokenizer that made the tokens.
+    `copied` is how often the answer continues like the prompt after 1, 2, ... tokens that both have in common.
+    `tokenizer_sha256` is the digest of the tokenizer that the tokens are from.
     """
 
     tokenizer_sha256: str
@@ -44,7 +44,7 @@ class DraftTable:
     copied: tuple[float, ...] = (0.0,) * LONGEST_CONTEXT
 
     def next(self, context: Sequence[int]) -> tuple[int, float]:
-        """The token that follows the longest known end of `context`, and its probability; (-1, 0) if none is known."""
+        """The next token after the longest known suffix of `context`, and its probability; (-1, 0) if none is known."""
         for key in reversed(list(context_keys(context))):
             place = bisect_left(self.keys, key)
             if place < len(self.keys) and self.keys[place] == key:
@@ -116,13 +116,13 @@ class Drafter:
         self.add(known)
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Append tokens that are known to stand."""
+        """Append tokens of the prompt or the answer."""
         for token in tokens:
             self._places.setdefault(token, []).append(len(self.tokens))
             self.tokens.append(token)
 
     def propose(self, limit: int) -> tuple[list[int], list[float]]:
-        """At most `limit` tokens to follow the known ones, and how likely it is that all up to each stand."""
+        """A draft of at most `limit` tokens, and for each the probability that it and all before it are right."""
         context, draft, chances = self.tokens[-LONGEST_CONTEXT:], list[int](), list[float]()
         place, chance = self._match(context), self._trust
         for _ in range(min(limit, LONGEST_DRAFT)):
@@ -142,22 +142,22 @@ class Drafter:
         return draft, chances
 
     def repeated(self) -> tuple[int, int]:
-        """The token after the longest repetition of the end of the known tokens, and its length; length 0 for none."""
+        """The token after the longest earlier occurrence of the last tokens, and how many match; 0 for none."""
         place, length = self._match(self.tokens[-LONGEST_CONTEXT:])
         return (self.tokens[place] if length else -1), length
 
     def learn(self, chances: Sequence[float], accepted: int) -> None:
-        """Take into account that of a draft with these chances the first `accepted` tokens stood."""
+        """Record that the first `accepted` tokens of a draft with these probabilities were right."""
         self._drafted += sum(chances)
         self._hits += accepted
 
     @property
     def _trust(self) -> float:
-        """How far this answer has followed its drafts so far, in terms of what was expected."""
+        """How often this answer's drafts were right so far, relative to what was expected."""
         return min(1.0, (_PRIOR + self._hits) / (_PRIOR + self._drafted))
 
     def _match(self, context: Sequence[int]) -> tuple[int, int]:
-        """The place behind the longest repetition of the context's end in the known tokens, and its length."""
+        """The position after the longest earlier occurrence of a suffix of `context`, and the suffix's length."""
         best = (0, 0)
         for place in reversed(self._places.get(context[-1], ())[-_PLACES:] if context else ()):
             length = 1
@@ -172,6 +172,6 @@ class Drafter:
 
 
 _PRIOR = 2.0
-"""Tokens that count as expected and accepted before an answer has shown how far it follows drafts."""
+"""Tokens counted as expected and accepted before an answer has verified any draft."""
 _PLACES = 8
-"""Latest places of a token that are looked at."""
+"""Latest positions of a token that are searched."""

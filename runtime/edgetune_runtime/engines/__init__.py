@@ -1,4 +1,4 @@
-"""One folder per engine; the folder's name is the engine's, and its module `engine` has the class as ENGINE."""
+"""The engines: one folder each, named after the engine, whose module `engine` defines the class as ENGINE."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> EngineClass:
-    """What makes engines of this name, imported when it is needed; UsageError names those there are."""
+    """Import the class of an engine; UsageError for an unknown name lists all engines."""
     if name not in names():
         raise UsageError(f"no engine {name!r}", f"choose one of: {', '.join(names())}")
     found: EngineClass = import_module(f"{__name__}.{name}.engine").ENGINE

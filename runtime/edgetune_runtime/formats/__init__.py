@@ -1,1 +1,1 @@
-"""Files of GGUF and ONNX, read and checked before a native library does."""
+"""Strict readers that check GGUF and ONNX files before native code reads them."""

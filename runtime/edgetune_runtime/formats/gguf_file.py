@@ -1,7 +1,7 @@
-"""GGUF file in, checked header out: metadata and tensor places, read without trusting a byte of the file.
+"""Strict reader of GGUF headers (metadata and tensor table), and the checks of adapters against a base.
 
-llama.cpp aborts the process, or worse, on some malformed files, so this module refuses them first. It needs only the
-standard library.
+llama.cpp aborts the process, or worse, on some malformed files, so this module refuses them first. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -57,26 +57,26 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
     41: ("q1_0", 128, 18),
     42: ("q2_0", 64, 18),
 }
-"""Tensor types by number: name, values a block, bytes a block."""
+"""Tensor types by number: name, values per block, bytes per block."""
 
 ADAPTER_TYPES = ("f32", "f16", "bf16", "q8_0")
 PREFIX_TYPES = ("f32", "f16")
 INVOCATION_TOKENS = "adapter.alora.invocation_tokens"
-"""Metadata key of the tokens that activate an adapter."""
+"""Metadata key of the invocation tokens of an activated LoRA."""
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 63
-# Architectures with sliding-window layers, and which layers attend to all where the file does not say: every sixth.
-# Other architectures have such layers too, but llama.cpp runs them as whole ones.
+# Architectures with sliding-window layers, and the default interval of the layers with full attention: every sixth.
+# Other architectures have such layers too, but llama.cpp runs them with full attention.
 _WHOLE_LAYERS = {"gemma3": 6}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `shape` in ggml order (columns first), `offset` in bytes from the start of the file."""
+    """An entry of the tensor table: `shape` in ggml order (columns first), `offset` in bytes from the file's start."""
 
     name: str
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """All that a GGUF file says before its weights. Arrays are tuples; `value_types` has each key's type number."""
+    """Everything in a GGUF file before its weights. Arrays are tuples; `value_types` has each key's type number."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
@@ -100,18 +100,23 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """`general.architecture`, such as `llama`; VerificationError when the file names none."""
+        """`general.architecture`, such as `llama`; VerificationError when it is missing."""
         name = self.metadata.get("general.architecture")
         if not isinstance(name, str):
-            raise VerificationError("the GGUF file names no architecture", COPY_FILE_AGAIN)
+            raise VerificationError("the GGUF file has no general.architecture", COPY_FILE_AGAIN)
         return name
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a base keeps of a token in each layer: keys and values of `heads` heads, `key_size` and `value_size` each.
+    """The shape of a base's KV cache: in each layer `heads` heads with keys of `key_size` and values of `value_size`.
 
-    Layers in `sliding` attend to the last `window` positions only.
+    Layers in `sliding` attend only to the last `window` positions.
     """
 
     layers: int
@@ -123,10 +128,10 @@ class CacheShape:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read a GGUF file's metadata and tensor table and check that every tensor lies wholly in the file.
+    """Read a GGUF file's metadata and tensor table, and check that all tensors are inside the file.
 
-    Raises NotFoundError when there is no such file and VerificationError for a bad magic, a cut-off file, duplicate
-    names, unknown types, sizes that cannot be, or tensors that overlap or reach past the end.
+    Raises NotFoundError when there is no such file, and VerificationError for a wrong magic, a truncated file,
+    duplicate names, unknown types, invalid sizes, or tensors that overlap or extend past the end.
     """
     try:
         with path.open("rb") as file:
@@ -134,25 +139,25 @@ def read_header(path: Path) -> GgufHeader:
     except FileNotFoundError as error:
         raise NotFoundError(f"no file {path}", "check the path") from error
     except IsADirectoryError as error:
-        raise VerificationError(f"{path} is a folder, not a GGUF file", "name the .gguf file in it") from error
+        raise VerificationError(f"{path} is a folder, not a GGUF file", "give the .gguf file in it") from error
     except OSError as error:
         raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
 
 
 def digest_of_tokenizer(header: GgufHeader) -> str:
-    """Hex sha256 over all `tokenizer.*` values but the chat templates: equal digests tokenize alike."""
+    """Hex sha256 of all `tokenizer.*` values except chat templates: equal digests mean equal tokenizers."""
     values = {k: v for k, v in header.metadata.items() if k.startswith("tokenizer.") and "chat_template" not in k}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def digest_of_chat_template(header: GgufHeader) -> str:
-    """Hex sha256 of the default chat template's text; that of the empty text when the file has none."""
+    """Hex sha256 of the default chat template, or of the empty string when the file has none."""
     template = str(header.metadata.get("tokenizer.chat_template", ""))
     return hashlib.sha256(template.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def describe_quantization(header: GgufHeader) -> str:
-    """The tensor type that takes the most bytes of the file, for example "q4_1"."""
+    """The tensor type with the most bytes in the file, such as "q4_1"."""
     bytes_by_type: Counter[str] = Counter()
     for tensor in header.tensors.values():
         bytes_by_type[tensor.type_name] += tensor.nbytes
@@ -160,7 +165,7 @@ def describe_quantization(header: GgufHeader) -> str:
 
 
 def cache_shape(base: GgufHeader) -> CacheShape:
-    """The shape of the base's keys and values; IncompatibleError when it is not the same in each layer."""
+    """The shape of the base's KV cache; IncompatibleError when it is not the same in all layers."""
     layers, heads = (_count(base, key) for key in ("block_count", "attention.head_count"))
     width = _count(base, "embedding_length") // heads
     kv_heads = _count(base, "attention.head_count_kv", heads)
@@ -178,14 +183,14 @@ def cache_shape(base: GgufHeader) -> CacheShape:
 
 
 def prefix_tensor(layer: int, which: str) -> str:
-    """Name of the tensor of a layer's keys (`k`) or values (`v`) in the file of a prefix."""
+    """Name of the tensor with a layer's keys (`k`) or values (`v`) in a prefix file."""
     return f"blk.{layer}.prefix_{which}"
 
 
 def check_prefix(adapter: GgufHeader, base: GgufHeader, name: str) -> int:
-    """Check that the file of a prefix is sound and fits the base; returns how many positions it takes.
+    """Check that a prefix file is valid and fits the base; returns the prefix's length in tokens.
 
-    Errors as those of `check_adapter`.
+    Same errors as `check_adapter`.
     """
     _check_metadata(adapter, base, name, "prefix")
     shape = cache_shape(base)
@@ -193,49 +198,48 @@ def check_prefix(adapter: GgufHeader, base: GgufHeader, name: str) -> int:
     wanted = {prefix_tensor(n, which): size for n in range(shape.layers) for which, size in sizes.items()}
     tokens = {tensor.shape[2] if len(tensor.shape) == 3 else 0 for tensor in adapter.tensors.values()}
     if len(tokens) != 1 or 0 in tokens:
-        raise VerificationError(
-            f"adapter {name!r} has no tensors, or not of the same number of tokens", COPY_FILE_AGAIN
-        )
+        message = f"adapter {name!r} has no tensors, or tensors that do not have the same number of tokens"
+        raise VerificationError(message, COPY_FILE_AGAIN)
     for tensor in adapter.tensors.values():
         if tensor.type_name not in PREFIX_TYPES:
             message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type_name}"
             raise IncompatibleError(message, f"export it again as one of: {', '.join(PREFIX_TYPES)}")
         if tensor.shape[:2] != (wanted.get(tensor.name), shape.heads):
-            message = f"adapter {name!r} has {tensor.name!r} of shape {tensor.shape}, which the base has no place for"
+            message = f"adapter {name!r} has {tensor.name!r} of shape {tensor.shape}, which does not fit the base"
             raise IncompatibleError(message, "use the base that the adapter was trained on")
     if len(adapter.tensors) != len(wanted):
-        message = f"adapter {name!r} has {len(adapter.tensors)} tensors, the base has {shape.layers} layers"
+        message = f"adapter {name!r} has {len(adapter.tensors)} tensors, the base needs {len(wanted)}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
     return tokens.pop()
 
 
 def invocation_of(adapter: GgufHeader, name: str) -> tuple[int, ...]:
-    """The tokens that activate an activated LoRA, none for any other; VerificationError when they cannot be tokens."""
+    """The invocation tokens of an activated LoRA, none for other adapters; VerificationError if they are invalid."""
     tokens = adapter.metadata.get(INVOCATION_TOKENS, ())
     if not isinstance(tokens, tuple) or not all(type(token) is int and token >= 0 for token in tokens):
-        raise VerificationError(f"adapter {name!r} has {INVOCATION_TOKENS} {str(tokens)[:80]!r}", COPY_FILE_AGAIN)
+        message = f"adapter {name!r} has invalid {INVOCATION_TOKENS}: {str(tokens)[:80]!r}"
+        raise VerificationError(message, COPY_FILE_AGAIN)
     return tokens
 
 
 def check_adapter(adapter: GgufHeader, base: GgufHeader, name: str) -> None:
-    """Check that a LoRA file is sound and fits the base, so that llama.cpp can load it without harm.
+    """Check that a LoRA file is valid and fits the base, so that llama.cpp can load it safely.
 
-    Raises VerificationError when the file contradicts itself and IncompatibleError when it is sound but not for this
-    base. `name` is the adapter's name in the errors.
+    Raises VerificationError when the file is invalid, and IncompatibleError when it is valid but not for this base.
+    `name` is the adapter's name in errors.
     """
     _check_metadata(adapter, base, name, "lora")
     alpha, kind = (table.get("adapter.lora.alpha") for table in (adapter.metadata, adapter.value_types))
-    # llama.cpp aborts the whole process when the type is another one.
+    # llama.cpp aborts the process for any other type.
     if kind != _FLOAT32 or not isinstance(alpha, float) or not math.isfinite(alpha):
-        raise VerificationError(
-            f"adapter {name!r} has adapter.lora.alpha {alpha!r}, not a finite float32", COPY_FILE_AGAIN
-        )
+        message = f"adapter {name!r} has adapter.lora.alpha {alpha!r}, which is not a finite float32"
+        raise VerificationError(message, COPY_FILE_AGAIN)
     invocation_of(adapter, name)
     pairs: dict[str, dict[str, TensorInfo]] = {}
     for tensor in adapter.tensors.values():
         target, _, suffix = tensor.name.rpartition(".")
         if suffix not in ("lora_a", "lora_b"):
-            message = f"adapter {name!r} has tensor {tensor.name!r}, which is no LoRA matrix"
+            message = f"adapter {name!r} has tensor {tensor.name!r}, which is not a LoRA matrix"
             raise IncompatibleError(message, "export it again, or merge it into the base")
         pairs.setdefault(target, {})[suffix] = tensor
     if not pairs:
@@ -249,7 +253,7 @@ def _check_metadata(adapter: GgufHeader, base: GgufHeader, name: str, wanted_typ
         found = adapter.metadata.get(key)
         if found != wanted:
             message = f"adapter {name!r} has {key} {found!r} instead of {wanted!r}"
-            raise VerificationError(message, "give a GGUF LoRA file, or a prefix that edgetune wrote")
+            raise VerificationError(message, "give a GGUF LoRA file, or a prefix file from edgetune")
     if adapter.architecture != base.architecture:
         message = f"adapter {name!r} is for architecture {adapter.architecture!r}, the base is {base.architecture!r}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
@@ -276,9 +280,10 @@ def _check_pair(target: str, pair: Mapping[str, TensorInfo], base: GgufHeader, n
         message = f"adapter {name!r} changes {target!r}, which the base does not have"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
     if any(len(tensor.shape) != 2 for tensor in (a, b, weight)):
-        raise IncompatibleError(f"adapter {name!r} changes {target!r}, which is no matrix", "leave that module out")
+        message = f"adapter {name!r} changes {target!r}, which is not a matrix"
+        raise IncompatibleError(message, "remove that module from the adapter's target modules")
     columns, rows = weight.shape
-    # llama.cpp looks rows of A up by token for the embedding, so it stores both matrices the other way round there.
+    # For the embedding, llama.cpp looks up rows of A by token, so both matrices are stored transposed.
     fits = a.shape[0] == b.shape[0] and (a.shape[1], b.shape[1]) == (rows, columns)
     if target != "token_embd.weight":
         fits = a.shape[1] == b.shape[0] and (a.shape[0], b.shape[1]) == (columns, rows)
@@ -292,7 +297,7 @@ def _is_tensor_name(name: str) -> bool:
 
 
 class _Reader:
-    """Reads one header; each size is compared with what is left of the file before anything is allocated."""
+    """Reads one header; each size is compared with the rest of the file before anything is allocated."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
@@ -302,10 +307,10 @@ class _Reader:
 
     def header(self) -> GgufHeader:
         if self._take(4) != b"GGUF":
-            raise self._damaged("does not begin with the magic GGUF")
+            raise self._damaged("does not start with the magic GGUF")
         version = self._unsigned(4)
         if version not in _VERSIONS:
-            raise self._damaged(f"has GGUF version {version}; readable are {_VERSIONS}")
+            raise self._damaged(f"has GGUF version {version}, not one of {_VERSIONS}")
         tensor_count, key_count = self._unsigned(8), self._unsigned(8)
         metadata: dict[str, Any] = {}
         value_types: dict[str, int] = {}
@@ -317,7 +322,7 @@ class _Reader:
             metadata[key] = self._value(value_types[key])
         alignment = metadata.get("general.alignment", 32)
         if value_types.get("general.alignment", _UINT32) != _UINT32 or alignment <= 0 or alignment & (alignment - 1):
-            raise self._damaged(f"has alignment {alignment!r}, which is no power of two")
+            raise self._damaged(f"has alignment {alignment!r}, which is not a power of two")
         return GgufHeader(metadata, self._tensors(tensor_count, alignment), value_types)
 
     def _tensors(self, count: int, alignment: int) -> dict[str, TensorInfo]:
@@ -325,10 +330,10 @@ class _Reader:
         for _ in range(count):
             name = self._string()
             if name in places or not _is_tensor_name(name):
-                raise self._damaged(f"has the tensor name {name[:80]!r}, which is taken, empty, too long or no text")
+                raise self._damaged(f"has the tensor name {name[:80]!r}, which is empty, too long, invalid or repeated")
             dimensions = self._unsigned(4)
             if not 1 <= dimensions <= _MAX_DIMENSIONS:
-                raise self._damaged(f"gives tensor {name!r} {dimensions} dimensions")
+                raise self._damaged(f"has tensor {name!r} with {dimensions} dimensions")
             shape = tuple(self._unsigned(8) for _ in range(dimensions))
             places[name] = (shape, self._unsigned(4), self._unsigned(8))
         start = self._position + -self._position % alignment
@@ -336,21 +341,21 @@ class _Reader:
         expected = 0
         for name, (shape, kind, offset) in places.items():
             nbytes = self._tensor_bytes(name, shape, kind)
-            # llama.cpp accepts only tensors that follow one another, so anything else is damage: no gaps, no overlap.
+            # llama.cpp accepts only contiguous tensors, so a gap or an overlap means damage.
             if offset != expected:
-                raise self._damaged(f"places tensor {name!r} at {offset} instead of {expected}")
+                raise self._damaged(f"has tensor {name!r} at offset {offset} instead of {expected}")
             if start + offset + nbytes > self._size:
-                raise self._damaged(f"ends within tensor {name!r}")
+                raise self._damaged(f"is truncated: it ends within tensor {name!r}")
             tensors[name] = TensorInfo(name, shape, kind, start + offset, nbytes)
             expected = offset + nbytes + -nbytes % alignment
         return tensors
 
     def _tensor_bytes(self, name: str, shape: tuple[int, ...], kind: int) -> int:
         if kind not in GGML_TYPES:
-            raise self._damaged(f"gives tensor {name!r} the unknown type {kind}")
+            raise self._damaged(f"has tensor {name!r} of the unknown type {kind}")
         type_name, block, block_bytes = GGML_TYPES[kind]
         if min(shape) == 0 or shape[0] % block:
-            raise self._damaged(f"gives tensor {name!r} the shape {shape}, which {type_name} cannot have")
+            raise self._damaged(f"has tensor {name!r} of shape {shape}, which is invalid for {type_name}")
         return math.prod(shape) // block * block_bytes
 
     def _value(self, kind: int) -> object:
@@ -369,7 +374,7 @@ class _Reader:
             self._need(count * 8)
             return tuple(self._string() for _ in range(count))
         if kind not in _SCALARS:
-            raise self._damaged(f"has an array of type {kind}")
+            raise self._damaged(f"has an array of unknown type {kind}")
         code = _SCALARS[kind]
         data = self._take(count * struct.calcsize(code))
         return struct.unpack(f"<{count}{code[1]}", data)
@@ -384,13 +389,13 @@ class _Reader:
         self._need(count)
         data = self._file.read(count)
         if len(data) != count:
-            raise self._damaged("ends within its header")
+            raise self._damaged("is truncated: it ends within its header")
         self._position += count
         return data
 
     def _need(self, count: int) -> None:
         if count > self._size - self._position:
-            raise self._damaged("ends within its header")
+            raise self._damaged("is truncated: it ends within its header")
 
     def _damaged(self, what: str) -> VerificationError:
         return VerificationError(f"{self._path} {what}", COPY_FILE_AGAIN)

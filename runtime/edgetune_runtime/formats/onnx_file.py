@@ -1,7 +1,7 @@
-"""ONNX file in, checked header out: inputs, outputs, initializers and external files, read without trusting a byte.
+"""Strict reader of ONNX graphs: inputs, outputs, initializers and external files, and the check of LoRA arrays.
 
-onnxruntime opens whatever files a graph names, and some locations even as addresses in memory, so this module refuses
-such graphs first. Reading needs only the standard library; weights are skipped, never copied.
+onnxruntime opens any file that a graph names, and takes some locations as memory addresses, so this module refuses such
+graphs first. Reading needs only the standard library; weights are skipped, not copied.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SLOT_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
-"""Ends of the names of an adapter slot's two inputs."""
+"""Suffixes of the two inputs of a LoRA slot."""
 
 _TYPE_BITS = {
     **dict.fromkeys((22, 21, 23), 4),
@@ -36,7 +36,7 @@ _TYPE_BITS = {
     **dict.fromkeys((7, 11, 13, 14), 64),
     15: 128,
 }
-"""Bits of a value by its number in TensorProto.DataType; texts have none."""
+"""Bits per value by number in TensorProto.DataType; strings are not listed."""
 
 _FLOAT = 1
 _EXTERNAL = 1
@@ -50,7 +50,8 @@ _T = TypeVar("_T")
 class Value:
     """A graph's input, output or initializer: ONNX type number and shape.
 
-    A symbolic dimension is its symbol, an unknown one "". What is no tensor has `elem_type` 0 and shape ().
+    A symbolic dimension is its symbol, an unknown one is "". A value that is not a tensor has `elem_type` 0 and
+    shape ().
     """
 
     name: str
@@ -60,10 +61,10 @@ class Value:
 
 @dataclass(frozen=True)
 class OnnxHeader:
-    """All that an ONNX file says beside its weights.
+    """Everything in an ONNX file except its weights.
 
     `external_files` are relative to the model's folder. `ops` are the operators of all graphs and functions, such as
-    `MatMul` and `com.microsoft::MatMulNBits`; the default domain is "" in `opsets`.
+    `MatMul` and `com.microsoft::MatMulNBits`. In `opsets`, the default domain is "".
     """
 
     ir_version: int
@@ -77,19 +78,19 @@ class OnnxHeader:
 
 
 def read_onnx(path: Path) -> OnnxHeader:
-    """Read an ONNX model and check its structure and that all its tensors lie wholly in the files that it names.
+    """Read an ONNX model; check its structure, and that all tensors are inside the files that it names.
 
-    Raises NotFoundError when there is no such file and VerificationError for a cut-off or malformed one, for names that
-    occur twice, and for external data that is missing, too short or outside the model's own folder.
+    Raises NotFoundError when there is no such file, and VerificationError for a truncated or malformed file, duplicate
+    names, and external data that is missing, too short or outside the model's folder.
     """
     return _Header(decode(path), path).header()
 
 
 def slots_of(header: OnnxHeader) -> dict[str, tuple[int, int]]:
-    """The graph's adapter slots: module to (width of its input, width of its output).
+    """The graph's LoRA slots: module to (input width, output width).
 
     A slot is two float32 inputs, `<module>.lora_A.weight` of shape [in, rank] and `<module>.lora_B.weight` of shape
-    [rank, out], with initializers of rank 0 as defaults. VerificationError names the modules where they do not fit.
+    [rank, out], with initializers of rank 0 as defaults. VerificationError names the modules with invalid slots.
     """
     inputs = [name for name in header.inputs if name.endswith(SLOT_SUFFIXES)]
     modules = dict.fromkeys(name[: -len(SLOT_SUFFIXES[0])] for name in inputs)
@@ -103,10 +104,10 @@ def slots_of(header: OnnxHeader) -> dict[str, tuple[int, int]]:
 def check_adapter_arrays(
     arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, tuple[int, int]], name: str
 ) -> None:
-    """Check that an adapter file's arrays are sound and fit the graph's slots. `name` is the adapter's in the errors.
+    """Check that an adapter's arrays are valid and fit the graph's slots; `name` is the adapter's name in errors.
 
-    Raises VerificationError when the file contradicts itself and IncompatibleError when it is sound but not for this
-    graph, with up to three of the problems.
+    Raises VerificationError when the file is invalid, and IncompatibleError when it is valid but not for this graph,
+    with up to three problems.
     """
     if not arrays:
         raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
@@ -123,7 +124,7 @@ def check_adapter_arrays(
         damaged += _contradictions(module, pair[0], pair[1])
         if pair[0].ndim == pair[1].ndim == 2 and (pair[0].shape[0], pair[1].shape[1]) != widths:
             found = f"{pair[0].shape} and {pair[1].shape}"
-            foreign.append(f"{module!r} has shapes {found}, the graph's widths are {widths}")
+            foreign.append(f"{module!r} has shapes {found}, but the graph's widths are {widths}")
     if damaged:
         raise VerificationError(f"adapter {name!r} is damaged: {first_of(damaged + foreign)}", COPY_FILE_AGAIN)
     if foreign:
@@ -132,12 +133,12 @@ def check_adapter_arrays(
 
 
 def _contradictions(module: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> list[str]:
-    """What is wrong with the two matrices of a module whatever the graph is."""
-    import numpy as np  # noqa: PLC0415 - files are read without it
+    """The problems of a module's two matrices that do not depend on the graph."""
+    import numpy as np  # noqa: PLC0415 - reading a graph does not need it
 
     problems = []
     if a.ndim != 2 or b.ndim != 2:
-        problems.append(f"{module!r} has shapes {a.shape} and {b.shape}, which are no matrices")
+        problems.append(f"{module!r} has shapes {a.shape} and {b.shape}, which are not matrices")
     elif a.shape[1] != b.shape[0]:
         problems.append(f"{module!r} has rank {a.shape[1]} in A and {b.shape[0]} in B")
     elif a.shape[1] == 0:
@@ -151,7 +152,7 @@ def _contradictions(module: str, a: NDArray[np.generic], b: NDArray[np.generic])
 
 
 def _slot(header: OnnxHeader, module: str) -> tuple[int, int] | str:
-    """The slot's widths, or what is wrong with it."""
+    """The widths of a slot, or its problem."""
     names = [module + suffix for suffix in SLOT_SUFFIXES]
     for name in names:
         if name not in header.inputs or name not in header.initializers:
@@ -171,7 +172,7 @@ def _slot(header: OnnxHeader, module: str) -> tuple[int, int] | str:
 
 
 class _Header:
-    """Gives a decoded model its meaning: unique names, known types, tensors that lie in their files."""
+    """Checks a decoded model: unique names, known types, tensors that are inside their files."""
 
     def __init__(self, model: Message, path: Path) -> None:
         self._model = model
@@ -184,7 +185,7 @@ class _Header:
         model, graph = self._model, self._model.get("graph")
         ir_version = model.get("ir_version", 0)
         if ir_version < 1 or graph is None or "opset_import" not in model:
-            raise self._damaged("has no version, no graph or no operator sets")
+            raise self._damaged("has no version, no graph or no opset")
         opsets = [(_domain(entry), int(entry.get("version", 0))) for entry in model["opset_import"]]
         metadata = [(e.get("key", ""), e.get("value", "")) for e in model.get("metadata_props", ())]
         self._check_graph(graph)
@@ -216,7 +217,7 @@ class _Header:
         for node in nodes:
             op_type, domain = node.get("op_type", ""), _domain(node)
             if not op_type:
-                raise self._damaged(f"has the node {node.get('name', '')[:80]!r} without an operator")
+                raise self._damaged(f"has node {node.get('name', '')[:80]!r} without an operator")
             self._ops.add(f"{domain}::{op_type}" if domain else op_type)
             self._check_attributes(node.get("attribute", ()))
 
@@ -236,60 +237,60 @@ class _Header:
 
     def _check_tensor(self, tensor: Message) -> None:
         shape, bits = tensor.get("dims", ()), _TYPE_BITS.get(tensor.get("data_type", 0))
-        called = f"the tensor {tensor.get('name', '')[:80]!r}"
+        called = f"tensor {tensor.get('name', '')[:80]!r}"
         self._check_shape(called, shape)
         elements = math.prod(shape)
         nbytes = None if bits is None else -(-elements * bits // 8)
         location = tensor.get("data_location", 0)
         if location not in (0, _EXTERNAL):
-            raise self._damaged(f"gives {called} the data location {location}")
+            raise self._damaged(f"has {called} with the unknown data location {location}")
         external = tensor.get("external_data", ())
         stored = [key for key in ("raw_data", "data") if key in tensor]
         if location == _EXTERNAL or external:
             if location != _EXTERNAL or stored or nbytes is None:
-                raise self._damaged(f"keeps {called} both inside and outside, or outside with an unknown type")
+                raise self._damaged(f"has {called} with internal and external data, or external data of unknown type")
             self._check_external(external, nbytes, called)
         elif len(stored) > 1 or ("raw_data" in stored and tensor["raw_data"] != nbytes):
-            raise self._damaged(f"has {called} with more or fewer bytes than its type and shape have")
+            raise self._damaged(f"has {called} with more or fewer bytes than its type and shape need")
         elif elements and not stored:
-            raise self._damaged(f"has {called} of shape {tuple(shape)} without its values")
+            raise self._damaged(f"has {called} of shape {tuple(shape)} without values")
 
     def _check_external(self, entries: Sequence[Message], nbytes: int, called: str) -> None:
         found = self._unique("external data", [(entry.get("key", ""), entry.get("value", "")) for entry in entries])
         unknown = [key for key in found if key not in _EXTERNAL_KEYS]
         offset, length = found.get("offset", "0"), found.get("length", str(nbytes))
         if unknown or not all(re.fullmatch("[0-9]{1,19}", number) for number in (offset, length)):
-            raise self._damaged(f"places {called} with {unknown or (offset[:40], length[:40])}, which cannot be")
+            raise self._damaged(f"has {called} with the invalid external data {unknown or (offset[:40], length[:40])}")
         if int(length) != nbytes:
-            raise self._damaged(f"gives {called} {length} bytes instead of {nbytes}")
+            raise self._damaged(f"has {called} with {length} bytes instead of {nbytes}")
         location = found.get("location", "")
         if location not in self._sizes:
             self._sizes[location] = self._size_of(location)
         if int(offset) + nbytes > self._sizes[location]:
-            raise self._damaged(f"places {called} past the end of {location[:80]!r}")
+            raise self._damaged(f"has {called} past the end of {location[:80]!r}")
 
     def _size_of(self, location: str) -> int:
-        """Bytes in the file at the location, when that is a file in the model's own folder."""
-        # onnxruntime takes the location */_ORT_MEM_ADDR_/* for its own memory and the offset for an address in it.
+        """The size of the external file, which must be a file in the model's folder."""
+        # onnxruntime takes the location */_ORT_MEM_ADDR_/* as its own memory, and the offset as an address in it.
         if not location or location.startswith("/") or ".." in location.split("/") or re.search(r"[\\:*\0]", location):
-            raise self._damaged(f"keeps tensors in {location[:80]!r}, which is no plain path in its folder")
+            raise self._damaged(f"has tensors in {location[:80]!r}, which is not a plain path in its folder")
         try:
             file = (self._folder / location).resolve(strict=True)
             status = file.stat()
-        except (OSError, RuntimeError) as error:  # links in a circle are RuntimeError up to Python 3.12
-            raise self._damaged(f"needs {location[:80]!r} beside it, which is missing or unreadable") from error
+        except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
+            raise self._damaged(f"needs the file {location[:80]!r}, which is missing or unreadable") from error
         if not file.is_relative_to(self._folder) or not stat.S_ISREG(status.st_mode):
-            raise self._damaged(f"keeps tensors in {location[:80]!r}, which leads outside its folder or is no file")
+            raise self._damaged(f"has tensors in {location[:80]!r}, which is outside its folder or not a regular file")
         return status.st_size
 
     def _value(self, info: Message) -> Value:
         kind = info.get("type", {})
         if len(kind) > 1:
-            raise self._damaged(f"gives {info.get('name', '')[:80]!r} more than one type")
+            raise self._damaged(f"has {info.get('name', '')[:80]!r} with more than one type")
         tensor = kind.get("tensor_type", {})
         dimensions = tensor.get("shape", {}).get("dim", ())
         if any(len(dimension) > 1 for dimension in dimensions):
-            raise self._damaged(f"gives {info.get('name', '')[:80]!r} a dimension with a number and a symbol")
+            raise self._damaged(f"has {info.get('name', '')[:80]!r} with a dimension that is both number and symbol")
         shape = tuple(_dimension(dimension) for dimension in dimensions)
         return Value(info.get("name", ""), tensor.get("elem_type", 0), shape)
 
@@ -306,7 +307,7 @@ class _Header:
 
     def _check_shape(self, called: str, shape: Sequence[int]) -> None:
         if len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0:
-            raise self._damaged(f"gives {called} the shape {tuple(shape[:8])} of {len(shape)} dimensions")
+            raise self._damaged(f"has {called} of invalid shape {tuple(shape[:8])} with {len(shape)} dimensions")
 
     def _damaged(self, what: str) -> VerificationError:
         return VerificationError(f"{self._path} {what}", COPY_FILE_AGAIN)

@@ -1,4 +1,4 @@
-"""ONNX header in, its inputs of past keys and values out; the arrays of a prefix for them in, checked."""
+"""The graph's inputs for past keys and values, and the check of a prefix's arrays against them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
 
 
 def is_past(name: str) -> bool:
-    """Whether an input of that name takes a layer's past keys or values."""
+    """Whether the input of this name is a layer's past keys or values."""
     return _PAST.fullmatch(name) is not None
 
 
 def past_inputs(header: OnnxHeader) -> dict[str, int]:
-    """The graph's inputs of past keys and values [batch, heads, positions, head size]: name to heads.
+    """The graph's inputs for past keys and values, [batch, heads, positions, head size]: name to number of heads.
 
-    VerificationError when one is no such tensor.
+    VerificationError when one has another shape.
     """
     inputs = {}
     for name, value in header.inputs.items():
@@ -42,22 +42,21 @@ def past_inputs(header: OnnxHeader) -> dict[str, int]:
 def check_prefix_arrays(
     arrays: Mapping[str, NDArray[np.generic]], inputs: Mapping[str, int], head_size: int, name: str
 ) -> int:
-    """Check that the arrays of a prefix are sound and fit the graph's `inputs`; returns how many positions it takes.
+    """Check that a prefix's arrays are valid and fit the graph's `inputs`; returns the prefix's length in tokens.
 
-    Raises VerificationError when the file contradicts itself and IncompatibleError when it is sound but not for this
-    graph. `name` is the adapter's in the errors.
+    Raises VerificationError when the file is invalid, and IncompatibleError when it is valid but not for this graph.
+    `name` is the adapter's name in errors.
     """
-    import numpy as np  # noqa: PLC0415 - files are read without it
+    import numpy as np  # noqa: PLC0415 - reading a graph does not need it
 
     tokens = {array.shape[2] if array.ndim == 4 else 0 for array in arrays.values()}
     if len(tokens) != 1 or 0 in tokens:
-        raise VerificationError(
-            f"adapter {name!r} has no tensors, or not of the same number of tokens", COPY_FILE_AGAIN
-        )
+        message = f"adapter {name!r} has no tensors, or tensors that do not have the same number of tokens"
+        raise VerificationError(message, COPY_FILE_AGAIN)
     _check_names(arrays, inputs, name)
     for key, array in arrays.items():
         if array.dtype not in (np.float32, np.float16) or not np.isfinite(array).all():
-            message = f"adapter {name!r} has {key!r} as {array.dtype} or with values that are not finite"
+            message = f"adapter {name!r} has {key!r} of type {array.dtype}, or with values that are not finite"
             raise VerificationError(message, COPY_FILE_AGAIN)
         if (array.shape[0], array.shape[1], array.shape[3]) != (1, inputs[key], head_size):
             wanted = f"{inputs[key]} heads of {head_size}"
@@ -69,5 +68,6 @@ def check_prefix_arrays(
 def _check_names(names: Collection[str], inputs: Collection[str], name: str) -> None:
     odd = sorted(set(names) ^ set(inputs))
     if odd:
-        message = f"adapter {name!r} and the graph differ in {first_of([repr(item[:80]) for item in odd], 1)}"
+        different = first_of([repr(item[:80]) for item in odd], 1)
+        message = f"adapter {name!r} and the graph have different inputs: {different}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")

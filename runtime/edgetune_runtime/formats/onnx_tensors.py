@@ -1,7 +1,7 @@
-"""ONNX header in, its slots for scalings and bottlenecks out; an adapter's arrays for them in, checked or summed, out.
+"""The graph's slots for scalings and bottlenecks, and the check and the sum of adapters' arrays for them.
 
-A slot is one or more optional inputs that belong together. A scaling is one, of ones by default. A bottleneck is four,
-of rank 0 by default, and its name says its activation and what it reads, since both are in the graph.
+A slot is a group of optional inputs. A scaling is one input, of ones by default. A bottleneck is four inputs, of rank 0
+by default; its name contains its activation function and its input, because both are fixed in the graph.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Shape = tuple[int | None, ...]
-"""Of a slot's input; None is the rank, which each adapter has its own."""
+"""The shape of a slot's input; None is the rank, which differs between adapters."""
 
 SCALINGS = {"output": ".output_scaling", "input": ".input_scaling"}
-"""End of the name of a scaling's input, by the side of the product that it acts on."""
+"""Suffix of a scaling's input, by the side of the matrix product that it scales."""
 
 DOWN, DOWN_BIAS, UP, UP_BIAS = ".down", ".down_bias", ".up", ".up_bias"
 
@@ -34,12 +34,12 @@ _FLOAT = 1
 
 
 def bottleneck_slot(block: str, activation: str, reads: str) -> str:
-    """The slot of a block's bottlenecks of one kind; its inputs end in `.down`, `.down_bias`, `.up` and `.up_bias`."""
+    """The slot for a block's bottlenecks of one kind; its inputs end in `.down`, `.down_bias`, `.up` and `.up_bias`."""
     return f"{block}.bottleneck_{activation}_{reads}"
 
 
 def is_tensor(name: str) -> bool:
-    """Whether an input of that name belongs to a scaling or a bottleneck."""
+    """Whether the input of this name belongs to a scaling or a bottleneck."""
     return name.endswith(tuple(SCALINGS.values())) or _NAME.fullmatch(name) is not None
 
 
@@ -47,7 +47,7 @@ def tensor_slots_of(header: OnnxHeader) -> dict[str, Shape]:
     """The inputs of the graph's scalings and bottlenecks with their shapes.
 
     All are float32: a scaling [width], a bottleneck [in, rank], [rank], [rank, out] and [out]. VerificationError names
-    the slots that lack an input or a default, or whose shapes do not fit together.
+    the slots without an input or a default, and those with shapes that do not fit together.
     """
     found: dict[str, Shape] = {}
     problems = []
@@ -63,10 +63,10 @@ def tensor_slots_of(header: OnnxHeader) -> dict[str, Shape]:
 
 
 def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, Shape], name: str) -> None:
-    """Check that an adapter file's arrays are sound and fit `slots`. `name` is the adapter's in the errors.
+    """Check that an adapter's arrays are valid and fit `slots`; `name` is the adapter's name in errors.
 
-    Raises VerificationError when the file contradicts itself and IncompatibleError when it is sound but not for this
-    graph, with up to three of the problems.
+    Raises VerificationError when the file is invalid, and IncompatibleError when it is valid but not for this graph,
+    with up to three problems.
     """
     if not arrays:
         raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
@@ -79,7 +79,7 @@ def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mappin
             misfits = zip(arrays[key].shape, slots[key], strict=True)
             if any(width is not None and size != width for size, width in misfits):
                 shape = tuple("rank" if width is None else width for width in slots[key])
-                foreign.append(f"{key!r} has shape {arrays[key].shape}, the graph wants {shape}")
+                foreign.append(f"{key!r} has shape {arrays[key].shape}, the graph needs {shape}")
     if damaged:
         raise VerificationError(f"adapter {name!r} is damaged: {first_of(damaged + foreign)}", COPY_FILE_AGAIN)
     if foreign:
@@ -88,11 +88,12 @@ def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mappin
 
 
 def summed(name: str, parts: Sequence[tuple[NDArray[np.float32], float]]) -> NDArray[np.float32]:
-    """What the parts, arrays of the input `name` with scales, do together.
+    """Combine several adapters' arrays for the input `name`, given with their scales.
 
-    Factors l become the product of 1 + scale·(l - 1); bottlenecks lie side by side, the scale in the way up.
+    Scalings l are combined as the product of 1 + scale·(l - 1); bottlenecks are concatenated, with the scale in the up
+    projection.
     """
-    import numpy as np  # noqa: PLC0415 - files are read without it
+    import numpy as np  # noqa: PLC0415 - reading a graph does not need it
 
     arrays, scales = [array for array, _ in parts], [np.float32(scale) for _, scale in parts]
     if name.endswith(tuple(SCALINGS.values())):
@@ -106,7 +107,7 @@ def summed(name: str, parts: Sequence[tuple[NDArray[np.float32], float]]) -> NDA
 
 
 def _grouped(names: Iterable[str]) -> dict[str, Mapping[str, tuple[str, ...]]]:
-    """The slots that these inputs belong to, with what each has: the end of an input's name to its dimensions."""
+    """The slots of these inputs; each maps the suffix of an input to its dimensions."""
     groups: dict[str, Mapping[str, tuple[str, ...]]] = {}
     for name in filter(is_tensor, names):
         match = _NAME.fullmatch(name)
@@ -115,7 +116,7 @@ def _grouped(names: Iterable[str]) -> dict[str, Mapping[str, tuple[str, ...]]]:
 
 
 def _slot_shapes(header: OnnxHeader, slot: str, parts: Mapping[str, tuple[str, ...]]) -> dict[str, Shape] | None:
-    """The shapes of a slot's inputs, or None when the slot is damaged."""
+    """The shapes of a slot's inputs; None when the slot is invalid."""
     sizes: dict[str, int | str] = {}
     for part, dimensions in parts.items():
         given, default = (table.get(slot + part) for table in (header.inputs, header.initializers))
@@ -137,7 +138,7 @@ def _slot_shapes(header: OnnxHeader, slot: str, parts: Mapping[str, tuple[str, .
 def _contradictions(
     arrays: Mapping[str, NDArray[np.generic]], slot: str, parts: Mapping[str, tuple[str, ...]]
 ) -> list[str]:
-    """What is wrong with the arrays of a slot whatever the graph is."""
+    """The problems of a slot's arrays that do not depend on the graph."""
     import numpy as np  # noqa: PLC0415 - as above
 
     missing = [f"{slot!r} has no {part[1:]}" for part in parts if slot + part not in arrays]
@@ -147,7 +148,7 @@ def _contradictions(
     for part, dimensions in parts.items():
         array = arrays[slot + part]
         if array.ndim != len(dimensions):
-            problems.append(f"{slot + part!r} has shape {array.shape}, which is not of {len(dimensions)} dimensions")
+            problems.append(f"{slot + part!r} has shape {array.shape} instead of {len(dimensions)} dimensions")
             continue
         ranks |= {size for size, dimension in zip(array.shape, dimensions, strict=True) if dimension == "rank"}
         if array.dtype not in (np.float32, np.float16):
@@ -155,7 +156,7 @@ def _contradictions(
         elif not np.isfinite(array).all():
             problems.append(f"{slot + part!r} has values that are not finite")
     if len(ranks) > 1:
-        problems.append(f"{slot!r} has ranks {' and '.join(map(str, sorted(ranks)))} at once")
+        problems.append(f"{slot!r} has different ranks: {' and '.join(map(str, sorted(ranks)))}")
     elif 0 in ranks:
         problems.append(f"{slot!r} has rank 0")
     return problems

@@ -1,6 +1,6 @@
-"""ONNX file in, tree of its messages out: protobuf's wire format, read without trusting a byte of the file.
+"""Strict decoder of protobuf's wire format for ONNX files.
 
-Weights are skipped where they lie. It needs only the standard library.
+Weights are skipped, not copied. Standard library only.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ _MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
     "Shape": {1: ("dim", "Dimension*")},
     "Dimension": {1: ("dim_value", "int64"), 2: ("dim_param", "text")},
 }
-"""The messages of onnx.proto by field number: name and kind, with a star when repeated. `data` is measured only."""
+"""The messages of onnx.proto by field number: name and kind, with * if repeated. Of `data`, only the size is read."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
@@ -100,22 +100,22 @@ _MAX_DEPTH = 100
 _MAX_FIELDS = 2_000_000
 
 Message = Mapping[str, Any]
-"""A message's fields that the file has, by their names in onnx.proto: int, str, Message, or a list of these.
+"""The fields of a message in the file, by name in onnx.proto: int, str, Message, or a list of these.
 
-Of weights it has only the length in bytes: `raw_data`, or the list `data` for all other fields that may hold them.
+For weights it has only the size in bytes: as `raw_data`, or in the list `data` for all other fields with weights.
 """
 
 
 def decode(path: Path) -> Message:
-    """The ModelProto in the file.
+    """Decode the ModelProto in the file.
 
-    Raises NotFoundError when there is no such file and VerificationError for one that is cut off, malformed or nested
-    too deeply, for text that is not UTF-8, and for numbers out of range.
+    Raises NotFoundError when there is no such file, and VerificationError for a file that is truncated, malformed or
+    nested too deeply, for text that is not UTF-8, and for numbers out of range.
     """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise VerificationError(f"{path} is no regular file", "name the .onnx file itself")
+            raise VerificationError(f"{path} is not a regular file", "give the .onnx file itself")
         if not status.st_size:
             raise VerificationError(f"{path} is empty", COPY_FILE_AGAIN)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -127,10 +127,10 @@ def decode(path: Path) -> Message:
 
 
 class _Decoder:
-    """Decodes protobuf messages by `_MESSAGES`; every length is compared with what is left of the message around it.
+    """Decodes protobuf messages by `_MESSAGES`; each length is compared with the rest of the enclosing message.
 
-    Stricter than protobuf, which merges a field that occurs twice and skips one of another wire type: no writer makes
-    such files, and what is read here must be what onnxruntime reads.
+    Stricter than protobuf, which merges duplicate fields and skips fields with a wrong wire type: no writer makes such
+    files, and this decoder must read exactly what onnxruntime reads.
     """
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
@@ -143,7 +143,7 @@ class _Decoder:
 
     def _message(self, kind: str, position: int, end: int, depth: int) -> dict[str, Any]:
         if depth > _MAX_DEPTH:
-            raise self._damaged(f"nests messages more than {_MAX_DEPTH} deep")
+            raise self._damaged(f"has messages nested more than {_MAX_DEPTH} levels deep")
         fields = _MESSAGES[kind]
         found: dict[str, Any] = {}
         while position < end:
@@ -157,9 +157,9 @@ class _Decoder:
             elif wire in _FIXED_SIZES:
                 stop = start + _FIXED_SIZES[wire]
             else:
-                raise self._damaged(f"has no protobuf field at byte {position}")
+                raise self._damaged(f"has an invalid protobuf field at byte {position}")
             if stop > end or not 8 <= tag < 1 << 32:
-                raise self._damaged(f"has a field of {kind} at byte {position} that is cut off or has no number")
+                raise self._damaged(f"has a field of {kind} at byte {position} that is truncated or has no number")
             self._count_field()
             if tag >> 3 in fields:
                 self._keep(found, fields[tag >> 3], wire, (start, stop), depth)
@@ -169,7 +169,7 @@ class _Decoder:
     def _keep(
         self, found: dict[str, Any], field: tuple[str, str], wire: int, place: tuple[int, int], depth: int
     ) -> None:
-        """Put a field's value into `found`; a repeated field's into a list there."""
+        """Add a field's value to `found`, in a list if the field is repeated."""
         name, kind = field
         base = kind.removesuffix("*")
         integer = base in _INTEGER_BITS
@@ -177,7 +177,7 @@ class _Decoder:
         if integer and (wire == _VARINT or (wire == _BYTES and base != kind)):
             value = list(self._integers(base, *place))
         elif integer or (wire != _BYTES and kind != "data*"):
-            raise self._damaged(f"has the field {name} with a wrong wire type before byte {place[1]}")
+            raise self._damaged(f"has field {name} with a wrong wire type before byte {place[1]}")
         elif base == "text":
             value = self._text(*place)
         elif base == "data":
@@ -187,7 +187,7 @@ class _Decoder:
         if base != kind:
             found.setdefault(name, []).extend(value if integer else (value,))
         elif name in found:
-            raise self._damaged(f"has the field {name} twice, again before byte {place[1]}")
+            raise self._damaged(f"has field {name} twice, the second time before byte {place[1]}")
         else:
             found[name] = value[0] if integer else value
 
@@ -199,9 +199,9 @@ class _Decoder:
 
     def _signed(self, kind: str, number: int) -> int:
         value = number - (1 << 64) if number >> 63 else number
-        # protobuf would cut a longer one down to 32 bits, and read another number than the one checked here.
+        # protobuf would truncate a longer number to 32 bits, and so read another number than the one checked here.
         if not -1 << _INTEGER_BITS[kind] - 1 <= value < 1 << _INTEGER_BITS[kind] - 1:
-            raise self._damaged(f"has the number {value}, which is no {kind}")
+            raise self._damaged(f"has the number {value}, which is out of range for {kind}")
         return value
 
     def _text(self, start: int, stop: int) -> str:
@@ -211,7 +211,7 @@ class _Decoder:
             raise self._damaged(f"has text at byte {start} that is not UTF-8") from error
 
     def _varint(self, position: int, end: int) -> tuple[int, int]:
-        """The unsigned number at `position`, of at most 64 bits, and the position behind it."""
+        """The unsigned number at `position`, of at most 64 bits, and the position after it."""
         if position < end and self._data[position] < 0x80:
             return self._data[position], position + 1
         number = 0
@@ -219,7 +219,7 @@ class _Decoder:
             number |= (byte & 0x7F) << 7 * index
             if byte < 0x80 and number < 1 << 64:
                 return number, position + index + 1
-        raise self._damaged(f"has a number that is cut off or too long at byte {position}")
+        raise self._damaged(f"has a number that is truncated or too long at byte {position}")
 
     def _count_field(self) -> None:
         self._fields_left -= 1

@@ -1,1 +1,1 @@
-"""Contexts of a loaded base, shared among callers."""
+"""Contexts on one loaded base, shared among callers."""

@@ -1,6 +1,6 @@
-"""Runs the steps of engines: fewer threads while other processes take the cores, and an end to steps that stall.
+"""Run the steps of engines with fewer threads while other processes use the cores, and stop steps that stall.
 
-Threads of a step wait for each other hundreds of times; when one of them is off its core, all the others wait for it.
+The threads of a step synchronize hundreds of times; when one of them loses its core, all the others wait for it.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 _STALL_FACTOR, _SHORTEST_STALL_S, _UNKNOWN_STALL_S = 3.0, 0.1, 0.5
-"""A step that lacks cores is begun anew with fewer threads after this many times its usual time."""
+"""A step that lacks cores is restarted with fewer threads after this factor of its usual time, but not before the
+shortest time; after the last value if the usual time is unknown."""
 _IDLE_S = 0.5
-"""After such a pause what was found out about other processes is taken as outdated."""
+"""After a pause of this length, measurements of other processes are outdated."""
 _CHUNK_S, _SMALLEST_CHUNK = 0.25, 16
-"""How long a chunk of a prompt may take where its length is free, and the fewest tokens that are worth a step."""
+"""Longest time for a prompt chunk whose size may vary, and the smallest chunk in tokens."""
 _SLOW_SHARE, _SLOW_FACTOR, _SLOW_STEPS = 0.75, 2.0, 4
-"""An answer is slow below this share of the cores, or when tokens took this many times the shortest time seen."""
+"""An answer is slow if it got less than this share of its cores, or if its decode steps, at least so many, took this
+factor of the shortest time so far."""
 
 
 @dataclass
 class AnswerUsage:
-    """What the steps of one answer took, single tokens apart, as a prompt's tokens take less each."""
+    """Time used by the steps of one answer: all steps, and decode steps alone, which are slower per token."""
 
     all: Usage = field(default_factory=Usage)
-    single: Usage = field(default_factory=Usage)
+    decode: Usage = field(default_factory=Usage)
 
 
 class Governor:
-    """Runs the steps of the engines on one base, one at a time, with at most so many threads.
+    """Runs the steps of the engines on one base, one at a time, with at most `most` threads.
 
-    Of an engine that does not adjust its threads, only steps whose call is to stop are ended.
+    With `adjusts=False` the number of threads is fixed, and a step is stopped only when its call should stop.
     """
 
     def __init__(self, most: int, *, adjusts: bool) -> None:
@@ -55,13 +57,13 @@ class Governor:
         return self._count.threads
 
     def is_slow(self, usage: AnswerUsage) -> bool:
-        """Whether an answer's steps lacked cores, or were much slower than the fastest ones seen."""
-        single, best_s = usage.single, self._count.best_s(even=True)
-        is_late = single.steps >= _SLOW_STEPS and single.token_s > _SLOW_FACTOR * best_s > 0
+        """Whether an answer's steps lacked cores or were much slower than the fastest ones so far."""
+        decode, best_s = usage.decode, self._count.best_s(even=True)
+        is_late = decode.steps >= _SLOW_STEPS and decode.token_s > _SLOW_FACTOR * best_s > 0
         return usage.all.share < _SLOW_SHARE or is_late
 
     def chunk(self, most: int) -> int:
-        """Tokens of a prompt for one step, at most so many: half, a quarter … where steps are slow."""
+        """Tokens of a prompt per step: `most`, or half, a quarter … of it when steps are slow."""
         token_s, tokens = self._count.recent_s(even=False), most
         while tokens > _SMALLEST_CHUNK and tokens * token_s > _CHUNK_S:
             tokens //= 2
@@ -77,28 +79,28 @@ class Governor:
         *,
         even: bool = False,
     ) -> T:
-        """Compute one step, again if it stalls, and count it; `check` may end it by raising, the sequence as before.
+        """Compute one step, again if it stalls. `check` stops it by raising, which leaves the sequence unchanged.
 
-        An `even` step decodes, and costs `tokens` times a step of one token; the others compute prompts.
+        An `even` step decodes; it costs as much as `tokens` single-token steps. Other steps prefill prompts.
         """
         if self._adjusts and time.monotonic() - self._ended > _IDLE_S:
-            self._count.look_around()
+            self._count.start_over()
         while True:
             if self._adjusts:
                 engine.use_threads(self._count.threads)
             begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
 
-            def is_over(begin_s: float = begin_s, begin_cpu_s: float = begin_cpu_s) -> bool:
+            def should_stop(begin_s: float = begin_s, begin_cpu_s: float = begin_cpu_s) -> bool:
                 return _raises(check) or self._stalls(tokens, begin_s, begin_cpu_s, even=even)
 
             try:
-                with WATCH.over(is_over, engine.stop_step):
+                with WATCH.watching(should_stop, engine.stop_step):
                     result = compute()
             except StepStopped:
                 check()
                 if self._is_stalled:
-                    self._count.give_way()
-                    _LOG.debug("a step lacked cores: computing it again with threads=%d", self._count.threads)
+                    self._count.halve()
+                    _LOG.debug("a step lacked cores, restarting it with threads=%d", self._count.threads)
                 continue
             finally:
                 self._is_stalled = False
@@ -108,7 +110,7 @@ class Governor:
             return result
 
     def _stalls(self, tokens: float, begin_s: float, begin_cpu_s: float, *, even: bool) -> bool:
-        """Whether the running step is far over its usual time, because its threads lack cores."""
+        """Whether the running step takes far longer than usual because its threads lack cores."""
         if not self._adjusts or self._count.threads == 1:
             return False
         wall_s = time.perf_counter() - begin_s
@@ -120,7 +122,7 @@ class Governor:
     def _record(self, tokens: float, wall_s: float, cpu_s: float, usage: AnswerUsage, *, even: bool) -> None:
         usage.all.add(tokens, wall_s, cpu_s, self._count.limit)
         if even:
-            usage.single.add(tokens, wall_s, cpu_s, self._count.limit)
+            usage.decode.add(tokens, wall_s, cpu_s, self._count.limit)
         self._count.record(tokens, wall_s, cpu_s, even=even)
 
 

@@ -1,4 +1,4 @@
-"""Jobs in, contexts out: which of the contexts of one loaded base runs a job; more are made while all are in use."""
+"""A pool of contexts on one loaded base: leases each job the context that has cached most of its prompt."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from edgetune_runtime.errors import BusyError, UsageError
 from edgetune_runtime.states.cache import SavedState
 
 from .context import Context, PromptJob
-from .turns import LOOK_S
+from .turns import POLL_S
 
 _LOG = logging.getLogger(__name__)
 
 
 class Pool:
-    """Contexts of one base, at most `limit`, made when all there are are in use.
+    """Up to `limit` contexts on one base; a new one is created when all others are in use.
 
-    At most `waiting` calls wait for one; the next is a BusyError.
+    Up to `waiting` calls wait for a free context; the next one raises BusyError.
     """
 
     def __init__(self, first: Context, *, limit: int = 1, waiting: int = 0) -> None:
@@ -33,26 +33,26 @@ class Pool:
 
     @property
     def contexts(self) -> list[Context]:
-        """All contexts that there are by now."""
+        """The contexts created so far."""
         return list(self._contexts)
 
     @contextmanager
     def lease(self, job: PromptJob) -> Iterator[Context]:
-        """The free context that knows most of the job; waits for one, in which `job.check` may end the work.
+        """Lease the free context with the longest reusable prefix; wait if none is free, until `job.check` raises.
 
-        UsageError when this very thread's streams are what it would wait for; BusyError when too many wait already.
+        UsageError when it would wait for streams of this thread; BusyError when too many calls are already waiting.
         """
         gate = self.first.shared.turns.gate
         with gate:
             context = self._take(job)
             if context is None:
                 if self._waiting >= self._most_waiting:
-                    message = f"{self._waiting} calls wait for one of {len(self._contexts)} contexts"
-                    raise BusyError(message, "try again later, or open the bundle with more contexts or waiting calls")
+                    message = f"{self._waiting} calls are already waiting for one of {len(self._contexts)} contexts"
+                    raise BusyError(message, "try again later, or open the bundle with more contexts or more waiting")
                 self._waiting += 1
                 try:
                     while context is None:
-                        gate.wait(LOOK_S)
+                        gate.wait(POLL_S)
                         job.check()
                         context = self._take(job)
                 finally:
@@ -62,13 +62,13 @@ class Pool:
 
     @contextmanager
     def tokenizer(self) -> Iterator[Tokenizer]:
-        """The base's tokenizer, which no other thread frees meanwhile; UsageError once the pool is closed."""
+        """The base's tokenizer, locked so that no other thread frees it; UsageError if the pool is closed."""
         with self._vocabulary:
             self.first.check_open()
             yield self.first.engine.tokenizer
 
     def saved(self, owner: str) -> SavedState | None:
-        """The last state of an owner's sequence, live or kept."""
+        """The last state of an owner, from a context or from the cache."""
         for context in self._contexts:
             if context.owner == owner:
                 with context.hold():
@@ -76,23 +76,23 @@ class Pool:
         return self.first.shared.cache.last(owner)
 
     def identity_of(self, saved: SavedState) -> str:
-        """A digest of all that shapes a state, engine and files included."""
+        """A digest of everything that determines a state, including engine and files."""
         return self.first.identity_of(saved)
 
     def keep(self, saved: SavedState, owner: str) -> None:
-        """Keep a state as an owner's."""
+        """Cache a state for an owner."""
         self.first.shared.cache.put(saved, owner)
 
-    def forget(self, owner: str) -> None:
-        """Forget what belongs to an owner, live or kept."""
-        self.first.shared.cache.forget(owner)
+    def drop_states(self, owner: str) -> None:
+        """Drop the states of an owner, in contexts and in the cache."""
+        self.first.shared.cache.drop_states(owner)
         for context in self._contexts:
             if context.owner == owner:
                 with context.hold():
                     context.reset()
 
     def close(self) -> None:
-        """Close all contexts, the first one last, as the others run on its base."""
+        """Close all contexts, the first one last, because the others use its base."""
         for context in reversed(self._contexts[1:]):
             context.close()
         with self._vocabulary:
@@ -101,17 +101,17 @@ class Pool:
             self.first.shared.thread.close()
 
     def _take(self, job: PromptJob) -> Context | None:
-        """Mark a free context as this thread's, making one where there may be more; inside the gate."""
+        """Give this thread a free context, or a new one if there are fewer than `limit`. Call it inside the gate."""
         free = [context for context in self._contexts if context.holder is None]
         if not free:
             if len(self._contexts) < self._limit:
                 free = [self.first.fork()]
                 self._contexts += free
-                _LOG.debug("made context %d of at most %d", len(self._contexts), self._limit)
+                _LOG.debug("created context %d of at most %d", len(self._contexts), self._limit)
             elif all(context.holder == threading.get_ident() for context in self._contexts):
                 raise UsageError("a stream of this thread is still open", "read it to its end or close it first")
             else:
                 return None
-        context = max(free, key=lambda context: context.known(job))
+        context = max(free, key=lambda context: context.reusable_tokens(job))
         context.holder = threading.get_ident()
         return context

@@ -1,4 +1,4 @@
-"""Threads in, one at a time out: whose turn it is to compute, and the gate at which threads wait for a context."""
+"""Let contexts take turns computing, first come first served, and let threads wait for a free context."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LOOK_S = 0.05
-"""How often a call that waits looks whether it is to stop."""
+POLL_S = 0.05
+"""How often a waiting call checks whether it must stop."""
 
 
 class Turns:
-    """What the contexts of one base share: the cores, taken in turns in the order of asking, and a gate.
+    """Lets the contexts on one base take turns computing, first come first served.
 
-    Two engines that compute at once on the same cores are slower than one after the other.
+    Two engines that compute at the same time on the same cores are slower than one after the other. `gate` guards which
+    thread holds which context.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class Turns:
 
     @contextmanager
     def take(self, check: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Wait for one's turn, in which `check` may end the call, and hand it on at the end."""
+        """Wait for this thread's turn, unless `check` raises; pass it on when the block ends."""
         mine: threading.Event | None = None
         with self._lock:
             if self._taken:
@@ -37,11 +38,11 @@ class Turns:
         try:
             yield
         finally:
-            self._hand_on()
+            self._pass_on()
 
     def _wait(self, mine: threading.Event, check: Callable[[], None]) -> None:
         try:
-            while not mine.wait(LOOK_S):
+            while not mine.wait(POLL_S):
                 check()
         except BaseException:
             with self._lock:
@@ -49,10 +50,10 @@ class Turns:
                 if not is_mine:
                     self._waiting.remove(mine)
             if is_mine:
-                self._hand_on()
+                self._pass_on()
             raise
 
-    def _hand_on(self) -> None:
+    def _pass_on(self) -> None:
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().set()

@@ -1,1 +1,1 @@
-"""Keys and values that were computed once and are used again."""
+"""Saved KV cache states, in memory and on disk."""

@@ -1,7 +1,7 @@
-"""Tokens and adapters in, reusable state out: which keys and values may stand in for a computation. No engine here.
+"""Prefix cache in memory: finds the saved state with the longest reusable prefix.
 
 Keys and values depend on the base, on the exact set of active adapters with their scales, and on the tokens. A state is
-reused only as far as all of these match, so no adapter's state can ever shape another's answer.
+reused only where all of these match, so the state of one adapter never affects the answer of another.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from .batches import common_place
+from .batches import common_boundary
 
 Active = tuple[tuple[str, float], ...]
-"""Adapters with their scales, in order of their names."""
+"""Adapters with their scales, sorted by name."""
 
-Place = tuple[str, tuple[Active, ...]]
+Slot = tuple[str, tuple[Active, ...]]
+"""The owner of a state, and its sets of adapters; the cache has one state per slot."""
 
 _LOG = logging.getLogger(__name__)
 
 CALLS = ""
-"""Owner of what calls without a session leave: the last state of each set of adapters."""
+"""Owner of the states of calls without a session: the last state of each set of adapters."""
 PROMPTS = "prompts"
-"""Owner of the states of fixed prompts, which anyone may read."""
+"""Owner of the states of fixed prompts, which all owners may reuse."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """What shapes a state besides its tokens: the base, and in each span, which begins at a token, the adapters."""
+    """What determines a state besides its tokens: the base, and the start and the adapters of each span."""
 
     base: str
     spans: tuple[tuple[int, Active], ...]
@@ -43,7 +44,7 @@ class Key:
 
 @dataclass(frozen=True)
 class SavedState:
-    """An engine's state of a sequence of tokens, and where the batches of a prompt that made its beginning ended."""
+    """An engine's state of a sequence of tokens, and the ends of the batches that computed its prompt."""
 
     key: Key
     tokens: tuple[int, ...]
@@ -52,22 +53,22 @@ class SavedState:
 
 
 def key_of(base: str, spans: Iterable[tuple[int, Mapping[str, float]]]) -> Key:
-    """The key of a base (its fingerprint) with adapters from a token on, the first span from the first token on.
+    """The key of a base (its fingerprint) and spans of adapters, each given with its start; the first start is 0.
 
-    Order and adapters of scale 0 make no difference, nor does a span that changes nothing or ends where it begins.
+    The order of adapters, adapters of scale 0, empty spans, and spans that change nothing make no difference.
     """
     found: list[tuple[int, Active]] = []
-    for since, adapters in spans:
+    for start, adapters in spans:
         active = tuple(sorted((name, float(scale)) for name, scale in adapters.items() if scale != 0))
-        if found and found[-1][0] >= since:
+        if found and found[-1][0] >= start:
             found.pop()
         if not found or found[-1][1] != active:
-            found.append((since, active))
+            found.append((start, active))
     return Key(base, tuple(found))
 
 
 def reusable(state: tuple[Key, Sequence[int]], wanted: tuple[Key, Sequence[int]]) -> int:
-    """Up to which token a state, given as its key and its tokens, is that of the wanted key and tokens."""
+    """The length of the prefix that a state has in common with the wanted one, each given as key and tokens."""
     (key, tokens), (other, others) = state, wanted
     if key.base != other.base:
         return 0
@@ -79,86 +80,86 @@ def reusable(state: tuple[Key, Sequence[int]], wanted: tuple[Key, Sequence[int]]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both sequences begin with."""
+    """The length of the common prefix of two token sequences."""
     for position, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return position
     return min(len(first), len(second))
 
 
-def _place(key: Key, owner: str) -> Place:
+def _slot(key: Key, owner: str) -> Slot:
     return owner, tuple(active for _, active in key.spans)
 
 
 class StateCache:
-    """Saved states, at most `budget_mb` (10^6 bytes) in all; of each owner the last one of each set of adapters.
+    """Saved states of up to `budget_mb` (10^6 bytes) in total: for each owner, the last state of each set of adapters.
 
-    An owner sees its own states and those of fixed prompts. Where adapters join later than at the first token, it makes
-    no other set when they do. Safe to use from several threads.
+    An owner can reuse its own states and those of fixed prompts. Two states whose adapters differ only in the token
+    where they become active count as the same set. Thread-safe.
     """
 
     def __init__(self, budget_mb: float) -> None:
         self._budget = int(budget_mb * 1e6)
-        self._states: OrderedDict[Place, SavedState] = OrderedDict()
+        self._states: OrderedDict[Slot, SavedState] = OrderedDict()
         self._lock = threading.Lock()
         self.bytes = 0
 
     def admits(self, size: int) -> bool:
-        """Whether a state of so many bytes could be kept at all."""
+        """Whether a state of `size` bytes fits in the budget."""
         return size <= self._budget
 
     def put(self, saved: SavedState, owner: str = CALLS) -> None:
-        """Keep a state in place of the owner's last one of its adapters, dropping others where room is needed."""
-        place = _place(saved.key, owner)
+        """Cache a state in place of the owner's last state with the same adapters, evicting others if needed."""
+        slot = _slot(saved.key, owner)
         with self._lock:
-            self._drop(place)
-            if self._make_room(len(saved.state), owner):
-                self._states[place] = saved
+            self._drop(slot)
+            if self._evict(len(saved.state), owner):
+                self._states[slot] = saved
                 self.bytes += len(saved.state)
 
     def prompt(self, key: Key, tokens: Sequence[int]) -> memoryview | None:
-        """The state of exactly this fixed prompt, which counts as use."""
-        place = _place(key, PROMPTS)
+        """The state of exactly this fixed prompt, marked as recently used; None if there is none."""
+        slot = _slot(key, PROMPTS)
         with self._lock:
-            saved = self._states.get(place)
+            saved = self._states.get(slot)
             if saved is None or (saved.key, saved.tokens) != (key, tuple(tokens)):
                 return None
-            self._states.move_to_end(place)
+            self._states.move_to_end(slot)
             return saved.state
 
     def last(self, owner: str) -> SavedState | None:
-        """What was kept last of an owner."""
+        """The most recently used state of an owner."""
         with self._lock:
-            return next((saved for place, saved in reversed(self._states.items()) if place[0] == owner), None)
+            return next((saved for slot, saved in reversed(self._states.items()) if slot[0] == owner), None)
 
     def best(
-        self, key: Key, tokens: Sequence[int], owner: str = CALLS, places: Sequence[int] | None = None
+        self, key: Key, tokens: Sequence[int], owner: str = CALLS, boundaries: Sequence[int] | None = None
     ) -> tuple[SavedState | None, int]:
-        """The state of which most can be reused for these tokens, which counts as use, and up to which token.
+        """The state with the longest reusable prefix of these tokens, marked as recently used, and that length.
 
-        `places` is where the tokens are cut into batches: of what is not a session's own, no more is reused than what
-        was cut alike.
+        With `boundaries`, where the tokens are split into batches, states that are not a session's own are reused only
+        up to the last boundary in common.
         """
         with self._lock:
             best, most = None, 0
-            for place, saved in self._states.items():
-                if place[0] not in (owner, PROMPTS):
+            for slot, saved in self._states.items():
+                if slot[0] not in (owner, PROMPTS):
                     continue
                 reused = reusable((saved.key, saved.tokens), (key, tokens))
-                if places is not None and place[0] in (CALLS, PROMPTS):
-                    reused = common_place(saved.ends, places, reused)
+                if boundaries is not None and slot[0] in (CALLS, PROMPTS):
+                    reused = common_boundary(saved.ends, boundaries, reused)
                 if reused > most:
-                    best, most = place, reused
+                    best, most = slot, reused
             if best is None:
                 return None, 0
             self._states.move_to_end(best)
             return self._states[best], most
 
-    def forget(self, owner: str) -> None:
+    def drop_states(self, owner: str) -> None:
         """Drop all states of an owner."""
         with self._lock:
-            for place in [place for place in self._states if place[0] == owner]:
-                self._drop(place)
+            for slot in [slot for slot in self._states if slot[0] == owner]:
+                self._drop(slot)
 
     def clear(self) -> None:
         """Drop all states."""
@@ -166,23 +167,23 @@ class StateCache:
             self._states.clear()
             self.bytes = 0
 
-    def _make_room(self, size: int, owner: str) -> bool:
-        """Drop what was longest unused until so many bytes are free; whether they are.
+    def _evict(self, size: int, owner: str) -> bool:
+        """Evict the least recently used states until `size` bytes fit; returns whether they fit.
 
-        What calls leave goes first, and never pushes out others: it is the cheapest to make again.
+        States of calls are evicted first, and never evict others: they are the cheapest to recompute.
         """
-        order = [place for place in self._states if place[0] == CALLS]
+        order = [slot for slot in self._states if slot[0] == CALLS]
         if owner != CALLS:
-            order += [place for place in self._states if place[0] != CALLS]
-        for place in order:
+            order += [slot for slot in self._states if slot[0] != CALLS]
+        for slot in order:
             if self.bytes + size <= self._budget:
                 break
-            evicted = self._states[place]
+            evicted = self._states[slot]
             _LOG.debug("evicted a state of %d tokens, %.1f MB", len(evicted.tokens), len(evicted.state) / 1e6)
-            self._drop(place)
+            self._drop(slot)
         return self.bytes + size <= self._budget
 
-    def _drop(self, place: Place) -> None:
-        dropped = self._states.pop(place, None)
+    def _drop(self, slot: Slot) -> None:
+        dropped = self._states.pop(slot, None)
         if dropped is not None:
             self.bytes -= len(dropped.state)

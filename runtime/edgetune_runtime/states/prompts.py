@@ -1,4 +1,4 @@
-"""The fixed part of a prompt in, its state out: from the folders that hold it, or kept there once it was computed."""
+"""Load and save the states of fixed prompts, from the folder that ships with the bundle and from the user's folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from .cache import Key
 from .store import StateStore
 
 SHORTEST = 16
-"""Tokens from which on a prompt's fixed part is worth a state."""
+"""Shortest fixed part of a prompt, in tokens, whose state is saved."""
 
 
 @dataclass(frozen=True)
 class PromptStates:
-    """Where states of fixed prompts are kept beyond this process, and what they depend on.
+    """The folders with states of fixed prompts, and what the states depend on.
 
-    `signatures` are the engine's. `adapters` maps names to the digests of their files, so that an adapter that was
-    built again has no state. `shipped` came with the bundle: as another machine made it, any signature will do.
+    `signatures` are the engine's. `adapters` maps adapter names to the digests of their files, so that a rebuilt
+    adapter does not reuse old states. `shipped` is the folder in the bundle: another machine wrote it, so any of the
+    signatures is accepted.
     """
 
     signatures: tuple[str, ...]
@@ -32,16 +33,16 @@ class PromptStates:
     shipped: StateStore | None = None
 
     def load(self, key: Key, tokens: Sequence[int]) -> memoryview | None:
-        """The state of these tokens under this key, from what came with the bundle or from the disk."""
-        places = [*((self.shipped, signature) for signature in self.signatures), (self.store, self.signatures[0])]
-        for store, signature in places:
+        """The state of these tokens with this key, from the bundle or from the user's folder; None if there is none."""
+        sources = [*((self.shipped, signature) for signature in self.signatures), (self.store, self.signatures[0])]
+        for store, signature in sources:
             state = store.load(self.identity(key, tokens, signature)) if store is not None else None
             if state is not None:
                 return state
         return None
 
     def save(self, key: Key, tokens: Sequence[int], state: memoryview) -> None:
-        """Keep a state on the disk, if there is a place for it."""
+        """Save a state to disk, if there is a folder for it."""
         if self.store is not None:
             names = " ".join(name if scale == 1 else f"{name}={scale:g}" for name, scale in key.spans[-1][1])
             self.store.save(self.identity(key, tokens), state, f"{self.bundle}: {names or 'base'}", len(tokens))
@@ -52,9 +53,9 @@ class PromptStates:
             self.store.drop(self.identity(key, tokens))
 
     def identity(self, key: Key, tokens: Sequence[int], signature: str | None = None) -> Mapping[str, Any]:
-        """All that shapes the state, as JSON values; the engine's own signature unless another is given."""
+        """Everything that determines the state, as JSON values; by default with the engine's own signature."""
         spans = [
-            [since, [[self.adapters.get(name, ""), scale] for name, scale in active]] for since, active in key.spans
+            [start, [[self.adapters.get(name, ""), scale] for name, scale in active]] for start, active in key.spans
         ]
         digest = hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()
         return {

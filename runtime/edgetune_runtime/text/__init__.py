@@ -1,1 +1,1 @@
-"""Chat templates, sampling, and tokens as text."""
+"""Chat templates, sampling, and streaming text from tokens."""

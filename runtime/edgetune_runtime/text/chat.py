@@ -1,4 +1,4 @@
-"""Messages in, prompt text out: renders a model's own chat template as transformers does, in a sandbox."""
+"""Render chat messages with the model's chat template, as transformers does, in a sandbox."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Prompt = str | Sequence[Message]
 
 
 def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
-    """The messages to render: a text becomes the user's, and `system` goes in front unless the messages begin with one.
+    """The messages to render: a text becomes a user message; `system` is added unless the first message is one.
 
-    UsageError when there are no messages or one lacks a role or a content.
+    UsageError when there are no messages, or when one has no role or no content.
     """
     messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages:
@@ -37,14 +37,14 @@ def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
 def render(
     template: str | None, messages: Sequence[Message], *, add_generation_prompt: bool, bos: str = "", eos: str = ""
 ) -> str:
-    """The text that the model was trained to continue; without a template, the contents joined by newlines.
+    """Render the prompt; without a template, join the contents with newlines.
 
-    UsageError when the template refuses the messages, IncompatibleError when the template itself is broken.
+    UsageError when the template refuses the messages, IncompatibleError when the template is invalid.
     """
     if template is None:
         return "\n".join(message["content"] for message in messages)
     compiled = _compile(template)
-    from jinja2 import TemplateError  # noqa: PLC0415 - a third of the start-up time, needed only with a template
+    from jinja2 import TemplateError  # noqa: PLC0415 - a third of the start-up time; needed only with a template
 
     try:
         return compiled.render(
@@ -56,7 +56,7 @@ def render(
             eos_token=eos,
         )
     except (TemplateError, TypeError, ValueError) as error:
-        message = f"the base's chat template refuses the messages: {error}"
+        message = f"the chat template of the base refused the messages: {error}"
         raise UsageError(message, "change their roles or order") from error
 
 
@@ -72,7 +72,7 @@ def _compile(template: str) -> Template:
         raise IncompatibleError(message, "run: pip install jinja2") from error
 
     class Generation(jinja2.ext.Extension):
-        # Marks what the assistant wrote for training tools; for rendering it is its body.
+        # The tag marks the assistant's text for training tools; rendering outputs its body.
         tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
         def parse(self, parser: Parser) -> list[Node]:
@@ -91,8 +91,8 @@ def _compile(template: str) -> Template:
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
-        message = f"the base's chat template is broken: {error}"
-        raise IncompatibleError(message, "use a base with a sound chat template") from error
+        message = f"the chat template of the base is invalid: {error}"
+        raise IncompatibleError(message, "use a base with a valid chat template") from error
 
 
 def _to_json(
@@ -102,5 +102,5 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own filter escapes HTML, which would change the prompt.
+    # jinja2's built-in filter escapes HTML, which would change the prompt.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,4 +1,4 @@
-"""Logits in, next token out: the usual filters in llama.cpp's order. Pure numpy, no engine."""
+"""Sample the next token from logits, with llama.cpp's filters in llama.cpp's order, in numpy."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from edgetune_runtime.errors import UsageError
 
 REPEAT_WINDOW = 64
-"""How many of the last tokens `repeat_penalty` looks at."""
+"""Number of last tokens that `repeat_penalty` applies to."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens and when to end. The default, temperature 0, always takes the likeliest token.
+    """How to sample tokens and when to stop. The default is greedy: temperature 0 takes the most likely token.
 
-    `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch filters off. `stop` holds texts that end the answer
-    and are not part of it. `seed` None draws anew each time. UsageError lists all values that cannot be.
+    `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 turn the filters off. `stop` lists texts that end the answer
+    and are not part of it. With `seed` None each answer is different. UsageError lists all invalid values.
     """
 
     temperature: float = 0.0
@@ -36,63 +36,63 @@ class Sampling:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         rules = (
-            (_is_number(self.temperature) and self.temperature >= 0, "temperature", "a number from 0 up"),
-            (_is_integer(self.top_k) and self.top_k >= 0, "top_k", "a whole number from 0 up"),
-            (_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number above 0, at most 1"),
+            (_is_number(self.temperature) and self.temperature >= 0, "temperature", "a number of at least 0"),
+            (_is_integer(self.top_k) and self.top_k >= 0, "top_k", "an integer of at least 0"),
+            (_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1"),
             (_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number from 0 to 1"),
             (_is_number(self.repeat_penalty) and self.repeat_penalty > 0, "repeat_penalty", "a number above 0"),
-            (self.seed is None or (_is_integer(self.seed) and self.seed >= 0), "seed", "a whole number from 0 up"),
-            (all(isinstance(text, str) and text for text in self.stop), "stop", "texts that are not empty"),
-            (_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "a whole number from 1 up"),
+            (self.seed is None or (_is_integer(self.seed) and self.seed >= 0), "seed", "an integer of at least 0"),
+            (all(isinstance(text, str) and text for text in self.stop), "stop", "a list of texts that are not empty"),
+            (_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "an integer of at least 1"),
         )
-        wrong = [f"{name} {getattr(self, name)!r} is not {wanted}" for holds, name, wanted in rules if not holds]
+        wrong = [f"{name} {getattr(self, name)!r} is not {wanted}" for is_valid, name, wanted in rules if not is_valid]
         if wrong:
-            raise UsageError(f"sampling: {', '.join(wrong)}", "give other values")
+            raise UsageError(f"sampling: {', '.join(wrong)}", "correct these values")
 
 
 def sampling_of(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Sampling:
-    """The sampling with single fields replaced; UsageError for one that there is not."""
+    """The sampling with some fields replaced; UsageError for an unknown field."""
     try:
         return replace(sampling or Sampling(), **overrides)
     except TypeError as error:
         known = ", ".join(Sampling.__dataclass_fields__)
-        raise UsageError(f"sampling has no {sorted(overrides)}: {error}", f"choose among: {known}") from error
+        raise UsageError(f"unknown sampling option in {sorted(overrides)}: {error}", f"choose from: {known}") from error
 
 
 class Sampler:
-    """Chooses tokens for one answer."""
+    """Samples the tokens of one answer."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
     def next(self, logits: NDArray[np.float32], recent: Sequence[int]) -> int:
-        """The next token after logits of shape [vocab]; `recent` are the tokens so far, which repeat_penalty damps."""
+        """Sample the next token from logits of shape [vocab]; repeat_penalty applies to the `recent` tokens."""
         sampling = self._sampling
         if sampling.repeat_penalty != 1.0 and recent:
-            logits = _damp(logits, recent[-REPEAT_WINDOW:], sampling.repeat_penalty)
+            logits = _penalize(logits, recent[-REPEAT_WINDOW:], sampling.repeat_penalty)
         if sampling.temperature == 0.0:
             return int(logits.argmax())
-        order = _likeliest(logits, sampling.top_k)
+        order = _top_tokens(logits, sampling.top_k)
         chosen = logits[order].astype(np.float64)
         probabilities = _softmax(chosen)
         if sampling.top_p < 1.0:
-            # As many as reach top_p in sum, the one that crosses it included.
+            # Include the token that makes the sum reach top_p.
             kept = int(np.searchsorted(probabilities.cumsum(), sampling.top_p)) + 1
             order, chosen, probabilities = order[:kept], chosen[:kept], probabilities[:kept]
         kept = int((probabilities >= sampling.min_p * probabilities[0]).sum())
         return int(self._random.choice(order[:kept], p=_softmax(chosen[:kept] / sampling.temperature)))
 
 
-def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
-    """Token ids from the likeliest down, at most `count` (0: all)."""
+def _top_tokens(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+    """Up to `count` token ids (0: all), the most likely first."""
     if not 0 < count < len(logits):
         return np.argsort(-logits, kind="stable")
     top = np.argpartition(-logits, count - 1)[:count]
     return top[np.argsort(-logits[top], kind="stable")]
 
 
-def _damp(logits: NDArray[np.float32], recent: Sequence[int], penalty: float) -> NDArray[np.float32]:
+def _penalize(logits: NDArray[np.float32], recent: Sequence[int], penalty: float) -> NDArray[np.float32]:
     logits = logits.copy()
     seen = np.unique(np.asarray(recent, np.intp))
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)

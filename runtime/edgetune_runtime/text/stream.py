@@ -1,4 +1,4 @@
-"""Bytes of tokens in, text out: joins UTF-8 across tokens, ends at stop texts, holds back what may belong to one."""
+"""Decode the bytes of tokens to text: joins UTF-8 characters across tokens and stops at stop texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 class TextStream:
-    """Turns the bytes of one answer into text that can be shown at once."""
+    """Turns the bytes of one answer into text that is safe to show: text that may start a stop text is held back."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -16,11 +16,11 @@ class TextStream:
         self.stopped = False
 
     def push(self, data: bytes) -> str:
-        """The text that is certain after these bytes; `stopped` becomes true when it ended at a stop text."""
+        """Add bytes; returns the text that is now safe to show. Sets `stopped` at a stop text."""
         return self._release(self._decoder.decode(data), final=False)
 
     def finish(self) -> str:
-        """The text still held back when no more bytes come."""
+        """The text that was held back, after the last bytes."""
         return "" if self.stopped else self._release(self._decoder.decode(b"", True), final=True)
 
     def _release(self, text: str, *, final: bool) -> str:
@@ -30,12 +30,12 @@ class TextStream:
             self.stopped = True
             self._held = ""
             return held[: min(found)]
-        keep = 0 if final else self._open_end(held)
+        keep = 0 if final else self._partial_stop(held)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
-    def _open_end(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop text begins."""
+    def _partial_stop(self, text: str) -> int:
+        """Length of the longest suffix of `text` that is the start of a stop text."""
         longest = max(map(len, self._stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):

@@ -1,1 +1,1 @@
-"""The machine's cores and memory, and how many threads compute."""
+"""The machine's cores and memory, the number of compute threads, and their priority."""

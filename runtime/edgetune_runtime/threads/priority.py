@@ -1,4 +1,4 @@
-"""A thread of lower priority that all steps of a base are computed on, so that other processes go first."""
+"""A thread with lower priority that runs all steps of a base, so that other processes run first."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ T = TypeVar("T")
 
 NORMAL = "normal"
 PRIORITIES = (NORMAL, "low", "idle")
-"""low is a nice value 10 higher and SCHED_BATCH, idle is SCHED_IDLE: for cores that nobody else wants; sched(7)."""
+"""low is a nice value 10 higher with SCHED_BATCH; idle is SCHED_IDLE, which uses only idle cores. See sched(7)."""
 _NICER = 10
 
 
 class ComputeThread:
-    """Runs functions one after another on a thread of its own; threads that they start inherit its priority."""
+    """Runs functions one after another on a separate thread; threads that they start inherit its priority."""
 
     def __init__(self, priority: str) -> None:
         self._executor = ThreadPoolExecutor(1, "edgetune-compute", _lower, (priority,))
 
     def run(self, compute: Callable[[], T]) -> T:
-        """What `compute` returns or raises."""
+        """Run `compute` on the thread; returns or raises what it does."""
         future = self._executor.submit(compute)
         try:
             return future.result()
         except BaseException:
-            # After Ctrl-C it still runs, and must not meet what comes next.
+            # After Ctrl-C it is still running: wait, so that it does not overlap with the next call.
             wait([future])
             raise
 
@@ -41,21 +41,22 @@ class ComputeThread:
 
 
 def compute_thread(priority: str) -> ComputeThread | None:
-    """The thread for a priority; None for the normal one, as the caller's own thread computes then.
+    """The thread for a priority; None for normal, where the caller's thread computes.
 
-    UsageError for an unknown priority, and for others than normal where threads have none of their own.
+    UsageError for an unknown priority, and for low and idle outside Linux, where priorities are per process.
     """
     if priority not in PRIORITIES:
         raise UsageError(f"no priority {priority!r}", f"choose one of: {', '.join(PRIORITIES)}")
     if priority == NORMAL:
         return None
     if sys.platform != "linux":
-        raise UsageError(f"priority {priority!r} needs Linux", "leave it out, or lower that of the whole process")
+        message = f"priority {priority!r} is supported on Linux only"
+        raise UsageError(message, "leave it out, or lower the priority of the whole process")
     return ComputeThread(priority)
 
 
 def _lower(priority: str) -> None:
-    """Lower the priority of the calling thread; on Linux both calls mean a thread, not the process."""
+    """Lower the priority of the calling thread; on Linux both calls apply to a thread, not to the process."""
     thread = threading.get_native_id()
     if priority == "low":
         os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICER))

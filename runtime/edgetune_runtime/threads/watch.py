@@ -1,4 +1,4 @@
-"""A thread that looks, while steps are computed, whether one of them is to end before it is done."""
+"""A watcher thread that stops running steps before they are done."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LOOK_S = 0.05
-"""How often a running step is looked at: within the 200 ms that a deadline may be missed by, and seldom enough to cost
-the threads that compute nothing."""
-_IDLE_LOOKS = 20
-"""Looks without a running step before the thread sleeps until the next one."""
+POLL_S = 0.05
+"""How often running steps are checked: a deadline may be missed by up to 200 ms, and a check must not slow down the
+compute threads."""
+_IDLE_POLLS = 20
+"""Checks without a running step before the thread sleeps until the next one."""
 
 _Step = tuple[Callable[[], bool], Callable[[], None]]
 
 
 class Watch:
-    """Looks at running steps, and stops each that is over; one thread, started with the first step."""
+    """Checks running steps and stops those that should stop; one thread, started with the first step."""
 
     def __init__(self) -> None:
         self._running: dict[object, _Step] = {}
@@ -27,10 +27,10 @@ class Watch:
         self._lock = threading.Lock()
 
     @contextmanager
-    def over(self, is_over: Callable[[], bool], stop: Callable[[], None]) -> Iterator[None]:
-        """While it lasts, call `stop` at each look at which `is_over`."""
+    def watching(self, should_stop: Callable[[], bool], stop: Callable[[], None]) -> Iterator[None]:
+        """While the block runs, call `stop` at each check where `should_stop` is true."""
         key = object()
-        self._running[key] = (is_over, stop)
+        self._running[key] = (should_stop, stop)
         if not self._wake.is_set():
             self._start()
         try:
@@ -41,36 +41,36 @@ class Watch:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._look, name="edgetune-watch", daemon=True)
+                self._thread = threading.Thread(target=self._poll, name="edgetune-watch", daemon=True)
                 self._thread.start()
             self._wake.set()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         idle = 0
         while True:
             self._wake.wait()
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
             steps = list(self._running.values())
-            for is_over, stop in steps:
-                if is_over():
+            for should_stop, stop in steps:
+                if should_stop():
                     stop()
             idle = 0 if steps else idle + 1
-            if idle > _IDLE_LOOKS:
+            if idle > _IDLE_POLLS:
                 self._wake.clear()
-                # A step that began just before would not be looked at.
+                # A step that started just before the clear would not be checked.
                 idle = 0
                 if self._running:
                     self._wake.set()
 
 
 WATCH = Watch()
-"""The one of this process."""
+"""The watcher of this process."""
 
 
-def _begin_anew() -> None:
-    """A forked process has no threads but the one that forked, and no steps."""
+def _reset_after_fork() -> None:
+    """Start without a thread and without steps: a forked process has only the thread that called fork."""
     WATCH.__init__()  # type: ignore[misc]
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -270,7 +270,7 @@ def test_a_right_guess_takes_one_pass(model: torch.nn.Module, tiny_base: Callabl
         for token in answer:
             engine.decode_all([token])
         assert counted.passes == 1
-        assert engine.forget(3) == 3
+        assert engine.truncate(3) == 3
 
 
 def test_labels_in_torch_are_scored_by_their_tokens(model: torch.nn.Module, tiny_base: Callable[[str], Base]) -> None:

@@ -293,7 +293,7 @@ def test_sizes_have_one_name_for_all_architectures(tiny_encoder: Callable[[str],
 
 
 def test_the_plain_base_cannot_be_scored(built: Built) -> None:
-    with pytest.raises(UsageError, match="bundle 'home' classifies text"):
+    with pytest.raises(UsageError, match="bundle 'home' only classifies text"):
         evaluate(built.bundle, None, built.recipe.with_name("place.jsonl"), progress=QUIET)
 
 

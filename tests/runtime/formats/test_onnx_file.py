@@ -166,7 +166,7 @@ def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
 def test_a_folder_and_a_pipe_are_no_onnx_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(VerificationError, match="no regular file"):
+        with pytest.raises(VerificationError, match="not a regular file"):
             read_onnx(path)
 
 
@@ -581,7 +581,7 @@ def test_a_sound_adapter_passes(dtype: type) -> None:
         ({A: matrix(64, 4, value=np.nan), B: matrix(4, 32)}, VerificationError, "lora_A that are not finite"),
         ({A: matrix(64, 4), B: matrix(4, 32, value=np.inf)}, VerificationError, "lora_B that are not finite"),
         ({A: matrix(64, 4, dtype=np.int8), B: matrix(4, 32)}, VerificationError, "int8"),
-        ({A: matrix(64), B: matrix(4, 32)}, VerificationError, "no matrices"),
+        ({A: matrix(64), B: matrix(4, 32)}, VerificationError, "not matrices"),
         ({A: matrix(63, 4), B: matrix(4, 32)}, IncompatibleError, "widths are"),
         ({A: matrix(64, 4), B: matrix(4, 31)}, IncompatibleError, "widths are"),
         ({"other.lora_A.weight": matrix(64, 4)}, IncompatibleError, "unknown slot 'other"),

@@ -1,4 +1,4 @@
-"""Steps of real engines that are stopped, and begun anew when they stall."""
+"""Steps of real engines that are stopped, or restarted when they stall."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _again_and_again(engine: Engine, tokens: Sequence[int], keep: int) -> Logits
     """A step that goes on until it is stopped."""
     for _ in range(TRIES):
         engine.decode(tokens)
-        engine.forget(keep)
+        engine.truncate(keep)
     raise AssertionError("the step was not stopped")
 
 
@@ -61,13 +61,13 @@ def test_a_stopped_step_leaves_the_sequence_as_it_was(engine: Engine) -> None:
     first = engine.decode(TOKENS[:7]).copy()
     rest = engine.decode_all(TOKENS[7:]).copy()
     for step in (engine.decode, engine.decode_all):
-        engine.forget(7)
+        engine.truncate(7)
         with pytest.raises(StepStopped), _stopping(engine):
             for _ in range(TRIES):
                 step(TOKENS[7:])
-                engine.forget(7)
+                engine.truncate(7)
         assert np.array_equal(engine.decode_all(TOKENS[7:]), rest)
-    engine.forget(0)
+    engine.truncate(0)
     assert np.array_equal(engine.decode(TOKENS[:7]), first)
 
 
@@ -91,7 +91,7 @@ def test_a_step_ends_when_its_call_is_to_stop(engine: Engine, reason: str) -> No
     step = partial(_again_and_again, engine, TOKENS, 5)
     with pytest.raises(Stopped, match=reason):
         governor.step(engine, len(TOKENS), step, limits.check, AnswerUsage())
-    assert engine.forget(5) == 5
+    assert engine.truncate(5) == 5
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_any_number_of_threads_gives_the_same_bits(wide_base: Path, kv: str, rep
         found = []
         for threads in (1, 2, 3, 4):
             engine.use_threads(threads)
-            engine.forget(0)
+            engine.truncate(0)
             logits = [engine.decode(TOKENS).copy(), engine.decode([7]).copy()]
             found.append((np.stack(logits), engine.score([[1, 2, 3], [1, 2, 4]])))
     for logits, scores in found[1:]:
@@ -119,12 +119,12 @@ def test_any_number_of_threads_gives_the_same_bits(wide_base: Path, kv: str, rep
         assert scores == found[0][1]
 
 
-def test_a_step_that_stalls_is_begun_anew_with_fewer_threads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_stalls_is_restarted_with_fewer_threads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     if not engine.adjusts_threads:
         pytest.skip("onnxruntime's threads take over each other's work")
     monkeypatch.setattr(Governor, "_stalls", _stalls_with_several_threads)
     governor, tries = Governor(4, adjusts=True), []
-    monkeypatch.setattr(governor._count, "look_around", lambda: None)
+    monkeypatch.setattr(governor._count, "start_over", lambda: None)
 
     def step() -> Logits:
         tries.append(governor.threads)
@@ -132,7 +132,7 @@ def test_a_step_that_stalls_is_begun_anew_with_fewer_threads(engine: Engine, mon
 
     found = governor.step(engine, len(TOKENS), step, lambda: None, AnswerUsage()).copy()
     assert tries == [4, 2, 1]
-    engine.forget(0)
+    engine.truncate(0)
     assert np.array_equal(engine.decode(TOKENS), found)
 
 

@@ -64,7 +64,8 @@ def test_more_calls_than_may_wait_are_told_so(open_: Callable[..., Runtime]) -> 
     runtime = open_(contexts=1, waiting=0)
     stream = runtime.stream(PROMPT, max_tokens=50)
     next(stream)
-    with ThreadPoolExecutor(1) as other, pytest.raises(BusyError, match="0 calls wait for one of 1 contexts"):
+    message = "0 calls are already waiting for one of 1 contexts"
+    with ThreadPoolExecutor(1) as other, pytest.raises(BusyError, match=message):
         other.submit(runtime.generate, PROMPT).result()
     with pytest.raises(UsageError, match="stream"):
         runtime.generate(PROMPT)

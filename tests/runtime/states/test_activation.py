@@ -16,7 +16,7 @@ from edgetune_runtime import IncompatibleError, Runtime, UsageError
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.context import Context
-from edgetune_runtime.states.activation import behind, spans_of
+from edgetune_runtime.states.activation import join_spans, spans_of
 from runtime.bundles import folded, low_rank, write_manifest
 from runtime.shaped import random_prefix, write_shaped
 
@@ -44,14 +44,14 @@ def test_an_adapter_acts_from_the_last_place_of_its_tokens_on() -> None:
 
 def test_what_is_carried_stands_and_the_own_adapters_act_behind_it() -> None:
     earlier = ((0, {"a": 1.0}), (4, {"b": 1.0}))
-    assert behind(earlier, 6, ((0, {"c": 1.0}),)) == (*earlier, (6, {"c": 1.0}))
-    assert behind(earlier, 3, ((0, {}), (9, {"c": 1.0}))) == ((0, {"a": 1.0}), (3, {}), (9, {"c": 1.0}))
-    assert behind(earlier, 0, ((0, {"c": 1.0}),)) == ((0, {"c": 1.0}),)
+    assert join_spans(earlier, 6, ((0, {"c": 1.0}),)) == (*earlier, (6, {"c": 1.0}))
+    assert join_spans(earlier, 3, ((0, {}), (9, {"c": 1.0}))) == ((0, {"a": 1.0}), (3, {}), (9, {"c": 1.0}))
+    assert join_spans(earlier, 0, ((0, {"c": 1.0}),)) == ((0, {"c": 1.0}),)
 
 
 def test_only_one_adapter_may_wait_for_its_tokens() -> None:
     waiting = {"one": (1,), "two": (2,)}
-    with pytest.raises(UsageError, match="'one' and 'two' each act"):
+    with pytest.raises(UsageError, match="'one' and 'two' both have invocation tokens"):
         spans_of({"one": 1.0, "two": 1.0}, waiting, [1, 2])
     assert [since for since, _ in spans_of({"one": 1.0, "two": 0.0}, waiting, [5, 1])] == [0, 1]
 
@@ -199,7 +199,7 @@ def test_beside_another_adapter_both_act_behind_the_tokens_and_one_before(
     found = walked(context, {"wait": 1.0, "plain": 1.0}, row)
     engine = context.engine
     engine.activate({"plain": 1.0})
-    engine.forget(0)
+    engine.truncate(0)
     before = engine.decode_all(row[:30])
     engine.activate({"plain": 1.0, "wait": 1.0})
     expected = np.concatenate([before, engine.decode_all(row[30:])])
@@ -213,7 +213,7 @@ def test_a_file_whose_tokens_the_manifest_does_not_name_is_refused(bundle_of: Ca
     entries = {**manifest.adapters, "wait": replace(manifest.adapters["wait"], invocation=())}
     try:
         write_manifest(bundle, manifest.base, entries)
-        with pytest.raises(IncompatibleError, match=r"acts from the tokens \(7, 8, 9\) on, not \(\)"):
+        with pytest.raises(IncompatibleError, match=r"has the invocation tokens \(7, 8, 9\), the manifest has \(\)"):
             Runtime.open(bundle, engine="gguf")
     finally:
         write_manifest(bundle, manifest.base, manifest.adapters)

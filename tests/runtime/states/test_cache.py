@@ -57,7 +57,7 @@ def test_the_last_state_of_a_key_takes_the_place_of_the_one_before() -> None:
     assert (found.tokens, found.state, cache.bytes) == ((1, 2), b"newer", 5)
 
 
-def test_the_longest_unused_state_goes_first_when_the_budget_is_spent() -> None:
+def test_the_least_recently_used_state_is_evicted_first() -> None:
     cache = StateCache(30e-6)
     keys = [key("base", {"a": scale}) for scale in (1, 2, 3)]
     cache.put(saved(keys[0], [1], size(15)))
@@ -136,7 +136,7 @@ def test_an_owner_sees_its_own_states_and_fixed_prompts_alone() -> None:
     assert [cache.best(ADAPTED, [1, 2, 3], owner)[1] for owner in ("one", "two", "")] == [3, 2, 2]
     assert cache.prompt(ADAPTED, [1, 2]) == state("prompt")
     assert cache.prompt(ADAPTED, [1, 2, 3]) is cache.prompt(key("base", {}), [1, 2]) is None
-    cache.forget("one")
+    cache.drop_states("one")
     assert (cache.best(ADAPTED, [1, 2, 3], "one")[1], cache.last("one")) == (2, None)
 
 

@@ -51,12 +51,12 @@ def test_a_stall_halves_the_threads() -> None:
     count = ThreadCount(8)
     found = []
     for _ in range(4):
-        count.give_way()
+        count.halve()
         found.append(count.threads)
     assert found == [4, 2, 1, 1]
 
 
 def test_no_more_threads_than_cores_are_left() -> None:
     count = ThreadCount(4096)
-    count.look_around()
+    count.start_over()
     assert 1 <= count.threads <= count.limit < 4096

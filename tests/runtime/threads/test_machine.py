@@ -98,7 +98,7 @@ def test_what_spoils_a_measurement_is_told_in_one_line(tmp_path: Path) -> None:
     assert machine.throttling(root) == "too little voltage, throttled"
     told = machine.disturbance(root)
     assert told is not None
-    assert told.startswith("2 other threads compute on ")
+    assert told.startswith("2 other running threads on ")
     assert told.endswith("cores; too little voltage, throttled")
 
 

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from edgetune_export.adapters.shapes import Floats, LowRank
 
 from .adapter import write_tensors
-from .graph import GRAPH, Projection, optional_input, replace_gather, replace_product, save_model
+from .graph import GRAPH, Matrix, Projection, optional_input, replace_gather, replace_product, save_model
 from .slots import METADATA, add_slot, fill, slots_of
 from .weights import BLOCK, pack_floats
 
@@ -182,13 +182,13 @@ def _round(graph: ir.Graph, linear: dict[str, torch.nn.Linear], products: list[P
     for product in products:
         weight = _floats(linear[product.name].weight)
         if weight.shape[1] % BLOCK == 0:
-            replace_product(graph, product.node, pack_floats(weight))
+            replace_product(graph, product.node, Matrix.of(pack_floats(weight)))
     for node in list(graph):
         table = node.inputs[0].const_value if node.op_type == "Gather" and node.inputs[0] is not None else None
         if table is not None and len(table.shape) == 2 and _module_of(node).endswith("word_embeddings"):
             rows = np.ascontiguousarray(table.numpy(), np.float32)
             if rows.shape[1] % BLOCK == 0:
-                replace_gather(graph, node, pack_floats(rows), f"{_module_of(node)}.weight")
+                replace_gather(graph, node, Matrix.of(pack_floats(rows)), f"{_module_of(node)}.weight")
     by_name = {node.name: node for node in graph}
     return [Projection(by_name[product.node.name], product.name, product.modules) for product in products]
 

@@ -6,9 +6,10 @@ import hashlib
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from edgetune_export.adapters.shapes import Floats
 from edgetune_export.architectures.layout import base_rows, name_map, tensor_of
 from edgetune_export.backends.gguf.quantize import dequantize_rows
 
-from .weights import BLOCK, PackedWeights, pack, pack_floats, reorder, stack
+from .weights import BLOCK, PackedWeights, pack, pack_floats, packed_bits, reorder, stack
 
 GRAPH = "model.onnx"
 MICROSOFT = "com.microsoft"
@@ -51,6 +52,33 @@ class Projection:
     node: ir.Node
     name: str
     modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix [rows, columns] in so many bits (None: float32), read when it is written, so that one is in memory."""
+
+    rows: int
+    columns: int
+    bits: int | None
+    read: Callable[[], PackedWeights | Floats]
+
+    @classmethod
+    def of(cls, packed: PackedWeights) -> Matrix:
+        """A matrix that is in memory."""
+        return cls(packed.rows, packed.columns, packed.bits, lambda: packed)
+
+    def floats(self) -> Floats:
+        """The numbers in float32."""
+        values = self.read()
+        assert not isinstance(values, PackedWeights)
+        return values
+
+    def packed(self) -> PackedWeights:
+        """The numbers in blocks."""
+        values = self.read()
+        assert isinstance(values, PackedWeights)
+        return values
 
 
 def run_builder(folder: Path, out: Path) -> None:
@@ -140,21 +168,33 @@ class _Source:
         self._path, self._scheme = base, scheme
         self.header = read_header(base)
         self._names = name_map(self.header)
+        self._last: tuple[tuple[str, ...], PackedWeights] | None = None
 
-    def of(self, modules: Sequence[str]) -> PackedWeights | Floats:
-        """The matrices of these modules under each other; floats when one of them stays so."""
-        packed = [self._packed(module) for module in modules]
-        whole = [part for part in packed if part is not None]
-        if len(whole) == len(packed):
-            return stack(whole)
-        return np.concatenate([self._floats(module) for module in modules])
+    def of(self, modules: Sequence[str]) -> Matrix:
+        """The matrices of these modules, concatenated by rows; floats if one of them stays so."""
+        tensors = [tensor_of(module, self.header, self._names) for module in modules]
+        rows, columns = sum(tensor.shape[1] for tensor in tensors), tensors[0].shape[0]
+        bits = [self._bits(tensor) for tensor in tensors]
+        if None in bits:
+            return Matrix(rows, columns, None, lambda: np.concatenate([self._floats(module) for module in modules]))
+        return Matrix(rows, columns, max(filter(None, bits)), lambda: self._stacked(tuple(modules)))
 
-    def _packed(self, module: str) -> PackedWeights | None:
+    def _stacked(self, modules: tuple[str, ...]) -> PackedWeights:
+        """The last one is kept, as its blocks and its scales are written one after the other."""
+        if self._last is None or self._last[0] != modules:
+            self._last = (modules, stack([self._packed(module) for module in modules]))
+        return self._last[1]
+
+    def _bits(self, tensor: TensorInfo) -> int | None:
+        """Bits a weight in the graph, None for float32."""
+        if self._scheme == "fp32" or tensor.shape[0] % BLOCK:
+            return None
+        return packed_bits(tensor) or (8 if self._scheme == "int8" else None)
+
+    def _packed(self, module: str) -> PackedWeights:
         tensor, data = self._read(module)
-        packed = None if self._scheme == "fp32" else pack(data, tensor)
-        if packed is None and self._scheme == "int8" and tensor.shape[0] % BLOCK == 0:
-            packed = pack_floats(dequantize_rows(data, tensor))
-        return None if packed is None else reorder(packed, base_rows(tensor, self.header))
+        packed = pack(data, tensor) or pack_floats(dequantize_rows(data, tensor))
+        return reorder(packed, base_rows(tensor, self.header))
 
     def _floats(self, module: str) -> Floats:
         tensor, data = self._read(module)
@@ -195,10 +235,7 @@ def optional_input(
 
 def initializer(graph: ir.Graph, name: str, values: npt.NDArray[np.generic]) -> ir.Value:
     """A constant of the graph."""
-    tensor = ir.tensor(np.ascontiguousarray(values), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    return _register(graph, ir.Tensor(np.ascontiguousarray(values), name=name))
 
 
 def save_model(model: ir.Model, folder: Path) -> None:
@@ -217,7 +254,8 @@ def save_model(model: ir.Model, folder: Path) -> None:
                 # The builder may have left it in its own data file, which does not come along.
                 value.const_value = ir.tensor(tensor.numpy(), name=value.name)
                 continue
-            data = tensor.tobytes()
+            values = np.ascontiguousarray(tensor.numpy())
+            data = values.data.cast("B")
             digest = hashlib.sha256(data).digest()
             if digest not in written:
                 file.write(bytes(-file.tell() % _ALIGNMENT))
@@ -226,43 +264,71 @@ def save_model(model: ir.Model, folder: Path) -> None:
             value.const_value = ir.ExternalTensor(
                 place,
                 written[digest],
-                len(data),
+                data.nbytes,
                 tensor.dtype,
-                shape=ir.Shape(tensor.numpy().shape),
+                shape=ir.Shape(values.shape),
                 name=value.name or "",
                 base_dir=folder,
             )
         ir.save(model, folder / GRAPH)
 
 
-def replace_product(graph: ir.Graph, node: ir.Node, weights: PackedWeights | Floats) -> None:
+def replace_product(graph: ir.Graph, node: ir.Node, weights: Matrix) -> None:
     """Let a product compute with `weights` [outputs, columns]."""
     weight = node.inputs[1]
     assert weight is not None
-    if not isinstance(weights, PackedWeights):
-        weight.const_value = ir.tensor(np.ascontiguousarray(weights.T), name=weight.name)
+    if weights.bits is None:
+        weight.const_value = _lazy(lambda: weights.floats().T, (weights.columns, weights.rows), weight.name)
         return
     stem = (weight.name or "").removesuffix(".weight")
     attributes = {"K": weights.columns, "N": weights.rows, "bits": weights.bits, "block_size": BLOCK}
-    values = [
-        initializer(graph, f"{stem}.weight_q{weights.bits}", weights.data),
-        initializer(graph, f"{stem}.weight_scales", weights.scales),
-    ]
+    blocks = (weights.rows, weights.columns // BLOCK)
+    data = _lazy(
+        lambda: weights.packed().data,
+        (*blocks, BLOCK * weights.bits // 8),
+        f"{stem}.weight_q{weights.bits}",
+        ir.DataType.UINT8,
+    )
+    scales = _lazy(lambda: weights.packed().scales, blocks, f"{stem}.weight_scales")
+    values = [_register(graph, data), _register(graph, scales)]
     # Without accuracy_level 4 the activations are not rounded to 8 bits, which the fast kernels need.
     graph.opset_imports[MICROSOFT] = 1
     _replace(graph, node, "MatMulNBits", [node.inputs[0], *values], {**attributes, "accuracy_level": 4})
 
 
-def replace_gather(graph: ir.Graph, node: ir.Node, weights: PackedWeights | Floats, name: str) -> None:
+def replace_gather(graph: ir.Graph, node: ir.Node, weights: Matrix, name: str) -> None:
     """Let an embedding, called `name` in the graph, look up the rows of `weights` [rows, columns]."""
-    if not isinstance(weights, PackedWeights):
-        node.replace_input_with(0, initializer(graph, f"{name}_rows", weights))
+    if weights.bits is None:
+        table = _lazy(weights.floats, (weights.rows, weights.columns), f"{name}_rows")
+        node.replace_input_with(0, _register(graph, table))
         return
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": weights.bits}
-    data = initializer(graph, f"{name}_q{weights.bits}", weights.data.reshape(weights.rows, -1))
-    scales = initializer(graph, f"{name}_scales", weights.scales)
+    data = _lazy(
+        lambda: weights.packed().data.reshape(weights.rows, -1),
+        (weights.rows, weights.columns * weights.bits // 8),
+        f"{name}_q{weights.bits}",
+        ir.DataType.UINT8,
+    )
+    scales = _lazy(lambda: weights.packed().scales, (weights.rows, weights.columns // BLOCK), f"{name}_scales")
     graph.opset_imports[MICROSOFT] = 1
-    _replace(graph, node, "GatherBlockQuantized", [data, node.inputs[1], scales], attributes)
+    values = [_register(graph, data), node.inputs[1], _register(graph, scales)]
+    _replace(graph, node, "GatherBlockQuantized", values, attributes)
+
+
+def _lazy(
+    read: Callable[[], npt.NDArray[np.generic]],
+    shape: Sequence[int],
+    name: str | None,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+) -> ir.LazyTensor:
+    """A tensor whose numbers are read each time they are asked for."""
+    return ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(read())), dtype, ir.Shape(shape), name=name)
+
+
+def _register(graph: ir.Graph, tensor: ir.Tensor[Any] | ir.LazyTensor) -> ir.Value:
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _replace(

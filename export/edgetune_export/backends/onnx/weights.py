@@ -43,6 +43,13 @@ class PackedWeights:
         return int(self.data.shape[0])
 
 
+def packed_bits(tensor: TensorInfo) -> int | None:
+    """Bits a weight in which `pack` holds a matrix of this type; None for floats."""
+    if tensor.type_name in FLOAT_TYPES:
+        return None
+    return 4 if tensor.type_name == "q4_0" else 8
+
+
 def pack(data: bytes, tensor: TensorInfo) -> PackedWeights | None:
     """The matrix whose bytes are `data`, in as few bits as hold it; None for floats and columns that 32 divides not."""
     columns, rows = tensor.shape

@@ -1,1 +1,1 @@
-"""The engine of GGUF files, on llama.cpp."""
+"""The engine for GGUF files, on llama.cpp."""

@@ -1,4 +1,4 @@
-"""GGUF file in, loaded base or tokenizer out: what the engines on one base share, freed with the last of them."""
+"""A loaded GGUF base that several engines share, and a tokenizer that is loaded without weights."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.engines.base import check_trained
+from edgetune_runtime.engines.base import check_context_length
 from edgetune_runtime.formats.gguf_file import GgufHeader, describe_quantization, read_header
 
 from .llama import Vocabulary, library, load_model
 from .state import PrefixState
 
 _REPACKED = ("q4_0", "q4_k", "iq4_nl")
-"""Types that `ggml-cpu/repack.cpp` has code for on x86 and on ARM."""
+"""Types that `ggml-cpu/repack.cpp` supports on both x86 and ARM."""
 _FEATURES = (b"AVX2 = 1", b"DOTPROD = 1")
 
 
 class GgufTokenizer(Vocabulary):
-    """The tokenizer of a GGUF file, read without its weights."""
+    """The tokenizer of a GGUF file, loaded without its weights."""
 
     def __init__(self, path: Path) -> None:
         read_header(path)
@@ -29,28 +29,28 @@ class GgufTokenizer(Vocabulary):
         super().__init__(model)
 
     def close(self) -> None:
-        """Free the vocabulary; a second call does nothing, any other is a UsageError."""
+        """Free the vocabulary. A second call does nothing; any other call afterwards raises UsageError."""
         super().close()
         self._free()
 
 
 class GgufBase:
-    """A loaded GGUF base with its adapters, which the engines on it share; freed with the last of them."""
+    """A loaded GGUF base and its adapters, shared by the engines on it and freed with the last of them."""
 
     def __init__(self, path: Path, context_length: int, repack: bool | None) -> None:
         self.header = read_header(path)
-        self.repacked = _gains(self.header) if repack is None else repack
+        self.repacked = _can_repack(self.header) if repack is None else repack
         self.model = load_model(path, vocabulary_only=False, repack=self.repacked)
         self.adapters: dict[str, Any] = {}
         self.prefixes: dict[str, PrefixState] = {}
         self.loaded: Mapping[str, Any] = ChainMap(self.adapters, self.prefixes)
         self._free = weakref.finalize(self, _free_base, self.adapters, self.model)
-        check_trained(context_length, library().llama_model_n_ctx_train(self.model))
+        check_context_length(context_length, library().llama_model_n_ctx_train(self.model))
         self.vocabulary = Vocabulary(self.model)
 
 
-def _gains(header: GgufHeader) -> bool:
-    """Whether llama.cpp has code for this processor and base that is faster with repacked weights."""
+def _can_repack(header: GgufHeader) -> bool:
+    """Whether llama.cpp has faster code with repacked weights for this processor and base."""
     features = library().llama_print_system_info()
     return describe_quantization(header) in _REPACKED and any(name in features for name in _FEATURES)
 

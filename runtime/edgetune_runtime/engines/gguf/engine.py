@@ -1,4 +1,4 @@
-"""GGUF files in, logits out: the engine and the tokenizer on llama.cpp's own calls, base mapped once, adapters kept."""
+"""The engine on llama.cpp, called through ctypes: one mapped base, adapters loaded once, one sequence."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from edgetune_runtime.engines.base import (
     check_continuations,
     check_kv,
     check_options,
-    check_prefix_room,
-    check_room,
+    check_prefix_fits,
     check_scales,
+    check_tokens_fit,
     prefix_among,
 )
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
@@ -39,17 +39,17 @@ __all__ = ["BRANCHES", "ENGINE", "MAIN", "GgufEngine", "GgufTokenizer"]
 T = TypeVar("T")
 
 MAIN = 0
-"""The sequence that callers see; the others are branches of it while `score` runs."""
+"""The main sequence; the others are branches of it while `score` runs."""
 
 BRANCHES = 32
-"""Continuations scored in one pass. llama.cpp keeps a row of logits for each: 0.6 MB at 150,000 tokens."""
+"""Continuations scored in one pass. llama.cpp keeps a row of logits for each: 0.6 MB with a vocabulary of 150,000."""
 
 _CONTEXT_FULL, _STOPPED = 1, 2
 _MOST_CHOICES = 256
 
 
 class _Choice(NamedTuple):
-    """Adapters with their scales as llama.cpp takes them, and the prefix among them."""
+    """The arguments of llama.cpp's switch call for a set of adapters, and the prefix among them."""
 
     prefix: str | None
     pointers: Any
@@ -59,9 +59,9 @@ class _Choice(NamedTuple):
 class GgufEngine:
     """One GGUF base, mapped once, with its adapters (LoRA files and prefixes) and one sequence; see `Engine`.
 
-    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8. For
-    `kv`, of which q8_0 takes no prefixes, and `repack` see `Runtime.open`. UsageError when a number is not positive or
-    the context is longer than the base was trained for.
+    `context_length` and `batch` are in tokens; `threads` defaults to the cores that this process may use, at most 8.
+    For `kv` and `repack` see `Runtime.open`; prefixes need `kv` f16. UsageError when a number is not positive or the
+    context is longer than the base was trained for.
     """
 
     KV: ClassVar[tuple[str, ...]] = ("f16", "q8_0")
@@ -84,7 +84,7 @@ class GgufEngine:
         self._begin(GgufBase(path, context_length, repack), context_length, threads or usable_cores(), batch)
 
     def fork(self) -> GgufEngine:
-        """Another engine on the same base and adapters, with a sequence of its own."""
+        """Another engine with its own sequence, on the same base and adapters."""
         other = object.__new__(GgufEngine)
         other._kv = self._kv
         other._begin(self._base, self.context_length, self._threads, self._batch)
@@ -105,7 +105,7 @@ class GgufEngine:
         self._batch: int = llama.llama_n_batch(self._context)
         self._outputs = min(BRANCHES, self._batch)
         self.tokenizer = base.vocabulary
-        # Kept ready, as a switch runs with nothing of itself left in the processor's caches.
+        # Looked up once: at a switch, the processor's caches are cold and each lookup counts.
         self._switch = llama.llama_set_adapters_lora
         self._choices: dict[tuple[tuple[str, float], ...], _Choice] = {}
         self._length = 0
@@ -113,32 +113,32 @@ class GgufEngine:
 
     @property
     def kv_bytes(self) -> float:
-        """What the number of a key or a value takes."""
+        """Bytes per number in the KV cache."""
         return KV_BYTES[self._kv]
 
     @property
     def threads(self) -> int:
-        """Threads that a step computes with when no others want the cores."""
+        """Threads per step when no other processes use the cores."""
         return self._threads
 
     @property
     def signatures(self) -> tuple[str, ...]:
-        """The library and its version, and how it keeps weights, keys and values; those of the other weights behind."""
-        kept = ("repacked", "mapped") if self._base.repacked else ("mapped", "repacked")
-        return tuple(f"llama-cpp-python {library().__version__}, {weights}, {self._kv}" for weights in kept)
+        """The library, its version, the weights' layout and the KV data type; then the same with the other layout."""
+        layouts = ("repacked", "mapped") if self._base.repacked else ("mapped", "repacked")
+        return tuple(f"llama-cpp-python {library().__version__}, {layout}, {self._kv}" for layout in layouts)
 
     @staticmethod
     def examine(path: Path, sha256: str) -> tuple[list[Path], str | None]:
-        """The one file of the base, whose digest is the fingerprint that adapters are trained for."""
+        """The only file of the base; its digest is the fingerprint."""
         return [path], sha256
 
     def load_adapter(
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
     ) -> None:
-        """Check the adapter file against the base, load it and keep it; a name already loaded is left as it is.
+        """Check and load an adapter file; does nothing if the name is already loaded.
 
-        Loading a prefix drops the sequence. VerificationError for a damaged file, IncompatibleError for one of another
-        base or of other `invocation` tokens.
+        Loading a prefix drops the sequence. VerificationError for a damaged file, IncompatibleError for an adapter of
+        another base or with other invocation tokens.
         """
         if name in self._loaded:
             return
@@ -151,7 +151,8 @@ class GgufEngine:
             return
         check_adapter(header, self._base.header, name)
         if invocation_of(header, name) != tuple(invocation):
-            message = f"adapter {name!r} acts from the tokens {invocation_of(header, name)} on, not {tuple(invocation)}"
+            found, expected = invocation_of(header, name), tuple(invocation)
+            message = f"adapter {name!r} has the invocation tokens {found}, the manifest has {expected}"
             raise IncompatibleError(message, "build the bundle again")
         last_errors()
         adapter = library().llama_adapter_lora_init(self._base.model, os.fsencode(path))
@@ -161,9 +162,9 @@ class GgufEngine:
         self._adapters[name] = adapter
 
     def activate(self, adapters: Mapping[str, float]) -> None:
-        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base.
+        """Switch to exactly these loaded adapters with their scales; `{}` is the plain base.
 
-        The sequence stays, unless the prefix is another one than before. UsageError for two prefixes or a scaled one.
+        Keeps the sequence, unless the prefix changes. UsageError for two prefixes or a scaled prefix.
         """
         wanted = tuple(adapters.items())
         choice = self._choices.get(wanted)
@@ -184,12 +185,12 @@ class GgufEngine:
         return _Choice(prefix, pointers, (ctypes.c_float * len(added))(*added.values()))
 
     def capacity(self, adapters: Mapping[str, float]) -> int:
-        """How many tokens a sequence may have beside what these adapters take of the context."""
+        """The number of tokens that fit in the context after the prefix among these adapters, if any."""
         prefix = prefix_among(adapters, self._prefixes)
         return self.context_length - (self._prefixes[prefix].tokens if prefix else 0)
 
-    def forget(self, keep: int) -> int:
-        """Drop the sequence's tokens from position `keep` on; returns how many are left (0 if it cannot trim)."""
+    def truncate(self, keep: int) -> int:
+        """Truncate the sequence to its first `keep` tokens; returns the new length (0 if it cannot be truncated)."""
         start = self._prefixes[self._prefix].tokens if self._prefix else 0
         end = start + max(keep, 0)
         if start < end == self._length:
@@ -203,19 +204,19 @@ class GgufEngine:
         return self._length - start
 
     def use_threads(self, count: int) -> None:
-        """Compute the steps from now on with so many threads, which changes no bit of them."""
+        """Set the number of threads of the next steps, which does not change a bit of the results."""
         if count != self._used_threads:
             self._used_threads = count
             library().llama_set_n_threads(self._context, count, count)
 
     def stop_step(self) -> None:
-        """Have the step that another thread computes end soon with StepStopped; where none runs, maybe the next one."""
+        """Make the running step of another thread end soon with StepStopped; if none runs, maybe the next one."""
         self._stop.set()
 
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
-        check_room(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
-        with self._whole():
+        check_tokens_fit(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
+        with self._undoing_if_stopped():
             for part in _parts(tokens, self._batch):
                 self._append(part, [False] * (len(part) - 1) + [True])
                 self._last = self._view(1)[0].copy()
@@ -227,10 +228,10 @@ class GgufEngine:
 
         UsageError when the tokens do not fit in the context.
         """
-        check_room(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
+        check_tokens_fit(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
         first = len(tokens) - (len(tokens) if last is None else last)
         logits = np.empty((len(tokens) - first, self.tokenizer.vocab_size), np.float32)
-        with self._whole():
+        with self._undoing_if_stopped():
             for start in range(0, len(tokens), self._outputs):
                 part = tokens[start : start + self._outputs]
                 outputs = [place >= first for place in range(start, start + len(part))]
@@ -242,13 +243,13 @@ class GgufEngine:
         return logits
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
-        """Sum of log probabilities (nats) of each continuation after the sequence, which stays as it is.
+        """Sum of log probabilities (nats) of each continuation of the sequence, which is not changed.
 
-        The continuations form a tree whose shared beginnings are decoded once, as branches of the sequence. UsageError
-        when nothing was decoded last, or when the longest continuation does not fit in the context.
+        The continuations form a prefix tree, decoded as branches of the sequence, so that common prefixes are decoded
+        once. UsageError when the last call was not a decode, or when a continuation does not fit in the context.
         """
         if self._last is None:
-            raise UsageError("there are no logits to score continuations from", "decode at least one token first")
+            raise UsageError("there are no logits to score continuations with", "decode at least one token first")
         wanted = sorted({tuple(tokens) for tokens in continuations})
         check_continuations(wanted, self._length, self.context_length, self.tokenizer.vocab_size)
         scores: dict[Continuation, float] = {}
@@ -257,7 +258,7 @@ class GgufEngine:
         return [scores[tuple(tokens)] for tokens in continuations]
 
     def save_state(self) -> memoryview:
-        """The sequence's keys and values, for `restore_state` of the same base."""
+        """The keys and values of the sequence, for `restore_state` on the same base."""
         llama = library()
         size: int = llama.llama_state_seq_get_size(self._context, MAIN)
         buffer = np.empty(size, np.uint8)
@@ -266,7 +267,7 @@ class GgufEngine:
         return buffer.data
 
     def restore_state(self, state: memoryview) -> None:
-        """Replace the sequence by a saved one of the same prefix; decode at least one token before `score`."""
+        """Replace the sequence by a saved one with the same prefix; decode at least one token before `score`."""
         self._last = None
         try:
             check_state(state, self.context_length)
@@ -281,15 +282,15 @@ class GgufEngine:
             self._stop.clear()
             self.tokenizer.close()
             self._free()
-            # The last engine to let go of the base frees it.
+            # The base is freed with its last reference.
             del self._base
 
     def _load_prefix(self, name: str, prefix: PrefixState) -> None:
-        """Keep a prefix, if llama.cpp takes its state and gives the same back."""
-        check_prefix_room(name, prefix.tokens, self.context_length)
+        """Store a prefix, if llama.cpp accepts its state and returns the same bytes."""
+        check_prefix_fits(name, prefix.tokens, self.context_length)
         if self._kv != "f16":
-            # llama.cpp may rotate what it quantizes, and would not say so.
-            message = f"adapter {name!r} is a prefix, which goes with keys and values in f16 only"
+            # llama.cpp may rotate keys and values before it quantizes them, without reporting it.
+            message = f"adapter {name!r} is a prefix, which works only with keys and values in f16, not {self._kv}"
             raise IncompatibleError(message, "open the bundle with kv f16")
         try:
             self._set_state(prefix.data)
@@ -299,12 +300,12 @@ class GgufEngine:
         finally:
             self._rewind()
         if not same:
-            message = f"this llama.cpp keeps keys and values in another way than adapter {name!r} needs"
-            raise IncompatibleError(message, "install the version of llama-cpp-python that edgetune-runtime names")
+            message = f"the KV cache of this llama.cpp has another layout than adapter {name!r} needs"
+            raise IncompatibleError(message, "install a version of llama-cpp-python that edgetune-runtime allows")
         self._prefixes[name] = prefix
 
     def _rewind(self) -> None:
-        """Drop the sequence and put the active prefix, if there is one, in its place."""
+        """Drop the sequence and restore the active prefix, if any."""
         self._last = None
         library().llama_memory_seq_rm(self._memory, MAIN, -1, -1)
         self._length = 0
@@ -312,7 +313,7 @@ class GgufEngine:
             self._set_state(self._prefixes[self._prefix].data)
 
     def _set_state(self, state: bytes | memoryview) -> None:
-        """Replace all of the sequence, prefix included; VerificationError when llama.cpp does not take the state."""
+        """Replace the whole sequence with its prefix; VerificationError when llama.cpp refuses the state."""
         llama = library()
         llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
         self._length = 0
@@ -320,18 +321,18 @@ class GgufEngine:
         pointer = _pointer(np.frombuffer(state, np.uint8))
         if not llama.llama_state_seq_set_data(self._context, pointer, len(state), MAIN):
             llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
-            raise VerificationError(f"llama.cpp refuses a saved state: {last_errors()}", "start without it")
+            raise VerificationError(f"llama.cpp refused a saved state: {last_errors()}", "start without it")
         self._length = llama.llama_memory_seq_pos_max(self._memory, MAIN) + 1
 
     def _has_window_before(self, position: int) -> bool:
-        # Of sliding-window layers, a saved state has only the window before its own end. Trimmed further back and
-        # continued, it would attend to less than the model was trained on, and nothing would say so.
+        # For sliding-window layers, a saved state contains only the last window. If it were truncated to an earlier
+        # position, those layers would silently attend to fewer tokens than the model was trained on.
         first: int = library().llama_memory_seq_pos_min(self._memory, MAIN)
         return first <= max(0, position - self._window + 1)
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Drop all that a step appended when it is stopped."""
+    def _undoing_if_stopped(self) -> Iterator[None]:
+        """Undo a step that is stopped: drop the tokens that it appended."""
         length = self._length
         try:
             yield
@@ -357,7 +358,7 @@ class GgufEngine:
         sequences: Sequence[tuple[int, ...]],
         outputs: Sequence[bool],
     ) -> None:
-        """Decode one batch; tokens that belong to several sequences are computed once."""
+        """Decode one batch; a token that belongs to several sequences is computed once."""
         last_errors()
         self._stop.clear()
         result = decode_batch(self._context, tokens, positions, sequences, outputs)
@@ -365,12 +366,13 @@ class GgufEngine:
             self._stop.clear()
             raise StepStopped
         if result == _CONTEXT_FULL:
-            raise UsageError(f"the context of {self._cells} tokens is full", "open the bundle with a longer context")
+            message = f"the context of {self._cells} tokens is full"
+            raise UsageError(message, "open the bundle with a larger context_length")
         if result != 0:
-            raise EdgetuneError(f"llama.cpp cannot decode {len(tokens)} tokens ({result}): {last_errors()}")
+            raise EdgetuneError(f"llama.cpp cannot decode {len(tokens)} tokens (error {result}): {last_errors()}")
 
     def _view(self, count: int) -> Logits:
-        """The last batch's logits where llama.cpp keeps them; the next batch overwrites them."""
+        """A view of the last batch's logits in llama.cpp's buffer, which the next batch overwrites."""
         logits = library().llama_get_logits(self._context)
         rows: Logits = np.ctypeslib.as_array(logits, (count, self.tokenizer.vocab_size))
         return rows
@@ -389,7 +391,7 @@ class GgufEngine:
 
     @contextmanager
     def _branched(self, count: int) -> Iterator[None]:
-        """While it lasts, sequences 1 to `count` share all cells of the main one."""
+        """While the block runs, sequences 1 to `count` share all KV cells of the main sequence."""
         llama = library()
         branches = range(MAIN + 1, MAIN + 1 + count)
         for branch in branches:
@@ -410,4 +412,4 @@ def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 ENGINE = GgufEngine
-"""What `Runtime.open(engine="gguf")` makes."""
+"""The class for `Runtime.open(engine="gguf")`."""

@@ -1,4 +1,4 @@
-"""llama.cpp's library in, its tokenizer and models out: what every call into llama_cpp shares."""
+"""All calls of llama_cpp that load models, make contexts, decode batches and tokenize."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _INSTALL = (
 )
 
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
-"""Bytes of a key's or a value's number in each form that a context may keep them in."""
+"""Bytes per number for each data type of the KV cache."""
 
 _LOG = LlamaLog()
 
 
 @cache
 def library() -> Any:  # noqa: ANN401 - a module of ctypes functions
-    """The llama_cpp module, which logs to `logging`; IncompatibleError that says what to install when it is missing."""
+    """The llama_cpp module, which logs to `logging`; if it is missing, IncompatibleError names the install command."""
     try:
         import llama_cpp  # noqa: PLC0415 - heavy and optional
     except ImportError as error:
         raise IncompatibleError("GGUF bundles need llama-cpp-python, which is not installed", _INSTALL) from error
     except (OSError, RuntimeError) as error:
-        raise IncompatibleError(f"llama-cpp-python does not load: {error}", _INSTALL) from error
+        raise IncompatibleError(f"llama-cpp-python cannot be loaded: {error}", _INSTALL) from error
     llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp
@@ -46,22 +46,22 @@ def _log_callback(llama_cpp: Any) -> Any:  # noqa: ANN401 - as above; cached bec
 
 
 def last_errors() -> str:
-    """What llama.cpp logged as errors since the last call, in one line."""
+    """The errors that llama.cpp logged since the last call, in one line."""
     return _LOG.take_errors() or "llama.cpp gave no reason"
 
 
 def load_model(path: Path, *, vocabulary_only: bool, repack: bool = False) -> Any:  # noqa: ANN401 - a bare pointer
-    """Map a GGUF file that `read_header` has checked, or with `repack` read it into memory, as this processor likes it.
+    """Map a GGUF file that `read_header` has checked; with `repack`, read it into memory, repacked for this processor.
 
-    VerificationError if llama.cpp refuses it. Free it after use.
+    VerificationError if llama.cpp refuses the file. The caller must free the model.
     """
     llama = library()
     params = llama.llama_model_default_params()
     params.vocab_only = vocabulary_only
-    # Repacked weights beside a mapped file would double what a board needs: it is one or the other.
+    # Repacked weights together with a mapped file would need twice the memory, so use one or the other.
     params.load_mode = llama.LLAMA_LOAD_MODE_NONE if repack else llama.LLAMA_LOAD_MODE_MMAP
     params.use_extra_bufts = repack
-    # A host with a GPU has to give the numbers that the board gives.
+    # A host with a GPU must compute the same numbers as the board.
     params.n_gpu_layers = 0
     last_errors()
     model = llama.llama_model_load_from_file(os.fsencode(path), params)
@@ -80,7 +80,7 @@ def make_context(
     sequences: int,
     kv: str,
 ) -> Any:  # noqa: ANN401 - as above
-    """A context for so many tokens and sequences, and batches of that size; IncompatibleError if there is none."""
+    """A context for `context_length` tokens in `sequences` sequences; IncompatibleError if llama.cpp cannot make it."""
     llama = library()
     params = llama.llama_context_default_params()
     params.n_ctx = context_length
@@ -88,42 +88,42 @@ def make_context(
     params.n_seq_max = params.n_outputs_max = sequences
     params.n_threads = params.n_threads_batch = threads
     params.type_k = params.type_v = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}[kv]
-    # Flash attention costs a message of a few tokens behind a long state a third more time than plain attention does.
-    # Without it llama.cpp keeps no quantized values.
+    # Flash attention takes a third more time than plain attention for a short message after a long state, but
+    # llama.cpp needs it for quantized values.
     params.flash_attn_type = (
         llama.LLAMA_FLASH_ATTN_TYPE_DISABLED if kv == "f16" else llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
     )
-    # One buffer for all sequences: branches share the cells of the sequence that they start from.
+    # One KV buffer for all sequences, so that branches share the cells of the sequence that they start from.
     params.kv_unified = True
-    # A sliding window that forgets cannot be trimmed back to an earlier position.
+    # Keep all cells of sliding-window layers, so that the sequence can be truncated to an earlier position.
     params.swa_full = True
     params.offload_kqv = params.op_offload = False
     last_errors()
     context = llama.llama_init_from_model(model, params)
     if not context:
-        message = f"no context of {context_length} tokens: {last_errors()}"
-        remedy = "open the bundle with a shorter context" if kv == "f16" else "open the bundle with kv f16"
+        message = f"llama.cpp cannot make a context of {context_length} tokens: {last_errors()}"
+        remedy = "open the bundle with a smaller context_length" if kv == "f16" else "open the bundle with kv f16"
         raise IncompatibleError(message, remedy)
     return context
 
 
 class StopFlag:
-    """Tells llama.cpp to end the batch that it computes; it looks after each operation of the graph."""
+    """Tells llama.cpp to stop the running batch; llama.cpp checks after each operation of the graph."""
 
     def __init__(self, context: Any) -> None:  # noqa: ANN401 - a bare pointer
-        # strlen is asked: a text that is not empty means stop. A Python function takes 6 % more time.
+        # The abort callback is strlen on a buffer: not empty means stop. A Python callback costs 6 % of the speed.
         self._text = ctypes.create_string_buffer(2)
         libc = ctypes.CDLL("msvcrt" if os.name == "nt" else None)
         self._callback = ctypes.cast(libc.strlen, library().ggml_abort_callback)
         library().llama_set_abort_callback(context, self._callback, ctypes.addressof(self._text))
 
     def set(self) -> None:
-        """End the batch."""
+        """Stop the running batch."""
         _LOG.stopping.add(id(self))
         self._text.raw = b"\x01\x00"
 
     def clear(self) -> None:
-        """Let the next batch be computed."""
+        """Allow the next batch."""
         _LOG.stopping.discard(id(self))
         self._text.raw = b"\x00\x00"
 
@@ -135,7 +135,7 @@ def decode_batch(
     sequences: Sequence[tuple[int, ...]],
     outputs: Sequence[bool],
 ) -> int:
-    """Decode tokens at their positions, each in one sequence or more, with logits where wanted; llama.cpp's result."""
+    """Decode tokens, each in one or more sequences, with logits where `outputs` is true; returns llama.cpp's result."""
     llama = library()
     count = len(tokens)
     members = {ids: (ctypes.c_int32 * len(ids))(*ids) for ids in set(sequences)}
@@ -172,8 +172,8 @@ class Vocabulary:
 
     @cached_property
     def end_token(self) -> int:
-        """The token that ends a turn, or else the one that ends a text."""
-        # llama.cpp guesses its EOT from token texts and takes a text's end for a turn's; the template knows better.
+        """The end-of-turn token, or the end-of-text token if there is none."""
+        # llama.cpp guesses EOT from token texts and may return end-of-text instead; the chat template is reliable.
         for token in self._after_answer():
             if self.is_end(token):
                 return token
@@ -190,7 +190,7 @@ class Vocabulary:
         return tokens
 
     def piece(self, token: int) -> bytes:
-        """The bytes that `token` stands for; empty for control tokens."""
+        """The bytes of `token`; empty for control tokens."""
         self._check(token)
         llama = library()
         size = 64
@@ -207,11 +207,11 @@ class Vocabulary:
         return bool(library().llama_vocab_is_eog(self._vocab, token))
 
     def close(self) -> None:
-        """Refuse all calls from now on, as the model is about to be freed."""
+        """Refuse all further calls, because the model is about to be freed."""
         self.vocab_size = 0
 
     def _after_answer(self) -> list[int]:
-        """The tokens that the chat template puts behind an assistant's answer; none if it has no such place."""
+        """The tokens that the chat template adds after an assistant's answer; none if it cannot render one."""
         if self.chat_template is None:
             return []
         answer = "edgetune"
@@ -225,16 +225,16 @@ class Vocabulary:
     def _raw(self, text: str) -> list[int]:
         self._check(0)
         data = text.encode("utf-8", "replace")
-        room = len(data) + 8
+        size = len(data) + 8
         while True:
-            tokens = (ctypes.c_int32 * room)()
-            count: int = library().llama_tokenize(self._vocab, data, len(data), tokens, room, False, True)
+            tokens = (ctypes.c_int32 * size)()
+            count: int = library().llama_tokenize(self._vocab, data, len(data), tokens, size, False, True)
             if count >= 0:
                 return tokens[:count]
-            room = -count
+            size = -count
 
     def _after_newline(self, text: str) -> list[int]:
-        # llama.cpp puts a space in front of the first word, which cannot be turned off; behind a newline it does not.
+        # llama.cpp always adds a space before the first word, but not after a newline.
         newline: int = library().llama_vocab_nl(self._vocab)
         tokens = self._raw("\n" + text)
         return tokens[tokens.index(newline) + 1 :] if newline in tokens else self._raw(text)
@@ -244,8 +244,9 @@ class Vocabulary:
         return text.decode("utf-8", "replace") if text else ""
 
     def _check(self, token: int) -> None:
-        # llama.cpp throws C++ exceptions through ctypes, which end the process.
+        # llama.cpp throws C++ exceptions through ctypes, which kill the process.
         if self.vocab_size == 0:
             raise UsageError("the tokenizer is closed", "open its file again")
         if not 0 <= token < self.vocab_size:
-            raise UsageError(f"no token {token} in a vocabulary of {self.vocab_size}", "use this base's own tokenizer")
+            message = f"no token {token} in a vocabulary of {self.vocab_size}"
+            raise UsageError(message, "use the tokenizer of this base")

@@ -1,4 +1,4 @@
-"""Brings llama.cpp's log to `logging`, as whole lines."""
+"""Pass the log of llama.cpp to `logging`, in whole lines."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections import deque
 LOG = logging.getLogger("edgetune_runtime.llama_cpp")
 
 _DEBUG, _INFORMATION, _ERROR, _CONTINUED = 1, 2, 4, 5
-# Of ggml.h. What llama.cpp takes for information is a hundred lines per model.
+# Levels of ggml.h. llama.cpp logs a hundred info lines per model, so they become debug messages.
 _LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
-# Expected: one for each tensor of an adapter beside repacked weights.
+# Expected for each tensor of an adapter when the base is repacked.
 _NO_WARNING = "cannot use buft 'CPU_REPACK', fallback to CPU"
 
 
 class LlamaLog:
-    """What llama.cpp logs: to the logger `edgetune_runtime.llama_cpp`, and the last errors kept for ours.
+    """Sends llama.cpp's messages to the logger `edgetune_runtime.llama_cpp`, and keeps the last errors.
 
-    Its debug messages are left out: thousands of lines per model, and two per switch of adapters, where asking for the
-    logger's level would cost 0.2 of 1.6 µs. `stopping` holds steps that were asked to stop, which it calls errors.
+    Debug messages are dropped: there are thousands per model and two per adapter switch, where checking the level of
+    the logger would cost 0.2 of 1.6 µs. `stopping` has the steps that were asked to stop: llama.cpp logs their end as
+    an error.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class LlamaLog:
         self._line = ""
 
     def write(self, level: int, text: bytes, _: object = None) -> None:
-        """Take a message, which may be a part of a line; a continuation has the level of what it continues."""
+        """Log a message, which may be part of a line; a continuation has the level of the message before."""
         if level == _DEBUG or (level == _INFORMATION and not LOG.isEnabledFor(logging.DEBUG)):
             if self._line:
                 self._end_line()
@@ -44,7 +45,7 @@ class LlamaLog:
             self._emit(line)
 
     def take_errors(self) -> str:
-        """What was logged as errors since the last call, in one line; empty if there was nothing."""
+        """The errors logged since the last call, in one line; empty if there were none."""
         self._end_line()
         lines = [line for line in self._errors if line]
         self._errors.clear()

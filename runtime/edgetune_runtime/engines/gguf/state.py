@@ -1,11 +1,9 @@
-"""File of a prefix in, state of a sequence out: the bytes from which llama.cpp fills its cache of keys and values.
+"""Convert a prefix file to a llama.cpp sequence state, and check saved states before llama.cpp reads them.
 
-States that were kept are looked through before llama.cpp reads them.
-
-The layout is that of `llama_kv_cache::state_write` at llama.cpp 0c1e57098: a magic and the sequence, then for each of
-the model's caches (one, and a second for sliding-window layers) the cells with their positions, the keys of all its
-layers, and the values of all its layers. llama.cpp itself refuses sizes and types that are not its own; the engine
-compares what it gives back.
+The layout is the one of `llama_kv_cache::state_write` at llama.cpp 0c1e57098: a magic number and the sequence, then for
+each KV cache of the model (one, and a second one for sliding-window layers) the cells with their positions, the keys of
+all its layers, and the values of all its layers. llama.cpp itself refuses other sizes and types than its own; the
+engine checks that llama.cpp returns the same bytes.
 """
 
 from __future__ import annotations
@@ -39,17 +37,16 @@ Halves = NDArray[np.float16]
 
 @dataclass(frozen=True)
 class PrefixState:
-    """A prefix of so many `tokens` as the state of sequence 0."""
+    """A prefix of `tokens` tokens, as the state of sequence 0."""
 
     tokens: int
     data: bytes
 
 
 def read_prefix(path: Path, adapter: GgufHeader, base: GgufHeader, name: str) -> PrefixState:
-    """Read a prefix, whose header is `adapter`.
+    """Read the prefix in the file with the header `adapter`; `name` is the adapter's name in errors.
 
-    Raises VerificationError for a damaged file and IncompatibleError for one of another base; `name` is the adapter's
-    in the errors.
+    Raises VerificationError for a damaged file and IncompatibleError for a prefix of another base.
     """
     tokens, shape = check_prefix(adapter, base, name), cache_shape(base)
     layers = range(shape.layers)
@@ -58,23 +55,23 @@ def read_prefix(path: Path, adapter: GgufHeader, base: GgufHeader, name: str) ->
 
 
 def check_state(state: memoryview, context_length: int) -> None:
-    """VerificationError unless the bytes are a state of sequence 0 within the context, to the last byte.
+    """Raise VerificationError unless the bytes are exactly a state of sequence 0 that fits in the context.
 
-    Types and sizes are llama.cpp's own to compare with its cache.
+    llama.cpp compares types and sizes with its cache itself.
     """
     try:
         magic, sequence = struct.unpack_from("<Ii", state)
         offset = 8 if (magic, sequence) == (_MAGIC, 0) else len(state) + 1
         while offset < len(state):
-            offset = _after_part(state, offset, context_length)
+            offset = _end_of_cache(state, offset, context_length)
     except (struct.error, ValueError):
         offset = -1
     if offset != len(state):
-        raise VerificationError("a saved state is not laid out as llama.cpp does it", "start without it")
+        raise VerificationError("a saved state does not have llama.cpp's layout", "start without it")
 
 
-def _after_part(state: memoryview, offset: int, context_length: int) -> int:
-    """Where one cache ends that begins at `offset`; ValueError or struct.error when it is not one."""
+def _end_of_cache(state: memoryview, offset: int, context_length: int) -> int:
+    """The end of the KV cache that starts at `offset`; ValueError or struct.error if there is none."""
     streams, count = struct.unpack_from("<II", state, offset)
     if streams != _STREAMS or not 0 < count <= context_length:
         raise ValueError("cells")
@@ -97,14 +94,14 @@ def _after_part(state: memoryview, offset: int, context_length: int) -> int:
 
 
 def _rows(path: Path, tensor: TensorInfo, name: str) -> Halves:
-    """A tensor's values, [tokens, heads * size]."""
+    """The values of a tensor, [tokens, heads * size]."""
     width = tensor.shape[0] * tensor.shape[1]
     stored = "<f4" if tensor.type_name == "f32" else "<f2"
     raw = np.fromfile(path, stored, tensor.shape[2] * width, offset=tensor.offset)
     with np.errstate(over="ignore"):
         rows: Halves = raw.astype("<f2").reshape(-1, width)
     if not np.isfinite(rows).all():
-        message = f"adapter {name!r} has values in {tensor.name!r} that are not finite numbers of 16 bits"
+        message = f"adapter {name!r} has values in {tensor.name!r} that are not finite in f16"
         raise VerificationError(message, COPY_FILE_AGAIN)
     return rows
 
@@ -114,16 +111,16 @@ def _state(keys: Sequence[Halves], values: Sequence[Halves], shape: CacheShape) 
     tokens = len(keys[0])
     parts = [(whole, 0)]
     if shape.window:
-        # Of what lies before the window llama.cpp keeps no cells in a state.
+        # llama.cpp saves no cells for tokens before the window.
         parts.append((list(shape.sliding), max(0, tokens - shape.window)))
     pieces = [struct.pack("<Ii", _MAGIC, 0)]
     for layers, first in parts:
-        pieces.append(_part([keys[n][first:] for n in layers], [values[n][first:] for n in layers], first, tokens))
+        pieces.append(_cache([keys[n][first:] for n in layers], [values[n][first:] for n in layers], first, tokens))
     return b"".join(pieces)
 
 
-def _part(keys: Sequence[Halves], values: Sequence[Halves], first: int, end: int) -> bytes:
-    """One cache: cells of the positions `first` to `end`, each of one sequence, 0."""
+def _cache(keys: Sequence[Halves], values: Sequence[Halves], first: int, end: int) -> bytes:
+    """One KV cache: the cells of positions `first` to `end`, each used by sequence 0 only."""
     cells = np.zeros((end - first, 3), "<i4")
     cells[:, 0], cells[:, 1] = np.arange(first, end), 1
     pieces = [

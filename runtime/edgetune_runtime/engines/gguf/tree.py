@@ -1,4 +1,4 @@
-"""Continuations of one sequence as a tree whose shared beginnings are computed once, and their log probabilities."""
+"""Score continuations of one sequence as a prefix tree, so that common prefixes are computed once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Continuation = tuple[int, ...]
 
 
 def groups(wanted: Sequence[Continuation], branches: int, free: int) -> Iterator[list[Continuation]]:
-    """Split sorted continuations so that each group has at most so many, whose tokens fit in the free cells."""
+    """Split sorted continuations into groups of at most `branches` whose tokens fit in `free` KV cells."""
     group: list[Continuation] = []
     for tokens in wanted:
         if group and (len(group) == branches or sum(map(len, group)) + len(tokens) > free):
@@ -23,10 +23,10 @@ def groups(wanted: Sequence[Continuation], branches: int, free: int) -> Iterator
 
 
 class ContinuationTree:
-    """The tree of a group of continuations.
+    """The prefix tree of a group of continuations.
 
-    A node is a beginning that has to be computed; `branches` are the numbers of the continuations that it is part of.
-    The last token of a continuation is only looked up, so only what lies before it is a node.
+    A node is a prefix that has to be computed; `branches` lists the numbers of the continuations that start with it.
+    The last token of a continuation is only looked up in the logits, so only shorter prefixes are nodes.
     """
 
     def __init__(self, group: Sequence[Continuation]) -> None:
@@ -42,14 +42,14 @@ class ContinuationTree:
                 self._following.setdefault(tokens[:end], set()).add(token)
 
     def steps_after(self, nodes: Sequence[Continuation], rows: Logits) -> dict[Continuation, float]:
-        """Log probability of the last token of each step, from the logits after the node that it continues."""
+        """Log probability of each token that follows one of the nodes, from the logits after that node."""
         steps = {}
-        # Row by row: all rows at once in float64 would take more memory than a small base.
+        # Row by row, because all rows at once in float64 would use more memory than a small base.
         for node, row in zip(nodes, rows, strict=True):
             total = log_total(row)
             steps.update({(*node, token): float(row[token]) - total for token in self._following[node]})
         return steps
 
     def totals(self, steps: dict[Continuation, float]) -> dict[Continuation, float]:
-        """Log probability of each continuation, of those of its steps."""
+        """Log probability of each continuation: the sum over its steps."""
         return {tokens: math.fsum(steps[tokens[: end + 1]] for end in range(len(tokens))) for tokens in self._group}

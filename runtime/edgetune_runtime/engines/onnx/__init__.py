@@ -1,1 +1,1 @@
-"""The engine of ONNX files, on onnxruntime."""
+"""The engine for ONNX files, on onnxruntime."""

@@ -1,4 +1,4 @@
-"""What the runtime reads of genai_config.json, which onnxruntime-genai's builder writes beside a graph."""
+"""Read genai_config.json, which onnxruntime-genai's builder writes next to a graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 @dataclass(frozen=True)
 class OnnxConfig:
-    """What genai_config.json tells about the model."""
+    """The values of genai_config.json that the runtime uses."""
 
     context_length: int
     head_size: int
@@ -20,7 +20,7 @@ class OnnxConfig:
 
 
 def read_config(path: Path) -> OnnxConfig:
-    """Read the file; NotFoundError when it is missing, VerificationError when it is not what the builder writes."""
+    """Read the file; NotFoundError when it is missing, VerificationError when a value is missing or wrong."""
     try:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
         ends = model["eos_token_id"]
@@ -29,6 +29,5 @@ def read_config(path: Path) -> OnnxConfig:
     except FileNotFoundError as error:
         raise NotFoundError(f"{path} is missing", COPY_BUNDLE_AGAIN) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VerificationError(
-            f"{path} is not what onnxruntime-genai's builder writes: {error}", "build it again"
-        ) from error
+        message = f"{path} is not a genai_config.json as onnxruntime-genai's builder writes it: {error}"
+        raise VerificationError(message, "build the bundle again") from error

@@ -1,8 +1,8 @@
-"""ONNX folder in, logits out: plain onnxruntime, the base mapped once, buffers and adapters bound as inputs.
+"""The engine on plain onnxruntime: one mapped base, with KV buffers and adapters bound as inputs.
 
-Keys and values lie in one buffer a layer, past and present at once, so a step copies none of them; the length of the
-attention mask says how much is filled. Each set of active adapters has a binding of its own, and a switch takes another
-one. (`run_with_iobinding` ignores the active adapters of RunOptions, so their tensors are bound as inputs.)
+Past and present keys (and values) of a layer share one buffer, so a step copies nothing; the length of the attention
+mask is the filled length. Each set of active adapters has its own binding, and a switch selects a binding.
+(`run_with_iobinding` ignores the active adapters of RunOptions, so their tensors are bound as inputs.)
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from edgetune_runtime.engines.base import (
     Logits,
     StepStopped,
+    check_context_length,
     check_continuations,
     check_kv,
     check_options,
-    check_prefix_room,
-    check_room,
+    check_prefix_fits,
     check_scales,
-    check_trained,
+    check_tokens_fit,
     log_total,
     prefix_among,
 )
@@ -48,7 +48,7 @@ from .tokenizers import JsonTokenizer
 Arrays = Mapping[str, NDArray[np.float32]]
 
 _BINDINGS = 32
-"""Sets of adapters whose bindings are kept; a sum of adapters also keeps its tensors."""
+"""Number of adapter sets whose bindings are cached; a set of several adapters also caches the summed tensors."""
 
 _STATE = struct.Struct("<4sII")
 _MAGIC = b"ETS2"
@@ -56,7 +56,7 @@ _MAGIC = b"ETS2"
 
 @dataclass
 class _Binding:
-    """onnxruntime's binding, the adapter's tensors that it points to, and the number of tokens that it is bound for."""
+    """onnxruntime's binding, the adapter tensors that it points to, and the number of tokens of its input."""
 
     io: Any
     tensors: Arrays
@@ -64,11 +64,12 @@ class _Binding:
 
 
 class OnnxEngine:
-    """One ONNX base with its adapters and one sequence; see `Engine`. `path` is model.onnx; its folder holds the rest.
+    """One ONNX base with its adapters and one sequence; see `Engine`.
 
-    `context_length` and `batch` are in tokens; `threads` defaults to the cores this process may use, at most 8, and
-    more than these are not taken. onnxruntime repacks weights whatever `repack` says.
-    UsageError when one is not positive or the context is longer than the base was trained for.
+    `path` is model.onnx, next to its other files. `context_length` and `batch` are in tokens. `threads` defaults to the
+    cores that this process may use, at most 8, and is limited to the available cores. onnxruntime always repacks the
+    weights, whatever `repack` is. UsageError when a number is not positive or the context is longer than the base was
+    trained for.
     """
 
     KV: ClassVar[tuple[str, ...]] = ("f32",)
@@ -92,7 +93,7 @@ class OnnxEngine:
         self._batch = batch
         header = read_onnx(path)
         config = read_config(path.with_name("genai_config.json"))
-        check_trained(context_length, config.context_length)
+        check_context_length(context_length, config.context_length)
         self._slots, self._tensor_slots, self._past = slots_of(header), tensor_slots_of(header), past_inputs(header)
         self._head_size = config.head_size
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
@@ -105,13 +106,13 @@ class OnnxEngine:
         self._new_sequence()
 
     def fork(self) -> OnnxEngine:
-        """Another engine on the same session and adapters, with a sequence of its own."""
+        """Another engine with its own sequence, on the same session and adapters."""
         other = copy(self)
         other._new_sequence()
         return other
 
     def _new_sequence(self) -> None:
-        """Make what belongs to one sequence: buffers, and bindings that point to them."""
+        """Make the buffers of a sequence, and the bindings that point to them."""
         self._buffers = _buffers(self._session, self.context_length, self._head_size)
         self._mask = np.ones(self.context_length, np.int64)
         self._ids, self._start = np.zeros(self._batch, np.int64), np.zeros(1, np.int64)
@@ -125,17 +126,17 @@ class OnnxEngine:
 
     @property
     def kv_bytes(self) -> float:
-        """What the number of a key or a value takes."""
+        """Bytes per number in the KV cache."""
         return self.bytes_per_number
 
     @property
     def signatures(self) -> tuple[str, ...]:
-        """The library and its version, and how keys and values are kept."""
+        """The library, its version, and the KV data type."""
         return (f"onnxruntime {library().__version__}, f32",)
 
     @staticmethod
     def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
-        """All files that are read for the base at `path`; the fingerprint of what the graph says it was made from."""
+        """All files of the base at `path`, and the fingerprint of the GGUF file that it was made from."""
         header = read_onnx(path)
         names = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", *header.external_files)
         return [path, *(path.parent / name for name in names)], header.metadata.get("edgetune.base_fingerprint")
@@ -143,10 +144,10 @@ class OnnxEngine:
     def load_adapter(
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
     ) -> None:
-        """Check the adapter file against the graph, load it and keep it; a name already loaded is left as it is.
+        """Check and load an adapter file; does nothing if the name is already loaded.
 
-        The file says nothing of tokens that activate it. VerificationError for a damaged file, IncompatibleError for
-        one of another base.
+        These files do not contain invocation tokens. VerificationError for a damaged file, IncompatibleError for an
+        adapter of another base.
         """
         if name in self._loaded:
             return
@@ -155,7 +156,7 @@ class OnnxEngine:
             raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
         if any(is_past(slot) for slot in arrays):
             tokens = check_prefix_arrays(arrays, self._past, self._head_size, name)
-            check_prefix_room(name, tokens, self.context_length)
+            check_prefix_fits(name, tokens, self.context_length)
             self._prefixes[name] = {slot: np.asarray(array[0], np.float32) for slot, array in arrays.items()}
             return
         if any(is_tensor(slot) for slot in arrays):
@@ -163,13 +164,13 @@ class OnnxEngine:
         else:
             check_adapter_arrays(arrays, self._slots, name)
         self._adapters[name] = {slot: np.ascontiguousarray(array, np.float32) for slot, array in arrays.items()}
-        # Making a binding takes a millisecond or two, so the first switch finds it made.
+        # Making a binding takes a millisecond or two, so make it before the first switch.
         self._binding_of({name: 1.0})
 
     def activate(self, adapters: Mapping[str, float]) -> None:
-        """Switch to exactly these loaded adapters, each times its scale; `{}` is the plain base.
+        """Switch to exactly these loaded adapters with their scales; `{}` is the plain base.
 
-        The sequence stays, unless the prefix is another one than before. UsageError for two prefixes or a scaled one.
+        Keeps the sequence, unless the prefix changes. UsageError for two prefixes or a scaled prefix.
         """
         check_scales(adapters, self._loaded)
         prefix = prefix_among(adapters, self._prefixes)
@@ -182,28 +183,28 @@ class OnnxEngine:
                 self._buffers[slot][:, : self._begin] = array
 
     def capacity(self, adapters: Mapping[str, float]) -> int:
-        """How many tokens a sequence may have beside what these adapters take of the context."""
+        """The number of tokens that fit in the context after the prefix among these adapters, if any."""
         return self.context_length - self._tokens_of(prefix_among(adapters, self._prefixes))
 
-    def forget(self, keep: int) -> int:
-        """Drop the sequence's tokens from position `keep` on; returns how many are left."""
+    def truncate(self, keep: int) -> int:
+        """Truncate the sequence to its first `keep` tokens; returns the new length."""
         end = self._begin + max(keep, 0)
         if end < self._length:
             self._length, self._last = end, None
         return self._length - self._begin
 
     def use_threads(self, count: int) -> None:
-        """Nothing: a session keeps its threads, which take over each other's work when one of them lacks a core."""
+        """Do nothing: a session has a fixed number of threads, which take over the work of a thread without a core."""
 
     def stop_step(self) -> None:
-        """Have the step that another thread computes end soon with StepStopped; where none runs, maybe the next one."""
+        """Make the running step of another thread end soon with StepStopped; if none runs, maybe the next one."""
         self._options.terminate = True
 
     def decode(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
-        check_room(tokens, self._length, self.context_length, self._vocab_size)
+        check_tokens_fit(tokens, self._length, self.context_length, self._vocab_size)
         row = np.empty((1, self._vocab_size), np.float32)
-        with self._whole():
+        with self._undoing_if_stopped():
             for start in range(0, len(tokens), self._batch):
                 self._run(tokens[start : start + self._batch], row)
         self._last = row[0]
@@ -214,24 +215,24 @@ class OnnxEngine:
 
         UsageError when the tokens do not fit in the context.
         """
-        check_room(tokens, self._length, self.context_length, self._vocab_size)
-        with self._whole():
+        check_tokens_fit(tokens, self._length, self.context_length, self._vocab_size)
+        with self._undoing_if_stopped():
             logits = self._run_all(tokens, last)
         self._last = logits[-1].copy()
         return logits
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
-        """Sum of log probabilities (nats) of each continuation after the sequence, which stays as it is.
+        """Sum of log probabilities (nats) of each continuation of the sequence, which is not changed.
 
-        The continuations are walked in order, so that shared beginnings are computed once. UsageError when nothing was
-        decoded last, or when the longest continuation does not fit in the context.
+        The continuations are scored in sorted order, so that common prefixes are computed once. UsageError when the
+        last call was not a decode, or when a continuation does not fit in the context.
         """
         if self._last is None:
-            raise UsageError("there are no logits to score continuations from", "decode at least one token first")
+            raise UsageError("there are no logits to score continuations with", "decode at least one token first")
         start, last = self._length, self._last
         check_continuations(continuations, start, self.context_length, self._vocab_size)
         scores: dict[tuple[int, ...], float] = {}
-        # rows[i] holds the logits after the first i tokens of `path`, with their log-sum-exp.
+        # rows[i] has the logits after the first i tokens of `path`, and their log-sum-exp.
         path: tuple[int, ...] = ()
         rows = [(last, log_total(last))]
         try:
@@ -248,7 +249,7 @@ class OnnxEngine:
         return [scores[tuple(tokens)] for tokens in continuations]
 
     def save_state(self) -> memoryview:
-        """The sequence's keys and values, for `restore_state` of the same base behind the same prefix."""
+        """The keys and values of the sequence, for `restore_state` on the same base with the same prefix."""
         parts = [buffer[:, self._begin : self._length] for buffer in self._buffers.values()]
         state = np.empty(_STATE.size + sum(part.nbytes for part in parts), np.uint8)
         _STATE.pack_into(state.data, 0, _MAGIC, self._begin, self._length)
@@ -263,7 +264,7 @@ class OnnxEngine:
         magic, begin, length = _STATE.unpack_from(state) if len(state) >= _STATE.size else (b"", 0, 0)
         part = slice(begin, length)
         sizes = [buffer[:, part].nbytes for buffer in self._buffers.values()]
-        self.forget(0)
+        self.truncate(0)
         fits = begin == self._begin <= length <= self.context_length
         if magic != _MAGIC or not fits or len(state) != _STATE.size + sum(sizes):
             raise VerificationError("a saved state does not fit this engine", "start without it")
@@ -284,11 +285,11 @@ class OnnxEngine:
         self._buffers = {}
 
     def _tokens_of(self, prefix: str | None) -> int:
-        """How many positions a prefix takes."""
+        """The length of a prefix in tokens; 0 without one."""
         return next(iter(self._prefixes[prefix].values())).shape[1] if prefix else 0
 
     def _binding_of(self, adapters: Mapping[str, float]) -> _Binding:
-        """The binding of a set of adapters, made at its first use and kept while it is among the last used."""
+        """The binding of a set of adapters, made on first use and kept in an LRU cache."""
         key = tuple(adapters.items())
         if key not in self._bindings:
             tensors = _sum([(self._adapters[name], scale) for name, scale in key])
@@ -299,7 +300,7 @@ class OnnxEngine:
         return self._bindings[key]
 
     def _bind(self, tensors: Arrays) -> Any:  # noqa: ANN401 - onnxruntime's own
-        """A binding of the keys and values and of an adapter's tensors; slots without one keep their empty default."""
+        """A binding of the KV buffers and an adapter's tensors; other adapter slots keep their empty defaults."""
         binding = self._session.io_binding()
         for name, buffer in self._buffers.items():
             shape = (1, *buffer.shape)
@@ -312,8 +313,8 @@ class OnnxEngine:
         return binding
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Drop all that a step appended when it is stopped."""
+    def _undoing_if_stopped(self) -> Iterator[None]:
+        """Undo a step that is stopped: drop the tokens that it appended."""
         length = self._length
         try:
             yield
@@ -332,13 +333,13 @@ class OnnxEngine:
         return logits
 
     def _run(self, tokens: Sequence[int], out: Logits) -> None:
-        """Append tokens; logits after the last of them, as many as `out` has rows, are written into it."""
+        """Append tokens; write the logits after the last `len(out)` of them to `out`."""
         count, binding = len(tokens), self._binding
         self._last = None
         self._ids[:count] = tokens
         self._start[0] = count - len(out)
         total = self._length + count
-        # Binding takes longer than the smallest operators, so what is bound already stays.
+        # Binding takes longer than the smallest operators, so bind only what changed.
         if binding.count != count:
             binding.io.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
             binding.count = count
@@ -347,7 +348,7 @@ class OnnxEngine:
         self._options.terminate = False
         try:
             self._session.run_with_iobinding(binding.io, self._options)
-        except Exception as error:  # onnxruntime raises classes of its own, which share no other base
+        except Exception as error:  # onnxruntime's exceptions have no other common base class
             if self._options.terminate:
                 raise StepStopped from error
             raise
@@ -355,12 +356,12 @@ class OnnxEngine:
 
 
 def model_version(fingerprint: str) -> int:
-    """What an adapter file carries of its base's fingerprint: the first 28 bits, as the format has a 32-bit number."""
+    """The model version in an adapter file: the first 28 bits of the base's fingerprint, in a 32-bit field."""
     return int(fingerprint[:7], 16)
 
 
 def _sum(parts: Sequence[tuple[Arrays, float]]) -> Arrays:
-    """One adapter's tensors that do what the parts do together: ranks side by side, each part's scale in its B."""
+    """The tensors of the sum of several adapters: low-rank factors concatenated, with each scale in B."""
     if len(parts) == 1 and parts[0][1] == 1:
         return parts[0][0]
     tensors: dict[str, NDArray[np.float32]] = {}
@@ -376,7 +377,7 @@ def _sum(parts: Sequence[tuple[Arrays, float]]) -> Arrays:
 
 
 def _buffers(session: Any, context_length: int, head_size: int) -> dict[str, NDArray[np.float32]]:  # noqa: ANN401 - as above
-    """A buffer [heads, context, head size] for each input of past keys or values."""
+    """A buffer [heads, context, head size] for each input with past keys or values."""
     inputs = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
     return {value.name: np.zeros((int(value.shape[1]), context_length, head_size), np.float32) for value in inputs}
 
@@ -389,4 +390,4 @@ def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401
 
 
 ENGINE = OnnxEngine
-"""What `Runtime.open(engine="onnx")` makes."""
+"""The class for `Runtime.open(engine="onnx")`."""

@@ -1,4 +1,4 @@
-"""onnxruntime's library in, its sessions and adapter files out: what every call into onnxruntime shares."""
+"""Calls of onnxruntime that load the library, open sessions and read adapter files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 
 OLDEST = (1, 31)
-"""What onnxruntime-genai, whose builder makes the graphs, asks for; older operators may lack 8 bits a weight."""
+"""The version that onnxruntime-genai, whose builder makes the graphs, needs. Older operators may lack 8-bit weights."""
 
 _SPIN_US = 20
-"""How long a thread of onnxruntime's waits for work before it leaves its core to others, in microseconds.
+"""How long a thread of onnxruntime spins for work before it sleeps, in microseconds.
 
-By itself it spins for much longer, which is no faster on a quiet machine; with as many busy processes as cores this is
-1.5 times as fast, and not to spin at all costs a quarter of the speed on a quiet one.
+The default is much longer, which is no faster on an idle machine. With as many busy processes as cores, this value is
+1.5 times as fast as the default. Not spinning at all costs a quarter of the speed on an idle machine.
 """
 
 _LOG = logging.getLogger("edgetune_runtime.onnxruntime")
 _INFORMATION, _WARNING, _FATAL = 1, 2, 4
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
-"""Of onnxruntime's severities from 0 on. What it takes for information is 70 lines per session."""
+"""The levels for onnxruntime's severities 0 to 4. It logs 70 info lines per session, so they become debug messages."""
 
 _INSTALL = 'run: pip install --upgrade "edgetune-runtime[onnx]"'
 
@@ -44,7 +44,7 @@ def library() -> Any:  # noqa: ANN401 - a module without types
     if _has_callback(onnxruntime):
         onnxruntime.set_default_logger_callback(_log, _WARNING)
     else:
-        # It would write to standard error.
+        # Without a callback it writes to standard error.
         onnxruntime.set_default_logger_severity(_FATAL)
     return onnxruntime
 
@@ -58,7 +58,7 @@ def _log(severity: int, _category: str, _session: str, place: str, message: str)
 
 
 def open_session(path: Path, threads: int) -> Any:  # noqa: ANN401 - an InferenceSession
-    """Load a graph that `read_onnx` has checked; VerificationError if onnxruntime refuses it."""
+    """Load a graph that `read_onnx` has checked; VerificationError if onnxruntime refuses the graph."""
     ort = library()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -67,33 +67,34 @@ def open_session(path: Path, threads: int) -> Any:  # noqa: ANN401 - an Inferenc
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises classes of its own, which share no other base
+    except Exception as error:  # onnxruntime's exceptions have no other common base class
         reason = " ".join(str(error).split())[:300]
         raise VerificationError(f"onnxruntime cannot load {path}: {reason}", "build the bundle again") from error
 
 
 def _severity(ort: Any) -> int:  # noqa: ANN401 - as above
-    """From which severity on a session logs; looked up once, as a session keeps it."""
+    """The lowest severity that a session logs; fixed when the session is opened."""
     if not _has_callback(ort):
         return _FATAL
     return _INFORMATION if _LOG.isEnabledFor(logging.DEBUG) else _WARNING
 
 
 def run_options() -> Any:  # noqa: ANN401 - a RunOptions
-    """Options of a run that can be ended by another thread, which sets `terminate`, without a word in the log."""
+    """Options of a run that another thread can stop by setting `terminate`, which is then not logged."""
     options = library().RunOptions()
     options.log_severity_level = _FATAL
     return options
 
 
 def adapter_arrays(path: Path, name: str) -> tuple[dict[str, NDArray[np.generic]], int]:
-    """The tensors of an `.onnx_adapter` file and the version of the model that it was made for."""
+    """The tensors of an `.onnx_adapter` file, and the version of its model."""
     ort = library()
     try:
         adapter = ort.AdapterFormat.read_adapter(str(path))
-        # The values are views of the adapter's memory, which is freed with it.
+        # The values are views of memory that is freed with the adapter.
         arrays = {key: np.array(value.numpy()) for key, value in adapter.get_parameters().items()}
         return arrays, int(adapter.get_model_version())
     except Exception as error:  # as above
         reason = " ".join(str(error).split())[:300]
-        raise VerificationError(f"adapter {name!r} is not an .onnx_adapter file: {reason}", "build it again") from error
+        message = f"the file of adapter {name!r} is not an .onnx_adapter file: {reason}"
+        raise VerificationError(message, "build the bundle again") from error

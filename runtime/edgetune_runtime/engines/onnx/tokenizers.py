@@ -1,4 +1,4 @@
-"""The `tokenizer.json` of an ONNX bundle in, the base's tokenizer out, on the `tokenizers` library."""
+"""The tokenizer of an ONNX bundle: a `tokenizer.json`, read by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 SPACE = "\u2581"
-"""What SentencePiece writes for a space."""
+"""SentencePiece's character for a space."""
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _PRINTABLE = frozenset([*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)])
@@ -25,10 +25,10 @@ _INSTALL = 'run: pip install "edgetune-runtime[onnx]"'
 
 
 class JsonTokenizer:
-    """The tokenizer in a folder, as `edgetune_export.backends.onnx.tokenizer` writes it; see `Tokenizer`.
+    """The tokenizer in a folder written by `edgetune_export.backends.onnx.tokenizer`; see `Tokenizer`.
 
-    `end_tokens` end a generation, the first of them a turn. NotFoundError when a file is missing, VerificationError
-    when one is damaged, IncompatibleError when the `tokenizers` library is not installed.
+    `end_tokens` end a generation; the first one is the end-of-turn token. NotFoundError when a file is missing,
+    VerificationError when one is damaged, IncompatibleError when the `tokenizers` library is not installed.
     """
 
     def __init__(self, folder: Path, end_tokens: Sequence[int]) -> None:
@@ -57,7 +57,7 @@ class JsonTokenizer:
 
     @property
     def end_token(self) -> int:
-        """The token that ends a turn, or else the one that ends a text; -1 if there is none."""
+        """The end-of-turn token, or the end-of-text token if there is none; -1 if there is neither."""
         return self._end_token
 
     def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
@@ -68,7 +68,7 @@ class JsonTokenizer:
         return tokens if tokens[:1] == self._added_bos else self._added_bos + tokens
 
     def piece(self, token: int) -> bytes:
-        """The bytes that `token` stands for; empty for control tokens."""
+        """The bytes of `token`; empty for control tokens."""
         self._check(token)
         added = self._added.get(token)
         if added is not None:
@@ -82,17 +82,17 @@ class JsonTokenizer:
         return token in self._ends
 
     def close(self) -> None:
-        """Refuse all calls from now on."""
+        """Refuse all further calls."""
         self.vocab_size = 0
 
     def _raw(self, text: str) -> list[int]:
         self._check(0)
-        sound = text.encode("utf-8", "replace").decode()
-        tokens: list[int] = self._tokenizer.encode(sound, add_special_tokens=False).ids
+        valid = text.encode("utf-8", "replace").decode()
+        tokens: list[int] = self._tokenizer.encode(valid, add_special_tokens=False).ids
         return tokens
 
     def _after_newline(self, text: str) -> list[int]:
-        # The space in front of the first word cannot be turned off for one call; behind a newline there is none.
+        # The tokenizer always adds a space before the first word, but not after a newline.
         tokens = self._raw("\n" + text)
         return tokens[tokens.index(self._newline) + 1 :] if self._newline in tokens else self._raw(text)
 
@@ -100,16 +100,17 @@ class JsonTokenizer:
         if self.vocab_size == 0:
             raise UsageError("the tokenizer is closed", "open its folder again")
         if not 0 <= token < self.vocab_size:
-            raise UsageError(f"no token {token} in a vocabulary of {self.vocab_size}", "use this base's own tokenizer")
+            message = f"no token {token} in a vocabulary of {self.vocab_size}"
+            raise UsageError(message, "use the tokenizer of this base")
 
 
 def byte_character(byte: int) -> str:
-    """GPT-2's character for a byte: printable ones of Latin-1 stand for themselves, U+0100 and on for the others."""
+    """GPT-2's character for a byte: printable Latin-1 characters stay, the others become U+0100 and up."""
     return chr(byte) if byte in _PRINTABLE else chr(0x100 + _OTHERS.index(byte))
 
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer in a `tokenizer.json`; raises as `JsonTokenizer`."""
+    """Load a `tokenizer.json`; same errors as `JsonTokenizer`."""
     try:
         from tokenizers import Tokenizer  # noqa: PLC0415 - optional
     except ImportError as error:
@@ -117,15 +118,15 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     text = _read(path)
     try:
         return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
-        raise VerificationError(f"{path} is no tokenizer: {error}", COPY_BUNDLE_AGAIN) from error
+    except Exception as error:  # the library raises plain Exception
+        raise VerificationError(f"{path} is not a tokenizer: {error}", COPY_BUNDLE_AGAIN) from error
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path} is no JSON: {error}", COPY_BUNDLE_AGAIN) from error
+        raise VerificationError(f"{path} is not JSON: {error}", COPY_BUNDLE_AGAIN) from error
     text = str | None
     wanted: dict[str, Any] = {"bos_token": text, "eos_token": text, "add_bos_token": bool, "unused_tokens": list}
     values = config if isinstance(config, dict) else {}
@@ -135,7 +136,7 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(values.get("chat_template"), text):
         wrong.append("chat_template")
     if wrong:
-        raise VerificationError(f"{path} has no usable {', '.join(wrong)}", COPY_BUNDLE_AGAIN)
+        raise VerificationError(f"{path} has no valid {', '.join(wrong)}", COPY_BUNDLE_AGAIN)
     return values
 
 
@@ -158,7 +159,7 @@ def _byte_level_bytes(text: str) -> bytes:
     parts = []
     for character in text:
         byte = table.get(character)
-        # What llama.cpp writes for a character that stands for no byte.
+        # llama.cpp's output for a character that does not stand for a byte.
         unknown = f"[UNK_BYTE_0x{character.encode().hex()}{text}]"
         parts.append(unknown.encode() if byte is None else bytes([byte]))
     return b"".join(parts)

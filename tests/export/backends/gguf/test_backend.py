@@ -256,7 +256,7 @@ def test_merging_into_a_quantized_base_is_the_adapter_but_for_rounding(
     switched, merged = open_engine(base, tmp_path / "adapter.gguf"), open_engine(tmp_path / "merged.gguf")
 
     def with_adapter(tokens: list[int]) -> np.ndarray:
-        switched.forget(0)
+        switched.truncate(0)
         return np.array(switched.decode_all(tokens))
 
     assert compare(with_adapter, merged, rows).kl < noise

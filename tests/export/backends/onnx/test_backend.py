@@ -80,7 +80,7 @@ def logits_of(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
 
 def decoded(engine: OnnxEngine, tokens: list[int], adapters: dict[str, float] | None = None) -> np.ndarray:
     engine.activate(adapters or {})
-    engine.forget(0)
+    engine.truncate(0)
     logits: np.ndarray = engine.decode_all(tokens)
     return logits
 
@@ -312,7 +312,7 @@ def test_logits_start_leaves_out_the_rows_before_it(made: Made, first_rows: np.n
 
 def greedy(engine: OnnxEngine, prompt: list[int], adapters: dict[str, float], count: int) -> list[int]:
     engine.activate(adapters)
-    engine.forget(0)
+    engine.truncate(0)
     tokens, logits = [], engine.decode(prompt)
     while len(tokens) < count:
         tokens.append(int(logits.argmax()))

@@ -169,7 +169,7 @@ def opened(
 
 def decoded(engine: OnnxEngine, tokens: list[int], adapters: Mapping[str, float] | None = None) -> np.ndarray:
     engine.activate(adapters or {})
-    engine.forget(0)
+    engine.truncate(0)
     return engine.decode_all(tokens)
 
 
@@ -306,7 +306,7 @@ def test_onnxruntime_genai_gives_the_same_texts(
 
     def ours(name: str | None) -> list[int]:
         engine.activate({name: 1.0} if name else {})
-        engine.forget(0)
+        engine.truncate(0)
         tokens, logits = [], engine.decode(prompt)
         while len(tokens) < 12 and not engine.tokenizer.is_end(int(logits.argmax())):
             tokens.append(int(logits.argmax()))
@@ -348,7 +348,7 @@ K, Q, MLP = "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"
         (
             {},
             {MLP: replace(bottleneck(1), down=np.ones((8, 63), np.float32))},
-            r".*relu_output\.down' has shape \(63, 8\), the graph wants \(64, 'rank'\)",
+            r".*relu_output\.down' has shape \(63, 8\), the graph needs \(64, 'rank'\)",
         ),
     ],
 )

@@ -47,7 +47,7 @@ def llama(tiny_gguf: Gguf, tmp_path: Path) -> Iterator[GgufEngine]:
 
 def fresh(engine: GgufEngine, adapters: dict[str, float], tokens: Sequence[int]) -> np.ndarray:
     engine.activate(adapters)
-    engine.forget(0)
+    engine.truncate(0)
     return engine.decode(tokens)
 
 
@@ -95,9 +95,9 @@ def test_many_adapters_at_once_add_up(llama: GgufEngine, tiny_gguf: Gguf, tmp_pa
 def test_decode_all_gives_the_logits_that_decode_gives_token_by_token(engine: GgufEngine) -> None:
     tokens = (engine.tokenizer.tokenize(TEXT) * 3)[: BRANCHES + 10]
     engine.activate({"first": 1})
-    engine.forget(0)
+    engine.truncate(0)
     rows = engine.decode_all(tokens)
-    engine.forget(0)
+    engine.truncate(0)
     assert rows == pytest.approx(np.array([engine.decode([token]) for token in tokens]), abs=CLOSE)
 
 
@@ -106,8 +106,8 @@ def test_a_prompt_longer_than_a_batch_gives_the_same_logits(llama: GgufEngine, t
     tokens = llama.tokenizer.tokenize(TEXT)
     assert len(tokens) > 8
     assert small.decode(tokens) == pytest.approx(llama.decode(tokens), abs=CLOSE)
-    small.forget(0)
-    llama.forget(0)
+    small.truncate(0)
+    llama.truncate(0)
     assert small.decode_all(tokens) == pytest.approx(llama.decode_all(tokens), abs=CLOSE)
     small.close()
 
@@ -121,7 +121,7 @@ def test_scores_are_the_sums_that_decode_all_gives(engine: GgufEngine) -> None:
     fresh(engine, {"second": 0.7}, tokens)
     scores = engine.score(endings)
     for ending, score in zip(endings, scores, strict=True):
-        engine.forget(0)
+        engine.truncate(0)
         rows = log_p(engine.decode_all([*tokens, *ending]))
         expected = sum(rows[len(tokens) - 1 + place, token] for place, token in enumerate(ending))
         assert score == pytest.approx(expected, abs=1e-3)
@@ -158,7 +158,7 @@ def test_scoring_needs_logits(llama: GgufEngine) -> None:
     with pytest.raises(UsageError, match="decode"):
         llama.score([[1]])
     llama.decode([5, 6, 7])
-    llama.forget(2)
+    llama.truncate(2)
     with pytest.raises(UsageError, match="decode"):
         llama.score([[1]])
 
@@ -172,23 +172,23 @@ def test_a_sequence_trimmed_or_restored_goes_on_as_if_new(engine: GgufEngine) ->
     state = engine.save_state()
     for keep in (150, 100, 1):
         fresh(engine, {"first": 1}, tokens)
-        assert engine.forget(keep) == keep
+        assert engine.truncate(keep) == keep
         assert engine.decode(other) == pytest.approx(expected[keep], abs=CLOSE)
         fresh(engine, {}, [9] * 20)
         engine.activate({"first": 1})
         engine.restore_state(state)
-        kept = engine.forget(keep)
+        kept = engine.truncate(keep)
         assert kept in {0, keep}
         assert engine.decode([*tokens[kept:keep], *other]) == pytest.approx(expected[keep], abs=CLOSE)
-        assert engine.forget(0) == 0
+        assert engine.truncate(0) == 0
 
 
 def test_a_state_without_a_sliding_window_can_be_trimmed_anywhere(llama: GgufEngine) -> None:
     llama.decode([5] * 150)
     state = llama.save_state()
-    llama.forget(0)
+    llama.truncate(0)
     llama.restore_state(state)
-    assert llama.forget(20) == 20
+    assert llama.truncate(20) == 20
 
 
 def test_what_is_no_state_is_refused_and_the_engine_goes_on(llama: GgufEngine) -> None:
@@ -202,7 +202,7 @@ def test_what_is_no_state_is_refused_and_the_engine_goes_on(llama: GgufEngine) -
     for broken in (b"", b"\0" * 100, state[:-1], state + b"\0", *changed):
         with pytest.raises(VerificationError, match="state"):
             llama.restore_state(memoryview(broken))
-        assert llama.forget(5) == 0
+        assert llama.truncate(5) == 0
     llama.restore_state(memoryview(state))
     assert llama.decode([7]) == pytest.approx(expected, abs=CLOSE)
 
@@ -268,7 +268,7 @@ def test_a_fork_has_a_sequence_of_its_own_and_the_same_adapters(engine: GgufEngi
     other = engine.fork()
     other.activate({"first": 1.0})
     engine.activate({})
-    engine.forget(0)
+    engine.truncate(0)
     for token in tokens:
         found = (other.decode([token]), engine.decode([token]))
     assert found[0] == pytest.approx(expected[0], abs=CLOSE)

@@ -138,7 +138,7 @@ def test_texts_are_neither_cut_nor_padded_to_what_the_tokenizer_file_says(runtim
 @pytest.mark.parametrize(
     ("prompt", "labels", "adapter", "message"),
     [
-        (TEXT, ["hall", "cellar"], "place", "no label 'cellar'; choose among: hall, kitchen, none"),
+        (TEXT, ["hall", "cellar"], "place", "no label 'cellar'; choose one of: hall, kitchen, none"),
         (TEXT, ["hall", "hall"], "place", "cannot classify among"),
         (TEXT, None, None, "labels of one adapter, not of 0; choose one of: place, power"),
         (TEXT, ["hall"], None, "labels of one adapter, not of 0"),
@@ -165,7 +165,7 @@ def test_what_cannot_be_classified_is_told(
     ids=["generate", "stream", "perplexity"],
 )
 def test_an_encoder_writes_nothing(runtime: Runtime, call: Callable[[Runtime], object]) -> None:
-    with pytest.raises(UsageError, match=r"'home' classifies text.*; use classify"):
+    with pytest.raises(UsageError, match=r"'home' only classifies text.*; use classify"):
         call(runtime)
 
 

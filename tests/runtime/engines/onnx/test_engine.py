@@ -79,7 +79,7 @@ def llama(files_of: Callable[[str], dict[str, Path]]) -> Iterator[OnnxEngine]:
 
 def fresh(engine: OnnxEngine | GgufEngine, adapters: dict[str, float], tokens: Sequence[int]) -> np.ndarray:
     engine.activate(adapters)
-    engine.forget(0)
+    engine.truncate(0)
     return engine.decode(tokens)
 
 
@@ -148,10 +148,10 @@ def test_a_name_loaded_twice_is_left_as_it_is(llama: OnnxEngine, files_of: Calla
 def test_decode_all_gives_the_logits_that_decode_gives_token_by_token(engine: OnnxEngine) -> None:
     tokens = (engine.tokenizer.tokenize(TEXT) * 6)[:150]
     engine.activate({"first": 1})
-    engine.forget(0)
+    engine.truncate(0)
     rows = engine.decode_all(tokens)
     assert fresh(engine, {"first": 1}, tokens) == pytest.approx(rows[-1], abs=CLOSE)
-    engine.forget(0)
+    engine.truncate(0)
     assert rows == pytest.approx(np.array([engine.decode([token]) for token in tokens]), abs=CLOSE)
 
 
@@ -172,8 +172,8 @@ def test_a_prompt_longer_than_a_batch_gives_the_same_logits(
     tokens = llama.tokenizer.tokenize(TEXT)
     assert len(tokens) > 8
     assert small.decode(tokens) == pytest.approx(llama.decode(tokens), abs=CLOSE)
-    small.forget(0)
-    llama.forget(0)
+    small.truncate(0)
+    llama.truncate(0)
     assert small.decode_all(tokens) == pytest.approx(llama.decode_all(tokens), abs=CLOSE)
     small.close()
 
@@ -187,7 +187,7 @@ def test_scores_are_the_sums_that_decode_all_gives(engine: OnnxEngine) -> None:
     fresh(engine, {"second": 0.7}, tokens)
     scores = engine.score(endings)
     for ending, score in zip(endings, scores, strict=True):
-        engine.forget(0)
+        engine.truncate(0)
         rows = log_p(engine.decode_all([*tokens, *ending]))
         expected = sum(rows[len(tokens) - 1 + place, token] for place, token in enumerate(ending))
         assert score == pytest.approx(expected, abs=1e-3)
@@ -223,7 +223,7 @@ def test_scoring_needs_logits(llama: OnnxEngine) -> None:
     with pytest.raises(UsageError, match="decode"):
         llama.score([[1]])
     llama.decode([5, 6, 7])
-    llama.forget(2)
+    llama.truncate(2)
     with pytest.raises(UsageError, match="decode"):
         llama.score([[1]])
 
@@ -237,20 +237,20 @@ def test_a_sequence_trimmed_or_restored_goes_on_as_if_new(engine: OnnxEngine) ->
     state = engine.save_state()
     for keep in (150, 100, 1):
         fresh(engine, {"first": 1}, tokens)
-        assert engine.forget(keep) == keep
+        assert engine.truncate(keep) == keep
         assert engine.decode(other) == pytest.approx(expected[keep], abs=CLOSE)
         fresh(engine, {}, [9] * 20)
         engine.activate({"first": 1})
         engine.restore_state(state)
-        assert engine.forget(keep) == keep
+        assert engine.truncate(keep) == keep
         assert engine.decode(other) == pytest.approx(expected[keep], abs=CLOSE)
-        assert engine.forget(0) == 0
+        assert engine.truncate(0) == 0
 
 
 def test_forgetting_more_than_there_is_changes_nothing(llama: OnnxEngine) -> None:
     expected = fresh(llama, {}, [5, 6, 7])
     fresh(llama, {}, [5, 6])
-    assert llama.forget(10) == 2
+    assert llama.truncate(10) == 2
     assert llama.decode([7]) == pytest.approx(expected, abs=CLOSE)
 
 
@@ -260,7 +260,7 @@ def test_what_is_no_state_is_refused_and_the_engine_goes_on(llama: OnnxEngine) -
     for broken in (b"", b"\0" * 100, state[:-1], state + b"\0", b"ETS1\xff\xff\xff\xff"):
         with pytest.raises(VerificationError, match="state"):
             llama.restore_state(memoryview(broken))
-        assert llama.forget(5) == 0
+        assert llama.truncate(5) == 0
     expected = fresh(llama, {}, [5, 6, 7])
     llama.restore_state(memoryview(state))
     assert llama.decode([7]) == pytest.approx(expected, abs=CLOSE)
@@ -299,7 +299,7 @@ def test_an_adapter_that_is_not_loaded_or_a_scale_that_is_no_number_is_refused(l
     with pytest.raises(UsageError, match="nan"):
         llama.activate({"first": float("nan")})
     # What was active stays so.
-    llama.forget(0)
+    llama.truncate(0)
     assert np.array_equal(llama.decode(tokens), expected)
 
 
@@ -539,7 +539,7 @@ B = "model.layers.1.mlp.down_proj.lora_B.weight"
         (lambda t: {**t, A: t[A][:, :-1].copy()}, VerificationError, "rank 2 in A and 3 in B"),
         (lambda t: {**t, A: t[A].astype(np.float64)}, VerificationError, "float64"),
         (lambda t: {**t, A: np.full_like(t[A], np.nan)}, VerificationError, "not finite"),
-        (lambda t: {**t, A: t[A].reshape(-1)}, VerificationError, "no matrices"),
+        (lambda t: {**t, A: t[A].reshape(-1)}, VerificationError, "not matrices"),
     ],
 )
 def test_an_adapter_that_contradicts_itself_or_the_graph_is_named(

@@ -95,7 +95,7 @@ def test_a_file_that_says_something_else_is_refused(name: str, data: bytes, fold
 def test_a_setting_of_another_type_is_named(key: str, value: object, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(VerificationError, match=f"no usable {key}"):
+    with pytest.raises(VerificationError, match=f"no valid {key}"):
         JsonTokenizer(folder, [])
 
 

@@ -1,8 +1,7 @@
-"""A folder that `switching.py` prepared in; ways of answering with several adapters on one base out.
+"""The setups that `switching.py` compares: several adapters on one base, in edgetune and in other libraries.
 
-Each way is a class: `answer` takes a request and gives the tokens of a greedy answer, how long the switch call took and
-how long the first token took; `cold` makes it forget all that it knows. A process runs one way, so that its memory is
-its own.
+Each setup is a class. `answer` gives the tokens of a greedy answer, the time of the switch call and the time to first
+token; `cold` drops all cached tokens. Each process runs one setup, so that its resident memory can be measured.
 """
 
 from __future__ import annotations
@@ -20,11 +19,10 @@ STEPS = 16
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A greedy answer, and seconds of the switch call and up to the first token, the switch included.
+class TimedAnswer:
+    """A greedy answer, the time of the switch call, and the time to first token including the switch, in seconds.
 
-    `tokens` are the texts of the tokens where a way does not tell their numbers. `steps_s` are the seconds of each
-    token after the first.
+    `tokens` are texts if a setup does not return token ids. `steps_s` are the seconds of each token after the first.
     """
 
     tokens: list[int] | list[str]
@@ -33,19 +31,19 @@ class Answered:
     steps_s: list[float]
 
 
-class Way(Protocol):
-    """One way of answering."""
+class Setup(Protocol):
+    """A setup that can switch between adapters."""
 
-    def answer(self, request: Request) -> Answered:
+    def answer(self, request: Request) -> TimedAnswer:
         """Switch to the request's adapter and answer its prompt."""
 
     def cold(self) -> None:
-        """Forget everything but the weights."""
+        """Drop all cached tokens."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What a way runs on: a bundle of all adapters, or of the first alone."""
+    """The prepared files: a bundle with all adapters, or with the first one only."""
 
     path: Path
     adapters: int
@@ -68,7 +66,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Request:
-    """One request: an adapter, the whole prompt with its fixed part's length, and the message that it ends with."""
+    """One request: an adapter, the whole prompt, the length of its fixed part, and its last message."""
 
     adapter: int
     prompt: list[int]
@@ -77,7 +75,7 @@ class Request:
 
 
 class Edgetune:
-    """edgetune's runtime: switch, put the prompt's state back, compute the message."""
+    """edgetune's runtime: switch, restore the prompt's state, prefill the message."""
 
     def __init__(self, folder: Folder, engine: str, *, repack: bool | None = None) -> None:
         from edgetune_runtime import Runtime
@@ -98,7 +96,7 @@ class Edgetune:
         self.loaded = loaded_bundle(self.runtime)
         self.runtime.warm()
 
-    def answer(self, request: Request) -> Answered:
+    def answer(self, request: Request) -> TimedAnswer:
         begin = time.perf_counter()
         call = self.loaded.call(request.message, self.folder.name(request.adapter))
         assert (call.job.tokens, call.job.fixed) == (request.prompt, request.fixed)
@@ -117,7 +115,7 @@ class Edgetune:
         self.runtime.clear_cache()
 
     def states_mb(self) -> float:
-        """Memory that the states take, in 10^6 bytes."""
+        """Size of the states in memory, in 10^6 bytes."""
         return self.loaded.context()[0].shared.cache.bytes / 1e6
 
     def adapters_mb(self) -> float:
@@ -127,7 +125,7 @@ class Edgetune:
 
 
 class LowLevel:
-    """llama-cpp-python's low-level switch on one `Llama`, the whole prompt computed again."""
+    """llama-cpp-python's low-level switch on one `Llama`; the whole prompt is recomputed."""
 
     def __init__(self, folder: Folder) -> None:
         import llama_cpp
@@ -138,7 +136,7 @@ class LowLevel:
         self.adapters = [(llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter) for adapter in adapters]
         self.scale = (ctypes.c_float * 1)(1.0)
 
-    def answer(self, request: Request) -> Answered:
+    def answer(self, request: Request) -> TimedAnswer:
         begin = time.perf_counter()
         self.low.llama_set_adapters_lora(self.llama.ctx, self.adapters[request.adapter], 1, self.scale)
         switch_s = time.perf_counter() - begin
@@ -149,15 +147,15 @@ class LowLevel:
         self.llama.reset()
 
 
-class MadeAnew:
-    """llama-cpp-python's `Llama(lora_path=…)`, made anew when another adapter is wanted."""
+class Reload:
+    """llama-cpp-python's `Llama(lora_path=…)`, created again for each change of the adapter."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self.llama: Any = None
         self.adapter = -1
 
-    def answer(self, request: Request) -> Answered:
+    def answer(self, request: Request) -> TimedAnswer:
         begin = time.perf_counter()
         if request.adapter != self.adapter:
             if self.llama is not None:
@@ -174,8 +172,8 @@ class MadeAnew:
         return _llama(self.folder, lora_path=adapter)
 
 
-class Defaults(MadeAnew):
-    """llama-cpp-python's `Llama` with no option but the adapter and the context, its own number of threads included."""
+class Defaults(Reload):
+    """llama-cpp-python's `Llama` with its defaults, threads included; only adapter and context length are set."""
 
     def _make(self, adapter: str) -> Any:  # noqa: ANN401 - a `Llama`
         from edgetune_runtime.engines.gguf.llama import library
@@ -184,7 +182,7 @@ class Defaults(MadeAnew):
 
 
 class Server:
-    """llama.cpp's server with the adapters' scales in each request, its cache of prompts on (its default)."""
+    """llama.cpp's server, with the adapters' scales in each request and prompt caching on (its default)."""
 
     def __init__(self, folder: Folder) -> None:
         import xllamacpp
@@ -203,7 +201,7 @@ class Server:
         self.server = xllamacpp.Server(params)
         self.cached = True
 
-    def answer(self, request: Request) -> Answered:
+    def answer(self, request: Request) -> TimedAnswer:
         begin = time.perf_counter()
         times: list[float] = []
         pieces: list[str] = []
@@ -218,22 +216,22 @@ class Server:
             "lora": [{"id": n, "scale": float(n == request.adapter)} for n in range(self.folder.adapters)],
         }
 
-        def take(chunk: Any) -> bool:  # noqa: ANN401 - what the server hands out
+        def receive(chunk: Any) -> bool:  # noqa: ANN401 - a JSON object
             text = chunk["choices"][0]["text"]
             if text:
                 times.append(time.perf_counter())
                 pieces.append(text)
             return False
 
-        self.server.handle_completions(asked, take)
-        return Answered(pieces, 0.0, times[0] - begin, _between(times))
+        self.server.handle_completions(asked, receive)
+        return TimedAnswer(pieces, 0.0, times[0] - begin, _between(times))
 
     def cold(self) -> None:
         self.cached = False
 
 
 class Genai:
-    """onnxruntime-genai: `set_active_adapter` after a rewind to the beginning."""
+    """onnxruntime-genai: `set_active_adapter` after a rewind to the start."""
 
     def __init__(self, folder: Folder) -> None:
         import onnxruntime_genai as og
@@ -245,7 +243,7 @@ class Genai:
             self.adapters.load(str(folder.file(adapter, "adapter.onnx_adapter")), folder.name(adapter))
         self._make()
 
-    def answer(self, request: Request) -> Answered:
+    def answer(self, request: Request) -> TimedAnswer:
         begin = time.perf_counter()
         self.generator.rewind_to(0)
         self.generator.set_active_adapter(self.adapters, self.folder.name(request.adapter))
@@ -269,7 +267,7 @@ class Genai:
 
 
 class Peft:
-    """transformers with PEFT's `set_adapter`, on the CPU, the base's weights dequantized to bf16."""
+    """transformers with PEFT's `set_adapter`, on the CPU, with the base dequantized to bf16."""
 
     def __init__(self, folder: Folder) -> None:
         import torch
@@ -295,7 +293,7 @@ class Peft:
             self.model.load_adapter(folder.path / "peft" / name, adapter_name=name)
         self.model.eval()
 
-    def answer(self, request: Request) -> Answered:
+    def answer(self, request: Request) -> TimedAnswer:
         torch, begin = self.torch, time.perf_counter()
         self.model.set_adapter(self.folder.name(request.adapter))
         switch_s = time.perf_counter() - begin
@@ -316,7 +314,7 @@ class Peft:
 
 
 class Merged:
-    """A whole model a task, each with a context of its own that keeps the task's prompt."""
+    """A full model per task, each with its own context, in which the task's prompt stays cached."""
 
     def __init__(self, folder: Folder) -> None:
         from edgetune_runtime.engines.gguf.engine import GgufEngine
@@ -325,13 +323,13 @@ class Merged:
         self.engines = [GgufEngine(path, context_length=CONTEXT, threads=folder.threads) for path in paths]
         self.cold()
 
-    def answer(self, request: Request) -> Answered:
+    def answer(self, request: Request) -> TimedAnswer:
         begin, engine = time.perf_counter(), self.engines[request.adapter]
-        if request.adapter not in self.known:
-            engine.forget(0)
+        if request.adapter not in self.cached:
+            engine.truncate(0)
             engine.decode(request.prompt[: request.fixed])
-            self.known.add(request.adapter)
-        engine.forget(request.fixed)
+            self.cached.add(request.adapter)
+        engine.truncate(request.fixed)
 
         def steps() -> Iterator[int]:
             token = int(engine.decode(request.prompt[request.fixed :]).argmax())
@@ -342,14 +340,14 @@ class Merged:
         return _timed(steps(), begin, 0.0)
 
     def cold(self) -> None:
-        self.known: set[int] = set()
+        self.cached: set[int] = set()
 
 
-WAYS: dict[str, Callable[[Folder], Way]] = {
+SETUPS: dict[str, Callable[[Folder], Setup]] = {
     "edgetune gguf": lambda folder: Edgetune(folder, "gguf"),
     "edgetune gguf mapped": lambda folder: Edgetune(folder, "gguf", repack=False),
     "edgetune onnx": lambda folder: Edgetune(folder, "onnx"),
-    "Llama(lora_path) anew": MadeAnew,
+    "Llama(lora_path) reload": Reload,
     "low-level switch": LowLevel,
     "llama-server": Server,
     "onnxruntime-genai": Genai,
@@ -359,10 +357,10 @@ WAYS: dict[str, Callable[[Folder], Way]] = {
 
 
 def _llama(folder: Folder, **more: str) -> Any:  # noqa: ANN401 - a `Llama`
-    """llama-cpp-python's own class as it is by default, but with flash attention, which is faster for long prompts."""
+    """llama-cpp-python's class with its defaults, except for flash attention, which is faster for long prompts."""
     from edgetune_runtime.engines.gguf.llama import library
 
-    # With the log silenced, where each tensor of an adapter has a line.
+    # This import silences the log, which has a line for each tensor of an adapter.
     return library().Llama(
         str(folder.base),
         n_ctx=CONTEXT,
@@ -374,12 +372,12 @@ def _llama(folder: Folder, **more: str) -> Any:  # noqa: ANN401 - a `Llama`
     )
 
 
-def _timed(steps: Iterator[int], begin: float, switch_s: float) -> Answered:
+def _timed(steps: Iterator[int], begin: float, switch_s: float) -> TimedAnswer:
     tokens, times = [], []
     for token in islice(steps, STEPS):
         tokens.append(token)
         times.append(time.perf_counter())
-    return Answered(tokens, switch_s, times[0] - begin, _between(times))
+    return TimedAnswer(tokens, switch_s, times[0] - begin, _between(times))
 
 
 def _between(times: list[float]) -> list[float]:
