@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from edgetune_runtime.engines.base import Logits, Tokenizer
@@ -19,6 +19,8 @@ from edgetune.shipping.verify import logits_of
 
 class TorchEngine:
     """One model with what was trained on it; `guesses` are answers to the prompts to come, in their order."""
+
+    BATCH_COST: ClassVar[Mapping[int, float]] = {2: 2.0}
 
     def __init__(
         self,
@@ -99,10 +101,10 @@ class TorchEngine:
         last: Logits = self._after(1)[-1]
         return last
 
-    def decode_all(self, tokens: Sequence[int]) -> Logits:
-        """Logits after each of these tokens, [tokens, vocab]."""
+    def decode_all(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        """Logits after each of the `last` tokens (default: all), [last, vocab]."""
         self._tokens += tokens
-        return self._after(len(tokens))
+        return self._after(len(tokens) if last is None else last)
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
         """Sum of log probabilities (nats) of each continuation."""

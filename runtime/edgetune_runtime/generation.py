@@ -178,7 +178,7 @@ class _Answering:
         self._start = context.run(job)
         if self._call.drafts is not None:
             self._drafter = Drafter(self._call.drafts, list(job.tokens))
-        chosen = self._choose([self._start.logits], [])
+        chosen = self._choose(self._start.logits[None], [])
         self._first_s, self._after_first = time.perf_counter() - tick, len(chosen) - 1
         while True:
             yield from self._emit(chosen)
@@ -225,7 +225,7 @@ class _Answering:
         context.truncate(len(context.tokens) - len(draft) + self._hits)
         return chosen
 
-    def _choose(self, rows: Sequence[Logits], draft: Sequence[int]) -> list[int]:
+    def _choose(self, rows: Logits, draft: Sequence[int]) -> list[int]:
         """Choose a token from each row of logits, up to the first that differs from the draft, then append forced ones.
 
         The last chosen token and the forced ones are not computed yet: they are pending.

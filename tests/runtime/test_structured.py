@@ -79,7 +79,7 @@ def test_choices_and_patterns_and_grammars_hold(opened: Runtime) -> None:
 def test_an_answer_that_is_too_long_for_its_form_does_not_parse(opened: Runtime) -> None:
     answer = opened.generate("play", adapter="one", schema=SCHEMA, max_tokens=3)
     assert answer.stop_reason == "length"
-    with pytest.raises(VerificationError, match="does not parse: .*; give a higher max_tokens"):
+    with pytest.raises(VerificationError, match=r"does not parse: .*; give a higher max_tokens"):
         _ = answer.parsed
 
 

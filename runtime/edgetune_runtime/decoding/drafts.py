@@ -90,10 +90,8 @@ def read_table(path: Path, tokenizer_sha256: str) -> DraftTable:
         made_for = str(found.about["tokenizer_sha256"])
         if count < 0 or len(found.data) != count * _ENTRY_BYTES or len(copied) != LONGEST_CONTEXT:
             raise ValueError(f"it has {len(found.data)} bytes for {count} entries")
-        ends = [0, 8 * count, 12 * count, 13 * count]
-        keys, tokens, confidences = (
-            found.data[begin:end].cast(form) for begin, end, form in zip(ends, ends[1:], "QIB", strict=False)
-        )
+        keys, tokens = found.data[: 8 * count].cast("Q"), found.data[8 * count : 12 * count].cast("I")
+        confidences = found.data[12 * count :]
     except (KeyError, TypeError, ValueError) as error:
         raise VerificationError(f"{path} is not a draft table: {error}", COPY_BUNDLE_AGAIN) from error
     if made_for != tokenizer_sha256:

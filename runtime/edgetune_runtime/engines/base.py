@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ class Engine(Protocol):
     `BATCH_COST` maps a number of tokens to the approximate cost of decoding them in one step, in single-token steps.
     """
 
-    BATCH_COST: Mapping[int, float]
+    BATCH_COST: ClassVar[Mapping[int, float]]
     context_length: int
 
     @property

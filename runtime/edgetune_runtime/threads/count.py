@@ -32,7 +32,7 @@ class Usage:
     tokens: float = 0.0
 
     def add(self, tokens: float, wall_s: float, cpu_s: float, threads: int) -> None:
-        """Count one more step, which wanted so many threads."""
+        """Add a step that wanted `threads` cores."""
         self.wall_s += wall_s
         self.cpu_s += cpu_s
         self.wanted_s += wall_s * threads
@@ -116,7 +116,7 @@ class ThreadCount:
         self._back_off()
 
     def record(self, tokens: float, wall_s: float, cpu_s: float, *, even: bool) -> None:
-        """Take a step into account; of `even` steps the tokens cost alike, so that numbers of threads are compared."""
+        """Record a step. Only `even` steps, whose tokens all cost the same, are used to compare numbers of threads."""
         if even != self._is_even:
             self._window, self._trial, self._is_even = Usage(), None, even
         window, trial = self._window, self._trial
