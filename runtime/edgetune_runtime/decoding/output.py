@@ -49,6 +49,14 @@ class OutputSpec:
         return hashlib.sha256(json.dumps(self.to_json()).encode()).hexdigest()
 
     @cached_property
+    def _matcher(self) -> Any:  # noqa: ANN401 - llguidance's matcher
+        """At the beginning of an answer in single bytes."""
+        matcher, error = compile_grammar(byte_tokenizer(), self.grammar)
+        if error:
+            raise refusal(self.kind, self.text, error)
+        return matcher
+
+    @cached_property
     def grammar(self) -> str:
         """What llguidance compiles; IncompatibleError when it is not installed, UsageError for too deep a schema."""
         if self.kind == "schema":
@@ -63,6 +71,11 @@ class OutputSpec:
         lark = _lark_of(json.loads(self.text)) if self.kind == "choices" else self.text
         # In JSON, so that a grammar that begins with a brace is not taken for one of llguidance's own format.
         return json.dumps({"grammars": [{"lark_grammar": lark}]})
+
+    def accepts(self, text: str) -> bool:
+        """Whether an answer may be exactly this text; IncompatibleError when llguidance is not installed."""
+        matcher = self._matcher.deep_copy()
+        return bool(matcher.consume_tokens(list(text.encode())) and matcher.is_accepting())
 
     def parse(self, text: str) -> Any:  # noqa: ANN401 - whatever the schema describes
         """The object that an answer stands for: JSON, or an instance of `model`, for a schema; else the text itself.

@@ -1,0 +1,150 @@
+"""Training answers in, the output constraint that all of them satisfy out: a JSON schema, or a list of choices.
+
+Strings become an enum only where the rows suggest that they know all of its values: none of them occurs only once
+(the Good-Turing estimate of the probability of an unseen value is the share of values seen once).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from edgetune_runtime.decoding.output import OutputSpec, output_of
+
+_MOST_CHOICES = 50
+_LEAST_REPEATS = 5
+"""Occurrences per distinct value before a list of values counts as complete."""
+_SPACINGS = {"spaced": None, "compact": (",", ":")}
+
+
+def infer(answers: Sequence[str]) -> OutputSpec | None:
+    """The constraint that these answers suggest; None for free text."""
+    parsed = [_json_of(answer) for answer in answers]
+    if parsed and all(isinstance(value, dict | list) for value in parsed):
+        shape = _Shape()
+        for value in parsed:
+            shape.add(value)
+        return output_of(schema=shape.schema(), spacing=_spacing_of(answers, parsed))
+    values = Counter(answers)
+    return output_of(choices=sorted(values)) if _is_complete(values) else None
+
+
+def _json_of(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _is_complete(values: Counter[str]) -> bool:
+    """Whether these are probably all values that occur."""
+    is_few = 0 < len(values) <= _MOST_CHOICES and values.total() >= _LEAST_REPEATS * len(values)
+    return is_few and "" not in values and min(values.values()) > 1
+
+
+def _spacing_of(answers: Sequence[str], parsed: Sequence[object]) -> str:
+    """How all answers separate the parts of their JSON: one of the runtime's SPACINGS."""
+    for name, separators in _SPACINGS.items():
+        pairs = zip(answers, parsed, strict=True)
+        if all(answer in _written(value, separators) for answer, value in pairs):
+            return name
+    return "any"
+
+
+def _written(value: object, separators: tuple[str, str] | None) -> tuple[str, str]:
+    return (
+        json.dumps(value, separators=separators, ensure_ascii=False),
+        json.dumps(value, separators=separators),
+    )
+
+
+@dataclass
+class _Shape:
+    """What was seen at one place of the answers."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    strings: Counter[str] = field(default_factory=Counter)
+    properties: dict[str, _Shape] = field(default_factory=dict)
+    present: Counter[str] = field(default_factory=Counter)
+    before: dict[str, set[str]] = field(default_factory=dict)
+    items: _Shape | None = None
+    is_empty_seen: bool = False
+
+    def add(self, value: Any) -> None:  # noqa: ANN401 - any JSON value
+        """Take one more value into account."""
+        kind = _KINDS[type(value)]
+        self.kinds[kind] += 1
+        if isinstance(value, str):
+            self.strings[value] += 1
+        elif isinstance(value, dict):
+            self._add_object(value)
+        elif isinstance(value, list):
+            self.items = self.items or _Shape()
+            self.is_empty_seen = self.is_empty_seen or not value
+            for item in value:
+                self.items.add(item)
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of all values."""
+        kinds = set(self.kinds) - ({"integer"} if "number" in self.kinds else set())
+        options = [self._of_kind(kind) for kind in sorted(kinds)]
+        return options[0] if len(options) == 1 else {"anyOf": options}
+
+    def _add_object(self, value: dict[str, Any]) -> None:
+        keys = list(value)
+        for place, key in enumerate(keys):
+            self.properties.setdefault(key, _Shape()).add(value[key])
+            self.present[key] += 1
+            self.before.setdefault(key, set()).update(keys[:place])
+
+    def _of_kind(self, kind: str) -> dict[str, Any]:
+        if kind == "string" and _is_complete(self.strings):
+            return {"enum": sorted(self.strings)}
+        if kind == "array":
+            assert self.items is not None
+            items = {"items": self.items.schema()} if self.items.kinds else {"maxItems": 0}
+            return {"type": kind, **items, **({} if self.is_empty_seen else {"minItems": 1})}
+        return self._object() if kind == "object" else {"type": kind}
+
+    def _object(self) -> dict[str, Any]:
+        """Keys come in the order of the schema, so this one needs an order that all rows agree with."""
+        order = self._order()
+        required = [key for key in order or sorted(self.present) if self.present[key] == self.kinds["object"]]
+        if order is not None:
+            properties = {key: self.properties[key].schema() for key in order}
+            return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+        patterns = {f"^{_escaped(key)}$": shape.schema() for key, shape in sorted(self.properties.items())}
+        limits = {"minProperties": len(required), "maxProperties": len(self.properties)}
+        return {"type": "object", "patternProperties": patterns, "additionalProperties": False, **limits}
+
+    def _order(self) -> list[str] | None:
+        """The keys in an order that no row contradicts; None if there is none."""
+        try:
+            return list(TopologicalSorter(self.before).static_order())
+        except CycleError:
+            return None
+
+
+_KINDS = {
+    dict: "object",
+    list: "array",
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    type(None): "null",
+}
+
+
+def _escaped(key: str) -> str:
+    """The key as a regular expression that JSON Schema and Rust read alike."""
+    return "".join(character if character.isalnum() or character in "_ " else f"\\{character}" for character in key)
+
+
+def misfits(spec: OutputSpec, answers: Iterable[str]) -> list[int]:
+    """Positions of the answers that the constraint rejects."""
+    return [place for place, answer in enumerate(answers) if not spec.accepts(answer)]
