@@ -1,7 +1,6 @@
-"""A Trial in, its Outcome out: build, score and time; `python -m edgetune.compare.trial FOLDER` does it in a process.
+"""Builds, scores and times one trial; `python -m edgetune.compare.trial FOLDER` runs it as a process.
 
-A trial has a process of its own, so that no figure is that of an earlier one. What was trained before is not trained
-again: the build goes on where it was.
+Each trial has its own process, so that earlier trials do not affect its figures. An interrupted build resumes.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from .process import end_with_parent
 
 
 def run(trial: Trial, progress: Progress) -> TrialResult:
-    """Do the trial in its folder. Raises what `pipeline.build` and `evaluate.score` raise."""
+    """Run the trial in its folder. Raises what `pipeline.build` and `evaluate.score` raise."""
     folder, recipe = Path(trial.folder), trial.one_task
     bundle, work = folder / "bundle", folder / "bundle.work"
     shared = folder.parents[1] / "shared"
@@ -46,7 +45,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
     assert built.base is not None
-    # How int4 is rounded makes no difference to the speed, and gptq would take rows.
+    # The method of rounding does not affect speed, and gptq would need rows.
     weights = Weights(recipe.onnx.weights)
     torch = InTorch(measured, built.base, built.trained[trial.task], shared, weights, recipe.quantize_merged)
     of_torch = torch.score([row.answer for row in first.details])
@@ -68,7 +67,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
 
 
 def _share_base(work: Path, shared: Path) -> None:
-    """Let the build find the base that was converted or quantized once for all trials."""
+    """Link the converted or quantized base that all trials share into the build's work folder."""
     base = work / "base"
     if not base.is_symlink():
         work.mkdir(parents=True, exist_ok=True)
@@ -84,7 +83,7 @@ def _training(figures: Mapping[str, Any], log: Path) -> TrainingFigures:
 
 
 def _board(recipe: Recipe, bundle: Path) -> OnBoard | None:
-    """Whether the bundle fits on the recipe's board; None without a board, or where that is not predicted."""
+    """Whether the bundle fits on the recipe's board; None without a board or if it cannot be predicted."""
     if recipe.device is None:
         return None
     try:
@@ -96,7 +95,7 @@ def _board(recipe: Recipe, bundle: Path) -> OnBoard | None:
 
 
 def main(folder: Path) -> int:
-    """Run the trial in `folder`; the exit code is that of the error, which goes to standard error in one line."""
+    """Run the trial in `folder` and return the exit code; an error is printed as one line on standard error."""
     end_with_parent()
     try:
         trial = Trial.of_json((folder / REQUEST_FILE).read_text(encoding="utf-8"))

@@ -92,9 +92,9 @@ def test_trials_that_all_scored_0_are_not_told_apart_by_the_score() -> None:
         outcome("large", gguf=engine(0, 9_000_000, error=0)), outcome("small", gguf=engine(0, 1_000_000, error=0))
     )
     assert found.undecided == (
-        "all 2 trials scored 0; train longer or on more rows, and see in the answers whether exact is the right metric"
+        "all 2 trials scored 0; train longer or on more rows, and check in the answers that exact is the right metric"
     )
-    assert found.reason == "small in gguf by size alone: the smallest adapter (1.00 MB)"
+    assert found.reason == "small in gguf, only by size: the smallest adapter (1.00 MB)"
     alone = recommended(outcome("alone", gguf=engine(0, 10, error=0)))
     assert alone.undecided.startswith("the trial scored 0; ")
 
@@ -103,7 +103,7 @@ def test_trials_within_one_standard_error_of_each_other_are_not_told_apart_by_th
     close = [outcome(f"m{n}", gguf=engine(0.90 + n / 100, 10 - n, error=0.05), onnx=engine(0.92, 50)) for n in range(4)]
     found = recommended(*close)
     assert found.undecided == (
-        "all 4 trials lie within one standard error (0.05) of each other; score on more than 100 rows, or train longer"
+        "all 4 trials are within one standard error (0.05) of each other; score on more than 100 rows, or train longer"
     )
     assert found.name == "m3"
     # One of them apart, and the score decides.
@@ -117,7 +117,7 @@ def test_a_perfect_score_beside_a_nearly_perfect_one_decides_nothing() -> None:
     found = recommended(outcome("all", gguf=engine(1, 9, error=0)), outcome("most", gguf=engine(0.985, 2, error=0.02)))
     assert (found.name, found.undecided.split(";")[0]) == (
         "most",
-        "all 2 trials lie within one standard error (0.02) of each other",
+        "all 2 trials are within one standard error (0.02) of each other",
     )
     found = recommended(outcome("one", gguf=engine(1, 9, error=0)), outcome("two", gguf=engine(1, 2, error=0)))
     assert (found.name, found.undecided) == (
@@ -140,7 +140,7 @@ def test_the_page_and_the_json_say_that_the_score_decides_nothing() -> None:
     assert told["undecided"].startswith("all 2 trials scored 0; ")
     assert (told["recommended"], told["reason"]) == (
         "two",
-        "two in gguf by size alone: the smallest adapter (0.0000 MB)",
+        "two in gguf, only by size: the smallest adapter (0.0000 MB)",
     )
 
 
@@ -208,7 +208,7 @@ def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:
     assert "q_proj, v_proj" in shown
     noisy = replace(placed, placement={**tried[0], "tried": tried, "busy": "costs varied by 34%"})
     assert busy_notes([placed, noisy]) == [
-        "lora: its modules were chosen by speeds measured on a busy machine (costs varied by 34%)"
+        "lora: modules chosen by speeds measured on a busy machine (costs varied by 34%)"
     ]
     assert "Choosing the modules" not in page(Comparison("lights", "tiny", "exact", 100, [plain], None), [])
 
