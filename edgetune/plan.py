@@ -57,7 +57,7 @@ def _adapter_size(recipe: Recipe, name: str, header: GgufHeader) -> fit.AdapterS
     if shape == "prefix":
         return fit.AdapterSize(method.prefix_tokens(options) * fit.kv_bytes_per_token(header), 0)
     if shape == "tensors":
-        # A few vectors or small networks: negligible beside the base.
+        # A few vectors or small networks: negligible compared to the base.
         return fit.AdapterSize(0, 0)
     if shape == "merged":
         return None

@@ -25,7 +25,7 @@ class OnEngine:
     """The figures of a trial in one format, run by the device's engine.
 
     `bytes` is the size of the adapter's files, that of a full model if `shape` is merged. `tokens_per_s` is decoding
-    with the adapter beside the base, `merged_tokens_per_s` with the adapter merged, `base_tokens_per_s` the plain base.
+    with the unmerged adapter, `merged_tokens_per_s` with the adapter merged, `base_tokens_per_s` without an adapter.
     `switch_us` and `first_token_ms` (after a switch back) are medians. None where the shape has no such figure.
     `slow` means that the machine was busy or its processor throttled during the measurement; `busy` is the reason as
     text if it is known.

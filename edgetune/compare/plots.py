@@ -50,7 +50,7 @@ def plots(outcomes: Sequence[TrialResult], out: Path) -> list[Picture]:
     if not done:
         return []
     marked = any(figures.slow for outcome in done for figures in outcome.engines.values())
-    speeds = "Score on the device against decoding speed, beside the base and merged into it"
+    speeds = "Score on the device against decoding speed, with unmerged and merged adapters"
     drawn = (
         ("score-size.png", _sizes, "Score on the device against the size of the adapter on disk"),
         ("score-speed.png", _speeds, speeds + (f"; {BUSY} timed on a busy machine" if marked else "")),

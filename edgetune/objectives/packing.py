@@ -80,7 +80,7 @@ class PackedRows:
     def after_cache(self, length: int) -> PackedRows:
         """The same rows after a KV cache of `length` positions, whose keys come first and are seen by all rows."""
         return replace(
-            self, positions=self.positions + length, groups=tuple(_behind(g, length, 0) for g in self.groups)
+            self, positions=self.positions + length, groups=tuple(_after(g, length, 0) for g in self.groups)
         )
 
     def after_tokens(self, length: int) -> PackedRows:
@@ -94,7 +94,7 @@ class PackedRows:
             self,
             positions=torch.cat([before[None], self.positions + length], 1),
             place=torch.cat([before, self.place + length]),
-            groups=(first, *(_behind(group, length, length) for group in self.groups)),
+            groups=(first, *(_after(group, length, length) for group in self.groups)),
         )
 
 
@@ -196,7 +196,7 @@ def _group(rows: Sequence[range], before: range) -> Group:
     return Group(queries, keys, mask, distance.expand(len(rows), -1, -1))
 
 
-def _behind(group: Group, length: int, tokens: int) -> Group:
+def _after(group: Group, length: int, tokens: int) -> Group:
     """The group after `length` keys that all its queries see; `tokens` is how many of them are packed tokens, all or
     none."""
     rows, width = group.queries.shape

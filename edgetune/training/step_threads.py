@@ -18,7 +18,7 @@ _FIRST_HOLD_S, _LONGEST_HOLD_S = 20.0, 600.0
 class StepThreads:
     """Thread count of torch during training on the CPU, at most torch's own and the cores the process may use.
 
-    torch's threads wait for each other, as llama.cpp's do: with one busy process beside it, a step took three times as
+    torch's threads wait for each other, as llama.cpp's do: with one other busy process, a step took three times as
     long.
     """
 

@@ -75,7 +75,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """A small network beside a block: out + up·act(down·x + down_bias) + up_bias.
+    """A small network added to a block: out + up·act(down·x + down_bias) + up_bias.
 
     `down` is [rank, columns], `up` is [rows, rank]; x is the block's output if `reads` is output (serial), or its input
     (parallel).

@@ -1,6 +1,6 @@
 """Adds slots for low-rank adapters to an ONNX graph, and makes the tensors with which an adapter fills them.
 
-A slot is a pair of optional inputs beside a product: y = x·W + (x·A)·B, with A [in, rank] and B [rank, out], of rank 0
+A slot is a pair of optional inputs of a product: y = x·W + (x·A)·B, with A [in, rank] and B [rank, out], of rank 0
 by default. The fused product of q, k and v has one slot for all three: their A are concatenated, and B is
 block-diagonal, because in decoding extra nodes cost more than the zeros in B. Gate and up, whose B are wide, have a
 slot each after the split of their product (docs/measurements.md).
@@ -37,7 +37,7 @@ def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> 
             continue
         shapes = [tensor_of(module, header, names).shape for module in projection.modules]
         parts = [(module, shape[0], shape[1]) for module, shape in zip(projection.modules, shapes, strict=True)]
-        split = split_behind(projection)
+        split = split_after(projection)
         if split is None:
             slots[projection.name] = parts
             add_slot(model.graph, projection, shapes[0][0], sum(rows for *_, rows in parts))
@@ -106,15 +106,15 @@ def add_slot(graph: ir.Graph, projection: Projection, columns: int, outputs: int
     _add_pair(graph, projection.name, node.inputs[0], node.outputs[0], (columns, outputs))
 
 
-def split_behind(projection: Projection) -> ir.Node | None:
+def split_after(projection: Projection) -> ir.Node | None:
     """The node that splits the output of a fused gate/up product, after a bias if there is one; None for other products
     and if gate and up are a single module."""
     if not projection.name.endswith(".gate_up_proj") or len(projection.modules) == 1:
         return None
-    behind = projection.node.outputs[0].consumers()
-    if behind and behind[0].op_type == "Add":
-        behind = behind[0].outputs[0].consumers()
-    return behind[0]
+    users = projection.node.outputs[0].consumers()
+    if users and users[0].op_type == "Add":
+        users = users[0].outputs[0].consumers()
+    return users[0]
 
 
 def _add_pair(graph: ir.Graph, name: str, read: ir.Value | None, plain: ir.Value, shape: tuple[int, int]) -> None:
@@ -130,10 +130,10 @@ def _add_pair(graph: ir.Graph, name: str, read: ir.Value | None, plain: ir.Value
     for made in (down, up, added):
         made.outputs[0].name = f"{made.name}/output_0"
     added.outputs[0].type, added.outputs[0].shape = plain.type, plain.shape
-    put_behind(graph, plain, [down, up, added])
+    insert_after(graph, plain, [down, up, added])
 
 
-def put_behind(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
+def insert_after(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
     """Insert nodes that read a value; its other users, also the graph's outputs, then read the last node's output."""
     result, producer = nodes[-1].outputs[0], value.producer()
     assert producer is not None

@@ -32,7 +32,7 @@ from edgetune_export.adapters.shapes import Activation, Bottleneck, Floats, Scal
 from edgetune_export.architectures.layout import name_map, tensor_of
 
 from .graph import Projection, optional_input, projections
-from .slots import put_behind, split_behind
+from .slots import insert_after, split_after
 
 METADATA = "edgetune.scalings"
 """Metadata key of the graph: JSON of {input: [[module of the Hugging Face model, its number of factors], …]}."""
@@ -151,14 +151,14 @@ def _scale_outputs(
                 name, parts = stem + SCALINGS["output"], [(module, widths[module][1]) for module in own]
                 width = sum(width for _, width in parts)
                 factors = optional_input(graph, name, np.ones(width, np.float32), [width])
-                put_behind(graph, value, [_node("Mul", [value, factors], f"{name}/Mul", like=value)])
+                insert_after(graph, value, [_node("Mul", [value, factors], f"{name}/Mul", like=value)])
                 known[name] = parts
     return known
 
 
 def _outputs(product: Projection) -> list[tuple[str, ir.Value, tuple[str, ...]]]:
     """The outputs of a product after its bias: name, value and modules; separate for gate and up."""
-    split = split_behind(product)
+    split = split_after(product)
     if split is not None:
         stem = product.name.rpartition(".")[0]
         ends = [module.rpartition(".")[2] for module in product.modules]
@@ -198,7 +198,7 @@ def _add_bottlenecks(
             nodes += _network(graph, slot, activation, read, (columns, widths[output][1]))
             nodes.append(_node("Add", [total, nodes[-1].outputs[0]], f"{slot}/Add", like=value))
             total = nodes[-1].outputs[0]
-        put_behind(graph, value, nodes)
+        insert_after(graph, value, nodes)
 
 
 def _network(
