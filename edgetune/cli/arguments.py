@@ -29,7 +29,9 @@ Settings = Annotated[
 ]
 AsJson = Annotated[
     bool,
-    typer.Option("--json", help="Print one JSON object as the last line of output.", rich_help_panel=OUTPUT_PANEL),
+    typer.Option(
+        "--json", help="Print one JSON object as the last line of standard output.", rich_help_panel=OUTPUT_PANEL
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.", rich_help_panel=OUTPUT_PANEL)]
 Targets = Annotated[

@@ -59,7 +59,9 @@ def compare(
     ] = 100,
     engine: Annotated[
         str,
-        typer.Option(metavar="NAME", help="Run the trials with local or ray.", rich_help_panel=ENGINE_PANEL),
+        typer.Option(
+            metavar="NAME", help="Where trials run: local, or ray for a Ray cluster.", rich_help_panel=ENGINE_PANEL
+        ),
     ] = ENGINES[0],
     as_json: AsJson = False,
     quiet: Quiet = False,

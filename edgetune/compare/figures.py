@@ -47,7 +47,7 @@ class OnEngine:
 
 @dataclass(frozen=True)
 class TrainingFigures:
-    """Cost and losses of a training; losses in nats per token, `history` of (epoch, training loss, validation loss)."""
+    """Cost and losses of training; losses in nats per token, `history` of (epoch, training loss, validation loss)."""
 
     trainable_parameters: int
     total_parameters: int

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "domain"
-"""Name of the training and of its folder."""
+"""Name of the training run and of its folder."""
 # Perplexity is measured on windows of about this many tokens in total, spread over the validation text.
 MEASURED_TOKENS = 65536
 # Windows of the training text used for calibration by quantization methods that need it.
@@ -68,7 +68,7 @@ Rows = Callable[[list[int]], Iterable[Floats]]
 def continued(recipe: Recipe, texts: Texts, base: Base, work: Path, *, train_all: TrainAll, progress: Progress) -> Base:
     """Continue pretraining of the base on the texts with the recipe's domain options; keeps the base's quantization.
 
-    The training is in `work/domain` and the file in `work/domain/base`; finished parts are reused. All processes of a
+    The training run is in `work/domain`, the file in `work/domain/base`; finished parts are reused. All processes of a
     launcher must call it. Raises, before any training, UsageError for invalid texts or windows and IncompatibleError
     for a base of a type that cannot be written; also raises what training raises.
     """
@@ -103,7 +103,7 @@ def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Training
 
 @dataclass(frozen=True)
 class _Stage:
-    """Writes and measures the continued base from a finished training in `folder`."""
+    """Writes and measures the continued base from a finished training run in `folder`."""
 
     recipe: Recipe
     source: Base

@@ -1,4 +1,4 @@
-"""Packs examples into one sequence without padding, with an attention that keeps the rows apart.
+"""Packs examples into one sequence without padding, with attention that keeps the rows apart.
 
 The rows of a step are concatenated into one sequence, so that no matrix product is spent on padding. The common prefix
 of all rows (chat header, system prompt) is computed once and attended to by every row, which does not change any row's
@@ -79,9 +79,7 @@ class PackedRows:
 
     def after_cache(self, length: int) -> PackedRows:
         """The same rows after a KV cache of `length` positions, whose keys come first and are seen by all rows."""
-        return replace(
-            self, positions=self.positions + length, groups=tuple(_after(g, length, 0) for g in self.groups)
-        )
+        return replace(self, positions=self.positions + length, groups=tuple(_after(g, length, 0) for g in self.groups))
 
     def after_tokens(self, length: int) -> PackedRows:
         """The same rows after `length` tokens that are prepended to `tokens` and seen by all rows.

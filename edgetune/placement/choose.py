@@ -31,7 +31,7 @@ from .cost import Placement, busy, costs, describe, placements
 Trials = Callable[[Sequence[TrainingJob[Example]]], Mapping[str, TrainResult]]
 """Trains all jobs and skips finished ones, like `training.jobs.train_all`."""
 
-# A trial runs this share of the training's steps, within the limits below.
+# A trial runs this share of the steps of the full training, within the limits below.
 _SHARE = 0.1
 _STEPS = (4, 30)
 _VALIDATION_ROWS = 64
@@ -180,7 +180,7 @@ def _name(job: TrainingJob[Example], placement: Placement) -> str:
 
 
 def _trial(job: TrainingJob[Example], placement: Placement, steps: int) -> TrainingJob[Example]:
-    """A training of a few steps with its own complete schedule, validated once at its end."""
+    """A training run of a few steps with its own complete schedule, validated once at its end."""
     assert isinstance(job.options, LoraOptions)
     options = job.options.placed(placement.modules, placement.rank)
     training = job.training.model_copy(update={"max_steps": steps, "evals": 1, "patience": None})

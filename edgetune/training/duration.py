@@ -24,7 +24,7 @@ _VALIDATION_COST = 0.5
 def tokens_left(
     train: Sequence[TrainingRow], validation: Sequence[TrainingRow], training: TrainingSpec, step: int = 0
 ) -> float:
-    """Tokens that a training still has to process after `step` steps; validation tokens count at their lower cost.
+    """Tokens that a training run has left after `step` steps; validation tokens count at their lower cost.
 
     `validation` are the rows of one validation pass. Early stopping is not considered.
     """
@@ -36,9 +36,9 @@ def tokens_left(
 
 
 class TimeTrial:
-    """Measures the first steps of a training and estimates the time left, once.
+    """Measures the first steps of a training run and estimates the time left, once.
 
-    `left` is the number of tokens left in this training, `later` that of the trainings after it.
+    `left` is the number of tokens left in this run, `later` that of the runs after it.
     """
 
     def __init__(self, name: str, left: float, later: float) -> None:
@@ -58,7 +58,7 @@ class TimeTrial:
         if self._left + self._later < self._tokens:
             return None  # nearly done, an estimate is of no use
         speed = self._tokens / (now - self._started)
-        in_all = f", {duration((self._left + self._later) / speed)} including the trainings after it"
+        in_all = f", {duration((self._left + self._later) / speed)} including the training runs after it"
         return (
             f"{self._name}: about {duration(self._left / speed)} left at {speed:.0f} tokens/s"
             f"{in_all if self._later else ''}"

@@ -97,7 +97,7 @@ def _norm_forward(module: Any, addend: float, epsilon: float, x: torch.Tensor) -
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ, with gradients for x, A and B; products with W are in int8 if `packed` is given."""
+    """x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ, with gradients for x, A and B; products with W in int8 if `packed` is given."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - torch passes arguments by position

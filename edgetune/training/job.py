@@ -18,7 +18,7 @@ R = TypeVar("R", bound=TrainingRow)
 
 @dataclass(frozen=True)
 class TrainingJob(Generic[R]):
-    """One training; `key` identifies everything that its result depends on."""
+    """One training run; `key` identifies everything that its result depends on."""
 
     name: str
     method: Method[Any]
@@ -43,7 +43,7 @@ class Point:
 
 @dataclass
 class TrainResult:
-    """The result of a training. `overfit_step` is the step after which validation loss rose, None if it did not."""
+    """The result of a training run. `overfit_step` is the step after which validation loss rose, None if it did not."""
 
     train_loss: float
     val_loss: float

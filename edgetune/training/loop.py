@@ -91,7 +91,7 @@ def train(
 ) -> TrainResult:
     """Run the job and restore `base` afterwards. Resumes an interrupted run of the same key in `folder`.
 
-    Reports the estimated time left after ten steps; `later` is the number of tokens in the trainings after this one.
+    Reports the estimated time left after ten steps; `later` is the number of tokens in the runs after this one.
     Writes the checkpoint with the best validation loss to `folder/adapter` in PEFT's format. Raises CancelledError
     after saving when the user interrupts; EdgetuneError if the loss is not finite; UsageError if the longest row does
     not fit the recipe's memory limit.
@@ -118,7 +118,7 @@ def train(
 
 
 class _Run:
-    """One training: model, optimizer and progress."""
+    """One training run: model, optimizer and progress."""
 
     def __init__(self, base: PreTrainedModel, job: TrainingJob[Any], folder: Path) -> None:
         training, method = job.training, job.method

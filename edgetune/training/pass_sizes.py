@@ -58,7 +58,7 @@ def passes_within(
     Also sets whether the process keeps freed memory. UsageError if the recipe's limit allows no pass.
     """
     device = accelerator.device
-    # Return what the last training kept, so that it counts as free.
+    # Return what the last training run kept, so that it counts as free.
     give_back_freed_memory()
     # A launcher's processes share the machine's memory; each has a GPU to itself.
     sharing = accelerator.num_processes if device.type == "cpu" else 1

@@ -1,4 +1,4 @@
-"""Plots the loss curves of a training as a PNG."""
+"""Plots the loss curves of a training run as a PNG."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _X86 = frozenset({"x86_64", "amd64"})
 
 
 def check_precision(recipe: Recipe, device: Callable[[], str]) -> None:
-    """UsageError for the first training of the recipe that sets int8 where it is not supported.
+    """UsageError for the first training run of the recipe that sets int8 where it is not supported.
 
     `device` returns torch's name of the training device; it is called only if the recipe sets int8.
     """
@@ -45,7 +45,7 @@ def require_int8(method: Method[Any], device: str, *, machine: str = "", where: 
 
 
 def _trainings(recipe: Recipe) -> Iterator[tuple[str, TrainingSpec, Method[Any]]]:
-    """For each training of the recipe: the prefix of its keys, its options and its method."""
+    """For each training run of the recipe: the prefix of its keys, its options and its method."""
     for name, spec in recipe.adapters.items():
         yield f"adapters.{name}.", recipe.training.under(spec.training), methods.load(spec.method.name)
     if recipe.domain is not None:

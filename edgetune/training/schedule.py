@@ -1,4 +1,4 @@
-"""Plans the steps of a training: rows per step, learning rate and validation. Deterministic for a seed."""
+"""Plans the steps of a training run: rows per step, learning rate and validation. Deterministic for a seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WINDOW_STEPS = 16
 
 
 class Schedule:
-    """Number of steps of a training, the learning rate of each, and the steps after which it validates."""
+    """Number of steps of a training run, the learning rate of each, and the steps after which it validates."""
 
     def __init__(self, rows: int, training: TrainingSpec) -> None:
         self.steps_per_epoch = math.ceil(rows / training.batch_size)
