@@ -52,7 +52,7 @@ TOLERANCE_KL = {
     "bf16": 1e-3,
     **dict.fromkeys(("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs"), 0.03),
 }
-"""Largest mean KL of an adapter, by the coarsest tensor type of base and adapter.
+"""Largest accepted mean KL of an adapter, by the coarsest tensor type of base and adapter.
 
 At least three times what was measured. Engines round activations to 8 bits before products with quantized weights;
 llama.cpp rounds them to the weights' type before products with f16 or bf16.
@@ -66,16 +66,19 @@ TOLERANCE_KL_MERGED = {
     **dict.fromkeys(("q5_k", "q5_1", "q5_0"), 0.3),
     **dict.fromkeys(("q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs"), 0.5),
 }
-"""Largest mean KL of merged models, whose adapted weights are requantized to the base's type."""
+"""Largest accepted mean KL of merged models, whose adapted weights are requantized to the base's type."""
 
 INT4 = "int4"
 TOLERANCE_KL_INT4 = 0.5
-"""Largest mean KL if the base was requantized to 4 bits after training: that changes it as much as a weak adapter."""
+"""Largest accepted mean KL if the base was requantized to 4 bits after training.
+
+That changes it as much as a weak adapter does.
+"""
 
 EXACT = 1e-5
 """A low-rank adapter counts as exact if it leaves out less than this share of the trained change."""
 TOLERANCE_KL_TRUNCATED = 0.5
-"""Largest mean KL of a change that was truncated to a low rank; the recipe limits the truncation itself."""
+"""Largest accepted mean KL of a change that was truncated to a low rank; the recipe limits the truncation itself."""
 
 # Positions in double precision at a time: a vocabulary of 262k needs 2 MB per position.
 _POSITIONS = 16

@@ -218,7 +218,10 @@ def damaged(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
         (damaged(B=np.ones((6, 3), np.float32)), "do not match"),
         (damaged(A=np.ones(2, np.float32)), "do not match"),
         (damaged(A=np.ones((0, 8), np.float32), B=np.ones((6, 0), np.float32)), "do not match"),
-        (damaged(A=np.ones((4, 8), np.float32), B=np.ones((6, 4), np.float32)), "rank 4, adapter_config.json says 2"),
+        (
+            damaged(A=np.ones((4, 8), np.float32), B=np.ones((6, 4), np.float32)),
+            "rank 4, but adapter_config.json has 2",
+        ),
         (damaged(A=np.full((2, 8), np.nan, np.float32)), "not finite"),
         ({"unrelated.base_layer.weight": np.ones(2, np.float32)}, "no LoRA weights"),
     ],
