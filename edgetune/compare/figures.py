@@ -21,7 +21,7 @@ Status = Literal["done", "failed", "refused"]
 
 
 @dataclass(frozen=True)
-class OnEngine:
+class EngineFigures:
     """The figures of a trial in one format, run by the device's engine.
 
     `bytes` is the size of the adapter's files, that of a full model if `shape` is merged. `tokens_per_s` is decoding
@@ -68,7 +68,7 @@ class TrainingFigures:
 
 
 @dataclass(frozen=True)
-class OnBoard:
+class BoardFit:
     """Whether the trial's bundle is predicted to fit on the recipe's board."""
 
     name: str
@@ -94,9 +94,9 @@ class TrialResult:
     metric: str = ""
     rows: int = 0
     torch_score: float | None = None
-    engines: Mapping[str, OnEngine] = field(default_factory=dict)
+    engines: Mapping[str, EngineFigures] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-    board: OnBoard | None = None
+    board: BoardFit | None = None
     placement: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -109,8 +109,8 @@ class TrialResult:
         training, board = values["training"], values["board"]
         if training is not None:
             training = TrainingFigures(**{**training, "history": tuple(map(tuple, training["history"]))})
-        engines = {name: OnEngine(**figures) for name, figures in values["engines"].items()}
-        board = None if board is None else OnBoard(**board)
+        engines = {name: EngineFigures(**figures) for name, figures in values["engines"].items()}
+        board = None if board is None else BoardFit(**board)
         return cls(**{**values, "training": training, "engines": engines, "board": board})
 
 

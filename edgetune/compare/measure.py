@@ -26,13 +26,13 @@ from edgetune.evaluate import Evaluation, score
 from edgetune.progress import Progress
 from edgetune.shipping.verify import TrainedAdapter
 
-from .figures import OnEngine, standard_error
+from .figures import EngineFigures, standard_error
 from .torch_engine import TorchEngine
 
 
 @dataclass(frozen=True)
 class MergedSpeed:
-    """Decoding speed of a merged model; `slow` and `busy` as in `OnEngine`."""
+    """Decoding speed of a merged model; `slow` and `busy` as in `EngineFigures`."""
 
     tokens_per_s: float
     slow: bool = False
@@ -40,8 +40,8 @@ class MergedSpeed:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A bundle with the one adapter `task`, and the rows that it is scored on."""
+class BundleMeasurement:
+    """Measures a bundle with a single adapter, `task`, on the device's engines; scores it on `rows`."""
 
     bundle: Path
     task: str
@@ -64,7 +64,7 @@ class Measured:
         with Runtime.open(self.bundle, engine=target, disk_mb=0) as runtime:
             return score(runtime, self.task, self.rows, self.progress)
 
-    def on_engine(self, target: str, scored: Evaluation, merged: MergedSpeed | None) -> OnEngine:
+    def on_engine(self, target: str, scored: Evaluation, merged: MergedSpeed | None) -> EngineFigures:
         """All figures of the adapter on an engine: the given scores, and speeds measured here."""
         self.progress.say(f"timing {target}")
         timed = bench.measure(partial(Runtime.open, self.bundle, engine=target, disk_mb=0), lambda _: None)
@@ -73,7 +73,7 @@ class Measured:
         slow, busy = _load_in(timed)
         if is_merged:
             merged = MergedSpeed(own, slow, busy)
-        return OnEngine(
+        return EngineFigures(
             shape=shape,
             bytes=round(timed["adapter_mb"] * 1e6),
             score=scored.score,
@@ -90,10 +90,13 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class InTorch:
-    """The base and checkpoint of a bundle, in float32; `work` has the base's ONNX graph that trials share."""
+class TorchMeasurement:
+    """Measures the checkpoint of a bundle in torch, in float32, and merged models made from it.
 
-    measured: Measured
+    `work` has the base's ONNX graph, which trials share.
+    """
+
+    measured: BundleMeasurement
     base: bases.Base
     trained: TrainedAdapter
     work: Path

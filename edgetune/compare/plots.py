@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export import backends
 
 from .columns import BUSY
-from .figures import LOWER_IS_BETTER, OnEngine, TrialResult
+from .figures import LOWER_IS_BETTER, EngineFigures, TrialResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,7 +131,7 @@ def _figure(metric: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _each(done: Sequence[TrialResult]) -> Iterator[tuple[str, Any, str, OnEngine]]:
+def _each(done: Sequence[TrialResult]) -> Iterator[tuple[str, Any, str, EngineFigures]]:
     """Label, colour, engine and figures of each point."""
     for outcome, color in zip(done, _colors(len(done)), strict=True):
         for target, figures in outcome.engines.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .figures import OnEngine, TrialResult, goodness, megabytes
+from .figures import EngineFigures, TrialResult, goodness, megabytes
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Recommendation:
 class _Candidate:
     outcome: TrialResult
     target: str
-    figures: OnEngine
+    figures: EngineFigures
 
     @property
     def goodness(self) -> float:

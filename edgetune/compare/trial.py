@@ -23,9 +23,9 @@ from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 
-from .figures import OnBoard, TrainingFigures, TrialResult, write_outcome
+from .figures import BoardFit, TrainingFigures, TrialResult, write_outcome
 from .grid import REQUEST_FILE, Trial
-from .measure import InTorch, Measured
+from .measure import BundleMeasurement, TorchMeasurement
 from .process import end_with_parent
 
 
@@ -41,13 +41,13 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
         rows = read_rows(trial.data, task.spec.data.columns, labels=task.labels or None)
     built = build(recipe, bundle, progress=progress)
     assert built is not None
-    measured = Measured(bundle, trial.task, spread(rows, trial.rows), progress)
+    measured = BundleMeasurement(bundle, trial.task, spread(rows, trial.rows), progress)
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
     assert built.base is not None
     # The method of rounding does not affect speed, and gptq would need rows.
     weights = Weights(recipe.onnx.weights)
-    torch = InTorch(measured, built.base, built.trained[trial.task], shared, weights, recipe.quantize_merged)
+    torch = TorchMeasurement(measured, built.base, built.trained[trial.task], shared, weights, recipe.quantize_merged)
     of_torch = torch.score([row.answer for row in first.details])
     merged = {target: torch.merged_speed(target) for target in recipe.targets}
     return TrialResult(
@@ -82,7 +82,7 @@ def _training(figures: Mapping[str, Any], log: Path) -> TrainingFigures:
     return TrainingFigures(**kept, history=history)
 
 
-def _board(recipe: Recipe, bundle: Path) -> OnBoard | None:
+def _board(recipe: Recipe, bundle: Path) -> BoardFit | None:
     """Whether the bundle fits on the recipe's board; None without a board or if it cannot be predicted."""
     if recipe.device is None:
         return None
@@ -91,7 +91,7 @@ def _board(recipe: Recipe, bundle: Path) -> OnBoard | None:
     except IncompatibleError:
         return None
     found = fit.fit(needs, boards.load(recipe.device))
-    return OnBoard(found.device, found.fits, found.needed_mb, found.available_mb)
+    return BoardFit(found.device, found.fits, found.needed_mb, found.available_mb)
 
 
 def main(folder: Path) -> int:

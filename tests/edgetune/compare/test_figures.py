@@ -16,7 +16,7 @@ from matplotlib.text import Annotation
 from edgetune.bases import Base, load_torch
 from edgetune.compare import plots
 from edgetune.compare.columns import busy_notes, engine_rows, placement_rows
-from edgetune.compare.figures import OnBoard, OnEngine, TrainingFigures, TrialResult, standard_error
+from edgetune.compare.figures import BoardFit, EngineFigures, TrainingFigures, TrialResult, standard_error
 from edgetune.compare.page import page
 from edgetune.compare.recommend import Recommendation, recommend
 from edgetune.compare.sweep import Comparison
@@ -26,11 +26,11 @@ from edgetune.shipping.verify import logits_of
 TRAINED = TrainingFigures(1000, 100_000, 10.0, 500.0, 900.0, 0.2, 0.3, 5, 10, None, ((0.5, 1.0, 0.9), (1.0, 0.2, 0.3)))
 
 
-def engine(score: float, size: int, *, error: float = 0.02, speed: float = 50.0) -> OnEngine:
-    return OnEngine("low_rank", size, score, error, 1e-3, 90.0, speed, 88.0, 4.0, 20.0)
+def engine(score: float, size: int, *, error: float = 0.02, speed: float = 50.0) -> EngineFigures:
+    return EngineFigures("low_rank", size, score, error, 1e-3, 90.0, speed, 88.0, 4.0, 20.0)
 
 
-def outcome(name: str, board: OnBoard | None = None, metric: str = "exact", **engines: OnEngine) -> TrialResult:
+def outcome(name: str, board: BoardFit | None = None, metric: str = "exact", **engines: EngineFigures) -> TrialResult:
     return TrialResult(name, name, None, "done", "", TRAINED, metric, 100, 0.9, engines, {}, board)
 
 
@@ -65,8 +65,8 @@ def test_of_adapters_of_the_same_size_the_better_one_is_recommended() -> None:
 
 
 def test_what_the_board_cannot_hold_is_not_recommended() -> None:
-    small = OnBoard("pi-zero-2w", True, 300, 380)
-    large = OnBoard("pi-zero-2w", False, 500, 380)
+    small = BoardFit("pi-zero-2w", True, 300, 380)
+    large = BoardFit("pi-zero-2w", False, 500, 380)
     found = recommended(outcome("large", large, gguf=engine(0.99, 10)), outcome("small", small, gguf=engine(0.8, 20)))
     assert found.name == "small"
     assert "pi-zero-2w" in found.reason
@@ -187,7 +187,7 @@ def test_the_standard_error_is_binomial_where_answers_are_right_or_wrong() -> No
 
 
 def test_an_outcome_is_read_as_it_was_written() -> None:
-    board = OnBoard("pi-5", True, 300.5, 3800)
+    board = BoardFit("pi-5", True, 300.5, 3800)
     whole = outcome("lora-r4", board, gguf=engine(0.9, 10), onnx=engine(0.8, 20))
     assert TrialResult.of_json(whole.to_json()) == whole
 
