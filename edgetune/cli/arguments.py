@@ -58,7 +58,7 @@ def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
         if not key or not given:
             raise UsageError(f"{flag} {text!r} is not of the form {form}", f"write {flag} {form}")
         if key in pairs:
-            raise UsageError(f"{flag} sets {key!r} twice", "keep one")
+            raise UsageError(f"{flag}: {key!r} is set twice", "keep one")
         pairs[key] = value
     return pairs
 

@@ -152,7 +152,7 @@ def test_no_command_shows_the_help_as_a_mistake(run: Run) -> None:
         (("build", "recipe.yaml", "--outt", "x"), "no such option: --outt"),
         (("evaluate", "home", "--data", "rows.jsonl", "--limit", "few"), "'--limit'"),
         (("validate", "recipe.yaml", "--set", "name"), "--set 'name' is not of the form KEY=VALUE"),
-        (("validate", "recipe.yaml", "--set", "name=a", "--set", "name=b"), "--set gives 'name' twice"),
+        (("validate", "recipe.yaml", "--set", "name=a", "--set", "name=b"), "--set: 'name' is set twice"),
         (("export", "--base", "b", "--adapter", "a", "--out", "o", "--system", "b=x"), "no adapter 'b'"),
         (("export", "--base", "b", "--adapter", "a=x", "--adapter", "a=y", "--out", "o"), "'a' is used twice"),
         (("export", "--base", "b", "--adapter", "A b=x", "--out", "o"), "the name 'A b' may contain only a-z"),
