@@ -89,7 +89,7 @@ class TorchEngine:
         """Does nothing: steps always run to their end."""
 
     def decode(self, tokens: Sequence[int]) -> Logits:
-        """Logits after a prompt or part of it, [vocab]; the first call after `forget` uses the next guess."""
+        """Logits after a prompt or part of it, [vocab]; the first call after `truncate` uses the next guess."""
         self._tokens += tokens
         if self._is_new:
             text, self._is_new = next(self._guesses, None), False
