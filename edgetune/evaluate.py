@@ -1,4 +1,4 @@
-"""Bundle, adapter and data in, a task score out: rows answered through the runtime, as the device answers them."""
+"""Scores an adapter of a bundle on data: the runtime answers the rows, as on the device."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .data import TaskRow, labelled_text, read_rows, tokenize_rows
 from .progress import Progress, Step
 from .recipe.parts import Columns, Metric
 
-# An answer may be this much longer than the longest reference: a worse model is wordier, but not without end.
-_ROOM_FACTOR = 1.5
-_ROOM_TOKENS = 16
+# Answers may be this much longer than the longest reference: a worse model writes more, but needs a limit.
+_LENGTH_FACTOR = 1.5
+_EXTRA_TOKENS = 16
 
 T = TypeVar("T")
 Pair = tuple[TaskRow, Example | None]
-"""A row with its tokens; a row of plain text has none here."""
+"""A row with its tokens; None for a row of plain text."""
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One row: what was asked, expected and answered, and its score between 0 and 1.
+class ScoredRow:
+    """One row: prompt, expected answer, actual answer, and score between 0 and 1.
 
-    Under perplexity nothing is answered, and `score` is the negative log likelihood in nats a token.
+    With perplexity there is no answer, and `score` is the negative log likelihood in nats per token.
     """
 
     where: str
@@ -48,16 +48,16 @@ class Scored:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The score of one adapter on `rows` rows; `too_long` more do not fit in the bundle's context and count nowhere.
+    """The score of an adapter on `rows` rows, without `too_long` more that do not fit in the bundle's context.
 
-    `score` is between 0 and 1, the higher the better, but for perplexity, which is at least 1, the lower the better.
+    `score` is between 0 and 1, higher is better; perplexity is at least 1, and lower is better.
     """
 
     score: float
     metric: str
     rows: int
     too_long: int
-    details: tuple[Scored, ...]
+    details: tuple[ScoredRow, ...]
 
     def to_json(self) -> dict[str, Any]:
         """`score`, `metric`, `rows` and `too_long` as JSON values."""
@@ -66,7 +66,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Task:
-    """What rows are scored with: the runtime, who answers, and how."""
+    """The runtime, adapter, system prompt, labels and metric for scoring rows."""
 
     runtime: Runtime
     adapter: str | None
@@ -85,12 +85,12 @@ def evaluate(
     kv: str | None = None,
     progress: Progress,
 ) -> Evaluation:
-    """Score `adapter` (None: the plain base) on the rows of `data`, a file or a hub id, by the adapter's own metric.
+    """Score `adapter` (None: the plain base) on the rows of `data`, a file or a hub id, with the adapter's metric.
 
-    The columns are those that the adapter was trained with; a file whose rows hold prompt and completion, or text and
-    label, is taken as well. At most `limit` rows are asked, spread evenly over the file, which may be sorted. Answers
-    are greedy. Labels are compared with what `classify` chooses among the adapter's labels. `kv` is how keys and values
-    are kept (see `Runtime.open`).
+    The columns are those from the adapter's training; a file with prompt and completion, or text and label, works too.
+    At most `limit` rows are scored, spread evenly over the file, which may be sorted. Answers are greedy. With labels,
+    the answer is what `classify` chooses among the adapter's labels. `kv` is the type of the KV cache (see
+    `Runtime.open`).
 
     Raises what `Runtime.open` and `read_rows` raise, and UsageError for rows that the metric cannot score.
     """
@@ -101,7 +101,7 @@ def evaluate(
 
 
 def score(runtime: Runtime, adapter: str | None, rows: Sequence[TaskRow], progress: Progress) -> Evaluation:
-    """Score `adapter` (None: the plain base) of an open runtime on all of `rows`, as `evaluate` does."""
+    """Score `adapter` (None: the plain base) of an open runtime on all `rows`, like `evaluate`."""
     entry = runtime.manifest.adapter(adapter) if adapter is not None else None
     labels = entry.labels if entry is not None else ()
     metric = metrics.metric_for(_metric(entry), rows, labels)
@@ -111,7 +111,7 @@ def score(runtime: Runtime, adapter: str | None, rows: Sequence[TaskRow], progre
     fitting, too_long = _fitting(task, rows)
     if too_long:
         context = runtime.manifest.context_length
-        progress.say(f"{too_long} of {len(rows)} rows do not fit in the context of {context} tokens: left out")
+        progress.say(f"leaving out {too_long} of {len(rows)} rows, which do not fit in the context of {context} tokens")
     run = _perplexity if metric == "perplexity" else _answers
     with progress.step(f"evaluating {adapter or 'the base'}", len(fitting)) as step:
         points, details = run(task, fitting, step)
@@ -119,15 +119,15 @@ def score(runtime: Runtime, adapter: str | None, rows: Sequence[TaskRow], progre
 
 
 def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:
-    """At most `limit` of the rows, evenly from all of them; UsageError when that leaves none."""
+    """At most `limit` rows, spread evenly; UsageError for a limit below 1."""
     if limit is None or limit >= len(rows):
         return rows
     if limit < 1:
-        raise UsageError(f"a limit of {limit} rows leaves nothing to score", "give at least 1")
+        raise UsageError(f"a limit of {limit} rows leaves nothing to score", "use at least 1")
     return [rows[index * len(rows) // limit] for index in range(limit)]
 
 
-def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[Scored]]:
+def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[ScoredRow]]:
     details, total_nats, total_tokens = [], 0.0, 0
     for row, example in pairs:
         nats, tokens = _loss(task, row, example)
@@ -138,9 +138,9 @@ def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, 
     return math.exp(total_nats / total_tokens), details
 
 
-def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[Scored]]:
+def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[ScoredRow]]:
     longest = max(len(example.tokens) - example.prompt_length for _, example in pairs if example is not None)
-    max_tokens = int(longest * _ROOM_FACTOR) + _ROOM_TOKENS
+    max_tokens = int(longest * _LENGTH_FACTOR) + _EXTRA_TOKENS
     answers = []
     for row, _ in pairs:
         answers.append(_answer(task, row, max_tokens))
@@ -151,7 +151,7 @@ def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, lis
 
 
 def _answer(task: _Task, row: TaskRow, max_tokens: int) -> str:
-    """The likeliest label, or a greedy generation."""
+    """The most likely label, or a greedy answer."""
     prompt = row.messages or ()
     if task.metric == "label":
         return task.runtime.classify(prompt, task.labels or None, adapter=task.adapter)[0]
@@ -159,7 +159,7 @@ def _answer(task: _Task, row: TaskRow, max_tokens: int) -> str:
 
 
 def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, int]:
-    """Negative log likelihood (nats) of a text, or of a completion after its prompt, and its tokens."""
+    """Negative log likelihood (nats) of a text, or of a completion after its prompt, and its number of tokens."""
     if example is None:
         return task.runtime.perplexity(row.text or "", adapter=task.adapter)
     context, active = loaded_bundle(task.runtime).context(task.adapter)
@@ -169,13 +169,13 @@ def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, in
         return -context.engine.score([target])[0], len(target)
 
 
-def _detail(row: TaskRow, answer: str, score: float) -> Scored:
+def _detail(row: TaskRow, answer: str, score: float) -> ScoredRow:
     prompt = row.messages[-1]["content"] if row.messages else row.text or ""
-    return Scored(row.where, prompt, row.completion or "", answer, score)
+    return ScoredRow(row.where, prompt, row.completion or "", answer, score)
 
 
 def _read(source: str, columns: Columns | None, entry: AdapterEntry | None) -> list[TaskRow]:
-    """The rows by the adapter's columns, or by their own keys where these alone give prompts with completions."""
+    """The rows read with the adapter's columns; if that fails, by their keys, if these give prompt rows."""
     labels = entry.labels if entry is not None and entry.metric == "label" and entry.labels else None
     try:
         return read_rows(source, columns, labels=labels)
@@ -186,21 +186,21 @@ def _read(source: str, columns: Columns | None, entry: AdapterEntry | None) -> l
             rows = read_rows(source, labels=labels)
         except UsageError:
             rows = []
-        # Rows read as plain text hide what is wrong with the columns.
+        # Rows read as plain text would hide an error in the columns.
         if not rows or any(row.completion is None for row in rows):
             raise
         return rows
 
 
 def _columns(runtime: Runtime, adapter: str | None) -> Columns | None:
-    """The columns of the adapter's data in the bundle's recipe; None where it names none."""
+    """The columns of the adapter's data in the bundle's recipe; None if it sets none."""
     node: Any = runtime.manifest.recipe
     for key in ("adapters", adapter, "data", "columns"):
         node = node.get(key) if isinstance(node, dict) else None
     try:
         return None if node is None else Columns.model_validate(node)
     except ValidationError as error:
-        message = f"the recipe in bundle {runtime.manifest.name!r} names columns that cannot be: {node}"
+        message = f"the recipe in bundle {runtime.manifest.name!r} has invalid columns: {node}"
         raise VerificationError(message, "build the bundle again") from error
 
 
@@ -216,16 +216,16 @@ def _metric(entry: AdapterEntry | None) -> Metric:
 def _check_rows(rows: Sequence[TaskRow], metric: Metric) -> None:
     texts = [row.where for row in rows if row.completion is None]
     if texts and metric != "perplexity":
-        message = f"{texts[0]}: is plain text, and metric {metric} compares answers"
-        raise UsageError(message, "give rows of prompt and completion, or of messages")
+        message = f"{texts[0]}: is plain text, but metric {metric} compares answers"
+        raise UsageError(message, "use rows of prompt and completion, or of messages")
     if metric != "perplexity":
-        # References that the metric cannot take are told before any time is spent on answers.
+        # Check that the metric supports the references before spending time on answers.
         references = [row.completion or "" for row in rows]
         metrics.score(metric, references, references)
 
 
 def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
-    """The rows that fit in the context, prompt rows with their tokens, and how many do not; texts fit at any length."""
+    """The rows that fit in the context, prompt rows with their tokens, and how many do not; texts always fit."""
     loaded = loaded_bundle(task.runtime)
     if loaded.encoder is not None:
         return _fitting_encoder(loaded.encoder, rows)
@@ -236,7 +236,7 @@ def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
         examples, _ = tokenize_rows(prompts, tokenizer, system=task.system, loss_on="all", max_tokens=sys.maxsize)
         for row in rows:
             if row.messages is None and len(tokenizer.tokenize(row.text or "")) < 2:
-                raise UsageError(f"{row.where}: has 1 token, and its first is not predicted", "leave it out")
+                raise UsageError(f"{row.where}: has 1 token, so there is nothing to predict", "remove the row")
         longest = max((len(tokenizer.tokenize(label, continues=True)) + 1 for label in task.labels), default=0)
     by_row = dict(zip(map(id, prompts), examples, strict=True))
     pairs = [(row, by_row.get(id(row))) for row in rows]
@@ -247,7 +247,7 @@ def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
 
 
 def _fitting_encoder(encoder: EncoderEngine, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
-    """The same for an encoder, which answers without more tokens."""
+    """Like `_fitting`, for an encoder, which needs no room for an answer."""
     tokens = [tuple(encoder.tokenizer.tokenize(labelled_text(row))) for row in rows]
     room = encoder.context_length
     pairs: list[Pair] = [
@@ -262,7 +262,7 @@ def _fitting_encoder(encoder: EncoderEngine, rows: Sequence[TaskRow]) -> tuple[l
 
 def _nothing_fits(rows: int, room: int) -> UsageError:
     message = f"none of {rows} rows fits in the context of {room} tokens"
-    return UsageError(message, "build the bundle with a longer context_length, or shorten the rows")
+    return UsageError(message, "build the bundle with a larger context_length or shorten the rows")
 
 
 def _length(example: Example, longest_label: int) -> int:

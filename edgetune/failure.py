@@ -1,4 +1,4 @@
-"""Errors in, one line for the user on standard error and an exit code out."""
+"""Turns errors into one line on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import typer
 from edgetune_runtime.errors import CancelledError, EdgetuneError, OutOfSpaceError, UsageError
 
 PROGRAM = "edgetune"
-# The class of all errors of a command line; Typer names only this child of it in public.
+# The base class of all command-line errors; Typer exports only this subclass.
 _CommandLineError: type[Any] = typer.BadParameter.__mro__[1]
 
 
 def drop_output() -> None:
-    """Write what is still to come nowhere: Python flushes at exit, and would complain of what is known already."""
+    """Discard further output: Python flushes at exit and would report the error again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(error: BaseException) -> int:
-    """Tell the user of an error, in one line on standard error, and return the exit code."""
+    """Print an error as one line on standard error and return its exit code."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -30,19 +30,19 @@ def fail(error: BaseException) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error, file=sys.stderr)
         return UsageError.exit_code
-    told = _told(error)
-    # Several problems of one file come as several lines, each of which stands alone.
-    for line in str(told).splitlines():
+    reported = _reported(error)
+    # Several problems of one file are one line each.
+    for line in str(reported).splitlines():
         print(f"{PROGRAM}: {line}", file=sys.stderr)
-    return told.exit_code
+    return reported.exit_code
 
 
-def _told(error: BaseException) -> EdgetuneError:
-    """What the user is told about an error."""
+def _reported(error: BaseException) -> EdgetuneError:
+    """The error to report to the user for `error`."""
     full = next((cause for cause in _causes(error) if _is_full_disk(cause)), None)
     if full is not None and not isinstance(error, OutOfSpaceError):
         place = getattr(full, "filename", None) or "to the disk"
-        return OutOfSpaceError(f"no space left to write {place}", "free some space and run it again")
+        return OutOfSpaceError(f"no space left to write {place}", "free some space and run the command again")
     if isinstance(error, EdgetuneError):
         return error
     if isinstance(error, KeyboardInterrupt | typer.Abort):
@@ -52,7 +52,7 @@ def _told(error: BaseException) -> EdgetuneError:
     if isinstance(error, OSError) and error.filename is not None:
         return UsageError(f"{error.filename}: {error.strerror}", "check the path and its permissions")
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    return EdgetuneError(f"unexpected {what}", "run again with --debug and report it")
+    return EdgetuneError(f"unexpected {what}", "run the command again with --debug and report it")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -62,7 +62,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_full_disk(error: BaseException) -> bool:
-    # safetensors and llama.cpp's converter tell it in their text alone.
+    # safetensors and llama.cpp's converter report it only in the text.
     number = error.errno if isinstance(error, OSError) else None
     return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 

@@ -1,4 +1,4 @@
-"""Hugging Face folder in, the GGUF header that converting it would give out, as far as sizes need it. No torch."""
+"""Predicts the GGUF header of a Hugging Face folder from its config, as far as sizes need it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _F16 = 1
 def predict_header(folder: Path) -> GgufHeader:
     """The header of the folder's f16 GGUF file, without a tokenizer and without offsets.
 
-    Reads config.json and the heads of the .safetensors files. Raises what `check_folder` raises, and VerificationError
-    when a file is damaged.
+    Reads config.json and the headers of the .safetensors files. Raises what `check_folder` raises, and
+    VerificationError if a file is damaged.
     """
     architecture = check_folder(folder).gguf
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -41,14 +41,14 @@ def predict_header(folder: Path) -> GgufHeader:
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
-    """Name and shape of each tensor of a .safetensors file, whose head is JSON after its length in 8 bytes."""
+    """Name and shape of each tensor of a .safetensors file: 8 bytes of header length, then a JSON header."""
     try:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
-            # A damaged length must not ask for that much memory.
+            # Do not allocate memory for a damaged length.
             head: Mapping[str, Any] = json.loads(opened.read(min(length, file.stat().st_size)))
             if opened.tell() != 8 + length:
-                raise ValueError("it is cut short")
+                raise ValueError("the file is truncated")
         yield from ((name, entry["shape"]) for name, entry in head.items() if name != "__metadata__")
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VerificationError(f"{file} is no .safetensors file", "get the model again") from error
+        raise VerificationError(f"{file} is not a .safetensors file", "download the model again") from error

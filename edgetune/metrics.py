@@ -1,4 +1,4 @@
-"""Answers and the references they should match in, scores between 0 and 1 out."""
+"""Metrics that score answers against references, between 0 and 1."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LONG_ANSWER_WORDS = 3
 
 
 def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | None) -> Metric:
-    """The metric to use: `metric` itself, or with "auto" the one that fits `rows`.
+    """The metric to use: `metric` itself, or for "auto" the one that suits `rows`.
 
-    Labels give label accuracy, rows of text perplexity, completions that are all JSON objects JSON equality,
-    completions of more than three words on average ROUGE-L, and all others exact match.
+    Label accuracy if there are labels, perplexity for rows of text, JSON equality if all completions are JSON objects,
+    ROUGE-L for completions of more than three words on average, otherwise exact match.
     """
     if metric != "auto":
         return metric
@@ -34,16 +34,16 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
 
 
 def score(metric: Metric, predictions: Sequence[str], references: Sequence[str]) -> tuple[float, list[float]]:
-    """The mean score and that of each row, between 0 and 1; `predictions[i]` is compared with `references[i]`.
+    """The mean score and the score of each row, between 0 and 1; compares `predictions[i]` with `references[i]`.
 
-    "exact" and "label" compare without surrounding white space; "json" compares parsed values, so that the order of
-    keys does not count, and gives 0 to what is not JSON; "rouge_l" is the F measure of ROUGE-L (Lin 2004), of the
-    rouge-score library; "chrf" is chrF (Popović 2015) of each row, of sacrebleu. Raises UsageError for other metrics,
-    and when there are no rows or not as many predictions as references.
+    "exact" and "label" ignore surrounding white space; "json" compares parsed values, so the order of keys does not
+    matter, and scores invalid JSON 0; "rouge_l" is the F-measure of ROUGE-L (Lin 2004) from the rouge-score library;
+    "chrf" is chrF (Popović 2015) of each row from sacrebleu. Raises UsageError for other metrics, without rows, and if
+    the numbers of predictions and references differ.
     """
     if len(predictions) != len(references) or not references:
-        message = f"{len(predictions)} predictions for {len(references)} references cannot be scored"
-        raise UsageError(message, "give one of each, at least one row")
+        message = f"cannot score {len(predictions)} predictions against {len(references)} references"
+        raise UsageError(message, "pass one prediction per reference, and at least one")
     compare = _comparison(metric)
     rows = [compare(*pair) for pair in zip(predictions, references, strict=True)]
     return sum(rows) / len(rows), rows
@@ -72,13 +72,13 @@ def _parsed(text: str) -> object:
     try:
         return json.loads(text)
     except RecursionError:
-        return ValueError("nested too deep")
+        return ValueError("nested too deeply")
     except ValueError as error:
         return error
 
 
 def _same(one: object, other: object) -> bool:
-    # Python takes true for 1; JSON does not.
+    # True == 1 in Python, but not in JSON.
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, dict) and isinstance(other, dict):
@@ -89,7 +89,7 @@ def _same(one: object, other: object) -> bool:
 
 
 class _Words:
-    """Words of any script: rouge-score's own tokenizer drops all but a-z and 0-9."""
+    """Tokenizer for words of any script: rouge-score's own drops everything except a-z and 0-9."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"\w+", text.lower())

@@ -1,4 +1,4 @@
-"""Recipe and its base's header in; what the bundle will need on a board, and what the board chooses, out. No torch."""
+"""Predicts what a recipe's bundle needs on a board, and chooses settings for the board. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .targets import shapes_in
 
 
 def needs_of_recipe(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> fit.Needs:
-    """What the bundle of `recipe` will take; `requantize`: the build quantizes the base as the recipe says."""
+    """What the bundle of `recipe` will need; `requantize`: whether the build quantizes the base."""
     return fit.needs_of_header(
         header,
         context_length=recipe.context_length,
@@ -25,9 +25,9 @@ def needs_of_recipe(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> 
 
 
 def choose_for(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> fit.BoardChoice | None:
-    """What the recipe's board picks for the keys that the recipe leaves unset; None when it names no board.
+    """Choose settings for the recipe's board where the recipe leaves them unset; None if it sets no board.
 
-    What the recipe sets is kept. Raises IncompatibleError when the bundle cannot fit, so a build ends before training.
+    Raises IncompatibleError if the bundle cannot fit, so a build fails before training.
     """
     if recipe.device is None:
         return None
@@ -51,19 +51,19 @@ def _adapter_sizes(recipe: Recipe, header: GgufHeader) -> dict[str, fit.AdapterS
 
 
 def _adapter_size(recipe: Recipe, name: str, header: GgufHeader) -> fit.AdapterSize | None:
-    """What lies beside the base for an adapter; None for what is merged."""
+    """Memory of an adapter in addition to the base; None if it is merged."""
     spec, shape = recipe.adapters[name], _shape(recipe, name)
     method, options = methods.load(spec.method.name), spec.method.options
     if shape == "prefix":
         return fit.AdapterSize(method.prefix_tokens(options) * fit.kv_bytes_per_token(header), 0)
     if shape == "tensors":
-        # A vector or a small network in a few places: next to nothing beside a base.
+        # A few vectors or small networks: negligible compared to the base.
         return fit.AdapterSize(0, 0)
     if shape == "merged":
         return None
     targets = options.target_modules if isinstance(options, TargetOptions) else ALL_LINEAR
     if targets == AUTO:
-        # The most that may be chosen.
+        # The largest set that may be chosen.
         targets = ALL_LINEAR
     return fit.lora_size(header, method.shipped_rank(options), targets, dtype=spec.dtype)
 
@@ -73,6 +73,6 @@ def _merged(recipe: Recipe) -> list[str]:
 
 
 def _shape(recipe: Recipe, name: str) -> str:
-    """The shape in the format that the bundle opens by default."""
+    """The adapter's shape in the format that the runtime opens by default."""
     spec, target = recipe.adapters[name], recipe.targets[0]
     return shapes_in((target,), spec.method.name, spec.method.options, merged=spec.merged)[target]

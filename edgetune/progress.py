@@ -1,4 +1,4 @@
-"""What a build is doing in, lines on standard error out: a bar on a terminal, plain lines elsewhere."""
+"""Progress on standard error: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
-# Seconds between two plain lines of a running step.
+# Seconds between plain lines of a running step.
 _LINE_EVERY_S = 10.0
 
 
 class Step:
-    """One step with a known number of parts; `update` after each part."""
+    """A step with a known number of parts; call `update` after each part."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.done = label, total, 0
 
     def update(self, note: str = "", done: int | None = None) -> None:
-        """One more part is done, or `done` parts in all; `note` says something about it, such as a loss."""
+        """Report that one more part is done, or `done` parts in total; `note` is a short text, such as the loss."""
         self.done = self.done + 1 if done is None else done
 
 
@@ -29,7 +29,7 @@ class _PlainStep(Step):
     def __init__(self, label: str, total: int, console: Console) -> None:
         super().__init__(label, total)
         self._console, self._start = console, time.monotonic()
-        self._said, self._first = self._start, 0
+        self._printed, self._first = self._start, 0
 
     def update(self, note: str = "", done: int | None = None) -> None:
         jumped = done is not None and done > self.done + 1
@@ -37,9 +37,9 @@ class _PlainStep(Step):
         if jumped:
             self._first = self.done
         now = time.monotonic()
-        if now - self._said < _LINE_EVERY_S or self.done == self._first:
+        if now - self._printed < _LINE_EVERY_S or self.done == self._first:
             return
-        self._said = now
+        self._printed = now
         left_s = (now - self._start) / (self.done - self._first) * (self.total - self.done)
         self._console.print(f"{self.label}: {self.done}/{self.total} {note}, {left_s:.0f} s left")
 
@@ -56,19 +56,19 @@ class _BarStep(Step):
 
 
 class Progress:
-    """Says on standard error what is going on; `quiet` says nothing."""
+    """Reports progress on standard error; prints nothing if `quiet`."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        # Text is shown as it is: rich would take [brackets] for markup and the place in rows.jsonl:100: for an emoji.
+        # Rich would parse [brackets] as markup and rows.jsonl:100: as an emoji.
         self._console = Console(stderr=True, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
         self._console.print(text)
 
     @contextmanager
     def step(self, label: str, total: int) -> Iterator[Step]:
-        """A step of `total` parts, shown while the block runs."""
+        """Show a step of `total` parts while the block runs."""
         if not self._console.is_terminal or self._console.quiet:
             yield _PlainStep(label, total, self._console)
             return

@@ -1,4 +1,4 @@
-"""GGUF base in, transformers model out: each tensor is read, dequantized and made a parameter, one after another."""
+"""Loads a GGUF base as a transformers model: reads and dequantizes one tensor after another."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 _VOCABULARY = "tokenizer.ggml.tokens"
 _OUTPUT = "output.weight"
-# Of tensors in a mapped file, on which the speed of products depends.
+# Of tensors in a mapped file, for the speed of matrix products.
 _ALIGNMENT = 64
-# The writer adds the one itself; by the other transformers tells Mistral from LLaMA, and gives it a window of attention
-# that llama.cpp leaves out.
+# The writer adds general.architecture itself. From general.name transformers recognizes Mistral, and adds a sliding
+# window that llama.cpp does not use.
 _LEFT_OUT = ("general.architecture", "general.name")
 
 
 def config_of(header: GgufHeader) -> PreTrainedConfig:
-    """What transformers makes of a GGUF file's metadata, corrected where llama.cpp makes something else of it.
+    """The config that transformers reads from a GGUF file's metadata, corrected to what llama.cpp runs.
 
     Raises IncompatibleError for an architecture that is not supported.
     """
@@ -48,9 +48,9 @@ def config_of(header: GgufHeader) -> PreTrainedConfig:
 
 
 def _read_config(header: GgufHeader) -> PreTrainedConfig:
-    """What transformers makes of the metadata.
+    """The config that transformers reads from the metadata.
 
-    It gets a file without the arrays of the vocabulary, which take it seconds to read and of which it needs the length.
+    It reads a file without the vocabulary, which would take seconds to parse; only its length is needed.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - slow to import
 
@@ -65,7 +65,7 @@ def _read_config(header: GgufHeader) -> PreTrainedConfig:
                 writer.add_key_value(key, value, gguf.GGUFValueType(header.value_types[key]))
         if vocabulary not in header.metadata and _VOCABULARY in header.metadata:
             writer.add_uint32(vocabulary, len(header.metadata[_VOCABULARY]))
-        # Whether the output layer is the embedding shows in the tensors' names alone.
+        # Only the tensors' names show whether embedding and output layer are tied.
         writer.add_tensor(_OUTPUT if _OUTPUT in header.tensors else "token_embd.weight", np.zeros(1, np.float32))
         for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
             write()
@@ -77,14 +77,14 @@ def _read_config(header: GgufHeader) -> PreTrainedConfig:
 def model_of(
     config: PreTrainedConfig, dtype: torch.dtype, path: Path, header: GgufHeader, mapped: Path | None = None
 ) -> PreTrainedModel:
-    """The causal model of `config` on the CPU, to be evaluated, with the weights of the GGUF file `path` in `dtype`.
+    """The causal model of `config` on the CPU, in evaluation mode, with the weights of the GGUF file `path` in `dtype`.
 
-    Takes the memory of the model and of one tensor in float32. With `mapped`, a file that is written for it, weights in
-    float32 are mapped from that file: when memory is short, the system drops their pages and reads them again.
-    Parameters that the GGUF file has no tensor for stay on the meta device.
+    Needs memory for the model and one tensor in float32. With `mapped`, float32 weights are written to that file and
+    mapped from it: when memory is short, the system drops their pages and reads them again. Parameters without a tensor
+    in the GGUF file stay on the meta device.
 
-    Raises ValueError for an unknown architecture, RuntimeError when a tensor has another shape, IncompatibleError when
-    one is of an unknown type.
+    Raises ValueError for an unknown architecture, RuntimeError if a tensor has another shape, IncompatibleError if one
+    has an unknown type.
     """
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
@@ -92,14 +92,14 @@ def model_of(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     read = _read(model.state_dict(), path, header)
     weights = {name: values.to(dtype) for name, values in read} if mapped is None else _mapped(read, mapped)
-    # What is assigned becomes the parameter itself; copying would hold both.
+    # Assigned tensors become the parameters; copying would need memory for both.
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.eval()
 
 
 def _read(parameters: Iterable[str], path: Path, header: GgufHeader) -> Iterator[tuple[str, torch.Tensor]]:
-    """The values in float32 of each of these parameters that the file has."""
+    """The float32 values of those `parameters` that the file has."""
     names = name_map(header)
     with path.open("rb") as file:
         for parameter in parameters:
@@ -111,28 +111,28 @@ def _read(parameters: Iterable[str], path: Path, header: GgufHeader) -> Iterator
 
 
 def _mapped(weights: Iterator[tuple[str, torch.Tensor]], path: Path) -> dict[str, torch.Tensor]:
-    """The same float32 tensors, as they are in a file that is written tensor by tensor."""
-    places: dict[str, tuple[int, torch.Size]] = {}
+    """Write float32 tensors to a file one by one, and map them from it."""
+    offsets: dict[str, tuple[int, torch.Size]] = {}
     with raising_out_of_space(path), path.open("wb") as file:
         for name, values in weights:
             file.write(bytes(-file.tell() % _ALIGNMENT))
-            places[name] = (file.tell(), values.shape)
+            offsets[name] = (file.tell(), values.shape)
             values.numpy().tofile(file)
-    # What is written to goes into memory, and never into the file.
+    # Copy on write: changes stay in memory and never reach the file.
     data = np.memmap(path, np.float32, "c")
     return {
         name: torch.from_numpy(data[start // 4 :][: shape.numel()]).view(shape)
-        for name, (start, shape) in places.items()
+        for name, (start, shape) in offsets.items()
     }
 
 
 def _values(data: np.ndarray, tensor: TensorInfo, header: GgufHeader) -> torch.Tensor:
-    """The values in float32, rows and norms as the Hugging Face model has them."""
+    """The values in float32, with rows and norms as in the Hugging Face model."""
     order = base_rows(tensor, header)
     if order is not None:
-        # Fewer bytes to move before they are dequantized than after.
+        # Reorder rows before dequantizing, when there are fewer bytes to move.
         data = data.reshape(tensor.shape[-1], -1)[np.argsort(order)]
-    # Aligned by torch, on which the speed of its products depends.
+    # Allocated by torch for its alignment, which makes matrix products faster.
     values = torch.empty(tensor.shape[::-1], dtype=torch.float32)
     dequantize_rows(data, tensor, out=values.numpy())
     if tensor.name.endswith("norm.weight"):

@@ -1,4 +1,4 @@
-"""What commands share: arguments that several take, texts of the command line in, plain values out."""
+"""Options that several commands share, and parsers for their values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from edgetune_runtime.errors import UsageError
 
-# Titles over the options in --help.
-RECIPE_PANEL = "Settings over the recipe's"
+# Titles of the option groups in --help.
+RECIPE_PANEL = "Recipe overrides"
 BASE_PANEL = "Base"
 DATA_PANEL = "Data"
 ENGINE_PANEL = "Engine"
@@ -29,38 +29,40 @@ Settings = Annotated[
 ]
 AsJson = Annotated[
     bool,
-    typer.Option("--json", help="One JSON object as the last line of standard output.", rich_help_panel=OUTPUT_PANEL),
+    typer.Option(
+        "--json", help="Print one JSON object as the last line of standard output.", rich_help_panel=OUTPUT_PANEL
+    ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.", rich_help_panel=OUTPUT_PANEL)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.", rich_help_panel=OUTPUT_PANEL)]
 Targets = Annotated[
     str | None,
-    typer.Option(metavar="A,B", help="Formats to export, joined by commas: gguf, onnx.", rich_help_panel=RECIPE_PANEL),
+    typer.Option(metavar="A,B", help="Formats to write, such as gguf,onnx.", rich_help_panel=RECIPE_PANEL),
 ]
 
 
 def names_of(joined: str) -> list[str]:
-    """What was joined by commas."""
+    """The names in a comma-separated list."""
     return [name.strip() for name in joined.split(",")]
 
 
 def settings_of(settings: Sequence[str] | None) -> dict[str, str]:
-    """Keys of the recipe and their values, from --set."""
+    """Recipe keys and values from --set."""
     return pairs_of(settings or (), "--set", "KEY=VALUE")
 
 
 def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
-    """Left and right of the first = of each text; UsageError names the flag when one is missing or there twice."""
+    """Key and value of each text, split at its first =; UsageError if there is none, or a key is repeated."""
     pairs: dict[str, str] = {}
     for text in texts:
         key, given, value = text.partition("=")
         if not key or not given:
             raise UsageError(f"{flag} {text!r} is not of the form {form}", f"write {flag} {form}")
         if key in pairs:
-            raise UsageError(f"{flag} gives {key!r} twice", "keep one")
+            raise UsageError(f"{flag}: {key!r} is set twice", "keep one")
         pairs[key] = value
     return pairs
 
 
 def print_json(values: Mapping[str, Any]) -> None:
-    """Print one line of JSON."""
+    """Print the values as one line of JSON."""
     print(json.dumps(values, ensure_ascii=False))

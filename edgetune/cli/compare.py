@@ -1,4 +1,4 @@
-"""`edgetune compare RECIPE --task NAME --methods A,B --out DIR`: methods side by side, as tables on standard output."""
+"""`edgetune compare RECIPE --task NAME --methods A,B --out DIR`: tables of several methods on standard output."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from edgetune.compare.sweep import Run
 
 ENGINES = ("local", "ray")
-# Columns of the widest table that fits where no terminal sets a width.
+# Width for the widest table, in characters, without a terminal.
 WIDTH = 140
 
 
 def compare(
     recipe: RecipePath,
     *,
-    task: Annotated[str, typer.Option(metavar="NAME", help="The adapter of the recipe to try the methods on.")],
-    methods: Annotated[str, typer.Option(metavar="A,B", help="Methods, joined by commas.")],
+    task: Annotated[str, typer.Option(metavar="NAME", help="The recipe's adapter to compare the methods on.")],
+    methods: Annotated[str, typer.Option(metavar="A,B", help="Methods, separated by commas.")],
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where trials, tables and plots go.", rich_help_panel=OUTPUT_PANEL)
+        Path, typer.Option(metavar="DIR", help="Folder for trials, tables and plots.", rich_help_panel=OUTPUT_PANEL)
     ],
-    ranks: Annotated[str | None, typer.Option(metavar="4,16", help="Ranks to try of methods that have one.")] = None,
+    ranks: Annotated[str | None, typer.Option(metavar="4,16", help="Ranks to try for methods with a rank.")] = None,
     targets: Targets = None,
     settings: Settings = None,
     data: Annotated[
@@ -59,16 +59,18 @@ def compare(
     ] = 100,
     engine: Annotated[
         str,
-        typer.Option(metavar="NAME", help="What runs the trials: local, or ray.", rich_help_panel=ENGINE_PANEL),
+        typer.Option(
+            metavar="NAME", help="Where trials run: local, or ray for a Ray cluster.", rich_help_panel=ENGINE_PANEL
+        ),
     ] = ENGINES[0],
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare methods on one task.
 
-    Trains, exports and measures each method, on the device's engines too, and recommends one. A --set key that begins
-    with a method's name is for that method alone: --set lora.target_modules=q_proj, --set full.training.epochs=1. A
-    comparison that was stopped goes on where it was.
+    Trains, exports and measures each method, also on the device's engines, and recommends one. A --set key that begins
+    with a method's name applies only to that method: --set lora.target_modules=q_proj, --set full.training.epochs=1.
+    An interrupted comparison resumes where it stopped.
     """
     from edgetune.compare import sweep  # noqa: PLC0415 - help needs none of it
     from edgetune.compare.grid import Request  # noqa: PLC0415
@@ -96,7 +98,7 @@ def _ranks(joined: str | None) -> list[int]:
     try:
         return [] if joined is None else [int(text) for text in names_of(joined)]
     except ValueError as error:
-        raise UsageError(f"--ranks: {joined!r} are no whole numbers", "write them as --ranks 4,16") from error
+        raise UsageError(f"--ranks: {joined!r} is not a list of whole numbers", "write it as --ranks 4,16") from error
 
 
 def _run(engine: str) -> Run:
@@ -132,7 +134,7 @@ def _print_tables(comparison: Comparison, out: Path) -> None:
     chosen = comparison.recommended
     if chosen is not None:
         if chosen.undecided:
-            print(f"nothing can be recommended on the score: {chosen.undecided}")
+            print(f"no trial can be recommended by score: {chosen.undecided}")
         print(f"recommended: {chosen.reason}")
     print(out / "compare.html")
 

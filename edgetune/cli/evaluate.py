@@ -1,4 +1,4 @@
-"""`edgetune evaluate BUNDLE --data FILE`: an adapter's score, and its wrong answers, on standard output."""
+"""`edgetune evaluate BUNDLE --data FILE`: an adapter's score and wrong answers on standard output."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def evaluate(
         str,
         typer.Option(
             metavar="FILE",
-            help="Rows as in the training data: .jsonl, .csv, or a hub id.",
+            help="Rows in the form of the training data: .jsonl, .csv or a hub id.",
             rich_help_panel=DATA_PANEL,
         ),
     ],
     adapter: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The adapter to score (default: the plain base).")
+        str | None, typer.Option(metavar="NAME", help="The adapter to score (default: the base without one).")
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Score N rows, spread evenly over the file.", rich_help_panel=DATA_PANEL),
+        typer.Option(min=1, metavar="N", help="Score at most N rows, spread evenly.", rich_help_panel=DATA_PANEL),
     ] = None,
     show: Annotated[
         int,
@@ -41,7 +41,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="What runs the bundle: gguf or onnx (default: its first format).",
+            help="Run the bundle with gguf or onnx (default: its first format).",
             rich_help_panel=ENGINE_PANEL,
         ),
     ] = None,
@@ -49,7 +49,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="Keep keys and values as f16 (default) or q8_0; gguf alone.",
+            help="Type of the KV cache: f16 (default) or q8_0; only with gguf.",
             rich_help_panel=ENGINE_PANEL,
         ),
     ] = None,
@@ -58,7 +58,7 @@ def evaluate(
 ) -> None:
     """Score a bundle's adapter on data.
 
-    Rows are answered through the runtime, as on the board, and scored by the metric of the adapter's task.
+    The runtime answers the rows, as on the board; the answers are scored with the metric of the adapter's task.
     """
     from edgetune.evaluate import evaluate as run  # noqa: PLC0415 - numpy and the engine
     from edgetune.progress import Progress  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Plain --help with options and commands under the titles that Typer calls rich_help_panel."""
+"""Plain-text --help with options and commands grouped by Typer's rich_help_panel."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Command line in, data on standard output and progress on standard error out; the only module with exit codes.
+"""The `edgetune` command: data on standard output, progress on standard error, and exit codes.
 
-Commands import what they need when they run: help and `edgetune validate` must not wait for torch.
+Commands import what they need when they run, so that help and `edgetune validate` do not wait for torch.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from .grouped_help import GroupedCommand, GroupedGroup
 if TYPE_CHECKING:
     from edgetune.recipe.model import Recipe
 
-# The script of --install-completion sets it when a shell asks what may come next.
+# Set by the script of --install-completion when a shell asks for completions.
 COMPLETION_VARIABLE = "_EDGETUNE_COMPLETE"
 DEFAULT_RECIPE = Path("recipe.yaml")
-# Titles over the commands in --help.
+# Titles of the command groups in --help.
 RECIPE_COMMANDS = "Recipe commands"
 BUNDLE_COMMANDS = "Bundle commands"
 MEASUREMENT_COMMANDS = "Measurement commands"
-# Title, place in an adapter's figures, and form of each column of a build's table.
+# Title, path in an adapter's figures, and format of each column of a build's table.
 COLUMNS = (
     ("train loss", "train_loss", "{:.3f}"),
     ("validation loss", "val_loss", "{:.3f}"),
-    ("overfit from step", "overfit_step", "{}"),
+    ("overfit after step", "overfit_step", "{}"),
     ("KL", "parity.kl", "{:.1e}"),
     ("top-1", "parity.top1", "{:.1%}"),
     ("MB", "mb", "{:.2f}"),
@@ -63,7 +63,7 @@ COLUMNS = (
 )
 
 app = typer.Typer(
-    help="Train one small adapter per task on one quantized base, and pack them for a small board.",
+    help="Train one small adapter per task on a shared quantized base, and pack them for a small board.",
     no_args_is_help=True,
     cls=GroupedGroup,
     rich_markup_mode=None,
@@ -73,7 +73,7 @@ Converter = Annotated[
     Path | None,
     typer.Option(
         metavar="PATH",
-        help="A llama.cpp checkout to convert the base with (default: fetched through pip).",
+        help="A llama.cpp checkout to convert the base with (default: downloaded with pip).",
         rich_help_panel=BASE_PANEL,
     ),
 ]
@@ -81,38 +81,38 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         metavar="SCHEME",
-        help="Quantization of the base (default: a .gguf file as it is, else q8_0).",
+        help="Quantization of the base (default: a .gguf file unchanged, otherwise q8_0).",
         rich_help_panel=BASE_PANEL,
     ),
 ]
 
 Out = Annotated[
     Path | None,
-    typer.Option(metavar="OUT", help="The bundle (default: build/ and its name).", rich_help_panel=OUTPUT_PANEL),
+    typer.Option(metavar="OUT", help="The bundle's folder (default: build/NAME).", rich_help_panel=OUTPUT_PANEL),
 ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, or that of the error, which goes to standard error in one line."""
+    """Run a command and return its exit code; an error is printed as one line on standard error."""
     end_on_interrupt()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     command = typer.main.get_command(app)
     if COMPLETION_VARIABLE in os.environ:
-        command(prog_name=PROGRAM)  # prints what the shell asks for, and ends
+        command(prog_name=PROGRAM)  # prints completions and exits
     try:
         with warnings.catch_warnings():
             if not debug and not sys.warnoptions:
-                # Libraries warn their callers of changes to come, and who runs a command cannot act on that.
+                # Deprecation warnings of libraries are of no use to someone who runs a command.
                 warnings.simplefilter("ignore")
-            # Not command.main(): that ends the process by itself, with codes of its own.
+            # Not command.main(): it exits the process, with its own codes.
             with command.make_context(PROGRAM, [argument for argument in given if argument != "--debug"]) as context:
                 command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as end:
         return end.exit_code
     except BrokenPipeError:
-        drop_output()  # the reader has seen enough
+        drop_output()  # the reader closed the pipe
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
@@ -133,10 +133,10 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     _debug: Annotated[
-        bool, typer.Option("--debug", help="Show a traceback with an error; may stand anywhere in a command.")
+        bool, typer.Option("--debug", help="Print a traceback on errors; allowed anywhere in a command.")
     ] = False,
 ) -> None:
-    """Options of all commands; `main` takes --debug out before it comes here."""
+    """Options of all commands; `main` removes --debug before parsing."""
 
 
 @app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
@@ -147,34 +147,34 @@ def build(
     as_json: AsJson = False,
     settings: Settings = None,
     base: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Another base than the recipe's.", rich_help_panel=BASE_PANEL)
+        str | None, typer.Option(metavar="BASE", help="Override the recipe's base.", rich_help_panel=BASE_PANEL)
     ] = None,
     quantize: Quantize = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="BOARD", help="The board that the bundle must fit.", rich_help_panel=RECIPE_PANEL),
+        typer.Option(metavar="BOARD", help="The board that the bundle must fit on.", rich_help_panel=RECIPE_PANEL),
     ] = None,
     targets: Targets = None,
     epochs: Annotated[
         float | None,
-        typer.Option(metavar="N", help="Passes over the rows, for all adapters.", rich_help_panel=RECIPE_PANEL),
+        typer.Option(metavar="N", help="Epochs, for all adapters.", rich_help_panel=RECIPE_PANEL),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed of all adapters.", rich_help_panel=RECIPE_PANEL)
+        int | None, typer.Option(metavar="N", help="Seed, for all adapters.", rich_help_panel=RECIPE_PANEL)
     ] = None,
     converter: Converter = None,
     quiet: Quiet = False,
 ) -> None:
-    """Build a recipe's bundle.
+    """Train the adapters of a recipe and pack a bundle.
 
-    Trains its adapters, exports them with the base and checks that the bundle says what was trained. A build that was
-    stopped or killed goes on where it was.
+    Exports the adapters with their base and checks that the exported files match the trained model. An interrupted
+    build resumes where it stopped.
     """
     from edgetune import pipeline  # noqa: PLC0415 - torch
     from edgetune.progress import Progress  # noqa: PLC0415
 
     texts = {"base": base, "quantize": quantize, "device": device}
-    # The recipe reads values as YAML, in which JSON's quotes keep a text as it is.
+    # Values are parsed as YAML; JSON quotes keep them strings.
     overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
     if targets is not None:
         overrides["targets"] = names_of(targets)
@@ -195,25 +195,25 @@ def export(
         typer.Option(metavar="BASE", help="The base that the adapters were trained on.", rich_help_panel=BASE_PANEL),
     ],
     adapters: Annotated[
-        list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="A folder that PEFT saved; repeatable.")
+        list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="A folder saved by PEFT; repeatable.")
     ],
-    out: Annotated[Path, typer.Option(metavar="OUT", help="The bundle.", rich_help_panel=OUTPUT_PANEL)],
+    out: Annotated[Path, typer.Option(metavar="OUT", help="The bundle's folder.", rich_help_panel=OUTPUT_PANEL)],
     quantize: Quantize = None,
     systems: Annotated[
         list[str] | None,
         typer.Option("--system", metavar="NAME=TEXT", help="System prompt of an adapter; repeatable."),
     ] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="Ship whole models with the adapters merged in.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="Merge each adapter into a full model.")] = False,
     targets: Targets = None,
     converter: Converter = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Bundle adapters trained elsewhere.
+    """Pack a bundle from adapters trained elsewhere.
 
-    Takes folders that PEFT saved (through Unsloth, Axolotl, TRL …) of any method that `edgetune methods` lists, exports
-    them with their base and checks that the bundle says what was trained. The name of an adapter is that of its folder
-    unless given.
+    Reads folders saved by PEFT (also through Unsloth, Axolotl, TRL …) with any method in `edgetune methods`, exports
+    them with their base and checks that the exported files match the trained model. An adapter is named after its
+    folder unless NAME is given.
     """
     folders = _parse_adapters(adapters)
     prompts = pairs_of(systems or (), "--system", "NAME=TEXT")
@@ -242,14 +242,14 @@ def validate(
     recipe: RecipePath,
     *,
     out: Out = None,
-    trial: Annotated[bool, typer.Option("--trial", help="Train ten steps to tell how long a build takes.")] = False,
+    trial: Annotated[bool, typer.Option("--trial", help="Train ten steps to estimate the build time.")] = False,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a recipe and all it names.
+    """Check a recipe, its base and its data.
 
-    Reads the base's header and all rows of the data, and sees whether the board can hold the bundle, and whether this
-    machine has the memory and the disk to build it.
+    Reads the base's header and all rows of the data, and checks that the bundle fits on the board and that this machine
+    has enough memory and disk to build it.
     """
     from .validate import check  # noqa: PLC0415 - help needs none of it
 
@@ -275,10 +275,10 @@ def validate(
 
 @app.command("methods", cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
 def list_methods(*, as_json: AsJson = False) -> None:
-    """List the ways of tuning.
+    """List the tuning methods.
 
-    Tells what each becomes in the formats (a product of low rank, a prefix, tensors or a merged model; - is refused)
-    and when to take it. --json has the options too.
+    Shows each method's shape in each format (low_rank, prefix, tensors or merged; - means not supported) and when to
+    use it. --json adds the options.
     """
     from .methods import describe, names, table  # noqa: PLC0415 - numpy and the formats
 
@@ -289,8 +289,8 @@ def list_methods(*, as_json: AsJson = False) -> None:
 
 
 @app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
-def init(path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write it.")] = DEFAULT_RECIPE) -> None:
-    """Write a recipe with comments to start from."""
+def init(path: Annotated[Path, typer.Argument(metavar="PATH", help="File to write.")] = DEFAULT_RECIPE) -> None:
+    """Write a commented recipe to start from."""
     from edgetune.recipe.model import TEMPLATE  # noqa: PLC0415 - help needs no pydantic
 
     target = path / DEFAULT_RECIPE if path.is_dir() else path
@@ -299,13 +299,13 @@ def init(path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to wri
         with target.open("x", encoding="utf-8") as file:
             file.write(TEMPLATE)
     except FileExistsError as error:
-        raise UsageError(f"{target} exists already", "name another file") from error
+        raise UsageError(f"{target} already exists", "choose another file") from error
     print(target)
 
 
 @app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
 def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
+    """Print the JSON schema of recipes for editors."""
     from edgetune.recipe.model import json_schema  # noqa: PLC0415 - help needs no pydantic
 
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
@@ -317,7 +317,7 @@ app.add_typer(devices_cli.app, name="devices", rich_help_panel=MEASUREMENT_COMMA
 
 
 def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any]) -> Recipe:
-    """The recipe with the flags over it; `training` holds for all adapters, those with their own value too."""
+    """The recipe with the flags applied; `training` overrides all adapters, also those that set their own values."""
     from edgetune.recipe.model import load_recipe  # noqa: PLC0415 - help needs no pydantic
 
     changes = {**{f"training.{key}": value for key, value in training.items()}, **overrides}
@@ -348,10 +348,10 @@ def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
         if not given or Path(text).is_dir():
             name, folder = Path(text).resolve().name, text
         if not NAME_PATTERN.fullmatch(name):
-            message = f"--adapter {text!r}: the name {name!r} must be of a-z, 0-9, _ and -"
+            message = f"--adapter {text!r}: the name {name!r} may contain only a-z, 0-9, _ and -"
             raise UsageError(message, "write --adapter NAME=DIR")
         if name in folders:
-            raise UsageError(f"--adapter {text!r}: the name {name!r} is there twice", "write --adapter NAME=DIR")
+            raise UsageError(f"--adapter {text!r}: the name {name!r} is used twice", "write --adapter NAME=DIR")
         folders[name] = Path(folder)
     return folders
 
@@ -370,8 +370,8 @@ def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
         table.add_column(title, justify="right")
     for name, figures in result["adapters"].items():
         values = {**figures, "mb": figures["bytes"] / 1e6}
-        table.add_row(name, *(_cell(values, place, form) for _, place, form in COLUMNS))
-    # Where no terminal sets a width, nothing is cut.
+        table.add_row(name, *(_cell(values, path, form) for _, path, form in COLUMNS))
+    # Without a terminal the width must fit all columns.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print(result["bundle"])
 
@@ -379,13 +379,13 @@ def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
 def _print_next(recipe: Recipe, bundle: Path) -> None:
     from .next_commands import next_commands  # noqa: PLC0415 - help needs none of it
 
-    # The bundle's path stays the last line of standard output.
+    # On standard error, so that the bundle's path stays the last line of standard output.
     sys.stdout.flush()
-    print("\nRun it, score it, and see whether it fits a board:", file=sys.stderr)
+    print("\nRun it, score it, and check whether it fits on a board:", file=sys.stderr)
     print("\n".join(f"  {command}" for command in next_commands(recipe, bundle)), file=sys.stderr)
 
 
-def _cell(values: Any, place: str, form: str) -> str:  # noqa: ANN401 - JSON values
-    for key in place.split("."):
+def _cell(values: Any, path: str, form: str) -> str:  # noqa: ANN401 - JSON values
+    for key in path.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return "-" if values is None else form.format(values)

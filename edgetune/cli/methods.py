@@ -1,4 +1,4 @@
-"""`edgetune methods`: the ways of tuning, what each becomes in the formats, and its options, on standard output."""
+"""`edgetune methods`: the tuning methods, their shape in each format, and their options, on standard output."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from edgetune.targets import shapes_in
 
 
 def names() -> list[str]:
-    """All methods there are."""
+    """The names of all methods."""
     return methods.names()
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A method as JSON values: what it is, its shapes, the shape in each backend (null: refused), its options."""
+    """A method as JSON values: description, shapes, shape in each backend (null: not supported) and options."""
     method = methods.load(name)
     defaults = method.options()
     schema = method.options.model_json_schema(by_alias=False)["properties"]
@@ -40,7 +40,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def table() -> list[str]:
-    """A line a method: its name, what it becomes in each backend, and when to take it."""
+    """One line per method: its name, its shape in each backend, and its description."""
     lines = [("method", *backends.names(), "")]
     for name in names():
         found = describe(name)

@@ -1,21 +1,21 @@
-"""Outcomes in, the cells of the tables out: of training, of each engine, and of placements that were weighed."""
+"""The cells of the comparison's tables: training, each engine, and the placements that were tried."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .figures import OnEngine, TrainingFigures, TrialResult, megabytes
+from .figures import EngineFigures, TrainingFigures, TrialResult, megabytes
 
 NONE = "-"
-"""A figure that there is not."""
+"""Shown for a missing figure."""
 BUSY = "*"
-"""Marks times and speeds that were taken on a busy machine."""
+"""Marks times and speeds measured on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column's title, and what it holds in a few words."""
+    """A column's title and a short description."""
 
     title: str
     meaning: str
@@ -28,38 +28,38 @@ TRAINING = (
     Column("seconds", "of training, validation included"),
     Column("tokens/s", "of training rows"),
     Column("peak MB", "of memory in training, 10^6 bytes"),
-    Column("val loss", "nats a token, at the best checkpoint, which is the one that ships"),
-    Column("at step", "of the best checkpoint, and of how many"),
-    Column("overfit", "step from which validation loss rose"),
+    Column("val loss", "nats per token, at the best checkpoint, which is the one that ships"),
+    Column("at step", "step of the best checkpoint / number of steps"),
+    Column("overfit", "step after which validation loss rose"),
     Column("torch score", "of the checkpoint before export"),
 )
 ON_ENGINE = (
     Column("trial", "method and rank"),
-    Column("engine", "what runs it on the device"),
-    Column("shape", "what the adapter is there; merged is a whole model"),
+    Column("engine", "that runs it on the device"),
+    Column("shape", "of the adapter in this format; merged is a full model"),
     Column("score", "on the engine, after quantization, with one standard error"),
     Column("MB", "of the adapter's files, 10^6 bytes"),
-    Column("tokens/s", "decoding with the adapter beside the base"),
+    Column("tokens/s", "decoding with the adapter, not merged"),
     Column("merged", "tokens/s with the adapter merged into the base"),
-    Column("base", "tokens/s of the plain base"),
-    Column("switch µs", "median of the switch alone"),
-    Column("first token ms", "after a switch back to the adapter"),
-    Column("KL", "of the exported from the trained, mean over rows"),
+    Column("base", "tokens/s of the base without an adapter"),
+    Column("switch µs", "median time of the switch itself"),
+    Column("first token ms", "time to first token after a switch back to the adapter"),
+    Column("KL", "divergence of the exported from the trained model, mean over rows"),
 )
 PLACEMENTS = (
     Column("trial", "method and rank"),
-    Column("modules", "that the adapter would be placed on"),
-    Column("rank", "of the adapter there"),
-    Column("slower %", "what decoding loses by it, in the engine"),
-    Column("trial loss", "validation loss after a short training, nats a token; of those within the budget"),
+    Column("modules", "that the adapter would change"),
+    Column("rank", "of the adapter"),
+    Column("slower %", "loss of decode speed in the engine"),
+    Column("trial loss", "validation loss after a short training, nats per token; only within the budget"),
     Column("chosen", "the lowest loss within the budget"),
 )
 TEXT_COLUMNS = {"trial", "engine", "shape", "modules", "chosen"}
-"""Columns that are no numbers."""
+"""Columns that are not numbers."""
 
 
 def training_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
-    """A row for each outcome; one that is not done has its name and the reason alone."""
+    """A row for each outcome; one that is not done has only its name and the reason."""
     for outcome in outcomes:
         training = outcome.training
         if training is None:
@@ -80,7 +80,7 @@ def training_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
 
 
 def engine_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
-    """A row for each outcome on each engine; where the format holds no such adapter, the reason."""
+    """A row for each outcome on each engine; the reason if the format does not support the method."""
     for outcome in outcomes:
         for target, figures in outcome.engines.items():
             yield outcome.name, target, *_on_engine(figures)
@@ -90,7 +90,7 @@ def engine_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
 
 
 def placement_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
-    """A row for each placement that was weighed for a trial whose modules are chosen by their cost."""
+    """A row for each placement that was tried for a trial with `target_modules: auto`."""
     for outcome in outcomes:
         found = outcome.placement
         for tried in found["tried"] if found else ():
@@ -106,9 +106,9 @@ def placement_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]
 
 
 def busy_notes(outcomes: Sequence[TrialResult]) -> list[str]:
-    """What the mark at times and speeds means, where there is one: which trials were timed on a busy machine, and why.
+    """Notes on the mark at times and speeds: which trials were timed on a busy machine, and why. Empty without marks.
 
-    Placements that were weighed on one are named too.
+    Trials whose placement was measured on a busy machine are listed too.
     """
     marked = [
         f"{outcome.name} in {target}{f' ({figures.busy})' if figures.busy else ''}"
@@ -120,16 +120,16 @@ def busy_notes(outcomes: Sequence[TrialResult]) -> list[str]:
     if marked:
         notes = [
             f"{BUSY} timed on a busy machine, so these times and speeds are not used: {', '.join(marked)}",
-            "to time a trial again, delete its trials/NAME/trial.json and run the command on a quiet machine",
+            "to time a trial again, delete its trials/NAME/trial.json and run the command again on a quiet machine",
         ]
     return notes + [
-        f"{outcome.name}: its modules were chosen by speeds measured on a busy machine ({outcome.placement['busy']})"
+        f"{outcome.name}: modules chosen by speeds measured on a busy machine ({outcome.placement['busy']})"
         for outcome in outcomes
         if outcome.placement and outcome.placement.get("busy")
     ]
 
 
-def _on_engine(figures: OnEngine) -> tuple[str, ...]:
+def _on_engine(figures: EngineFigures) -> tuple[str, ...]:
     mark = BUSY if figures.slow else ""
     return (
         figures.shape,

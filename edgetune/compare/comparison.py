@@ -1,4 +1,4 @@
-"""A finished comparison: the outcome of each trial, and what is recommended."""
+"""A finished comparison: the outcome of each trial and the recommendation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .recommend import Recommendation
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcomes of a task's trials, the best score first, and the recommended one; `rows` were scored."""
+    """The outcomes of a task's trials, best score first, and the recommended one; `rows` is how many were scored."""
 
     task: str
     base: str
@@ -22,9 +22,9 @@ class Comparison:
     recommended: Recommendation | None
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints, and compare.json holds.
+        """The contents of compare.json and the output of `--json`.
 
-        `undecided` says why nothing can be recommended on the score, else null; `recommended` is then the smallest.
+        `undecided` is the reason why the scores do not decide, else null; `recommended` is then the smallest adapter.
         """
         return {
             "task": self.task,

@@ -1,4 +1,4 @@
-"""What one trial gave, as frozen figures that JSON holds; what a score may be off by."""
+"""The figures of a trial, written as JSON, and the standard error of a score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from edgetune_runtime.atomic import replacing
 
 LOWER_IS_BETTER = ("perplexity",)
-"""Metrics of which less is better."""
+"""Metrics for which lower is better."""
 
 OUTCOME_FILE = "trial.json"
 
@@ -21,14 +21,14 @@ Status = Literal["done", "failed", "refused"]
 
 
 @dataclass(frozen=True)
-class OnEngine:
-    """A trial in one format, run by the engine that the device has.
+class EngineFigures:
+    """The figures of a trial in one format, run by the device's engine.
 
-    `bytes` are those of the adapter's files, a whole model where `shape` is merged. `tokens_per_s` is decoding with the
-    adapter beside the base, `merged_tokens_per_s` with the adapter merged into it, `base_tokens_per_s` the plain base.
-    `switch_us` and `first_token_ms` (after a switch back) are medians. None stands for what the shape cannot give.
-    `slow` says that the machine was busy while these times and speeds were taken, or its processor throttled; `busy` is
-    the reason in a few words, where it is known.
+    `bytes` is the size of the adapter's files, that of a full model if `shape` is merged. `tokens_per_s` is decoding
+    with the unmerged adapter, `merged_tokens_per_s` with the adapter merged, `base_tokens_per_s` without an adapter.
+    `switch_us` and `first_token_ms` (after a switch back) are medians. None where the shape has no such figure.
+    `slow` means that the machine was busy or its processor throttled during the measurement; `busy` is the reason as
+    text if it is known.
     """
 
     shape: str
@@ -47,7 +47,7 @@ class OnEngine:
 
 @dataclass(frozen=True)
 class TrainingFigures:
-    """What a training took and gave; losses are nats a token, `history` holds (epoch, training, validation loss)."""
+    """Cost and losses of training; losses in nats per token, `history` of (epoch, training loss, validation loss)."""
 
     trainable_parameters: int
     total_parameters: int
@@ -63,13 +63,13 @@ class TrainingFigures:
 
     @property
     def trainable_share(self) -> float:
-        """Share of the base's parameters."""
+        """Trainable parameters as a share of the base's."""
         return self.trainable_parameters / self.total_parameters
 
 
 @dataclass(frozen=True)
-class OnBoard:
-    """Whether the trial's bundle fits on the recipe's board, by prediction."""
+class BoardFit:
+    """Whether the trial's bundle is predicted to fit on the recipe's board."""
 
     name: str
     fits: bool
@@ -79,10 +79,10 @@ class OnBoard:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One row of a comparison. Of a trial that is not `done`, `reason` says why in one line.
+    """One row of a comparison. If the trial is not `done`, `reason` says why in one line.
 
-    `torch_score` is that of the checkpoint before export; `refused` maps a format to why it holds no such adapter.
-    `placement` is what was tried for `target_modules: auto`, as `placement.Choice.to_json` gives it.
+    `torch_score` is the score of the checkpoint before export; `refused` maps formats to why they do not support the
+    method. `placement` has what was tried for `target_modules: auto`, as from `PlacementChoice.to_json`.
     """
 
     name: str
@@ -94,9 +94,9 @@ class TrialResult:
     metric: str = ""
     rows: int = 0
     torch_score: float | None = None
-    engines: Mapping[str, OnEngine] = field(default_factory=dict)
+    engines: Mapping[str, EngineFigures] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-    board: OnBoard | None = None
+    board: BoardFit | None = None
     placement: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -105,17 +105,17 @@ class TrialResult:
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> TrialResult:
-        """What `to_json` gave; TypeError or KeyError for anything else."""
+        """The result from the values of `to_json`; TypeError or KeyError for other values."""
         training, board = values["training"], values["board"]
         if training is not None:
             training = TrainingFigures(**{**training, "history": tuple(map(tuple, training["history"]))})
-        engines = {name: OnEngine(**figures) for name, figures in values["engines"].items()}
-        board = None if board is None else OnBoard(**board)
+        engines = {name: EngineFigures(**figures) for name, figures in values["engines"].items()}
+        board = None if board is None else BoardFit(**board)
         return cls(**{**values, "training": training, "engines": engines, "board": board})
 
 
 def read_outcome(folder: Path, key: str) -> TrialResult | None:
-    """The outcome that a trial of this key left in `folder`, else None."""
+    """The outcome in `folder` if it has this key, else None."""
     try:
         values = json.loads((folder / OUTCOME_FILE).read_text(encoding="utf-8"))
         return TrialResult.of_json(values["outcome"]) if values["key"] == key else None
@@ -124,25 +124,25 @@ def read_outcome(folder: Path, key: str) -> TrialResult | None:
 
 
 def write_outcome(outcome: TrialResult, folder: Path, key: str) -> None:
-    """Leave the outcome of a trial of this key in `folder`."""
+    """Write the outcome of a trial with this key to `folder`."""
     with replacing(folder / OUTCOME_FILE) as path:
         path.write_text(json.dumps({"key": key, "outcome": outcome.to_json()}, indent=2), encoding="utf-8")
 
 
 def megabytes(size: int) -> str:
-    """Bytes as 10^6 of them, with digits enough to tell small adapters apart."""
+    """Bytes in MB (10^6 bytes), with enough digits to tell small adapters apart."""
     return f"{size / 1e6:.2f}" if size >= 100_000 else f"{size / 1e6:.4f}"
 
 
 def goodness(metric: str, score: float) -> float:
-    """A number that is higher for a better score, whatever the metric."""
+    """The score as a number that is higher for a better score, for any metric."""
     return -score if metric in LOWER_IS_BETTER else score
 
 
 def standard_error(metric: str, score: float, points: Sequence[float]) -> float:
-    """One standard error of a mean score over rows that got these points: binomial where all are 0 or 1.
+    """Standard error of a mean score over rows with these points; binomial if all points are 0 or 1.
 
-    Of a perplexity, whose points are nats a token of each row, that of its logarithm times the perplexity.
+    For perplexity, the points are each row's nats per token, and the error is that of their mean times the perplexity.
     """
     n = len(points)
     if n < 2:

@@ -1,6 +1,6 @@
-"""Recipe, task, methods and ranks in, the trials of a comparison out; all that is wrong is told before any training.
+"""Makes the trials of a comparison from a recipe, a task, methods and ranks; reports all errors before any training.
 
-A trial is the recipe cut down to the one task, with one method at one rank.
+A trial is the recipe reduced to one task, with one method at one rank.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from edgetune.recipe.parts import MethodSpec
 from edgetune.targets import shapes_in
 
 REQUEST_FILE = "request.json"
-"""Where a trial's process finds it, in the trial's folder."""
+"""The trial in its folder, for the trial's process."""
 RANK = "r"
-"""The option that holds a method's rank."""
+"""The option for a method's rank."""
 MEAN_RANK = "target_r"
-"""The same of a method whose modules end with ranks of their own."""
+"""The option for the mean rank of a method that ends with a different rank per module."""
 ALPHAS = {"lora_alpha", "alpha"}
-"""The options that weigh an update against its rank."""
+"""The options that scale an update relative to its rank."""
 
 Fields = Mapping[str, FieldInfo]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare, as the command line says it.
+    """What to compare, from the command line.
 
-    `settings` are dotted keys of the recipe; those that begin with a method's name are that method's alone.
+    `settings` are dotted keys of the recipe; keys that begin with a method's name apply only to that method.
     """
 
     recipe: Path
@@ -57,10 +57,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training to be done, exported and measured, as JSON values: it is run in a process of its own.
+    """One method at one rank to train, export and measure, as JSON values; each trial runs in a separate process.
 
-    `overrides` are changes of the recipe; `targets` are the formats that hold the method, `refused` maps the others to
-    why they cannot. `key` stands for all that the outcome depends on.
+    `overrides` are changes to the recipe; `targets` are the formats that support the method, `refused` maps the others
+    to the reason. `key` identifies everything that the outcome depends on.
     """
 
     name: str
@@ -78,12 +78,12 @@ class Trial:
 
     @cached_property
     def one_task(self) -> Recipe:
-        """The recipe of this trial alone."""
+        """The recipe of this trial."""
         return _one_task(load_recipe(self.recipe, self.overrides), self.task)
 
     @property
     def is_refused(self) -> bool:
-        """Whether no format holds the method."""
+        """Whether no format supports the method."""
         return not self.targets
 
     def to_json(self) -> str:
@@ -92,31 +92,31 @@ class Trial:
 
     @classmethod
     def of_json(cls, text: str) -> Trial:
-        """What `to_json` wrote."""
+        """The trial from the text of `to_json`."""
         return cls(**json.loads(text))
 
 
 def recipe_of(request: Request) -> Recipe:
-    """The recipe cut down to the task, in the formats asked for; UsageError for names and ranks that cannot be."""
+    """The recipe reduced to the requested task and formats; UsageError for unknown names and invalid ranks."""
     _check_lists(request)
     common, _ = _split(request)
     recipe = load_recipe(request.recipe, common)
     if request.task not in recipe.adapters:
         raise UsageError(f"--task: {_no('task', request.task, list(recipe.adapters))}")
     if recipe.task == CLASSIFICATION:
-        message = f"recipe {request.recipe} is for task {CLASSIFICATION}, whose methods are not compared"
-        raise UsageError(message, "give a recipe for text-generation")
+        message = f"recipe {request.recipe} is for task {CLASSIFICATION}, which compare does not support"
+        raise UsageError(message, "use a recipe for text-generation")
     if recipe.domain is not None:
-        message = f"recipe {request.recipe} continues its base on text first, which each trial would do again"
-        remedy = "build it, and compare on the base of that bundle: --set domain=null --set base=BUNDLE/base/FILE.gguf"
+        message = f"recipe {request.recipe} has a domain, and each trial would repeat its continued pretraining"
+        remedy = "build it, then compare on that bundle's base: --set domain=null --set base=BUNDLE/base/FILE.gguf"
         raise UsageError(message, remedy)
     return _one_task(recipe, request.task)
 
 
 def trials_of(request: Request, recipe: Recipe, fingerprint: str) -> list[Trial]:
-    """The trials of the request; `recipe` is that of `recipe_of`, and its base has this fingerprint.
+    """The trials of the request; `recipe` is from `recipe_of`, and its base has this fingerprint.
 
-    A method without a rank is tried once. Raises UsageError for options that cannot be.
+    A method without a rank gets one trial. Raises UsageError for invalid options.
     """
     trials: list[Trial] = []
     for name in dict.fromkeys(request.methods):
@@ -132,7 +132,7 @@ def _check_lists(request: Request) -> None:
             raise UsageError(f"--methods: {_no('method', name, methods.names())}")
     for rank in request.ranks:
         if rank < 1:
-            raise UsageError(f"--ranks: {rank} is no rank", "give whole numbers from 1 on")
+            raise UsageError(f"--ranks: {rank} is not a rank", "use whole numbers of at least 1")
     for target in request.targets or ():
         if target not in backends.names():
             raise UsageError(f"--targets: {_no('format', target, backends.names())}")
@@ -147,31 +147,31 @@ def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fing
     mine = own.get(method, {})
     training = {key: value for key, value in mine.items() if key.startswith("training.")}
     options = {key: value for key, value in mine.items() if key not in training}
-    place = f"adapters.{request.task}"
+    prefix = f"adapters.{request.task}"
     overrides = {
         **common,
-        f"{place}.merged": False,
-        f"{place}.method": _options(recipe.adapters[request.task].method, method, rank),
-        **{f"{place}.{key}": value for key, value in training.items()},
-        **{f"{place}.method.{key}": value for key, value in options.items()},
+        f"{prefix}.merged": False,
+        f"{prefix}.method": _options(recipe.adapters[request.task].method, method, rank),
+        **{f"{prefix}.{key}": value for key, value in training.items()},
+        **{f"{prefix}.method.{key}": value for key, value in options.items()},
     }
     loaded = _one_task(load_recipe(request.recipe, overrides), request.task)
     spec = loaded.adapters[request.task].method
     key = _rank_key(type(spec.options).model_fields)
-    held = None if key is None else getattr(spec.options, key)
-    name = method if held is None else f"{method}-r{held}"
+    used_rank = None if key is None else getattr(spec.options, key)
+    name = method if used_rank is None else f"{method}-r{used_rank}"
     refused = _refusals(spec, loaded.targets)
-    kept = [target for target in loaded.targets if target not in refused]
-    if kept:
-        overrides["targets"] = kept
+    supported = [target for target in loaded.targets if target not in refused]
+    if supported:
+        overrides["targets"] = supported
     trial = Trial(
         name=name,
         method=method,
-        rank=held,
+        rank=used_rank,
         recipe=str(request.recipe.resolve()),
         task=request.task,
         overrides=overrides,
-        targets=kept,
+        targets=supported,
         folder=str(request.out.resolve() / "trials" / name),
         data=request.data,
         rows=request.rows,
@@ -181,7 +181,7 @@ def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fing
 
 
 def _split(request: Request) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The settings of all trials, and those of each method alone."""
+    """The settings of all trials, and those of each method."""
     common: dict[str, Any] = {} if request.targets is None else {"targets": list(request.targets)}
     own: dict[str, dict[str, Any]] = {}
     for key, value in request.settings.items():
@@ -192,31 +192,31 @@ def _split(request: Request) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
             common[key] = value
     unused = next((method for method in own if method not in request.methods), None)
     if unused is not None:
-        raise UsageError(f"--set: {unused} is not compared", f"name it in --methods, or leave --set {unused}.… out")
+        raise UsageError(f"--set: {unused} is not in --methods", f"add it there, or remove --set {unused}.…")
     return common, own
 
 
 def _options(recipe: MethodSpec, method: str, rank: int | None) -> dict[str, Any]:
     """The method's entry in the recipe, at the rank.
 
-    What the recipe sets of its own method holds for that one, and for others that weigh an update in the same way, so
-    that they differ in the method alone. Alpha follows the rank, so that an update counts the same at each.
+    Options that the recipe sets apply to its own method, and to methods with the same rank and alpha options and
+    defaults, so that trials differ only in the method. Alpha is scaled with the rank, so that updates keep their scale.
     """
     fields, own = methods.load(method).options.model_fields, type(recipe.options).model_fields
     options: dict[str, Any] = {"name": method}
-    if method == recipe.name or _weighs_alike(fields, own):
+    if method == recipe.name or _scales_alike(fields, own):
         given = recipe.options.model_dump(mode="json", include=recipe.options.model_fields_set)
         options |= {key: value for key, value in given.items() if key in fields}
     key = _rank_key(fields)
     if rank is not None and key is not None:
-        # A mean rank is that of the end; what alpha is divided by stays.
+        # A mean rank applies at the end of training and does not change what alpha is divided by.
         for alpha in fields.keys() & ALPHAS if key == RANK else ():
             options[alpha] = _value(options, fields, alpha) * rank / _value(options, fields, RANK)
         options[key] = rank
     return options
 
 
-def _weighs_alike(one: Fields, other: Fields) -> bool:
+def _scales_alike(one: Fields, other: Fields) -> bool:
     shared = {RANK, *ALPHAS} & one.keys()
     return len(shared) > 1 and all(key in other and one[key].default == other[key].default for key in shared)
 
@@ -244,7 +244,7 @@ def _one_task(recipe: Recipe, task: str) -> Recipe:
 
 
 def _key(trial: Trial, fingerprint: str) -> str:
-    """A digest of the resolved recipe, of the base and of the data files."""
+    """A digest of the version, the base, the resolved recipe and the data files."""
     recipe = trial.one_task
     data = recipe.adapters[trial.task].data
     sources = [source for source in (data.train, data.validation, trial.data) if source is not None]

@@ -1,4 +1,4 @@
-"""A built bundle and the checkpoint that it was made of in; scores and speeds, on each engine and in torch, out."""
+"""Measures scores and speeds of a built bundle on each engine, and of its checkpoint in torch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from edgetune.evaluate import Evaluation, score
 from edgetune.progress import Progress
 from edgetune.shipping.verify import TrainedAdapter
 
-from .figures import OnEngine, standard_error
+from .figures import EngineFigures, standard_error
 from .torch_engine import TorchEngine
 
 
 @dataclass(frozen=True)
 class MergedSpeed:
-    """Decoding speed of a merged model; `slow` and `busy` as in `OnEngine`."""
+    """Decoding speed of a merged model; `slow` and `busy` as in `EngineFigures`."""
 
     tokens_per_s: float
     slow: bool = False
@@ -40,8 +40,8 @@ class MergedSpeed:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A bundle with the one adapter `task`, and the rows that it is scored on."""
+class BundleMeasurement:
+    """Measures a bundle with a single adapter, `task`, on the device's engines; scores it on `rows`."""
 
     bundle: Path
     task: str
@@ -50,12 +50,12 @@ class Measured:
 
     @property
     def manifest(self) -> Manifest:
-        """What the bundle says of itself."""
+        """The bundle's manifest."""
         return read_manifest(self.bundle)
 
     @property
     def entry(self) -> AdapterEntry:
-        """What it says of the adapter."""
+        """The adapter's entry in the manifest."""
         return self.manifest.adapter(self.task)
 
     def score(self, target: str) -> Evaluation:
@@ -64,8 +64,8 @@ class Measured:
         with Runtime.open(self.bundle, engine=target, disk_mb=0) as runtime:
             return score(runtime, self.task, self.rows, self.progress)
 
-    def on_engine(self, target: str, scored: Evaluation, merged: MergedSpeed | None) -> OnEngine:
-        """All figures of the adapter on an engine: its score, and the speeds that are measured here."""
+    def on_engine(self, target: str, scored: Evaluation, merged: MergedSpeed | None) -> EngineFigures:
+        """All figures of the adapter on an engine: the given scores, and speeds measured here."""
         self.progress.say(f"timing {target}")
         timed = bench.measure(partial(Runtime.open, self.bundle, engine=target, disk_mb=0), lambda _: None)
         shape, speed = self.entry.shapes[target], timed["decode_tokens_per_s"]
@@ -73,7 +73,7 @@ class Measured:
         slow, busy = _load_in(timed)
         if is_merged:
             merged = MergedSpeed(own, slow, busy)
-        return OnEngine(
+        return EngineFigures(
             shape=shape,
             bytes=round(timed["adapter_mb"] * 1e6),
             score=scored.score,
@@ -90,10 +90,13 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class InTorch:
-    """What a bundle was made of, in float32; `work` holds what trials share of the base's ONNX graph."""
+class TorchMeasurement:
+    """Measures the checkpoint of a bundle in torch, in float32, and merged models made from it.
 
-    measured: Measured
+    `work` has the base's ONNX graph, which trials share.
+    """
+
+    measured: BundleMeasurement
     base: bases.Base
     trained: TrainedAdapter
     work: Path
@@ -102,18 +105,18 @@ class InTorch:
 
     @cached_property
     def checkpoint(self) -> methods.Checkpoint:
-        """What was trained, with its base."""
+        """The trained checkpoint with its base."""
         import torch  # noqa: PLC0415 - slow to import
 
         return self.trained.checkpoint(bases.load_torch(self.base, torch.float32))
 
     @property
     def method(self) -> methods.Method[Any]:
-        """What it was trained by."""
+        """The method that trained it."""
         return methods.load(self.trained.method)
 
     def score(self, answers: Sequence[str]) -> Evaluation:
-        """The checkpoint's score by greedy answers; `answers` are guesses of them, such as the device's."""
+        """The checkpoint's score with greedy decoding; `answers` are guesses that save time, such as the device's."""
         measured = self.measured
         measured.progress.say("scoring in torch")
         entry = replace(measured.entry, shapes={}, files={})
@@ -124,9 +127,9 @@ class InTorch:
                 return score(runtime, entry.name, measured.rows, measured.progress)
 
     def merged_speed(self, target: str) -> MergedSpeed | None:
-        """Decoding speed of a whole model with the adapter merged in; None where the method or the format has none.
+        """Decoding speed with the adapter merged into the base; None if the adapter is already merged or cannot be.
 
-        The model is written for this alone, and deleted.
+        The merged model is written only for this measurement and deleted afterwards.
         """
         measured, backend = self.measured, backends.load(target)
         shapes = {*self.method.shapes(self.trained.options)} & {*backend.SHAPES}
@@ -153,13 +156,13 @@ class InTorch:
 
 
 def _load_in(timed: Mapping[str, Any]) -> tuple[bool, str | None]:
-    """Whether the machine was busy while `bench.measure` took these times, and the reason where it is known."""
+    """Whether the machine was busy during `bench.measure`, and the reason if it is known."""
     return bool(timed.get("slow", False)), timed.get("busy")
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep out other trials that run at the same time."""
+    """Lock `folder` against trials that run at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         yield

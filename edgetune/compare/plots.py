@@ -1,4 +1,4 @@
-"""Outcomes in, PNG files out: score against size, score against decoding speed, and loss curves."""
+"""Plots a comparison as PNG files: score against size, score against decoding speed, and loss curves."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export import backends
 
 from .columns import BUSY
-from .figures import LOWER_IS_BETTER, OnEngine, TrialResult
+from .figures import LOWER_IS_BETTER, EngineFigures, TrialResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE_INCHES = (8.0, 4.8)
 DPI = 120
-# Of the formats in the order of their names, and of what is no format.
+# Markers of the formats, sorted by name, and of any other.
 MARKERS = "os^v"
 OTHER_MARKER = "D"
-# Directions in which a label is tried, the best first, and distances in points.
+# Directions to try for a label, best first, and distances in points.
 _DIRECTIONS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
 _DISTANCES = (7, 14, 22, 32, 44, 58)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot: its file, and what it shows."""
+    """A plot's file and caption."""
 
     path: Path
     caption: str
@@ -45,16 +45,16 @@ class _Point:
 
 
 def plots(outcomes: Sequence[TrialResult], out: Path) -> list[Picture]:
-    """Draw all plots of the trials that are done into the folder `out`; none where no trial is."""
+    """Write all plots of the finished trials to the folder `out`; none if no trial is finished."""
     done = [outcome for outcome in outcomes if outcome.status == "done"]
     if not done:
         return []
     marked = any(figures.slow for outcome in done for figures in outcome.engines.values())
-    speeds = "Score on the device against decoding speed, beside the base and merged into it"
+    speeds = "Score on the device against decoding speed, with unmerged and merged adapters"
     drawn = (
         ("score-size.png", _sizes, "Score on the device against the size of the adapter on disk"),
         ("score-speed.png", _speeds, speeds + (f"; {BUSY} timed on a busy machine" if marked else "")),
-        ("loss.png", _losses, "Validation loss while training; a ring marks the checkpoint that ships"),
+        ("loss.png", _losses, "Validation loss during training; a ring marks the checkpoint that ships"),
     )
     pictures = []
     for name, draw, caption in drawn:
@@ -99,7 +99,7 @@ def _losses(done: Sequence[TrialResult]) -> Figure:
         axes.plot(epochs, losses, "o-", color=color, markersize=3.5, label=outcome.name)
         best = min(outcome.training.history, key=lambda point: point[2])
         axes.plot([best[0]], [best[2]], "o", color=color, markersize=9, fillstyle="none")
-    axes.set(xlabel="epoch", ylabel="validation loss (nats a token)")
+    axes.set(xlabel="epoch", ylabel="validation loss (nats per token)")
     low, high = axes.get_ylim()
     if low > 0 and high > 10 * max(low, 1e-9):
         axes.set_yscale("log")
@@ -109,7 +109,7 @@ def _losses(done: Sequence[TrialResult]) -> Figure:
 
 
 def _plain_ticks(axis: Any, values: Sequence[float]) -> None:  # noqa: ANN401 - matplotlib has no types
-    """Ticks of a logarithmic axis as plain numbers, few enough to be read."""
+    """Ticks of a logarithmic axis as plain numbers, few enough to be readable."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter  # noqa: PLC0415 - slow to import
 
     digits = (1.0, 2.0, 5.0) if max(values) < 1000 * min(values) else (1.0,)
@@ -131,7 +131,7 @@ def _figure(metric: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _each(done: Sequence[TrialResult]) -> Iterator[tuple[str, Any, str, OnEngine]]:
+def _each(done: Sequence[TrialResult]) -> Iterator[tuple[str, Any, str, EngineFigures]]:
     """Label, colour, engine and figures of each point."""
     for outcome, color in zip(done, _colors(len(done)), strict=True):
         for target, figures in outcome.engines.items():
@@ -154,7 +154,7 @@ def _markers() -> dict[str, str]:
 
 
 def _draw(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:  # noqa: ANN401 - matplotlib has no types
-    """Points with their standard errors, a label for each that has a name, and a legend of the engines."""
+    """Draw points with their standard errors, their labels, and a legend of the engines."""
     for point in points:
         face = "white" if point.is_hollow else point.color
         axes.errorbar(point.x, point.y, point.error, color=point.color, alpha=0.35, capsize=3, zorder=1)
@@ -165,13 +165,13 @@ def _draw(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:  # noqa:
     axes.margins(x=0.12, y=0.15)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(MARKERS), frameon=False)
     figure.draw_without_rendering()
-    # Labels are placed by where all else is now.
+    # Fix the layout: labels are placed around what is drawn so far.
     figure.set_layout_engine("none")
     _label(figure, axes, points)
 
 
 def _label(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:  # noqa: ANN401 - as above
-    """Write each point's label at the nearest place where it covers neither another label nor a point."""
+    """Place each point's label at the nearest position where it overlaps neither a label nor a point."""
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     from matplotlib.transforms import Bbox  # noqa: PLC0415 - slow to import
 
@@ -211,7 +211,7 @@ def _place(axes: Any, point: _Point, taken: Sequence[Any], renderer: Any) -> Any
 def _extent(text: Any, renderer: Any) -> Any:  # noqa: ANN401 - as above
     from matplotlib.text import Text  # noqa: PLC0415 - slow to import
 
-    # An annotation's own extent would count its line to the point.
+    # The extent of an annotation would include its line to the point.
     text.update_positions(renderer)
     return Text.get_window_extent(text, renderer)
 

@@ -1,4 +1,4 @@
-"""Trials in, their outcomes out, one after the other, each in a process of its own with a log in its folder."""
+"""Runs trials one after the other, each in a separate process with a log in its folder."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .figures import TrialResult, read_outcome
 from .grid import REQUEST_FILE, Trial
 
 LOG_FILE = "log.txt"
-# How an error begins that the trial ends with.
+# Prefix of the error line that a failed trial prints.
 _ERROR = "edgetune: "
-# A trial that is stopped saves its training first.
+# Time for a stopped trial to save its training.
 _STOP_S = 60.0
 
 
 def run_here(trials: Sequence[Trial], progress: Progress) -> Iterator[TrialResult]:
-    """Run the trials on this machine; KeyboardInterrupt ends the one that runs, after it saved where it is."""
+    """Run the trials on this machine; KeyboardInterrupt stops the running one after it saved its training."""
     for number, trial in enumerate(trials, 1):
         progress.say(f"trial {number} of {len(trials)}: {trial.name}")
         yield run_process(trial, progress.say)
 
 
 def run_process(trial: Trial, say: Callable[[str], None]) -> TrialResult:
-    """Run one trial; `say` gets what it says. A trial that fails, or is killed, has an outcome that tells why."""
+    """Run one trial and pass its progress to `say`. The outcome of a failed or killed trial gives the reason."""
     folder = Path(trial.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REQUEST_FILE).write_text(trial.to_json(), encoding="utf-8")
@@ -56,15 +56,15 @@ def run_process(trial: Trial, say: Callable[[str], None]) -> TrialResult:
 
 
 def failed(trial: Trial, reason: str) -> TrialResult:
-    """The outcome of a trial that has no figures."""
+    """The outcome of a trial that failed for `reason`."""
     return TrialResult(trial.name, trial.method, trial.rank, "failed", reason, refused=trial.refused)
 
 
 def end_with_parent() -> None:
-    """Interrupt this process when whoever holds the other end of standard input is gone, killed or not."""
+    """Interrupt this process when its standard input closes, which also happens when the parent is killed."""
 
     def wait() -> None:
-        # Not sys.stdin, whose lock a thread at the end of the process would keep.
+        # Not sys.stdin: this thread would still have its lock when the process exits.
         os.read(0, 1)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -73,7 +73,7 @@ def end_with_parent() -> None:
 
 
 def _started(folder: Path, log: int) -> subprocess.Popen[str]:
-    # Its own session: an interrupt of the terminal's reaches it once, through this process.
+    # In its own session it gets a terminal's interrupt only once, through this process.
     return subprocess.Popen(
         [sys.executable, "-m", "edgetune.compare.trial", str(folder)],
         stdin=subprocess.PIPE,
@@ -88,7 +88,7 @@ def _started(folder: Path, log: int) -> subprocess.Popen[str]:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Let the process save and end, or end it."""
+    """Interrupt the process so that it saves and exits; kill it if it takes too long."""
     process.send_signal(signal.SIGINT)
     try:
         process.communicate(timeout=_STOP_S)
@@ -98,5 +98,5 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 def _ended(code: int) -> str:
     what = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
-    hint = ", as a system does that is out of memory" if code == -signal.SIGKILL else ""
+    hint = ", probably because the system ran out of memory" if code == -signal.SIGKILL else ""
     return f"{what}{hint}; see {LOG_FILE} in its folder"

@@ -1,6 +1,6 @@
-"""Trials in, their outcomes out as they come: the same processes as `process.run_here`, as tasks on a Ray cluster.
+"""Runs trials as tasks on a Ray cluster, with the same processes as `process.run_here`.
 
-Its machines share the folder of the comparison, the recipe and its data.
+The machines must share the comparison's folder, the recipe and its data.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .grid import Trial
 from .process import failed, run_process
 
 DEFAULT_CPUS = 1
-"""Processors of a trial where the recipe sets no threads."""
+"""Cores per trial if the recipe does not set threads."""
 
 
 def run_on_ray(trials: Sequence[Trial], progress: Progress) -> Iterator[TrialResult]:
-    """Run the trials on the cluster that RAY_ADDRESS names, or on one of this machine's processors.
+    """Run the trials on the cluster at RAY_ADDRESS, or on a local one with this machine's cores.
 
-    A trial takes as many processors as the recipe has threads, so that trials side by side do not slow each other.
-    Raises IncompatibleError, with the extra to install, when there is no Ray.
+    A trial reserves as many cores as the recipe has threads, so that parallel trials do not slow each other down.
+    Yields outcomes as trials finish. Raises IncompatibleError with the extra to install if Ray is missing.
     """
     try:
         import ray  # noqa: PLC0415 - an extra
@@ -39,7 +39,7 @@ def run_on_ray(trials: Sequence[Trial], progress: Progress) -> Iterator[TrialRes
         for trial in trials:
             cpus = trial.one_task.threads or DEFAULT_CPUS
             running[remote.options(num_cpus=cpus, name=trial.name, max_retries=0).remote(trial)] = trial
-        progress.say(f"{len(running)} trials wait for a place on the cluster")
+        progress.say(f"{len(running)} trials queued on the cluster")
         while running:
             (ready, *_), _ = ray.wait(list(running), num_returns=1)
             trial = running.pop(ready)

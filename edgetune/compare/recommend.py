@@ -1,18 +1,18 @@
-"""Outcomes in, the recommended trial and its reason in one sentence out."""
+"""Recommends a trial and gives the reason in one sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .figures import OnEngine, TrialResult, goodness, megabytes
+from .figures import EngineFigures, TrialResult, goodness, megabytes
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The trial to take, in which format, and why.
+    """The recommended trial, its format, and the reason.
 
-    `undecided` says why the score recommends none of them, and what would change that; the trial is then the smallest.
+    `undecided` says why the scores do not decide, and what would help; the trial is then the smallest.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Recommendation:
 class _Candidate:
     outcome: TrialResult
     target: str
-    figures: OnEngine
+    figures: EngineFigures
 
     @property
     def goodness(self) -> float:
@@ -35,9 +35,9 @@ class _Candidate:
 def recommend(outcomes: Sequence[TrialResult]) -> Recommendation | None:
     """The smallest adapter, in bytes on disk, within one standard error of the best score on the device's engines.
 
-    What the recipe's board cannot hold does not count, unless it can hold none. Of adapters of the same size, the one
-    with the better score. Where all scored 0, or lie within one standard error of each other, it is the smallest of
-    all, and `undecided`. Times and speeds play no part. None when no trial succeeded.
+    Trials that do not fit on the recipe's board are ignored, unless none fits. Of adapters of the same size, the one
+    with the better score. If all scored 0, or are within one standard error of each other, it is the smallest of all,
+    and `undecided`. Times and speeds are not considered. None if no trial succeeded.
     """
     done = [outcome for outcome in outcomes if outcome.status == "done"]
     fitting = [outcome for outcome in done if outcome.board is None or outcome.board.fits]
@@ -59,30 +59,30 @@ def recommend(outcomes: Sequence[TrialResult]) -> Recommendation | None:
 
 
 def _undecided(candidates: Sequence[_Candidate], best: _Candidate) -> str:
-    """Why the score tells none of the trials from the others, and what would; empty where it does."""
+    """Why the scores do not decide between the trials, and what would help; empty if they do."""
     names = {found.outcome.name for found in candidates}
     metric, rows = best.outcome.metric, best.outcome.rows
     trials = "the trial" if len(names) == 1 else f"all {len(names)} trials"
     if all(found.figures.score == 0 for found in candidates):
-        remedy = f"train longer or on more rows, and see in the answers whether {metric} is the right metric"
+        remedy = f"train longer or on more rows, and check in the answers that {metric} is the right metric"
         return f"{trials} scored 0; {remedy}"
     if len(names) == 1:
         return ""
     worst = min(candidates, key=lambda found: found.goodness)
-    # A best score of 1 has a standard error of 0, whatever the number of rows.
+    # A score of 1 has a standard error of 0 for any number of rows.
     error = max(best.figures.standard_error, worst.figures.standard_error)
     apart = best.goodness - worst.goodness
     if apart == 0:
         return f"{trials} scored {best.figures.score:.4g}; score on more than {rows} rows, or on harder ones"
     if apart > error:
         return ""
-    what = f"{trials} lie within one standard error ({error:.2g}) of each other"
+    what = f"{trials} are within one standard error ({error:.2g}) of each other"
     return f"{what}; score on more than {rows} rows, or train longer"
 
 
 def _smallest(chosen: _Candidate, board: str) -> str:
     size = megabytes(chosen.figures.bytes)
-    return f"{chosen.outcome.name} in {chosen.target} by size alone: the smallest adapter ({size} MB){board}"
+    return f"{chosen.outcome.name} in {chosen.target}, only by size: the smallest adapter ({size} MB){board}"
 
 
 def _board(done: Sequence[TrialResult], fitting: Sequence[TrialResult]) -> str:
@@ -96,10 +96,11 @@ def _reason(chosen: _Candidate, best: _Candidate, board: str) -> str:
     metric, size = chosen.outcome.metric, f"{megabytes(chosen.figures.bytes)} MB"
     own, top = f"{chosen.figures.score:.4g}", f"{best.figures.score:.4g}"
     if chosen == best:
+        fits, note = (board, "") if board.startswith(" that") else ("", board)
         return (
             f"{chosen.outcome.name} in {chosen.target} has the best {metric} ({own}) on the device's engine, and no "
-            f"smaller adapter than its {size} comes within one standard error ({best.figures.standard_error:.2g})"
-            f"{board and f' of those{board}' if board.startswith(' that') else board}"
+            f"adapter smaller than its {size}{fits} is within one standard error "
+            f"({best.figures.standard_error:.2g}){note}"
         )
     return (
         f"{chosen.outcome.name} in {chosen.target} is the smallest adapter ({size}){board} whose {metric} on the "

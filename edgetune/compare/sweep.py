@@ -1,4 +1,4 @@
-"""Request in, comparison out: every trial that is not finished yet is run, then table, page and plots are written."""
+"""Runs a comparison: every trial that is not finished yet, then writes compare.json, the page and the plots."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from .grid import Request, Trial, recipe_of, trials_of
 from .recommend import recommend
 
 Run = Callable[[Sequence[Trial], Progress], Iterator[TrialResult]]
-"""Runs trials and yields their outcomes as they come; one that fails has an outcome too."""
+"""Runs trials and yields their outcomes as they finish; a failed trial also has an outcome."""
 
 
 def compare(request: Request, run: Run, progress: Progress) -> Comparison:
-    """Run what is not finished yet, and write compare.json, compare.html and the plots into `request.out`.
+    """Run the trials that are not finished, and write compare.json, compare.html and the plots to `request.out`.
 
-    A trial that fails has a row that says why, and the others go on. Raises UsageError and NotFoundError for what is
-    wrong with the request, before any training; CancelledError when the user interrupts, finished trials being kept;
-    EdgetuneError, after all is written, when no trial succeeded.
+    A failed trial gets a row with the reason, and the others continue. Raises UsageError and NotFoundError for errors
+    in the request, before any training; CancelledError when the user interrupts, with finished trials kept;
+    EdgetuneError, after everything is written, if no trial succeeded.
     """
     recipe, trials = _prepared(request, progress)
     todo = [trial for trial in trials if not trial.is_refused]
     found = {trial.name: outcome for trial in todo if (outcome := read_outcome(Path(trial.folder), trial.key))}
     for name in found:
-        progress.say(f"{name} is finished already")
+        progress.say(f"{name} is already finished")
     try:
         for outcome in run([trial for trial in todo if trial.name not in found], progress):
             found[outcome.name] = outcome
-            progress.say(f"{outcome.name}: {said(outcome)}")
+            progress.say(f"{outcome.name}: {summary(outcome)}")
     except KeyboardInterrupt as error:
         message = f"comparison stopped with {len(found)} of {len(todo)} trials finished"
-        raise CancelledError(message, "run it again to go on") from error
+        raise CancelledError(message, "run the same command to resume") from error
     refused = {trial.name: _refused(trial) for trial in trials if trial.is_refused}
     comparison = _compared(request.task, recipe.base, [(found | refused)[trial.name] for trial in trials])
     write(comparison, request.out)
@@ -64,7 +64,7 @@ def write(comparison: Comparison, out: Path) -> None:
         path.write_text(page(comparison, pictures), encoding="utf-8")
 
 
-def said(outcome: TrialResult) -> str:
+def summary(outcome: TrialResult) -> str:
     """An outcome in one line."""
     if outcome.status != "done":
         return f"{outcome.status}: {outcome.reason}"
@@ -73,7 +73,7 @@ def said(outcome: TrialResult) -> str:
 
 
 def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]]:
-    """The recipe and the trials, after all that can be wrong has been looked at; the base is made ready once."""
+    """The recipe and the trials, after checking the request and its data; prepares the base once for all trials."""
     if request.out.exists() and not request.out.is_dir():
         raise UsageError(f"{request.out} is not a folder", "choose another --out")
     recipe = recipe_of(request)

@@ -1,8 +1,8 @@
-"""A model in torch in, an engine of the runtime out: the checkpoint answers through the very code that the device runs.
+"""A runtime engine around a torch model, so that the checkpoint is scored by the same code that runs on the device.
 
-A method promises logits of given tokens and no cache of keys and values, so an answer is computed ahead: the model
-reads a guess of the whole answer at once, and only where its own choice differs is the rest computed anew. The answers
-are those of greedy decoding, whatever the guesses are worth.
+Methods have no KV cache in torch, so this engine decodes speculatively: the model reads a guess of the whole answer in
+one pass, and reads again only where its own token differs. The answers are those of greedy decoding whatever the
+guesses are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgetune.shipping.verify import logits_of
 
 
 class TorchEngine:
-    """One model with what was trained on it; `guesses` are answers to the prompts to come, in their order."""
+    """A tuned model as an engine; `guesses` are guessed answers to the following prompts, in order."""
 
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 2.0}
 
@@ -44,38 +44,38 @@ class TorchEngine:
 
     @property
     def threads(self) -> int:
-        """Those of torch are its own affair."""
+        """Always 1: torch manages its own threads."""
         return 1
 
     @property
     def adjusts_threads(self) -> bool:
-        """Torch keeps its threads."""
+        """False: torch manages its own threads."""
         return False
 
     @property
     def kv_bytes(self) -> float:
-        """Nothing is kept of a token but its number."""
+        """0: there is no KV cache."""
         return 0.0
 
     @property
     def signatures(self) -> tuple[str, ...]:
-        """No state of this engine is kept on a disk."""
+        """A fixed name: states of this engine are never saved to disk."""
         return ("torch",)
 
     def fork(self) -> TorchEngine:
-        """An engine of its own on the same model, without guesses."""
+        """A new engine on the same model, without guesses."""
         return TorchEngine(self._model, self.tokenizer, context_length=self.context_length, guesses=())
 
     def load_adapter(
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
     ) -> None:
-        """Nothing: what was trained is in the model."""
+        """Does nothing: the trained weights are in the model."""
 
     def activate(self, adapters: Mapping[str, float]) -> None:
-        """Nothing: what was trained is always active."""
+        """Does nothing: the trained weights are always active."""
 
     def capacity(self, adapters: Mapping[str, float]) -> int:
-        """How many tokens a sequence may have."""
+        """Most tokens in a sequence."""
         return self.context_length
 
     def truncate(self, keep: int) -> int:
@@ -85,13 +85,13 @@ class TorchEngine:
         return len(self._tokens)
 
     def use_threads(self, count: int) -> None:
-        """Nothing."""
+        """Does nothing: torch manages its own threads."""
 
     def stop_step(self) -> None:
-        """Nothing: steps run to their end."""
+        """Does nothing: steps always run to their end."""
 
     def decode(self, tokens: Sequence[int]) -> Logits:
-        """Logits after a prompt or a part of it, [vocab]; the next guess is taken to be its answer."""
+        """Logits after a prompt or part of it, [vocab]; the first call after `truncate` uses the next guess."""
         self._tokens += tokens
         if self._is_new:
             text, self._is_new = next(self._guesses, None), False
@@ -111,21 +111,21 @@ class TorchEngine:
         return [self._score(continuation) for continuation in continuations]
 
     def save_state(self) -> memoryview:
-        """The tokens themselves."""
+        """The tokens of the sequence."""
         return memoryview(np.asarray(self._tokens, np.int64).tobytes())
 
     def restore_state(self, state: memoryview) -> None:
-        """The tokens of a saved state."""
+        """Restore the tokens of a saved state."""
         self._tokens = np.frombuffer(state, np.int64).tolist()
 
     def close(self) -> None:
-        """Nothing: the model belongs to the caller."""
+        """Does nothing: the model belongs to the caller."""
 
     def _after(self, count: int) -> Logits:
         """Logits after each of the last `count` tokens."""
         length = len(self._tokens)
         if self._known[:length] != self._tokens:
-            # Where one token differs, such as a value in JSON, the rest of the guess is likely to be right still.
+            # Keep the rest of the guess: after one different token, such as a value in JSON, it is often still right.
             self._known = [*self._tokens, *self._guess[length:]][: self.context_length]
             self._rows = self._logits(self._known)
         return self._rows[length - count : length]

@@ -1,7 +1,6 @@
-"""A Trial in, its Outcome out: build, score and time; `python -m edgetune.compare.trial FOLDER` does it in a process.
+"""Builds, scores and times one trial; `python -m edgetune.compare.trial FOLDER` runs it as a process.
 
-A trial has a process of its own, so that no figure is that of an earlier one. What was trained before is not trained
-again: the build goes on where it was.
+Each trial has its own process, so that earlier trials do not affect its figures. An interrupted build resumes.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 
-from .figures import OnBoard, TrainingFigures, TrialResult, write_outcome
+from .figures import BoardFit, TrainingFigures, TrialResult, write_outcome
 from .grid import REQUEST_FILE, Trial
-from .measure import InTorch, Measured
+from .measure import BundleMeasurement, TorchMeasurement
 from .process import end_with_parent
 
 
 def run(trial: Trial, progress: Progress) -> TrialResult:
-    """Do the trial in its folder. Raises what `pipeline.build` and `evaluate.score` raise."""
+    """Run the trial in its folder. Raises what `pipeline.build` and `evaluate.score` raise."""
     folder, recipe = Path(trial.folder), trial.one_task
     bundle, work = folder / "bundle", folder / "bundle.work"
     shared = folder.parents[1] / "shared"
@@ -42,13 +41,13 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
         rows = read_rows(trial.data, task.spec.data.columns, labels=task.labels or None)
     built = build(recipe, bundle, progress=progress)
     assert built is not None
-    measured = Measured(bundle, trial.task, spread(rows, trial.rows), progress)
+    measured = BundleMeasurement(bundle, trial.task, spread(rows, trial.rows), progress)
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
     assert built.base is not None
-    # How int4 is rounded makes no difference to the speed, and gptq would take rows.
+    # The method of rounding does not affect speed, and gptq would need rows.
     weights = Weights(recipe.onnx.weights)
-    torch = InTorch(measured, built.base, built.trained[trial.task], shared, weights, recipe.quantize_merged)
+    torch = TorchMeasurement(measured, built.base, built.trained[trial.task], shared, weights, recipe.quantize_merged)
     of_torch = torch.score([row.answer for row in first.details])
     merged = {target: torch.merged_speed(target) for target in recipe.targets}
     return TrialResult(
@@ -68,7 +67,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
 
 
 def _share_base(work: Path, shared: Path) -> None:
-    """Let the build find the base that was converted or quantized once for all trials."""
+    """Link the converted or quantized base that all trials share into the build's work folder."""
     base = work / "base"
     if not base.is_symlink():
         work.mkdir(parents=True, exist_ok=True)
@@ -83,8 +82,8 @@ def _training(figures: Mapping[str, Any], log: Path) -> TrainingFigures:
     return TrainingFigures(**kept, history=history)
 
 
-def _board(recipe: Recipe, bundle: Path) -> OnBoard | None:
-    """Whether the bundle fits on the recipe's board; None without a board, or where that is not predicted."""
+def _board(recipe: Recipe, bundle: Path) -> BoardFit | None:
+    """Whether the bundle fits on the recipe's board; None without a board or if it cannot be predicted."""
     if recipe.device is None:
         return None
     try:
@@ -92,11 +91,11 @@ def _board(recipe: Recipe, bundle: Path) -> OnBoard | None:
     except IncompatibleError:
         return None
     found = fit.fit(needs, boards.load(recipe.device))
-    return OnBoard(found.device, found.fits, found.needed_mb, found.available_mb)
+    return BoardFit(found.device, found.fits, found.needed_mb, found.available_mb)
 
 
 def main(folder: Path) -> int:
-    """Run the trial in `folder`; the exit code is that of the error, which goes to standard error in one line."""
+    """Run the trial in `folder` and return the exit code; an error is printed as one line on standard error."""
     end_with_parent()
     try:
         trial = Trial.of_json((folder / REQUEST_FILE).read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""Base and plain text in, the base continued on that text out: a GGUF file that all else is then made for.
+"""Continued pretraining of the base on plain text: writes a GGUF file that replaces the base in the rest of the build.
 
-It is as if two builds followed each other, the second with the first one's result as its base.
+The result is the same as that of two builds in a row, the second with the first one's result as its base.
 """
 
 from __future__ import annotations
@@ -49,33 +49,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "domain"
-"""Of the training, and of its folder."""
-# Perplexity is measured on windows of about so many tokens in all, spread over the validation text.
+"""Name of the training run and of its folder."""
+# Perplexity is measured on windows of about this many tokens in total, spread over the validation text.
 MEASURED_TOKENS = 65536
-# Windows of the training text that weights are rounded to, where the method takes such.
+# Windows of the training text used for calibration by quantization methods that need it.
 CALIBRATION_WINDOWS = 16
-# Nats a token beyond which the exponential is no number any more.
+# Nats per token above which the exponential overflows.
 _MOST_NATS = 700.0
-# An engine gives the logits of so many tokens at a time.
+# Tokens per call of an engine when measuring.
 _ROWS = 64
 
 TrainAll = Callable[[Sequence[TrainingJob[Any]]], Mapping[str, TrainResult]]
-"""Trains all jobs and keeps what is done, as `pipeline.train_all` does."""
+"""Trains all jobs and skips finished ones, like `training.jobs.train_all`."""
 Rows = Callable[[list[int]], Iterable[Floats]]
-"""Tokens to the logits after each."""
+"""Maps tokens to the logits after each."""
 
 
 def continued(recipe: Recipe, texts: Texts, base: Base, work: Path, *, train_all: TrainAll, progress: Progress) -> Base:
-    """The base continued on the texts as the recipe's domain says, at the base's own quantization.
+    """Continue pretraining of the base on the texts with the recipe's domain options; keeps the base's quantization.
 
-    The training lies in `work/domain` and the file in `work/domain/base`; what is done already is not done again. All
-    processes of a launcher call it. Raises UsageError, before any training, for texts or windows that cannot be,
-    IncompatibleError for a base of a type that cannot be written, and what training raises.
+    The training run is in `work/domain`, the file in `work/domain/base`; finished parts are reused. All processes of a
+    launcher must call it. Raises, before any training, UsageError for invalid texts or windows and IncompatibleError
+    for a base of a type that cannot be written; also raises what training raises.
     """
     assert recipe.domain is not None
     _check_writable(base.header)
     job = _job(recipe, recipe.domain, texts, base)
-    progress.say(f"{NAME}: {len(job.train)} windows to learn, {len(job.validation)} for validation")
+    progress.say(f"{NAME}: {len(job.train)} windows for training, {len(job.validation)} for validation")
     stage = _Stage(recipe, base, job, train_all([job])[NAME], work / NAME, progress)
     with processes().main_process_first():
         figures = stage.known() or stage.make()
@@ -83,7 +83,7 @@ def continued(recipe: Recipe, texts: Texts, base: Base, work: Path, *, train_all
 
 
 def _check_writable(header: GgufHeader) -> None:
-    """IncompatibleError when weights of the base are of a type that nothing can be written in."""
+    """IncompatibleError if weights of the base have a type that cannot be written."""
     for ggml_type, columns in {(tensor.ggml_type, tensor.shape[0]) for tensor in header.tensors.values()}:
         quantize_rows(np.zeros((1, columns), np.float32), ggml_type)
 
@@ -103,7 +103,7 @@ def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Training
 
 @dataclass(frozen=True)
 class _Stage:
-    """A finished training in its `folder`, from which the continued base is written and measured."""
+    """Writes and measures the continued base from a finished training run in `folder`."""
 
     recipe: Recipe
     source: Base
@@ -114,21 +114,21 @@ class _Stage:
 
     @property
     def path(self) -> Path:
-        """The continued base."""
+        """The continued base's file."""
         return self.folder / "base" / f"{NAME}-{self.source.path.name}"
 
     @property
     def key(self) -> str:
-        """Stands for all that the figures depend on."""
+        """Identifies everything that the figures depend on."""
         state = [self.job.key, self.recipe.targets, self.recipe.onnx.model_dump(mode="json")]
         return key_of(state)
 
     def base(self, figures: Mapping[str, Any]) -> Base:
-        """The continued base as all else takes it."""
+        """The continued base with its figures, for the rest of the build."""
         return Base(self.source.name, self.path, sha256_of(self.path), read_header(self.path), figures)
 
     def known(self) -> dict[str, Any] | None:
-        """The figures of a base that was made already."""
+        """The figures of a continued base that is already written, else None."""
         try:
             known = json.loads((self.folder / "figures.json").read_text(encoding="utf-8"))
             is_whole = known["key"] == self.key and known["sha256"] == sha256_of(self.path)
@@ -137,7 +137,7 @@ class _Stage:
             return None
 
     def make(self) -> dict[str, Any]:
-        """Write the base, measure it, and keep its figures."""
+        """Write the base, measure it and save its figures."""
         model = bases.load_torch(self.source, torch.float32)
         checkpoint = methods.Checkpoint(NAME, self.folder / "adapter", model, self.job.options)
         self._write(checkpoint)
@@ -148,7 +148,7 @@ class _Stage:
         made = self.base({})
         after = self._on_engines(made, bases.load_torch(made, torch.float32))
         self._require_finite(after)
-        self._tell(before, trained, after)
+        self._report(before, trained, after)
         figures = {
             "method": self.job.method.name,
             "base_fingerprint": self.source.fingerprint,
@@ -171,14 +171,14 @@ class _Stage:
         gguf.write_merged(folded, Source(self.source.path, self.source.fingerprint, checkpoint.base), self.path)
 
     def _on_engines(self, base: Base, model: PreTrainedModel) -> dict[str, float]:
-        """Perplexity of a plain base in each of the recipe's formats, by the runtime's engines."""
+        """Perplexity of a base without adapters in each of the recipe's formats, on the runtime's engines."""
         length = max(len(window.tokens) for window in self.job.validation)
         rows = tuple(window.tokens for window in self.job.train[:CALIBRATION_WINDOWS])
         weights = Weights(self.recipe.onnx.weights, self.recipe.onnx.method, rows)
         found: dict[str, float] = {}
         for target in self.recipe.targets:
             with TemporaryDirectory(dir=self.folder) as name:
-                source = Source(base.path, base.fingerprint, model, Path(name) / "way", weights)
+                source = Source(base.path, base.fingerprint, model, Path(name) / "work", weights)
                 path = backends.load(target).write_base(source, Path(name), ())
                 made = engines.load(target)
                 with closing(made(path, context_length=length)) as engine:
@@ -188,28 +188,28 @@ class _Stage:
     def _require_finite(self, after: Mapping[str, float]) -> None:
         for target, value in after.items():
             if not math.isfinite(value):
-                message = f"the continued base gives no numbers in {target}: its weights are too large"
+                message = f"perplexity of the continued base in {target} is {value}: its weights are too large"
                 raise VerificationError(message, "lower domain.training.learning_rate")
 
-    def _tell(self, before: Mapping[str, float], trained: float, after: Mapping[str, float]) -> None:
-        held = describe_quantization(self.source.header)
-        for target, was in before.items():
-            told = f"perplexity {was:.2f} before, {after[target]:.2f} after in {target}"
-            self.progress.say(f"{NAME}: {told}, {trained:.2f} before it was rounded to {held}")
-            if after[target] >= was:
-                why = why_worse(was, trained, held)
+    def _report(self, before: Mapping[str, float], trained: float, after: Mapping[str, float]) -> None:
+        quantization = describe_quantization(self.source.header)
+        for target, old in before.items():
+            change = f"perplexity in {target} {old:.2f} before, {after[target]:.2f} after"
+            self.progress.say(f"{NAME}: {change}, {trained:.2f} before requantizing to {quantization}")
+            if after[target] >= old:
+                why = why_worse(old, trained, quantization)
                 self.progress.say(f"  warning: {NAME}: the continued base is no better in {target}: {why}")
 
 
 def why_worse(before: float, trained: float, quantization: str) -> str:
-    """Why a continued base is no better than it was, and the remedy, by its perplexity before it was rounded."""
+    """Why a continued base is no better than the original, and the remedy; `trained` is before requantizing."""
     if trained < before:
-        return f"rounding to {quantization} takes more than was learned; quantize less, such as quantize: q8_0"
-    return "the training made it no better; lower domain.training.learning_rate, or give more text of the kind"
+        return f"requantizing to {quantization} loses more than training gained; use more bits, such as quantize: q8_0"
+    return "training did not improve it; lower domain.training.learning_rate or add more text of the domain"
 
 
 def _perplexity(rows_of: Rows, windows: Sequence[Example]) -> float:
-    """Of the learned tokens of all windows, given the logits after each token; infinite where it is beyond numbers."""
+    """Perplexity of the learned tokens of all windows, from the logits after each token; infinite on overflow."""
     nats = math.fsum(
         log_total(row) - float(row[target])
         for window in windows

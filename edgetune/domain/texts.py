@@ -1,4 +1,4 @@
-"""A recipe's domain in, its plain text out; texts and a tokenizer in, windows of tokens to learn out. No torch."""
+"""Reads the texts of a recipe's domain and splits them into windows of tokens. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ PLAIN_SUFFIX = ".txt"
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of a domain; without `validation`, the end of those for training is held out."""
+    """The texts of a domain; without `validation`, the end of the training text is held out."""
 
     train: Sequence[str]
     validation: Sequence[str] | None = None
 
     def __str__(self) -> str:
-        """How much there is."""
-        told = f"{sum(map(len, self.train))} characters of text"
-        return told if self.validation is None else f"{told}, {sum(map(len, self.validation))} for validation"
+        """The amount of text."""
+        amount = f"{sum(map(len, self.train))} characters of text"
+        return amount if self.validation is None else f"{amount}, {sum(map(len, self.validation))} for validation"
 
 
 def read_texts(recipe: Recipe) -> Texts | None:
-    """The texts of the recipe's domain, None without one.
+    """The texts of the recipe's domain; None if it has none.
 
     Raises what `read_rows` raises, and UsageError for an empty file or rows that are not plain text.
     """
@@ -47,30 +47,30 @@ def _texts(source: str) -> list[str]:
     if path.suffix.lower() == PLAIN_SUFFIX and path.is_file():
         text = read_text(path)
         if not text.strip():
-            raise UsageError(f"{source} is empty", "put text in it")
+            raise UsageError(f"{source} is empty", "add text to it")
         return [text]
     texts = []
     for row in read_rows(source):
         if row.text is None:
-            raise UsageError(f"{row.where}: is no plain text", "give rows of text alone, or a .txt file")
+            raise UsageError(f"{row.where}: not plain text", "use rows with only text, or a .txt file")
         texts.append(row.text)
     return texts
 
 
 def window_of(recipe: Recipe, header: GgufHeader) -> int:
-    """Tokens of a window of the domain's text; UsageError when that is more than the base was trained for."""
+    """Tokens per window of the domain's text; UsageError if this exceeds the base's context length."""
     most = base_context_length(header)
-    asked = None if recipe.domain is None else recipe.domain.window
-    if asked is not None and asked > most:
-        message = f"domain.window {asked} is more than the {most} tokens that {recipe.base!r} can take"
-        raise UsageError(message, f"give at most {most}")
-    return asked or min(recipe.context_length, most)
+    window = None if recipe.domain is None else recipe.domain.window
+    if window is not None and window > most:
+        message = f"domain.window is {window}, but {recipe.base!r} has a context length of {most} tokens"
+        raise UsageError(message, f"set it to at most {most}")
+    return window or min(recipe.context_length, most)
 
 
 def windows_of(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[Example]:
-    """The texts as windows of at most `length` tokens, of which all but the first are learned.
+    """The texts as windows of at most `length` tokens; all tokens of a window except the first are learned.
 
-    The windows of a text overlap by one token, so that each of its tokens is learned once, but for the first.
+    The windows of a text overlap by one token, so that each of its tokens except the first is learned once.
     """
     cut: list[tuple[int, ...]] = []
     for text in texts:
@@ -82,19 +82,20 @@ def windows_of(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[
 def split_windows(
     texts: Texts, tokenizer: Tokenizer, length: int, held_out: float
 ) -> tuple[list[Example], list[Example]]:
-    """Windows for training and for validation; UsageError when there are too few.
+    """Windows for training and for validation; UsageError if there are too few.
 
-    Without texts for validation the last windows are held out: neighbours are alike, and should not be on both sides.
+    Without texts for validation the last windows are held out: neighbouring windows are similar and should not be in
+    both sets.
     """
     train = windows_of(texts.train, tokenizer, length)
     validation = windows_of(texts.validation or (), tokenizer, length)
     if texts.validation is None:
         if len(train) < 2:
-            message = f"the domain's text has fewer than 2 windows of {length} tokens, so that none can be held out"
-            raise UsageError(message, "give domain.data.validation a file, more text, or a smaller domain.window")
+            message = f"the domain's text has fewer than 2 windows of {length} tokens, so none can be held out"
+            raise UsageError(message, "set domain.data.validation, add text or lower domain.window")
         count = min(max(1, round(held_out * len(train))), len(train) - 1)
         return train[:-count], train[-count:]
     if not train or not validation:
         which = "validation" if train else "train"
-        raise UsageError(f"domain.data.{which} has one token, and nothing to learn", "give it a longer text")
+        raise UsageError(f"domain.data.{which} has fewer than 2 tokens, so nothing can be learned", "use a longer text")
     return train, validation

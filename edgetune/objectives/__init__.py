@@ -1,1 +1,1 @@
-"""What a training learns: examples, their batches and the loss."""
+"""Training objectives: examples, batches and losses."""

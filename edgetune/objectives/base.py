@@ -1,4 +1,4 @@
-"""What a training learns: rows, their batches and their loss. The training loop knows nothing else of a task."""
+"""The interface between the training loop and an objective: rows, batches and their loss."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 LOGITS_PER_CHUNK = 2**23
-"""The loss is computed on so many logits at a time."""
+"""The loss is computed on this many logits at a time."""
 
 
 class TrainingRow(Protocol):
-    """What every row of a training has."""
+    """A row to train on."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -23,40 +23,40 @@ class TrainingRow(Protocol):
 
 
 def row_length(row: TrainingRow) -> int:
-    """Tokens of a row."""
+    """Number of tokens of a row."""
     return len(row.tokens)
 
 
 class Batch(Protocol):
-    """Rows for one forward pass; `targets` holds a number for each thing that is predicted."""
+    """Rows for one forward pass."""
 
     @property
     def targets(self) -> torch.Tensor:
-        """What is to be predicted, int64 [n]."""
+        """One target per prediction, int64 [n]."""
 
     def to(self, device: torch.device) -> Self:
-        """The same on `device`."""
+        """Copy to `device`."""
 
 
 R_contra = TypeVar("R_contra", bound=TrainingRow, contravariant=True)
 
 
 class Objective(Protocol[R_contra]):
-    """What is learned from rows. `attention` is the implementation that its batches need; None keeps the base's."""
+    """What is learned from rows. `attention` is the implementation that its batches need; None keeps the base's own."""
 
     attention: str | None
 
     def extend(self, model: PeftModel) -> None:
-        """Add to `model` what is trained besides the method's own weights."""
+        """Add the weights that are trained besides the method's own to `model`."""
 
     def learned(self, row: R_contra) -> int:
-        """How many predictions of the row the model learns."""
+        """Number of learned predictions in the row."""
 
     def batch(self, rows: Sequence[R_contra]) -> Batch:
         """The rows for one forward pass."""
 
     def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Any) -> torch.Tensor:  # noqa: ANN401 - its own
-        """Summed loss (nats) of the batch; `forward` runs `model`, in all processes."""
+        """Summed loss (nats) of the batch; `forward` runs `model`, possibly wrapped for several processes."""
 
     def save(self, model: PeftModel, folder: Path) -> None:
-        """Write what `extend` added into `folder`, beside PEFT's files."""
+        """Write the weights that `extend` added to `folder`, beside PEFT's files."""

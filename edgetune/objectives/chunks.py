@@ -1,7 +1,7 @@
-"""A base's forward pass in, the summed loss of its predictions out, without all logits being there at once.
+"""Computes the loss on chunks of logits, so that the logits of all predictions are never in memory at once.
 
-Logits are as wide as the vocabulary. A chunk of them is made, its loss and the gradients taken at once, and dropped
-before the next, as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989): nothing is computed twice.
+Logits are as wide as the vocabulary. The loss and gradients of a chunk are computed and its logits freed before the
+next chunk, as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989); nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from transformers import PreTrainedModel
 from edgetune.objectives.base import LOGITS_PER_CHUNK
 
 LossOf = Callable[[torch.Tensor, slice], torch.Tensor]
-"""Float32 logits [rows, vocabulary] and which predictions these are, to their summed loss."""
+"""Maps float32 logits [rows, vocabulary] and the slice of predictions that they belong to, to their summed loss."""
 
 
 def summed_loss(run: Callable[[], torch.Tensor], model: torch.nn.Module, loss_of: LossOf) -> torch.Tensor:
-    """The loss of all predictions of `run`, which calls `model` and returns its logits [predictions, vocabulary]."""
+    """Summed loss of all predictions of `run`, which calls `model` and returns its logits [predictions, vocabulary]."""
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     if getattr(base.config, "final_logit_softcapping", None) is not None:
-        # Such a base changes what its head gives.
+        # Softcapping changes the logits after the head, so the head cannot return a loss.
         return loss_of(run().float(), slice(None))
     divisor = architectures.of_model_type(base.config.model_type).logits_divisor(base.config)
     loss_of_output = loss_of if divisor == 1 else lambda output, rows: loss_of(output / divisor, rows)
     with _loss_as_logits(base.get_output_embeddings(), base.config.vocab_size, loss_of_output):
-        # The base divides what it takes for the output of its head.
+        # The base divides the head's output, here the loss.
         return run().sum() * divisor
 
 
 @contextmanager
 def _loss_as_logits(head: Any, vocabulary: int, loss_of: LossOf) -> Iterator[None]:  # noqa: ANN401 - a linear layer
-    """Let the head of a base give the summed loss [1, 1, 1] for its inputs [1, predictions, width]."""
+    """Make the head of a base return the summed loss [1, 1, 1] of its inputs [1, predictions, width]."""
     logits_of = head.forward
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
@@ -53,10 +53,10 @@ def _loss_as_logits(head: Any, vocabulary: int, loss_of: LossOf) -> Iterator[Non
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The loss of inputs [predictions, width], whose gradients are taken beside it."""
+    """The loss of inputs [predictions, width]; the forward pass computes the gradients too."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 - torch passes arguments by place
+    def forward(  # noqa: PLR0917 - torch passes arguments by position
         ctx: Any,  # noqa: ANN401 - torch's
         hidden: torch.Tensor,
         logits_of: Callable[[torch.Tensor], torch.Tensor],

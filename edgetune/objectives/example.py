@@ -1,4 +1,4 @@
-"""A row of a task as tokens."""
+"""A tokenized row of a task."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Example:
-    """A row as tokens.
+    """A tokenized row.
 
-    `learned[i]` says whether the model learns to predict `tokens[i]`; the first, which nothing precedes, never is.
-    `prompt_length` is the number of tokens that the device is given before it answers; of a text row it is 1.
+    `learned[i]` says whether the model learns to predict `tokens[i]`; always False for the first token.
+    `prompt_length` is the number of prompt tokens on the device; for a text row it is 1.
     """
 
     tokens: tuple[int, ...]
@@ -19,5 +19,5 @@ class Example:
 
     @property
     def prompt_tokens(self) -> tuple[int, ...]:
-        """The tokens that the device is given before it answers."""
+        """The tokens of the prompt on the device."""
         return self.tokens[: self.prompt_length]

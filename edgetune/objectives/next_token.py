@@ -1,4 +1,4 @@
-"""Rows in, packed batches and their loss out: each learned token is predicted from those before it."""
+"""Next-token prediction on packed rows, the objective of decoders."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 
 class NextToken:
-    """Each learned token is predicted from those before it, in rows packed without padding."""
+    """Predict each learned token from the tokens before it, in rows packed without padding."""
 
     attention: str | None = ATTENTION
 
     def extend(self, model: PeftModel) -> None:
-        """Nothing is trained besides the method's weights."""
+        """Nothing to add: only the method's weights are trained."""
 
     def learned(self, row: Example) -> int:
-        """The learned tokens."""
+        """Number of learned tokens."""
         return sum(row.learned)
 
     def batch(self, rows: Sequence[Example]) -> PackedRows:
-        """The rows behind one another."""
+        """The rows packed into one sequence."""
         return pack(rows)
 
     def loss(self, forward: Callable[..., Any], model: PeftModel, batch: PackedRows) -> torch.Tensor:
-        """Cross entropy, with logits only where there is loss."""
+        """Summed cross entropy; logits are computed only for learned tokens."""
 
         def loss_of(logits: torch.Tensor, rows: slice) -> torch.Tensor:
             return cross_entropy(logits, batch.targets[rows], reduction="sum")
@@ -44,11 +44,11 @@ class NextToken:
         return summed_loss(partial(packed_logits, forward, batch), model, loss_of)
 
     def save(self, model: PeftModel, folder: Path) -> None:
-        """There is nothing else to write."""
+        """Nothing to write besides the method's files."""
 
 
 def packed_logits(forward: Callable[..., Any], packed: PackedRows) -> torch.Tensor:
-    """The model's logits before each learned token [learned, vocabulary]."""
+    """The logits that predict each learned token [learned, vocabulary]."""
     logits: torch.Tensor = forward(
         input_ids=packed.tokens,
         position_ids=packed.positions,
@@ -60,4 +60,4 @@ def packed_logits(forward: Callable[..., Any], packed: PackedRows) -> torch.Tens
 
 
 NEXT_TOKEN = NextToken()
-"""What decoders learn."""
+"""The objective of decoders."""

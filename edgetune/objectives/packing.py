@@ -1,8 +1,8 @@
-"""Examples in, one padding-free sequence out, and the attention that keeps its rows apart.
+"""Packs examples into one sequence without padding, with attention that keeps the rows apart.
 
-The rows of a step lie one behind the other in one sequence, so that no product is spent on padding. Tokens that all
-rows begin with (chat header, system prompt) are computed once and attended to by every row, which changes no row's
-result. Attention alone runs on rows, padded to the longest; grouping rows by length keeps that small.
+The rows of a step are concatenated into one sequence, so that no matrix product is spent on padding. The common prefix
+of all rows (chat header, system prompt) is computed once and attended to by every row, which does not change any row's
+result. Only attention runs per row, padded to the longest; rows of similar length keep this padding small.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ ATTENTION = "edgetune_packed"
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that attend together: indices into the packed sequence, padded to rectangles.
+    """Rows whose attention is computed in one call: indices into the packed sequence, padded to the longest row.
 
     `queries` [rows, q] and `keys` [rows, k] are packed indices; `mask` [rows, 1, q, k] is True where a query sees a
-    key; `distance` [rows, q, k] is by how many positions the key lies before the query.
+    key; `distance` [rows, q, k] is the query's position minus the key's.
     """
 
     queries: torch.Tensor
@@ -36,16 +36,16 @@ class Group:
     _biases: dict[tuple[torch.dtype, int | None], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def to(self, device: torch.device) -> Group:
-        """The same on `device`."""
+        """Copy to `device`."""
         return Group(*(getattr(self, f.name).to(device) for f in fields(self) if f.init))
 
     def bias(self, dtype: torch.dtype, window: int | None) -> torch.Tensor:
-        """What is added to the scores [1, 1, q, k]: 0, or -inf where the mask or the sliding window hides a key.
+        """Bias on the attention scores [1, 1, q, k]: 0, or -inf where the mask or the sliding window hides a key.
 
-        It is made once for all layers: each would keep its own for the backward pass.
+        All layers share it; otherwise each would keep a copy for the backward pass.
         """
         if (dtype, window) not in self._biases:
-            # All rows are seen alike.
+            # The mask is the same for all rows.
             seen = self.mask[:1]
             if window is not None:
                 seen = seen & (self.distance[:1] < window).unsqueeze(1)
@@ -56,8 +56,10 @@ class Group:
 @dataclass(frozen=True)
 class PackedRows:
     """One forward pass: `tokens` and `positions` [1, n]; for each learned token, the index of the token before it
-    (`predictors`) and the token itself (`targets`). `place` [n] finds a packed token among the groups' queries.
-    `row_tokens` counts the tokens of the rows, as if each stood alone.
+    (`predictors`) and the token itself (`targets`).
+
+    `place` [n] maps packed tokens to their rows in the concatenated outputs of the groups. `row_tokens` is the number
+    of tokens in all rows, with a shared prefix counted in each.
     """
 
     tokens: torch.Tensor
@@ -69,22 +71,20 @@ class PackedRows:
     row_tokens: int
 
     def to(self, device: torch.device) -> Self:
-        """The same on `device`."""
+        """Copy to `device`."""
         moved: dict[str, Any] = {
             f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
         return replace(self, **moved, groups=tuple(group.to(device) for group in self.groups))
 
     def after_cache(self, length: int) -> PackedRows:
-        """The same behind a cache of `length` positions, whose keys come first and which all rows see."""
-        return replace(
-            self, positions=self.positions + length, groups=tuple(_behind(g, length, 0) for g in self.groups)
-        )
+        """The same rows after a KV cache of `length` positions, whose keys come first and are seen by all rows."""
+        return replace(self, positions=self.positions + length, groups=tuple(_after(g, length, 0) for g in self.groups))
 
     def after_tokens(self, length: int) -> PackedRows:
-        """The same behind `length` tokens that are put in front of `tokens` and which all rows see.
+        """The same rows after `length` tokens that are prepended to `tokens` and seen by all rows.
 
-        `positions`, `place` and `groups` count them; `tokens` and `predictors` do not.
+        `positions`, `place` and `groups` include the new tokens; `tokens` and `predictors` do not.
         """
         before = torch.arange(length, device=self.positions.device)
         first = _group([range(length)], range(0)).to(before.device)
@@ -92,12 +92,12 @@ class PackedRows:
             self,
             positions=torch.cat([before[None], self.positions + length], 1),
             place=torch.cat([before, self.place + length]),
-            groups=(first, *(_behind(group, length, length) for group in self.groups)),
+            groups=(first, *(_after(group, length, length) for group in self.groups)),
         )
 
 
 def pack(examples: Sequence[Example], shared: int | None = None) -> PackedRows:
-    """Put the examples into one sequence, what they all begin with first and once, or only `shared` tokens of it."""
+    """Pack the examples into one sequence that starts with their common prefix once, or only `shared` tokens of it."""
     shared = shared_length(examples) if shared is None else shared
     tokens = list(examples[0].tokens[:shared])
     positions = list(range(shared))
@@ -139,13 +139,13 @@ def packed_attention(
     sliding_window: int | None = None,
     **_kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a packed sequence, with the signature that transformers asks of an attention function.
+    """Attention on a packed sequence, with the signature of an attention function in transformers.
 
-    `query` is [1, heads, n, dim], `key` and `value` [1, kv_heads, n, dim], behind those of a cache if there is one;
+    `query` is [1, heads, n, dim], `key` and `value` are [1, kv_heads, n, dim], after those of a cache if there is one;
     returns [1, n, heads, dim].
     """
     heads, key_heads, dim = query.shape[1], key.shape[1], key.shape[3]
-    # Repeated heads would be kept for the backward pass. On GPUs torch's fast kernels take none that are grouped.
+    # Repeated heads would be kept for the backward pass, but torch's fast kernels on GPUs do not support grouped heads.
     grouped = query.device.type == "cpu"
     repeats = 1 if grouped else heads // key_heads
     outputs = []
@@ -161,9 +161,9 @@ def packed_attention(
 
 
 def _gathered(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The states [1, heads, n, dim] of packed tokens, one behind the other [tokens, heads * dim].
+    """Select states [1, heads, n, dim] of packed tokens as [tokens, heads * dim].
 
-    Whole rows of memory, selected along the first dimension: indexing's own gradient takes three times as long.
+    Uses `index_select` on whole rows: the gradient of plain indexing takes three times as long.
     """
     return states[0].transpose(0, 1).flatten(1).index_select(0, indices.flatten())
 
@@ -172,7 +172,7 @@ AttentionInterface.register(ATTENTION, packed_attention)
 
 
 def shared_length(examples: Sequence[Example]) -> int:
-    """Tokens that all rows begin with; each row keeps at least one of its own. One row alone shares nothing."""
+    """Length of the common prefix of all rows, leaving each row at least one token; 0 for a single row."""
     if len(examples) < 2:
         return 0
     columns = zip(*(example.tokens for example in examples), strict=False)
@@ -181,7 +181,7 @@ def shared_length(examples: Sequence[Example]) -> int:
 
 
 def _group(rows: Sequence[range], before: range) -> Group:
-    """Rows of packed indices, each of which sees `before` wholly and itself causally."""
+    """A group of rows of packed indices, each of which sees all of `before` and itself causally."""
     longest = max(len(row) for row in rows)
     lengths = torch.tensor([len(row) for row in rows])
     starts = torch.tensor([row.start for row in rows])
@@ -189,13 +189,14 @@ def _group(rows: Sequence[range], before: range) -> Group:
     queries = starts[:, None] + torch.minimum(step, lengths[:, None] - 1)
     keys = torch.cat([torch.tensor(before, dtype=torch.long).expand(len(rows), -1), queries], 1)
     distance = (step[:, None] + len(before)) - torch.arange(len(before) + longest)
-    # A padded query keeps sight of its keys: a row of the mask without any would give NaN.
+    # Padded queries still see keys: a row of the mask without any would give NaN.
     mask = (distance >= 0).expand(len(rows), 1, -1, -1)
     return Group(queries, keys, mask, distance.expand(len(rows), -1, -1))
 
 
-def _behind(group: Group, length: int, tokens: int) -> Group:
-    """The group behind `length` keys that all its queries see, of which `tokens`, all or none, are queries as well."""
+def _after(group: Group, length: int, tokens: int) -> Group:
+    """The group after `length` keys that all its queries see; `tokens` is how many of them are packed tokens, all or
+    none."""
     rows, width = group.queries.shape
     before = torch.arange(length, device=group.keys.device)
     # A group's first key is at position 0, so its distance is the query's position.

@@ -1,1 +1,1 @@
-"""Which modules an adapter tunes, chosen by what they gain and what they cost on the board."""
+"""Chooses the modules that an adapter tunes, by validation loss and by decode overhead on the board."""

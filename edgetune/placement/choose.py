@@ -1,6 +1,6 @@
-"""A training that leaves its modules to their cost in, modules and rank out: the best of those that cost little enough.
+"""Chooses modules and rank for `target_modules: auto`: the best placement within a budget of decode overhead.
 
-Each placement within the budget is trained for a few steps; the one with the lowest validation loss is taken.
+Placements within the budget are trained for a few steps; the one with the lowest validation loss is chosen.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from edgetune.training.schedule import Schedule
 from .cost import Placement, busy, costs, describe, placements
 
 Trials = Callable[[Sequence[TrainingJob[Example]]], Mapping[str, TrainResult]]
-"""Trains all jobs and keeps what is done, as `pipeline.train_all` does."""
+"""Trains all jobs and skips finished ones, like `training.jobs.train_all`."""
 
-# A trial takes this share of the training's steps, but for tiny and long trainings.
+# A trial runs this share of the steps of the full training, within the limits below.
 _SHARE = 0.1
 _STEPS = (4, 30)
 _VALIDATION_ROWS = 64
@@ -39,14 +39,14 @@ _VALIDATION_ROWS = 64
 
 @dataclass(frozen=True)
 class PlacementTrial:
-    """A placement with the share of decode speed that it costs; `val_loss` is None where none was trained."""
+    """A placement with its share of decode speed lost; `val_loss` is None if the placement was not trained."""
 
     placement: Placement
     cost: float
     val_loss: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as JSON values."""
+        """The trial as JSON values."""
         modules = self.placement.modules
         return {
             "modules": modules if isinstance(modules, str) else list(modules),
@@ -58,9 +58,9 @@ class PlacementTrial:
 
 @dataclass(frozen=True)
 class PlacementChoice:
-    """What was chosen within `budget`, of what, and where the costs come from; trials took `steps` steps each.
+    """The chosen placement, all that were tried, and the `source` of their costs; trials ran for `steps` steps each.
 
-    `busy` says why measured costs are not those of a quiet machine, else it is None.
+    `busy` is the reason why measured costs are unreliable, None if the machine was quiet.
     """
 
     chosen: PlacementTrial
@@ -71,7 +71,7 @@ class PlacementChoice:
     busy: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as JSON values: those of the chosen placement, and of all."""
+        """The choice as JSON values, with all placements that were tried."""
         return {
             **self.chosen.to_json(),
             "max_decode_overhead": self.budget,
@@ -82,15 +82,15 @@ class PlacementChoice:
         }
 
     def table(self) -> list[str]:
-        """A line for each set of modules: its rank that was trained, or else the cheapest."""
+        """A line for each set of modules, at the rank that was trained or else the cheapest rank."""
         lines = []
         for _, group in groupby(self.tried, lambda item: item.placement.modules):
             ranks = list(group)
             item = next((item for item in ranks if item in _contenders(self.tried, self.budget)), ranks[0])
-            lines.append(f"  {item.placement.title:<16} rank {item.placement.rank:<4} {self._said(item)}")
+            lines.append(f"  {item.placement.title:<16} rank {item.placement.rank:<4} {self._summary(item)}")
         return lines
 
-    def _said(self, item: PlacementTrial) -> str:
+    def _summary(self, item: PlacementTrial) -> str:
         cost = f"decodes {item.cost:.1%} slower"
         if not _fits(item, self.budget):
             return f"{cost}: over the budget"
@@ -108,24 +108,23 @@ def choose(
     train_all: Trials,
     progress: Progress,
 ) -> PlacementChoice:
-    """The placement for a job whose options say `target_modules: auto`; the rank is at most theirs.
+    """Choose the placement for a job with `target_modules: auto`; its options set the highest rank.
 
-    Costs and trials are kept in `folder` or by `train_all`, so the same call chooses the same again. Of several
-    processes the first one measures. UsageError names the cheapest placement when all cost more than the options
-    allow.
+    Costs are kept in `folder` and trials by `train_all`, so the same call makes the same choice again. With several
+    processes, the main process measures. UsageError names the cheapest placement if all exceed the budget.
     """
     options = job.options
     assert isinstance(options, LoraOptions)
     if architectures.of(base.header).fuses_projections:
-        message = f"target_modules: auto cannot choose among the modules of base {base.name!r}, which are fused"
-        raise UsageError(message, "name them, such as [qkv_proj, o_proj], or take all-linear")
+        message = f"target_modules: auto does not support the fused modules of base {base.name!r}"
+        raise UsageError(message, "list modules, such as [qkv_proj, o_proj], or use all-linear")
     wanted, budget = placements(options.r), options.max_decode_overhead
     with processes().main_process_first():
         found = costs(wanted, spec, base, recipe, folder=folder, progress=progress)
     tried = [PlacementTrial(placement, found[placement]) for placement in wanted]
     contenders = _contenders(tried, budget)
     if not contenders:
-        raise _too_dear(job.name, tried, budget, describe(recipe))
+        raise _over_budget(job.name, tried, budget, describe(recipe))
     steps = 0
     if len(contenders) > 1:
         steps = _steps(job)
@@ -135,31 +134,31 @@ def choose(
         contenders = [item for item in tried if item.val_loss is not None]
     best = min(contenders, key=lambda item: (item.val_loss or 0.0, item.cost))
     choice = PlacementChoice(best, tried, budget, describe(recipe), steps, busy(spec, base, recipe, folder))
-    progress.say(f"{job.name}: modules and rank for decoding less than {_percent(budget)} slower, {choice.source}")
+    progress.say(f"{job.name}: modules and rank for a decode overhead below {_percent(budget)}, {choice.source}")
     for line in choice.table():
         progress.say(line)
     if choice.busy is not None:
-        remedy = f"to measure again on a quiet machine, delete {folder}, or name a device"
+        remedy = f"delete {folder} and build again on a quiet machine, or set a device"
         progress.say(f"{job.name}: measured on a busy machine ({choice.busy}), so the choice may be wrong; {remedy}")
     return choice
 
 
 def _fits(item: PlacementTrial, budget: float) -> bool:
-    # Noise may hide what an adapter costs, but each costs something: a budget of 0 allows none.
+    # Noise may hide the cost of an adapter, but each has one, so a budget of 0 allows none.
     return item.cost < budget
 
 
 def _contenders(tried: Sequence[PlacementTrial], budget: float) -> list[PlacementTrial]:
-    """The highest rank within the budget of each set of modules: a lower one can express nothing more."""
+    """For each set of modules, the highest rank within the budget: a lower rank can express nothing more."""
     highest = {item.placement.modules: item for item in tried if _fits(item, budget)}
     return list(highest.values())
 
 
-def _too_dear(name: str, tried: Sequence[PlacementTrial], budget: float, source: str) -> UsageError:
+def _over_budget(name: str, tried: Sequence[PlacementTrial], budget: float, source: str) -> UsageError:
     cheapest = min(tried, key=lambda item: item.cost)
     what = f"{cheapest.placement.title} at rank {cheapest.placement.rank}"
     message = (
-        f"adapter {name!r} slows down decoding by {_percent(budget)} or more wherever it is placed; "
+        f"adapter {name!r} slows decoding by {_percent(budget)} or more with every placement; "
         f"the cheapest, {what}, costs {cheapest.cost:.1%} ({source})"
     )
     enough = math.floor(cheapest.cost * 100) + 1
@@ -181,7 +180,7 @@ def _name(job: TrainingJob[Example], placement: Placement) -> str:
 
 
 def _trial(job: TrainingJob[Example], placement: Placement, steps: int) -> TrainingJob[Example]:
-    """A whole training of few steps, validated once, at its end."""
+    """A training run of a few steps with its own complete schedule, validated once at its end."""
     assert isinstance(job.options, LoraOptions)
     options = job.options.placed(placement.modules, placement.rank)
     training = job.training.model_copy(update={"max_steps": steps, "evals": 1, "patience": None})

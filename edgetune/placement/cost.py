@@ -1,7 +1,7 @@
-"""A base and placements of adapters in, the share of decode speed that each costs out: measured here, or a board's.
+"""Decode overhead of adapter placements, measured on this machine or predicted for a board.
 
-A placement is the modules that an adapter changes, and its rank. What is measured is kept on disk, so that a build
-that goes on, and every process of one, decides by the same figures.
+A placement is the modules that an adapter changes, and its rank. Measurements are kept on disk, so that a resumed build
+and every process of a build use the same figures.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PARTS = {
     **{f"{which}_proj": "self_attn" for which in ("q", "k", "v", "o")},
     **{f"{which}_proj": "mlp" for which in ("gate", "up", "down")},
 }
-"""The linear modules of a layer, and the block that each is in."""
+"""The linear modules of a layer and the block that contains each."""
 ATTENTION = tuple(name for name, block in PARTS.items() if block == "self_attn")
 MLP = tuple(name for name, block in PARTS.items() if block == "mlp")
 MODULES: tuple[str | tuple[str, ...], ...] = (
@@ -52,50 +52,50 @@ MODULES: tuple[str | tuple[str, ...], ...] = (
     MLP,
     ALL_LINEAR,
 )
-"""What may be adapted, as `target_modules` says it."""
+"""The sets of modules to choose from, as values of `target_modules`."""
 
-# Tokens that stand before those that are timed, and those timed in a row; one more before them warms up.
+# The context before the timed tokens, and the number of timed tokens; one more token warms up.
 _BEFORE = tuple(range(1, 33))
-_IN_A_ROW = 4
-# A placement is measured in rounds of base and adapter in turn: for so long, but at least and at most so many.
+_TIMED = 4
+# A placement is measured in alternating rounds of base and adapter: for this long, within these numbers of rounds.
 _SECONDS = 2.0
 _ROUNDS = (3, 30)
-# Rounds whose quartiles lie further apart were disturbed by what else the machine does.
-_CALM = 0.1
+# An interquartile range of the rounds above this means that other processes disturbed the measurement.
+_MOST_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Modules to adapt, as `target_modules` says them, and the rank."""
+    """Modules to adapt, as a value of `target_modules`, and the rank."""
 
     modules: str | tuple[str, ...]
     rank: int
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The last names of the modules."""
+        """The modules' names without their path."""
         return tuple(PARTS) if isinstance(self.modules, str) else self.modules
 
     @property
     def title(self) -> str:
-        """The modules in words."""
+        """The modules as text."""
         known = {ATTENTION: "attention", MLP: "MLP"}
         return self.modules if isinstance(self.modules, str) else known.get(self.modules, ", ".join(self.modules))
 
     @property
     def key(self) -> str:
-        """A name for files."""
+        """The placement as a file name."""
         return f"{self.title.replace(', ', '+').lower()}-r{self.rank}"
 
 
 def placements(rank: int) -> list[Placement]:
-    """All that are considered for ranks of at most `rank`: a quarter of it, a half, and the whole."""
+    """All placements to consider, each at a quarter, half and all of `rank`."""
     ranks = sorted({max(1, rank // 4), max(1, rank // 2), rank})
     return [Placement(modules, rank) for modules in MODULES for rank in ranks]
 
 
 def describe(recipe: Recipe) -> str:
-    """Where the costs for a recipe come from."""
+    """The source of the costs for a recipe, as text."""
     if recipe.device is not None:
         return f"predicted for {recipe.device}"
     return f"measured here with {recipe.targets[0]}"
@@ -104,10 +104,10 @@ def describe(recipe: Recipe) -> str:
 def costs(
     wanted: Sequence[Placement], spec: AdapterSpec, base: Base, recipe: Recipe, *, folder: Path, progress: Progress
 ) -> dict[Placement, float]:
-    """The share of the base's decode speed that an adapter of each placement costs, at least 0.
+    """The share of the base's decode speed lost with an adapter of each placement, at least 0.
 
-    For a recipe with a board it is predicted as `edgetune devices fit` does. Else random adapters are run beside the
-    plain base by the engine of the recipe's first target; the figures are kept in `folder`.
+    For a recipe with a board it is predicted as in `edgetune devices fit`. Otherwise the engine of the recipe's first
+    target runs random adapters and the plain base in turn; the figures are kept in `folder`.
     """
     if recipe.device is not None:
         return {placement: _predicted(placement, spec, base.header, recipe) for placement in wanted}
@@ -115,7 +115,7 @@ def costs(
     known = bench.read()
     missing = [placement for placement in wanted if placement.key not in known]
     if missing:
-        progress.say(f"measuring what adapters cost in decoding with {bench.target}")
+        progress.say(f"measuring the decode overhead of adapters with {bench.target}")
         with progress.step("placements", len(missing)) as step, bench.plain() as plain:
             for modules, group in groupby(missing, lambda placement: placement.modules):
                 known |= bench.measure(plain, Placement(modules, 0).names, list(group))
@@ -125,9 +125,9 @@ def costs(
 
 
 def busy(spec: AdapterSpec, base: Base, recipe: Recipe, folder: Path) -> str | None:
-    """Why the costs that `costs` measured into `folder` are not those of a quiet machine; None where they are."""
+    """Why the costs measured in `folder` are unreliable, as text; None if the machine was quiet."""
     spread = 0.0 if recipe.device is not None else _Bench(base, recipe, spec, folder).spread
-    return f"costs varied by {spread:.0%}" if spread > _CALM else None
+    return f"costs varied by {spread:.0%}" if spread > _MOST_SPREAD else None
 
 
 def _predicted(placement: Placement, spec: AdapterSpec, header: GgufHeader, recipe: Recipe) -> float:
@@ -139,15 +139,15 @@ def _predicted(placement: Placement, spec: AdapterSpec, header: GgufHeader, reci
 
 
 class _Bench:
-    """The engine of a recipe's first target, with files of its own in a folder.
+    """Measures with the engine of a recipe's first target, with temporary files in a folder.
 
-    `spread` is the largest distance between the quartiles of a placement's rounds so far, those of earlier runs too.
+    `spread` is the largest interquartile range of a placement's rounds so far, including earlier runs.
     """
 
     def __init__(self, base: Base, recipe: Recipe, spec: AdapterSpec, folder: Path) -> None:
         self.base, self.target, self.threads = base, recipe.targets[0], recipe.threads
         self.dtype = spec.dtype_in(self.target)
-        # How the numbers were rounded does not change how fast they are.
+        # The method of rounding does not change the speed.
         self.weights = Weights(recipe.onnx.weights)
         self._backend = backends.load(self.target)
         self._engine = engines.load(self.target)
@@ -158,18 +158,18 @@ class _Bench:
         self.spread = max(_read(self._spread_file).values(), default=0.0)
 
     def read(self) -> dict[str, float]:
-        """The figures so far, by the placements' keys."""
+        """The costs measured so far, by placement key."""
         return _read(self._file)
 
     def write(self, known: Mapping[str, float]) -> None:
-        """Keep the figures."""
+        """Write the costs and the spread."""
         for file, values in ((self._spread_file, {"spread": self.spread}), (self._file, known)):
             with replacing(file) as path:
                 path.write_text(json.dumps(values), encoding="utf-8")
 
     @contextmanager
     def plain(self) -> Iterator[Engine]:
-        """The engine on the base that ships when there are no adapters; all files are gone afterwards."""
+        """The engine on a base written without adapters; deletes all temporary files at the end."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         try:
@@ -179,7 +179,7 @@ class _Bench:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def measure(self, plain: Engine, names: Sequence[str], group: Sequence[Placement]) -> dict[str, float]:
-        """The cost of placements on the same modules, by key: on a base that is made for these modules."""
+        """The cost of placements on the same modules, by key, on a base written for these modules."""
         adapters = {placement.key: self._random(names, placement) for placement in group}
         folder = self._folder / "adapted"
         path = self._backend.write_base(self._source, folder, list(adapters.values()))
@@ -201,17 +201,17 @@ class _Bench:
 
     @cached_property
     def _source(self) -> Source:
-        import torch  # noqa: PLC0415 - slow to import, and GGUF files are at hand
+        import torch  # noqa: PLC0415 - slow to import, and not needed for GGUF
 
         model = None if self.target == "gguf" else bases.load_torch(self.base, torch.float32)
-        return Source(self.base.path, self.base.fingerprint, model, self._folder / "way", self.weights)
+        return Source(self.base.path, self.base.fingerprint, model, self._folder / "work", self.weights)
 
     def _open(self, path: Path) -> Engine:
-        length = len(_BEFORE) + _IN_A_ROW + 1
+        length = len(_BEFORE) + _TIMED + 1
         return self._engine(path, context_length=length, threads=self.threads)
 
     def _random(self, names: Sequence[str], placement: Placement) -> LowRank:
-        """An adapter of the placement's size; what its numbers are does not change how fast it is."""
+        """A random adapter of the placement's size; its values do not affect speed."""
         random = np.random.default_rng(0)
         modules = {}
         for module, (columns, rows) in _modules(self.base.header, names):
@@ -222,7 +222,7 @@ class _Bench:
 
 
 def _read(file: Path) -> dict[str, float]:
-    """Numbers by name, as they were written; none where the file is missing or cut short."""
+    """Numbers by name from a JSON file; empty if the file is missing or truncated."""
     try:
         return {str(key): float(value) for key, value in json.loads(file.read_bytes()).items()}
     except (FileNotFoundError, ValueError, AttributeError, TypeError):
@@ -230,7 +230,7 @@ def _read(file: Path) -> dict[str, float]:
 
 
 def _modules(header: GgufHeader, names: Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The base's modules of these last names, with columns and rows."""
+    """The base's modules with these names in all layers, with their columns and rows."""
     known = name_map(header)
     for layer in range(int(header.metadata[f"{header.architecture}.block_count"])):
         for name in names:
@@ -240,23 +240,23 @@ def _modules(header: GgufHeader, names: Sequence[str]) -> Iterator[tuple[str, tu
 
 
 def _rounds(plain: Engine, adapted: Engine) -> list[float]:
-    """The share of the plain engine's speed that the other lacks, in rounds of both in turn."""
+    """The share of the plain engine's speed that the adapted one loses, per round of both."""
     least, most = _ROUNDS
     begin = time.monotonic()
     lost: list[float] = []
     while len(lost) < least or (len(lost) < most and time.monotonic() - begin < _SECONDS):
-        # What else the machine does slows down both of a round.
+        # Other processes slow down both engines of a round.
         lost.append(1 - _token_s(plain) / _token_s(adapted))
     return lost
 
 
 def _token_s(engine: Engine) -> float:
-    """Seconds that a token takes, the median of some, always at the same place of the context."""
+    """Median seconds per decoded token, always at the same position in the context."""
     kept = engine.truncate(len(_BEFORE))
     if kept < len(_BEFORE):
         engine.decode(_BEFORE[kept:])
     seconds = []
-    for _ in range(1 + _IN_A_ROW):
+    for _ in range(1 + _TIMED):
         begin = time.perf_counter()
         engine.decode(_BEFORE[:1])
         seconds.append(time.perf_counter() - begin)

@@ -1,1 +1,1 @@
-"""The training loop, its schedule, and the memory, threads and layers that it uses."""
+"""The training loop, its schedule, memory planning, thread control and fused layers."""

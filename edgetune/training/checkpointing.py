@@ -1,4 +1,4 @@
-"""Activation checkpointing of a base's first layers, by transformers, and what a pass keeps without it, measured."""
+"""Activation checkpointing of a base's layers through transformers, and measuring what a layer keeps without it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def layers_of(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers of the base in `model` that can be checkpointed, in order; none where transformers does not say."""
+    """The layers of the base in `model` that can be checkpointed, in order; empty if transformers marks none."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
 def checkpointed(layers: Sequence[GradientCheckpointingLayer]) -> Iterator[None]:
-    """Keep the layers' inputs alone in forward passes, and compute the layers again in backward passes.
+    """Keep only the layers' inputs in forward passes, and recompute the layers in backward passes.
 
-    Both belong into the block.
+    Run both passes inside the block.
     """
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        # transformers would drop the cache, which holds a trained prefix here and is only read.
+        # transformers would drop the cache, but here it contains a trained prefix and is only read.
         layer._can_checkpoint_with_cache = True
     try:
         yield
@@ -38,23 +38,25 @@ def checkpointed(layers: Sequence[GradientCheckpointingLayer]) -> Iterator[None]
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Bytes that a layer keeps for the backward pass, those of its input among them."""
+    """Bytes that a layer keeps for the backward pass; `kept` includes its `input`."""
 
     kept: int
     input: int
 
 
 def layer_cost(run: Callable[[], object], layers: Sequence[torch.nn.Module]) -> LayerCost:
-    """What the last of `layers` keeps in the forward pass `run` beyond what others of them keep too, such as masks. No
-    layer besides them keeps anything."""
+    """What the last of `layers` keeps in the forward pass `run`, without what the others also keep, such as masks.
+
+    Only these layers run with gradients.
+    """
     counted = {p.untyped_storage().data_ptr(): _ref(p) for layer in layers for p in layer.parameters()}
     sizes = [0, 0]
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        # A place whose tensor was freed may hold another one now.
-        if place not in counted or counted[place].expired():  # type: ignore[no-untyped-call]
-            counted[place] = _ref(tensor)
+        address = tensor.untyped_storage().data_ptr()
+        # Another tensor may have reused the address of a freed one.
+        if address not in counted or counted[address].expired():  # type: ignore[no-untyped-call]
+            counted[address] = _ref(tensor)
             sizes[0] += tensor.untyped_storage().nbytes()
         return tensor
 
@@ -64,7 +66,7 @@ def layer_cost(run: Callable[[], object], layers: Sequence[torch.nn.Module]) -> 
         watch.enter_context(torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor))
         return (inputs[0].requires_grad_(), *inputs[1:])
 
-    # An error may leave a layer half-way, with gradients on.
+    # `watch` also ends when an error leaves a layer early with gradients enabled.
     with torch.no_grad(), ExitStack() as hooks, ExitStack() as watch:
         for layer in layers:
             hooks.callback(layer.register_forward_pre_hook(before).remove)
@@ -74,8 +76,10 @@ def layer_cost(run: Callable[[], object], layers: Sequence[torch.nn.Module]) -> 
 
 
 def trained_layers(layers: Sequence[torch.nn.Module]) -> int:
-    """How many of the base's layers gradients reach: those from the first one with trained parameters on, and all
-    where none has any, as what is trained stands before or beside them."""
+    """Number of the base's layers that gradients reach: from the first layer with trained parameters to the last.
+
+    All of them if no layer has trained parameters: what is trained then comes before or beside the layers.
+    """
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     return len(layers) - trained.index(True) if True in trained else len(layers)
 

@@ -1,4 +1,4 @@
-"""How long trainings will take on this machine, from the first ten steps of one. No torch."""
+"""Estimates how long training will take on this machine from the first ten steps. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from edgetune.recipe.parts import TrainingSpec
 
 TRIAL_STEPS = 10
-"""Steps of a training that tell how fast this machine is."""
+"""Steps after which the speed of this machine is estimated."""
 
 # The first steps also set up caches and thread pools.
 _WARMUP_STEPS = 2
-# A token of a validation row against one of a training row: it needs no backward pass.
+# Cost of a validation token relative to a training token: it needs no backward pass.
 _VALIDATION_COST = 0.5
 
 
 def tokens_left(
     train: Sequence[TrainingRow], validation: Sequence[TrainingRow], training: TrainingSpec, step: int = 0
 ) -> float:
-    """Tokens that a training has before it after `step` steps, those of its validation passes at what they cost.
+    """Tokens that a training run has left after `step` steps; validation tokens count at their lower cost.
 
-    `validation` are the rows of one pass. A training without patience left ends sooner.
+    `validation` are the rows of one validation pass. Early stopping is not considered.
     """
     schedule = Schedule(len(train), training)
     lengths = [len(row.tokens) for row in train]
@@ -36,9 +36,9 @@ def tokens_left(
 
 
 class TimeTrial:
-    """The first steps of a training as a trial: tells its speed once, and what it means for all that is left.
+    """Measures the first steps of a training run and estimates the time left, once.
 
-    `left` are the tokens of the training from here on, `later` those of the trainings after it.
+    `left` is the number of tokens left in this run, `later` that of the runs after it.
     """
 
     def __init__(self, name: str, left: float, later: float) -> None:
@@ -46,7 +46,7 @@ class TimeTrial:
         self._steps, self._tokens, self._started = 0, 0, 0.0
 
     def step(self, tokens: int, now: float) -> str | None:
-        """A step of so many tokens ended `now`, in seconds; returns what the trial showed, once it is over."""
+        """Record that a step of `tokens` tokens ended at `now` seconds; returns the estimate once, as a message."""
         self._steps += 1
         self._left -= tokens
         if self._steps <= _WARMUP_STEPS:
@@ -56,17 +56,17 @@ class TimeTrial:
         if self._steps != TRIAL_STEPS or now <= self._started:
             return None
         if self._left + self._later < self._tokens:
-            return None  # it is nearly over
+            return None  # nearly done, an estimate is of no use
         speed = self._tokens / (now - self._started)
-        all_of_them = f", {duration((self._left + self._later) / speed)} with the trainings after it"
+        in_all = f", {duration((self._left + self._later) / speed)} including the training runs after it"
         return (
             f"{self._name}: about {duration(self._left / speed)} left at {speed:.0f} tokens/s"
-            f"{all_of_them if self._later else ''}"
+            f"{in_all if self._later else ''}"
         )
 
 
 def duration(seconds: float) -> str:
-    """A length of time in words, rounded up to what an estimate is good for."""
+    """Seconds as text, rounded up to the precision of an estimate: seconds, minutes, or hours and minutes."""
     if seconds < 60:
         return f"{math.ceil(seconds)} s"
     minutes = math.ceil(seconds / 60)

@@ -1,7 +1,7 @@
-"""Computes plain LoRA layers and RMSNorms in fewer passes over memory, for training in float32 on the CPU.
+"""Fused LoRA layers and RMSNorms that need fewer passes over memory, for training in float32 on the CPU.
 
-The matrix products of the frozen weights run close to the processor's peak already. What can be saved is between them:
-autograd writes a tensor for each scaling, addition and cast of a PEFT layer and of a norm.
+The matrix products with the frozen weights already run close to the processor's peak. The time to save is between them:
+autograd writes a tensor for each scaling, addition and cast in a PEFT layer and in a norm.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Forward = Callable[..., torch.Tensor]
 
 @contextmanager
 def fused(model: torch.nn.Module, *, int8: bool = False) -> Iterator[None]:
-    """Fuse the steps of the plain LoRA layers and frozen RMSNorms of `model`; its own forwards return at the end.
+    """Fuse the plain LoRA layers and frozen RMSNorms of `model` while the block runs.
 
-    Losses and gradients are the same within float error. Layers of other kinds, and those that are not in float32 on
-    the CPU, are left alone. With `int8`, frozen linear layers train as `in_int8` says.
+    Losses and gradients are the same within float error. Layers of other kinds, and layers that are not in float32 on
+    the CPU, are unchanged. With `int8`, frozen linear layers are computed as in `in_int8`.
     """
     packing: AbstractContextManager[PackedLayers] = in_int8(model) if int8 else nullcontext({})
     with packing as packed:
@@ -40,8 +40,8 @@ def fused(model: torch.nn.Module, *, int8: bool = False) -> Iterator[None]:
 
 
 def _fused_forward(module: Any, packed: PackedLayers) -> Forward | None:  # noqa: ANN401 - PEFT and transformers carry no types
-    """The fused forward of a module, or None if it has none."""
-    # A forward of its own is somebody else's change, such as a hook of accelerate's.
+    """The fused forward of a module, or None if there is none for it."""
+    # An instance attribute `forward` was set by other code, such as a hook of accelerate.
     if "forward" in vars(module) or not all(_is_float32_on_cpu(p) for p in module.parameters()):
         return None
     if _is_plain_lora(module):
@@ -55,7 +55,7 @@ def _fused_forward(module: Any, packed: PackedLayers) -> Forward | None:  # noqa
 
 @cache
 def _norms() -> dict[str, float]:
-    """What each class of norms adds to its weights. Classes that compute anything else keep their own forward."""
+    """What each known RMSNorm class adds to its weights. Other classes are not fused."""
     return {architecture.rms_norm: architecture.norm_offset for architecture in architectures.known().values()}
 
 
@@ -64,7 +64,7 @@ def _is_float32_on_cpu(tensor: torch.Tensor) -> bool:
 
 
 def _is_plain_lora(module: Any) -> bool:  # noqa: ANN401 - PEFT carries no types
-    """Whether a module is one LoRA on a frozen linear layer, with no dropout and none of LoRA's variants."""
+    """Whether a module is a single LoRA on a frozen linear layer, without dropout and not a LoRA variant."""
     from peft.tuners.lora.layer import Linear  # noqa: PLC0415 - peft's import takes seconds
 
     if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear or len(module.lora_A) != 1:
@@ -97,10 +97,10 @@ def _norm_forward(module: Any, addend: float, epsilon: float, x: torch.Tensor) -
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ, with gradients for x, A and B; products with W are in int8 if it is `packed`."""
+    """x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ, with gradients for x, A and B; products with W in int8 if `packed` is given."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 - torch passes them so
+    def forward(  # noqa: PLR0917 - torch passes arguments by position
         ctx: Any,  # noqa: ANN401 - torch gives it no public type
         x: torch.Tensor,
         weight: torch.Tensor,

@@ -1,8 +1,8 @@
-"""Products with frozen weights in int8, forward and backward, for training on x86 processors without bf16 arithmetic.
+"""Int8 matrix products with frozen weights, forward and backward, for training on x86 processors without bf16 support.
 
-As SwitchBack (Wortsman et al. 2023, arXiv:2304.13013) does, but with gradients of inputs in int8 and gradients of
+Similar to SwitchBack (Wortsman et al. 2023, arXiv:2304.13013), but with gradients of inputs in int8 and gradients of
 trained weights in float32: each row of activations or gradients is rounded to 8 bits with its own scale, each row of
-weights to 7 bits. The products are oneDNN's.
+weights to 7 bits. oneDNN computes the products.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch.autograd.function import once_differentiable
 
 from .checkpointing import layers_of
 
-# oneDNN takes unsigned activations: -127 to 127 around this.
+# oneDNN expects unsigned activations: -127 to 127 around this zero point.
 _ZERO = 128
 _MOST = 127
-# AVX2 adds two products of 8 bits in 16 bits and saturates: 2 · 255 · 64 still fits.
+# AVX2 adds two 8-bit products in 16 bits and saturates: 2 · 255 · 64 still fits.
 _MOST_WEIGHT = 64
-# Rows of zeros have a scale too.
+# Avoids dividing by zero for rows of zeros.
 _TINY = 1e-20
-# oneDNN packs for about so many rows; other numbers of rows give the same results.
+# oneDNN optimizes the packing for about this many rows; other numbers of rows give the same results.
 _ROWS = 2048
 
 
 class PackedLinear:
-    """A frozen linear layer in int8, for products from both sides: 2 bytes per weight beside the float32 weights."""
+    """A frozen linear layer in int8 for forward and backward: 2 bytes per weight in addition to the float32 weights."""
 
     def __init__(self, layer: torch.nn.Linear) -> None:
         weight = layer.weight.detach()
@@ -38,12 +38,12 @@ class PackedLinear:
         self._forward, self._backward = _Packed(weight), _Packed(weight.t())
 
     def outputs(self, rows: torch.Tensor) -> torch.Tensor:
-        """About rows·Wᵀ + bias, float32 [rows, outputs], of float32 [rows, inputs]; not differentiable."""
+        """Approximate rows·Wᵀ + bias, float32 [rows, outputs], from float32 [rows, inputs]; not differentiable."""
         out = self._forward.product(rows)
         return out if self._bias is None else out.add_(self._bias)
 
     def inputs(self, grad: torch.Tensor) -> torch.Tensor:
-        """About grad·W, float32 [rows, inputs], of float32 [rows, outputs]; not differentiable."""
+        """Approximate grad·W, float32 [rows, inputs], from float32 [rows, outputs]; not differentiable."""
         return self._backward.product(grad)
 
 
@@ -60,7 +60,7 @@ class _Packed:
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         # torch's infinity norm is several times slower than abs().amax().
         scale = rows.abs().amax(-1, keepdim=True).div_(_MOST).clamp_(min=_TINY)
-        # The conversion cuts, so half more rounds. What is not finite makes the scale so, and the whole row.
+        # The conversion truncates, so adding 0.5 rounds. A value that is not finite makes the scale and the row so.
         rounded = (rows / scale).add_(_ZERO + 0.5).to(torch.uint8)
         out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             rounded, 1.0, _ZERO, self._weight, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
@@ -73,10 +73,10 @@ PackedLayers = Mapping[torch.nn.Module, PackedLinear]
 
 @contextmanager
 def in_int8(model: torch.nn.Module) -> Iterator[PackedLayers]:
-    """Compute the frozen linear layers in the layers of `model` in int8 while they train, also inside of adapters.
+    """Compute the frozen linear modules in the layers of `model` in int8 in training mode, also inside PEFT's layers.
 
-    The output layer and whatever is validated stay in float32. Gives the packed layers, which take 2 bytes per weight
-    until the end, when the layers' own forwards return. UsageError where transformers does not say what the layers are.
+    The output layer and evaluation mode stay in float32. Yields the packed modules, which use 2 bytes per weight until
+    the block ends. UsageError if no frozen linear module is found.
     """
     packed: dict[torch.nn.Module, PackedLinear] = {module: PackedLinear(module) for module in _frozen(model)}
     if not packed:
@@ -95,7 +95,7 @@ def _frozen(model: torch.nn.Module) -> list[torch.nn.Linear]:
         module
         for layer in layers_of(model)
         for module in layer.modules()
-        # A forward of its own is somebody else's change, such as a hook of accelerate's.
+        # An instance attribute `forward` was set by other code, such as a hook of accelerate.
         if type(module) is torch.nn.Linear
         and "forward" not in vars(module)
         and not any(p.requires_grad for p in module.parameters())
@@ -106,12 +106,12 @@ def _forward(module: torch.nn.Linear, packed: PackedLinear, x: torch.Tensor) -> 
     if not module.training:
         return torch.nn.Linear.forward(module, x)
     out: torch.Tensor = _Int8Linear.apply(x.flatten(0, -2), packed)  # type: ignore[no-untyped-call]
-    # PEFT's layers add to it in place, which autograd forbids for views that are made inside of the function.
+    # PEFT's layers add to it in place, which autograd forbids for views created inside a Function.
     return out.view(*x.shape[:-1], -1)
 
 
 class _Int8Linear(torch.autograd.Function):
-    """The outputs of a packed layer, with the gradient for its inputs; it keeps nothing for the backward pass."""
+    """The outputs of a packed layer, with the gradient for its inputs; keeps no activations for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, packed: PackedLinear) -> torch.Tensor:  # noqa: ANN401 - torch gives it no public type

@@ -1,4 +1,4 @@
-"""One training to do, and what it gave: losses over time, speed and memory."""
+"""A training job and its result: losses over time, speed and memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ R = TypeVar("R", bound=TrainingRow)
 
 @dataclass(frozen=True)
 class TrainingJob(Generic[R]):
-    """One training: `key` stands for all that its result depends on."""
+    """One training run; `key` identifies everything that its result depends on."""
 
     name: str
     method: Method[Any]
@@ -32,7 +32,7 @@ class TrainingJob(Generic[R]):
 
 @dataclass
 class Point:
-    """One validation pass: after `step` steps; losses are means over what is learned, in nats."""
+    """One validation pass, after `step` steps; losses are means over the learned predictions, in nats."""
 
     step: int
     epoch: float
@@ -43,7 +43,7 @@ class Point:
 
 @dataclass
 class TrainResult:
-    """What a training gave. `overfit_step` is where validation loss turned, None when it never rose again."""
+    """The result of a training run. `overfit_step` is the step after which validation loss rose, None if it did not."""
 
     train_loss: float
     val_loss: float
@@ -60,12 +60,12 @@ class TrainResult:
     history: list[Point] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
-        """All but the history, as JSON values."""
+        """All fields except the history, as JSON values."""
         return {key: value for key, value in asdict(self).items() if key != "history"}
 
 
 def finished(folder: Path, key: str) -> TrainResult | None:
-    """The result in `folder` if it was trained from the same `key`, else None."""
+    """The result in `folder` if its key is `key`, else None."""
     try:
         raw = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         if raw.pop("key") != key:

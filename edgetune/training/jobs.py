@@ -1,4 +1,4 @@
-"""Trainings in, their results out: those that are finished are not done again, and the base is loaded once."""
+"""Runs training jobs: finished ones are skipped, and the base is loaded once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def train_all(
     *,
     plots: bool = True,
 ) -> dict[str, TrainResult]:
-    """The result of each training; the base, by name, is loaded only if one is left to do."""
+    """Run the jobs that are not finished in `work`; the result of each job by name.
+
+    `base` is the base's name for messages; `load` is called only if a job is left to do.
+    """
     results: dict[str, TrainResult] = {}
     model: PreTrainedModel | None = None
     left = {job.name: job for job in jobs if finished(work / job.name, job.key) is None}
@@ -36,7 +39,7 @@ def train_all(
         result = finished(folder, job.key)
         left.pop(job.name, None)
         if result is None:
-            # A change of the base's own weights is too small a step for bf16.
+            # Updates of the base's own weights are too small for bf16.
             dtype = DTYPES["fp32" if job.method.trains_base else precision_of(job.training, job.method)]
             if model is None or dtype != model.dtype:
                 progress.say(f"loading the base {base}")
@@ -53,7 +56,7 @@ def train_all(
 
 
 def _summary(name: str, result: TrainResult) -> str:
-    turned = "" if result.overfit_step is None else f", overfitting from step {result.overfit_step} on"
+    turned = "" if result.overfit_step is None else f", overfitting after step {result.overfit_step}"
     share = result.trainable_parameters / result.total_parameters
     return (
         f"{name}: validation loss {result.val_loss:.3f} at step {result.best_step} of {result.steps}{turned}; "

@@ -1,7 +1,7 @@
-"""Tokenized rows and a base in, a folder with the best checkpoint out: `adapter/`, `result.json`, `log.jsonl`.
+"""The training loop: trains a base on tokenized rows, writes `adapter/`, `result.json` and `log.jsonl` to a folder.
 
-One lean loop on accelerate for every objective: validation during training, early stopping, and a state on disk from
-which a killed run goes on. More processes or GPUs are the launcher's business.
+One loop on accelerate for every objective: validation during training, early stopping, and a saved state from which an
+interrupted run resumes. Multiple processes or GPUs are set up by accelerate's launcher.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.float32}
-"""How the base is loaded for each precision."""
-# Validation uses at most this many rows, so that watching a large task does not cost more than training it.
+"""The dtype in which the base is loaded for each precision."""
+# Validation uses at most this many rows, so that validating on a large task does not cost more than training.
 VALIDATION_ROWS = 256
 # A killed run loses at most about this much work.
 _SAVE_EVERY_S = 60.0
-# A validation loss this much above the best counts as overfitting, less as noise.
+# A final validation loss above the best by this factor is overfitting; below it is noise.
 _OVERFIT = 1.01
 
 
 @dataclass
 class _State:
-    """What a killed run needs to go on, besides the weights and the optimizer."""
+    """What an interrupted run needs to resume, besides weights and optimizer state."""
 
     step: int = 0
     history: list[Point] = field(default_factory=list)
@@ -63,15 +63,15 @@ class _State:
 
 
 def processes() -> PartialState:
-    """This process among those of the launcher; the first call settles where all training runs."""
-    # Left alone, accelerate takes several processes for several GPUs, and each of them for one of its own without.
+    """This process among those of the launcher; the first call sets the device of all training."""
+    # By default accelerate assumes that several processes mean several GPUs, even on a machine without one.
     return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
 
 
 def precision_of(training: TrainingSpec, method: Method[Any]) -> str:
-    """What the recipe asks for, or `bf16` or `fp32`, whichever the hardware multiplies fast.
+    """The precision that the recipe sets; for `auto`, `bf16` if the hardware multiplies it fast, else `fp32`.
 
-    UsageError for int8 where the hardware or the method cannot take it.
+    UsageError for int8 if the hardware or the method does not support it.
     """
     device = processes().device
     if training.precision == "int8":
@@ -89,36 +89,36 @@ def precision_of(training: TrainingSpec, method: Method[Any]) -> str:
 def train(
     base: PreTrainedModel, job: TrainingJob[Any], folder: Path, progress: Progress, later: float = 0.0
 ) -> TrainResult:
-    """Do the job; `base` is left as it was. Goes on where a run of the same key in `folder` ended.
+    """Run the job and restore `base` afterwards. Resumes an interrupted run of the same key in `folder`.
 
-    After ten steps it says about how long it takes, and with the `later` tokens of the trainings after it.
-    Writes the best checkpoint by validation loss to `folder/adapter` in PEFT's format. Raises CancelledError when the
-    user interrupts, after saving; EdgetuneError when the loss is not a number; UsageError for a limit of memory that
-    not even the longest row fits within.
+    Reports the estimated time left after ten steps; `later` is the number of tokens in the runs after this one.
+    Writes the checkpoint with the best validation loss to `folder/adapter` in PEFT's format. Raises CancelledError
+    after saving when the user interrupts; EdgetuneError if the loss is not finite; UsageError if the longest row does
+    not fit the recipe's memory limit.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(base, job, folder)
     try:
         with run.layers():
             run.plan_passes()
-            if told := run.told_passes():
-                progress.say(told)
+            if message := run.passes_message():
+                progress.say(message)
             left = tokens_left(run.train_rows, run.validation, job.training, run.state.step)
             with progress.step(f"training {job.name}", run.schedule.steps) as step:
                 run.loop(step, TimeTrial(job.name, left, later), progress.say)
         return run.finish()
     except KeyboardInterrupt as error:
-        # In the middle of a change of weights only the state saved before is one to go on from.
+        # In the middle of a weight update only the state saved before it is consistent.
         if not run.is_changing:
             run.save()
         message = f"training {job.name} stopped at step {run.state.step}"
-        raise CancelledError(message, "run it again to go on") from error
+        raise CancelledError(message, "run the same command to resume") from error
     finally:
         run.detach()
 
 
 class _Run:
-    """One training: model, optimizer and where it stands."""
+    """One training run: model, optimizer and progress."""
 
     def __init__(self, base: PreTrainedModel, job: TrainingJob[Any], folder: Path) -> None:
         training, method = job.training, job.method
@@ -126,7 +126,7 @@ class _Run:
         self.method, self.options, self.name = method, job.options, job.name
         self.train_rows = list(job.train)
         self.validation = list(job.validation)[:VALIDATION_ROWS]
-        # Processes validate different numbers of batches, so none may wait for another in a forward pass.
+        # Processes validate different numbers of batches, so no forward pass may wait for another process.
         apart = DistributedDataParallelKwargs(broadcast_buffers=False)
         self.accelerator = Accelerator(kwargs_handlers=[apart])
         self.precision = precision_of(training, method)
@@ -153,7 +153,7 @@ class _Run:
         self._resume()
 
     def plan_passes(self) -> None:
-        """Make forward passes as large as memory allows; UsageError when the recipe's limit allows none."""
+        """Choose the largest forward passes that fit in memory; UsageError if the recipe's limit allows none."""
         self.model.train()
         before = self.method.prefix_tokens(self.options)
         vocabulary = getattr(self.base.config, "vocab_size", 0)
@@ -167,13 +167,13 @@ class _Run:
                 trained=self.counts[0],
                 name=self.name,
             )
-            # The backward pass comes to the first layers last, when what the others kept is gone.
+            # Checkpoint the first layers: the backward pass reaches them last, when the other layers' memory is free.
             self.checkpointed = layers_of(self.tuned)[-self.passes.layers :][: self.passes.checkpointed]
 
-    def told_passes(self) -> str:
-        """What is to be said of the passes; nothing when neither the recipe nor what is free limits them."""
+    def passes_message(self) -> str:
+        """The planned passes as a message; empty if neither the recipe nor the free memory limits them."""
         limit = self.training.memory_mb
-        within = "" if limit is None else f", within {limit:,} MB"
+        within = "" if limit is None else f", memory limit {limit:,} MB"
         is_limited = limit is not None or self.passes.tokens < PassPlan.tokens
         return f"training {self.name}: {self.passes}{within}" if is_limited else ""
 
@@ -181,11 +181,11 @@ class _Run:
         return self._loss(self.objective.batch([row]).to(self.accelerator.device), self.tuned)
 
     def layers(self) -> AbstractContextManager[None]:
-        """The layers as they train fastest; autocast needs the model's own."""
+        """Fused layers, except under autocast, which needs the original ones."""
         return nullcontext() if self.precision == "bf16" else fused(self.tuned, int8=self.precision == "int8")
 
     def loop(self, progress: Step, trial: TimeTrial, say: Callable[[str], None]) -> None:
-        """Take all steps that are left, with validation and saving in between."""
+        """Run the remaining steps, with validation and saving in between."""
         self.model.train()
         started = time.monotonic()
         before = self.state.seconds
@@ -198,8 +198,8 @@ class _Run:
             tokens = sum(map(row_length, rows))
             with self.threads.step(tokens):
                 self._step(rows)
-            if (told := trial.step(tokens, time.monotonic())) is not None:
-                say(told)
+            if (estimate := trial.step(tokens, time.monotonic())) is not None:
+                say(estimate)
             self.state.seconds = before + time.monotonic() - started
             note = f"loss {self.state.loss_sum / max(1, self.state.loss_tokens):.3f}, {self._speed():.0f} tokens/s"
             if self._is_validation_due():
@@ -211,7 +211,7 @@ class _Run:
             progress.update(note, self.state.step)
 
     def finish(self) -> TrainResult:
-        """Write the best checkpoint and the result, drop the state."""
+        """Write the best checkpoint and the result, and delete the saved state."""
         history = self.state.history
         best = min(history, key=lambda point: point.val_loss)
         turned = best is not history[-1] and history[-1].val_loss > best.val_loss * _OVERFIT
@@ -243,7 +243,7 @@ class _Run:
         return result
 
     def save(self) -> None:
-        """Write all that a later run needs to go on from here."""
+        """Write the state from which a later run resumes."""
         self._saved = time.monotonic()
         if not self.accelerator.is_main_process:
             return
@@ -255,12 +255,12 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "method": dict(self.method.state(self.tuned)),
         }
-        # Given a path, torch turns a full disk into an error that does not say so.
+        # When torch opens the path itself, its error for a full disk does not say so.
         with replacing(self._state_path) as path, path.open("wb") as file:
             torch.save(state, file)
 
     def detach(self) -> None:
-        """Give the base, and torch's threads, back as they were."""
+        """Restore the base and torch's threads."""
         self.threads.restore()
         self.method.detach(self.tuned)
         self.base.set_attn_implementation(self.attention)
@@ -293,18 +293,18 @@ class _Run:
                 parameter.copy_(weights[name])
 
     def _batches(self) -> Iterator[list[TrainingRow]]:
-        """The rows of each step that is left."""
+        """The rows of each remaining step."""
         for indices in plan([len(e.tokens) for e in self.train_rows], self.schedule, self.training)[self.state.step :]:
             yield [self.train_rows[i] for i in indices]
 
     def _step(self, rows: Sequence[TrainingRow]) -> None:
-        """One optimizer step on the mean loss over all that is learned of `rows`, whatever process they fall to.
+        """One optimizer step on the mean loss over all learned predictions of `rows`, across processes.
 
-        The state changes at its end alone, so a step that is interrupted before counts as not taken.
+        The state changes only at the end, so an interrupted step is repeated.
         """
         processes = self.accelerator.num_processes
         learned = sum(self.objective.learned(row) for row in rows)
-        # A process without a row of its own still takes part, with no weight.
+        # A process without rows still takes part, with weight 0.
         own = rows[self.accelerator.process_index :: processes]
         weight = processes / learned if own else 0.0
         torch.manual_seed(self.training.seed + self.state.step)
@@ -313,7 +313,7 @@ class _Run:
         loss_sum = 0.0
         for number, part in enumerate(parts, 1):
             waits = self.accelerator.no_sync(self.model) if number < len(parts) else nullcontext()
-            # Checkpointed layers run again in the backward pass, and must not cast their inputs there either.
+            # Checkpointed layers run again in the backward pass and must not cast their inputs there either.
             with waits, checkpointed(self.checkpointed), self._uncast():
                 loss = self._loss(part, self.model)
                 penalty = self.method.penalty(self.tuned) if number == len(parts) else 0.0
@@ -334,13 +334,13 @@ class _Run:
         self.is_changing = False
 
     def _loss(self, batch: Batch, model: torch.nn.Module) -> torch.Tensor:
-        """Summed loss of what is learned, by `model`, which is the tuned one as it is or as accelerate prepared it."""
+        """Summed loss of the batch; `model` is the tuned model, or the one that accelerate prepared from it."""
         casting = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         with casting, self._uncast():
             return self.objective.loss(model, self.tuned, batch)
 
     def _uncast(self) -> AbstractContextManager[None]:
-        """Autocast casts the adapter's weights; PEFT would cast its inputs to float32 and back besides."""
+        """Stop PEFT from casting inputs to float32 and back where autocast already casts the adapter's weights."""
         from peft.helpers import disable_input_dtype_casting  # noqa: PLC0415 - peft's import takes seconds
 
         active = self.precision == "bf16" and self._casts_inputs()
@@ -348,7 +348,7 @@ class _Run:
         return casting
 
     def _casts_inputs(self) -> bool:
-        """Whether PEFT's layers know how not to cast their inputs; those of (IA)3 never do."""
+        """Whether casting can be disabled in all of PEFT's layers; (IA)3 layers never cast and have no such switch."""
         from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - as above
 
         layers = (module for module in self.tuned.modules() if isinstance(module, BaseTunerLayer))
@@ -382,11 +382,11 @@ class _Run:
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            message = f"the loss is not a number at step {step}"
-            raise EdgetuneError(message, "lower training.learning_rate, or set training.precision: fp32")
+            message = f"the loss is {loss} at step {step}"
+            raise EdgetuneError(message, "lower training.learning_rate or set training.precision: fp32")
 
     def _is_validation_due(self) -> bool:
-        """Whether the step just taken is to be validated and was not, as when a run is stopped while it validates."""
+        """Whether validation is due after the last step; also true when a run was interrupted while validating."""
         done = self.state.history[-1].step if self.state.history else 0
         return self.state.step in self.schedule.evals and self.state.step > done
 
@@ -398,5 +398,5 @@ class _Run:
         return len(history) - 1 - best >= patience
 
     def _speed(self) -> float:
-        """Tokens of training rows a second, validation included."""
+        """Training tokens/s, with the time of validation included."""
         return self.state.row_tokens / max(self.state.seconds, 1e-9)

@@ -1,8 +1,8 @@
-"""What training costs in memory: predicted from a base's shape or measured, and the forward passes that fit a limit.
+"""Memory needed for training, predicted from a base's shape or measured, and the forward passes that fit a limit.
 
 A forward pass keeps activations for the backward pass, in proportion to its tokens. With activation checkpointing a
-layer keeps its input alone and is computed again in the backward pass (Chen et al. 2016, arXiv:1604.06174). Sizes are
-in MB = 10^6 bytes, or bytes where the name says nothing.
+layer keeps only its input and is recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174). Names that end
+in `_mb` are in MB = 10^6 bytes, other sizes in bytes.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 MOST_TOKENS = 4096
 """Larger forward passes are no faster."""
 FREE_SHARE = 0.9
-"""Share of the free memory that training may take."""
+"""Share of the free memory that training may use."""
 
-# Resident memory with torch, transformers, PEFT and accelerate imported, on x86-64 Linux with torch for CPUs.
+# Resident memory after importing torch, transformers, PEFT and accelerate, on x86-64 Linux with torch for CPUs.
 _IMPORTS_MB = 450.0
-# A chunk's logits, their float32 and log-probabilities, and the gradient.
+# A chunk's logits, their float32 copy, the log-probabilities and the gradient.
 _COPIES_OF_LOGITS = 4
 # Per trained parameter: its gradient, AdamW's two moments, the best checkpoint, and the copy that is being saved.
 _STATE_BYTES = 5 * 4
-# Per weight that is packed in int8, once for the forward and once for the backward pass, beside its float32.
+# Per weight that is packed in int8, once for the forward and once for the backward pass, in addition to float32.
 _PACKED_BYTES = 2
-# What the backward pass of a layer takes at once, as a share of what its forward pass kept.
+# Memory that a layer's backward pass needs at once, as a share of what its forward pass kept.
 _BACKWARD = 1.0
-# What the allocator loses between blocks, as a share of the activations: little while it gives freed blocks back to the
-# system, which takes time, and much while it keeps them.
+# Fragmentation as a share of the activations: small while the allocator returns freed blocks to the system, which is
+# slower, and large while it keeps them.
 _LOST = 0.05
 _LOST_KEEPING = 0.45
 _MB = 1e6
-# What the linear modules of a layer read.
+# The input of each linear module of a layer; modules with the same input keep it once.
 _READS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention"),
     "o_proj": "heads",
@@ -54,7 +54,7 @@ _READS = {
 
 @dataclass(frozen=True)
 class BaseShape:
-    """The sizes of a base that its training cost follows from; `norms` are the values per token that a layer's norms
+    """The sizes of a base that determine its training memory; `norms` counts the values per token that a layer's norms
     read."""
 
     layers: int
@@ -69,7 +69,7 @@ class BaseShape:
 
     @classmethod
     def of_header(cls, header: GgufHeader) -> BaseShape:
-        """The shape of a GGUF base; IncompatibleError when its layers differ in heads."""
+        """The shape of a GGUF base; IncompatibleError if its layers have different numbers of heads."""
         arch, cache = header.architecture, cache_shape(header)
         hidden = int(header.metadata[f"{arch}.embedding_length"])
         lengths = header.metadata[f"{arch}.feed_forward_length"]
@@ -118,9 +118,11 @@ class BaseShape:
 
 @dataclass(frozen=True)
 class PassCost:
-    """Bytes that a forward pass keeps: `per_token` in all of the `layers`, of which `input_per_token` are a layer's
-    input, and `constant` whatever its tokens; `loss` is what the loss takes for a while, and `lost` the share of all
-    that the allocator loses."""
+    """Bytes that a forward pass keeps: `per_token` in all `layers` together, `constant` for any number of tokens.
+
+    `input_per_token` is the size of one layer's input, `loss` the temporary memory of the loss, and `lost` the share
+    lost to fragmentation.
+    """
 
     layers: int
     per_token: float
@@ -130,16 +132,16 @@ class PassCost:
     lost: float = _LOST
 
     def pass_mb(self, tokens: int, checkpointed: int = 0) -> float:
-        """The most that a pass takes, forward and backward, with so many layers checkpointed."""
+        """Peak memory of a pass, forward and backward, with that many layers checkpointed."""
         return (self.constant + self.loss + tokens * self._per_token(checkpointed)) / _MB
 
     def tokens(self, room_mb: float, checkpointed: int = 0) -> int:
-        """Tokens of the longest pass that takes at most `room_mb`."""
+        """Tokens of the longest pass that fits in `room_mb`."""
         left = room_mb * _MB - self.constant - self.loss
         return max(0, int(left / self._per_token(checkpointed)))
 
     def validation_tokens(self, room_mb: float) -> int:
-        """Tokens of the longest pass without gradients that takes at most `room_mb`."""
+        """Tokens of the longest pass without gradients that fits in `room_mb`."""
         left = room_mb * _MB - self.constant - self.loss
         return max(0, int(left / (self.per_token / self.layers * (1 + self.lost))))
 
@@ -150,15 +152,17 @@ class PassCost:
 
     @property
     def most_checkpointed(self) -> int:
-        """All layers but the last, which would be computed again at once."""
+        """All layers except the last, which would be recomputed immediately."""
         return self.layers - 1
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Forward passes of at most `tokens` tokens, the first `checkpointed` of the `layers` with activation
-    checkpointing, and of `validation_tokens` in validation; `mb` is the most that such a pass takes. `keeps_freed`
-    says that the process may keep what it frees, which is faster."""
+    """Sizes of forward passes: at most `tokens` tokens in training and `validation_tokens` in validation.
+
+    The first `checkpointed` of the `layers` use activation checkpointing; `mb` is the peak memory of a pass.
+    `keeps_freed` means that the process may keep freed memory, which is faster.
+    """
 
     tokens: int = MOST_TOKENS
     validation_tokens: int = MOST_TOKENS
@@ -176,7 +180,7 @@ class PassPlan:
 
 @dataclass(frozen=True)
 class TrainingNeed:
-    """Memory of a training's process at its peak: the least that it can do with, and without a limit."""
+    """Peak memory of a training process: `least_mb` with the smallest passes, `planned_mb` without a memory limit."""
 
     least_mb: float
     planned_mb: float
@@ -191,8 +195,8 @@ def training_need(
     batch_tokens: int,
     precision: str,
 ) -> TrainingNeed:
-    """Predict what training `method` on the base takes when its longest row has `longest_row` tokens and a step
-    `batch_tokens`; `precision` is `bf16`, `fp32` or `int8`. Loading the base may take more for a while."""
+    """Predict the memory for training `method` on the base, for a longest row of `longest_row` tokens and steps of
+    `batch_tokens`; `precision` is `bf16`, `fp32` or `int8`. Loading the base may temporarily need more."""
     cost = predicted(shape, method, options, precision)
     trained = _trained_parameters(shape, method, options)
     added = 0 if method.trains_base else 4 * trained
@@ -206,15 +210,14 @@ def training_need(
 
 
 def predicted(shape: BaseShape, method: Method[Any], options: MethodOptions, precision: str) -> PassCost:
-    """What a pass of the method keeps: what a layer's norms, attention and activation function read, and the inputs of
-    the modules whose weights are trained."""
+    """Predict what a pass of the method keeps: the inputs of a layer's norms, attention and activation function, and
+    those of the modules whose weights are trained."""
     width = _width(method, precision)
     trained = _trained_modules(shape, method, options)
     attention, gated = 2 * shape.queries + 2 * shape.keys, 3 * shape.intermediate
-    # Modules that read the same values keep these once.
     inputs = sum({_READS[name]: shape.modules[name][0] for name in trained}.values())
     ranks = len(trained) * int(getattr(options, "r", 0))
-    # Norms compute in float32, whatever the base is in, and keep what they multiply by a weight that is trained.
+    # Norms compute in float32 whatever the base's dtype, and keep a second input if their weight is trained.
     norms = 4 * shape.norms * (2 if method.trains_base else 1)
     per_layer = width * (attention + gated + inputs + ranks) + norms
     layers = _trained_layers(shape, options)
@@ -222,7 +225,7 @@ def predicted(shape: BaseShape, method: Method[Any], options: MethodOptions, pre
 
 
 def loss_bytes(vocabulary: int) -> float:
-    """What the loss takes for a while: a chunk's logits."""
+    """Temporary memory of the loss: one chunk of logits."""
     return 4 * _COPIES_OF_LOGITS * max(LOGITS_PER_CHUNK, vocabulary)
 
 
@@ -236,11 +239,11 @@ def plan_passes(
     room_mb: float,
     name: str,
 ) -> PassPlan:
-    """The passes of a training that holds `used_mb` already: as large as `room_mb` of free memory and `limit_mb` for
-    all of it allow, with as few layers checkpointed as the longest row needs.
+    """Plan the largest passes that fit in `room_mb` of free memory and `limit_mb` for the whole process.
 
-    Raises UsageError when not even the longest row alone fits within `limit_mb`. Where memory is short without such a
-    limit, the smallest passes are planned, as the system may yet find room.
+    `used_mb` is what the process already uses. As few layers are checkpointed as the longest row needs. Raises
+    UsageError if the longest row alone does not fit in `limit_mb`. If memory is short without a limit, the smallest
+    passes are planned, because the system may still free memory.
     """
     room = room_mb if limit_mb is None else min(room_mb, limit_mb - used_mb)
     for_validation = min(MOST_TOKENS, cost.validation_tokens(room))
@@ -256,16 +259,16 @@ def plan_passes(
     least = cost.pass_mb(longest_row, cost.most_checkpointed)
     if limit_mb is not None and used_mb + least > limit_mb:
         needed = math.ceil(used_mb + least)
-        message = f"training.memory_mb is {limit_mb:,.0f}, but training {name} takes at least {needed:,}"
-        remedy = f"set it to {needed} or more, or make the rows shorter: the longest has {longest_row} tokens"
+        message = f"training.memory_mb is {limit_mb:,.0f}, but training {name} needs at least {needed:,}"
+        remedy = f"set it to {needed} or more, or shorten the rows: the longest has {longest_row} tokens"
         raise UsageError(message, remedy)
     return PassPlan(longest_row, longest_row, cost.most_checkpointed, cost.layers, least, keeps_freed=False)
 
 
 def measured(small: tuple[int, LayerCost], large: tuple[int, LayerCost], *, layers: int, vocabulary: int) -> PassCost:
-    """What a pass keeps, by what one of its layers kept of two passes of as many tokens as said."""
+    """What a pass keeps, from the tokens and one layer's cost of a small and a large pass."""
     (few, cost_of_few), (many, cost_of_many) = small, large
-    # Rows of like length do not tell what is kept whatever their tokens.
+    # Two rows of similar length cannot separate the constant part from the part per token.
     apart = many >= 2 * few
     slope = (cost_of_many.kept - cost_of_few.kept) / (many - few) if apart else cost_of_many.kept / many
     constant = max(0.0, cost_of_many.kept - slope * many)
@@ -273,17 +276,17 @@ def measured(small: tuple[int, LayerCost], large: tuple[int, LayerCost], *, laye
 
 
 def state_mb(parameters: int) -> float:
-    """What training so many parameters takes besides their own values."""
+    """Memory for training that many parameters, besides their values: gradients, optimizer state and copies."""
     return parameters * _STATE_BYTES / _MB
 
 
 def _width(method: Method[Any], precision: str) -> int:
-    """Bytes of a value of the base, and of an activation."""
+    """Bytes per weight of the base and per activation."""
     return 2 if precision == "bf16" and not method.trains_base else 4
 
 
 def _trained_modules(shape: BaseShape, method: Method[Any], options: MethodOptions) -> list[str]:
-    """The linear modules of a layer that keep their inputs."""
+    """The trained linear modules of a layer; they keep their inputs."""
     if method.trains_base:
         return list(shape.modules)
     targets = getattr(options, "target_modules", ())
@@ -291,12 +294,12 @@ def _trained_modules(shape: BaseShape, method: Method[Any], options: MethodOptio
 
 
 def _trained_layers(shape: BaseShape, options: MethodOptions) -> int:
-    """Layers that gradients reach: those before the first trained one keep nothing."""
+    """Number of layers that gradients reach; layers before the first trained one keep nothing."""
     return min(shape.layers, int(getattr(options, "layers", shape.layers)))
 
 
 def _trained_parameters(shape: BaseShape, method: Method[Any], options: MethodOptions) -> int:
-    """Of a method that trains the base, its share by layers; else those of two factors, a guess for other methods."""
+    """Parameters of the trained share of the base's layers, or those of low-rank factors: a guess for other methods."""
     if method.trains_base:
         return shape.parameters * _trained_layers(shape, options) // shape.layers
     rank = int(getattr(options, "r", 0))

@@ -1,4 +1,4 @@
-"""Sizes the forward passes of a training that is set up: measures what its layers keep and what memory is free."""
+"""Chooses the size of forward passes from the measured memory of a layer and the free memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .allocator import give_back_freed_memory, keep_freed_memory
 from .checkpointing import layer_cost, layers_of, trained_layers
 from .memory import FREE_SHARE, PassCost, PassPlan, measured, plan_passes, state_mb
 
-# What a layer keeps is measured on rows of at most so many tokens, where there are such.
+# A layer's memory is measured on rows of at most this many tokens if there are any.
 _MEASURED_TOKENS = 256
 
 
@@ -30,9 +30,9 @@ def pass_cost(
     before: int,
     vocabulary: int,
 ) -> PassCost | None:
-    """What a pass of `model` keeps, measured by the loss of two of the rows, each of which has `before` tokens more.
+    """Measure what a pass of `model` keeps, from the loss of a short and a long row.
 
-    None where transformers does not say what the layers are.
+    `before` is the number of tokens that the method puts before each row. None if the model's layers are unknown.
     """
     layers = layers_of(model)
     if not layers:
@@ -53,14 +53,14 @@ def passes_within(
     trained: int,
     name: str,
 ) -> PassPlan:
-    """The largest passes that the recipe's limit and the free memory allow a training of so many parameters.
+    """The largest passes that fit in the recipe's limit and the free memory, with `trained` parameters.
 
-    Sets how the process treats memory that it frees. UsageError when the recipe's limit allows no pass.
+    Also sets whether the process keeps freed memory. UsageError if the recipe's limit allows no pass.
     """
     device = accelerator.device
-    # What was freed before counts as free, also where the last training kept it.
+    # Return what the last training run kept, so that it counts as free.
     give_back_freed_memory()
-    # Processes of a launcher share the memory of the machine, not that of a GPU.
+    # A launcher's processes share the machine's memory; each has a GPU to itself.
     sharing = accelerator.num_processes if device.type == "cpu" else 1
     states = state_mb(trained)
     planned = plan_passes(
@@ -77,7 +77,7 @@ def passes_within(
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory taken so far: of the GPU where there is one, else of this process; NaN where it is unknown."""
+    """Peak memory so far: GPU memory when training on CUDA, else that of this process; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = peak_mb()
@@ -85,14 +85,14 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def _used_mb(device: torch.device) -> float:
-    """Memory that this process holds: of the GPU where there is one, else all of it; 0 where unknown."""
+    """Memory that this process uses: GPU memory when training on CUDA, else resident memory; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 1e6
     return resident_mb() or 0.0
 
 
 def _free_mb(device: torch.device) -> float:
-    """Memory that this process can still take; without end where the system does not say."""
+    """Memory that this process can still allocate; infinite if the system does not report it."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + cached) / 1e6

@@ -1,4 +1,4 @@
-"""A training's result in, its curves as a PNG out."""
+"""Plots the loss curves of a training run as a PNG."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SIZE_INCHES = (7.0, 4.0)
 
 
 def plot_training(result: TrainResult, title: str, out: Path) -> None:
-    """Draw training and validation loss over the epochs, with the best checkpoint and where overfitting began."""
+    """Plot training and validation loss by epoch, with the best checkpoint and the range of overfitting."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -25,7 +25,7 @@ def plot_training(result: TrainResult, title: str, out: Path) -> None:
     axes.plot([best.epoch], [best.val_loss], "o", color="tab:green", markersize=10, label=shipped)
     if result.overfit_step is not None:
         axes.axvspan(best.epoch, epochs[-1], color="tab:red", alpha=0.1, label="overfitting")
-    axes.set(title=title, xlabel="epoch", ylabel="loss (nats a token)", ylim=(0, None))
+    axes.set(title=title, xlabel="epoch", ylabel="loss (nats per token)", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(out, dpi=120)

@@ -1,4 +1,4 @@
-"""Checks whether this machine and a recipe's methods can train in the number formats that the recipe asks for."""
+"""Checks that this machine and the recipe's methods support the precision that the recipe sets."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _X86 = frozenset({"x86_64", "amd64"})
 
 
 def check_precision(recipe: Recipe, device: Callable[[], str]) -> None:
-    """UsageError that names the first training of the recipe that is to be in int8 and cannot be.
+    """UsageError for the first training run of the recipe that sets int8 where it is not supported.
 
-    `device` tells torch's name of the device that trains; it is called only where int8 is asked for.
+    `device` returns torch's name of the training device; it is called only if the recipe sets int8.
     """
     for where, training, method in _trainings(recipe):
         if training.precision == "int8":
@@ -27,23 +27,25 @@ def check_precision(recipe: Recipe, device: Callable[[], str]) -> None:
 
 
 def require_int8(method: Method[Any], device: str, *, machine: str = "", where: str = "") -> None:
-    """UsageError where `method` cannot train in int8 on torch's `device` of a `machine` as `platform.machine` names it,
-    by default this one; `where` is the part of the recipe that asks for it."""
+    """UsageError if `method` cannot train in int8 on torch's `device`.
+
+    `machine` is a name as in `platform.machine()`, by default this machine's; `where` is the prefix of the recipe key.
+    """
     machine = machine or platform.machine()
     key = f"{where}training.precision"
     if method.trains_base:
-        why = f"{method.name} trains the base's own weights, and int8 is for frozen ones"
+        why = f"{method.name} trains the base's own weights, and int8 needs frozen weights"
     elif device != "cpu":
-        why = f"training runs on {device}, and int8 is for CPUs"
+        why = f"training runs on {device}, and int8 needs a CPU"
     elif machine.lower() not in _X86:
-        why = f"this machine is {machine}, and int8 is for x86"
+        why = f"this machine is {machine}, and int8 needs x86"
     else:
         return
     raise UsageError(f"{key} is int8, but {why}", f"set {key}: fp32")
 
 
 def _trainings(recipe: Recipe) -> Iterator[tuple[str, TrainingSpec, Method[Any]]]:
-    """The recipe's trainings: the prefix of their keys, options and method."""
+    """For each training run of the recipe: the prefix of its keys, its options and its method."""
     for name, spec in recipe.adapters.items():
         yield f"adapters.{name}.", recipe.training.under(spec.training), methods.load(spec.method.name)
     if recipe.domain is not None:

@@ -1,4 +1,4 @@
-"""Lengths of rows and training options in, which rows each step takes and when to validate out. Pure, from the seed."""
+"""Plans the steps of a training run: rows per step, learning rate and validation. Deterministic for a seed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="TrainingRow")
 
-# Rows are sorted by length inside windows of so many steps: nearly no padding, and still another order each epoch.
+# Rows are sorted by length within windows of this many steps: little padding, but a different order in each epoch.
 _WINDOW_STEPS = 16
 
 
 class Schedule:
-    """How many steps a training takes, its learning rate at each, and after which steps it validates."""
+    """Number of steps of a training run, the learning rate of each, and the steps after which it validates."""
 
     def __init__(self, rows: int, training: TrainingSpec) -> None:
         self.steps_per_epoch = math.ceil(rows / training.batch_size)
@@ -32,7 +32,7 @@ class Schedule:
         self.evals = frozenset(number * self.steps // passes for number in range(1, passes + 1))
 
     def factor(self, step: int) -> float:
-        """Factor on the learning rate at `step`, counted from 0."""
+        """Factor on the learning rate at `step`, counting from 0."""
         if step < self._warmup_steps:
             return (step + 1) / (self._warmup_steps + 1)
         done = (step - self._warmup_steps) / max(1, self.steps - self._warmup_steps)
@@ -40,7 +40,7 @@ class Schedule:
 
 
 def plan(lengths: Sequence[int], schedule: Schedule, training: TrainingSpec) -> list[list[int]]:
-    """The indices of the rows of every step of a run, rows of like length together."""
+    """The row indices of every step of a run, with rows of similar length together."""
     steps: list[list[int]] = []
     epoch = 0
     while len(steps) < schedule.steps:
@@ -58,8 +58,10 @@ def plan(lengths: Sequence[int], schedule: Schedule, training: TrainingSpec) -> 
 
 
 def passes(examples: Sequence[R], most_tokens: int) -> Iterator[list[R]]:
-    """The examples in groups of at most `most_tokens` tokens, a longer one alone: a step that is split into passes has
-    the same gradient."""
+    """Split the examples into groups of at most `most_tokens` tokens; a longer example is a group of its own.
+
+    The gradient of a step is the same however it is split.
+    """
     group: list[R] = []
     tokens = 0
     for example in examples:

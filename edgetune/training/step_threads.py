@@ -1,4 +1,4 @@
-"""Adapts torch's threads while a training runs: fewer when other processes take the cores, more when they are free."""
+"""Adjusts torch's threads during training: fewer while other processes use the cores, more when the cores are free."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from edgetune_runtime.threads.count import ThreadCount
 from edgetune_runtime.threads.machine import usable_cores
 
-# Steps differ in length, so several are compared, and a wrong guess costs whole steps.
+# Steps differ in length, so several are compared; a wrong choice slows down whole steps.
 _WINDOW_STEPS = 3
 _FIRST_HOLD_S, _LONGEST_HOLD_S = 20.0, 600.0
 
 
 class StepThreads:
-    """The threads of torch in a training on the CPU, at most as many as torch has and the process may use.
+    """Thread count of torch during training on the CPU, at most torch's own and the cores the process may use.
 
-    torch's threads wait for each other as llama.cpp's do: beside one busy process a step took three times as long.
+    torch's threads wait for each other, as llama.cpp's do: with one other busy process, a step took three times as
+    long.
     """
 
     def __init__(self, *, is_cpu: bool) -> None:
@@ -34,7 +35,7 @@ class StepThreads:
 
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:
-        """Measure what is computed inside, a step on so many tokens, and set the threads of the next one."""
+        """Measure the step of `tokens` tokens that runs in the block, and adjust the threads for the next one."""
         torch.set_num_threads(self._count.threads)
         begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
         yield
@@ -42,5 +43,5 @@ class StepThreads:
         self._count.record(tokens, wall_s, cpu_s, even=True)
 
     def restore(self) -> None:
-        """Give torch the threads that it had."""
+        """Restore torch's thread count."""
         torch.set_num_threads(self._before)

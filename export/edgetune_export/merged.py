@@ -1,4 +1,4 @@
-"""A base in, the base that merged models are copies of out: with bits enough for what was trained."""
+"""Requantizes the base for merged models, so that it has enough bits to keep the trained change."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from edgetune_export.backends.gguf.quantize import quantize_gguf
 
 
 def source_of_merged(source: Source, wanted: str | None = None) -> Source:
-    """The base as `wanted`, or as `scheme_of_merged` has it, in a file of the source's folder where it is another one.
+    """The base for merged models, quantized to `wanted` or to what `scheme_of_merged` chooses.
 
-    Raises what `quantize_gguf` raises.
+    Writes a file to the source's work folder if the base has another quantization. Raises what `quantize_gguf` raises.
     """
-    held = describe_quantization(read_header(source.path))
-    scheme = scheme_of_merged(held, wanted)
-    if scheme is None or scheme == held:
+    current = describe_quantization(read_header(source.path))
+    scheme = scheme_of_merged(current, wanted)
+    if scheme is None or scheme == current:
         return source
     path = source.work / f"merged-{scheme}.gguf"
     if not path.exists():

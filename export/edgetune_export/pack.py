@@ -1,4 +1,4 @@
-"""Staged files and a manifest in, bundle folder out: digests filled in, whole under its name or not there at all."""
+"""Packs staged files and a manifest into a bundle, with digests; an atomic rename makes it appear complete or not."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from edgetune_runtime.errors import EdgetuneError, UsageError
 
 PARTS = ("base", "adapters", STATES_FOLDER)
 
-# Room for the manifest, the folders and the file system's own books.
+# Space for the manifest, the folders and file system metadata.
 _MARGIN_BYTES = 1 << 20
 
 
 def pack(work: Path, out: Path, manifest: Manifest) -> Path:
-    """Make the bundle `out` of all files in `work/base`, `work/adapters` and `work/states`, and return it.
+    """Write the bundle `out` from all files in `work/base`, `work/adapters` and `work/states`, and return its path.
 
-    `manifest.files` is filled in here; links to files are followed. An existing bundle is replaced. Raises UsageError
-    when `out` is anything else (see `check_destination`), VerificationError when the manifest names files that were not
-    staged, OutOfSpaceError when the disk is full.
+    Fills in `manifest.files`; links to files are followed. An existing bundle is replaced. Raises UsageError if `out`
+    is anything else (see `check_destination`), VerificationError if the manifest names files that were not staged,
+    OutOfSpaceError if the disk is full.
     """
     check_destination(out)
     with raising_out_of_space(out):
@@ -42,27 +42,27 @@ def pack(work: Path, out: Path, manifest: Manifest) -> Path:
 
 
 def check_destination(out: Path) -> None:
-    """UsageError unless `out` is free, an empty folder, or a bundle with nothing in it that a new one would lose."""
+    """UsageError unless `out` does not exist, is an empty folder, or is a bundle without other files in it."""
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():
         raise UsageError(f"{out} is not a folder", "choose another --out")
-    held = _files_below(out)
-    if not held and not any(out.iterdir()):
+    existing = _files_below(out)
+    if not existing and not any(out.iterdir()):
         return
     try:
         known = {*read_manifest(out).files, MANIFEST_NAME}
     except EdgetuneError as error:
         remedy = "choose another --out, or delete that folder first"
         raise UsageError(f"{out} exists and is not a bundle of this version", remedy) from error
-    foreign = sorted(held - known)
+    foreign = sorted(existing - known)
     if foreign:
-        message = f"{out} holds files that are no part of the bundle, such as {foreign[0]}"
+        message = f"{out} contains files that are not part of the bundle, such as {foreign[0]}"
         raise UsageError(message, "move them away or choose another --out")
 
 
 def _staged_files(work: Path) -> dict[str, Path]:
-    """The path in the bundle, with slashes, of each file that goes into it."""
+    """The files to pack, by their path in the bundle, with slashes."""
     return {name: work / name for part in PARTS for name in sorted(_files_below(work / part, part))}
 
 
@@ -78,7 +78,7 @@ def _fill(folder: Path, staged: Mapping[str, Path], manifest: Manifest) -> None:
     for name, source in staged.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Never linked: what is done to a bundle must not reach the user's base or what a later build resumes from.
+        # Copy, never link: changes to a bundle must not affect the user's base or the files that a build resumes from.
         shutil.copyfile(source, target)
         flush_to_disk(target)
         entries[name] = FileEntry(sha256_of(target), target.stat().st_size)
@@ -90,7 +90,7 @@ def _fill(folder: Path, staged: Mapping[str, Path], manifest: Manifest) -> None:
 
 
 def _swap_in(temporary: Path, out: Path) -> None:
-    """Rename `temporary` to `out`; what was there stays until the new bundle has its name."""
+    """Rename `temporary` to `out`; an existing bundle is deleted only after that."""
     aside = out.with_name(f".{out.name}.old-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     if out.exists():
@@ -106,7 +106,7 @@ def _swap_in(temporary: Path, out: Path) -> None:
 
 
 def _clean_up(out: Path) -> None:
-    """Remove what killed builds left beside `out`, and put back a bundle that one had just renamed aside."""
+    """Delete leftovers of killed builds beside `out`, and restore a bundle that one of them had renamed."""
     pattern = re.compile(rf"\.{re.escape(out.name)}\.(?P<kind>tmp|old)-(?P<process>\d+)")
     for path in list(out.parent.iterdir()):
         match = pattern.fullmatch(path.name)
@@ -120,11 +120,11 @@ def _clean_up(out: Path) -> None:
 
 def _is_running(process: int) -> bool:
     if process == os.getpid():
-        return False  # a former process with the same number left it
+        return False  # left by an earlier process with the same id
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # it runs, as another user
+        pass  # it runs as another user
     return True

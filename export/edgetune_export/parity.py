@@ -1,4 +1,4 @@
-"""Trained model and engine in, Parity out: how far what was exported is from what was trained, on the same tokens."""
+"""Compares the exported model in an engine with the trained model: KL divergence and agreement on the same tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .adapters.shapes import Floats
 
 
 class Rows(Protocol):
-    """Logits of a row of tokens, float32 [tokens, vocabulary]: an array, or what computes a part when it is asked."""
+    """Logits of a row of tokens, float32 [tokens, vocabulary]: an array, or an object that computes parts on demand."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -26,11 +26,11 @@ class Rows(Protocol):
 
 
 TrainedLogits = Callable[[list[int]], Rows]
-"""Token ids to the trained model's logits after each."""
+"""Maps token ids to the trained model's logits after each."""
 
 
 class Decoder(Protocol):
-    """What is compared of an engine; see `Engine`."""
+    """The part of `Engine` that a comparison needs."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -52,10 +52,10 @@ TOLERANCE_KL = {
     "bf16": 1e-3,
     **dict.fromkeys(("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs"), 0.03),
 }
-"""Mean KL that an adapter may be off, by the coarsest tensor type in play.
+"""Largest accepted mean KL of an adapter, by the coarsest tensor type of base and adapter.
 
-Three times what was measured or more: engines round activations to 8 bits before a product with quantized weights, and
-llama.cpp to the weights' own type before one with f16 or bf16.
+At least three times what was measured. Engines round activations to 8 bits before products with quantized weights;
+llama.cpp rounds them to the weights' type before products with f16 or bf16.
 """
 TOLERANCE_KL_MERGED = {
     "f32": 1e-4,
@@ -66,18 +66,21 @@ TOLERANCE_KL_MERGED = {
     **dict.fromkeys(("q5_k", "q5_1", "q5_0"), 0.3),
     **dict.fromkeys(("q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs"), 0.5),
 }
-"""The same for merged models, whose adapted weights are rounded once more to the base's type."""
+"""Largest accepted mean KL of merged models, whose adapted weights are requantized to the base's type."""
 
 INT4 = "int4"
 TOLERANCE_KL_INT4 = 0.5
-"""Of a base that was trained on and then rounded once more to 4 bits: that changes it by as much as a weak adapter."""
+"""Largest accepted mean KL if the base was requantized to 4 bits after training.
+
+That changes it as much as a weak adapter does.
+"""
 
 EXACT = 1e-5
-"""A share left out below which an adapter of low rank counts as exact."""
+"""A low-rank adapter counts as exact if it leaves out less than this share of the trained change."""
 TOLERANCE_KL_TRUNCATED = 0.5
-"""Of a change that is cut to a low rank: how much that may be is the recipe's business."""
+"""Largest accepted mean KL of a change that was truncated to a low rank; the recipe limits the truncation itself."""
 
-# At most this many positions are held in double precision at once: a vocabulary of 262k takes 2 MB a position.
+# Positions in double precision at a time: a vocabulary of 262k needs 2 MB per position.
 _POSITIONS = 16
 
 
@@ -85,9 +88,9 @@ _POSITIONS = 16
 class Parity:
     """How far an exported adapter is from the trained one.
 
-    `kl` is the mean KL divergence of the exported from the trained next-token distribution, in nats a token; `top1` the
-    share of positions where both rank the same token first; `greedy` the tokens that greedy answers agree up to, the
-    least over the prompts; `rows` and `tokens` count what was compared.
+    `kl` is the mean KL divergence of the exported from the trained next-token distribution, in nats per token; `top1`
+    the share of positions with the same top token; `greedy` the number of leading tokens on which greedy answers agree,
+    the minimum over the prompts; `rows` and `tokens` are the numbers of rows and tokens compared.
     """
 
     kl: float
@@ -105,10 +108,10 @@ def compare(
     prompts: Sequence[Sequence[int]] = (),
     max_tokens: int = 16,
 ) -> Parity:
-    """Run the token `rows` through both, and greedy answers to the token `prompts` (`greedy` is 0 when there are none).
+    """Compare logits on the token `rows` and greedy answers to the token `prompts` (`greedy` is 0 without prompts).
 
-    The engine runs with the adapters that are active in it; its sequence is dropped. Raises VerificationError when the
-    two have different vocabularies and UsageError when there is nothing to compare.
+    The engine uses its active adapters; its sequence is dropped. Raises VerificationError if the vocabularies differ
+    and UsageError if there are no tokens to compare.
     """
     nats, same, count = 0.0, 0, 0
     for row in rows:
@@ -125,16 +128,16 @@ def compare(
             same += int((mine.argmax(-1) == its.argmax(-1)).sum())
         count += len(tokens)
     if count == 0:
-        raise UsageError("no tokens to compare the exported adapter on", "give it validation rows")
+        raise UsageError("there are no tokens to compare the exported adapter on", "add validation rows")
     greedy = greedy_agreement(trained, engine, prompts, max_tokens) if prompts else 0
     return Parity(nats / count, same / count, greedy, len(rows), count)
 
 
 def greedy_agreement(trained: TrainedLogits, engine: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
-    """Tokens that both generate alike when each takes its likeliest token, the least over the prompts.
+    """Number of leading tokens on which greedy answers of both agree, the minimum over the prompts.
 
-    An answer that agrees to its end counts as `max_tokens`. The trained model runs once a prompt: as long as it would
-    have chosen the engine's token itself, it would have seen the same tokens.
+    An answer that agrees to its end counts as `max_tokens`. The trained model runs once per prompt, on the engine's
+    tokens: up to the first difference it would have generated the same.
     """
     return min(_agreement(trained, engine, list(prompt), max_tokens) for prompt in prompts)
 
@@ -144,9 +147,9 @@ def check(
 ) -> None:
     """VerificationError unless the adapter `name` is within the tolerance of its base.
 
-    `quantization` is the base's (see `describe_quantization`), `dtype` that of the adapter's file. A type that was not
-    measured is held to the loosest tolerance, and so is an adapter that leaves out the share `error` of what was
-    trained.
+    `quantization` is the base's (see `describe_quantization`), `dtype` that of the adapter's file. The loosest
+    tolerance applies to types that were not measured. `error` is the share of the trained change that a truncated
+    adapter leaves out; it gets a tolerance of at least TOLERANCE_KL_TRUNCATED.
     """
     table = TOLERANCE_KL_MERGED if merged else TOLERANCE_KL
     loosest = max(table.values())
@@ -155,13 +158,14 @@ def check(
         limit = max(limit, TOLERANCE_KL_TRUNCATED)
     if not merged:
         limit = max(limit, table.get(dtype, loosest))
-    # Written so that NaN fails too.
+    # In this form NaN fails too.
     if not parity.kl <= limit:
         message = (
-            f"adapter {name!r} is not what was trained: mean KL {parity.kl:.2g} on {parity.tokens} tokens, "
-            f"at most {limit:.2g} is expected on a {quantization} base ({parity.top1:.0%} of top tokens agree)"
+            f"adapter {name!r} does not match the trained model: mean KL {parity.kl:.2g} on {parity.tokens} tokens, "
+            f"expected at most {limit:.2g} on a {quantization} base ({parity.top1:.0%} of top tokens agree)"
         )
-        remedy = "quantize the base less" if merged or quantization == INT4 else "report this as a bug, with the recipe"
+        coarse = merged or quantization == INT4
+        remedy = "use a base quantization with more bits" if coarse else "report this as a bug, with the recipe"
         raise VerificationError(message, remedy)
 
 
@@ -181,12 +185,12 @@ def _agreement(trained: TrainedLogits, engine: Decoder, prompt: list[int], max_t
 
 def _require_same_shape(expected: Rows, exported: Floats) -> None:
     if expected.shape != exported.shape:
-        message = f"the trained model gives logits {expected.shape}, the exported one {exported.shape}"
+        message = f"the trained model's logits have shape {expected.shape}, the exported model's {exported.shape}"
         raise VerificationError(message, "train on the weights of the exported base")
 
 
 def divergence(expected: Floats, exported: Floats) -> npt.NDArray[np.float64]:
-    """KL divergence (nats) of each row of `exported` logits from that of `expected`."""
+    """KL divergence (nats) of each row of `exported` logits from the same row of `expected`."""
     p, q = _log_softmax(expected), _log_softmax(exported)
     return np.asarray((np.exp(p) * (p - q)).sum(-1), np.float64)
 

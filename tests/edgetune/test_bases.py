@@ -76,15 +76,15 @@ def test_an_alias_names_the_package_that_is_missing(
 ) -> None:
     absent = replace(bases.ALIASES["smollm2-135m"], package="no_such_package")
     monkeypatch.setitem(bases.ALIASES, "smollm2-135m", absent)
-    message = "is carried by the package no_such_package, which is not installed; run: pip install"
+    message = "is in the package no_such_package, which is not installed; run: pip install"
     assert_refused(NotFoundError, message, lambda: resolve("smollm2-135m"))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smollm2-153m", "no base 'smollm2-153m'; did you mean 'smollm2-135m'? Or give one of smollm2-135m, a .gguf"),
-        ("other.gguf", "no base 'other.gguf'; give one of smollm2-135m, a .gguf file, a Hugging Face folder, or a hub"),
+        ("smollm2-153m", "no base 'smollm2-153m'; did you mean 'smollm2-135m'? Or use one of smollm2-135m, a .gguf"),
+        ("other.gguf", "no base 'other.gguf'; use one of smollm2-135m, a .gguf file, a Hugging Face folder or a hub"),
         ("./nowhere/model", "no base './nowhere/model'"),
     ],
 )
@@ -94,7 +94,7 @@ def test_an_unknown_base_is_refused_with_what_there_is(name: str, message: str, 
 
 def test_a_hub_id_without_network_is_one_line(resolve: Callable[..., Base]) -> None:
     name = "edgetune-tests/no-such-model"
-    message = f"cannot get base '{name}' from the hub: "
+    message = f"cannot download base '{name}' from the hub: "
     assert_refused(NotFoundError, message, lambda: resolve(name))
 
 

@@ -129,22 +129,22 @@ def test_all_bad_rows_are_named_with_line_and_reason(write: Write) -> None:
     ]
     assert problems_of(write("\n".join(lines))) == [
         "1: not JSON: Expecting ',' delimiter at column 13",
-        "2: is a list, not an object; write one object a line",
+        "2: is a list, not an object; write one object per line",
         "3: has none of messages, prompt and completion, text and label, or text; its keys are promt; "
-        "name them with `columns`",
+        "set `columns` to the keys to use",
         "4: has no 'completion'; did you mean 'completon'?",
         "5: prompt is empty",
         "6: completion is empty",
         "7: completion is missing or null",
         "8: prompt is a list, not text",
-        "9: text holds half of a character, which is not valid Unicode",
-        "10: not JSON: NaN is no number",
+        "9: text has an unpaired surrogate, which is not valid Unicode",
+        "10: not JSON: NaN is not a JSON number",
         "11: messages is a list, not a list with at least one message",
-        "12: the last message is the user's; a row ends with the assistant's",
-        "13: message 2 is the user's where the assistant's should be",
-        "14: message 1 is the assistant's where the user's should be",
-        "15: message 2 has role 'tool'; it must be system, user or assistant",
-        "16: message 2 has 'tool_calls', which cannot be learned; leave role and content alone",
+        "12: the last message has role user, expected assistant",
+        "13: message 2 has role user, expected assistant",
+        "14: message 1 has role assistant, expected user",
+        "15: message 2 has role 'tool'; use system, user or assistant",
+        "16: message 2 has 'tool_calls', which is not supported; use only role and content",
         "17: the content of message 2 is missing or null",
     ]
 
@@ -162,7 +162,7 @@ def test_a_completion_that_is_no_label_is_named_with_the_closest_one(write: Writ
     source = write('{"text": "a", "label": "lihgt"}\n{"text": "b"}\n{"text": "c", "label": "heat"}')
     assert problems_of(source, labels=["light", "heat"]) == [
         "1: 'lihgt' is not one of the labels; did you mean 'light'?",
-        "2: is plain text, but the adapter has labels; give the row a label",
+        "2: is plain text, but the adapter has labels; add a label to the row",
     ]
 
 
@@ -178,8 +178,8 @@ def test_a_column_that_is_not_there_is_named_with_the_closest_one(write: Write) 
     [
         ("text,label\na\n", "2: has 1 fields, the header has 2"),
         ("text,label\na,b,c\n", "2: has 3 fields, the header has 2"),
-        ("text,text\na,b\n", "1: column 'text' is there twice; rename one of them"),
-        ('text,label\na,b\n"c,d\n', "3: unexpected end of data; check the quotation marks of this row"),
+        ("text,text\na,b\n", "1: there are two columns 'text'; rename one of them"),
+        ('text,label\na,b\n"c,d\n', "3: unexpected end of data; check the quotation marks in this row"),
     ],
 )
 def test_a_broken_table_is_refused_with_its_line(write: Write, table: str, problem: str) -> None:
@@ -201,7 +201,7 @@ def test_a_file_without_rows_is_refused(write: Write, text: str, name: str) -> N
 def test_a_folder_and_an_unknown_kind_are_refused(write: Write, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a folder"):
         read_rows(str(tmp_path))
-    with pytest.raises(UsageError, match="not of a known kind"):
+    with pytest.raises(UsageError, match="has an unknown file type"):
         read_rows(write("x", "rows.docx"))
 
 
@@ -367,7 +367,7 @@ def test_rows_too_long_are_counted_not_cut(tokenizer: GgufTokenizer) -> None:
 
 def test_rows_that_are_all_too_long_are_refused_with_the_length_needed(tokenizer: GgufTokenizer) -> None:
     short = len(tokenize_one(row("stop"), tokenizer).tokens)
-    with pytest.raises(UsageError, match=f"all 2 rows are longer than {short - 1} tokens, the shortest has {short};"):
+    with pytest.raises(UsageError, match=f"all 2 rows are longer than {short - 1} tokens; the shortest has {short};"):
         tokenize_rows(
             [row("play " * 90), row("stop")], tokenizer, system=None, loss_on="completion", max_tokens=short - 1
         )

@@ -181,7 +181,7 @@ def test_rows_that_do_not_fit_are_counted_and_not_scored(
     assert (result.rows, result.too_long) == (1, 1)
     out, err = capsys.readouterr()
     assert out == ""
-    assert "1 of 2 rows do not fit in the context of 160 tokens" in err
+    assert "leaving out 1 of 2 rows, which do not fit in the context of 160 tokens" in err
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,8 @@ def test_rows_that_do_not_fit_are_counted_and_not_scored(
     [
         ("label", {"text": "play", "label": "read"}, UsageError, "rows.jsonl:1: 'read' is not one of the labels"),
         ("json", {"prompt": "play", "completion": "{on"}, UsageError, "'{on' is not JSON"),
-        ("exact", {"text": "play"}, UsageError, "rows.jsonl:1: is plain text, and metric exact compares answers"),
-        ("perplexity", {"text": "play"}, UsageError, "rows.jsonl:1: has 1 token, and its first is not predicted"),
+        ("exact", {"text": "play"}, UsageError, "rows.jsonl:1: is plain text, but metric exact compares answers"),
+        ("perplexity", {"text": "play"}, UsageError, "rows.jsonl:1: has 1 token, so there is nothing to predict"),
         ("exact", {"prompt": "play " * 200, "completion": "on"}, UsageError, "none of 1 rows fits in the context"),
         ("exakt", {"prompt": "play", "completion": "on"}, VerificationError, "unknown metric 'exakt'"),
     ],
@@ -215,5 +215,5 @@ def test_an_unknown_adapter_and_missing_data_are_named(plain_bundle: Path, tmp_p
 
 
 def test_a_damaged_recipe_in_the_manifest_is_told(bundle_with: Callable[..., Path], write: Callable[..., Path]) -> None:
-    with pytest.raises(VerificationError, match="names columns that cannot be"):
+    with pytest.raises(VerificationError, match="has invalid columns"):
         score(bundle_with("exact", {"prompt": 3}), write({"prompt": "play", "completion": "on"}))

@@ -74,5 +74,5 @@ def test_a_reference_that_is_not_json_is_an_error_not_a_zero() -> None:
 
 @pytest.mark.parametrize(("predictions", "references"), [([], []), (["a"], ["a", "b"])])
 def test_nothing_to_score_is_an_error(predictions: list[str], references: list[str]) -> None:
-    with pytest.raises(UsageError, match="cannot be scored"):
+    with pytest.raises(UsageError, match="cannot score"):
         score("exact", predictions, references)

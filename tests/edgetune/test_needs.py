@@ -56,7 +56,7 @@ def test_a_format_that_cannot_hold_the_architecture_is_refused(
 ) -> None:
     for base in (tiny_folder("olmo2"), tiny_gguf("olmo2")):
         assert build_needs.header_of(recipe_of(tmp_path, base)) is not None
-        with pytest.raises(IncompatibleError, match=r"onnx cannot hold a base of architecture 'olmo2': .*; leave that"):
+        with pytest.raises(IncompatibleError, match=r"onnx does not support .* .olmo2.: .*; remove that"):
             build_needs.header_of(recipe_of(tmp_path, base, targets=["gguf", "onnx"]))
 
 
@@ -65,7 +65,7 @@ def test_a_damaged_folder_is_told(tiny_folder: Callable[[str], Path], tmp_path: 
     (tmp_path / "config.json").write_text(config, encoding="utf-8")
     for content in (b"", b"short", (1 << 60).to_bytes(8, "little") + b"{}", bytes([2, *bytes(7)]) + b"[]"):
         (tmp_path / "model.safetensors").write_bytes(content)
-        with pytest.raises(VerificationError, match=r"is no \.safetensors file; get the model again"):
+        with pytest.raises(VerificationError, match=r"is not a \.safetensors file; download the model again"):
             predict_header(tmp_path)
 
 

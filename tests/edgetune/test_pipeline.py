@@ -198,7 +198,7 @@ def test_an_adapter_that_fails_parity_is_named_and_the_last_bundle_stays(
     monkeypatch.setitem(parity.TOLERANCE_KL, "f16", -1.0)
     before = modified(built.bundle)
     recipe = recipe_of(built.bundle.parent, tiny_gguf("llama"), ("plain", "scaled", "whole"))
-    with pytest.raises(VerificationError, match="adapter 'plain' is not what was trained"):
+    with pytest.raises(VerificationError, match="adapter 'plain' does not match the trained model"):
         build(recipe, built.bundle, progress=QUIET)
     assert modified(built.bundle) == before
 
@@ -236,7 +236,7 @@ def test_more_context_than_the_base_takes_is_refused_before_training(
     tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), context_length=513)
-    with pytest.raises(UsageError, match=r"context_length 513 is more than the 512 tokens that .*; give at most 512"):
+    with pytest.raises(UsageError, match=r"context_length is 513, but .* supports at most 512 tokens; set it to at"):
         build(recipe, tmp_path / "home", progress=QUIET)
     assert not (tmp_path / "home.work/train").exists()
 

@@ -118,5 +118,5 @@ def test_a_quantized_adapter_is_allowed_the_rounding_of_its_type() -> None:
 def test_a_merged_model_is_allowed_the_rounding_of_its_weights() -> None:
     parity = Parity(kl=0.2, top1=0.8, greedy=3, rows=2, tokens=64)
     check(parity, "command", "q4_1", merged=True)
-    with pytest.raises(VerificationError, match="quantize the base less"):
+    with pytest.raises(VerificationError, match="use a base quantization with more bits"):
         check(parity, "command", "q8_0", merged=True)

@@ -1,6 +1,6 @@
-"""A dense change of weights in, a product of low rank out: truncated singular values, the rank chosen by the error.
+"""Factors dense weight changes into low-rank products with a truncated SVD; the allowed error sets the rank.
 
-Eckart and Young 1936: no product of that rank is nearer in the Frobenius norm.
+Eckart and Young 1936: no product of that rank is closer in the Frobenius norm.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from .shapes import Delta, Floats, LowRank
 
 
 def truncated(name: str, method: str, changes: Mapping[str, Callable[[], Floats]], max_error: float) -> LowRank:
-    """An adapter that keeps of each module's change all but the share `max_error` (Frobenius norm).
+    """A low-rank adapter that leaves out at most the share `max_error` (Frobenius norm) of each module's change.
 
-    `changes` gives what is added to each module's weights [rows, columns]. Modules that did not change are left out.
+    `changes` computes each module's change of weights [rows, columns]. Modules that did not change are left out.
     """
     modules: dict[str, Delta] = {}
     lost, total = 0.0, 0.0
     for module, compute in changes.items():
         u, values, v = np.linalg.svd(compute(), full_matrices=False)
         energy = np.square(values, dtype=np.float64)
-        # What is lost when the first n values are kept, for n = 0, 1, …
+        # The energy lost when the first n values are kept, for n = 0, 1, …
         left = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
         rank = int(np.argmax(left <= max_error**2 * left[0]))
         lost, total = lost + left[rank], total + left[0]

@@ -1,8 +1,8 @@
-"""PEFT adapter folder in, LowRank out: the low-rank deltas with the true scale folded in, without loading the base.
+"""Folds a PEFT LoRA folder into a LowRank adapter with the scale in B, without loading the base.
 
-PEFT computes W + s·B·A with s = alpha / r, or alpha / sqrt(r) for rsLoRA, where r and alpha may differ per module. Here
-s goes into B, so that no later step has to know how the adapter was scaled. The folder may come from anywhere and is
-not trusted: what GGUF cannot carry and what does not fit together is refused by name.
+PEFT computes W + s·B·A with s = alpha / r, or alpha / sqrt(r) for rsLoRA; r and alpha may differ per module. Here s is
+multiplied into B, so that later steps need not know how the adapter was scaled. The folder is not trusted: options that
+a GGUF LoRA does not support and inconsistent files are refused with the option or module at fault.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .shapes import Delta, Floats, LowRank, Merged
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-_MERGE = "merge it with PEFT's merge_and_unload(), save the whole model and use that folder as the base"
+_MERGE = "merge it with PEFT's merge_and_unload(), save the full model and use that folder as the base"
 _SAVE_AGAIN = "save or copy the adapter again"
-# Options whose effect is not a plain B·A on a linear layer, with what turns each off.
+# Options whose effect is not a plain B·A on a linear layer, with the remedy for each.
 _REFUSED_OPTIONS = {
     "use_dora": "train with use_dora: false",
     "lora_bias": "train with lora_bias: false",
@@ -36,7 +36,7 @@ _REFUSED_OPTIONS = {
     "trainable_token_indices": "train without new tokens",
     "layer_replication": "train on the base's own layers",
     "fan_in_fan_out": "train with fan_in_fan_out: false",
-    "target_parameters": "target modules instead of parameters",
+    "target_parameters": "use target_modules instead",
     "use_qalora": "train with use_qalora: false",
     "use_bdlora": "train without use_bdlora",
     "kasa_config": "train without kasa_config",
@@ -44,7 +44,7 @@ _REFUSED_OPTIONS = {
     "monteclora_config": "train without monteclora_config",
     "megatron_config": "train without megatron_config",
 }
-# These initializations also change the base's weights, so their B·A means nothing on the unchanged base.
+# These initializations also change the base's weights, so their B·A is meaningless on the original base.
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
@@ -54,7 +54,7 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 @dataclass(frozen=True)
 class _Scales:
-    """The part of adapter_config.json that decides each module's rank and scale."""
+    """The part of adapter_config.json that sets each module's rank and scale."""
 
     rank: int
     alpha: float
@@ -63,17 +63,17 @@ class _Scales:
     alpha_pattern: Mapping[str, float]
 
     def of(self, module: str) -> tuple[int, float]:
-        """Rank and scale that PEFT gives the module of this name (as it is called in the model that was trained)."""
+        """Rank and scale that PEFT uses for a module, by its name in the trained model."""
         rank = self.rank_pattern.get(_pattern_of(self.rank_pattern, module), self.rank)
         alpha = self.alpha_pattern.get(_pattern_of(self.alpha_pattern, module), self.alpha)
         return rank, alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
 def fold_peft(folder: Path, name: str, method: str = "lora") -> LowRank:
-    """Read the PEFT LoRA adapter in `folder`, activated or not, and fold its scale into B.
+    """Read the PEFT LoRA or activated LoRA adapter in `folder` and fold its scale into B.
 
-    Raises NotFoundError when a file is missing, VerificationError when one is damaged or they contradict each other,
-    and IncompatibleError, with the way out, for what a GGUF LoRA cannot carry.
+    Raises NotFoundError if a file is missing, VerificationError if files are damaged or contradict each other, and
+    IncompatibleError, with a remedy, for options that a GGUF LoRA does not support.
     """
     config = _read_config(folder)
     _refuse_unsupported(config, name)
@@ -91,25 +91,25 @@ def fold_peft(folder: Path, name: str, method: str = "lora") -> LowRank:
             modules[_canonical(module)] = Delta(a, (b * np.float64(scale)).astype(np.float32))
     _raise_all(VerificationError, f"adapter {name!r} is damaged", problems, _SAVE_AGAIN)
     if len(modules) != len(pairs):
-        raise VerificationError(f"adapter {name!r} names a module twice", _SAVE_AGAIN)
+        raise VerificationError(f"adapter {name!r} has two LoRAs for the same module", _SAVE_AGAIN)
     return LowRank(name, method, dict(sorted(modules.items())), invocation)
 
 
 def merge(adapter: LowRank, weight_of: Callable[[str], Floats], scale: float = 1.0) -> Merged:
-    """The whole model that `scale` times the adapter makes of the base, whose modules' weights `weight_of` gives.
+    """Merge `scale` times the adapter into the base; `weight_of` returns the weights of a module.
 
-    IncompatibleError when the adapter has invocation tokens: a merged model would heed it before them too.
+    IncompatibleError if the adapter has invocation tokens: a merged model would also apply it before them.
     """
     if adapter.invocation:
-        message = f"adapter {adapter.name!r} acts from its invocation tokens on, which a merged model cannot"
-        raise IncompatibleError(message, "leave merged out, or train it with lora")
+        message = f"adapter {adapter.name!r} acts only after its invocation tokens and cannot be merged"
+        raise IncompatibleError(message, "remove merged, or train it with lora")
 
     def merged(module: str, delta: Delta) -> Floats:
         weight, change = weight_of(module), delta.b @ delta.a
         if weight.shape != change.shape:
             sizes = "{}x{} in the adapter, {}x{} in the base".format(*change.shape, *weight.shape)
             message = f"adapter {adapter.name!r} does not fit this base: {module} is {sizes}"
-            raise IncompatibleError(message, "give the base that the adapter was trained on")
+            raise IncompatibleError(message, "use the base that the adapter was trained on")
         return weight + np.float32(scale) * change
 
     parameters = {f"{module}.weight": partial(merged, module, delta) for module, delta in adapter.modules.items()}
@@ -121,19 +121,19 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        remedy = "give the folder that PEFT's save_pretrained wrote"
+        remedy = "use a folder written by PEFT's save_pretrained"
         raise NotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG_NAME}", remedy) from error
     except (ValueError, RecursionError) as error:
         raise VerificationError(f"{path} is not JSON: {error}", _SAVE_AGAIN) from error
     if not isinstance(config, dict):
-        raise VerificationError(f"{path} holds no JSON object", _SAVE_AGAIN)
+        raise VerificationError(f"{path} is not a JSON object", _SAVE_AGAIN)
     return config
 
 
 def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        message = f"adapter {name!r} has peft_type {peft_type!r}, which a GGUF LoRA cannot carry"
+        message = f"adapter {name!r} has peft_type {peft_type!r}, which a GGUF LoRA does not support"
         raise IncompatibleError(message, f"train it with lora, or {_MERGE}")
     problems = [f"{key} ({remedy})" for key, remedy in _REFUSED_OPTIONS.items() if config.get(key)]
     if config.get("bias", "none") != "none":
@@ -142,14 +142,15 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
     if isinstance(initialization, str) and initialization.lower().startswith(_BASE_CHANGING):
         remedy = "save it again with save_pretrained(path_initial_model_for_weight_conversion=…)"
         problems.append(f"init_lora_weights: {initialization}, which changes the base ({remedy})")
-    _raise_all(IncompatibleError, f"adapter {name!r} uses what a GGUF LoRA cannot carry", problems, f"or {_MERGE}")
+    what = f"adapter {name!r} has options that a GGUF LoRA does not support"
+    _raise_all(IncompatibleError, what, problems, f"or {_MERGE}")
 
 
 def _read_scales(config: Mapping[str, Any], path: Path) -> _Scales:
     problems: list[str] = []
 
     def number(key: str, value: object, kind: type[int] | type[float]) -> None:
-        # An int is a float here as in JSON; the bound also catches NaN, infinity and integers too big for a float.
+        # An int also counts as a float, as in JSON; the bound rejects NaN, infinity and integers too large for a float.
         fits = isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) < 1e9
         if not fits or (kind is int and cast(int, value) < 1):
             problems.append(f"{key} is {value!r}")
@@ -160,14 +161,14 @@ def _read_scales(config: Mapping[str, Any], path: Path) -> _Scales:
     for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict):
-            problems.append(f"{key} is no mapping")
+            problems.append(f"{key} is not a mapping")
             pattern = {}
         for expression, value in pattern.items():
             number(f"{key}.{expression}", value, kind)
             if not _compiles(expression):
-                problems.append(f"{key}.{expression} is no regular expression")
+                problems.append(f"{key}.{expression} is not a regular expression")
         patterns[key] = pattern
-    _raise_all(VerificationError, f"{path} is broken", problems, _SAVE_AGAIN)
+    _raise_all(VerificationError, f"{path} is damaged", problems, _SAVE_AGAIN)
     rslora = bool(config.get("use_rslora"))
     return _Scales(config["r"], config["lora_alpha"], rslora, patterns["rank_pattern"], patterns["alpha_pattern"])
 
@@ -175,7 +176,7 @@ def _read_scales(config: Mapping[str, Any], path: Path) -> _Scales:
 def _read_invocation(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
     tokens = config.get("alora_invocation_tokens") or []
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
-        raise VerificationError(f"{path} is broken: alora_invocation_tokens is {str(tokens)[:80]}", _SAVE_AGAIN)
+        raise VerificationError(f"{path} is damaged: alora_invocation_tokens is {str(tokens)[:80]}", _SAVE_AGAIN)
     return tuple(tokens)
 
 
@@ -188,7 +189,7 @@ def _compiles(expression: str) -> bool:
 
 
 def _pattern_of(patterns: Mapping[str, Any], module: str) -> str:
-    # PEFT's get_pattern_key (peft/utils/other.py), which cannot be imported without torch: the first that matches wins.
+    # Like PEFT's get_pattern_key (peft/utils/other.py), which needs torch to import: the first match wins.
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
 
 
@@ -198,7 +199,7 @@ def _read_tensors(folder: Path) -> dict[str, Floats]:
         raw = cast(Any, deserialize)(path.read_bytes())
     except FileNotFoundError as error:
         if (folder / "adapter_model.bin").exists():
-            message = f"{folder} holds adapter_model.bin, a pickle that can run code when it is read"
+            message = f"{folder} has adapter_model.bin, a pickle, which can run code when it is loaded"
             remedy = "save it as safetensors: save_pretrained(…, safe_serialization=True)"
             raise IncompatibleError(message, remedy) from error
         raise NotFoundError(f"{folder} has no {WEIGHTS_NAME}", _SAVE_AGAIN) from error
@@ -219,7 +220,7 @@ def _decode(key: str, value: Mapping[str, Any], path: Path) -> Floats:
 
 
 def _pair(tensors: Mapping[str, Floats], name: str) -> dict[str, tuple[Floats, Floats]]:
-    """Sort tensors into (A, B) per module, named as in the model that was trained."""
+    """Group tensors into (A, B) per module, with names as in the trained model."""
     sides: dict[str, dict[str, Floats]] = {}
     foreign: list[str] = []
     adapters: set[str] = set()
@@ -228,18 +229,18 @@ def _pair(tensors: Mapping[str, Floats], name: str) -> dict[str, tuple[Floats, F
         if match:
             adapters.add(match["adapter"] or "default")
             sides.setdefault(_strip_wrappers(match["module"]), {})[match["side"]] = values
-        # PEFT saves a frozen copy of an adapted output layer beside its adapter.
+        # PEFT also saves a frozen copy of an adapted output layer.
         elif not key.endswith(".base_layer.weight"):
             foreign.append(key)
     remedy = f"train only LoRA on linear layers, or {_MERGE}"
-    _raise_all(IncompatibleError, f"adapter {name!r} has tensors that a GGUF LoRA cannot carry", foreign, remedy)
+    _raise_all(IncompatibleError, f"adapter {name!r} has tensors that a GGUF LoRA does not support", foreign, remedy)
     if len(adapters) > 1:
-        message = f"adapter {name!r} holds several adapters: {', '.join(sorted(adapters))}"
-        raise IncompatibleError(message, "save each in a folder of its own")
+        message = f"adapter {name!r} contains several adapters: {', '.join(sorted(adapters))}"
+        raise IncompatibleError(message, "save each adapter in a separate folder")
     if not sides:
-        raise VerificationError(f"adapter {name!r} holds no LoRA weights", _SAVE_AGAIN)
-    lonely = [f"{module} has lora_A or lora_B only" for module, pair in sides.items() if len(pair) != 2]
-    _raise_all(VerificationError, f"adapter {name!r} is damaged", lonely, _SAVE_AGAIN)
+        raise VerificationError(f"adapter {name!r} has no LoRA weights", _SAVE_AGAIN)
+    unpaired = [f"{module} has only lora_A or lora_B" for module, pair in sides.items() if len(pair) != 2]
+    _raise_all(VerificationError, f"adapter {name!r} is damaged", unpaired, _SAVE_AGAIN)
     return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
 
 
@@ -249,18 +250,18 @@ def _strip_wrappers(module: str) -> str:
 
 
 def _canonical(module: str) -> str:
-    """The name in a text-only causal model: multimodal classes hold the same layers under a language_model."""
+    """The module's name in a text-only causal model; multimodal classes have the same layers in a language_model."""
     match = _LANGUAGE_LAYER.fullmatch(module)
     return f"model.{match['rest']}" if match else module.removeprefix("language_model.")
 
 
 def _mismatch(module: str, a: Floats, b: Floats, rank: int) -> str:
     if a.ndim != 2 or b.ndim != 2 or 0 in (*a.shape, *b.shape) or a.shape[0] != b.shape[1]:
-        return f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not pair"
+        return f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not match"
     if a.shape[0] != rank:
-        return f"{module}: lora_A has rank {a.shape[0]}, {CONFIG_NAME} says {rank}"
+        return f"{module}: lora_A has rank {a.shape[0]}, but {CONFIG_NAME} has {rank}"
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return f"{module}: holds values that are not finite"
+        return f"{module}: has values that are not finite"
     return ""
 
 

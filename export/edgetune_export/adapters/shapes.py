@@ -1,6 +1,6 @@
-"""What a method trained, folded: every adapter has one of four shapes, whatever it was trained by. Arrays are float32.
+"""The four shapes that trained adapters are folded into, whatever the method. Arrays are float32.
 
-Modules and parameters are named as in the Hugging Face model of the base, a causal model of text alone.
+Modules and parameters are named as in the base's Hugging Face model, a text-only causal model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("relu", "silu", "gelu")
 
 @dataclass(frozen=True)
 class Delta:
-    """What a linear module learned: W + b @ a, with a [rank, columns] and b [rows, rank], scale included."""
+    """The change of a linear module: W + b @ a, with a [rank, columns] and b [rows, rank], scale included."""
 
     a: Floats
     b: Floats
@@ -34,8 +34,8 @@ class Delta:
 class LowRank:
     """A product B·A added to the weights of each module.
 
-    With `invocation` tokens it acts only from the last place on where these stand in a sequence (activated LoRA).
-    `error` is the share of the trained change (Frobenius norm) that the product leaves out: 0 where it is exact.
+    With `invocation` tokens it acts only from their last occurrence in a sequence on (activated LoRA).
+    `error` is the share of the trained change (Frobenius norm) that the product leaves out; 0 if it is exact.
     """
 
     shape: ClassVar[str] = "low_rank"
@@ -48,9 +48,9 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of `tokens` positions that stand before every sequence, at positions 0, 1, …
+    """Keys and values of `tokens` positions before every sequence, at positions 0, 1, …
 
-    `keys` and `values` are [layers, key/value heads, tokens, head size], keys as they are after rotary embedding.
+    `keys` and `values` are [layers, key/value heads, tokens, head size]; keys are after rotary embedding.
     """
 
     shape: ClassVar[str] = "prefix"
@@ -61,7 +61,7 @@ class Prefix:
 
     @property
     def tokens(self) -> int:
-        """How many positions the prefix takes."""
+        """Number of positions of the prefix."""
         return int(self.keys.shape[2])
 
 
@@ -75,10 +75,10 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """A small network beside a block: out + up·act(down·x + down_bias) + up_bias.
+    """A small network added to a block: out + up·act(down·x + down_bias) + up_bias.
 
-    `down` is [rank, columns], `up` [rows, rank]; x is the block's output (`reads` output: behind it) or its input
-    (beside it).
+    `down` is [rank, columns], `up` is [rows, rank]; x is the block's output if `reads` is output (serial), or its input
+    (parallel).
     """
 
     down: Floats
@@ -91,7 +91,7 @@ class Bottleneck:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Factors of linear modules, such as `model.layers.0.mlp.down_proj`, and bottlenecks of whole blocks, such as
+    """Scalings of linear modules, such as `model.layers.0.mlp.down_proj`, and bottlenecks of blocks, such as
     `model.layers.0.mlp` and `model.layers.0.self_attn`."""
 
     shape: ClassVar[str] = "tensors"
@@ -103,9 +103,9 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Merged:
-    """A whole model: the base with other values for some parameters, such as `model.layers.0.mlp.up_proj.weight`.
+    """A full model: the base with new values for some parameters, such as `model.layers.0.mlp.up_proj.weight`.
 
-    Each value is computed when it is called for, so that they need not all be in memory at once.
+    Each value is computed on demand, so that they need not all be in memory at once.
     """
 
     shape: ClassVar[str] = "merged"
@@ -115,5 +115,5 @@ class Merged:
 
 
 Adapter = LowRank | Prefix | Tensors
-"""What is written beside the base."""
+"""The shapes that are written as a file beside the base."""
 Folded = Adapter | Merged

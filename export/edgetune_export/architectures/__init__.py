@@ -1,4 +1,4 @@
-"""One file per architecture of decoders, with an ARCHITECTURE; what they share is in `base` and `layout`."""
+"""Architectures of decoders: one file with an ARCHITECTURE for each; shared code is in `base` and `layout`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def known() -> Mapping[str, Architecture]:
 
 
 def of(header: GgufHeader, base: str = "") -> Architecture:
-    """The architecture of a GGUF file; IncompatibleError, naming also the `base`, when it is not supported.
+    """The architecture of a GGUF file; IncompatibleError, which also names the `base`, if it is not supported.
 
-    Where GGUF knows several by one name, it is the one that is called so.
+    If several architectures share a GGUF name, it is the one with that file name.
     """
     architecture = known().get(header.architecture.replace("-", "_"))
     if architecture is None or architecture.gguf != header.architecture:
@@ -40,7 +40,7 @@ def of(header: GgufHeader, base: str = "") -> Architecture:
 
 
 def of_model_type(model_type: str, base: str = "") -> Architecture:
-    """The architecture that a config.json calls `model_type`; errors as those of `of`."""
+    """The architecture of a config.json with this `model_type`; errors as in `of`."""
     for architecture in known().values():
         if model_type in architecture.model_types:
             return architecture
@@ -50,4 +50,4 @@ def of_model_type(model_type: str, base: str = "") -> Architecture:
 def _unsupported(name: str, base: str) -> IncompatibleError:
     whose = f" of base {base!r}" if base else ""
     message = f"architecture {name!r}{whose} is not supported"
-    return IncompatibleError(message, f"choose a base of one of: {', '.join(names())}")
+    return IncompatibleError(message, f"use a base with one of: {', '.join(names())}")

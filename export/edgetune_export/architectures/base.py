@@ -1,4 +1,4 @@
-"""What an architecture's file says of it: names, the order of rows, norms, and what transformers must be told."""
+"""The description of an architecture: its names, row order, norms, and corrections for transformers and ONNX."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ ENTRIES = {
     "head_dim": "attention.key_length",
     "max_position_embeddings": "context_length",
 }
-"""What GGUF calls the entries of config.json, behind the architecture's name."""
+"""GGUF keys, after the architecture's name, of entries of config.json."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture of decoders. Its defaults are those of LLaMA.
+    """An architecture of decoders. The defaults are those of LLaMA.
 
-    `gguf` is the name in GGUF files, `model_types` those in config.json, `rms_norm` the class of its norms in
-    transformers, which multiply by their weights plus `norm_offset`; GGUF files hold the sum.
+    `gguf` is the name in GGUF files, `model_types` the names in config.json, `rms_norm` the class of its norms in
+    transformers, which multiply by their weights plus `norm_offset`; GGUF files contain the sum.
     """
 
     gguf: str
@@ -34,35 +34,35 @@ class Architecture:
     rms_norm: str
     norm_offset: float = 0.0
     norms_per_layer: int = 2
-    """Norms of a layer that read values as wide as the model."""
+    """Norms of a layer over vectors of the model's width."""
     norms_queries_and_keys: bool = False
     interleaves_rows: bool = False
-    """Whether llama.cpp's rotary embedding turns neighbouring numbers of a head together, where Hugging Face's turns
-    the two halves: then the rows of q and k in a GGUF file, and its keys, lie in another order (see layout.py)."""
+    """Whether llama.cpp's rotary embedding rotates neighbouring values of a head, where Hugging Face rotates the two
+    halves; the rows of q and k in GGUF files, and the keys, then have another order (see layout.py)."""
     fuses_projections: bool = False
     """Whether q, k and v are one linear module, qkv_proj, and gate and up another, gate_up_proj."""
     transformers_reads_gguf: bool = True
-    """Whether transformers makes a configuration of a GGUF file's metadata."""
+    """Whether transformers can read the config from a GGUF file's metadata."""
     refusals: Mapping[str, str] = field(default_factory=dict)
-    """Formats that cannot hold such a base, and why."""
+    """Formats that do not support such a base, with the reason."""
 
     def check_formats(self, formats: Sequence[str]) -> None:
-        """IncompatibleError when one of the formats cannot hold such a base."""
+        """IncompatibleError if one of the formats does not support such a base."""
         for name in formats:
             if name in self.refusals:
-                message = f"{name} cannot hold a base of architecture {self.gguf!r}: {self.refusals[name]}"
-                raise IncompatibleError(message, "leave that target out")
+                message = f"{name} does not support bases of architecture {self.gguf!r}: {self.refusals[name]}"
+                raise IncompatibleError(message, "remove that target")
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """IncompatibleError when a model of this config.json, once in a GGUF file, would compute something else."""
+        """IncompatibleError if a model with this config.json would compute something else as a GGUF file."""
 
     def config_entries(self, header: GgufHeader) -> Mapping[str, Any]:
-        """Entries of transformers' configuration that it does not take from a GGUF file as llama.cpp does."""
+        """Config entries that transformers does not read from a GGUF file in the way that llama.cpp does."""
         head_dim = header.metadata.get(f"{self.gguf}.attention.key_length")
         return {"head_dim": head_dim} if isinstance(head_dim, int) else {}
 
     def whole_config(self, header: GgufHeader) -> Mapping[str, Any]:
-        """All entries of transformers' configuration, where it reads none from a GGUF file.
+        """All entries of transformers' config, for architectures that it cannot read from a GGUF file.
 
         IncompatibleError for rotary embeddings that are scaled for long contexts.
         """
@@ -70,7 +70,7 @@ class Architecture:
         scaling = metadata.get(f"{own}rope.scaling.type", "none")
         if scaling != "none":
             message = f"the base scales its rotary embedding ({scaling}), which is not supported for {self.gguf}"
-            raise IncompatibleError(message, "give a base without")
+            raise IncompatibleError(message, "use a base without scaled rotary embeddings")
         entries = {name: metadata[own + key] for name, key in ENTRIES.items() if own + key in metadata}
         tokens = {f"{which}_token_id": metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("bos", "eos")}
         return {
@@ -86,11 +86,11 @@ class Architecture:
         }
 
     def logits_divisor(self, _config: Any) -> float:  # noqa: ANN401 - transformers' configuration
-        """What a model of this configuration divides the output of its last layer by to get logits."""
+        """The divisor that turns the output of the last layer into logits."""
         return 1.0
 
     def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Entries of a config.json that onnxruntime-genai's builder must find other than transformers writes them."""
+        """Entries of config.json that onnxruntime-genai's builder needs in another form than transformers writes."""
         return {}
 
     def rotates(self, _layer: int) -> bool:
@@ -98,5 +98,5 @@ class Architecture:
         return True
 
     def embedding_scale(self, _header: GgufHeader) -> float | None:
-        """What the embeddings are multiplied by, where onnxruntime-genai's builder rounds it; else None."""
+        """The factor on embeddings if onnxruntime-genai's builder rounds it, else None."""
         return None

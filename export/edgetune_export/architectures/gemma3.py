@@ -1,5 +1,5 @@
-"""Gemma 3 of texts: a norm before and after each block, embeddings scaled by the root of their width, and layers that
-attend to a window in between those that attend to all."""
+"""Gemma 3, text only: norms before and after each block, embeddings scaled by the root of their width, and
+sliding-window layers between layers with full attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LAYERS_OF_27B = 62
 
 class _Gemma3(Architecture):
     def config_entries(self, header: GgufHeader) -> Mapping[str, Any]:
-        """llama.cpp scales queries by the head's size, but those of the 27B model by width per head."""
+        """llama.cpp scales queries by the head size, but in the 27B model by the model's width per head."""
         metadata = header.metadata
         scalar = metadata.get("gemma3.attention.key_length")
         if metadata["gemma3.block_count"] == _LAYERS_OF_27B:
@@ -24,14 +24,14 @@ class _Gemma3(Architecture):
         return {**super().config_entries(header), "query_pre_attn_scalar": scalar}
 
     def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """transformers 5 writes an entry for each kind of layers, as they rotate differently; builder 0.18 reads the
-        names of transformers 4 beside them."""
+        """transformers 5 writes one entry per layer type, because their rotary embeddings differ; builder 0.18 also
+        reads the entries of transformers 4."""
         rope = config["rope_parameters"]
         local = {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
         return {"rope_parameters": {**rope, **rope["full_attention"], **local}}
 
     def embedding_scale(self, header: GgufHeader) -> float | None:
-        """The root of the width; the builder rounds it to two decimals."""
+        """The square root of the width; the builder rounds it to two decimals."""
         return math.sqrt(header.metadata["gemma3.embedding_length"])
 
 

@@ -1,4 +1,4 @@
-"""Granite 3: LLaMA's layers, with factors for embeddings, attention, what a block adds, and logits."""
+"""Granite 3: LLaMA's layers, with factors on embeddings, attention, residuals and logits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _FACTORS = {
 
 class _Granite(Architecture):
     def whole_config(self, header: GgufHeader) -> Mapping[str, Any]:
-        """With the factors."""
+        """The config with these factors."""
         factors = {name: header.metadata[key] for name, key in _FACTORS.items() if key in header.metadata}
         return {**super().whole_config(header), **factors}
 
     def logits_divisor(self, config: Any) -> float:  # noqa: ANN401 - transformers' configuration
-        """Logits are what the output layer gives, by this number."""
+        """The logits_scaling of the config."""
         return float(config.logits_scaling)
 
 

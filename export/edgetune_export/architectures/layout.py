@@ -1,8 +1,7 @@
-"""Names and rows of a Hugging Face model in, those of its GGUF file out.
+"""Maps module names and row order of a Hugging Face model to those of its GGUF file.
 
-Files of some architectures hold the rows of q and k in another order. There llama.cpp's rotary embedding turns
-neighbouring rows together, Hugging Face's the two halves of a head, so the converter interleaves the halves of each
-head.
+In GGUF files of some architectures the rows of q and k have another order: llama.cpp's rotary embedding rotates
+neighbouring rows, Hugging Face's the two halves of a head, so the converter interleaves the halves of each head.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ _QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(weight|bias)")
 
 
 def name_map(header: GgufHeader) -> gguf.TensorNameMap:
-    """What the GGUF calls the modules of the Hugging Face model."""
+    """Maps module names of the Hugging Face model to names in the GGUF file."""
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture)
     return gguf.get_tensor_name_map(architecture, count(header.metadata, f"{header.architecture}.block_count"))
 
 
 def tensor_of(module: str, header: GgufHeader, names: gguf.TensorNameMap) -> TensorInfo:
-    """The base's tensor of a module's weights; an output layer that is not there is tied to the embedding."""
+    """The base's tensor with a module's weights; the embedding if there is none, as with a tied output layer."""
     tensors = header.tensors
     return tensors.get(f"{names.get_name(module)}.weight") or tensors["token_embd.weight"]
 
 
 def base_rows(tensor: TensorInfo, header: GgufHeader) -> npt.NDArray[np.intp] | None:
-    """For each row of the base's tensor, its number in the Hugging Face model; None when the order is the same.
+    """For each row of the base's tensor, its index in the Hugging Face model; None if the order is the same.
 
-    `hf[base_rows]` is the base's order. IncompatibleError when the rows do not divide into heads.
+    `hf[base_rows]` is the base's order. IncompatibleError if the rows do not divide into heads.
     """
     match = _QUERY_OR_KEY.fullmatch(tensor.name)
     if match is None or not of(header).interleaves_rows:
@@ -47,14 +46,15 @@ def base_rows(tensor: TensorInfo, header: GgufHeader) -> npt.NDArray[np.intp] | 
     heads = count(header.metadata, key if key in header.metadata else f"{prefix}.head_count")
     rows = tensor.shape[-1]
     if rows % (2 * heads):
-        raise IncompatibleError(f"{rows} rows do not divide into {heads} heads", "give a base that llama.cpp runs")
+        message = f"{tensor.name} has {rows} rows, which do not divide into {heads} heads"
+        raise IncompatibleError(message, "use a base that llama.cpp can run")
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
 
 
 def count(metadata: Mapping[str, Any], key: str) -> int:
-    """A positive whole number of the base's metadata; IncompatibleError for anything else, such as one per layer."""
+    """A positive integer in the base's metadata; IncompatibleError for anything else, such as a value per layer."""
     value = metadata.get(key)
     if not isinstance(value, int) or value < 1:
-        remedy = "give a base with the same number of heads in each layer, converted by llama.cpp"
+        remedy = "use a base with the same number of heads in each layer, converted by llama.cpp"
         raise IncompatibleError(f"the base's {key} is {value!r}", remedy)
     return value

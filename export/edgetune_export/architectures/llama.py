@@ -1,4 +1,4 @@
-"""LLaMA, and what has its layers: SmolLM 2, TinyLlama and others."""
+"""LLaMA and models with the same layers: SmolLM 2, TinyLlama and others."""
 
 from __future__ import annotations
 

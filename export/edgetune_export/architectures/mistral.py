@@ -1,4 +1,4 @@
-"""Mistral: LLaMA's layers, and llama.cpp calls them so. What it reads of a window of attention it leaves out."""
+"""Mistral: the layers and GGUF name of LLaMA. llama.cpp does not use its sliding window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind each block instead of before it, and over all queries and all keys of a token."""
+"""OLMo 2: norms after each block instead of before it, and over all queries and all keys of a token."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .base import Architecture
 
 class _Olmo2(Architecture):
     def whole_config(self, header: GgufHeader) -> Mapping[str, Any]:
-        """IncompatibleError for OLMo 3, which GGUF calls so too."""
+        """IncompatibleError for OLMo 3, which has the same GGUF name."""
         if header.metadata.get("olmo2.attention.sliding_window"):
-            message = "the base is an OLMo 3, whose windows of attention are not supported"
-            raise IncompatibleError(message, "give an OLMo 2")
+            message = "the base is an OLMo 3, whose sliding-window attention is not supported"
+            raise IncompatibleError(message, "use an OLMo 2")
         return super().whole_config(header)
 
 
@@ -26,5 +26,5 @@ ARCHITECTURE = _Olmo2(
     "Olmo2RMSNorm",
     norms_queries_and_keys=True,
     transformers_reads_gguf=False,
-    refusals={"onnx": "onnxruntime-genai's builder does not know it"},
+    refusals={"onnx": "onnxruntime-genai's builder does not support it"},
 )

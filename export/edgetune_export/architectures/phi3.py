@@ -1,4 +1,4 @@
-"""Phi-3, with contexts of 4k: q, k and v are one module, gate and up another."""
+"""Phi-3 with a context of 4k: q, k and v are one module, gate and up another."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class _Phi3(Architecture):
             raise self._unsupported()
 
     def config_entries(self, header: GgufHeader) -> Mapping[str, Any]:
-        """What tells contexts of 4k from longer ones, and no padding of a vocabulary that the base may not have.
-        IncompatibleError as with `check_config`."""
+        """The original context length, and a padding token only if the base has one.
+        IncompatibleError as in `check_config`."""
         metadata = header.metadata
         width = metadata["phi3.embedding_length"] // metadata["phi3.attention.head_count"]
         if "rope_factors_long.weight" in header.tensors or metadata.get("phi3.rope.dimension_count", width) != width:
@@ -32,7 +32,7 @@ class _Phi3(Architecture):
 
     def _unsupported(self) -> IncompatibleError:
         message = "the base is a Phi with scaled or partial rotary embeddings, which are not supported"
-        return IncompatibleError(message, "give one of 4k tokens, such as Phi-3-mini-4k-instruct")
+        return IncompatibleError(message, "use one with a context of 4k, such as Phi-3-mini-4k-instruct")
 
 
 ARCHITECTURE = _Phi3("phi3", ("phi3",), "Phi3RMSNorm", fuses_projections=True)

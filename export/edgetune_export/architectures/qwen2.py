@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: LLaMA's layers with biases in q, k and v."""
+"""Qwen 2 and 2.5: LLaMA's layers with biases on q, k and v."""
 
 from __future__ import annotations
 

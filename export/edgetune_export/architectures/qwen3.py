@@ -1,4 +1,4 @@
-"""Qwen 3: LLaMA's layers with a norm for the queries and one for the keys of each head."""
+"""Qwen 3: LLaMA's layers with norms on the queries and keys of each head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM3: LLaMA's layers, of which every fourth has no rotary embedding."""
+"""SmolLM3: LLaMA's layers, but every fourth has no rotary embedding."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _WITHOUT_ROTATION = 4
 
 class _SmolLM3(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """A GGUF file says neither which layers rotate nor which attend to a window; llama.cpp knows the usual ones."""
+        """GGUF files store neither layers without rotary embedding nor sliding windows; llama.cpp assumes defaults."""
         layers = int(config.get("num_hidden_layers", 0))
         usual = [int(self.rotates(layer)) for layer in range(layers)]
         given = config.get("no_rope_layers")
         if (given or usual)[:layers] != usual or config.get("use_sliding_window"):
-            message = "the base rotates other layers than every SmolLM3, or attends to a window"
-            raise IncompatibleError(message, "give a base that llama.cpp runs as it was trained")
+            message = "the base has a sliding window or other no_rope_layers than SmolLM3-3B, unsupported by llama.cpp"
+            raise IncompatibleError(message, "use a base with the layers of SmolLM3-3B")
 
     def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Builder 0.18 fails on layers that do not rotate, for processors, so it is told that all do."""
+        """Mark all layers as rotary: builder 0.18 fails on the others when it builds for CPUs."""
         return {"no_rope_layers": [1] * int(config["num_hidden_layers"])}
 
     def rotates(self, layer: int) -> bool:
-        """All but every fourth."""
+        """True except for every fourth layer."""
         return (layer + 1) % _WITHOUT_ROTATION != 0
 
 

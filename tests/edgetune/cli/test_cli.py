@@ -124,7 +124,7 @@ def test_help_and_version_are_on_standard_output(run: Run) -> None:
 
 def test_help_lists_options_by_group(run: Run) -> None:
     titles = [line for line in run("build", "--help")[1].splitlines() if line.endswith(":") and line[0] != " "]
-    assert titles == ["Arguments:", "Output:", "Settings over the recipe's:", "Base:", "Options:"]
+    assert titles == ["Arguments:", "Output:", "Recipe overrides:", "Base:", "Options:"]
     assert "Measurement commands:\n  evaluate" in run("--help")[1]
 
 
@@ -152,10 +152,10 @@ def test_no_command_shows_the_help_as_a_mistake(run: Run) -> None:
         (("build", "recipe.yaml", "--outt", "x"), "no such option: --outt"),
         (("evaluate", "home", "--data", "rows.jsonl", "--limit", "few"), "'--limit'"),
         (("validate", "recipe.yaml", "--set", "name"), "--set 'name' is not of the form KEY=VALUE"),
-        (("validate", "recipe.yaml", "--set", "name=a", "--set", "name=b"), "--set gives 'name' twice"),
+        (("validate", "recipe.yaml", "--set", "name=a", "--set", "name=b"), "--set: 'name' is set twice"),
         (("export", "--base", "b", "--adapter", "a", "--out", "o", "--system", "b=x"), "no adapter 'b'"),
-        (("export", "--base", "b", "--adapter", "a=x", "--adapter", "a=y", "--out", "o"), "'a' is there twice"),
-        (("export", "--base", "b", "--adapter", "A b=x", "--out", "o"), "the name 'A b' must be of a-z"),
+        (("export", "--base", "b", "--adapter", "a=x", "--adapter", "a=y", "--out", "o"), "'a' is used twice"),
+        (("export", "--base", "b", "--adapter", "A b=x", "--out", "o"), "the name 'A b' may contain only a-z"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(run: Run, arguments: tuple[str, ...], message: str) -> None:
@@ -177,7 +177,7 @@ def test_init_writes_a_recipe_and_never_over_another(run: Run, tmp_path: Path) -
     assert path.read_text(encoding="utf-8") == TEMPLATE
     path.write_text("mine", encoding="utf-8")
     for target in (path, path.parent):
-        assert_is_one_error(run("init", target), 2, "recipe.yaml exists already; name another file")
+        assert_is_one_error(run("init", target), 2, "recipe.yaml already exists; choose another file")
     assert path.read_text(encoding="utf-8") == "mine"
 
 
@@ -258,7 +258,7 @@ def test_a_full_disk_is_told_in_one_line() -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run([*EDGETUNE, "schema"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (
-        6, "edgetune: no space left to write to the disk; free some space and run it again\n",
+        6, "edgetune: no space left to write to the disk; free some space and run the command again\n",
     )  # fmt: skip
 
 
@@ -281,7 +281,7 @@ def test_an_unexpected_error_names_its_type_and_the_way_to_see_more(
     run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Runtime, "open", None)
-    message = "unexpected TypeError: 'NoneType' object is not callable; run again with --debug and report it"
+    message = "unexpected TypeError: 'NoneType' object is not callable; run the command again with --debug and report"
     assert_is_one_error(run("evaluate", bundle, "--data", "rows.jsonl"), 1, message)
 
 
@@ -326,7 +326,7 @@ def test_build_prints_a_table_with_what_happened_to_each_adapter(built: Built, r
 def test_build_ends_with_commands_that_work(built: Built, run: Run) -> None:
     bundle = built[0]
     code, out, err = run("build", bundle.parent / "recipe.yaml", "--out", bundle)
-    commands = [shlex.split(line) for line in err.partition("fits a board:\n")[2].splitlines()]
+    commands = [shlex.split(line) for line in err.partition("fits on a board:\n")[2].splitlines()]
     assert (code, out.splitlines()[-1]) == (0, str(bundle))
     assert [command[:2] for command in commands] == [
         ["edgetune-run", "generate"],
@@ -431,7 +431,7 @@ def test_a_bit_flipped_in_a_known_base_is_found(run: Run, recipe: Path, monkeypa
     shutil.copy(recipe.read_text(encoding="utf-8").split()[3], source / "SmolLM2-135M-Instruct.Q4_1.gguf")
     monkeypatch.syspath_prepend(source.parent)
     result = run("build", recipe, "--base", "smollm2-135m", "--out", recipe.parent / "home", "--quiet")
-    assert_is_one_error(result, 4, "is not the file that base 'smollm2-135m' stands for")
+    assert_is_one_error(result, 4, "is not the file that base 'smollm2-135m' refers to")
 
 
 def test_a_build_on_a_full_disk_ends_in_one_line(run: Run, recipe: Path, small_disk: Path) -> None:

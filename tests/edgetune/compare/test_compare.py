@@ -239,8 +239,8 @@ def test_a_method_that_no_format_holds_is_refused_without_training(request_of: C
         ({"task": "light"}, "--task: no task 'light'; did you mean 'lights'?"),
         ({"task": "zzz"}, "--task: no task 'zzz'; choose one of: lights, other"),
         ({"targets": ("ggfu",)}, "--targets: no format 'ggfu'; did you mean 'gguf'?"),
-        ({"ranks": (4, 0)}, "--ranks: 0 is no rank; give whole numbers from 1 on"),
-        ({"settings": {"dora.r": "2"}}, "--set: dora is not compared; name it in --methods, or leave --set dora.… out"),
+        ({"ranks": (4, 0)}, "--ranks: 0 is not a rank; use whole numbers of at least 1"),
+        ({"settings": {"dora.r": "2"}}, "--set: dora is not in --methods; add it there, or remove --set dora.…"),
     ],
 )
 def test_a_wrong_request_is_told_before_anything_is_done(
@@ -266,7 +266,7 @@ def test_an_interrupt_says_what_is_finished(request_of: Callable[..., Request], 
         raise KeyboardInterrupt
 
     request = request_of(out=tmp_path / "out", ranks=(2, 4))
-    with pytest.raises(CancelledError, match="stopped with 1 of 2 trials finished; run it again to go on"):
+    with pytest.raises(CancelledError, match="stopped with 1 of 2 trials finished; run the same command to resume"):
         compare(request, run, QUIET)
 
 
@@ -294,7 +294,7 @@ def test_a_trial_ends_when_its_parent_is_gone() -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--ranks", "4,x"), "--ranks: '4,x' are no whole numbers; write them as --ranks 4,16"),
+        (("--ranks", "4,x"), "--ranks: '4,x' is not a list of whole numbers; write it as --ranks 4,16"),
         (("--engine", "spark"), "--engine: no engine 'spark'; choose one of: local, ray"),
         (("--set", "lora.q=1"), "--set adapters.lights.method: "),
     ],
@@ -321,7 +321,7 @@ def test_json_is_the_last_line_of_what_is_printed(
     printed = capsys.readouterr()
     told = json.loads(printed.out.splitlines()[-1])
     assert (told["recommended"], [trial["name"] for trial in told["trials"]]) == ("lora-r2", ["lora-r2"])
-    assert "lora-r2 is finished already" in printed.err
+    assert "lora-r2 is already finished" in printed.err
     assert main([*command, "--quiet"]) == 0
     printed = capsys.readouterr()
     assert "recommended: lora-r2 in " in printed.out

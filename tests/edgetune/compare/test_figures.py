@@ -16,7 +16,7 @@ from matplotlib.text import Annotation
 from edgetune.bases import Base, load_torch
 from edgetune.compare import plots
 from edgetune.compare.columns import busy_notes, engine_rows, placement_rows
-from edgetune.compare.figures import OnBoard, OnEngine, TrainingFigures, TrialResult, standard_error
+from edgetune.compare.figures import BoardFit, EngineFigures, TrainingFigures, TrialResult, standard_error
 from edgetune.compare.page import page
 from edgetune.compare.recommend import Recommendation, recommend
 from edgetune.compare.sweep import Comparison
@@ -26,11 +26,11 @@ from edgetune.shipping.verify import logits_of
 TRAINED = TrainingFigures(1000, 100_000, 10.0, 500.0, 900.0, 0.2, 0.3, 5, 10, None, ((0.5, 1.0, 0.9), (1.0, 0.2, 0.3)))
 
 
-def engine(score: float, size: int, *, error: float = 0.02, speed: float = 50.0) -> OnEngine:
-    return OnEngine("low_rank", size, score, error, 1e-3, 90.0, speed, 88.0, 4.0, 20.0)
+def engine(score: float, size: int, *, error: float = 0.02, speed: float = 50.0) -> EngineFigures:
+    return EngineFigures("low_rank", size, score, error, 1e-3, 90.0, speed, 88.0, 4.0, 20.0)
 
 
-def outcome(name: str, board: OnBoard | None = None, metric: str = "exact", **engines: OnEngine) -> TrialResult:
+def outcome(name: str, board: BoardFit | None = None, metric: str = "exact", **engines: EngineFigures) -> TrialResult:
     return TrialResult(name, name, None, "done", "", TRAINED, metric, 100, 0.9, engines, {}, board)
 
 
@@ -65,8 +65,8 @@ def test_of_adapters_of_the_same_size_the_better_one_is_recommended() -> None:
 
 
 def test_what_the_board_cannot_hold_is_not_recommended() -> None:
-    small = OnBoard("pi-zero-2w", True, 300, 380)
-    large = OnBoard("pi-zero-2w", False, 500, 380)
+    small = BoardFit("pi-zero-2w", True, 300, 380)
+    large = BoardFit("pi-zero-2w", False, 500, 380)
     found = recommended(outcome("large", large, gguf=engine(0.99, 10)), outcome("small", small, gguf=engine(0.8, 20)))
     assert found.name == "small"
     assert "pi-zero-2w" in found.reason
@@ -92,9 +92,9 @@ def test_trials_that_all_scored_0_are_not_told_apart_by_the_score() -> None:
         outcome("large", gguf=engine(0, 9_000_000, error=0)), outcome("small", gguf=engine(0, 1_000_000, error=0))
     )
     assert found.undecided == (
-        "all 2 trials scored 0; train longer or on more rows, and see in the answers whether exact is the right metric"
+        "all 2 trials scored 0; train longer or on more rows, and check in the answers that exact is the right metric"
     )
-    assert found.reason == "small in gguf by size alone: the smallest adapter (1.00 MB)"
+    assert found.reason == "small in gguf, only by size: the smallest adapter (1.00 MB)"
     alone = recommended(outcome("alone", gguf=engine(0, 10, error=0)))
     assert alone.undecided.startswith("the trial scored 0; ")
 
@@ -103,7 +103,7 @@ def test_trials_within_one_standard_error_of_each_other_are_not_told_apart_by_th
     close = [outcome(f"m{n}", gguf=engine(0.90 + n / 100, 10 - n, error=0.05), onnx=engine(0.92, 50)) for n in range(4)]
     found = recommended(*close)
     assert found.undecided == (
-        "all 4 trials lie within one standard error (0.05) of each other; score on more than 100 rows, or train longer"
+        "all 4 trials are within one standard error (0.05) of each other; score on more than 100 rows, or train longer"
     )
     assert found.name == "m3"
     # One of them apart, and the score decides.
@@ -117,7 +117,7 @@ def test_a_perfect_score_beside_a_nearly_perfect_one_decides_nothing() -> None:
     found = recommended(outcome("all", gguf=engine(1, 9, error=0)), outcome("most", gguf=engine(0.985, 2, error=0.02)))
     assert (found.name, found.undecided.split(";")[0]) == (
         "most",
-        "all 2 trials lie within one standard error (0.02) of each other",
+        "all 2 trials are within one standard error (0.02) of each other",
     )
     found = recommended(outcome("one", gguf=engine(1, 9, error=0)), outcome("two", gguf=engine(1, 2, error=0)))
     assert (found.name, found.undecided) == (
@@ -140,7 +140,7 @@ def test_the_page_and_the_json_say_that_the_score_decides_nothing() -> None:
     assert told["undecided"].startswith("all 2 trials scored 0; ")
     assert (told["recommended"], told["reason"]) == (
         "two",
-        "two in gguf by size alone: the smallest adapter (0.0000 MB)",
+        "two in gguf, only by size: the smallest adapter (0.0000 MB)",
     )
 
 
@@ -187,7 +187,7 @@ def test_the_standard_error_is_binomial_where_answers_are_right_or_wrong() -> No
 
 
 def test_an_outcome_is_read_as_it_was_written() -> None:
-    board = OnBoard("pi-5", True, 300.5, 3800)
+    board = BoardFit("pi-5", True, 300.5, 3800)
     whole = outcome("lora-r4", board, gguf=engine(0.9, 10), onnx=engine(0.8, 20))
     assert TrialResult.of_json(whole.to_json()) == whole
 
@@ -208,7 +208,7 @@ def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:
     assert "q_proj, v_proj" in shown
     noisy = replace(placed, placement={**tried[0], "tried": tried, "busy": "costs varied by 34%"})
     assert busy_notes([placed, noisy]) == [
-        "lora: its modules were chosen by speeds measured on a busy machine (costs varied by 34%)"
+        "lora: modules chosen by speeds measured on a busy machine (costs varied by 34%)"
     ]
     assert "Choosing the modules" not in page(Comparison("lights", "tiny", "exact", 100, [plain], None), [])
 

@@ -222,10 +222,10 @@ def test_a_base_that_writes_text_is_refused_by_name(
 
 
 def test_an_encoder_is_refused_where_text_is_to_be_written(built: Built, tmp_path: Path) -> None:
-    with pytest.raises(IncompatibleError, match="is an encoder, which writes no text; write task: text-cl"):
+    with pytest.raises(IncompatibleError, match="is an encoder, which does not generate text; set task: text-"):
         resolve_decoder(str(built.base), folder=tmp_path, quantize=None, work=tmp_path, progress=QUIET, converter=None)
     for base in (built.base, "all-minilm-l6-v2"):
-        with pytest.raises(IncompatibleError, match="write task: text-classification"):
+        with pytest.raises(IncompatibleError, match="set task: text-classification"):
             check(load_recipe(write_recipe(tmp_path, base, task="text-generation")))
 
 
@@ -282,7 +282,7 @@ def test_rows_without_a_text_and_a_label_are_refused(
 
 def test_a_context_beyond_the_bases_positions_is_refused(built: Built, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, built.base, context_length=65))
-    with pytest.raises(UsageError, match="context_length 65 is more than the 64 tokens"):
+    with pytest.raises(UsageError, match=r"context_length is 65, but .* supports at most 64 tokens"):
         build(recipe, tmp_path / "home", progress=QUIET)
 
 

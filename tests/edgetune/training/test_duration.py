@@ -39,12 +39,16 @@ def told(steps: int, left: float, later: float, *, tokens: int = 100, seconds: f
 def test_the_first_ten_steps_tell_the_time_left_once() -> None:
     assert told(TRIAL_STEPS - 1, 13_000, 0) == []
     assert told(40, 13_000, 0) == ["reply: about 1 min left at 200 tokens/s"]
-    assert told(40, 13_000, 240_000) == ["reply: about 1 min left at 200 tokens/s, 21 min with the trainings after it"]
+    assert told(40, 13_000, 240_000) == [
+        "reply: about 1 min left at 200 tokens/s, 21 min including the training runs after it"
+    ]
 
 
 def test_a_training_that_is_nearly_over_tells_nothing() -> None:
     assert told(10, 1000, 0) == []
-    assert told(10, 1000, 24_000) == ["reply: about 0 s left at 200 tokens/s, 2 min with the trainings after it"]
+    assert told(10, 1000, 24_000) == [
+        "reply: about 0 s left at 200 tokens/s, 2 min including the training runs after it"
+    ]
 
 
 def test_a_clock_that_stands_still_tells_nothing() -> None:
@@ -72,7 +76,7 @@ def test_a_training_says_how_long_it_takes(tiny_base: Callable[[str], Base], tmp
     work = job("lora", max_steps=40, evals=1)
     train(load_torch(tiny_base("llama"), torch.float32), work, tmp_path, progress, later=1e9)
     (line,) = progress.lines
-    assert re.fullmatch(r"reply: about .+ left at \d+ tokens/s, .* with the trainings after it", line)
+    assert re.fullmatch(r"reply: about .+ left at \d+ tokens/s, .* including the training runs after it", line)
 
 
 def test_a_trial_tells_speed_and_time_and_leaves_nothing(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_layers_are_checkpointed_only_as_far_as_the_longest_row_needs() -> None:
 
 def test_a_limit_that_nothing_fits_names_the_least_that_would_do() -> None:
     with pytest.raises(
-        UsageError, match=r"training.memory_mb is 1,010, but training reply takes at least 1,0\d\d;"
+        UsageError, match=r"training.memory_mb is 1,010, but training reply needs at least 1,0\d\d;"
     ) as e:
         plan(room_mb=20_000, limit_mb=1010)
     least = int(str(e.value).split("set it to ")[1].split()[0])
@@ -151,13 +151,13 @@ def test_int8_takes_two_bytes_more_for_each_weight_of_the_layers() -> None:
 
 def test_a_training_keeps_to_its_limit_and_says_so(tmp_path: Path) -> None:
     base = make_model("llama", 384)
-    with pytest.raises(UsageError, match=r"training.memory_mb is 5, but training reply takes at least") as error:
+    with pytest.raises(UsageError, match=r"training.memory_mb is 5, but training reply needs at least") as error:
         train(base, job("lora", max_steps=1, memory_mb=5), tmp_path, Listening())
     assert not any(module._forward_hooks for module in base.modules())
     least = int(str(error.value).split("set it to ")[1].split()[0])
     progress = Listening()
     limited = train(base, job("lora", max_steps=2, memory_mb=least + 500), tmp_path / "limited", progress)
     assert progress.lines[0].startswith("training reply: forward passes of at most")
-    assert progress.lines[0].endswith(f"within {least + 500:,} MB")
+    assert progress.lines[0].endswith(f"memory limit {least + 500:,} MB")
     free = train(base, job("lora", max_steps=2), tmp_path / "free", Listening())
     assert limited.val_loss == pytest.approx(free.val_loss, rel=1e-5)

@@ -27,10 +27,10 @@ def recipe_of(folder: Path, base: Path, method: object, **keys: object) -> Recip
 @pytest.mark.parametrize(
     ("method", "device", "machine", "why"),
     [
-        ("lora", "cuda", "x86_64", "training runs on cuda, and int8 is for CPUs"),
-        ("lora", "mps", "arm64", "training runs on mps, and int8 is for CPUs"),
-        ("lora", "cpu", "aarch64", "this machine is aarch64, and int8 is for x86"),
-        ("full", "cpu", "x86_64", "full trains the base's own weights, and int8 is for frozen ones"),
+        ("lora", "cuda", "x86_64", "training runs on cuda, and int8 needs a CPU"),
+        ("lora", "mps", "arm64", "training runs on mps, and int8 needs a CPU"),
+        ("lora", "cpu", "aarch64", "this machine is aarch64, and int8 needs x86"),
+        ("full", "cpu", "x86_64", "full trains the base's own weights, and int8 needs frozen weights"),
     ],
 )
 def test_int8_is_refused_where_it_cannot_be(method: str, device: str, machine: str, why: str) -> None:

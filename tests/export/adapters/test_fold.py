@@ -115,13 +115,13 @@ def test_an_activated_lora_keeps_its_invocation_and_is_not_merged(
     options = {"r": 4, "target_modules": ["q_proj"], "alora_invocation_tokens": [5, 6]}
     folded = fold_peft(save_random_adapter(tiny_folder("llama"), tmp_path, options).folder, "command")
     assert folded.invocation == (5, 6)
-    with pytest.raises(IncompatibleError, match="'command' acts from its invocation tokens on, which a merged model"):
+    with pytest.raises(IncompatibleError, match="'command' acts only after its invocation tokens and cannot be merged"):
         merge(folded, lambda _: np.zeros((64, 64), np.float32))
 
 
 @pytest.mark.parametrize("tokens", ["<|im_start|>", [5, "6"], [5, -1], [True], [2**40], {"5": 6}])
 def test_invocation_tokens_that_are_none_are_refused(tmp_path: Path, tokens: object) -> None:
-    with pytest.raises(VerificationError, match="is broken: alora_invocation_tokens is "):
+    with pytest.raises(VerificationError, match="is damaged: alora_invocation_tokens is "):
         fold_peft(write_folder(tmp_path / "peft", alora_invocation_tokens=tokens), "command")
 
 
@@ -214,11 +214,14 @@ def damaged(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("tensors", "what"),
     [
-        (damaged(B=None), "lora_A or lora_B only"),
-        (damaged(B=np.ones((6, 3), np.float32)), "do not pair"),
-        (damaged(A=np.ones(2, np.float32)), "do not pair"),
-        (damaged(A=np.ones((0, 8), np.float32), B=np.ones((6, 0), np.float32)), "do not pair"),
-        (damaged(A=np.ones((4, 8), np.float32), B=np.ones((6, 4), np.float32)), "rank 4, adapter_config.json says 2"),
+        (damaged(B=None), "only lora_A or lora_B"),
+        (damaged(B=np.ones((6, 3), np.float32)), "do not match"),
+        (damaged(A=np.ones(2, np.float32)), "do not match"),
+        (damaged(A=np.ones((0, 8), np.float32), B=np.ones((6, 0), np.float32)), "do not match"),
+        (
+            damaged(A=np.ones((4, 8), np.float32), B=np.ones((6, 4), np.float32)),
+            "rank 4, but adapter_config.json has 2",
+        ),
         (damaged(A=np.full((2, 8), np.nan, np.float32)), "not finite"),
         ({"unrelated.base_layer.weight": np.ones(2, np.float32)}, "no LoRA weights"),
     ],

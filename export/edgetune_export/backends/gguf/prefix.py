@@ -1,7 +1,7 @@
-"""Prefix and base GGUF in, GGUF file of keys and values out, as edgetune's runtime puts them into llama.cpp's cache.
+"""Writes a prefix as a GGUF file of keys and values, which edgetune's runtime loads into llama.cpp's KV cache.
 
-For each layer `blk.N.prefix_k` and `blk.N.prefix_v`, [tokens, key/value heads, head size], as the cache holds them:
-keys in the order in which the base's file has the rows of k (see architectures/layout.py).
+Each layer has `blk.N.prefix_k` and `blk.N.prefix_v`, [tokens, key/value heads, head size], in the layout of the cache:
+keys in the same order as the rows of k in the base's file (see architectures/layout.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _F16_MAX = float(np.finfo(np.float16).max)
 def write_prefix(prefix: Prefix, base: Path, out: Path, *, dtype: str, base_fingerprint: str) -> None:
     """Write the prefix for the base GGUF `base`, whose sha256 is `base_fingerprint`; `dtype` is f32 or f16.
 
-    Raises UsageError for another dtype, IncompatibleError when the prefix does not fit the base, VerificationError when
-    a value is beyond the range of f16, OutOfSpaceError when the disk is full.
+    Raises UsageError for another dtype, IncompatibleError if the prefix does not fit the base, VerificationError if a
+    value is out of the range of f16, OutOfSpaceError if the disk is full.
     """
     if dtype not in DTYPES:
         raise UsageError(f"no dtype {dtype!r} for a prefix", f"choose one of: {', '.join(DTYPES)}")
@@ -53,19 +53,19 @@ def write_prefix(prefix: Prefix, base: Path, out: Path, *, dtype: str, base_fing
 
 
 def check_prefix_fits(prefix: Prefix, shape: CacheShape) -> None:
-    """IncompatibleError unless the base keeps such keys and values, VerificationError unless f16 can hold them."""
+    """IncompatibleError if the base's keys and values have another shape, VerificationError if any overflows f16."""
     for what, array, size in (("keys", prefix.keys, shape.key_size), ("values", prefix.values, shape.value_size)):
         wanted = (shape.layers, shape.heads, prefix.tokens, size)
         if array.shape != wanted or not prefix.tokens:
-            message = f"prefix {prefix.name!r} has {what} of shape {array.shape}, the base keeps {wanted}"
-            raise IncompatibleError(message, "give the base that the prefix was trained on")
+            message = f"prefix {prefix.name!r} has {what} of shape {array.shape}, but the base needs {wanted}"
+            raise IncompatibleError(message, "use the base that the prefix was trained on")
         largest = float(np.abs(array).max())
         if not largest <= _F16_MAX:
-            message = f"prefix {prefix.name!r} has {what} up to {largest:.3g}, f16 ends at {_F16_MAX:.0f}"
+            message = f"prefix {prefix.name!r} has {what} up to {largest:.3g}, above the f16 maximum of {_F16_MAX:.0f}"
             raise VerificationError(message, "train it again with a lower learning rate")
 
 
 def _interleaved(keys: Floats) -> Floats:
-    """The two halves of each head, number by number in turn."""
+    """The keys with the two halves of each head interleaved."""
     *outer, size = keys.shape
     return keys.reshape(*outer, 2, size // 2).swapaxes(-1, -2).reshape(keys.shape)

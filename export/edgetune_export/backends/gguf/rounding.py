@@ -1,4 +1,4 @@
-"""A base's tensor and new values in, the tensor's new bytes out: by chance where the nearest points lose the change."""
+"""Requantizes changed tensors of the base, with stochastic rounding if rounding to nearest would undo the change."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .quantize import quantize_rows
 _BLOCK = np.dtype([("step", "<f2"), ("steps", "i1", 32)])
 _MOST_STEPS = 127
 _SMALL = 0.5
-"""Mean change, in steps, below which the nearest point undoes more than it keeps."""
+"""Mean change, in quantization steps, below which rounding to nearest undoes more than it keeps."""
 
 
 def rounded(data: bytes, tensor: TensorInfo, values: Floats) -> bytes:
-    """The bytes of `values` [rows, columns] in the type of a base's tensor, whose own bytes are `data`.
+    """Quantize `values` [rows, columns] to the type of a base's tensor, whose current bytes are `data`.
 
-    A base's weights are points of its grid, so the nearest point undoes a change of less than half a step. Where most
-    in a q8_0 tensor are as small as that, a value is rounded up or down with the odds of its distance, so that many
-    changes together keep their sum: stochastic rounding, Gupta et al. 2015, arXiv:1502.02551. With fewer bits a step is
-    so large that its noise does more harm. The same values give the same bytes.
+    A base's weights are on the quantization grid, so rounding to nearest undoes a change of less than half a step. If
+    most changes in a q8_0 tensor are that small, values are rounded up or down with probabilities that keep their mean:
+    stochastic rounding, Gupta et al. 2015, arXiv:1502.02551. With fewer bits the steps are so large that its noise does
+    more harm than good. The same values give the same bytes.
 
     Raises what `quantize_rows` raises.
     """
@@ -40,7 +40,7 @@ def rounded(data: bytes, tensor: TensorInfo, values: Floats) -> bytes:
     odds = np.random.default_rng(zlib.crc32(tensor.name.encode())).random(places.shape, np.float32)
     chosen = np.floor(np.where(on_grid[:, None], places, 0) + odds).clip(-_MOST_STEPS, _MOST_STEPS)
     blocks["steps"] = chosen.astype(np.int8)
-    # What has left the range of a block's step needs another step.
+    # Blocks with values outside the range of their step need another step.
     others = ~on_grid | (np.abs(places - chosen) >= 1).any(axis=1)
     blocks[others] = np.frombuffer(nearest, _BLOCK)[others]
     return blocks.tobytes()

@@ -1,4 +1,4 @@
-"""Tensors of a graph's optional inputs in, `.onnx_adapter` file out, tied to its base."""
+"""Writes tensors for a graph's optional inputs as an `.onnx_adapter` file that is tied to its base."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ DTYPES = {"f32": np.float32, "f16": np.float16}
 
 
 def write_tensors(tensors: Mapping[str, Floats], out: Path, *, dtype: str, base_fingerprint: str) -> None:
-    """Write the tensors, by the names of the inputs that they fill, to `out`; `dtype` is f32 or f16.
+    """Write the tensors, by the name of their input, to `out`; `dtype` is f32 or f16.
 
-    Raises UsageError for another dtype, OutOfSpaceError when the disk is full.
+    Raises UsageError for another dtype, OutOfSpaceError if the disk is full.
     """
     if dtype not in DTYPES:
         raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(DTYPES)}")

@@ -1,4 +1,4 @@
-"""Base in, ONNX decoder graph out: the structure from onnxruntime-genai's builder, the numbers from the base's GGUF."""
+"""Builds the ONNX graph of a decoder: structure from onnxruntime-genai's builder, weights from the base's GGUF file."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ EMBEDDING = "/model/embed_tokens/Gather"
 _EMBEDDING_SCALE = "/model/embed_tokens/Mul"
 LOGITS_START = "logits_start"
 
-# Smaller tensors stay in the graph's own file. The data starts where a page may be mapped.
+# Smaller tensors stay in the graph's own file. External data is aligned so that pages can be mapped.
 _EXTERNAL_BYTES = 1024
 _ALIGNMENT = 4096
 _RMS_NORM_OPSET = 23
 _PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp)/(?P<which>\w+)_proj/MatMul")
 _ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention")
-# The inputs of GroupQueryAttention that hold cosines and sines.
+# The inputs of GroupQueryAttention for cosines and sines.
 _ROTARY_TABLES = (7, 8)
 _BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
 _FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
@@ -47,7 +47,7 @@ _FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 @dataclass(frozen=True)
 class Projection:
-    """A product of the graph with the modules of the Hugging Face model that it computes, one under the other."""
+    """A matrix product of the graph, and the modules of the Hugging Face model whose stacked rows it computes."""
 
     node: ir.Node
     name: str
@@ -56,7 +56,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix [rows, columns] in so many bits (None: float32), read when it is written, so that one is in memory."""
+    """A matrix [rows, columns] with this many bits (None: float32), read on demand, so that only one is in memory."""
 
     rows: int
     columns: int
@@ -65,42 +65,42 @@ class Matrix:
 
     @classmethod
     def of(cls, packed: PackedWeights) -> Matrix:
-        """A matrix that is in memory."""
+        """The matrix of weights that are in memory."""
         return cls(packed.rows, packed.columns, packed.bits, lambda: packed)
 
     def floats(self) -> Floats:
-        """The numbers in float32."""
+        """The values in float32."""
         values = self.read()
         assert not isinstance(values, PackedWeights)
         return values
 
     def packed(self) -> PackedWeights:
-        """The numbers in blocks."""
+        """The values in quantized blocks."""
         values = self.read()
         assert isinstance(values, PackedWeights)
         return values
 
 
 def run_builder(folder: Path, out: Path) -> None:
-    """Let the builder write the float32 graph of the Hugging Face folder, with packed q/k/v and gate/up, into `out`.
+    """Run the builder to write the float32 graph of the Hugging Face folder to `out`, with fused q/k/v and gate/up.
 
-    `folder` need not hold the model's matrices; the graph names them and has no values for them.
+    `folder` need not have the model's matrices; the graph names them but has no values for them.
     """
     command = [sys.executable, "-m", "edgetune_export.backends.onnx.structure"]
-    # Caches of the window's size would forbid contexts that are shorter, and going back.
+    # KV caches of the window's size would not allow shorter contexts, or dropping tokens.
     options = ["--extra_options", "fuse_mlp_gate_up=true", "windowed_kv_cache=false", "hf_token=false"]
-    places = ["-i", str(folder), "-o", str(out), "-c", str(out / "cache")]
-    # A process of its own: the builder prints, and keeps its memory.
+    paths = ["-i", str(folder), "-o", str(out), "-c", str(out / "cache")]
+    # In a separate process, because the builder prints and does not free its memory.
     result = subprocess.run(
-        [*command, *places, "-p", "fp32", "-e", "cpu", *options], capture_output=True, text=True, check=False
+        [*command, *paths, "-p", "fp32", "-e", "cpu", *options], capture_output=True, text=True, check=False
     )
     if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise IncompatibleError(f"onnxruntime-genai's builder cannot export {folder.name}: {reason}", "build for gguf")
 
 
 def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
-    """The products with weights of the base, in the graph's order."""
+    """The matrix products with weights of the base, in the graph's order."""
     parts = {} if architectures.of(base).fuses_projections else _FUSED
     found = []
     for node in graph:
@@ -118,13 +118,12 @@ def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
 
 
 def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
-    """The graph that `run_builder` left of `base` in `folder`, without its matrices, its norms by ONNX's own
-    operator."""
+    """Load the graph that `run_builder` wrote to `folder`, without matrices, with norms as standard ONNX operators."""
     model = ir.load(folder / GRAPH)
     architecture = architectures.of(base)
     scale = architecture.embedding_scale(base)
     for node in model.graph:
-        # An operator of onnxruntime's under ONNX's name, which no other tool knows, `onnx.checker` neither.
+        # onnxruntime's own operator in ONNX's domain, which no other tool supports, not even `onnx.checker`.
         if node.op_type == "SimplifiedLayerNormalization":
             node.op_type = "RMSNormalization"
         if node.name == _EMBEDDING_SCALE and scale is not None:
@@ -140,10 +139,10 @@ def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
 
 
 def put_weights(model: ir.Model, base: Path, scheme: str) -> None:
-    """Give the graph's products the numbers of the GGUF `base`, in MatMulNBits.
+    """Replace the graph's products by MatMulNBits with the weights of the GGUF `base`.
 
-    `auto` keeps the base's blocks where the operator can and takes 8 bits elsewhere, floats stay floats; `int8` rounds
-    floats to 8 bits too; `fp32` makes floats of all.
+    `auto` keeps the base's blocks if the operator supports them, converts other blocks to 8 bits and keeps floats;
+    `int8` also converts floats to 8 bits; `fp32` dequantizes everything.
     """
     source = _Source(base, scheme)
     for projection in projections(model.graph, source.header):
@@ -152,7 +151,7 @@ def put_weights(model: ir.Model, base: Path, scheme: str) -> None:
 
 
 def put_ends(model: ir.Model, base: Path, scheme: str) -> None:
-    """The same for the embedding and the output layer, in GatherBlockQuantized and MatMulNBits."""
+    """Like `put_weights`, for the embedding (GatherBlockQuantized) and the output layer (MatMulNBits)."""
     source = _Source(base, scheme)
     for node in list(model.graph):
         if node.name == HEAD:
@@ -162,7 +161,7 @@ def put_ends(model: ir.Model, base: Path, scheme: str) -> None:
 
 
 class _Source:
-    """The base's file, from which matrices are read by the names of the Hugging Face model."""
+    """Reads matrices from the base's file by their Hugging Face names."""
 
     def __init__(self, base: Path, scheme: str) -> None:
         self._path, self._scheme = base, scheme
@@ -171,7 +170,7 @@ class _Source:
         self._last: tuple[tuple[str, ...], PackedWeights] | None = None
 
     def of(self, modules: Sequence[str]) -> Matrix:
-        """The matrices of these modules, concatenated by rows; floats if one of them stays so."""
+        """The stacked matrices of these modules; as floats if one of them is not quantized."""
         tensors = [tensor_of(module, self.header, self._names) for module in modules]
         rows, columns = sum(tensor.shape[1] for tensor in tensors), tensors[0].shape[0]
         bits = [self._bits(tensor) for tensor in tensors]
@@ -180,13 +179,13 @@ class _Source:
         return Matrix(rows, columns, max(filter(None, bits)), lambda: self._stacked(tuple(modules)))
 
     def _stacked(self, modules: tuple[str, ...]) -> PackedWeights:
-        """The last one is kept, as its blocks and its scales are written one after the other."""
+        """The stacked matrices, quantized; caches the last one, because its blocks and scales are read separately."""
         if self._last is None or self._last[0] != modules:
             self._last = (modules, stack([self._packed(module) for module in modules]))
         return self._last[1]
 
     def _bits(self, tensor: TensorInfo) -> int | None:
-        """Bits a weight in the graph, None for float32."""
+        """Bits per weight in the graph, None for float32."""
         if self._scheme == "fp32" or tensor.shape[0] % BLOCK:
             return None
         return packed_bits(tensor) or (8 if self._scheme == "int8" else None)
@@ -209,9 +208,9 @@ class _Source:
 
 
 def add_logits_start(graph: ir.Graph) -> None:
-    """An optional input, the first row that logits are wanted of: a prompt needs only its last one.
+    """Add an optional input, the first position to compute logits for: a prompt needs only its last one.
 
-    The default 0 gives all rows, as onnxruntime-genai expects.
+    The default 0 computes all positions, as onnxruntime-genai expects.
     """
     head = next(node for node in graph if node.name == HEAD)
     start = optional_input(graph, LOGITS_START, np.zeros(1, np.int64), [1])
@@ -226,7 +225,7 @@ def add_logits_start(graph: ir.Graph) -> None:
 def optional_input(
     graph: ir.Graph, name: str, default: npt.NDArray[np.generic], shape: Sequence[int | str]
 ) -> ir.Value:
-    """An input that takes `default` when it is not given."""
+    """Add an input with a default value."""
     value = initializer(graph, name, default)
     value.shape = ir.Shape(shape)
     graph.inputs.append(value)
@@ -234,24 +233,24 @@ def optional_input(
 
 
 def initializer(graph: ir.Graph, name: str, values: npt.NDArray[np.generic]) -> ir.Value:
-    """A constant of the graph."""
+    """Add a constant to the graph."""
     return _register(graph, ir.Tensor(np.ascontiguousarray(values), name=name))
 
 
 def save_model(model: ir.Model, folder: Path) -> None:
-    """Write the graph into `folder`, its weights beside it; tensors of the same bytes are written once."""
+    """Write the graph to `folder`, its weights to a file beside it; identical tensors are written once."""
     RemoveUnusedNodesPass()(model)
     model.graph.sort()
     folder.mkdir(parents=True, exist_ok=True)
-    place = f"{GRAPH}.data"
+    data_file = f"{GRAPH}.data"
     written: dict[bytes, int] = {}
-    with raising_out_of_space(folder), (folder / place).open("wb") as file:
+    with raising_out_of_space(folder), (folder / data_file).open("wb") as file:
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None:
                 continue
             if tensor.nbytes < _EXTERNAL_BYTES:
-                # The builder may have left it in its own data file, which does not come along.
+                # It may still be in the builder's data file, which is not kept.
                 value.const_value = ir.tensor(tensor.numpy(), name=value.name)
                 continue
             values = np.ascontiguousarray(tensor.numpy())
@@ -262,7 +261,7 @@ def save_model(model: ir.Model, folder: Path) -> None:
                 written[digest] = file.tell()
                 file.write(data)
             value.const_value = ir.ExternalTensor(
-                place,
+                data_file,
                 written[digest],
                 data.nbytes,
                 tensor.dtype,
@@ -274,7 +273,7 @@ def save_model(model: ir.Model, folder: Path) -> None:
 
 
 def replace_product(graph: ir.Graph, node: ir.Node, weights: Matrix) -> None:
-    """Let a product compute with `weights` [outputs, columns]."""
+    """Replace the weights of a product by `weights` [outputs, columns]."""
     weight = node.inputs[1]
     assert weight is not None
     if weights.bits is None:
@@ -291,13 +290,13 @@ def replace_product(graph: ir.Graph, node: ir.Node, weights: Matrix) -> None:
     )
     scales = _lazy(lambda: weights.packed().scales, blocks, f"{stem}.weight_scales")
     values = [_register(graph, data), _register(graph, scales)]
-    # Without accuracy_level 4 the activations are not rounded to 8 bits, which the fast kernels need.
+    # accuracy_level 4 rounds activations to 8 bits, which the fast kernels need.
     graph.opset_imports[MICROSOFT] = 1
     _replace(graph, node, "MatMulNBits", [node.inputs[0], *values], {**attributes, "accuracy_level": 4})
 
 
 def replace_gather(graph: ir.Graph, node: ir.Node, weights: Matrix, name: str) -> None:
-    """Let an embedding, called `name` in the graph, look up the rows of `weights` [rows, columns]."""
+    """Replace the weights of an embedding, called `name` in the graph, by `weights` [rows, columns]."""
     if weights.bits is None:
         table = _lazy(weights.floats, (weights.rows, weights.columns), f"{name}_rows")
         node.replace_input_with(0, _register(graph, table))
@@ -321,7 +320,7 @@ def _lazy(
     name: str | None,
     dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.LazyTensor:
-    """A tensor whose numbers are read each time they are asked for."""
+    """A tensor whose values are read on each access."""
     return ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(read())), dtype, ir.Shape(shape), name=name)
 
 
@@ -334,7 +333,7 @@ def _register(graph: ir.Graph, tensor: ir.Tensor[Any] | ir.LazyTensor) -> ir.Val
 def _replace(
     graph: ir.Graph, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int]
 ) -> None:
-    """Put another operator in the node's place, with its name and its output."""
+    """Replace the node by another operator with the same name and output."""
     made = ir.node(op_type, inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
     old, new = node.outputs[0], made.outputs[0]
     new.name, new.type, new.shape = old.name, old.type, old.shape

@@ -1,4 +1,4 @@
-"""Prefix in, tensors by the names of an ONNX graph's inputs of past keys and values out."""
+"""Maps a prefix to an ONNX graph's inputs of past keys and values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from edgetune_export.adapters.shapes import Floats, Prefix
 def prefix_tensors(prefix: Prefix, graph: OnnxHeader) -> dict[str, Floats]:
     """`past_key_values.N.key` and `.value` of each layer, [1, key/value heads, tokens, head size].
 
-    IncompatibleError when the graph takes other ones.
+    IncompatibleError if the graph has other inputs.
     """
     tensors: dict[str, Floats] = {}
     for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
         tensors |= {f"past_key_values.{layer}.key": keys[None], f"past_key_values.{layer}.value": values[None]}
     if not prefix.tokens or {name: tensor.shape[1] for name, tensor in tensors.items()} != past_inputs(graph):
-        message = f"prefix {prefix.name!r} has keys of shape {prefix.keys.shape}, which the graph has no inputs for"
-        raise IncompatibleError(message, "give the base that the prefix was trained on")
+        message = f"prefix {prefix.name!r} has keys of shape {prefix.keys.shape}, which do not fit the graph's inputs"
+        raise IncompatibleError(message, "use the base that the prefix was trained on")
     return tensors

@@ -1,9 +1,9 @@
-"""Graph and adapted modules in, graph with adapter slots out; folded adapter in, the tensors that fill the slots out.
+"""Adds slots for low-rank adapters to an ONNX graph, and makes the tensors with which an adapter fills them.
 
-A slot is a pair of optional inputs beside a product: y = x·W + (x·A)·B, A [in, rank] and B [rank, out], empty unless
-they are given. The product of q, k and v has one slot for all three: their A lie side by side, and B is block-diagonal.
-Decoding pays for nodes more than for the zeros in that B. Gate and up, whose B are wide, have a slot each behind the
-split of their product (docs/measurements.md).
+A slot is a pair of optional inputs of a product: y = x·W + (x·A)·B, with A [in, rank] and B [rank, out], of rank 0
+by default. The fused product of q, k and v has one slot for all three: their A are concatenated, and B is
+block-diagonal, because in decoding extra nodes cost more than the zeros in B. Gate and up, whose B are wide, have a
+slot each after the split of their product (docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from edgetune_export.architectures.layout import name_map, tensor_of
 from .graph import Projection, optional_input, projections
 
 METADATA = "edgetune.slots"
-"""Key of the graph's metadata: JSON of {slot: [[module of the Hugging Face model, its inputs, its outputs], …]}."""
+"""Metadata key of the graph: JSON of {slot: [[module of the Hugging Face model, its inputs, its outputs], …]}."""
 
 Slots = Mapping[str, Sequence[tuple[str, int, int]]]
 
 
 def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> None:
-    """Give each product that computes one of `modules` a slot, and say in the metadata what it is for."""
+    """Add a slot to each product that computes one of `modules`, and list the slots in the metadata."""
     names = name_map(header)
     slots: dict[str, list[tuple[str, int, int]]] = {}
     for projection in projections(model.graph, header):
@@ -37,7 +37,7 @@ def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> 
             continue
         shapes = [tensor_of(module, header, names).shape for module in projection.modules]
         parts = [(module, shape[0], shape[1]) for module, shape in zip(projection.modules, shapes, strict=True)]
-        split = split_behind(projection)
+        split = split_after(projection)
         if split is None:
             slots[projection.name] = parts
             add_slot(model.graph, projection, shapes[0][0], sum(rows for *_, rows in parts))
@@ -51,15 +51,15 @@ def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> 
 
 
 def slots_of(metadata: Mapping[str, str]) -> Slots:
-    """What `add_slots` wrote into a graph's metadata."""
+    """The slots that `add_slots` listed in a graph's metadata."""
     raw = json.loads(metadata[METADATA])
     return {slot: [(module, columns, rows) for module, columns, rows in parts] for slot, parts in raw.items()}
 
 
 def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
-    """The tensors of the slots that the adapter fills, by input name: A [in, rank], B [rank, out], scale in B.
+    """The adapter's tensors by input name: A [in, rank] and B [rank, out], with the scale in B.
 
-    IncompatibleError names modules that have no slot or another size.
+    IncompatibleError lists modules without a slot or with another size.
     """
     known = {module: (rows, columns) for parts in slots.values() for module, columns, rows in parts}
     problems = [_misfit(module, delta, known) for module, delta in adapter.modules.items()]
@@ -77,7 +77,7 @@ def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
 
 
 def _placed(adapter: LowRank, parts: Sequence[tuple[str, int, int]]) -> list[tuple[Delta | None, int]]:
-    """The delta of each module of a slot, and the first output that it changes."""
+    """The delta of each module of a slot, and the index of its first output."""
     starts = np.cumsum([0, *(rows for *_, rows in parts)])
     return [(adapter.modules.get(module), int(start)) for (module, *_), start in zip(parts, starts, strict=False)]
 
@@ -101,26 +101,26 @@ def _misfit(module: str, delta: Delta, known: Mapping[str, tuple[int, int]]) -> 
 
 
 def add_slot(graph: ir.Graph, projection: Projection, columns: int, outputs: int) -> None:
-    """Give one product its slot, named as the projection."""
+    """Add a slot to a product, with the projection's name."""
     node = projection.node
     _add_pair(graph, projection.name, node.inputs[0], node.outputs[0], (columns, outputs))
 
 
-def split_behind(projection: Projection) -> ir.Node | None:
-    """The node that takes gate and up apart again, behind their bias if there is one; None for other products, and
-    where the two are one module."""
+def split_after(projection: Projection) -> ir.Node | None:
+    """The node that splits the output of a fused gate/up product, after a bias if there is one; None for other products
+    and if gate and up are a single module."""
     if not projection.name.endswith(".gate_up_proj") or len(projection.modules) == 1:
         return None
-    behind = projection.node.outputs[0].consumers()
-    if behind and behind[0].op_type == "Add":
-        behind = behind[0].outputs[0].consumers()
-    return behind[0]
+    users = projection.node.outputs[0].consumers()
+    if users and users[0].op_type == "Add":
+        users = users[0].outputs[0].consumers()
+    return users[0]
 
 
 def _add_pair(graph: ir.Graph, name: str, read: ir.Value | None, plain: ir.Value, shape: tuple[int, int]) -> None:
-    """Add (read·A)·B, the shape of whose product is [in, out], to the value `plain`."""
+    """Add (read·A)·B to the value `plain`; `shape` is [in, out]."""
     columns, outputs = shape
-    # A rank symbol of its own: with a shared one, adapters of mixed ranks fail.
+    # One rank symbol per slot: with a shared symbol, adapters with different ranks per module fail.
     rank = f"{name}.rank"
     a = optional_input(graph, f"{name}.lora_A.weight", np.zeros((columns, 0), np.float32), [columns, rank])
     b = optional_input(graph, f"{name}.lora_B.weight", np.zeros((0, outputs), np.float32), [rank, outputs])
@@ -130,11 +130,11 @@ def _add_pair(graph: ir.Graph, name: str, read: ir.Value | None, plain: ir.Value
     for made in (down, up, added):
         made.outputs[0].name = f"{made.name}/output_0"
     added.outputs[0].type, added.outputs[0].shape = plain.type, plain.shape
-    put_behind(graph, plain, [down, up, added])
+    insert_after(graph, plain, [down, up, added])
 
 
-def put_behind(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    """Insert nodes that read a value. All else that took it, the graph's output too, takes the last one's."""
+def insert_after(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Insert nodes that read a value; its other users, also the graph's outputs, then read the last node's output."""
     result, producer = nodes[-1].outputs[0], value.producer()
     assert producer is not None
     for user, index in value.uses():

@@ -1,8 +1,8 @@
-"""Arguments of onnxruntime-genai's builder in, its graph out, without the matrices of the model; run as a script.
+"""Script that runs onnxruntime-genai's builder with its arguments, but without the matrices of the model.
 
-The builder holds a model, the concatenations of its matrices and what it writes; the matrices of the graph are put in
-later, from the base's GGUF file. So it gets a model whose matrices have a shape and no values, and its graph names a
-file for them that is not there. Norms, biases and tables of the rotary embedding are real, in the graph's own file.
+The builder would need memory for the model, its concatenated matrices and its output, but the matrices are added later
+from the base's GGUF file. So it gets a model whose matrices have a shape but no values, and its graph refers to a file
+that does not exist. Norms, biases and rotary tables are real, in the graph's own file.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import onnx_ir as ir
 
 ABSENT = "absent.data"
-"""The file, never written, of the matrices."""
+"""The file that the graph names for the matrices; it is never written."""
 
 _save = ir.save
 
 
 def main() -> None:
-    """Let the builder export the folder that the arguments name, with a model's configuration and its vectors."""
+    """Run the builder on the folder in the arguments, which has a model's config and vectors."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
     AutoModelForCausalLM.from_pretrained = model_without_matrices
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def model_without_matrices(folder: str, **_: object) -> Any:  # noqa: ANN401 - one of transformers' models
-    """The model in `folder`, all that its file of weights lacks on the meta device."""
+    """The model in `folder`; weights that are not in its file are on the meta device."""
     import torch  # noqa: PLC0415 - as above
     from accelerate import init_empty_weights  # noqa: PLC0415
     from safetensors.torch import load_file  # noqa: PLC0415

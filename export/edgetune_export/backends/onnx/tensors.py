@@ -1,8 +1,8 @@
-"""Graph and adapters of scalings and bottlenecks in, graph with slots out; such an adapter in, its tensors out.
+"""Adds slots for scalings and bottlenecks to an ONNX graph, and makes the tensors with which an adapter fills them.
 
-Each slot does what a hook on the module does in torch. A scaling multiplies what a module gives, behind its bias and
-its low-rank slot, or what it takes; q, k and v have one input of factors, as they are one product, gate and up have
-their own. All bottlenecks of a block read the same values and are added side by side, whatever their kinds.
+Each slot computes what a hook on the module computes in torch. A scaling multiplies a module's output, after its bias
+and its low-rank slot, or its input; q, k and v share one input of factors, because they are one product, while gate and
+up have one each. All bottlenecks of a block read the same values, and their outputs are summed.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from edgetune_export.adapters.shapes import Activation, Bottleneck, Floats, Scal
 from edgetune_export.architectures.layout import name_map, tensor_of
 
 from .graph import Projection, optional_input, projections
-from .slots import put_behind, split_behind
+from .slots import insert_after, split_after
 
 METADATA = "edgetune.scalings"
-"""Key of the graph's metadata: JSON of {input: [[module of the Hugging Face model, its factors], …]}."""
+"""Metadata key of the graph: JSON of {input: [[module of the Hugging Face model, its number of factors], …]}."""
 
 _Parts = Sequence[tuple[str, int]]
 _Reads = str
 
 
 def add_tensor_slots(model: ir.Model, header: GgufHeader, adapters: Sequence[Tensors]) -> None:
-    """Give the graph, before its low-rank slots, the slots that these adapters need.
+    """Add the slots that these adapters need; call it before the low-rank slots are added.
 
-    IncompatibleError names modules whose inputs alone cannot be scaled, since others share their product.
+    IncompatibleError lists modules whose inputs cannot be scaled because other modules share their product.
     """
     names = name_map(header)
     products = projections(model.graph, header)
     widths = {module: tensor_of(module, header, names).shape for product in products for module in product.modules}
-    # From the outside in: what is put behind a product later comes before what is there already.
+    # From the outside in: nodes that are inserted after a product later run before those already there.
     _add_bottlenecks(model.graph, products, widths, adapters)
     scaled: dict[str, set[str]] = {side: set() for side in SCALINGS}
     for adapter in adapters:
@@ -61,9 +61,9 @@ def add_tensor_slots(model: ir.Model, header: GgufHeader, adapters: Sequence[Ten
 
 
 def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
-    """The tensors of the slots that the adapter fills, by input name, for the graph with this header.
+    """The adapter's tensors by input name, for the graph with this header.
 
-    IncompatibleError names modules and blocks that have no slot or another size.
+    IncompatibleError lists modules and blocks without a slot or with another size.
     """
     slots = tensor_slots_of(header)
     inputs = json.loads(header.metadata.get(METADATA, "{}"))
@@ -86,13 +86,13 @@ def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
 
 
 def _scaled_by(scalings: Mapping[str, Scaling], name: str, parts: _Parts) -> list[str]:
-    """The modules of an input of factors that these scalings have factors for."""
+    """The modules of an input of factors for which these scalings have factors."""
     own = [module for module, _ in parts if module in scalings]
     return [module for module in own if name.endswith(SCALINGS[scalings[module].side])]
 
 
 def _misfits(scalings: Mapping[str, Scaling], inputs: Mapping[str, _Parts]) -> list[str]:
-    """Modules that have no input of factors, or another number of them."""
+    """Problems with modules that have no input of factors, or another number of them."""
     widths = {
         module: dict(parts)[module]
         for name, parts in ((name, [(module, width) for module, width in raw]) for name, raw in inputs.items())
@@ -103,7 +103,7 @@ def _misfits(scalings: Mapping[str, Scaling], inputs: Mapping[str, _Parts]) -> l
         if module not in widths:
             problems.append(f"no slot for the {scaling.side} of {module}")
         elif scaling.factors.shape != (widths[module],):
-            problems.append(f"{module} has factors of shape {scaling.factors.shape}, {widths[module]} in the base")
+            problems.append(f"{module} has factors of shape {scaling.factors.shape}, the base needs {widths[module]}")
     return problems
 
 
@@ -119,7 +119,7 @@ def _slot_of(block: str, bottleneck: Bottleneck) -> str:
 def _scale_inputs(
     graph: ir.Graph, products: Sequence[Projection], widths: Mapping[str, tuple[int, ...]], modules: Collection[str]
 ) -> dict[str, _Parts]:
-    """Let the products of these modules take their inputs times factors, which others that take them do not."""
+    """Multiply the inputs of these modules' products by factors, only for these products."""
     own = [product for product in products if set(product.modules) & set(modules)]
     shared = sorted(
         set(modules) & {module for product in own if len(product.modules) > 1 for module in product.modules}
@@ -143,7 +143,7 @@ def _scale_inputs(
 def _scale_outputs(
     graph: ir.Graph, products: Sequence[Projection], widths: Mapping[str, tuple[int, ...]], modules: Collection[str]
 ) -> dict[str, _Parts]:
-    """Multiply what the products of these modules give with factors."""
+    """Multiply the outputs of these modules' products by factors."""
     known: dict[str, _Parts] = {}
     for product in products:
         for stem, value, own in _outputs(product):
@@ -151,14 +151,14 @@ def _scale_outputs(
                 name, parts = stem + SCALINGS["output"], [(module, widths[module][1]) for module in own]
                 width = sum(width for _, width in parts)
                 factors = optional_input(graph, name, np.ones(width, np.float32), [width])
-                put_behind(graph, value, [_node("Mul", [value, factors], f"{name}/Mul", like=value)])
+                insert_after(graph, value, [_node("Mul", [value, factors], f"{name}/Mul", like=value)])
                 known[name] = parts
     return known
 
 
 def _outputs(product: Projection) -> list[tuple[str, ir.Value, tuple[str, ...]]]:
-    """What a product gives behind its bias: name, value and the modules in it; gate and up apart."""
-    split = split_behind(product)
+    """The outputs of a product after its bias: name, value and modules; separate for gate and up."""
+    split = split_after(product)
     if split is not None:
         stem = product.name.rpartition(".")[0]
         ends = [module.rpartition(".")[2] for module in product.modules]
@@ -177,7 +177,7 @@ def _add_bottlenecks(
     widths: Mapping[str, tuple[int, ...]],
     adapters: Sequence[Tensors],
 ) -> None:
-    """Add to each block's output, for each kind of bottleneck that it has, a slot's network."""
+    """Add one slot per kind of bottleneck to each block's output."""
     kinds: dict[str, dict[tuple[Activation, _Reads], None]] = {}
     for adapter in adapters:
         for block, own in adapter.bottlenecks.items():
@@ -186,27 +186,27 @@ def _add_bottlenecks(
         own_products = [product for product in products if product.modules[0].rpartition(".")[0] == block]
         if not own_products:
             continue
-        # In the graph's order, the first takes the block's input and the last gives its output.
+        # In the graph's order, the first product reads the block's input and the last computes its output.
         first, last = own_products[0], own_products[-1]
-        ((_, value, (gives,)),) = _outputs(last)
-        taken = first.node.inputs[0]
-        assert taken is not None
+        ((_, value, (output,)),) = _outputs(last)
+        entry = first.node.inputs[0]
+        assert entry is not None
         nodes, total = [], value
         for activation, reads in wanted:
             slot = bottleneck_slot(block, activation, reads)
-            read, columns = (taken, widths[first.modules[0]][0]) if reads == "input" else (value, widths[gives][1])
-            nodes += _network(graph, slot, activation, read, (columns, widths[gives][1]))
+            read, columns = (entry, widths[first.modules[0]][0]) if reads == "input" else (value, widths[output][1])
+            nodes += _network(graph, slot, activation, read, (columns, widths[output][1]))
             nodes.append(_node("Add", [total, nodes[-1].outputs[0]], f"{slot}/Add", like=value))
             total = nodes[-1].outputs[0]
-        put_behind(graph, value, nodes)
+        insert_after(graph, value, nodes)
 
 
 def _network(
     graph: ir.Graph, slot: str, activation: Activation, read: ir.Value, shape: tuple[int, int]
 ) -> list[ir.Node]:
-    """The nodes of act(read·down + down_bias)·up + up_bias, `shape` being [in, out], of rank 0 unless it is given."""
+    """The nodes of act(read·down + down_bias)·up + up_bias, of rank 0 by default; `shape` is [in, out]."""
     columns, rows = shape
-    # A rank symbol of its own: with a shared one, adapters of mixed ranks fail.
+    # One rank symbol per slot: with a shared symbol, adapters with different ranks per module fail.
     rank = f"{slot}.rank"
     down = optional_input(graph, slot + DOWN, np.zeros((columns, 0), np.float32), [columns, rank])
     down_bias = optional_input(graph, slot + DOWN_BIAS, np.zeros(0, np.float32), [rank])
@@ -225,13 +225,13 @@ def _activation(activation: Activation, value: ir.Value, slot: str) -> list[ir.N
         return [_node("Relu", [value], f"{slot}/Relu")]
     if activation == "gelu":
         return [_node("Gelu", [value], f"{slot}/Gelu")]
-    # ONNX has a SiLU of its own only from operator set 24 on.
+    # ONNX has a SiLU operator only from operator set 24 on.
     gate = _node("Sigmoid", [value], f"{slot}/Sigmoid")
     return [gate, _node("Mul", [value, gate.outputs[0]], f"{slot}/Mul")]
 
 
 def _node(op_type: str, inputs: Sequence[ir.Value], name: str, like: ir.Value | None = None) -> ir.Node:
-    """A node whose output is named after it, of type and shape of another value."""
+    """A node with an output named after it, with the type and shape of `like`."""
     node = ir.node(op_type, inputs, name=name)
     node.outputs[0].name = f"{name}/output_0"
     if like is not None:

@@ -1,14 +1,14 @@
-"""Base GGUF in; its tokenizer out, as `tokenizer.json` and what goes with it, for runtimes without llama.cpp.
+"""Writes a GGUF base's tokenizer as `tokenizer.json` with its config, for runtimes without llama.cpp.
 
-What a token is (its text, its kind, its score) comes from llama.cpp itself, which corrects what files say. Token ids
-are those of llama.cpp but for these, which `differences` finds in given texts:
-- Code points that are new in Unicode 16: the tables of Oniguruma (in tokenizers) have them, those of llama.cpp do not.
-- Special tokens that overlap in a text: here the one that begins first is taken, in llama.cpp the longest one.
-- Special tokens that take the space behind them (Phi-3): here that is Unicode's white space, in llama.cpp ASCII's.
-- SentencePiece tokens that two overlapping pairs could make: llama.cpp takes the pair on the left, here the order is
-  fixed by where the token is cut.
-- SentencePiece characters that are no token but part of one: llama.cpp joins them, here they are bytes.
-- Byte-level merges whose result is no token, and bytes above 0x7F without a token.
+The tokens' text, type and score come from llama.cpp itself, which corrects metadata of some files. Texts get the same
+token ids as in llama.cpp with these exceptions, which `differences` finds in given texts:
+- Code points new in Unicode 16: the tables of Oniguruma (in tokenizers) have them, those of llama.cpp do not.
+- Overlapping special tokens in a text: here the first one matches, in llama.cpp the longest one.
+- Special tokens that strip the white space after them (Phi-3): Unicode white space here, ASCII in llama.cpp.
+- SentencePiece merges where pairs overlap: llama.cpp merges the pair on the left first, here the order depends on
+  where the merged token is split.
+- SentencePiece characters that are not a token but part of one: llama.cpp merges them, here they become bytes.
+- Byte-level merges whose result is not a token, and bytes above 0x7F without a token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-_WAY_OUT = "build for gguf, or choose another base"
+_REMEDY = "build for gguf, or choose another base"
 _UNKNOWN, _CONTROL, _USER_DEFINED, _LSTRIP, _RSTRIP = 1 << 0, 1 << 3, 1 << 4, 1 << 7, 1 << 8
 _SPECIAL = _UNKNOWN | _CONTROL
 
@@ -47,10 +47,10 @@ _SPLITS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("qwen2", "deepseek-r1-qwen", "kormo", "stablelm2", "megrez", "hunyuan", "solar-open", "grok-2"): (_QWEN2,),
     ("default", ""): (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
-"""llama.cpp's regular expressions, one after the other, by names of `tokenizer.ggml.pre` (llama-vocab.cpp)."""
+"""llama.cpp's regular expressions, applied in order, by values of `tokenizer.ggml.pre` (llama-vocab.cpp)."""
 
 _WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "glm4"}
-"""Names under which a word that is a token is taken whole, whatever the merges say."""
+"""Pre-tokenizers with which a word that is a token is used whole, ignoring the merges."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class _Token:
 
 
 def write_tokenizer(base: Path, folder: Path) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and, where the base has one, `chat_template.jinja` into `folder`.
+    """Write `tokenizer.json`, `tokenizer_config.json` and, if the base has one, `chat_template.jinja` to `folder`.
 
-    IncompatibleError for a kind of vocabulary or a pre-tokenizer that has no counterpart in the `tokenizers` library.
+    IncompatibleError for a vocabulary type or a pre-tokenizer without an equivalent in the `tokenizers` library.
     """
     header = read_header(base)
     _check_kind(header)
@@ -84,14 +84,14 @@ def write_tokenizer(base: Path, folder: Path) -> None:
 
 
 def end_tokens(base: Path) -> list[int]:
-    """All tokens with which llama.cpp ends a generation; the one that ends a turn first."""
+    """All tokens at which llama.cpp ends a generation, the end-of-turn token first."""
     with closing(GgufTokenizer(base)) as tokenizer:
         found = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
         return sorted(found, key=lambda token: token != tokenizer.end_token)
 
 
 def differences(base: Path, folder: Path, texts: Sequence[str]) -> list[str]:
-    """The texts to which the tokenizer in `folder` gives other tokens than the base's own."""
+    """The texts for which the tokenizer in `folder` gives different tokens than the base's own."""
     with closing(GgufTokenizer(base)) as ours, closing(JsonTokenizer(folder, end_tokens(base))) as written:
         return [text for text in texts if ours.tokenize(text) != written.tokenize(text)]
 
@@ -107,7 +107,7 @@ def _opened(base: Path) -> Iterator[tuple[Vocabulary, Any]]:
 
 
 def _config(vocabulary: Vocabulary, tokens: Sequence[_Token], *, adds_bos: bool) -> dict[str, Any]:
-    # What llama.cpp prints as nothing though it is no special token: fillers of the vocabulary.
+    # Filler tokens: llama.cpp prints them as nothing although they are not special.
     unused = [n for n, token in enumerate(tokens) if not token.attributes & _SPECIAL and not vocabulary.piece(n)]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -128,7 +128,7 @@ def _kind(header: GgufHeader) -> str:
 def _check_kind(header: GgufHeader) -> None:
     kind = _kind(header)
     if kind not in {"gpt2", "llama"}:
-        raise IncompatibleError(f"ONNX bundles do not support tokenizers of model {kind!r}", _WAY_OUT)
+        raise IncompatibleError(f"ONNX bundles do not support tokenizers of model {kind!r}", _REMEDY)
     if kind == "gpt2":
         _splits(header)
     else:
@@ -136,19 +136,19 @@ def _check_kind(header: GgufHeader) -> None:
 
 
 def _check_bytes(header: GgufHeader) -> None:
-    # Without them llama.cpp ends the process at the first text that it has no token for.
+    # Without them llama.cpp aborts the process at the first text without a token.
     tokens, kinds = (header.metadata.get(f"tokenizer.ggml.{key}", ()) for key in ("tokens", "token_type"))
     found = {token for token, kind in zip(tokens, kinds, strict=False) if kind == gguf.TokenType.BYTE}
     missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in found]
     if missing:
-        raise IncompatibleError(f"ONNX bundles need a token for each byte, and {missing[0]:#04x} has none", _WAY_OUT)
+        raise IncompatibleError(f"ONNX bundles need a token for each byte, but {missing[0]:#04x} has none", _REMEDY)
 
 
 def _splits(header: GgufHeader) -> tuple[str, ...]:
     pre = header.metadata.get("tokenizer.ggml.pre", "")
     found = next((patterns for names, patterns in _SPLITS.items() if pre in names), None)
     if found is None:
-        raise IncompatibleError(f"ONNX bundles do not support the pre-tokenizer {pre!r}", _WAY_OUT)
+        raise IncompatibleError(f"ONNX bundles do not support the pre-tokenizer {pre!r}", _REMEDY)
     return found
 
 
@@ -159,8 +159,8 @@ def _tokens(vocabulary: Vocabulary, pointer: Any) -> list[_Token]:  # noqa: ANN4
         try:
             text = llama.llama_vocab_get_text(pointer, token).decode()
         except UnicodeDecodeError as error:
-            message = f"ONNX bundles do not support token {token}, whose text is no UTF-8"
-            raise IncompatibleError(message, _WAY_OUT) from error
+            message = f"ONNX bundles do not support token {token}, whose text is not UTF-8"
+            raise IncompatibleError(message, _REMEDY) from error
         attributes = int(llama.llama_vocab_get_attr(pointer, token))
         tokens.append(_Token(text, attributes, float(llama.llama_vocab_get_score(pointer, token))))
     return tokens
@@ -179,7 +179,7 @@ def _byte_level(header: GgufHeader, tokens: Sequence[_Token]) -> Tokenizer:
     splits: list[pre_tokenizers.PreTokenizer] = [
         pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _splits(header)
     ]
-    # Such a byte is dropped, but its neighbours must not be merged.
+    # A byte without a token is dropped, but its neighbours must not be merged.
     missing = "".join(chr(byte) for byte in range(0x80) if byte_character(byte) not in vocabulary)
     if missing:
         splits.append(pre_tokenizers.Split(Regex(f"[{re.escape(missing)}]"), behavior="isolated"))
@@ -202,7 +202,7 @@ def _sentencepiece(header: GgufHeader, tokens: Sequence[_Token]) -> Tokenizer:
 
 
 def _merges(tokens: Sequence[_Token], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, in the order in which llama.cpp joins them: the highest score first."""
+    """All pairs of tokens that form a token, in llama.cpp's merge order: highest score first."""
     best_first = sorted(range(len(tokens)), key=lambda token: -tokens[token].score)
     pairs = []
     for token in best_first:
@@ -219,7 +219,7 @@ def _ids(tokens: Sequence[_Token]) -> dict[str, int]:
 
 
 def _add_specials(tokenizer: Tokenizer, tokens: Sequence[_Token]) -> None:
-    """Let the tokens be found that llama.cpp looks for before all others: control, unknown and user-defined ones."""
+    """Add the tokens that llama.cpp matches before all others: control, unknown and user-defined ones."""
     for wanted, add in ((True, tokenizer.add_special_tokens), (False, tokenizer.add_tokens)):
         found = [
             AddedToken(
@@ -236,7 +236,7 @@ def _add_specials(tokenizer: Tokenizer, tokens: Sequence[_Token]) -> None:
 
 
 def _add_bos(tokenizer: Tokenizer, text: str, token: int) -> None:
-    """Let other runtimes put BOS in front, which they do only when the file says so."""
+    """Make other runtimes prepend BOS, which they do only if the file says so."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[text, "$A"], pair=[text, "$A", "$B:1"], special_tokens=[(text, token)]
     )

@@ -76,7 +76,7 @@ def test_a_given_converter_is_a_checkout_or_its_script(tmp_path: Path) -> None:
 
 def test_a_given_converter_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for given in (tmp_path / "none", tmp_path, tmp_path / SCRIPT):
-        message = f"{given} holds no {SCRIPT}; give a llama.cpp checkout"
+        message = f"{given} has no {SCRIPT}; use a llama.cpp checkout"
         assert_refused(NotFoundError, message, lambda given=given: find_converter(given))  # type: ignore[misc]
 
 
@@ -96,9 +96,9 @@ def test_the_converter_is_fetched_once_and_kept(index: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("given", "known", "error", "message"),
     [
-        ("nothing", "", NotFoundError, "go online once, or give a llama.cpp checkout with --converter"),
-        ("sdist", "00" * 32, VerificationError, "is not the one that edgetune knows"),
-        ("sdist without the script", "", VerificationError, f"carries no {SCRIPT}"),
+        ("nothing", "", NotFoundError, "connect to the network once, or pass a llama.cpp checkout with --converter"),
+        ("sdist", "00" * 32, VerificationError, "does not have the expected sha256 0000"),
+        ("sdist without the script", "", VerificationError, f"has no {SCRIPT}"),
     ],
 )
 def test_a_converter_that_cannot_be_had_is_an_error_and_leaves_nothing(
@@ -114,18 +114,18 @@ def test_a_converter_that_cannot_be_had_is_an_error_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("files", "error", "message"),
     [
-        ({}, NotFoundError, "has no config.json; give a Hugging Face model folder"),
-        ({"config.json": "{"}, VerificationError, "names no model_type"),
-        ({"config.json": "[]"}, VerificationError, "names no model_type"),
-        ({"config.json": "{}"}, VerificationError, "names no model_type"),
+        ({}, NotFoundError, "has no config.json; use a Hugging Face model folder"),
+        ({"config.json": "{"}, VerificationError, "has no model_type"),
+        ({"config.json": "[]"}, VerificationError, "has no model_type"),
+        ({"config.json": "{}"}, VerificationError, "has no model_type"),
         ({"config.json": '{"model_type": "gpt2"}', "model.safetensors": ""}, IncompatibleError, "architecture 'gpt2'"),
         (
             {"config.json": '{"model_type": ["llama"]}'},
             IncompatibleError,
-            "is not supported; choose a base of one",
+            "is not supported; use a base with one",
         ),
         ({"config.json": LONG}, IncompatibleError, "a Phi with scaled or partial rotary embeddings"),
-        ({"config.json": NO_ROTATION}, IncompatibleError, "rotates other layers than every SmolLM3"),
+        ({"config.json": NO_ROTATION}, IncompatibleError, "other no_rope_layers than SmolLM3-3B"),
         ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, NotFoundError, "no .safetensors file"),
     ],
 )

@@ -342,7 +342,7 @@ K, Q, MLP = "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"
         ({"model.layers.9.mlp.down_proj": wide(HIDDEN)}, {}, r"no slot for the output of model\.layers\.9"),
         ({K: Scaling(np.ones(HIDDEN, np.float32), "input")}, {}, r"no slot for the input of .*k_proj"),
         # As many factors as the product of q, k and v takes, but not as many each.
-        ({K: wide(KEYS - 1), Q: wide(HIDDEN + 1)}, {}, r".*k_proj has factors of shape \(31,\), 32 in the base"),
+        ({K: wide(KEYS - 1), Q: wide(HIDDEN + 1)}, {}, r".*k_proj has factors of shape \(31,\), the base needs 32"),
         ({}, {"model.norm": bottleneck(1)}, r"no slot for a bottleneck .* of model\.norm"),
         ({}, {MLP: bottleneck(1, "silu", "output")}, r"no slot for a bottleneck \(silu, reads output\)"),
         (
