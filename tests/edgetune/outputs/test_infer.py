@@ -15,7 +15,7 @@ COMMANDS = [
 ]
 
 
-def schema_of(values: list[Any], **options: Any) -> dict[str, Any]:
+def schema_of(values: list[Any], **options: object) -> dict[str, Any]:
     spec = infer([json.dumps(value, **options) for value in values])
     assert spec is not None
     assert spec.kind == "schema"
