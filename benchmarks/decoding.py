@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             task = read_task(name, recipe)
             rows = [_prompt_of(row) for row in task.validation[: options.rows]]
             stored = drafting.manifest.adapter(name).output
-            spec = infer([_answer_of(row) for row in task.train]) if stored is None else OutputSpec.from_json(stored)
+            spec = infer([row.completion or "" for row in task.train]) if stored is None else OutputSpec.from_json(stored)
             setups = _own(drafting, plain, name, spec)
             if options.worker == "gguf":
                 setups |= _llama_cpp(options, name, spec)
@@ -214,12 +214,8 @@ def _llama_cpp(options: argparse.Namespace, name: str, spec: OutputSpec | None) 
 
 def _prompt_of(row: TaskRow) -> Prompt:
     if row.messages is not None:
-        return [dict(message) for message in row.messages[:-1]]
+        return [dict(message) for message in row.messages]
     return [{"role": "user", "content": row.text or ""}]
-
-
-def _answer_of(row: TaskRow) -> str:
-    return str(row.messages[-1]["content"]) if row.messages is not None else row.completion or ""
 
 
 def _machine() -> dict[str, Any]:
