@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,7 @@ class GgufEngine:
     context is longer than the base was trained for.
     """
 
+    has_sequence: ClassVar[Literal[True]] = True
     KV: ClassVar[tuple[str, ...]] = ("f16", "q8_0")
     bytes_per_number: ClassVar[float] = 2
     adjusts_threads = True

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,7 @@ class OnnxEngine:
     trained for.
     """
 
+    has_sequence: ClassVar[Literal[True]] = True
     KV: ClassVar[tuple[str, ...]] = ("f32",)
     bytes_per_number: ClassVar[float] = 4
     adjusts_threads = False
