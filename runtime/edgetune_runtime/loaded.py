@@ -32,9 +32,7 @@ _PROBES = ("A", "7", "\n", "é", "(")
 class LoadedBundle:
     """The base and adapters of a `Runtime` and its sessions. Thread-safe."""
 
-    def __init__(
-        self, bundle: Path, manifest: Manifest, running: Pool | Classifier, options: OpeningOptions
-    ) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, running: Pool | Classifier, options: OpeningOptions) -> None:
         self.bundle = bundle
         self.manifest = manifest
         self.options = options

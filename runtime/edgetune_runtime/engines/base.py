@@ -158,8 +158,8 @@ class LabelEngine(Protocol):
     def load_adapter(self, name: str, path: Path, fingerprint: str | None = None, labels: int | None = None) -> None:
         """Check the adapter file, load it and keep it; a name already loaded is left as it is.
 
-        `labels` is the number of labels that it must have. VerificationError for a damaged file, IncompatibleError for one of
-        another base than that with `fingerprint`, if given.
+        `labels` is the number of labels that it must have. VerificationError for a damaged file, IncompatibleError for
+        one of another base than that with `fingerprint`, if given.
         """
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
