@@ -120,7 +120,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             task = read_task(name, recipe)
             rows = [_prompt_of(row) for row in task.validation[: options.rows]]
             stored = drafting.manifest.adapter(name).output
-            spec = infer([row.completion or "" for row in task.train]) if stored is None else OutputSpec.from_json(stored)
+            spec = (
+                infer([row.completion or "" for row in task.train]) if stored is None else OutputSpec.from_json(stored)
+            )
             setups = _own(drafting, plain, name, spec)
             if options.worker == "gguf":
                 setups |= _llama_cpp(options, name, spec)

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from edgetune_runtime.engines.base import Tokenizer
-from edgetune_runtime.engines.onnx.encoder import text_of
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.text.chat import Message, messages_for, render
+from edgetune_runtime.text.chat import Message, messages_for, render, text_of
 from edgetune_runtime.wording import nearest
 
 from .objectives.example import Example

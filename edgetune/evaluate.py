@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast, get_args
 
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import AdapterEntry
-from edgetune_runtime.engines.onnx.encoder import EncoderEngine
+from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.measuring import loaded_bundle
 from pydantic import ValidationError
@@ -227,8 +227,8 @@ def _check_rows(rows: Sequence[TaskRow], metric: Metric) -> None:
 def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
     """The rows that fit in the context, prompt rows with their tokens, and how many do not; texts always fit."""
     loaded = loaded_bundle(task.runtime)
-    if loaded.encoder is not None:
-        return _fitting_encoder(loaded.encoder, rows)
+    if loaded.classifier is not None:
+        return _fitting_texts(loaded.classifier.engine, rows)
     context, active = loaded.context(task.adapter)
     prompts = [row for row in rows if row.messages is not None]
     with context.hold():
@@ -246,10 +246,10 @@ def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
     return fitting, len(pairs) - len(fitting)
 
 
-def _fitting_encoder(encoder: EncoderEngine, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
-    """Like `_fitting`, for an encoder, which needs no room for an answer."""
-    tokens = [tuple(encoder.tokenizer.tokenize(labelled_text(row))) for row in rows]
-    room = encoder.context_length
+def _fitting_texts(engine: LabelEngine, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
+    """Like `_fitting`, for an engine that needs no room for an answer."""
+    tokens = [tuple(engine.tokenizer.tokenize(labelled_text(row))) for row in rows]
+    room = engine.context_length
     pairs: list[Pair] = [
         (row, Example(own, (False,) * len(own), len(own)))
         for row, own in zip(rows, tokens, strict=True)

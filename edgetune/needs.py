@@ -14,7 +14,6 @@ from typing import Any
 
 from edgetune_devices import fit
 from edgetune_export import backends
-from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.threads import machine
@@ -182,10 +181,8 @@ def describe(needs: BuildNeeds, room: Room) -> str:
 def header_of(recipe: Recipe) -> GgufHeader | None:
     """The header to work out the needs by, that of a folder being predicted; reads no weights and downloads nothing.
 
-    None where the base must be downloaded first, and for encoders, which are small. Raises what `bases.describe` does.
+    None where the base must be downloaded first. Raises what `bases.describe` does.
     """
-    if recipe.task == CLASSIFICATION:
-        return None
     header = bases.describe(recipe)
     if header is not None or not bases.is_at_hand(recipe.base, recipe.folder):
         return header

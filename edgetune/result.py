@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .bases import Base
-from .shipping.verify import TrainedAdapter
+from .shipping.exported import BuildBase, TrainedAdapter
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class BuildResult:
     bundle: Path
     adapters: Mapping[str, Mapping[str, Any]]
     domain: Mapping[str, Any] = field(default_factory=dict)
-    base: Base | None = None
+    base: BuildBase | None = None
     trained: Mapping[str, TrainedAdapter] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""A recipe's adapter in, its Task out: rows for training and validation, labels and metric. No torch."""
+"""Reads the data of a task: rows for training and validation, labels and metric. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.engines.base import Tokenizer
 
 from edgetune.objectives.example import Example
 
+from . import task_types
 from .data import TaskRow, TooLong, read_rows, split, tokenize_rows
 from .metrics import metric_for
 from .recipe.model import Recipe
@@ -18,7 +18,7 @@ from .recipe.parts import AdapterSpec, Metric, TrainingSpec
 
 @dataclass(frozen=True)
 class Task:
-    """One adapter's task, its data read and checked."""
+    """The task of one adapter, with its data."""
 
     name: str
     spec: AdapterSpec
@@ -29,7 +29,7 @@ class Task:
     metric: Metric
 
     def tokenize(self, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Example], list[Example], TooLong]:
-        """Training and validation examples, and the rows of both that are too long."""
+        """Tokenize into training and validation examples, without the rows of both that are too long."""
 
         def of(rows: Sequence[TaskRow]) -> tuple[list[Example], TooLong]:
             loss_on = self.spec.data.loss_on
@@ -41,11 +41,11 @@ class Task:
 
 
 def read_task(name: str, recipe: Recipe) -> Task:
-    """Read the data of the recipe's adapter `name`; raises what `read_rows` and `split` raise."""
+    """Read the data of the recipe's adapter `name`; raises the errors of `read_rows` and `split`."""
     spec = recipe.adapters[name]
     training = recipe.training.under(spec.training)
     train = read_rows(spec.data.train, spec.data.columns, labels=spec.labels)
-    metric: Metric = "label" if recipe.task == CLASSIFICATION else metric_for(spec.metric, train, spec.labels)
+    metric = task_types.load(recipe.task).metric or metric_for(spec.metric, train, spec.labels)
     labels = spec.labels or ()
     if metric == "label" and not labels:
         labels = tuple(sorted({row.completion for row in train if row.completion is not None}))

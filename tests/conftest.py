@@ -111,14 +111,16 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 def encoder_source(
     tiny_encoder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], EncoderSource]:
-    """`encoder_source(arch)`: the tiny encoder as the source of ONNX graphs. Exported once, which takes seconds."""
-    from edgetune_export.backends.onnx.encoder import EncoderSource  # noqa: PLC0415 - as above
+    """`encoder_source(arch)`: the tiny encoder in float32. It is exported, which takes seconds, once."""
+    from edgetune_export.backends.base import Weights  # noqa: PLC0415 - as above
+    from edgetune_export.backends.onnx.encoder import EncoderSource  # noqa: PLC0415
     from tiny import FINGERPRINT, load_encoder  # noqa: PLC0415
 
     @cache
     def make(arch: str) -> EncoderSource:
         folder = tiny_encoder(arch)
         work = tmp_path_factory.mktemp(f"encoder-{arch}")
-        return EncoderSource(load_encoder(folder), folder / "tokenizer.json", FINGERPRINT, 64, work)
+        path = folder / "model.safetensors"
+        return EncoderSource(path, FINGERPRINT, load_encoder(folder), work, Weights("fp32"), context_length=64)
 
     return make

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 import typer
 from edgetune_devices import boards, fit
-from edgetune_runtime.bundle import CLASSIFICATION, MANIFEST_NAME, read_manifest
+from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import read_header
+
+from edgetune import task_types
 
 app = typer.Typer(help="Boards, and what fits on them.", no_args_is_help=True)
 
@@ -70,8 +72,7 @@ def _needs(target: Path, context_length: int | None) -> fit.Needs:
         raise NotFoundError(f"no bundle, recipe or GGUF file {target}", "check the path")
     if target.is_dir() or target.name == MANIFEST_NAME:
         bundle = target if target.is_dir() else target.parent
-        if read_manifest(bundle).task == CLASSIFICATION:
-            raise _no_figures(target)
+        task_types.load(read_manifest(bundle).task).check_offers("fit", target)
         return fit.needs_of_bundle(bundle, context_length=context_length)
     if target.suffix == ".gguf":
         return fit.needs_of_header(read_header(target), context_length=context_length or fit.CONTEXTS[0])
@@ -85,18 +86,12 @@ def _needs_of_recipe(path: Path, context_length: int | None) -> fit.Needs:
     from edgetune.recipe.model import load_recipe  # noqa: PLC0415 - as above
 
     recipe = load_recipe(path, {"context_length": context_length} if context_length else {})
-    if recipe.task == CLASSIFICATION:
-        raise _no_figures(path)
+    task_types.load(recipe.task).check_offers("fit", path)
     header = bases.describe(recipe)
     if header is None:
         message = f"the size of base {recipe.base!r} is not known before it is downloaded"
         raise NotFoundError(message, "build the recipe, or give a .gguf file or a local folder as the base")
     return plan.needs_of_recipe(recipe, header, requantize=bases.requantizes(recipe))
-
-
-def _no_figures(target: Path) -> UsageError:
-    message = f"{target} is for task {CLASSIFICATION}: what an encoder takes on a board is not predicted"
-    return UsageError(message, "run it there: edgetune-run classify")
 
 
 def _board(name: str, ram_mib: int | None) -> boards.Board:

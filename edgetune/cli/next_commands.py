@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from edgetune_runtime.bundle import CLASSIFICATION
-
+from edgetune import task_types
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 
@@ -18,13 +17,13 @@ _BOARD = "pi-5"
 def next_commands(recipe: Recipe, bundle: Path) -> list[str]:
     """Shell commands for the bundle just built, ready to copy, for its first adapter and a row of its validation data.
 
-    An encoder's needs on a board are not predicted, so it has no `fit`.
+    `fit` is left out where what a bundle takes on a board is not predicted.
     """
     name, spec = next(iter(recipe.adapters.items()))
     run = [_run(recipe, name), bundle, "--adapter", name, "--prompt", _sample_prompt(recipe, name)]
     score = ["edgetune", "evaluate", bundle, "--adapter", name, "--data", spec.data.validation or spec.data.train]
     commands = [["edgetune-run", *run], score]
-    if recipe.task != CLASSIFICATION:
+    if task_types.load(recipe.task).offers("fit"):
         device = recipe.device or _BOARD
         commands.append(["edgetune", "devices", "fit", bundle, "--device", device])
     return [shlex.join(map(str, command)) for command in commands]
@@ -32,7 +31,7 @@ def next_commands(recipe: Recipe, bundle: Path) -> list[str]:
 
 def _run(recipe: Recipe, name: str) -> str:
     """`classify` where the adapter has labels, else `generate`."""
-    has_labels = recipe.task == CLASSIFICATION or bool(recipe.adapters[name].labels)
+    has_labels = task_types.load(recipe.task).metric == "label" or bool(recipe.adapters[name].labels)
     return "classify" if has_labels else "generate"
 
 

@@ -8,14 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgetune_runtime.bundle import CLASSIFICATION
-from edgetune_runtime.errors import UsageError
-
-from edgetune import bases
+from edgetune import builders, task_types
 from edgetune.methods.common.peft import ALL_LINEAR
 from edgetune.methods.lora import LoraOptions
-from edgetune.objectives.example import Example
-from edgetune.pipeline import base_of, jobs_of
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
@@ -29,15 +24,15 @@ def run(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     """The speed of the first adapter's training in tokens/s, and the seconds that all adapters take at it.
 
     A `summary` says the same. A base that has to be converted or quantized is kept in `<out>.work`, where a build of
-    `out` finds it; else nothing is left. Raises what a build raises, and UsageError for an encoder.
+    `out` finds it; else nothing is left. Raises what a build raises, and UsageError for a task that has no trial.
     """
-    if recipe.task == CLASSIFICATION:
-        raise UsageError(f"--trial is for bases that write text, not for task {CLASSIFICATION}", "leave it out")
+    task_types.load(recipe.task).check_offers("trial", "--trial")
     tasks = [read_task(name, recipe) for name in recipe.adapters]
-    base, recipe = base_of(recipe, out.with_name(f"{out.name}.work"), progress, None)
-    jobs = jobs_of(tasks, base, recipe.context_length, progress)
+    builder = builders.load(recipe.task)
+    base, recipe = builder.resolve(recipe, out.with_name(f"{out.name}.work"), progress, None)
+    jobs = [item.job for item in builder.plan(tasks, base, recipe, progress)]
     with TemporaryDirectory() as folder:
-        load = partial(bases.load_torch, base)
+        load = partial(builder.load_torch, base)
         result = train_all([_short(jobs[0])], base.name, load, Path(folder), progress, plots=False)[jobs[0].name]
     left = sum(tokens_left(job.train, job.validation[:VALIDATION_ROWS], job.training) for job in jobs)
     seconds = left / result.tokens_per_s
@@ -45,7 +40,7 @@ def run(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
     return {"summary": summary, "tokens_per_s": round(result.tokens_per_s, 1), "training_s": round(seconds)}
 
 
-def _short(job: TrainingJob[Example]) -> TrainingJob[Example]:
+def _short(job: TrainingJob[Any]) -> TrainingJob[Any]:
     """The first steps of a training."""
     options = job.options
     if isinstance(options, LoraOptions) and options.is_auto:

@@ -7,15 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.errors import EdgetuneError
 
-from edgetune import bases, plan
-from edgetune import needs as build_needs
-from edgetune.domain.texts import read_texts, window_of
-from edgetune.encoder import base as encoder
+from edgetune import builders
+from edgetune.domain.texts import read_texts
 from edgetune.recipe.model import Recipe
-from edgetune.targets import check_shapes
 from edgetune.tasks import Task, read_task
 from edgetune.training.precision import check_precision
 
@@ -30,12 +26,13 @@ def check(recipe: Recipe, out: Path | None = None) -> dict[str, Any]:
     and of labels. Raises one error for all problems, with the exit code of the first.
     """
     problems: list[EdgetuneError] = []
+    builder = builders.load(recipe.task)
     nothing = dict.fromkeys(("architecture", "board", "needs"))
     found: dict[str, Any] = {"name": recipe.name, "base": recipe.base, **nothing}
     with _collected(problems):
-        found |= _check_base(recipe)
+        found |= builder.describe(recipe)
     with _collected(problems):
-        check_shapes(recipe)
+        builder.check_methods(recipe)
     with _collected(problems):
         check_precision(recipe, _device)
     with _collected(problems):
@@ -48,7 +45,7 @@ def check(recipe: Recipe, out: Path | None = None) -> dict[str, Any]:
             found["adapters"][name] = _counts(tasks[-1])
     # Where anything is wrong, what it would take is of no use.
     if not problems:
-        found["needs"] = build_needs.told(recipe, tasks, build_needs.header_of(recipe), out or recipe.default_out)
+        found["needs"] = builder.needs(recipe, tasks, out or recipe.default_out)
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -69,17 +66,6 @@ def _device() -> str:
     from edgetune.training.loop import processes  # noqa: PLC0415 - torch, which nothing else here needs
 
     return str(processes().device.type)
-
-
-def _check_base(recipe: Recipe) -> dict[str, Any]:
-    if recipe.task == CLASSIFICATION:
-        return {"architecture": encoder.describe(recipe)}
-    header = bases.describe(recipe)
-    if header is None:
-        return {"board": recipe.device}
-    window_of(recipe, header)
-    chosen = plan.choose_for(recipe, header, requantize=bases.requantizes(recipe))
-    return {"architecture": header.architecture, "board": None if chosen is None else chosen.reason}
 
 
 def _counts(task: Task) -> dict[str, Any]:

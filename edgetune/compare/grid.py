@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_export import backends
-from edgetune_runtime.bundle import CLASSIFICATION, sha256_of
+from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import suggestion
 from pydantic.fields import FieldInfo
 
-from edgetune import methods
+from edgetune import methods, task_types
 from edgetune.digests import key_of
 from edgetune.recipe.model import Recipe, load_recipe
 from edgetune.recipe.parts import MethodSpec
@@ -103,9 +103,7 @@ def recipe_of(request: Request) -> Recipe:
     recipe = load_recipe(request.recipe, common)
     if request.task not in recipe.adapters:
         raise UsageError(f"--task: {_no('task', request.task, list(recipe.adapters))}")
-    if recipe.task == CLASSIFICATION:
-        message = f"recipe {request.recipe} is for task {CLASSIFICATION}, which compare does not support"
-        raise UsageError(message, "use a recipe for text-generation")
+    task_types.load(recipe.task).check_offers("compare", f"recipe {request.recipe}")
     if recipe.domain is not None:
         message = f"recipe {request.recipe} has a domain, and each trial would repeat its continued pretraining"
         remedy = "build it, then compare on that bundle's base: --set domain=null --set base=BUNDLE/base/FILE.gguf"

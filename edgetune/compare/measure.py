@@ -24,7 +24,7 @@ from edgetune import bases, methods
 from edgetune.data import TaskRow
 from edgetune.evaluate import Evaluation, score
 from edgetune.progress import Progress
-from edgetune.shipping.verify import TrainedAdapter
+from edgetune.shipping.exported import TrainedAdapter
 
 from .figures import EngineFigures, standard_error
 from .torch_engine import TorchEngine

@@ -15,6 +15,7 @@ from edgetune_devices import boards, fit
 from edgetune_export.backends.base import Weights
 from edgetune_runtime.errors import IncompatibleError
 
+from edgetune.bases import Base
 from edgetune.data import read_rows
 from edgetune.evaluate import spread
 from edgetune.failure import fail
@@ -44,7 +45,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     measured = BundleMeasurement(bundle, trial.task, spread(rows, trial.rows), progress)
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
-    assert built.base is not None
+    assert isinstance(built.base, Base)
     # The method of rounding does not affect speed, and gptq would need rows.
     weights = Weights(recipe.onnx.weights)
     torch = TorchMeasurement(measured, built.base, built.trained[trial.task], shared, weights, recipe.quantize_merged)

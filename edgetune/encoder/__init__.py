@@ -1,1 +1,1 @@
-"""`task: text-classification`: one encoder, and an adapter with a head for each task's labels."""
+"""Encoders: bases for text classification, with a head per adapter."""

@@ -1,8 +1,8 @@
-"""A recipe's encoder in, EncoderBase out: a Hugging Face folder with its sizes, and its weights in torch.
+"""Finds a recipe's encoder, reads its sizes and loads its weights into torch.
 
-Sizes come through optimum's NormalizedConfigManager, by one name for all architectures. Of optimum 2.3 that is what
-serves here: TasksManager knows no model types until an exporter registers some, and optimum's ONNX exporter is capped
-below transformers 5.
+Sizes come from optimum's NormalizedConfigManager, under the same names for all architectures. Of optimum 2.3 only this
+is of use here: TasksManager knows no model types until an exporter registers some, and optimum's ONNX exporter needs
+transformers below 5.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SAVE_AGAIN = "save it with save_pretrained of transformers"
 
 @dataclass(frozen=True)
 class EncoderBase:
-    """The encoder of a build: its name in the recipe, its folder, and what config.json says.
+    """The encoder of a build: its name in the recipe, its folder, and the sizes from config.json.
 
     `fingerprint` is the sha256 of its weights file; `context_length` is in tokens.
     """
@@ -46,9 +46,14 @@ class EncoderBase:
     layers: int
     context_length: int
 
+    @property
+    def path(self) -> Path:
+        """The file of its weights."""
+        return self.folder / WEIGHTS
+
 
 def describe(recipe: Recipe) -> str | None:
-    """The architecture of the recipe's encoder, None when it must be downloaded first; raises as `resolve`."""
+    """The architecture of the recipe's encoder; None if it must be downloaded first. Raises the errors of `resolve`."""
     if recipe.base in bases.ALIASES or bases.is_at_hand(recipe.base, recipe.folder):
         return _checked(recipe.base, _locate(recipe))
     return None
@@ -57,8 +62,8 @@ def describe(recipe: Recipe) -> str | None:
 def resolve(recipe: Recipe) -> EncoderBase:
     """The recipe's encoder.
 
-    Raises NotFoundError when there is no such base or it lacks a file, IncompatibleError when it is no BERT-type
-    encoder, VerificationError when a file is damaged.
+    Raises NotFoundError if there is no such base or a file is missing, IncompatibleError if it is not a BERT-type
+    encoder, VerificationError if a file is damaged.
     """
     folder = _locate(recipe)
     architecture = _checked(recipe.base, folder)
@@ -81,7 +86,7 @@ def load_torch(base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        # transformers draws a bar of its own, on a pipe too.
+        # transformers shows a progress bar of its own, even on a pipe.
         with redirect_stderr(io.StringIO()):
             model: PreTrainedModel
             model, info = AutoModel.from_pretrained(base.folder, dtype=dtype, output_loading_info=True)
@@ -104,7 +109,7 @@ def _locate(recipe: Recipe) -> Path:
 
 
 def _checked(name: str, folder: Path) -> str:
-    """The architecture of the encoder in `folder`; raises as `resolve` does for all that shows without its weights."""
+    """The architecture of the encoder in `folder`; raises the errors of `resolve` that do not need its weights."""
     if not folder.is_dir():
         raise _no_encoder(name, "it is a file of a base that writes text")
     architecture = bases.encoder_type(folder)
@@ -139,7 +144,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def _sizes(folder: Path) -> tuple[int, int]:
-    """Width of the last layer and number of layers."""
+    """The hidden size and the number of layers."""
     from optimum.utils import NormalizedConfigManager  # noqa: PLC0415 - only where something is built
     from transformers import AutoConfig  # noqa: PLC0415 - as above
 
@@ -154,7 +159,7 @@ def _sizes(folder: Path) -> tuple[int, int]:
 
 
 def _context_length(config: Mapping[str, Any], folder: Path) -> int:
-    """Tokens that the base has positions for; RoBERTa counts positions from behind its padding token."""
+    """The number of tokens that the base has positions for; RoBERTa's positions start after the padding token."""
     positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
     is_roberta = str(config.get("model_type")).endswith("roberta")
     length = positions - (padding + 1 if is_roberta else 0) if isinstance(positions, int) else 0

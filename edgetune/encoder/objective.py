@@ -1,7 +1,7 @@
-"""Rows of text and label in, padded batches and their loss out: an encoder with a head, trained together.
+"""The objective of text classification: an encoder and a head learn the label of each row.
 
-The head is a linear layer on the mean of the last layer's vectors, as sentence encoders such as all-MiniLM are made
-for. It lies on the PEFT model as `classifier` and is saved beside the adapter as head.safetensors.
+The head is a linear layer on the mean of the last layer's vectors, as sentence encoders such as all-MiniLM are trained
+for. It is `classifier` of the PEFT model, and is saved beside the adapter as head.safetensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEAD_FILE = "head.safetensors"
 
 @dataclass(frozen=True)
 class Labelled:
-    """A row as tokens, and the number of its label."""
+    """The tokens of a row and the number of its label."""
 
     tokens: tuple[int, ...]
     label: int
@@ -36,7 +36,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Padded:
-    """Rows side by side: `tokens` and `mask` int64 [rows, longest], `targets` int64 [rows], the labels' numbers."""
+    """Padded rows: `tokens` and `mask` int64 [rows, longest], `targets` int64 [rows], the numbers of the labels."""
 
     tokens: torch.Tensor
     mask: torch.Tensor
@@ -50,9 +50,9 @@ class Padded:
 def tokenize_labelled(
     rows: Sequence[TaskRow], tokenizer: EncoderTokenizer, labels: Sequence[str], max_tokens: int
 ) -> tuple[list[Labelled], TooLong]:
-    """Tokens and label of each row that fits in `max_tokens`, in order; the others are counted, never cut.
+    """Tokenize the rows that fit in `max_tokens`, in order; longer rows are counted, never truncated.
 
-    Raises UsageError for rows that are no text with a label, and when no row fits.
+    Raises UsageError for rows other than text and label, and if no row fits.
     """
     numbers = {label: number for number, label in enumerate(labels)}
     found, too_long = [], []
@@ -69,7 +69,7 @@ def tokenize_labelled(
 
 
 class Classify:
-    """A head of `labels` outputs on `hidden_size` inputs learns the label of each row, with the method's weights."""
+    """Trains a head of `labels` outputs on `hidden_size` inputs, together with the weights of the method."""
 
     attention: str | None = None
 
@@ -77,22 +77,22 @@ class Classify:
         self._hidden_size, self._labels = hidden_size, labels
 
     def extend(self, model: PeftModel) -> None:
-        """Put a fresh head of float32 on the model."""
+        """Add a new head in float32 to the model."""
         model.classifier = torch.nn.Linear(self._hidden_size, self._labels)
 
     def learned(self, _row: Labelled) -> int:
-        """One label."""
+        """One prediction per row."""
         return 1
 
     def batch(self, rows: Sequence[Labelled]) -> Padded:
-        """The rows padded to the longest; the mask hides the padding, so any token will do."""
+        """The rows padded to the longest; the mask hides the padding, so its token does not matter."""
         longest = max(len(row.tokens) for row in rows)
         tokens = [[*row.tokens, *[0] * (longest - len(row.tokens))] for row in rows]
         mask = [[1] * len(row.tokens) + [0] * (longest - len(row.tokens)) for row in rows]
         return Padded(torch.tensor(tokens), torch.tensor(mask), torch.tensor([row.label for row in rows]))
 
     def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Padded) -> torch.Tensor:
-        """Cross entropy of the labels."""
+        """The summed cross entropy of the labels."""
         logits = logits_of(forward, model.classifier, batch.tokens, batch.mask)
         return cross_entropy(logits.float(), batch.targets, reduction="sum")
 

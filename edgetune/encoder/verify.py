@@ -1,11 +1,10 @@
-"""Exported graph and trained tasks in, agreement out: the runtime's engine against torch on held-out rows."""
+"""The parity check of encoders: compares the runtime's engine with torch on held-out rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +12,14 @@ import torch
 from edgetune_export.adapters.shapes import Floats
 from edgetune_export.backends.onnx.encoder import mean_pooled
 from edgetune_export.parity import divergence
-from edgetune_runtime.engines.onnx.encoder import EncoderEngine
+from edgetune_runtime import engines
+from edgetune_runtime.bundle import CLASSIFICATION
+from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.errors import VerificationError
 
 from edgetune import methods
 from edgetune.progress import Progress
+from edgetune.shipping.exported import Checked, ExportedFormat, Figures, TrainedAdapter
 
 from .objective import load_head, logits_of
 
@@ -25,39 +27,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4
-"""Difference of a logit, where nothing is rounded: the graph adds in another order."""
+"""Maximum difference of a logit without quantization; the graph sums in another order."""
 TOLERANCE_KL = 0.01
-"""Mean KL over the labels, nats a row, where weights are rounded; up to 1.1e-4 was measured (docs/encoders.md)."""
+"""Maximum mean KL over the labels, in nats per row, with quantization; 1.1e-4 was measured (docs/encoders.md)."""
 TOLERANCE_COSINE = 0.98
-"""Cosine between the plain base's pooled layers, where weights are rounded; 0.999 was measured."""
+"""Minimum cosine between the plain base's pooled layers, with quantization; 0.999 was measured."""
 
-# Rows of each task that the plain base is compared on.
+# Rows per task for comparing the plain base.
 _BASE_ROWS = 8
 
 
 @dataclass(frozen=True)
-class TrainedTask:
-    """A task on its way into a bundle; `folder` holds PEFT's files and the head, `probes` held-out rows."""
-
-    name: str
-    folder: Path
-    method: str
-    options: methods.MethodOptions
-    probes: Sequence[Sequence[int]]
-    scale: float = 1.0
-    dtype: str = "f32"
-
-    def checkpoint(self, base: PreTrainedModel) -> methods.Checkpoint:
-        """What was trained, with its base."""
-        return methods.Checkpoint(self.name, self.folder, base, self.options, self.scale)
-
-
-@dataclass(frozen=True)
 class Agreement:
-    """How far an exported task is from the trained one on `rows` rows.
+    """The difference between an exported task and the trained one on `rows` rows.
 
     `kl` is the mean KL divergence over the labels in nats, `top1` the share of rows where both choose the same label,
-    `difference` the largest of a logit.
+    `difference` the largest difference of a logit.
     """
 
     kl: float
@@ -67,70 +52,96 @@ class Agreement:
 
 
 def verify(
-    model: PreTrainedModel,
-    tasks: Sequence[TrainedTask],
-    graph: Path,
-    files: Mapping[str, Path],
-    *,
-    int8: bool,
-    progress: Progress,
-) -> tuple[dict[str, Agreement], dict[str, float]]:
-    """Compare each task, then each again after the others, then the plain base: agreement by task, figures of the base.
+    model: PreTrainedModel, tasks: Sequence[TrainedAdapter], exports: Sequence[ExportedFormat], progress: Progress
+) -> Checked:
+    """Compare each task, then each again after the others, then the plain base, in every format.
 
-    `files` are the tasks' adapter files, `model` is the base in float32. Raises VerificationError that names the first
-    task, or the base, that is not what was trained.
+    `model` is the base in float32. Raises VerificationError that names the first task, or the base, whose difference is
+    too large.
     """
     longest = max(len(row) for task in tasks for row in task.probes)
-    found: dict[str, Agreement] = {}
-    with closing(EncoderEngine(graph, context_length=longest)) as engine:
-        first: dict[str, list[Floats]] = {}
-        for task in tasks:
-            engine.load_adapter(task.name, files[task.name])
-            first[task.name] = _answers(engine, task)
-            found[task.name] = _agreement(_trained(model, task), first[task.name])
-            progress.say(f"  {task.name}: {_said(found[task.name])}")
-            _check(found[task.name], task, rounded=int8 or task.dtype != "f32")
-        for task in tasks:
-            again = zip(first[task.name], _answers(engine, task), strict=True)
-            if not all(np.array_equal(before, after) for before, after in again):
-                message = f"task {task.name!r} answers otherwise after a switch to other tasks and back"
-                raise VerificationError(message, "report this as a bug, with the recipe")
-        base = _compare_base(model, tasks, engine)
-        said = f"largest difference {base['difference']:.1e}, cosine {base['cosine']:.4f}"
-        progress.say(f"  base after switching back: {said}")
-        if not (base["cosine"] >= TOLERANCE_COSINE if int8 else base["difference"] <= TOLERANCE):
-            message = f"the exported base is not the trained one: {said} of the pooled layer"
+    bases: dict[str, Figures] = {}
+    found: dict[str, dict[str, Figures]] = {}
+    for export in exports:
+        rounded = export.quantization != "f32"
+        with _engine(export, longest) as engine:
+            found[export.backend] = _compare_tasks(model, tasks, export, engine, progress, rounded=rounded)
+            bases[export.backend] = _compare_base(model, tasks, engine, progress, rounded=rounded)
+    return Checked(bases, found)
+
+
+@contextmanager
+def _engine(export: ExportedFormat, context_length: int) -> Iterator[LabelEngine]:
+    make = engines.load(export.backend, CLASSIFICATION)
+    assert not make.has_sequence
+    with closing(make(export.base, context_length=context_length)) as engine:
+        yield engine
+
+
+def _compare_tasks(
+    model: PreTrainedModel,
+    tasks: Sequence[TrainedAdapter],
+    export: ExportedFormat,
+    engine: LabelEngine,
+    progress: Progress,
+    *,
+    rounded: bool,
+) -> dict[str, Figures]:
+    """The agreement of each task; also checks that a switch to the others and back does not change its answers."""
+    first: dict[str, list[Floats]] = {}
+    found: dict[str, Figures] = {}
+    for task in tasks:
+        engine.load_adapter(task.name, export.adapters[task.name].file)
+        first[task.name] = _answers(engine, task)
+        agreement = _agreement(_trained(model, task), first[task.name])
+        progress.say(f"  {task.name}: {_said(agreement)}")
+        _check(agreement, task, rounded=rounded or task.dtype_in(export.backend) != "f32")
+        found[task.name] = asdict(agreement)
+    for task in tasks:
+        again = zip(first[task.name], _answers(engine, task), strict=True)
+        if not all(np.array_equal(before, after) for before, after in again):
+            message = f"task {task.name!r} answers otherwise after a switch to other tasks and back"
             raise VerificationError(message, "report this as a bug, with the recipe")
-    return found, base
+    return found
 
 
-def _answers(engine: EncoderEngine, task: TrainedTask) -> list[Floats]:
+def _answers(engine: LabelEngine, task: TrainedAdapter) -> list[Floats]:
     return [engine.logits(row, task.name, task.scale) for row in task.probes]
 
 
-def _trained(model: PreTrainedModel, task: TrainedTask) -> list[Floats]:
+def _trained(model: PreTrainedModel, task: TrainedAdapter) -> list[Floats]:
     head = load_head(task.folder)
     with methods.load(task.method).loaded(task.checkpoint(model)) as peft:
         return _rows(task.probes, lambda tokens, mask: logits_of(peft, head, tokens, mask))
 
 
-def _compare_base(model: PreTrainedModel, tasks: Sequence[TrainedTask], engine: EncoderEngine) -> dict[str, float]:
-    """Largest difference of the pooled layer, and the least cosine between the two."""
+def _compare_base(
+    model: PreTrainedModel,
+    tasks: Sequence[TrainedAdapter],
+    engine: LabelEngine,
+    progress: Progress,
+    *,
+    rounded: bool,
+) -> Figures:
+    """The largest difference of the plain base's pooled layer, and the smallest cosine."""
     rows = [row for task in tasks for row in task.probes[:_BASE_ROWS]]
 
     def pooled(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return mean_pooled(model(input_ids=tokens, attention_mask=mask).last_hidden_state, mask)
 
     pairs = list(zip(_rows(rows, pooled), map(engine.pooled, rows), strict=True))
-    return {
-        "difference": max(float(np.abs(a - b).max()) for a, b in pairs),
-        "cosine": min(float(a @ b / np.sqrt((a @ a) * (b @ b))) for a, b in pairs),
-        "rows": len(rows),
-    }
+    difference = max(float(np.abs(a - b).max()) for a, b in pairs)
+    cosine = min(float(a @ b / np.sqrt((a @ a) * (b @ b))) for a, b in pairs)
+    said = f"largest difference {difference:.1e}, cosine {cosine:.4f}"
+    progress.say(f"  base after switching back: {said}")
+    if not (cosine >= TOLERANCE_COSINE if rounded else difference <= TOLERANCE):
+        message = f"the exported base is not the trained one: {said} of the pooled layer"
+        raise VerificationError(message, "report this as a bug, with the recipe")
+    return {"difference": difference, "cosine": cosine, "rows": len(rows)}
 
 
 def _rows(rows: Sequence[Sequence[int]], compute: Callable[[torch.Tensor, torch.Tensor], Any]) -> list[Floats]:
-    """What torch computes of each row alone."""
+    """The results of `compute` for each row."""
     with torch.inference_mode():
         inputs = [torch.tensor([list(row)]) for row in rows]
         return [compute(tokens, torch.ones_like(tokens))[0].float().numpy() for tokens in inputs]
@@ -149,7 +160,7 @@ def _agreement(expected: Sequence[Floats], found: Sequence[Floats]) -> Agreement
     )
 
 
-def _check(agreement: Agreement, task: TrainedTask, *, rounded: bool) -> None:
+def _check(agreement: Agreement, task: TrainedAdapter, *, rounded: bool) -> None:
     # Written so that NaN fails too.
     if not (agreement.kl <= TOLERANCE_KL if rounded else agreement.difference <= TOLERANCE):
         limit = f"a mean KL of {TOLERANCE_KL}" if rounded else f"a difference of {TOLERANCE}"

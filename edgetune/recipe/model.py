@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edgetune_export import backends
-from edgetune_runtime.bundle import CLASSIFICATION
+from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import suggestion
 from pydantic import (
@@ -23,9 +23,20 @@ from pydantic import (
     model_validator,
 )
 
-from edgetune import methods
+from edgetune import methods, task_types
 
-from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, OnnxSpec, RecipePart, Target, Text, TrainingSpec
+from .parts import (
+    AdapterSpec,
+    DomainSpec,
+    MethodSpec,
+    Name,
+    OnnxSpec,
+    RecipePart,
+    Target,
+    TaskName,
+    Text,
+    TrainingSpec,
+)
 from .problems import Loc, explain, override, read_document, value_at
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -36,7 +47,7 @@ class Recipe(RecipePart):
 
     name: Name
     """Name of the bundle: a-z, 0-9, _ and -."""
-    task: Literal["text-generation", "text-classification"] = "text-generation"
+    task: TaskName = GENERATION
     """text-generation: the base is a decoder. text-classification: the base is an encoder, each adapter trains its own
     classification head, and targets is [onnx] (docs/encoders.md)."""
     base: Text
@@ -84,25 +95,35 @@ class Recipe(RecipePart):
     @model_validator(mode="before")
     @classmethod
     def _targets_of_task(cls, values: object) -> object:
-        if isinstance(values, dict) and values.get("task") == CLASSIFICATION:
-            return {"targets": list(backends.of_task(CLASSIFICATION)), **values}
+        if isinstance(values, dict):
+            fit = backends.of_task(str(values.get("task", GENERATION)))
+            if fit and backends.DEFAULT not in fit:
+                return {"targets": list(fit), **values}
         return values
 
     @field_validator("targets")
     @classmethod
     def _once(cls, targets: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        fit = backends.of_task(CLASSIFICATION) if _is_encoder(info) else targets
+        task = _task_of(info)
+        fit = backends.of_task(task)
         if not set(targets) <= set(fit):
-            raise ValueError(f"[{', '.join(targets)}] does not work for an encoder; use [{', '.join(fit)}]")
+            base = task_types.load(task).base
+            raise ValueError(f"[{', '.join(targets)}] does not work for {base}; use [{', '.join(fit)}]")
         return tuple(dict.fromkeys(targets))
+
+    @field_validator("quantize", "quantize_merged", "device", "domain")
+    @classmethod
+    def _fits_task(cls, value: object, info: ValidationInfo) -> object:
+        reason = task_types.load(_task_of(info)).refused_keys.get(str(info.field_name))
+        if value is not None and reason is not None:
+            raise ValueError(reason.format(value=value))
+        return value
 
     @field_validator("quantize", "quantize_merged")
     @classmethod
-    def _known_scheme(cls, scheme: str | None, info: ValidationInfo) -> str | None:
+    def _known_scheme(cls, scheme: str | None) -> str | None:
         if scheme is None:
             return None
-        if _is_encoder(info):
-            raise ValueError(f"{scheme!r} does not work for an encoder; use onnx: {{weights: int8}}")
         from edgetune_export.backends.gguf.quantize import SCHEMES  # noqa: PLC0415 - rarely needed
 
         return _one_of(scheme, sorted(SCHEMES), "quantization")
@@ -110,33 +131,26 @@ class Recipe(RecipePart):
     @field_validator("onnx")
     @classmethod
     def _weights_of_task(cls, onnx: OnnxSpec, info: ValidationInfo) -> OnnxSpec:
-        if _is_encoder(info) and onnx.weights == "int4":
-            raise ValueError("weights: int4 does not work for an encoder; use auto, fp32 or int8")
+        refused = task_types.load(_task_of(info)).refused_weights
+        if onnx.weights in refused:
+            raise ValueError(refused[onnx.weights])
         return onnx
 
     @field_validator("device")
     @classmethod
-    def _known_board(cls, device: str | None, info: ValidationInfo) -> str | None:
+    def _known_board(cls, device: str | None) -> str | None:
         if device is None:
             return None
-        if _is_encoder(info):
-            raise ValueError(f"there are no predictions for encoders on {device!r}; remove device and set threads")
         from edgetune_devices import boards  # noqa: PLC0415 - rarely needed
 
         return _one_of(device, boards.names(), "board")
 
-    @field_validator("domain")
-    @classmethod
-    def _domain_of_task(cls, domain: DomainSpec | None, info: ValidationInfo) -> DomainSpec | None:
-        if _is_encoder(info) and domain is not None:
-            raise ValueError("continued pretraining does not work for an encoder; remove domain")
-        return domain
-
     @field_validator("adapters")
     @classmethod
     def _adapters_of_task(cls, adapters: dict[str, AdapterSpec], info: ValidationInfo) -> dict[str, AdapterSpec]:
-        problems = [f"{name}: {what}" for name, spec in adapters.items() for what in spec.unfit_for_encoder()]
-        if _is_encoder(info) and problems:
+        task_type = task_types.load(_task_of(info))
+        problems = [f"{name}: {what}" for name, spec in adapters.items() for what in spec.unfit_for(task_type)]
+        if problems:
             raise ValueError("; ".join(problems))
         return adapters
 
@@ -167,9 +181,9 @@ class Recipe(RecipePart):
         return Path(inside).name if Path(inside).is_absolute() else inside
 
 
-def _is_encoder(info: ValidationInfo) -> bool:
-    """Whether the recipe being validated is for an encoder; `task` is validated first."""
-    return info.data.get("task") == CLASSIFICATION
+def _task_of(info: ValidationInfo) -> str:
+    """The task of the recipe being validated, the default for an unknown one; `task` is validated first."""
+    return str(info.data.get("task", GENERATION))
 
 
 def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgetune_export import backends
 from edgetune_runtime.wording import suggestion
@@ -27,8 +27,9 @@ from pydantic import (
     model_validator,
 )
 
-from edgetune import methods
+from edgetune import methods, task_types
 from edgetune.methods.lora import LoraOptions
+from edgetune.task_types import TaskType
 
 from .problems import other_names, shown
 
@@ -45,6 +46,11 @@ def _check_name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN.pattern}$"})]
 Text = Annotated[str, StringConstraints(min_length=1)]
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    # As pydantic and the reference list its values.
+    TaskName = Literal[tuple(task_types.names())]
 
 
 def _check_target(name: str) -> str:
@@ -247,18 +253,16 @@ class AdapterSpec(RecipePart):
         found: str = getattr(self, backends.format_of(target).dtype_key)
         return found
 
-    def unfit_for_encoder(self) -> list[str]:
-        """The settings that do not work for an encoder, each with the remedy."""
-        problems = []
-        if self.merged:
-            problems.append("merged: true does not work for an encoder; remove merged")
-        if self.system is not None:
-            problems.append("an encoder has no system prompt; remove system")
-        if self.metric not in ("auto", "label"):
-            problems.append(f"metric {self.metric} does not work for an encoder; use label")
-        if self.method.is_auto:
-            problems.append("target_modules: auto does not work for an encoder; name the modules")
-        return problems
+    def unfit_for(self, task_type: TaskType) -> list[str]:
+        """The settings that do not work for this task, each with the remedy."""
+        asked = {
+            "merged": self.merged,
+            "system": self.system is not None,
+            "metric": self.metric not in ("auto", task_type.metric),
+            "target_modules": self.method.is_auto,
+        }
+        refused = task_type.refused_adapter_keys
+        return [refused[key].format(value=self.metric) for key, is_set in asked.items() if is_set and key in refused]
 
 
 class TextSpec(RecipePart):

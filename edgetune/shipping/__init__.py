@@ -1,1 +1,1 @@
-"""Trained adapters in, checked and packed files out."""
+"""Export, parity check, manifest and packing."""

@@ -1,4 +1,4 @@
-"""An engine and an adapter that waits for its invocation in, an engine that switches it on where that stands out."""
+"""An engine whose activated LoRA is switched on after its invocation, as in the runtime."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from edgetune_runtime.states.activation import Invocations, spans_of
 
 
 class Gated:
-    """What is compared of an engine, its adapters acting as the runtime lets them act (see `activation.spans_of`).
+    """An engine for the parity check that applies adapters in spans, as the runtime does (see `activation.spans_of`).
 
-    The first tokens after `truncate` hold the invocation.
+    The first call after `truncate(0)` must contain the invocation.
     """
 
     def __init__(self, engine: Engine, adapters: Mapping[str, float], invocations: Invocations) -> None:

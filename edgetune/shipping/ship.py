@@ -1,109 +1,127 @@
-"""A base and trained PEFT folders in, a checked bundle out: fold, export, parity, pack.
+"""Exports a base with trained adapters: folds, writes every format, checks parity, and packs the bundle.
 
-What comes before, whether `edgetune build` trained the adapters or someone else did, makes no difference here.
+It makes no difference whether `edgetune build` trained the adapters or someone else did.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from edgetune_devices.fit import kv_bytes_per_token
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Adapter, Folded, LowRank, Merged, Prefix
 from edgetune_export.backends.base import Source, Weights
 from edgetune_export.merged import source_of_merged
 from edgetune_export.pack import pack
-from edgetune_export.parity import Parity
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, BaseEntry, Manifest
-from edgetune_runtime.formats.gguf_file import describe_quantization, digest_of_chat_template, digest_of_tokenizer
-from edgetune_runtime.threads import machine
 
-from edgetune import bases, methods
-from edgetune.bases import Base, base_context_length
 from edgetune.progress import Progress
 from edgetune.targets import shapes_in
 from edgetune.training.allocator import give_back_freed_memory
 
-from .verify import ExportedFormat, FormatParity, TrainedAdapter, WrittenAdapter, compare_bases, verify
+from .exported import BuildBase, BundleSpec, Checked, ExportedFormat, Figures, TrainedAdapter, WrittenAdapter
+from .manifest import adapter_entry, manifest_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LARGE_BYTES = 50_000_000
-"""Of a base's file: what is freed is worth looking for."""
+"""For bases larger than this, freeing memory early is worth the time."""
 
 
-@dataclass(frozen=True)
-class BundleSpec:
-    """What a bundle is to be: its name and defaults, the formats to write, and the recipe that it keeps."""
+B = TypeVar("B", bound=BuildBase)
+B_contra = TypeVar("B_contra", bound=BuildBase, contravariant=True)
 
-    name: str
-    context_length: int
-    threads: int | None = None
-    targets: tuple[str, ...] = (backends.DEFAULT,)
-    weights: Weights = field(default_factory=Weights)
-    quantize_merged: str | None = None
-    ships_states: bool = False
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+class Exporter(Protocol[B_contra]):
+    """The parts of an export that depend on the task. The manifest records `packages` besides those of the formats."""
+
+    task: str
+    packages: tuple[str, ...]
+
+    def load_for_export(self, base: B_contra, wanted: BundleSpec, folder: Path, progress: Progress) -> PreTrainedModel:
+        """Load the base in float32. If memory is short, its weights may be mapped from a file in `folder`."""
+
+    def source(self, base: B_contra, model: PreTrainedModel, work: Path, weights: Weights) -> Source:
+        """The base for backends; `model` is the base in float32."""
+
+    def fold(self, adapter: TrainedAdapter, model: PreTrainedModel, shape: str) -> Folded:
+        """Fold the adapter into a shape."""
+
+    def base_entry(self, base: B_contra, source: Source, files: Mapping[str, str]) -> BaseEntry:
+        """The base's entry in the manifest, without parity; `files` are its files by format."""
+
+    def verify(
+        self,
+        base: B_contra,
+        model: PreTrainedModel,
+        adapters: Sequence[TrainedAdapter],
+        exports: Sequence[ExportedFormat],
+        progress: Progress,
+    ) -> Checked:
+        """Compare every format with torch; VerificationError names the adapter, or the base, that differs too much."""
+
+    def compare_formats(
+        self, adapters: Sequence[TrainedAdapter], exports: Sequence[ExportedFormat], progress: Progress
+    ) -> Mapping[str, Figures]:
+        """Parity of the first format's base with that of each other format, by pair, such as `gguf/onnx`."""
 
 
 @dataclass(frozen=True)
 class ShippedAdapter:
-    """What is in the bundle for an adapter: its manifest entry, bytes of its files, and parity by backend."""
+    """An adapter in the bundle: its manifest entry, and the size of its files in bytes."""
 
     entry: AdapterEntry
     bytes: int
-    parity: Mapping[str, Parity]
 
 
 def ship(
-    base: Base, adapters: Sequence[TrainedAdapter], work: Path, out: Path, *, wanted: BundleSpec, progress: Progress
+    exporter: Exporter[B],
+    base: B,
+    adapters: Sequence[TrainedAdapter],
+    work: Path,
+    out: Path,
+    *,
+    wanted: BundleSpec,
+    progress: Progress,
 ) -> dict[str, ShippedAdapter]:
-    """Export `adapters`, compare each with what was trained, and pack the bundle `out`; `work` is overwritten.
+    """Export `adapters`, compare each with the trained one, and pack the bundle `out`; `work` is overwritten.
 
-    Raises VerificationError that names the adapter when one does not say what was trained, and what fold, the backend
-    and pack raise. Nothing is left under `out` unless all is right.
+    Raises VerificationError that names an adapter that differs from the trained one, and the errors of fold, the
+    backends and pack. On an error nothing is written to `out`.
     """
-    import torch  # noqa: PLC0415 - only where something is exported
-
     shutil.rmtree(work, ignore_errors=True)
-    # A training has just let go of the base; two of them need not be there at once.
+    # Training has just freed the base; do not keep it in memory while the next copy loads.
     _give_back(base)
-    model = bases.load_torch(base, torch.float32, mapped=_file_to_map(base, wanted, work / "way", progress))
-    source = Source(base.path, base.fingerprint, model, work / "way", wanted.weights)
-    shapes = {a.name: shapes_in(wanted.targets, a.method, a.options, merged=a.merged) for a in adapters}
-    stage = _Stage(work, source, adapters, shapes, wanted.quantize_merged, progress)
+    model = exporter.load_for_export(base, wanted, work / "way", progress)
+    source = exporter.source(base, model, work / "way", wanted.weights)
+    stage = _Stage(work, source, adapters, exporter, wanted, progress)
     exports = []
     for target in wanted.targets:
         progress.say(f"writing {target}")
         exports.append(stage.export(target))
         _give_back(base)
     progress.say("checking that the bundle says what was trained")
-    checked = verify(base, model, adapters, exports, progress)
-    parity = {target: asdict(found.base) for target, found in checked.items()}
-    # What follows holds two engines beside each other.
+    checked = exporter.verify(base, model, adapters, exports, progress)
+    entry = exporter.base_entry(base, source, {export.backend: stage.name_of(export.base) for export in exports})
+    # The next comparison loads two engines at a time.
     stage.source = replace(source, model=None)
     del model, source
     _give_back(base)
-    for other in exports[1:]:
-        parity[f"{exports[0].backend}/{other.backend}"] = asdict(compare_bases(exports[0], other, adapters, progress))
+    between = exporter.compare_formats(adapters, exports, progress)
     shipped = stage.shipped(exports, checked)
-    manifest = Manifest(
-        name=wanted.name,
-        base=replace(_base_entry(base, {e.backend: stage.name_of(e.base) for e in exports}), parity=parity),
-        adapters={name: item.entry for name, item in shipped.items()},
-        files={},
-        context_length=wanted.context_length,
-        threads=wanted.threads,
-        recipe=wanted.recipe,
-        versions=_versions(wanted.targets),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    manifest = manifest_of(
+        wanted,
+        replace(entry, parity={**checked.base, **between}),
+        {name: item.entry for name, item in shipped.items()},
+        stage.packages(),
+        task=exporter.task,
     )
     if wanted.ships_states:
         _make_states(work, manifest, progress)
@@ -112,22 +130,9 @@ def ship(
     return shipped
 
 
-def _file_to_map(base: Base, wanted: BundleSpec, folder: Path, progress: Progress) -> Path | None:
-    """Where the base's weights in float32 are to lie on the disk, as memory is short; None where it is not."""
-    weights_mb, free_mb = base.header.parameters * 4 / 1e6, machine.free_mb()
-    needed_mb = max(
-        backends.format_of(target).export_mb(weights_mb, wanted.weights.scheme) for target in wanted.targets
-    )
-    if free_mb is None or free_mb >= needed_mb:
-        return None
-    progress.say(f"mapping the base's weights from the disk, as {free_mb:,.0f} MB of memory are free")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "weights.f32"
-
-
-def _give_back(base: Base) -> None:
-    """Free what refers to itself, as modules of models and graphs do, and give it back to the system."""
-    # A third of a second, which a small base is not worth.
+def _give_back(base: BuildBase) -> None:
+    """Free reference cycles, which modules of models and graphs have, and return the memory to the system."""
+    # It takes a third of a second, too long for a small base.
     if base.path.stat().st_size > _LARGE_BYTES:
         gc.collect()
         give_back_freed_memory()
@@ -135,17 +140,22 @@ def _give_back(base: Base) -> None:
 
 @dataclass
 class _Stage:
-    """The folder in which a bundle is put together, and what goes into it."""
+    """The folder where the files of a bundle are collected, and what is exported into it."""
 
     work: Path
     source: Source
     adapters: Sequence[TrainedAdapter]
-    shapes: Mapping[str, Mapping[str, str]]
-    quantize_merged: str | None
+    exporter: Exporter[Any]
+    wanted: BundleSpec
     progress: Progress
 
     def __post_init__(self) -> None:
-        """Fold what lies beside the base; merged models are folded when they are written."""
+        """Fold all adapters except merged models, which are folded when they are written."""
+        targets, task = self.wanted.targets, self.exporter.task
+        self.backends = {target: backends.load(target, task) for target in targets}
+        self.shapes = {
+            a.name: shapes_in(targets, a.method, a.options, merged=a.merged, task=task) for a in self.adapters
+        }
         self.folded: dict[tuple[str, str], Adapter] = {}
         for adapter in self.adapters:
             for shape in dict.fromkeys(self.shapes[adapter.name].values()):
@@ -156,7 +166,7 @@ class _Stage:
 
     def export(self, target: str) -> ExportedFormat:
         """Write the base and all adapters in one format."""
-        backend = backends.load(target)
+        backend = self.backends[target]
         shapes = {adapter.name: self.shapes[adapter.name][target] for adapter in self.adapters}
         beside = {name: self.folded[name, shape] for name, shape in shapes.items() if shape != Merged.shape}
         base = backend.write_base(self.source, self.work / "base", list(beside.values()))
@@ -168,42 +178,29 @@ class _Stage:
                 written[adapter.name] = self._write(target, beside[adapter.name], adapter, base)
         return ExportedFormat(target, base, written, backend.quantization(self.source))
 
-    def shipped(
-        self, exports: Sequence[ExportedFormat], checked: Mapping[str, FormatParity]
-    ) -> dict[str, ShippedAdapter]:
-        """What the manifest says of each adapter."""
+    def shipped(self, exports: Sequence[ExportedFormat], checked: Checked) -> dict[str, ShippedAdapter]:
+        """The manifest entry and size of each adapter."""
         shipped: dict[str, ShippedAdapter] = {}
         for adapter in self.adapters:
-            found = {target: of.adapters[adapter.name] for target, of in checked.items()}
             folded = [item for (name, _), item in self.folded.items() if name == adapter.name]
-            written = {export.backend: export.adapters[adapter.name] for export in exports}
-            entry = AdapterEntry(
-                name=adapter.name,
-                method=adapter.method,
-                shapes={target: item.shape for target, item in written.items()},
-                files={target: self.name_of(item.file) for target, item in written.items()},
-                base_fingerprint=self.source.fingerprint,
-                ranks={m: d.rank for item in folded if isinstance(item, LowRank) for m, d in item.modules.items()},
-                error=max(item.error for item in written.values()),
-                prefix_tokens=max(item.prefix_tokens for item in written.values()),
-                invocation=next((item.invocation for item in written.values()), ()),
-                scale=adapter.scale,
-                system=adapter.system,
-                metric=adapter.metric,
-                labels=adapter.labels,
-                parity={target: asdict(figures) for target, figures in found.items()},
-                training=adapter.training,
+            entry = adapter_entry(
+                adapter, folded, exports, checked, fingerprint=self.source.fingerprint, stage=self.work
             )
             size = sum(path.stat().st_size for path in self._folder(adapter).rglob("*") if path.is_file())
-            shipped[adapter.name] = ShippedAdapter(entry, size, found)
+            shipped[adapter.name] = ShippedAdapter(entry, size)
         return shipped
 
     def name_of(self, path: Path) -> str:
-        """The name in the bundle of a staged file."""
+        """The name of a staged file in the bundle."""
         return path.relative_to(self.work).as_posix()
 
+    def packages(self) -> list[str]:
+        """The packages of the task and of the formats."""
+        found = [*self.exporter.packages, *(name for backend in self.backends.values() for name in backend.PACKAGES)]
+        return list(dict.fromkeys(found))
+
     def _write(self, target: str, folded: Adapter, adapter: TrainedAdapter, base: Path) -> WrittenAdapter:
-        backend = backends.load(target)
+        backend = self.backends[target]
         out = self._folder(adapter) / backend.ADAPTER_FILE
         dtype = adapter.dtype_in(target)
         backend.write_adapter(folded, base, out, dtype=dtype, base_fingerprint=self.source.fingerprint)
@@ -212,8 +209,8 @@ class _Stage:
         return WrittenAdapter(out, folded.shape, prefix_tokens=folded.tokens if isinstance(folded, Prefix) else 0)
 
     def _write_merged(self, target: str, adapter: TrainedAdapter) -> WrittenAdapter:
-        backend = backends.load(target)
-        source = source_of_merged(self.source, self.quantize_merged)
+        backend = self.backends[target]
+        source = source_of_merged(self.source, self.wanted.quantize_merged)
         quantization = backend.quantization(source)
         if not adapter.merged or source is not self.source:
             what = f"{target} holds {adapter.method} as a whole model, in {quantization}"
@@ -225,14 +222,14 @@ class _Stage:
 
     def _fold(self, adapter: TrainedAdapter, shape: str) -> Folded:
         assert self.source.model is not None
-        return methods.load(adapter.method).fold(adapter.checkpoint(self.source.model), shape)
+        return self.exporter.fold(adapter, self.source.model, shape)
 
     def _folder(self, adapter: TrainedAdapter) -> Path:
         return self.work / "adapters" / adapter.name
 
 
 def _make_states(stage: Path, manifest: Manifest, progress: Progress) -> None:
-    """Let the runtime answer once from a bundle of the staged files, and stage the states of the fixed prompts."""
+    """Compute the states of the fixed prompts with the runtime, on a bundle of the staged files, and stage them."""
     bundle = pack(stage, stage.with_name(f"{stage.name}-without-states"), manifest)
     for engine in manifest.base.files:
         options: dict[str, Any] = {"cache_mb": 0, "disk_mb": sys.maxsize / 1e6, "cache_folder": stage / STATES_FOLDER}
@@ -240,28 +237,3 @@ def _make_states(stage: Path, manifest: Manifest, progress: Progress) -> None:
             tokens = runtime.warm()
         progress.say(f"  {engine}: states of {', '.join(f'{name} ({count} tokens)' for name, count in tokens.items())}")
     shutil.rmtree(bundle)
-
-
-def _base_entry(base: Base, files: Mapping[str, str]) -> BaseEntry:
-    metadata, arch = base.header.metadata, base.header.architecture
-    return BaseEntry(
-        name=base.name if "/" not in base.name else Path(base.name).name,
-        fingerprint=base.fingerprint,
-        architecture=arch,
-        quantization=describe_quantization(base.header),
-        parameters=base.header.parameters,
-        context_length=base_context_length(base.header),
-        layers=int(metadata[f"{arch}.block_count"]),
-        kv_bytes_per_token=kv_bytes_per_token(base.header),
-        tokenizer_sha256=digest_of_tokenizer(base.header),
-        chat_template_sha256=digest_of_chat_template(base.header),
-        files=files,
-        domain=base.domain,
-    )
-
-
-def _versions(targets: Sequence[str]) -> dict[str, str]:
-    # Every base is quantized and tokenized by llama.cpp.
-    names = ["edgetune", "edgetune-runtime", "llama-cpp-python", "torch", "transformers", "peft"]
-    names += [package for target in targets for package in backends.format_of(target).packages]
-    return {name: importlib.metadata.version(name) for name in names}

@@ -1,15 +1,15 @@
-"""Exported files and trained checkpoints in, parity of each out: every engine against torch on the same weights."""
+"""The parity check of decoders: compares every engine with torch, on the same weights and tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from edgetune_export import architectures, backends
+from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats
 from edgetune_export.parity import Decoder, Parity, Rows, check, compare
 from edgetune_export.parity import TrainedLogits as Model
@@ -21,21 +21,22 @@ from edgetune import methods
 from edgetune.bases import Base, base_context_length
 from edgetune.progress import Progress
 
+from .exported import Checked, ExportedFormat, Figures, TrainedAdapter
 from .gated import Gated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LogitsOf = Callable[[list[int]], Floats]
-"""Token ids to the logits after each, float32 [tokens, vocabulary]."""
+"""From token ids to the logits after each, float32 [tokens, vocabulary]."""
 
 States = dict[tuple[int, ...], Any]
-"""What a model's output layer reads for each token of a row, by the row."""
+"""The inputs of a model's output layer for each token of a row, by row."""
 
-# Prompts that are answered greedily, and the length of the answers.
+# Number of prompts that are answered greedily, and the length of the answers.
 PROMPTS = 3
 ANSWER_TOKENS = 24
-# What tokenizers tend to cut differently.
+# Texts that tokenizers often split differently.
 HARD_TEXTS = (
     "  two  spaces, a\ttab\r\nand a blank line\n\n",
     "1234567.89 at 07:05, 3x",
@@ -45,74 +46,8 @@ HARD_TEXTS = (
     "🏠👨‍👩‍👧 ❤️\u200b\ufeff",
     "def f(x):\n    return {'a': [x, None]}\n",
 )
-# Rows of each adapter that the plain base is compared on.
+# Rows per adapter for comparing the plain base.
 BASE_ROWS = 2
-
-
-@dataclass(frozen=True)
-class TrainedAdapter:
-    """A trained adapter on its way into a bundle.
-
-    `folder` is what `method` wrote; `probes` are token rows to compare on, the first of them, with `prompt_lengths`, to
-    be answered. `texts` are of the task, to compare tokenizers on.
-    """
-
-    name: str
-    folder: Path
-    method: str
-    options: methods.MethodOptions
-    probes: Sequence[Sequence[int]]
-    prompt_lengths: Sequence[int]
-    scale: float = 1.0
-    system: str | None = None
-    metric: str = "exact"
-    labels: tuple[str, ...] = ()
-    merged: bool = False
-    dtypes: Mapping[str, str] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    texts: Sequence[str] = ()
-
-    def dtype_in(self, target: str) -> str:
-        """Number format of the adapter's file in a format, by default that format's own."""
-        return self.dtypes.get(target, backends.format_of(target).adapter_dtypes[0])
-
-    def checkpoint(self, base: PreTrainedModel) -> methods.Checkpoint:
-        """What was trained, with its base in float32."""
-        return methods.Checkpoint(self.name, self.folder, base, self.options, self.scale)
-
-
-@dataclass(frozen=True)
-class WrittenAdapter:
-    """One adapter's file and its shape.
-
-    `error` is the share of what was trained that it leaves out; with `invocation` tokens it waits for these;
-    `prefix_tokens` are the positions that it takes.
-    """
-
-    file: Path
-    shape: str
-    error: float = 0.0
-    invocation: tuple[int, ...] = ()
-    prefix_tokens: int = 0
-    quantization: str = ""
-
-
-@dataclass(frozen=True)
-class ExportedFormat:
-    """What one backend wrote: the base's file, the adapters by name, and how the base's weights are rounded."""
-
-    backend: str
-    base: Path
-    adapters: Mapping[str, WrittenAdapter]
-    quantization: str
-
-
-@dataclass(frozen=True)
-class FormatParity:
-    """Parity of a backend's base and of its adapters, by name."""
-
-    base: Parity
-    adapters: Mapping[str, Parity] = field(default_factory=dict)
 
 
 def verify(
@@ -121,32 +56,33 @@ def verify(
     adapters: Sequence[TrainedAdapter],
     exports: Sequence[ExportedFormat],
     progress: Progress,
-) -> dict[str, FormatParity]:
+) -> Checked:
     """Run every adapter in torch and in each backend's engine on the same tokens, the base last, after switching back.
 
-    `model` holds the base in float32. Raises VerificationError that names the first adapter, or the base, that is
-    further from the trained one than its quantization explains.
+    `model` is the base in float32. Raises VerificationError that names the first adapter, or the base, whose difference
+    from the trained one is larger than its quantization explains.
     """
-    # A row may fill all that the base was trained for; then there is no room to answer it.
+    # A row may fill the whole context of the base; then it is not answered.
     longest = max(len(row) for adapter in adapters for row in adapter.probes) + ANSWER_TOKENS
     longest += max(written.prefix_tokens for export in exports for written in export.adapters.values())
     length = min(longest, base_context_length(base.header))
-    # What torch computed of each adapter and of the base, for all backends.
+    # The states that torch computed for each adapter and the base, reused for all formats.
     known: dict[str | None, States] = {name: {} for name in (None, *(adapter.name for adapter in adapters))}
-    checked = {}
+    bases: dict[str, Figures] = {}
+    checked: dict[str, dict[str, Figures]] = {}
     for export in exports:
-        # One engine at a time: beside the model in float32 each holds the base once more.
+        # One engine at a time, because each loads another copy of the base.
         with _engine(export.backend, export.base, length) as engine:
             _compare_tokenizers(base.path, export.backend, engine.tokenizer, adapters, progress)
-            found = {
-                adapter.name: _adapter_parity(
-                    model, adapter, export, engine, known=known[adapter.name], progress=progress
+            checked[export.backend] = {
+                adapter.name: asdict(
+                    _adapter_parity(model, adapter, export, engine, known=known[adapter.name], progress=progress)
                 )
                 for adapter in adapters
             }
             plain = _remembered(model, model, known[None])
-            checked[export.backend] = FormatParity(_base_parity(plain, adapters, export, engine, progress), found)
-    return checked
+            bases[export.backend] = asdict(_base_parity(plain, adapters, export, engine, progress))
+    return Checked(bases, checked)
 
 
 def _adapter_parity(
@@ -173,10 +109,19 @@ def _adapter_parity(
     return parity
 
 
-def compare_bases(
+def compare_formats(
+    adapters: Sequence[TrainedAdapter], exports: Sequence[ExportedFormat], progress: Progress
+) -> dict[str, Figures]:
+    """Compare the first format's plain base with that of each other format; figures by pair, such as `gguf/onnx`."""
+    first, *others = exports
+    return {
+        f"{first.backend}/{other.backend}": asdict(_compare_bases(first, other, adapters, progress)) for other in others
+    }
+
+
+def _compare_bases(
     first: ExportedFormat, second: ExportedFormat, adapters: Sequence[TrainedAdapter], progress: Progress
 ) -> Parity:
-    """How far the second backend's plain base is from the first's, on rows of the tasks."""
     rows = _base_rows(adapters)
     length = max(map(len, rows))
     with _engine(first.backend, first.base, length) as one, _engine(second.backend, second.base, length) as other:
@@ -215,7 +160,7 @@ def _said(parity: Parity) -> str:
 def _compare_tokenizers(
     base: Path, name: str, tokenizer: Tokenizer, adapters: Sequence[TrainedAdapter], progress: Progress
 ) -> None:
-    """Warn of texts that an engine cuts into other tokens than training did."""
+    """Warn of texts that an engine tokenizes differently from training."""
     texts = dict.fromkeys([*HARD_TEXTS, *(text for adapter in adapters for text in adapter.texts)])
     with closing(GgufTokenizer(base)) as trained:
         different = [text for text in texts if tokenizer.tokenize(text) != trained.tokenize(text)]
@@ -257,7 +202,7 @@ def _compare(trained: Model, adapter: TrainedAdapter, engine: Decoder, capacity:
 
 @dataclass(frozen=True)
 class _Logits:
-    """Logits of a row, computed from the states that the output layer reads where they are asked for."""
+    """The logits of a row, computed on demand from the inputs of the output layer."""
 
     head: Any
     states: Any
@@ -278,7 +223,7 @@ class _Logits:
 
 
 def _remembered(base: PreTrainedModel, model: Any, known: States) -> Model:  # noqa: ANN401 - with or without PEFT around it
-    """The logits of `model`, which is `base` tuned or not: it runs once for each row, however many backends compare."""
+    """The logits of `model`, which is `base` with or without an adapter; it runs once per row for all formats."""
     head: Any = base.get_output_embeddings()
     divisor = architectures.of_model_type(base.config.model_type).logits_divisor(base.config)
 
@@ -292,7 +237,7 @@ def _remembered(base: PreTrainedModel, model: Any, known: States) -> Model:  # n
 
 
 def _states(head: Any, model: Any, tokens: list[int]) -> Any:  # noqa: ANN401 - as above
-    """What the output layer reads for each token, float32 [tokens, width]; logits would take many times as much."""
+    """The inputs of the output layer for each token, float32 [tokens, width]; logits would need much more memory."""
     import torch  # noqa: PLC0415 - only where something is exported
 
     taken = []
@@ -307,7 +252,7 @@ def _states(head: Any, model: Any, tokens: list[int]) -> Any:  # noqa: ANN401 - 
             model(input_ids=torch.tensor([tokens]))
     finally:
         hook.remove()
-    # Trained positions stand in front of the tokens.
+    # The positions of a prefix come before the tokens.
     return taken[0][-len(tokens) :].clone()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .bundle import CLASSIFICATION, Manifest, read_manifest, verify_files
+from .bundle import Manifest, read_manifest, verify_files
 from .conversation import PROGRAM, Conversation, adapter_choice, show
 from .errors import CancelledError, EdgetuneError, NotFoundError, UsageError
 from .interrupts import end_on_interrupt
@@ -252,9 +252,6 @@ def _classify(options: argparse.Namespace) -> None:
 
 def _warm(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
-        if runtime.manifest.task == CLASSIFICATION:
-            message = f"bundle {runtime.manifest.name!r} only classifies text: it has no prompts to warm"
-            raise UsageError(message, "use classify")
         tokens = runtime.warm()
     if options.json:
         print(json.dumps(tokens, ensure_ascii=False))

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .bundle import AdapterEntry, Manifest, resolve, verify_files
 from .decoding.drafts import DraftTable, read_table
@@ -19,14 +18,12 @@ from .engines.base import Tokenizer
 from .errors import IncompatibleError, UsageError, VerificationError
 from .generation import Call, Carried
 from .opening import OpeningOptions, file_of, open_base
+from .serving.classifier import Classifier
 from .serving.context import Context, PromptJob
 from .serving.pool import Pool
 from .states.activation import join_spans
 from .states.cache import CALLS, common_prefix
 from .text.chat import Prompt, messages_for, render
-
-if TYPE_CHECKING:
-    from .engines.onnx.encoder import EncoderEngine
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,9 +36,7 @@ _PROBES = ("A", "7", "\n", "é", "(")
 class LoadedBundle:
     """The base and adapters of a `Runtime` and its sessions. Thread-safe."""
 
-    def __init__(
-        self, bundle: Path, manifest: Manifest, running: Pool | EncoderEngine, options: OpeningOptions
-    ) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, running: Pool | Classifier, options: OpeningOptions) -> None:
         self.bundle = bundle
         self.manifest = manifest
         self.options = options
@@ -53,8 +48,8 @@ class LoadedBundle:
         self._fixed: dict[tuple[int, str | None], list[int]] = {}
 
     @property
-    def encoder(self) -> EncoderEngine | None:
-        """The engine of a text-classification bundle; None for a text-generation bundle."""
+    def classifier(self) -> Classifier | None:
+        """The classifier of a text-classification bundle; None for a text-generation bundle."""
         return None if isinstance(self._running, Pool) else self._running
 
     def context(self, adapter: Adapters = None) -> tuple[Context, dict[str, float]]:
@@ -147,10 +142,7 @@ class LoadedBundle:
         if self.options.verify:
             verify_files(self.bundle, self.manifest, [file])
         path, fingerprint = resolve(self.bundle, file), self.manifest.base.fingerprint
-        if isinstance(self._running, Pool):
-            self._running.first.engine.load_adapter(entry.name, path, fingerprint, entry.invocation)
-        else:
-            self._running.load_adapter(entry.name, path, fingerprint, len(entry.labels))
+        self._running.load(entry, path, fingerprint)
 
     def clear(self) -> None:
         """Drop all sequences and cached states, except those on disk."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TypeVar
 
-from . import engines
-from .bundle import CLASSIFICATION, STATES_FOLDER, Manifest, resolve, verify_files
-from .engines.base import Engine, EngineClass
+from .bundle import STATES_FOLDER, Manifest, resolve, verify_files
+from .engines.base import Engine, EngineClass, LabelEngineClass
 from .errors import IncompatibleError, VerificationError
+from .serving.classifier import Classifier
 from .serving.context import Context, Shared
 from .serving.governor import Governor
 from .serving.pool import Pool
@@ -23,10 +23,9 @@ from .states.cache import StateCache
 from .states.prompts import PromptStates
 from .states.store import StateStore
 from .threads.machine import free_mb
-from .threads.priority import NORMAL, compute_thread
+from .threads.priority import NORMAL, ComputeThread, compute_thread
 
-if TYPE_CHECKING:
-    from .engines.onnx.encoder import EncoderEngine
+T = TypeVar("T")
 
 _M_MMAP_THRESHOLD = -3
 
@@ -40,7 +39,7 @@ class OpeningOptions:
     """How a bundle is opened; see `Runtime.open`."""
 
     engine: str
-    make: EngineClass | type[EncoderEngine]
+    make: EngineClass | LabelEngineClass
     context_length: int
     threads: int | None = None
     kv: str | None = None
@@ -56,15 +55,6 @@ class OpeningOptions:
     drafts: bool = True
 
 
-def engine_class(name: str, task: str) -> EngineClass | type[EncoderEngine]:
-    """What makes engines of this name, imported when it is needed; UsageError names those there are."""
-    if task == CLASSIFICATION:
-        from .engines.onnx.encoder import EncoderEngine  # noqa: PLC0415 - needs onnxruntime
-
-        return EncoderEngine
-    return engines.load(name)
-
-
 def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
     """The file for an engine; IncompatibleError where there is none."""
     if engine not in files:
@@ -73,7 +63,7 @@ def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
     return files[engine]
 
 
-def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions) -> Pool | EncoderEngine:
+def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions) -> Pool | Classifier:
     """Check and load the base, or a merged model, that the bundle has in `file`; errors as those of `Runtime.open`."""
     if options.map_large_blocks:
         _map_large_blocks()
@@ -95,19 +85,18 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptio
         message = f"a context of {options.context_length} tokens takes {needed_mb:.0f} MB, and {free:.0f} MB are free"
         raise IncompatibleError(message, "open the bundle with a shorter context")
     thread = compute_thread(options.priority)
-    if manifest.task == CLASSIFICATION:
-        encoder = cast("type[EncoderEngine]", make)
-        return encoder(path, context_length=options.context_length, threads=options.threads, thread=thread)
+    if not make.has_sequence:
+        plain = partial(make, path, context_length=options.context_length, threads=options.threads)
+        return Classifier(_loaded(plain, thread), thread)
     load = partial(
-        cast("EngineClass", make),
+        make,
         path,
         context_length=options.context_length,
         threads=options.threads,
         kv=options.kv,
         repack=options.repack,
     )
-    # Threads that the engine starts have the priority of the one that loads it.
-    running = load() if thread is None else thread.run(load)
+    running = _loaded(load, thread)
     kv_bytes = int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes)
     invocations = {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation}
     cache, prompts = StateCache(options.cache_mb), _prompts(bundle, manifest, running, options)
@@ -115,6 +104,11 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptio
     governor = Governor(running.threads, adjusts=running.adjusts_threads)
     shared = Shared(sha256, kv_bytes, cache, governor, invocations, prompts, exact=options.exact, thread=thread)
     return Pool(Context(running, shared), limit=limit, waiting=options.waiting)
+
+
+def _loaded(load: Callable[[], T], thread: ComputeThread | None) -> T:
+    """The engine; threads that it starts have the priority of the one that loads it."""
+    return load() if thread is None else thread.run(load)
 
 
 def _map_large_blocks() -> None:

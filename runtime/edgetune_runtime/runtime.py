@@ -10,13 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
+from . import engines
 from .bundle import read_manifest
 from .errors import UsageError
 from .generation import Answer, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
-from .opening import OpeningOptions, engine_class, file_of, open_base
+from .opening import OpeningOptions, file_of, open_base
 from .options import AnswerOptions, split_output
-from .scoring import label_scores, most_likely, window_loss
+from .scoring import most_likely, window_loss
 from .session import Session
 from .states.store import StateStore, default_folder
 from .text.chat import Prompt
@@ -105,9 +106,11 @@ class Runtime:
             message = f"contexts is {contexts} and waiting is {waiting}"
             raise UsageError(message, "give contexts of at least 1 and waiting of at least 0")
         engine = engine or next(iter(manifest.base.files), "gguf")
+        engines.check_name(engine)
+        file = file_of(manifest.base.files, engine, "the base")
         options = OpeningOptions(
             engine=engine,
-            make=engine_class(engine, manifest.task),
+            make=engines.load(engine, manifest.task),
             context_length=context_length or manifest.context_length,
             threads=manifest.threads if threads is None else threads,
             kv=kv,
@@ -122,7 +125,6 @@ class Runtime:
             map_large_blocks=map_large_blocks,
             drafts=drafts,
         )
-        file = file_of(manifest.base.files, engine, "the base")
         loaded = LoadedBundle(bundle, manifest, open_base(bundle, manifest, file, options), options)
         try:
             for entry in manifest.adapters.values():
@@ -194,8 +196,8 @@ class Runtime:
         All labels are scored in one pass that computes the prompt and the labels' common prefixes once. An encoder has
         only the labels of its one adapter; the probabilities are normalized over the given labels.
         """
-        scales, encoder = self._loaded.scales(adapter), self._loaded.encoder
-        if encoder is not None and len(scales) != 1:
+        scales, classifier = self._loaded.scales(adapter), self._loaded.classifier
+        if classifier is not None and len(scales) != 1:
             message = f"an encoder classifies with the labels of one adapter, not of {len(scales)}"
             raise UsageError(message, f"choose one of: {', '.join(self.adapters)}")
         if labels is None:
@@ -203,8 +205,9 @@ class Runtime:
             labels = self.manifest.adapter(first).labels if first else ()
         if not labels or len(set(labels)) != len(labels) or not all(labels):
             raise UsageError(f"cannot classify among {list(labels)}", "give labels that are unique and not empty")
-        if encoder is not None:
-            return most_likely(labels, label_scores(encoder, self.manifest, prompt, labels, scales))
+        if classifier is not None:
+            ((name, scale),) = scales.items()
+            return most_likely(labels, classifier.scores(prompt, labels, self.manifest.adapter(name), scale))
         call = self._loaded.call(prompt, adapter)
         with call.pool.lease(call.job) as context:
             tokenizer = context.engine.tokenizer
@@ -231,8 +234,12 @@ class Runtime:
     def warm(self, adapters: Sequence[Adapters] | None = None) -> dict[str, int]:
         """Compute the missing states of the fixed prompts of these adapters (default: the base and each adapter).
 
-        Returns the number of tokens of each state by name, without prompts that are too short for a state.
+        Returns the number of tokens of each state by name, without prompts that are too short for a state. UsageError
+        for a text-classification bundle.
         """
+        if self._loaded.classifier is not None:
+            message = f"bundle {self.manifest.name!r} only classifies text: it has no prompts to warm"
+            raise UsageError(message, "use classify")
         choices = [None, *self.adapters] if adapters is None else adapters
         tokens = {}
         for choice in choices:

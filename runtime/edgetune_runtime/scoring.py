@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .bundle import Manifest
 from .engines.base import Logits
-from .errors import UsageError
 from .serving.context import Context
-from .text.chat import Prompt
-
-if TYPE_CHECKING:
-    from .engines.onnx.encoder import EncoderEngine
 
 _ROWS = 64
 """Rows of logits per step; with a vocabulary of 150,000 a row takes 0.6 MB."""
@@ -25,19 +18,6 @@ def most_likely(labels: Sequence[str], scores: Sequence[float]) -> tuple[str, di
     weights = np.exp(np.asarray(scores, np.float64) - max(scores))
     probabilities = dict(zip(labels, (weights / weights.sum()).tolist(), strict=True))
     return max(probabilities, key=probabilities.__getitem__), probabilities
-
-
-def label_scores(
-    encoder: EncoderEngine, manifest: Manifest, prompt: Prompt, labels: Sequence[str], scales: Mapping[str, float]
-) -> list[float]:
-    """The logit of each label from the head of the one adapter in `scales`; UsageError for an unknown label."""
-    name, scale = next(iter(scales.items()))
-    known = manifest.adapter(name).labels
-    unknown = [label for label in labels if label not in known]
-    if unknown:
-        raise UsageError(f"adapter {name!r} has no label {unknown[0]!r}", f"choose one of: {', '.join(known)}")
-    logits = encoder.logits(encoder.tokens_of(prompt), name, scale)
-    return [float(logits[known.index(label)]) for label in labels]
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:

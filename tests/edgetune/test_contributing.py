@@ -24,9 +24,10 @@ FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```\n", PAGE, re.DO
 
 
 def written(name: str, folder: Path) -> Path:
-    """The example file whose path ends with `name`, in `folder`."""
+    """The example file whose path ends with `name`, in `folder`, under the last parts of that path."""
     (text,) = (text for path, text in FILES.items() if path.endswith(name))
-    path = folder / name
+    path = folder.joinpath(*Path(name).parts[-2:])
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -47,17 +48,9 @@ def test_the_method_is_found_trains_and_folds(
     assert all("lora_B" in name for name, p in trained.named_parameters() if p.requires_grad)
 
 
-def package(name: str, folder: Path) -> Path:
-    """The example module whose path ends with `name`, in a package named as its folder is."""
-    home = folder / Path(name).parent
-    home.mkdir()
-    (home / "__init__.py").touch()
-    return written(name, folder)
-
-
 def test_the_format_is_found_and_writes_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package("npz/backend.py", tmp_path)
-    written("npz/__init__.py", tmp_path)
+    written("npz/backend.py", tmp_path)
+    written("backends/npz/__init__.py", tmp_path)
     monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
     assert "npz" in backends.names()
     assert backends.format_of("npz").adapter_dtypes == ("f32",)
@@ -72,7 +65,8 @@ def test_the_format_is_found_and_writes_an_adapter(tmp_path: Path, monkeypatch: 
 
 
 def test_the_engine_is_found_and_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package("npz/engine.py", tmp_path)
+    written("npz/engine.py", tmp_path)
+    written("engines/npz/__init__.py", tmp_path)
     monkeypatch.setattr(engines, "__path__", [*engines.__path__, str(tmp_path)])
     engine = engines.load("npz")(tmp_path, context_length=16)
     engine.load_adapter("reply", tmp_path / "adapter.npz")

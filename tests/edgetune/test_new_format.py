@@ -17,7 +17,7 @@ from edgetune.recipe.model import Recipe
 FORMAT = """
 from edgetune_export.backends.format import Format
 
-FORMAT = Format(adapter_dtypes=("f32",), packages=("numpy",), base_factor=1.0)
+FORMAT = Format(adapter_dtypes=("f32",), base_factor=1.0)
 """
 # Whole copies of GGUF files under another name.
 BACKEND = """
@@ -28,6 +28,7 @@ from edgetune_export.backends.gguf import backend as gguf
 SHAPES = ("low_rank", "merged")
 ADAPTER_FILE = "adapter.toy"
 MODEL_FILE = "model.toy"
+PACKAGES = ("numpy",)
 write_adapter = gguf.write_adapter
 write_merged = gguf.write_merged
 quantization = gguf.quantization
@@ -36,6 +37,11 @@ quantization = gguf.quantization
 def write_base(source, folder, adapters):
     folder.mkdir(parents=True, exist_ok=True)
     return shutil.copyfile(source.path, folder / "base.toy")
+"""
+ENGINES = """
+from edgetune_runtime.bundle import GENERATION
+
+ENGINES = {GENERATION: "engine"}
 """
 ENGINE = """
 from edgetune_runtime.engines.gguf.engine import GgufEngine
@@ -54,7 +60,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a format whose backend and engine are in a temporary folder."""
     for package, files in (
         (backends, {"__init__.py": FORMAT, "backend.py": BACKEND}),
-        (engines, {"__init__.py": "", "engine.py": ENGINE}),
+        (engines, {"__init__.py": ENGINES, "engine.py": ENGINE}),
     ):
         folder = tmp_path / package.__name__ / "toy"
         folder.mkdir(parents=True)

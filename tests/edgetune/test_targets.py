@@ -13,8 +13,7 @@ from edgetune.targets import check_shapes, shapes_in
 
 def recipe_of(folder: Path, method: str, **spec: object) -> Recipe:
     """A recipe whose one adapter is tuned by `method`."""
-    own = {key: spec.pop(key) for key in ("task", "targets") if key in spec}
-    values = {"name": "tiny", "base": "base.gguf", "targets": ["gguf"], **own}
+    values = {"name": "tiny", "base": "base.gguf", "targets": spec.pop("targets", ["gguf"])}
     values["adapters"] = {"lights": {"data": {"train": "rows.jsonl"}, "method": method, **spec}}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -49,13 +48,6 @@ def test_a_pair_that_cannot_be_expressed_is_refused_with_the_adapter_and_a_way_o
     assert "gguf" in refused.value.message
     assert refused.value.remedy
     check_shapes(recipe_of(tmp_path, "bottleneck", targets=["onnx"]))
-
-
-def test_an_encoder_is_tuned_by_low_rank_methods_alone(tmp_path: Path) -> None:
-    for_encoders = {"task": "text-classification", "targets": ["onnx"]}
-    check_shapes(recipe_of(tmp_path, "lora", **for_encoders))
-    with pytest.raises(IncompatibleError, match="an encoder cannot be tuned by prefix"):
-        check_shapes(recipe_of(tmp_path, "prefix", **for_encoders))
 
 
 def test_a_scale_is_refused_where_there_is_nothing_to_scale(tmp_path: Path) -> None:

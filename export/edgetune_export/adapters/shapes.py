@@ -31,11 +31,20 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Head:
+    """The classification head of an encoder: `weight` [labels, hidden] and `bias` [labels]."""
+
+    weight: Floats
+    bias: Floats
+
+
+@dataclass(frozen=True)
 class LowRank:
     """A product B·A added to the weights of each module.
 
     With `invocation` tokens it acts only from their last occurrence in a sequence on (activated LoRA).
     `error` is the share of the trained change (Frobenius norm) that the product leaves out; 0 if it is exact.
+    `head` is the classification head of an encoder, trained with the product.
     """
 
     shape: ClassVar[str] = "low_rank"
@@ -44,6 +53,7 @@ class LowRank:
     modules: Mapping[str, Delta]
     invocation: tuple[int, ...] = ()
     error: float = 0.0
+    head: Head | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One folder per format, named after it: the package has its facts as FORMAT, and its module `backend` writes it."""
+"""One folder per format, named after it: FORMAT in the package has its facts, and names the module that writes it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pkgutil
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
+from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,10 +22,12 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg))
 
 
-def load(name: str) -> Backend:
-    """What writes a format, imported when it is needed; UsageError names the formats there are."""
-    _check(name)
-    return cast("Backend", import_module(f"{__name__}.{name}.backend"))
+def load(name: str, task: str = GENERATION) -> Backend:
+    """What writes a format for a task, imported when it is needed; UsageError names the formats there are."""
+    modules = format_of(name).tasks
+    if task not in modules:
+        raise UsageError(f"{name} holds no models for {task}", f"choose one of: {', '.join(of_task(task)) or 'none'}")
+    return cast("Backend", import_module(f"{__name__}.{name}.{modules[task]}"))
 
 
 def format_of(name: str) -> Format:

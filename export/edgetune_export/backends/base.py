@@ -40,12 +40,13 @@ class Backend(Protocol):
     """A module of this package, named after the format that it writes; the runtime's engine has the same name.
 
     `SHAPES` names the adapter shapes that it can express, `ADAPTER_FILE` and `MODEL_FILE` what an adapter and a merged
-    model are called in the adapter's folder.
+    model are called in the adapter's folder, `PACKAGES` what a manifest records the versions of.
     """
 
     SHAPES: tuple[str, ...]
     ADAPTER_FILE: str
     MODEL_FILE: str
+    PACKAGES: tuple[str, ...]
 
     def write_base(self, source: Source, folder: Path, adapters: Sequence[Adapter]) -> Path:
         """Write the base into `folder`, made for these adapters; returns the file that an engine opens."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from edgetune_runtime.bundle import GENERATION
 
@@ -15,7 +16,7 @@ class Format:
     """A format's facts.
 
     `adapter_dtypes` are the number formats of an adapter's file, the default first, and `dtype_key` is the recipe's key
-    for it; `packages` are those whose versions a manifest records; `tasks` what its models are for. `links_base` says
+    for it; `tasks` maps what its models are for to the module that writes them. `links_base` says
     that the base ships as the GGUF file that it is; `base_factor` and `adapter_factor` are the sizes of its files
     against those of GGUF with the same numbers, and `process_mb` (10^6 bytes) is what a process that writes it takes
     beyond the base in float32.
@@ -23,8 +24,7 @@ class Format:
 
     adapter_dtypes: tuple[str, ...] = ("f16", "q8_0", "f32")
     dtype_key: str = "dtype"
-    packages: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = (GENERATION,)
+    tasks: Mapping[str, str] = field(default_factory=lambda: {GENERATION: "backend"})
     links_base: bool = False
     base_factor: float = 1.0
     adapter_factor: float = 1.0

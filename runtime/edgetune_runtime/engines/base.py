@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.text.chat import Prompt
 
 Logits = NDArray[np.float32]
 
@@ -42,6 +43,13 @@ class Tokenizer(Protocol):
     @property
     def end_token(self) -> int:
         """The end-of-turn token, or the end-of-text token if there is none."""
+
+
+class TextTokenizer(Protocol):
+    """Text to token ids, with the special tokens that the model wants around them."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text`."""
 
 
 class Engine(Protocol):
@@ -141,13 +149,47 @@ class Engine(Protocol):
         """Free everything; a second call does nothing."""
 
 
+class LabelEngine(Protocol):
+    """One base whose adapters have labels: an answer is one forward pass, without a sequence. Thread-safe.
+
+    `context_length` is in tokens.
+    """
+
+    context_length: int
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The base's own tokenizer."""
+
+    def load_adapter(self, name: str, path: Path, fingerprint: str | None = None, labels: int | None = None) -> None:
+        """Check the adapter file, load it and keep it; a name already loaded is left as it is.
+
+        `labels` is the number of labels that it must have. VerificationError for a damaged file, IncompatibleError for
+        one of another base than that with `fingerprint`, if given.
+        """
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """Token ids of the prompt's text; UsageError when it does not fit in the context or is a conversation."""
+
+    def logits(self, tokens: Sequence[int], name: str, scale: float = 1.0) -> Logits:
+        """Logits of the adapter's labels, shape [labels], with `scale` times its update of the base."""
+
+    def pooled(self, tokens: Sequence[int]) -> Logits:
+        """The pooled last layer of the plain base, shape [hidden]."""
+
+    def close(self) -> None:
+        """Free everything after running calls end; a second call does nothing."""
+
+
 class EngineClass(Protocol):
     """The class of an engine: loads a base, or examines one without loading it.
 
-    `bytes_per_number` is the largest number of bytes per number in the KV cache. `KV` lists the data types that the
-    cache can have, the default first.
+    `has_sequence`: an engine has one sequence, for one call at a time, and so needs contexts. `bytes_per_number` is the
+    largest number of bytes per number in the KV cache. `KV` lists the data types that the cache can have, the default
+    first.
     """
 
+    has_sequence: Literal[True]
     bytes_per_number: float
     KV: tuple[str, ...]
 
@@ -164,6 +206,19 @@ class EngineClass(Protocol):
 
     def examine(self, path: Path, sha256: str) -> tuple[list[Path], str | None]:
         """All files of the base at `path`, which has the digest `sha256` and is listed first; and the fingerprint."""
+
+
+class LabelEngineClass(Protocol):
+    """As `EngineClass`, for engines without a sequence and a KV cache."""
+
+    has_sequence: Literal[False]
+    bytes_per_number: float
+
+    def __call__(self, path: Path, *, context_length: int, threads: int | None = None) -> LabelEngine:
+        """Load the base at `path`; `context_length` is in tokens."""
+
+    def examine(self, path: Path, sha256: str) -> tuple[list[Path], str | None]:
+        """As that of `EngineClass`."""
 
 
 def check_options(context_length: int, threads: int | None, batch: int) -> None:

@@ -6,7 +6,9 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import BusyError, UsageError
 from edgetune_runtime.states.cache import SavedState
@@ -82,6 +84,10 @@ class Pool:
     def keep(self, saved: SavedState, owner: str) -> None:
         """Cache a state for an owner."""
         self.first.shared.cache.put(saved, owner)
+
+    def load(self, entry: AdapterEntry, path: Path, fingerprint: str) -> None:
+        """Check an adapter's file and load it."""
+        self.first.engine.load_adapter(entry.name, path, fingerprint, entry.invocation)
 
     def drop_states(self, owner: str) -> None:
         """Drop the states of an owner, in contexts and in the cache."""

@@ -34,6 +34,15 @@ def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
     return messages
 
 
+def text_of(prompt: Prompt) -> str:
+    """The one text of a prompt; UsageError for a conversation, which an encoder does not read."""
+    messages = messages_for(prompt, None)
+    roles = [message["role"] for message in messages]
+    if roles != ["user"]:
+        raise UsageError(f"an encoder reads one text, not messages of: {', '.join(roles)}", "give the text alone")
+    return messages[0]["content"]
+
+
 def render(
     template: str | None, messages: Sequence[Message], *, add_generation_prompt: bool, bos: str = "", eos: str = ""
 ) -> str:

@@ -305,7 +305,7 @@ def test_the_command_line_validates_and_tells_what_fits_nowhere(
     assert (found["architecture"], found["adapters"]["place"]["labels"]) == ("bert", 3)
     for target in (built.recipe, built.bundle):
         assert main(["devices", "fit", str(target), "--device", "pi-4"]) == 2
-        assert "what an encoder takes on a board is not predicted" in capsys.readouterr().err
+        assert "there are no predictions for encoders on boards" in capsys.readouterr().err
 
 
 def test_a_build_that_was_stopped_goes_on_to_the_same_head(built: Built, tmp_path: Path) -> None:

@@ -89,5 +89,5 @@ def test_a_trial_tells_speed_and_time_and_leaves_nothing(tiny_gguf: Callable[[st
 
 def test_an_encoder_has_no_trial(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_encoder("bert"), task="text-classification", targets=["onnx"])
-    with pytest.raises(UsageError, match="--trial is for bases that write text"):
+    with pytest.raises(UsageError, match="--trial does not work for task text-classification"):
         trial.run(recipe, tmp_path / "home", Listening())

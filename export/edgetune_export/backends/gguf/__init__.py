@@ -2,4 +2,4 @@
 
 from edgetune_export.backends.format import Format
 
-FORMAT = Format(packages=("llama-cpp-python",), links_base=True)
+FORMAT = Format(links_base=True)

@@ -36,6 +36,7 @@ from .rounding import rounded
 SHAPES = ("low_rank", "prefix", "merged")
 ADAPTER_FILE = "adapter.gguf"
 MODEL_FILE = "model.gguf"
+PACKAGES = ("llama-cpp-python",)
 DTYPES = ("f32", "f16", "q8_0")
 
 _Q8_0_BLOCK = 32

@@ -8,8 +8,7 @@ FORMAT = Format(
     # onnxruntime-genai needs f32 adapters for a float32 graph.
     adapter_dtypes=("f32", "f16"),
     dtype_key="onnx_dtype",
-    packages=("onnxruntime", "onnxruntime-genai"),
-    tasks=(GENERATION, CLASSIFICATION),
+    tasks={GENERATION: "backend", CLASSIFICATION: "encoder"},
     # Block scales are separate tensors, and q, k and v share an adapter slot: measured on builds of 135M and 506M.
     base_factor=1.15,
     adapter_factor=1.25,

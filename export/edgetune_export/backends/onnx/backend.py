@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SHAPES = ("low_rank", "prefix", "tensors", "merged")
 ADAPTER_FILE = "adapter.onnx_adapter"
 MODEL_FILE = f"onnx/{GRAPH}"
+PACKAGES = ("onnxruntime", "onnxruntime-genai")
 
 _CONFIG = "genai_config.json"
 

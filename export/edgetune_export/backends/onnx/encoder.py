@@ -13,9 +13,9 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,31 +28,34 @@ from edgetune_runtime.formats.onnx_file import read_onnx
 from edgetune_runtime.wording import first_of
 from transformers import PreTrainedModel
 
-from edgetune_export.adapters.shapes import Floats, LowRank
+from edgetune_export.adapters.shapes import Floats, LowRank, Merged
+from edgetune_export.backends.base import Source
 
 from .adapter import write_tensors
 from .graph import GRAPH, Matrix, Projection, optional_input, replace_gather, replace_product, save_model
 from .slots import METADATA, add_slot, fill, slots_of
 from .weights import BLOCK, pack_floats
 
+SHAPES = ("low_rank",)
+ADAPTER_FILE = "adapter.onnx_adapter"
+MODEL_FILE = f"onnx/{GRAPH}"
+PACKAGES = ("onnxruntime",)
+
 # The first with an Attention operator, which leaves the fewest nodes.
 _OPSET = 23
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _NAMES = ("input_ids", "attention_mask")
+_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
-class EncoderSource:
-    """The encoder of a build: float32 in torch, the file of its tokenizer, its fingerprint and its longest text.
+class EncoderSource(Source):
+    """The encoder of a build: `path` is its weights file, beside its tokenizer's, and `model` has these in float32.
 
-    `work` is a folder for the plain graph, which is exported once a build.
+    `context_length` is its longest text in tokens. The plain graph, in `work`, is exported once a build.
     """
 
-    model: PreTrainedModel
-    tokenizer: Path
-    fingerprint: str
-    context_length: int
-    work: Path
+    context_length: int = field(kw_only=True)
 
 
 class _Pooled(torch.nn.Module):
@@ -73,20 +76,22 @@ def mean_pooled(last: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (last * weights).sum(1) / weights.sum(1)
 
 
-def write_encoder(source: EncoderSource, folder: Path, modules: Collection[str], *, int8: bool) -> Path:
-    """Write the encoder into `folder`, with slots for adapters of these modules and for a head; returns its graph.
+def write_base(source: EncoderSource, folder: Path, adapters: Sequence[LowRank]) -> Path:
+    """Write the encoder into `folder/onnx`, with slots for these adapters and for a head; returns its graph.
 
-    `int8` rounds the matrices to 8 bits. Raises IncompatibleError when the graph has no product for a module,
-    OutOfSpaceError when the disk is full.
+    Raises IncompatibleError when the graph has no product for a module, OutOfSpaceError when the disk is full.
     """
+    assert source.model is not None
+    out = folder / MODEL_FILE
+    modules = {module for adapter in adapters for module in adapter.modules}
     linear = {name: m for name, m in source.model.named_modules() if isinstance(m, torch.nn.Linear)}
     model = ir.load(_structure(source))
     products = _products(model.graph, linear)
-    missing = sorted(set(modules) - {product.name for product in products})
+    missing = sorted(modules - {product.name for product in products})
     if missing:
         message = f"the exported graph has no product of its own for {first_of(missing, 1)}"
         raise IncompatibleError(message, "leave it out of target_modules")
-    if int8:
+    if quantization(source) == "int8":
         products = _round(model.graph, linear, products)
     slots = {}
     for product in products:
@@ -98,25 +103,32 @@ def write_encoder(source: EncoderSource, folder: Path, modules: Collection[str],
     model.metadata_props[METADATA] = json.dumps(slots)
     model.metadata_props["edgetune.base_fingerprint"] = source.fingerprint
     model.metadata_props[CONTEXT_LENGTH] = str(source.context_length)
-    save_model(model, folder)
-    with raising_out_of_space(folder):
-        shutil.copyfile(source.tokenizer, folder / "tokenizer.json")
-    return folder / GRAPH
+    save_model(model, out.parent)
+    with raising_out_of_space(out):
+        shutil.copyfile(source.path.with_name(_TOKENIZER), out.with_name(_TOKENIZER))
+    return out
 
 
-def write_task(
-    adapter: LowRank, head: tuple[Floats, Floats], base: Path, out: Path, *, dtype: str, base_fingerprint: str
-) -> None:
-    """Write adapter and head (weight [labels, hidden], bias [labels]) as tensors for the slots of the graph `base`.
+def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f32", base_fingerprint: str) -> None:
+    """Write the adapter, with its head, as tensors for the slots of the graph `base`; `dtype` is f32 or f16.
 
-    `dtype` is f32 or f16. Raises IncompatibleError when the adapter does not fit the slots, OutOfSpaceError when the
-    disk is full.
+    Raises IncompatibleError when it does not fit the slots or has no head, OutOfSpaceError when the disk is full.
     """
+    if adapter.head is None:
+        raise IncompatibleError(f"adapter {adapter.name!r} has no head for labels", "train it for text-classification")
     tensors = fill(adapter, slots_of(read_onnx(base).metadata))
-    weight, bias = head
-    write_tensors(
-        {**tensors, HEAD_WEIGHT: weight.T, HEAD_BIAS: bias}, out, dtype=dtype, base_fingerprint=base_fingerprint
-    )
+    head = {HEAD_WEIGHT: adapter.head.weight.T, HEAD_BIAS: adapter.head.bias}
+    write_tensors({**tensors, **head}, out, dtype=dtype, base_fingerprint=base_fingerprint)
+
+
+def write_merged(merged: Merged, _source: EncoderSource, _out: Path) -> None:
+    """Refused: a merged encoder would need a graph per task."""
+    raise IncompatibleError(f"adapter {merged.name!r}: a merged encoder is not made", "leave merged out")
+
+
+def quantization(source: EncoderSource) -> str:
+    """How the graph's weights are rounded: int8, or f32 for not at all."""
+    return "f32" if source.weights.scheme == "fp32" else "int8"
 
 
 def _structure(source: EncoderSource) -> Path:
@@ -124,6 +136,7 @@ def _structure(source: EncoderSource) -> Path:
     out = source.work / "structure.onnx"
     if out.exists():
         return out
+    assert source.model is not None
     wrapped = _Pooled(source.model).eval()
     # Two rows of other lengths: an exporter takes a dimension of 1 for a fixed one.
     tokens, mask = torch.full((2, 6), 1), torch.ones((2, 6), dtype=torch.int64)

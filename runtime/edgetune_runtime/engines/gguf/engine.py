@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,7 @@ class GgufEngine:
     context is longer than the base was trained for.
     """
 
+    has_sequence: ClassVar[Literal[True]] = True
     KV: ClassVar[tuple[str, ...]] = ("f16", "q8_0")
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 1.5, 4: 1.9, 8: 2.9, 16: 4.6}
     bytes_per_number: ClassVar[float] = 2

@@ -1,1 +1,5 @@
-"""The engine for ONNX files, on onnxruntime."""
+"""The engines for ONNX files, on onnxruntime."""
+
+from edgetune_runtime.bundle import CLASSIFICATION, GENERATION
+
+ENGINES = {GENERATION: "engine", CLASSIFICATION: "encoder"}

@@ -6,10 +6,9 @@ is a set of inputs of a run, so switching is passing others, and several threads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +16,8 @@ from numpy.typing import NDArray
 from edgetune_runtime.engines.base import Logits, check_options
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
-from edgetune_runtime.text.chat import Message, messages_for
+from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
-from edgetune_runtime.threads.priority import ComputeThread
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 from .engine import model_version
@@ -34,7 +32,6 @@ CONTEXT_LENGTH = "edgetune.context_length"
 """Key of the graph's metadata: the tokens that the base was trained for."""
 
 Arrays = Mapping[str, NDArray[np.float32]]
-T = TypeVar("T")
 
 
 class EncoderTokenizer:
@@ -56,23 +53,20 @@ class EncoderEngine:
     """An ONNX encoder with its adapters. `path` is model.onnx; its folder holds the rest. Safe to use from threads.
 
     `context_length` is in tokens; `threads` defaults to the cores this process may use, at most 8. UsageError when one
-    is not positive, VerificationError for a graph that is no encoder's. All is computed on `thread`, if there is one.
+    is not positive, VerificationError for a graph that is no encoder's.
     """
 
-    bytes_per_number = 4
+    has_sequence: ClassVar[Literal[False]] = False
+    bytes_per_number: ClassVar[float] = 4
 
-    def __init__(
-        self, path: Path, *, context_length: int, threads: int | None = None, thread: ComputeThread | None = None
-    ) -> None:
+    def __init__(self, path: Path, *, context_length: int, threads: int | None = None) -> None:
         check_options(context_length, threads, 1)
         header = read_onnx(path)
         self._hidden = _hidden_size(header, path)
         self.context_length = min(context_length, _context_length(header, path))
         self._slots = slots_of(header)
         self.tokenizer = EncoderTokenizer(path.with_name("tokenizer.json"))
-        self._thread = thread
-        # Threads that onnxruntime starts have the priority of the one that opens the session.
-        self._session: Any = self._computed(partial(open_session, path, threads_for(threads)))
+        self._session: Any = open_session(path, threads_for(threads))
         self._adapters: dict[str, Arrays] = {}
 
     @staticmethod
@@ -100,7 +94,7 @@ class EncoderEngine:
             key: np.ascontiguousarray(array, np.float32) for key, array in {**arrays, **head}.items()
         }
 
-    def tokens_of(self, prompt: str | Sequence[Message]) -> list[int]:
+    def tokens_of(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt's text; UsageError when it does not fit in the context or is a conversation."""
         tokens = self.tokenizer.tokenize(text_of(prompt))
         if not 0 < len(tokens) <= self.context_length:
@@ -120,8 +114,6 @@ class EncoderEngine:
         """Free everything once running calls have ended; a second call does nothing."""
         self._session = None
         self._adapters = {}
-        if self._thread is not None:
-            self._thread.close()
 
     def _adapter(self, name: str) -> Arrays:
         if name not in self._adapters and self._session is not None:
@@ -135,20 +127,7 @@ class EncoderEngine:
             raise UsageError("the runtime is closed", "open the bundle again")
         ids = np.array([tokens], np.int64)
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), **adapter}
-        found = self._computed(partial(session.run, [output], inputs))[0]
-        return np.asarray(found[0], np.float32)
-
-    def _computed(self, compute: Callable[[], T]) -> T:
-        return compute() if self._thread is None else self._thread.run(compute)
-
-
-def text_of(prompt: str | Sequence[Message]) -> str:
-    """The one text of a prompt; UsageError for a conversation, which an encoder does not read."""
-    messages = messages_for(prompt, None)
-    roles = [message["role"] for message in messages]
-    if roles != ["user"]:
-        raise UsageError(f"an encoder reads one text, not messages of: {', '.join(roles)}", "give the text alone")
-    return messages[0]["content"]
+        return np.asarray(session.run([output], inputs)[0][0], np.float32)
 
 
 def _scaled(adapter: Arrays, scale: float) -> Arrays:
@@ -191,3 +170,7 @@ def _context_length(header: OnnxHeader, path: Path) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise VerificationError(f"{path} does not say how many tokens it was trained for", COPY_BUNDLE_AGAIN)
     return int(text)
+
+
+ENGINE = EncoderEngine
+"""What `Runtime.open` makes for bundles of text-classification."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,7 @@ class OnnxEngine:
     trained for.
     """
 
+    has_sequence: ClassVar[Literal[True]] = True
     KV: ClassVar[tuple[str, ...]] = ("f32",)
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 1.3, 4: 1.8, 8: 2.9, 16: 4.9}
     bytes_per_number: ClassVar[float] = 4

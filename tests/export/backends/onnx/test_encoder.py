@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import onnxruntime
 import pytest
 import torch
 from edgetune_export.adapters.fold import fold_peft
-from edgetune_export.backends.onnx.encoder import EncoderSource, mean_pooled, write_encoder, write_task
+from edgetune_export.adapters.shapes import Delta, Head, LowRank
+from edgetune_export.backends.base import Weights
+from edgetune_export.backends.onnx.encoder import EncoderSource, mean_pooled, write_adapter, write_base
 from edgetune_runtime.engines.onnx.ort import adapter_arrays
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.onnx_file import read_onnx, slots_of
@@ -35,8 +37,13 @@ class Task:
     """A random adapter and head, as PEFT saved them, with torch's logits for the rows."""
 
     folder: Path
-    head: tuple[np.ndarray, np.ndarray]
+    head: Head
     logits: np.ndarray
+
+    @property
+    def folded(self) -> LowRank:
+        """Both as they are exported."""
+        return replace(fold_peft(self.folder, self.folder.name), head=self.head)
 
 
 def make_task(base: Path, out: Path, options: dict[str, Any], labels: int) -> Task:
@@ -49,7 +56,16 @@ def make_task(base: Path, out: Path, options: dict[str, Any], labels: int) -> Ta
                 parameter.normal_(std=0.1)
         logits = logits_of(peft, head, ROWS, MASK).numpy()
     peft.save_pretrained(out)
-    return Task(out, (head.weight.detach().numpy(), head.bias.detach().numpy()), logits)
+    return Task(out, Head(head.weight.detach().numpy(), head.bias.detach().numpy()), logits)
+
+
+def changing(*modules: str) -> LowRank:
+    """An adapter of these modules, which makes slots for them."""
+    return LowRank("task", "lora", dict.fromkeys(modules, Delta(np.zeros((1, 1)), np.zeros((1, 1)))))
+
+
+def in_int8(source: EncoderSource) -> EncoderSource:
+    return replace(source, weights=Weights("int8"))
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +91,13 @@ def test_one_graph_answers_for_every_task_as_torch_does(
 ) -> None:
     source = encoder_source(arch)
     made = tasks(arch)
-    folded = [fold_peft(task.folder, task.folder.name) for task in made]
-    modules = {module for adapter in folded for module in adapter.modules}
-    graph = write_encoder(source, tmp_path, modules, int8=int8)
+    folded = [task.folded for task in made]
+    graph = write_base(in_int8(source) if int8 else source, tmp_path, folded)
     onnx.checker.check_model(str(graph))
-    assert slots_of(read_onnx(graph)).keys() == modules
+    assert slots_of(read_onnx(graph)).keys() == {module for adapter in folded for module in adapter.modules}
     for task, adapter in zip(made, folded, strict=True):
         out = tmp_path / f"{adapter.name}.onnx_adapter"
-        write_task(adapter, task.head, graph, out, dtype="f32", base_fingerprint=FINGERPRINT)
+        write_adapter(adapter, graph, out, base_fingerprint=FINGERPRINT)
         found = run(graph, adapter_arrays(out, "task")[0])
         assert found.shape == task.logits.shape
         assert np.abs(found - task.logits).max() < (0.05 if int8 else 1e-4)
@@ -91,7 +106,8 @@ def test_one_graph_answers_for_every_task_as_torch_does(
 
 def test_the_plain_graph_is_the_pooled_base_without_labels(encoder_source: Source, tmp_path: Path) -> None:
     source = encoder_source("bert")
-    graph = write_encoder(source, tmp_path, {"encoder.layer.0.attention.self.query"}, int8=False)
+    graph = write_base(source, tmp_path, [changing("encoder.layer.0.attention.self.query")])
+    assert source.model is not None
     with torch.no_grad():
         expected = mean_pooled(source.model(input_ids=ROWS, attention_mask=MASK).last_hidden_state, MASK).numpy()
     assert np.abs(run(graph, {}, "pooled") - expected).max() < 1e-5
@@ -100,7 +116,7 @@ def test_the_plain_graph_is_the_pooled_base_without_labels(encoder_source: Sourc
 
 def test_only_adapted_modules_get_a_slot(encoder_source: Source, tmp_path: Path) -> None:
     module = "encoder.layer.1.output.dense"
-    graph = write_encoder(encoder_source("bert"), tmp_path, {module}, int8=True)
+    graph = write_base(in_int8(encoder_source("bert")), tmp_path, [changing(module)])
     header = read_onnx(graph)
     assert slots_of(header) == {module: (128, 64)}
     assert json.loads(header.metadata["edgetune.slots"]) == {module: [[module, 128, 64]]}
@@ -108,14 +124,14 @@ def test_only_adapted_modules_get_a_slot(encoder_source: Source, tmp_path: Path)
 
 def test_a_module_that_the_graph_does_not_compute_is_named(encoder_source: Source, tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match=r"pooler\.dense"):
-        write_encoder(encoder_source("bert"), tmp_path, {"pooler.dense"}, int8=False)
+        write_base(encoder_source("bert"), tmp_path, [changing("pooler.dense")])
 
 
 def test_int8_takes_less_than_half_the_bytes(encoder_source: Source, tmp_path: Path) -> None:
     source = encoder_source("bert")
     sizes = []
-    for int8 in (False, True):
-        graph = write_encoder(source, tmp_path / str(int8), (), int8=int8)
+    for held in (source, in_int8(source)):
+        graph = write_base(held, tmp_path / held.weights.scheme, ())
         sizes.append(graph.with_name("model.onnx.data").stat().st_size)
     assert sizes[1] < 0.5 * sizes[0]
 
@@ -123,14 +139,20 @@ def test_int8_takes_less_than_half_the_bytes(encoder_source: Source, tmp_path: P
 def test_half_floats_halve_a_tasks_file(
     encoder_source: Source, tasks: Callable[[str], list[Task]], tmp_path: Path
 ) -> None:
-    task = tasks("bert")[0]
-    adapter = fold_peft(task.folder, "task")
-    graph = write_encoder(encoder_source("bert"), tmp_path, adapter.modules, int8=False)
+    adapter = tasks("bert")[0].folded
+    graph = write_base(encoder_source("bert"), tmp_path, [adapter])
     sizes = {}
     for dtype in ("f32", "f16"):
         out = tmp_path / f"{dtype}.onnx_adapter"
-        write_task(adapter, task.head, graph, out, dtype=dtype, base_fingerprint=FINGERPRINT)
+        write_adapter(adapter, graph, out, dtype=dtype, base_fingerprint=FINGERPRINT)
         sizes[dtype] = out.stat().st_size
     assert sizes["f16"] < 0.7 * sizes["f32"]
     with pytest.raises(UsageError, match="q4"):
-        write_task(adapter, task.head, graph, out, dtype="q4", base_fingerprint=FINGERPRINT)
+        write_adapter(adapter, graph, out, dtype="q4", base_fingerprint=FINGERPRINT)
+
+
+def test_an_adapter_without_a_head_is_refused(encoder_source: Source, tmp_path: Path) -> None:
+    adapter = changing("encoder.layer.1.output.dense")
+    graph = write_base(encoder_source("bert"), tmp_path, [adapter])
+    with pytest.raises(IncompatibleError, match="'task' has no head"):
+        write_adapter(adapter, graph, tmp_path / "task.onnx_adapter", base_fingerprint=FINGERPRINT)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgetune_export.adapters.shapes import Delta, LowRank
+from edgetune_export.adapters.shapes import Delta, Head, LowRank
 from edgetune_export.backends.onnx.adapter import write_tensors
-from edgetune_export.backends.onnx.encoder import EncoderSource, write_encoder, write_task
+from edgetune_export.backends.onnx.encoder import EncoderSource, write_adapter, write_base
 from edgetune_export.pack import pack
-from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
+from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError, engines
 from edgetune_runtime.bundle import CLASSIFICATION, AdapterEntry, BaseEntry, Manifest, read_manifest, sha256_of
 from edgetune_runtime.cli import main
+from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, EncoderEngine
 from edgetune_runtime.engines.onnx.ort import adapter_arrays
 from edgetune_runtime.measuring import loaded_bundle
@@ -36,13 +38,14 @@ def low_rank(name: str) -> LowRank:
         columns, rows = WIDTHS[module]
         a, b = random.normal(0, 0.5, (RANKS[name], columns)), random.normal(0, 0.5, (rows, RANKS[name]))
         modules[module] = Delta(a.astype(np.float32), b.astype(np.float32))
-    return LowRank(name, "lora", modules)
+    return LowRank(name, "lora", modules, head=head(name))
 
 
-def head(name: str) -> tuple[np.ndarray, np.ndarray]:
+def head(name: str) -> Head:
     random = np.random.default_rng(10 + RANKS[name])
     labels = len(LABELS[name])
-    return random.normal(0, 0.5, (labels, 64)).astype(np.float32), random.normal(0, 1, labels).astype(np.float32)
+    weight, bias = random.normal(0, 0.5, (labels, 64)), random.normal(0, 1, labels)
+    return Head(weight.astype(np.float32), bias.astype(np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +53,17 @@ def bundle(encoder_source: Callable[[str], EncoderSource], tmp_path_factory: pyt
     """A bundle of a tiny BERT with two tasks. Copy it before changing it."""
     work = tmp_path_factory.mktemp("encoder")
     source = encoder_source("bert")
-    graph = write_encoder(source, work / "base/onnx", MODULES, int8=False)
+    graph = write_base(source, work / "base", [low_rank(name) for name in LABELS])
     entries = {}
     for name, labels in LABELS.items():
         file = f"adapters/{name}/adapter.onnx_adapter"
-        write_task(low_rank(name), head(name), graph, work / file, dtype="f32", base_fingerprint=FINGERPRINT)
+        write_adapter(low_rank(name), graph, work / file, base_fingerprint=FINGERPRINT)
         entries[name] = AdapterEntry(
             name, "lora", {"onnx": "low_rank"}, {"onnx": file}, FINGERPRINT, metric="label", labels=labels
         )
     files = {"onnx": "base/onnx/model.onnx"}
-    base = BaseEntry("tiny", FINGERPRINT, "bert", "f32", 1, 64, 2, 0, sha256_of(source.tokenizer), "", files)
+    tokenizer = sha256_of(source.path.with_name("tokenizer.json"))
+    base = BaseEntry("tiny", FINGERPRINT, "bert", "f32", 1, 64, 2, 0, tokenizer, "", files)
     manifest = Manifest("home", base, entries, {}, context_length=32, task=CLASSIFICATION)
     return pack(work, work / "home", manifest)
 
@@ -68,6 +72,12 @@ def bundle(encoder_source: Callable[[str], EncoderSource], tmp_path_factory: pyt
 def runtime(bundle: Path) -> Iterator[Runtime]:
     with Runtime.open(bundle) as opened:
         yield opened
+
+
+def engine_of(runtime: Runtime) -> LabelEngine:
+    classifier = loaded_bundle(runtime).classifier
+    assert classifier is not None
+    return classifier.engine
 
 
 def copy_with(bundle: Path, out: Path, change: Callable[[Path], None]) -> Path:
@@ -104,11 +114,9 @@ def test_some_of_the_labels_share_all_the_probability(runtime: Runtime) -> None:
 
 
 def test_a_scale_weighs_the_adapters_update_alone(runtime: Runtime) -> None:
-    plain = loaded_bundle(runtime).encoder
-    assert plain is not None
+    plain = engine_of(runtime)
     tokens = plain.tokens_of(TEXT)
-    weight, bias = head("place")
-    expected = weight @ plain.pooled(tokens) + bias
+    expected = head("place").weight @ plain.pooled(tokens) + head("place").bias
     assert plain.logits(tokens, "place", 0.0) == pytest.approx(expected, abs=1e-4)
     whole, half = runtime.classify(TEXT, adapter={"place": 1.0}), runtime.classify(TEXT, adapter={"place": 0.5})
     assert whole == runtime.classify(TEXT, adapter="place")
@@ -123,16 +131,25 @@ def test_threads_with_other_tasks_do_not_disturb_each_other(runtime: Runtime) ->
     assert found == [expected[name] for name in names]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities need Linux")
+def test_answers_on_a_thread_of_low_priority_are_the_same(runtime: Runtime, bundle: Path) -> None:
+    expected = runtime.classify(TEXT, adapter="place")
+    polite = Runtime.open(bundle, priority="low")
+    assert polite.classify(TEXT, adapter="place") == expected
+    polite.close()
+    with pytest.raises(UsageError, match="the runtime is closed"):
+        polite.classify(TEXT, adapter="place")
+
+
 def test_a_message_of_the_user_is_the_same_as_its_text(runtime: Runtime) -> None:
     messages = [{"role": "user", "content": TEXT}]
     assert runtime.classify(messages, adapter="place") == runtime.classify(TEXT, adapter="place")
 
 
 def test_texts_are_neither_cut_nor_padded_to_what_the_tokenizer_file_says(runtime: Runtime) -> None:
-    assert loaded_bundle(runtime).encoder is not None
     # The file cuts and pads to 8.
-    assert len(loaded_bundle(runtime).encoder.tokens_of("lamp")) == 3
-    assert len(loaded_bundle(runtime).encoder.tokens_of("lamp " * 20)) == 22
+    assert len(engine_of(runtime).tokens_of("lamp")) == 3
+    assert len(engine_of(runtime).tokens_of("lamp " * 20)) == 22
 
 
 @pytest.mark.parametrize(
@@ -181,6 +198,10 @@ def test_a_closed_runtime_says_so(bundle: Path) -> None:
 def test_other_engines_are_refused(bundle: Path) -> None:
     with pytest.raises(IncompatibleError, match="no file for engine 'gguf'; use one of: onnx"):
         Runtime.open(bundle, engine="gguf")
+    with pytest.raises(UsageError, match="no engine 'spark'; choose one of: gguf, onnx"):
+        Runtime.open(bundle, engine="spark")
+    with pytest.raises(IncompatibleError, match="engine 'gguf' does not run text-classification; use it for: text-gen"):
+        engines.load("gguf", CLASSIFICATION)
 
 
 @pytest.mark.parametrize("name", ["base/onnx/model.onnx.data", "base/onnx/tokenizer.json", "adapters/power/adapter"])
@@ -198,9 +219,7 @@ def test_a_graph_of_other_weights_is_refused(
     bundle: Path, tmp_path: Path, encoder_source: Callable[[str], EncoderSource]
 ) -> None:
     other = replace(encoder_source("bert"), fingerprint="cd" * 32)
-    changed = copy_with(
-        bundle, tmp_path, lambda copy: write_encoder(other, copy / "base/onnx", MODULES, int8=False) and None
-    )
+    changed = copy_with(bundle, tmp_path, lambda copy: write_base(other, copy / "base", [low_rank("place")]) and None)
     with pytest.raises(VerificationError, match="not the base that the adapters were made for"):
         Runtime.open(changed)
 
@@ -263,3 +282,5 @@ def test_the_command_line_classifies_and_refuses_the_rest(bundle: Path, capsys: 
     for command in (["generate", *arguments, "--prompt", TEXT], ["chat", str(bundle)], ["bench", str(bundle)]):
         assert main(command) == 2
         assert capsys.readouterr().err.count("use classify\n") == 1
+    assert main(["warm", str(bundle)]) == 2
+    assert "only classifies text: it has no prompts to warm; use classify" in capsys.readouterr().err

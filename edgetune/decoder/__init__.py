@@ -1,0 +1,1 @@
+"""Decoders: bases that generate text."""

@@ -1,0 +1,148 @@
+"""Prepares a build with a decoder: converts and quantizes the base, continues its pretraining, chooses modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edgetune_export import architectures
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.formats.gguf_file import GgufHeader
+
+from edgetune import bases, methods, plan
+from edgetune import needs as build_needs
+from edgetune.bases import Base, base_context_length, check_context
+from edgetune.digests import key_of
+from edgetune.domain import continued as domain
+from edgetune.domain.texts import Texts, read_texts
+from edgetune.methods.lora import LoraOptions
+from edgetune.objectives.example import Example
+from edgetune.placement import choose as placement
+from edgetune.prepared import PlannedTraining, Prepared
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.tasks import Task
+from edgetune.training.job import TrainingJob
+from edgetune.training.jobs import train_all
+from edgetune.training.loop import processes
+
+
+def prepare(
+    recipe: Recipe, tasks: Sequence[Task], out: Path, progress: Progress, converter: Path | None
+) -> Prepared[Base]:
+    """Everything before the training of the adapters; intermediate files are in `<out>.work`.
+
+    Errors show as early as possible: if this machine cannot build `out`, or the board cannot run it.
+    """
+    work = out.with_name(f"{out.name}.work")
+    header = build_needs.header_of(recipe)
+    _say_needs(recipe, tasks, header, out, progress)
+    texts = read_texts(recipe)
+    with processes().main_process_first():
+        base, recipe = resolve(recipe, work, progress, converter)
+    if header is None:
+        _say_needs(recipe, tasks, base.header, out, progress)
+    if texts is not None:
+        # Report errors in the adapters' rows before hours of training.
+        plan_trainings(tasks, base, recipe.context_length, Progress(quiet=True))
+        base = _continued(recipe, texts, base, work, progress)
+    trainings = plan_trainings(tasks, base, recipe.context_length, progress)
+    placed = [_placed(item, base, recipe, work, progress) for item in trainings]
+    adapters = {item.task.name: item.task.spec for item in placed}
+    plot = {"plot": str(work / domain.NAME / "training.png")} if base.domain else {}
+    return Prepared(base, recipe.model_copy(update={"adapters": adapters}), placed, {**base.domain, **plot})
+
+
+def resolve(recipe: Recipe, work: Path, progress: Progress, converter: Path | None) -> tuple[Base, Recipe]:
+    """The base, and the recipe with the choices for its board; IncompatibleError if the board is too small."""
+
+    def base_in(quantize: str | None) -> Base:
+        return bases.resolve(
+            recipe.base,
+            folder=recipe.folder,
+            quantize=quantize,
+            work=work / "base",
+            progress=progress,
+            converter=converter,
+        )
+
+    base = base_in(recipe.quantize)
+    architectures.of(base.header).check_formats(recipe.targets)
+    most = base_context_length(base.header)
+    check_context(recipe, most)
+    picked: dict[str, Any] = {"context_length": recipe.context_length}
+    choice = plan.choose_for(recipe, base.header, requantize=bases.requantizes(recipe))
+    if choice is not None:
+        progress.say(f"{recipe.device}: {choice.reason}")
+        picked = {"threads": choice.threads, "context_length": choice.context_length}
+        if choice.quantize not in {None, recipe.quantize or bases.DEFAULT_QUANTIZATION}:
+            picked["quantize"] = choice.quantize
+            base = base_in(choice.quantize)
+    # The default may be more than the base supports.
+    picked["context_length"] = min(picked["context_length"], most)
+    return base, recipe.model_copy(update=picked)
+
+
+def plan_trainings(tasks: Sequence[Task], base: Base, context_length: int, progress: Progress) -> list[PlannedTraining]:
+    """A training job per task, tokenized for the base; reports rows that are too long."""
+    todo = []
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        for task in tasks:
+            kind = methods.load(task.spec.method.name)
+            room = context_length - kind.prefix_tokens(task.spec.method.options)
+            training, validation, too_long = task.tokenize(tokenizer, room)
+            if too_long.count:
+                where = ", ".join(too_long.examples)
+                progress.say(f"{task.name}: {too_long.count} rows are longer than {room} tokens: {where} …")
+            rows = (*training, *validation)
+            options = kind.prepared(task.spec.method.options, tokenizer, rows)
+            method = task.spec.method.model_copy(update={"options": options})
+            task = replace(task, spec=task.spec.model_copy(update={"method": method}))  # noqa: PLW2901 - now complete
+            key = _key(task, base, rows)
+            objective = kind.objective(options)
+            job = TrainingJob(task.name, kind, options, task.training, training, validation, key, objective)
+            todo.append(PlannedTraining(task, job, too_long))
+    return todo
+
+
+def _say_needs(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader | None, out: Path, progress: Progress) -> None:
+    """Report the memory and disk space that the build needs; raise an error if this machine has too little."""
+    needs = build_needs.told(recipe, tasks, header, out)
+    if needs is None:
+        return
+    progress.say(f"needs {needs['summary']}")
+    for warning in needs["warnings"]:
+        progress.say(f"warning: {warning}")
+
+
+def _continued(recipe: Recipe, texts: Texts, base: Base, work: Path, progress: Progress) -> Base:
+    """The base after continued pretraining on the recipe's domain; see `domain.continued`."""
+    load = partial(bases.load_torch, base)
+    trainer = partial(train_all, base=base.name, load=load, work=work, progress=progress)
+    return domain.continued(recipe, texts, base, work, train_all=trainer, progress=progress)
+
+
+def _placed(item: PlannedTraining, base: Base, recipe: Recipe, work: Path, progress: Progress) -> PlannedTraining:
+    """The same with modules and rank chosen, if the recipe has `target_modules: auto`."""
+    options, spec, folder = item.job.options, item.task.spec, work / "placement"
+    if not isinstance(options, LoraOptions) or not options.is_auto:
+        return item
+    load = partial(bases.load_torch, base)
+    trials = partial(train_all, base=base.name, load=load, work=folder, progress=progress, plots=False)
+    choice = placement.choose(item.job, spec, base, recipe, folder=folder, train_all=trials, progress=progress)
+    chosen = options.placed(choice.chosen.placement.modules, choice.chosen.placement.rank)
+    method = spec.method.model_copy(update={"options": chosen})
+    task = replace(item.task, spec=spec.model_copy(update={"method": method}))
+    key = _key(task, base, (*item.job.train, *item.job.validation))
+    job = replace(item.job, options=chosen, key=key)
+    return replace(item, task=task, job=job, choices={"placement": choice.to_json()})
+
+
+def _key(task: Task, base: Base, examples: Sequence[Example]) -> str:
+    options = task.spec.method.model_dump(mode="json")
+    state = [base.fingerprint, options, task.training.model_dump(mode="json")]
+    return key_of(state, ((example.tokens, example.learned) for example in examples))

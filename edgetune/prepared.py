@@ -1,0 +1,72 @@
+"""A prepared build: the base, the resolved recipe, and a training job per adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from edgetune_export import backends
+
+from .data import TooLong
+from .recipe.model import Recipe
+from .shipping.exported import BuildBase, TrainedAdapter
+from .tasks import Task
+
+if TYPE_CHECKING:
+    from .training.job import TrainingJob, TrainResult
+
+B = TypeVar("B", bound=BuildBase)
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """A task, its training job, and the rows left out; `choices` are figures of settings chosen by the build."""
+
+    task: Task
+    job: TrainingJob[Any]
+    too_long: TooLong
+    choices: Mapping[str, Any] = field(default_factory=dict)
+
+    def figures(self, result: TrainResult) -> dict[str, Any]:
+        """The figures of the result and of the choices, as JSON values."""
+        return {**result.figures(), **self.choices}
+
+    def trained(
+        self,
+        result: TrainResult,
+        work: Path,
+        probes: Sequence[Sequence[int]],
+        *,
+        prompt_lengths: Sequence[int] = (),
+        texts: Sequence[str] = (),
+    ) -> TrainedAdapter:
+        """The adapter trained in `work`; the parity check uses `probes` and `texts`."""
+        spec = self.task.spec
+        return TrainedAdapter(
+            name=self.job.name,
+            folder=work / self.job.name / "adapter",
+            method=spec.method.name,
+            options=spec.method.options,
+            probes=probes,
+            prompt_lengths=prompt_lengths,
+            scale=spec.scale,
+            system=spec.system,
+            metric=self.task.metric,
+            labels=self.task.labels,
+            merged=spec.merged,
+            dtypes={target: spec.dtype_in(target) for target in backends.names()},
+            training=self.figures(result),
+            texts=texts,
+        )
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[B]):
+    """The base, the recipe with all choices, and the trainings; `domain` has the figures of continued pretraining."""
+
+    base: B
+    recipe: Recipe
+    trainings: Sequence[PlannedTraining]
+    domain: Mapping[str, Any] = field(default_factory=dict)

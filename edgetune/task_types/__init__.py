@@ -1,0 +1,28 @@
+"""Facts of tasks: one file per task that a recipe can name, with its TASK_TYPE."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+
+from edgetune_runtime.bundle import GENERATION
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.wording import suggestion
+
+from .base import TaskType
+
+__all__ = ["TaskType", "load", "names"]
+
+
+def names() -> list[str]:
+    """The names of all tasks, from the files of this package, the default first."""
+    found = {module.name for module in pkgutil.iter_modules(__path__)} - {"base"}
+    return sorted((name.replace("_", "-") for name in found), key=lambda task: (task != GENERATION, task))
+
+
+def load(task: str) -> TaskType:
+    """The facts of a task; UsageError for an unknown task."""
+    if task not in names():
+        raise UsageError(f"no task {task!r}", suggestion(task, names()))
+    found: TaskType = import_module(f"{__name__}.{task.replace('-', '_')}").TASK_TYPE
+    return found

@@ -1,0 +1,5 @@
+"""Text generation with decoders."""
+
+from .base import TaskType
+
+TASK_TYPE = TaskType()

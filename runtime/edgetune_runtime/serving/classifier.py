@@ -1,0 +1,46 @@
+"""Scores of labels for a prompt, from an engine without a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from edgetune_runtime.bundle import AdapterEntry
+from edgetune_runtime.engines.base import LabelEngine
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.text.chat import Prompt
+from edgetune_runtime.threads.priority import ComputeThread
+
+
+class Classifier:
+    """An engine without a sequence, computing on `thread` if there is one, else on the caller's thread. Thread-safe.
+
+    It needs no contexts: an adapter is an argument of a call, so nothing is switched.
+    """
+
+    def __init__(self, engine: LabelEngine, thread: ComputeThread | None) -> None:
+        self.engine = engine
+        self._thread = thread
+
+    def load(self, entry: AdapterEntry, path: Path, fingerprint: str) -> None:
+        """Check the adapter's file, which must have a head for its labels, and load it."""
+        self.engine.load_adapter(entry.name, path, fingerprint, len(entry.labels))
+
+    def scores(self, prompt: Prompt, labels: Sequence[str], entry: AdapterEntry, scale: float) -> list[float]:
+        """The logit of each label from the adapter's head; UsageError for an unknown label."""
+        unknown = [label for label in labels if label not in entry.labels]
+        if unknown:
+            known = ", ".join(entry.labels)
+            raise UsageError(f"adapter {entry.name!r} has no label {unknown[0]!r}", f"choose one of: {known}")
+        compute = partial(self.engine.logits, self.engine.tokens_of(prompt), entry.name, scale)
+        thread = self._thread
+        logits = compute() if thread is None else thread.run(compute)
+        return [float(logits[entry.labels.index(label)]) for label in labels]
+
+    def close(self) -> None:
+        """Free everything after running calls end; a second call does nothing, others raise UsageError."""
+        self.engine.close()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.close()
