@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from edgetune_export import backends
+from edgetune_runtime.decoding.drafts import DraftTable
+from edgetune_runtime.decoding.output import OutputSpec
 
 from .data import TooLong
 from .recipe.model import Recipe
@@ -22,12 +24,17 @@ B = TypeVar("B", bound=BuildBase)
 
 @dataclass(frozen=True)
 class PlannedTraining:
-    """A task, its training job, and the rows left out; `choices` are figures of settings chosen by the build."""
+    """A task, its training job, and the rows left out; `choices` are figures of settings chosen by the build.
+
+    `output` constrains the adapter's answers, and `draft` is its draft table.
+    """
 
     task: Task
     job: TrainingJob[Any]
     too_long: TooLong
     choices: Mapping[str, Any] = field(default_factory=dict)
+    output: OutputSpec | None = None
+    draft: DraftTable | None = None
 
     def figures(self, result: TrainResult) -> dict[str, Any]:
         """The figures of the result and of the choices, as JSON values."""
@@ -59,6 +66,8 @@ class PlannedTraining:
             dtypes={target: spec.dtype_in(target) for target in backends.names()},
             training=self.figures(result),
             texts=texts,
+            output=self.output,
+            draft=self.draft,
         )
 
 

@@ -33,7 +33,7 @@ class OutputOption(BaseModel):
         if not isinstance(value, dict):
             raise ValueError(f"{value!r} is not an output constraint; {_REMEDY}")
         folder: Path = (info.context or {}).get("folder", Path())
-        given = {key: _read(key, content, folder) for key, content in value.items()}
+        given: dict[str, Any] = {key: _read(key, content, folder) for key, content in value.items()}
         unknown = sorted(given.keys() - {*KINDS, "spacing"})
         if unknown:
             raise ValueError(f"there is no key {unknown[0]!r} here; {_REMEDY}")

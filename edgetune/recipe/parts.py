@@ -31,6 +31,7 @@ from edgetune import methods, task_types
 from edgetune.methods.lora import LoraOptions
 from edgetune.task_types import TaskType
 
+from .output import OutputOption
 from .problems import other_names, shown
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -218,6 +219,12 @@ class AdapterSpec(RecipePart):
     """The possible answers of a classification task. null: taken from the training rows if the metric is label."""
     metric: Metric = "auto"
     """How answers are scored. auto: chosen by the form of the rows."""
+    output: OutputOption | None = None
+    """Output constraint of the answers: auto (inferred from the training rows), or a mapping with `schema` (a JSON
+    schema or a file), `choices` (a list of texts), `regex`, or `grammar` (Lark or a .lark file), and for a schema
+    `spacing` (spaced, compact or any)."""
+    draft: bool = True
+    """Ship a draft table, made from the training rows, with which several tokens are decoded per step."""
     method: MethodSpec = Field(default_factory=lambda: MethodSpec.model_validate("lora"))
     """The tuning method: its name, or a mapping of `name` and options."""
     scale: float = 1.0
@@ -260,6 +267,7 @@ class AdapterSpec(RecipePart):
             "system": self.system is not None,
             "metric": self.metric not in ("auto", task_type.metric),
             "target_modules": self.method.is_auto,
+            "output": self.output is not None,
         }
         refused = task_type.refused_adapter_keys
         return [refused[key].format(value=self.metric) for key, is_set in asked.items() if is_set and key in refused]

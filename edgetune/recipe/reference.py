@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from edgetune import methods
 
 from .model import Recipe
+from .output import OutputOption
 from .parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, OnnxSpec, Target, TextSpec, TrainingSpec
 from .problems import other_names
 
@@ -113,7 +114,7 @@ def _values(annotation: Any) -> str:  # noqa: ANN401 - annotations have no commo
         inner = _values(parts[1] if origin is dict else parts[0])
         return WORDS[origin] + (inner if origin is Annotated else PLURALS.get(inner, inner))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "keys, see below"
+        return "`auto`, keys" if annotation is OutputOption else "keys, see below"
     return WORDS[annotation]
 
 

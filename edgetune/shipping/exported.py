@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetune_export import backends
 from edgetune_export.backends.base import Weights
+from edgetune_runtime.decoding.drafts import DraftTable
+from edgetune_runtime.decoding.output import OutputSpec
 
 from edgetune import methods
 
@@ -54,7 +56,8 @@ class TrainedAdapter:
     """A trained adapter to export.
 
     `folder` is what `method` wrote. `probes` are token rows for the parity check; the first of them, up to their
-    `prompt_lengths`, are also answered. `texts` are texts of the task for comparing tokenizers.
+    `prompt_lengths`, are also answered. `texts` are texts of the task for comparing tokenizers. `output` constrains the
+    adapter's answers, and `draft` is its draft table.
     """
 
     name: str
@@ -71,6 +74,8 @@ class TrainedAdapter:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     texts: Sequence[str] = ()
+    output: OutputSpec | None = None
+    draft: DraftTable | None = None
 
     def dtype_in(self, target: str) -> str:
         """The data type of the adapter's file in a format, by default the format's default."""

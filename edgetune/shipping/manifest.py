@@ -46,6 +46,7 @@ def adapter_entry(
     *,
     fingerprint: str,
     stage: Path,
+    draft: Path | None = None,
 ) -> AdapterEntry:
     """The entry of an adapter whose files are in `stage`; `folded` are its shapes, except a merged model."""
     written = {export.backend: export.adapters[adapter.name] for export in exports}
@@ -63,6 +64,8 @@ def adapter_entry(
         system=adapter.system,
         metric=adapter.metric,
         labels=adapter.labels,
+        output=None if adapter.output is None else adapter.output.to_json(),
+        draft=None if draft is None else draft.relative_to(stage).as_posix(),
         parity={target: found[adapter.name] for target, found in checked.adapters.items()},
         training=adapter.training,
     )

@@ -20,6 +20,7 @@ from edgetune_export.merged import source_of_merged
 from edgetune_export.pack import pack
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, BaseEntry, Manifest
+from edgetune_runtime.decoding.drafts import DRAFT_FILE, write_table
 
 from edgetune.progress import Progress
 from edgetune.targets import shapes_in
@@ -183,12 +184,20 @@ class _Stage:
         shipped: dict[str, ShippedAdapter] = {}
         for adapter in self.adapters:
             folded = [item for (name, _), item in self.folded.items() if name == adapter.name]
+            draft = self._write_draft(adapter)
             entry = adapter_entry(
-                adapter, folded, exports, checked, fingerprint=self.source.fingerprint, stage=self.work
+                adapter, folded, exports, checked, fingerprint=self.source.fingerprint, stage=self.work, draft=draft
             )
             size = sum(path.stat().st_size for path in self._folder(adapter).rglob("*") if path.is_file())
             shipped[adapter.name] = ShippedAdapter(entry, size)
         return shipped
+
+    def _write_draft(self, adapter: TrainedAdapter) -> Path | None:
+        if adapter.draft is None:
+            return None
+        path = self._folder(adapter) / DRAFT_FILE
+        write_table(path, adapter.draft)
+        return path
 
     def name_of(self, path: Path) -> str:
         """The name of a staged file in the bundle."""

@@ -17,6 +17,7 @@ TASK_TYPE = TaskType(
     refused_adapter_keys={
         "merged": "merged: true does not work for an encoder; remove merged",
         "system": "an encoder has no system prompt; remove system",
+        "output": "an encoder does not generate text; remove output",
         "metric": "metric {value} does not work for an encoder; use label",
         "target_modules": "target_modules: auto does not work for an encoder; name the modules",
     },

@@ -23,6 +23,7 @@ from edgetune.bases import Base
 from edgetune.pipeline import build, export_trained
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.output import OutputOption
 from edgetune.result import BuildResult
 
 QUIET = Progress(quiet=True)
@@ -300,3 +301,25 @@ def test_an_export_maps_the_base_where_memory_is_short(
     assert said == [[], ["mapping the base's weights from the disk, as 600 MB of memory are free"]]
     one, other = (read_manifest(tmp_path / f"bundle-{mb}") for mb in (8000, 600))
     assert one.files == other.files
+
+
+def test_a_bundle_has_the_output_constraint_and_the_draft_table_of_its_task(
+    tiny_base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_base("llama").path, ("plain",))
+    rows = [
+        {"prompt": question, "completion": {"set": "red", "to": number}} for number, question in enumerate(QUESTIONS)
+    ]
+    (tmp_path / "plain.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    plain = recipe.adapters["plain"].model_copy(update={"output": OutputOption.model_validate("auto")})
+    built = build(recipe.model_copy(update={"adapters": {"plain": plain}}), tmp_path / "home", progress=QUIET)
+    assert built is not None
+    assert built.adapters["plain"]["draft_tokens_per_step"] > 1.1
+    entry = read_manifest(tmp_path / "home").adapter("plain")
+    assert entry.draft == "adapters/plain/draft.bin"
+    assert entry.output is not None
+    assert entry.output["schema"]["properties"] == {"set": {"enum": ["red"]}, "to": {"type": "integer"}}
+    with Runtime.open(tmp_path / "home") as runtime:
+        answer = runtime.generate(QUESTIONS[0], adapter="plain", max_tokens=60)
+        assert answer.text.startswith('{"set": "red", "to": ')
+        assert answer.timings.forced > 0

@@ -16,6 +16,7 @@ from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.checked_file import read_checked, write_checked
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
+DRAFT_FILE = "draft.bin"
 KIND = "edgetune_draft"
 LONGEST_CONTEXT = 6
 """Tokens in the longest context of an n-gram."""

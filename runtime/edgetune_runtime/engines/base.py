@@ -186,12 +186,13 @@ class EngineClass(Protocol):
 
     `has_sequence`: an engine has one sequence, for one call at a time, and so needs contexts. `bytes_per_number` is the
     largest number of bytes per number in the KV cache. `KV` lists the data types that the cache can have, the default
-    first.
+    first. `BATCH_COST` is that of `Engine`.
     """
 
     has_sequence: Literal[True]
     bytes_per_number: float
     KV: tuple[str, ...]
+    BATCH_COST: Mapping[int, float]
 
     def __call__(
         self,

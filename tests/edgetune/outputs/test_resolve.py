@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime.errors import UsageError
+from trainings import Listening
+
+from edgetune.outputs.resolve import output_of_task
+from edgetune.recipe.model import Recipe
+from edgetune.tasks import read_task
+
+ROWS = [{"prompt": f"light {number}", "completion": {"on": number % 2 == 0}} for number in range(10)]
+SCHEMA = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+
+
+def resolved(folder: Path, output: Any, rows: list[dict[str, Any]] = ROWS) -> tuple[Any, list[str]]:  # noqa: ANN401 - a recipe's value
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    (folder / "schema.json").write_text(json.dumps(SCHEMA), encoding="utf-8")
+    values = {"base": "smollm2-135m", "adapters": {"light": {"data": {"train": "rows.jsonl"}, "output": output}}}
+    recipe = Recipe.model_validate({"name": "home", **values}, context={"folder": folder})
+    progress = Listening()
+    return output_of_task(read_task("light", recipe), folder / "output", progress), progress.lines
+
+
+def test_auto_infers_a_constraint_and_writes_it_down(tmp_path: Path) -> None:
+    found, said = resolved(tmp_path, "auto")
+    written = json.loads((tmp_path / "output/light.json").read_text(encoding="utf-8"))
+    assert written == json.loads(found.text)
+    assert written["properties"] == {"on": {"type": "boolean"}}
+    assert str(tmp_path / "output/light.json") in said[0]
+    again, _ = resolved(tmp_path, {"schema": "output/light.json", "spacing": "spaced"})
+    assert again == found
+
+
+def test_auto_leaves_free_text_free(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p {number}", "completion": f"answer {number}"} for number in range(10)]
+    found, said = resolved(tmp_path, "auto", rows)
+    assert found is None
+    assert "no structure" in said[0]
+
+
+@pytest.mark.parametrize(
+    "output", [{"schema": SCHEMA}, {"schema": "schema.json"}, {"regex": '\\{"on": (true|false)\\}'}]
+)
+def test_a_given_constraint_is_checked_against_all_rows(tmp_path: Path, output: dict[str, Any]) -> None:
+    assert resolved(tmp_path, output)[0].to_json() in ({"schema": SCHEMA}, output)
+    wrong = [*ROWS, {"prompt": "light", "completion": "never"}]
+    with pytest.raises(UsageError, match=r"light\.output: 1 of 11 completions break the \w+: .*rows\.jsonl:11 'never'"):
+        resolved(tmp_path, output, wrong)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("jsonish", "'jsonish' is not an output constraint"),
+        ({"shema": {}}, "no key 'shema'"),
+        ({"schema": "none.json"}, "no file .*none.json"),
+        ({"regex": "("}, "regex"),
+        ({"schema": SCHEMA, "choices": ["a"]}, "schema and choices"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_by_the_recipe(tmp_path: Path, output: Any, message: str) -> None:  # noqa: ANN401 - as above
+    with pytest.raises(ValueError, match=message):
+        resolved(tmp_path, output)
