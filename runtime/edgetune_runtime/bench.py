@@ -25,6 +25,7 @@ ROUNDS = 3
 STARTS = 5
 RESTORES = 20
 DECODE_STEPS = 48
+ANSWER_TOKENS = 64
 MESSAGES = ("What is the weather like outside today?", "Please turn down the heating in the kitchen a little.")
 
 
@@ -34,7 +35,9 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
     `load_ms` is the time to open the bundle once, digests included. `switch_us` is the time of the switch call alone,
     over at least 1,000 calls. `ttft_ms` is the median time to first token of a short message after each adapter's own
     system prompt: with a cold cache (`cold`), and after switching back to an adapter that was used before
-    (`after_switch`). `decode_tokens_per_s` is the median decode speed. `rss_mb` is the resident memory of this process
+    (`after_switch`). `decode_tokens_per_s` is the median decode speed token by token. `answer_ms` is the median time of
+    an answer of at most 64 tokens, with the adapter's output constraint and drafts, and `tokens_per_step` the mean
+    number of tokens that a step of it gives; both are given per adapter. `rss_mb` is the resident memory of this process
     with all adapters except merged ones, `adapter_mb` the size of the adapters' files, both in 10^6 bytes. `state_mb`
     is the size of the largest state of a fixed prompt, `state_restore_ms` the median time to restore it. A figure that
     the bundle or the system cannot provide is None.
@@ -60,6 +63,8 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
         speeds = {name: _decode_speed(runtime, name) for name in (None, *switched)}
         rss_mb = resident_mb()
         speeds |= {name: _decode_speed(runtime, name) for name in merged}
+        progress("whole answers")
+        answers = {entry.name: _answers(runtime, entry.name) for entry in entries}
         base = speeds.pop(None)
         return {
             "busy": busy,
@@ -73,9 +78,29 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
                 "base": base.tokens_per_s,
                 "adapters": {name: speed.tokens_per_s for name, speed in speeds.items()},
             },
+            "answer_ms": {name: answer.answer_ms for name, answer in answers.items()},
+            "tokens_per_step": {name: answer.tokens_per_step for name, answer in answers.items()},
             "rss_mb": rss_mb,
             "adapter_mb": sum(_bytes_of(runtime, entry) for entry in entries) / 1e6,
         }
+
+
+@dataclass(frozen=True)
+class AnswerFigures:
+    """The median time of an answer in ms, and the mean number of tokens per step."""
+
+    answer_ms: float
+    tokens_per_step: float
+
+
+def _answers(runtime: Runtime, name: str) -> AnswerFigures:
+    times_ms, steps = [], []
+    for message in MESSAGES * ROUNDS:
+        begin = time.perf_counter()
+        answer = runtime.generate(message, adapter=name, max_tokens=ANSWER_TOKENS)
+        times_ms.append((time.perf_counter() - begin) * 1e3)
+        steps.append(answer.timings.tokens_per_step)
+    return AnswerFigures(statistics.median(times_ms), statistics.fmean(steps))
 
 
 def restored_ms(runtime: Runtime) -> float | None:

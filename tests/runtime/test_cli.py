@@ -169,7 +169,8 @@ def test_bench_measures_everything_that_it_promises(run: Run, bundle: Path) -> N
     assert (code, set(told)) == (
         0,
         {"load_ms", "switch_us", "ttft_ms", "decode_tokens_per_s", "rss_mb", "adapter_mb"}
-        | {"start_ms", "state_mb", "state_restore_ms", "busy", "slow"},
+        | {"start_ms", "state_mb", "state_restore_ms", "busy", "slow"}
+        | {"answer_ms", "tokens_per_step"},
     )
     assert isinstance(told["slow"], bool)
     assert told["busy"] is None or "\n" not in told["busy"]
@@ -180,6 +181,8 @@ def test_bench_measures_everything_that_it_promises(run: Run, bundle: Path) -> N
     assert told["start_ms"] > told["ttft_ms"]["cold"]
     assert told["decode_tokens_per_s"]["base"] > 0
     assert set(told["decode_tokens_per_s"]["adapters"]) == {"command", "tone", "whole"}
+    assert min(told["answer_ms"].values()) > 0
+    assert set(told["tokens_per_step"]) == {"command", "tone", "whole"}
     files = [path for path in (bundle / "adapters").rglob("*") if path.is_file()]
     assert told["adapter_mb"] == pytest.approx(sum(path.stat().st_size for path in files) / 1e6)
     assert told["rss_mb"] > 10
