@@ -241,6 +241,9 @@ def save_model(model: ir.Model, folder: Path) -> None:
     """Write the graph to `folder`, its weights to a file beside it; identical tensors are written once."""
     RemoveUnusedNodesPass()(model)
     model.graph.sort()
+    for node in model.graph:
+        # torch's exporter writes stack traces with paths of this machine.
+        node.metadata_props.clear()
     folder.mkdir(parents=True, exist_ok=True)
     data_file = f"{GRAPH}.data"
     written: dict[bytes, int] = {}

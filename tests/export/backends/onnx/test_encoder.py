@@ -114,6 +114,11 @@ def test_the_plain_graph_is_the_pooled_base_without_labels(encoder_source: Sourc
     assert run(graph, {}).shape == (2, 0)
 
 
+def test_the_graph_has_no_paths_of_the_machine_that_built_it(encoder_source: Source, tmp_path: Path) -> None:
+    graph = write_base(encoder_source("bert"), tmp_path, ())
+    assert b"edgetune_export" not in graph.read_bytes()
+
+
 def test_only_adapted_modules_get_a_slot(encoder_source: Source, tmp_path: Path) -> None:
     module = "encoder.layer.1.output.dense"
     graph = write_base(in_int8(encoder_source("bert")), tmp_path, [changing(module)])
