@@ -165,7 +165,7 @@ def test_the_page_has_every_row_and_needs_nothing_else(compared: Compared) -> No
     page = (compared.request.out / "compare.html").read_text(encoding="utf-8")
     for outcome in compared.result.outcomes:
         assert f">{outcome.name}</td>" in page
-    assert "the base has no module &#x27;nothing_like_it&#x27;" in page
+    assert "the base has no module &#39;nothing_like_it&#39;" in page
     assert page.count('src="data:image/png;base64,') == 3
     assert "http" not in page and "<script" not in page
     assert compared.result.recommended is not None
