@@ -105,7 +105,9 @@ class LoadedBundle:
         if adapter is None:
             return {}
         if isinstance(adapter, str):
-            return {adapter: self.manifest.adapter(adapter).scale}
+            entry = self.manifest.adapter(adapter)
+            # The weights of a merged model include its scale.
+            return {adapter: 1.0 if self._is_merged(entry) else entry.scale}
         if not isinstance(adapter, Mapping):
             raise UsageError(f"adapter is {adapter!r}", "give a name, {name: scale}, or None for the base")
         for name, scale in adapter.items():

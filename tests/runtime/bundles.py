@@ -121,7 +121,8 @@ def write_bundle(
         file = f"adapters/{name}/model.gguf"
         (out / file).parent.mkdir(parents=True)
         shutil.copy(model, out / file)
-        entries[name] = AdapterEntry(name, "lora", {"gguf": "merged"}, {"gguf": file}, fingerprint)
+        # The scale is in the weights.
+        entries[name] = AdapterEntry(name, "lora", {"gguf": "merged"}, {"gguf": file}, fingerprint, scale=0.5)
     write_manifest(out, _base_entry(read_header(base), fingerprint), entries, **changes)
     return out
 
