@@ -46,6 +46,12 @@ class LoadedBundle:
         """The classifier of a text-classification bundle; None for a text-generation bundle."""
         return None if isinstance(self._running, Pool) else self._running
 
+    @property
+    def threads(self) -> int:
+        """Maximum number of threads of a step."""
+        running = self._running.first if isinstance(self._running, Pool) else self._running
+        return running.engine.threads
+
     def context(self, adapter: Adapters = None) -> tuple[Context, dict[str, float]]:
         """The context that runs a call with these adapters, and their scales. For measurements, inside `Context.hold`.
 
@@ -89,9 +95,9 @@ class LoadedBundle:
             tokens = _tokens(tokenizer, prompt, system)
             fixed = self._fixed_part(pool, tokenizer, first, system)
         prepared_s = time.perf_counter() - begin
-        longest = pool.first.capacity(active)
-        if not 0 < len(tokens) <= longest:
-            message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {longest}"
+        capacity = pool.first.capacity(active)
+        if not 0 < len(tokens) <= capacity:
+            message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
             raise UsageError(message, "change the prompt, or open the bundle with a larger context_length")
         count = len(fixed) if len(fixed) < len(tokens) and tokens[: len(fixed)] == fixed else 0
         spans, kept = pool.first.spans(active, tokens), 0

@@ -174,7 +174,7 @@ def _base_entry(header: GgufHeader, fingerprint: str) -> BaseEntry:
         architecture=prefix,
         quantization="f16",
         parameters=100_000,
-        context_length=header.metadata[f"{prefix}.context_length"],
+        trained_context_length=header.metadata[f"{prefix}.context_length"],
         layers=header.metadata[f"{prefix}.block_count"],
         kv_bytes_per_token=256,
         tokenizer_sha256=digest_of_tokenizer(header),

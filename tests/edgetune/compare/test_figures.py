@@ -194,8 +194,8 @@ def test_an_outcome_is_read_as_it_was_written() -> None:
 
 def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:
     tried = [
-        {"modules": ["q_proj", "v_proj"], "rank": 16, "cost": 0.081, "val_loss": 0.5},
-        {"modules": "all-linear", "rank": 16, "cost": 0.234, "val_loss": None},
+        {"target_modules": ["q_proj", "v_proj"], "r": 16, "cost": 0.081, "val_loss": 0.5},
+        {"target_modules": "all-linear", "r": 16, "cost": 0.234, "val_loss": None},
     ]
     plain = outcome("dora", gguf=engine(0.9, 10))
     placed = replace(plain, name="lora", placement={**tried[0], "tried": tried})
