@@ -75,7 +75,8 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
         }
         for item in prepared.trainings
     }
-    return BuildResult(out, figures, prepared.domain, base, adapters)
+    prompts = {task.name: task.sample_prompt for task in tasks}
+    return BuildResult(out, figures, prepared.domain, base, adapters, prompts)
 
 
 def export_trained(

@@ -43,6 +43,7 @@ from .grouped_help import GroupedCommand, GroupedGroup
 
 if TYPE_CHECKING:
     from edgetune.recipe.model import Recipe
+    from edgetune.result import BuildResult
 
 # Set by the script of --install-completion when a shell asks for completions.
 COMPLETION_VARIABLE = "_EDGETUNE_COMPLETE"
@@ -184,7 +185,7 @@ def build(
     if result is not None:
         _print_build(result.to_json(), as_json=as_json)
         if not (as_json or quiet):
-            _print_next(loaded, result.bundle)
+            _print_next(loaded, result)
 
 
 @app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
@@ -376,13 +377,13 @@ def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
     print(result["bundle"])
 
 
-def _print_next(recipe: Recipe, bundle: Path) -> None:
+def _print_next(recipe: Recipe, result: BuildResult) -> None:
     from .next_commands import next_commands  # noqa: PLC0415 - help needs none of it
 
     # On standard error, so that the bundle's path stays the last line of standard output.
     sys.stdout.flush()
     print("\nRun it, score it, and check whether it fits on a board:", file=sys.stderr)
-    print("\n".join(f"  {command}" for command in next_commands(recipe, bundle)), file=sys.stderr)
+    print("\n".join(f"  {command}" for command in next_commands(recipe, result)), file=sys.stderr)
 
 
 def _cell(values: Any, path: str, form: str) -> str:  # noqa: ANN401 - JSON values
