@@ -34,10 +34,10 @@ from .arguments import (
     RecipePath,
     Settings,
     Targets,
-    names_of,
     pairs_of,
     print_json,
     settings_of,
+    targets_of,
 )
 from .grouped_help import GroupedCommand, GroupedGroup
 
@@ -178,7 +178,7 @@ def build(
     # Values are parsed as YAML; JSON quotes keep them strings.
     overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
     if targets is not None:
-        overrides["targets"] = names_of(targets)
+        overrides["targets"] = targets_of(targets)
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
     loaded = _load(recipe, overrides | settings_of(settings), training)
     result = pipeline.build(loaded, out or loaded.default_out, progress=Progress(quiet=quiet), converter=converter)
@@ -231,7 +231,7 @@ def export(
         quantize=quantize,
         systems=prompts,
         merged=merged,
-        targets=_targets(targets),
+        targets=(backends.DEFAULT,) if targets is None else tuple(targets_of(targets)),
         progress=Progress(quiet=quiet),
         converter=converter,
     )
@@ -330,14 +330,6 @@ def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any])
         if key in spec.training.model_fields_set
     }
     return load_recipe(path, {**own, **changes}) if own else recipe
-
-
-def _targets(joined: str | None) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(names_of(joined))) if joined is not None else (backends.DEFAULT,)
-    for name in names:
-        if name not in backends.names():
-            raise UsageError(f"--targets: no format {name!r}", f"choose one of: {', '.join(backends.names())}")
-    return names
 
 
 def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:

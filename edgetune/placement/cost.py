@@ -204,7 +204,7 @@ class _Bench:
     def _source(self) -> Source:
         import torch  # noqa: PLC0415 - slow to import, and not needed for GGUF
 
-        model = None if self.target == "gguf" else bases.load_torch(self.base, torch.float32)
+        model = None if backends.format_of(self.target).links_base else bases.load_torch(self.base, torch.float32)
         return Source(self.base.path, self.base.fingerprint, model, self._folder / "work", self.weights)
 
     def _open(self, path: Path) -> Engine:
