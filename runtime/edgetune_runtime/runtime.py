@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from . import engines
 from .bundle import read_manifest
+from .engines import gguf
 from .errors import UsageError
 from .generation import Answer, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
@@ -102,7 +103,7 @@ class Runtime:
         if (contexts is not None and contexts < 1) or waiting < 0:
             message = f"contexts is {contexts} and waiting is {waiting}"
             raise UsageError(message, "give contexts of at least 1 and waiting of at least 0")
-        engine = engine or next(iter(manifest.base.files), "gguf")
+        engine = engine or next(iter(manifest.base.files), gguf.NAME)
         engines.check_name(engine)
         file = file_of(manifest.base.files, engine, "the base")
         options = OpeningOptions(
