@@ -280,5 +280,5 @@ def _key_of_folder(folder: Path) -> str:
 def check_context(recipe: Recipe, trained: int) -> None:
     """UsageError if the recipe sets a context_length above `trained`, the tokens that its base was trained for."""
     if recipe.context_length > trained and "context_length" in recipe.model_fields_set:
-        message = f"context_length is {recipe.context_length}, but {recipe.base!r} was trained for {trained} tokens"
+        message = f"context_length is {recipe.context_length}, but {recipe.base!r} supports at most {trained} tokens"
         raise UsageError(message, f"set it to at most {trained}")

@@ -11,6 +11,7 @@ import json
 import re
 import runpy
 import shlex
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Packages whose modules are found by listing the folder: each adds one thing, such as an engine, under its own name."""
+"""Finds the modules of a package by listing its folder: each is one thing, such as an engine, under its own name."""
 
 from __future__ import annotations
 

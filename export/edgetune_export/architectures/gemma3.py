@@ -16,8 +16,8 @@ _LAYERS_OF_27B = 62
 
 class _Gemma3(Architecture):
     def config_entries(self, header: GgufHeader) -> Mapping[str, Any]:
-        """llama.cpp scales queries by the head size, but in the 27B model by the model's width per head. It has a default
-        for which layers use a sliding window."""
+        """llama.cpp scales queries by the head size, but in the 27B model by the model's width per head. It has a
+        default for which layers use a sliding window."""
         metadata = header.metadata
         scalar = metadata.get("gemma3.attention.key_length")
         if metadata["gemma3.block_count"] == _LAYERS_OF_27B:

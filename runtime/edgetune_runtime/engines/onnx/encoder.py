@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune_runtime.engines.base import Logits, check_options, check_context_length
+from edgetune_runtime.engines.base import Logits, check_context_length, check_options
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.text.chat import Prompt, text_of
