@@ -15,7 +15,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader
 
 from edgetune import bases, methods, plan
 from edgetune import needs as build_needs
-from edgetune.bases import Base, trained_context_length, check_context
+from edgetune.bases import Base, check_context, trained_context_length
 from edgetune.digests import key_of
 from edgetune.domain import continued as domain
 from edgetune.domain.texts import Texts, read_texts
@@ -134,7 +134,7 @@ def _placed(item: PlannedTraining, base: Base, recipe: Recipe, work: Path, progr
     load = partial(bases.load_torch, base)
     trials = partial(train_all, base=base.name, load=load, work=folder, progress=progress, plots=False)
     choice = placement.choose(item.job, spec, base, recipe, folder=folder, train_all=trials, progress=progress)
-    chosen = options.placed(choice.chosen.placement.modules, choice.chosen.placement.rank)
+    chosen = options.placed(choice.chosen.placement.target_modules, choice.chosen.placement.r)
     method = spec.method.model_copy(update={"options": chosen})
     task = replace(item.task, spec=spec.model_copy(update={"method": method}))
     key = _key(task, base, (*item.job.train, *item.job.validation))

@@ -33,7 +33,7 @@ def load(name: str, task: str) -> EngineClass | LabelEngineClass: ...
 def load(name: str, task: str = GENERATION) -> EngineClass | LabelEngineClass:
     """Import the class of an engine for a task.
 
-    UsageError for an unknown name suggests known ones; IncompatibleError for a task that it does not run lists its tasks.
+    UsageError for an unknown name suggests known ones; IncompatibleError for a task that it does not run lists others.
     """
     modules = _ENGINES.load(name).ENGINES
     if task not in modules:
