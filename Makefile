@@ -65,6 +65,8 @@ docs: setup  ## Build the documentation site into build/site; warnings are error
 	@echo "== docs"
 	@$(BIN)/python tools/commands_page.py > docs/reference/commands.md
 	@$(BIN)/zensical build --clean --strict
+	@grep -q edgetune_runtime.Runtime.generate build/site/reference/api.html || \
+		{ echo "build/site/reference/api.html lacks the API: see mkdocstrings in zensical.toml"; exit 1; }
 
 clean:  ## Remove the output and caches of builds and checks, but not .venv
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .cache

@@ -134,7 +134,7 @@ def requantizes(recipe: Recipe) -> bool:
     return recipe.quantize is not None or not _is_gguf(recipe.base)
 
 
-def base_context_length(header: GgufHeader) -> int:
+def trained_context_length(header: GgufHeader) -> int:
     """The context length that the base was trained for, in tokens."""
     return int(header.metadata[f"{header.architecture}.context_length"])
 
@@ -277,8 +277,8 @@ def _key_of_folder(folder: Path) -> str:
     return key_of(state)[:12]
 
 
-def check_context(recipe: Recipe, most: int) -> None:
-    """UsageError if the recipe sets a context_length above `most`, the tokens that its base was trained for."""
-    if recipe.context_length > most and "context_length" in recipe.model_fields_set:
-        message = f"context_length is {recipe.context_length}, but {recipe.base!r} supports at most {most} tokens"
-        raise UsageError(message, f"set it to at most {most}")
+def check_context(recipe: Recipe, trained: int) -> None:
+    """UsageError if the recipe sets a context_length above `trained`, the tokens that its base was trained for."""
+    if recipe.context_length > trained and "context_length" in recipe.model_fields_set:
+        message = f"context_length is {recipe.context_length}, but {recipe.base!r} supports at most {trained} tokens"
+        raise UsageError(message, f"set it to at most {trained}")

@@ -110,7 +110,7 @@ def score(runtime: Runtime, adapter: str | None, rows: Sequence[TaskRow], progre
     _check_rows(rows, metric)
     fitting, too_long = _fitting(task, rows)
     if too_long:
-        context = runtime.manifest.context_length
+        context = runtime.context_length
         progress.say(f"leaving out {too_long} of {len(rows)} rows, which do not fit in the context of {context} tokens")
     run = _perplexity if metric == "perplexity" else _answers
     with progress.step(f"evaluating {adapter or 'the base'}", len(fitting)) as step:
@@ -232,7 +232,7 @@ def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
     context, active = loaded.context(task.adapter)
     prompts = [row for row in rows if row.messages is not None]
     with context.hold():
-        tokenizer, room = context.engine.tokenizer, context.capacity(active)
+        tokenizer, capacity = context.engine.tokenizer, context.capacity(active)
         examples, _ = tokenize_rows(prompts, tokenizer, system=task.system, loss_on="all", max_tokens=sys.maxsize)
         for row in rows:
             if row.messages is None and len(tokenizer.tokenize(row.text or "")) < 2:
@@ -240,28 +240,28 @@ def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
         longest = max((len(tokenizer.tokenize(label, continues=True)) + 1 for label in task.labels), default=0)
     by_row = dict(zip(map(id, prompts), examples, strict=True))
     pairs = [(row, by_row.get(id(row))) for row in rows]
-    fitting = [(row, example) for row, example in pairs if example is None or _length(example, longest) <= room]
+    fitting = [(row, example) for row, example in pairs if example is None or _length(example, longest) <= capacity]
     if not fitting:
-        raise _nothing_fits(len(rows), room)
+        raise _nothing_fits(len(rows), capacity)
     return fitting, len(pairs) - len(fitting)
 
 
 def _fitting_texts(engine: LabelEngine, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
     """Like `_fitting`, for an engine that needs no room for an answer."""
     tokens = [tuple(engine.tokenizer.tokenize(labelled_text(row))) for row in rows]
-    room = engine.context_length
+    capacity = engine.context_length
     pairs: list[Pair] = [
         (row, Example(own, (False,) * len(own), len(own)))
         for row, own in zip(rows, tokens, strict=True)
-        if len(own) <= room
+        if len(own) <= capacity
     ]
     if not pairs:
-        raise _nothing_fits(len(rows), room)
+        raise _nothing_fits(len(rows), capacity)
     return pairs, len(rows) - len(pairs)
 
 
-def _nothing_fits(rows: int, room: int) -> UsageError:
-    message = f"none of {rows} rows fits in the context of {room} tokens"
+def _nothing_fits(rows: int, capacity: int) -> UsageError:
+    message = f"none of {rows} rows fits in the context of {capacity} tokens"
     return UsageError(message, "build the bundle with a larger context_length or shorten the rows")
 
 

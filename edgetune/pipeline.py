@@ -17,7 +17,7 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.text.chat import messages_for, render
 
 from . import bases, builders, methods
-from .bases import Base, base_context_length
+from .bases import Base, trained_context_length
 from .builders import Builder
 from .prepared import Prepared
 from .progress import Progress
@@ -75,7 +75,8 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
         }
         for item in prepared.trainings
     }
-    return BuildResult(out, figures, prepared.domain, base, adapters)
+    prompts = {task.name: task.sample_prompt for task in tasks}
+    return BuildResult(out, figures, prepared.domain, base, adapters, prompts)
 
 
 def export_trained(
@@ -106,7 +107,7 @@ def export_trained(
     architectures.of(found.header).check_formats(targets)
     prompts = systems or {}
     adapters = [_elsewhere(name, folder, prompts.get(name), found, merged=merged) for name, folder in folders.items()]
-    context_length = min(defaults["context_length"].default, base_context_length(found.header))
+    context_length = min(defaults["context_length"].default, trained_context_length(found.header))
     wanted = BundleSpec(out.name, context_length, targets=targets)
     builder = builders.load(GENERATION)
     shipped = ship(builder, found, adapters, work / "stage", out, wanted=wanted, progress=progress)

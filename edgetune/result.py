@@ -14,7 +14,7 @@ from .shipping.exported import BuildBase, TrainedAdapter
 class BuildResult:
     """The bundle and the figures of each adapter, and of a base that was continued on text, as JSON values.
 
-    `base` and `trained` are what a build exported.
+    `base` and `trained` are what a build exported; `prompts` has a short prompt of each adapter's task.
     """
 
     bundle: Path
@@ -22,6 +22,7 @@ class BuildResult:
     domain: Mapping[str, Any] = field(default_factory=dict)
     base: BuildBase | None = None
     trained: Mapping[str, TrainedAdapter] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""

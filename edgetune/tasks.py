@@ -15,6 +15,9 @@ from .metrics import metric_for
 from .recipe.model import Recipe
 from .recipe.parts import AdapterSpec, Metric, TrainingSpec
 
+_SAMPLE_CHARACTERS = 80
+_ANY_PROMPT = "hello"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -27,6 +30,14 @@ class Task:
     validation: Sequence[TaskRow]
     labels: tuple[str, ...]
     metric: Metric
+
+    @property
+    def sample_prompt(self) -> str:
+        """The last turn before the answer of a validation row: a short one that no command takes for an option."""
+        rows = self.validation
+        texts = (row.text if row.messages is None else str(row.messages[-1]["content"]) for row in rows)
+        fitting = (text for text in texts if text and len(text) <= _SAMPLE_CHARACTERS and not text.startswith("-"))
+        return " ".join(next(fitting, _ANY_PROMPT).split())
 
     def tokenize(self, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Example], list[Example], TooLong]:
         """Tokenize into training and validation examples, without the rows of both that are too long."""

@@ -121,6 +121,6 @@ def encoder_source(
         folder = tiny_encoder(arch)
         work = tmp_path_factory.mktemp(f"encoder-{arch}")
         path = folder / "model.safetensors"
-        return EncoderSource(path, FINGERPRINT, load_encoder(folder), work, Weights("fp32"), context_length=64)
+        return EncoderSource(path, FINGERPRINT, load_encoder(folder), work, Weights("fp32"), trained_context_length=64)
 
     return make

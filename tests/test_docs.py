@@ -11,7 +11,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -145,24 +144,3 @@ def test_the_page_of_commands_finds_all_commands() -> None:
     assert {"edgetune-run", "edgetune-run bench", "edgetune-run cache ls"} <= of_runtime
     listed = set(made["commands_in"](made["help_of"]("edgetune", ())))
     assert {"build", "compare", "devices", "evaluate", "export", "init", "methods", "schema", "validate"} <= listed
-
-
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    # The settings' paths are relative to their file, so the site is built from a copy.
-    copied(DOCS, tmp_path / "docs")
-    (tmp_path / "runtime").symlink_to(ROOT / "runtime")
-    (tmp_path / "docs/reference/commands.md").write_text("# Commands\n", encoding="utf-8")
-    (tmp_path / "zensical.toml").write_text((ROOT / "zensical.toml").read_text(encoding="utf-8"), encoding="utf-8")
-    command = [sys.executable, "-m", "zensical", "build", "--strict"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    reference = (tmp_path / "build/site/reference/api.html").read_text(encoding="utf-8")
-    assert "edgetune_runtime.Runtime.generate" in reference
-
-
-def copied(source: Path, target: Path) -> None:
-    """Copy the pages of a folder."""
-    for path in source.rglob("*.md"):
-        out = target / path.relative_to(source)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(path.read_bytes())

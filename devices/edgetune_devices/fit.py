@@ -40,7 +40,7 @@ QUALITY = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 """Quantizations to choose from, best first."""
 USABLE_TOKENS_PER_S = 5.0
 """Decoding slower than people read is not chosen while a smaller quantization is faster."""
-CONTEXTS = (1024, 512, 256)
+CONTEXT_LENGTHS = (1024, 512, 256)
 """Context lengths to choose from, in tokens, the wanted one first."""
 
 
@@ -160,7 +160,7 @@ def choose(
     """
     schemes: Sequence[str | None] = (quantize,) if quantize else QUALITY if requantize else (None,)
     fitting: list[tuple[str | None, int, Fit]] = []
-    for length in (context_length,) if context_length else CONTEXTS:
+    for length in (context_length,) if context_length else CONTEXT_LENGTHS:
         for scheme in schemes:
             needs = needs_of_header(
                 header,
@@ -218,7 +218,7 @@ def _remedy(needs: Needs, result: Fit) -> str:
     without_context = result.needed_mb - bytes_per_token * needs.context_length / MB
     if without_context < result.available_mb:
         tokens = int((result.available_mb - without_context) * MB / bytes_per_token)
-        if tokens >= CONTEXTS[-1]:
+        if tokens >= CONTEXT_LENGTHS[-1]:
             return f"set context_length to {tokens} or less, or quantize the base further"
     if result.largest.name.startswith("merged"):
         return "ship fewer merged adapters, or take a board with more memory"

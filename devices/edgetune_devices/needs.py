@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.bundle import read_manifest, resolve
+from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.gguf.engine import BRANCHES
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, describe_quantization, read_header
@@ -186,14 +187,14 @@ def needs_of_bundle(bundle: Path, *, context_length: int | None = None) -> Needs
     Raises NotFoundError and VerificationError as `read_manifest` and `read_header` do.
     """
     manifest = read_manifest(bundle)
-    if "gguf" not in manifest.base.files:
-        raise IncompatibleError(f"bundle {manifest.name!r} has no GGUF base", "build it with targets: [gguf]")
-    header = read_header(resolve(bundle, manifest.base.files["gguf"]))
+    if gguf.NAME not in manifest.base.files:
+        raise IncompatibleError(f"bundle {manifest.name!r} has no GGUF base", f"build it with targets: [{gguf.NAME}]")
+    header = read_header(resolve(bundle, manifest.base.files[gguf.NAME]))
     adapters: dict[str, AdapterSize] = {}
     merged: dict[str, int] = {}
     for name, entry in manifest.adapters.items():
-        file_bytes = manifest.files[entry.files["gguf"]].bytes if "gguf" in entry.files else 0
-        if entry.shapes.get("gguf") == "merged":
+        file_bytes = manifest.files[entry.files[gguf.NAME]].bytes if gguf.NAME in entry.files else 0
+        if entry.shapes.get(gguf.NAME) == "merged":
             merged[name] = file_bytes
         else:
             adapters[name] = AdapterSize(file_bytes, len(entry.ranks))

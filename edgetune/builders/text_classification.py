@@ -60,8 +60,9 @@ class TextClassification(Builder[EncoderBase]):
     ) -> tuple[EncoderBase, Recipe]:
         """The base, and the recipe with a context_length that the base supports."""
         base = encoder.resolve(recipe)
-        check_context(recipe, base.context_length)
-        return base, recipe.model_copy(update={"context_length": min(recipe.context_length, base.context_length)})
+        trained = base.trained_context_length
+        check_context(recipe, trained)
+        return base, recipe.model_copy(update={"context_length": min(recipe.context_length, trained)})
 
     def plan(
         self, tasks: Sequence[Task], base: EncoderBase, recipe: Recipe, progress: Progress
@@ -94,8 +95,8 @@ class TextClassification(Builder[EncoderBase]):
         """The base's weights file for backends; its tokenizer is in the same folder."""
         from edgetune_export.backends.onnx.encoder import EncoderSource  # noqa: PLC0415 - torch
 
-        length = base.context_length
-        return EncoderSource(base.path, base.fingerprint, model, work, weights, context_length=length)
+        trained = base.trained_context_length
+        return EncoderSource(base.path, base.fingerprint, model, work, weights, trained_context_length=trained)
 
     def fold(self, adapter: TrainedAdapter, model: PreTrainedModel, shape: str) -> Folded:
         """Fold the adapter, and add its head."""
@@ -115,7 +116,7 @@ class TextClassification(Builder[EncoderBase]):
             architecture=base.architecture,
             quantization="f32" if source.weights.scheme == "fp32" else "int8",
             parameters=sum(parameter.numel() for parameter in source.model.parameters()),
-            context_length=base.context_length,
+            trained_context_length=base.trained_context_length,
             layers=base.layers,
             kv_bytes_per_token=0,
             tokenizer_sha256=sha256_of(base.folder / TOKENIZER),

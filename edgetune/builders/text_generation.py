@@ -15,7 +15,7 @@ from edgetune_runtime.threads import machine
 
 from edgetune import bases, plan
 from edgetune import needs as build_needs
-from edgetune.bases import Base, base_context_length
+from edgetune.bases import Base, trained_context_length
 from edgetune.data import TaskRow
 from edgetune.domain.texts import window_of
 from edgetune.prepared import PlannedTraining, Prepared
@@ -119,7 +119,7 @@ class TextGeneration(Builder[Base]):
             architecture=arch,
             quantization=describe_quantization(base.header),
             parameters=base.header.parameters,
-            context_length=base_context_length(base.header),
+            trained_context_length=trained_context_length(base.header),
             layers=int(metadata[f"{arch}.block_count"]),
             kv_bytes_per_token=kv_bytes_per_token(base.header),
             tokenizer_sha256=digest_of_tokenizer(base.header),

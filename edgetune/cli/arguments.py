@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 
 # Titles of the option groups in --help.
@@ -43,6 +44,16 @@ Targets = Annotated[
 def names_of(joined: str) -> list[str]:
     """The names in a comma-separated list."""
     return [name.strip() for name in joined.split(",")]
+
+
+def targets_of(joined: str) -> list[str]:
+    """The formats of --targets, each once; UsageError for one that there is not."""
+    names = list(dict.fromkeys(names_of(joined)))
+    for name in names:
+        error = backends.unknown(name)
+        if error is not None:
+            raise UsageError(f"--targets: {error.message}", error.remedy)
+    return names
 
 
 def settings_of(settings: Sequence[str] | None) -> dict[str, str]:

@@ -22,6 +22,7 @@ from .arguments import (
     names_of,
     print_json,
     settings_of,
+    targets_of,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def compare(
         methods=names_of(methods),
         out=out,
         ranks=_ranks(ranks),
-        targets=None if targets is None else names_of(targets),
+        targets=None if targets is None else targets_of(targets),
         settings=settings_of(settings),
         data=data,
         rows=rows,

@@ -75,7 +75,7 @@ def _needs(target: Path, context_length: int | None) -> fit.Needs:
         task_types.load(read_manifest(bundle).task).check_offers("fit", target)
         return fit.needs_of_bundle(bundle, context_length=context_length)
     if target.suffix == ".gguf":
-        return fit.needs_of_header(read_header(target), context_length=context_length or fit.CONTEXTS[0])
+        return fit.needs_of_header(read_header(target), context_length=context_length or fit.CONTEXT_LENGTHS[0])
     if target.suffix in (".yaml", ".yml"):
         return _needs_of_recipe(target, context_length)
     raise UsageError(f"{target} is no bundle, recipe or GGUF file", "give a bundle's folder, a .yaml or a .gguf file")

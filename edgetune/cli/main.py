@@ -34,15 +34,16 @@ from .arguments import (
     RecipePath,
     Settings,
     Targets,
-    names_of,
     pairs_of,
     print_json,
     settings_of,
+    targets_of,
 )
 from .grouped_help import GroupedCommand, GroupedGroup
 
 if TYPE_CHECKING:
     from edgetune.recipe.model import Recipe
+    from edgetune.result import BuildResult
 
 # Set by the script of --install-completion when a shell asks for completions.
 COMPLETION_VARIABLE = "_EDGETUNE_COMPLETE"
@@ -177,14 +178,14 @@ def build(
     # Values are parsed as YAML; JSON quotes keep them strings.
     overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
     if targets is not None:
-        overrides["targets"] = names_of(targets)
+        overrides["targets"] = targets_of(targets)
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
     loaded = _load(recipe, overrides | settings_of(settings), training)
     result = pipeline.build(loaded, out or loaded.default_out, progress=Progress(quiet=quiet), converter=converter)
     if result is not None:
         _print_build(result.to_json(), as_json=as_json)
         if not (as_json or quiet):
-            _print_next(loaded, result.bundle)
+            _print_next(loaded, result)
 
 
 @app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
@@ -230,7 +231,7 @@ def export(
         quantize=quantize,
         systems=prompts,
         merged=merged,
-        targets=_targets(targets),
+        targets=(backends.DEFAULT,) if targets is None else tuple(targets_of(targets)),
         progress=Progress(quiet=quiet),
         converter=converter,
     )
@@ -331,14 +332,6 @@ def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any])
     return load_recipe(path, {**own, **changes}) if own else recipe
 
 
-def _targets(joined: str | None) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(names_of(joined))) if joined is not None else (backends.DEFAULT,)
-    for name in names:
-        if name not in backends.names():
-            raise UsageError(f"--targets: no format {name!r}", f"choose one of: {', '.join(backends.names())}")
-    return names
-
-
 def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
     from edgetune.recipe.parts import NAME_PATTERN  # noqa: PLC0415 - help needs no pydantic
 
@@ -376,13 +369,13 @@ def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
     print(result["bundle"])
 
 
-def _print_next(recipe: Recipe, bundle: Path) -> None:
+def _print_next(recipe: Recipe, result: BuildResult) -> None:
     from .next_commands import next_commands  # noqa: PLC0415 - help needs none of it
 
     # On standard error, so that the bundle's path stays the last line of standard output.
     sys.stdout.flush()
     print("\nRun it, score it, and check whether it fits on a board:", file=sys.stderr)
-    print("\n".join(f"  {command}" for command in next_commands(recipe, bundle)), file=sys.stderr)
+    print("\n".join(f"  {command}" for command in next_commands(recipe, result)), file=sys.stderr)
 
 
 def _cell(values: Any, path: str, form: str) -> str:  # noqa: ANN401 - JSON values

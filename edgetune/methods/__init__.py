@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from edgetune_runtime.wording import suggestion
+from edgetune_runtime.registry import Registry
 
 from .common.base import Checkpoint, Method, MethodOptions
 
-__all__ = ["Checkpoint", "Method", "MethodOptions", "load", "names", "of_folder", "shape_for"]
+__all__ = ["Checkpoint", "Method", "MethodOptions", "load", "names", "of_folder", "shape_for", "unknown"]
+
+_METHODS = Registry(__name__, "method", shared=("common",))
 
 
 def names() -> list[str]:
     """The names of all methods, from the files of this package."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg)
+    return _METHODS.names()
+
+
+def unknown(name: str) -> UsageError | None:
+    """What is wrong with a name that no method has, to be raised; else None."""
+    return _METHODS.unknown(name)
 
 
 def load(name: str) -> Method[Any]:
     """The method called `name`. Raises UsageError, which suggests known names, if there is none."""
-    if name not in names():
-        raise UsageError(f"no method {name!r}", suggestion(name, names()))
-    method: Method[Any] = importlib.import_module(f"{__name__}.{name}").METHOD
-    return method
+    return cast("Method[Any]", _METHODS.load(name).METHOD)
 
 
 def of_folder(folder: Path) -> Method[Any]:

@@ -85,11 +85,11 @@ class LoraOptions(TargetOptions):
         """Whether the build chooses modules and rank."""
         return self.target_modules == AUTO
 
-    def placed(self, modules: str | tuple[str, ...], rank: int) -> LoraOptions:
+    def placed(self, target_modules: str | tuple[str, ...], r: int) -> LoraOptions:
         """The options for these modules and this rank, with alpha adjusted so that the scaling stays the same."""
-        share = rank / self.r
+        share = r / self.r
         alpha = self.lora_alpha * (math.sqrt(share) if self.use_rslora else share)
-        return self.model_copy(update={"target_modules": modules, "r": rank, "lora_alpha": alpha})
+        return self.model_copy(update={"target_modules": target_modules, "r": r, "lora_alpha": alpha})
 
 
 class Lora(LoraCheckpoint[LoraOptions]):

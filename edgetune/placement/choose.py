@@ -47,10 +47,10 @@ class PlacementTrial:
 
     def to_json(self) -> dict[str, Any]:
         """The trial as JSON values."""
-        modules = self.placement.modules
+        modules = self.placement.target_modules
         return {
-            "modules": modules if isinstance(modules, str) else list(modules),
-            "rank": self.placement.rank,
+            "target_modules": modules if isinstance(modules, str) else list(modules),
+            "r": self.placement.r,
             "cost": round(self.cost, 4),
             "val_loss": self.val_loss,
         }
@@ -84,10 +84,10 @@ class PlacementChoice:
     def table(self) -> list[str]:
         """A line for each set of modules, at the rank that was trained or else the cheapest rank."""
         lines = []
-        for _, group in groupby(self.tried, lambda item: item.placement.modules):
+        for _, group in groupby(self.tried, lambda item: item.placement.target_modules):
             ranks = list(group)
             item = next((item for item in ranks if item in _contenders(self.tried, self.budget)), ranks[0])
-            lines.append(f"  {item.placement.title:<16} rank {item.placement.rank:<4} {self._summary(item)}")
+            lines.append(f"  {item.placement.title:<16} rank {item.placement.r:<4} {self._summary(item)}")
         return lines
 
     def _summary(self, item: PlacementTrial) -> str:
@@ -150,13 +150,13 @@ def _fits(item: PlacementTrial, budget: float) -> bool:
 
 def _contenders(tried: Sequence[PlacementTrial], budget: float) -> list[PlacementTrial]:
     """For each set of modules, the highest rank within the budget: a lower rank can express nothing more."""
-    highest = {item.placement.modules: item for item in tried if _fits(item, budget)}
+    highest = {item.placement.target_modules: item for item in tried if _fits(item, budget)}
     return list(highest.values())
 
 
 def _over_budget(name: str, tried: Sequence[PlacementTrial], budget: float, source: str) -> UsageError:
     cheapest = min(tried, key=lambda item: item.cost)
-    what = f"{cheapest.placement.title} at rank {cheapest.placement.rank}"
+    what = f"{cheapest.placement.title} at rank {cheapest.placement.r}"
     message = (
         f"adapter {name!r} slows decoding by {_percent(budget)} or more with every placement; "
         f"the cheapest, {what}, costs {cheapest.cost:.1%} ({source})"
@@ -182,7 +182,7 @@ def _name(job: TrainingJob[Example], placement: Placement) -> str:
 def _trial(job: TrainingJob[Example], placement: Placement, steps: int) -> TrainingJob[Example]:
     """A training run of a few steps with its own complete schedule, validated once at its end."""
     assert isinstance(job.options, LoraOptions)
-    options = job.options.placed(placement.modules, placement.rank)
+    options = job.options.placed(placement.target_modules, placement.r)
     training = job.training.model_copy(update={"max_steps": steps, "evals": 1, "patience": None})
     state = [job.key, options.model_dump(mode="json"), training.model_dump(mode="json"), _VALIDATION_ROWS]
     return replace(

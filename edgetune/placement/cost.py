@@ -68,29 +68,30 @@ _MOST_SPREAD = 0.1
 class Placement:
     """Modules to adapt, as a value of `target_modules`, and the rank."""
 
-    modules: str | tuple[str, ...]
-    rank: int
+    target_modules: str | tuple[str, ...]
+    r: int
 
     @property
     def names(self) -> tuple[str, ...]:
         """The modules' names without their path."""
-        return tuple(PARTS) if isinstance(self.modules, str) else self.modules
+        return tuple(PARTS) if isinstance(self.target_modules, str) else self.target_modules
 
     @property
     def title(self) -> str:
         """The modules as text."""
         known = {ATTENTION: "attention", MLP: "MLP"}
-        return self.modules if isinstance(self.modules, str) else known.get(self.modules, ", ".join(self.modules))
+        names = self.target_modules
+        return names if isinstance(names, str) else known.get(names, ", ".join(names))
 
     @property
     def key(self) -> str:
         """The placement as a file name."""
-        return f"{self.title.replace(', ', '+').lower()}-r{self.rank}"
+        return f"{self.title.replace(', ', '+').lower()}-r{self.r}"
 
 
-def placements(rank: int) -> list[Placement]:
-    """All placements to consider, each at a quarter, half and all of `rank`."""
-    ranks = sorted({max(1, rank // 4), max(1, rank // 2), rank})
+def placements(r: int) -> list[Placement]:
+    """All placements to consider, each at a quarter, half and all of `r`."""
+    ranks = sorted({max(1, r // 4), max(1, r // 2), r})
     return [Placement(modules, rank) for modules in MODULES for rank in ranks]
 
 
@@ -117,10 +118,10 @@ def costs(
     if missing:
         progress.say(f"measuring the decode overhead of adapters with {bench.target}")
         with progress.step("placements", len(missing)) as step, bench.plain() as plain:
-            for modules, group in groupby(missing, lambda placement: placement.modules):
+            for modules, group in groupby(missing, lambda placement: placement.target_modules):
                 known |= bench.measure(plain, Placement(modules, 0).names, list(group))
                 bench.write(known)
-                step.update("", step.done + sum(placement.modules == modules for placement in missing))
+                step.update("", step.done + sum(placement.target_modules == modules for placement in missing))
     return {placement: known[placement.key] for placement in wanted}
 
 
@@ -132,7 +133,7 @@ def busy(spec: AdapterSpec, base: Base, recipe: Recipe, folder: Path) -> str | N
 
 def _predicted(placement: Placement, spec: AdapterSpec, header: GgufHeader, recipe: Recipe) -> float:
     assert recipe.device is not None
-    size = fit.lora_size(header, placement.rank, placement.names, dtype=spec.dtype)
+    size = fit.lora_size(header, placement.r, placement.names, dtype=spec.dtype)
     needs = fit.needs_of_header(header, context_length=recipe.context_length, adapters={"adapter": size})
     found = fit.fit(needs, boards.load(recipe.device))
     return 1 - found.adapter_tokens_per_s / found.decode_tokens_per_s
@@ -203,7 +204,7 @@ class _Bench:
     def _source(self) -> Source:
         import torch  # noqa: PLC0415 - slow to import, and not needed for GGUF
 
-        model = None if self.target == "gguf" else bases.load_torch(self.base, torch.float32)
+        model = None if backends.format_of(self.target).links_base else bases.load_torch(self.base, torch.float32)
         return Source(self.base.path, self.base.fingerprint, model, self._folder / "work", self.weights)
 
     def _open(self, path: Path) -> Engine:
@@ -215,8 +216,8 @@ class _Bench:
         random = np.random.default_rng(0)
         modules = {}
         for module, (columns, rows) in _modules(self.base.header, names):
-            a = random.normal(0, 0.01, (placement.rank, columns)).astype(np.float32)
-            b = random.normal(0, 0.01, (rows, placement.rank)).astype(np.float32)
+            a = random.normal(0, 0.01, (placement.r, columns)).astype(np.float32)
+            b = random.normal(0, 0.01, (rows, placement.r)).astype(np.float32)
             modules[module] = Delta(a, b)
         return LowRank(placement.key, "lora", modules)
 

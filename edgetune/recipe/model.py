@@ -70,9 +70,10 @@ class Recipe(RecipePart):
     device: str | None = None
     """The board that the bundle must fit; `edgetune devices list` shows the names."""
     context_length: int = Field(default=1024, ge=16)
-    """Maximum number of tokens of prompt and answer together, in training and on the device."""
+    """Maximum number of tokens of prompt and answer together, in training and on the device. Without it: what fits on
+    the board, or 1024, or what the base was trained for."""
     threads: PositiveInt | None = None
-    """Number of threads on the device. null: one per core."""
+    """Number of threads on the device. null: one per core of the board, or without a board one per core, at most 8."""
     training: TrainingSpec = TrainingSpec()
     """Training options for all adapters."""
     domain: DomainSpec | None = None

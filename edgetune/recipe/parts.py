@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgetune_export import backends
-from edgetune_runtime.wording import suggestion
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -55,15 +54,16 @@ else:
 
 
 def _check_target(name: str) -> str:
-    if name not in backends.names():
-        raise ValueError(f"no format {name!r}; {suggestion(name, backends.names())}")
+    error = backends.unknown(name)
+    if error is not None:
+        raise ValueError(str(error))
     return name
 
 
 Target = Annotated[
     str,
     AfterValidator(_check_target),
-    Field(json_schema_extra=lambda schema: schema.update(enum=list(backends.names()))),
+    Field(json_schema_extra=lambda schema: schema.update(enum=backends.names())),
 ]
 """The name of a format for which there is a backend."""
 Metric = Literal["auto", "exact", "json", "label", "rouge_l", "chrf", "perplexity"]
@@ -189,8 +189,9 @@ class MethodSpec(RecipePart):
         if not isinstance(given, dict):
             raise ValueError(f"{shown(value)} is not a method; write a name, or a mapping of name and options")
         name = given.get("name", cls.model_fields["name"].default)
-        if name not in methods.names():
-            raise ValueError(f"no method {name!r}; {suggestion(str(name), methods.names())}")
+        error = methods.unknown(str(name))
+        if error is not None:
+            raise ValueError(str(error))
         options = {key: option for key, option in given.items() if key != "name"}
         return {"name": name, "options": methods.load(name).options.model_validate(options, context=info.context)}
 

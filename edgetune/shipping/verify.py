@@ -18,7 +18,7 @@ from edgetune_runtime.engines.base import Engine, Tokenizer
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 
 from edgetune import methods
-from edgetune.bases import Base, base_context_length
+from edgetune.bases import Base, trained_context_length
 from edgetune.progress import Progress
 
 from .exported import Checked, ExportedFormat, Figures, TrainedAdapter
@@ -65,7 +65,7 @@ def verify(
     # A row may fill the whole context of the base; then it is not answered.
     longest = max(len(row) for adapter in adapters for row in adapter.probes) + ANSWER_TOKENS
     longest += max(written.prefix_tokens for export in exports for written in export.adapters.values())
-    length = min(longest, base_context_length(base.header))
+    length = min(longest, trained_context_length(base.header))
     # The states that torch computed for each adapter and the base, reused for all formats.
     known: dict[str | None, States] = {name: {} for name in (None, *(adapter.name for adapter in adapters))}
     bases: dict[str, Figures] = {}

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import pkgutil
-from importlib import import_module
-
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.registry import Registry
 from edgetune_runtime.wording import suggestion
 
 from .base import TaskType
 
 __all__ = ["TaskType", "load", "names"]
 
+_FILES = Registry(__name__, "task", shared=("base",))
+
 
 def names() -> list[str]:
     """The names of all tasks, from the files of this package, the default first."""
-    found = {module.name for module in pkgutil.iter_modules(__path__)} - {"base"}
-    return sorted((name.replace("_", "-") for name in found), key=lambda task: (task != GENERATION, task))
+    return sorted((name.replace("_", "-") for name in _FILES.names()), key=lambda task: (task != GENERATION, task))
 
 
 def load(task: str) -> TaskType:
     """The facts of a task; UsageError for an unknown task."""
     if task not in names():
         raise UsageError(f"no task {task!r}", suggestion(task, names()))
-    found: TaskType = import_module(f"{__name__}.{task.replace('-', '_')}").TASK_TYPE
+    found: TaskType = _FILES.load(task.replace("-", "_")).TASK_TYPE
     return found

@@ -21,7 +21,7 @@ from .errors import IncompatibleError, NotFoundError, VerificationError
 MANIFEST_NAME = "manifest.json"
 STATES_FOLDER = "states"
 """Folder in the bundle with the states that ship with it."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SHAPES = ("low_rank", "prefix", "tensors", "merged")
 GENERATION = "text-generation"
 CLASSIFICATION = "text-classification"
@@ -44,9 +44,10 @@ class BaseEntry:
     """The base model that all adapters of the bundle belong to.
 
     `fingerprint` is the sha256 of the GGUF file whose weights the adapters were trained on. `files` maps a backend to
-    the base's path in the bundle. `context_length` is the one that the base was trained for, in tokens. `parity` maps a
-    backend to the distance of its base from the trained one, and `gguf/onnx` to the distance between the two. `domain`
-    has the figures of continued pretraining: how the base was trained, and its perplexity before and after.
+    the base's path in the bundle. `trained_context_length` is the longest context that the base was trained for, in
+    tokens. `parity` maps a backend to the distance of its base from the trained one, and `gguf/onnx` to the distance
+    between the two. `domain` has the figures of continued pretraining: how the base was trained, and its perplexity
+    before and after.
     """
 
     name: str
@@ -54,7 +55,7 @@ class BaseEntry:
     architecture: str
     quantization: str
     parameters: int
-    context_length: int
+    trained_context_length: int
     layers: int
     kv_bytes_per_token: int
     tokenizer_sha256: str
@@ -70,9 +71,10 @@ class AdapterEntry:
 
     `error` is the relative error of a low-rank approximation of the trained update. `prefix_tokens` is the number of
     context positions that a prefix occupies. An adapter with `invocation` tokens is active from their last occurrence
-    on. `ranks` maps the name of a module in the trained model to its rank. `scale` is used when a caller gives none.
-    `metric` names the score that `edgetune evaluate` computes. `parity` maps a backend to `kl`, `top1`, … . `draft` is
-    the file of its draft table (see `decoding.drafts`); `output` constrains its answers (see `decoding.output`).
+    on. `ranks` maps the name of a module in the trained model to its rank. `scale` is used when a caller gives none;
+    the weights of a merged model include it. `metric` names the score that `edgetune evaluate` computes. `parity` maps
+    a backend to `kl`, `top1`, … . `draft` is the file of its draft table (see `decoding.drafts`); `output` constrains
+    its answers (see `decoding.output`).
     """
 
     name: str
@@ -96,7 +98,7 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of manifest.json. `context_length` (tokens) and `threads` are the runtime's defaults.
+    """The contents of manifest.json. `context_length` (tokens) and `threads` are the defaults of `Runtime.open`.
 
     `task` is text-generation, or text-classification for an encoder with a classification head per adapter.
     """
@@ -128,7 +130,7 @@ class Manifest:
 def read_manifest(bundle: Path) -> Manifest:
     """Read and check `bundle/manifest.json`; opens no other file.
 
-    Raises NotFoundError when `bundle` is not a bundle, VerificationError when the manifest is invalid, has a newer
+    Raises NotFoundError when `bundle` is not a bundle, VerificationError when the manifest is invalid, has another
     schema or names paths outside the bundle, and IncompatibleError when an adapter was trained on another base.
     """
     path = bundle / MANIFEST_NAME
@@ -143,9 +145,10 @@ def read_manifest(bundle: Path) -> Manifest:
         raise VerificationError(f"{path} is not JSON: {error}", COPY_BUNDLE_AGAIN) from error
     if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
         raise VerificationError(f"{path} has no schema number", COPY_BUNDLE_AGAIN)
-    if raw["schema"] > SCHEMA_VERSION:
-        message = f"{path} has schema {raw['schema']}, this runtime reads up to {SCHEMA_VERSION}"
-        raise VerificationError(message, "update edgetune-runtime")
+    if raw["schema"] != SCHEMA_VERSION:
+        message = f"{path} has schema {raw['schema']}, this runtime reads {SCHEMA_VERSION}"
+        remedy = "build the bundle again" if raw["schema"] < SCHEMA_VERSION else "update edgetune-runtime"
+        raise VerificationError(message, remedy)
     manifest = _parse(raw, path)
     _check_references(manifest, path)
     return manifest

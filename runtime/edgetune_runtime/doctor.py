@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import Manifest
-from .threads.machine import ROOT, cores_left, cpu_quota, disturbance, free_mb, throttling, usable_cores
+from .threads.machine import ROOT, cores_left, cpu_quota, disturbance, free_mb, threads_for, throttling, usable_cores
 
 _LIBRARIES = ("edgetune-runtime", "llama-cpp-python", "onnxruntime", "numpy", "tokenizers")
 _CLOCK = "sys/devices/system/cpu/cpu0/cpufreq"
@@ -21,10 +21,10 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
 
     With a bundle's manifest, also the number of threads that the bundle would use here. Loads no engine.
     """
-    quota, threads = cpu_quota(root), usable_cores(root)
+    quota = cpu_quota(root)
     found: dict[str, Any] = {
         "processor": _processor(root),
-        "cores": {"machine": os.cpu_count(), "usable": cores_left(root), "quota": quota, "threads": threads},
+        "cores": {"machine": os.cpu_count(), "usable": cores_left(root), "quota": quota, "threads": usable_cores(root)},
         "free_mb": free_mb(root),
         "clock": _clock(root),
         "throttling": throttling(root),
@@ -32,7 +32,7 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
     if manifest is not None:
-        found["bundle"] = {"name": manifest.name, "threads": min(manifest.threads or threads, cores_left(root))}
+        found["bundle"] = {"name": manifest.name, "threads": threads_for(manifest.threads, root)}
     return found | {"problems": list(_problems(found, manifest))}
 
 

@@ -52,6 +52,12 @@ class LoadedBundle:
         """The classifier of a text-classification bundle; None for a text-generation bundle."""
         return None if isinstance(self._running, Pool) else self._running
 
+    @property
+    def threads(self) -> int:
+        """Maximum number of threads of a step."""
+        running = self._running.first if isinstance(self._running, Pool) else self._running
+        return running.engine.threads
+
     def context(self, adapter: Adapters = None) -> tuple[Context, dict[str, float]]:
         """The context that runs a call with these adapters, and their scales. For measurements, inside `Context.hold`.
 
@@ -97,9 +103,9 @@ class LoadedBundle:
         with pool.tokenizer() as tokenizer:
             tokens = _tokens(tokenizer, prompt, system)
             fixed = self._fixed_part(pool, tokenizer, first, system)
-        longest = pool.first.capacity(active)
-        if not 0 < len(tokens) <= longest:
-            message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {longest}"
+        capacity = pool.first.capacity(active)
+        if not 0 < len(tokens) <= capacity:
+            message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
             raise UsageError(message, "change the prompt, or open the bundle with a larger context_length")
         count = len(fixed) if len(fixed) < len(tokens) and tokens[: len(fixed)] == fixed else 0
         spans, kept = pool.first.spans(active, tokens), 0
@@ -118,7 +124,9 @@ class LoadedBundle:
         if adapter is None:
             return {}
         if isinstance(adapter, str):
-            return {adapter: self.manifest.adapter(adapter).scale}
+            entry = self.manifest.adapter(adapter)
+            # The weights of a merged model include its scale.
+            return {adapter: 1.0 if self._is_merged(entry) else entry.scale}
         if not isinstance(adapter, Mapping):
             raise UsageError(f"adapter is {adapter!r}", "give a name, {name: scale}, or None for the base")
         for name, scale in adapter.items():

@@ -31,7 +31,7 @@ def loaded_bundle(runtime: Runtime) -> LoadedBundle:
 def runtime_around(engine: Engine, bundle: Path, manifest: Manifest, name: str) -> Runtime:
     """A runtime on an existing engine, called `name`, without a state cache; closing it closes the engine."""
     make = cast("EngineClass", type(engine))
-    options = OpeningOptions(name, make, manifest.context_length, manifest.threads, verify=False)
+    options = OpeningOptions(name, make, engine.context_length, engine.threads, verify=False)
     governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
     shared = Shared(manifest.base.fingerprint, manifest.base.kv_bytes_per_token, StateCache(0), governor)
     return Runtime(LoadedBundle(bundle, manifest, Pool(Context(engine, shared)), options))

@@ -83,7 +83,7 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptio
     if free is not None and needed_mb > free:
         # Linux would kill the process instead.
         message = f"a context of {options.context_length} tokens takes {needed_mb:.0f} MB, and {free:.0f} MB are free"
-        raise IncompatibleError(message, "open the bundle with a shorter context")
+        raise IncompatibleError(message, "open the bundle with a smaller context_length")
     thread = compute_thread(options.priority)
     if not make.has_sequence:
         plain = partial(make, path, context_length=options.context_length, threads=options.threads)

@@ -12,6 +12,7 @@ from typing import Self, Unpack
 
 from . import engines
 from .bundle import read_manifest
+from .engines import gguf
 from .errors import UsageError
 from .generation import Answer, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
@@ -98,14 +99,14 @@ class Runtime:
         begin = time.perf_counter()
         bundle = Path(path)
         manifest = read_manifest(bundle)
-        longest = manifest.base.context_length
-        if context_length is not None and not 2 <= context_length <= longest:
-            remedy = f"give 2 to {longest}, the context length of the base"
+        trained = manifest.base.trained_context_length
+        if context_length is not None and not 2 <= context_length <= trained:
+            remedy = f"give 2 to {trained}, the context length that the base was trained for"
             raise UsageError(f"context_length is {context_length}", remedy)
         if (contexts is not None and contexts < 1) or waiting < 0:
             message = f"contexts is {contexts} and waiting is {waiting}"
             raise UsageError(message, "give contexts of at least 1 and waiting of at least 0")
-        engine = engine or next(iter(manifest.base.files), "gguf")
+        engine = engine or next(iter(manifest.base.files), gguf.NAME)
         engines.check_name(engine)
         file = file_of(manifest.base.files, engine, "the base")
         options = OpeningOptions(
@@ -132,6 +133,8 @@ class Runtime:
         except BaseException:
             loaded.close()
             raise
+        if options.threads is not None and loaded.threads < options.threads:
+            _LOG.warning("threads=%d, but only %d cores are available", options.threads, loaded.threads)
         elapsed_s, count = time.perf_counter() - begin, len(manifest.adapters)
         _LOG.info("opened %s with %s and %d adapters in %.2f s", bundle, engine, count, elapsed_s)
         return cls(loaded)
@@ -140,6 +143,16 @@ class Runtime:
     def engine(self) -> str:
         """Name of the engine that runs the bundle."""
         return self._loaded.options.engine
+
+    @property
+    def context_length(self) -> int:
+        """Maximum number of tokens of prompt and answer together."""
+        return self._loaded.options.context_length
+
+    @property
+    def threads(self) -> int:
+        """Maximum number of threads of a step."""
+        return self._loaded.threads
 
     @property
     def adapters(self) -> list[str]:
@@ -223,12 +236,12 @@ class Runtime:
         """
         context, adapters = self._loaded.context(adapter)
         with context.hold():
-            window = context.capacity(adapters)
+            capacity = context.capacity(adapters)
             tokens = context.engine.tokenizer.tokenize(text)
             if len(tokens) < 2:
                 raise UsageError(f"a text of {len(tokens)} tokens has no perplexity", "give a longer text")
-            starts = range(0, len(tokens) - 1, window - 1)
-            total = math.fsum(window_loss(context, adapters, tokens[start : start + window]) for start in starts)
+            starts = range(0, len(tokens) - 1, capacity - 1)
+            total = math.fsum(window_loss(context, adapters, tokens[start : start + capacity]) for start in starts)
         return total, len(tokens) - 1
 
     def warm(self, adapters: Sequence[Adapters] | None = None) -> dict[str, int]:

@@ -121,7 +121,8 @@ def write_bundle(
         file = f"adapters/{name}/model.gguf"
         (out / file).parent.mkdir(parents=True)
         shutil.copy(model, out / file)
-        entries[name] = AdapterEntry(name, "lora", {"gguf": "merged"}, {"gguf": file}, fingerprint)
+        # The scale is in the weights.
+        entries[name] = AdapterEntry(name, "lora", {"gguf": "merged"}, {"gguf": file}, fingerprint, scale=0.5)
     write_manifest(out, _base_entry(read_header(base), fingerprint), entries, **changes)
     return out
 
@@ -173,7 +174,7 @@ def _base_entry(header: GgufHeader, fingerprint: str) -> BaseEntry:
         architecture=prefix,
         quantization="f16",
         parameters=100_000,
-        context_length=header.metadata[f"{prefix}.context_length"],
+        trained_context_length=header.metadata[f"{prefix}.context_length"],
         layers=header.metadata[f"{prefix}.block_count"],
         kv_bytes_per_token=256,
         tokenizer_sha256=digest_of_tokenizer(header),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, VerificationError
-from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
+from edgetune_runtime.bundle import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest, resolve, verify_files
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -49,16 +49,19 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
         read_manifest(tmp_path / "none")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"schema": 1}', '{"schema": "1"}', "[" * 100_000, "\ud800"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"schema": 2}', '{"schema": "2"}', "[" * 100_000, "\ud800"])
 def test_what_is_no_manifest_is_damaged(text: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(VerificationError, match="manifest"):
         read_manifest(tmp_path)
 
 
-def test_a_newer_schema_asks_for_an_update(copy: Path) -> None:
-    rewrite(copy, lambda raw: raw.update(schema=2))
-    with pytest.raises(VerificationError, match="update edgetune-runtime"):
+@pytest.mark.parametrize(
+    ("schema", "remedy"), [(SCHEMA_VERSION + 1, "update edgetune-runtime"), (1, "build the bundle again")]
+)
+def test_another_schema_is_refused_with_what_to_do(schema: int, remedy: str, copy: Path) -> None:
+    rewrite(copy, lambda raw: raw.update(schema=schema))
+    with pytest.raises(VerificationError, match=rf"has schema {schema}, this runtime reads {SCHEMA_VERSION}; {remedy}"):
         read_manifest(copy)
 
 

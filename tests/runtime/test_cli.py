@@ -169,9 +169,10 @@ def test_bench_measures_everything_that_it_promises(run: Run, bundle: Path) -> N
     assert (code, set(told)) == (
         0,
         {"load_ms", "switch_us", "ttft_ms", "decode_tokens_per_s", "rss_mb", "adapter_mb"}
-        | {"start_ms", "state_mb", "state_restore_ms", "busy", "slow"}
+        | {"start_ms", "state_mb", "state_restore_ms", "busy", "slow", "engine", "threads", "context_length"}
         | {"answer_ms", "tokens_per_step"},
     )
+    assert (told["engine"], told["threads"], told["context_length"]) == ("gguf", 1, 256)
     assert isinstance(told["slow"], bool)
     assert told["busy"] is None or "\n" not in told["busy"]
     assert 0 < told["switch_us"]["p50"] <= told["switch_us"]["p99"]
@@ -193,7 +194,7 @@ def test_bench_without_json_writes_a_figure_a_line(run: Run, bundle: Path) -> No
     _, out, _ = run("bench", bundle)
     figures = dict(line.split("\t") for line in out.splitlines())
     assert {"load_ms", "switch_us.p99", "decode_tokens_per_s.adapters.tone"} < set(figures)
-    del figures["busy"], figures["slow"]
+    del figures["busy"], figures["slow"], figures["engine"]
     assert all(float(value) >= 0 for value in figures.values())
 
 

@@ -33,6 +33,7 @@ RUNTIME = {
     "classify",
     "clear_cache",
     "close",
+    "context_length",
     "engine",
     "generate",
     "load_session",
@@ -41,6 +42,7 @@ RUNTIME = {
     "perplexity",
     "session",
     "stream",
+    "threads",
     "warm",
 }
 

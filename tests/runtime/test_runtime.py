@@ -400,8 +400,8 @@ def test_a_context_that_the_memory_cannot_hold_is_refused_before_linux_kills(cop
         Runtime.open(copy)
 
 
-def test_an_unknown_engine_is_told_with_those_there_are(bundle: Path) -> None:
-    with pytest.raises(UsageError, match=r"'onxx'.*gguf"):
+def test_an_unknown_engine_is_told_with_the_nearest_one(bundle: Path) -> None:
+    with pytest.raises(UsageError, match="no engine 'onxx'; did you mean 'onnx'"):
         Runtime.open(bundle, engine="onxx")
 
 

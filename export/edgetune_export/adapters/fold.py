@@ -1,8 +1,9 @@
-"""Folds a PEFT LoRA folder into a LowRank adapter with the scale in B, without loading the base.
+"""Folds a PEFT LoRA folder into a LowRank adapter with PEFT's scaling in B, without loading the base.
 
-PEFT computes W + s·B·A with s = alpha / r, or alpha / sqrt(r) for rsLoRA; r and alpha may differ per module. Here s is
-multiplied into B, so that later steps need not know how the adapter was scaled. The folder is not trusted: options that
-a GGUF LoRA does not support and inconsistent files are refused with the option or module at fault.
+PEFT computes W + s·B·A with the scaling s = alpha / r, or alpha / sqrt(r) for rsLoRA; r and alpha may differ per
+module. Here s is multiplied into B, so that later steps need not know it; a recipe's `scale` is another factor, applied
+at run time. The folder is not trusted: options that a GGUF LoRA does not support and inconsistent files are refused
+with the option or module at fault.
 """
 
 from __future__ import annotations
@@ -53,42 +54,42 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 @dataclass(frozen=True)
-class _Scales:
-    """The part of adapter_config.json that sets each module's rank and scale."""
+class _Scaling:
+    """The part of adapter_config.json that sets each module's rank and scaling."""
 
-    rank: int
+    r: int
     alpha: float
     rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
 
     def of(self, module: str) -> tuple[int, float]:
-        """Rank and scale that PEFT uses for a module, by its name in the trained model."""
-        rank = self.rank_pattern.get(_pattern_of(self.rank_pattern, module), self.rank)
+        """Rank and scaling that PEFT uses for a module, by its name in the trained model."""
+        rank = self.rank_pattern.get(_pattern_of(self.rank_pattern, module), self.r)
         alpha = self.alpha_pattern.get(_pattern_of(self.alpha_pattern, module), self.alpha)
         return rank, alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
 def fold_peft(folder: Path, name: str, method: str = "lora") -> LowRank:
-    """Read the PEFT LoRA or activated LoRA adapter in `folder` and fold its scale into B.
+    """Read the PEFT LoRA or activated LoRA adapter in `folder` and fold its scaling into B.
 
     Raises NotFoundError if a file is missing, VerificationError if files are damaged or contradict each other, and
     IncompatibleError, with a remedy, for options that a GGUF LoRA does not support.
     """
     config = _read_config(folder)
     _refuse_unsupported(config, name)
-    scales = _read_scales(config, folder / CONFIG_NAME)
+    config_scaling = _read_scaling(config, folder / CONFIG_NAME)
     invocation = _read_invocation(config, folder / CONFIG_NAME)
     pairs = _pair(_read_tensors(folder), name)
     modules: dict[str, Delta] = {}
     problems: list[str] = []
     for module, (a, b) in pairs.items():
-        rank, scale = scales.of(module)
+        rank, scaling = config_scaling.of(module)
         problem = _mismatch(module, a, b, rank)
         if problem:
             problems.append(problem)
         else:
-            modules[_canonical(module)] = Delta(a, (b * np.float64(scale)).astype(np.float32))
+            modules[_canonical(module)] = Delta(a, (b * np.float64(scaling)).astype(np.float32))
     _raise_all(VerificationError, f"adapter {name!r} is damaged", problems, _SAVE_AGAIN)
     if len(modules) != len(pairs):
         raise VerificationError(f"adapter {name!r} has two LoRAs for the same module", _SAVE_AGAIN)
@@ -146,7 +147,7 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
     _raise_all(IncompatibleError, what, problems, f"or {_MERGE}")
 
 
-def _read_scales(config: Mapping[str, Any], path: Path) -> _Scales:
+def _read_scaling(config: Mapping[str, Any], path: Path) -> _Scaling:
     problems: list[str] = []
 
     def number(key: str, value: object, kind: type[int] | type[float]) -> None:
@@ -170,7 +171,7 @@ def _read_scales(config: Mapping[str, Any], path: Path) -> _Scales:
         patterns[key] = pattern
     _raise_all(VerificationError, f"{path} is damaged", problems, _SAVE_AGAIN)
     rslora = bool(config.get("use_rslora"))
-    return _Scales(config["r"], config["lora_alpha"], rslora, patterns["rank_pattern"], patterns["alpha_pattern"])
+    return _Scaling(config["r"], config["lora_alpha"], rslora, patterns["rank_pattern"], patterns["alpha_pattern"])
 
 
 def _read_invocation(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:

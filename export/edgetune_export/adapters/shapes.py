@@ -19,7 +19,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("relu", "silu", "gelu")
 
 @dataclass(frozen=True)
 class Delta:
-    """The change of a linear module: W + b @ a, with a [rank, columns] and b [rows, rank], scale included."""
+    """The change of a linear module: W + b @ a, with a [rank, columns] and b [rows, rank], PEFT's scaling included."""
 
     a: Floats
     b: Floats

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Mapping
 from functools import cache
-from importlib import import_module
 
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.registry import Registry
 
 from .base import Architecture
 
 __all__ = ["Architecture", "known", "names", "of", "of_model_type"]
 
-_SHARED = ("base", "layout")
+_ARCHITECTURES = Registry(__name__, "architecture", shared=("base", "layout"))
 
 
-def names() -> tuple[str, ...]:
+def names() -> list[str]:
     """The names of all architectures, from the files of this package."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED))
+    return _ARCHITECTURES.names()
 
 
 @cache
 def known() -> Mapping[str, Architecture]:
     """All architectures by their names."""
-    return {name: import_module(f"{__name__}.{name}").ARCHITECTURE for name in names()}
+    return {name: _ARCHITECTURES.load(name).ARCHITECTURE for name in names()}
 
 
 def of(header: GgufHeader, base: str = "") -> Architecture:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
 
 from .base import Architecture
 
@@ -16,12 +16,15 @@ _LAYERS_OF_27B = 62
 
 class _Gemma3(Architecture):
     def config_entries(self, header: GgufHeader) -> Mapping[str, Any]:
-        """llama.cpp scales queries by the head size, but in the 27B model by the model's width per head."""
+        """llama.cpp scales queries by the head size, but in the 27B model by the model's width per head. It has a
+        default for which layers use a sliding window."""
         metadata = header.metadata
         scalar = metadata.get("gemma3.attention.key_length")
         if metadata["gemma3.block_count"] == _LAYERS_OF_27B:
             scalar = metadata["gemma3.embedding_length"] // metadata["gemma3.attention.head_count"]
-        return {**super().config_entries(header), "query_pre_attn_scalar": scalar}
+        cache = cache_shape(header)
+        kinds = ["sliding_attention" if layer in cache.sliding else "full_attention" for layer in range(cache.layers)]
+        return {**super().config_entries(header), "query_pre_attn_scalar": scalar, "layer_types": kinds}
 
     def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """transformers 5 writes one entry per layer type, because their rotary embeddings differ; builder 0.18 also

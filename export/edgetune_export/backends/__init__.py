@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pkgutil
-from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.registry import Registry
 
 if TYPE_CHECKING:
     from .base import Backend
@@ -16,10 +15,17 @@ if TYPE_CHECKING:
 DEFAULT = "gguf"
 """The format that is written unless others are asked for."""
 
+_FORMATS = Registry(__name__, "format", shared=("base", "format"))
 
-def names() -> tuple[str, ...]:
+
+def names() -> list[str]:
     """The names of all formats, from the folders of this package."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg))
+    return _FORMATS.names()
+
+
+def unknown(name: str) -> UsageError | None:
+    """What is wrong with a name that no format has, to be raised; else None."""
+    return _FORMATS.unknown(name)
 
 
 def load(name: str, task: str = GENERATION) -> Backend:
@@ -27,20 +33,14 @@ def load(name: str, task: str = GENERATION) -> Backend:
     modules = format_of(name).tasks
     if task not in modules:
         raise UsageError(f"{name} holds no models for {task}", f"choose one of: {', '.join(of_task(task)) or 'none'}")
-    return cast("Backend", import_module(f"{__name__}.{name}.{modules[task]}"))
+    return cast("Backend", _FORMATS.load(name, modules[task]))
 
 
 def format_of(name: str) -> Format:
     """The facts of a format; UsageError names the formats there are."""
-    _check(name)
-    return cast("Format", import_module(f"{__name__}.{name}").FORMAT)
+    return cast("Format", _FORMATS.load(name).FORMAT)
 
 
 def of_task(task: str) -> tuple[str, ...]:
     """The formats that hold models for a task."""
     return tuple(name for name in names() if task in format_of(name).tasks)
-
-
-def _check(name: str) -> None:
-    if name not in names():
-        raise UsageError(f"no format {name!r}", f"choose one of: {', '.join(names())}")

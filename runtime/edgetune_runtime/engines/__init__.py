@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import pkgutil
-from importlib import import_module
 from typing import TYPE_CHECKING, overload
 
 from edgetune_runtime.bundle import GENERATION
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.registry import Registry
 
 if TYPE_CHECKING:
     from .base import EngineClass, LabelEngineClass
 
+_ENGINES = Registry(__name__, "engine", shared=("base",))
+
 
 def names() -> list[str]:
     """The names of all engines, from the folders of this package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
+    return _ENGINES.names()
 
 
 def check_name(name: str) -> None:
-    """Raise UsageError, which lists all engines, for an unknown name."""
-    if name not in names():
-        raise UsageError(f"no engine {name!r}", f"choose one of: {', '.join(names())}")
+    """Raise UsageError, which suggests known names, for an unknown name."""
+    error = _ENGINES.unknown(name)
+    if error is not None:
+        raise error
 
 
 @overload
@@ -31,12 +33,10 @@ def load(name: str, task: str) -> EngineClass | LabelEngineClass: ...
 def load(name: str, task: str = GENERATION) -> EngineClass | LabelEngineClass:
     """Import the class of an engine for a task.
 
-    UsageError for an unknown name lists all engines; IncompatibleError for a task that it does not run lists its tasks.
+    UsageError for an unknown name suggests known ones; IncompatibleError for a task that it does not run lists others.
     """
-    check_name(name)
-    package = f"{__name__}.{name}"
-    modules = import_module(package).ENGINES
+    modules = _ENGINES.load(name).ENGINES
     if task not in modules:
         raise IncompatibleError(f"engine {name!r} does not run {task}", f"use it for: {', '.join(modules)}")
-    found: EngineClass | LabelEngineClass = import_module(f"{package}.{modules[task]}").ENGINE
+    found: EngineClass | LabelEngineClass = _ENGINES.load(name, modules[task]).ENGINE
     return found

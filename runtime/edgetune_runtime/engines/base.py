@@ -55,8 +55,9 @@ class TextTokenizer(Protocol):
 class Engine(Protocol):
     """One base with its adapters and one sequence of tokens. Not thread-safe: the caller must lock it.
 
-    A prefix adapter occupies the first positions of the context, and the sequence starts after it. At most one prefix
-    can be active, with scale 1, together with any other adapters.
+    `context_length` is the one that the bundle was opened with, in tokens; an engine may allocate more. A prefix
+    adapter occupies the first positions of the context, and the sequence starts after it. At most one prefix can be
+    active, with scale 1, together with any other adapters.
 
     `BATCH_COST` maps a number of tokens to the approximate cost of decoding them in one step, in single-token steps.
     """
@@ -70,7 +71,7 @@ class Engine(Protocol):
 
     @property
     def threads(self) -> int:
-        """Threads per step when no other processes use the cores."""
+        """Maximum number of threads of a step: what the engine was opened with, by default one per available core."""
 
     @property
     def adjusts_threads(self) -> bool:
@@ -107,7 +108,7 @@ class Engine(Protocol):
         """
 
     def capacity(self, adapters: Mapping[str, float]) -> int:
-        """The number of tokens that fit in the context after the prefix among these adapters, if any."""
+        """The longest sequence with these adapters: `context_length` minus the tokens of a prefix among them."""
 
     def truncate(self, keep: int) -> int:
         """Truncate the sequence to its first `keep` tokens; returns the new length (0 if it cannot be truncated)."""
@@ -152,10 +153,11 @@ class Engine(Protocol):
 class LabelEngine(Protocol):
     """One base whose adapters have labels: an answer is one forward pass, without a sequence. Thread-safe.
 
-    `context_length` is in tokens.
+    `context_length` is in tokens, `threads` the number of threads of a pass.
     """
 
     context_length: int
+    threads: int
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -236,11 +238,11 @@ def check_kv(kv: str | None, known: tuple[str, ...], engine: str) -> str:
     return kv or known[0]
 
 
-def check_context_length(context_length: int, trained: int) -> None:
+def check_context_length(context_length: int, trained_context_length: int) -> None:
     """Raise UsageError when the context is longer than the base was trained for."""
-    if context_length > trained:
-        message = f"a context of {context_length} tokens is too long: the base was trained for {trained}"
-        raise UsageError(message, f"give at most {trained}")
+    if context_length > trained_context_length:
+        message = f"context_length {context_length} is more than the base was trained for"
+        raise UsageError(message, f"give at most {trained_context_length}")
 
 
 def check_tokens_fit(tokens: Sequence[int], length: int, context_length: int, vocab_size: int) -> None:

@@ -69,9 +69,12 @@ _UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 63
-# Architectures with sliding-window layers, and the default interval of the layers with full attention: every sixth.
-# Other architectures have such layers too, but llama.cpp runs them with full attention.
-_WHOLE_LAYERS = {"gemma3": 6}
+_SLIDING_WINDOW_PATTERN = {"gemma3": 6}
+"""Architectures with sliding-window layers, and the default interval of the layers with full attention: every sixth.
+
+Other architectures have such layers too, but llama.cpp runs them with full attention. Training reads this through
+`cache_shape`.
+"""
 
 
 @dataclass(frozen=True)
@@ -171,10 +174,10 @@ def cache_shape(base: GgufHeader) -> CacheShape:
     kv_heads = _count(base, "attention.head_count_kv", heads)
     key_size, value_size = (_count(base, f"attention.{which}_length", width) for which in ("key", "value"))
     window = base.metadata.get(f"{base.architecture}.attention.sliding_window")
-    every = _WHOLE_LAYERS.get(base.architecture)
-    if every is None or not isinstance(window, int) or window < 1:
+    usual = _SLIDING_WINDOW_PATTERN.get(base.architecture)
+    if usual is None or not isinstance(window, int) or window < 1:
         return CacheShape(layers, kv_heads, key_size, value_size)
-    pattern = base.metadata.get(f"{base.architecture}.attention.sliding_window_pattern", every)
+    pattern = base.metadata.get(f"{base.architecture}.attention.sliding_window_pattern", usual)
     if isinstance(pattern, tuple):
         sliding = tuple(layer for layer, slides in enumerate(pattern[:layers]) if slides)
     else:

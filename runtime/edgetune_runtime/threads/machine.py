@@ -6,14 +6,11 @@ assumed.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-_LOG = logging.getLogger(__name__)
 
 ROOT = Path("/")
 MOST_THREADS = 8
@@ -46,14 +43,9 @@ def cores_left(root: Path = ROOT) -> int:
     return max(1, cores if quota is None else min(cores, int(quota)))
 
 
-def threads_for(wanted: int | None) -> int:
-    """The threads of an engine with a fixed number: `wanted`, limited to the available cores; None for the default."""
-    if wanted is None:
-        return usable_cores()
-    left = cores_left()
-    if wanted > left:
-        _LOG.warning("threads=%d, but only %d cores are available: using %d", wanted, left, left)
-    return min(wanted, left)
+def threads_for(threads: int | None, root: Path = ROOT) -> int:
+    """`threads`, limited to the available cores; None for the default."""
+    return usable_cores(root) if threads is None else min(threads, cores_left(root))
 
 
 def others_running(root: Path = ROOT) -> int | None:

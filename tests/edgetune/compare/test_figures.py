@@ -144,6 +144,14 @@ def test_the_page_and_the_json_say_that_the_score_decides_nothing() -> None:
     )
 
 
+def test_the_page_escapes_what_a_recipe_and_errors_say() -> None:
+    failed = TrialResult("lora", "lora", None, "failed", "no module <q> & 'k'")
+    shown = page(Comparison("<script>", "b&w", "exact", 100, [failed], None), [])
+    assert "<script" not in shown and "<q>" not in shown
+    assert "Base b&amp;w." in shown
+    assert '<td class="reason" colspan="9">failed: no module &lt;q&gt; &amp; &#39;k&#39;</td>' in shown
+
+
 def test_times_taken_on_a_busy_machine_are_marked_and_change_no_recommendation() -> None:
     quick, slow = engine(0.9, 10), replace(engine(0.9, 10, speed=5.0), slow=True, busy="load 3.1 on 2 cores")
     calm, busy = outcome("calm", gguf=quick), outcome("busy", gguf=slow, onnx=replace(slow, busy=None))
@@ -194,8 +202,8 @@ def test_an_outcome_is_read_as_it_was_written() -> None:
 
 def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:
     tried = [
-        {"modules": ["q_proj", "v_proj"], "rank": 16, "cost": 0.081, "val_loss": 0.5},
-        {"modules": "all-linear", "rank": 16, "cost": 0.234, "val_loss": None},
+        {"target_modules": ["q_proj", "v_proj"], "r": 16, "cost": 0.081, "val_loss": 0.5},
+        {"target_modules": "all-linear", "r": 16, "cost": 0.234, "val_loss": None},
     ]
     plain = outcome("dora", gguf=engine(0.9, 10))
     placed = replace(plain, name="lora", placement={**tried[0], "tried": tried})

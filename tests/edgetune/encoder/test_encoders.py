@@ -121,7 +121,11 @@ def test_the_manifest_tells_what_is_in_the_bundle(built: Built) -> None:
     assert manifest.task == "text-classification"
     assert manifest.base.fingerprint == sha256_of(built.base / "model.safetensors")
     assert (manifest.base.architecture, manifest.base.layers, manifest.base.kv_bytes_per_token) == ("bert", 2, 0)
-    assert (manifest.base.quantization, manifest.base.context_length, manifest.context_length) == ("f32", 64, 64)
+    assert (manifest.base.quantization, manifest.base.trained_context_length, manifest.context_length) == (
+        "f32",
+        64,
+        64,
+    )
     assert manifest.adapter("place").labels == PLACES
     assert manifest.adapter("power").labels == ("off", "on")
     assert set(manifest.adapter("place").ranks.values()) == {4}
@@ -289,7 +293,12 @@ def test_a_context_beyond_the_bases_positions_is_refused(built: Built, tmp_path:
 def test_sizes_have_one_name_for_all_architectures(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
     for arch, layers, length in (("bert", 2, 64), ("distilbert", 1, 64), ("electra", 1, 64), ("roberta", 1, 64)):
         base = encoder_base.resolve(load_recipe(write_recipe(tmp_path, tiny_encoder(arch))))
-        assert (base.architecture, base.layers, base.hidden_size, base.context_length) == (arch, layers, 64, length)
+        assert (base.architecture, base.layers, base.hidden_size, base.trained_context_length) == (
+            arch,
+            layers,
+            64,
+            length,
+        )
 
 
 def test_the_plain_base_cannot_be_scored(built: Built) -> None:

@@ -65,9 +65,9 @@ def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
 def test_the_placement_with_the_least_trial_loss_is_chosen(built: Built) -> None:
     chosen, all_of_them = built.figures["placement"], tried(built.figures)
-    assert [item["rank"] for item in all_of_them] == [1, 2] * 7
+    assert [item["r"] for item in all_of_them] == [1, 2] * 7
     trained = [item for item in all_of_them if item["val_loss"] is not None]
-    assert [item["rank"] for item in trained] == [2] * 7
+    assert [item["r"] for item in trained] == [2] * 7
     assert chosen["val_loss"] == min(item["val_loss"] for item in trained)
     assert len({item["val_loss"] for item in trained}) == 7
     assert {key: chosen[key] for key in all_of_them[0]} in trained
@@ -77,9 +77,9 @@ def test_the_placement_with_the_least_trial_loss_is_chosen(built: Built) -> None
 
 def test_what_was_chosen_is_trained_and_runs(built: Built) -> None:
     chosen, entry = built.figures["placement"], read_manifest(built.bundle).adapters["command"]
-    names = placements(2)[-1].names if chosen["modules"] == "all-linear" else chosen["modules"]
+    names = placements(2)[-1].names if chosen["target_modules"] == "all-linear" else chosen["target_modules"]
     assert {module.rpartition(".")[2] for module in entry.ranks} == set(names)
-    assert set(entry.ranks.values()) == {chosen["rank"]}
+    assert set(entry.ranks.values()) == {chosen["r"]}
     assert entry.training["placement"] == chosen
     with Runtime.open(built.bundle) as runtime:
         question = ROWS[0]["prompt"]
@@ -91,7 +91,7 @@ def test_the_bundles_recipe_names_what_was_chosen(built: Built) -> None:
     chosen, resolved = built.figures["placement"], read_manifest(built.bundle).recipe
     assert "auto" not in json.dumps(resolved["adapters"]["command"]["method"])
     method = Recipe.model_validate(resolved).adapters["command"].method.options.model_dump(mode="json")
-    assert (method["target_modules"], method["r"]) == (chosen["modules"], chosen["rank"])
+    assert (method["target_modules"], method["r"]) == (chosen["target_modules"], chosen["r"])
     # As much as alpha 32 at rank 2.
     assert method["lora_alpha"] / method["r"] == 16
 
@@ -167,7 +167,7 @@ def test_onnx_is_measured_on_graphs_of_the_placements_own(
     tiny_gguf: Callable[[str], Path], tiny_base: Callable[[str], Base], tmp_path: Path
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), "100%", targets=["onnx"])
-    wanted = [placement for placement in placements(1) if placement.modules == ("v_proj",)]
+    wanted = [placement for placement in placements(1) if placement.target_modules == ("v_proj",)]
     found = costs(wanted, recipe.adapters["command"], tiny_base("llama"), recipe, folder=tmp_path, progress=QUIET)
     assert set(found) == set(wanted)
     assert all(0 <= cost < 1 for cost in found.values())
@@ -183,7 +183,7 @@ def test_a_single_placement_that_fits_needs_no_trial(tiny_base: Callable[[str], 
     between = (cost[cheapest] + cost[next_one]) / 2
     progress = Listening()
     chosen = figures_of(recipe_of(tmp_path, base.path, between, **keys), tmp_path / "home", progress)["placement"]
-    assert (tuple(chosen["modules"]), chosen["val_loss"], chosen["steps"]) == (cheapest.modules, None, 0)
+    assert (tuple(chosen["target_modules"]), chosen["val_loss"], chosen["steps"]) == (cheapest.target_modules, None, 0)
     assert chosen["costs"] == "predicted for pi-5"
     assert [line.endswith("over the budget") for line in progress.lines].count(True) == 6
     (line,) = [line for line in progress.lines if line.endswith("<- chosen")]

@@ -36,3 +36,18 @@ def test_a_format_that_cannot_hold_an_architecture_is_refused() -> None:
     architectures.of(header_of("olmo2")).check_formats(["gguf"])
     with pytest.raises(IncompatibleError, match="onnx does not support bases of architecture 'olmo2'"):
         architectures.of(header_of("olmo2")).check_formats(["gguf", "onnx"])
+
+
+def test_gemma3_attends_to_windows_in_torch_where_the_runtime_says_so() -> None:
+    sizes = {"block_count": 7, "embedding_length": 32, "attention.head_count": 2, "attention.key_length": 16}
+    metadata = {"general.architecture": "gemma3", **{f"gemma3.{key}": value for key, value in sizes.items()}}
+
+    def whole_layers(**more: object) -> list[int]:
+        own = {f"gemma3.attention.{key}": value for key, value in more.items()}
+        header = GgufHeader({**metadata, **own}, {})
+        kinds = architectures.of(header).config_entries(header)["layer_types"]
+        return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+
+    assert whole_layers(sliding_window=16) == [5]
+    assert whole_layers(sliding_window=16, sliding_window_pattern=3) == [2, 5]
+    assert whole_layers() == list(range(7))

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from edgetune_runtime.atomic import raising_out_of_space
-from edgetune_runtime.engines.onnx.encoder import CONTEXT_LENGTH, HEAD_BIAS, HEAD_WEIGHT, LOGITS, POOLED
+from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, LOGITS, POOLED, TRAINED_CONTEXT_LENGTH
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.onnx_file import read_onnx
 from edgetune_runtime.wording import first_of
@@ -52,10 +52,10 @@ _TOKENIZER = "tokenizer.json"
 class EncoderSource(Source):
     """The encoder of a build: `path` is its weights file, beside its tokenizer's, and `model` has these in float32.
 
-    `context_length` is its longest text in tokens. The plain graph, in `work`, is exported once a build.
+    `trained_context_length` is its longest text in tokens. The plain graph, in `work`, is exported once a build.
     """
 
-    context_length: int = field(kw_only=True)
+    trained_context_length: int = field(kw_only=True)
 
 
 class _Pooled(torch.nn.Module):
@@ -102,7 +102,7 @@ def write_base(source: EncoderSource, folder: Path, adapters: Sequence[LowRank])
     _add_head(model.graph, source.model.config.hidden_size)
     model.metadata_props[METADATA] = json.dumps(slots)
     model.metadata_props["edgetune.base_fingerprint"] = source.fingerprint
-    model.metadata_props[CONTEXT_LENGTH] = str(source.context_length)
+    model.metadata_props[TRAINED_CONTEXT_LENGTH] = str(source.trained_context_length)
     save_model(model, out.parent)
     with raising_out_of_space(out):
         shutil.copyfile(source.path.with_name(_TOKENIZER), out.with_name(_TOKENIZER))

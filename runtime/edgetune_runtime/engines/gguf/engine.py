@@ -119,7 +119,7 @@ class GgufEngine:
 
     @property
     def threads(self) -> int:
-        """Threads per step when no other processes use the cores."""
+        """Maximum number of threads of a step."""
         return self._threads
 
     @property
@@ -186,7 +186,7 @@ class GgufEngine:
         return _Choice(prefix, pointers, (ctypes.c_float * len(added))(*added.values()))
 
     def capacity(self, adapters: Mapping[str, float]) -> int:
-        """The number of tokens that fit in the context after the prefix among these adapters, if any."""
+        """The longest sequence with these adapters: `context_length` minus the tokens of a prefix among them."""
         prefix = prefix_among(adapters, self._prefixes)
         return self.context_length - (self._prefixes[prefix].tokens if prefix else 0)
 
@@ -367,7 +367,7 @@ class GgufEngine:
             self._stop.clear()
             raise StepStopped
         if result == _CONTEXT_FULL:
-            message = f"the context of {self._cells} tokens is full"
+            message = f"all {self._cells} cells of the KV cache are in use"
             raise UsageError(message, "open the bundle with a larger context_length")
         if result != 0:
             raise EdgetuneError(f"llama.cpp cannot decode {len(tokens)} tokens (error {result}): {last_errors()}")

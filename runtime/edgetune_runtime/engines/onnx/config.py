@@ -14,7 +14,7 @@ from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 class OnnxConfig:
     """The values of genai_config.json that the runtime uses."""
 
-    context_length: int
+    trained_context_length: int
     head_size: int
     end_tokens: tuple[int, ...]
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune_runtime.engines.base import Logits, check_options
+from edgetune_runtime.engines.base import Logits, check_context_length, check_options
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.text.chat import Prompt, text_of
@@ -28,7 +28,7 @@ HEAD_WEIGHT, HEAD_BIAS = "classifier.weight", "classifier.bias"
 """Inputs of a head: weight [hidden, labels] and bias [labels], without labels unless they are given."""
 LOGITS, POOLED = "logits", "pooled"
 """Outputs: logits [batch, labels], and the pooled last layer [batch, hidden] that they are computed from."""
-CONTEXT_LENGTH = "edgetune.context_length"
+TRAINED_CONTEXT_LENGTH = "edgetune.trained_context_length"
 """Key of the graph's metadata: the tokens that the base was trained for."""
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -53,7 +53,8 @@ class EncoderEngine:
     """An ONNX encoder with its adapters. `path` is model.onnx; its folder holds the rest. Safe to use from threads.
 
     `context_length` is in tokens; `threads` defaults to the cores this process may use, at most 8. UsageError when one
-    is not positive, VerificationError for a graph that is no encoder's.
+    is not positive or the context is longer than the base was trained for, VerificationError for a graph that is no
+    encoder's.
     """
 
     has_sequence: ClassVar[Literal[False]] = False
@@ -63,10 +64,12 @@ class EncoderEngine:
         check_options(context_length, threads, 1)
         header = read_onnx(path)
         self._hidden = _hidden_size(header, path)
-        self.context_length = min(context_length, _context_length(header, path))
+        check_context_length(context_length, _trained_context_length(header, path))
+        self.context_length = context_length
         self._slots = slots_of(header)
         self.tokenizer = EncoderTokenizer(path.with_name("tokenizer.json"))
-        self._session: Any = open_session(path, threads_for(threads))
+        self.threads = threads_for(threads)
+        self._session: Any = open_session(path, self.threads)
         self._adapters: dict[str, Arrays] = {}
 
     @staticmethod
@@ -99,7 +102,7 @@ class EncoderEngine:
         tokens = self.tokenizer.tokenize(text_of(prompt))
         if not 0 < len(tokens) <= self.context_length:
             message = f"the prompt has {len(tokens)} tokens, the context holds 1 to {self.context_length}"
-            raise UsageError(message, "shorten the prompt, or open the bundle with a longer context")
+            raise UsageError(message, "shorten the prompt, or open the bundle with a larger context_length")
         return tokens
 
     def logits(self, tokens: Sequence[int], name: str, scale: float = 1.0) -> Logits:
@@ -165,8 +168,8 @@ def _hidden_size(header: OnnxHeader, path: Path) -> int:
     raise VerificationError(f"{path} is no encoder's graph", COPY_BUNDLE_AGAIN)
 
 
-def _context_length(header: OnnxHeader, path: Path) -> int:
-    text = header.metadata.get(CONTEXT_LENGTH, "")
+def _trained_context_length(header: OnnxHeader, path: Path) -> int:
+    text = header.metadata.get(TRAINED_CONTEXT_LENGTH, "")
     if not text.isdecimal() or int(text) < 1:
         raise VerificationError(f"{path} does not say how many tokens it was trained for", COPY_BUNDLE_AGAIN)
     return int(text)

@@ -94,7 +94,7 @@ class OnnxEngine:
         self._batch = batch
         header = read_onnx(path)
         config = read_config(path.with_name("genai_config.json"))
-        check_context_length(context_length, config.context_length)
+        check_context_length(context_length, config.trained_context_length)
         self._slots, self._tensor_slots, self._past = slots_of(header), tensor_slots_of(header), past_inputs(header)
         self._head_size = config.head_size
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)

@@ -314,7 +314,7 @@ def test_options_that_cannot_be_are_refused(
 def test_a_context_longer_than_the_base_was_trained_for_is_refused(
     files_of: Callable[[str], dict[str, Path]],
 ) -> None:
-    with pytest.raises(UsageError, match=r"513 tokens.* 512"):
+    with pytest.raises(UsageError, match=r"context_length 513 is more .*; give at most 512"):
         OnnxEngine(files_of("llama")["base"], context_length=513)
 
 
