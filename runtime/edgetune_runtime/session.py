@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
+from .checked_file import read_checked, write_checked
 from .errors import IncompatibleError, NotFoundError, UsageError, VerificationError
-from .formats.checked_file import read_checked, write_checked
 from .generation import Answer, Call, Carried, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .options import AnswerOptions, split_output

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgetune_runtime.checked_file import read_about, read_checked, write_checked
 from edgetune_runtime.errors import OutOfSpaceError
-from edgetune_runtime.formats.checked_file import read_about, read_checked, write_checked
 
 SUFFIX = ".kv"
 KIND = "edgetune_state"
-"""The kind of a state's file; see `formats.checked_file`."""
+"""The kind of a state's file; see `checked_file`."""
 
 _LOG = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.formats.checked_file import read_about, read_checked, write_checked
+from edgetune_runtime.checked_file import read_about, read_checked, write_checked
 from edgetune_runtime.states.store import KIND, StateStore, default_folder
 
 STATE = memoryview(bytes(range(256)) * 40)
