@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure perplexity before and after continued pretraining.")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.txt and test.txt")
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--quantize", help="quantization of the base (default: unchanged)")
+    parser.add_argument("--quantization", help="quantization of the base (default: unchanged)")
     parser.add_argument("--method", default="full")
     parser.add_argument("--steps", type=int, help="maximum number of steps (default: all epochs)")
     parser.add_argument("--epochs", type=float, default=1.0)
@@ -76,7 +76,7 @@ def _recipe(options: argparse.Namespace, folder: Path) -> Recipe:
     values = {
         "name": "domain",
         "base": options.base,
-        "quantize": options.quantize,
+        "quantization": options.quantization,
         "targets": options.targets.split(","),
         "context_length": options.window,
         "training": {"max_steps": 1, "evals": 1},

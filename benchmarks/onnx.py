@@ -64,11 +64,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         smollm2 = bases.resolve(
-            "smollm2-135m", folder=Path(), quantize="q4_0", work=work, progress=Progress(), converter=None
+            "smollm2-135m", folder=Path(), quantization="q4_0", work=work, progress=Progress(), converter=None
         )
         random_base(work / "half.gguf", smollm2.path)
         half = bases.resolve(
-            str(work / "half.gguf"), folder=Path(), quantize=None, work=work, progress=Progress(), converter=None
+            str(work / "half.gguf"), folder=Path(), quantization=None, work=work, progress=Progress(), converter=None
         )
         for name, base in {"smollm2-135m": smollm2, "random-0.5b": half}.items():
             export(base, work / name, options.threads)

@@ -26,14 +26,13 @@ from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_export.parity import Parity, compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufEngine, GgufTokenizer
-from edgetune_runtime.formats.gguf_file import describe_quantization
 
 from edgetune import bases, methods
 from edgetune.methods.common.peft import module_weight
 from edgetune.progress import Progress
 from edgetune.shipping.verify import logits_of
 
-SCHEMES = ("as shipped", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_1", "q4_0")
+QUANTIZATIONS = ("as shipped", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_1", "q4_0")
 ROW_TOKENS, ROWS = 128, 6
 # Large enough to change the logits about as much as a trained adapter.
 B_STD = 0.04
@@ -52,16 +51,17 @@ def main() -> None:
     rows = [tokens[start : start + ROW_TOKENS] for start in range(300, 300 + 1000 * ROWS, 1000)]
     print("| base | mostly | base KL | top-1 | + f16 LoRA KL | top-1 | + q8_0 LoRA KL | merged KL | top-1 |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for scheme in SCHEMES:
-        print(_row(scheme, shipped, rows, options.out), flush=True)
+    for quantization in QUANTIZATIONS:
+        print(_row(quantization, shipped, rows, options.out), flush=True)
 
 
 def _resolve(name: str) -> bases.Base:
-    return bases.resolve(name, folder=Path(), quantize=None, work=Path(), progress=Progress(quiet=True), converter=None)
+    progress = Progress(quiet=True)
+    return bases.resolve(name, folder=Path(), quantization=None, work=Path(), progress=progress, converter=None)
 
 
-def _row(scheme: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -> str:
-    base = _resolve(str(shipped if scheme == "as shipped" else _quantized(scheme, shipped, out)))
+def _row(quantization: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -> str:
+    base = _resolve(str(shipped if quantization == "as shipped" else _quantized(quantization, shipped, out)))
     model = bases.load_torch(base, torch.float32)
     lora = methods.load("lora")
     with closing(GgufEngine(base.path, context_length=ROW_TOKENS)) as engine:
@@ -87,26 +87,26 @@ def _row(scheme: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -
     write_merged(merged, Source(base.path, base.fingerprint), out / "merged.gguf")
     with closing(GgufEngine(out / "merged.gguf", context_length=ROW_TOKENS)) as engine:
         results.append(compare(logits_of(peft), engine, rows))
-    return _cells(scheme, describe_quantization(base.header), results)
+    return _cells(quantization, base.header.main_type.name, results)
 
 
-def _quantized(scheme: str, shipped: Path, out: Path) -> Path:
-    """Dequantize the shipped base to f16 and requantize it to `scheme`."""
-    f16, target = out / "f16.gguf", out / f"{scheme}.gguf"
+def _quantized(quantization: str, shipped: Path, out: Path) -> Path:
+    """Dequantize the shipped base to f16 and requantize it to `quantization`."""
+    f16, target = out / "f16.gguf", out / f"{quantization}.gguf"
     if not f16.is_file():
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_F16
         params.allow_requantize = True
         llama_cpp.llama_model_quantize(os.fsencode(shipped), os.fsencode(f16), params)
     if not target.is_file():
-        quantize_gguf(f16, target, scheme)
+        quantize_gguf(f16, target, quantization)
     return target
 
 
-def _cells(scheme: str, mostly: str, results: Sequence[Parity]) -> str:
+def _cells(quantization: str, mostly: str, results: Sequence[Parity]) -> str:
     plain, f16, q8_0, merged = results
     figures = f"{plain.kl:.1e} | {plain.top1:.3f} | {f16.kl:.1e} | {f16.top1:.3f} | {q8_0.kl:.1e}"
-    return f"| {scheme} | {mostly} | {figures} | {merged.kl:.1e} | {merged.top1:.3f} |"
+    return f"| {quantization} | {mostly} | {figures} | {merged.kl:.1e} | {merged.top1:.3f} |"
 
 
 if __name__ == "__main__":

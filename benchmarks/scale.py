@@ -167,7 +167,7 @@ def build_one(options: argparse.Namespace) -> dict[str, Any]:
         "data": {"train": "rows.jsonl", "held_out": 2 / (options.steps + 2)},
         "method": {"name": "lora", "r": RANK, "target_modules": "all-linear"},
     }
-    values = {"name": "scale", "base": "base", "quantize": QUANTIZATION, "targets": ["gguf", "onnx"]}
+    values = {"name": "scale", "base": "base", "quantization": QUANTIZATION, "targets": ["gguf", "onnx"]}
     values |= {"context_length": options.row_tokens, "training": training, "adapters": {"task": adapter}}
     recipe = Recipe.model_validate(values, context={"folder": folder})
     stages = Stages()

@@ -91,7 +91,7 @@ def prepare(options: argparse.Namespace) -> None:
 
     work, progress = options.work, Progress()
     names = [f"task{number}" for number in range(options.adapters)]
-    base = resolve("smollm2-135m", folder=Path(), quantize="q4_0", work=work, progress=progress, converter=None)
+    base = resolve("smollm2-135m", folder=Path(), quantization="q4_0", work=work, progress=progress, converter=None)
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=False)
     peft = get_peft_model(load_torch(base, torch.float32), config, adapter_name=names[0])

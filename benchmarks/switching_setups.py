@@ -281,7 +281,7 @@ class Peft:
         base = resolve(
             str(folder.base),
             folder=Path(),
-            quantize=None,
+            quantization=None,
             work=folder.path,
             progress=Progress(quiet=True),
             converter=None,

@@ -54,7 +54,8 @@ def main() -> None:
     progress = Progress()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        base = bases.resolve("smollm2-135m", folder=Path(), quantize=None, work=work, progress=progress, converter=None)
+        given = {"folder": Path(), "work": work, "progress": progress}
+        base = bases.resolve("smollm2-135m", quantization=None, converter=None, **given)
         examples = _examples(options.data, options.rows, base.path)
         models = {dtype: bases.load_torch(base, dtype) for dtype in {DTYPES[name] for name in options.precision}}
         tokens = sum(len(example.tokens) for example in examples)

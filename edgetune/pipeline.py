@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_export import architectures, backends
-from edgetune_export.backends.base import Weights
+from edgetune_export.backends.base import OnnxOptions
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
@@ -84,7 +84,7 @@ def export_trained(
     folders: Mapping[str, Path],
     out: Path,
     *,
-    quantize: str | None = None,
+    quantization: str | None = None,
     systems: Mapping[str, str] | None = None,
     merged: bool = False,
     targets: tuple[str, ...] = (backends.DEFAULT,),
@@ -99,7 +99,7 @@ def export_trained(
     found = bases.resolve(
         base,
         folder=Path(),
-        quantize=quantize,
+        quantization=quantization,
         work=work / "base",
         progress=progress,
         converter=converter,
@@ -117,16 +117,16 @@ def export_trained(
 
 def _wanted(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
     """The settings of the bundle; the first training rows of each task are for calibration."""
-    recipe, onnx = prepared.recipe, prepared.recipe.onnx
+    recipe = prepared.recipe
     rows = [row.tokens for item in prepared.trainings for row in item.job.train[:CALIBRATION_ROWS]]
-    weights = Weights(onnx.weights, onnx.method, tuple(map(tuple, rows)) if onnx.method == "gptq" else ())
+    calibration = tuple(map(tuple, rows)) if recipe.onnx.method == "gptq" else ()
     return BundleSpec(
         recipe.name,
         recipe.context_length,
         recipe.threads,
         recipe.targets,
-        weights,
-        quantize_merged=recipe.quantize_merged,
+        OnnxOptions(recipe.onnx.weights, recipe.onnx.method, calibration),
+        merged_quantization=recipe.merged_quantization,
         ships_states=recipe.states == "ship" and builder.keeps_states,
         recipe=recipe.resolved(),
     )

@@ -5,29 +5,30 @@ from __future__ import annotations
 from edgetune_devices import boards, fit
 from edgetune_runtime.formats.gguf_file import GgufHeader
 
-from . import methods
+from . import bases, methods
 from .methods.common.peft import ALL_LINEAR, TargetOptions
 from .methods.lora import AUTO
 from .recipe.model import Recipe
 from .targets import shapes_in
 
 
-def needs_of_recipe(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> fit.Needs:
-    """What the bundle of `recipe` will need; `requantize`: whether the build quantizes the base."""
+def needs_of_recipe(recipe: Recipe, header: GgufHeader, quantization: str | None) -> fit.Needs:
+    """What the bundle of `recipe` will need; `quantization` None: the file with this header ships unchanged."""
     return fit.needs_of_header(
         header,
         context_length=recipe.context_length,
-        scheme=recipe.quantize if requantize else None,
+        quantization=quantization,
         adapters=_adapter_sizes(recipe, header),
         merged=_merged(recipe),
-        quantize_merged=recipe.quantize_merged,
+        merged_quantization=recipe.merged_quantization,
     )
 
 
-def choose_for(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> fit.BoardChoice | None:
+def choose_for(recipe: Recipe, header: GgufHeader) -> fit.BoardChoice | None:
     """Choose settings for the recipe's board where the recipe leaves them unset; None if it sets no board.
 
-    Raises IncompatibleError if the bundle cannot fit, so a build fails before training.
+    `header` is that of the base before quantization. Raises IncompatibleError if the bundle cannot fit, so a build
+    fails before training.
     """
     if recipe.device is None:
         return None
@@ -37,12 +38,18 @@ def choose_for(recipe: Recipe, header: GgufHeader, *, requantize: bool) -> fit.B
         header,
         adapters=_adapter_sizes(recipe, header),
         merged=_merged(recipe),
-        quantize_merged=recipe.quantize_merged,
-        quantize=recipe.quantize if requantize else None,
+        merged_quantization=recipe.merged_quantization,
+        quantization=recipe.quantization,
         context_length=recipe.context_length if "context_length" in written else None,
         threads=recipe.threads,
-        requantize=requantize,
+        requantize=bases.quantization_of(recipe) is not None,
     )
+
+
+def check_fit(recipe: Recipe, header: GgufHeader) -> None:
+    """IncompatibleError if the bundle of a base file with this header does not fit on the recipe's board."""
+    if recipe.device is not None:
+        fit.require_fit(needs_of_recipe(recipe, header, None), boards.load(recipe.device))
 
 
 def _adapter_sizes(recipe: Recipe, header: GgufHeader) -> dict[str, fit.AdapterSize]:

@@ -112,7 +112,7 @@ def encoder_source(
     tiny_encoder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], EncoderSource]:
     """`encoder_source(arch)`: the tiny encoder in float32. It is exported, which takes seconds, once."""
-    from edgetune_export.backends.base import Weights  # noqa: PLC0415 - as above
+    from edgetune_export.backends.base import OnnxOptions  # noqa: PLC0415 - as above
     from edgetune_export.backends.onnx.encoder import EncoderSource  # noqa: PLC0415
     from tiny import FINGERPRINT, load_encoder  # noqa: PLC0415
 
@@ -121,6 +121,7 @@ def encoder_source(
         folder = tiny_encoder(arch)
         work = tmp_path_factory.mktemp(f"encoder-{arch}")
         path = folder / "model.safetensors"
-        return EncoderSource(path, FINGERPRINT, load_encoder(folder), work, Weights("fp32"), trained_context_length=64)
+        model = load_encoder(folder)
+        return EncoderSource(path, FINGERPRINT, model, work, OnnxOptions("fp32"), trained_context_length=64)
 
     return make

@@ -11,6 +11,7 @@ from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.quantization import QUANTIZATIONS
 
 from .boards import Board
 from .needs import AdapterSize, Needs, estimate_needs, kv_bytes_per_token, lora_size, needs_of_bundle, needs_of_header
@@ -36,8 +37,6 @@ MB = 10**6
 RUNTIME_MB = 48
 """Resident memory of Python 3.11 on x86-64 Linux with numpy, jinja2, llama_cpp and the runtime imported, no model."""
 
-QUALITY = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
-"""Quantizations to choose from, best first."""
 USABLE_TOKENS_PER_S = 5.0
 """Decoding slower than people read is not chosen while a smaller quantization is faster."""
 CONTEXT_LENGTHS = (1024, 512, 256)
@@ -94,9 +93,9 @@ class Fit:
 
 @dataclass(frozen=True)
 class BoardChoice:
-    """What a board asks of a recipe; `quantize` is None for a base that ships as it is. `reason` is one sentence."""
+    """What a board asks of a recipe; `quantization` is None for a base that ships as it is. `reason` is a sentence."""
 
-    quantize: str | None
+    quantization: str | None
     threads: int
     context_length: int
     reason: str
@@ -146,46 +145,48 @@ def choose(
     *,
     adapters: Mapping[str, AdapterSize] | None = None,
     merged: Sequence[str] = (),
-    quantize_merged: str | None = None,
-    quantize: str | None = None,
+    merged_quantization: str | None = None,
+    quantization: str | None = None,
     context_length: int | None = None,
     threads: int | None = None,
     requantize: bool = True,
 ) -> BoardChoice:
     """What a recipe for `board` should say where it says nothing: quantization, context and threads.
 
-    `quantize`, `context_length` and `threads` are kept where given; `requantize=False`: the base ships as it is.
+    `quantization`, `context_length` and `threads` are kept where given; `requantize=False`: the base ships as it is.
     The best quantization that fits and decodes at `USABLE_TOKENS_PER_S` is taken; when none is that fast, the fastest
     that fits. IncompatibleError when nothing fits.
     """
-    schemes: Sequence[str | None] = (quantize,) if quantize else QUALITY if requantize else (None,)
+    candidates: Sequence[str | None] = [quantization]
+    if quantization is None and requantize:
+        candidates = [item.name for item in QUANTIZATIONS.values() if item.on_boards]
     fitting: list[tuple[str | None, int, Fit]] = []
     for length in (context_length,) if context_length else CONTEXT_LENGTHS:
-        for scheme in schemes:
+        for candidate in candidates:
             needs = needs_of_header(
                 header,
                 context_length=length,
-                scheme=scheme,
+                quantization=candidate,
                 adapters=adapters,
                 merged=merged,
-                quantize_merged=quantize_merged,
+                merged_quantization=merged_quantization,
             )
             found = fit(needs, board)
             if found.fits:
-                fitting.append((scheme, length, found))
+                fitting.append((candidate, length, found))
         if fitting:
             break
     if not fitting:
         require_fit(needs, board)
     usable = [choice for choice in fitting if choice[2].adapter_tokens_per_s >= USABLE_TOKENS_PER_S]
-    scheme, length, found = usable[0] if usable else max(fitting, key=lambda choice: choice[2].adapter_tokens_per_s)
-    what = f"{scheme or 'the base as it is'} with a context of {length} tokens"
+    chosen, length, found = usable[0] if usable else max(fitting, key=lambda choice: choice[2].adapter_tokens_per_s)
+    what = f"{chosen or 'the base as it is'} with a context of {length} tokens"
     why = "the best that fits" if usable else f"the fastest that fits, though below {USABLE_TOKENS_PER_S:.0f} tokens/s"
     reason = (
         f"{what} is {why} on {board.name}: {found.needed_mb:.0f} of {found.available_mb:.0f} MB, "
         f"about {found.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
-    return BoardChoice(scheme, threads or board.cores, length, reason)
+    return BoardChoice(chosen, threads or board.cores, length, reason)
 
 
 def table(result: Fit) -> list[tuple[str, str]]:

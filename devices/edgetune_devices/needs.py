@@ -17,30 +17,15 @@ from typing import Any
 from edgetune_runtime.bundle import read_manifest, resolve
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.gguf.engine import BRANCHES
-from edgetune_runtime.errors import IncompatibleError, UsageError
-from edgetune_runtime.formats.gguf_file import GGML_TYPES, GgufHeader, TensorInfo, describe_quantization, read_header
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
+from edgetune_runtime.formats.quantization import TENSOR_TYPES, Quantization, quantization_named, quantization_of_merged
 from edgetune_runtime.states.batches import CHUNK
 
 CACHE_BYTES = 128_000_000
 """Most that the runtime keeps of saved states, its default."""
 VOCABULARY_BYTES_PER_TOKEN = 350
 """llama.cpp's tables of a vocabulary: 17 MB for the 49,152 tokens and 48,900 merges of SmolLM2."""
-
-_SCHEMES: Mapping[str, tuple[str, str, str]] = {
-    **{name: (name, name, name) for name in ("f32", "f16", "bf16", "q8_0", "q6_k")},
-    **{name: (name, name, "q6_k") for name in ("q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "iq4_xs")},
-    "q5_k_m": ("q5_k", "q6_k", "q6_k"),
-    "q5_k_s": ("q5_k", "q5_k", "q6_k"),
-    "q4_k_m": ("q4_k", "q6_k", "q6_k"),
-    "q4_k_s": ("q4_k", "q5_k", "q6_k"),
-    "q3_k_m": ("q3_k", "q5_k", "q6_k"),
-}
-"""Types that llama.cpp gives to most matrices, to half of the value and down projections, and to the output head."""
-MERGED_SCHEME = "q8_0"
-_FINE = ("f32", "f16", "bf16", MERGED_SCHEME)
-_NARROW = {"q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
-"""What llama.cpp takes instead when 256 does not divide the columns."""
-_TYPES = {name: (block, size) for name, block, size in GGML_TYPES.values()}
 
 _MODULES = {
     "attn_q": "self_attn.q_proj",
@@ -53,7 +38,6 @@ _MODULES = {
     "ffn_down": "mlp.down_proj",
 }
 _HEAD_WIDTH = 64
-_ADAPTER_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 
 
 @dataclass(frozen=True)
@@ -129,41 +113,32 @@ def kv_bytes_per_token(header: GgufHeader) -> int:
     return heads * (key + value) * 2
 
 
-def scheme_of_merged(held: str, wanted: str | None = None) -> str | None:
-    """How merged models are quantized whose base is of the scheme or tensor type `held`; None as the base is.
-
-    Rounded again to fewer than 8 bits, weights lose most of what was trained: at q4_0 a mean KL of 2 to 3 was seen.
-    """
-    return wanted or (None if held in _FINE else MERGED_SCHEME)
-
-
 def needs_of_header(
     header: GgufHeader,
     *,
     context_length: int,
-    scheme: str | None = None,
+    quantization: str | None = None,
     adapters: Mapping[str, AdapterSize] | None = None,
     merged: Sequence[str] = (),
-    quantize_merged: str | None = None,
+    merged_quantization: str | None = None,
 ) -> Needs:
-    """What a base takes as its file is, or after quantization to `scheme`; `merged` names whole models.
+    """What a base takes as its file is, or quantized as `quantization` says; `merged` names whole models.
 
-    These are quantized as `scheme_of_merged` says.
-
-    UsageError for an unknown scheme.
+    These are quantized as `quantization_of_merged` says. UsageError for an unknown quantization.
     """
-    if scheme is not None and scheme not in _SCHEMES:
-        raise UsageError(f"no quantization {scheme!r}", f"choose one of: {', '.join(_SCHEMES)}")
-    sizes = {name: _tensor_bytes(t, header, scheme) for name, t in header.tensors.items()}
+    chosen = None if quantization is None else quantization_named(quantization)
+    sizes = {name: _tensor_bytes(t, header, chosen) for name, t in header.tensors.items()}
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
     looked_up = "token_embd.weight" if "output.weight" in header.tensors else ""
     head = "output.weight" if looked_up else "token_embd.weight"
     start = min((tensor.offset for tensor in header.tensors.values()), default=0)
     base_bytes = start + sum(sizes.values())
-    finer = scheme_of_merged(scheme or describe_quantization(header), quantize_merged)
+    main_type = header.main_type if chosen is None else TENSOR_TYPES[chosen.most]
+    finer = quantization_of_merged(main_type, merged_quantization)
     merged_bytes = base_bytes
     if finer is not None:
-        merged_bytes = start + sum(_tensor_bytes(tensor, header, finer) for tensor in header.tensors.values())
+        of_merged = quantization_named(finer)
+        merged_bytes = start + sum(_tensor_bytes(tensor, header, of_merged) for tensor in header.tensors.values())
     return Needs(
         base_bytes=base_bytes,
         read_bytes=sum(sizes.values()) - sizes.get(looked_up, 0),
@@ -242,7 +217,7 @@ def lora_size(
     """The size of a LoRA adapter before it is trained: `targets` as PEFT takes them, `dtype` of its file."""
     tensors = [tensor for tensor in header.tensors.values() if _is_target(_module_name(tensor.name, header), targets)]
     values = rank * sum(columns + rows for columns, rows in (t.shape for t in tensors))
-    return AdapterSize(math.ceil(values * _ADAPTER_TYPES[dtype]), len(tensors))
+    return AdapterSize(math.ceil(values * TENSOR_TYPES[dtype].bytes_per_value), len(tensors))
 
 
 def _module_name(tensor_name: str, header: GgufHeader) -> str | None:
@@ -265,29 +240,27 @@ def _is_target(module: str | None, targets: Sequence[str] | str) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in names)
 
 
-def _tensor_bytes(tensor: TensorInfo, header: GgufHeader, scheme: str | None) -> int:
-    if scheme is None:
+def _tensor_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantization | None) -> int:
+    """The size of the tensor; of the value and down projections, half get another type each, so the mean is taken."""
+    if quantization is None:
         return tensor.nbytes
     if len(tensor.shape) < 2:
         return math.prod(tensor.shape) * 4
-    most, some, head = _SCHEMES[scheme]
     columns = tensor.shape[0]
     rows = math.prod(tensor.shape[1:])
     head_name = "output.weight" if "output.weight" in header.tensors else "token_embd.weight"
     if tensor.name == head_name:
-        return rows * _row_bytes(head, columns)
+        return rows * _row_bytes(quantization.head, columns)
     if tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
-        return rows * (_row_bytes(most, columns) + _row_bytes(some, columns)) // 2
-    return rows * _row_bytes(most, columns)
+        return rows * (_row_bytes(quantization.most, columns) + _row_bytes(quantization.some, columns)) // 2
+    return rows * _row_bytes(quantization.most, columns)
 
 
 def _row_bytes(type_name: str, columns: int) -> int:
-    block, size = _TYPES[type_name]
-    if columns % block and type_name in _NARROW:
-        return _row_bytes(_NARROW[type_name], columns)
-    if columns % block:
-        return columns * 2
-    return columns // block * size
+    kind = TENSOR_TYPES[type_name]
+    if columns % kind.block:
+        return _row_bytes(kind.narrow or "f16", columns)
+    return columns // kind.block * kind.block_bytes
 
 
 def _vocabulary(header: GgufHeader) -> int:

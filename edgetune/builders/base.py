@@ -17,7 +17,7 @@ from edgetune.tasks import Task
 if TYPE_CHECKING:
     import torch
     from edgetune_export.adapters.shapes import Folded
-    from edgetune_export.backends.base import Source, Weights
+    from edgetune_export.backends.base import OnnxOptions, Source
     from edgetune_runtime.bundle import BaseEntry
     from transformers import PreTrainedModel
 
@@ -86,7 +86,7 @@ class Builder(ABC, Generic[B]):
         return self.load_torch(base, torch.float32)
 
     @abstractmethod
-    def source(self, base: B, model: PreTrainedModel, work: Path, weights: Weights) -> Source:
+    def source(self, base: B, model: PreTrainedModel, work: Path, onnx: OnnxOptions) -> Source:
         """The base for backends; `model` is the base in float32."""
 
     def fold(self, adapter: TrainedAdapter, model: PreTrainedModel, shape: str) -> Folded:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export.adapters.shapes import Folded, Head, LowRank
-from edgetune_export.backends.base import Source, Weights
+from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_runtime.bundle import CLASSIFICATION, BaseEntry, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
@@ -91,12 +91,12 @@ class TextClassification(Builder[EncoderBase]):
         """Load the weights of the base's folder."""
         return encoder.load_torch(base, dtype)
 
-    def source(self, base: EncoderBase, model: PreTrainedModel, work: Path, weights: Weights) -> Source:
+    def source(self, base: EncoderBase, model: PreTrainedModel, work: Path, onnx: OnnxOptions) -> Source:
         """The base's weights file for backends; its tokenizer is in the same folder."""
         from edgetune_export.backends.onnx.encoder import EncoderSource  # noqa: PLC0415 - torch
 
         trained = base.trained_context_length
-        return EncoderSource(base.path, base.fingerprint, model, work, weights, trained_context_length=trained)
+        return EncoderSource(base.path, base.fingerprint, model, work, onnx, trained_context_length=trained)
 
     def fold(self, adapter: TrainedAdapter, model: PreTrainedModel, shape: str) -> Folded:
         """Fold the adapter, and add its head."""
@@ -114,7 +114,7 @@ class TextClassification(Builder[EncoderBase]):
             name=Path(base.name).name,
             fingerprint=base.fingerprint,
             architecture=base.architecture,
-            quantization="f32" if source.weights.scheme == "fp32" else "int8",
+            quantization="f32" if source.onnx.weights == "fp32" else "int8",
             parameters=sum(parameter.numel() for parameter in source.model.parameters()),
             trained_context_length=base.trained_context_length,
             layers=base.layers,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune_devices.fit import kv_bytes_per_token
 from edgetune_export import backends
-from edgetune_export.backends.base import Source, Weights
+from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_runtime.bundle import GENERATION, BaseEntry
-from edgetune_runtime.formats.gguf_file import describe_quantization, digest_of_chat_template, digest_of_tokenizer
+from edgetune_runtime.formats.gguf_file import digest_of_chat_template, digest_of_tokenizer
 from edgetune_runtime.threads import machine
 
 from edgetune import bases, plan
@@ -58,7 +58,7 @@ class TextGeneration(Builder[Base]):
         if header is None:
             return {"board": recipe.device}
         window_of(recipe, header)
-        chosen = plan.choose_for(recipe, header, requantize=bases.requantizes(recipe))
+        chosen = plan.choose_for(recipe, header)
         return {"architecture": header.architecture, "board": None if chosen is None else chosen.reason}
 
     def needs(self, recipe: Recipe, tasks: Sequence[Task], out: Path) -> dict[str, Any] | None:
@@ -106,9 +106,9 @@ class TextGeneration(Builder[Base]):
 
         return bases.load_torch(base, torch.float32, mapped=_file_to_map(base, wanted, folder, progress))
 
-    def source(self, base: Base, model: PreTrainedModel, work: Path, weights: Weights) -> Source:
+    def source(self, base: Base, model: PreTrainedModel, work: Path, onnx: OnnxOptions) -> Source:
         """The base's file for backends."""
-        return Source(base.path, base.fingerprint, model, work, weights)
+        return Source(base.path, base.fingerprint, model, work, onnx, base.quantization)
 
     def base_entry(self, base: Base, source: Source, files: Mapping[str, str]) -> BaseEntry:
         """The base's entry in the manifest, from the header of its file."""
@@ -117,7 +117,8 @@ class TextGeneration(Builder[Base]):
             name=base.name if "/" not in base.name else Path(base.name).name,
             fingerprint=base.fingerprint,
             architecture=arch,
-            quantization=describe_quantization(base.header),
+            quantization=base.quantization,
+            tensor_types=base.header.tensor_types,
             parameters=base.header.parameters,
             trained_context_length=trained_context_length(base.header),
             layers=int(metadata[f"{arch}.block_count"]),
@@ -149,9 +150,7 @@ class TextGeneration(Builder[Base]):
 def _file_to_map(base: Base, wanted: BundleSpec, folder: Path, progress: Progress) -> Path | None:
     """The file to map the base's weights from, because memory is short; None if it is not."""
     weights_mb, free_mb = base.header.parameters * 4 / 1e6, machine.free_mb()
-    needed_mb = max(
-        backends.format_of(target).export_mb(weights_mb, wanted.weights.scheme) for target in wanted.targets
-    )
+    needed_mb = max(backends.format_of(target).export_mb(weights_mb, wanted.onnx.weights) for target in wanted.targets)
     if free_mb is None or free_mb >= needed_mb:
         return None
     progress.say(f"mapping the base's weights from the disk, as {free_mb:,.0f} MB of memory are free")

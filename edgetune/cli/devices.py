@@ -91,7 +91,7 @@ def _needs_of_recipe(path: Path, context_length: int | None) -> fit.Needs:
     if header is None:
         message = f"the size of base {recipe.base!r} is not known before it is downloaded"
         raise NotFoundError(message, "build the recipe, or give a .gguf file or a local folder as the base")
-    return plan.needs_of_recipe(recipe, header, requantize=bases.requantizes(recipe))
+    return plan.needs_of_recipe(recipe, header, bases.quantization_of(recipe))
 
 
 def _board(name: str, ram_mib: int | None) -> boards.Board:

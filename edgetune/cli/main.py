@@ -78,10 +78,10 @@ Converter = Annotated[
         rich_help_panel=BASE_PANEL,
     ),
 ]
-Quantize = Annotated[
+Quantization = Annotated[
     str | None,
     typer.Option(
-        metavar="SCHEME",
+        metavar="NAME",
         help="Quantization of the base (default: a .gguf file unchanged, otherwise q8_0).",
         rich_help_panel=BASE_PANEL,
     ),
@@ -150,7 +150,7 @@ def build(
     base: Annotated[
         str | None, typer.Option(metavar="BASE", help="Override the recipe's base.", rich_help_panel=BASE_PANEL)
     ] = None,
-    quantize: Quantize = None,
+    quantization: Quantization = None,
     device: Annotated[
         str | None,
         typer.Option(metavar="BOARD", help="The board that the bundle must fit on.", rich_help_panel=RECIPE_PANEL),
@@ -174,7 +174,7 @@ def build(
     from edgetune import pipeline  # noqa: PLC0415 - torch
     from edgetune.progress import Progress  # noqa: PLC0415
 
-    texts = {"base": base, "quantize": quantize, "device": device}
+    texts = {"base": base, "quantization": quantization, "device": device}
     # Values are parsed as YAML; JSON quotes keep them strings.
     overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
     if targets is not None:
@@ -199,7 +199,7 @@ def export(
         list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="A folder saved by PEFT; repeatable.")
     ],
     out: Annotated[Path, typer.Option(metavar="OUT", help="The bundle's folder.", rich_help_panel=OUTPUT_PANEL)],
-    quantize: Quantize = None,
+    quantization: Quantization = None,
     systems: Annotated[
         list[str] | None,
         typer.Option("--system", metavar="NAME=TEXT", help="System prompt of an adapter; repeatable."),
@@ -228,7 +228,7 @@ def export(
         base,
         folders,
         out,
-        quantize=quantize,
+        quantization=quantization,
         systems=prompts,
         merged=merged,
         targets=(backends.DEFAULT,) if targets is None else tuple(targets_of(targets)),

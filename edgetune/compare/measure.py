@@ -12,7 +12,7 @@ from typing import Any
 
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Merged
-from edgetune_export.backends.base import Source, Weights
+from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_export.merged import source_of_merged
 from edgetune_runtime import Runtime, bench, engines
 from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest
@@ -100,8 +100,8 @@ class TorchMeasurement:
     base: bases.Base
     trained: TrainedAdapter
     work: Path
-    weights: Weights
-    quantize_merged: str | None
+    onnx: OnnxOptions
+    merged_quantization: str | None
 
     @cached_property
     def checkpoint(self) -> methods.Checkpoint:
@@ -140,9 +140,9 @@ class TorchMeasurement:
         try:
             folded = self.method.fold(self.checkpoint, Merged.shape)
             assert isinstance(folded, Merged)
-            source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, self.weights)
+            source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, self.onnx)
             with _alone_in(self.work):
-                backend.write_merged(folded, source_of_merged(source, self.quantize_merged), out)
+                backend.write_merged(folded, source_of_merged(source, self.merged_quantization), out)
             return self._speed(target, out)
         finally:
             shutil.rmtree(measured.bundle.with_name("merged"), ignore_errors=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
 
-from edgetune import bases
+from edgetune import bases, plan
 from edgetune.data import read_rows
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -80,10 +81,15 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
     task = read_task(request.task, recipe)
     if request.data is not None:
         read_rows(request.data, task.spec.data.columns, labels=task.labels or None)
+    choice = plan.choose_for(recipe, bases.header_of(recipe))
+    if choice is not None and choice.quantization is not None:
+        # All trials get the same base, and a folder is converted once.
+        request = replace(request, settings={**request.settings, "quantization": choice.quantization})
+        recipe = recipe.model_copy(update={"quantization": choice.quantization})
     base = bases.resolve(
         recipe.base,
         folder=recipe.folder,
-        quantize=recipe.quantize,
+        quantization=recipe.quantization,
         work=request.out / "shared" / "base",
         progress=progress,
         converter=None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_devices import boards, fit
-from edgetune_export.backends.base import Weights
+from edgetune_export.backends.base import OnnxOptions
 from edgetune_runtime.errors import IncompatibleError
 
 from edgetune.bases import Base
@@ -47,8 +47,8 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     first = scored[recipe.targets[0]]
     assert isinstance(built.base, Base)
     # The method of rounding does not affect speed, and gptq would need rows.
-    weights = Weights(recipe.onnx.weights)
-    torch = TorchMeasurement(measured, built.base, built.trained[trial.task], shared, weights, recipe.quantize_merged)
+    onnx = OnnxOptions(recipe.onnx.weights)
+    torch = TorchMeasurement(measured, built.base, built.trained[trial.task], shared, onnx, recipe.merged_quantization)
     of_torch = torch.score([row.answer for row in first.details])
     merged = {target: torch.merged_speed(target) for target in recipe.targets}
     return TrialResult(

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgetune_export import architectures
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.formats.gguf_file import GgufHeader, digest_of_tokenizer
 
@@ -65,33 +64,33 @@ def prepare(
 
 
 def resolve(recipe: Recipe, work: Path, progress: Progress, converter: Path | None) -> tuple[Base, Recipe]:
-    """The base, and the recipe with the choices for its board; IncompatibleError if the board is too small."""
+    """The base, and the recipe with the choices for its board; IncompatibleError if the board is too small.
 
-    def base_in(quantize: str | None) -> Base:
-        return bases.resolve(
-            recipe.base,
-            folder=recipe.folder,
-            quantize=quantize,
-            work=work / "base",
-            progress=progress,
-            converter=converter,
-        )
-
-    base = base_in(recipe.quantize)
-    architectures.of(base.header).check_formats(recipe.targets)
-    trained = trained_context_length(base.header)
+    The board chooses from the header, before any conversion, so a folder is converted and quantized once.
+    """
+    header = bases.header_of(recipe)
+    trained = trained_context_length(header)
     check_context(recipe, trained)
     picked: dict[str, Any] = {"context_length": recipe.context_length}
-    choice = plan.choose_for(recipe, base.header, requantize=bases.requantizes(recipe))
+    choice = plan.choose_for(recipe, header)
     if choice is not None:
         progress.say(f"{recipe.device}: {choice.reason}")
         picked = {"threads": choice.threads, "context_length": choice.context_length}
-        if choice.quantize not in {None, recipe.quantize or bases.DEFAULT_QUANTIZATION}:
-            picked["quantize"] = choice.quantize
-            base = base_in(choice.quantize)
+        picked["quantization"] = choice.quantization
     # The default may be more than the base supports.
     picked["context_length"] = min(picked["context_length"], trained)
-    return base, recipe.model_copy(update=picked)
+    recipe = recipe.model_copy(update=picked)
+    base = bases.resolve(
+        recipe.base,
+        folder=recipe.folder,
+        quantization=recipe.quantization,
+        work=work / "base",
+        progress=progress,
+        converter=converter,
+    )
+    # The choice used a predicted header if the base is a folder.
+    plan.check_fit(recipe, base.header)
+    return base, recipe
 
 
 def plan_trainings(tasks: Sequence[Task], base: Base, context_length: int, progress: Progress) -> list[PlannedTraining]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Floats, Merged
-from edgetune_export.backends.base import Source, Weights
+from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_export.backends.gguf import backend as gguf
 from edgetune_export.backends.gguf.quantize import quantize_rows
 from edgetune_runtime import engines
@@ -29,7 +29,7 @@ from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.base import Engine, log_total
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.formats.gguf_file import GgufHeader, describe_quantization, read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
 from edgetune import bases, methods
 from edgetune.bases import Base
@@ -125,7 +125,8 @@ class _Stage:
 
     def base(self, figures: Mapping[str, Any]) -> Base:
         """The continued base with its figures, for the rest of the build."""
-        return Base(self.source.name, self.path, sha256_of(self.path), read_header(self.path), figures)
+        made = sha256_of(self.path), read_header(self.path)
+        return Base(self.source.name, self.path, *made, self.source.quantization, figures)
 
     def known(self) -> dict[str, Any] | None:
         """The figures of a continued base that is already written, else None."""
@@ -174,11 +175,11 @@ class _Stage:
         """Perplexity of a base without adapters in each of the recipe's formats, on the runtime's engines."""
         length = max(len(window.tokens) for window in self.job.validation)
         rows = tuple(window.tokens for window in self.job.train[:CALIBRATION_WINDOWS])
-        weights = Weights(self.recipe.onnx.weights, self.recipe.onnx.method, rows)
+        onnx = OnnxOptions(self.recipe.onnx.weights, self.recipe.onnx.method, rows)
         found: dict[str, float] = {}
         for target in self.recipe.targets:
             with TemporaryDirectory(dir=self.folder) as name:
-                source = Source(base.path, base.fingerprint, model, Path(name) / "work", weights)
+                source = Source(base.path, base.fingerprint, model, Path(name) / "work", onnx)
                 path = backends.load(target).write_base(source, Path(name), ())
                 made = engines.load(target)
                 with closing(made(path, context_length=length)) as engine:
@@ -192,19 +193,19 @@ class _Stage:
                 raise VerificationError(message, "lower domain.training.learning_rate")
 
     def _report(self, before: Mapping[str, float], trained: float, after: Mapping[str, float]) -> None:
-        quantization = describe_quantization(self.source.header)
+        main_type = self.source.header.main_type.name
         for target, old in before.items():
             change = f"perplexity in {target} {old:.2f} before, {after[target]:.2f} after"
-            self.progress.say(f"{NAME}: {change}, {trained:.2f} before requantizing to {quantization}")
+            self.progress.say(f"{NAME}: {change}, {trained:.2f} before requantizing to {main_type}")
             if after[target] >= old:
-                why = why_worse(old, trained, quantization)
+                why = why_worse(old, trained, main_type)
                 self.progress.say(f"  warning: {NAME}: the continued base is no better in {target}: {why}")
 
 
-def why_worse(before: float, trained: float, quantization: str) -> str:
+def why_worse(before: float, trained: float, main_type: str) -> str:
     """Why a continued base is no better than the original, and the remedy; `trained` is before requantizing."""
     if trained < before:
-        return f"requantizing to {quantization} loses more than training gained; use more bits, such as quantize: q8_0"
+        return f"requantizing to {main_type} loses more than training gained; use more bits, such as quantization: q8_0"
     return "training did not improve it; lower domain.training.learning_rate or add more text of the domain"
 
 

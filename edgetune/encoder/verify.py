@@ -63,7 +63,7 @@ def verify(
     bases: dict[str, Figures] = {}
     found: dict[str, dict[str, Figures]] = {}
     for export in exports:
-        rounded = export.quantization != "f32"
+        rounded = export.weight_type != "f32"
         with _engine(export, longest) as engine:
             found[export.backend] = _compare_tasks(model, tasks, export, engine, progress, rounded=rounded)
             bases[export.backend] = _compare_base(model, tasks, engine, progress, rounded=rounded)

@@ -22,7 +22,7 @@ from edgetune_devices import boards, fit
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Delta, LowRank
 from edgetune_export.architectures.layout import name_map
-from edgetune_export.backends.base import Source, Weights
+from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_runtime import engines
 from edgetune_runtime.atomic import replacing
 from edgetune_runtime.engines.base import Engine
@@ -149,10 +149,10 @@ class _Bench:
         self.base, self.target, self.threads = base, recipe.targets[0], recipe.threads
         self.dtype = spec.dtype_in(self.target)
         # The method of rounding does not change the speed.
-        self.weights = Weights(recipe.onnx.weights)
+        self.onnx = OnnxOptions(recipe.onnx.weights)
         self._backend = backends.load(self.target)
         self._engine = engines.load(self.target)
-        state = [base.fingerprint, self.target, self.threads, self.dtype, self.weights.scheme]
+        state = [base.fingerprint, self.target, self.threads, self.dtype, self.onnx.weights]
         digest = key_of(state)
         self._file, self._folder = folder / f"costs-{digest[:12]}.json", folder / "bench"
         self._spread_file = folder / f"spread-{digest[:12]}.json"
@@ -205,7 +205,7 @@ class _Bench:
         import torch  # noqa: PLC0415 - slow to import, and not needed for GGUF
 
         model = None if backends.format_of(self.target).links_base else bases.load_torch(self.base, torch.float32)
-        return Source(self.base.path, self.base.fingerprint, model, self._folder / "work", self.weights)
+        return Source(self.base.path, self.base.fingerprint, model, self._folder / "work", self.onnx)
 
     def _open(self, path: Path) -> Engine:
         length = len(_BEFORE) + _TIMED + 1

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from edgetune_export import backends
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from edgetune_runtime.wording import suggestion
 from pydantic import (
     BaseModel,
@@ -55,10 +56,10 @@ class Recipe(RecipePart):
     text-classification: the alias all-minilm-l6-v2, or the folder or hub id of a BERT-type model."""
     targets: tuple[Target, ...] = Field(default=(backends.DEFAULT,), min_length=1)
     """Formats to export: gguf for llama.cpp, onnx for onnxruntime. The runtime opens the first one by default."""
-    quantize: str | None = None
+    quantization: str | None = None
     """Quantization of the base (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …), applied before training. null: q8_0 for a
     folder or a hub id; a .gguf file is used as it is. ONNX stores q4_0 and q8_0 exactly and at the same size."""
-    quantize_merged: str | None = None
+    merged_quantization: str | None = None
     """Quantization of merged models. null: q8_0 if the base has fewer bits, otherwise that of the base; rounding to
     4 bits a second time loses most of what was trained."""
     states: Literal["first_use", "ship"] = "first_use"
@@ -112,7 +113,7 @@ class Recipe(RecipePart):
             raise ValueError(f"[{', '.join(targets)}] does not work for {base}; use [{', '.join(fit)}]")
         return tuple(dict.fromkeys(targets))
 
-    @field_validator("quantize", "quantize_merged", "device", "domain")
+    @field_validator("quantization", "merged_quantization", "device", "domain")
     @classmethod
     def _fits_task(cls, value: object, info: ValidationInfo) -> object:
         reason = task_types.load(_task_of(info)).refused_keys.get(str(info.field_name))
@@ -120,14 +121,10 @@ class Recipe(RecipePart):
             raise ValueError(reason.format(value=value))
         return value
 
-    @field_validator("quantize", "quantize_merged")
+    @field_validator("quantization", "merged_quantization")
     @classmethod
-    def _known_scheme(cls, scheme: str | None) -> str | None:
-        if scheme is None:
-            return None
-        from edgetune_export.backends.gguf.quantize import SCHEMES  # noqa: PLC0415 - rarely needed
-
-        return _one_of(scheme, sorted(SCHEMES), "quantization")
+    def _known_quantization(cls, quantization: str | None) -> str | None:
+        return None if quantization is None else _one_of(quantization, sorted(QUANTIZATIONS), "quantization")
 
     @field_validator("onnx")
     @classmethod
@@ -211,10 +208,9 @@ def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) ->
 def json_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a recipe, for editors; it lists all boards and quantizations."""
     from edgetune_devices import boards  # noqa: PLC0415 - as in the validators
-    from edgetune_export.backends.gguf.quantize import SCHEMES  # noqa: PLC0415
 
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
-    schema["properties"]["quantize"]["anyOf"][0]["enum"] = sorted(SCHEMES)
+    schema["properties"]["quantization"]["anyOf"][0]["enum"] = sorted(QUANTIZATIONS)
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names()
     return schema
 

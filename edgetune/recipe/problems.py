@@ -25,6 +25,8 @@ ModelAt = Callable[[Loc, dict[str, Any]], type[BaseModel] | None]
 """Returns the model that validates the mapping at a path of these values; None if its keys are not fixed."""
 
 MAX_SHOWN = 60
+RENAMED = {"quantize": "quantization", "quantize_merged": "merged_quantization"}
+"""Former keys and what they are called now."""
 PLAIN = {
     "missing": "is missing",
     "float_type": "{value} is not a number",
@@ -144,9 +146,9 @@ def _suggested_key(name: str, known: Sequence[str]) -> str:
     """Like `suggestion`, for a key that may belong to a nested section: a similar key is given with its path; if there
     is none, the keys of this section are listed."""
     short = {key.rpartition(".")[2]: key for key in reversed(known)}
-    near = nearest(name, short)
+    near = RENAMED.get(name) or nearest(name, short)
     direct = [key for key in known if "." not in key]
-    return f"did you mean {short[near]!r}?" if near else f"choose one of: {', '.join(direct or known)}"
+    return f"did you mean {short[near]!r}?" if near in short else f"choose one of: {', '.join(direct or known)}"
 
 
 def shown(value: object) -> str:

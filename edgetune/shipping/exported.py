@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetune_export import backends
-from edgetune_export.backends.base import Weights
+from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_runtime.decoding.drafts import DraftTable
 from edgetune_runtime.decoding.output import OutputSpec
 
@@ -45,8 +45,8 @@ class BundleSpec:
     context_length: int
     threads: int | None = None
     targets: tuple[str, ...] = (backends.DEFAULT,)
-    weights: Weights = field(default_factory=Weights)
-    quantize_merged: str | None = None
+    onnx: OnnxOptions = field(default_factory=OnnxOptions)
+    merged_quantization: str | None = None
     ships_states: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,17 +99,18 @@ class WrittenAdapter:
     error: float = 0.0
     invocation: tuple[int, ...] = ()
     prefix_tokens: int = 0
-    quantization: str = ""
+    source: Source | None = None
+    weight_type: str = ""
 
 
 @dataclass(frozen=True)
 class ExportedFormat:
-    """The files of one format: the base, the adapters by name, and the quantization of the base."""
+    """The files of one format: the base, the adapters by name, and the type of most of the base's weights."""
 
     backend: str
     base: Path
     adapters: Mapping[str, WrittenAdapter]
-    quantization: str
+    weight_type: str
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Adapter, Folded, LowRank, Merged, Prefix
-from edgetune_export.backends.base import Source, Weights
+from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_export.merged import source_of_merged
 from edgetune_export.pack import pack
 from edgetune_runtime import Runtime
@@ -49,7 +49,7 @@ class Exporter(Protocol[B_contra]):
     def load_for_export(self, base: B_contra, wanted: BundleSpec, folder: Path, progress: Progress) -> PreTrainedModel:
         """Load the base in float32. If memory is short, its weights may be mapped from a file in `folder`."""
 
-    def source(self, base: B_contra, model: PreTrainedModel, work: Path, weights: Weights) -> Source:
+    def source(self, base: B_contra, model: PreTrainedModel, work: Path, onnx: OnnxOptions) -> Source:
         """The base for backends; `model` is the base in float32."""
 
     def fold(self, adapter: TrainedAdapter, model: PreTrainedModel, shape: str) -> Folded:
@@ -101,7 +101,7 @@ def ship(
     # Training has just freed the base; do not keep it in memory while the next copy loads.
     _give_back(base)
     model = exporter.load_for_export(base, wanted, work / "way", progress)
-    source = exporter.source(base, model, work / "way", wanted.weights)
+    source = exporter.source(base, model, work / "way", wanted.onnx)
     stage = _Stage(work, source, adapters, exporter, wanted, progress)
     exports = []
     for target in wanted.targets:
@@ -177,7 +177,7 @@ class _Stage:
                 written[adapter.name] = self._write_merged(target, adapter)
             else:
                 written[adapter.name] = self._write(target, beside[adapter.name], adapter, base)
-        return ExportedFormat(target, base, written, backend.quantization(self.source))
+        return ExportedFormat(target, base, written, backend.weight_type(self.source))
 
     def shipped(self, exports: Sequence[ExportedFormat], checked: Checked) -> dict[str, ShippedAdapter]:
         """The manifest entry and size of each adapter."""
@@ -219,15 +219,15 @@ class _Stage:
 
     def _write_merged(self, target: str, adapter: TrainedAdapter) -> WrittenAdapter:
         backend = self.backends[target]
-        source = source_of_merged(self.source, self.wanted.quantize_merged)
-        quantization = backend.quantization(source)
+        source = source_of_merged(self.source, self.wanted.merged_quantization)
+        weight_type = backend.weight_type(source)
         if not adapter.merged or source is not self.source:
-            what = f"{target} holds {adapter.method} as a whole model, in {quantization}"
+            what = f"{target} holds {adapter.method} as a whole model, in {weight_type}"
             self.progress.say(f"  {adapter.name}: {what}, {source.path.stat().st_size / 1e6:.0f} MB")
         merged, out = self._fold(adapter, Merged.shape), self._folder(adapter) / backend.MODEL_FILE
         assert isinstance(merged, Merged)
         backend.write_merged(merged, source, out)
-        return WrittenAdapter(out, Merged.shape, quantization=quantization)
+        return WrittenAdapter(out, Merged.shape, source=source, weight_type=weight_type)
 
     def _fold(self, adapter: TrainedAdapter, shape: str) -> Folded:
         assert self.source.model is not None

@@ -101,7 +101,7 @@ def _adapter_parity(
     check(
         parity,
         adapter.name,
-        written.quantization or export.quantization,
+        written.weight_type or export.weight_type,
         dtype=adapter.dtype_in(export.backend),
         merged=written.shape == "merged",
         error=written.error,
@@ -175,7 +175,7 @@ def _base_parity(
     engine.activate({})
     parity = compare(plain, engine, _base_rows(adapters))
     progress.say(f"  {export.backend} base after switching back: {_said(parity)}")
-    check(parity, "base", export.quantization)
+    check(parity, "base", export.weight_type)
     return parity
 
 

@@ -8,8 +8,8 @@ TASK_TYPE = TaskType(
     base="an encoder",
     metric="label",
     refused_keys={
-        "quantize": _QUANTIZED,
-        "quantize_merged": _QUANTIZED,
+        "quantization": _QUANTIZED,
+        "merged_quantization": _QUANTIZED,
         "device": "there are no predictions for encoders on {value!r}; remove device and set threads",
         "domain": "continued pretraining does not work for an encoder; remove domain",
     },

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgetune_devices.needs import scheme_of_merged
-from edgetune_runtime.formats.gguf_file import describe_quantization, read_header
+from edgetune_runtime.formats.gguf_file import read_header
+from edgetune_runtime.formats.quantization import quantization_of_merged
 
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf.quantize import quantize_gguf
 
 
-def source_of_merged(source: Source, wanted: str | None = None) -> Source:
-    """The base for merged models, quantized to `wanted` or to what `scheme_of_merged` chooses.
+def source_of_merged(source: Source, requested: str | None = None) -> Source:
+    """The base for merged models, quantized to what `quantization_of_merged` chooses.
 
     Writes a file to the source's work folder if the base has another quantization. Raises what `quantize_gguf` raises.
     """
-    current = describe_quantization(read_header(source.path))
-    scheme = scheme_of_merged(current, wanted)
-    if scheme is None or scheme == current:
+    main_type = read_header(source.path).main_type
+    quantization = quantization_of_merged(main_type, requested)
+    if quantization is None or quantization == main_type.name:
         return source
-    path = source.work / f"merged-{scheme}.gguf"
+    path = source.work / f"merged-{quantization}.gguf"
     if not path.exists():
-        quantize_gguf(source.path, path, scheme, again=True)
-    return replace(source, path=path)
+        quantize_gguf(source.path, path, quantization, again=True)
+    return replace(source, path=path, quantization=quantization)

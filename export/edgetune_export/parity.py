@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError, VerificationError
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
 from .adapters.shapes import Floats
 
@@ -46,26 +47,9 @@ class Decoder(Protocol):
         """Append tokens; logits after each, shape [tokens, vocab]."""
 
 
-TOLERANCE_KL = {
-    "f32": 1e-4,
-    "f16": 1e-4,
-    "bf16": 1e-3,
-    **dict.fromkeys(("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs"), 0.03),
-}
-"""Largest accepted mean KL of an adapter, by the coarsest tensor type of base and adapter.
-
-At least three times what was measured. Engines round activations to 8 bits before products with quantized weights;
-llama.cpp rounds them to the weights' type before products with f16 or bf16.
-"""
-TOLERANCE_KL_MERGED = {
-    "f32": 1e-4,
-    "f16": 1e-4,
-    "bf16": 2e-3,
-    "q8_0": 0.05,
-    "q6_k": 0.1,
-    **dict.fromkeys(("q5_k", "q5_1", "q5_0"), 0.3),
-    **dict.fromkeys(("q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs"), 0.5),
-}
+TOLERANCE_KL = {kind.name: kind.kl for kind in TENSOR_TYPES.values() if kind.kl is not None}
+"""Largest accepted mean KL of an adapter, by the coarsest tensor type of base and adapter."""
+TOLERANCE_KL_MERGED = {kind.name: kind.merged_kl for kind in TENSOR_TYPES.values() if kind.merged_kl is not None}
 """Largest accepted mean KL of merged models, whose adapted weights are requantized to the base's type."""
 
 INT4 = "int4"
@@ -143,17 +127,17 @@ def greedy_agreement(trained: TrainedLogits, engine: Decoder, prompts: Sequence[
 
 
 def check(
-    parity: Parity, name: str, quantization: str, *, dtype: str = "f16", merged: bool = False, error: float = 0.0
+    parity: Parity, name: str, weight_type: str, *, dtype: str = "f16", merged: bool = False, error: float = 0.0
 ) -> None:
     """VerificationError unless the adapter `name` is within the tolerance of its base.
 
-    `quantization` is the base's (see `describe_quantization`), `dtype` that of the adapter's file. The loosest
+    `weight_type` is the type of most of the base's weights, or INT4; `dtype` is that of the adapter's file. The loosest
     tolerance applies to types that were not measured. `error` is the share of the trained change that a truncated
     adapter leaves out; it gets a tolerance of at least TOLERANCE_KL_TRUNCATED.
     """
     table = TOLERANCE_KL_MERGED if merged else TOLERANCE_KL
     loosest = max(table.values())
-    limit = TOLERANCE_KL_INT4 if quantization == INT4 else table.get(quantization, loosest)
+    limit = TOLERANCE_KL_INT4 if weight_type == INT4 else table.get(weight_type, loosest)
     if error > EXACT:
         limit = max(limit, TOLERANCE_KL_TRUNCATED)
     if not merged:
@@ -162,9 +146,9 @@ def check(
     if not parity.kl <= limit:
         message = (
             f"adapter {name!r} does not match the trained model: mean KL {parity.kl:.2g} on {parity.tokens} tokens, "
-            f"expected at most {limit:.2g} on a {quantization} base ({parity.top1:.0%} of top tokens agree)"
+            f"expected at most {limit:.2g} on a {weight_type} base ({parity.top1:.0%} of top tokens agree)"
         )
-        coarse = merged or quantization == INT4
+        coarse = merged or weight_type == INT4
         remedy = "use a base quantization with more bits" if coarse else "report this as a bug, with the recipe"
         raise VerificationError(message, remedy)
 

@@ -43,17 +43,19 @@ class FileEntry:
 class BaseEntry:
     """The base model that all adapters of the bundle belong to.
 
-    `fingerprint` is the sha256 of the GGUF file whose weights the adapters were trained on. `files` maps a backend to
-    the base's path in the bundle. `trained_context_length` is the longest context that the base was trained for, in
-    tokens. `parity` maps a backend to the distance of its base from the trained one, and `gguf/onnx` to the distance
-    between the two. `domain` has the figures of continued pretraining: how the base was trained, and its perplexity
-    before and after.
+    `fingerprint` is the sha256 of the GGUF file whose weights the adapters were trained on. `quantization` is what the
+    recipe or its board requested for this file (`formats/quantization.py` lists the names; f32 or int8 for the graph of
+    an encoder), None if the file is unchanged. `tensor_types` maps each tensor type in the file to its number of
+    values. `files` maps a backend to the base's path in the bundle. `trained_context_length` is the longest context
+    that the base was trained for, in tokens. `parity` maps a backend to the distance of its base from the trained one,
+    and `gguf/onnx` to the distance between the two. `domain` has the figures of continued pretraining: how the base was
+    trained, and its perplexity before and after.
     """
 
     name: str
     fingerprint: str
     architecture: str
-    quantization: str
+    quantization: str | None
     parameters: int
     trained_context_length: int
     layers: int
@@ -61,6 +63,7 @@ class BaseEntry:
     tokenizer_sha256: str
     chat_template_sha256: str
     files: Mapping[str, str]
+    tensor_types: Mapping[str, int] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     domain: Mapping[str, Any] = field(default_factory=dict)
 
@@ -72,9 +75,10 @@ class AdapterEntry:
     `error` is the relative error of a low-rank approximation of the trained update. `prefix_tokens` is the number of
     context positions that a prefix occupies. An adapter with `invocation` tokens is active from their last occurrence
     on. `ranks` maps the name of a module in the trained model to its rank. `scale` is used when a caller gives none;
-    the weights of a merged model include it. `metric` names the score that `edgetune evaluate` computes. `parity` maps
-    a backend to `kl`, `top1`, … . `draft` is the file of its draft table (see `decoding.drafts`); `output` constrains
-    its answers (see `decoding.output`).
+    the weights of a merged model include it. `metric` names the score that `edgetune evaluate` computes. `quantization`
+    and `tensor_types` are those of a merged model, as in `BaseEntry`. `parity` maps a backend to `kl`, `top1`, … .
+    `draft` is the file of its draft table (see `decoding.drafts`); `output` constrains its answers (see
+    `decoding.output`).
     """
 
     name: str
@@ -92,6 +96,8 @@ class AdapterEntry:
     labels: tuple[str, ...] = ()
     draft: str | None = None
     output: Mapping[str, Any] | None = None
+    quantization: str | None = None
+    tensor_types: Mapping[str, int] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from . import __version__
 from .bundle import Manifest, read_manifest, verify_files
 from .conversation import PROGRAM, Conversation, adapter_choice, show
 from .errors import CancelledError, EdgetuneError, NotFoundError, UsageError
+from .formats.quantization import describe
 from .interrupts import end_on_interrupt
 from .threads.priority import NORMAL, PRIORITIES
 
@@ -218,10 +219,8 @@ def _info(options: argparse.Namespace) -> None:
         return
     base = manifest.base
     print(f"bundle    {manifest.name}, {_size(manifest, manifest.files)}, context {manifest.context_length} tokens")
-    print(
-        f"base      {base.name}: {base.architecture}, {base.parameters / 1e6:.0f} M parameters, {base.quantization}, "
-        f"{_size(manifest, base.files.values())}"
-    )
+    weights = f"{base.parameters / 1e6:.0f} M parameters, {describe(base.quantization, base.tensor_types)}"
+    print(f"base      {base.name}: {base.architecture}, {weights}, {_size(manifest, base.files.values())}")
     for entry in manifest.adapters.values():
         shapes = " and ".join(dict.fromkeys(entry.shapes.values()))
         print(f"adapter   {entry.name}: {entry.method}, {shapes}, {_size(manifest, entry.files.values())}")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgetune_devices import boards
+from edgetune_devices import boards, fit
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import read_header
 from typer.testing import CliRunner
@@ -72,42 +72,48 @@ def test_a_wrong_argument_is_one_clear_error(
         _run(*arguments)
 
 
-def _recipe(folder: Path, extra: str = "", adapter: str = "") -> Recipe:
+def _recipe(folder: Path, extra: str = "", adapter: str = "", base: str = "base") -> Recipe:
     (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
-    text = f"name: home\nbase: base.gguf\n{extra}adapters:\n  intent:\n    data: {{train: rows.jsonl}}\n{adapter}"
+    text = f"name: home\nbase: {base}\n{extra}adapters:\n  intent:\n    data: {{train: rows.jsonl}}\n{adapter}"
     path = folder / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     return load_recipe(path)
+
+
+def test_fit_of_a_recipe_on_a_folder_predicts_its_default_quantization(
+    tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    _recipe(tmp_path, base=str(tiny_folder("llama")))
+    figures = json.loads(_run("fit", tmp_path / "recipe.yaml", "--device", "pi-4", "--json"))
+    needs = fit.needs_of_header(read_header(tiny_gguf("llama")), context_length=1024, quantization="q8_0")
+    weights = next(item["mb"] for item in figures["items"] if item["name"] == "base weights")
+    assert weights == pytest.approx(needs.base_bytes / 1e6, abs=0.1)
 
 
 def test_needs_of_a_recipe_follow_its_methods_and_quantization(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     header = read_header(tiny_gguf("llama"))
-    written = "quantize: q8_0\n"
-    small = plan.needs_of_recipe(
-        _recipe(tmp_path, written, adapter="    method: {name: lora, r: 4}\n"), header, requantize=True
-    )
-    large = plan.needs_of_recipe(
-        _recipe(tmp_path, written, adapter="    method: {name: lora, r: 8}\n"), header, requantize=False
-    )
+    written = "quantization: q8_0\n"
+    small = plan.needs_of_recipe(_recipe(tmp_path, written, adapter="    method: {name: lora, r: 4}\n"), header, "q8_0")
+    large = plan.needs_of_recipe(_recipe(tmp_path, written, adapter="    method: {name: lora, r: 8}\n"), header, None)
     assert large.adapters["intent"].file_bytes == 2 * small.adapters["intent"].file_bytes
     assert large.base_bytes > small.base_bytes
-    merged = plan.needs_of_recipe(_recipe(tmp_path, adapter="    merged: true\n"), header, requantize=True)
+    merged = plan.needs_of_recipe(_recipe(tmp_path, adapter="    merged: true\n"), header, None)
     assert merged.merged == {"intent": merged.base_bytes} and not merged.adapters
 
 
 def test_a_board_chooses_only_what_the_recipe_leaves_unset(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     header = read_header(tiny_gguf("llama"))
-    assert plan.choose_for(_recipe(tmp_path), header, requantize=True) is None
-    free = plan.choose_for(_recipe(tmp_path, "device: pi-4\n"), header, requantize=True)
-    assert free is not None and (free.quantize, free.context_length, free.threads) == ("q8_0", 1024, 4)
-    written = "device: pi-4\nquantize: q4_0\ncontext_length: 64\nthreads: 2\n"
-    bound = plan.choose_for(_recipe(tmp_path, written), header, requantize=True)
-    assert bound is not None and (bound.quantize, bound.context_length, bound.threads) == ("q4_0", 64, 2)
+    assert plan.choose_for(_recipe(tmp_path), header) is None
+    free = plan.choose_for(_recipe(tmp_path, "device: pi-4\n"), header)
+    assert free is not None and (free.quantization, free.context_length, free.threads) == ("q8_0", 1024, 4)
+    written = "device: pi-4\nquantization: q4_0\ncontext_length: 64\nthreads: 2\n"
+    bound = plan.choose_for(_recipe(tmp_path, written), header)
+    assert bound is not None and (bound.quantization, bound.context_length, bound.threads) == ("q4_0", 64, 2)
 
 
 def test_a_recipe_that_cannot_fit_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, "device: pi-zero-2w\ncontext_length: 2000000\n")
     with pytest.raises(IncompatibleError, match=r"pi-zero-2w leaves 305 MB; .*; set context_length to"):
-        plan.choose_for(recipe, read_header(tiny_gguf("llama")), requantize=True)
+        plan.choose_for(recipe, read_header(tiny_gguf("llama")))

@@ -15,11 +15,12 @@ from edgetune_devices import boards, fit
 from edgetune_devices.needs import CACHE_BYTES
 from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.backends.gguf.backend import write_adapter
-from edgetune_export.backends.gguf.quantize import SCHEMES, quantize_gguf
+from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
+from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from edgetune_runtime.runtime import Runtime
 from edgetune_runtime.states.batches import CHUNK
 
@@ -100,27 +101,27 @@ def test_needs_of_a_file_count_its_bytes_and_leave_out_an_untied_embedding(
     assert needs.layers == sum(name.endswith("attn_q.weight") for name in header.tensors)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_predicted_size_of_a_quantization_is_that_of_the_quantized_file(
-    tiny_gguf: Callable[[str], Path], tmp_path: Path, scheme: str
+    tiny_gguf: Callable[[str], Path], tmp_path: Path, quantization: str
 ) -> None:
     out = tmp_path / "out.gguf"
-    quantize_gguf(tiny_gguf("llama"), out, scheme)
-    needs = fit.needs_of_header(read_header(tiny_gguf("llama")), context_length=128, scheme=scheme)
+    quantize_gguf(tiny_gguf("llama"), out, quantization)
+    needs = fit.needs_of_header(read_header(tiny_gguf("llama")), context_length=128, quantization=quantization)
     assert needs.base_bytes == pytest.approx(out.stat().st_size, rel=0.03)
 
 
 @pytest.mark.parametrize(
-    ("header", "scheme", "published_mb"),
+    ("header", "quantization", "published_mb"),
     [(QWEN_0_5B, "q4_k_m", 398), (QWEN_0_5B, "q5_k_m", 420), (QWEN_0_5B, "q8_0", 531), (QWEN_0_5B, "q3_k_m", 355)],
 )
-def test_predicted_sizes_are_those_of_published_files(header: GgufHeader, scheme: str, published_mb: int) -> None:
-    needs = fit.needs_of_header(header, context_length=128, scheme=scheme)
+def test_predicted_sizes_are_those_of_published_files(header: GgufHeader, quantization: str, published_mb: int) -> None:
+    needs = fit.needs_of_header(header, context_length=128, quantization=quantization)
     assert needs.base_bytes / 1e6 == pytest.approx(published_mb, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("board", "header", "scheme", "published", "margin"),
+    ("board", "header", "quantization", "published", "margin"),
     [
         ("pi-4", QWEN_0_5B, "q4_0", 9.8, 0.05),
         ("pi-4", LLAMA_1B, "q4_0", 4.6, 0.05),
@@ -134,15 +135,15 @@ def test_predicted_sizes_are_those_of_published_files(header: GgufHeader, scheme
     ],
 )
 def test_decode_prediction_is_near_published_figures(
-    board: str, header: GgufHeader, scheme: str, published: float, margin: float
+    board: str, header: GgufHeader, quantization: str, published: float, margin: float
 ) -> None:
-    needs = fit.needs_of_header(header, context_length=256, scheme=scheme)
+    needs = fit.needs_of_header(header, context_length=256, quantization=quantization)
     assert fit.fit(needs, boards.load(board)).decode_tokens_per_s == pytest.approx(published, rel=margin)
 
 
 @pytest.mark.parametrize(("header", "published"), [(QWEN_0_5B, 27.5), (LLAMA_1B, 11.4)])
 def test_prefill_prediction_is_near_published_figures(header: GgufHeader, published: float) -> None:
-    needs = fit.needs_of_header(header, context_length=512, scheme="q4_0")
+    needs = fit.needs_of_header(header, context_length=512, quantization="q4_0")
     assert fit.fit(needs, boards.load("pi-4")).prefill_tokens_per_s == pytest.approx(published, rel=0.15)
 
 
@@ -215,7 +216,7 @@ def test_a_single_target_module_may_be_written_as_text(tiny_gguf: Callable[[str]
 
 
 def test_a_rough_estimate_is_near_that_from_the_header() -> None:
-    exact = fit.needs_of_header(QWEN_0_5B, context_length=1024, scheme="q8_0")
+    exact = fit.needs_of_header(QWEN_0_5B, context_length=1024, quantization="q8_0")
     rough = fit.estimate_needs(
         parameters=494_000_000,
         bits_per_weight=8.5,
@@ -229,7 +230,7 @@ def test_a_rough_estimate_is_near_that_from_the_header() -> None:
 
 
 def test_require_fit_says_sum_board_largest_part_and_remedy() -> None:
-    needs = fit.needs_of_header(LLAMA_1B, context_length=1024, scheme="q8_0")
+    needs = fit.needs_of_header(LLAMA_1B, context_length=1024, quantization="q8_0")
     with pytest.raises(IncompatibleError) as caught:
         fit.require_fit(needs, boards.load("pi-zero-2w"))
     text = str(caught.value)
@@ -250,7 +251,7 @@ def test_require_fit_names_the_context_that_would_fit() -> None:
 
 def test_a_better_board_is_given_a_better_quantization() -> None:
     chosen = [fit.choose(boards.load(name), LLAMA_1B) for name in ("pi-4", "pi-5")]
-    assert [choice.quantize for choice in chosen] == ["q4_0", "q8_0"]
+    assert [choice.quantization for choice in chosen] == ["q4_0", "q8_0"]
     assert [choice.threads for choice in chosen] == [4, 4]
     assert [choice.context_length for choice in chosen] == [1024, 1024]
     assert chosen[1].reason.startswith("q8_0 with a context of 1024 tokens is the best that fits on pi-5")
@@ -259,13 +260,13 @@ def test_a_better_board_is_given_a_better_quantization() -> None:
 
 
 def test_choose_keeps_what_the_recipe_sets() -> None:
-    choice = fit.choose(boards.load("pi-5"), QWEN_0_5B, quantize="q4_0", context_length=2048, threads=2)
-    assert (choice.quantize, choice.context_length, choice.threads) == ("q4_0", 2048, 2)
+    choice = fit.choose(boards.load("pi-5"), QWEN_0_5B, quantization="q4_0", context_length=2048, threads=2)
+    assert (choice.quantization, choice.context_length, choice.threads) == ("q4_0", 2048, 2)
 
 
 def test_choose_shortens_the_context_before_it_gives_up() -> None:
     header = _header(30, 576, 1536, 9, 3, 49152)
-    shortest = fit.needs_of_header(header, context_length=256, scheme="q4_0")
+    shortest = fit.needs_of_header(header, context_length=256, quantization="q4_0")
     roomless = replace(
         boards.load("pi-4"), ram_free_mib=int(fit.fit(shortest, boards.load("pi-4")).needed_mb * 1e6 / 2**20) + 1
     )
@@ -276,18 +277,18 @@ def test_choose_shortens_the_context_before_it_gives_up() -> None:
 
 def test_choose_takes_the_fastest_when_nothing_is_fast_enough() -> None:
     choice = fit.choose(boards.load("pi-4"), LLAMA_1B)
-    assert choice.quantize == "q4_0"
+    assert choice.quantization == "q4_0"
     assert "though below 5 tokens/s" in choice.reason
 
 
 def test_a_base_that_ships_as_it_is_is_not_requantized() -> None:
     choice = fit.choose(boards.load("pi-5"), read_header(_smollm2()), requantize=False)
-    assert choice.quantize is None
+    assert choice.quantization is None
 
 
 def test_an_unknown_quantization_is_refused() -> None:
     with pytest.raises(UsageError, match=r"no quantization 'q9_9'; choose one of: .*q8_0"):
-        fit.needs_of_header(QWEN_0_5B, context_length=128, scheme="q9_9")
+        fit.needs_of_header(QWEN_0_5B, context_length=128, quantization="q9_9")
 
 
 def _bundle(folder: Path, base: Path, shape: str = "low_rank") -> Path:
@@ -340,7 +341,7 @@ def test_a_folder_that_is_no_bundle_is_not_found(tmp_path: Path) -> None:
 
 
 def test_json_and_table_carry_the_sum() -> None:
-    result = fit.fit(fit.needs_of_header(QWEN_0_5B, context_length=1024, scheme="q4_0"), boards.load("pi-4"))
+    result = fit.fit(fit.needs_of_header(QWEN_0_5B, context_length=1024, quantization="q4_0"), boards.load("pi-4"))
     figures = json.loads(json.dumps(result.to_json()))
     assert set(figures) >= {"device", "fits", "items", "needed_mb", "available_mb", "decode_tokens_per_s"}
     assert figures["needed_mb"] == pytest.approx(sum(item["mb"] for item in figures["items"]), abs=0.5)

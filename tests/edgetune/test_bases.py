@@ -16,7 +16,6 @@ from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError
-from edgetune_runtime.formats.gguf_file import describe_quantization
 from tiny import ARCHITECTURES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -32,7 +31,7 @@ def resolve(tmp_path: Path) -> Callable[..., Base]:
     """`resolve(name, **changes)`: a base from tmp_path, with a converter that does not exist."""
 
     def call(name: str, **changes: Any) -> Base:  # noqa: ANN401 - of resolve's own types
-        given: dict[str, Any] = {"folder": tmp_path, "quantize": None, "work": tmp_path / "work"}
+        given: dict[str, Any] = {"folder": tmp_path, "quantization": None, "work": tmp_path / "work"}
         given |= {"progress": Progress(quiet=True), "converter": tmp_path / "no converter"}
         return bases.resolve(name, **{**given, **changes})
 
@@ -62,12 +61,12 @@ def test_a_gguf_file_is_quantized_anew_where_the_recipe_says_so(
     resolve: Callable[..., Base], tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     shutil.copy(tiny_gguf("llama"), tmp_path / "tiny.F16.gguf")
-    base = resolve("tiny.F16.gguf", quantize="q4_0")
+    base = resolve("tiny.F16.gguf", quantization="q4_0")
     assert base.path.name == "tiny.q4_0.gguf"
-    assert describe_quantization(base.header) == "q4_0"
+    assert base.header.main_type.name == "q4_0"
     assert base.fingerprint == sha256_of(base.path) != sha256_of(tmp_path / "tiny.F16.gguf")
     written = base.path.stat().st_mtime_ns
-    assert resolve("tiny.F16.gguf", quantize="q4_0") == base
+    assert resolve("tiny.F16.gguf", quantization="q4_0") == base
     assert base.path.stat().st_mtime_ns == written
 
 
@@ -116,21 +115,21 @@ def test_an_unsupported_architecture_is_refused_by_name_before_any_work(
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("quantize", ["q8_0", "f16"])
+@pytest.mark.parametrize("quantization", ["q8_0", "f16"])
 def test_a_folder_is_converted_once(
-    quantize: str, resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
+    quantization: str, resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_folder("llama"), tmp_path / "tiny")
-    base = resolve("tiny", quantize=quantize, converter=None)
-    assert describe_quantization(base.header) == quantize
+    base = resolve("tiny", quantization=quantization, converter=None)
+    assert base.header.main_type.name == quantization
     assert [path.name for path in (tmp_path / "work").iterdir()] == [base.path.name]
     # With a converter that does not exist, only what is kept can be taken.
     written = base.path.stat().st_mtime_ns
-    assert resolve("tiny", quantize=quantize) == base
+    assert resolve("tiny", quantization=quantization) == base
     assert base.path.stat().st_mtime_ns == written
-    assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantize="q4_0"))
+    assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization="q4_0"))
     (folder / "config.json").touch()
-    assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantize=quantize))
+    assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization=quantization))
     assert [path.name for path in (tmp_path / "work").iterdir()] == [base.path.name]
 
 
@@ -161,7 +160,7 @@ def test_the_weights_in_torch_are_those_that_llama_cpp_runs(arch: str, tiny_base
 def test_model_and_config_are_those_that_transformers_makes_of_the_file(
     arch: str, dtype: torch.dtype, tiny_gguf: Callable[[str], Path], resolve: Callable[..., Base]
 ) -> None:
-    base = resolve(str(tiny_gguf(arch)), quantize="q8_0")
+    base = resolve(str(tiny_gguf(arch)), quantization="q8_0")
     model = load_torch(base, dtype)
     config = AutoConfig.from_pretrained(base.path.parent, gguf_file=base.path.name)
     for name, value in architectures.of(base.header).config_entries(base.header).items():

@@ -72,7 +72,7 @@ def test_a_damaged_folder_is_told(tiny_folder: Callable[[str], Path], tmp_path: 
 def test_the_needs_of_a_folder_are_those_of_its_file(
     tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    keys: dict[str, Any] = {"quantize": "q8_0", "targets": ["gguf", "onnx"]}
+    keys: dict[str, Any] = {"quantization": "q8_0", "targets": ["gguf", "onnx"]}
     of_folder, of_file = (needs_of(recipe_of(tmp_path, base("llama"), **keys)) for base in (tiny_folder, tiny_gguf))
     # A file brings its tokenizer.
     assert of_folder == replace(

@@ -31,7 +31,7 @@ MODEL_FILE = "model.toy"
 PACKAGES = ("numpy",)
 write_adapter = gguf.write_adapter
 write_merged = gguf.write_merged
-quantization = gguf.quantization
+weight_type = gguf.weight_type
 
 
 def write_base(source, folder, adapters):

@@ -12,6 +12,7 @@ from edgetune_export import parity
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.threads import machine
 from peft import LoraConfig, get_peft_model
@@ -20,6 +21,7 @@ from trainings import Listening, build_in_two_processes
 from transformers import AutoModelForCausalLM
 
 from edgetune.bases import Base
+from edgetune.decoder.prepare import resolve
 from edgetune.pipeline import build, export_trained
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -153,6 +155,11 @@ def test_the_manifest_says_what_is_in_the_bundle(built: Built, tiny_gguf: Callab
         "scaled": ("low_rank", 0.5, None),
         "whole": ("merged", 1.0, None),
     }
+    # Nothing was asked for: the file is the tiny base as it was, and the merged model has its types.
+    base, types = built.manifest.base, read_header(tiny_gguf("llama")).tensor_types
+    assert (base.quantization, base.tensor_types, sum(types.values())) == (None, types, base.parameters)
+    assert (adapters["whole"].quantization, adapters["whole"].tensor_types) == (None, types)
+    assert adapters["plain"].tensor_types == {}
     assert set(adapters["plain"].ranks.values()) == {4}
     ranks = {module.rpartition(".")[2]: rank for module, rank in adapters["scaled"].ranks.items()}
     assert (ranks["q_proj"], ranks["down_proj"], ranks["v_proj"]) == (2, 9, 4)
@@ -206,11 +213,12 @@ def test_an_adapter_that_fails_parity_is_named_and_the_last_bundle_stays(
 
 def test_one_training_ships_in_both_formats(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
     listening = Listening()
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantize="q4_0", targets=["gguf", "onnx"])
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q4_0", targets=["gguf", "onnx"])
     result = build(recipe, tmp_path / "home", progress=listening)
     assert result is not None
     manifest = read_manifest(tmp_path / "home")
-    assert manifest.base.quantization == "q4_0"
+    assert manifest.base.quantization == manifest.recipe["quantization"] == "q4_0"
+    assert set(manifest.base.tensor_types) == {"f32", "q4_0", "q8_0"}
     assert set(manifest.base.files) == set(manifest.adapters["plain"].files) == {"gguf", "onnx"}
     assert set(manifest.base.parity) == {"gguf", "onnx", "gguf/onnx"}
     assert manifest.base.parity["gguf/onnx"]["kl"] < 0.01
@@ -221,6 +229,32 @@ def test_one_training_ships_in_both_formats(tmp_path: Path, tiny_gguf: Callable[
         with Runtime.open(tmp_path / "home", engine=engine) as runtime:
             answers.append([runtime.generate("turn on", adapter=name, max_tokens=3).text for name in runtime.adapters])
     assert answers[0] == answers[1]
+
+
+def test_a_folder_is_converted_and_quantized_once_to_what_its_board_picks(
+    tiny_folder: Callable[[str], Path], slow_board: Callable[..., str], tmp_path: Path
+) -> None:
+    recipe, work, listening = (
+        recipe_of(tmp_path, tiny_folder("llama"), device=slow_board()),
+        tmp_path / "w",
+        Listening(),
+    )
+    base, picked = resolve(recipe, work, listening, None)
+    assert (picked.quantization, base.quantization, picked.threads) == ("q4_0", "q4_0", 4)
+    name = tiny_folder("llama").name
+    assert listening.lines[1:] == [f"converting {name} to GGUF", f"quantizing {name} to q4_0"]
+    assert [path.name for path in (work / "base").iterdir()] == [base.path.name]
+    # With a converter that does not exist, only what is kept can be taken.
+    assert resolve(recipe, work, QUIET, tmp_path / "no converter") == (base, picked)
+
+
+def test_a_folder_that_its_board_cannot_hold_is_refused_before_it_is_converted(
+    tiny_folder: Callable[[str], Path], slow_board: Callable[..., str], tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_folder("llama"), device=slow_board(ram_free_mib=40))
+    with pytest.raises(IncompatibleError, match="slow leaves 42 MB"):
+        resolve(recipe, tmp_path / "work", QUIET, None)
+    assert not (tmp_path / "work").exists()
 
 
 def test_two_processes_train_and_the_first_one_ships(

@@ -11,26 +11,26 @@ from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf import backend as gguf
 from edgetune_export.backends.gguf.quantize import dequantize_rows, quantize_gguf
 from edgetune_export.merged import source_of_merged
-from edgetune_runtime.formats.gguf_file import describe_quantization, read_header
+from edgetune_runtime.formats.gguf_file import read_header
 
 
 @pytest.fixture
 def source_in(tiny_source: Callable[[str], Source], tmp_path: Path) -> Callable[[str], Source]:
-    """`source_in(scheme)`: the tiny base in that quantization."""
+    """`source_in(quantization)`: the tiny base in that quantization."""
 
-    def make(scheme: str) -> Source:
+    def make(quantization: str) -> Source:
         source = tiny_source("llama")
         path = source.path
-        if scheme != "f16":
-            path = tmp_path / f"{scheme}.gguf"
-            quantize_gguf(source.path, path, scheme)
+        if quantization != "f16":
+            path = tmp_path / f"{quantization}.gguf"
+            quantize_gguf(source.path, path, quantization)
         return replace(source, path=path, work=tmp_path / "work")
 
     return make
 
 
 @pytest.mark.parametrize(
-    ("held", "wanted", "merged"),
+    ("held", "requested", "merged"),
     [
         ("q4_0", None, "q8_0"),
         ("q4_1", None, "q8_0"),
@@ -41,12 +41,12 @@ def source_in(tiny_source: Callable[[str], Source], tmp_path: Path) -> Callable[
         ("f16", "q8_0", "q8_0"),
     ],
 )
-def test_merged_models_have_8_bits_at_least_unless_others_are_wanted(
-    held: str, wanted: str | None, merged: str, source_in: Callable[[str], Source]
+def test_merged_models_have_8_bits_at_least_unless_others_are_requested(
+    held: str, requested: str | None, merged: str, source_in: Callable[[str], Source]
 ) -> None:
     source = source_in(held)
-    found = source_of_merged(source, wanted)
-    assert describe_quantization(read_header(found.path)) == merged
+    found = source_of_merged(source, requested)
+    assert read_header(found.path).main_type.name == merged
     assert (found.path == source.path) == (merged == held)
 
 
@@ -58,8 +58,8 @@ def test_8_bits_hold_what_4_bits_lose(source_in: Callable[[str], Source], tmp_pa
     weight = dict(source.model.named_parameters())[f"{name}.weight"].detach().numpy()
     trained = weight + rng.normal(0, 0.02 * weight.std(), weight.shape).astype(np.float32)
     errors = []
-    for scheme in ("q4_0", None):
-        finer = source_of_merged(source, scheme)
+    for quantization in ("q4_0", None):
+        finer = source_of_merged(source, quantization)
         gguf.write_merged(Merged("one", "full", {f"{name}.weight": lambda: trained}), finer, tmp_path / "out.gguf")
         header = read_header(tmp_path / "out.gguf")
         tensor = header.tensors["blk.0.ffn_down.weight"]

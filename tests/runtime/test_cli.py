@@ -44,6 +44,7 @@ def test_info_tells_the_manifest(run: Run, bundle: Path) -> None:
     code, out, err = run("info", bundle, "--verify")
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()] == ["bundle", "base", "adapter", "adapter", "adapter"]
+    assert "M parameters, f16, " in out
 
 
 def test_a_damaged_state_is_a_warning_and_debug_shows_the_log(

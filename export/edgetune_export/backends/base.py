@@ -14,26 +14,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """How an ONNX graph holds the base's matrices: `auto`, `fp32`, `int8`, or `int4` rounded by `method`.
+class OnnxOptions:
+    """The recipe's `onnx`: `weights` are `auto`, `fp32`, `int8`, or `int4` rounded by `method`.
 
     `calibration` holds token rows of the tasks, which the method gptq needs.
     """
 
-    scheme: str = "auto"
+    weights: str = "auto"
     method: str = "rtn"
     calibration: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Source:
-    """The base of a build: its GGUF file with its sha256, its weights in torch, and a folder for what is on the way."""
+    """The base of a build: its GGUF file with its sha256, its weights in torch, and a folder for what is on the way.
+
+    `quantization` is what the file was quantized to, None if it is used unchanged.
+    """
 
     path: Path
     fingerprint: str
     model: PreTrainedModel | None = None
     work: Path = Path()
-    weights: Weights = field(default_factory=Weights)
+    onnx: OnnxOptions = field(default_factory=OnnxOptions)
+    quantization: str | None = None
 
 
 class Backend(Protocol):
@@ -59,5 +63,5 @@ class Backend(Protocol):
     def write_merged(self, merged: Merged, source: Source, out: Path) -> None:
         """Write the base with the merged model's own parameters in place of its."""
 
-    def quantization(self, source: Source) -> str:
-        """How the base's weights are rounded, as `parity.check` knows it."""
+    def weight_type(self, source: Source) -> str:
+        """The type of most of the base's weights in this format, as `parity.check` knows it."""

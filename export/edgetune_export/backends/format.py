@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgetune_runtime.bundle import GENERATION
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
-_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 _FLOAT = 4
 
 
@@ -31,16 +31,16 @@ class Format:
     process_mb: float = 700.0
 
     def base_bytes(self, gguf_bytes: float, parameters: int, weights: str) -> float:
-        """About the bytes of a base whose GGUF file has `gguf_bytes`; `weights` are those of `Weights.scheme`."""
+        """About the bytes of a base whose GGUF file has `gguf_bytes`; `weights` are those of `OnnxOptions.weights`."""
         return parameters * _FLOAT if self._is_float(weights) else gguf_bytes * self.base_factor
 
     def merged_bytes(self, parameters: int, weights: str) -> float:
         """About the bytes of a merged model, whose weights are rounded to 8 bits."""
-        return parameters * (_FLOAT if self._is_float(weights) else _BYTES["q8_0"])
+        return parameters * (_FLOAT if self._is_float(weights) else TENSOR_TYPES["q8_0"].bytes_per_value)
 
     def adapter_bytes(self, parameters: int, dtype: str) -> float:
         """About the bytes of an adapter of low rank."""
-        return parameters * _BYTES[dtype] * self.adapter_factor
+        return parameters * TENSOR_TYPES[dtype].bytes_per_value * self.adapter_factor
 
     def export_mb(self, weights_mb: float, weights: str) -> float:
         """About the memory that writing a base takes whose float32 weights are `weights_mb` (10^6 bytes)."""

@@ -20,44 +20,7 @@ from typing import Any, BinaryIO
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.wording import COPY_FILE_AGAIN
 
-GGML_TYPES: dict[int, tuple[str, int, int]] = {
-    0: ("f32", 1, 4),
-    1: ("f16", 1, 2),
-    2: ("q4_0", 32, 18),
-    3: ("q4_1", 32, 20),
-    6: ("q5_0", 32, 22),
-    7: ("q5_1", 32, 24),
-    8: ("q8_0", 32, 34),
-    9: ("q8_1", 32, 40),
-    10: ("q2_k", 256, 84),
-    11: ("q3_k", 256, 110),
-    12: ("q4_k", 256, 144),
-    13: ("q5_k", 256, 176),
-    14: ("q6_k", 256, 210),
-    15: ("q8_k", 256, 292),
-    16: ("iq2_xxs", 256, 66),
-    17: ("iq2_xs", 256, 74),
-    18: ("iq3_xxs", 256, 98),
-    19: ("iq1_s", 256, 50),
-    20: ("iq4_nl", 32, 18),
-    21: ("iq3_s", 256, 110),
-    22: ("iq2_s", 256, 82),
-    23: ("iq4_xs", 256, 136),
-    24: ("i8", 1, 1),
-    25: ("i16", 1, 2),
-    26: ("i32", 1, 4),
-    27: ("i64", 1, 8),
-    28: ("f64", 1, 8),
-    29: ("iq1_m", 256, 56),
-    30: ("bf16", 1, 2),
-    34: ("tq1_0", 256, 54),
-    35: ("tq2_0", 256, 66),
-    39: ("mxfp4", 32, 17),
-    40: ("nvfp4", 64, 36),
-    41: ("q1_0", 128, 18),
-    42: ("q2_0", 64, 18),
-}
-"""Tensor types by number: name, values per block, bytes per block."""
+from .quantization import TYPES_BY_NUMBER, TensorType, main_type
 
 ADAPTER_TYPES = ("f32", "f16", "bf16", "q8_0")
 PREFIX_TYPES = ("f32", "f16")
@@ -88,9 +51,9 @@ class TensorInfo:
     nbytes: int
 
     @property
-    def type_name(self) -> str:
-        """Name of the tensor's type, such as `q4_1`."""
-        return GGML_TYPES[self.ggml_type][0]
+    def type(self) -> TensorType:
+        """How its values are stored."""
+        return TYPES_BY_NUMBER[self.ggml_type]
 
 
 @dataclass(frozen=True)
@@ -113,6 +76,19 @@ class GgufHeader:
     def parameters(self) -> int:
         """Number of weights."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def tensor_types(self) -> dict[str, int]:
+        """The number of values in each tensor type."""
+        values: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            values[tensor.type.name] += math.prod(tensor.shape)
+        return dict(values)
+
+    @property
+    def main_type(self) -> TensorType:
+        """The tensor type with the most bytes in the file."""
+        return main_type(self.tensor_types)
 
 
 @dataclass(frozen=True)
@@ -159,14 +135,6 @@ def digest_of_chat_template(header: GgufHeader) -> str:
     return hashlib.sha256(template.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def describe_quantization(header: GgufHeader) -> str:
-    """The tensor type with the most bytes in the file, such as "q4_1"."""
-    bytes_by_type: Counter[str] = Counter()
-    for tensor in header.tensors.values():
-        bytes_by_type[tensor.type_name] += tensor.nbytes
-    return bytes_by_type.most_common(1)[0][0]
-
-
 def cache_shape(base: GgufHeader) -> CacheShape:
     """The shape of the base's KV cache; IncompatibleError when it is not the same in all layers."""
     layers, heads = (_count(base, key) for key in ("block_count", "attention.head_count"))
@@ -204,8 +172,8 @@ def check_prefix(adapter: GgufHeader, base: GgufHeader, name: str) -> int:
         message = f"adapter {name!r} has no tensors, or tensors that do not have the same number of tokens"
         raise VerificationError(message, COPY_FILE_AGAIN)
     for tensor in adapter.tensors.values():
-        if tensor.type_name not in PREFIX_TYPES:
-            message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type_name}"
+        if tensor.type.name not in PREFIX_TYPES:
+            message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type.name}"
             raise IncompatibleError(message, f"export it again as one of: {', '.join(PREFIX_TYPES)}")
         if tensor.shape[:2] != (wanted.get(tensor.name), shape.heads):
             message = f"adapter {name!r} has {tensor.name!r} of shape {tensor.shape}, which does not fit the base"
@@ -275,8 +243,8 @@ def _check_pair(target: str, pair: Mapping[str, TensorInfo], base: GgufHeader, n
         raise VerificationError(f"adapter {name!r} has only {next(iter(pair))} for {target!r}", COPY_FILE_AGAIN)
     a, b = pair["lora_a"], pair["lora_b"]
     for tensor in (a, b):
-        if tensor.type_name not in ADAPTER_TYPES:
-            message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type_name}"
+        if tensor.type.name not in ADAPTER_TYPES:
+            message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type.name}"
             raise IncompatibleError(message, f"export it again as one of: {', '.join(ADAPTER_TYPES)}")
     weight = base.tensors.get(target)
     if weight is None:
@@ -354,12 +322,12 @@ class _Reader:
         return tensors
 
     def _tensor_bytes(self, name: str, shape: tuple[int, ...], kind: int) -> int:
-        if kind not in GGML_TYPES:
+        if kind not in TYPES_BY_NUMBER:
             raise self._damaged(f"has tensor {name!r} of the unknown type {kind}")
-        type_name, block, block_bytes = GGML_TYPES[kind]
-        if min(shape) == 0 or shape[0] % block:
-            raise self._damaged(f"has tensor {name!r} of shape {shape}, which is invalid for {type_name}")
-        return math.prod(shape) // block * block_bytes
+        found = TYPES_BY_NUMBER[kind]
+        if min(shape) == 0 or shape[0] % found.block:
+            raise self._damaged(f"has tensor {name!r} of shape {shape}, which is invalid for {found.name}")
+        return math.prod(shape) // found.block * found.block_bytes
 
     def _value(self, kind: int) -> object:
         if kind in _SCALARS:

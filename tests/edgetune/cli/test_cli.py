@@ -129,7 +129,7 @@ def test_help_lists_options_by_group(run: Run) -> None:
 
 
 def test_the_shell_completes_commands_and_options() -> None:
-    for words, expected in (("edgetune bu", ["build"]), ("edgetune build --qu", ["--quantize", "--quiet"])):
+    for words, expected in (("edgetune bu", ["build"]), ("edgetune build --qu", ["--quantization", "--quiet"])):
         asked = {"_EDGETUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         done = subprocess.run(EDGETUNE, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
         assert sorted(done.stdout.split()) == expected

@@ -259,6 +259,25 @@ def test_wrong_data_and_a_wrong_folder_are_told_first(request_of: Callable[..., 
         compare(request_of(out=tmp_path / "out", data="no-such.jsonl"), no_run, QUIET)
 
 
+def test_all_trials_get_the_quantization_that_the_board_picks_and_a_folder_is_converted_once(
+    tiny_folder: Callable[[str], Path], slow_board: Callable[..., str], tmp_path: Path
+) -> None:
+    given: list[str | None] = []
+
+    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
+        for trial in trials:
+            given.append(trial.one_task.quantization)
+            yield failed(trial, "for the test")
+
+    recipe = write_recipe(tmp_path, tiny_folder("llama"), device=slow_board(), targets=["gguf"])
+    request = Request(recipe, "lights", ("lora", "full"), tmp_path / "out", ranks=(2,), rows=3)
+    with pytest.raises(EdgetuneError, match="none of 2 trials succeeded"):
+        compare(request, run, QUIET)
+    assert given == ["q4_0", "q4_0"]
+    (base,) = (tmp_path / "out/shared/base").iterdir()
+    assert base.name.endswith("-q4_0.gguf")
+
+
 def test_an_interrupt_says_what_is_finished(request_of: Callable[..., Request], tmp_path: Path) -> None:
     def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
         yield failed(trials[0], "for the test")

@@ -94,7 +94,7 @@ def built_in(folder: Path, recipe: Recipe) -> Built:
 @pytest.fixture(scope="module")
 def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("built")
-    return built_in(folder, recipe_of(folder, tiny_gguf("llama"), quantize="q8_0"))
+    return built_in(folder, recipe_of(folder, tiny_gguf("llama"), quantization="q8_0"))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def perplexity(bundle: Path, folder: Path, engine: str = "gguf") -> float:
 def test_the_bundles_base_knows_the_domain_better_than_the_original(
     built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
-    original = built_in(tmp_path, recipe_of(tmp_path, tiny_gguf("llama"), None, quantize="q8_0"))
+    original = built_in(tmp_path, recipe_of(tmp_path, tiny_gguf("llama"), None, quantization="q8_0"))
     before, after = (perplexity(found.bundle, tmp_path) for found in (original, built))
     assert after < before / 4
     assert original.manifest.base.domain == {}
@@ -158,7 +158,7 @@ def test_the_figures_are_those_of_the_runtime_in_both_formats(tmp_path: Path, ti
 
 def test_a_second_build_does_nothing_again(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
     before = modified(built.stage)
-    again = built_in(built.bundle.parent, recipe_of(built.bundle.parent, tiny_gguf("llama"), quantize="q8_0"))
+    again = built_in(built.bundle.parent, recipe_of(built.bundle.parent, tiny_gguf("llama"), quantization="q8_0"))
     assert modified(built.stage) == before
     assert again.result == built.result
     assert not [line for line in again.lines if "loading the base" in line or "measuring" in line]
@@ -167,13 +167,13 @@ def test_a_second_build_does_nothing_again(built: Built, tiny_gguf: Callable[[st
 def test_a_base_that_was_lost_is_written_again_without_training(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
     trained = (built.stage / "result.json").stat().st_mtime_ns
     next((built.stage / "base").iterdir()).unlink()
-    again = built_in(built.bundle.parent, recipe_of(built.bundle.parent, tiny_gguf("llama"), quantize="q8_0"))
+    again = built_in(built.bundle.parent, recipe_of(built.bundle.parent, tiny_gguf("llama"), quantization="q8_0"))
     assert again.manifest.base.fingerprint == built.manifest.base.fingerprint
     assert (built.stage / "result.json").stat().st_mtime_ns == trained
 
 
 def test_a_build_that_was_stopped_goes_on(built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantize="q8_0")
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q8_0")
     with pytest.raises(CancelledError, match="training domain stopped at step 13"):
         build(recipe, tmp_path / "home", progress=Stopping(13))
     assert not (tmp_path / "home").exists()
@@ -214,8 +214,8 @@ def test_a_base_that_got_worse_is_told(tmp_path: Path, tiny_gguf: Callable[[str]
 
 
 def test_the_remedy_for_a_worse_base_depends_on_what_made_it_worse() -> None:
-    assert "use more bits" in why_worse(before=20.0, trained=19.0, quantization="q4_0")
-    assert "lower domain.training.learning_rate" in why_worse(before=20.0, trained=21.0, quantization="q4_0")
+    assert "use more bits" in why_worse(before=20.0, trained=19.0, main_type="q4_0")
+    assert "lower domain.training.learning_rate" in why_worse(before=20.0, trained=21.0, main_type="q4_0")
 
 
 def test_weights_that_are_beyond_the_bases_type_are_refused(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
@@ -353,7 +353,7 @@ def test_the_resolved_recipe_has_portable_paths_and_what_is_set(tmp_path: Path) 
 
 
 def test_two_processes_continue_one_base(built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantize="q8_0")
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q8_0")
     (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe.resolved(), "base": recipe.base}), encoding="utf-8")
     told = build_in_two_processes(tmp_path / "recipe.yaml", tmp_path / "home")["domain"]
     assert told["val_loss"] == pytest.approx(built.result.domain["val_loss"], rel=1e-2)

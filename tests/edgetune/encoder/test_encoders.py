@@ -195,7 +195,7 @@ def test_a_graph_that_is_not_what_was_trained_is_found(
     ("keys", "messages"),
     [
         ({"targets": ["gguf", "onnx"]}, ["targets: [gguf, onnx] does not work for an encoder; use [onnx]"]),
-        ({"quantize": "q8_0"}, ["quantize: 'q8_0' does not work for an encoder"]),
+        ({"quantization": "q8_0"}, ["quantization: 'q8_0' does not work for an encoder"]),
         ({"device": "pi-4"}, ["device: there are no predictions for encoders on 'pi-4'"]),
         ({"onnx": {"weights": "int4"}}, ["onnx: weights: int4 does not work for an encoder"]),
         (
@@ -227,7 +227,8 @@ def test_a_base_that_writes_text_is_refused_by_name(
 
 def test_an_encoder_is_refused_where_text_is_to_be_written(built: Built, tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="is an encoder, which does not generate text; set task: text-"):
-        resolve_decoder(str(built.base), folder=tmp_path, quantize=None, work=tmp_path, progress=QUIET, converter=None)
+        places = {"folder": tmp_path, "work": tmp_path}
+        resolve_decoder(str(built.base), quantization=None, progress=QUIET, converter=None, **places)
     for base in (built.base, "all-minilm-l6-v2"):
         with pytest.raises(IncompatibleError, match="set task: text-classification"):
             check(load_recipe(write_recipe(tmp_path, base, task="text-generation")))

@@ -155,7 +155,7 @@ def test_a_boards_model_tells_the_costs_without_an_engine(tiny_base: Callable[[s
     found = costs(wanted, recipe.adapters["command"], base, recipe, folder=tmp_path / "none", progress=progress)
     cost = {placement.key: share for placement, share in found.items()}
     assert cost["o_proj-r4"] < cost["o_proj-r8"] < cost["o_proj-r16"] < cost["attention-r4"] < cost["all-linear-r4"] < 1
-    board, needs = boards.load("pi-5"), needs_of_recipe(recipe, base.header, requantize=False)
+    board, needs = boards.load("pi-5"), needs_of_recipe(recipe, base.header, None)
     size = fit.lora_size(base.header, 8, ["v_proj"])
     predicted = fit.fit(replace(needs, adapters={"command": size}), board)
     assert cost["v_proj-r8"] == 1 - predicted.adapter_tokens_per_s / predicted.decode_tokens_per_s
@@ -197,7 +197,7 @@ def test_a_board_is_asked_for_room_for_the_largest_placement(tiny_base: Callable
     spec = auto.adapters["command"]
     method = spec.method.model_copy(update={"options": methods.load("lora").options(r=2)})
     whole = auto.model_copy(update={"adapters": {"command": spec.model_copy(update={"method": method})}})
-    sizes = [needs_of_recipe(recipe, base.header, requantize=False).adapters for recipe in (auto, whole)]
+    sizes = [needs_of_recipe(recipe, base.header, None).adapters for recipe in (auto, whole)]
     assert sizes[0] == sizes[1]
     assert sizes[0]["command"].modules == 14
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from edgetune_devices import boards
-from edgetune_export.backends.gguf.quantize import SCHEMES
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from pydantic import ValidationError
 
 from edgetune import methods
@@ -186,7 +186,9 @@ adapters:
         ("training.epochs", "[", "'[' is not valid YAML"),
         ("training", "{epochs: 0}", "--set training: training.epochs: 0 must be greater than 0"),
         ("adapters.comand.scale", "2", "no adapter 'comand'; did you mean 'command'?"),
-        ("quantize", "q4_9", "no quantization 'q4_9'"),
+        ("quantization", "q4_9", "no quantization 'q4_9'"),
+        ("quantize", "q4_0", "unknown key; did you mean 'quantization'?"),
+        ("quantize_merged", "q4_0", "unknown key; did you mean 'merged_quantization'?"),
         ("device", "pi-55", "no board 'pi-55'; did you mean 'pi-5'?"),
     ],
 )
@@ -285,7 +287,7 @@ def test_the_schema_names_every_key_method_and_board() -> None:
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert schema["properties"]["device"]["anyOf"][0]["enum"] == boards.names()
-    assert set(schema["properties"]["quantize"]["anyOf"][0]["enum"]) == set(SCHEMES)
+    assert set(schema["properties"]["quantization"]["anyOf"][0]["enum"]) == set(QUANTIZATIONS)
     short, *long = schema["$defs"]["MethodSpec"]["oneOf"]
     assert short["enum"] == methods.names()
     for name, method in zip(methods.names(), long, strict=True):

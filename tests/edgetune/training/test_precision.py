@@ -63,7 +63,7 @@ def test_validate_and_build_refuse_it_for_what_trains_the_base(
 def test_a_domain_has_a_precision_of_its_own(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("turn on the light in the hall\n" * 400, encoding="utf-8")
     domain = {"data": {"train": "text.txt"}}
-    keys = {"quantize": "q8_0", "context_length": 64}
+    keys = {"quantization": "q8_0", "context_length": 64}
     with pytest.raises(UsageError, match=r"^domain.training.precision is int8, but full trains the base's own"):
         check(recipe_of(tmp_path, tiny_gguf("llama"), "lora", domain=domain, **keys))
     own = {**domain, "training": {"precision": "fp32"}}

@@ -15,13 +15,8 @@ import gguf
 import numpy as np
 from edgetune_runtime.atomic import replacing, require_space
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.formats.gguf_file import (
-    INVOCATION_TOKENS,
-    GgufHeader,
-    TensorInfo,
-    describe_quantization,
-    read_header,
-)
+from edgetune_runtime.formats.gguf_file import INVOCATION_TOKENS, GgufHeader, TensorInfo, read_header
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.wording import first_of
 
 from edgetune_export import architectures
@@ -29,6 +24,7 @@ from edgetune_export.adapters.shapes import Adapter, Delta, Floats, LowRank, Mer
 from edgetune_export.architectures.layout import base_rows, name_map
 from edgetune_export.backends.base import Source
 
+from . import FORMAT
 from .prefix import write_prefix
 from .quantize import quantize_rows
 from .rounding import rounded
@@ -37,9 +33,7 @@ SHAPES = ("low_rank", "prefix", "merged")
 ADAPTER_FILE = "adapter.gguf"
 MODEL_FILE = "model.gguf"
 PACKAGES = ("llama-cpp-python",)
-DTYPES = ("f32", "f16", "q8_0")
 
-_Q8_0_BLOCK = 32
 _F16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -66,8 +60,8 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16"
     IncompatibleError when the adapter does not fit the base, VerificationError when a value is beyond the range of f16,
     OutOfSpaceError when the disk is full.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(DTYPES)}")
+    if dtype not in FORMAT.adapter_dtypes:
+        raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(FORMAT.adapter_dtypes)}")
     header = read_header(base)
     if isinstance(adapter, Prefix):
         write_prefix(adapter, base, out, dtype=dtype, base_fingerprint=base_fingerprint)
@@ -101,9 +95,9 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16"
             writer.close()
 
 
-def quantization(source: Source) -> str:
-    """The type of most of the base's weights."""
-    return describe_quantization(read_header(source.path))
+def weight_type(source: Source) -> str:
+    """The tensor type of most of the base's weights."""
+    return read_header(source.path).main_type.name
 
 
 def write_merged(merged: Merged, source: Source, out: Path) -> None:
@@ -200,7 +194,7 @@ def _in_base_order(delta: Delta, tensor: TensorInfo, header: GgufHeader) -> Delt
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: Floats, dtype: str) -> None:
     if dtype == "f32":
         writer.add_tensor(name, np.ascontiguousarray(values))
-    elif dtype == "q8_0" and values.shape[1] % _Q8_0_BLOCK == 0:
+    elif dtype == "q8_0" and values.shape[1] % TENSOR_TYPES[dtype].block == 0:
         _require_f16_range(name, values)
         packed = np.frombuffer(quantize_rows(values, gguf.GGMLQuantizationType.Q8_0), np.uint8)
         writer.add_tensor(name, packed.reshape(values.shape[0], -1), raw_dtype=gguf.GGMLQuantizationType.Q8_0)

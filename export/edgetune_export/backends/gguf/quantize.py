@@ -1,4 +1,4 @@
-"""Unquantized GGUF and a scheme in, quantized GGUF out; also rows of floats to the bytes of a ggml type and back."""
+"""Unquantized GGUF in, quantized GGUF out; also rows of floats to the bytes of a ggml type and back."""
 
 from __future__ import annotations
 
@@ -12,53 +12,33 @@ import numpy as np
 import numpy.typing as npt
 from edgetune_runtime.atomic import is_full, replacing
 from edgetune_runtime.engines.gguf.llama import last_errors, library
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
-from edgetune_runtime.formats.gguf_file import GGML_TYPES, TensorInfo, describe_quantization, read_header
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, VerificationError
+from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
+from edgetune_runtime.formats.quantization import TYPES_BY_NUMBER, quantization_named
 
 from edgetune_export.adapters.shapes import Floats
 
-# Scheme to llama.cpp's LLAMA_FTYPE number, which GGUF files carry too; none needs an importance matrix.
-SCHEMES: dict[str, int] = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 32,
-    "q8_0": 7,
-    "q6_k": 18,
-    "q5_k_m": 17,
-    "q5_k_s": 16,
-    "q5_1": 9,
-    "q5_0": 8,
-    "q4_k_m": 15,
-    "q4_k_s": 14,
-    "q4_1": 3,
-    "q4_0": 2,
-    "iq4_nl": 25,
-    "iq4_xs": 30,
-    "q3_k_m": 12,
-}
-_UNQUANTIZED = ("f32", "f16", "bf16")
 # ggml's functions from these types to f32; those of its blocks are called by the type.
 _FLOAT_ROWS = {"f16": "ggml_fp16_to_fp32_row", "bf16": "ggml_bf16_to_fp32_row"}
 
 
-def quantize_gguf(source: Path, out: Path, scheme: str, *, again: bool = False) -> None:
-    """Quantize the f32, f16 or bf16 file `source` to `scheme` with llama.cpp, into `out`, whole or not at all.
+def quantize_gguf(source: Path, out: Path, quantization: str, *, again: bool = False) -> None:
+    """Quantize the f32, f16 or bf16 file `source` to `quantization` with llama.cpp, into `out`, whole or not at all.
 
     With `again`, a file that is quantized already is taken as well; its errors add to the new ones.
 
-    Tensors whose columns a scheme cannot divide fall back to another type, as llama.cpp decides;
-    `describe_quantization` tells what came out. Raises UsageError for an unknown scheme, IncompatibleError when
-    `source` is already quantized, OutOfSpaceError, VerificationError when llama.cpp refuses the file.
+    Tensors whose columns a block cannot divide fall back to another type, as llama.cpp decides; the header of `out`
+    says which. Raises UsageError for an unknown quantization, IncompatibleError when `source` is already quantized,
+    OutOfSpaceError, VerificationError when llama.cpp refuses the file.
     """
-    if scheme not in SCHEMES:
-        raise UsageError(f"no quantization {scheme!r}", f"choose one of: {', '.join(SCHEMES)}")
-    held = describe_quantization(read_header(source))
-    if held not in _UNQUANTIZED and not again:
+    ftype = quantization_named(quantization).ftype
+    main_type = read_header(source).main_type
+    if not main_type.is_float and not again:
         remedy = "give the unquantized model, or ship this file as it is"
-        raise IncompatibleError(f"{source} is already quantized to {held}", remedy)
+        raise IncompatibleError(f"{source} is already quantized to {main_type.name}", remedy)
     llama = library()
     parameters = llama.llama_model_quantize_default_params()
-    parameters.ftype = SCHEMES[scheme]
+    parameters.ftype = ftype
     parameters.allow_requantize = again
     last_errors()
     with replacing(out) as temporary:
@@ -71,17 +51,17 @@ def quantize_rows(values: Floats, ggml_type: int) -> bytes:
 
     Raises IncompatibleError for a type that needs an importance matrix or whose blocks do not divide the columns.
     """
-    name, block_size, block_bytes = GGML_TYPES[ggml_type]
+    kind = TYPES_BY_NUMBER[ggml_type]
     rows, columns = values.shape
     ggml = _ggml()
-    if columns % block_size or ggml.ggml_quantize_requires_imatrix(ggml_type):
-        raise IncompatibleError(f"cannot write rows of {columns} values as {name}", "quantize the base to q8_0")
+    if columns % kind.block or ggml.ggml_quantize_requires_imatrix(ggml_type):
+        raise IncompatibleError(f"cannot write rows of {columns} values as {kind.name}", "quantize the base to q8_0")
     contiguous = np.ascontiguousarray(values, np.float32)
-    out = ctypes.create_string_buffer(rows * columns // block_size * block_bytes)
+    out = ctypes.create_string_buffer(rows * columns // kind.block * kind.block_bytes)
     source = contiguous.ctypes.data_as(ctypes.c_void_p)
     written = ggml.ggml_quantize_chunk(ggml_type, source, out, 0, rows, columns, None)
     if written != len(out):
-        raise EdgetuneError(f"ggml wrote {written} bytes of {name}, expected {len(out)}", "report this as a bug")
+        raise EdgetuneError(f"ggml wrote {written} bytes of {kind.name}, expected {len(out)}", "report this as a bug")
     return out.raw
 
 
@@ -96,13 +76,13 @@ def dequantize_rows(data: bytes | npt.NDArray[np.uint8], tensor: TensorInfo, out
     if raw.size != tensor.nbytes:
         message = f"{tensor.name} has {raw.size} bytes of {tensor.nbytes}"
         raise VerificationError(message, "build or copy the base again")
-    if tensor.type_name == "f32":
+    if tensor.type.name == "f32":
         values[...] = raw.view("<f4").reshape(values.shape)
         return values
-    name = _FLOAT_ROWS.get(tensor.type_name) or f"dequantize_row_{tensor.type_name.replace('_k', '_K')}"
+    name = _FLOAT_ROWS.get(tensor.type.name) or f"dequantize_row_{tensor.type.name.replace('_k', '_K')}"
     convert = getattr(_ggml(), name, None)
     if convert is None:
-        message = f"cannot read the weights of {tensor.name}, which are of type {tensor.type_name}"
+        message = f"cannot read the weights of {tensor.name}, which are of type {tensor.type.name}"
         raise IncompatibleError(message, "quantize the base to q8_0")
     convert.argtypes, convert.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
     convert(raw.ctypes.data_as(ctypes.c_void_p), values.ctypes.data_as(ctypes.c_void_p), values.size)

@@ -6,12 +6,14 @@ import zlib
 
 import numpy as np
 from edgetune_runtime.formats.gguf_file import TensorInfo
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
 from edgetune_export.adapters.shapes import Floats
 
 from .quantize import quantize_rows
 
-_BLOCK = np.dtype([("step", "<f2"), ("steps", "i1", 32)])
+_Q8_0 = TENSOR_TYPES["q8_0"]
+_BLOCK = np.dtype([("step", "<f2"), ("steps", "i1", _Q8_0.block)])
 _MOST_STEPS = 127
 _SMALL = 0.5
 """Mean change, in quantization steps, below which rounding to nearest undoes more than it keeps."""
@@ -28,11 +30,11 @@ def rounded(data: bytes, tensor: TensorInfo, values: Floats) -> bytes:
     Raises what `quantize_rows` raises.
     """
     nearest = quantize_rows(values, tensor.ggml_type)
-    if tensor.type_name != "q8_0":
+    if tensor.type != _Q8_0:
         return nearest
     blocks = np.frombuffer(data, _BLOCK).copy()
     with np.errstate(divide="ignore", invalid="ignore"):
-        places = values.reshape(-1, 32) / blocks["step"].astype(np.float32)[:, None]
+        places = values.reshape(-1, _Q8_0.block) / blocks["step"].astype(np.float32)[:, None]
     on_grid = np.isfinite(places).all(axis=1)
     change = np.abs(places - blocks["steps"])[on_grid]
     if not change.size or change.mean() >= _SMALL:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgetune_runtime.atomic import raising_out_of_space
-from edgetune_runtime.formats.gguf_file import describe_quantization, read_header
+from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.formats.onnx_file import read_onnx
 
 from edgetune_export import architectures
@@ -29,7 +29,6 @@ from .graph import GRAPH, add_logits_start, load_structure, put_ends, put_weight
 from .prefix import prefix_tensors
 from .tensors import add_tensor_slots, fill_tensors
 from .tokenizer import end_tokens, write_tokenizer
-from .weights import FLOAT_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -75,16 +74,16 @@ def write_merged(merged: Merged, source: Source, out: Path) -> None:
     whole.unlink()
 
 
-def quantization(source: Source) -> str:
-    """How the graph's weights are rounded, as `parity.check` knows it."""
-    held = describe_quantization(read_header(source.path))
-    if source.weights.scheme == "fp32":
+def weight_type(source: Source) -> str:
+    """The type of most of the graph's weights, as `parity.check` knows it."""
+    base = read_header(source.path).main_type
+    if source.onnx.weights == "fp32":
         return "f32"
-    if source.weights.scheme == "int4" and held != "q4_0":
+    if source.onnx.weights == "int4" and base.onnx_bits != 4:
         return INT4
-    if held in FLOAT_TYPES:
-        return "q8_0" if source.weights.scheme == "int8" else "f32"
-    return held
+    if base.is_float:
+        return "q8_0" if source.onnx.weights == "int8" else "f32"
+    return base.name
 
 
 def _vectors(source: Source) -> dict[str, torch.Tensor]:
@@ -100,19 +99,19 @@ def _vectors_of(merged: Merged, source: Source) -> Mapping[str, Floats]:
 
 
 def _write_model(
-    source: Source, weights: Path, out: Path, adapters: Sequence[Adapter], vectors: Mapping[str, Floats] | None = None
+    source: Source, file: Path, out: Path, adapters: Sequence[Adapter], vectors: Mapping[str, Floats] | None = None
 ) -> None:
     structure = _structure_with(source, vectors) if vectors else _structure(source)
     config = json.loads((structure / _CONFIG).read_text(encoding="utf-8"))
     model = load_structure(structure, read_header(source.path))
-    scheme = source.weights.scheme
-    put_weights(model, weights, "fp32" if scheme == "int4" else scheme)
-    put_ends(model, weights, "int8" if scheme == "int4" else scheme)
-    if scheme == "int4":
+    weights = source.onnx.weights
+    put_weights(model, file, "fp32" if weights == "int4" else weights)
+    put_ends(model, file, "int8" if weights == "int4" else weights)
+    if weights == "int4":
         from .quantize import requantize  # noqa: PLC0415 - it sets up logging for the whole process
 
-        model = requantize(model, source.weights, config["model"]["decoder"]["head_size"])
-    header = read_header(weights)
+        model = requantize(model, source.onnx, config["model"]["decoder"]["head_size"])
+    header = read_header(file)
     add_logits_start(model.graph)
     # First, so that they lie behind the low-rank slots of the same products.
     add_tensor_slots(model, header, [adapter for adapter in adapters if isinstance(adapter, Tensors)])

@@ -91,7 +91,7 @@ def write_base(source: EncoderSource, folder: Path, adapters: Sequence[LowRank])
     if missing:
         message = f"the exported graph has no product of its own for {first_of(missing, 1)}"
         raise IncompatibleError(message, "leave it out of target_modules")
-    if quantization(source) == "int8":
+    if weight_type(source) == "int8":
         products = _round(model.graph, linear, products)
     slots = {}
     for product in products:
@@ -126,9 +126,9 @@ def write_merged(merged: Merged, _source: EncoderSource, _out: Path) -> None:
     raise IncompatibleError(f"adapter {merged.name!r}: a merged encoder is not made", "leave merged out")
 
 
-def quantization(source: EncoderSource) -> str:
-    """How the graph's weights are rounded: int8, or f32 for not at all."""
-    return "f32" if source.weights.scheme == "fp32" else "int8"
+def weight_type(source: EncoderSource) -> str:
+    """The type of the graph's matrices: int8, or f32 if they are not quantized."""
+    return "f32" if source.onnx.weights == "fp32" else "int8"
 
 
 def _structure(source: EncoderSource) -> Path:

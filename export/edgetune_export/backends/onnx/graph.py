@@ -138,21 +138,21 @@ def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
     return model
 
 
-def put_weights(model: ir.Model, base: Path, scheme: str) -> None:
+def put_weights(model: ir.Model, base: Path, weights: str) -> None:
     """Replace the graph's products by MatMulNBits with the weights of the GGUF `base`.
 
     `auto` keeps the base's blocks if the operator supports them, converts other blocks to 8 bits and keeps floats;
     `int8` also converts floats to 8 bits; `fp32` dequantizes everything.
     """
-    source = _Source(base, scheme)
+    source = _Source(base, weights)
     for projection in projections(model.graph, source.header):
         if projection.node.name != HEAD:
             replace_product(model.graph, projection.node, source.of(projection.modules))
 
 
-def put_ends(model: ir.Model, base: Path, scheme: str) -> None:
+def put_ends(model: ir.Model, base: Path, weights: str) -> None:
     """Like `put_weights`, for the embedding (GatherBlockQuantized) and the output layer (MatMulNBits)."""
-    source = _Source(base, scheme)
+    source = _Source(base, weights)
     for node in list(model.graph):
         if node.name == HEAD:
             replace_product(model.graph, node, source.of(("lm_head",)))
@@ -163,8 +163,8 @@ def put_ends(model: ir.Model, base: Path, scheme: str) -> None:
 class _Source:
     """Reads matrices from the base's file by their Hugging Face names."""
 
-    def __init__(self, base: Path, scheme: str) -> None:
-        self._path, self._scheme = base, scheme
+    def __init__(self, base: Path, weights: str) -> None:
+        self._path, self._weights = base, weights
         self.header = read_header(base)
         self._names = name_map(self.header)
         self._last: tuple[tuple[str, ...], PackedWeights] | None = None
@@ -186,9 +186,9 @@ class _Source:
 
     def _bits(self, tensor: TensorInfo) -> int | None:
         """Bits per weight in the graph, None for float32."""
-        if self._scheme == "fp32" or tensor.shape[0] % BLOCK:
+        if self._weights == "fp32" or tensor.shape[0] % BLOCK:
             return None
-        return packed_bits(tensor) or (8 if self._scheme == "int8" else None)
+        return packed_bits(tensor) or (8 if self._weights == "int8" else None)
 
     def _packed(self, module: str) -> PackedWeights:
         tensor, data = self._read(module)

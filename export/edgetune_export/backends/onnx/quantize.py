@@ -23,7 +23,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     MatMulNBitsQuantizer,
 )
 
-from edgetune_export.backends.base import Weights
+from edgetune_export.backends.base import OnnxOptions
 
 from .graph import HEAD
 from .weights import BLOCK
@@ -31,13 +31,13 @@ from .weights import BLOCK
 METHODS = ("rtn", "k_quant", "gptq")
 
 
-def requantize(model: ir.Model, weights: Weights, head_size: int) -> ir.Model:
+def requantize(model: ir.Model, options: OnnxOptions, head_size: int) -> ir.Model:
     """The graph with its products, but for the output layer, in 4 bits a weight and blocks of 32.
 
     `head_size` is that of the keys, of which calibration starts with none.
     """
-    if weights.method not in METHODS:
-        raise UsageError(f"no method {weights.method!r}", f"choose one of: {', '.join(METHODS)}")
+    if options.method not in METHODS:
+        raise UsageError(f"no method {options.method!r}", f"choose one of: {', '.join(METHODS)}")
     # Matrices that other weights took the place of are still named, and have no values.
     RemoveUnusedNodesPass()(model)
     quantizer = _Quantizer(
@@ -45,7 +45,7 @@ def requantize(model: ir.Model, weights: Weights, head_size: int) -> ir.Model:
         block_size=BLOCK,
         accuracy_level=4,
         nodes_to_exclude=[HEAD],
-        algo_config=_config(model, weights, head_size),
+        algo_config=_config(model, options, head_size),
     )
     # It draws bars on standard output, where a caller may expect JSON.
     with redirect_stdout(io.StringIO()):
@@ -61,12 +61,12 @@ class _Quantizer(MatMulNBitsQuantizer):  # type: ignore[misc]
         return {**super()._generate_q4_node_config(), HEAD: "fp32"}
 
 
-def _config(model: ir.Model, weights: Weights, head_size: int) -> Any:  # noqa: ANN401 - the library's classes share no public type
-    if weights.method == "rtn":
+def _config(model: ir.Model, options: OnnxOptions, head_size: int) -> Any:  # noqa: ANN401 - the library's classes share no public type
+    if options.method == "rtn":
         return DefaultWeightOnlyQuantConfig(block_size=BLOCK, accuracy_level=4)
-    if weights.method == "k_quant":
+    if options.method == "k_quant":
         return KQuantWeightOnlyQuantConfig()
-    return GPTQWeightOnlyQuantConfig(_Rows(model, weights.calibration, head_size), block_size=BLOCK)
+    return GPTQWeightOnlyQuantConfig(_Rows(model, options.calibration, head_size), block_size=BLOCK)
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc]

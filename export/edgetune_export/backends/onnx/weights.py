@@ -19,9 +19,6 @@ from edgetune_export.adapters.shapes import Floats
 from edgetune_export.backends.gguf.quantize import dequantize_rows
 
 BLOCK = 32
-FLOAT_TYPES = ("f32", "f16", "bf16")
-
-_ONE_SCALE = ("q4_0", "q5_0", "q8_0")
 
 
 @dataclass(frozen=True)
@@ -45,24 +42,22 @@ class PackedWeights:
 
 def packed_bits(tensor: TensorInfo) -> int | None:
     """Bits a weight in which `pack` holds a matrix of this type; None for floats."""
-    if tensor.type_name in FLOAT_TYPES:
-        return None
-    return 4 if tensor.type_name == "q4_0" else 8
+    return None if tensor.type.is_float else tensor.type.onnx_bits or 8
 
 
 def pack(data: bytes, tensor: TensorInfo) -> PackedWeights | None:
     """The matrix whose bytes are `data`, in as few bits as hold it; None for floats and columns that 32 divides not."""
     columns, rows = tensor.shape
-    if tensor.type_name in FLOAT_TYPES or columns % BLOCK:
+    if tensor.type.is_float or columns % BLOCK:
         return None
-    if tensor.type_name not in _ONE_SCALE:
+    if tensor.type.onnx_bits is None:
         return pack_floats(dequantize_rows(data, tensor))
     blocks = np.frombuffer(data, np.uint8).reshape(rows, columns // BLOCK, -1)
-    if tensor.type_name == "q4_0":
+    if tensor.type.name == "q4_0":
         scales, levels = _split_scale(blocks)
         # GGUF pairs weight i with i + 16 in a byte, MatMulNBits pairs neighbours.
         return PackedWeights(4, _join_nibbles(_gguf_nibbles(levels)), scales, columns, exact=True)
-    if tensor.type_name == "q5_0":
+    if tensor.type.name == "q5_0":
         scales, rest = _split_scale(blocks)
         high = np.unpackbits(rest[..., :4], axis=-1, bitorder="little")
         fives = _gguf_nibbles(rest[..., 4:]) | (high << 4)

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.engines.base import check_context_length
-from edgetune_runtime.formats.gguf_file import GgufHeader, describe_quantization, read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
 from .llama import Vocabulary, library, load_model
 from .state import PrefixState
 
-_REPACKED = ("q4_0", "q4_k", "iq4_nl")
-"""Types that `ggml-cpu/repack.cpp` supports on both x86 and ARM."""
 _FEATURES = (b"AVX2 = 1", b"DOTPROD = 1")
 
 
@@ -52,7 +50,7 @@ class GgufBase:
 def _can_repack(header: GgufHeader) -> bool:
     """Whether llama.cpp has faster code with repacked weights for this processor and base."""
     features = library().llama_print_system_info()
-    return describe_quantization(header) in _REPACKED and any(name in features for name in _FEATURES)
+    return header.main_type.repacked and any(name in features for name in _FEATURES)
 
 
 def _free_base(adapters: dict[str, Any], model: Any) -> None:  # noqa: ANN401 - bare pointers

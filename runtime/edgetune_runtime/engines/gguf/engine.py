@@ -26,11 +26,12 @@ from edgetune_runtime.engines.base import (
 )
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import check_adapter, invocation_of, read_header
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
 
 from .base import GgufBase, GgufTokenizer
-from .llama import KV_BYTES, StopFlag, decode_batch, last_errors, library, make_context
+from .llama import StopFlag, decode_batch, last_errors, library, make_context
 from .state import PrefixState, check_state, read_prefix
 from .tree import Continuation, ContinuationTree, groups
 
@@ -115,7 +116,7 @@ class GgufEngine:
     @property
     def kv_bytes(self) -> float:
         """Bytes per number in the KV cache."""
-        return KV_BYTES[self._kv]
+        return TENSOR_TYPES[self._kv].bytes_per_value
 
     @property
     def threads(self) -> int:

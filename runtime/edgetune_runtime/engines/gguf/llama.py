@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.text.chat import render
 
 from .log import LlamaLog
@@ -19,9 +20,6 @@ _INSTALL = (
     'run: pip install "edgetune-runtime[gguf]", which needs a C++ compiler '
     "(Debian: apt install g++, macOS: xcode-select --install)"
 )
-
-KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
-"""Bytes per number for each data type of the KV cache."""
 
 _LOG = LlamaLog()
 
@@ -87,7 +85,7 @@ def make_context(
     params.n_batch = params.n_ubatch = batch
     params.n_seq_max = params.n_outputs_max = sequences
     params.n_threads = params.n_threads_batch = threads
-    params.type_k = params.type_v = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}[kv]
+    params.type_k = params.type_v = TENSOR_TYPES[kv].number
     # Flash attention takes a third more time than plain attention for a short message after a long state, but
     # llama.cpp needs it for quantized values.
     params.flash_attn_type = (

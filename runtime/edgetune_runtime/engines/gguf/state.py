@@ -96,7 +96,7 @@ def _end_of_cache(state: memoryview, offset: int, context_length: int) -> int:
 def _rows(path: Path, tensor: TensorInfo, name: str) -> Halves:
     """The values of a tensor, [tokens, heads * size]."""
     width = tensor.shape[0] * tensor.shape[1]
-    stored = "<f4" if tensor.type_name == "f32" else "<f2"
+    stored = "<f4" if tensor.type.name == "f32" else "<f2"
     raw = np.fromfile(path, stored, tensor.shape[2] * width, offset=tensor.offset)
     with np.errstate(over="ignore"):
         rows: Halves = raw.astype("<f2").reshape(-1, width)

@@ -111,17 +111,17 @@ def test_q8_0_is_used_where_columns_allow(
     tuned, base, out = tune("llama"), tiny_gguf("llama"), tmp_path / "adapter.gguf"
     folded = fold_peft(tuned.folder, "command")
     write_adapter(folded, base, out, dtype="q8_0", base_fingerprint=FINGERPRINT)
-    kinds = {(tensor.name[-1], tensor.type_name) for tensor in read_header(out).tensors.values()}
+    kinds = {(tensor.name[-1], tensor.type.name) for tensor in read_header(out).tensors.values()}
     assert kinds == {("a", "q8_0"), ("b", "f16")}
     assert compare(tuned.adapted, open_engine(base, out), rows).kl < 1e-3
     folded = random_adapter(base, rank=32)
     write_adapter(folded, base, out, dtype="q8_0", base_fingerprint=FINGERPRINT)
-    assert {tensor.type_name for tensor in read_header(out).tensors.values()} == {"q8_0"}
+    assert {tensor.type.name for tensor in read_header(out).tensors.values()} == {"q8_0"}
 
 
 def test_an_unknown_dtype_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base = tiny_gguf("llama")
-    with pytest.raises(UsageError, match=r"q4_0.*choose one of: f32, f16, q8_0"):
+    with pytest.raises(UsageError, match=r"q4_0.*choose one of: f16, q8_0, f32"):
         write_adapter(random_adapter(base), base, tmp_path / "out", dtype="q4_0", base_fingerprint=FINGERPRINT)
 
 
@@ -133,7 +133,7 @@ def test_values_beyond_f16_need_f32(tiny_gguf: Callable[[str], Path], tmp_path: 
             write_adapter(adapter, base, out, dtype=dtype, base_fingerprint=FINGERPRINT)
     assert not list(tmp_path.iterdir())
     write_adapter(adapter, base, out, dtype="f32", base_fingerprint=FINGERPRINT)
-    assert {tensor.type_name for tensor in read_header(out).tensors.values()} == {"f32"}
+    assert {tensor.type.name for tensor in read_header(out).tensors.values()} == {"f32"}
 
 
 @pytest.mark.parametrize("write", ["adapter", "merged"])
@@ -229,7 +229,7 @@ def test_merging_changes_only_the_adapted_tensors(tiny_gguf: Callable[[str], Pat
 
 
 @pytest.mark.parametrize(
-    ("scheme", "noise"),
+    ("quantization", "noise"),
     [
         ("bf16", 2e-4),
         ("q8_0", 0.003),
@@ -241,7 +241,7 @@ def test_merging_changes_only_the_adapted_tensors(tiny_gguf: Callable[[str], Pat
     ],
 )
 def test_merging_into_a_quantized_base_is_the_adapter_but_for_rounding(
-    scheme: str,
+    quantization: str,
     noise: float,
     wide: Path,
     open_engine: Callable[..., Any],
@@ -249,7 +249,7 @@ def test_merging_into_a_quantized_base_is_the_adapter_but_for_rounding(
     tmp_path: Path,
 ) -> None:
     base, adapter = tmp_path / "base.gguf", random_adapter(wide, std=0.08)
-    quantize_gguf(wide, base, scheme)
+    quantize_gguf(wide, base, quantization)
     write_adapter(adapter, base, tmp_path / "adapter.gguf", base_fingerprint=FINGERPRINT)
     write_merged(merge(adapter, weights_in(base)), Source(base, ""), tmp_path / "merged.gguf")
     assert read_header(tmp_path / "merged.gguf") == read_header(base)

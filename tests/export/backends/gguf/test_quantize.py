@@ -6,35 +6,40 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from edgetune_export.backends.gguf.quantize import SCHEMES, dequantize_rows, quantize_gguf, quantize_rows
+from edgetune_export.backends.gguf.quantize import dequantize_rows, quantize_gguf, quantize_rows
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError, VerificationError
-from edgetune_runtime.formats.gguf_file import GGML_TYPES, TensorInfo, describe_quantization, read_header
+from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
+from edgetune_runtime.formats.quantization import QUANTIZATIONS, TENSOR_TYPES
 
 WEIGHT = "blk.0.ffn_up.weight"
-NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
+NUMBERS = {name: kind.number for name, kind in TENSOR_TYPES.items()}
 
 
-@pytest.mark.parametrize(("scheme", "held"), [("f32", "f32"), ("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_1", "q4_1")])
-def test_a_scheme_gives_its_type(scheme: str, held: str, tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    quantize_gguf(tiny_gguf("qwen2"), tmp_path / "out.gguf", scheme)
-    assert describe_quantization(read_header(tmp_path / "out.gguf")) == held
+@pytest.mark.parametrize(
+    ("quantization", "held"), [("f32", "f32"), ("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_1", "q4_1")]
+)
+def test_a_quantization_gives_its_type(
+    quantization: str, held: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    quantize_gguf(tiny_gguf("qwen2"), tmp_path / "out.gguf", quantization)
+    assert read_header(tmp_path / "out.gguf").main_type.name == held
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_scheme_runs_without_an_importance_matrix(
-    scheme: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_every_quantization_runs_without_an_importance_matrix(
+    quantization: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    quantize_gguf(tiny_gguf("llama"), tmp_path / "out.gguf", scheme)
-    assert read_header(tmp_path / "out.gguf").metadata["general.file_type"] == SCHEMES[scheme]
+    quantize_gguf(tiny_gguf("llama"), tmp_path / "out.gguf", quantization)
+    assert read_header(tmp_path / "out.gguf").metadata["general.file_type"] == QUANTIZATIONS[quantization].ftype
 
 
 def test_a_fallback_is_described_as_what_it_is(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     quantize_gguf(tiny_gguf("llama"), tmp_path / "out.gguf", "q4_k_m")
-    assert describe_quantization(read_header(tmp_path / "out.gguf")) == "q5_0"
+    assert read_header(tmp_path / "out.gguf").main_type.name == "q5_0"
 
 
-def test_an_unknown_scheme_names_the_known_ones(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_unknown_quantization_names_the_known_ones(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'q4'.*q4_k_m"):
         quantize_gguf(tiny_gguf("llama"), tmp_path / "out.gguf", "q4")
 
@@ -68,13 +73,15 @@ def test_a_full_disk_is_told_apart_from_a_bad_file(
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
-@pytest.mark.parametrize("scheme", ["f16", "bf16", "q8_0", "q5_1", "q4_0", "q4_1"])
-def test_rows_are_quantized_as_the_whole_file_is(scheme: str, tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["f16", "bf16", "q8_0", "q5_1", "q4_0", "q4_1"])
+def test_rows_are_quantized_as_the_whole_file_is(
+    quantization: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
     source, out = tiny_gguf("llama"), tmp_path / "out.gguf"
-    quantize_gguf(source, out, scheme)
+    quantize_gguf(source, out, quantization)
     place, quantized = read_header(source).tensors[WEIGHT], read_header(out).tensors[WEIGHT]
     values = np.frombuffer(source.read_bytes(), np.float16, place.nbytes // 2, place.offset).astype(np.float32)
-    data = quantize_rows(values.reshape(place.shape[::-1]), NUMBERS[scheme])
+    data = quantize_rows(values.reshape(place.shape[::-1]), NUMBERS[quantization])
     assert data == out.read_bytes()[quantized.offset : quantized.offset + quantized.nbytes]
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from edgetune_export.backends.gguf.quantize import dequantize_rows, quantize_rows
 from edgetune_export.backends.gguf.rounding import rounded
-from edgetune_runtime.formats.gguf_file import GGML_TYPES, TensorInfo
+from edgetune_runtime.formats.gguf_file import TensorInfo
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
-NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
+NUMBERS = {name: kind.number for name, kind in TENSOR_TYPES.items()}
 STEP = 1 / 127
 ROWS, COLUMNS = 64, 512
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.adapters.shapes import Delta, Head, LowRank
-from edgetune_export.backends.base import Weights
+from edgetune_export.backends.base import OnnxOptions
 from edgetune_export.backends.onnx.encoder import EncoderSource, mean_pooled, write_adapter, write_base
 from edgetune_runtime.engines.onnx.ort import adapter_arrays
 from edgetune_runtime.errors import IncompatibleError, UsageError
@@ -65,7 +65,7 @@ def changing(*modules: str) -> LowRank:
 
 
 def in_int8(source: EncoderSource) -> EncoderSource:
-    return replace(source, weights=Weights("int8"))
+    return replace(source, onnx=OnnxOptions("int8"))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_int8_takes_less_than_half_the_bytes(encoder_source: Source, tmp_path: P
     source = encoder_source("bert")
     sizes = []
     for held in (source, in_int8(source)):
-        graph = write_base(held, tmp_path / held.weights.scheme, ())
+        graph = write_base(held, tmp_path / held.onnx.weights, ())
         sizes.append(graph.with_name("model.onnx.data").stat().st_size)
     assert sizes[1] < 0.5 * sizes[0]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.adapters.shapes import Activation, Bottleneck, Delta, LowRank, Scaling, Tensors
-from edgetune_export.backends.base import Source, Weights
+from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_export.backends.onnx.backend import write_adapter, write_base
 from edgetune_export.parity import compare
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
@@ -142,9 +142,9 @@ def made(
     """`made(arch)`: the graph with slots for a LoRA everywhere and for all of `adapters_for`, or with none."""
 
     @cache
-    def make(arch: str, slots: bool = True, scheme: str = "auto") -> Path:
+    def make(arch: str, slots: bool = True, weights: str = "auto") -> Path:
         adapters = [fold_peft(tune(arch).folder, "lora"), *adapters_for(LAYERS[arch]).values()] if slots else []
-        source = replace(tiny_source(arch), weights=Weights(scheme))
+        source = replace(tiny_source(arch), onnx=OnnxOptions(weights))
         return write_base(source, tmp_path_factory.mktemp("made"), adapters)
 
     return make
@@ -195,11 +195,11 @@ def test_each_adapter_does_what_hooks_do_in_torch(
     assert compare(plain, engine, rows).kl < EXACT
 
 
-@pytest.mark.parametrize(("arch", "scheme"), [*((arch, "auto") for arch in ARCHITECTURES), ("llama", "int8")])
+@pytest.mark.parametrize(("arch", "weights"), [*((arch, "auto") for arch in ARCHITECTURES), ("llama", "int8")])
 def test_slots_that_nothing_fills_change_no_bit(
-    arch: str, scheme: str, made: Made, open_engine: Callable[..., OnnxEngine], rows: list[list[int]]
+    arch: str, weights: str, made: Made, open_engine: Callable[..., OnnxEngine], rows: list[list[int]]
 ) -> None:
-    with_slots, without = (decoded(open_engine(made(arch, slots, scheme)), rows[0]) for slots in (True, False))
+    with_slots, without = (decoded(open_engine(made(arch, slots, weights)), rows[0]) for slots in (True, False))
     assert np.array_equal(with_slots, without)
 
 
@@ -239,9 +239,9 @@ def test_a_graph_has_the_slots_that_its_adapters_need_and_no_others(
     }
 
 
-@pytest.mark.parametrize("weights", [Weights(), Weights("int4")])
-def test_factors_act_behind_a_bias(weights: Weights, tiny_source: Callable[[str], Source], tmp_path: Path) -> None:
-    base = write_base(replace(tiny_source("qwen2"), weights=weights), tmp_path, [ia3(1)])
+@pytest.mark.parametrize("options", [OnnxOptions(), OnnxOptions("int4")])
+def test_factors_act_behind_a_bias(options: OnnxOptions, tiny_source: Callable[[str], Source], tmp_path: Path) -> None:
+    base = write_base(replace(tiny_source("qwen2"), onnx=options), tmp_path, [ia3(1)])
     (node,) = [n for n in onnx.load(base).graph.node if "model.layers.0.attn.qkv_proj.output_scaling" in n.input]
     assert node.input[0] == "/model/layers.0/attn/qkv_proj/Add/output_0"
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from edgetune_export.backends.gguf.quantize import dequantize_rows, quantize_rows
 from edgetune_export.backends.onnx.weights import BLOCK, PackedWeights, pack, pack_floats, reorder, stack, unpack, widen
-from edgetune_runtime.formats.gguf_file import GGML_TYPES, TensorInfo
+from edgetune_runtime.formats.gguf_file import TensorInfo
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
-NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
+NUMBERS = {name: kind.number for name, kind in TENSOR_TYPES.items()}
 EXACT = {"q4_0": 4, "q5_0": 8, "q8_0": 8}
 NEAR = ("q4_1", "q5_1", "q4_k", "q5_k", "q6_k", "iq4_nl")
 
@@ -40,9 +41,8 @@ def test_blocks_of_one_scale_keep_every_bit(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_every_byte_that_a_block_can_hold_keeps_its_bits(kind: str) -> None:
-    _, size, nbytes = GGML_TYPES[NUMBERS[kind]]
-    assert size == BLOCK
-    blocks = np.random.default_rng(0).integers(0, 256, (64, 16, nbytes), np.uint8)
+    assert TENSOR_TYPES[kind].block == BLOCK
+    blocks = np.random.default_rng(0).integers(0, 256, (64, 16, TENSOR_TYPES[kind].block_bytes), np.uint8)
     # Scales of either sign and any size that is finite.
     blocks[..., :2] = np.random.default_rng(1).normal(0, 10, (64, 16, 1)).astype(np.float16).view(np.uint8)
     tensor = TensorInfo("w", (16 * BLOCK, 64), NUMBERS[kind], 0, blocks.nbytes)

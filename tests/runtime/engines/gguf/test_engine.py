@@ -248,9 +248,9 @@ def test_weights_are_repacked_where_that_is_faster(tiny_gguf: Gguf, tmp_path: Pa
     from edgetune_export.backends.gguf.quantize import quantize_gguf  # noqa: PLC0415 - as above
 
     has_code = any(name in library().llama_print_system_info() for name in (b"AVX2 = 1", b"DOTPROD = 1"))
-    for scheme, gains in (("q4_0", has_code), ("q8_0", False)):
-        base = tmp_path / f"{scheme}.gguf"
-        quantize_gguf(tiny_gguf("llama"), base, scheme)
+    for quantization, gains in (("q4_0", has_code), ("q8_0", False)):
+        base = tmp_path / f"{quantization}.gguf"
+        quantize_gguf(tiny_gguf("llama"), base, quantization)
         with closing(GgufEngine(base, context_length=CONTEXT, threads=1)) as engine:
             assert ("repacked" in engine.signatures[0]) == gains
 

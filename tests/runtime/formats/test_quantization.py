@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import gguf
+import llama_cpp
+import pytest
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.quantization import (
+    DEFAULT,
+    FLOATS,
+    QUANTIZATIONS,
+    TENSOR_TYPES,
+    TYPES_BY_NUMBER,
+    describe,
+    main_type,
+    quantization_named,
+    quantization_of_merged,
+)
+
+
+def test_tensor_types_have_the_sizes_that_gguf_gives_them() -> None:
+    expected = {int(kind): (kind.name.lower(), *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+    found = {number: (kind.name, kind.block, kind.block_bytes) for number, kind in TYPES_BY_NUMBER.items()}
+    assert {number: found.get(number) for number in expected} == expected
+    assert len(TENSOR_TYPES) == len(TYPES_BY_NUMBER)
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_quantizations_have_llama_cpps_numbers(name: str) -> None:
+    which = "ALL" if name == "f32" else "MOSTLY"
+    assert getattr(llama_cpp, f"LLAMA_FTYPE_{which}_{name.upper()}") == QUANTIZATIONS[name].ftype
+
+
+def test_quantizations_are_made_of_known_types_and_come_best_first() -> None:
+    used = {kind for item in QUANTIZATIONS.values() for kind in (item.most, item.some, item.head)}
+    narrow = {kind.narrow for kind in TENSOR_TYPES.values() if kind.narrow}
+    assert used | narrow | set(FLOATS) <= set(TENSOR_TYPES)
+    assert {DEFAULT, *FLOATS} <= set(QUANTIZATIONS)
+    bits = [round(TENSOR_TYPES[item.most].bits) for item in QUANTIZATIONS.values() if item.on_boards]
+    assert bits == sorted(bits, reverse=True)
+
+
+def test_an_unknown_quantization_lists_those_there_are() -> None:
+    with pytest.raises(UsageError, match=r"no quantization 'q9'; choose one of: f32, .*, q8_0, .*, q3_k_m"):
+        quantization_named("q9")
+
+
+def test_the_main_type_takes_the_most_bytes() -> None:
+    assert main_type({"q4_0": 3000, "q8_0": 1000, "f32": 100}).name == "q4_0"
+    assert main_type({"q4_0": 1000, "q8_0": 1000, "f32": 100}).name == "q8_0"
+
+
+@pytest.mark.parametrize(
+    ("base", "requested", "merged"),
+    [
+        ("q4_0", None, "q8_0"),
+        ("q6_k", None, "q8_0"),
+        ("q8_0", None, None),
+        ("bf16", None, None),
+        ("f16", "q4_0", "q4_0"),
+    ],
+)
+def test_merged_models_have_8_bits_at_least(base: str, requested: str | None, merged: str | None) -> None:
+    assert quantization_of_merged(TENSOR_TYPES[base], requested) == merged
+
+
+def test_a_quantization_is_told_with_the_type_that_it_gave() -> None:
+    assert describe("q8_0", {"q8_0": 100, "f32": 1}) == "q8_0"
+    assert describe("q4_k_m", {"q5_0": 100, "q8_0": 10, "f32": 1}) == "q4_k_m (mostly q5_0)"
+    assert describe(None, {"q4_1": 100, "f32": 1}) == "q4_1"
+    assert describe("int8", {}) == "int8"
