@@ -1,6 +1,6 @@
-"""What a build takes of this machine, memory and disk, told before any work and refused where it cannot be. No torch.
+"""Memory and disk space that a build needs, reported before any work and refused if this machine has too little.
 
-Sizes follow from the base's header and the recipe alone; MB are 10^6 bytes.
+Predicted from the base's header and the recipe, without torch; MB are 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -28,25 +28,24 @@ from .targets import shapes_in
 from .tasks import Task
 from .training.memory import BaseShape, training_need
 
-# Python with torch, transformers and the engines loaded: builds of 135M and 506M parameters took that
-# beyond the base in float32.
+# Python with torch, transformers and the engines: measured with builds of 135M and 506M parameters, without weights.
 _PROCESS_MB = 700.0
 _FLOAT = 4
-# Characters of a row for each of its tokens, at the least that texts in one language have.
+# Characters per token, a low estimate.
 _CHARACTERS = 3
-# In a training's saved state: the parameter, its best value and two moments; an old state stays until the new is whole.
+# In a saved training state: the parameter, its best value and two moments; the old state stays until the new is whole.
 _STATE_BYTES = 2 * 4 * _FLOAT
 
 
 @dataclass(frozen=True)
 class BuildNeeds:
-    """What a build takes, in 10^6 bytes.
+    """What a build needs, in 10^6 bytes.
 
-    Memory: `training_mb` and `export_mb`; `least_training_mb` where forward passes must be as small as can be;
-    `weights_mb` is the base in float32 alone, without which nothing can be exported.
+    Memory: `training_mb` and `export_mb`; at least `least_training_mb` with the smallest forward passes, and
+    `least_export_mb` with the base's float32 weights, `weights_mb`, mapped from disk.
 
-    Disk: `disk_mb` is all that is there at a time while `bundle_mb` of it are made, `least_disk_mb` what cannot be done
-    without, `others_mb` the part of the bundle that all formats but the first add.
+    Disk: up to `disk_mb` at a time, of which the bundle is `bundle_mb`; at least `least_disk_mb`. `others_mb` is the
+    part of the bundle that all formats but the first add.
     """
 
     parameters: int
@@ -54,6 +53,7 @@ class BuildNeeds:
     training_mb: float
     least_training_mb: float
     export_mb: float
+    least_export_mb: float
     bundle_mb: float
     disk_mb: float
     least_disk_mb: float
@@ -61,20 +61,20 @@ class BuildNeeds:
 
     @property
     def memory_mb(self) -> float:
-        """The most memory that a part of the build takes."""
+        """The memory of the largest stage."""
         return max(self.training_mb, self.export_mb)
 
     @property
     def least_memory_mb(self) -> float:
-        """The same where forward passes must be as small as can be."""
-        return max(self.least_training_mb, self.export_mb)
+        """The memory of the largest stage where memory is short."""
+        return max(self.least_training_mb, self.least_export_mb)
 
 
 @dataclass(frozen=True)
 class Room:
-    """What this machine has left in 10^6 bytes: memory (None where it does not tell), and the disk of `folder`.
+    """Free memory (None if the system does not report it) and free disk space of `folder`, in 10^6 bytes.
 
-    Of the disk, what an earlier build of the same bundle left in its work folder counts as free: it is used again.
+    The work folder of an earlier build of the same bundle counts as free, because it is reused.
     """
 
     folder: Path
@@ -83,10 +83,10 @@ class Room:
 
 
 def told(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader | None, out: Path) -> dict[str, Any] | None:
-    """What building `out` takes and what there is, as JSON values: whole MB, a `summary`, and `warnings`.
+    """What building `out` needs and what is free, as JSON values: whole MB, a `summary`, and `warnings`.
 
-    None without a header. Raises OutOfSpaceError or IncompatibleError, with what would fit instead, where it surely
-    cannot be built.
+    None without a header. Raises OutOfSpaceError or IncompatibleError, with what would fit instead, if the build cannot
+    work.
     """
     if header is None:
         return None
@@ -103,25 +103,27 @@ def told(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader | None, out: 
 
 
 def of_recipe(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> BuildNeeds:
-    """What building `recipe` with these tasks on the base of this header takes, at most about."""
+    """What building `recipe` with these tasks needs, for the base with this header; a high estimate."""
     parameters = header.parameters
     whole_mb = parameters * _FLOAT / 1e6
     bundle, others_mb = _bundle_mb(recipe, header)
     trained = [_trainable(spec, header, parameters) for spec in recipe.adapters.values()]
     requantized = bases.quantization_of(recipe) is not None
     base_mb = _base_bytes(recipe, header) / 1e6
-    # In the work folder: a base of its own, one continued on text, and what was trained.
+    # In the work folder: a requantized base, one after continued pretraining, and the trained parameters.
     kept = base_mb * (requantized + (recipe.domain is not None)) + sum(trained) * _FLOAT / 1e6
     formats = [backends.format_of(target) for target in recipe.targets]
     staged = bundle - base_mb * any(found.links_base for found in formats)
     at_a_time = (max(trained, default=0) * _STATE_BYTES / 1e6, staged + bundle)
     least_mb, training_mb = _training_mb(recipe, tasks, header)
+    export_mb = max(found.export_mb(base_mb * 1e6, parameters, recipe.onnx.weights) for found in formats)
     return BuildNeeds(
         parameters=parameters,
         weights_mb=whole_mb,
         training_mb=training_mb,
         least_training_mb=least_mb,
-        export_mb=max(found.export_mb(whole_mb, recipe.onnx.weights) for found in formats),
+        export_mb=whole_mb + export_mb,
+        least_export_mb=export_mb,
         bundle_mb=bundle,
         disk_mb=kept + max(at_a_time),
         least_disk_mb=staged + bundle,
@@ -130,7 +132,7 @@ def of_recipe(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> Buil
 
 
 def room_for(out: Path) -> Room:
-    """What this machine has left for a build of the bundle `out`, which need not be there yet."""
+    """The free memory and disk space for building `out`, which need not exist yet."""
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
     work = out.with_name(f"{out.name}.work")
     left = sum(path.stat().st_size for path in _files(work))
@@ -138,15 +140,17 @@ def room_for(out: Path) -> Room:
 
 
 def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
-    """Warnings where memory or disk may be too small for `needs`, each with what to do about it.
+    """Warnings if memory or disk may be too small for `needs`, each with the remedy.
 
-    Raises OutOfSpaceError, IncompatibleError or UsageError, with what would fit instead, where they surely are.
+    Raises OutOfSpaceError, IncompatibleError or UsageError, with what would fit instead, if they are too small.
     """
     _refuse_disk(recipe, needs, room)
     warnings = []
-    if room.disk_mb < needs.disk_mb:
-        what = f"building takes up to {_mb(needs.disk_mb)} of disk, and {room.folder} has {_mb(room.disk_mb)} free"
-        warnings.append(f"{what}; {_disk_remedy(recipe, needs, needs.disk_mb - room.disk_mb)}")
+    is_mapped = room.memory_mb is not None and room.memory_mb < needs.export_mb
+    disk_mb = needs.disk_mb + (needs.weights_mb if is_mapped else 0)
+    if room.disk_mb < disk_mb:
+        what = f"building takes up to {_mb(disk_mb)} of disk, and {room.folder} has {_mb(room.disk_mb)} free"
+        warnings.append(f"{what}; {_disk_remedy(recipe, needs, disk_mb - room.disk_mb)}")
     limit_mb = recipe.training.memory_mb
     if limit_mb is not None and limit_mb < needs.least_training_mb:
         warnings.append(_refused_limit(limit_mb, needs))
@@ -159,14 +163,14 @@ def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
         )
         raise IncompatibleError(message, _memory_remedy(room.memory_mb))
     if room.memory_mb < needs.least_memory_mb:
-        part = "training" if needs.least_training_mb >= needs.export_mb else "export"
+        part = "training" if needs.least_training_mb >= needs.least_export_mb else "export"
         what = f"{part} takes about {_mb(needs.least_memory_mb)} of memory, and {_mb(room.memory_mb)} are free"
         warnings.append(f"{what}; {_memory_remedy(room.memory_mb)}")
     return warnings
 
 
 def describe(needs: BuildNeeds, room: Room) -> str:
-    """Needs beside what there is, in one line."""
+    """What is needed and what is free, in one line."""
     free = "" if room.memory_mb is None else f" ({_mb(room.memory_mb)} free)"
     less = ""
     if needs.least_training_mb < needs.training_mb:
@@ -178,15 +182,15 @@ def describe(needs: BuildNeeds, room: Room) -> str:
 
 
 def header_of(recipe: Recipe) -> GgufHeader | None:
-    """The header to work out the needs by, that of a folder being predicted; reads no weights and downloads nothing.
+    """The base's header, predicted for a folder; reads no weights and downloads nothing.
 
-    None where the base must be downloaded first. Raises what `bases.describe` does.
+    None if the base must be downloaded first. Raises what `bases.describe` does.
     """
     return bases.describe(recipe)
 
 
 def _refused_limit(limit_mb: int, needs: BuildNeeds) -> str:
-    """A warning of a limit that training hardly fits within; raises UsageError where the weights alone do not."""
+    """A warning about a memory limit that is too small; UsageError if even the weights do not fit."""
     what = f"training.memory_mb is {limit_mb:,}, and training takes at least about {_mb(needs.least_training_mb)}"
     remedy = f"set it to {math.ceil(needs.least_training_mb):,} or more, or leave it out"
     # Weights in bf16 take half.
@@ -218,7 +222,7 @@ def _memory_remedy(free_mb: float) -> str:
 
 
 def _training_mb(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> tuple[float, float]:
-    """The memory of the largest training: with forward passes as small as can be, and as large as is of use."""
+    """The memory of the largest training run: with the smallest forward passes, and with the largest useful ones."""
     shape = BaseShape.of_header(header)
     needs = [
         training_need(
@@ -244,18 +248,18 @@ def _training_mb(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> t
 
 
 def _precision(training: TrainingSpec) -> str:
-    """`fp32` unless the recipe says otherwise: what the hardware multiplies fast is for torch to tell."""
+    """`fp32` unless the recipe says otherwise: only torch knows which formats the hardware computes fast."""
     return "fp32" if training.precision == "auto" else training.precision
 
 
 def _tokens(row: TaskRow, system: str | None) -> int:
-    """About how many tokens a row has, rather too many."""
+    """A high estimate of the tokens of a row."""
     texts = (system, row.text, row.completion, *(message["content"] for message in row.messages or ()))
     return math.ceil(sum(len(text) for text in texts if text) / _CHARACTERS)
 
 
 def _bundle_mb(recipe: Recipe, header: GgufHeader) -> tuple[float, float]:
-    """The size of the bundle, and of what all formats but the first add to it."""
+    """The size of the bundle, and the part that all formats but the first add."""
     base_bytes = _base_bytes(recipe, header)
     parameters = header.parameters
     weights, by_target = recipe.onnx.weights, []
@@ -273,13 +277,13 @@ def _bundle_mb(recipe: Recipe, header: GgufHeader) -> tuple[float, float]:
 
 
 def _base_bytes(recipe: Recipe, header: GgufHeader) -> int:
-    """The size of the base's GGUF file in the bundle; its board may pick a smaller one."""
+    """The size of the base's GGUF file in the bundle; the board may choose a smaller one."""
     quantization = bases.quantization_of(recipe)
     return fit.needs_of_header(header, context_length=recipe.context_length, quantization=quantization).base_bytes
 
 
 def _trainable(spec: AdapterSpec, header: GgufHeader, parameters: int) -> int:
-    """About how many parameters an adapter trains; 0 for those that are next to nothing beside a base."""
+    """Approximate number of parameters that an adapter trains; 0 if negligible next to the base."""
     method, options = methods.load(spec.method.name), spec.method.options
     if method.trains_base:
         layers = int(header.metadata[f"{header.architecture}.block_count"])
@@ -291,7 +295,7 @@ def _trainable(spec: AdapterSpec, header: GgufHeader, parameters: int) -> int:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The files below a folder, without what links lead to; none where it is not there."""
+    """The files in a folder and its subfolders, without following links; none if the folder does not exist."""
     return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 

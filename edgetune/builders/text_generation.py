@@ -150,10 +150,11 @@ class TextGeneration(Builder[Base]):
 def _file_to_map(base: Base, wanted: BundleSpec, folder: Path, progress: Progress) -> Path | None:
     """The file to map the base's weights from, because memory is short; None if it is not."""
     weights_mb, free_mb = base.header.parameters * 4 / 1e6, machine.free_mb()
-    needed_mb = max(backends.format_of(target).export_mb(weights_mb, wanted.onnx.weights) for target in wanted.targets)
+    sizes = base.path.stat().st_size, base.header.parameters, wanted.onnx.weights
+    needed_mb = weights_mb + max(backends.format_of(target).export_mb(*sizes) for target in wanted.targets)
     if free_mb is None or free_mb >= needed_mb:
         return None
-    progress.say(f"mapping the base's weights from the disk, as {free_mb:,.0f} MB of memory are free")
+    progress.say(f"mapping the base's weights from disk, because only {free_mb:,.0f} MB of memory are free")
     folder.mkdir(parents=True, exist_ok=True)
     return folder / "weights.f32"
 

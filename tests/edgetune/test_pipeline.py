@@ -332,7 +332,7 @@ def test_an_export_maps_the_base_where_memory_is_short(
         progress = Listening()
         build(recipe, tmp_path / f"bundle-{free_mb:.0f}", progress=progress)
         said.append([line for line in progress.lines if line.startswith("mapping the base")])
-    assert said == [[], ["mapping the base's weights from the disk, as 600 MB of memory are free"]]
+    assert said == [[], ["mapping the base's weights from disk, because only 600 MB of memory are free"]]
     one, other = (read_manifest(tmp_path / f"bundle-{mb}") for mb in (8000, 600))
     assert one.files == other.files
 

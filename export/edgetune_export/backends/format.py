@@ -1,4 +1,4 @@
-"""What is known of a format before any of its libraries is imported: recipes and predictions of size need no more."""
+"""Facts of a format that recipes and size predictions need, without importing its libraries."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ class Format:
     """A format's facts.
 
     `adapter_dtypes` are the number formats of an adapter's file, the default first, and `dtype_key` is the recipe's key
-    for it; `tasks` maps what its models are for to the module that writes them. `links_base` says
-    that the base ships as the GGUF file that it is; `base_factor` and `adapter_factor` are the sizes of its files
-    against those of GGUF with the same numbers, and `process_mb` (10^6 bytes) is what a process that writes it takes
-    beyond the base in float32.
+    for it. `tasks` maps tasks to the module that writes their models. With `links_base` the base's GGUF file ships
+    unchanged. `base_factor` and `adapter_factor` are file sizes relative to GGUF files with the same numbers.
+    `process_mb` (10^6 bytes) is the memory of a process that writes the format, without weights.
     """
 
     adapter_dtypes: tuple[str, ...] = ("f16", "q8_0", "f32")
@@ -31,21 +30,23 @@ class Format:
     process_mb: float = 700.0
 
     def base_bytes(self, gguf_bytes: float, parameters: int, weights: str) -> float:
-        """About the bytes of a base whose GGUF file has `gguf_bytes`; `weights` are those of `OnnxOptions.weights`."""
+        """Approximate size of a base whose GGUF file has `gguf_bytes` bytes; for `weights` see `OnnxOptions`."""
         return parameters * _FLOAT if self._is_float(weights) else gguf_bytes * self.base_factor
 
     def merged_bytes(self, parameters: int, weights: str) -> float:
-        """About the bytes of a merged model, whose weights are rounded to 8 bits."""
+        """Approximate size in bytes of a merged model, whose weights have 8 bits."""
         return parameters * (_FLOAT if self._is_float(weights) else TENSOR_TYPES["q8_0"].bytes_per_value)
 
     def adapter_bytes(self, parameters: int, dtype: str) -> float:
-        """About the bytes of an adapter of low rank."""
+        """Approximate size in bytes of a low-rank adapter."""
         return parameters * TENSOR_TYPES[dtype].bytes_per_value * self.adapter_factor
 
-    def export_mb(self, weights_mb: float, weights: str) -> float:
-        """About the memory that writing a base takes whose float32 weights are `weights_mb` (10^6 bytes)."""
-        # A graph in float32 is a copy of the base.
-        return self.process_mb + (2 if self._is_float(weights) else 1) * weights_mb
+    def export_mb(self, gguf_bytes: float, parameters: int, weights: str) -> float:
+        """Approximate memory in MB of exporting and checking a base, without its weights in float32.
+
+        The engine of the check has the file in memory and a copy of it, repacked for the processor.
+        """
+        return self.process_mb + 2 * self.base_bytes(gguf_bytes, parameters, weights) / 1e6
 
     def _is_float(self, weights: str) -> bool:
         return weights == "fp32" and not self.links_base
