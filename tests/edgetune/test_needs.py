@@ -21,7 +21,18 @@ from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 
-NEEDS = BuildNeeds(1_700_000_000, 6800, 12000, 8000, 15000, 2000, 20000, 3000, 900)
+NEEDS = BuildNeeds(
+    parameters=1_700_000_000,
+    weights_mb=6800,
+    training_mb=12000,
+    least_training_mb=8000,
+    export_mb=15000,
+    least_export_mb=8200,
+    bundle_mb=2000,
+    disk_mb=20000,
+    least_disk_mb=3000,
+    others_mb=900,
+)
 PLENTY = Room(Path("/data"), 64000.0, 500000.0)
 
 
@@ -77,6 +88,8 @@ def test_the_needs_of_a_folder_are_those_of_its_file(
     # A file brings its tokenizer.
     assert of_folder == replace(
         of_file,
+        export_mb=pytest.approx(of_file.export_mb, abs=0.1),
+        least_export_mb=pytest.approx(of_file.least_export_mb, abs=0.1),
         bundle_mb=pytest.approx(of_file.bundle_mb, abs=0.1),
         disk_mb=pytest.approx(of_file.disk_mb, abs=0.2),
         least_disk_mb=pytest.approx(of_file.least_disk_mb, abs=0.2),
@@ -150,11 +163,17 @@ def test_what_surely_cannot_be_built_is_refused_with_what_would_fit(
 
 def test_what_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"))
-    disk, memory = build_needs.check(recipe, NEEDS, Room(Path("/data"), 9000.0, 5000.0))
+    disk, memory = build_needs.check(recipe, NEEDS, Room(Path("/data"), 8100.0, 5000.0))
+    # The base's weights are mapped from disk too.
     assert disk == (
-        "building takes up to 20,000 MB of disk, and /data has 5,000 MB free; free 15,000 MB or choose another --out"
+        "building takes up to 26,800 MB of disk, and /data has 5,000 MB free; free 21,800 MB or choose another --out"
     )
-    assert memory.startswith("export takes about 15,000 MB of memory, and 9,000 MB are free; close other programs")
+    assert memory.startswith("export takes about 8,200 MB of memory, and 8,100 MB are free; close other programs")
+    (disk,) = build_needs.check(recipe, NEEDS, Room(Path("/data"), 16000.0, 5000.0))
+    assert disk.startswith("building takes up to 20,000 MB of disk")
+    (memory,) = build_needs.check(recipe, NEEDS, Room(Path("/data"), 7000.0, 50000.0))
+    assert memory.startswith("export takes about 8,200 MB")
+    assert build_needs.check(recipe, NEEDS, Room(Path("/data"), 9000.0, 50000.0)) == []
 
 
 def test_validate_tells_the_needs(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
