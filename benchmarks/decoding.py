@@ -5,8 +5,9 @@
 
 Both engines answer the same validation rows of each adapter greedily: as the plain base, with the adapter token by
 token, with its output constraint, with drafts, and with both. llama-cpp-python answers them with the same adapter, also
-with its prompt lookup and with its grammar. The setups take turns row by row, in one process per engine. Without
-`output` in the recipe, the constraint is inferred from the training rows.
+with its prompt lookup and with its grammar. Each setup runs in its own process, several rounds in turn, so that no two
+share the processor's caches; the medians are over all rounds. Without `output` in the recipe, the constraint is
+inferred from the training rows.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry) != Path(__file__).reso
 
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest, resolve
-from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.decoding.output import KINDS, OutputSpec
 from edgetune_runtime.text.chat import Message, messages_for, render
 
 from edgetune.data import TaskRow
@@ -53,27 +55,21 @@ class Timed:
     tokens_per_step: float = 0.0
 
 
-@dataclass
-class Sums:
-    """What one setup measured of all rows."""
-
-    answers: list[Timed] = field(default_factory=list)
-
-    def figures(self, reference: Sums | None) -> dict[str, Any]:
-        """Medians and rates as JSON values; `differ` counts other texts than those of `reference`."""
-        decoded = sum(answer.tokens - 1 for answer in self.answers)
-        seconds = sum(answer.whole_s - answer.first_s for answer in self.answers)
-        steps = [answer.tokens_per_step for answer in self.answers if answer.tokens_per_step]
-        found = {
-            "answer_ms": round(statistics.median(answer.whole_s for answer in self.answers) * 1e3, 1),
-            "tokens_per_s": round(decoded / seconds, 1) if decoded else 0.0,
-            "tokens": round(sum(answer.tokens for answer in self.answers) / len(self.answers), 1),
-        }
-        found |= {"tokens_per_step": round(statistics.fmean(steps), 2)} if steps else {}
-        if reference is not None:
-            pairs = zip(self.answers, reference.answers, strict=True)
-            found["differ"] = sum(one.text != other.text for one, other in pairs)
-        return found
+def figures(answers: Sequence[Timed], reference: Sequence[Timed] | None) -> dict[str, Any]:
+    """Medians and rates as JSON values; `differ` counts texts, of all rounds, that are not those of `reference`."""
+    decoded = sum(answer.tokens - 1 for answer in answers)
+    seconds = sum(answer.whole_s - answer.first_s for answer in answers)
+    steps = [answer.tokens_per_step for answer in answers if answer.tokens_per_step]
+    found = {
+        "answer_ms": round(statistics.median(answer.whole_s for answer in answers) * 1e3, 1),
+        "ttft_ms": round(statistics.median(answer.first_s for answer in answers) * 1e3, 1),
+        "tokens_per_s": round(decoded / seconds, 1) if decoded else 0.0,
+        "tokens": round(sum(answer.tokens for answer in answers) / len(answers), 1),
+    }
+    found |= {"tokens_per_step": round(statistics.fmean(steps), 2)} if steps else {}
+    if reference is not None:
+        found["differ"] = sum(one.text != other.text for one, other in zip(answers, reference, strict=True))
+    return found
 
 
 def main() -> None:
@@ -86,13 +82,25 @@ def main() -> None:
         "--out", type=Path, metavar="DIR", help="write decoding.json, decoding.md and decoding.png here"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--worker", metavar="ENGINE", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3, help="processes per setup")
+    parser.add_argument("--worker", metavar="ENGINE/ADAPTER/SETUP", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(measure(options)))
+        engine, adapter, setup = options.worker.split("/")
+        print(json.dumps([asdict(answer) for answer in measure(options, engine, adapter, setup)]))
         return
-    engines = {engine: _run(engine) for engine in read_manifest(options.bundle).base.files}
-    result = {"machine": _machine(), "rows": options.rows, "threads": options.threads, "engines": engines}
+    manifest = read_manifest(options.bundle)
+    engines = {
+        engine: {adapter: _adapter(options, engine, adapter) for adapter in manifest.adapters}
+        for engine in manifest.base.files
+    }
+    result = {
+        "machine": _machine(),
+        "rows": options.rows,
+        "rounds": options.rounds,
+        "threads": options.threads,
+        "engines": engines,
+    }
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "decoding.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -101,117 +109,135 @@ def main() -> None:
     print(json.dumps(result) if options.json else table(result))
 
 
-def _run(engine: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, *sys.argv, "--worker", engine], stdout=subprocess.PIPE, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def _adapter(options: argparse.Namespace, engine: str, adapter: str) -> dict[str, Any]:
+    """The figures of each setup, from `rounds` processes each."""
+    spec = _constraint(options, adapter)
+    names = [name for name, setup in SETUPS.items() if setup.fits(engine, spec)]
+    answers: dict[str, list[Timed]] = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name in names:
+            command = [sys.executable, *sys.argv, "--worker", f"{engine}/{adapter}/{name}"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            answers[name] += [Timed(**answer) for answer in json.loads(done.stdout)]
+    plain = answers[PLAIN]
+    return {name: figures(found, plain if name.startswith(PLAIN) else None) for name, found in answers.items()}
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of each adapter and setup with one engine."""
-    recipe = load_recipe(options.recipe)
-    opening: dict[str, Any] = {"engine": options.worker, "threads": options.threads, "disk_mb": 0}
-    found = {}
-    with (
-        Runtime.open(options.bundle, **opening) as drafting,
-        Runtime.open(options.bundle, **opening, drafts=False) as plain,
-    ):
-        for name in drafting.adapters:
-            task = read_task(name, recipe)
-            rows = [_prompt_of(row) for row in task.validation[: options.rows]]
-            stored = drafting.manifest.adapter(name).output
-            spec = (
-                infer([row.completion or "" for row in task.train]) if stored is None else OutputSpec.from_json(stored)
-            )
-            setups = _own(drafting, plain, name, spec)
-            if options.worker == "gguf":
-                setups |= _llama_cpp(options, name, spec)
-            sums = {setup: Sums() for setup in setups}
-            for number, prompt in enumerate([rows[0], *rows]):
-                for setup, answer in setups.items():
-                    timed = answer(prompt)
-                    # The first round only warms up.
-                    if number:
-                        sums[setup].answers.append(timed)
-            found[name] = {
-                setup: of.figures(sums[PLAIN] if setup.startswith(PLAIN) else None) for setup, of in sums.items()
-            }
-    return found
+def measure(options: argparse.Namespace, engine: str, adapter: str, setup: str) -> list[Timed]:
+    """The answers of one setup, after one to warm up."""
+    task = read_task(adapter, load_recipe(options.recipe))
+    rows = [_prompt_of(row) for row in task.validation[: options.rows]]
+    with SETUPS[setup].opened(options, engine, adapter, _constraint(options, adapter)) as answer:
+        return [answer(row) for row in [rows[0], *rows]][1:]
+
+
+def _constraint(options: argparse.Namespace, adapter: str) -> OutputSpec | None:
+    stored = read_manifest(options.bundle).adapter(adapter).output
+    if stored is not None:
+        return OutputSpec.from_json(stored)
+    task = read_task(adapter, load_recipe(options.recipe))
+    return infer([row.completion or "" for row in task.train])
 
 
 Prompt = list[Message]
 
 
-def _own(drafting: Runtime, plain: Runtime, name: str, spec: OutputSpec | None) -> dict[str, Callable[[Prompt], Timed]]:
-    constraint = {} if spec is None else {spec.kind: json.loads(spec.text) if spec.kind != "regex" else spec.text}
-
-    def of(runtime: Runtime, adapter: str | None, **more: Any) -> Callable[[Prompt], Timed]:  # noqa: ANN401 - options
-        def answer(prompt: Prompt) -> Timed:
-            begin = time.perf_counter()
-            found = runtime.generate(prompt, adapter=adapter, max_tokens=MOST_TOKENS, **more)
-            whole_s, timings = time.perf_counter() - begin, found.timings
-            return Timed(found.text, found.tokens, whole_s, timings.ttft_ms / 1e3, timings.tokens_per_step)
-
-        return answer
-
-    setups = {
-        "base": of(plain, None),
-        PLAIN: of(plain, name, free=True),
-        f"{PLAIN}, drafts": of(drafting, name, free=True),
-    }
-    if constraint:
-        setups[f"{PLAIN}, constraint"] = of(plain, name, **constraint)
-        setups[f"{PLAIN}, drafts and constraint"] = of(drafting, name, **constraint)
-    return setups
+Answering = Callable[[Prompt], Timed]
 
 
-def _llama_cpp(options: argparse.Namespace, name: str, spec: OutputSpec | None) -> dict[str, Callable[[Prompt], Timed]]:
-    from edgetune_runtime.engines.gguf.llama import library
-    from llama_cpp.llama_grammar import LlamaGrammar
-    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+@dataclass(frozen=True)
+class Setup:
+    """A way to answer: the engines that it runs on, and the kinds of output constraints that it needs one of."""
 
-    manifest = read_manifest(options.bundle)
-    entry = manifest.adapter(name)
+    opened: Callable[..., AbstractContextManager[Answering]]
+    engines: tuple[str, ...] = ("gguf", "onnx")
+    constraints: tuple[str, ...] = ()
 
-    def of(grammar: Any = None, **more: Any) -> Callable[[Prompt], Timed]:  # noqa: ANN401 - options of `Llama`
+    def fits(self, engine: str, spec: OutputSpec | None) -> bool:
+        """Whether it runs with this engine, and for an adapter with this constraint."""
+        return engine in self.engines and (not self.constraints or (spec is not None and spec.kind in self.constraints))
+
+
+def _own(*, base: bool = False, drafts: bool = False, constrained: bool = False) -> Setup:
+    """edgetune's runtime."""
+
+    @contextmanager
+    def opened(
+        options: argparse.Namespace, engine: str, adapter: str, spec: OutputSpec | None
+    ) -> Iterator[Answering]:
+        more: dict[str, Any] = {"free": True}
+        if constrained and spec is not None:
+            more = {spec.kind: json.loads(spec.text) if spec.kind in ("schema", "choices") else spec.text}
+        name = None if base else adapter
+        with Runtime.open(options.bundle, engine=engine, threads=options.threads, disk_mb=0, drafts=drafts) as runtime:
+
+            def answer(prompt: Prompt) -> Timed:
+                begin = time.perf_counter()
+                found = runtime.generate(prompt, adapter=name, max_tokens=MOST_TOKENS, **more)
+                whole_s, timings = time.perf_counter() - begin, found.timings
+                return Timed(found.text, found.tokens, whole_s, timings.ttft_ms / 1e3, timings.tokens_per_step)
+
+            yield answer
+
+    return Setup(opened, constraints=KINDS if constrained else ())
+
+
+def _llama_cpp(*, lookup: bool = False, constrained: bool = False) -> Setup:
+    """llama-cpp-python's `Llama` with the same adapter."""
+
+    @contextmanager
+    def opened(
+        options: argparse.Namespace, engine: str, adapter: str, spec: OutputSpec | None
+    ) -> Iterator[Answering]:
+        from edgetune_runtime.engines.gguf.llama import library
+        from llama_cpp.llama_grammar import LlamaGrammar
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+        manifest = read_manifest(options.bundle)
+        entry = manifest.adapter(adapter)
         llama = library().Llama(
-            str(resolve(options.bundle, manifest.base.files["gguf"])),
-            lora_path=str(resolve(options.bundle, entry.files["gguf"])),
+            str(resolve(options.bundle, manifest.base.files[engine])),
+            lora_path=str(resolve(options.bundle, entry.files[engine])),
             n_ctx=CONTEXT,
             n_threads=options.threads,
             n_threads_batch=options.threads,
             verbose=False,
-            **more,
+            draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4) if lookup else None,
         )
+        grammar = LlamaGrammar.from_json_schema(spec.text, verbose=False) if constrained and spec else None
         template = llama.metadata["tokenizer.chat_template"]
 
         def answer(prompt: Prompt) -> Timed:
             begin = time.perf_counter()
             messages = messages_for(prompt, entry.system)
             text = render(template, messages, add_generation_prompt=True, bos="", eos="")
+            tokens = llama.tokenize(text.encode(), add_bos=False, special=True)
             pieces, first_s = [], 0.0
-            for part in llama.create_completion(
-                llama.tokenize(text.encode(), add_bos=False, special=True),
-                max_tokens=MOST_TOKENS,
-                temperature=0.0,
-                grammar=grammar,
-                stream=True,
-            ):
+            parts = llama.create_completion(
+                tokens, max_tokens=MOST_TOKENS, temperature=0.0, grammar=grammar, stream=True
+            )
+            for part in parts:
                 pieces.append(part["choices"][0]["text"])
                 first_s = first_s or time.perf_counter() - begin
-            whole_s = time.perf_counter() - begin
-            whole = "".join(pieces)
+            whole_s, whole = time.perf_counter() - begin, "".join(pieces)
             return Timed(whole, len(llama.tokenize(whole.encode(), add_bos=False)) + 1, whole_s, first_s)
 
-        return answer
+        yield answer
+        llama.close()
 
-    setups = {
-        "llama-cpp-python": of(),
-        "llama-cpp-python, prompt lookup": of(draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4)),
-    }
-    if spec is not None and spec.kind == "schema":
-        setups["llama-cpp-python, grammar"] = of(LlamaGrammar.from_json_schema(spec.text, verbose=False))
-    return setups
+    return Setup(opened, engines=("gguf",), constraints=("schema",) if constrained else ())
+
+
+SETUPS = {
+    "base": _own(base=True),
+    PLAIN: _own(),
+    f"{PLAIN}, drafts": _own(drafts=True),
+    f"{PLAIN}, constraint": _own(constrained=True),
+    f"{PLAIN}, drafts and constraint": _own(drafts=True, constrained=True),
+    "llama-cpp-python": _llama_cpp(),
+    "llama-cpp-python, prompt lookup": _llama_cpp(lookup=True),
+    "llama-cpp-python, grammar": _llama_cpp(constrained=True),
+}
 
 
 def _prompt_of(row: TaskRow) -> Prompt:
@@ -235,15 +261,16 @@ def table(result: dict[str, Any]) -> str:
     for engine, adapters in result["engines"].items():
         for name, setups in adapters.items():
             plain = setups[PLAIN]["tokens_per_s"]
-            head = "| setup | answer, ms | decode, tokens/s | speedup | tokens per step | other texts |"
-            lines += ["", f"{engine}, {name}", "", head, "| --- | --- | --- | --- | --- | --- |"]
-            for setup, figures in setups.items():
+            head = "| setup | answer, ms | TTFT, ms | decode, tokens/s | speedup | tokens per step | other texts |"
+            lines += ["", f"{engine}, {name}", "", head, "| --- | --- | --- | --- | --- | --- | --- |"]
+            for setup, found in setups.items():
                 cells = [
-                    f"{figures['answer_ms']:.0f}",
-                    f"{figures['tokens_per_s']:.0f}",
-                    f"{figures['tokens_per_s'] / plain:.2f}" if plain else "",
-                    str(figures.get("tokens_per_step", "")),
-                    str(figures.get("differ", "")),
+                    f"{found['answer_ms']:.0f}",
+                    f"{found['ttft_ms']:.0f}",
+                    f"{found['tokens_per_s']:.0f}",
+                    f"{found['tokens_per_s'] / plain:.2f}" if plain else "",
+                    str(found.get("tokens_per_step", "")),
+                    str(found.get("differ", "")),
                 ]
                 lines.append(f"| {setup} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
