@@ -28,6 +28,10 @@ _MASK = (1 << 64) - 1
 _PRIME = 0x9E3779B97F4A7C15
 # Per entry: the context's hash, the next token, and the confidence in 255ths.
 _ENTRY_BYTES = 8 + 4 + 1
+_PRIOR = 2.0
+"""Tokens counted as expected and accepted before an answer has verified any draft."""
+_MOST_POSITIONS = 8
+"""Latest positions of a token that are searched."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Drafter:
 
     def __post_init__(self) -> None:
         """Index the prompt."""
-        self._places: dict[int, list[int]] = {}
+        self._positions: dict[int, list[int]] = {}
         self._hits, self._drafted = 0.0, 0.0
         known, self.tokens = self.tokens, []
         self.add(known)
@@ -117,7 +121,7 @@ class Drafter:
     def add(self, tokens: Sequence[int]) -> None:
         """Append tokens of the prompt or the answer."""
         for token in tokens:
-            self._places.setdefault(token, []).append(len(self.tokens))
+            self._positions.setdefault(token, []).append(len(self.tokens))
             self.tokens.append(token)
 
     def propose(self, limit: int) -> tuple[list[int], list[float]]:
@@ -158,7 +162,7 @@ class Drafter:
     def _match(self, context: Sequence[int]) -> tuple[int, int]:
         """The position after the longest earlier occurrence of a suffix of `context`, and the suffix's length."""
         best = (0, 0)
-        for place in reversed(self._places.get(context[-1], ())[-_PLACES:] if context else ()):
+        for place in reversed(self._positions.get(context[-1], ())[-_MOST_POSITIONS:] if context else ()):
             length = 1
             while (
                 length < min(LONGEST_CONTEXT, len(context), place + 1)
@@ -168,9 +172,3 @@ class Drafter:
             if length > best[1] and place + 1 < len(self.tokens):
                 best = (place + 1, length)
         return best
-
-
-_PRIOR = 2.0
-"""Tokens counted as expected and accepted before an answer has verified any draft."""
-_PLACES = 8
-"""Latest positions of a token that are searched."""

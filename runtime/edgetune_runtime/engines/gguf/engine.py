@@ -67,7 +67,17 @@ class GgufEngine:
 
     has_sequence: ClassVar[Literal[True]] = True
     KV: ClassVar[tuple[str, ...]] = ("f16", "q8_0")
-    BATCH_COST: ClassVar[Mapping[int, float]] = {2: 1.6, 3: 2.1, 4: 2.3, 5: 3.0, 6: 3.4, 7: 3.8, 8: 3.5, 12: 4.8, 16: 5.4}
+    BATCH_COST: ClassVar[Mapping[int, float]] = {
+        2: 1.6,
+        3: 2.1,
+        4: 2.3,
+        5: 3.0,
+        6: 3.4,
+        7: 3.8,
+        8: 3.5,
+        12: 4.8,
+        16: 5.4,
+    }
     bytes_per_number: ClassVar[float] = 2
     adjusts_threads = True
 
