@@ -162,9 +162,7 @@ def _own(*, base: bool = False, drafts: bool = False, constrained: bool = False)
     """edgetune's runtime."""
 
     @contextmanager
-    def opened(
-        options: argparse.Namespace, engine: str, adapter: str, spec: OutputSpec | None
-    ) -> Iterator[Answering]:
+    def opened(options: argparse.Namespace, engine: str, adapter: str, spec: OutputSpec | None) -> Iterator[Answering]:
         more: dict[str, Any] = {"free": True}
         if constrained and spec is not None:
             more = {spec.kind: json.loads(spec.text) if spec.kind in ("schema", "choices") else spec.text}
@@ -186,9 +184,7 @@ def _llama_cpp(*, lookup: bool = False, constrained: bool = False) -> Setup:
     """llama-cpp-python's `Llama` with the same adapter."""
 
     @contextmanager
-    def opened(
-        options: argparse.Namespace, engine: str, adapter: str, spec: OutputSpec | None
-    ) -> Iterator[Answering]:
+    def opened(options: argparse.Namespace, engine: str, adapter: str, spec: OutputSpec | None) -> Iterator[Answering]:
         from edgetune_runtime.engines.gguf.llama import library
         from llama_cpp.llama_grammar import LlamaGrammar
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
