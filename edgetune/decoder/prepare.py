@@ -47,12 +47,12 @@ def prepare(
         base, recipe = resolve(recipe, work, progress, converter)
     if header is None:
         _say_needs(recipe, tasks, base.header, out, progress)
+    outputs = [output_of_task(task, work / "output", progress) for task in tasks]
     if texts is not None:
         # Report errors in the adapters' rows before hours of training.
         plan_trainings(tasks, base, recipe.context_length, Progress(quiet=True))
         base = _continued(recipe, texts, base, work, progress)
     trainings = plan_trainings(tasks, base, recipe.context_length, progress)
-    outputs = [output_of_task(item.task, work / "output", progress) for item in trainings]
     placed = [
         replace(_placed(item, base, recipe, work, progress), output=output)
         for item, output in zip(trainings, outputs, strict=True)
