@@ -64,7 +64,7 @@ class PlannedTraining:
             labels=self.task.labels,
             merged=spec.merged,
             dtypes={target: spec.dtype_in(target) for target in backends.names()},
-            training=self.figures(result),
+            training={**self.figures(result), "history": result.curve()},
             texts=texts,
             output=self.output,
             draft=self.draft,

@@ -68,6 +68,10 @@ def build_folder(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 def run(words: list[str], base: Path) -> int:
     """Run a command in this process, its recipe with the tiny base, a short training and few rows; the exit code."""
+    if ">" in words:
+        *words, _, file = words
+        with Path(file).open("w", encoding="utf-8") as out, contextlib.redirect_stdout(out):
+            return run(words, base)
     program, *rest = words
     if program == "python":
         return run_script(rest)
@@ -143,4 +147,4 @@ def test_the_page_of_commands_finds_all_commands() -> None:
     of_runtime = {command for command, _ in made["pages"]("edgetune-run", ())}
     assert {"edgetune-run", "edgetune-run bench", "edgetune-run cache ls"} <= of_runtime
     listed = set(made["commands_in"](made["help_of"]("edgetune", ())))
-    assert {"build", "compare", "devices", "evaluate", "export", "init", "methods", "schema", "validate"} <= listed
+    assert {"build", "compare", "devices", "evaluate", "export", "init", "report", "schema", "validate"} <= listed

@@ -25,6 +25,7 @@ from edgetune.failure import PROGRAM, drop_output, fail
 from . import compare as compare_cli
 from . import devices as devices_cli
 from . import evaluate as evaluate_cli
+from . import report as report_cli
 from .arguments import (
     BASE_PANEL,
     OUTPUT_PANEL,
@@ -313,6 +314,7 @@ def schema() -> None:
 
 
 app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(evaluate_cli.evaluate)
+app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)(report_cli.report)
 app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(compare_cli.compare)
 app.add_typer(devices_cli.app, name="devices", rich_help_panel=MEASUREMENT_COMMANDS)
 
@@ -374,7 +376,7 @@ def _print_next(recipe: Recipe, result: BuildResult) -> None:
 
     # On standard error, so that the bundle's path stays the last line of standard output.
     sys.stdout.flush()
-    print("\nRun it, score it, and check whether it fits on a board:", file=sys.stderr)
+    print("\nRun it, score it, write a report, and check whether it fits on a board:", file=sys.stderr)
     print("\n".join(f"  {command}" for command in next_commands(recipe, result)), file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""The commands that follow a build: run the bundle, score it, and see whether it fits a board."""
+"""The commands that follow a build: run the bundle, score it, report on it, and see whether it fits a board."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def next_commands(recipe: Recipe, result: BuildResult) -> list[str]:
     run = [command, result.bundle, "--adapter", name, "--prompt", result.prompts[name]]
     data = spec.data.validation or spec.data.train
     score = ["edgetune", "evaluate", result.bundle, "--adapter", name, "--data", data]
-    commands = [["edgetune-run", *run], score]
+    commands = [["edgetune-run", *run], score, ["edgetune", "report", result.bundle, "--out", f"{result.bundle}.html"]]
     if task_types.load(recipe.task).offers("fit"):
         device = recipe.device or _BOARD
         commands.append(["edgetune", "devices", "fit", result.bundle, "--device", device])

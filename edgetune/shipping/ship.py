@@ -17,12 +17,14 @@ from edgetune_export import backends
 from edgetune_export.adapters.shapes import Adapter, Folded, LowRank, Merged, Prefix
 from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_export.merged import source_of_merged
-from edgetune_export.pack import pack
+from edgetune_export.pack import CARD_NAME, pack
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, BaseEntry, Manifest
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, write_table
 
 from edgetune.progress import Progress
+from edgetune.report.facts import facts_of
+from edgetune.report.render import card
 from edgetune.targets import shapes_in
 from edgetune.training.allocator import give_back_freed_memory
 
@@ -126,6 +128,7 @@ def ship(
     )
     if wanted.ships_states:
         _make_states(work, manifest, progress)
+    (work / CARD_NAME).write_text(card(facts_of(work, manifest)), encoding="utf-8")
     pack(work, out, manifest)
     shutil.rmtree(work, ignore_errors=True)
     return shipped

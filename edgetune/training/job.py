@@ -63,6 +63,10 @@ class TrainResult:
         """All fields except the history, as JSON values."""
         return {key: value for key, value in asdict(self).items() if key != "history"}
 
+    def curve(self) -> list[dict[str, float]]:
+        """Step, training loss and validation loss of each validation pass, as JSON values."""
+        return [{"step": p.step, "train_loss": p.train_loss, "val_loss": p.val_loss} for p in self.history]
+
 
 def finished(folder: Path, key: str) -> TrainResult | None:
     """The result in `folder` if its key is `key`, else None."""

@@ -14,13 +14,15 @@ from edgetune_runtime.bundle import MANIFEST_NAME, STATES_FOLDER, FileEntry, Man
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
 PARTS = ("base", "adapters", STATES_FOLDER)
+CARD_NAME = "README.md"
+"""The model card, at the top of a bundle."""
 
 # Space for the manifest, the folders and file system metadata.
 _MARGIN_BYTES = 1 << 20
 
 
 def pack(work: Path, out: Path, manifest: Manifest) -> Path:
-    """Write the bundle `out` from all files in `work/base`, `work/adapters` and `work/states`, and return its path.
+    """Write the bundle `out` from `work/README.md` and all files in `work/base`, `work/adapters` and `work/states`.
 
     Fills in `manifest.files`; links to files are followed. An existing bundle is replaced. Raises UsageError if `out`
     is anything else (see `check_destination`), VerificationError if the manifest names files that were not staged,
@@ -63,7 +65,8 @@ def check_destination(out: Path) -> None:
 
 def _staged_files(work: Path) -> dict[str, Path]:
     """The files to pack, by their path in the bundle, with slashes."""
-    return {name: work / name for part in PARTS for name in sorted(_files_below(work / part, part))}
+    names = [name for part in PARTS for name in sorted(_files_below(work / part, part))]
+    return {name: work / name for name in [*names, *([CARD_NAME] if (work / CARD_NAME).is_file() else [])]}
 
 
 def _files_below(folder: Path, prefix: str = "") -> set[str]:

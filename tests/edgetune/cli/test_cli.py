@@ -331,6 +331,7 @@ def test_build_ends_with_commands_that_work(built: Built, run: Run) -> None:
     assert [command[:2] for command in commands] == [
         ["edgetune-run", "generate"],
         ["edgetune", "evaluate"],
+        ["edgetune", "report"],
         ["edgetune", "devices"],
     ]
     modules = {"edgetune": "edgetune", "edgetune-run": "edgetune_runtime"}

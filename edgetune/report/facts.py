@@ -1,0 +1,132 @@
+"""What is known of a bundle, from its manifest: the tables and curves that its report and its model card show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune_devices import boards
+from edgetune_devices.fit import Fit, fit, needs_of_bundle
+from edgetune_runtime.bundle import AdapterEntry, Manifest
+from edgetune_runtime.engines import gguf
+from edgetune_runtime.errors import UsageError
+
+from edgetune import task_types
+
+MB = 10**6
+
+
+@dataclass(frozen=True)
+class Score:
+    """What `edgetune evaluate --json` printed for an adapter."""
+
+    metric: str
+    value: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """One adapter: its manifest entry, the ranks of its modules as text, its files' size in each format, its score.
+
+    `points` are the validation passes: step, training loss, validation loss.
+    """
+
+    entry: AdapterEntry
+    rank: str
+    mb: Mapping[str, float]
+    train_file: str
+    points: Sequence[tuple[int, float, float]]
+    score: Score | None
+
+    @property
+    def output(self) -> str:
+        """The kind of its output constraint, or ''."""
+        return next((kind for kind in self.entry.output or {} if kind != "spacing"), "")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A bundle's manifest, the size of its base in each format and of all files, and its adapters."""
+
+    manifest: Manifest
+    base_mb: Mapping[str, float]
+    total_mb: float
+    adapters: Sequence[AdapterFacts]
+
+    @property
+    def parity(self) -> Sequence[tuple[str, str, Mapping[str, float]]]:
+        """What was compared, the format, and the figures; the base first."""
+        base = [("base", format_, figures) for format_, figures in self.manifest.base.parity.items()]
+        return base + [
+            (item.entry.name, format_, figures)
+            for item in self.adapters
+            for format_, figures in item.entry.parity.items()
+        ]
+
+
+def facts_of(bundle: Path, manifest: Manifest, scores: Mapping[str, Score] | None = None) -> Facts:
+    """The facts of a bundle with files in `bundle`; `scores` by adapter, UsageError for one that is not in it."""
+    scores = scores or {}
+    for name in scores:
+        manifest.adapter(name)
+    recipes = manifest.recipe.get("adapters", {})
+    return Facts(
+        manifest=manifest,
+        base_mb={name: _base_mb(bundle, manifest, name) for name in manifest.base.files},
+        total_mb=sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) / MB,
+        adapters=[
+            _adapter(bundle, entry, recipes.get(name, {}), scores.get(name))
+            for name, entry in manifest.adapters.items()
+        ],
+    )
+
+
+def fits_of(bundle: Path, manifest: Manifest) -> list[Fit]:
+    """How the bundle fits on each board; empty where that is not predicted: without GGUF, or for an encoder."""
+    if not task_types.load(manifest.task).offers("fit") or gguf.NAME not in manifest.base.files:
+        return []
+    needs = needs_of_bundle(bundle)
+    return [fit(needs, boards.load(name)) for name in boards.names()]
+
+
+def scores_of(files: Iterable[tuple[str, Path]]) -> dict[str, Score]:
+    """The scores in files that `edgetune evaluate --json` wrote, by adapter; UsageError for any other file."""
+    found = {}
+    for name, path in files:
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+            found[name] = Score(str(raw["metric"]), float(raw["score"]), int(raw["rows"]))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            message = f"{path} is not the output of edgetune evaluate --json: {error}"
+            raise UsageError(message, "write one with: edgetune evaluate BUNDLE … --json > FILE") from error
+    return found
+
+
+def _base_mb(bundle: Path, manifest: Manifest, format_: str) -> float:
+    """The size of a base: its file, and what lies beside it in a folder of its own."""
+    file = bundle / manifest.base.files[format_]
+    own = file.parent.name != "base"
+    files = [path for path in file.parent.rglob("*") if path.is_file()] if own else [file]
+    return sum(path.stat().st_size for path in files) / MB
+
+
+def _adapter(bundle: Path, entry: AdapterEntry, recipe: Mapping[str, Any], score: Score | None) -> AdapterFacts:
+    history = entry.training.get("history", [])
+    return AdapterFacts(
+        entry=entry,
+        rank=_rank(entry.ranks),
+        mb={name: (bundle / file).stat().st_size / MB for name, file in entry.files.items()},
+        train_file=str(recipe.get("data", {}).get("train", "")),
+        points=[(int(p["step"]), float(p["train_loss"]), float(p["val_loss"])) for p in history],
+        score=score,
+    )
+
+
+def _rank(ranks: Mapping[str, int]) -> str:
+    """One rank, or the lowest and the highest."""
+    values = sorted(set(ranks.values()))
+    return "" if not values else str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"

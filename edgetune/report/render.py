@@ -1,0 +1,78 @@
+"""Facts of a bundle in; its report as one HTML page, or its model card in Markdown, out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetune_devices.fit import Fit
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from .facts import AdapterFacts, Facts
+
+PAGE, CARD = "page.html.jinja", "card.md.jinja"
+WIDTH, HEIGHT = 520, 150
+"""Size of a curve's plot area, in pixels."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of a training run as points of SVG polylines, and the values at the ends of the axes."""
+
+    train: str
+    validation: str
+    highest: float
+    lowest: float
+    last_step: int
+
+
+def page(facts: Facts, fits: Sequence[Fit]) -> str:
+    """The report: one page that needs neither a network nor a script."""
+    curves = {item.entry.name: curve(item) for item in facts.adapters}
+    return _template(PAGE, autoescape=True).render(facts=facts, fits=fits, curves=curves, width=WIDTH, height=HEIGHT)
+
+
+def card(facts: Facts) -> str:
+    """The model card, with the metadata that model hubs read."""
+    return _template(CARD, autoescape=False).render(facts=facts)
+
+
+def curve(adapter: AdapterFacts) -> Curve | None:
+    """The curve of an adapter's training; None with fewer than two validation passes."""
+    points = adapter.points
+    if len(points) < 2:
+        return None
+    losses = [loss for _, train, validation in points for loss in (train, validation)]
+    highest, lowest = max(losses), min(losses)
+    steps = [step for step, _, _ in points]
+
+    def place(step: int, loss: float) -> str:
+        x = WIDTH * (step - steps[0]) / max(steps[-1] - steps[0], 1)
+        y = HEIGHT * (highest - loss) / ((highest - lowest) or 1)
+        return f"{x:.1f},{y:.1f}"
+
+    return Curve(
+        train=" ".join(place(step, train) for step, train, _ in points),
+        validation=" ".join(place(step, validation) for step, _, validation in points),
+        highest=highest,
+        lowest=lowest,
+        last_step=steps[-1],
+    )
+
+
+def _template(name: str, *, autoescape: bool) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["number"] = _number
+    return environment.get_template(name)
+
+
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from edgetune_devices import boards
+from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
+from runtime.bundles import Adapter, low_rank, write_bundle
+
+from edgetune.cli.main import main
+from edgetune.report.facts import facts_of
+from edgetune.report.render import HEIGHT, WIDTH, card, curve
+
+HISTORY = [
+    {"step": 10, "train_loss": 2.0, "val_loss": 1.5},
+    {"step": 20, "train_loss": 1.0, "val_loss": 0.5},
+    {"step": 40, "train_loss": 0.5, "val_loss": 0.75},
+]
+TRAINING: dict[str, Any] = {
+    "train_loss": 0.5, "val_loss": 0.5, "best_step": 20, "steps": 40, "overfit_step": 20, "tokens": 12345,
+    "seconds": 3.0, "history": HISTORY,
+}  # fmt: skip
+NAME = "<b>task"
+
+
+class Page(HTMLParser):
+    """The text and the tags of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text, self.tags, self.links = "", set[str](), list[str]()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value or "" for key, value in attrs if key in {"src", "href"}]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with the adapters `task`, whose training is known, and `other`."""
+    base = tiny_gguf("llama")
+    adapters = {"task": Adapter(low_rank(base, seed=1), system=NAME), "other": Adapter(low_rank(base, seed=2))}
+    path = write_bundle(tmp_path_factory.mktemp("report") / "home", base, adapters, context_length=64)
+    manifest = json.loads((path / MANIFEST_NAME).read_text())
+    manifest["adapters"]["task"]["training"] = TRAINING
+    manifest["adapters"]["task"]["parity"] = {"gguf": {"kl": 0.02, "top1": 0.975, "greedy": 9, "tokens": 80}}
+    manifest["versions"] = {"edgetune": "1.2"}
+    manifest["recipe"] = {"adapters": {"task": {"data": {"train": "rows.jsonl"}}}}
+    (path / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return path
+
+
+def test_the_page_shows_training_parity_and_boards_without_reaching_outside(bundle: Path, tmp_path: Path) -> None:
+    assert main(["report", str(bundle), "--out", str(tmp_path / "new" / "page.html")]) == 0
+    text = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    for part in ("rows.jsonl: 12,345 tokens in 40 steps", "validation rose after step 20", "2.0e-02", "97.5%", NAME):
+        assert part in page.text
+    assert all(name in page.text for name in boards.names())
+    assert "script" not in page.tags
+    assert "b" not in page.tags, "the texts of a bundle are escaped"
+    assert page.links == []
+    assert "http" not in text
+
+
+def test_a_score_is_shown_with_its_metric(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "score.json").write_text('{"score": 0.875, "metric": "exact", "rows": 40, "too_long": 0}\n')
+    out = tmp_path / "page.html"
+    assert main(["report", str(bundle), "--out", str(out), "--score", f"task={tmp_path / 'score.json'}"]) == 0
+    assert "exact 0.875 on 40 rows" in Page(out.read_text(encoding="utf-8")).text
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "message"),
+    [
+        ("none=", '{"score": 1, "metric": "exact", "rows": 4}', "no adapter 'none'"),
+        ("task=", "0.875", "is not the output of edgetune evaluate --json"),
+        ("task=", "", "is not the output of edgetune evaluate --json"),
+    ],
+)
+def test_what_is_no_score_of_the_bundle_is_refused_in_one_line(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, content: str, message: str
+) -> None:
+    (tmp_path / "score.json").write_text(content)
+    out = tmp_path / "page.html"
+    assert main(["report", str(bundle), "--out", str(out), "--score", f"{option}{tmp_path / 'score.json'}"]) != 0
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not out.exists()
+
+
+def test_a_curve_spans_the_plot_and_starts_at_the_first_step(bundle: Path) -> None:
+    task, other = facts_of(bundle, read_manifest(bundle)).adapters
+    drawn = curve(task)
+    assert drawn is not None
+    assert (drawn.highest, drawn.lowest, drawn.last_step) == (2.0, 0.5, 40)
+    assert drawn.train == f"0.0,0.0 {WIDTH / 3:.1f},{HEIGHT * 2 / 3:.1f} {WIDTH:.1f},{HEIGHT:.1f}"
+    assert curve(other) is None
+
+
+def test_the_model_card_has_metadata_and_a_row_per_adapter(bundle: Path) -> None:
+    text = card(facts_of(bundle, read_manifest(bundle)))
+    _, head, body = text.split("---\n", 2)
+    metadata = yaml.safe_load(head)
+    assert metadata["tags"] == ["edgetune", "gguf"]
+    assert metadata["pipeline_tag"] == "text-generation"
+    rows = [line for line in body.splitlines() if line.startswith(("| task", "| other"))]
+    assert [row.split(" | ")[3] for row in rows if "gguf | 2.0e-02" not in row] == ["rows.jsonl", "-"]
+    assert "| task | gguf | 2.0e-02 | 97.5% |" in rows
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) != 0
+    assert "is not a bundle" in capsys.readouterr().err
+
+
+def test_the_report_of_a_copied_bundle_needs_no_training_files(bundle: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(bundle, tmp_path / "copied")
+    assert main(["report", str(copied), "--out", str(tmp_path / "page.html")]) == 0
