@@ -22,6 +22,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .decoding.logprobs import TokenLogprob
     from .generation import Answer, Stream, Timings
     from .runtime import Runtime
     from .session import Session
@@ -42,6 +43,7 @@ __all__ = [
     "Session",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "UsageError",
     "VerificationError",
     "__version__",
@@ -55,6 +57,7 @@ _LAZY = {
     "Answer": "generation",
     "Stream": "generation",
     "Timings": "generation",
+    "TokenLogprob": "decoding.logprobs",
     "Runtime": "runtime",
     "Sampling": "text.sampling",
     "Session": "session",

@@ -112,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (generate, classify, chat):
         text = "answer with this adapter at SCALE (default: the bundle's); may be repeated; omit it for the plain base"
         command.add_argument("--adapter", action="append", default=[], metavar="NAME[=SCALE]", help=text)
+    text = "with --json: print each token's log-probability, and those of the N likeliest tokens at its place (0 to 20)"
+    generate.add_argument("--logprobs", type=int, default=argparse.SUPPRESS, metavar="N", help=text)
     classify.add_argument("--labels", metavar="A,B,C", help="comma-separated labels (default: the adapter's)")
     for command in (generate, chat):
         _add_sampling(command)
@@ -340,7 +342,9 @@ def _prompt(options: argparse.Namespace) -> str:
 def _answer_options(options: argparse.Namespace) -> dict[str, Any]:
     """The answer options on the command line; the others have the defaults of `AnswerOptions`."""
     given = vars(options)
-    found = {name: given[name] for name in (*SAMPLING, "stop") if name in given}
+    found = {name: given[name] for name in (*SAMPLING, "stop", "logprobs") if name in given}
+    if "logprobs" in found and not options.json:
+        raise UsageError("--logprobs is given without --json", "add --json")
     files = {name: _read(given[name]) for name in ("schema", "grammar") if given[name] is not None}
     choices = {} if options.choices is None else {"choices": [text.strip() for text in options.choices.split(",")]}
     return {**found, **files, **choices, "regex": options.regex, "free": options.free}

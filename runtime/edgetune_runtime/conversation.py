@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import NotFoundError, UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from .decoding.logprobs import TokenLogprob
     from .generation import Answer, Stream
     from .runtime import Runtime
     from .session import Session
@@ -112,7 +113,14 @@ def _fields_of(answer: Answer) -> dict[str, Any]:
         with suppress(VerificationError):
             fields["parsed"] = answer.parsed
         fields.setdefault("parsed", None)
+    if answer.logprobs is not None:
+        fields["logprobs"] = [_logprob_fields(one) for one in answer.logprobs]
     return fields | asdict(answer.timings)
+
+
+def _logprob_fields(one: TokenLogprob) -> dict[str, Any]:
+    top = [{"token": each.token, "text": each.text, "logprob": each.logprob} for each in one.top]
+    return {"token": one.token, "text": one.text, "bytes": list(one.bytes), "logprob": one.logprob, "top": top}
 
 
 def adapter_choice(runtime: Runtime, choices: Sequence[str]) -> str | dict[str, float] | None:

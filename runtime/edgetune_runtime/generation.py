@@ -10,6 +10,7 @@ from typing import Any
 
 from .decoding.constraint import Constraint
 from .decoding.drafts import Drafter, DraftTable
+from .decoding.logprobs import LogprobRecord, TokenLogprob
 from .decoding.output import OutputSpec
 from .engines.base import Logits
 from .serving.context import Context, PromptJob
@@ -18,6 +19,9 @@ from .serving.pool import Pool
 from .states.activation import Spans
 from .text.sampling import REPEAT_WINDOW, Sampler, Sampling, sampling_of
 from .text.stream import TextStream
+
+_MOST_HELD = 64
+"""Forced tokens whose log-probabilities are computed in one step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Answer:
 
     `stop_reason` is `end` (of turn), `stop` (a stop text), `length`, `deadline`, `cancelled`, or `dead_end` where no
     token satisfies the output constraint; with the last three the text is incomplete. `output` is that constraint.
+    `logprobs` has one entry per token if requested; the end token is not part of the answer.
     """
 
     text: str
@@ -58,6 +63,7 @@ class Answer:
     timings: Timings
     stop_reason: str
     output: OutputSpec | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     @property
     def parsed(self) -> Any:  # noqa: ANN401 - whatever the schema describes
@@ -136,36 +142,44 @@ def generate(
     sampling: Sampling | None = None,
     deadline_s: float | None = None,
     cancel: threading.Event | None = None,
+    logprobs: int | None = None,
     **overrides: object,
 ) -> Generator[str, None, None]:
     """Yield the pieces of the answer while holding a context; put the whole answer into `outcome`.
 
     Takes the options of `Runtime.generate`, which are checked immediately.
     """
-    return _generate(call, sampling_of(sampling, overrides), Limits(deadline_s, cancel), outcome)
+    record = None if logprobs is None else LogprobRecord(logprobs)
+    return _generate(call, sampling_of(sampling, overrides), Limits(deadline_s, cancel), record, outcome)
 
 
-def _generate(call: Call, sampling: Sampling, limits: Limits, outcome: Generation) -> Generator[str, None, None]:
+def _generate(
+    call: Call, sampling: Sampling, limits: Limits, record: LogprobRecord | None, outcome: Generation
+) -> Generator[str, None, None]:
     job = replace(call.job, check=limits.check)
     try:
         with call.pool.lease(job) as context:
-            answering = _Answering(call, context, sampling, limits)
+            answering = _Answering(call, context, sampling, limits, record)
             yield from answering.pieces(job)
             outcome.answer, outcome.tokens = answering.answer(), list(context.tokens)
     except Stopped as stopped:
         timings = Timings(0.0, 0.0, 0.0, len(job.tokens), 0, call.carried)
-        outcome.answer = Answer("", 0, timings, stopped.reason)
+        outcome.answer = Answer("", 0, timings, stopped.reason, logprobs=None if record is None else ())
 
 
 class _Answering:
     """The state of an answer that is being generated."""
 
-    def __init__(self, call: Call, context: Context, sampling: Sampling, limits: Limits) -> None:
+    def __init__(
+        self, call: Call, context: Context, sampling: Sampling, limits: Limits, record: LogprobRecord | None
+    ) -> None:
         self._call, self._context, self._sampling, self._limits = call, context, sampling, limits
         self._sampler, self._text = Sampler(sampling), TextStream(sampling.stop)
         self._constraint = call.constraint
         self._drafter: Drafter | None = None
+        self._record = record
         self._pending: list[int] = []
+        self._held: list[int] = []
         self._pieces: list[str] = []
         self._count = self._steps = self._accepted = self._forced = self._after_first = 0
         self._first_s = self._rest_s = 0.0
@@ -176,6 +190,8 @@ class _Answering:
         context = self._context
         tick = time.perf_counter()
         self._start = context.run(job)
+        # To continue, the last token must fit too.
+        self._most = min(self._sampling.max_tokens, context.max_tokens - len(job.tokens) + 1)
         if self._call.drafts is not None:
             self._drafter = Drafter(self._call.drafts, list(job.tokens))
         chosen = self._choose(self._start.logits[None], [])
@@ -211,14 +227,17 @@ class _Answering:
             forced=self._forced,
             accepted=self._accepted,
         )
-        return Answer("".join(self._pieces), self._count, timings, self._reason, self._call.output)
+        logprobs = None if self._record is None else tuple(self._record.tokens[: self._count])
+        return Answer("".join(self._pieces), self._count, timings, self._reason, self._call.output, logprobs)
 
     def _step(self) -> list[int]:
         """Decode the pending tokens and a draft of the next ones; returns the tokens that follow."""
-        context = self._context
+        context, held = self._context, self._held
         draft, chances = self._draft()
-        rows = context.extend([*self._pending, *draft], last=len(draft) + 1)
-        chosen = self._choose(rows, draft)
+        rows = context.extend([*self._pending, *draft], last=len(held) + len(draft) + 1)
+        if self._record is not None:
+            self._record.add(context.engine.tokenizer, rows[: len(held)], held)
+        chosen = held + self._choose(rows[len(held) :], draft)
         self._steps += 1
         if self._drafter is not None and draft:
             self._drafter.learn(chances, self._hits)
@@ -228,7 +247,8 @@ class _Answering:
     def _choose(self, rows: Logits, draft: Sequence[int]) -> list[int]:
         """Choose a token from each row of logits, up to the first that differs from the draft, then append forced ones.
 
-        The last chosen token and the forced ones are not computed yet: they are pending.
+        The last chosen token and the forced ones are not computed yet: they are pending. Where log-probabilities are
+        recorded, the forced ones are held back until the next step gives theirs.
         """
         known = len(self._context.tokens) - len(draft)
         chosen: list[int] = []
@@ -246,13 +266,28 @@ class _Answering:
                 break
             self._hits += 1
         self._accepted += self._hits
-        if self._constraint is not None and self._pending and not self._is_end(self._pending[0]):
-            forced = self._constraint.forced()
-            self._constraint.accept(*forced)
-            self._pending, chosen, self._forced = self._pending + forced, chosen + forced, self._forced + len(forced)
+        forced = self._forced_after(known + len(chosen))
+        self._pending = self._pending + forced
         if self._drafter is not None:
-            self._drafter.add(chosen)
+            self._drafter.add(chosen + forced)
+        if self._record is None:
+            return chosen + forced
+        self._record.add(self._context.engine.tokenizer, rows[: len(chosen)], chosen)
+        self._held = forced
         return chosen
+
+    def _forced_after(self, known: int) -> list[int]:
+        """Accept the forced tokens after `known` ones of prompt and answer, as many as the answer has room for."""
+        if self._constraint is None or not self._pending or self._is_end(self._pending[0]):
+            return []
+        room = len(self._call.job.tokens) + self._most - known
+        if self._record is not None:
+            # Tokens that are held back are computed, so the last one of a full context cannot be among them.
+            room = min(room - 1, _MOST_HELD)
+        forced = self._constraint.forced()[: max(0, room)]
+        self._constraint.accept(*forced)
+        self._forced += len(forced)
+        return forced
 
     def _token(self, row: Logits, computed: int) -> int | None:
         """The token chosen from logits after `computed` tokens; None where the output constraint allows none."""
@@ -260,8 +295,14 @@ class _Answering:
         recent = self._context.tokens[max(0, computed - REPEAT_WINDOW) : computed]
         if constraint is None:
             return self._sampler.next(row, recent)
+        if constraint.is_complete:
+            return None
         if sampling.temperature == 0 and sampling.repeat_penalty == 1:
             return constraint.best(row)
+        forced = constraint.forced()
+        if forced:
+            # Without a draw, so that a seed gives the same answer however many tokens a step has.
+            return forced[0]
         allowed = constraint.mask(row)
         return None if allowed is None else self._sampler.next(allowed, recent)
 
@@ -269,13 +310,11 @@ class _Answering:
         """Drafted tokens that are worth verifying in the next step, and their probabilities."""
         if self._drafter is None:
             return [], []
-        context, pending = self._context, len(self._pending)
         # A step gives one token more than its draft.
-        limit = min(self._sampling.max_tokens - self._count - 1, context.max_tokens - len(context.tokens) - pending)
-        draft, chances = self._drafter.propose(limit)
+        draft, chances = self._drafter.propose(self._most - self._count - len(self._held) - 1)
         if self._constraint is not None:
             draft = draft[: self._constraint.valid_prefix(draft)]
-        count = context.batch_cost.worthwhile(chances[: len(draft)], pending)
+        count = self._context.batch_cost.worthwhile(chances[: len(draft)], len(self._pending))
         return draft[:count], chances[:count]
 
     def _emit(self, tokens: Sequence[int]) -> Iterator[str]:
@@ -290,7 +329,7 @@ class _Answering:
             self._reason = self._reason_to_stop()
             if self._reason:
                 return
-        if self._constraint is not None and self._constraint.is_complete:
+        if self._constraint is not None and self._constraint.is_complete and not self._held:
             self._reason = "end"
         self._reason = self._reason or self._reason_at_end
 
@@ -305,8 +344,4 @@ class _Answering:
     def _reason_to_stop(self) -> str:
         if self._text.stopped:
             return "stop"
-        # To continue, the last token must fit too.
-        is_full = len(self._call.job.tokens) + self._count > self._context.max_tokens
-        if self._count == self._sampling.max_tokens or is_full:
-            return "length"
-        return self._limits.reason()
+        return "length" if self._count == self._most else self._limits.reason()

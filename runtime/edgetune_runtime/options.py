@@ -36,11 +36,15 @@ class AnswerOptions(SamplingOptions, total=False):
     At most one of `schema` (a JSON Schema as mapping or text, or a pydantic model class), `choices` (texts), `regex`
     and `grammar` (Lark as llguidance reads it) constrains the answer, instead of the adapter's own constraint; `free`
     removes that.
+
+    With `logprobs`, `Answer.logprobs` has the log-probability of each token, and of that many of the likeliest tokens
+    at its place (0 to 20); see `TokenLogprob`.
     """
 
     sampling: Sampling | None
     deadline_s: float | None
     cancel: threading.Event | None
+    logprobs: int | None
     schema: object
     choices: Sequence[str] | None
     regex: str | None

@@ -22,6 +22,7 @@ NAMES = {
     "Session",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "UsageError",
     "VerificationError",
     "__version__",

@@ -73,7 +73,7 @@ class Sampler:
             logits = _penalize(logits, recent[-REPEAT_WINDOW:], sampling.repeat_penalty)
         if sampling.temperature == 0.0:
             return int(logits.argmax())
-        order = _top_tokens(logits, sampling.top_k)
+        order = top_tokens(logits, sampling.top_k)
         chosen = logits[order].astype(np.float64)
         probabilities = _softmax(chosen)
         if sampling.top_p < 1.0:
@@ -84,7 +84,7 @@ class Sampler:
         return int(self._random.choice(order[:kept], p=_softmax(chosen[:kept] / sampling.temperature)))
 
 
-def _top_tokens(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+def top_tokens(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     """Up to `count` token ids (0: all), the most likely first."""
     if not 0 < count < len(logits):
         return np.argsort(-logits, kind="stable")

@@ -135,6 +135,26 @@ def test_drafts_change_no_answer(drafting: Path, engine: str, sampling: dict[str
                 )
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2, "seed": 5}])
+def test_drafts_change_no_constrained_answer_and_no_log_probability(
+    drafting: Path, engine: str, sampling: dict[str, Any]
+) -> None:
+    forms = [{}, {"regex": r"(.|\n){1,20}and the warm light(.|\n){1,20}is in the hall"}]
+    options: dict[str, Any] = {"engine": engine, "disk_mb": 0}
+    with Runtime.open(drafting, **options) as fast, Runtime.open(drafting, **options, drafts=False) as plain:
+        for prompt in (*PROMPTS, "something else"):
+            for form in forms:
+                asked: dict[str, Any] = {"adapter": "one", "max_tokens": 60, **form, **sampling}
+                found, expected = (runtime.generate(prompt, logprobs=2, **asked) for runtime in (fast, plain))
+                assert found.text == expected.text == fast.generate(prompt, **asked).text
+                assert found.logprobs is not None
+                assert expected.logprobs is not None
+                assert [one.token for one in found.logprobs] == [one.token for one in expected.logprobs]
+                figures = [[one.logprob, *(each.logprob for each in one.top)] for one in expected.logprobs]
+                for one, row in zip(found.logprobs, figures, strict=True):
+                    assert [one.logprob, *(each.logprob for each in one.top)] == pytest.approx(row, abs=5e-3)
+
+
 def test_a_known_answer_takes_few_steps(drafting: Path, engine: str) -> None:
     with Runtime.open(drafting, engine=engine, disk_mb=0) as runtime:
         timings = runtime.generate(PROMPTS[0], adapter="one", max_tokens=40).timings
