@@ -7,10 +7,10 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 
 from .bundle import AdapterEntry, Manifest, resolve, verify_files
+from .decoding.constraint import Constraint
 from .decoding.drafts import DraftTable, read_table
 from .decoding.grammars import Grammars
 from .decoding.output import OutputSpec
@@ -44,6 +44,7 @@ class LoadedBundle:
         self._merged: dict[str, Pool] = {}
         self._drafts: dict[str, DraftTable] = {}
         self._outputs: dict[str, OutputSpec] = {}
+        self._grammars: Grammars | None = None
         self._lock = threading.Lock()
         self._fixed: dict[tuple[int, str | None], list[int]] = {}
 
@@ -115,7 +116,7 @@ class LoadedBundle:
         drafts = self._drafts.get(first) if first is not None else None
         if output is None and not free and first is not None:
             output = self._outputs.get(first)
-        constraint = None if output is None else self._grammars.constraint(output)
+        constraint = None if output is None else self._constraint(output)
         prepared_s = time.perf_counter() - begin
         return Call(pool, PromptJob(tokens, spans, count, owner), system, prepared_s, kept, drafts, output, constraint)
 
@@ -169,11 +170,14 @@ class LoadedBundle:
         for running in (self._running, *self._merged.values()):
             running.close()
 
-    @cached_property
-    def _grammars(self) -> Grammars:
-        """Compiled output constraints for the base's vocabulary, which merged models share."""
+    def _constraint(self, output: OutputSpec) -> Constraint:
+        """A constraint on the base's vocabulary, which merged models share and the first constrained call reads."""
         assert isinstance(self._running, Pool)
-        return Grammars(self._running.first.engine.tokenizer)
+        with self._lock:
+            if self._grammars is None:
+                with self._running.tokenizer() as tokenizer:
+                    self._grammars = Grammars(tokenizer)
+        return self._grammars.constraint(output)
 
     def _fixed_part(self, pool: Pool, tokenizer: Tokenizer, first: str | None, system: str | None) -> list[int]:
         """The common prefix of all prompts with the adapter's own system prompt."""

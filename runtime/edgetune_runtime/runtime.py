@@ -247,6 +247,7 @@ class Runtime:
     def warm(self, adapters: Sequence[Adapters] | None = None) -> dict[str, int]:
         """Compute the missing states of the fixed prompts of these adapters (default: the base and each adapter).
 
+        Output constraints of these adapters are compiled too, for which the base's vocabulary is read once.
         Returns the number of tokens of each state by name, without prompts that are too short for a state. UsageError
         for a text-classification bundle.
         """

@@ -113,6 +113,15 @@ def test_an_adapters_own_form_holds_unless_the_answer_is_free(formed: Path) -> N
     assert other.text == "green"
 
 
+def test_the_vocabulary_is_read_by_the_first_constrained_call_or_by_warm(formed: Path) -> None:
+    for read in (lambda runtime: runtime.warm(["one"]), lambda runtime: runtime.generate("play", regex="a")):
+        with Runtime.open(formed, disk_mb=0) as runtime:
+            runtime.generate("play", adapter="one", max_tokens=2, free=True)
+            assert runtime._loaded._grammars is None
+            read(runtime)
+            assert runtime._loaded._grammars is not None
+
+
 def test_the_command_prints_what_an_answer_stands_for(
     formed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,8 +37,14 @@ class Tokenizer(Protocol):
     def piece(self, token: int) -> bytes:
         """The bytes of `token`, which may be a part of a UTF-8 character; empty for control tokens."""
 
+    def pieces(self) -> list[bytes]:
+        """The bytes of every token, as `piece` gives them, in a fraction of the time."""
+
     def is_end(self, token: int) -> bool:
         """Whether generation ends with `token`."""
+
+    def ends(self) -> list[int]:
+        """All tokens that generation ends with, in order."""
 
     @property
     def end_token(self) -> int:

@@ -32,6 +32,13 @@ COMMAND = output_of(
 )
 
 
+def test_a_tokenizer_gives_all_tokens_at_once_as_one_by_one(base: Opened) -> None:
+    tokenizer, _ = base
+    every = range(tokenizer.vocab_size)
+    assert tokenizer.pieces() == [tokenizer.piece(token) for token in every]
+    assert tokenizer.ends() == [token for token in every if tokenizer.is_end(token)]
+
+
 def text_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return b"".join(map(tokenizer.piece, tokens)).decode()
 

@@ -199,10 +199,28 @@ class Vocabulary:
                 return buffer.raw[:written]
             size = -written
 
+    def pieces(self) -> list[bytes]:
+        """The bytes of every token, as `piece` gives them."""
+        self._check(0)
+        convert, vocab, size = library().llama_token_to_piece, self._vocab, 256
+        # A buffer per token would take most of the time.
+        buffer = ctypes.create_string_buffer(size)
+        found = []
+        for token in range(self.vocab_size):
+            written: int = convert(vocab, token, buffer, size, 0, False)
+            found.append(ctypes.string_at(buffer, written) if written >= 0 else self.piece(token))
+        return found
+
     def is_end(self, token: int) -> bool:
         """Whether generation ends with `token`."""
         self._check(token)
         return bool(library().llama_vocab_is_eog(self._vocab, token))
+
+    def ends(self) -> list[int]:
+        """All tokens that generation ends with, in order."""
+        self._check(0)
+        is_end, vocab = library().llama_vocab_is_eog, self._vocab
+        return [token for token in range(self.vocab_size) if is_end(vocab, token)]
 
     def close(self) -> None:
         """Refuse all further calls, because the model is about to be freed."""

@@ -73,17 +73,35 @@ class JsonTokenizer:
         added = self._added.get(token)
         if added is not None:
             return added
-        text: str = self._tokenizer.id_to_token(token) or ""
-        return _sentencepiece_bytes(text) if self._sentencepiece else _byte_level_bytes(text)
+        return self._decoded(self._tokenizer.id_to_token(token) or "")
+
+    def pieces(self) -> list[bytes]:
+        """The bytes of every token, as `piece` gives them."""
+        self._check(0)
+        found = [b""] * self.vocab_size
+        for text, token in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            found[token] = self._decoded(text)
+        for token, data in self._added.items():
+            found[token] = data
+        return found
 
     def is_end(self, token: int) -> bool:
         """Whether generation ends with `token`."""
         self._check(token)
         return token in self._ends
 
+    def ends(self) -> list[int]:
+        """All tokens that generation ends with, in order."""
+        self._check(0)
+        return sorted(self._ends)
+
     def close(self) -> None:
         """Refuse all further calls."""
         self.vocab_size = 0
+
+    def _decoded(self, text: str) -> bytes:
+        """The bytes that a token's text in the vocabulary stands for."""
+        return _sentencepiece_bytes(text) if self._sentencepiece else _byte_level_bytes(text)
 
     def _raw(self, text: str) -> list[int]:
         self._check(0)
@@ -156,13 +174,14 @@ def _sentencepiece_bytes(text: str) -> bytes:
 
 def _byte_level_bytes(text: str) -> bytes:
     table = _byte_of_character()
-    parts = []
-    for character in text:
-        byte = table.get(character)
+    try:
+        return bytes(map(table.__getitem__, text))
+    except KeyError:
         # llama.cpp's output for a character that does not stand for a byte.
-        unknown = f"[UNK_BYTE_0x{character.encode().hex()}{text}]"
-        parts.append(unknown.encode() if byte is None else bytes([byte]))
-    return b"".join(parts)
+        unknown = (f"[UNK_BYTE_0x{character.encode().hex()}{text}]".encode() for character in text)
+        return b"".join(
+            bytes([table[one]]) if one in table else other for one, other in zip(text, unknown, strict=True)
+        )
 
 
 @cache
