@@ -250,8 +250,8 @@ def validate(
 ) -> None:
     """Check a recipe, its base and its data.
 
-    Reads the base's header and all rows of the data, and checks that the bundle fits on the board and that this machine
-    has enough memory and disk to build it.
+    Reads the base's header and all rows of the data, and checks that the rows keep to their output constraints, that
+    the bundle fits on the board, and that this machine has enough memory and disk to build it.
     """
     from .validate import check  # noqa: PLC0415 - help needs none of it
 

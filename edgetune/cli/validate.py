@@ -11,6 +11,7 @@ from edgetune_runtime.errors import EdgetuneError
 
 from edgetune import builders
 from edgetune.domain.texts import read_texts
+from edgetune.outputs.resolve import check_output
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import Task, read_task
 from edgetune.training.precision import check_precision
@@ -43,6 +44,7 @@ def check(recipe: Recipe, out: Path | None = None) -> dict[str, Any]:
         with _collected(problems):
             tasks.append(read_task(name, recipe))
             found["adapters"][name] = _counts(tasks[-1])
+            check_output(tasks[-1])
     # Where anything is wrong, what it would take is of no use.
     if not problems:
         found["needs"] = builder.needs(recipe, tasks, out or recipe.default_out)

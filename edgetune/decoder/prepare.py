@@ -52,12 +52,13 @@ def prepare(
         # Report errors in the adapters' rows before hours of training.
         plan_trainings(tasks, base, recipe.context_length, Progress(quiet=True))
         base = _continued(recipe, texts, base, work, progress)
-    trainings = plan_trainings(tasks, base, recipe.context_length, progress)
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        trainings = _planned(tasks, base, tokenizer, recipe.context_length, progress)
+        trainings = _with_drafts(trainings, base, tokenizer, recipe, progress)
     placed = [
         replace(_placed(item, base, recipe, work, progress), output=output)
         for item, output in zip(trainings, outputs, strict=True)
     ]
-    placed = _with_drafts(placed, base, recipe, progress)
     adapters = {item.task.name: item.task.spec for item in placed}
     plot = {"plot": str(work / domain.NAME / "training.png")} if base.domain else {}
     return Prepared(base, recipe.model_copy(update={"adapters": adapters}), placed, {**base.domain, **plot})
@@ -95,23 +96,29 @@ def resolve(recipe: Recipe, work: Path, progress: Progress, converter: Path | No
 
 def plan_trainings(tasks: Sequence[Task], base: Base, context_length: int, progress: Progress) -> list[PlannedTraining]:
     """A training job per task, tokenized for the base; reports rows that are too long."""
-    todo = []
     with closing(GgufTokenizer(base.path)) as tokenizer:
-        for task in tasks:
-            kind = methods.load(task.spec.method.name)
-            capacity = context_length - kind.prefix_tokens(task.spec.method.options)
-            training, validation, too_long = task.tokenize(tokenizer, capacity)
-            if too_long.count:
-                where = ", ".join(too_long.examples)
-                progress.say(f"{task.name}: {too_long.count} rows are longer than {capacity} tokens: {where} …")
-            rows = (*training, *validation)
-            options = kind.prepared(task.spec.method.options, tokenizer, rows)
-            method = task.spec.method.model_copy(update={"options": options})
-            task = replace(task, spec=task.spec.model_copy(update={"method": method}))  # noqa: PLW2901 - now complete
-            key = _key(task, base, rows)
-            objective = kind.objective(options)
-            job = TrainingJob(task.name, kind, options, task.training, training, validation, key, objective)
-            todo.append(PlannedTraining(task, job, too_long))
+        return _planned(tasks, base, tokenizer, context_length, progress)
+
+
+def _planned(
+    tasks: Sequence[Task], base: Base, tokenizer: GgufTokenizer, context_length: int, progress: Progress
+) -> list[PlannedTraining]:
+    todo = []
+    for task in tasks:
+        kind = methods.load(task.spec.method.name)
+        capacity = context_length - kind.prefix_tokens(task.spec.method.options)
+        training, validation, too_long = task.tokenize(tokenizer, capacity)
+        if too_long.count:
+            where = ", ".join(too_long.examples)
+            progress.say(f"{task.name}: {too_long.count} rows are longer than {capacity} tokens: {where} …")
+        rows = (*training, *validation)
+        options = kind.prepared(task.spec.method.options, tokenizer, rows)
+        method = task.spec.method.model_copy(update={"options": options})
+        task = replace(task, spec=task.spec.model_copy(update={"method": method}))  # noqa: PLW2901 - now complete
+        key = _key(task, base, rows)
+        objective = kind.objective(options)
+        job = TrainingJob(task.name, kind, options, task.training, training, validation, key, objective)
+        todo.append(PlannedTraining(task, job, too_long))
     return todo
 
 
@@ -145,24 +152,23 @@ def _placed(item: PlannedTraining, base: Base, recipe: Recipe, work: Path, progr
     task = replace(item.task, spec=spec.model_copy(update={"method": method}))
     key = _key(task, base, (*item.job.train, *item.job.validation))
     job = replace(item.job, options=chosen, key=key)
-    return replace(item, task=task, job=job, choices={"placement": choice.to_json()})
+    return replace(item, task=task, job=job, choices={**item.choices, "placement": choice.to_json()})
 
 
 def _with_drafts(
-    trainings: Sequence[PlannedTraining], base: Base, recipe: Recipe, progress: Progress
+    trainings: Sequence[PlannedTraining], base: Base, tokenizer: GgufTokenizer, recipe: Recipe, progress: Progress
 ) -> list[PlannedTraining]:
     """The same with draft tables where they make decoding faster."""
     found, digest = [], digest_of_tokenizer(base.header)
-    with closing(GgufTokenizer(base.path)) as tokenizer:
-        for item in trainings:
-            if item.task.spec.draft:
-                rows = item.job.train, item.job.validation
-                table, worth = draft_of(*rows, tokenizer, digest, recipe.targets[0])
-                progress.say(f"{item.task.name}: drafts give {worth:.1f} tokens per step on the validation rows")
-                item = replace(  # noqa: PLW2901 - now complete
-                    item, draft=table, choices={**item.choices, "draft_tokens_per_step": round(worth, 2)}
-                )
-            found.append(item)
+    for item in trainings:
+        if item.task.spec.draft:
+            rows = item.job.train, item.job.validation
+            table, worth = draft_of(*rows, tokenizer, digest, recipe.targets[0])
+            progress.say(f"{item.task.name}: drafts give {worth:.1f} tokens per step on the validation rows")
+            item = replace(  # noqa: PLW2901 - now complete
+                item, draft=table, choices={**item.choices, "draft_tokens_per_step": round(worth, 2)}
+            )
+        found.append(item)
     return found
 
 

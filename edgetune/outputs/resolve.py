@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from edgetune_runtime.decoding.output import OutputSpec
@@ -25,11 +24,10 @@ def output_of_task(task: Task, folder: Path, progress: Progress) -> OutputSpec |
     option = task.spec.output
     if option is None:
         return None
-    rows = [row for row in (*task.train, *task.validation) if row.completion is not None]
+    check_output(task)
     if option.spec is not None:
-        _check(task.name, option.spec, rows)
         return option.spec
-    found = infer([row.completion or "" for row in rows])
+    found = infer([row.completion or "" for row in _answered(task)])
     if found is None:
         progress.say(f"{task.name}: output: auto finds no structure in the completions, so answers are free text")
         return None
@@ -41,9 +39,20 @@ def output_of_task(task: Task, folder: Path, progress: Progress) -> OutputSpec |
     return found
 
 
-def _check(name: str, spec: OutputSpec, rows: Sequence[TaskRow]) -> None:
+def check_output(task: Task) -> None:
+    """UsageError that names the rows that break the output constraint given in the task's recipe."""
+    spec = None if task.spec.output is None else task.spec.output.spec
+    if spec is None:
+        return
+    rows = _answered(task)
     wrong = [rows[place] for place in misfits(spec, (row.completion or "" for row in rows))]
     if wrong:
         examples = first_of([f"{row.where} {(row.completion or '')[:60]!r}" for row in wrong])
-        message = f"adapters.{name}.output: {len(wrong)} of {len(rows)} completions break the {spec.kind}: {examples}"
+        message = (
+            f"adapters.{task.name}.output: {len(wrong)} of {len(rows)} completions break the {spec.kind}: {examples}"
+        )
         raise UsageError(message, "correct these rows or the output")
+
+
+def _answered(task: Task) -> list[TaskRow]:
+    return [row for row in (*task.train, *task.validation) if row.completion is not None]

@@ -8,6 +8,7 @@ import pytest
 from edgetune_runtime.errors import UsageError
 from trainings import Listening
 
+from edgetune.cli.validate import check
 from edgetune.outputs.resolve import output_of_task
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
@@ -16,13 +17,17 @@ ROWS = [{"prompt": f"light {number}", "completion": {"on": number % 2 == 0}} for
 SCHEMA = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
 
 
-def resolved(folder: Path, output: Any, rows: list[dict[str, Any]] = ROWS) -> tuple[Any, list[str]]:  # noqa: ANN401 - a recipe's value
+def recipe_of(folder: Path, output: object, rows: list[dict[str, Any]] = ROWS) -> Recipe:
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     (folder / "schema.json").write_text(json.dumps(SCHEMA), encoding="utf-8")
     values = {"base": "smollm2-135m", "adapters": {"light": {"data": {"train": "rows.jsonl"}, "output": output}}}
-    recipe = Recipe.model_validate({"name": "home", **values}, context={"folder": folder})
+    return Recipe.model_validate({"name": "home", **values}, context={"folder": folder})
+
+
+def resolved(folder: Path, output: object, rows: list[dict[str, Any]] = ROWS) -> tuple[Any, list[str]]:
     progress = Listening()
-    return output_of_task(read_task("light", recipe), folder / "output", progress), progress.lines
+    task = read_task("light", recipe_of(folder, output, rows))
+    return output_of_task(task, folder / "output", progress), progress.lines
 
 
 def test_auto_infers_a_constraint_and_writes_it_down(tmp_path: Path) -> None:
@@ -48,8 +53,11 @@ def test_auto_leaves_free_text_free(tmp_path: Path) -> None:
 def test_a_given_constraint_is_checked_against_all_rows(tmp_path: Path, output: dict[str, Any]) -> None:
     assert resolved(tmp_path, output)[0].to_json() in ({"schema": SCHEMA}, output)
     wrong = [*ROWS, {"prompt": "light", "completion": "never"}]
-    with pytest.raises(UsageError, match=r"light\.output: 1 of 11 completions break the \w+: .*rows\.jsonl:11 'never'"):
+    message = r"light\.output: 1 of 11 completions break the \w+: .*rows\.jsonl:11 'never'"
+    with pytest.raises(UsageError, match=message):
         resolved(tmp_path, output, wrong)
+    with pytest.raises(UsageError, match=message):
+        check(recipe_of(tmp_path, output, wrong))
 
 
 @pytest.mark.parametrize(
