@@ -7,7 +7,6 @@ from itertools import takewhile
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.errors import UsageError
@@ -26,8 +25,7 @@ class Constraint:
     """Follows one answer, token by token; made by `Grammars.constraint`. Not thread-safe.
 
     At each place: end the answer if `is_complete`; else take what `forced` gives, or choose a token by `best` or after
-    `mask`; then `accept` it. Every method may raise UsageError when llguidance reaches its limits, from which
-    `rollback` leads back.
+    `mask`; then `accept` it. Every method may raise UsageError when llguidance reaches its limits.
     """
 
     def __init__(
@@ -83,13 +81,6 @@ class Constraint:
         masked = self.mask(logits)
         return None if masked is None else int(masked.argmax())
 
-    def allowed(self) -> NDArray[np.bool_] | None:
-        """Whether each token [vocab] may come next; None at a dead end."""
-        if not self._fill_bits():
-            return None
-        count = self._vocabulary.size
-        return np.unpackbits(self._bits.view(np.uint8), count=count, bitorder="little").view(np.bool_)
-
     def forced(self) -> list[int]:
         """The tokens that must come next, as the base's tokenizer cuts their text; [] where there is a choice."""
         if self.is_complete:
@@ -116,18 +107,6 @@ class Constraint:
             if not self._takes(token):
                 raise UsageError(f"token {token} may not come next in this answer", "choose one after mask()")
             self.tokens.append(token)
-
-    def rollback(self, count: int) -> None:
-        """Take back the last `count` tokens; UsageError when there are not so many."""
-        if not 0 <= count <= len(self.tokens):
-            raise UsageError(f"cannot take back {count} of {len(self.tokens)} tokens", "give a smaller number")
-        if count == 0:
-            return
-        consumed = count - self._has_ended
-        del self.tokens[-count:]
-        if self._matcher.is_error() or not self._matcher.rollback(consumed):
-            self._revive()
-            self._check()
 
     @property
     def _has_ended(self) -> bool:

@@ -39,6 +39,12 @@ def test_a_tokenizer_gives_all_tokens_at_once_as_one_by_one(base: Opened) -> Non
     assert tokenizer.ends() == [token for token in every if tokenizer.is_end(token)]
 
 
+def allowed_by(constraint: Constraint) -> np.ndarray | None:
+    """Whether each token [vocab] may come next; None at a dead end."""
+    masked = constraint.mask(np.zeros(constraint._vocabulary.size, np.float32))
+    return None if masked is None else masked == 0
+
+
 def text_of(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return b"".join(map(tokenizer.piece, tokens)).decode()
 
@@ -104,23 +110,23 @@ def test_forced_tokens_stop_where_another_token_may_go_on(base: Opened) -> None:
 
 def test_only_end_tokens_may_come_where_nothing_else_fits(base: Opened) -> None:
     tokenizer, grammars = base
-    ends = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
+    ends = tokenizer.ends()
     assert len(ends) > 1
     constraint = grammars.constraint(output_of(choices=["lamp"]))
-    before = constraint.allowed()
+    before = allowed_by(constraint)
     assert before is not None
     assert not before[ends].any()
     assert not constraint.may_end
     with pytest.raises(UsageError, match=f"token {ends[0]} may not come next"):
         constraint.accept(ends[0])
     constraint.accept(*tokenizer.tokenize("lamp", continues=True))
-    after = constraint.allowed()
+    after = allowed_by(constraint)
     assert after is not None
     assert np.flatnonzero(after).tolist() == ends
     assert [constraint.valid_prefix([end]) for end in ends] == [1] * len(ends)
     constraint.accept(ends[-1])
     assert constraint.valid_prefix([ends[0]]) == 0
-    assert constraint.allowed() is None
+    assert allowed_by(constraint) is None
     assert constraint.is_complete
     with pytest.raises(UsageError, match="may not come next"):
         constraint.accept(ends[0])
@@ -144,7 +150,7 @@ def test_the_mask_keeps_the_logits_of_what_may_come_next(base: Opened) -> None:
     constraint.accept(*tokenizer.tokenize('{"service": "light.on", "area": "', continues=True))
     logits = random.normal(0, 3, tokenizer.vocab_size).astype(np.float32)
     kept = logits.copy()
-    masked, allowed = constraint.mask(logits), constraint.allowed()
+    masked, allowed = constraint.mask(logits), allowed_by(constraint)
     assert masked is not None
     assert allowed is not None
     assert masked.dtype == np.float32
@@ -165,41 +171,12 @@ def test_a_token_is_valid_as_the_mask_says_where_none_is_forced(base: Opened) ->
         for _ in range(30):
             if constraint.is_complete:
                 break
-            allowed = constraint.allowed()
+            allowed = allowed_by(constraint)
             assert allowed is not None
             tested = random.integers(0, tokenizer.vocab_size, 200)
             if not constraint.forced():
                 assert [constraint.valid_prefix([int(token)]) for token in tested] == allowed[tested].tolist()
             constraint.accept(int(random.choice(np.flatnonzero(allowed))))
-
-
-def test_rollback_leads_back_to_the_same_masks(base: Opened) -> None:
-    _, grammars = base
-    random = np.random.default_rng(1)
-    for form in FORMS[:4]:
-        constraint = grammars.constraint(output_of(schema=form, spacing="spaced"))
-        masks, states = [], []
-        while not constraint.is_complete and len(masks) < 60:
-            masks.append(constraint.allowed())
-            states.append((constraint.may_end, constraint.forced()))
-            constraint.accept(int(random.choice(np.flatnonzero(masks[-1]))))
-        for _ in range(20):
-            count = int(random.integers(0, len(masks) + 1))
-            masks, states = masks[: len(masks) - count], states[: len(states) - count]
-            constraint.rollback(count)
-            at = constraint.allowed()
-            assert at is not None
-            if count:
-                again = grammars.constraint(output_of(schema=form, spacing="spaced"))
-                again.accept(*constraint.tokens)
-                np.testing.assert_array_equal(at, again.allowed())
-                assert (constraint.may_end, constraint.forced()) == (again.may_end, again.forced())
-            while not constraint.is_complete and len(masks) < 60:
-                masks.append(constraint.allowed())
-                states.append((constraint.may_end, constraint.forced()))
-                constraint.accept(int(random.choice(np.flatnonzero(masks[-1]))))
-    with pytest.raises(UsageError, match="cannot take back 1000 of"):
-        constraint.rollback(1000)
 
 
 def test_drafts_are_valid_up_to_the_first_token_that_does_not_fit(base: Opened) -> None:
@@ -227,15 +204,14 @@ def test_a_token_that_does_not_fit_is_refused_and_the_answer_goes_on(tiny: Opene
     assert constraint.is_complete
 
 
-def test_a_dead_end_gives_no_mask_and_can_be_left(tiny: Opened) -> None:
+def test_a_dead_end_gives_no_mask(tiny: Opened) -> None:
     tokenizer, grammars = tiny
     # No text is both of these.
     constraint = grammars.constraint(output_of(grammar='start: "a" BOTH | "lamp"\nBOTH: /b/ & /c/'))
     (a,) = tokenizer.tokenize("a", continues=True)
-    first = constraint.allowed()
-    assert first is not None
+    assert allowed_by(constraint) is not None
     constraint.accept(a)
-    assert constraint.allowed() is None
+    assert allowed_by(constraint) is None
     assert constraint.mask(np.zeros(tokenizer.vocab_size, np.float32)) is None
     assert constraint.forced() == []
     assert constraint.valid_prefix([a, tokenizer.end_token]) == 0
@@ -243,8 +219,6 @@ def test_a_dead_end_gives_no_mask_and_can_be_left(tiny: Opened) -> None:
     assert not constraint.is_complete
     with pytest.raises(UsageError, match="may not come next"):
         constraint.accept(a)
-    constraint.rollback(1)
-    np.testing.assert_array_equal(constraint.allowed(), first)
 
 
 def test_an_end_token_that_a_grammar_names_does_not_end_it(tiny: Opened) -> None:
@@ -252,11 +226,9 @@ def test_an_end_token_that_a_grammar_names_does_not_end_it(tiny: Opened) -> None
     end = tokenizer.end_token
     constraint = grammars.constraint(output_of(grammar=f'start: "lamp" <[{end}]> "on"'))
     constraint.accept(*tokenizer.tokenize("lamp", continues=True))
-    assert constraint.allowed() is None
+    assert allowed_by(constraint) is None
     assert constraint.mask(np.zeros(tokenizer.vocab_size, np.float32)) is None
-    constraint.rollback(1)
-    assert constraint.allowed() is not None
-    anything = grammars.constraint(output_of(grammar='start: <[*]> "on"')).allowed()
+    anything = allowed_by(grammars.constraint(output_of(grammar='start: <[*]> "on"')))
     assert anything is not None
     assert anything.sum() > 300
     assert not anything[end]
@@ -265,7 +237,7 @@ def test_an_end_token_that_a_grammar_names_does_not_end_it(tiny: Opened) -> None
 def go_on(constraint: Constraint, ends: list[int], random: np.random.Generator, steps: int) -> None:
     """Accept random tokens that do not end the answer."""
     for _ in range(steps):
-        allowed = constraint.allowed()
+        allowed = allowed_by(constraint)
         assert allowed is not None
         allowed[ends] = False
         if not allowed.any():
@@ -276,7 +248,7 @@ def go_on(constraint: Constraint, ends: list[int], random: np.random.Generator, 
 @pytest.mark.parametrize("regex", [r"((a{1,1000}){1,1000}){1,1000}", r"(a?){5000}a{5000}"])
 def test_a_regex_that_explodes_is_an_error_and_the_base_goes_on(regex: str, tiny: Opened) -> None:
     tokenizer, grammars = tiny
-    ends = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
+    ends = tokenizer.ends()
     random = np.random.default_rng(0)
     spec = output_of(regex=regex)
     for _ in range(2):
@@ -287,7 +259,7 @@ def test_a_regex_that_explodes_is_an_error_and_the_base_goes_on(regex: str, tiny
 
 def test_answers_go_on_when_the_automaton_that_they_share_is_full(tiny: Opened) -> None:
     tokenizer, grammars = tiny
-    ends = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
+    ends = tokenizer.ends()
     random = np.random.default_rng(0)
     # A state for each of the last 41 letters: some 10,000 tokens fill the automaton.
     spec = output_of(regex="(a|b)*a(a|b){40}")
@@ -308,7 +280,7 @@ def test_control_tokens_that_the_template_names_can_be_named(opened: Callable[..
         tokenizer, grammars = opened(engine, "smollm2")
         (start,) = tokenizer.tokenize("<|im_start|>", continues=True)
         constraint = grammars.constraint(output_of(grammar='start: <|im_start|> "lamp"'))
-        allowed = constraint.allowed()
+        allowed = allowed_by(constraint)
         assert allowed is not None
         assert np.flatnonzero(allowed).tolist() == [start]
 
@@ -343,7 +315,7 @@ def test_the_best_token_is_that_of_the_mask(base: Opened) -> None:
             if constraint.is_complete:
                 break
             logits = random.normal(0, 2, tokenizer.vocab_size).astype(np.float32)
-            allowed, masked = constraint.allowed(), constraint.mask(logits)
+            allowed, masked = allowed_by(constraint), constraint.mask(logits)
             assert allowed is not None
             assert masked is not None
             # As often as not the likeliest token is one that may come next.
@@ -377,7 +349,7 @@ def test_answers_of_the_example_are_forced_as_they_are_trained(base: Opened) -> 
                 must = constraint.forced()
                 assert tokens[: len(must)] == must
                 following = must or tokens[:1]
-                allowed = constraint.allowed()
+                allowed = allowed_by(constraint)
                 assert allowed is not None
                 assert allowed[following[0]]
                 constraint.accept(*following)
