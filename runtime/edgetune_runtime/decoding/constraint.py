@@ -39,6 +39,7 @@ class Constraint:
         self._restart = restart
         self.tokens: list[int] = []
         """The tokens that were accepted, an end token included."""
+        self._forced: list[int] | None = None
         self._bits = np.zeros((vocabulary.handle.vocab_size + 31) // 32, np.uint32)
 
     @property
@@ -85,8 +86,10 @@ class Constraint:
         """The tokens that must come next, as the base's tokenizer cuts their text; [] where there is a choice."""
         if self.is_complete:
             return []
-        tokens = self._ask(lambda matcher: list(matcher.compute_ff_tokens()))
-        return list(takewhile(lambda token: token not in self._vocabulary.ends, tokens))
+        if self._forced is None:
+            tokens = self._ask(lambda matcher: list(matcher.compute_ff_tokens()))
+            self._forced = list(takewhile(lambda token: token not in self._vocabulary.ends, tokens))
+        return self._forced.copy()
 
     def valid_prefix(self, tokens: Sequence[int]) -> int:
         """How many of these tokens could come next, one after another; an end token can only be the last of them.
@@ -107,6 +110,7 @@ class Constraint:
             if not self._takes(token):
                 raise UsageError(f"token {token} may not come next in this answer", "choose one after mask()")
             self.tokens.append(token)
+            self._forced = None
 
     @property
     def _has_ended(self) -> bool:
