@@ -14,7 +14,8 @@ from edgetune_export.backends.base import OnnxOptions
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
-from edgetune_runtime.text.chat import messages_for, render
+from edgetune_runtime.text.chat import messages_for
+from edgetune_runtime.tools.prompts import prompt_text
 
 from . import bases, builders, methods
 from .bases import Base, trained_context_length
@@ -136,10 +137,7 @@ def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merge
     with closing(GgufTokenizer(base.path)) as tokenizer:
         rows = []
         for probe in PROBES:
-            messages = messages_for(probe, system)
-            ends = {"bos": tokenizer.bos, "eos": tokenizer.eos}
-            text = render(tokenizer.chat_template, messages, add_generation_prompt=True, **ends)
-            rows.append(tokenizer.tokenize(text))
+            rows.append(tokenizer.tokenize(prompt_text(tokenizer, messages_for(probe, system))))
     lengths = [len(row) for row in rows]
     method = methods.of_folder(folder)
     return TrainedAdapter(name, folder, method.name, method.options(), rows, lengths, system=system, merged=merged)

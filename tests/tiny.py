@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ CHAT_TEMPLATE = (
 WORDS = "turn on off the lamp light in hall kitchen set heat to blind open close play stop what is time reply red warm"
 
 
-def make_tokenizer(folder: Path) -> Path:
-    """Train a small SentencePiece tokenizer (byte fallback, chat markers) and return its model file."""
+def make_tokenizer(folder: Path, controls: Sequence[str] = ()) -> Path:
+    """Train a small SentencePiece tokenizer (byte fallback, chat markers, control tokens) and return its model file."""
     rng = random.Random(0)
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join(" ".join(rng.choices(WORDS.split(), k=rng.randint(3, 9))) for _ in range(1000)))
@@ -98,6 +99,7 @@ def make_tokenizer(folder: Path) -> Path:
         eos_id=2,
         pad_id=-1,
         user_defined_symbols=["<|im_start|>", "<|im_end|>"],
+        control_symbols=list(controls),
         hard_vocab_limit=False,
         minloglevel=2,
     )

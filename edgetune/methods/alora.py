@@ -118,9 +118,9 @@ def _before_answer(tokenizer: Tokenizer) -> str:
     """The text that the chat template puts before an answer. Raises UsageError if there is none."""
 
     def rendered(*, add_generation_prompt: bool) -> str:
-        template, ends = tokenizer.chat_template, {"bos": tokenizer.bos, "eos": tokenizer.eos}
+        template, bos, eos = tokenizer.chat_template, tokenizer.bos, tokenizer.eos
         messages = [{"role": "user", "content": "a"}]
-        return render(template, messages, add_generation_prompt=add_generation_prompt, **ends)
+        return render(template, messages, add_generation_prompt=add_generation_prompt, bos=bos, eos=eos)
 
     before, whole = rendered(add_generation_prompt=False), rendered(add_generation_prompt=True)
     if not whole.startswith(before) or whole == before:

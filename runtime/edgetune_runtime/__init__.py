@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .runtime import Runtime
     from .session import Session
     from .text.sampling import Sampling
+    from .tools.calls import ToolCall
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "Stream",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
     "UsageError",
     "VerificationError",
     "__version__",
@@ -61,6 +63,7 @@ _LAZY = {
     "Runtime": "runtime",
     "Sampling": "text.sampling",
     "Session": "session",
+    "ToolCall": "tools.calls",
 }
 
 

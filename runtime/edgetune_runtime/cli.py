@@ -117,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("--labels", metavar="A,B,C", help="comma-separated labels (default: the adapter's)")
     for command in (generate, chat):
         _add_sampling(command)
-        _add_form(command)
+    _add_tools(_add_form(generate), generate)
+    _add_form(chat)
     for command in (generate, classify, chat, bench, warm):
         _add_opening(command)
     return parser
@@ -164,7 +165,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help=text)
 
 
-def _add_form(command: argparse.ArgumentParser) -> None:
+def _add_form(command: argparse.ArgumentParser) -> argparse._ActionsContainer:
     group = command.add_argument_group("output constraint (default: the adapter's own, if it has one)")
     forms = group.add_mutually_exclusive_group()
     forms.add_argument("--schema", type=Path, metavar="FILE", help="answer in JSON that matches this JSON Schema")
@@ -172,6 +173,14 @@ def _add_form(command: argparse.ArgumentParser) -> None:
     forms.add_argument("--regex", metavar="REGEX", help="answer with a text that matches this regular expression")
     forms.add_argument("--grammar", type=Path, metavar="FILE", help="answer with a text of this Lark grammar")
     forms.add_argument("--free", action="store_true", help="do not constrain the answer")
+    return forms
+
+
+def _add_tools(forms: argparse._ActionsContainer, command: argparse.ArgumentParser) -> None:
+    text = "offer the tools in this JSON file, a list of function definitions as in OpenAI's API"
+    forms.add_argument("--tools", type=Path, metavar="FILE", help=text)
+    text = "with --tools: auto (default), required, none, or the name of the tool to call"
+    command.add_argument("--tool-choice", metavar="CHOICE", help=text)
 
 
 def _add_opening(command: argparse.ArgumentParser) -> None:
@@ -342,12 +351,21 @@ def _prompt(options: argparse.Namespace) -> str:
 def _answer_options(options: argparse.Namespace) -> dict[str, Any]:
     """The answer options on the command line; the others have the defaults of `AnswerOptions`."""
     given = vars(options)
-    found = {name: given[name] for name in (*SAMPLING, "stop", "logprobs") if name in given}
+    found: dict[str, Any] = {name: given[name] for name in (*SAMPLING, "stop", "logprobs") if name in given}
     if "logprobs" in found and not options.json:
         raise UsageError("--logprobs is given without --json", "add --json")
     files = {name: _read(given[name]) for name in ("schema", "grammar") if given[name] is not None}
     choices = {} if options.choices is None else {"choices": [text.strip() for text in options.choices.split(",")]}
-    return {**found, **files, **choices, "regex": options.regex, "free": options.free}
+    tools = {} if given.get("tools") is None else {"tools": _read_json(options.tools)}
+    found |= {"tool_choice": given.get("tool_choice"), "regex": options.regex, "free": options.free}
+    return {**found, **files, **choices, **tools}
+
+
+def _read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON
+    try:
+        return json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON: {error}", "give a list of tools") from error
 
 
 def _read(path: Path) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .generation import Answer, Stream
     from .runtime import Runtime
     from .session import Session
+    from .tools.calls import ToolCall
 
 PROGRAM = "edgetune-run"
 
@@ -95,7 +96,7 @@ class Conversation:
 
 
 def show(stream: Stream, *, as_json: bool) -> None:
-    """Print an answer: its text as it is generated, or one JSON object with the timings."""
+    """Print an answer: its text as it is generated and a line per tool call, or one JSON object with the timings."""
     for piece in stream:
         if not as_json:
             print(piece, end="", flush=True)
@@ -103,8 +104,13 @@ def show(stream: Stream, *, as_json: bool) -> None:
     assert answer is not None
     if as_json:
         print(json.dumps(_fields_of(answer), ensure_ascii=False), flush=True)
-    else:
-        print(flush=True)
+        return
+    calls = [json.dumps(_call_fields(call), ensure_ascii=False) for call in answer.tool_calls]
+    print("\n".join(["", *calls] if answer.content and calls else calls), flush=True)
+
+
+def _call_fields(call: ToolCall) -> dict[str, Any]:
+    return {"name": call.name, "arguments": call.arguments, "id": call.id}
 
 
 def _fields_of(answer: Answer) -> dict[str, Any]:
@@ -115,6 +121,9 @@ def _fields_of(answer: Answer) -> dict[str, Any]:
         fields.setdefault("parsed", None)
     if answer.logprobs is not None:
         fields["logprobs"] = [_logprob_fields(one) for one in answer.logprobs]
+    fields["tool_calls"] = [_call_fields(call) for call in answer.tool_calls]
+    if answer.tool_calls:
+        fields["content"] = answer.content
     return fields | asdict(answer.timings)
 
 

@@ -19,6 +19,7 @@ from .serving.pool import Pool
 from .states.activation import Spans
 from .text.sampling import REPEAT_WINDOW, Sampler, Sampling, sampling_of
 from .text.stream import TextStream
+from .tools.calls import CallReader, ContentStream, ToolCall
 
 _MOST_HELD = 64
 """Forced tokens whose log-probabilities are computed in one step; with a vocabulary of 150,000 a row takes 0.6 MB."""
@@ -53,6 +54,9 @@ class Timings:
 class Answer:
     """A generated text of `tokens` tokens.
 
+    With `tools`, `text` is all that the model wrote, `tool_calls` are the calls in it, and `content` is the text before
+    them. A call that was cut off is in `text` only.
+
     `stop_reason` is `end` (of turn), `stop` (a stop text), `length`, `deadline`, `cancelled`, or `dead_end` where no
     token satisfies the output constraint; with the last three the text is incomplete. `output` is that constraint.
     `logprobs` has one entry per token if requested; the end token is not part of the answer.
@@ -64,6 +68,14 @@ class Answer:
     stop_reason: str
     output: OutputSpec | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    content: str = ""
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a chat message: the assistant's `content`, and its `tool_calls` if there are any."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        return message | ({"tool_calls": [call.to_message() for call in self.tool_calls]} if self.tool_calls else {})
 
     @property
     def parsed(self) -> Any:  # noqa: ANN401 - whatever the schema describes
@@ -86,6 +98,7 @@ class Call:
     drafts: DraftTable | None = None
     output: OutputSpec | None = None
     constraint: Constraint | None = None
+    reader: CallReader | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,10 @@ class Generation:
 
 
 class Stream(Iterator[str]):
-    """Iterator over the pieces of an answer; afterwards `answer` has all of it. `close` ends the answer early."""
+    """Iterator over the pieces of an answer without its tool calls; afterwards `answer` has all of it.
+
+    `close` ends the answer early.
+    """
 
     def __init__(self, pieces: Generator[str, None, None], outcome: Generation) -> None:
         self._pieces = pieces
@@ -175,7 +191,10 @@ class _Answering:
     ) -> None:
         self._call, self._context, self._sampling, self._limits = call, context, sampling, limits
         self._sampler, self._text = Sampler(sampling), TextStream(sampling.stop)
-        self._constraint = call.constraint
+        self._constraint, self._reader = call.constraint, call.reader
+        self._content = None if call.reader is None else ContentStream(call.reader.form)
+        # Control tokens stand for no text, but calls may begin with one.
+        self._marks = {} if call.reader is None else call.reader.marks
         self._drafter: Drafter | None = None
         self._record = record
         self._pending: list[int] = []
@@ -211,6 +230,8 @@ class _Answering:
         # Tokens computed beyond the end are not part of the answer.
         context.truncate(len(job.tokens) + self._count)
         yield from self._push(self._text.finish())
+        if self._content is not None:
+            yield from filter(None, [self._content.finish()])
 
     def answer(self) -> Answer:
         """The whole answer, after the last piece."""
@@ -227,8 +248,11 @@ class _Answering:
             forced=self._forced,
             accepted=self._accepted,
         )
+        text = "".join(self._pieces)
+        content, calls = (text, ()) if self._reader is None else self._reader.read(text)
         logprobs = None if self._record is None else tuple(self._record.tokens[: self._count])
-        return Answer("".join(self._pieces), self._count, timings, self._reason, self._call.output, logprobs)
+        output = self._call.output
+        return Answer(text, self._count, timings, self._reason, output, logprobs, tool_calls=calls, content=content)
 
     def _step(self) -> list[int]:
         """Decode the pending tokens and a draft of the next ones; returns the tokens that follow."""
@@ -325,7 +349,8 @@ class _Answering:
                 self._reason = "end"
                 return
             self._count += 1
-            yield from self._push(self._text.push(tokenizer.piece(token)))
+            piece = self._marks.get(token) or tokenizer.piece(token)
+            yield from self._push(self._text.push(piece))
             self._reason = self._reason_to_stop()
             if self._reason:
                 return
@@ -338,8 +363,9 @@ class _Answering:
 
     def _push(self, piece: str) -> Iterator[str]:
         self._pieces.append(piece)
-        if piece:
-            yield piece
+        shown = piece if self._content is None else self._content.push(piece)
+        if shown:
+            yield shown
 
     def _reason_to_stop(self) -> str:
         if self._text.stopped:

@@ -18,12 +18,17 @@ from .engines.base import Tokenizer
 from .errors import IncompatibleError, UsageError, VerificationError
 from .generation import Call, Carried
 from .opening import OpeningOptions, file_of, open_base
+from .options import AnswerForm
 from .serving.classifier import Classifier
 from .serving.context import Context, PromptJob
 from .serving.pool import Pool
 from .states.activation import join_spans
 from .states.cache import CALLS, common_prefix
-from .text.chat import Prompt, messages_for, render
+from .text.chat import Prompt, messages_for
+from .tools.calls import CallReader
+from .tools.definitions import ToolSet
+from .tools.grammar import control_tokens, grammar_of, written_form
+from .tools.prompts import prompt_text, support_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,6 +36,8 @@ Adapters = str | Mapping[str, float] | None
 
 _PROBES = ("A", "7", "\n", "é", "(")
 """Messages without a common prefix: the common prefix of their prompts is the fixed part."""
+_MOST_FIXED = 256
+"""Fixed parts that are remembered; apps may give other tools with each call."""
 
 
 class LoadedBundle:
@@ -46,7 +53,8 @@ class LoadedBundle:
         self._outputs: dict[str, OutputSpec] = {}
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()
-        self._fixed: dict[tuple[int, str | None], list[int]] = {}
+        self._fixed_lock = threading.Lock()
+        self._fixed: dict[tuple[int, str | None, str | None], list[int]] = {}
 
     @property
     def classifier(self) -> Classifier | None:
@@ -88,22 +96,22 @@ class LoadedBundle:
         *,
         owner: str = CALLS,
         carried: Carried | None = None,
-        output: OutputSpec | None = None,
-        free: bool = False,
+        form: AnswerForm | None = None,
     ) -> Call:
         """Prepare a call: its tokens, adapters, and the fixed part of its prompt; same errors as `generate`.
 
         `owner` owns the state that the call reuses and updates. The common prefix of the prompt and `carried` keeps its
-        state, and the system prompt of `carried` replaces the adapter's. `output` constrains the answer, by default as
-        the adapter's manifest entry says, unless `free`.
+        state, and the system prompt of `carried` replaces the adapter's. `form` constrains the answer.
         """
         pool, active = self.pool(adapter)
         first = next(iter(self.scales(adapter)), None)
         system = carried.system if carried is not None else self._system_of(first)
+        form = AnswerForm() if form is None else form
         begin = time.perf_counter()
         with pool.tokenizer() as tokenizer:
-            tokens = _tokens(tokenizer, prompt, system)
-            fixed = self._fixed_part(pool, tokenizer, first, system)
+            tokens = _tokens(tokenizer, prompt, system, form.tools)
+            fixed = self._fixed_part(pool, tokenizer, first, system, form.tools)
+            reader, held = (None, None) if form.tools is None else _calls(tokenizer, form.tools)
         capacity = pool.first.capacity(active)
         if not 0 < len(tokens) <= capacity:
             message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
@@ -114,11 +122,13 @@ class LoadedBundle:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
         drafts = self._drafts.get(first) if first is not None else None
-        if output is None and not free and first is not None:
+        output = form.output
+        if form == AnswerForm() and first is not None:
             output = self._outputs.get(first)
-        constraint = None if output is None else self._constraint(output)
-        prepared_s = time.perf_counter() - begin
-        return Call(pool, PromptJob(tokens, spans, count, owner), system, prepared_s, kept, drafts, output, constraint)
+        held = held or output
+        constraint = None if held is None else self._constraint(held)
+        job, prepared_s = PromptJob(tokens, spans, count, owner), time.perf_counter() - begin
+        return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
         """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice."""
@@ -179,15 +189,22 @@ class LoadedBundle:
                     self._grammars = Grammars(tokenizer)
         return self._grammars.constraint(output)
 
-    def _fixed_part(self, pool: Pool, tokenizer: Tokenizer, first: str | None, system: str | None) -> list[int]:
-        """The common prefix of all prompts with the adapter's own system prompt."""
+    def _fixed_part(
+        self, pool: Pool, tokenizer: Tokenizer, first: str | None, system: str | None, tools: ToolSet | None
+    ) -> list[int]:
+        """The common prefix of all prompts with the adapter's own system prompt and these tools."""
         if system != self._system_of(first):
             return []
-        key = (id(pool), first)
-        if key not in self._fixed:
-            one, *others = (_tokens(tokenizer, probe, system) for probe in _PROBES)
-            self._fixed[key] = one[: min(common_prefix(one, other) for other in others)]
-        return self._fixed[key]
+        key = (id(pool), first, None if tools is None else tools.text)
+        known = self._fixed.get(key)
+        if known is None:
+            one, *others = (_tokens(tokenizer, probe, system, tools) for probe in _PROBES)
+            known = one[: min(common_prefix(one, other) for other in others)]
+            with self._fixed_lock:
+                while len(self._fixed) >= _MOST_FIXED:
+                    del self._fixed[next(iter(self._fixed))]
+                self._fixed[key] = known
+        return known
 
     def _system_of(self, first: str | None) -> str | None:
         return self.manifest.adapter(first).system if first is not None else None
@@ -218,6 +235,15 @@ def _output_of(entry: AdapterEntry) -> OutputSpec:
         raise VerificationError(message, "build the bundle again") from error
 
 
-def _tokens(tokenizer: Tokenizer, prompt: Prompt, system: str | None) -> list[int]:
-    messages, bos, eos = messages_for(prompt, system), tokenizer.bos, tokenizer.eos
-    return tokenizer.tokenize(render(tokenizer.chat_template, messages, add_generation_prompt=True, bos=bos, eos=eos))
+def _tokens(tokenizer: Tokenizer, prompt: Prompt, system: str | None, tools: ToolSet | None = None) -> list[int]:
+    return tokenizer.tokenize(prompt_text(tokenizer, messages_for(prompt, system), tools))
+
+
+def _calls(tokenizer: Tokenizer, tools: ToolSet) -> tuple[CallReader | None, OutputSpec]:
+    """What reads the calls of an answer, and what holds it to them."""
+    template = support_of(tokenizer).format
+    controls = control_tokens(template, tokenizer)
+    form = written_form(template, controls, tokenizer)
+    marks = {token: name.encode() for name, token in controls.items()}
+    reader = None if tools.choice == "none" else CallReader(form, marks)
+    return reader, grammar_of(tools, form, controls)

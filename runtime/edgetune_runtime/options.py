@@ -1,14 +1,16 @@
-"""The options of `generate`, `stream` and `send`, and the output constraint among them."""
+"""The options of `generate`, `stream` and `send`, and what constrains the answer among them."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from .decoding.output import OutputSpec, output_of
 from .errors import UsageError
 from .text.sampling import Sampling
+from .tools.definitions import Tools, ToolSet, tool_set
 
 _CONSTRAINTS = ("schema", "choices", "regex", "grammar")
 
@@ -39,6 +41,11 @@ class AnswerOptions(SamplingOptions, total=False):
 
     With `logprobs`, `Answer.logprobs` has the log-probability of each token, and of that many of the likeliest tokens
     at its place (0 to 20); see `TokenLogprob`.
+
+    `tools` are the functions that the answer may call, as definitions of OpenAI's API or as Python functions, rendered
+    by the base's chat template; the calls are in `Answer.tool_calls`. Calls always fit the tools' schemas. With
+    `tool_choice` "auto" (default) the model decides whether it calls any, with "required" it must, with a tool's name
+    it must call that one, and with "none" it cannot. Tools also replace the adapter's own constraint.
     """
 
     sampling: Sampling | None
@@ -50,16 +57,30 @@ class AnswerOptions(SamplingOptions, total=False):
     regex: str | None
     grammar: str | None
     free: bool
+    tools: Tools | None
+    tool_choice: str | None
 
 
-def split_output(options: Mapping[str, Any]) -> tuple[OutputSpec | None, bool, dict[str, Any]]:
-    """The output constraint among the options, whether they remove the adapter's own, and the other options.
+@dataclass(frozen=True)
+class AnswerForm:
+    """What an answer may be: `output`, text and calls of `tools`, anything if `free`, or what the adapter says."""
 
-    Raises what `output_of` does; UsageError for `free` together with a constraint.
+    output: OutputSpec | None = None
+    tools: ToolSet | None = None
+    free: bool = False
+
+
+def split_form(options: Mapping[str, Any]) -> tuple[AnswerForm, dict[str, Any]]:
+    """What constrains the answer among the options, and the other options.
+
+    Raises what `output_of` and `tool_set` do; UsageError for more than one constraint, or `free` with one.
     """
-    others = {key: value for key, value in options.items() if key not in (*_CONSTRAINTS, "free")}
+    own = (*_CONSTRAINTS, "free", "tools", "tool_choice")
+    others = {key: value for key, value in options.items() if key not in own}
+    tools = tool_set(options.get("tools"), options.get("tool_choice"))
     given = {key: options[key] for key in _CONSTRAINTS if options.get(key) is not None}
     is_free = bool(options.get("free", False))
-    if given and is_free:
-        raise UsageError(f"free and {next(iter(given))} are both given", "give one of them")
-    return (output_of(**given) if given else None), is_free, others
+    kinds = [*(["free"] if is_free else []), *(["tools"] if tools is not None else []), *given]
+    if len(kinds) > 1 and kinds[0] in ("free", "tools"):
+        raise UsageError(f"{kinds[0]} and {kinds[1]} are both given", "give one of them")
+    return AnswerForm(output_of(**given) if given else None, tools, is_free), others

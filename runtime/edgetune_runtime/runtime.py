@@ -17,12 +17,13 @@ from .errors import UsageError
 from .generation import Answer, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .opening import OpeningOptions, file_of, open_base
-from .options import AnswerOptions, split_output
+from .options import AnswerForm, AnswerOptions, split_form
 from .scoring import most_likely, window_loss
 from .session import Session
 from .states.store import StateStore, default_folder
 from .text.chat import Prompt
 from .threads.priority import NORMAL
+from .tools.definitions import Tools, tool_set
 
 _LOG = logging.getLogger(__name__)
 
@@ -183,9 +184,12 @@ class Runtime:
         adapter: Adapters = None,
         **options: Unpack[AnswerOptions],
     ) -> Stream:
-        """Like `generate`, but yields the text piece by piece; keeps a context until it ends or is closed."""
-        output, is_free, others = split_output(options)
-        call, outcome = self._loaded.call(prompt, adapter, output=output, free=is_free), Generation()
+        """Like `generate`, but yields the text piece by piece, without tool calls.
+
+        Keeps a context until it ends or is closed.
+        """
+        form, others = split_form(options)
+        call, outcome = self._loaded.call(prompt, adapter, form=form), Generation()
         return Stream(generate(call, outcome, **others), outcome)
 
     def session(self, adapter: Adapters = None) -> Session:
@@ -244,10 +248,12 @@ class Runtime:
             total = math.fsum(window_loss(context, adapters, tokens[start : start + capacity]) for start in starts)
         return total, len(tokens) - 1
 
-    def warm(self, adapters: Sequence[Adapters] | None = None) -> dict[str, int]:
+    def warm(self, adapters: Sequence[Adapters] | None = None, *, tools: Tools | None = None) -> dict[str, int]:
         """Compute the missing states of the fixed prompts of these adapters (default: the base and each adapter).
 
+        `tools` are part of the prompts, as in the calls that will give them.
         Output constraints of these adapters are compiled too, for which the base's vocabulary is read once.
+
         Returns the number of tokens of each state by name, without prompts that are too short for a state. UsageError
         for a text-classification bundle.
         """
@@ -255,9 +261,10 @@ class Runtime:
             message = f"bundle {self.manifest.name!r} only classifies text: it has no prompts to warm"
             raise UsageError(message, "use classify")
         choices = [None, *self.adapters] if adapters is None else adapters
+        form = AnswerForm(tools=tool_set(tools))
         tokens = {}
         for choice in choices:
-            call = self._loaded.call("?", choice)
+            call = self._loaded.call("?", choice, form=form)
             if call.job.is_worth_a_state:
                 begin = time.perf_counter()
                 with call.pool.lease(call.job) as context:

@@ -13,11 +13,11 @@ from .checked_file import read_checked, write_checked
 from .errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from .generation import Answer, Call, Carried, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
-from .options import AnswerOptions, split_output
+from .options import AnswerOptions, split_form
 from .serving.pool import Pool
 from .states.cache import Key, SavedState
 from .states.store import KIND
-from .text.chat import Message
+from .text.chat import Message, Prompt, messages_for
 
 Carry = Literal["recompute", "reuse"]
 
@@ -46,18 +46,19 @@ class Session:
         self._last: Carried | None = None
         self._carries = False
 
-    def send(self, message: str, **options: Unpack[AnswerOptions]) -> Answer:
-        """Answer a message; same options and errors as `Runtime.generate`."""
+    def send(self, message: Prompt, **options: Unpack[AnswerOptions]) -> Answer:
+        """Answer a message of the user, or chat messages such as the results of tools.
+
+        Same options and errors as `Runtime.generate`.
+        """
         return self.stream(message, **options).read()
 
-    def stream(self, message: str, **options: Unpack[AnswerOptions]) -> Stream:
+    def stream(self, message: Prompt, **options: Unpack[AnswerOptions]) -> Stream:
         """Like `send`, but yields the text piece by piece. Only an answer read to its end is added to the history."""
-        messages = [*self.history, {"role": "user", "content": message}]
+        messages = [*self.history, *messages_for(message, None)]
         carried = self._last if self._carries else None
-        output, is_free, others = split_output(options)
-        call = self._loaded.call(
-            messages, self.adapter, owner=self._owner, carried=carried, output=output, free=is_free
-        )
+        form, others = split_form(options)
+        call = self._loaded.call(messages, self.adapter, owner=self._owner, carried=carried, form=form)
         outcome = Generation()
         return Stream(self._recorded(messages, call, generate(call, outcome, **others), outcome), outcome)
 
@@ -143,7 +144,7 @@ class Session:
         yield from pieces
         answer = outcome.answer
         if answer is not None and answer.stop_reason not in _STOPPED:
-            self.history = [*messages, {"role": "assistant", "content": answer.text}]
+            self.history = [*messages, answer.message]
             self._last = Carried(outcome.tokens, call.job.spans, call.system)
 
     def _pool(self) -> Pool:

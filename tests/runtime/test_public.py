@@ -23,6 +23,7 @@ NAMES = {
     "Stream",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
     "UsageError",
     "VerificationError",
     "__version__",

@@ -6,32 +6,35 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+"""A message as in OpenAI's API: `role` and `content`, and where they apply `tool_calls`, `tool_call_id` and `name`."""
 Prompt = str | Sequence[Message]
 
 
 def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
     """The messages to render: a text becomes a user message; `system` is added unless the first message is one.
 
-    UsageError when there are no messages, or when one has no role or no content.
+    A content of text parts is joined, and a missing one beside `tool_calls` becomes an empty text. Arguments in JSON
+    become objects. Calls without an id get one, and results without the id of their call that of the earliest call
+    without a result.
+
+    UsageError, with the number of the message, for no messages or one that is not of this form.
     """
-    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if not messages:
+    given: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not given:
         raise UsageError("the list of messages is empty", "give at least one message")
-    for number, message in enumerate(messages, 1):
-        fields = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else [None]
-        if not all(isinstance(value, str) for value in fields):
-            raise UsageError(f"message {number} is {message!r}", 'give {"role": TEXT, "content": TEXT}')
+    messages = [_message(number, message) for number, message in enumerate(given, 1)]
+    _pair_ids(messages)
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return messages
+    return list(messages)
 
 
 def text_of(prompt: Prompt) -> str:
@@ -40,13 +43,22 @@ def text_of(prompt: Prompt) -> str:
     roles = [message["role"] for message in messages]
     if roles != ["user"]:
         raise UsageError(f"an encoder reads one text, not messages of: {', '.join(roles)}", "give the text alone")
-    return messages[0]["content"]
+    text: str = messages[0]["content"]
+    return text
 
 
 def render(
-    template: str | None, messages: Sequence[Message], *, add_generation_prompt: bool, bos: str = "", eos: str = ""
+    template: str | None,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    bos: str = "",
+    eos: str = "",
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """Render the prompt; without a template, join the contents with newlines.
+
+    The template gets `tools` and the messages' calls as they are: see `tools.prompts` for templates that ignore them.
 
     UsageError when the template refuses the messages, IncompatibleError when the template is invalid.
     """
@@ -58,7 +70,7 @@ def render(
     try:
         return compiled.render(
             messages=[dict(message) for message in messages],
-            tools=None,
+            tools=None if tools is None else list(tools),
             documents=None,
             add_generation_prompt=add_generation_prompt,
             bos_token=bos,
@@ -67,6 +79,81 @@ def render(
     except (TemplateError, TypeError, ValueError) as error:
         message = f"the chat template of the base refused the messages: {error}"
         raise UsageError(message, "change their roles or order") from error
+
+
+def _message(number: int, message: object) -> dict[str, Any]:
+    """The message with a content of text and calls with objects as arguments."""
+    found = dict(message) if isinstance(message, Mapping) else {}
+    calls = found.pop("tool_calls", None)
+    content = _text_of_parts(found.get("content"))
+    if calls and content is None:
+        content = ""
+    if not isinstance(found.get("role"), str) or not isinstance(content, str):
+        raise UsageError(f"message {number} is {message!r}", 'give {"role": TEXT, "content": TEXT}')
+    found["content"] = content
+    if calls:
+        if found["role"] != "assistant":
+            raise UsageError(
+                f"message {number} has tool_calls, but its role is {found['role']!r}", "use role assistant"
+            )
+        if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
+            raise UsageError(f"message {number} has tool_calls of type {type(calls).__name__}", "give a list")
+        found["tool_calls"] = [_call(number, call) for call in calls]
+    return found
+
+
+def _text_of_parts(content: object) -> object:
+    """The text of a list of text parts; any other content unchanged."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
+
+
+def _call(number: int, call: object) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(name, str):
+        remedy = 'give {"type": "function", "function": {"name": TEXT, "arguments": OBJECT}}'
+        raise UsageError(f"message {number} has a tool call without a function's name: {call!r}", remedy)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+    elif arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        message = f"message {number} calls {name!r} with arguments {function.get('arguments')!r}"
+        raise UsageError(message, "give an object, or its JSON")
+    found = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+    return found if call.get("id") is None else {"id": str(call["id"]), **found}
+
+
+def _pair_ids(messages: Sequence[dict[str, Any]]) -> None:
+    """Give an id to calls without one, and to results without one that of the earliest call without a result."""
+    waiting: list[dict[str, Any]] = []
+    count = 0
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            count += 1
+            # Nine characters, because Mistral's templates refuse others.
+            call.setdefault("id", f"call{count:05d}")
+            waiting.append(call)
+        if message["role"] == "tool" and waiting:
+            answered = _answered(message, waiting)
+            if answered is not None:
+                waiting.remove(answered)
+                message.setdefault("tool_call_id", answered["id"])
+                message.setdefault("name", answered["function"]["name"])
+
+
+def _answered(result: Message, waiting: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The call that a result belongs to: that of its id, or else the earliest of its name, or else the earliest."""
+    if result.get("tool_call_id") is not None:
+        return next((call for call in waiting if call["id"] == result["tool_call_id"]), None)
+    return next((call for call in waiting if call["function"]["name"] == result.get("name")), waiting[0])
 
 
 @lru_cache(maxsize=16)

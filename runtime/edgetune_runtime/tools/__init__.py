@@ -1,0 +1,1 @@
+"""Tools: their definitions, the chat template's format of calls, and the calls of an answer."""

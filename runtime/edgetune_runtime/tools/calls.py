@@ -1,0 +1,112 @@
+"""The tool calls of an answer: recognized in its text, and kept out of the text that is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgetune_runtime.text.stream import TextStream
+
+from .formats import CallFormat, Hole
+
+_WORD = re.compile(r"[A-Za-z0-9_.:/-]+")
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool by the model: `arguments` fit the tool's schema.
+
+    `id` has nine characters. It is the model's own where the chat template has ids, and random elsewhere.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    id: str
+
+    def to_message(self) -> dict[str, Any]:
+        """The call as an assistant's message has it in `tool_calls`."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass(frozen=True)
+class CallReader:
+    """Reads the calls of answers in one format. `marks` are the texts of the control tokens in it, by token."""
+
+    form: CallFormat
+    marks: Mapping[int, bytes] = field(default_factory=dict)
+
+    def read(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+        """What an answer says beside its calls, and the calls; one that was cut off is not among them."""
+        begin = self._begin(text)
+        if begin is None:
+            return text, ()
+        calls: list[ToolCall] = []
+        at: int | None = _after(text, begin, self.form.begin.lstrip())
+        while at is not None:
+            found = self._call(text, at)
+            if found is None:
+                break
+            call, at = found
+            calls.append(call)
+            at = None if self.form.between is None else _after(text, at, self.form.between)
+        return text[:begin].rstrip(), tuple(calls)
+
+    def _begin(self, text: str) -> int | None:
+        """Where the calls begin; None if there are none."""
+        if self.form.marker:
+            place = text.find(self.form.marker)
+            return place if place >= 0 else None
+        return 0 if text.startswith(self.form.begin[:1]) else None
+
+    def _call(self, text: str, at: int) -> tuple[ToolCall, int] | None:
+        """The call at this place, and where it ends."""
+        values: dict[Hole, Any] = {Hole.ID: uuid.uuid4().hex[:9]}
+        for part in self.form.parts:
+            if isinstance(part, str):
+                end = _after(text, at, part)
+            else:
+                values[part], end = _value(text, at, part)
+            if end is None:
+                return None
+            at = end
+        return ToolCall(values[Hole.NAME], values[Hole.ARGUMENTS], values[Hole.ID]), at
+
+
+class ContentStream:
+    """The pieces of an answer up to its calls."""
+
+    def __init__(self, form: CallFormat) -> None:
+        self._first = "" if form.marker else form.begin[:1]
+        self._text = TextStream((form.marker,) if form.marker else ())
+        self._has_begun = False
+
+    def push(self, piece: str) -> str:
+        """Add a piece; returns the text that is now known to be no call."""
+        if piece and not self._has_begun:
+            self._has_begun = True
+            self._text.stopped = bool(self._first) and piece.startswith(self._first)
+        return "" if self._text.stopped else self._text.push(piece.encode())
+
+    def finish(self) -> str:
+        """The text that was held back, after the last piece."""
+        return self._text.finish()
+
+
+def _after(text: str, at: int, literal: str) -> int | None:
+    return at + len(literal) if text.startswith(literal, at) else None
+
+
+def _value(text: str, at: int, hole: Hole) -> tuple[Any, int | None]:
+    if hole is not Hole.ARGUMENTS:
+        found = _WORD.match(text, at)
+        return (found[0], found.end()) if found else (None, None)
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return None, None
+    return value, end if isinstance(value, dict) else None

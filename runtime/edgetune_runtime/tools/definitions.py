@@ -1,0 +1,144 @@
+"""The tools that a call offers: definitions checked, and which of them the answer must call."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from edgetune_runtime.decoding.output import output_of
+from edgetune_runtime.decoding.schema import closed
+from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.wording import suggestion
+
+MODES = ("auto", "none", "required")
+MOST_TOOLS = 128
+
+Tools = Sequence[Mapping[str, Any] | Callable[..., Any]]
+"""Tools as an app gives them: definitions as in OpenAI's API, with or without the `function` around, or functions."""
+
+_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
+_GIVE = 'give {"type": "function", "function": {"name": TEXT, "description": TEXT, "parameters": JSON SCHEMA}}'
+_PLAIN = frozenset({"type", "title", "description", "$schema"})
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One tool: its name, its definition as templates read it, and the schema that its arguments are held to."""
+
+    name: str
+    definition: Mapping[str, Any]
+    schema: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolSet:
+    """The tools of a call, and `choice`: one of MODES, or the name of the one to call. Made by `tool_set`.
+
+    Sets with the same `text`, the definitions as JSON, render the same prompt.
+    """
+
+    text: str
+    choice: str = "auto"
+    tools: tuple[Tool, ...] = field(default=(), compare=False)
+
+    @property
+    def definitions(self) -> list[Mapping[str, Any]]:
+        """What chat templates get as `tools`."""
+        return [tool.definition for tool in self.tools]
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools that the answer may call."""
+        if self.choice == "none":
+            return ()
+        return self.tools if self.choice in MODES else tuple(tool for tool in self.tools if tool.name == self.choice)
+
+
+def tool_set(tools: Tools | None, choice: str | None = None) -> ToolSet | None:
+    """The tools, checked; None where there are none.
+
+    UsageError, which names the tool, for a definition that cannot be used, and for a choice that is neither one of
+    MODES nor a tool. IncompatibleError when llguidance is not installed, or pydantic for functions.
+    """
+    choice = "auto" if choice is None else choice
+    if tools is None or (isinstance(tools, Sequence) and not tools):
+        if choice not in ("auto", "none"):
+            raise UsageError(f"tool_choice is {choice!r}, but there are no tools", "give tools")
+        return None
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise UsageError(f"tools is {type(tools).__name__}, not a list", "give a list of tools")
+    if len(tools) > MOST_TOOLS:
+        raise UsageError(f"{len(tools)} tools are given", f"give at most {MOST_TOOLS}")
+    given = [_of_function(tool) if callable(tool) else tool for tool in tools]
+    try:
+        text = json.dumps(given, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"tools are no JSON: {error}", _GIVE) from error
+    found = _checked(text)
+    names = [tool.name for tool in found]
+    if choice not in MODES and choice not in names:
+        raise UsageError(f"tool_choice is {choice!r}", suggestion(str(choice), (*MODES, *names)))
+    definitions = json.dumps([tool.definition for tool in found], ensure_ascii=False)
+    return ToolSet(definitions, choice, found)
+
+
+@lru_cache(maxsize=64)
+def _checked(text: str) -> tuple[Tool, ...]:
+    # Compiling the schemas takes milliseconds per tool, and apps give the same tools with each call.
+    tools = tuple(_tool(number, tool) for number, tool in enumerate(json.loads(text), 1))
+    names = [tool.name for tool in tools]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"tool {twice!r} is given twice", "leave one out")
+    return tools
+
+
+def _tool(number: int, given: object) -> Tool:
+    function = given.get("function", given) if isinstance(given, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UsageError(f"tool {number} has no name", _GIVE)
+    name, parameters = function["name"], function.get("parameters") or {}
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"tool {number} has the name {name!r}", "use 1 to 64 letters, digits and _ . : / -")
+    if not isinstance(function.get("description", ""), str | None):
+        raise UsageError(f"the description of tool {name!r} is no text", _GIVE)
+    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+        raise UsageError(f"the parameters of tool {name!r} are no JSON schema of an object", _GIVE)
+    # Templates expect the description and the parameters to be there.
+    plain = {"type": "object", "properties": {}}
+    definition = {**function, "description": function.get("description") or "", "parameters": parameters or plain}
+    schema = {"type": "object", **parameters}
+    if _PLAIN.issuperset(schema):
+        # Without properties, a function has no arguments.
+        schema["properties"] = {}
+    try:
+        output_of(schema=schema)
+    except UsageError as error:
+        raise UsageError(f"the parameters of tool {name!r}: {error.message}", error.remedy) from error
+    return Tool(name, {"type": "function", "function": definition}, closed(schema))
+
+
+def _of_function(function: Callable[..., Any]) -> dict[str, Any]:
+    """The definition of a Python function: its name, docstring, and the schema of its parameters' type hints."""
+    try:
+        from pydantic import PydanticUserError, TypeAdapter  # noqa: PLC0415 - optional
+    except ImportError as error:
+        message = "functions as tools need pydantic, which is not installed"
+        raise IncompatibleError(message, "run: pip install pydantic, or give definitions") from error
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        adapter: Any = TypeAdapter
+        schema = adapter(function).json_schema()
+    except (PydanticUserError, NameError) as error:
+        message = f"function {name!r} is no tool: {str(error).splitlines()[0]}"
+        raise UsageError(message, "use types that JSON has, or give a definition") from error
+    for parameter in schema.get("properties", {}).values():
+        # Pydantic's title is the name again, and costs tokens.
+        parameter.pop("title", None)
+    parameters = {key: value for key, value in schema.items() if key != "additionalProperties"}
+    return {"name": name, "description": inspect.getdoc(function) or "", "parameters": parameters}

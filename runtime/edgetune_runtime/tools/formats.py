@@ -1,0 +1,220 @@
+"""The format in which a chat template writes tool calls, found by rendering a conversation with one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.text.chat import Message, render
+
+SEPARATORS = {"spaced": (", ", ": "), "compact": (",", ":")}
+"""What stands between the items and after the keys of JSON, as `decoding.output.SPACINGS` names it."""
+
+
+class Hole(Enum):
+    """A part of a call that differs from call to call."""
+
+    NAME = "name"
+    ARGUMENTS = "arguments"
+    ID = "id"
+
+
+Part = str | Hole
+
+_MARKER = re.compile(r"\s*(<[^<>\s]{1,60}>|\[[A-Z_]{2,60}\])")
+_NAMES = ("edgetune_probe", "edgetune_other")
+_IDS = ("probe0001", "probe0002")
+_ARGUMENTS = {"edgetune_key": "edgetune_value", "edgetune_number": 7}
+_ANSWER = "edgetune_answer"
+_ASK = {"role": "user", "content": "edgetune_question"}
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "edgetune_description",
+            "parameters": {"type": "object", "properties": {"edgetune_key": {"type": "string"}}},
+        },
+    }
+    for name in _NAMES
+]
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """How calls are written: `begin`, the parts of each call with `between` them, `end`.
+
+    `between` is None where a message has one call at most. `spacing` is that of the arguments' JSON, a key of
+    SEPARATORS.
+    """
+
+    begin: str
+    parts: tuple[Part, ...]
+    between: str | None
+    end: str
+    spacing: str = "spaced"
+
+    @property
+    def marker(self) -> str:
+        """The text that begins calls wherever it occurs; '' where calls begin with JSON, the answer's first."""
+        found = _MARKER.match(self.begin)
+        return found[1] if found else ""
+
+    def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """The text of calls, each with `name`, `arguments` and maybe `id`."""
+        item, key = SEPARATORS[self.spacing]
+
+        def part_of(part: Part, call: Mapping[str, Any]) -> str:
+            if isinstance(part, str):
+                return part
+            value = call.get(part.value, "")
+            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(item, key))
+
+        texts = ["".join(part_of(part, call) for part in self.parts) for call in calls]
+        if self.between is None:
+            return "\n".join(f"{self.begin}{text}{self.end}" for text in texts)
+        return f"{self.begin}{self.between.join(texts)}{self.end}"
+
+    def with_spaces(self, controls: Collection[str]) -> CallFormat:
+        """The format with a space after each of these control tokens that text follows, as SentencePiece writes it."""
+        if not controls:
+            return self
+        names = "|".join(map(re.escape, controls))
+        within, after = re.compile(f"({names})(?!{names}|$)"), re.compile(f"({names})(?!{names})")
+
+        def spaced(text: str) -> str:
+            return after.sub(r"\1 ", text)
+
+        parts = tuple(spaced(part) if isinstance(part, str) else part for part in self.parts)
+        between = None if self.between is None else spaced(self.between)
+        return replace(self, begin=spaced(self.begin), parts=parts, between=between, end=within.sub(r"\1 ", self.end))
+
+
+@dataclass(frozen=True)
+class TemplateTools:
+    """What a chat template does with tools by itself, and the format of its calls."""
+
+    renders_tools: bool
+    renders_calls: bool
+    renders_results: bool
+    format: CallFormat
+
+
+_CALL: tuple[Part, ...] = (Hole.NAME, '", "arguments": ', Hole.ARGUMENTS)
+HERMES = CallFormat('<tool_call>\n{"name": "', _CALL, '}\n</tool_call>\n<tool_call>\n{"name": "', "}\n</tool_call>")
+"""The format of Hermes and Qwen, also for templates that do not know tools."""
+_MENTIONED = {
+    "<|tool_call|>": CallFormat('<|tool_call|>[{"name": "', _CALL, '}, {"name": "', "}]"),
+    "<tool_call>": HERMES,
+}
+"""The formats of templates that only describe calls: Granite 3's, and SmolLM3's."""
+
+
+@lru_cache(maxsize=16)
+def template_tools(template: str | None, bos: str, eos: str) -> TemplateTools:
+    """What this chat template does with tools.
+
+    A template that renders the tools but neither renders nor names a format that is known here counts as one that does
+    not know tools: its messages get the tools and calls as text in the format HERMES.
+    """
+    unknown = TemplateTools(False, False, False, HERMES)
+    if template is None:
+        return unknown
+    probe = _Probe(template, bos, eos)
+    found = probe.format()
+    shows_tools = all(word in probe.text([_ASK], prompt=True) for word in (*_NAMES, "edgetune_key"))
+    mentioned = next((form for mark, form in _MENTIONED.items() if mark in template), None)
+    form = found or mentioned
+    if form is None or not (shows_tools or found):
+        return unknown
+    called = probe.called(1) if found else {"role": "assistant", "content": form.write([_call_of(0)])}
+    result = {"role": "tool", "name": _NAMES[0], "tool_call_id": _IDS[0], "content": "edgetune_result"}
+    shows_results = "edgetune_result" in probe.text([_ASK, called, result], prompt=True)
+    return TemplateTools(shows_tools, found is not None, shows_results, form)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Renders probe conversations with a template."""
+
+    template: str
+    bos: str
+    eos: str
+
+    def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        """The rendered messages; '' if the template refuses them."""
+        ends = {"bos": self.bos, "eos": self.eos}
+        try:
+            return render(self.template, messages, tools=_TOOLS, add_generation_prompt=prompt, **ends)
+        except EdgetuneError:
+            return ""
+
+    def called(self, count: int) -> Message:
+        """An assistant's message with `count` calls."""
+        calls = [
+            {"id": _IDS[n], "type": "function", "function": {"name": _NAMES[n], "arguments": _ARGUMENTS}}
+            for n in range(count)
+        ]
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+
+    def format(self) -> CallFormat | None:
+        """The format of calls, from what stands where an answer's text would; None if none is found."""
+        one, two = self._body(1), self._body(2)
+        for spacing, (item, key) in SEPARATORS.items():
+            arguments = json.dumps(_ARGUMENTS, separators=(item, key))
+            first = _cut(one, 0, arguments)
+            if first is None or not first[0].strip():
+                continue
+            begin, parts, end = first
+            form = CallFormat(begin, parts, None, end, spacing)
+            second = _cut(two.removeprefix(begin), 1, arguments)
+            known = CallFormat("", parts, None, "", spacing).write([_call_of(0)])
+            if second is not None and second[0].startswith(known):
+                form = replace(form, between=second[0].removeprefix(known))
+            return form
+        return None
+
+    def _body(self, calls: int) -> str:
+        """What the template writes for calls, without what it also writes before and after a text."""
+        text = self.text([_ASK, self.called(calls)])
+        plain = self.text([_ASK, {"role": "assistant", "content": _ANSWER}])
+        before, answer, after = plain.rpartition(_ANSWER)
+        if not text or not answer:
+            return ""
+        start = shared(text, before)
+        rest = text[start:]
+        tail = shared(rest[::-1], after[::-1])
+        return rest[: len(rest) - tail]
+
+
+def shared(one: str, other: str) -> int:
+    """The length of the common prefix of two texts."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _call_of(number: int) -> dict[str, Any]:
+    return {"name": _NAMES[number], "arguments": _ARGUMENTS, "id": _IDS[number]}
+
+
+def _cut(body: str, number: int, arguments: str) -> tuple[str, tuple[Part, ...], str] | None:
+    """What is before a probe's call, its parts, and what is after it; None if name or arguments are missing."""
+    values = {Hole.NAME: _NAMES[number], Hole.ARGUMENTS: arguments, Hole.ID: _IDS[number]}
+    name = body.find(values[Hole.NAME])
+    # With two calls, the arguments of the second are those after its name.
+    places = {Hole.NAME: name, Hole.ARGUMENTS: body.find(arguments, name), Hole.ID: body.find(values[Hole.ID])}
+    if places[Hole.NAME] < 0 or places[Hole.ARGUMENTS] < 0:
+        return None
+    found = sorted((place, hole.value) for hole, place in places.items() if place >= 0)
+    parts: list[Part] = []
+    start = at = found[0][0]
+    for place, value in found:
+        hole = Hole(value)
+        parts += [body[at:place], hole] if place > at else [hole]
+        at = place + len(values[hole])
+    return body[:start], tuple(parts), body[at:]

@@ -1,0 +1,96 @@
+"""Render a prompt with tools and calls, also with chat templates that do not know them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.text.chat import Message, render
+
+from .definitions import ToolSet
+from .formats import CallFormat, TemplateTools, template_tools
+
+_BLOCK = """# Tools
+
+You may call these functions:
+<tools>
+{definitions}
+</tools>
+
+To call one, answer with its name and its arguments as JSON:
+{example}"""
+_EXAMPLE = {"name": "NAME", "arguments": {"ARGUMENT": "VALUE"}, "id": "000000000"}
+
+
+def support_of(tokenizer: Tokenizer) -> TemplateTools:
+    """What the base's chat template does with tools, and the format of its calls."""
+    return template_tools(tokenizer.chat_template, tokenizer.bos, tokenizer.eos)
+
+
+def prompt_text(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None = None, *, answer: bool = True
+) -> str:
+    """The prompt of messages made by `messages_for`, up to where the answer begins unless `answer` is false.
+
+    What the template does not render is put into the messages' texts: the tools into the system prompt, calls into the
+    assistant's answers, and results into messages of the user. Same errors as `render`.
+    """
+    definitions = None if tools is None else tools.definitions
+    if definitions is not None or any("tool_calls" in message or message["role"] == "tool" for message in messages):
+        support = support_of(tokenizer)
+        messages = _written(messages, definitions, support)
+        definitions = definitions if support.renders_tools else None
+    ends = {"bos": tokenizer.bos, "eos": tokenizer.eos}
+    return render(tokenizer.chat_template, messages, add_generation_prompt=answer, tools=definitions, **ends)
+
+
+def answer_text(content: str, calls: Sequence[Mapping[str, Any]], form: CallFormat) -> str:
+    """An assistant's content followed by `tool_calls` of its message, as text."""
+    written = form.write([{**call["function"], "id": call["id"]} for call in calls])
+    return f"{content}\n{written}" if content else written
+
+
+def _written(
+    messages: Sequence[Message], definitions: Sequence[Mapping[str, Any]] | None, support: TemplateTools
+) -> list[Message]:
+    """The messages with what the template does not render as text."""
+    result = list(messages)
+    if not support.renders_calls:
+        result = [_without_calls(message, support.format) for message in result]
+    if not support.renders_results:
+        result = _without_results(result)
+    if definitions is not None and not support.renders_tools:
+        texts = [json.dumps(definition, ensure_ascii=False) for definition in definitions]
+        block = _BLOCK.format(definitions="\n".join(texts), example=support.format.write([_EXAMPLE]))
+        first = result[0]
+        if first["role"] == "system":
+            result[0] = {**first, "content": f"{first['content']}\n\n{block}"}
+        else:
+            result.insert(0, {"role": "system", "content": block})
+    return result
+
+
+def _without_calls(message: Message, form: CallFormat) -> Message:
+    if "tool_calls" not in message:
+        return message
+    plain = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**plain, "content": answer_text(message["content"], message["tool_calls"], form)}
+
+
+def _without_results(messages: Sequence[Message]) -> list[Message]:
+    """Results as messages of the user; those that follow each other become one, as users and assistants alternate."""
+    result: list[Message] = []
+    for message in messages:
+        if message["role"] != "tool":
+            result.append(message)
+            continue
+        text = f"<tool_response>\n{message['content']}\n</tool_response>"
+        if result and result[-1].get("name") == _RESULTS["name"]:
+            text = f"{result.pop()['content']}\n{text}"
+        result.append({**_RESULTS, "content": text})
+    return result
+
+
+_RESULTS: Message = {"role": "user", "name": "tool"}

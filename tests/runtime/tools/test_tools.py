@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from edgetune_runtime import Runtime, ToolCall, UsageError, cli
+from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.measuring import loaded_bundle
+from jsonschema import validate
+from runtime.bundles import change_manifest
+from runtime.tools.templates import CONTROLS, FAMILIES
+from tiny import CHAT_TEMPLATE
+
+LIGHT = {
+    "type": "object",
+    "properties": {"area": {"enum": ["hall", "kitchen"]}, "level": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["area"],
+}
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "set_light", "description": "Set the light", "parameters": LIGHT}},
+    {"name": "set_light_off", "parameters": {"properties": {"areas": {"type": "array", "items": {"type": "boolean"}}}}},
+    {"name": "get_time"},
+]
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "set_light": LIGHT,
+    "set_light_off": {"type": "object", "additionalProperties": False, **TOOLS[1]["parameters"]},
+    "get_time": {"type": "object", "maxProperties": 0},
+}
+HOT: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 200}
+TEMPLATES = {**FAMILIES, "plain": CHAT_TEMPLATE}
+
+
+def fits(call: ToolCall) -> bool:
+    validate(call.arguments, SCHEMAS[call.name])
+    return len(call.id) == 9
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_required_calls_always_parse_and_fit_their_schemas(family: str, templated: Callable[[str], Runtime]) -> None:
+    runtime = templated(TEMPLATES[family])
+    for seed in range(6):
+        answer = runtime.generate("light", tools=TOOLS, tool_choice="required", seed=seed, **HOT)
+        assert answer.content == ""
+        assert all(map(fits, answer.tool_calls))
+        assert answer.tool_calls or answer.stop_reason == "length"
+        if answer.stop_reason == "end":
+            assert len(re.findall("set_light|get_time", answer.text)) == len(answer.tool_calls) > 0
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_a_named_tool_is_called_once(family: str, templated: Callable[[str], Runtime]) -> None:
+    runtime = templated(TEMPLATES[family])
+    for name in SCHEMAS:
+        answer = runtime.generate("light", tools=TOOLS, tool_choice=name, seed=1, **HOT)
+        assert [call.name for call in answer.tool_calls] == [name]
+        assert answer.stop_reason == "end"
+        assert fits(answer.tool_calls[0])
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_a_call_that_the_model_begins_is_held_to_the_end(family: str, templated: Callable[[str], Runtime]) -> None:
+    runtime = templated(TEMPLATES[family])
+    loaded = loaded_bundle(runtime)
+    written = runtime.generate("light", tools=TOOLS, tool_choice="set_light", seed=1, **HOT).text
+    tokenizer = loaded.context()[0].engine.tokenizer
+    form = loaded.call("light", None, form=auto(TOOLS))
+    assert form.constraint is not None
+    before = "" if family == "llama3" else "well < [\n"
+    tokens = tokenizer.tokenize(before, continues=True) + tokens_of(written, tokenizer)
+    assert form.constraint.valid_prefix(tokens) == len(tokens)
+    form.constraint.accept(*tokens)
+    assert form.constraint.may_end
+    other = tokenizer.tokenize(before, continues=True) + tokens_of(written.replace("light", "heat"), tokenizer)
+    assert loaded.call("light", None, form=auto(TOOLS)).constraint.valid_prefix(other) < len(other)  # type: ignore[union-attr]
+
+
+def tokens_of(written: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a call's text, whose control tokens are followed by a space that the tokenizer adds by itself."""
+    names = "|".join(map(re.escape, CONTROLS))
+    return tokenizer.tokenize(re.sub(f"({names}) ", r"\1", written), continues=True)
+
+
+def auto(tools: list[dict[str, Any]], choice: str = "auto") -> Any:  # noqa: ANN401 - of a private module
+    from edgetune_runtime.options import split_form  # noqa: PLC0415
+
+    return split_form({"tools": tools, "tool_choice": choice})[0]
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_no_call_begins_where_none_may(family: str, templated: Callable[[str], Runtime]) -> None:
+    runtime = templated(TEMPLATES[family])
+    written = runtime.generate("light", tools=TOOLS, tool_choice="get_time", **HOT).text
+    constraint = loaded_bundle(runtime).call("light", None, form=auto(TOOLS, "none")).constraint
+    assert constraint is not None
+    tokens = tokens_of(written, loaded_bundle(runtime).context()[0].engine.tokenizer)
+    assert constraint.valid_prefix(tokens) < len(tokens)
+    assert runtime.generate("light", tools=TOOLS, tool_choice="none", max_tokens=5).tool_calls == ()
+
+
+def test_text_is_the_same_as_without_the_constraint_where_no_call_begins(opened: Runtime) -> None:
+    free = opened.generate("light", tools=TOOLS, max_tokens=20)
+    none = opened.generate("light", tools=TOOLS, tool_choice="none", max_tokens=20)
+    assert free.text == none.text == free.content
+    assert free.tool_calls == ()
+
+
+def test_a_stream_has_no_calls_in_it(templated: Callable[[str], Runtime]) -> None:
+    for family in ("mistral", "qwen", "llama3"):
+        stream = templated(TEMPLATES[family]).stream("light", tools=TOOLS, tool_choice="get_time")
+        assert list(stream) == []
+        assert stream.answer is not None
+        assert stream.answer.tool_calls[0].name == "get_time"
+
+
+def test_a_call_that_is_cut_off_is_no_call_and_no_error(opened: Runtime) -> None:
+    answer = opened.generate("light", tools=TOOLS, tool_choice="set_light", max_tokens=12)
+    assert answer.stop_reason == "length"
+    assert (answer.tool_calls, answer.content) == ((), "")
+    assert answer.text.startswith("<tool_call>")
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_a_session_goes_on_after_the_result_of_a_call(family: str, templated: Callable[[str], Runtime]) -> None:
+    runtime = templated(TEMPLATES[family])
+    with runtime.session("one") as session:
+        answer = session.send("light", tools=TOOLS, tool_choice="set_light", **HOT)
+        (call,) = answer.tool_calls
+        assert session.history[-1] == answer.message
+        assert answer.message["tool_calls"][0]["function"] == {"name": "set_light", "arguments": call.arguments}
+        result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+        told = session.send([result], tools=TOOLS, max_tokens=4)
+        assert told.timings.prompt_tokens > answer.timings.prompt_tokens
+        assert [message["role"] for message in session.history] == ["user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("family", ["plain", "qwen", "granite"])
+def test_a_session_reuses_the_call_that_it_made(family: str, templated: Callable[[str], Runtime]) -> None:
+    with templated(TEMPLATES[family]).session("one") as session:
+        first = session.send("light", tools=TOOLS, tool_choice="get_time")
+        result = {"role": "tool", "content": "noon"}
+        second = session.send([result], tools=TOOLS, max_tokens=4)
+    # Forced tokens at the end of an answer are not computed.
+    assert second.timings.reused_tokens >= first.timings.prompt_tokens
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+@pytest.mark.parametrize("as_session", [False, True])
+def test_the_state_of_system_prompt_and_tools_is_found_again(
+    engine: str, as_session: bool, tools_bundle: Path, tmp_path: Path
+) -> None:
+    def ask(runtime: Runtime, text: str, tools: list[dict[str, Any]]) -> Any:  # noqa: ANN401 - an answer
+        if as_session:
+            with runtime.session("one") as session:
+                return session.send(text, tools=tools, max_tokens=3)
+        return runtime.generate(text, adapter="one", tools=tools, max_tokens=3)
+
+    folder = tmp_path / "states"
+    with Runtime.open(tools_bundle, engine=engine, cache_folder=folder) as first:
+        fixed = loaded_bundle(first).call("?", "one", form=auto(TOOLS)).job.fixed
+        plain = loaded_bundle(first).call("?", "one").job.fixed
+        assert fixed > plain + 100
+        cold = ask(first, "light", TOOLS)
+        assert ask(first, "play", TOOLS).timings.reused_tokens >= fixed
+    with Runtime.open(tools_bundle, engine=engine, cache_folder=folder) as again:
+        warm = ask(again, "light", TOOLS)
+        assert (cold.timings.reused_tokens, warm.timings.reused_tokens) == (0, fixed)
+        assert warm.text == cold.text
+        assert ask(again, "light", TOOLS[:1]).timings.reused_tokens < fixed
+        assert again.warm(["one"], tools=TOOLS) == {"one": fixed}
+
+
+def test_tools_replace_the_adapters_own_constraint(tools_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tools_bundle, tmp_path / "home"))
+    change_manifest(bundle, lambda raw: raw["adapters"]["one"].update(output={"choices": ["red"]}))
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        assert runtime.generate("light", adapter="one").text == "red"
+        assert runtime.generate("light", adapter="one", tools=[]).text == "red"
+        answer = runtime.generate("light", adapter="one", tools=TOOLS, tool_choice="get_time")
+        assert [call.name for call in answer.tool_calls] == ["get_time"]
+        assert runtime.generate("light", adapter="one", tools=TOOLS, tool_choice="none", max_tokens=4).text != "red"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"schema": {"type": "object"}}, "tools and schema are both given; give one of them"),
+        ({"free": True}, "free and tools are both given; give one of them"),
+        ({"tool_choice": "heat"}, "tool_choice is 'heat'"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(opened: Runtime, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        opened.generate("light", tools=TOOLS, **options)
+
+
+def test_a_function_can_be_a_tool(opened: Runtime) -> None:
+    def set_heat(degrees: Literal[18, 20]) -> None:
+        """Set the heating."""
+
+    answer = opened.generate("heat", tools=[set_heat], tool_choice="set_heat", max_tokens=100)
+    assert answer.tool_calls[0].arguments["degrees"] in {18, 20}
+
+
+def test_the_command_prints_the_calls(tools_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps(TOOLS), encoding="utf-8")
+    command = ["generate", str(tools_bundle), "--prompt", "light", "--tools", str(file)]
+    assert cli.main([*command, "--tool-choice", "get_time", "--json"]) == 0
+    (call,) = json.loads(capsys.readouterr().out)["tool_calls"]
+    assert (call["name"], call["arguments"]) == ("get_time", {})
+    assert cli.main([*command, "--tool-choice", "get_time"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "get_time"
+    assert cli.main([*command, "--tool-choice", "heat"]) == UsageError.exit_code
+    file.write_text("{", encoding="utf-8")
+    assert cli.main(command) == UsageError.exit_code
+    assert capsys.readouterr().err.count("\n") == 2
