@@ -17,8 +17,10 @@ from typing import Any, Literal, NoReturn
 
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.text.chat import Message, messages_for, render, text_of
-from edgetune_runtime.wording import nearest
+from edgetune_runtime.text.chat import Message, messages_for, text_of
+from edgetune_runtime.tools.definitions import ToolSet, tool_set
+from edgetune_runtime.tools.prompts import prompt_text, support_of, turn_text
+from edgetune_runtime.wording import nearest, suggestion
 
 from .objectives.example import Example
 from .recipe.parts import HUB_ID, Columns, is_hub_id
@@ -26,6 +28,7 @@ from .recipe.parts import HUB_ID, Columns, is_hub_id
 MAX_ERRORS = 20
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
 FORMS = "messages, prompt and completion, text and label, or text"
 
 
@@ -35,12 +38,17 @@ class TaskRow:
 
     A prompt row has `messages`, without the assistant's last turn, and the text of that turn as `completion`; a text
     row has only `text`. `where` is the row's source, such as `file.jsonl:12`.
+
+    `tools` are those of the prompt. If the last turn calls some, it is `turn`, and `completion` is `said` of it: its
+    text depends on the base's chat template.
     """
 
     where: str
     messages: tuple[Message, ...] | None = None
     completion: str | None = None
     text: str | None = None
+    tools: ToolSet | None = None
+    turn: Message | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,14 @@ def tokenize_rows(
     return examples, TooLong(len(too_long), tuple(too_long[:3]))
 
 
+def said(content: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """What an answer says, to compare it with another: its text, or JSON with the name and arguments of its calls."""
+    if not calls:
+        return content
+    listed = [{"name": name, "arguments": dict(arguments)} for name, arguments in calls]
+    return json.dumps({**({"content": content} if content else {}), "tool_calls": listed}, ensure_ascii=False)
+
+
 def labelled_text(row: TaskRow) -> str:
     """The row's text; UsageError if it has no label or is a conversation."""
     if row.messages is None:
@@ -147,19 +163,21 @@ def _example(row: TaskRow, tokenizer: Tokenizer, system: str | None, loss_on: st
         return Example(tuple(tokens), (False, *[True] * (len(tokens) - 1)), 1)
     try:
         messages = messages_for(row.messages, system)
-        prompt = _prompt_tokens(messages, tokenizer)
-        target = _target_tokens(row.completion or "", tokenizer)
+        prompt = _prompt_tokens(messages, tokenizer, row.tools)
+        target = _target_tokens(_written(row.turn, tokenizer) if row.turn else row.completion or "", tokenizer)
         learned = [False] * len(prompt) + [True] * len(target)
         if loss_on == "all":
             learned = [False] + [True] * (len(learned) - 1)
         else:
-            _learn_earlier_turns(messages, prompt, learned, tokenizer)
+            _learn_earlier_turns(messages, prompt, learned, tokenizer, row.tools)
     except UsageError as error:
         raise UsageError(f"{row.where}: {error.message}", error.remedy) from error
     return Example((*prompt, *target), tuple(learned), len(prompt))
 
 
-def _learn_earlier_turns(messages: list[Message], prompt: list[int], learned: list[bool], tokenizer: Tokenizer) -> None:
+def _learn_earlier_turns(
+    messages: list[Message], prompt: list[int], learned: list[bool], tokenizer: Tokenizer, tools: ToolSet | None
+) -> None:
     """Mark the assistant's earlier turns in `prompt` as learned, in place.
 
     A turn is learned only if the tokens up to it are those that the device would see when it answers. It is not learned
@@ -168,17 +186,21 @@ def _learn_earlier_turns(messages: list[Message], prompt: list[int], learned: li
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _prompt_tokens(messages[:index], tokenizer)
-        target = _target_tokens(message["content"], tokenizer)
+        before = _prompt_tokens(messages[:index], tokenizer, tools)
+        target = _target_tokens(_written(message, tokenizer), tokenizer)
         start, end = len(before), len(before) + len(target)
         if prompt[:end] == before + target:
             learned[start:end] = [True] * len(target)
 
 
-def _prompt_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    template, bos, eos = tokenizer.chat_template, tokenizer.bos, tokenizer.eos
-    text = render(template, messages, add_generation_prompt=True, bos=bos, eos=eos)
-    return tokenizer.tokenize(text)
+def _prompt_tokens(messages: Sequence[Message], tokenizer: Tokenizer, tools: ToolSet | None) -> list[int]:
+    return tokenizer.tokenize(prompt_text(tokenizer, messages, tools))
+
+
+def _written(turn: Message, tokenizer: Tokenizer) -> str:
+    """The text of an assistant's turn, its calls as the base's chat template writes them."""
+    content: str = turn["content"]
+    return turn_text(content, turn["tool_calls"], support_of(tokenizer).format) if "tool_calls" in turn else content
 
 
 def _target_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -287,7 +309,7 @@ def _row(where: str, values: object, columns: Columns | None, labels: Sequence[s
     if columns is not None:
         row = _prompt_row(where, values, columns.prompt, columns.completion)
     elif "messages" in values:
-        row = _conversation(where, values["messages"])
+        row = _conversation(where, values["messages"], values.get("tools"))
     elif "prompt" in values or "completion" in values:
         row = _prompt_row(where, values, "prompt", "completion")
     elif "label" in values:
@@ -314,29 +336,63 @@ def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: 
     return TaskRow(where, (message,), _answer(answer, completion if isinstance(completion, str) else "completion"))
 
 
-def _conversation(where: str, messages: object) -> TaskRow:
+def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa: ANN401 - it is checked here
     if not isinstance(messages, list) or not messages:
         raise _BadRowError(f"messages is {_kind(messages)}, not a list with at least one message")
-    turns = [_message(number, message) for number, message in enumerate(messages, 1)]
+    for number, message in enumerate(messages, 1):
+        _check_message(number, message)
+    try:
+        # Columns of data sets have a null where a message lacks a key.
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        turns = messages_for(given, None)
+        offered = tool_set(json.loads(tools) if isinstance(tools, str) else tools)
+    except UsageError as error:
+        raise _BadRowError(error.message) from error
+    except ValueError as error:
+        raise _BadRowError(f"tools is not JSON: {error}") from error
+    _check_order(turns)
+    turn = turns.pop()
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in turn.get("tool_calls", ())]
+    _check_calls([call["function"]["name"] for each in (*turns, turn) for call in each.get("tool_calls", ())], offered)
+    return TaskRow(where, tuple(turns), said(turn["content"], calls), tools=offered, turn=turn if calls else None)
+
+
+def _check_order(turns: Sequence[Message]) -> None:
     first = 1 if turns[0]["role"] == "system" else 0
-    for number, turn in enumerate(turns[first:]):
-        expected = ("user", "assistant")[number % 2]
-        if turn["role"] != expected:
-            raise _BadRowError(f"message {number + first + 1} has role {turn['role']}, expected {expected}")
+    expected = ["user"]
+    for number, turn in enumerate(turns[first:], first + 1):
+        role = turn["role"]
+        if role not in expected:
+            raise _BadRowError(f"message {number} has role {role}, expected {' or '.join(expected)}")
+        if role == "assistant":
+            expected = ["tool"] if "tool_calls" in turn else ["user"]
+        else:
+            expected = ["assistant", "tool"] if role == "tool" else ["assistant"]
     if turns[-1]["role"] != "assistant":
         raise _BadRowError(f"the last message has role {turns[-1]['role']}, expected assistant")
-    return TaskRow(where, tuple(turns[:-1]), turns[-1]["content"])
 
 
-def _message(number: int, message: object) -> dict[str, str]:
+def _check_calls(names: Sequence[str], tools: ToolSet | None) -> None:
+    if names and tools is None:
+        raise _BadRowError(f"calls {names[0]!r}, but has no tools; add the key tools")
+    known = [tool.name for tool in tools.tools] if tools is not None else []
+    for name in names:
+        if name not in known:
+            raise _BadRowError(f"calls {name!r}, which is not one of its tools; {suggestion(name, known)}")
+
+
+def _check_message(number: int, message: object) -> None:
     if not isinstance(message, dict):
         raise _BadRowError(f"message {number} is {_kind(message)}, not an object with role and content")
-    if message.get("role") not in ("system", "user", "assistant"):
-        raise _BadRowError(f"message {number} has role {message.get('role')!r}; use system, user or assistant")
-    extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
+    role = message.get("role")
+    if role not in ("system", "user", "assistant", "tool"):
+        raise _BadRowError(f"message {number} has role {role!r}; use system, user, assistant or tool")
+    keys = ("role", "content", *_MORE_KEYS.get(role, ()))
+    extra = [key for key, value in message.items() if key not in keys and value is not None]
     if extra:
-        raise _BadRowError(f"message {number} has {extra[0]!r}, which is not supported; use only role and content")
-    return {"role": message["role"], "content": _text(message.get("content"), f"the content of message {number}")}
+        raise _BadRowError(f"message {number} has {extra[0]!r}, which is not supported; use only {', '.join(keys)}")
+    if not message.get("tool_calls"):
+        _text(message.get("content"), f"the content of message {number}")
 
 
 def _answer(value: object, name: str) -> str:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from edgetune.objectives.example import Example
 
 from . import metrics
-from .data import TaskRow, labelled_text, read_rows, tokenize_rows
+from .data import TaskRow, labelled_text, read_rows, said, tokenize_rows
 from .progress import Progress, Step
 from .recipe.parts import Columns, Metric
 
@@ -155,7 +155,10 @@ def _answer(task: _Task, row: TaskRow, max_tokens: int) -> str:
     prompt = row.messages or ()
     if task.metric == "label":
         return task.runtime.classify(prompt, task.labels or None, adapter=task.adapter)[0]
-    return task.runtime.generate(prompt, adapter=task.adapter, temperature=0.0, max_tokens=max_tokens).text
+    tools = None if row.tools is None else row.tools.definitions
+    generate = task.runtime.generate
+    answer = generate(prompt, adapter=task.adapter, tools=tools, temperature=0.0, max_tokens=max_tokens)
+    return said(answer.content, [(call.name, call.arguments) for call in answer.tool_calls])
 
 
 def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, int]:

@@ -254,7 +254,8 @@ def _precision(training: TrainingSpec) -> str:
 
 def _tokens(row: TaskRow, system: str | None) -> int:
     """A high estimate of the tokens of a row."""
-    texts = (system, row.text, row.completion, *(message["content"] for message in row.messages or ()))
+    tools = None if row.tools is None else row.tools.text
+    texts = (system, tools, row.text, row.completion, *(message["content"] for message in row.messages or ()))
     return math.ceil(sum(len(text) for text in texts if text) / _CHARACTERS)
 
 

@@ -40,11 +40,17 @@ def output_of_task(task: Task, folder: Path, progress: Progress) -> OutputSpec |
 
 
 def check_output(task: Task) -> None:
-    """UsageError that names the rows that break the output constraint given in the task's recipe."""
-    spec = None if task.spec.output is None else task.spec.output.spec
+    """UsageError that names the rows that break the output constraint given in the task's recipe, or have tools."""
+    option, rows = task.spec.output, _answered(task)
+    if option is None:
+        return
+    calling = next((row for row in rows if row.tools is not None), None)
+    if calling is not None:
+        message = f"adapters.{task.name}.output: {calling.where} has tools, whose schemas constrain the answers"
+        raise UsageError(message, "leave output out")
+    spec = option.spec
     if spec is None:
         return
-    rows = _answered(task)
     wrong = [rows[place] for place in misfits(spec, (row.completion or "" for row in rows))]
     if wrong:
         examples = first_of([f"{row.where} {(row.completion or '')[:60]!r}" for row in wrong])

@@ -156,8 +156,9 @@ class DataSpec(RecipePart):
     """The rows of one task: JSONL, CSV or TSV files, or a hub id.
 
     A row has one of four forms: `messages`, ending with an assistant message; `prompt` and `completion`; `text` and
-    `label`; or only `text`, all of which is learned. A completion that is an object or a list is learned as JSON. A hub
-    id is `owner/name`, `owner/name:config` or `owner/name:config@split`; the default split is `train`.
+    `label`; or only `text`, all of which is learned. A completion that is an object or a list is learned as JSON.
+    Messages may have `tool_calls` and results of the role `tool`; the row's `tools` define the tools.
+    A hub id is `owner/name`, `owner/name:config` or `owner/name:config@split`; the default split is `train`.
     """
 
     train: Data

@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.text.chat import messages_for, render
+from edgetune_runtime.tools.definitions import tool_set
+from edgetune_runtime.tools.prompts import prompt_text
 
 from edgetune.data import TaskRow, read_rows, split, tokenize_rows
 from edgetune.objectives.example import Example
@@ -122,8 +124,8 @@ def test_all_bad_rows_are_named_with_line_and_reason(write: Write) -> None:
         json.dumps({"messages": [user]}),
         json.dumps({"messages": [user, user, assistant]}),
         json.dumps({"messages": [assistant]}),
-        json.dumps({"messages": [user, {"role": "tool", "content": "x"}]}),
-        json.dumps({"messages": [user, {**assistant, "tool_calls": [1]}]}),
+        json.dumps({"messages": [user, {"role": "robot", "content": "x"}]}),
+        json.dumps({"messages": [user, {**assistant, "refusal": "no"}]}),
         json.dumps({"messages": [user, {"role": "assistant"}]}),
         '{"text": "good"}',
     ]
@@ -143,8 +145,8 @@ def test_all_bad_rows_are_named_with_line_and_reason(write: Write) -> None:
         "12: the last message has role user, expected assistant",
         "13: message 2 has role user, expected assistant",
         "14: message 1 has role assistant, expected user",
-        "15: message 2 has role 'tool'; use system, user or assistant",
-        "16: message 2 has 'tool_calls', which is not supported; use only role and content",
+        "15: message 2 has role 'robot'; use system, user, assistant or tool",
+        "16: message 2 has 'refusal', which is not supported; use only role, content, tool_calls",
         "17: the content of message 2 is missing or null",
     ]
 
@@ -276,7 +278,7 @@ def tokenize_one(
     read: TaskRow, tokenizer: GgufTokenizer, system: str | None = None, loss_on: str = "completion"
 ) -> Example:
     examples, _ = tokenize_rows(
-        [read], tokenizer, system=system, loss_on="all" if loss_on == "all" else "completion", max_tokens=400
+        [read], tokenizer, system=system, loss_on="all" if loss_on == "all" else "completion", max_tokens=600
     )
     return examples[0]
 
@@ -379,3 +381,55 @@ def test_a_row_that_the_template_refuses_is_named(tiny_gguf: Callable[[str], Pat
     with pytest.raises(UsageError, match=r"^rows.jsonl:1: .*no system role"):
         tokenize_one(row("stop"), strict)
     strict.close()
+
+
+TOOLS = [{"type": "function", "function": {"name": "set_light", "parameters": {"properties": {"on": {}}}}}]
+CALLING = [
+    {"role": "user", "content": "turn on the light"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "set_light", "arguments": {"on": True}}}]},
+]
+
+
+def with_tools(messages: Sequence[object], tools: object = TOOLS) -> str:
+    return json.dumps({"messages": messages, "tools": tools})
+
+
+def test_a_row_can_end_with_a_call_of_its_tools(write: Write, tokenizer: GgufTokenizer) -> None:
+    (read,) = read_rows(write(with_tools(CALLING)))
+    assert json.loads(read.completion or "") == {"tool_calls": [{"name": "set_light", "arguments": {"on": True}}]}
+    example = tokenize_one(read, tokenizer)
+    assert example.prompt_tokens == tuple(
+        tokenizer.tokenize(prompt_text(tokenizer, messages_for(CALLING[:1], None), tool_set(TOOLS)))
+    )
+    call = '<tool_call>\n{"name": "set_light", "arguments": {"on": true}}\n</tool_call>'
+    assert text_of(learned_of(example)[:-1], tokenizer) == call
+    assert '"name": "set_light"' in text_of(example.prompt_tokens, tokenizer)
+
+
+def test_calls_before_the_last_turn_are_learned_too(write: Write, tokenizer: GgufTokenizer) -> None:
+    result = {"role": "tool", "content": "done"}
+    talk = [*CALLING, result, result, {"role": "assistant", "content": "light on"}]
+    (read,) = read_rows(write(with_tools(talk, json.dumps(TOOLS))))
+    assert read.completion == "light on"
+    learned = text_of(learned_of(tokenize_one(read, tokenizer)), tokenizer)
+    assert learned.startswith("<tool_call>")
+    assert "done" not in learned
+    assert "light on" in learned
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (json.dumps({"messages": CALLING}), "calls 'set_light', but has no tools; add the key tools"),
+        (with_tools(CALLING, [{"name": "set_lights"}]), "is not one of its tools; did you mean 'set_lights'?"),
+        (with_tools(CALLING, "[{"), "tools is not JSON"),
+        (with_tools(CALLING, [{}]), "tool 1 has no name"),
+        (with_tools([*CALLING, CALLING[0]]), "message 3 has role user, expected tool"),
+        (with_tools([CALLING[0], {"role": "tool", "content": "x"}]), "message 2 has role tool, expected assistant"),
+        (with_tools([CALLING[0], {"role": "assistant", "tool_calls": [{}]}]), "message 2 has a tool call without"),
+    ],
+)
+def test_rows_with_calls_that_cannot_be_are_named(write: Write, line: str, told: str) -> None:
+    (problem,) = problems_of(write(line))
+    assert problem.startswith("1: ")
+    assert told in problem

@@ -217,3 +217,25 @@ def test_an_unknown_adapter_and_missing_data_are_named(plain_bundle: Path, tmp_p
 def test_a_damaged_recipe_in_the_manifest_is_told(bundle_with: Callable[..., Path], write: Callable[..., Path]) -> None:
     with pytest.raises(VerificationError, match="has invalid columns"):
         score(bundle_with("exact", {"prompt": 3}), write({"prompt": "play", "completion": "on"}))
+
+
+def test_calls_are_compared_by_name_and_arguments(
+    tiny_gguf: Callable[[str], Path], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_gguf("llama")
+    bundle = write_bundle(tmp_path / "home", base, {"task": Adapter(low_rank(base, seed=1))}, context_length=512)
+    tools = [{"name": "stop"}]
+    with Runtime.open(bundle) as runtime:
+        answer = runtime.generate("play", adapter="task", tools=tools, max_tokens=60)
+    asked = {"role": "user", "content": "play"}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "stop"}}]}
+    said = {"role": "assistant", "content": answer.text}
+    rows = write({"messages": [asked, call], "tools": tools}, {"messages": [asked, said], "tools": tools})
+    result = score(bundle, rows)
+    assert [row.reference for row in result.details] == [
+        '{"tool_calls": [{"name": "stop", "arguments": {}}]}',
+        answer.text,
+    ]
+    # An untrained adapter does not call the tool: its answer is the text that it gives in the runtime.
+    assert result.details[0].score < 1
+    assert result.details[1].answer.startswith(answer.text)

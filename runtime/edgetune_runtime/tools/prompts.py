@@ -29,10 +29,8 @@ def support_of(tokenizer: Tokenizer) -> TemplateTools:
     return template_tools(tokenizer.chat_template, tokenizer.bos, tokenizer.eos)
 
 
-def prompt_text(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None = None, *, answer: bool = True
-) -> str:
-    """The prompt of messages made by `messages_for`, up to where the answer begins unless `answer` is false.
+def prompt_text(tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None = None) -> str:
+    """The prompt of messages made by `messages_for`, up to where the answer begins.
 
     What the template does not render is put into the messages' texts: the tools into the system prompt, calls into the
     assistant's answers, and results into messages of the user. Same errors as `render`.
@@ -42,12 +40,12 @@ def prompt_text(
         support = support_of(tokenizer)
         messages = _written(messages, definitions, support)
         definitions = definitions if support.renders_tools else None
-    ends = {"bos": tokenizer.bos, "eos": tokenizer.eos}
-    return render(tokenizer.chat_template, messages, add_generation_prompt=answer, tools=definitions, **ends)
+    template, bos, eos = tokenizer.chat_template, tokenizer.bos, tokenizer.eos
+    return render(template, messages, add_generation_prompt=True, bos=bos, eos=eos, tools=definitions)
 
 
-def answer_text(content: str, calls: Sequence[Mapping[str, Any]], form: CallFormat) -> str:
-    """An assistant's content followed by `tool_calls` of its message, as text."""
+def turn_text(content: str, calls: Sequence[Mapping[str, Any]], form: CallFormat) -> str:
+    """The text of an assistant's turn: its content, then its `tool_calls` in a format."""
     written = form.write([{**call["function"], "id": call["id"]} for call in calls])
     return f"{content}\n{written}" if content else written
 
@@ -76,7 +74,7 @@ def _without_calls(message: Message, form: CallFormat) -> Message:
     if "tool_calls" not in message:
         return message
     plain = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**plain, "content": answer_text(message["content"], message["tool_calls"], form)}
+    return {**plain, "content": turn_text(message["content"], message["tool_calls"], form)}
 
 
 def _without_results(messages: Sequence[Message]) -> list[Message]:

@@ -83,3 +83,54 @@ def test_messages_that_bring_a_system_prompt_keep_their_own() -> None:
 def test_messages_without_role_or_content_are_refused(wrong: list[object]) -> None:
     with pytest.raises(UsageError):
         messages_for(wrong, None)
+
+
+def call(arguments: object, **more: object) -> dict[str, object]:
+    return {"function": {"name": "f", "arguments": arguments}, **more}
+
+
+def test_a_content_of_text_parts_is_joined() -> None:
+    parts = [{"type": "text", "text": "turn "}, {"type": "text", "text": "on"}]
+    assert messages_for([{"role": "user", "content": parts}], None) == [{"role": "user", "content": "turn on"}]
+
+
+def test_calls_get_objects_as_arguments_and_an_empty_content() -> None:
+    talk = [{"role": "assistant", "tool_calls": [call('{"a": 1}', id="x"), call(None, id="y"), call("", id="z")]}]
+    (message,) = messages_for(talk, None)
+    assert message["content"] == ""
+    assert [each["function"]["arguments"] for each in message["tool_calls"]] == [{"a": 1}, {}, {}]
+    assert messages_for([{"role": "assistant", "content": "a", "tool_calls": None}], None) == [
+        {"role": "assistant", "content": "a"}
+    ]
+
+
+def test_results_without_an_id_belong_to_the_calls_before() -> None:
+    other = {"function": {"name": "g"}, "id": "own"}
+    talk = [
+        {"role": "assistant", "tool_calls": [call({}), other]},
+        {"role": "tool", "name": "g", "content": "1"},
+        {"role": "tool", "content": "2"},
+        {"role": "tool", "tool_call_id": "lost", "content": "3"},
+    ]
+    first, *results = messages_for(talk, None)
+    assert [each["id"] for each in first["tool_calls"]] == ["call00001", "own"]
+    assert [result["tool_call_id"] for result in results] == ["own", "call00001", "lost"]
+    assert [result.get("name") for result in results] == ["g", "f", None]
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"role": "user", "content": [{"type": "image_url"}]}, "message 2 is {"),
+        ({"role": "tool"}, "message 2 is {'role': 'tool'}; give"),
+        ({"role": "user", "content": "a", "tool_calls": [call({})]}, "message 2 has tool_calls and role 'user'"),
+        ({"role": "assistant", "tool_calls": {"a": 1}}, "message 2 has tool_calls of type dict; give a list"),
+        ({"role": "assistant", "tool_calls": ["f"]}, "message 2 has a tool call without a function's name: 'f'"),
+        ({"role": "assistant", "tool_calls": [call("{")]}, "message 2 calls 'f' with arguments '{'; give an object"),
+        ({"role": "assistant", "tool_calls": [call("[1]")]}, r"message 2 calls 'f' with arguments '\[1\]'; give"),
+    ],
+)
+def test_the_number_of_a_message_that_cannot_be_is_told(message: dict[str, object], told: str) -> None:
+    with pytest.raises(UsageError, match=told) as raised:
+        messages_for([{"role": "user", "content": "hi"}, message], None)
+    assert "\n" not in str(raised.value)
