@@ -14,7 +14,6 @@ from .definitions import Tool, ToolSet
 from .formats import CallFormat, Hole, shared
 
 _NAMED = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,60}\]")
-_TEXT = r"/(.|\n)*/"
 _ID = "/[A-Za-z0-9]{9}/"
 
 
@@ -59,35 +58,28 @@ class _Writer:
 
     def lark(self, tools: ToolSet) -> str:
         if tools.choice == "none":
-            return self._no_calls()
+            return "\n".join(["start: TEXT?", self._text()])
         rules = self._calls(tools.offered, many=tools.choice in ("auto", "required"))
-        begin = self._form.begin
-        if tools.choice != "auto":
-            return "\n".join([f"start: {self._literal(begin)} calls", *rules])
-        marker = self._form.marker
-        if marker in self._controls:
-            rest = begin.lstrip().removeprefix(marker)
-            start = [f"start: TEXT? (<[{self._controls[marker]}]> {self._literal(rest)} calls)?", r"TEXT: /(.|\n)+/"]
-        elif marker:
-            rest = begin.lstrip().removeprefix(marker)
-            # The shortest text that ends with the marker, so that nothing but a call can follow it.
-            lazy = rf"head[lazy]: /(.|\n)*{_escaped(marker)}/"
-            start = [f"start: TEXT | head {self._literal(rest)} calls", f"TEXT: {_TEXT}", lazy]
-        else:
-            start = [f"start: TEXT | {self._literal(begin)} calls", f"TEXT: {self._other_start()}"]
-        return "\n".join([*start, *rules])
+        if tools.choice == "auto":
+            return "\n".join([*self._text_or_calls(), self._text(), *rules])
+        return "\n".join([f"start: {self._literal(self._form.begin)} calls", *rules])
 
-    def _no_calls(self) -> str:
-        marker = self._form.marker
+    def _text_or_calls(self) -> list[str]:
+        begin, marker = self._form.begin, self._form.marker
         if not marker:
-            return f"start: TEXT\nTEXT: {self._other_start()}"
+            return [f"start: TEXT? | {self._literal(begin)} calls"]
+        rest = self._literal(begin.lstrip().removeprefix(marker))
         if marker in self._controls:
-            return f"start: TEXT\nTEXT: {_TEXT}"
-        return f"start: TEXT\nTEXT: {_TEXT} & ~/(.|\\n)*{_escaped(marker)}(.|\\n)*/"
+            return [f"start: TEXT? ({self._piece(marker)} {rest} calls)?"]
+        # The shortest text that ends with the marker, so that nothing but a call can follow it.
+        return [f"start: TEXT? | head {rest} calls", rf"head[lazy]: /(.|\n)*{_escaped(marker)}/"]
 
-    def _other_start(self) -> str:
-        """Texts that do not begin like a call."""
-        return rf"/([^{_escaped(self._form.begin[0])}](.|\n)*)?/"
+    def _text(self) -> str:
+        """The terminal of texts, not empty, in which no call begins."""
+        if not self._form.marker:
+            return rf"TEXT: /[^{_escaped(self._form.begin[0])}](.|\n)*/"
+        # Also where the marker is a control token: its name in letters would be read as the token.
+        return rf"TEXT: /(.|\n)+/ & ~/(.|\n)*{_escaped(self._form.marker)}(.|\n)*/"
 
     def _calls(self, tools: tuple[Tool, ...], *, many: bool) -> list[str]:
         form = self._form

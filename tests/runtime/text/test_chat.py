@@ -123,7 +123,10 @@ def test_results_without_an_id_belong_to_the_calls_before() -> None:
     [
         ({"role": "user", "content": [{"type": "image_url"}]}, "message 2 is {"),
         ({"role": "tool"}, "message 2 is {'role': 'tool'}; give"),
-        ({"role": "user", "content": "a", "tool_calls": [call({})]}, "message 2 has tool_calls and role 'user'"),
+        (
+            {"role": "user", "content": "a", "tool_calls": [call({})]},
+            "message 2 has tool_calls, but its role is 'user'",
+        ),
         ({"role": "assistant", "tool_calls": {"a": 1}}, "message 2 has tool_calls of type dict; give a list"),
         ({"role": "assistant", "tool_calls": ["f"]}, "message 2 has a tool call without a function's name: 'f'"),
         ({"role": "assistant", "tool_calls": [call("{")]}, "message 2 calls 'f' with arguments '{'; give an object"),

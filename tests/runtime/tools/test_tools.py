@@ -102,6 +102,15 @@ def test_no_call_begins_where_none_may(family: str, templated: Callable[[str], R
     assert runtime.generate("light", tools=TOOLS, tool_choice="none", max_tokens=5).tool_calls == ()
 
 
+def test_a_control_token_spelled_in_letters_is_refused(templated: Callable[[str], Runtime]) -> None:
+    runtime = templated(TEMPLATES["granite"])
+    tokenizer = loaded_bundle(runtime).context()[0].engine.tokenizer
+    constraint = loaded_bundle(runtime).call("light", None, form=auto(TOOLS)).constraint
+    letters = [token for letter in "<|tool_call|>" for token in tokenizer.tokenize(letter, continues=True)[-1:]]
+    assert constraint is not None
+    assert constraint.valid_prefix(letters) == len(letters) - 1
+
+
 def test_text_is_the_same_as_without_the_constraint_where_no_call_begins(opened: Runtime) -> None:
     free = opened.generate("light", tools=TOOLS, max_tokens=20)
     none = opened.generate("light", tools=TOOLS, tool_choice="none", max_tokens=20)
