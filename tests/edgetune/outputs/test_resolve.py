@@ -73,3 +73,12 @@ def test_a_given_constraint_is_checked_against_all_rows(tmp_path: Path, output: 
 def test_an_output_that_cannot_be_is_refused_by_the_recipe(tmp_path: Path, output: Any, message: str) -> None:  # noqa: ANN401 - as above
     with pytest.raises(ValueError, match=message):
         resolved(tmp_path, output)
+
+
+def test_rows_with_tools_need_no_output(tmp_path: Path) -> None:
+    tools = [{"name": "set_light"}]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "set_light"}}]}
+    rows = [{"messages": [{"role": "user", "content": f"{n}"}, call], "tools": tools} for n in range(4)]
+    with pytest.raises(UsageError, match=r"adapters\.light\.output: .*rows\.jsonl:\d+ has tools, .*; leave output out"):
+        resolved(tmp_path, "auto", rows)
+    assert resolved(tmp_path, None, rows)[0] is None
