@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from edgetune_runtime import Answer, Runtime, TokenLogprob, UsageError, cli
+from edgetune_runtime.options import AnswerForm
 from runtime.test_structured import HOT, SCHEMA
 
 SERVICES = [f"turn the warm light {state} in the hall and in the kitchen" for state in ("on", "off")]
@@ -28,7 +29,7 @@ def logprobs_of(answer: Answer) -> tuple[TokenLogprob, ...]:
 
 def recomputed(runtime: Runtime, prompt: str, tokens: Sequence[int]) -> np.ndarray:
     """The log-probabilities [token, vocabulary] at each place of an answer, one step per token."""
-    job = runtime._loaded.call(prompt, "one", free=True).job
+    job = runtime._loaded.call(prompt, "one", form=AnswerForm(free=True)).job
     context = runtime._loaded.context("one")[0]
     with context.hold():
         rows = [context.run(job).logits]

@@ -50,13 +50,11 @@ class _LlguidanceTokenizer:
         self._vocabulary = weakref.ref(vocabulary)
         self.eos_token_id = min(self._ends, default=None)
         self.tokens = [b"" if piece[:1] == _CONTROL else piece for piece in tokenizer.pieces()]
-        names = _control_names(tokenizer)
-        for token, piece in enumerate(self.tokens):
-            if token in self._ends:
-                self.tokens[token] = b""
-            elif not piece:
-                # Within a text, llguidance finds only tokens with a name.
-                self.tokens[token] = _CONTROL + names.get(token, f"<|{token}|>").encode()
+        for token in self._ends:
+            self.tokens[token] = b""
+        for token, name in _control_names(tokenizer).items():
+            if token not in self._ends:
+                self.tokens[token] = _CONTROL + name.encode()
 
     def __call__(self, text: str) -> list[int]:
         """The base's own tokens of `text`, as in training, so that a forced text has the tokens that were learned."""

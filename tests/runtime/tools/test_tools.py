@@ -126,6 +126,15 @@ def test_a_stream_has_no_calls_in_it(templated: Callable[[str], Runtime]) -> Non
         assert stream.answer.tool_calls[0].name == "get_time"
 
 
+def test_a_call_has_the_same_text_with_log_probabilities(templated: Callable[[str], Runtime]) -> None:
+    runtime = templated(TEMPLATES["mistral"])
+    plain, told = (runtime.generate("light", tools=TOOLS, tool_choice="get_time", logprobs=n) for n in (None, 1))
+    assert told.text[:-14] == plain.text[:-14]
+    assert told.logprobs is not None
+    assert len(told.logprobs) == told.tokens
+    assert told.tool_calls[0].name == "get_time"
+
+
 def test_a_call_that_is_cut_off_is_no_call_and_no_error(opened: Runtime) -> None:
     answer = opened.generate("light", tools=TOOLS, tool_choice="set_light", max_tokens=12)
     assert answer.stop_reason == "length"
