@@ -58,7 +58,7 @@ _BEGINNINGS = {
     "task: validation loss": "fold",
     "writing gguf": "gguf",
     "writing onnx": "onnx",
-    "checking that": "parity",
+    "comparing the exported": "parity",
     "  bases of": "pack",
 }
 _SAMPLE_S = 0.02

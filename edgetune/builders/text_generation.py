@@ -118,7 +118,6 @@ class TextGeneration(Builder[Base]):
             fingerprint=base.fingerprint,
             architecture=arch,
             quantization=base.quantization,
-            tensor_types=base.header.tensor_types,
             parameters=base.header.parameters,
             trained_context_length=trained_context_length(base.header),
             layers=int(metadata[f"{arch}.block_count"]),

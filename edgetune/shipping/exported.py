@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgetune_export import backends
-from edgetune_export.backends.base import OnnxOptions, Source
+from edgetune_export.backends.base import OnnxOptions
 from edgetune_runtime.decoding.drafts import DraftTable
 from edgetune_runtime.decoding.output import OutputSpec
 
@@ -88,27 +88,33 @@ class TrainedAdapter:
 
 @dataclass(frozen=True)
 class WrittenAdapter:
-    """The file of an adapter, and its shape.
+    """The file of an adapter, its shape, and its number of values in each type.
 
     `error` is the share of the trained change that the file leaves out, `invocation` the tokens that activate it, and
-    `prefix_tokens` the number of positions that it occupies.
+    `prefix_tokens` the number of positions that it occupies. A merged model has the `quantization` that was requested
+    for it, and its own `weight_type` (see `ExportedFormat`).
     """
 
     file: Path
     shape: str
+    values_by_type: Mapping[str, int]
     error: float = 0.0
     invocation: tuple[int, ...] = ()
     prefix_tokens: int = 0
-    source: Source | None = None
+    quantization: str | None = None
     weight_type: str = ""
 
 
 @dataclass(frozen=True)
 class ExportedFormat:
-    """The files of one format: the base, the adapters by name, and the type of most of the base's weights."""
+    """The files of one format: the base, its number of values in each type, and the adapters by name.
+
+    `weight_type` is the type that determines the tolerance of the parity check (see `Backend.weight_type`).
+    """
 
     backend: str
     base: Path
+    values_by_type: Mapping[str, int]
     adapters: Mapping[str, WrittenAdapter]
     weight_type: str
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from edgetune_export.adapters.shapes import Adapter, LowRank
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, Manifest
-from edgetune_runtime.formats.gguf_file import read_header
 
 from .exported import BundleSpec, Checked, ExportedFormat, TrainedAdapter
 
@@ -51,7 +50,6 @@ def adapter_entry(
 ) -> AdapterEntry:
     """The entry of an adapter whose files are in `stage`; `folded` are its shapes, except a merged model."""
     written = {export.backend: export.adapters[adapter.name] for export in exports}
-    source = next((item.source for item in written.values() if item.source is not None), None)
     return AdapterEntry(
         name=adapter.name,
         method=adapter.method,
@@ -68,8 +66,8 @@ def adapter_entry(
         labels=adapter.labels,
         output=None if adapter.output is None else adapter.output.to_json(),
         draft=None if draft is None else draft.relative_to(stage).as_posix(),
-        quantization=None if source is None else source.quantization,
-        tensor_types={} if source is None else read_header(source.path).tensor_types,
+        quantization=next((item.quantization for item in written.values() if item.quantization), None),
+        values_by_type={target: item.values_by_type for target, item in written.items()},
         parity={target: found[adapter.name] for target, found in checked.adapters.items()},
         training=adapter.training,
     )

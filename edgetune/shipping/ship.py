@@ -58,7 +58,7 @@ class Exporter(Protocol[B_contra]):
         """Fold the adapter into a shape."""
 
     def base_entry(self, base: B_contra, source: Source, files: Mapping[str, str]) -> BaseEntry:
-        """The base's entry in the manifest, without parity; `files` are its files by format."""
+        """The base's entry in the manifest, without types and parity; `files` are its files by format."""
 
     def verify(
         self,
@@ -110,7 +110,7 @@ def ship(
         progress.say(f"writing {target}")
         exports.append(stage.export(target))
         _give_back(base)
-    progress.say("checking that the bundle says what was trained")
+    progress.say("comparing the exported files with the trained model")
     checked = exporter.verify(base, model, adapters, exports, progress)
     entry = exporter.base_entry(base, source, {export.backend: stage.name_of(export.base) for export in exports})
     # The next comparison loads two engines at a time.
@@ -118,10 +118,11 @@ def ship(
     del model, source
     _give_back(base)
     between = exporter.compare_formats(adapters, exports, progress)
+    types = {export.backend: export.values_by_type for export in exports}
     shipped = stage.shipped(exports, checked)
     manifest = manifest_of(
         wanted,
-        replace(entry, parity={**checked.base, **between}),
+        replace(entry, values_by_type=types, parity={**checked.base, **between}),
         {name: item.entry for name, item in shipped.items()},
         stage.packages(),
         task=exporter.task,
@@ -180,7 +181,7 @@ class _Stage:
                 written[adapter.name] = self._write_merged(target, adapter)
             else:
                 written[adapter.name] = self._write(target, beside[adapter.name], adapter, base)
-        return ExportedFormat(target, base, written, backend.weight_type(self.source))
+        return ExportedFormat(target, base, backend.values_by_type(base), written, backend.weight_type(self.source))
 
     def shipped(self, exports: Sequence[ExportedFormat], checked: Checked) -> dict[str, ShippedAdapter]:
         """The manifest entry and size of each adapter."""
@@ -216,9 +217,10 @@ class _Stage:
         out = self._folder(adapter) / backend.ADAPTER_FILE
         dtype = adapter.dtype_in(target)
         backend.write_adapter(folded, base, out, dtype=dtype, base_fingerprint=self.source.fingerprint)
+        written = WrittenAdapter(out, folded.shape, backend.values_by_type(out))
         if isinstance(folded, LowRank):
-            return WrittenAdapter(out, folded.shape, folded.error, folded.invocation)
-        return WrittenAdapter(out, folded.shape, prefix_tokens=folded.tokens if isinstance(folded, Prefix) else 0)
+            return replace(written, error=folded.error, invocation=folded.invocation)
+        return replace(written, prefix_tokens=folded.tokens) if isinstance(folded, Prefix) else written
 
     def _write_merged(self, target: str, adapter: TrainedAdapter) -> WrittenAdapter:
         backend = self.backends[target]
@@ -230,7 +232,8 @@ class _Stage:
         merged, out = self._fold(adapter, Merged.shape), self._folder(adapter) / backend.MODEL_FILE
         assert isinstance(merged, Merged)
         backend.write_merged(merged, source, out)
-        return WrittenAdapter(out, Merged.shape, source=source, weight_type=weight_type)
+        values = backend.values_by_type(out)
+        return WrittenAdapter(out, Merged.shape, values, quantization=source.quantization, weight_type=weight_type)
 
     def _fold(self, adapter: TrainedAdapter, shape: str) -> Folded:
         assert self.source.model is not None

@@ -48,9 +48,9 @@ class Decoder(Protocol):
 
 
 TOLERANCE_KL = {kind.name: kind.kl for kind in TENSOR_TYPES.values() if kind.kl is not None}
-"""Largest accepted mean KL of an adapter, by the coarsest tensor type of base and adapter."""
+"""Largest accepted mean KL of an adapter, by the main type of its base and the type of its file; the larger applies."""
 TOLERANCE_KL_MERGED = {kind.name: kind.merged_kl for kind in TENSOR_TYPES.values() if kind.merged_kl is not None}
-"""Largest accepted mean KL of merged models, whose adapted weights are requantized to the base's type."""
+"""Largest accepted mean KL of merged models by main type; their adapted weights are requantized to the base's types."""
 
 INT4 = "int4"
 TOLERANCE_KL_INT4 = 0.5
@@ -131,9 +131,9 @@ def check(
 ) -> None:
     """VerificationError unless the adapter `name` is within the tolerance of its base.
 
-    `weight_type` is the type of most of the base's weights, or INT4; `dtype` is that of the adapter's file. The loosest
-    tolerance applies to types that were not measured. `error` is the share of the trained change that a truncated
-    adapter leaves out; it gets a tolerance of at least TOLERANCE_KL_TRUNCATED.
+    `weight_type` is what `Backend.weight_type` returns; `dtype` is that of the adapter's file. The loosest tolerance
+    applies to types that were not measured. `error` is the share of the trained change that a truncated adapter leaves
+    out; it gets a tolerance of at least TOLERANCE_KL_TRUNCATED.
     """
     table = TOLERANCE_KL_MERGED if merged else TOLERANCE_KL
     loosest = max(table.values())

@@ -45,11 +45,11 @@ class BaseEntry:
 
     `fingerprint` is the sha256 of the GGUF file whose weights the adapters were trained on. `quantization` is what the
     recipe or its board requested for this file (`formats/quantization.py` lists the names; f32 or int8 for the graph of
-    an encoder), None if the file is unchanged. `tensor_types` maps each tensor type in the file to its number of
-    values. `files` maps a backend to the base's path in the bundle. `trained_context_length` is the longest context
-    that the base was trained for, in tokens. `parity` maps a backend to the distance of its base from the trained one,
-    and `gguf/onnx` to the distance between the two. `domain` has the figures of continued pretraining: how the base was
-    trained, and its perplexity before and after.
+    an encoder), None if the file is unchanged. `files` maps a backend to the base's path in the bundle, and
+    `values_by_type` to the number of values that this file has in each type: tensor types in GGUF; f32, f16, int8 and
+    int4 in ONNX. `trained_context_length` is the longest context that the base was trained for, in tokens. `parity`
+    maps a backend to the distance of its base from the trained one, and `gguf/onnx` to the distance between the two.
+    `domain` has the figures of continued pretraining: how the base was trained, and its perplexity before and after.
     """
 
     name: str
@@ -63,7 +63,7 @@ class BaseEntry:
     tokenizer_sha256: str
     chat_template_sha256: str
     files: Mapping[str, str]
-    tensor_types: Mapping[str, int] = field(default_factory=dict)
+    values_by_type: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     domain: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,9 +76,9 @@ class AdapterEntry:
     context positions that a prefix occupies. An adapter with `invocation` tokens is active from their last occurrence
     on. `ranks` maps the name of a module in the trained model to its rank. `scale` is used when a caller gives none;
     the weights of a merged model include it. `metric` names the score that `edgetune evaluate` computes. `quantization`
-    and `tensor_types` are those of a merged model, as in `BaseEntry`. `parity` maps a backend to `kl`, `top1`, … .
-    `draft` is the file of its draft table (see `decoding.drafts`); `output` constrains its answers (see
-    `decoding.output`).
+    is that of a merged model, None for other shapes and if a merged model keeps the types of an unchanged base.
+    `values_by_type` is as in `BaseEntry`, of the adapter's files. `parity` maps a backend to `kl`, `top1`, … . `draft`
+    is the file of its draft table (see `decoding.drafts`); `output` constrains its answers (see `decoding.output`).
     """
 
     name: str
@@ -97,7 +97,7 @@ class AdapterEntry:
     draft: str | None = None
     output: Mapping[str, Any] | None = None
     quantization: str | None = None
-    tensor_types: Mapping[str, int] = field(default_factory=dict)
+    values_by_type: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 

@@ -230,7 +230,8 @@ def _info(options: argparse.Namespace) -> None:
         return
     base = manifest.base
     print(f"bundle    {manifest.name}, {_size(manifest, manifest.files)}, context {manifest.context_length} tokens")
-    weights = f"{base.parameters / 1e6:.0f} M parameters, {describe(base.quantization, base.tensor_types)}"
+    types = next(iter(base.values_by_type.values()), {})
+    weights = f"{base.parameters / 1e6:.0f} M parameters, {describe(base.quantization, types)}"
     print(f"base      {base.name}: {base.architecture}, {weights}, {_size(manifest, base.files.values())}")
     for entry in manifest.adapters.values():
         shapes = " and ".join(dict.fromkeys(entry.shapes.values()))

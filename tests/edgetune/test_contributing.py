@@ -62,6 +62,7 @@ def test_the_format_is_found_and_writes_an_adapter(tmp_path: Path, monkeypatch: 
     with np.load(tmp_path / npz.ADAPTER_FILE) as arrays:
         assert str(arrays["base"]) == "ab"
         assert arrays["model.layers.0.self_attn.q_proj.b"].shape == (4, 2)
+    assert npz.values_by_type(tmp_path / npz.ADAPTER_FILE) == {"f32": 14}
 
 
 def test_the_engine_is_found_and_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ PACKAGES = ("numpy",)
 write_adapter = gguf.write_adapter
 write_merged = gguf.write_merged
 weight_type = gguf.weight_type
+values_by_type = gguf.values_by_type
 
 
 def write_base(source, folder, adapters):

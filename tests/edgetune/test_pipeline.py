@@ -156,10 +156,10 @@ def test_the_manifest_says_what_is_in_the_bundle(built: Built, tiny_gguf: Callab
         "whole": ("merged", 1.0, None),
     }
     # Nothing was asked for: the file is the tiny base as it was, and the merged model has its types.
-    base, types = built.manifest.base, read_header(tiny_gguf("llama")).tensor_types
-    assert (base.quantization, base.tensor_types, sum(types.values())) == (None, types, base.parameters)
-    assert (adapters["whole"].quantization, adapters["whole"].tensor_types) == (None, types)
-    assert adapters["plain"].tensor_types == {}
+    base, types = built.manifest.base, read_header(tiny_gguf("llama")).values_by_type
+    assert (base.quantization, base.values_by_type, sum(types.values())) == (None, {"gguf": types}, base.parameters)
+    assert (adapters["whole"].quantization, adapters["whole"].values_by_type) == (None, {"gguf": types})
+    assert adapters["plain"].values_by_type == {"gguf": {"f16": adapters["plain"].training["trainable_parameters"]}}
     assert set(adapters["plain"].ranks.values()) == {4}
     ranks = {module.rpartition(".")[2]: rank for module, rank in adapters["scaled"].ranks.items()}
     assert (ranks["q_proj"], ranks["down_proj"], ranks["v_proj"]) == (2, 9, 4)
@@ -218,7 +218,13 @@ def test_one_training_ships_in_both_formats(tmp_path: Path, tiny_gguf: Callable[
     assert result is not None
     manifest = read_manifest(tmp_path / "home")
     assert manifest.base.quantization == manifest.recipe["quantization"] == "q4_0"
-    assert set(manifest.base.tensor_types) == {"f32", "q4_0", "q8_0"}
+    types = manifest.base.values_by_type
+    assert set(types["gguf"]) == {"f32", "q4_0", "q8_0"}
+    # The graph has the same blocks; besides norms, its f32 values are the tables of rotary embeddings.
+    assert (types["onnx"]["int4"], types["onnx"]["int8"]) == (types["gguf"]["q4_0"], types["gguf"]["q8_0"])
+    assert types["onnx"]["f32"] > types["gguf"]["f32"]
+    adapter = manifest.adapters["plain"].values_by_type
+    assert (set(adapter["gguf"]), set(adapter["onnx"])) == ({"f16"}, {"f32"})
     assert set(manifest.base.files) == set(manifest.adapters["plain"].files) == {"gguf", "onnx"}
     assert set(manifest.base.parity) == {"gguf", "onnx", "gguf/onnx"}
     assert manifest.base.parity["gguf/onnx"]["kl"] < 0.01

@@ -173,7 +173,6 @@ def _base_entry(header: GgufHeader, fingerprint: str) -> BaseEntry:
         fingerprint=fingerprint,
         architecture=prefix,
         quantization=None,
-        tensor_types=header.tensor_types,
         parameters=100_000,
         trained_context_length=header.metadata[f"{prefix}.context_length"],
         layers=header.metadata[f"{prefix}.block_count"],
@@ -181,6 +180,7 @@ def _base_entry(header: GgufHeader, fingerprint: str) -> BaseEntry:
         tokenizer_sha256=digest_of_tokenizer(header),
         chat_template_sha256=digest_of_chat_template(header),
         files={"gguf": "base/model.gguf"},
+        values_by_type={"gguf": header.values_by_type},
     )
 
 

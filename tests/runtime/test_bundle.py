@@ -43,8 +43,8 @@ def test_keys_of_a_later_version_are_left_out(copy: Path) -> None:
 
 
 def test_keys_that_an_earlier_version_lacks_have_defaults(copy: Path) -> None:
-    rewrite(copy, lambda raw: (raw["base"].pop("tensor_types"), raw["adapters"]["tone"].pop("tensor_types")))
-    assert read_manifest(copy).base.tensor_types == read_manifest(copy).adapter("tone").tensor_types == {}
+    rewrite(copy, lambda raw: (raw["base"].pop("values_by_type"), raw["adapters"]["tone"].pop("values_by_type")))
+    assert read_manifest(copy).base.values_by_type == read_manifest(copy).adapter("tone").values_by_type == {}
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_another_schema_is_refused_with_what_to_do(schema: int, remedy: str, cop
         lambda raw: raw.pop("base"),
         lambda raw: raw["base"].pop("fingerprint"),
         lambda raw: raw["base"].update(quantization=4),
-        lambda raw: raw["base"]["tensor_types"].update(f16="100"),
+        lambda raw: raw["base"]["values_by_type"]["gguf"].update(f16="100"),
         lambda raw: raw.update(context_length="256"),
         lambda raw: raw.update(context_length=True),
         lambda raw: raw.update(threads=1.5),

@@ -64,4 +64,10 @@ class Backend(Protocol):
         """Write the base with the merged model's own parameters in place of its."""
 
     def weight_type(self, source: Source) -> str:
-        """The type of most of the base's weights in this format, as `parity.check` knows it."""
+        """The tensor type whose tolerance `parity.check` applies: the one with the most bytes in the base's GGUF file.
+
+        If this format stores it otherwise, what it becomes: f32, q8_0 for floats rounded to 8 bits, or INT4.
+        """
+
+    def values_by_type(self, file: Path) -> dict[str, int]:
+        """The number of values in each type of a base, adapter or merged model of this backend, for the manifest."""

@@ -78,7 +78,7 @@ class GgufHeader:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
-    def tensor_types(self) -> dict[str, int]:
+    def values_by_type(self) -> dict[str, int]:
         """The number of values in each tensor type."""
         values: Counter[str] = Counter()
         for tensor in self.tensors.values():
@@ -88,7 +88,7 @@ class GgufHeader:
     @property
     def main_type(self) -> TensorType:
         """The tensor type with the most bytes in the file."""
-        return main_type(self.tensor_types)
+        return main_type(self.values_by_type)
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,10 @@ def quantization_named(name: str) -> Quantization:
     return QUANTIZATIONS[name]
 
 
-def main_type(tensor_types: Mapping[str, int]) -> TensorType:
+def main_type(values_by_type: Mapping[str, int]) -> TensorType:
     """The type with the most bytes, from the number of values in each type."""
-    return max((TENSOR_TYPES[name] for name in tensor_types), key=lambda t: tensor_types[t.name] * t.bytes_per_value)
+    types = (TENSOR_TYPES[name] for name in values_by_type)
+    return max(types, key=lambda kind: values_by_type[kind.name] * kind.bytes_per_value)
 
 
 def quantization_of_merged(base: TensorType, requested: str | None = None) -> str | None:
@@ -165,8 +166,7 @@ def quantization_of_merged(base: TensorType, requested: str | None = None) -> st
     return requested or (None if base.bits >= TENSOR_TYPES["q8_0"].bits else "q8_0")
 
 
-def describe(quantization: str | None, tensor_types: Mapping[str, int]) -> str:
-    """A model's quantization and main type from its manifest, such as `q8_0` or `q4_k_m (mostly q4_k)`."""
-    known = {name: values for name, values in tensor_types.items() if name in TENSOR_TYPES}
-    main = main_type(known).name if known else quantization
-    return str(main) if quantization in (None, main) else f"{quantization} (mostly {main})"
+def describe(quantization: str | None, values_by_type: Mapping[str, int]) -> str:
+    """A file's quantization and the type of most values, such as `q8_0` or `q4_k_m (mostly q4_k)`."""
+    most = max(values_by_type, key=values_by_type.__getitem__, default=quantization)
+    return str(most) if quantization in (None, most) else f"{quantization} (mostly {most})"

@@ -126,6 +126,8 @@ def test_the_manifest_tells_what_is_in_the_bundle(built: Built) -> None:
         64,
         64,
     )
+    assert set(manifest.base.values_by_type["onnx"]) == {"f32"}
+    assert set(manifest.adapter("place").values_by_type["onnx"]) == {"f32"}
     assert manifest.adapter("place").labels == PLACES
     assert manifest.adapter("power").labels == ("off", "on")
     assert set(manifest.adapter("place").ranks.values()) == {4}

@@ -67,4 +67,6 @@ def test_a_quantization_is_told_with_the_type_that_it_gave() -> None:
     assert describe("q8_0", {"q8_0": 100, "f32": 1}) == "q8_0"
     assert describe("q4_k_m", {"q5_0": 100, "q8_0": 10, "f32": 1}) == "q4_k_m (mostly q5_0)"
     assert describe(None, {"q4_1": 100, "f32": 1}) == "q4_1"
+    assert describe("int8", {"f32": 1, "int8": 100}) == "int8"
+    # Bundles of an earlier version do not count types.
     assert describe("int8", {}) == "int8"

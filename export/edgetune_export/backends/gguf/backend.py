@@ -96,8 +96,13 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16"
 
 
 def weight_type(source: Source) -> str:
-    """The tensor type of most of the base's weights."""
+    """The tensor type with the most bytes in the base's file."""
     return read_header(source.path).main_type.name
+
+
+def values_by_type(file: Path) -> dict[str, int]:
+    """The number of values in each tensor type of a GGUF file."""
+    return read_header(file).values_by_type
 
 
 def write_merged(merged: Merged, source: Source, out: Path) -> None:

@@ -24,6 +24,7 @@ from edgetune_export.backends.gguf import backend as gguf
 from edgetune_export.parity import INT4
 
 from . import slots as onnx_slots
+from . import value_types
 from .adapter import write_tensors
 from .graph import GRAPH, add_logits_start, load_structure, put_ends, put_weights, run_builder, save_model
 from .prefix import prefix_tensors
@@ -37,6 +38,7 @@ SHAPES = ("low_rank", "prefix", "tensors", "merged")
 ADAPTER_FILE = "adapter.onnx_adapter"
 MODEL_FILE = f"onnx/{GRAPH}"
 PACKAGES = ("onnxruntime", "onnxruntime-genai")
+values_by_type = value_types.values_by_type
 
 _CONFIG = "genai_config.json"
 
@@ -75,7 +77,7 @@ def write_merged(merged: Merged, source: Source, out: Path) -> None:
 
 
 def weight_type(source: Source) -> str:
-    """The type of most of the graph's weights, as `parity.check` knows it."""
+    """The main type of the GGUF base, or what the graph has instead: f32, q8_0 for floats as int8, or INT4."""
     base = read_header(source.path).main_type
     if source.onnx.weights == "fp32":
         return "f32"

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from edgetune_export.adapters.shapes import Floats, LowRank, Merged
 from edgetune_export.backends.base import Source
 
+from . import value_types
 from .adapter import write_tensors
 from .graph import GRAPH, Matrix, Projection, optional_input, replace_gather, replace_product, save_model
 from .slots import METADATA, add_slot, fill, slots_of
@@ -40,6 +41,7 @@ SHAPES = ("low_rank",)
 ADAPTER_FILE = "adapter.onnx_adapter"
 MODEL_FILE = f"onnx/{GRAPH}"
 PACKAGES = ("onnxruntime",)
+values_by_type = value_types.values_by_type
 
 # The first with an Attention operator, which leaves the fewest nodes.
 _OPSET = 23

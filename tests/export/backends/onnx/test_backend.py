@@ -19,7 +19,7 @@ from edgetune_export.adapters.shapes import Delta, LowRank
 from edgetune_export.architectures import known
 from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_export.backends.gguf.quantize import quantize_gguf
-from edgetune_export.backends.onnx.backend import weight_type, write_adapter, write_base, write_merged
+from edgetune_export.backends.onnx.backend import values_by_type, weight_type, write_adapter, write_base, write_merged
 from edgetune_export.backends.onnx.graph import load_structure, run_builder
 from edgetune_export.backends.onnx.slots import fill, slots_of
 from edgetune_export.parity import compare
@@ -379,6 +379,11 @@ def test_each_method_gives_a_4_bit_graph_that_is_near_torch(
     onnx.checker.check_model(base)
     bits = [a.i for node in onnx.load(base).graph.node for a in node.attribute if a.name == "bits"]
     assert sorted(bits) == [4] * 8 + [8] * 2
+    counted = values_by_type(base)
+    # The embedding and the output layer stay at 8 bits and are one tensor here; f32 are norms and rotary tables.
+    matrices = sum(p.numel() for p in source_of("llama").model.parameters() if p.dim() == 2)
+    assert counted["int4"] + counted["int8"] == matrices
+    assert set(counted) == {"int4", "int8", "f32"}
     engine, model = open_engine(base), source_of("llama").model
     plain = compare(lambda tokens: logits_of(model, tokens), engine, rows)
     assert 1e-3 < plain.kl < INT4_KL
