@@ -264,12 +264,12 @@ def summary(setups: dict[str, dict[str, Any]]) -> Iterator[str]:
         found, firsts = setups[name], {other: setups[other][ORDERS[0]]["first_token_ms_p50"] for other in others}
         times = {other: first / found[ORDERS[0]]["first_token_ms_p50"] for other, first in firsts.items()}
         ratios = ", ".join(f"{other} {times[other]:.1f}x" for other in sorted(times, key=times.__getitem__))
-        yield f"- TTFT after a switch, in round-robin order, as a multiple of {name}'s: {ratios}."
+        yield f"- TTFT after a switch (round robin), relative to {name}: {ratios}."
         one, parts = found["rss_mb_of_one_adapter"], found["adapters_mb"] + found["states_mb"]
         more = parts * (1 - 1 / found["adapters"])
         yield (
-            f"- {name}: RSS is {found['rss_mb']:.0f} MB with all adapters. It is {one:.0f} MB with one adapter; the "
-            f"other adapters and their states are {more:.0f} MB. The total differs from the sum by "
+            f"- {name}: RSS is {found['rss_mb']:.0f} MB with all adapters and {one:.0f} MB with one. The other "
+            f"adapters and their states take {more:.0f} MB; measured against this sum, RSS is "
             f"{found['rss_mb'] / (one + more) - 1:+.1%}."
         )
 

@@ -329,7 +329,7 @@ def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: 
     for name in needed:
         if name not in values:
             near = nearest(name, map(str, values))
-            hint = f"did you mean {near!r}?" if near else f"its keys are {', '.join(map(str, values))}"
+            hint = f"there is {near!r}" if near else f"its keys are {', '.join(map(str, values))}"
             raise _BadRowError(f"has no {name!r}; {hint}")
     message = {"role": "user", "content": _text(values[prompt], prompt)}
     answer = values[completion] if isinstance(completion, str) else {name: values[name] for name in completion}
@@ -337,8 +337,10 @@ def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: 
 
 
 def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa: ANN401 - it is checked here
-    if not isinstance(messages, list) or not messages:
-        raise _BadRowError(f"messages is {_kind(messages)}, not a list with at least one message")
+    if not isinstance(messages, list):
+        raise _BadRowError(f"messages is {_kind(messages)}, not a list of messages")
+    if not messages:
+        raise _BadRowError("messages is empty; give at least one message")
     for number, message in enumerate(messages, 1):
         _check_message(number, message)
     try:

@@ -69,5 +69,6 @@ def _is_full_disk(error: BaseException) -> bool:
 
 def _wrong_command_line(error: Any) -> EdgetuneError:  # noqa: ANN401 - see _CommandLineError
     where = error.ctx.command_path if error.ctx is not None else PROGRAM
-    message = " ".join(error.format_message().split()).rstrip(".").replace(". Did you mean", "; did you mean")
-    return UsageError(f"{message[:1].lower()}{message[1:]}", f"see {where} --help")
+    message, suggested, near = " ".join(error.format_message().split()).rstrip(".").partition(". Did you mean ")
+    remedy = f"did you mean {near} See {where} --help" if suggested else f"see {where} --help"
+    return UsageError(f"{message[:1].lower()}{message[1:]}", remedy)

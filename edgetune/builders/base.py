@@ -1,40 +1,34 @@
-"""The steps of a build that depend on the task: bases, training jobs, methods, export and parity. No torch."""
+"""The steps of a build that depend on the task: bases, training jobs, methods, and the export. Imports no torch."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from edgetune import methods
 from edgetune.prepared import PlannedTraining, Prepared
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.shipping.exported import BuildBase, BundleSpec, Checked, ExportedFormat, Figures, TrainedAdapter
+from edgetune.shipping.exported import BundleSpec, TrainedAdapter
+from edgetune.shipping.exporter import B, Exporter
 from edgetune.tasks import Task
 
 if TYPE_CHECKING:
     import torch
     from edgetune_export.adapters.shapes import Folded
-    from edgetune_export.backends.base import OnnxOptions, Source
-    from edgetune_runtime.bundle import BaseEntry
     from transformers import PreTrainedModel
 
     from edgetune.training.job import TrainResult
 
-B = TypeVar("B", bound=BuildBase)
 
+class Builder(Exporter[B]):
+    """Builds and exports recipes of one task; B is the class of its bases.
 
-class Builder(ABC, Generic[B]):
-    """Builds recipes of one task; B is the class of its bases.
-
-    It is also the `Exporter` of `shipping.ship`. `keeps_states`: the runtime has states of prompts, which a bundle can
-    include.
+    `keeps_states`: the runtime has states of prompts, which a bundle can include.
     """
 
-    task: str
-    packages: tuple[str, ...] = ()
     keeps_states: bool = False
 
     @abstractmethod
@@ -85,31 +79,6 @@ class Builder(ABC, Generic[B]):
 
         return self.load_torch(base, torch.float32)
 
-    @abstractmethod
-    def source(self, base: B, model: PreTrainedModel, work: Path, onnx: OnnxOptions) -> Source:
-        """The base for backends; `model` is the base in float32."""
-
     def fold(self, adapter: TrainedAdapter, model: PreTrainedModel, shape: str) -> Folded:
         """Fold the adapter into a shape; `model` is the base in float32."""
         return methods.load(adapter.method).fold(adapter.checkpoint(model), shape)
-
-    @abstractmethod
-    def base_entry(self, base: B, source: Source, files: Mapping[str, str]) -> BaseEntry:
-        """The base's entry in the manifest, without parity; `files` are its files by format."""
-
-    @abstractmethod
-    def verify(
-        self,
-        base: B,
-        model: PreTrainedModel,
-        adapters: Sequence[TrainedAdapter],
-        exports: Sequence[ExportedFormat],
-        progress: Progress,
-    ) -> Checked:
-        """Compare every format with torch; VerificationError names the adapter, or the base, that differs too much."""
-
-    def compare_formats(
-        self, adapters: Sequence[TrainedAdapter], exports: Sequence[ExportedFormat], progress: Progress
-    ) -> Mapping[str, Figures]:
-        """Parity of the first format's base with that of each other format, by pair, such as `gguf/onnx`."""
-        return {}

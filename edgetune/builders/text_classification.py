@@ -13,7 +13,6 @@ from edgetune_runtime.bundle import CLASSIFICATION, BaseEntry, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
 from edgetune import methods
-from edgetune.bases import check_context
 from edgetune.encoder import base as encoder
 from edgetune.encoder.base import TOKENIZER, EncoderBase
 from edgetune.prepared import PlannedTraining, Prepared
@@ -60,9 +59,8 @@ class TextClassification(Builder[EncoderBase]):
     ) -> tuple[EncoderBase, Recipe]:
         """The base, and the recipe with a context_length that the base supports."""
         base = encoder.resolve(recipe)
-        trained = base.trained_context_length
-        check_context(recipe, trained)
-        return base, recipe.model_copy(update={"context_length": min(recipe.context_length, trained)})
+        length = min(recipe.context_length, base.trained_context_length)
+        return base, recipe.model_copy(update={"context_length": length})
 
     def plan(
         self, tasks: Sequence[Task], base: EncoderBase, recipe: Recipe, progress: Progress

@@ -15,7 +15,7 @@ from edgetune_runtime.threads import machine
 
 from edgetune import bases, plan
 from edgetune import needs as build_needs
-from edgetune.bases import Base, trained_context_length
+from edgetune.bases import Base, check_context, trained_context_length
 from edgetune.data import TaskRow
 from edgetune.domain.texts import window_of
 from edgetune.prepared import PlannedTraining, Prepared
@@ -57,6 +57,7 @@ class TextGeneration(Builder[Base]):
         header = bases.describe(recipe)
         if header is None:
             return {"board": recipe.device}
+        check_context(recipe, trained_context_length(header))
         window_of(recipe, header)
         chosen = plan.choose_for(recipe, header)
         return {"architecture": header.architecture, "board": None if chosen is None else chosen.reason}

@@ -47,7 +47,7 @@ def names_of(joined: str) -> list[str]:
 
 
 def targets_of(joined: str) -> list[str]:
-    """The formats of --targets, each once; UsageError for one that there is not."""
+    """The formats of --targets, each once; UsageError for an unknown one."""
     names = list(dict.fromkeys(names_of(joined)))
     for name in names:
         error = backends.unknown(name)

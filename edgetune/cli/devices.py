@@ -1,4 +1,4 @@
-"""`edgetune devices list | show NAME | fit BUNDLE_OR_RECIPE --device NAME`: boards and what fits on them, on stdout."""
+"""`edgetune devices list | show NAME | fit TARGET --device NAME`: boards, and what fits on them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from edgetune_runtime.formats.gguf_file import read_header
 
 from edgetune import task_types
 
-app = typer.Typer(help="Boards, and what fits on them.", no_args_is_help=True)
+app = typer.Typer(help="Show boards, and what fits on them.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON value on standard output.")]
-RamMib = Annotated[int | None, typer.Option("--ram-mib", min=1, help="Memory of the board in MiB.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
+BOARD = "The board: see `edgetune devices list`."
+RamMib = Annotated[
+    int | None,
+    typer.Option("--ram-mib", metavar="N", min=1, help="The board's memory in MiB (default: the listed one)."),
+]
 
 
 @app.command("list")
 def list_boards(*, as_json: AsJson = False) -> None:
-    """List the boards there are."""
+    """List the boards."""
     found = [boards.load(name) for name in boards.names()]
     if as_json:
         _print_json([_summary(board) for board in found])
@@ -33,7 +37,12 @@ def list_boards(*, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def show(name: str, *, ram_mib: RamMib = None, as_json: AsJson = False) -> None:
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=BOARD)],
+    *,
+    ram_mib: RamMib = None,
+    as_json: AsJson = False,
+) -> None:
     """Show all figures of a board, and where they come from."""
     board = _board(name, ram_mib)
     if as_json:
@@ -49,16 +58,19 @@ def show(name: str, *, ram_mib: RamMib = None, as_json: AsJson = False) -> None:
 
 @app.command("fit")
 def fit_target(
-    target: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_RECIPE", help="A bundle, a recipe or a .gguf file.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A bundle, a recipe or a .gguf file.")],
     *,
-    device: Annotated[str, typer.Option("--device", help="The board: see `edgetune devices list`.")],
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help=BOARD)],
     ram_mib: RamMib = None,
     context_length: Annotated[
-        int | None, typer.Option("--context-length", min=1, help="Tokens of context instead of the bundle's own.")
+        int | None,
+        typer.Option(
+            "--context-length", metavar="N", min=1, help="Context length in tokens (default: the target's own)."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sum the memory that a bundle or recipe needs on a board, and predict its speed."""
+    """Predict the memory and the speed of a bundle or recipe on a board."""
     board = _board(device, ram_mib)
     result = fit.fit(_needs(target, context_length), board)
     if as_json:
@@ -78,7 +90,9 @@ def _needs(target: Path, context_length: int | None) -> fit.Needs:
         return fit.needs_of_header(read_header(target), context_length=context_length or fit.CONTEXT_LENGTHS[0])
     if target.suffix in (".yaml", ".yml"):
         return _needs_of_recipe(target, context_length)
-    raise UsageError(f"{target} is no bundle, recipe or GGUF file", "give a bundle's folder, a .yaml or a .gguf file")
+    raise UsageError(
+        f"{target} is not a bundle, recipe or GGUF file", "give a bundle's folder, a .yaml or a .gguf file"
+    )
 
 
 def _needs_of_recipe(path: Path, context_length: int | None) -> fit.Needs:

@@ -35,7 +35,9 @@ def evaluate(
     ] = None,
     show: Annotated[
         int,
-        typer.Option(min=0, metavar="N", help="Wrong rows to show without --json.", rich_help_panel=OUTPUT_PANEL),
+        typer.Option(
+            min=0, metavar="N", help="Show up to N wrong answers; not with --json.", rich_help_panel=OUTPUT_PANEL
+        ),
     ] = 3,
     engine: Annotated[
         str | None,

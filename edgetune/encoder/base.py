@@ -54,16 +54,19 @@ class EncoderBase:
 
 def describe(recipe: Recipe) -> str | None:
     """The architecture of the recipe's encoder; None if it must be downloaded first. Raises the errors of `resolve`."""
-    if recipe.base in bases.ALIASES or bases.is_at_hand(recipe.base, recipe.folder):
-        return _checked(recipe.base, _locate(recipe))
-    return None
+    if recipe.base not in bases.ALIASES and not bases.is_at_hand(recipe.base, recipe.folder):
+        return None
+    folder = _locate(recipe)
+    architecture = _checked(recipe.base, folder)
+    bases.check_context(recipe, _trained_context_length(_read_config(folder), folder))
+    return architecture
 
 
 def resolve(recipe: Recipe) -> EncoderBase:
     """The recipe's encoder.
 
     Raises NotFoundError if there is no such base or a file is missing, IncompatibleError if it is not a BERT-type
-    encoder, VerificationError if a file is damaged.
+    encoder, VerificationError if a file is damaged, UsageError for a context_length above what it was trained for.
     """
     folder = _locate(recipe)
     architecture = _checked(recipe.base, folder)
@@ -75,6 +78,7 @@ def resolve(recipe: Recipe) -> EncoderBase:
         raise VerificationError(message, f"install {known.package} again, or give a folder")
     hidden_size, layers = _sizes(folder)
     trained = _trained_context_length(config, folder)
+    bases.check_context(recipe, trained)
     return EncoderBase(recipe.base, folder, fingerprint, architecture, hidden_size, layers, trained)
 
 

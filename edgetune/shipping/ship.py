@@ -8,18 +8,18 @@ from __future__ import annotations
 import gc
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Adapter, Folded, LowRank, Merged, Prefix
-from edgetune_export.backends.base import OnnxOptions, Source
+from edgetune_export.backends.base import Source
 from edgetune_export.merged import source_of_merged
 from edgetune_export.pack import CARD_NAME, pack
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, BaseEntry, Manifest
+from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, Manifest
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, write_table
 
 from edgetune.progress import Progress
@@ -28,52 +28,14 @@ from edgetune.report.render import card
 from edgetune.targets import shapes_in
 from edgetune.training.allocator import give_back_freed_memory
 
-from .exported import BuildBase, BundleSpec, Checked, ExportedFormat, Figures, TrainedAdapter, WrittenAdapter
+from .exported import BuildBase, BundleSpec, Checked, ExportedFormat, TrainedAdapter, WrittenAdapter
+from .exporter import Exporter
 from .manifest import adapter_entry, manifest_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _LARGE_BYTES = 50_000_000
 """For bases larger than this, freeing memory early is worth the time."""
 
-
 B = TypeVar("B", bound=BuildBase)
-B_contra = TypeVar("B_contra", bound=BuildBase, contravariant=True)
-
-
-class Exporter(Protocol[B_contra]):
-    """The parts of an export that depend on the task. The manifest records `packages` besides those of the formats."""
-
-    task: str
-    packages: tuple[str, ...]
-
-    def load_for_export(self, base: B_contra, wanted: BundleSpec, folder: Path, progress: Progress) -> PreTrainedModel:
-        """Load the base in float32. If memory is short, its weights may be mapped from a file in `folder`."""
-
-    def source(self, base: B_contra, model: PreTrainedModel, work: Path, onnx: OnnxOptions) -> Source:
-        """The base for backends; `model` is the base in float32."""
-
-    def fold(self, adapter: TrainedAdapter, model: PreTrainedModel, shape: str) -> Folded:
-        """Fold the adapter into a shape."""
-
-    def base_entry(self, base: B_contra, source: Source, files: Mapping[str, str]) -> BaseEntry:
-        """The base's entry in the manifest, without types and parity; `files` are its files by format."""
-
-    def verify(
-        self,
-        base: B_contra,
-        model: PreTrainedModel,
-        adapters: Sequence[TrainedAdapter],
-        exports: Sequence[ExportedFormat],
-        progress: Progress,
-    ) -> Checked:
-        """Compare every format with torch; VerificationError names the adapter, or the base, that differs too much."""
-
-    def compare_formats(
-        self, adapters: Sequence[TrainedAdapter], exports: Sequence[ExportedFormat], progress: Progress
-    ) -> Mapping[str, Figures]:
-        """Parity of the first format's base with that of each other format, by pair, such as `gguf/onnx`."""
 
 
 @dataclass(frozen=True)

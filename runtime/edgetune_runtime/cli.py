@@ -373,4 +373,5 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise NotFoundError(f"cannot read {path}: {error}", "give a text file") from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise NotFoundError(f"cannot read {path}: {reason}", "give a text file") from error

@@ -221,7 +221,8 @@ class Runtime:
             first = next(iter(scales), None)
             labels = self.manifest.adapter(first).labels if first else ()
         if not labels or len(set(labels)) != len(labels) or not all(labels):
-            raise UsageError(f"cannot classify among {list(labels)}", "give labels that are unique and not empty")
+            what = f"cannot classify with the labels {list(labels)}" if labels else "there are no labels to choose from"
+            raise UsageError(what, "give labels that are unique and not empty, or an adapter that has labels")
         if classifier is not None:
             ((name, scale),) = scales.items()
             return most_likely(labels, classifier.scores(prompt, labels, self.manifest.adapter(name), scale))

@@ -61,7 +61,7 @@ def test_fit_for_people_says_whether_it_fits(tiny_gguf: Callable[[str], Path]) -
     [
         (("show", "rpi6"), NotFoundError, "no board 'rpi6'"),
         (("fit", "nowhere", "--device", "pi-4"), NotFoundError, "no bundle, recipe or GGUF file nowhere"),
-        (("fit", __file__, "--device", "pi-4"), UsageError, "is no bundle, recipe or GGUF file"),
+        (("fit", __file__, "--device", "pi-4"), UsageError, "is not a bundle, recipe or GGUF file"),
         (("fit", ".", "--device", "pi-9"), NotFoundError, "no board 'pi-9'"),
     ],
 )

@@ -134,14 +134,14 @@ def test_all_bad_rows_are_named_with_line_and_reason(write: Write) -> None:
         "2: is a list, not an object; write one object per line",
         "3: has none of messages, prompt and completion, text and label, or text; its keys are promt; "
         "set `columns` to the keys to use",
-        "4: has no 'completion'; did you mean 'completon'?",
+        "4: has no 'completion'; there is 'completon'",
         "5: prompt is empty",
         "6: completion is empty",
         "7: completion is missing or null",
         "8: prompt is a list, not text",
         "9: text has an unpaired surrogate, which is not valid Unicode",
         "10: not JSON: NaN is not a JSON number",
-        "11: messages is a list, not a list with at least one message",
+        "11: messages is empty; give at least one message",
         "12: the last message has role user, expected assistant",
         "13: message 2 has role user, expected assistant",
         "14: message 1 has role assistant, expected user",
@@ -171,7 +171,7 @@ def test_a_completion_that_is_no_label_is_named_with_the_closest_one(write: Writ
 def test_a_column_that_is_not_there_is_named_with_the_closest_one(write: Write) -> None:
     columns = Columns(prompt="sentence", completion="intent")
     assert problems_of(write("sentense,intent\na,b\n", "rows.csv"), columns) == [
-        "2: has no 'sentence'; did you mean 'sentense'?"
+        "2: has no 'sentence'; there is 'sentense'"
     ]
 
 

@@ -228,7 +228,7 @@ def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) 
         matched = {name for name in linear if name == target or name.endswith(f".{target}")}
         if not matched:
             near = nearest(target, known)
-            hint = f"did you mean {near!r}? " if near else ""
+            hint = f"did you mean {near!r}? Or " if near else ""
             remedy = f"{hint}set target_modules to all-linear, or to some of {', '.join(known)}"
             raise UsageError(f"the base has no module {target!r}", remedy)
         adapted |= matched

@@ -202,6 +202,12 @@ def test_validate_tells_base_board_and_rows(run: Run, recipe: Path) -> None:
     assert lines[-1] == "adapter       tone: metric label, train 8, validation 1, labels 2"
 
 
+def test_validate_refuses_a_context_that_the_base_does_not_support(run: Run, recipe: Path) -> None:
+    code, out, err = run("validate", recipe, "--set", "context_length=100000")
+    assert (code, out) == (2, "")
+    assert "context_length is 100000" in err and "set it to at most 512" in err
+
+
 def test_validate_tells_the_problems_of_all_adapters_at_once(run: Run, recipe: Path) -> None:
     (recipe.parent / "reply.jsonl").unlink()
     write_rows(recipe.parent / "tone.jsonl", [*LABELED, {"text": "stop", "label": "wram"}])

@@ -134,8 +134,8 @@ def test_the_page_and_the_json_say_that_the_score_decides_nothing() -> None:
     outcomes = [outcome("one", gguf=engine(0, 9, error=0)), outcome("two", gguf=engine(0, 2, error=0))]
     compared = Comparison("lights", "tiny", "exact", 100, outcomes, recommend(outcomes))
     shown = page(compared, [])
-    assert "<b>Nothing can be recommended on the score:</b> all 2 trials scored 0; " in shown
-    assert "By size alone: Take two." in shown
+    assert "<b>No trial can be recommended by score:</b> all 2 trials scored 0; " in shown
+    assert "By size alone: take two." in shown
     told = compared.to_json()
     assert told["undecided"].startswith("all 2 trials scored 0; ")
     assert (told["recommended"], told["reason"]) == (

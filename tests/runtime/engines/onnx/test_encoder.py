@@ -156,7 +156,7 @@ def test_texts_are_neither_cut_nor_padded_to_what_the_tokenizer_file_says(runtim
     ("prompt", "labels", "adapter", "message"),
     [
         (TEXT, ["hall", "cellar"], "place", "no label 'cellar'; choose one of: hall, kitchen, none"),
-        (TEXT, ["hall", "hall"], "place", "cannot classify among"),
+        (TEXT, ["hall", "hall"], "place", "cannot classify with the labels"),
         (TEXT, None, None, "labels of one adapter, not of 0; choose one of: place, power"),
         (TEXT, ["hall"], None, "labels of one adapter, not of 0"),
         (TEXT, None, {"place": 1.0, "power": 1.0}, "labels of one adapter, not of 2"),
