@@ -1,6 +1,6 @@
-"""Needs and a board in; memory item by item, predicted speed, and the quantization to choose out.
+"""Predicts memory and speed of a base with its adapters on a board, and chooses quantization and context for it.
 
-An MB is 10^6 bytes. docs/boards.md shows how far predictions lie from measurements.
+An MB is 10^6 bytes. docs/boards.md compares predictions with measurements.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ RUNTIME_MB = 48
 """Resident memory of Python 3.11 on x86-64 Linux with numpy, jinja2, llama_cpp and the runtime imported, no model."""
 
 USABLE_TOKENS_PER_S = 5.0
-"""Decoding slower than people read is not chosen while a smaller quantization is faster."""
+"""About reading speed; a quantization that decodes slower is chosen only if no smaller one is faster."""
 CONTEXT_LENGTHS = (1024, 512, 256)
-"""Context lengths to choose from, in tokens, the wanted one first."""
+"""Context lengths to choose from, in tokens, the preferred one first."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Fit:
-    """How needs and a board go together. `adapter_tokens_per_s` is decoding with the slowest adapter active."""
+    """The prediction for a board. `adapter_tokens_per_s` is decode speed with the slowest adapter active."""
 
     device: str
     items: tuple[Item, ...]
@@ -74,7 +74,7 @@ class Fit:
 
     @property
     def largest(self) -> Item:
-        """The item that takes most."""
+        """The largest item."""
         return max(self.items, key=lambda item: item.mb)
 
     def to_json(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class BoardChoice:
-    """What a board asks of a recipe; `quantization` is None for a base that ships as it is. `reason` is a sentence."""
+    """The settings for a board; `quantization` is None if the base ships unchanged. `reason` explains them in words."""
 
     quantization: str | None
     threads: int
@@ -102,7 +102,7 @@ class BoardChoice:
 
 
 def fit(needs: Needs, board: Board) -> Fit:
-    """Sum what `needs` takes against what `board` leaves, and predict its speed there."""
+    """Compare the memory needed with the memory free on the board, and predict the speed there."""
     items = [
         Item("base weights", needs.base_bytes / MB),
         *(Item(f"adapter {name}", size.file_bytes / MB) for name, size in needs.adapters.items()),
@@ -127,7 +127,7 @@ def fit(needs: Needs, board: Board) -> Fit:
 
 
 def require_fit(needs: Needs, board: Board) -> Fit:
-    """`fit`, or IncompatibleError that says what is needed, what the board leaves, and what to make smaller."""
+    """`fit`; IncompatibleError with the memory needed and free, and a remedy, if it does not fit."""
     result = fit(needs, board)
     if not result.fits:
         largest = result.largest
@@ -151,11 +151,10 @@ def choose(
     threads: int | None = None,
     requantize: bool = True,
 ) -> BoardChoice:
-    """What a recipe for `board` should say where it says nothing: quantization, context and threads.
+    """Choose the quantization, context length and threads that a recipe for `board` leaves unset.
 
-    `quantization`, `context_length` and `threads` are kept where given; `requantize=False`: the base ships as it is.
-    The best quantization that fits and decodes at `USABLE_TOKENS_PER_S` is taken; when none is that fast, the fastest
-    that fits. IncompatibleError when nothing fits.
+    Given values are kept; with `requantize=False` the base ships unchanged. Chooses the best quantization that fits and
+    decodes at `USABLE_TOKENS_PER_S` or more, or else the fastest that fits. IncompatibleError if none fits.
     """
     candidates: Sequence[str | None] = [quantization]
     if quantization is None and requantize:
@@ -190,7 +189,7 @@ def choose(
 
 
 def table(result: Fit) -> list[tuple[str, str]]:
-    """The lines of a result as pairs of label and value, for a person to read."""
+    """The result as rows of label and value, for people."""
     return [
         *((item.name, f"{item.mb:.1f} MB") for item in result.items),
         ("needed", f"{result.needed_mb:.1f} MB"),
@@ -203,7 +202,7 @@ def table(result: Fit) -> list[tuple[str, str]]:
 
 
 def _token_seconds(needs: Needs, board: Board) -> float:
-    """Time of one token with half the context filled: the longer of reading and computing, and the layers' own."""
+    """Time per token with half the context filled: the longer of reading and computing, plus the time per layer."""
     read = needs.read_bytes + needs.kv_bytes_per_token * needs.context_length / 2
     reading = read / (board.bandwidth_gb_per_s * 1e9)
     computing = 2 * needs.read_parameters / (board.compute_gflop_per_s * 1e9)
@@ -222,5 +221,5 @@ def _remedy(needs: Needs, result: Fit) -> str:
         if tokens >= CONTEXT_LENGTHS[-1]:
             return f"set context_length to {tokens} or less, or quantize the base further"
     if result.largest.name.startswith("merged"):
-        return "ship fewer merged adapters, or take a board with more memory"
-    return "quantize the base further, take a smaller base, or a board with more memory"
+        return "ship fewer merged adapters, or use a board with more memory"
+    return "quantize the base further, or use a smaller base or a board with more memory"

@@ -1,8 +1,7 @@
-"""Bundle, GGUF header or plain sizes in; what a base with its adapters takes in memory and reads a token out.
+"""Estimates the memory of a base with its adapters, and the bytes read per token, from a bundle, a header or sizes.
 
-What the figures are estimated from was measured with the runtime's own GGUF engine: one copy of the weights, mapped or
-repacked, f16 keys and values, batches of `CHUNK` tokens, attention without flash attention. docs/boards.md shows how
-far predictions lie from measurements.
+The constants were measured with the runtime's GGUF engine: one copy of the weights, mapped or repacked, f16 keys and
+values, batches of `CHUNK` tokens, no flash attention. docs/boards.md compares predictions with measurements.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from edgetune_runtime.formats.quantization import TENSOR_TYPES, Quantization, qu
 from edgetune_runtime.states.batches import CHUNK
 
 CACHE_BYTES = 128_000_000
-"""Most that the runtime keeps of saved states, its default."""
+"""Memory limit of saved states, the runtime's default."""
 VOCABULARY_BYTES_PER_TOKEN = 350
 """llama.cpp's tables of a vocabulary: 17 MB for the 49,152 tokens and 48,900 merges of SmolLM2."""
 
@@ -50,10 +49,10 @@ class AdapterSize:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a base with its adapters takes in memory and reads a token.
+    """Sizes that determine the memory and the speed of a base with its adapters.
 
-    `read_bytes` and `read_parameters` are those of the weights that every token passes through: all but the rows of an
-    embedding that is only looked up. `merged` holds the file sizes of adapters that are whole models.
+    `read_bytes` and `read_parameters` count the weights read per token: all except an embedding that is not also the
+    output head. `merged` maps each adapter that is a full model to the bytes of its file.
     """
 
     base_bytes: int
@@ -72,24 +71,24 @@ class Needs:
 
     @property
     def engine_bytes(self) -> int:
-        """What one loaded model takes beside its weights: keys and values, computing, vocabulary."""
+        """Memory of one loaded model in addition to its weights: keys and values, computing, vocabulary."""
         return self.kv_bytes_per_token * self.context_length + self.compute_bytes + self.vocabulary_bytes
 
     @property
     def compute_bytes(self) -> int:
-        """Activations and attention of a batch, and logits of all branches; the factors of the first were fitted."""
+        """Activations and attention scores of a batch, and logits of all branches; activation factors were fitted."""
         activations = CHUNK * 4 * (4.4 * self.embedding_length + 3.2 * self.feed_forward_length)
         scores = self.scores_bytes_per_token * self.context_length
         return int(activations) + scores + 2 * (BRANCHES + 1) * 4 * self.vocabulary
 
     @property
     def scores_bytes_per_token(self) -> int:
-        """What a token of the context adds to the computing of a batch: scores in f32 and in f16, and a mask."""
+        """Bytes per token of context in a batch: attention scores in f32 and f16, and a mask."""
         return CHUNK * (self.heads * (4 + 2) + 4)
 
     @property
     def state_bytes(self) -> int:
-        """Saved states of the base and each adapter, half a context long, as far as the runtime keeps them."""
+        """Saved states of the base and each adapter, half a context long, up to the runtime's limit."""
         states = len(self.adapters) + 1 if self.adapters else 0
         return min(states * self.kv_bytes_per_token * self.context_length // 2, CACHE_BYTES)
 
@@ -102,7 +101,7 @@ class Needs:
 def kv_bytes_per_token(header: GgufHeader) -> int:
     """Bytes of keys and values that one token adds, in f16, over all layers.
 
-    Sliding-window layers (Gemma 3) count whole: the engine keeps them so (`swa_full`), to be able to trim a sequence.
+    Sliding-window layers (Gemma 3) count in full: the engine keeps all positions (`swa_full`), so that it can truncate.
     """
     heads = _number(header, "attention.head_count_kv", total=True)
     queries = _metadata(header, "attention.head_count")
@@ -122,9 +121,10 @@ def needs_of_header(
     merged: Sequence[str] = (),
     merged_quantization: str | None = None,
 ) -> Needs:
-    """What a base takes as its file is, or quantized as `quantization` says; `merged` names whole models.
+    """The needs of a base as its file is, or after quantization to `quantization`.
 
-    These are quantized as `quantization_of_merged` says. UsageError for an unknown quantization.
+    `merged` names the adapters that are full models, which have the quantization of `quantization_of_merged`.
+    UsageError for an unknown quantization.
     """
     chosen = None if quantization is None else quantization_named(quantization)
     sizes = {name: _tensor_bytes(t, header, chosen) for name, t in header.tensors.items()}
@@ -157,9 +157,9 @@ def needs_of_header(
 
 
 def needs_of_bundle(bundle: Path, *, context_length: int | None = None) -> Needs:
-    """What a bundle takes, from its manifest and the header of its base; weights are not read.
+    """The needs of a bundle, from its manifest and the header of its base; weights are not read.
 
-    Raises NotFoundError and VerificationError as `read_manifest` and `read_header` do.
+    Raises IncompatibleError if it has no GGUF base, and the errors of `read_manifest` and `read_header`.
     """
     manifest = read_manifest(bundle)
     if gguf.NAME not in manifest.base.files:
@@ -188,11 +188,11 @@ def estimate_needs(
     adapter_modules: int = 0,
     vocabulary: int = 49152,
 ) -> Needs:
-    """What a base of these sizes takes, for when there is no header yet; widths are guessed from size and depth.
+    """The needs of a base without a header; widths are guessed from the numbers of parameters and layers.
 
-    The embedding is taken to be tied to the output head.
+    Assumes that the embedding is tied to the output head.
     """
-    # A layer of a transformer has about 12 squares of its width, the feed-forward part being three widths wide.
+    # A transformer layer of width w has about 12 w^2 parameters if its feed-forward part is 3 w wide.
     width = math.isqrt(parameters // (12 * layers))
     size = math.ceil(parameters * bits_per_weight / 8)
     return Needs(
@@ -214,19 +214,19 @@ def estimate_needs(
 def lora_size(
     header: GgufHeader, rank: int, targets: Sequence[str] | str = "all-linear", *, dtype: str = "f16"
 ) -> AdapterSize:
-    """The size of a LoRA adapter before it is trained: `targets` as PEFT takes them, `dtype` of its file."""
+    """The size of a LoRA adapter before it is trained; `targets` is PEFT's target_modules, `dtype` that of its file."""
     tensors = [tensor for tensor in header.tensors.values() if _is_target(_module_name(tensor.name, header), targets)]
     values = rank * sum(columns + rows for columns, rows in (t.shape for t in tensors))
     return AdapterSize(math.ceil(values * TENSOR_TYPES[dtype].bytes_per_value), len(tensors))
 
 
 def _module_name(tensor_name: str, header: GgufHeader) -> str | None:
-    """What a Hugging Face model calls the linear module of a layer's tensor; None for other tensors."""
+    """The Hugging Face name of the linear module with this tensor; None for other tensors."""
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor_name)
     if match is None or match[2] not in _MODULES:
         return None
     if match[2] == "ffn_up" and f"blk.{match[1]}.ffn_gate.weight" not in header.tensors:
-        # One matrix for both.
+        # Gate and up are one matrix.
         return f"model.layers.{match[1]}.mlp.gate_up_proj"
     return f"model.layers.{match[1]}.{_MODULES[match[2]]}"
 
@@ -241,7 +241,7 @@ def _is_target(module: str | None, targets: Sequence[str] | str) -> bool:
 
 
 def _tensor_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantization | None) -> int:
-    """The size of the tensor; of the value and down projections, half get another type each, so the mean is taken."""
+    """Bytes of the tensor; half of the value and down projections get another type, so each counts with the mean."""
     if quantization is None:
         return tensor.nbytes
     if len(tensor.shape) < 2:
@@ -272,14 +272,14 @@ def _vocabulary(header: GgufHeader) -> int:
 
 
 def _number(header: GgufHeader, key: str, *, total: bool = False) -> int:
-    """A whole number of the architecture; some files give one a layer, of which the largest or the sum is taken."""
+    """An integer of the architecture; of a number per layer, the largest, or with `total` the sum over all layers."""
     value = _metadata(header, key)
     if isinstance(value, Sequence):
         return sum(map(int, value)) if total else max(map(int, value))
     return int(value) * (_number(header, "block_count") if total else 1)
 
 
-def _metadata(header: GgufHeader, key: str) -> Any:  # noqa: ANN401 - a number or one a layer
+def _metadata(header: GgufHeader, key: str) -> Any:  # noqa: ANN401 - a number, or one per layer
     full = f"{header.architecture}.{key}"
     if full not in header.metadata:
         raise IncompatibleError(f"the base's header has no {full}", "give a GGUF file of a language model")

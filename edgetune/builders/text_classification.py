@@ -43,8 +43,8 @@ class TextClassification(Builder[EncoderBase]):
         for name, spec in recipe.adapters.items():
             method = methods.load(spec.method.name)
             if LowRank.shape not in method.shapes(spec.method.options) or not method.takes_encoders:
-                message = f"adapter {name!r}: an encoder cannot be tuned by {method.name}"
-                raise IncompatibleError(message, "take another method, such as lora")
+                message = f"adapter {name!r}: {method.name} does not work with encoders"
+                raise IncompatibleError(message, "use another method, such as lora")
 
     def describe(self, recipe: Recipe) -> dict[str, Any]:
         """The base's `architecture`."""

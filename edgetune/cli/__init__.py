@@ -1,1 +1,1 @@
-"""The command line: one file a command group; data on standard output, progress on standard error."""
+"""The command line: one file per command group; data on standard output, progress on standard error."""

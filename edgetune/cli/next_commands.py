@@ -14,7 +14,7 @@ _BOARD = "pi-5"
 def next_commands(recipe: Recipe, result: BuildResult) -> list[str]:
     """Shell commands for the bundle just built, ready to copy, for its first adapter and a prompt of its task.
 
-    `fit` is left out where what a bundle takes on a board is not predicted.
+    `fit` is left out for tasks without a prediction for boards.
     """
     name, spec = next(iter(recipe.adapters.items()))
     command = "classify" if result.trained[name].labels else "generate"

@@ -1,4 +1,4 @@
-"""Recipe in, what `edgetune validate` finds: base, board, rows of each adapter. No torch, unless int8 is asked for."""
+"""`edgetune validate`: checks the base, the board and the rows of each adapter. Needs torch only for int8."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgetune.training.precision import check_precision
 
 
 def check(recipe: Recipe, out: Path | None = None) -> dict[str, Any]:
-    """Read the header of the recipe's base and all rows of its data, and see whether its board can hold the bundle.
+    """Read the header of the recipe's base and all rows of its data, and check that the bundle fits its board.
 
     So must this machine be able to build it at `out`, by default `recipe.default_out`, with its memory and disk.
 

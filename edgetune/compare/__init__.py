@@ -1,1 +1,1 @@
-"""Recipe and a list of methods in, a measured comparison out: what `edgetune compare` does."""
+"""`edgetune compare`: trains, exports and measures several methods on one task."""

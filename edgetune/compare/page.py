@@ -1,4 +1,4 @@
-"""Comparison and plots in, one self-contained HTML page out; what it looks like is in page.html.jinja."""
+"""Renders a comparison and its plots as one self-contained HTML page, from page.html.jinja."""
 
 from __future__ import annotations
 

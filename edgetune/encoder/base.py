@@ -168,5 +168,5 @@ def _trained_context_length(config: Mapping[str, Any], folder: Path) -> int:
     is_roberta = str(config.get("model_type")).endswith("roberta")
     length = positions - (padding + 1 if is_roberta else 0) if isinstance(positions, int) else 0
     if length < 1:
-        raise VerificationError(f"{folder / 'config.json'} says not how long a text may be", "get the model again")
+        raise VerificationError(f"{folder / 'config.json'} has no valid max_position_embeddings", "get the model again")
     return length

@@ -135,7 +135,7 @@ def _compare_base(
     said = f"largest difference {difference:.1e}, cosine {cosine:.4f}"
     progress.say(f"  base after switching back: {said}")
     if not (cosine >= TOLERANCE_COSINE if rounded else difference <= TOLERANCE):
-        message = f"the exported base is not the trained one: {said} of the pooled layer"
+        message = f"the exported base does not match the trained one: {said} of the pooled layer"
         raise VerificationError(message, "report this as a bug, with the recipe")
     return {"difference": difference, "cosine": cosine, "rows": len(rows)}
 
@@ -161,10 +161,12 @@ def _agreement(expected: Sequence[Floats], found: Sequence[Floats]) -> Agreement
 
 
 def _check(agreement: Agreement, task: TrainedAdapter, *, rounded: bool) -> None:
-    # Written so that NaN fails too.
+    # In this form NaN fails too.
     if not (agreement.kl <= TOLERANCE_KL if rounded else agreement.difference <= TOLERANCE):
         limit = f"a mean KL of {TOLERANCE_KL}" if rounded else f"a difference of {TOLERANCE}"
-        message = f"task {task.name!r} is not what was trained: {_said(agreement)}; at most {limit} is expected"
+        message = (
+            f"task {task.name!r} does not match the trained model: {_said(agreement)}; at most {limit} is expected"
+        )
         raise VerificationError(message, "write onnx: {weights: fp32}" if rounded else "report this as a bug")
 
 

@@ -1,4 +1,4 @@
-"""A task's tokenized rows in, its draft table out, with the tokens per step that it is worth on validation rows."""
+"""Makes the draft table of a task from its rows, and predicts the tokens per step on the validation rows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune.objectives.example import Example
 
 _LEAST_TOKENS_PER_STEP = 1.1
-"""Below this a table is not worth its file."""
+"""A table that gives less is not shipped."""
 
 
 def draft_of(
     train: Sequence[Example], validation: Sequence[Example], tokenizer: Tokenizer, digest: str, target: str
 ) -> tuple[DraftTable | None, float]:
-    """The table of the training rows, None if it does not pay, and the tokens per step on the validation rows.
+    """The table of the training rows (None if it gains too little), and the tokens per step on the validation rows.
 
     `digest` is that of the tokenizer, and `target` the format whose engine's costs decide.
     """

@@ -1,4 +1,4 @@
-"""Training answers in, the output constraint that all of them satisfy out: a JSON schema, or a list of choices.
+"""Infers the output constraint that all training answers satisfy: a JSON schema, or a list of choices.
 
 Strings become an enum only where the rows suggest that they know all of its values: none of them occurs only once
 (the Good-Turing estimate of the probability of an unseen value is the share of values seen once).

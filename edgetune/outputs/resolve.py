@@ -1,4 +1,4 @@
-"""A task in, the constraint on its answers out: checked against all rows, or inferred from them."""
+"""The output constraint of a task: checked against all rows, or inferred from them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A kind, facts and bytes in, one checked file out; and back, or nothing if the file is not exactly that.
+"""Files with a checksum: a line of JSON with kind, version, facts, length and CRC-32, then the bytes.
 
-A file is a line of JSON with its kind and version, the facts, and the length and CRC-32 of the bytes that follow.
+Reading returns None for a file that is damaged or of another kind.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CheckedFile:
 
 
 def write_checked(path: Path, kind: str, about: Mapping[str, Any], data: memoryview) -> None:
-    """Write a file whole or not at all; OutOfSpaceError on a full disk, OSError when it cannot be written."""
+    """Write a file atomically; OutOfSpaceError if the disk is full, OSError if it cannot be written."""
     head = {kind: VERSION, "bytes": len(data), "crc32": zlib.crc32(data), "about": about}
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
@@ -38,7 +38,7 @@ def write_checked(path: Path, kind: str, about: Mapping[str, Any], data: memoryv
 
 
 def read_checked(path: Path, kind: str) -> CheckedFile | None:
-    """What `write_checked` wrote; None for a file that is missing, damaged or of another kind."""
+    """Read a file of `write_checked`; None if it is missing, damaged or of another kind."""
     try:
         with path.open("rb") as file:
             head = json.loads(file.readline(_LONGEST_LINE))
@@ -51,7 +51,7 @@ def read_checked(path: Path, kind: str) -> CheckedFile | None:
 
 
 def read_about(path: Path, kind: str) -> Mapping[str, Any] | None:
-    """The facts of a file alone; None for a file of another kind."""
+    """The facts of a file, without reading its bytes; None if it is missing or of another kind."""
     try:
         with path.open("rb") as file:
             head = json.loads(file.readline(_LONGEST_LINE))

@@ -1,4 +1,4 @@
-"""A bundle's files in, a loaded base out: checked, within memory, with its contexts and the places of its states."""
+"""Opens a bundle: checks its files, loads the base within the free memory, and finds the places of its states."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _M_MMAP_THRESHOLD = -3
 
 _MOST_CONTEXTS = 4
 _SHARE_OF_FREE = 0.25
-"""More contexts than one may take this share of the free memory."""
+"""Share of the free memory that additional contexts may use."""
 
 
 @dataclass(frozen=True)

@@ -42,5 +42,5 @@ def format_of(name: str) -> Format:
 
 
 def of_task(task: str) -> tuple[str, ...]:
-    """The formats that hold models for a task."""
+    """The formats that support a task."""
     return tuple(name for name in names() if task in format_of(name).tasks)

@@ -1,4 +1,4 @@
-"""What a backend takes and gives: a base and folded adapters in, files of the backend's format out."""
+"""The interface of backends: writing a base and folded adapters in one format."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class OnnxOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """The base of a build: its GGUF file with its sha256, its weights in torch, and a folder for what is on the way.
+    """The base of a build: its GGUF file with its sha256, its weights in torch, and a folder for intermediate files.
 
     `quantization` is what the file was quantized to, None if it is used unchanged.
     """
@@ -41,10 +41,10 @@ class Source:
 
 
 class Backend(Protocol):
-    """A module of this package, named after the format that it writes; the runtime's engine has the same name.
+    """A module in the folder of a format; the folder and the runtime's engine have the format's name.
 
-    `SHAPES` names the adapter shapes that it can express, `ADAPTER_FILE` and `MODEL_FILE` what an adapter and a merged
-    model are called in the adapter's folder, `PACKAGES` what a manifest records the versions of.
+    `SHAPES` are the adapter shapes that it can write, `ADAPTER_FILE` and `MODEL_FILE` the names of an adapter and a
+    merged model in the adapter's folder, `PACKAGES` the packages whose versions a manifest records.
     """
 
     SHAPES: tuple[str, ...]
@@ -53,15 +53,15 @@ class Backend(Protocol):
     PACKAGES: tuple[str, ...]
 
     def write_base(self, source: Source, folder: Path, adapters: Sequence[Adapter]) -> Path:
-        """Write the base into `folder`, made for these adapters; returns the file that an engine opens."""
+        """Write the base into `folder`, with what these adapters need; returns the file that an engine opens."""
 
     def write_adapter(
         self, adapter: Adapter, base: Path, out: Path, *, dtype: str = ..., base_fingerprint: str
     ) -> None:
-        """Write the adapter of the base file `base` to `out`; IncompatibleError names what of it does not fit."""
+        """Write the adapter for the base file `base` to `out`; IncompatibleError lists what does not fit."""
 
     def write_merged(self, merged: Merged, source: Source, out: Path) -> None:
-        """Write the base with the merged model's own parameters in place of its."""
+        """Write the base to `out` with the merged model's parameters instead of its own."""
 
     def weight_type(self, source: Source) -> str:
         """The tensor type whose tolerance `parity.check` applies: the one with the most bytes in the base's GGUF file.

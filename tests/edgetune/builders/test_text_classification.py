@@ -19,5 +19,5 @@ def recipe_of(folder: Path, method: str) -> Recipe:
 def test_an_encoder_is_tuned_by_low_rank_methods_alone(tmp_path: Path) -> None:
     builder = builders.load("text-classification")
     builder.check_methods(recipe_of(tmp_path, "lora"))
-    with pytest.raises(IncompatibleError, match="adapter 'lights': an encoder cannot be tuned by prefix"):
+    with pytest.raises(IncompatibleError, match="adapter 'lights': prefix does not work with encoders"):
         builder.check_methods(recipe_of(tmp_path, "prefix"))

@@ -188,7 +188,7 @@ def test_a_graph_that_is_not_what_was_trained_is_found(
 
     assert head.is_file()
     monkeypatch.setattr(encoder_verify, "load_head", other_head)
-    with pytest.raises(VerificationError, match="task 'place' is not what was trained"):
+    with pytest.raises(VerificationError, match="task 'place' does not match the trained model"):
         build(load_recipe(built.recipe), tmp_path / "home", progress=QUIET)
     assert not (tmp_path / "home").exists()
 

@@ -1,7 +1,7 @@
-"""Folded adapter and base GGUF in, GGUF LoRA file, prefix or merged GGUF out, as llama.cpp loads them.
+"""Writes adapters as GGUF LoRA or prefix files and merged models as GGUF files, for llama.cpp.
 
-llama.cpp computes W·x + alpha/rank · B·(A·x) for each pair `<tensor>.lora_a`, `<tensor>.lora_b`. Where a file holds
-the rows of q and k in another order than the Hugging Face model, B's rows are reordered too.
+llama.cpp computes W·x + alpha/rank · B·(A·x) for each pair `<tensor>.lora_a`, `<tensor>.lora_b`. If the base has the
+rows of q and k in another order than the Hugging Face model, B's rows are reordered too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Placed:
 
 
 def write_base(source: Source, folder: Path, _adapters: Sequence[Adapter]) -> Path:
-    """Link the base's file into `folder`: it ships as it is, whatever the adapters change."""
+    """Link the base's file into `folder`: it ships unchanged, whatever the adapters are."""
     out = folder / source.path.name
     folder.mkdir(parents=True, exist_ok=True)
     out.symlink_to(source.path.resolve())
@@ -67,7 +67,7 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16"
         write_prefix(adapter, base, out, dtype=dtype, base_fingerprint=base_fingerprint)
         return
     if not isinstance(adapter, LowRank):
-        raise IncompatibleError(f"a GGUF adapter cannot hold {adapter.shape}", "give it another target")
+        raise IncompatibleError(f"a GGUF adapter cannot hold {adapter.shape}", "choose another target")
     placed = _place(adapter, header)
     alpha = max(item.delta.rank for item in placed)
     with replacing(out) as temporary:
@@ -106,10 +106,10 @@ def values_by_type(file: Path) -> dict[str, int]:
 
 
 def write_merged(merged: Merged, source: Source, out: Path) -> None:
-    """Write a copy of the base with other parameters: same header, same type and place of each tensor.
+    """Write a copy of the base with the merged parameters: same header, same type and offset of each tensor.
 
-    Only the parameters that are not the base's are rounded, as `rounded` does. Raises IncompatibleError when one does
-    not fit the base or a tensor's type cannot be written, OutOfSpaceError when the disk is full.
+    Only these parameters are rounded, by `rounded`. Raises IncompatibleError if one does not fit the base or if a
+    tensor's type cannot be written, OutOfSpaceError if the disk is full.
     """
     base = source.path
     header = read_header(base)
@@ -144,7 +144,7 @@ def _place_parameters(merged: Merged, header: GgufHeader) -> list[tuple[TensorIn
 
 
 def _stored(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
-    """A parameter as the file holds it: rows in the base's order, norms with what they are added to."""
+    """A parameter as the file stores it: rows in the base's order, norms with the architecture's offset."""
     if values.shape[::-1] != tensor.shape:
         message = f"{tensor.name} is {tensor.shape[::-1]} in the base, {values.shape} in the merged model"
         raise IncompatibleError(message, "give the base that the model was trained from")

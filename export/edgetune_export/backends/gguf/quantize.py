@@ -1,4 +1,4 @@
-"""Unquantized GGUF in, quantized GGUF out; also rows of floats to the bytes of a ggml type and back."""
+"""Quantizes GGUF files with llama.cpp, and rows of floats with ggml; also dequantizes rows."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from edgetune_runtime.formats.quantization import TYPES_BY_NUMBER, quantization_
 
 from edgetune_export.adapters.shapes import Floats
 
-# ggml's functions from these types to f32; those of its blocks are called by the type.
+# ggml's functions that convert float types to f32; those for quantized types are named after the type.
 _FLOAT_ROWS = {"f16": "ggml_fp16_to_fp32_row", "bf16": "ggml_bf16_to_fp32_row"}
 
 
 def quantize_gguf(source: Path, out: Path, quantization: str, *, again: bool = False) -> None:
-    """Quantize the f32, f16 or bf16 file `source` to `quantization` with llama.cpp, into `out`, whole or not at all.
+    """Quantize the f32, f16 or bf16 file `source` to `quantization` with llama.cpp; `out` appears complete or not.
 
-    With `again`, a file that is quantized already is taken as well; its errors add to the new ones.
-
-    Tensors whose columns a block cannot divide fall back to another type, as llama.cpp decides; the header of `out`
-    says which. Raises UsageError for an unknown quantization, IncompatibleError when `source` is already quantized,
-    OutOfSpaceError, VerificationError when llama.cpp refuses the file.
+    With `again`, `source` may already be quantized; the rounding errors of both add up. llama.cpp uses another type for
+    tensors whose columns the block size does not divide. Raises UsageError for an unknown quantization,
+    IncompatibleError if `source` is already quantized, VerificationError if llama.cpp refuses the file, OutOfSpaceError
+    if the disk is full.
     """
     ftype = quantization_named(quantization).ftype
     main_type = read_header(source).main_type
@@ -47,9 +46,9 @@ def quantize_gguf(source: Path, out: Path, quantization: str, *, again: bool = F
 
 
 def quantize_rows(values: Floats, ggml_type: int) -> bytes:
-    """The bytes of `values` [rows, columns] as a tensor of this ggml type, made by ggml itself.
+    """The bytes of `values` [rows, columns] as a tensor of this ggml type, computed by ggml.
 
-    Raises IncompatibleError for a type that needs an importance matrix or whose blocks do not divide the columns.
+    Raises IncompatibleError for a type that needs an importance matrix or whose block size does not divide the columns.
     """
     kind = TYPES_BY_NUMBER[ggml_type]
     rows, columns = values.shape
@@ -66,10 +65,10 @@ def quantize_rows(values: Floats, ggml_type: int) -> bytes:
 
 
 def dequantize_rows(data: bytes | npt.NDArray[np.uint8], tensor: TensorInfo, out: Floats | None = None) -> Floats:
-    """The values of a tensor whose bytes are `data`, float32 [rows, columns], computed by ggml itself.
+    """The values of a tensor whose bytes are `data`, float32 [rows, columns], computed by ggml.
 
-    They are written to `out` where it is given, which must be contiguous. Raises IncompatibleError for an unknown type,
-    VerificationError when `data` ends early.
+    They are written to `out` if given, which must be contiguous. Raises IncompatibleError for an unknown type,
+    VerificationError if `data` does not have the tensor's size.
     """
     values = np.empty(tensor.shape[::-1], np.float32) if out is None else out
     raw = np.frombuffer(data, np.uint8)
@@ -90,7 +89,7 @@ def dequantize_rows(data: bytes | npt.NDArray[np.uint8], tensor: TensorInfo, out
 
 
 def _failure(source: Path, out: Path, reason: str) -> EdgetuneError:
-    # The C++ stream does not tell why a write failed; a disk that was filled up to the last block does.
+    # llama.cpp does not report why a write failed, so check whether the disk is full.
     if is_full(out.parent):
         return OutOfSpaceError(f"no space left to write {out}", "free some space or choose another folder")
     message = f"llama.cpp cannot quantize {source}: {reason}"
@@ -99,7 +98,7 @@ def _failure(source: Path, out: Path, reason: str) -> EdgetuneError:
 
 @cache
 def _ggml() -> ctypes.CDLL:
-    """The ggml library beside llama_cpp's, with the types of the functions used here."""
+    """The ggml library in the folder of llama_cpp's, with the types of the functions used here."""
     folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(library().__file__).parent / "lib")
     names = {"darwin": ("libggml-base.dylib",), "win32": ("ggml-base.dll", "libggml-base.dll")}
     candidates = [folder / name for name in names.get(sys.platform, ("libggml-base.so",))]

@@ -1,7 +1,7 @@
-"""Base and folded adapters in, ONNX folder and `.onnx_adapter` files out, as onnxruntime-genai loads them too.
+"""Writes a base as an ONNX folder and adapters as `.onnx_adapter` files, which onnxruntime-genai loads too.
 
-The structure comes from onnxruntime-genai's builder, the numbers from the base's GGUF file, block by block, so that an
-adapter meets the same base in both formats. A merged model is made from the merged GGUF for the same reason.
+The structure comes from onnxruntime-genai's builder and the weights from the base's GGUF file, block by block, so that
+the base is the same in both formats. A merged model is made from the merged GGUF file for the same reason.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _CONFIG = "genai_config.json"
 
 
 def write_base(source: Source, folder: Path, adapters: Sequence[Adapter]) -> Path:
-    """Write the base into `folder/onnx`, with slots for all that these adapters change; returns its graph.
+    """Write the base into `folder/onnx`, with slots for everything that these adapters change; returns its graph.
 
     Raises IncompatibleError when the builder cannot export the base, OutOfSpaceError when the disk is full.
     """
@@ -54,9 +54,10 @@ def write_base(source: Source, folder: Path, adapters: Sequence[Adapter]) -> Pat
 
 
 def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f32", base_fingerprint: str) -> None:
-    """Write the adapter as tensors for the slots, or the past keys and values, of the graph `base`; `dtype` f32 or f16.
+    """Write the adapter as tensors for the slots of the graph `base`, or as its past keys and values.
 
-    Raises IncompatibleError when the adapter does not fit them, OutOfSpaceError when the disk is full.
+    `dtype` is f32 or f16. Raises IncompatibleError if the adapter does not fit the graph, OutOfSpaceError if the disk
+    is full.
     """
     header = read_onnx(base)
     if isinstance(adapter, LowRank):
@@ -69,7 +70,7 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f32"
 
 
 def write_merged(merged: Merged, source: Source, out: Path) -> None:
-    """Write a whole model of the merged parameters, rounded once more to the base's types."""
+    """Write a full model with the merged parameters, which are rounded to the base's types; see the GGUF backend."""
     whole = source.work / f"{merged.name}.gguf"
     gguf.write_merged(merged, source, whole)
     _write_model(source, whole, out, (), _vectors_of(merged, source))
@@ -95,7 +96,7 @@ def _vectors(source: Source) -> dict[str, torch.Tensor]:
 
 
 def _vectors_of(merged: Merged, source: Source) -> Mapping[str, Floats]:
-    """The same of what is merged, where it has other ones."""
+    """The norms and biases that the merged model changes."""
     vectors = _vectors(source)
     return {name: compute() for name, compute in merged.parameters.items() if name in vectors}
 
@@ -115,7 +116,7 @@ def _write_model(
         model = requantize(model, source.onnx, config["model"]["decoder"]["head_size"])
     header = read_header(file)
     add_logits_start(model.graph)
-    # First, so that they lie behind the low-rank slots of the same products.
+    # Before the low-rank slots, so that they act on the outputs of these.
     add_tensor_slots(model, header, [adapter for adapter in adapters if isinstance(adapter, Tensors)])
     modules = {module for adapter in adapters if isinstance(adapter, LowRank) for module in adapter.modules}
     onnx_slots.add_slots(model, header, modules)
@@ -128,13 +129,13 @@ def _write_model(
 
 
 def _structure_with(source: Source, vectors: Mapping[str, Floats]) -> Path:
-    """The folder of the builder's float32 graph of the base with other norms or biases."""
+    """The folder of the builder's float32 graph of the base with these norms and biases."""
     shutil.rmtree(source.work / "structure-merged", ignore_errors=True)
     return _structure(source, "structure-merged", vectors)
 
 
 def _structure(source: Source, name: str = "structure", vectors: Mapping[str, Floats] | None = None) -> Path:
-    """The folder of the builder's float32 graph, made once a build; `vectors` take the place of the base's."""
+    """The folder of the builder's float32 graph, made once per build; `vectors` replace those of the base."""
     import torch  # noqa: PLC0415 - only where something is exported
 
     structure = source.work / name
@@ -152,6 +153,6 @@ def _structure(source: Source, name: str = "structure", vectors: Mapping[str, Fl
 
 
 def _prepare_config(path: Path, architecture: Architecture) -> None:
-    """Say in a config.json what the builder looks for."""
+    """Add the keys to config.json that the builder reads."""
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, **architecture.builder_entries(config)}), encoding="utf-8")

@@ -1,9 +1,9 @@
-"""Encoder in torch in, ONNX graph with slots for adapters and heads out; a task's adapter and head in, its file out.
+"""Writes an encoder as an ONNX graph with slots for adapters and heads, and a task's adapter and head as one file.
 
-The graph comes from `torch.onnx.export`: it is kept in PyTorch itself and takes any module, so pooling is in the graph.
-transformers' own OnnxExporter calls it too, with patches that encoders do not need; it is experimental and takes
-transformers' classes alone. optimum's exporter needs transformers below 5; onnxruntime-genai's builder knows decoders
-only. The exporter notes at each node the module that it came from, which is how slots find their products.
+The graph comes from `torch.onnx.export`: it is maintained in PyTorch and exports any module, so the graph includes the
+pooling. transformers' OnnxExporter calls it too, with patches that encoders do not need; it is experimental and only
+supports transformers' classes. optimum's exporter needs transformers below 5, and onnxruntime-genai's builder only
+supports decoders. The exporter records the module of each node, by which slots find their products.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MODEL_FILE = f"onnx/{GRAPH}"
 PACKAGES = ("onnxruntime",)
 values_by_type = value_types.values_by_type
 
-# The first with an Attention operator, which leaves the fewest nodes.
+# The first with an Attention operator, with which the graph has the fewest nodes.
 _OPSET = 23
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _NAMES = ("input_ids", "attention_mask")
@@ -52,16 +52,17 @@ _TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class EncoderSource(Source):
-    """The encoder of a build: `path` is its weights file, beside its tokenizer's, and `model` has these in float32.
+    """The encoder of a build: `path` is its weights file, in the folder of its tokenizer; `model` is in float32.
 
-    `trained_context_length` is its longest text in tokens. The plain graph, in `work`, is exported once a build.
+    `trained_context_length` is its longest text in tokens. The graph without slots is exported once per build, to
+    `work`.
     """
 
     trained_context_length: int = field(kw_only=True)
 
 
 class _Pooled(torch.nn.Module):
-    """The encoder with its last layer pooled."""
+    """The encoder with mean pooling of its last layer."""
 
     def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f32"
 
 def write_merged(merged: Merged, _source: EncoderSource, _out: Path) -> None:
     """Refused: a merged encoder would need a graph per task."""
-    raise IncompatibleError(f"adapter {merged.name!r}: a merged encoder is not made", "leave merged out")
+    raise IncompatibleError(f"adapter {merged.name!r}: encoders cannot be merged", "leave merged out")
 
 
 def weight_type(source: EncoderSource) -> str:
@@ -140,7 +141,7 @@ def _structure(source: EncoderSource) -> Path:
         return out
     assert source.model is not None
     wrapped = _Pooled(source.model).eval()
-    # Two rows of other lengths: an exporter takes a dimension of 1 for a fixed one.
+    # Two rows of different lengths: the exporter treats a dimension of 1 as fixed.
     tokens, mask = torch.full((2, 6), 1), torch.ones((2, 6), dtype=torch.int64)
     mask[1, 4:] = 0
     dimensions = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
@@ -164,7 +165,7 @@ def _structure(source: EncoderSource) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes to itself."""
+    """Silence the exporter's warnings and log messages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -187,13 +188,13 @@ def _products(graph: ir.Graph, linear: Collection[str]) -> list[Projection]:
 
 
 def _module_of(node: ir.Node) -> str:
-    """The module of the encoder that the node came from, "" for none."""
+    """The encoder's module that the node belongs to; "" if none."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
     return scopes[-2].removeprefix("encoder.") if len(scopes) > 1 else ""
 
 
 def _round(graph: ir.Graph, linear: dict[str, torch.nn.Linear], products: list[Projection]) -> list[Projection]:
-    """Round the weights of products and of the token embedding to 8 bits, as far as blocks divide them."""
+    """Round the weights of products and of the token embedding to 8 bits, if the block size divides their columns."""
     for product in products:
         weight = _floats(linear[product.name].weight)
         if weight.shape[1] % BLOCK == 0:
@@ -209,7 +210,7 @@ def _round(graph: ir.Graph, linear: dict[str, torch.nn.Linear], products: list[P
 
 
 def _add_head(graph: ir.Graph, hidden: int) -> None:
-    """Logits of the labels: an optional product on the pooled layer, with no labels unless it is given."""
+    """Add the logits of the labels: a product on the pooled layer with an optional head, empty by default."""
     weight = optional_input(graph, HEAD_WEIGHT, np.zeros((hidden, 0), np.float32), [hidden, "labels"])
     bias = optional_input(graph, HEAD_BIAS, np.zeros(0, np.float32), ["labels"])
     pooled = graph.outputs[0]

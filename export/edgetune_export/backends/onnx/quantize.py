@@ -1,7 +1,7 @@
-"""Float graph and a method in, graph of 4-bit products out, by ONNX Runtime's MatMulNBitsQuantizer.
+"""Quantizes the products of a float graph to 4 bits with ONNX Runtime's MatMulNBitsQuantizer.
 
-For bases whose blocks the operators cannot hold in 4 bits, and bundles without a GGUF file beside: there is no second
-format to agree with, so the method that suits the task may be taken.
+It is for bases whose blocks the operators do not support in 4 bits, in bundles without a GGUF file: no other format has
+to have the same weights, so any quantization algorithm can be used.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ METHODS = ("rtn", "k_quant", "gptq")
 
 
 def requantize(model: ir.Model, options: OnnxOptions, head_size: int) -> ir.Model:
-    """The graph with its products, but for the output layer, in 4 bits a weight and blocks of 32.
+    """The graph with all products except the output layer in 4 bits per weight, in blocks of 32.
 
-    `head_size` is that of the keys, of which calibration starts with none.
+    `head_size` is the size of a key; calibration starts with an empty KV cache. UsageError for an unknown method.
     """
     if options.method not in METHODS:
         raise UsageError(f"no method {options.method!r}", f"choose one of: {', '.join(METHODS)}")
-    # Matrices that other weights took the place of are still named, and have no values.
+    # Matrices that were replaced are still listed, without values.
     RemoveUnusedNodesPass()(model)
     quantizer = _Quantizer(
         ir.to_proto(model),
@@ -47,7 +47,7 @@ def requantize(model: ir.Model, options: OnnxOptions, head_size: int) -> ir.Mode
         nodes_to_exclude=[HEAD],
         algo_config=_config(model, options, head_size),
     )
-    # It draws bars on standard output, where a caller may expect JSON.
+    # It draws progress bars on standard output, where a caller may expect JSON.
     with redirect_stdout(io.StringIO()):
         quantizer.process()
     quantized: ir.Model = ir.from_proto(quantizer.model.model)
@@ -55,7 +55,7 @@ def requantize(model: ir.Model, options: OnnxOptions, head_size: int) -> ir.Mode
 
 
 class _Quantizer(MatMulNBitsQuantizer):  # type: ignore[misc]
-    """Leaves out the output layer with gptq too, which does not look at `nodes_to_exclude`."""
+    """Excludes the output layer with gptq too, which ignores `nodes_to_exclude`."""
 
     def _generate_q4_node_config(self) -> dict[str, Any]:
         return {**super()._generate_q4_node_config(), HEAD: "fp32"}
@@ -70,7 +70,7 @@ def _config(model: ir.Model, options: OnnxOptions, head_size: int) -> Any:  # no
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc]
-    """Token rows as inputs of the graph, with nothing before them."""
+    """Token rows as inputs of the graph, with an empty KV cache."""
 
     def __init__(self, model: ir.Model, rows: Sequence[Sequence[int]], head_size: int) -> None:
         self._empty = {

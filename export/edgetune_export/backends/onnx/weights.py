@@ -1,9 +1,9 @@
-"""GGUF matrix in, weights of ONNX Runtime's MatMulNBits out: the same numbers where the types allow, else close by.
+"""Converts GGUF matrices to weights of ONNX Runtime's MatMulNBits, with the same numbers if the type allows it.
 
-MatMulNBits holds blocks of 32 weights as scale · (q - zero), with a zero point of 8 (4 bits) or 128 (8 bits) unless
-given. That is what GGUF's q4_0, q5_0 and q8_0 blocks are, so these keep every number. The other types have an offset,
-or scales for fewer weights; in 8 bits they come within about 1/30 of a 4-bit step, or 1/17 where all weights of a block
-have one sign.
+MatMulNBits stores blocks of 32 weights as scale · (q - zero), with a zero point of 8 (4 bits) or 128 (8 bits) by
+default. GGUF's q4_0, q5_0 and q8_0 blocks are the same, so their numbers do not change. Other types have an offset, or
+scales for fewer weights; rounded to 8 bits, they are within about 1/30 of a 4-bit step, or 1/17 if all weights of a
+block have the same sign.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BLOCK = 32
 class PackedWeights:
     """Weights of `rows` outputs: `data` uint8 [rows, blocks, 32 · bits / 8], `scales` float32 [rows, blocks].
 
-    `exact` tells whether every number is that of the base.
+    `exact`: every number is the same as in the base.
     """
 
     bits: int
@@ -41,12 +41,12 @@ class PackedWeights:
 
 
 def packed_bits(tensor: TensorInfo) -> int | None:
-    """Bits a weight in which `pack` holds a matrix of this type; None for floats."""
+    """Bits per weight of a matrix of this type after `pack`; None for floats."""
     return None if tensor.type.is_float else tensor.type.onnx_bits or 8
 
 
 def pack(data: bytes, tensor: TensorInfo) -> PackedWeights | None:
-    """The matrix whose bytes are `data`, in as few bits as hold it; None for floats and columns that 32 divides not."""
+    """The matrix with the bytes `data`, in `packed_bits`; None for floats, and for columns not divisible by 32."""
     columns, rows = tensor.shape
     if tensor.type.is_float or columns % BLOCK:
         return None
@@ -67,7 +67,7 @@ def pack(data: bytes, tensor: TensorInfo) -> PackedWeights | None:
 
 
 def pack_floats(values: Floats) -> PackedWeights:
-    """Round float32 [rows, columns] to 8 bits a weight, by the largest of each block; 32 must divide the columns."""
+    """Round float32 [rows, columns] to 8 bits per weight, scaled to each block's maximum; 32 must divide `columns`."""
     rows, columns = values.shape
     blocks = values.reshape(rows, columns // BLOCK, BLOCK)
     scales = np.abs(blocks).max(-1) / np.float32(127)
@@ -77,7 +77,7 @@ def pack_floats(values: Floats) -> PackedWeights:
 
 
 def widen(packed: PackedWeights) -> PackedWeights:
-    """The same numbers in 8 bits a weight."""
+    """The same numbers in 8 bits per weight."""
     if packed.bits == 8:
         return packed
     levels = np.stack([packed.data & 15, packed.data >> 4], -1).reshape(packed.rows, -1, BLOCK)
@@ -85,7 +85,7 @@ def widen(packed: PackedWeights) -> PackedWeights:
 
 
 def reorder(packed: PackedWeights, order: npt.NDArray[np.intp] | None) -> PackedWeights:
-    """Put row i at `order[i]`; blocks stay whole."""
+    """Move row i to `order[i]`; blocks are not split."""
     if order is None:
         return packed
     data, scales = np.empty_like(packed.data), np.empty_like(packed.scales)
@@ -94,7 +94,7 @@ def reorder(packed: PackedWeights, order: npt.NDArray[np.intp] | None) -> Packed
 
 
 def stack(parts: Sequence[PackedWeights]) -> PackedWeights:
-    """Matrices of the same input under each other, in the bits of the widest."""
+    """Stack the rows of matrices with the same input, in the most bits of any."""
     if len({part.bits for part in parts}) > 1:
         parts = [widen(part) for part in parts]
     data, scales = np.concatenate([p.data for p in parts]), np.concatenate([p.scales for p in parts])
@@ -102,7 +102,7 @@ def stack(parts: Sequence[PackedWeights]) -> PackedWeights:
 
 
 def unpack(packed: PackedWeights) -> Floats:
-    """The numbers as the operator computes with them, float32 [rows, columns]."""
+    """The numbers that the operator computes with, float32 [rows, columns]."""
     wide = widen(packed)
     levels = wide.data.astype(np.float32) - np.float32(128)
     return np.asarray((levels * wide.scales[..., None]).reshape(wide.rows, -1), np.float32)

@@ -1,4 +1,4 @@
-"""ONNX encoder folder in, logits over an adapter's labels out: one forward pass on plain onnxruntime.
+"""Computes the logits of an adapter's labels with an ONNX encoder: one forward pass on plain onnxruntime.
 
 The graph pools an encoder's last layer and has slots for the adapters' low-rank updates and for their heads. An adapter
 is a set of inputs of a run, so switching is passing others, and several threads may run at once.
@@ -50,7 +50,7 @@ class EncoderTokenizer:
 
 
 class EncoderEngine:
-    """An ONNX encoder with its adapters. `path` is model.onnx; its folder holds the rest. Safe to use from threads.
+    """An ONNX encoder with its adapters. `path` is model.onnx; its folder has the rest. Safe to use from threads.
 
     `context_length` is in tokens; `threads` defaults to the cores this process may use, at most 8. UsageError when one
     is not positive or the context is longer than the base was trained for, VerificationError for a graph that is no
