@@ -14,7 +14,7 @@ def report(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
     *,
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="Where the page is written.", rich_help_panel=OUTPUT_PANEL)
+        Path, typer.Option(metavar="FILE", help="The HTML file to write.", rich_help_panel=OUTPUT_PANEL)
     ] = Path("report.html"),
     scores: Annotated[
         list[str] | None,
@@ -23,9 +23,10 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write one page about a bundle: methods, data, losses, scores, parity, sizes, and the boards it fits on.
+    """Write an HTML report on a bundle.
 
-    It needs neither a network nor a server, so that a build can be judged and archived.
+    The report is one file without scripts or links: methods, data, losses, scores, parity, sizes, and the boards that
+    the bundle fits on.
     """
     from edgetune_runtime.atomic import replacing  # noqa: PLC0415 - help needs none of it
     from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415

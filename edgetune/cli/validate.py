@@ -18,13 +18,13 @@ from edgetune.training.precision import check_precision
 
 
 def check(recipe: Recipe, out: Path | None = None) -> dict[str, Any]:
-    """Read the header of the recipe's base and all rows of its data, and check that the bundle fits its board.
+    """Read the header of the recipe's base and all rows of its data; check that the bundle fits the board.
 
-    So must this machine be able to build it at `out`, by default `recipe.default_out`, with its memory and disk.
+    Also checks that this machine has the memory and disk to build it at `out`, by default `recipe.default_out`.
 
-    Returns JSON values: `name`, `base`, `architecture`, `board` and `needs` (None where they are not known before a
-    build), `domain` (where there is one), and `adapters` with the metric, the numbers of training and validation rows
-    and of labels. Raises one error for all problems, with the exit code of the first.
+    Returns JSON values: `name`, `base`, `architecture`, `board` and `needs` (None if they are not known before a
+    build), `domain` (if the recipe has one), and `adapters` with the metric and the numbers of training rows,
+    validation rows and labels. Raises one error for all problems, with the exit code of the first.
     """
     problems: list[EdgetuneError] = []
     builder = builders.load(recipe.task)
@@ -45,7 +45,7 @@ def check(recipe: Recipe, out: Path | None = None) -> dict[str, Any]:
             tasks.append(read_task(name, recipe))
             found["adapters"][name] = _counts(tasks[-1])
             check_output(tasks[-1])
-    # Where anything is wrong, what it would take is of no use.
+    # With problems, the needs do not matter.
     if not problems:
         found["needs"] = builder.needs(recipe, tasks, out or recipe.default_out)
     if len(problems) == 1:

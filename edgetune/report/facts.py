@@ -1,4 +1,4 @@
-"""What is known of a bundle, from its manifest: the tables and curves that its report and its model card show."""
+"""The facts about a bundle that its report and its model card show, from its manifest and files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from edgetune_devices.fit import Fit, fit, needs_of_bundle
 from edgetune_runtime.bundle import AdapterEntry, Manifest
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.quantization import describe
 
 from edgetune import task_types
 
@@ -21,7 +22,7 @@ MB = 10**6
 
 @dataclass(frozen=True)
 class Score:
-    """What `edgetune evaluate --json` printed for an adapter."""
+    """A score of an adapter, as printed by `edgetune evaluate --json`."""
 
     metric: str
     value: float
@@ -57,6 +58,11 @@ class Facts:
     total_mb: float
     adapters: Sequence[AdapterFacts]
 
+    def base_type(self, format_: str) -> str:
+        """The base's quantization and the type of most values in a format, such as `q4_0 (mostly int4)`."""
+        base = self.manifest.base
+        return describe(base.quantization, base.values_by_type.get(format_, {}))
+
     @property
     def parity(self) -> Sequence[tuple[str, str, Mapping[str, float]]]:
         """What was compared, the format, and the figures; the base first."""
@@ -86,7 +92,7 @@ def facts_of(bundle: Path, manifest: Manifest, scores: Mapping[str, Score] | Non
 
 
 def fits_of(bundle: Path, manifest: Manifest) -> list[Fit]:
-    """How the bundle fits on each board; empty where that is not predicted: without GGUF, or for an encoder."""
+    """The prediction for each board; empty without GGUF files and for encoders, which have no predictions."""
     if not task_types.load(manifest.task).offers("fit") or gguf.NAME not in manifest.base.files:
         return []
     needs = needs_of_bundle(bundle)
@@ -107,7 +113,7 @@ def scores_of(files: Iterable[tuple[str, Path]]) -> dict[str, Score]:
 
 
 def _base_mb(bundle: Path, manifest: Manifest, format_: str) -> float:
-    """The size of a base: its file, and what lies beside it in a folder of its own."""
+    """The size of a base in MB: its file, or all files of its folder if it has its own."""
     file = bundle / manifest.base.files[format_]
     own = file.parent.name != "base"
     files = [path for path in file.parent.rglob("*") if path.is_file()] if own else [file]

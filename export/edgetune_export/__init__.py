@@ -1,1 +1,1 @@
-"""What a method trained in, plain GGUF files and a bundle out."""
+"""Folds trained adapters, writes GGUF and ONNX files, and packs bundles."""

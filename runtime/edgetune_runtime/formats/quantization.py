@@ -168,5 +168,5 @@ def quantization_of_merged(base: TensorType, requested: str | None = None) -> st
 
 def describe(quantization: str | None, values_by_type: Mapping[str, int]) -> str:
     """A file's quantization and the type of most values, such as `q8_0` or `q4_k_m (mostly q4_k)`."""
-    most = max(values_by_type, key=values_by_type.__getitem__, default=quantization)
-    return str(most) if quantization in (None, most) else f"{quantization} (mostly {most})"
+    most = max(values_by_type, key=values_by_type.__getitem__, default=quantization or "types not recorded")
+    return most if quantization in (None, most) else f"{quantization} (mostly {most})"

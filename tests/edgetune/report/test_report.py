@@ -67,6 +67,7 @@ def test_the_page_shows_training_parity_and_boards_without_reaching_outside(bund
     for part in ("rows.jsonl: 12,345 tokens in 40 steps", "validation rose after step 20", "2.0e-02", "97.5%", NAME):
         assert part in page.text
     assert all(name in page.text for name in boards.names())
+    assert "MB, f16" in page.text, "the type of most of the base's values"
     assert "script" not in page.tags
     assert "b" not in page.tags, "the texts of a bundle are escaped"
     assert page.links == []

@@ -70,3 +70,4 @@ def test_a_quantization_is_told_with_the_type_that_it_gave() -> None:
     assert describe("int8", {"f32": 1, "int8": 100}) == "int8"
     # Bundles of an earlier version do not count types.
     assert describe("int8", {}) == "int8"
+    assert describe(None, {}) == "types not recorded"

@@ -35,11 +35,11 @@ Arrays = Mapping[str, NDArray[np.float32]]
 
 
 class EncoderTokenizer:
-    """The `tokenizer.json` of an encoder: text to token ids with the special tokens around them, never cut."""
+    """The `tokenizer.json` of an encoder: text to token ids, with special tokens and never truncated."""
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = load_tokenizer(path)
-        # Many such files pad and cut to a length of their own.
+        # Many such files pad and truncate by default.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
@@ -52,9 +52,9 @@ class EncoderTokenizer:
 class EncoderEngine:
     """An ONNX encoder with its adapters. `path` is model.onnx; its folder has the rest. Safe to use from threads.
 
-    `context_length` is in tokens; `threads` defaults to the cores this process may use, at most 8. UsageError when one
-    is not positive or the context is longer than the base was trained for, VerificationError for a graph that is no
-    encoder's.
+    `context_length` is in tokens; `threads` defaults to the cores that this process may use, at most 8. UsageError if
+    one is not positive or the context is longer than the base was trained for, VerificationError if the graph is not
+    that of an encoder.
     """
 
     has_sequence: ClassVar[Literal[False]] = False
