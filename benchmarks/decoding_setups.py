@@ -111,7 +111,9 @@ def edgetune(
                 )
                 whole_s, timings = time.perf_counter() - begin, found.timings
                 # The end of turn counts as a token in all setups.
-                margins = tuple((token.text, token.top[0].logprob - token.top[1].logprob) for token in found.logprobs or ())
+                margins = tuple(
+                    (token.text, token.top[0].logprob - token.top[1].logprob) for token in found.logprobs or ()
+                )
                 return Timed(
                     found.text, found.tokens + 1, whole_s, timings.ttft_ms / 1e3, timings.tokens_per_step, margins
                 )
