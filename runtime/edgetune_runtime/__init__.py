@@ -22,6 +22,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .async_stream import AsyncStream
+    from .asynchronous import AsyncRuntime, AsyncSession
     from .decoding.logprobs import TokenLogprob
     from .generation import Answer, Stream, Timings
     from .runtime import Runtime
@@ -33,6 +35,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "AsyncRuntime",
+    "AsyncSession",
+    "AsyncStream",
     "BusyError",
     "CancelledError",
     "EdgetuneError",
@@ -57,6 +62,9 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 # These import numpy, which takes longer than everything else together, so they are loaded on first use.
 _LAZY = {
     "Answer": "generation",
+    "AsyncRuntime": "asynchronous",
+    "AsyncSession": "asynchronous",
+    "AsyncStream": "async_stream",
     "Stream": "generation",
     "Timings": "generation",
     "TokenLogprob": "decoding.logprobs",

@@ -11,6 +11,9 @@ import pytest
 
 NAMES = {
     "Answer",
+    "AsyncRuntime",
+    "AsyncSession",
+    "AsyncStream",
     "BusyError",
     "CancelledError",
     "EdgetuneError",
