@@ -17,6 +17,7 @@ from .errors import (
     IncompatibleError,
     NotFoundError,
     OutOfSpaceError,
+    PromptTooLongError,
     UsageError,
     VerificationError,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "IncompatibleError",
     "NotFoundError",
     "OutOfSpaceError",
+    "PromptTooLongError",
     "Runtime",
     "Sampling",
     "Session",

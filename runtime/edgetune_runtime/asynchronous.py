@@ -60,9 +60,17 @@ class AsyncRuntime:
         """Maximum number of tokens of prompt and answer together."""
         return self.runtime.context_length
 
-    async def generate(
-        self, prompt: Prompt, *, adapter: Adapters = None, **options: Unpack[AnswerOptions]
-    ) -> Answer:
+    @property
+    def contexts(self) -> int:
+        """Maximum number of calls that run at the same time."""
+        return self.runtime.contexts
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine that runs the bundle."""
+        return self.runtime.engine
+
+    async def generate(self, prompt: Prompt, *, adapter: Adapters = None, **options: Unpack[AnswerOptions]) -> Answer:
         """Answer a prompt; see `Runtime.generate`."""
         return await self.stream(prompt, adapter=adapter, **options).read()
 
@@ -83,6 +91,10 @@ class AsyncRuntime:
     ) -> tuple[str, dict[str, float]]:
         """The most likely label, and the probability of each; see `Runtime.classify`. It is not ended early."""
         return await asyncio.to_thread(self.runtime.classify, prompt, labels, adapter=adapter)
+
+    async def embed(self, text: str) -> tuple[list[float], int]:
+        """The pooled last layer for a text, and its number of tokens; see `Runtime.embed`. It is not ended early."""
+        return await asyncio.to_thread(self.runtime.embed, text)
 
     async def perplexity(self, text: str, *, adapter: Adapters = None) -> tuple[float, int]:
         """The loss of a text and its number of tokens; see `Runtime.perplexity`. It is not ended early."""

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +21,7 @@ from .conversation import PROGRAM, Conversation, adapter_choice, show
 from .errors import CancelledError, EdgetuneError, NotFoundError, UsageError
 from .formats.quantization import describe
 from .interrupts import end_on_interrupt
+from .server import command as server
 from .threads.priority import NORMAL, PRIORITIES
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     chat = _command(commands, "chat", _chat, "chat with the base and its adapters")
     bench = _command(commands, "bench", _bench, "measure load time, switching, time to first token, speed and memory")
     warm = _command(commands, "warm", _warm, "compute the states of the adapters' fixed prompts and save them to disk")
+    serve = _command(commands, "serve", _serve, "answer requests of OpenAI's and Ollama's APIs over HTTP")
     text = "show the cores, memory and libraries of this machine, and what slows answers down"
     doctor = commands.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.")
     doctor.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="also check the bundle in this folder")
@@ -119,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_sampling(command)
     _add_tools(_add_form(generate), generate)
     _add_form(chat)
-    for command in (generate, classify, chat, bench, warm):
+    server.add_options(serve)
+    for command in (generate, classify, chat, bench, warm, serve):
         _add_opening(command)
     return parser
 
@@ -269,6 +273,10 @@ def _warm(options: argparse.Namespace) -> None:
         return
     for name, count in tokens.items():
         print(f"{name}\t{count} tokens")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    server.run(options, partial(_open, options))
 
 
 def _list_states(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 EdgetuneError                1
 ├── UsageError               2   a recipe, an option or an argument is wrong
+│   └── PromptTooLongError   2   a prompt does not fit in the context
 ├── NotFoundError            3   a file, an adapter, a base or a board does not exist
 ├── VerificationError        4   a file is damaged, or the export does not match the trained model
 ├── IncompatibleError        5   valid parts that do not fit together, or that this machine cannot run
@@ -31,6 +32,10 @@ class UsageError(EdgetuneError):
     """A recipe, an option, an argument or a data row is wrong."""
 
     exit_code = 2
+
+
+class PromptTooLongError(UsageError):
+    """A prompt has more tokens than fit in the context."""
 
 
 class NotFoundError(EdgetuneError):

@@ -15,7 +15,7 @@ from .decoding.drafts import DraftTable, read_table
 from .decoding.grammars import Grammars
 from .decoding.output import OutputSpec
 from .engines.base import Tokenizer
-from .errors import IncompatibleError, UsageError, VerificationError
+from .errors import IncompatibleError, PromptTooLongError, UsageError, VerificationError
 from .generation import Call, Carried
 from .opening import OpeningOptions, file_of, open_base
 from .options import AnswerForm
@@ -67,6 +67,12 @@ class LoadedBundle:
         running = self._running.first if isinstance(self._running, Pool) else self._running
         return running.engine.threads
 
+    @property
+    def contexts(self) -> int:
+        """Maximum number of calls that run at the same time."""
+        # Those of a classifier need no context, and share the threads of one session.
+        return self._running.limit if isinstance(self._running, Pool) else 1
+
     def context(self, adapter: Adapters = None) -> tuple[Context, dict[str, float]]:
         """The context that runs a call with these adapters, and their scales. For measurements, inside `Context.hold`.
 
@@ -115,7 +121,8 @@ class LoadedBundle:
         capacity = pool.first.capacity(active)
         if not 0 < len(tokens) <= capacity:
             message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
-            raise UsageError(message, "change the prompt, or open the bundle with a larger context_length")
+            error = PromptTooLongError if tokens else UsageError
+            raise error(message, "change the prompt, or open the bundle with a larger context_length")
         count = len(fixed) if len(fixed) < len(tokens) and tokens[: len(fixed)] == fixed else 0
         spans, kept = pool.first.spans(active, tokens), 0
         if carried is not None:

@@ -156,6 +156,11 @@ class Runtime:
         return self._loaded.threads
 
     @property
+    def contexts(self) -> int:
+        """Maximum number of calls that run at the same time."""
+        return self._loaded.contexts
+
+    @property
     def adapters(self) -> list[str]:
         """Names of the bundle's adapters."""
         return list(self.manifest.adapters)
@@ -233,6 +238,17 @@ class Runtime:
             context.run(call.job)
             scores = context.score(endings)
         return most_likely(labels, scores)
+
+    def embed(self, text: str) -> tuple[list[float], int]:
+        """The plain base's pooled last layer for a text, and its number of tokens.
+
+        UsageError for a text-generation bundle.
+        """
+        classifier = self._loaded.classifier
+        if classifier is None:
+            message = f"bundle {self.manifest.name!r} generates text: it has no encoder for embeddings"
+            raise UsageError(message, "open a text-classification bundle")
+        return classifier.embedding(text)
 
     def perplexity(self, text: str, *, adapter: Adapters = None) -> tuple[float, int]:
         """Sum of the negative log-likelihoods (nats) of the text's tokens except the first, and their number.

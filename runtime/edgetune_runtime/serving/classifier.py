@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from edgetune_runtime.bundle import AdapterEntry
-from edgetune_runtime.engines.base import LabelEngine
+from edgetune_runtime.engines.base import LabelEngine, Logits
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.threads.priority import ComputeThread
@@ -33,10 +33,13 @@ class Classifier:
         if unknown:
             known = ", ".join(entry.labels)
             raise UsageError(f"adapter {entry.name!r} has no label {unknown[0]!r}", f"choose one of: {known}")
-        compute = partial(self.engine.logits, self.engine.tokens_of(prompt), entry.name, scale)
-        thread = self._thread
-        logits = compute() if thread is None else thread.run(compute)
+        logits = self._run(partial(self.engine.logits, self.engine.tokens_of(prompt), entry.name, scale))
         return [float(logits[entry.labels.index(label)]) for label in labels]
+
+    def embedding(self, text: str) -> tuple[list[float], int]:
+        """The plain base's pooled last layer for a text, and its number of tokens."""
+        tokens = self.engine.tokens_of(text)
+        return [float(value) for value in self._run(partial(self.engine.pooled, tokens))], len(tokens)
 
     def close(self) -> None:
         """Free everything after running calls end; a second call does nothing, others raise UsageError."""
@@ -44,3 +47,7 @@ class Classifier:
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.close()
+
+    def _run(self, compute: Callable[[], Logits]) -> Logits:
+        thread = self._thread
+        return compute() if thread is None else thread.run(compute)

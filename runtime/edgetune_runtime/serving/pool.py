@@ -28,7 +28,7 @@ class Pool:
     def __init__(self, first: Context, *, limit: int = 1, waiting: int = 0) -> None:
         self.first = first
         self._contexts = [first]
-        self._limit = limit
+        self.limit = limit
         self._most_waiting = waiting
         self._waiting = 0
         self._vocabulary = threading.Lock()
@@ -110,10 +110,10 @@ class Pool:
         """Give this thread a free context, or a new one if there are fewer than `limit`. Call it inside the gate."""
         free = [context for context in self._contexts if context.holder is None]
         if not free:
-            if len(self._contexts) < self._limit:
+            if len(self._contexts) < self.limit:
                 free = [self.first.fork()]
                 self._contexts += free
-                _LOG.debug("created context %d of at most %d", len(self._contexts), self._limit)
+                _LOG.debug("created context %d of at most %d", len(self._contexts), self.limit)
             elif all(context.holder == threading.get_ident() for context in self._contexts):
                 raise UsageError("a stream of this thread is still open", "read it to its end or close it first")
             else:

@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune_runtime.engines.base import Logits, check_context_length, check_options
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import (
+    IncompatibleError,
+    NotFoundError,
+    PromptTooLongError,
+    UsageError,
+    VerificationError,
+)
 from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
@@ -102,7 +108,8 @@ class EncoderEngine:
         tokens = self.tokenizer.tokenize(text_of(prompt))
         if not 0 < len(tokens) <= self.context_length:
             message = f"the prompt has {len(tokens)} tokens, the context holds 1 to {self.context_length}"
-            raise UsageError(message, "shorten the prompt, or open the bundle with a larger context_length")
+            error = PromptTooLongError if tokens else UsageError
+            raise error(message, "shorten the prompt, or open the bundle with a larger context_length")
         return tokens
 
     def logits(self, tokens: Sequence[int], name: str, scale: float = 1.0) -> Logits:

@@ -1,0 +1,1 @@
+"""An HTTP server for one bundle that speaks the APIs of OpenAI and Ollama (extra `server`)."""

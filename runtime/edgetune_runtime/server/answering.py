@@ -1,0 +1,131 @@
+"""Answer requests with the runtime: within the queue and the limits, counted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgetune_runtime.asynchronous import AsyncRuntime
+from edgetune_runtime.errors import BusyError
+from edgetune_runtime.generation import Answer
+from edgetune_runtime.loaded import Adapters
+from edgetune_runtime.text.chat import Prompt
+
+from .answer_queue import AnswerQueue
+from .metrics import Metrics
+from .models import Models
+from .settings import Limits
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """What a client asks for, whichever API it speaks.
+
+    `model` is the name that it used. `prompts` each get `count` answers. `options` are those of `Runtime.generate`.
+    """
+
+    model: str
+    adapters: Adapters
+    prompts: Sequence[Prompt]
+    options: dict[str, Any] = field(default_factory=dict)
+    count: int = 1
+    arrived: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer; the last one of an answer has no text and has the whole `answer`."""
+
+    index: int
+    text: str
+    answer: Answer | None = None
+
+
+class Answering:
+    """Answers requests with one runtime."""
+
+    def __init__(self, runtime: AsyncRuntime, limits: Limits) -> None:
+        self.runtime, self.limits = runtime, limits
+        self.models = Models(runtime.manifest, runtime.engine)
+        self.queue = AnswerQueue(runtime.contexts, limits.waiting)
+        self.metrics = Metrics(self.queue)
+        self.is_warming = False
+        self._end = threading.Event()
+
+    async def pieces(self, request: AnswerRequest) -> AsyncGenerator[Piece, None]:
+        """The pieces of the answers, one answer after another. Close it (`aclosing`) to free the context at once.
+
+        Raises what `Runtime.generate` does, and BusyError for too long a queue and a server that stops.
+        """
+        index = 0
+        async with self.queue.place(self._seconds_left(request)):
+            for prompt in request.prompts:
+                for number in range(request.count):
+                    async with aclosing(self._answer(request, prompt, number, index)) as pieces:
+                        async for piece in pieces:
+                            yield piece
+                    index += 1
+
+    async def answers(self, request: AnswerRequest) -> list[Answer]:
+        """The whole answers; the same errors as `pieces`."""
+        async with aclosing(self.pieces(request)) as pieces:
+            return [piece.answer async for piece in pieces if piece.answer is not None]
+
+    async def embeddings(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+        """The embeddings of texts, each of length 1, and their tokens; UsageError for a bundle without an encoder."""
+        vectors, tokens = [], 0
+        async with self.queue.place(self.limits.request_s):
+            for text in texts:
+                vector, count = await self.runtime.embed(text)
+                vectors.append(_normalized(vector))
+                tokens += count
+        return vectors, tokens
+
+    async def warm(self) -> None:
+        """Compute the missing states of all fixed prompts; `is_warming` is set meanwhile."""
+        self.is_warming = True
+        try:
+            await self.runtime.warm()
+        finally:
+            self.is_warming = False
+
+    def stop(self) -> None:
+        """Refuse the requests that wait and all later ones."""
+        self.queue.stop()
+
+    def end(self) -> None:
+        """End running answers, which then fail with BusyError."""
+        self._end.set()
+
+    async def _answer(
+        self, request: AnswerRequest, prompt: Prompt, number: int, index: int
+    ) -> AsyncGenerator[Piece, None]:
+        options = {**request.options, "cancel": self._end, "deadline_s": self._seconds_left(request)}
+        if number and options.get("seed") is not None:
+            # Answers with one seed would be the same.
+            options["seed"] += number
+        async with self.runtime.stream(prompt, adapter=request.adapters, **options) as stream:
+            is_first = index == 0
+            async for text in stream:
+                if is_first:
+                    self.metrics.count_first_piece(request.adapters, request.arrived)
+                    is_first = False
+                yield Piece(index, text)
+            answer = stream.answer
+        assert answer is not None
+        if answer.stop_reason == "cancelled":
+            raise BusyError("the server is stopping", "try again later")
+        self.metrics.count_answer(request.adapters, answer)
+        yield Piece(index, "", answer)
+
+    def _seconds_left(self, request: AnswerRequest) -> float:
+        return max(request.arrived + self.limits.request_s - time.monotonic(), 1e-3)
+
+
+def _normalized(values: Sequence[float]) -> list[float]:
+    length = sum(value * value for value in values) ** 0.5
+    return [value / length for value in values] if length else list(values)

@@ -1,0 +1,183 @@
+"""The ASGI application: the routes of both APIs, health, and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from edgetune_runtime import __version__
+from edgetune_runtime.errors import EdgetuneError
+
+from . import ollama_answers, ollama_requests, openai_answers, openai_requests
+from .answering import Answering
+from .connection import read_json, until_disconnect
+from .counted import Counted
+from .guard import Guard
+from .metrics import CONTENT_TYPE
+from .problems import RequestError, body_of, error_response, json_response
+from .settings import Access
+from .streaming import EVENTS, NDJSON, LineResponse
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def application(answering: Answering, access: Access) -> ASGIApp:
+    """The application that answers with `answering` whoever `access` allows."""
+    routes = [*_common(answering), *_OpenAI(answering).routes(), *_Ollama(answering).routes()]
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(Counted, metrics=answering.metrics), Middleware(Guard, access=access)],
+        exception_handlers={HTTPException: _http_error},
+    )
+
+
+def _common(answering: Answering) -> list[Route]:
+    async def home(_: Request) -> Response:
+        # Clients of Ollama look here whether a server runs.
+        return PlainTextResponse(f"edgetune-run serves {answering.models.manifest.name}\n")
+
+    async def health(_: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def ready(_: Request) -> Response:
+        status = "stopping" if answering.queue.stopping else "warming" if answering.is_warming else "ready"
+        return json_response({"status": status}, 200 if status == "ready" else 503)
+
+    async def metrics(_: Request) -> Response:
+        return Response(answering.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    return [Route("/", home), Route("/healthz", health), Route("/readyz", ready), Route("/metrics", metrics)]
+
+
+class _Api:
+    """The routes of one API."""
+
+    def __init__(self, answering: Answering) -> None:
+        self._answering, self._models, self._limits = answering, answering.models, answering.limits
+
+    async def _read(self, request: Request) -> Any:  # noqa: ANN401 - any JSON object
+        return await read_json(request, self._limits)
+
+
+class _OpenAI(_Api):
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/models", self._list),
+            Route("/v1/models/{model}", self._show),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/embeddings", self._embed, methods=["POST"]),
+        ]
+
+    async def _list(self, _: Request) -> Response:
+        return json_response(openai_answers.model_list(self._models))
+
+    async def _show(self, request: Request) -> Response:
+        info = self._models.info(request.path_params["model"])
+        return json_response(openai_answers.model_object(self._models, info))
+
+    async def _chat(self, request: Request) -> Response:
+        wanted = openai_requests.chat_request(await self._read(request), self._models, self._limits)
+        return await self._answer(request, openai_answers.Reply(wanted, openai_answers.ChatShape()))
+
+    async def _complete(self, request: Request) -> Response:
+        wanted = openai_requests.completion_request(await self._read(request), self._models, self._limits)
+        return await self._answer(request, openai_answers.Reply(wanted, openai_answers.CompletionShape()))
+
+    async def _embed(self, request: Request) -> Response:
+        body = await self._read(request)
+        model, texts = openai_requests.embedding_request(body, self._models)
+        as_base64 = openai_requests.is_base64(body)
+        vectors, tokens = await until_disconnect(request.receive, self._answering.embeddings(texts))
+        return json_response(openai_answers.embedding_list(model, vectors, tokens, as_base64=as_base64))
+
+    async def _answer(self, request: Request, reply: openai_answers.Reply) -> Response:
+        if reply.wanted.streams:
+
+            def error_event(error: EdgetuneError) -> bytes:
+                return openai_answers.event(body_of(error, request.url.path))
+
+            return LineResponse(reply.events(self._answering), EVENTS, error_event)
+        answers = await until_disconnect(request.receive, self._answering.answers(reply.wanted.request))
+        return json_response(reply.whole(answers))
+
+
+class _Ollama(_Api):
+    def routes(self) -> list[Route]:
+        return [
+            Route("/api/version", self._version),
+            Route("/api/tags", self._list),
+            Route("/api/ps", self._loaded),
+            Route("/api/show", self._show, methods=["POST"]),
+            Route("/api/pull", self._pull, methods=["POST"]),
+            Route("/api/chat", self._chat, methods=["POST"]),
+            Route("/api/generate", self._generate, methods=["POST"]),
+            Route("/api/embed", self._embed, methods=["POST"]),
+        ]
+
+    async def _version(self, _: Request) -> Response:
+        return json_response({"version": __version__})
+
+    async def _list(self, _: Request) -> Response:
+        return json_response(ollama_answers.model_list(self._models))
+
+    async def _loaded(self, _: Request) -> Response:
+        length = self._answering.runtime.context_length
+        return json_response(ollama_answers.loaded_list(self._models, length))
+
+    async def _show(self, request: Request) -> Response:
+        info = self._models.info(ollama_requests.model_name(await self._read(request)))
+        length = self._answering.runtime.context_length
+        return json_response(ollama_answers.model_facts(self._models, info, length))
+
+    async def _pull(self, request: Request) -> Response:
+        body = await self._read(request)
+        self._models.adapters(ollama_requests.model_name(body))
+        if body.get("stream") is False:
+            return json_response({"status": "success"})
+        lines = [ollama_answers.line({"status": status}) for status in ("pulling manifest", "success")]
+        return Response(b"".join(lines), media_type=NDJSON)
+
+    async def _chat(self, request: Request) -> Response:
+        wanted = ollama_requests.chat_request(await self._read(request), self._models, self._limits)
+        return await self._answer(request, ollama_answers.Reply(wanted, is_chat=True))
+
+    async def _generate(self, request: Request) -> Response:
+        wanted = ollama_requests.generate_request(await self._read(request), self._models, self._limits)
+        return await self._answer(request, ollama_answers.Reply(wanted, is_chat=False))
+
+    async def _embed(self, request: Request) -> Response:
+        model, texts = ollama_requests.embed_request(await self._read(request), self._models)
+        vectors, tokens = await until_disconnect(request.receive, self._answering.embeddings(texts))
+        return json_response({"model": model, "embeddings": vectors, "prompt_eval_count": tokens})
+
+    async def _answer(self, request: Request, reply: ollama_answers.Reply) -> Response:
+        if reply.wanted.is_empty:
+            return json_response(reply.empty())
+        if reply.wanted.streams:
+
+            def error_line(error: EdgetuneError) -> bytes:
+                return ollama_answers.line(body_of(error, request.url.path))
+
+            return LineResponse(reply.lines(self._answering), NDJSON, error_line)
+        (answer,) = await until_disconnect(request.receive, self._answering.answers(reply.wanted.request))
+        return json_response(reply.whole(answer))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """An unknown path or a wrong method, in the shape of the API."""
+    assert isinstance(error, HTTPException)
+    path, method = request.url.path, request.method
+    if error.status_code == 404:
+        found = RequestError(f"no route {path}", "see the API's documentation", status=404)
+    else:
+        found = RequestError(f"{method} {path} is not possible", "use another method", status=error.status_code)
+    return error_response(found, path)

@@ -1,0 +1,117 @@
+"""`edgetune-run serve`: its options, and what is refused before the bundle is opened."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+
+from .settings import Access, Limits
+
+if TYPE_CHECKING:
+    from edgetune_runtime.runtime import Runtime
+
+_SHORTEST_KEY = 16
+_LIMITS = {
+    "body_bytes": "largest request body in bytes",
+    "answer_tokens": "most tokens of an answer",
+    "answers": "most answers to one request (n)",
+    "waiting": "most requests that wait for others; more get status 503",
+    "request_s": "most seconds for a request, waiting included",
+    "client_s": "seconds after which a client is dropped that sends no request or does not read its answer",
+    "connections": "most open connections",
+    "grace_s": "seconds that running answers have to finish when the server stops",
+}
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of `serve`, apart from those that say how the bundle is opened."""
+    group = command.add_argument_group("serving")
+    text = "address to listen on (default: %(default)s); others than this machine's own need a key"
+    group.add_argument("--host", default="127.0.0.1", help=text)
+    group.add_argument("--port", type=int, default=8080, help="port; 0 takes a free one (default: %(default)s)")
+    text = "file of API keys, one per line; clients send one as Authorization: Bearer KEY"
+    keys = group.add_mutually_exclusive_group()
+    keys.add_argument("--api-key-file", type=Path, metavar="FILE", help=text)
+    text = "let everyone who can reach the server use it"
+    keys.add_argument("--no-api-key", action="store_true", help=text)
+    text = "also answer requests to this host name; may be repeated"
+    group.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
+    text = "let web pages of this origin, such as https://example.org, use the server; may be repeated"
+    group.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=text)
+    text = "compute the states of all fixed prompts at the start; /readyz reports 503 until they are there"
+    group.add_argument("--warm", action="store_true", help=text)
+    text = "answers that are computed side by side (default: what fits in a quarter of the free memory, at most 4)"
+    group.add_argument("--contexts", type=int, metavar="N", help=text)
+    limits = command.add_argument_group("limits")
+    for field in fields(Limits):
+        flag, kind = f"--max-{field.name.replace('_', '-')}", type(field.default)
+        text = f"{_LIMITS[field.name]} (default: {field.default})"
+        limits.add_argument(flag, dest=field.name, type=kind, default=field.default, metavar="N", help=text)
+
+
+def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextManager[Runtime]]) -> None:
+    """Serve the bundle until the process is told to stop.
+
+    Raises UsageError for a host that others can reach without a key, or a port in use, before the bundle is opened.
+    """
+    try:
+        from .listening import bind, can_be_reached, url_of  # noqa: PLC0415 - only `serve` needs the extra
+        from .serve import Serving, serve  # noqa: PLC0415
+    except ImportError as error:
+        message = f"serving needs {error.name}, which is not installed"
+        raise IncompatibleError(message, 'run: pip install "edgetune-runtime[server]"') from error
+    limits = _limits(options)
+    access = Access(_keys(options.api_key_file), tuple(options.allow_host), tuple(_origins(options.allow_origin)))
+    if not access.keys and not options.no_api_key and can_be_reached(options.host):
+        message = f"others can reach {options.host}, and no key is set"
+        raise UsageError(message, "give --api-key-file FILE, or --no-api-key to let everyone use the server")
+    with bind(options.host, options.port) as listening, open_bundle(contexts=options.contexts) as runtime:
+        url = url_of(listening)
+
+        def ready(_: Callable[[], None]) -> None:
+            line = (
+                json.dumps({"url": url, "pid": os.getpid()}) if options.json else f"serving {options.bundle} at {url}"
+            )
+            print(line, flush=True)
+
+        serve(runtime, listening, Serving(access, limits, warms=options.warm), ready)
+    if not options.json:
+        print("stopped", file=sys.stderr)
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    found = {field.name: getattr(options, field.name) for field in fields(Limits)}
+    wrong = [name for name, value in found.items() if value < (0 if name in ("waiting", "grace_s") else 1)]
+    if wrong:
+        flags = ", ".join(f"--max-{name.replace('_', '-')} {found[name]}" for name in wrong)
+        raise UsageError(f"too small: {flags}", "give a larger number")
+    return Limits(**found)
+
+
+def _keys(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotFoundError(f"cannot read the keys in {path}: {error}", "give a text file") from error
+    if not lines or min(map(len, lines)) < _SHORTEST_KEY:
+        message = f"{path} has no key, or one of fewer than {_SHORTEST_KEY} characters"
+        raise UsageError(message, "make one: openssl rand -hex 32")
+    return tuple(lines)
+
+
+def _origins(given: list[str]) -> list[str]:
+    for origin in given:
+        if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+            raise UsageError(f"origin {origin!r} is no scheme and host", "give one such as https://example.org")
+    return given

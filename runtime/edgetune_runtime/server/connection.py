@@ -1,0 +1,59 @@
+"""Read a request's body within limits, and stop work for a client that has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
+
+from .fields import read_object
+from .problems import ClientGoneError, RequestError
+from .settings import Limits
+
+T = TypeVar("T")
+
+
+async def read_json(request: Request, limits: Limits) -> Mapping[str, Any]:
+    """The JSON object in a request's body; RequestError if it is none, too large or too slow."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limits.body_bytes:
+        raise _too_large(limits)
+    data = bytearray()
+    try:
+        async with asyncio.timeout(limits.client_s):
+            async for part in request.stream():
+                data += part
+                if len(data) > limits.body_bytes:
+                    raise _too_large(limits)
+    except TimeoutError as error:
+        message = f"the body did not arrive within {limits.client_s:g} s"
+        raise RequestError(message, "send it faster", status=408) from error
+    except ClientDisconnect as error:
+        raise ClientGoneError from error
+    return read_object(bytes(data))
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work, or cancel it and raise ClientGoneError once the client disconnects."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _too_large(limits: Limits) -> RequestError:
+    return RequestError(f"the body is larger than {limits.body_bytes} bytes", "send less", status=413)

@@ -1,0 +1,50 @@
+"""Middleware that counts requests by route and status, and turns every error into a response."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .metrics import Metrics
+from .problems import ClientGoneError, error_response, failure
+
+GONE = 499
+"""The status under which a client that disconnected is counted, as in nginx."""
+
+
+class Counted:
+    """Counts each request; it has to be the first middleware."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request, with an error if anything raises one."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = GONE
+        has_started = False
+
+        async def counting(message: Message) -> None:
+            nonlocal status, has_started
+            if message["type"] == "http.response.start":
+                status, has_started = message["status"], True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counting)
+        except ClientGoneError:
+            status = GONE
+            if not has_started:
+                # Nobody reads it; the server requires a response.
+                await send({"type": "http.response.start", "status": GONE, "headers": []})
+                await send({"type": "http.response.body", "body": b""})
+        except Exception as error:
+            response = error_response(failure(error), scope["path"])
+            if has_started:
+                raise
+            await response(scope, receive, counting)
+        finally:
+            # Unknown paths would make as many counters as a client likes.
+            route = scope.get("route")
+            self._metrics.count_request(getattr(route, "path", "other"), status)

@@ -1,0 +1,135 @@
+"""Read the members of a JSON object by type; what has the wrong type is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from .problems import RequestError
+
+
+def read_object(data: bytes) -> Mapping[str, Any]:
+    """The JSON object in a request body; RequestError for anything else."""
+    try:
+        value = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        message = f"the body is not JSON: {error}" if data else "the body is empty"
+        raise RequestError(message, "send a JSON object") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"the body is a JSON {_kind_of(value)}", "send a JSON object")
+    return value
+
+
+class Fields:
+    """The members of a JSON object, called by their path in the request; null counts as missing."""
+
+    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
+        self.values, self._path = values, path
+
+    def text(self, name: str) -> str | None:
+        """A string."""
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, str):
+            self.refuse(name, "a string")
+        return value
+
+    def needed_text(self, name: str) -> str:
+        """A string that must be there and not be empty."""
+        value = self.text(name)
+        if not value:
+            self.refuse(name, "a string that is not empty")
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.refuse(name, "true or false")
+        return value
+
+    def integer(self, name: str) -> int | None:
+        """A whole number; 3.0 counts as one, as clients in JavaScript send it."""
+        value = self.values.get(name)
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            self.refuse(name, "a whole number")
+        return value
+
+    def number(self, name: str) -> float | None:
+        """A finite number."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            self.refuse(name, "a number")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """A string or a list of them; none if it is missing."""
+        value = self.values.get(name)
+        if value is None:
+            return []
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            self.refuse(name, "a string or a list of strings")
+        return texts
+
+    def mapping(self, name: str) -> Fields | None:
+        """A JSON object."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.refuse(name, "a JSON object")
+        return Fields(value, self._path_of(name))
+
+    def objects(self, name: str) -> list[Fields]:
+        """A list of JSON objects; empty if it is missing."""
+        value = self.values.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            self.refuse(name, "a list of JSON objects")
+        return [Fields(item, f"{self._path_of(name)}[{place}]") for place, item in enumerate(value)]
+
+    def choice(self, name: str, choices: Sequence[str]) -> str | None:
+        """One of these strings."""
+        value = self.text(name)
+        if value is not None and value not in choices:
+            self.refuse(name, f"one of {', '.join(choices)}")
+        return value
+
+    def forbid(self, names: Mapping[str, object]) -> None:
+        """Refuse options that are not supported, unless they have the value that changes nothing."""
+        for name, neutral in names.items():
+            value = self.values.get(name)
+            if value is not None and value != neutral:
+                raise RequestError(f"{self._path_of(name)} is not supported", "leave it out", param=self._path_of(name))
+
+    def refuse(self, name: str, wanted: str) -> NoReturn:
+        """Raise RequestError: the member called `name` is not what is wanted."""
+        path, value = self._path_of(name), self.values.get(name)
+        given = "missing" if value is None else _shortened(value)
+        raise RequestError(f"{path} is {given}", f"give {wanted}", param=path)
+
+    def _path_of(self, name: str) -> str:
+        return f"{self._path}.{name}" if self._path else name
+
+
+def _shortened(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _kind_of(value: object) -> str:
+    names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

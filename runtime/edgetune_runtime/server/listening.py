@@ -1,0 +1,168 @@
+"""The HTTP server around the application: its socket, its connections' timeouts, and how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from edgetune_runtime.errors import UsageError
+
+from .settings import Limits, is_loopback
+
+_LOG = logging.getLogger(__name__)
+_EXTRA_S = 5
+"""Seconds after the grace time in which the connections can still be told that their answers ended."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; UsageError for a host or a port that cannot be had."""
+    try:
+        family, _, _, _, address = min(
+            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
+            # `localhost` has two addresses, and more clients try the one of IPv4.
+            key=lambda found: found[0] != socket.AF_INET,
+        )
+        return socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError) as error:
+        message = f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}"
+        raise UsageError(message, "choose another --host or --port; port 0 takes a free one") from error
+
+
+def can_be_reached(host: str) -> bool:
+    """Whether other machines can reach a server on this host; UsageError for an unknown host."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise UsageError(f"host {host!r} is unknown: {error.strerror}", "give an IP address of this machine") from error
+    return not all(is_loopback(str(address[0])) for *_, address in found)
+
+
+def url_of(listening: socket.socket) -> str:
+    """The address of a server for clients on this machine."""
+    host, port = listening.getsockname()[:2]
+    if listening.family == socket.AF_INET6:
+        return f"http://[{'::1' if host == '::' else host}]:{port}"
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Serves an application until SIGTERM or SIGINT, or until `stop` is called from any thread.
+
+    `ready` is called when it accepts requests, `stopping` when it begins to stop, and `ending` when the grace time is
+    over, which should end the answers that still run.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        *,
+        ready: Callable[[], None],
+        stopping: Callable[[], None],
+        ending: Callable[[], None],
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            http=_protocol(limits),
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=limits.connections,
+            timeout_graceful_shutdown=int(limits.grace_s) + _EXTRA_S,
+        )
+        super().__init__(config)
+        self._grace_s, self._ready, self._stopping, self._ending = limits.grace_s, ready, stopping, ending
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept requests."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets=sockets)
+        self._ready()
+
+    def stop(self) -> None:
+        """Stop: running answers have the grace time, all others are refused. A second call does not wait for them."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        if self.should_exit:
+            self._ending()
+            return
+        self.should_exit = True
+        self._stopping()
+        asyncio.get_running_loop().call_later(self._grace_s, self._ending)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop at SIGTERM and SIGINT, as uvicorn does, but without raising them again at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {each: signal.signal(each, lambda *_: self.stop()) for each in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+def _protocol(limits: Limits) -> type[H11Protocol]:
+    class Protocol(H11Protocol):
+        """HTTP on one connection, which is closed when the client sends or reads nothing for too long."""
+
+        _arriving: asyncio.TimerHandle | None = None
+        _stalled: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)  # type: ignore[arg-type]  # it is a Transport, as for uvicorn
+            self._expect_request()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._cancel(self._arriving)
+                self._arriving = None
+            elif self._arriving is None:
+                self._expect_request()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._cancel(self._stalled)
+            self._stalled = self.loop.call_later(limits.client_s, self._drop, "it does not read its answer")
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._cancel(self._stalled)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._cancel(self._arriving)
+            self._cancel(self._stalled)
+            super().connection_lost(exc)
+
+        def _expect_request(self) -> None:
+            self._arriving = self.loop.call_later(limits.client_s, self._drop, "its request does not arrive")
+
+        def _drop(self, reason: str) -> None:
+            _LOG.info("dropped a client after %g s: %s", limits.client_s, reason)
+            # `close` would wait until the client has read everything.
+            self.transport.abort()
+
+        def _cancel(self, timer: asyncio.TimerHandle | None) -> None:
+            if timer is not None:
+                timer.cancel()
+
+    return Protocol

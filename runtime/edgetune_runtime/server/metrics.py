@@ -1,0 +1,84 @@
+"""What the server counts, in Prometheus' text format."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+
+from edgetune_runtime.generation import Answer
+from edgetune_runtime.loaded import Adapters
+
+from .answer_queue import AnswerQueue
+
+__all__ = ["CONTENT_TYPE", "Metrics"]
+
+_TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_SWITCH_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+class Metrics:
+    """The counters of one server. `adapter` is an adapter's name, `base`, or `several`."""
+
+    def __init__(self, queue: AnswerQueue) -> None:
+        self._registry = registry = CollectorRegistry()
+        # Resident memory, CPU time and open files of this process, on Linux.
+        ProcessCollector(registry=registry)
+        text = "Requests by route and HTTP status; 499 is a client that disconnected"
+        self._requests = Counter("edgetune_requests", text, ["route", "status"], registry=registry)
+        running = Gauge("edgetune_requests_running", "Requests that are being answered", registry=registry)
+        running.set_function(lambda: queue.running)
+        waiting = Gauge("edgetune_requests_waiting", "Requests that wait for others", registry=registry)
+        waiting.set_function(lambda: queue.waiting)
+
+        def by_adapter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["adapter"], registry=registry)
+
+        self._prompt_tokens = by_adapter("edgetune_prompt_tokens", "Tokens of prompts")
+        self._reused_tokens = by_adapter("edgetune_prompt_tokens_reused", "Tokens of prompts from cached states")
+        self._answer_tokens = by_adapter("edgetune_answer_tokens", "Tokens of answers")
+        self._drafted_tokens = by_adapter("edgetune_answer_tokens_drafted", "Tokens of answers that were drafted")
+        self._forced_tokens = by_adapter("edgetune_answer_tokens_forced", "Tokens that an output constraint forced")
+        self._hits = by_adapter("edgetune_state_hits", "Answers whose prompt reused a cached state")
+        self._misses = by_adapter("edgetune_state_misses", "Answers whose prompt was computed from its beginning")
+        text = "Time from the arrival of a request to the first piece of its answer"
+        self._ttft = Histogram("edgetune_ttft_seconds", text, ["adapter"], buckets=_TTFT_S, registry=registry)
+        text = "Time to switch to the adapters of an answer"
+        self._switch = Histogram("edgetune_switch_seconds", text, ["adapter"], buckets=_SWITCH_S, registry=registry)
+
+    def count_request(self, route: str, status: int) -> None:
+        """Count a finished request."""
+        self._requests.labels(route, str(status)).inc()
+
+    def count_first_piece(self, adapters: Adapters, arrived: float) -> None:
+        """Count the time since a request arrived (`time.monotonic`)."""
+        self._ttft.labels(_label(adapters)).observe(time.monotonic() - arrived)
+
+    def count_answer(self, adapters: Adapters, answer: Answer) -> None:
+        """Count a finished answer."""
+        label, timings = _label(adapters), answer.timings
+        self._prompt_tokens.labels(label).inc(timings.prompt_tokens)
+        self._reused_tokens.labels(label).inc(timings.reused_tokens)
+        self._answer_tokens.labels(label).inc(answer.tokens)
+        self._drafted_tokens.labels(label).inc(timings.accepted)
+        self._forced_tokens.labels(label).inc(timings.forced)
+        self._switch.labels(label).observe(timings.switch_us / 1e6)
+        (self._hits if timings.reused_tokens else self._misses).labels(label).inc()
+
+    def text(self) -> bytes:
+        """All figures now."""
+        return generate_latest(self._registry)
+
+
+def _label(adapters: Adapters) -> str:
+    if adapters is None or isinstance(adapters, str):
+        return adapters or "base"
+    return next(iter(adapters), "base") if len(adapters) < 2 else "several"

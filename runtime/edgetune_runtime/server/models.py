@@ -1,0 +1,112 @@
+"""Names of models: the bundle's name is the base, an adapter's name that adapter, `A:0.7+B:0.3` both with scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.loaded import Adapters
+
+from .fields import Fields
+from .problems import RequestError
+
+_LATEST = ":latest"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model as the APIs list it: its name, its parent's (None for the base), and digest and size of its files."""
+
+    name: str
+    parent: str | None
+    digest: str
+    bytes: int
+
+
+class Models:
+    """The models of a bundle, as its files for one engine."""
+
+    def __init__(self, manifest: Manifest, engine: str) -> None:
+        self.manifest, self.engine = manifest, engine
+        base = None if manifest.name in manifest.adapters else manifest.name
+        files = {name: entry.files.get(engine) for name, entry in manifest.adapters.items()}
+        found = [] if base is None else [self._info(base, None, manifest.base.files[engine])]
+        found += [self._info(name, manifest.name, file) for name, file in files.items() if file is not None]
+        self.listed: Mapping[str, ModelInfo] = {info.name: info for info in found}
+
+    @property
+    def created(self) -> datetime:
+        """When the bundle was built; the beginning of 1970 if its manifest does not say."""
+        try:
+            created = datetime.fromisoformat(self.manifest.created)
+        except ValueError:
+            return datetime.fromtimestamp(0, UTC)
+        return created if created.tzinfo is not None else created.replace(tzinfo=UTC)
+
+    def info(self, name: str) -> ModelInfo:
+        """A listed model by name; RequestError (404) for another."""
+        found = self.listed.get(name.removesuffix(_LATEST))
+        if found is None:
+            raise self._unknown(name)
+        return found
+
+    def adapters_of(self, fields: Fields) -> tuple[str, Adapters]:
+        """The model's name in a request and its adapters, which a member `adapters` may give instead."""
+        name = fields.needed_text("model")
+        chosen = self.adapters(name)
+        if fields.values.get("adapters") is None:
+            return name, chosen
+        if chosen is not None:
+            message = f"adapters are given, and model {name!r} is an adapter"
+            raise RequestError(message, f"give model {self.manifest.name!r}, or no adapters", param="adapters")
+        return name, self._given(fields)
+
+    def adapters(self, name: str) -> Adapters:
+        """The adapters that a model's name stands for; RequestError (404) if there is no such model."""
+        known = name.removesuffix(_LATEST)
+        if known in self.manifest.adapters:
+            return known
+        if known == self.manifest.name:
+            return None
+        scales: dict[str, float] = {}
+        for part in known.split("+"):
+            adapter, colon, scale = part.partition(":")
+            if adapter not in self.manifest.adapters or adapter in scales:
+                raise self._unknown(name)
+            scales[adapter] = self._scale(scale, name) if colon else self.manifest.adapters[adapter].scale
+        return scales
+
+    def _given(self, fields: Fields) -> Adapters:
+        value = fields.values["adapters"]
+        if isinstance(value, dict):
+            scales = Fields(value, "adapters")
+            given = {name: scales.number(name) for name in value}
+        else:
+            given = dict.fromkeys(fields.texts("adapters"))
+        for name in given:
+            if name not in self.manifest.adapters:
+                known = ", ".join(self.manifest.adapters) or "none"
+                raise RequestError(f"no adapter {name!r}", f"choose from: {known}", status=404, param="adapters")
+        return {
+            name: self.manifest.adapters[name].scale if scale is None else scale for name, scale in given.items()
+        } or None
+
+    def _scale(self, text: str, name: str) -> float:
+        try:
+            scale = float(text)
+        except ValueError:
+            raise self._unknown(name) from None
+        if not math.isfinite(scale):
+            raise self._unknown(name)
+        return scale
+
+    def _unknown(self, name: str) -> RequestError:
+        remedy = f"choose one of: {', '.join(self.listed)}"
+        return RequestError(f"model {name!r} not found", remedy, status=404, param="model", code="model_not_found")
+
+    def _info(self, name: str, parent: str | None, file: str) -> ModelInfo:
+        entry = self.manifest.files[file]
+        return ModelInfo(name, parent, entry.sha256, entry.bytes)

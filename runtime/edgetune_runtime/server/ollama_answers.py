@@ -1,0 +1,137 @@
+"""Answers of the runtime in, the JSON of Ollama's API out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from edgetune_runtime.bundle import GENERATION
+from edgetune_runtime.formats.quantization import describe
+from edgetune_runtime.generation import Answer
+
+from .answering import Answering
+from .models import ModelInfo, Models
+from .ollama_requests import OllamaRequest
+from .openai_answers import finish_reason
+from .problems import dump
+
+_FOREVER = "2999-12-31T23:59:59Z"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What all lines of one reply have in common; `is_chat` says whether it is one of /api/chat or /api/generate."""
+
+    wanted: OllamaRequest
+    is_chat: bool
+    begun: int = field(default_factory=time.monotonic_ns)
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """The reply to a request that is not streamed."""
+        return self._head() | self._text(answer.text) | self._end(answer)
+
+    def empty(self) -> dict[str, Any]:
+        """The reply to a request without a prompt, by which clients load and unload a model."""
+        reason = "unload" if self.wanted.unloads else "load"
+        return self._head() | self._text("") | {"done": True, "done_reason": reason}
+
+    async def lines(self, answering: Answering) -> AsyncGenerator[bytes, None]:
+        """The reply to a streamed request, a JSON object per line."""
+        async with aclosing(answering.pieces(self.wanted.request)) as pieces:
+            async for piece in pieces:
+                if piece.answer is None:
+                    yield line(self._head() | self._text(piece.text) | {"done": False})
+                else:
+                    yield line(self._head() | self._text("") | self._end(piece.answer))
+
+    def _head(self) -> dict[str, Any]:
+        return {"model": self.wanted.request.model, "created_at": _time(datetime.now(UTC))}
+
+    def _text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}} if self.is_chat else {"response": text}
+
+    def _end(self, answer: Answer) -> dict[str, Any]:
+        total_ns = time.monotonic_ns() - self.begun
+        prompt_ns = int(answer.timings.ttft_ms * 1e6)
+        speed = answer.timings.tokens_per_s
+        return {
+            "done": True,
+            "done_reason": finish_reason(answer),
+            "total_duration": total_ns,
+            # The bundle is loaded; what is left is the switch to the adapter.
+            "load_duration": int(answer.timings.switch_us * 1e3),
+            "prompt_eval_count": answer.timings.prompt_tokens,
+            "prompt_eval_duration": prompt_ns,
+            "eval_count": answer.tokens,
+            "eval_duration": int(max(answer.tokens - 1, 0) / speed * 1e9) if speed else 0,
+        }
+
+
+def line(body: object) -> bytes:
+    """A line of a streamed reply."""
+    return dump(body) + b"\n"
+
+
+def model_list(models: Models) -> dict[str, Any]:
+    """The reply to /api/tags."""
+    return {"models": [_listed(models, info) | _modified(models) for info in models.listed.values()]}
+
+
+def loaded_list(models: Models, context_length: int) -> dict[str, Any]:
+    """The reply to /api/ps: all models are loaded, and stay so."""
+    loaded = {"expires_at": _FOREVER, "size_vram": 0, "context_length": context_length}
+    return {"models": [_listed(models, info) | loaded for info in models.listed.values()]}
+
+
+def model_facts(models: Models, info: ModelInfo, context_length: int) -> dict[str, Any]:
+    """The reply to /api/show."""
+    base = models.manifest.base
+    system = models.manifest.adapters[info.name].system if info.parent is not None else None
+    facts = {
+        "general.architecture": base.architecture,
+        "general.basename": base.name,
+        "general.parameter_count": base.parameters,
+        f"{base.architecture}.block_count": base.layers,
+        f"{base.architecture}.context_length": context_length,
+    }
+    generates = models.manifest.task == GENERATION
+    return {
+        "modelfile": "",
+        "parameters": "",
+        "template": "",
+        "system": system or "",
+        "details": _details(models, info),
+        "model_info": facts,
+        "capabilities": ["completion"] if generates else ["embedding"],
+        **_modified(models),
+    }
+
+
+def _listed(models: Models, info: ModelInfo) -> dict[str, Any]:
+    name = f"{info.name}:latest"
+    facts = {"name": name, "model": name, "size": info.bytes, "digest": info.digest}
+    return facts | {"details": _details(models, info)}
+
+
+def _modified(models: Models) -> dict[str, Any]:
+    return {"modified_at": _time(models.created)}
+
+
+def _details(models: Models, info: ModelInfo) -> dict[str, Any]:
+    base = models.manifest.base
+    return {
+        "parent_model": info.parent or "",
+        "format": models.engine,
+        "family": base.architecture,
+        "families": [base.architecture],
+        "parameter_size": f"{base.parameters / 1e6:.0f}M",
+        "quantization_level": describe(base.quantization, base.tensor_types),
+    }
+
+
+def _time(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

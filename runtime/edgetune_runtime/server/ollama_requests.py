@@ -1,0 +1,125 @@
+"""Ollama's request bodies in, requests for answers out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .answering import AnswerRequest
+from .fields import Fields
+from .messages import messages_of
+from .models import Models
+from .openai_requests import ANY_OBJECT
+from .problems import RequestError
+from .settings import Limits
+
+_NUMBERS = ("temperature", "top_p", "min_p", "repeat_penalty")
+_DURATION = re.compile(r"[-+]?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+|[-+]?0")
+
+
+@dataclass(frozen=True)
+class OllamaRequest:
+    """A request for an answer, and whether it is streamed. Without a prompt, it only loads or unloads the model."""
+
+    request: AnswerRequest
+    streams: bool = True
+    unloads: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to answer."""
+        return not self.request.prompts
+
+
+def chat_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OllamaRequest:
+    """A body of /api/chat."""
+    fields = Fields(body)
+    messages = messages_of(fields)
+    return _request(fields, models, limits, [messages] if messages else [])
+
+
+def generate_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OllamaRequest:
+    """A body of /api/generate."""
+    fields = Fields(body)
+    fields.forbid({"suffix": "", "template": "", "context": [], "images": [], "raw": False})
+    prompt, system = fields.text("prompt"), fields.text("system")
+    if not prompt:
+        return _request(fields, models, limits, [])
+    messages = [{"role": "system", "content": system}] if system else []
+    return _request(fields, models, limits, [[*messages, {"role": "user", "content": prompt}]])
+
+
+def embed_request(body: Mapping[str, Any], models: Models) -> tuple[str, list[str]]:
+    """The model and the texts in a body of /api/embed."""
+    fields = Fields(body)
+    model = fields.needed_text("model")
+    models.info(model)
+    fields.forbid({"dimensions": None})
+    return model, fields.texts("input")
+
+
+def model_name(body: Mapping[str, Any]) -> str:
+    """The model in a body of /api/show or /api/pull; older clients call it `name`."""
+    fields = Fields(body)
+    return fields.text("model") or fields.needed_text("name")
+
+
+def _request(fields: Fields, models: Models, limits: Limits, prompts: list[Any]) -> OllamaRequest:
+    options = fields.mapping("options") or Fields({}, "options")
+    # Clients of Ollama can add their own members only to the options.
+    has_adapters = options.values.get("adapters") is not None
+    source = Fields({**fields.values, "adapters": options.values["adapters"]}) if has_adapters else fields
+    model, adapters = models.adapters_of(source)
+    _check_think(fields, model)
+    found = _options(options, limits) | _format(fields)
+    keep_alive = _seconds(fields)
+    return OllamaRequest(
+        AnswerRequest(model, adapters, prompts, found),
+        streams=fields.flag("stream", default=True),
+        unloads=keep_alive == 0,
+    )
+
+
+def _options(options: Fields, limits: Limits) -> dict[str, Any]:
+    """Those that have a meaning here. Others, such as `num_ctx` or `num_gpu`, are settings of the server."""
+    found: dict[str, Any] = {name: value for name in _NUMBERS if (value := options.number(name)) is not None}
+    if (top_k := options.integer("top_k")) is not None:
+        found["top_k"] = top_k
+    # A negative seed stands for a random one.
+    if (seed := options.integer("seed")) is not None and seed >= 0:
+        found["seed"] = seed
+    if stop := options.texts("stop"):
+        found["stop"] = stop
+    most = options.integer("num_predict")
+    # Negative numbers stand for no limit.
+    found["max_tokens"] = limits.answer_tokens if most is None or most < 0 else min(most, limits.answer_tokens)
+    return found
+
+
+def _format(fields: Fields) -> dict[str, Any]:
+    wanted = fields.values.get("format")
+    if wanted in (None, ""):
+        return {}
+    if wanted == "json":
+        return {"schema": ANY_OBJECT}
+    if not isinstance(wanted, dict):
+        fields.refuse("format", '"json" or a JSON Schema')
+    return {"schema": wanted}
+
+
+def _check_think(fields: Fields, model: str) -> None:
+    think = fields.values.get("think")
+    if think not in (None, False, ""):
+        raise RequestError(f"{model!r} does not support thinking", "leave think out, or give false", param="think")
+
+
+def _seconds(fields: Fields) -> float | None:
+    """`keep_alive`, which is checked only: the bundle stays loaded. 0 for what stands for unloading."""
+    value = fields.values.get("keep_alive")
+    if isinstance(value, str):
+        if not _DURATION.fullmatch(value):
+            fields.refuse("keep_alive", 'a number of seconds or a duration such as "5m"')
+        return 0 if not re.search("[1-9]", value) else 1
+    return fields.number("keep_alive")

@@ -1,0 +1,114 @@
+"""OpenAI's request bodies in, requests for answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .answering import AnswerRequest
+from .fields import Fields
+from .messages import messages_of
+from .models import Models
+from .problems import RequestError
+from .settings import Limits
+
+ANY_OBJECT: Mapping[str, Any] = {"type": "object", "additionalProperties": True}
+"""The schema of `json_object`."""
+
+_SAMPLING = ("temperature", "top_p", "min_p", "repeat_penalty")
+_UNSUPPORTED = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "audio": None, "modalities": ["text"]}
+
+
+@dataclass(frozen=True)
+class OpenAIRequest:
+    """A request for answers, and how they are sent: streamed, and then with usage or without."""
+
+    request: AnswerRequest
+    streams: bool = False
+    includes_usage: bool = False
+    echoes: bool = False
+
+
+def chat_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OpenAIRequest:
+    """A body of /v1/chat/completions."""
+    fields = Fields(body)
+    fields.forbid(_UNSUPPORTED | {"functions": [], "function_call": "none", "web_search_options": None})
+    messages = messages_of(fields)
+    if not messages:
+        fields.refuse("messages", "at least one message")
+    options = _options(fields, limits)
+    options |= _response_format(fields)
+    return _request(fields, models, limits, [messages], options)
+
+
+def completion_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OpenAIRequest:
+    """A body of /v1/completions. A prompt of token numbers is refused, as tokens differ from base to base."""
+    fields = Fields(body)
+    fields.forbid(_UNSUPPORTED | {"suffix": "", "best_of": 1, "echo": False})
+    prompts = fields.texts("prompt")
+    if not 0 < len(prompts) <= limits.answers:
+        fields.refuse("prompt", f"1 to {limits.answers} strings")
+    return _request(fields, models, limits, prompts, _options(fields, limits))
+
+
+def embedding_request(body: Mapping[str, Any], models: Models) -> tuple[str, list[str]]:
+    """The model and the texts in a body of /v1/embeddings."""
+    fields = Fields(body)
+    model = fields.needed_text("model")
+    models.info(model)
+    fields.forbid({"dimensions": None})
+    texts = fields.texts("input")
+    if not texts:
+        fields.refuse("input", "a string or a list of strings")
+    return model, texts
+
+
+def is_base64(body: Mapping[str, Any]) -> bool:
+    """Whether a body of /v1/embeddings asks for vectors in base64, as OpenAI's own client does."""
+    return Fields(body).choice("encoding_format", ("float", "base64")) == "base64"
+
+
+def _request(
+    fields: Fields, models: Models, limits: Limits, prompts: list[Any], options: dict[str, Any]
+) -> OpenAIRequest:
+    count = fields.integer("n")
+    count = 1 if count is None else count
+    if not 0 < count * len(prompts) <= limits.answers:
+        fields.refuse("n", f"1 to {limits.answers // len(prompts)}")
+    model, adapters = models.adapters_of(fields)
+    stream_options = fields.mapping("stream_options")
+    return OpenAIRequest(
+        AnswerRequest(model, adapters, prompts, options, count),
+        streams=fields.flag("stream"),
+        includes_usage=stream_options is not None and stream_options.flag("include_usage"),
+    )
+
+
+def _options(fields: Fields, limits: Limits) -> dict[str, Any]:
+    options: dict[str, Any] = {name: value for name in _SAMPLING if (value := fields.number(name)) is not None}
+    for name in ("top_k", "seed"):
+        if (number := fields.integer(name)) is not None:
+            options[name] = number
+    if stop := fields.texts("stop"):
+        options["stop"] = stop
+    most = fields.integer("max_completion_tokens")
+    most = fields.integer("max_tokens") if most is None else most
+    options["max_tokens"] = limits.answer_tokens if most is None else min(most, limits.answer_tokens)
+    return options
+
+
+def _response_format(fields: Fields) -> dict[str, Any]:
+    """The output constraint that `response_format` stands for; `text` leaves the adapter's own."""
+    wanted = fields.mapping("response_format")
+    kind = None if wanted is None else wanted.choice("type", ("text", "json_object", "json_schema"))
+    if wanted is None or kind in (None, "text"):
+        return {}
+    if kind == "json_object":
+        return {"schema": ANY_OBJECT}
+    given = wanted.mapping("json_schema")
+    schema = None if given is None else given.mapping("schema")
+    if schema is None:
+        path = "response_format.json_schema.schema"
+        raise RequestError(f"{path} is missing", "give a JSON Schema", param=path)
+    return {"schema": schema.values}

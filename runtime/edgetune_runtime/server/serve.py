@@ -1,0 +1,54 @@
+"""Serve a bundle: open it, answer requests until the process is told to stop, close it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from edgetune_runtime.asynchronous import AsyncRuntime
+from edgetune_runtime.runtime import Runtime
+
+from .answering import Answering
+from .application import application
+from .listening import Server
+from .settings import Access, Limits
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a bundle is served. With `warms`, the states of all fixed prompts are computed first."""
+
+    access: Access = field(default_factory=Access)
+    limits: Limits = field(default_factory=Limits)
+    warms: bool = False
+
+
+def serve(
+    runtime: Runtime, listening: socket.socket, serving: Serving, ready: Callable[[Callable[[], None]], None]
+) -> None:
+    """Answer requests on a socket until SIGTERM or SIGINT, then close the socket. The runtime stays open.
+
+    `ready` is called once requests are answered, with a function that stops the server from any thread.
+    """
+    asyncio.run(_serve(AsyncRuntime(runtime), listening, serving, ready))
+
+
+async def _serve(
+    runtime: AsyncRuntime, listening: socket.socket, serving: Serving, ready: Callable[[Callable[[], None]], None]
+) -> None:
+    answering = Answering(runtime, serving.limits)
+    server = Server(
+        application(answering, serving.access),
+        serving.limits,
+        ready=lambda: ready(server.stop),
+        stopping=answering.stop,
+        ending=answering.end,
+    )
+    warming: Awaitable[None] = asyncio.ensure_future(answering.warm()) if serving.warms else asyncio.sleep(0)
+    await server.serve(sockets=[listening])
+    await warming

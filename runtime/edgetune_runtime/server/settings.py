@@ -1,0 +1,72 @@
+"""What a server allows: who may call it, and how much one client may ask for."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one server.
+
+    A request body has at most `body_bytes`, an answer at most `answer_tokens` tokens, and one request asks for at most
+    `answers` answers. Up to `waiting` requests wait for others. A request takes at most `request_s` seconds, waiting
+    included. A client that sends or reads nothing for `client_s` seconds while it should is disconnected, and at most
+    `connections` are open at once. A stopping server gives running answers `grace_s` seconds.
+    """
+
+    body_bytes: int = 2_000_000
+    answer_tokens: int = 1024
+    answers: int = 8
+    waiting: int = 32
+    request_s: float = 300.0
+    client_s: float = 20.0
+    connections: int = 256
+    grace_s: float = 20.0
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may call a server.
+
+    A request needs one of `keys`, if there are any. Its Host header must be an IP address, a name of this machine or
+    one of `hosts`: a web page whose name was made to resolve to this machine (DNS rebinding) has another. The Origin
+    that browsers send with a page's requests must be the server's own or one of `origins`, which also get CORS headers.
+    """
+
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    _names: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = socket.gethostname().lower()
+        names = {"localhost", own, f"{own}.local", *(host.lower() for host in self.hosts)}
+        object.__setattr__(self, "_names", frozenset(names))
+
+    def allows_host(self, header: str) -> bool:
+        """Whether a request with this Host header may be answered."""
+        name = _host_of(header)
+        return name in self._names or _is_address(name)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach a socket bound to `address`."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _host_of(header: str) -> str:
+    """A Host header without its port and the brackets of an IPv6 address."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0]
+    return header.partition(":")[0].lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

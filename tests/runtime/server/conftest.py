@@ -1,0 +1,94 @@
+"""A server on loopback in a thread, around a tiny real bundle."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.server.listening import bind, url_of
+from edgetune_runtime.server.serve import Serving, serve
+from edgetune_runtime.server.settings import Access, Limits
+
+
+@dataclass
+class Running:
+    """A running server, its runtime, and a client without an API of its own."""
+
+    url: str
+    runtime: Runtime
+    stop: Callable[[], None]
+    thread: threading.Thread
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = httpx.Client(base_url=self.url, timeout=30)
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call holds a context."""
+        return all(context.holder is None for context in loaded_bundle(self.runtime).pool(None)[0].contexts)
+
+
+Start = Callable[..., Running]
+
+
+@contextmanager
+def started(bundle: Path, access: Access, limits: Limits, *, warms: bool, **opening: Any) -> Iterator[Running]:
+    """A server for a bundle, until the block ends."""
+    is_ready = threading.Event()
+    stops: list[Callable[[], None]] = []
+
+    def ready(stop: Callable[[], None]) -> None:
+        stops.append(stop)
+        is_ready.set()
+
+    with Runtime.open(bundle, **opening) as runtime, bind("127.0.0.1", 0) as listening:
+        arguments = (runtime, listening, Serving(access, limits, warms), ready)
+        thread = threading.Thread(target=serve, args=arguments)
+        url = url_of(listening)
+        thread.start()
+        assert is_ready.wait(30)
+        running = Running(url, runtime, stops[0], thread)
+        try:
+            with running.client:
+                yield running
+        finally:
+            running.stop()
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def start(bundle: Path) -> Iterator[Start]:
+    """`start(bundle, access=, limits=, …)` starts a server, with options of `Runtime.open`."""
+    with ExitStack() as stack:
+
+        def call(
+            folder: Path = bundle,
+            access: Access = Access(),  # noqa: B008 - it is frozen
+            limits: Limits = Limits(grace_s=5),  # noqa: B008 - as above
+            warms: bool = False,
+            **opening: Any,
+        ) -> Running:
+            opening = {"contexts": 2, "disk_mb": 0, **opening}
+            return stack.enter_context(started(folder, access, limits, warms=warms, **opening))
+
+        yield call
+
+
+@pytest.fixture
+def server(start: Start) -> Running:
+    """A server with default settings for the bundle of the LLaMA base."""
+    return start()

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Literal
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
+
+from runtime.server.conftest import Running, Start
+
+PROMPT = "turn on the light"
+MESSAGES = [{"role": "user", "content": PROMPT}]
+
+
+@pytest.fixture
+def client(server: Running):  # noqa: ANN201 - an OpenAI client, closed afterwards
+    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        yield client
+
+
+def test_models_are_the_base_and_its_adapters_with_their_parent(client: OpenAI) -> None:
+    found = {model.id: model.parent for model in client.models.list()}
+    assert found == {"home": None, "command": "home", "tone": "home", "whole": "home"}
+    assert client.models.retrieve("command").id == "command"
+    with pytest.raises(openai.NotFoundError, match="comand"):
+        client.models.retrieve("comand")
+
+
+@pytest.mark.parametrize("model", ["home", "command", "tone", "whole", "command:latest"])
+def test_an_answer_is_that_of_the_runtime(model: str, server: Running, client: OpenAI) -> None:
+    name = model.removesuffix(":latest")
+    expected = server.runtime.generate(PROMPT, adapter=None if name == "home" else name, max_tokens=12)
+    reply = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=12)
+    assert reply.model == model
+    assert reply.choices[0].message.content == expected.text
+    assert reply.choices[0].message.role == "assistant"
+    assert reply.choices[0].finish_reason == ("stop" if expected.stop_reason == "end" else "length")
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == expected.tokens
+    assert reply.usage.prompt_tokens == expected.timings.prompt_tokens
+
+
+def test_a_stream_has_the_same_text_and_ends_with_its_usage(server: Running, client: OpenAI) -> None:
+    expected = server.runtime.generate(PROMPT, adapter="command", max_tokens=12)
+    chunks = list(
+        client.chat.completions.create(
+            model="command",
+            messages=MESSAGES,
+            max_completion_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == expected.text
+    assert len(chunks) > 5
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == expected.tokens
+    assert chunks[-1].timings["ttft_ms"] > 0  # type: ignore[attr-defined]
+    without = client.chat.completions.create(model="command", messages=MESSAGES, max_tokens=2, stream=True)
+    assert all(chunk.usage is None for chunk in without)
+
+
+def test_several_adapters_answer_with_their_scales_by_name_or_by_an_extra_member(
+    server: Running, client: OpenAI
+) -> None:
+    scales = {"command": 0.7, "tone": 0.3}
+    expected = server.runtime.generate(PROMPT, adapter=scales, max_tokens=10).text
+    assert expected != server.runtime.generate(PROMPT, adapter="command", max_tokens=10).text
+
+    def answer(model: str, **extra: object) -> str | None:
+        reply = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=10, extra_body=extra)
+        return reply.choices[0].message.content
+
+    assert answer("command:0.7+tone:0.3") == expected
+    assert answer("command:0.7+tone:0.3:latest") == expected
+    assert answer("home", adapters=scales) == expected
+    own = server.runtime.generate(PROMPT, adapter={"command": 1.0, "tone": 0.5}, max_tokens=10).text
+    assert answer("command+tone") == own
+    assert answer("home", adapters=["command", "tone"]) == own
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"model": "comand"}, "model 'comand' not found; choose one of: home, command, tone, whole"),
+        ({"model": "command:7b"}, "model 'command:7b' not found"),
+        ({"model": "command+command"}, "not found"),
+        ({"model": "command+whole"}, "merged"),
+        ({"model": "../../etc/passwd"}, "not found"),
+        ({"model": "home", "extra_body": {"adapters": {"comand": 1}}}, "no adapter 'comand'"),
+        ({"model": "command", "extra_body": {"adapters": ["tone"]}}, "is an adapter"),
+        ({"temperature": "hot"}, 'temperature is "hot"; give a number'),
+        ({"temperature": -1}, "temperature"),
+        ({"n": 100}, "n is 100; give 1 to 8"),
+        ({"n": 0}, "n is 0"),
+        ({"messages": []}, "messages is"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\].role is \"robot\""),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"messages\[0\].content\[0\].type"),
+        ({"frequency_penalty": 1.0}, "frequency_penalty is not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema is missing"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "thing"}}}}, "schema"),
+        ({"stop": [3]}, "stop is"),
+        ({"messages": [{"role": "user", "content": "play " * 400}]}, "the context allows"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_in_the_clients_own_errors(
+    extra: dict[str, object], message: str, client: OpenAI
+) -> None:
+    arguments = {"model": "command", "messages": MESSAGES, **extra}
+    with pytest.raises(openai.APIStatusError, match=message) as caught:
+        client.chat.completions.create(**arguments)  # type: ignore[call-overload]
+    expected = openai.NotFoundError if "not found" in message or "no adapter" in message else openai.BadRequestError
+    assert type(caught.value) is expected
+    assert isinstance(caught.value.body, dict)
+    assert caught.value.body["message"].count("\n") == 0
+
+
+def test_errors_have_openais_codes(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.chat.completions.create(model="gpt-5", messages=MESSAGES)
+    assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as long:
+        client.chat.completions.create(model="home", messages=[{"role": "user", "content": "play " * 400}])
+    assert long.value.code == "context_length_exceeded"
+    assert long.value.type == "invalid_request_error"
+
+
+class Order(BaseModel):
+    device: Literal["lamp", "heater"]
+    on: bool
+
+
+def test_a_parsed_answer_is_an_object_of_the_class(client: OpenAI) -> None:
+    reply = client.chat.completions.parse(
+        model="command", messages=MESSAGES, response_format=Order, max_tokens=100, temperature=1.5, seed=1
+    )
+    assert isinstance(reply.choices[0].message.parsed, Order)
+
+
+def test_json_object_is_any_json_object(client: OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model="home", messages=MESSAGES, response_format={"type": "json_object"}, max_tokens=200, temperature=1, seed=3
+    )
+    content = reply.choices[0].message.content
+    assert content is not None
+    assert content.startswith("{")
+    if reply.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(content), dict)
+
+
+def test_stop_texts_end_an_answer(server: Running, client: OpenAI) -> None:
+    whole = server.runtime.generate(PROMPT, adapter="command", max_tokens=30).text
+    stop = whole[5:8]
+    reply = client.chat.completions.create(model="command", messages=MESSAGES, max_tokens=30, stop=[stop, "zzz"])
+    assert reply.choices[0].message.content == whole[: whole.index(stop)]
+    assert reply.choices[0].finish_reason == "stop"
+
+
+def test_a_seed_repeats_an_answer_and_n_answers_differ(client: OpenAI) -> None:
+    def answers(seed: int) -> list[str | None]:
+        reply = client.chat.completions.create(
+            model="command", messages=MESSAGES, max_tokens=8, temperature=2.0, seed=seed, n=3
+        )
+        assert [choice.index for choice in reply.choices] == [0, 1, 2]
+        return [choice.message.content for choice in reply.choices]
+
+    first = answers(1)
+    assert answers(1) == first
+    assert len(set(first)) == 3
+    assert answers(7) != first
+
+
+def test_n_streamed_answers_are_told_apart_by_their_index(client: OpenAI) -> None:
+    chunks = client.chat.completions.create(model="command", messages=MESSAGES, max_tokens=4, n=2, stream=True)
+    texts = ["", ""]
+    reasons = {}
+    for chunk in chunks:
+        choice = chunk.choices[0]
+        texts[choice.index] += choice.delta.content or ""
+        reasons[choice.index] = choice.finish_reason
+    assert texts[0] == texts[1] != ""
+    assert reasons == {0: "length", 1: "length"}
+
+
+def test_system_messages_text_parts_and_developers_are_read(server: Running, client: OpenAI) -> None:
+    system, user = "play music", [{"type": "text", "text": "turn on "}, {"type": "text", "text": "the light"}]
+    expected = server.runtime.generate(
+        [{"role": "system", "content": system}, {"role": "user", "content": PROMPT}], adapter="command", max_tokens=8
+    ).text
+    for role in ("system", "developer"):
+        messages = [{"role": role, "content": system}, {"role": "user", "content": user}]
+        reply = client.chat.completions.create(model="command", messages=messages, max_tokens=8)  # type: ignore[arg-type]
+        assert reply.choices[0].message.content == expected
+
+
+def test_completions_answer_several_prompts_and_stream(server: Running, client: OpenAI) -> None:
+    reply = client.completions.create(model="command", prompt=["play", "stop"], max_tokens=6)
+    assert [choice.index for choice in reply.choices] == [0, 1]
+    streamed = client.completions.create(model="command", prompt="play", max_tokens=6, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == reply.choices[0].text
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == 12
+
+
+def test_embeddings_of_a_bundle_that_generates_are_refused(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="it has no encoder"):
+        client.embeddings.create(model="home", input="play")
+
+
+def test_the_asynchronous_client_gets_answers_at_the_same_time(server: Running) -> None:
+    async def main() -> list[str | None]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-") as client:
+            replies = await asyncio.gather(
+                *(
+                    client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=8)  # type: ignore[arg-type]
+                    for model in ["command", "tone", "home"] * 4
+                )
+            )
+            return [reply.choices[0].message.content for reply in replies]
+
+    alone = [server.runtime.generate(PROMPT, adapter=name, max_tokens=8).text for name in ("command", "tone", None)]
+    assert asyncio.run(main()) == alone * 4
+
+
+def test_a_client_that_leaves_in_the_middle_frees_its_context_at_once(start: Start) -> None:
+    server = start(contexts=1)
+    expected = server.runtime.generate(PROMPT, adapter="tone", max_tokens=8).text
+    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        stream = client.chat.completions.create(model="command", messages=MESSAGES, max_tokens=230, stream=True)
+        next(iter(stream))
+        assert not server.is_idle
+        stream.close()
+        wait_until_idle(server)
+        reply = client.chat.completions.create(model="tone", messages=MESSAGES, max_tokens=8)
+        assert reply.choices[0].message.content == expected
+
+
+def test_a_client_that_stops_waiting_for_a_whole_answer_frees_its_context(start: Start) -> None:
+    server = start(contexts=1, context_length=512)
+    body = {"model": "command", "messages": MESSAGES, "max_tokens": 490}
+    begin = time.monotonic()
+    server.runtime.generate(PROMPT, adapter="command", max_tokens=490)
+    whole_s = time.monotonic() - begin
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=whole_s / 8)
+    begin = time.monotonic()
+    wait_until_idle(server)
+    assert time.monotonic() - begin < whole_s / 2
+    assert 'edgetune_requests_total{route="/v1/chat/completions",status="499"} 1.0' in server.client.get("/metrics").text
+
+
+def wait_until_idle(server: Running) -> None:
+    begin = time.monotonic()
+    while not server.is_idle:
+        time.sleep(0.001)
+        assert time.monotonic() < begin + 10
