@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from edgetune_export.backends.base import Source
+from edgetune_export.backends.onnx.encoder import EncoderSource
 from edgetune_runtime import Runtime
 from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
+from runtime.encoders import write_encoder_bundle
 
 SYSTEM = "answer in one word"
 LONG_PROMPTS = ("answer in one word and play " * 2, "turn on the warm light in the hall " * 2)
@@ -86,3 +88,9 @@ def runtime(bundle: Path) -> Iterator[Runtime]:
     """The bundle, opened anew for each test, with one context, no states on the disk, and calls that are not exact."""
     with Runtime.open(bundle, contexts=1, disk_mb=0, exact=False) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def encoder_bundle(encoder_source: Callable[[str], EncoderSource], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a tiny BERT with two tasks. Copy it before changing it."""
+    return write_encoder_bundle(encoder_source("bert"), tmp_path_factory.mktemp("encoder"))

@@ -61,7 +61,7 @@ class AnswerQueue:
             with suppress(ValueError):
                 self._waiting.remove(turn)
             if isinstance(error, TimeoutError):
-                raise BusyError(f"no place was free within {limit_s:.0f} s", "try again later") from error
+                raise BusyError(f"no place was free within {limit_s:.3g} s", "try again later") from error
             raise
 
     def _pass_on(self) -> None:

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -19,12 +19,16 @@ from edgetune_runtime.errors import UsageError
 from .settings import Limits, is_loopback
 
 _LOG = logging.getLogger(__name__)
+_LAST_PORT = 65_535
 _EXTRA_S = 5
 """Seconds after the grace time in which the connections can still be told that their answers ended."""
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; UsageError for a host or a port that cannot be had."""
+    if not 0 <= port <= _LAST_PORT:
+        # The system would take another port without a word.
+        raise UsageError(f"port is {port}", f"give 0 to {_LAST_PORT}; 0 takes a free one")
     try:
         family, _, _, _, address = min(
             socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
@@ -32,8 +36,8 @@ def bind(host: str, port: int) -> socket.socket:
             key=lambda found: found[0] != socket.AF_INET,
         )
         return socket.create_server(address[:2], family=family)
-    except (OSError, OverflowError) as error:
-        message = f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}"
+    except OSError as error:
+        message = f"cannot listen on {host}, port {port}: {error.strerror}"
         raise UsageError(message, "choose another --host or --port; port 0 takes a free one") from error
 
 
@@ -96,7 +100,9 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """Stop: running answers have the grace time, all others are refused. A second call does not wait for them."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._stop)
+            # The loop is closed once the server has stopped.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._stop)
 
     def _stop(self) -> None:
         if self.should_exit:

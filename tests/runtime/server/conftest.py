@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -45,7 +45,9 @@ Start = Callable[..., Running]
 
 
 @contextmanager
-def started(bundle: Path, access: Access, limits: Limits, *, warms: bool, **opening: Any) -> Iterator[Running]:
+def started(
+    bundle: Path, access: Access, limits: Limits, *, warms: bool, send_buffer: int | None = None, **opening: object
+) -> Iterator[Running]:
     """A server for a bundle, until the block ends."""
     is_ready = threading.Event()
     stops: list[Callable[[], None]] = []
@@ -55,6 +57,8 @@ def started(bundle: Path, access: Access, limits: Limits, *, warms: bool, **open
         is_ready.set()
 
     with Runtime.open(bundle, **opening) as runtime, bind("127.0.0.1", 0) as listening:
+        if send_buffer is not None:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         arguments = (runtime, listening, Serving(access, limits, warms), ready)
         thread = threading.Thread(target=serve, args=arguments)
         url = url_of(listening)
@@ -80,7 +84,7 @@ def start(bundle: Path) -> Iterator[Start]:
             access: Access = Access(),  # noqa: B008 - it is frozen
             limits: Limits = Limits(grace_s=5),  # noqa: B008 - as above
             warms: bool = False,
-            **opening: Any,
+            **opening: object,
         ) -> Running:
             opening = {"contexts": 2, "disk_mb": 0, **opening}
             return stack.enter_context(started(folder, access, limits, warms=warms, **opening))

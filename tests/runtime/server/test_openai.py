@@ -10,7 +10,6 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
-
 from runtime.server.conftest import Running, Start
 
 PROMPT = "turn on the light"
@@ -257,7 +256,9 @@ def test_a_client_that_stops_waiting_for_a_whole_answer_frees_its_context(start:
     begin = time.monotonic()
     wait_until_idle(server)
     assert time.monotonic() - begin < whole_s / 2
-    assert 'edgetune_requests_total{route="/v1/chat/completions",status="499"} 1.0' in server.client.get("/metrics").text
+    assert (
+        'edgetune_requests_total{route="/v1/chat/completions",status="499"} 1.0' in server.client.get("/metrics").text
+    )
 
 
 def wait_until_idle(server: Running) -> None:

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from edgetune_runtime import BusyError
+from edgetune_runtime.server.answer_queue import AnswerQueue
+
+
+async def hold(queue: AnswerQueue, order: list[int], number: int, limit_s: float = 10) -> None:
+    async with queue.place(limit_s):
+        order.append(number)
+        await asyncio.sleep(0.01)
+
+
+def test_places_are_given_in_the_order_of_asking() -> None:
+    async def main() -> list[int]:
+        queue, order = AnswerQueue(2, 10), []
+        tasks = [asyncio.create_task(hold(queue, order, number)) for number in range(6)]
+        await asyncio.sleep(0)
+        assert (queue.running, queue.waiting) == (2, 4)
+        await asyncio.gather(*tasks)
+        assert (queue.running, queue.waiting) == (0, 0)
+        return order
+
+    assert asyncio.run(main()) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_request_that_waits_too_long_is_refused_and_forgotten() -> None:
+    async def main() -> None:
+        queue = AnswerQueue(1, 10)
+        async with queue.place(1):
+            with pytest.raises(BusyError, match=r"no place was free within 0.01 s"):
+                await hold(queue, [], 1, limit_s=0.01)
+            assert queue.waiting == 0
+        await hold(queue, [], 2)
+        assert queue.running == 0
+
+    asyncio.run(main())
+
+
+def test_one_that_is_cancelled_when_its_turn_comes_passes_it_on() -> None:
+    async def main() -> None:
+        queue, order = AnswerQueue(1, 10), []
+        async with queue.place(1):
+            first, second = (asyncio.create_task(hold(queue, order, number)) for number in (1, 2))
+            await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first, second])
+        assert order == [2]
+        assert queue.running == 0
+
+    asyncio.run(main())
+
+
+def test_a_queue_that_stops_refuses_those_that_wait_and_all_others() -> None:
+    async def main() -> None:
+        queue = AnswerQueue(1, 1)
+        async with queue.place(1):
+            waits = asyncio.create_task(hold(queue, [], 1))
+            await asyncio.sleep(0)
+            with pytest.raises(BusyError, match="1 requests are already waiting"):
+                await hold(queue, [], 2)
+            queue.stop()
+            with pytest.raises(BusyError, match="stopping"):
+                await waits
+        with pytest.raises(BusyError, match="stopping"):
+            await hold(queue, [], 3)
+        assert (queue.running, queue.waiting) == (0, 0)
+
+    asyncio.run(main())

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from edgetune_runtime.cli import main
+
+RUN = [sys.executable, "-m", "edgetune_runtime", "serve"]
+CHAT = {"model": "command", "messages": [{"role": "user", "content": "play"}], "max_tokens": 4}
+KEY = "0123456789abcdef"
+
+
+@contextmanager
+def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`edgetune-run serve` with these arguments, and its URL once it is ready."""
+    command = [*RUN, *map(str, arguments), "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            told = json.loads(process.stdout.readline())
+            assert told["pid"] == process.pid
+            yield process, told["url"]
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_it_prints_one_line_when_it_is_ready_and_ends_well_when_it_is_told_to(
+    sent: signal.Signals, bundle: Path
+) -> None:
+    with serving(bundle, "--contexts", 1) as (process, url):
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=30).status_code == 200
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_the_states_of_fixed_prompts_are_kept_across_restarts(bundle: Path, tmp_path: Path) -> None:
+    reused = []
+    long = {**CHAT, "messages": [{"role": "system", "content": "play music in the hall " * 8}, *CHAT["messages"]]}
+    for _ in range(2):
+        with serving(bundle, "--cache-folder", tmp_path / "states", "--contexts", 1) as (process, url):
+            for _ in range(3):
+                usage = httpx.post(f"{url}/v1/chat/completions", json=long, timeout=30).json()["usage"]
+                reused.append(usage["prompt_tokens_details"]["cached_tokens"])
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=30)
+    assert reused[0] == 0
+    assert min(reused[1:]) > 16
+
+
+def test_a_host_that_others_can_reach_needs_a_key_or_a_second_word(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(bundle), "--host", "0.0.0.0", "--port", "0"]) == 2
+    assert "give --api-key-file FILE, or --no-api-key" in capsys.readouterr().err
+    (tmp_path / "keys").write_text(f"{KEY}\n")
+    (tmp_path / "keys").chmod(stat.S_IRUSR)
+    for arguments, status in ((("--api-key-file", tmp_path / "keys"), 401), (("--no-api-key",), 200)):
+        with serving(bundle, "--host", "0.0.0.0", *arguments) as (_, url):
+            assert url.startswith("http://127.0.0.1:")
+            assert httpx.get(f"{url}/v1/models").status_code == status
+            assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--api-key-file", "missing"], "cannot read the keys in missing"),
+        (["--api-key-file", "short"], "short has no key, or one of fewer than 16 characters; make one: openssl"),
+        (["--host", "no.such.host.invalid"], "host 'no.such.host.invalid' is unknown"),
+        (["--port", "70000"], "port is 70000; give 0 to 65535"),
+        (["--allow-origin", "example.org"], "origin 'example.org' is no scheme and host"),
+        (["--max-answers", "0"], "--max-answers 0"),
+        (["--engine", "onnx"], "onnx"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(
+    arguments: list[str],
+    message: str,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short").write_text("secret\n")
+    assert main(["serve", str(bundle), "--port", "0", *arguments]) in (2, 3, 5)
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_a_port_in_use_is_reported_before_the_bundle_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", str(tmp_path / "no bundle"), "--port", str(port)]) == 2
+    assert f"port {port}: {os.strerror(98)}" in capsys.readouterr().err
+
+
+def test_help_needs_no_extra() -> None:
+    probe = "import sys; sys.modules['starlette'] = sys.modules['uvicorn'] = None; "
+    run = "from edgetune_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", probe + run, "serve"]
+    told = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--api-key-file" in told
+    failed = subprocess.run([*command, "bundle"], capture_output=True, text=True, check=False)
+    assert failed.returncode == 5
+    assert 'run: pip install "edgetune-runtime[server]"' in failed.stderr
