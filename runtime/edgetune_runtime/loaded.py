@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .bundle import AdapterEntry, Manifest, resolve, verify_files
@@ -24,7 +26,7 @@ from .serving.context import Context, PromptJob
 from .serving.pool import Pool
 from .states.activation import join_spans
 from .states.cache import CALLS, common_prefix
-from .text.chat import Prompt, messages_for
+from .text.chat import Message, Prompt, messages_for
 from .tools.calls import CallReader
 from .tools.definitions import ToolSet
 from .tools.grammar import control_tokens, grammar_of, written_form
@@ -54,7 +56,7 @@ class LoadedBundle:
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()
         self._fixed_lock = threading.Lock()
-        self._fixed: dict[tuple[int, str | None, str | None], list[int]] = {}
+        self._fixed: dict[tuple[int, bytes], list[int]] = {}
 
     @property
     def classifier(self) -> Classifier | None:
@@ -111,18 +113,20 @@ class LoadedBundle:
         """
         pool, active = self.pool(adapter)
         first = next(iter(self.scales(adapter)), None)
-        system = carried.system if carried is not None else self._system_of(first)
+        own = self._system_of(first)
+        system = carried.system if carried is not None else own
         form = AnswerForm() if form is None else form
-        begin = time.perf_counter()
+        begin, capacity = time.perf_counter(), pool.first.capacity(active)
+        messages = messages_for(prompt, system)
+        given = messages[0]["content"] if messages[0]["role"] == "system" else None
         with pool.tokenizer() as tokenizer:
-            tokens = _tokens(tokenizer, prompt, system, form.tools)
-            fixed = self._fixed_part(pool, tokenizer, first, system, form.tools)
+            tokens = _tokens(tokenizer, messages, form.tools)
+            if not 0 < len(tokens) <= capacity:
+                message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
+                error = PromptTooLongError if tokens else UsageError
+                raise error(message, "change the prompt, or open the bundle with a larger context_length")
+            fixed = [] if carried is not None and given != own else self._fixed_part(pool, tokenizer, given, form.tools)
             reader, held = (None, None) if form.tools is None else _calls(tokenizer, form.tools)
-        capacity = pool.first.capacity(active)
-        if not 0 < len(tokens) <= capacity:
-            message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
-            error = PromptTooLongError if tokens else UsageError
-            raise error(message, "change the prompt, or open the bundle with a larger context_length")
         count = len(fixed) if len(fixed) < len(tokens) and tokens[: len(fixed)] == fixed else 0
         spans, kept = pool.first.spans(active, tokens), 0
         if carried is not None:
@@ -134,7 +138,8 @@ class LoadedBundle:
             output = self._outputs.get(first)
         held = held or output
         constraint = None if held is None else self._constraint(held)
-        job, prepared_s = PromptJob(tokens, spans, count, owner), time.perf_counter() - begin
+        is_given = given != own or form.tools is not None
+        job, prepared_s = PromptJob(tokens, spans, count, owner, is_given), time.perf_counter() - begin
         return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
@@ -196,16 +201,14 @@ class LoadedBundle:
                     self._grammars = Grammars(tokenizer)
         return self._grammars.constraint(output)
 
-    def _fixed_part(
-        self, pool: Pool, tokenizer: Tokenizer, first: str | None, system: str | None, tools: ToolSet | None
-    ) -> list[int]:
-        """The common prefix of all prompts with the adapter's own system prompt and these tools."""
-        if system != self._system_of(first):
-            return []
-        key = (id(pool), first, None if tools is None else tools.text)
+    def _fixed_part(self, pool: Pool, tokenizer: Tokenizer, system: str | None, tools: ToolSet | None) -> Sequence[int]:
+        """The common prefix of all prompts with this system prompt and these tools."""
+        # A client may send prompts of any length, so only their digests are remembered.
+        texts = [system, None if tools is None else tools.text]
+        key = (id(pool), hashlib.sha256(json.dumps(texts).encode()).digest())
         known = self._fixed.get(key)
         if known is None:
-            one, *others = (_tokens(tokenizer, probe, system, tools) for probe in _PROBES)
+            one, *others = (_tokens(tokenizer, messages_for(probe, system), tools) for probe in _PROBES)
             known = one[: min(common_prefix(one, other) for other in others)]
             with self._fixed_lock:
                 while len(self._fixed) >= _MOST_FIXED:
@@ -242,8 +245,8 @@ def _output_of(entry: AdapterEntry) -> OutputSpec:
         raise VerificationError(message, "build the bundle again") from error
 
 
-def _tokens(tokenizer: Tokenizer, prompt: Prompt, system: str | None, tools: ToolSet | None = None) -> list[int]:
-    return tokenizer.tokenize(prompt_text(tokenizer, messages_for(prompt, system), tools))
+def _tokens(tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None) -> list[int]:
+    return tokenizer.tokenize(prompt_text(tokenizer, messages, tools))
 
 
 def _calls(tokenizer: Tokenizer, tools: ToolSet) -> tuple[CallReader | None, OutputSpec]:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
@@ -284,8 +285,10 @@ class Runtime:
             call = self._loaded.call("?", choice, form=form)
             if call.job.is_worth_a_state:
                 begin = time.perf_counter()
-                with call.pool.lease(call.job) as context:
-                    reused = context.run(call.job).reused
+                # The state is wanted at once, also that of tools, which calls bring along.
+                job = replace(call.job, is_given=False)
+                with call.pool.lease(job) as context:
+                    reused = context.run(job).reused
                 count, elapsed_ms = call.job.fixed, (time.perf_counter() - begin) * 1e3
                 _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", _name_of(choice), count, reused, elapsed_ms)
                 tokens[_name_of(choice)] = call.job.fixed

@@ -86,7 +86,7 @@ class _OpenAI(_Api):
 
     async def _chat(self, request: Request) -> Response:
         wanted = openai_requests.chat_request(await self._read(request), self._models, self._limits)
-        return await self._answer(request, openai_answers.Reply(wanted, openai_answers.ChatShape()))
+        return await self._answer(request, openai_answers.Reply(wanted, openai_answers.ChatShape(wanted.most_calls)))
 
     async def _complete(self, request: Request) -> Response:
         wanted = openai_requests.completion_request(await self._read(request), self._models, self._limits)

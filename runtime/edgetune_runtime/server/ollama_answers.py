@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from edgetune_runtime.bundle import GENERATION
+from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.generation import Answer
 
@@ -32,7 +33,7 @@ class Reply:
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The reply to a request that is not streamed."""
-        return self._head() | self._text(answer.text) | self._end(answer)
+        return self._head() | self._text(answer.content, _calls(answer)) | self._end(answer)
 
     def empty(self) -> dict[str, Any]:
         """The reply to a request without a prompt, by which clients load and unload a model."""
@@ -46,19 +47,25 @@ class Reply:
                 if piece.answer is None:
                     yield line(self._head() | self._text(piece.text) | {"done": False})
                 else:
+                    if calls := _calls(piece.answer):
+                        yield line(self._head() | self._text("", calls) | {"done": False})
                     yield line(self._head() | self._text("") | self._end(piece.answer))
 
     def _head(self) -> dict[str, Any]:
         return {"model": self.wanted.request.model, "created_at": _time(datetime.now(UTC))}
 
-    def _text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}} if self.is_chat else {"response": text}
+    def _text(self, text: str, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        if not self.is_chat:
+            return {"response": text}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        return {"message": message | ({"tool_calls": calls} if calls else {})}
 
     def _end(self, answer: Answer) -> dict[str, Any]:
         total_ns = time.monotonic_ns() - self.begun
         prompt_ns = int(answer.timings.ttft_ms * 1e6)
         speed = answer.timings.tokens_per_s
-        return {
+        logprobs = {} if answer.logprobs is None else {"logprobs": list(map(_logprob, answer.logprobs))}
+        return logprobs | {
             "done": True,
             "done_reason": finish_reason(answer),
             "total_duration": total_ns,
@@ -106,7 +113,7 @@ def model_facts(models: Models, info: ModelInfo, context_length: int) -> dict[st
         "system": system or "",
         "details": _details(models, info),
         "model_info": facts,
-        "capabilities": ["completion"] if generates else ["embedding"],
+        "capabilities": ["completion", "tools"] if generates else ["embedding"],
         **_modified(models),
     }
 
@@ -131,6 +138,18 @@ def _details(models: Models, info: ModelInfo) -> dict[str, Any]:
         "parameter_size": f"{base.parameters / 1e6:.0f}M",
         "quantization_level": describe(base.quantization, base.tensor_types),
     }
+
+
+def _calls(answer: Answer) -> list[dict[str, Any]]:
+    return [
+        {"id": call.id, "function": {"index": index, "name": call.name, "arguments": call.arguments}}
+        for index, call in enumerate(answer.tool_calls)
+    ]
+
+
+def _logprob(token: TokenLogprob) -> dict[str, Any]:
+    own = {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
+    return own | ({"top_logprobs": list(map(_logprob, token.top))} if token.top else {})
 
 
 def _time(moment: datetime) -> str:

@@ -37,7 +37,9 @@ def chat_request(body: Mapping[str, Any], models: Models, limits: Limits) -> Oll
     """A body of /api/chat."""
     fields = Fields(body)
     messages = messages_of(fields)
-    return _request(fields, models, limits, [messages] if messages else [])
+    tools = [tool.values for tool in fields.objects("tools")]
+    more = {"tools": tools} if tools else {}
+    return _request(fields, models, limits, [messages] if messages else [], more)
 
 
 def generate_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OllamaRequest:
@@ -46,9 +48,9 @@ def generate_request(body: Mapping[str, Any], models: Models, limits: Limits) ->
     fields.forbid({"suffix": "", "template": "", "context": [], "images": [], "raw": False})
     prompt, system = fields.text("prompt"), fields.text("system")
     if not prompt:
-        return _request(fields, models, limits, [])
+        return _request(fields, models, limits, [], {})
     messages = [{"role": "system", "content": system}] if system else []
-    return _request(fields, models, limits, [[*messages, {"role": "user", "content": prompt}]])
+    return _request(fields, models, limits, [[*messages, {"role": "user", "content": prompt}]], {})
 
 
 def embed_request(body: Mapping[str, Any], models: Models) -> tuple[str, list[str]]:
@@ -66,14 +68,18 @@ def model_name(body: Mapping[str, Any]) -> str:
     return fields.text("model") or fields.needed_text("name")
 
 
-def _request(fields: Fields, models: Models, limits: Limits, prompts: list[Any]) -> OllamaRequest:
+def _request(
+    fields: Fields, models: Models, limits: Limits, prompts: list[Any], more: Mapping[str, Any]
+) -> OllamaRequest:
     options = fields.mapping("options") or Fields({}, "options")
     # Clients of Ollama can add their own members only to the options.
     has_adapters = options.values.get("adapters") is not None
     source = Fields({**fields.values, "adapters": options.values["adapters"]}) if has_adapters else fields
     model, adapters = models.adapters_of(source)
     _check_think(fields, model)
-    found = _options(options, limits) | _format(fields)
+    found = _options(options, limits) | _format(fields) | more
+    if fields.flag("logprobs"):
+        found["logprobs"] = fields.integer("top_logprobs") or 0
     keep_alive = _seconds(fields)
     return OllamaRequest(
         AnswerRequest(model, adapters, prompts, found),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
+from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.generation import Answer
+from edgetune_runtime.tools.calls import ToolCall
 
 from .answering import Answering, Piece
 from .models import ModelInfo, Models
@@ -24,28 +28,46 @@ _FINISH = {"end": "stop", "stop": "stop"}
 
 @dataclass(frozen=True)
 class ChatShape:
-    """The shape of /v1/chat/completions."""
+    """The shape of /v1/chat/completions, with at most `most_calls` tool calls per answer."""
 
+    most_calls: int | None = None
     object: str = "chat.completion"
     chunk: str = "chat.completion.chunk"
     prefix: str = "chatcmpl-"
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """A whole answer."""
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason(answer)}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+        if calls := self._calls(answer):
+            message |= {"content": answer.content or None, "tool_calls": calls}
+        return {"index": index, "message": message, **self._end(answer)}
 
-    def begin(self, index: int) -> dict[str, Any] | None:
-        """What comes before the first piece."""
-        return _delta(index, {"role": "assistant", "content": ""})
+    def begin(self, index: int) -> list[dict[str, Any]]:
+        """The parts before the first piece."""
+        return [_delta(index, {"role": "assistant", "content": ""})]
 
     def piece(self, piece: Piece) -> dict[str, Any]:
         """A piece of an answer."""
         return _delta(piece.index, {"content": piece.text})
 
-    def end(self, index: int, answer: Answer) -> dict[str, Any]:
-        """What comes after the last piece."""
-        return _delta(index, {}) | {"finish_reason": finish_reason(answer)}
+    def end(self, index: int, answer: Answer) -> list[dict[str, Any]]:
+        """The parts after the last piece: the calls, then why the answer ended."""
+        calls = [{"index": number, **call} for number, call in enumerate(self._calls(answer))]
+        parts = [_delta(index, {"tool_calls": [call]}) for call in calls]
+        return [*parts, _delta(index, {}) | self._end(answer)]
+
+    def _end(self, answer: Answer) -> dict[str, Any]:
+        logprobs = None
+        if answer.logprobs is not None:
+            content = [
+                _logprob(token) | {"top_logprobs": [_logprob(other) for other in token.top]}
+                for token in answer.logprobs
+            ]
+            logprobs = {"content": content, "refusal": None}
+        return {"logprobs": logprobs, "finish_reason": "tool_calls" if answer.tool_calls else finish_reason(answer)}
+
+    def _calls(self, answer: Answer) -> list[dict[str, Any]]:
+        return [_call(call) for call in answer.tool_calls[: self.most_calls]]
 
 
 @dataclass(frozen=True)
@@ -58,19 +80,31 @@ class CompletionShape:
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """A whole answer."""
-        return _text_choice(index, answer.text) | {"finish_reason": finish_reason(answer)}
+        return _text_choice(index, answer.text) | self._end(answer)
 
-    def begin(self, index: int) -> dict[str, Any] | None:
-        """What comes before the first piece: nothing."""
-        return None
+    def begin(self, _index: int) -> list[dict[str, Any]]:
+        """The parts before the first piece: none."""
+        return []
 
     def piece(self, piece: Piece) -> dict[str, Any]:
         """A piece of an answer."""
         return _text_choice(piece.index, piece.text)
 
-    def end(self, index: int, answer: Answer) -> dict[str, Any]:
-        """What comes after the last piece."""
-        return _text_choice(index, "") | {"finish_reason": finish_reason(answer)}
+    def end(self, index: int, answer: Answer) -> list[dict[str, Any]]:
+        """The part after the last piece."""
+        return [_text_choice(index, "") | self._end(answer)]
+
+    def _end(self, answer: Answer) -> dict[str, Any]:
+        logprobs = None
+        if answer.logprobs is not None:
+            texts = [token.text for token in answer.logprobs]
+            logprobs = {
+                "tokens": texts,
+                "token_logprobs": [token.logprob for token in answer.logprobs],
+                "top_logprobs": [{other.text: other.logprob for other in token.top} for token in answer.logprobs],
+                "text_offset": [0, *accumulate(map(len, texts[:-1]))] if texts else [],
+            }
+        return {"logprobs": logprobs, "finish_reason": finish_reason(answer)}
 
 
 Shape = ChatShape | CompletionShape
@@ -98,19 +132,20 @@ class Reply:
             async for piece in pieces:
                 if piece.index > begun:
                     begun = piece.index
-                    if (begin := self.shape.begin(begun)) is not None:
-                        yield self._event([begin])
+                    for part in self.shape.begin(begun):
+                        yield self._event(part)
                 if piece.answer is None:
-                    yield self._event([self.shape.piece(piece)])
+                    yield self._event(self.shape.piece(piece))
                 else:
                     answers.append(piece.answer)
-                    yield self._event([self.shape.end(piece.index, piece.answer)])
+                    for part in self.shape.end(piece.index, piece.answer):
+                        yield self._event(part)
         if self.wanted.includes_usage:
             yield event(self._head(self.shape.chunk) | {"choices": [], **_facts(answers)})
         yield b"data: [DONE]\n\n"
 
-    def _event(self, choices: Sequence[dict[str, Any]]) -> bytes:
-        return event(self._head(self.shape.chunk) | {"choices": choices})
+    def _event(self, choice: dict[str, Any]) -> bytes:
+        return event(self._head(self.shape.chunk) | {"choices": [choice]})
 
     def _head(self, kind: str) -> dict[str, Any]:
         identity = f"{self.shape.prefix}{self.id}"
@@ -167,6 +202,15 @@ def _facts(answers: Sequence[Answer]) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": reused},
     }
     return {"usage": usage, "timings": asdict(answers[-1].timings)}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _logprob(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
 
 
 def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .answering import AnswerRequest
@@ -17,17 +17,18 @@ ANY_OBJECT: Mapping[str, Any] = {"type": "object", "additionalProperties": True}
 """The schema of `json_object`."""
 
 _SAMPLING = ("temperature", "top_p", "min_p", "repeat_penalty")
+_CHOICES = 'auto, none, required, or {"type": "function", "function": {"name": NAME}}'
 _UNSUPPORTED = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "audio": None, "modalities": ["text"]}
 
 
 @dataclass(frozen=True)
 class OpenAIRequest:
-    """A request for answers, and how they are sent: streamed, and then with usage or without."""
+    """A request for answers, and how they are sent: streamed, with usage, with at most so many tool calls."""
 
     request: AnswerRequest
     streams: bool = False
     includes_usage: bool = False
-    echoes: bool = False
+    most_calls: int | None = None
 
 
 def chat_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OpenAIRequest:
@@ -37,9 +38,11 @@ def chat_request(body: Mapping[str, Any], models: Models, limits: Limits) -> Ope
     messages = messages_of(fields)
     if not messages:
         fields.refuse("messages", "at least one message")
-    options = _options(fields, limits)
-    options |= _response_format(fields)
-    return _request(fields, models, limits, [messages], options)
+    options = _options(fields, limits) | _response_format(fields) | _tools(fields)
+    if fields.flag("logprobs"):
+        options["logprobs"] = fields.integer("top_logprobs") or 0
+    wanted = _request(fields, models, limits, [messages], options)
+    return wanted if fields.flag("parallel_tool_calls", default=True) else replace(wanted, most_calls=1)
 
 
 def completion_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OpenAIRequest:
@@ -49,7 +52,10 @@ def completion_request(body: Mapping[str, Any], models: Models, limits: Limits) 
     prompts = fields.texts("prompt")
     if not 0 < len(prompts) <= limits.answers:
         fields.refuse("prompt", f"1 to {limits.answers} strings")
-    return _request(fields, models, limits, prompts, _options(fields, limits))
+    options = _options(fields, limits)
+    if (logprobs := fields.integer("logprobs")) is not None:
+        options["logprobs"] = logprobs
+    return _request(fields, models, limits, prompts, options)
 
 
 def embedding_request(body: Mapping[str, Any], models: Models) -> tuple[str, list[str]]:
@@ -95,6 +101,21 @@ def _options(fields: Fields, limits: Limits) -> dict[str, Any]:
     most = fields.integer("max_completion_tokens")
     most = fields.integer("max_tokens") if most is None else most
     options["max_tokens"] = limits.answer_tokens if most is None else min(most, limits.answer_tokens)
+    return options
+
+
+def _tools(fields: Fields) -> dict[str, Any]:
+    tools = [tool.values for tool in fields.objects("tools")]
+    options: dict[str, Any] = {"tools": tools} if tools else {}
+    choice = fields.values.get("tool_choice")
+    if isinstance(choice, dict):
+        function = Fields(choice, "tool_choice").mapping("function")
+        # Only tools that are functions can be named.
+        options["tool_choice"] = (
+            fields.refuse("tool_choice", _CHOICES) if function is None else function.needed_text("name")
+        )
+    elif choice is not None:
+        options["tool_choice"] = fields.choice("tool_choice", ("auto", "none", "required"))
     return options
 
 

@@ -17,8 +17,9 @@ from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.serving.governor import AnswerUsage, Governor
 from edgetune_runtime.states.activation import Invocations, Spans, spans_of
 from edgetune_runtime.states.batches import CHUNK, batches, boundaries_of, common_boundary
-from edgetune_runtime.states.cache import CALLS, PROMPTS, Active, Key, SavedState, StateCache, key_of, reusable
+from edgetune_runtime.states.cache import CALLS, GIVEN, PROMPTS, Active, Key, SavedState, StateCache, key_of, reusable
 from edgetune_runtime.states.prompts import SHORTEST, PromptStates
+from edgetune_runtime.states.sightings import Sightings
 from edgetune_runtime.states.store import digest_of
 from edgetune_runtime.threads.priority import ComputeThread
 
@@ -27,6 +28,8 @@ from .turns import Turns
 
 T = TypeVar("T")
 
+_AGAIN = 2
+"""How often a fixed part that comes with calls has to be seen for its state to be saved on disk."""
 _MOST_DECODED = 16
 """Tokens of a step that decodes; more are a part of a prompt."""
 
@@ -51,13 +54,16 @@ class PromptJob:
     """The prompt of a call: its tokens, and the adapters that are active in each span of them.
 
     The first `fixed` tokens are the part of the prompt that is the same for all calls. From sequences that do not
-    belong to `owner`, only the fixed part is reused. `check` is called before each chunk and ends the work by raising.
+    belong to `owner`, only the fixed part is reused. If that part `is_given`, it came with the call and may not come
+    again: its state is kept on disk from the second such call on. `check` is called before each chunk and ends the work
+    by raising.
     """
 
     tokens: Sequence[int]
     spans: Spans
     fixed: int = 0
     owner: str = CALLS
+    is_given: bool = False
     check: Callable[[], None] = _go_on
 
     @property
@@ -81,6 +87,7 @@ class Shared:
     governor: Governor
     invocations: Invocations = field(default_factory=dict)
     prompts: PromptStates | None = None
+    sightings: Sightings = field(default_factory=Sightings)
     turns: Turns = field(default_factory=Turns)
     exact: bool = True
     thread: ComputeThread | None = None
@@ -143,10 +150,12 @@ class Context:
         Raises Stopped when the job's `check` does; the tokens computed until then stay in the sequence.
         """
         self._check, self.usage = job.check, AnswerUsage()
-        key, keeps = key_of(self.shared.base, job.spans), self._keeps(job)
-        boundaries = self._places(key, job)
+        key = key_of(self.shared.base, job.spans)
+        boundaries, keeps, seen = self._places(key, job), self._keeps(job), self._seen(key, job)
         with self._resetting():
             reused, switch_ns = self._begin(key, job, boundaries)
+            if keeps and seen == _AGAIN and reused >= job.fixed:
+                reused = self._keep_reused(key, job, reused)
         if _LOG.isEnabledFor(logging.DEBUG):
             _log_start(key, len(job.tokens), reused, switch_ns)
         logits, active = None, dict(key.spans[-1][1])
@@ -161,7 +170,7 @@ class Context:
                 if begin == _last(self._ends) and end in boundaries:
                     self._ends.append(end)
                 if keeps and end == job.fixed:
-                    self._keep_prompt(key, job)
+                    self._keep_prompt(key, job, GIVEN if seen == 1 else PROMPTS)
         assert logits is not None
         return Start(logits, reused, switch_ns / 1e3)
 
@@ -370,10 +379,36 @@ class Context:
         self._ends = list(ends)
         return True
 
-    def _keep_prompt(self, key: Key, job: PromptJob) -> None:
-        saved = SavedState(key.until(job.fixed), tuple(self.tokens), self.engine.save_state(), tuple(self._ends))
-        self.shared.cache.put(saved, PROMPTS)
-        if self.shared.prompts is not None:
+    def _seen(self, key: Key, job: PromptJob) -> int:
+        """How often a fixed part that came with calls was seen; 0 for the adapter's own, which is always kept."""
+        if not job.is_given or not job.is_worth_a_state:
+            return 0
+        return self.shared.sightings.count(key.until(job.fixed), job.tokens[: job.fixed])
+
+    def _keep_reused(self, key: Key, job: PromptJob, reused: int) -> int:
+        """Keep the state of a fixed part that was reused, also on disk; the number of tokens that are still reused."""
+        key, tokens = key.until(job.fixed), tuple(job.tokens[: job.fixed])
+        ends = tuple(end for end in self._ends if end <= job.fixed)
+        if (state := self.shared.cache.prompt(key, tokens)) is not None:
+            self._keep(SavedState(key, tokens, state, ends), PROMPTS)
+            return reused
+        if job.fixed not in ends:
+            return reused
+        # Only the sequence has it, with other tokens after it.
+        kept = self.engine.truncate(job.fixed)
+        self.tokens, self._ends = self.tokens[:kept], [end for end in ends if end <= kept]
+        if kept == job.fixed:
+            self._keep(SavedState(key, tokens, self.engine.save_state(), ends), PROMPTS)
+        return kept
+
+    def _keep_prompt(self, key: Key, job: PromptJob, owner: str) -> None:
+        state = self.engine.save_state()
+        self._keep(SavedState(key.until(job.fixed), tuple(self.tokens), state, tuple(self._ends)), owner)
+
+    def _keep(self, saved: SavedState, owner: str) -> None:
+        """Keep the state of a fixed part in memory, and on disk unless it may not come again."""
+        self.shared.cache.put(saved, owner)
+        if self.shared.prompts is not None and owner == PROMPTS:
             self.shared.prompts.save(saved.key, saved.tokens, saved.state)
 
     def _activate(self, adapters: Mapping[str, float]) -> int:

@@ -18,8 +18,8 @@ from .batches import common_boundary
 Active = tuple[tuple[str, float], ...]
 """Adapters with their scales, sorted by name."""
 
-Slot = tuple[str, tuple[Active, ...]]
-"""The owner of a state, and its sets of adapters; the cache has one state per slot."""
+Slot = tuple[str, tuple[Active, ...], tuple[int, ...]]
+"""The owner of a state, its sets of adapters, and the tokens of a fixed prompt; the cache has one state per slot."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,6 +27,10 @@ CALLS = ""
 """Owner of the states of calls without a session: the last state of each set of adapters."""
 PROMPTS = "prompts"
 """Owner of the states of fixed prompts, which all owners may reuse."""
+GIVEN = "given"
+"""Owner of the states of fixed prompts that came with one call so far: reused by all, and evicted before others."""
+
+_SHARED = (PROMPTS, GIVEN)
 
 
 @dataclass(frozen=True)
@@ -87,15 +91,15 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def _slot(key: Key, owner: str) -> Slot:
-    return owner, tuple(active for _, active in key.spans)
+def _slot(key: Key, owner: str, tokens: Sequence[int]) -> Slot:
+    return owner, tuple(active for _, active in key.spans), tuple(tokens) if owner in _SHARED else ()
 
 
 class StateCache:
     """Saved states of up to `budget_mb` (10^6 bytes) in total: for each owner, the last state of each set of adapters.
 
-    An owner can reuse its own states and those of fixed prompts. Two states whose adapters differ only in the token
-    where they become active count as the same set. Thread-safe.
+    An owner can reuse its own states and those of fixed prompts, of which there may be several per set of adapters. Two
+    states whose adapters differ only in the token where they become active count as the same set. Thread-safe.
     """
 
     def __init__(self, budget_mb: float) -> None:
@@ -110,22 +114,24 @@ class StateCache:
 
     def put(self, saved: SavedState, owner: str = CALLS) -> None:
         """Cache a state in place of the owner's last state with the same adapters, evicting others if needed."""
-        slot = _slot(saved.key, owner)
+        slot = _slot(saved.key, owner, saved.tokens)
         with self._lock:
             self._drop(slot)
+            if owner == PROMPTS:
+                self._drop(_slot(saved.key, GIVEN, saved.tokens))
             if self._evict(len(saved.state), owner):
                 self._states[slot] = saved
                 self.bytes += len(saved.state)
 
     def prompt(self, key: Key, tokens: Sequence[int]) -> memoryview | None:
         """The state of exactly this fixed prompt, marked as recently used; None if there is none."""
-        slot = _slot(key, PROMPTS)
         with self._lock:
-            saved = self._states.get(slot)
-            if saved is None or (saved.key, saved.tokens) != (key, tuple(tokens)):
-                return None
-            self._states.move_to_end(slot)
-            return saved.state
+            for slot in (_slot(key, owner, tokens) for owner in _SHARED):
+                saved = self._states.get(slot)
+                if saved is not None and saved.key == key:
+                    self._states.move_to_end(slot)
+                    return saved.state
+        return None
 
     def last(self, owner: str) -> SavedState | None:
         """The most recently used state of an owner."""
@@ -143,10 +149,10 @@ class StateCache:
         with self._lock:
             best, most = None, 0
             for slot, saved in self._states.items():
-                if slot[0] not in (owner, PROMPTS):
+                if slot[0] not in (owner, *_SHARED):
                     continue
                 reused = reusable((saved.key, saved.tokens), (key, tokens))
-                if boundaries is not None and slot[0] in (CALLS, PROMPTS):
+                if boundaries is not None and slot[0] in (CALLS, *_SHARED):
                     reused = common_boundary(saved.ends, boundaries, reused)
                 if reused > most:
                     best, most = slot, reused
@@ -170,11 +176,14 @@ class StateCache:
     def _evict(self, size: int, owner: str) -> bool:
         """Evict the least recently used states until `size` bytes fit; returns whether they fit.
 
-        States of calls are evicted first, and never evict others: they are the cheapest to recompute.
+        States of calls are evicted first, then those of prompts that may not come again. Neither evicts others: they
+        are the cheapest to recompute.
         """
         order = [slot for slot in self._states if slot[0] == CALLS]
         if owner != CALLS:
-            order += [slot for slot in self._states if slot[0] != CALLS]
+            order += [slot for slot in self._states if slot[0] == GIVEN]
+        if owner not in (CALLS, GIVEN):
+            order += [slot for slot in self._states if slot[0] not in (CALLS, GIVEN)]
         for slot in order:
             if self.bytes + size <= self._budget:
                 break

@@ -41,7 +41,7 @@ def test_models_are_listed_with_their_tag_as_clients_expect_them(client: ollama.
 def test_a_model_is_shown_with_its_architecture_and_context(client: ollama.Client) -> None:
     for name in ("command", "command:latest"):
         shown = client.show(name)
-        assert shown.capabilities == ["completion"]
+        assert shown.capabilities == ["completion", "tools"]
         assert shown.modelinfo is not None
         assert shown.modelinfo["llama.context_length"] == 256
         assert shown["system" if "system" in shown else "details"]

@@ -1,0 +1,32 @@
+"""How often a prompt's beginning was seen, so that a state is kept only for one that comes again."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from .cache import Key
+
+_MOST = 256
+
+
+class Sightings:
+    """Counts how often each of the last beginnings, up to 256, was seen. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._counts: OrderedDict[bytes, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def count(self, key: Key, tokens: Sequence[int]) -> int:
+        """How often these tokens were seen with this key, now included."""
+        digest = hashlib.sha256(repr(key).encode() + np.asarray(tokens, "<i4").tobytes()).digest()
+        with self._lock:
+            count = self._counts.pop(digest, 0) + 1
+            while len(self._counts) >= _MOST:
+                self._counts.popitem(last=False)
+            self._counts[digest] = count
+        return count
