@@ -17,6 +17,7 @@ from .options import AnswerOptions
 from .runtime import Runtime
 from .session import Carry, Session
 from .text.chat import Message, Prompt
+from .tools.definitions import Tools
 
 
 class AsyncRuntime:
@@ -70,13 +71,21 @@ class AsyncRuntime:
         """Name of the engine that runs the bundle."""
         return self.runtime.engine
 
-    async def generate(self, prompt: Prompt, *, adapter: Adapters = None, **options: Unpack[AnswerOptions]) -> Answer:
+    async def generate(
+        self, prompt: Prompt, *, adapter: Adapters = None, raw: bool = False, **options: Unpack[AnswerOptions]
+    ) -> Answer:
         """Answer a prompt; see `Runtime.generate`."""
-        return await self.stream(prompt, adapter=adapter, **options).read()
+        return await self.stream(prompt, adapter=adapter, raw=raw, **options).read()
 
-    def stream(self, prompt: Prompt, *, adapter: Adapters = None, **options: Unpack[AnswerOptions]) -> AsyncStream:
+    def stream(
+        self, prompt: Prompt, *, adapter: Adapters = None, raw: bool = False, **options: Unpack[AnswerOptions]
+    ) -> AsyncStream:
         """Like `generate`, but yields the text piece by piece; errors are raised by the first read."""
-        return _stream(self._threads, lambda given: self.runtime.stream(prompt, adapter=adapter, **given), options)
+
+        def open_stream(given: AnswerOptions) -> Stream:
+            return self.runtime.stream(prompt, adapter=adapter, raw=raw, **given)
+
+        return _stream(self._threads, open_stream, options)
 
     def session(self, adapter: Adapters = None) -> AsyncSession:
         """Start a conversation with these adapters; see `Runtime.session`."""
@@ -100,9 +109,9 @@ class AsyncRuntime:
         """The loss of a text and its number of tokens; see `Runtime.perplexity`. It is not ended early."""
         return await asyncio.to_thread(self.runtime.perplexity, text, adapter=adapter)
 
-    async def warm(self, adapters: Sequence[Adapters] | None = None) -> dict[str, int]:
+    async def warm(self, adapters: Sequence[Adapters] | None = None, *, tools: Tools | None = None) -> dict[str, int]:
         """Compute the missing states of fixed prompts; see `Runtime.warm`. It is not ended early."""
-        return await asyncio.to_thread(self.runtime.warm, adapters)
+        return await asyncio.to_thread(self.runtime.warm, adapters, tools=tools)
 
     async def clear_cache(self) -> None:
         """Drop all sequences and cached states, except those on disk, after running calls."""
@@ -138,11 +147,11 @@ class AsyncSession:
         """The messages so far."""
         return self._session.history
 
-    async def send(self, message: str, **options: Unpack[AnswerOptions]) -> Answer:
+    async def send(self, message: Prompt, **options: Unpack[AnswerOptions]) -> Answer:
         """Answer a message; see `Session.send`."""
         return await self.stream(message, **options).read()
 
-    def stream(self, message: str, **options: Unpack[AnswerOptions]) -> AsyncStream:
+    def stream(self, message: Prompt, **options: Unpack[AnswerOptions]) -> AsyncStream:
         """Like `send`, but yields the text piece by piece; see `Session.stream`."""
         return _stream(self._threads, lambda given: self._session.stream(message, **given), options)
 

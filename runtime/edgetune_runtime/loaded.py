@@ -105,29 +105,35 @@ class LoadedBundle:
         owner: str = CALLS,
         carried: Carried | None = None,
         form: AnswerForm | None = None,
+        raw: bool = False,
     ) -> Call:
         """Prepare a call: its tokens, adapters, and the fixed part of its prompt; same errors as `generate`.
 
         `owner` owns the state that the call reuses and updates. The common prefix of the prompt and `carried` keeps its
-        state, and the system prompt of `carried` replaces the adapter's. `form` constrains the answer.
+        state, and the system prompt of `carried` replaces the adapter's. `form` constrains the answer. A `raw` prompt
+        is a text that is not rendered.
         """
         pool, active = self.pool(adapter)
         first = next(iter(self.scales(adapter)), None)
         own = self._system_of(first)
         system = carried.system if carried is not None else own
         form = AnswerForm() if form is None else form
-        begin, capacity = time.perf_counter(), pool.first.capacity(active)
-        messages = messages_for(prompt, system)
-        given = messages[0]["content"] if messages[0]["role"] == "system" else None
+        begin = time.perf_counter()
         with pool.tokenizer() as tokenizer:
-            tokens = _tokens(tokenizer, messages, form.tools)
-            if not 0 < len(tokens) <= capacity:
-                message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
-                error = PromptTooLongError if tokens else UsageError
-                raise error(message, "change the prompt, or open the bundle with a larger context_length")
-            fixed = [] if carried is not None and given != own else self._fixed_part(pool, tokenizer, given, form.tools)
+            if raw:
+                tokens, fixed, is_given = _raw_tokens(tokenizer, prompt, form), 0, False
+                _check_length(tokens, pool.first.capacity(active))
+            else:
+                messages = messages_for(prompt, system)
+                tokens = _tokens(tokenizer, messages, form.tools)
+                # Before anything of it is remembered.
+                _check_length(tokens, pool.first.capacity(active))
+                given = messages[0]["content"] if messages[0]["role"] == "system" else None
+                is_given = given != own or form.tools is not None
+                is_carried = carried is not None and given != own
+                prefix = [] if is_carried else self._fixed_part(pool, tokenizer, given, form.tools)
+                fixed = len(prefix) if len(prefix) < len(tokens) and tokens[: len(prefix)] == prefix else 0
             reader, held = (None, None) if form.tools is None else _calls(tokenizer, form.tools)
-        count = len(fixed) if len(fixed) < len(tokens) and tokens[: len(fixed)] == fixed else 0
         spans, kept = pool.first.spans(active, tokens), 0
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
@@ -138,8 +144,7 @@ class LoadedBundle:
             output = self._outputs.get(first)
         held = held or output
         constraint = None if held is None else self._constraint(held)
-        is_given = given != own or form.tools is not None
-        job, prepared_s = PromptJob(tokens, spans, count, owner, is_given), time.perf_counter() - begin
+        job, prepared_s = PromptJob(tokens, spans, fixed, owner, is_given), time.perf_counter() - begin
         return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
@@ -243,6 +248,20 @@ def _output_of(entry: AdapterEntry) -> OutputSpec:
     except UsageError as error:
         message = f"adapter {entry.name!r} has an invalid output: {error.message}"
         raise VerificationError(message, "build the bundle again") from error
+
+
+def _check_length(tokens: Sequence[int], capacity: int) -> None:
+    if not 0 < len(tokens) <= capacity:
+        message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
+        error = PromptTooLongError if tokens else UsageError
+        raise error(message, "change the prompt, or open the bundle with a larger context_length")
+
+
+def _raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm) -> list[int]:
+    if not isinstance(prompt, str) or form.tools is not None:
+        what = "messages" if form.tools is None else "tools"
+        raise UsageError(f"a raw prompt has no {what}", "give a text, without tools, or leave raw out")
+    return tokenizer.tokenize(prompt)
 
 
 def _tokens(tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None) -> list[int]:

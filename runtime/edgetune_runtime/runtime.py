@@ -171,23 +171,26 @@ class Runtime:
         prompt: Prompt,
         *,
         adapter: Adapters = None,
+        raw: bool = False,
         **options: Unpack[AnswerOptions],
     ) -> Answer:
         """Answer a prompt (a text or chat messages) with one adapter by name, with several {name: scale}, or the base.
 
         A name alone uses the manifest's scale. The system prompt of the (first) adapter is used unless the messages
-        begin with one, and its output constraint unless the options give another; see `AnswerOptions`.
+        begin with one, and its output constraint unless the options give another; see `AnswerOptions`. With `raw`, the
+        prompt is a text that the answer continues, without the chat template and the system prompt.
 
         Raises NotFoundError for an unknown adapter, UsageError for a prompt that does not fit in the context or an
         output constraint that cannot be used, BusyError when too many calls are already waiting.
         """
-        return self.stream(prompt, adapter=adapter, **options).read()
+        return self.stream(prompt, adapter=adapter, raw=raw, **options).read()
 
     def stream(
         self,
         prompt: Prompt,
         *,
         adapter: Adapters = None,
+        raw: bool = False,
         **options: Unpack[AnswerOptions],
     ) -> Stream:
         """Like `generate`, but yields the text piece by piece, without tool calls.
@@ -195,7 +198,7 @@ class Runtime:
         Keeps a context until it ends or is closed.
         """
         form, others = split_form(options)
-        call, outcome = self._loaded.call(prompt, adapter, form=form), Generation()
+        call, outcome = self._loaded.call(prompt, adapter, form=form, raw=raw), Generation()
         return Stream(generate(call, outcome, **others), outcome)
 
     def session(self, adapter: Adapters = None) -> Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -11,12 +12,16 @@ import pytest
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.onnx.encoder import EncoderSource
 from edgetune_runtime import Runtime
-from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.formats.gguf_file import read_header
+from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
+from runtime.tools.templates import CONTROLS
 
 SYSTEM = "answer in one word"
 LONG_PROMPTS = ("answer in one word and play " * 2, "turn on the warm light in the hall " * 2)
 LABELS = ("red", "green", "warm red", "warm")
+TOOLS_CONTEXT = 2048
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +99,31 @@ def runtime(bundle: Path) -> Iterator[Runtime]:
 def encoder_bundle(encoder_source: Callable[[str], EncoderSource], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of a tiny BERT with two tasks. Copy it before changing it."""
     return write_encoder_bundle(encoder_source("bert"), tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def tools_bundle(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose adapter `one` has a long system prompt, in both formats.
+
+    Its vocabulary has the control tokens that begin calls, and its context has room for tools.
+    """
+    import torch  # noqa: PLC0415 - torch only where a test needs a base
+    from edgetune_export.backends.gguf.convert import convert_folder  # noqa: PLC0415
+    from tiny import make_folder, make_tokenizer  # noqa: PLC0415
+
+    from edgetune.bases import Base, load_torch  # noqa: PLC0415
+
+    root = tmp_path_factory.mktemp("tools")
+    folder = make_folder("llama", root / "llama", make_tokenizer(root, CONTROLS))
+    config = folder / "config.json"
+    # With few words of English, each letter is a token.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": TOOLS_CONTEXT}))
+    path = folder.with_suffix(".gguf")
+    convert_folder(folder, path, dtype="f16")
+    base = Base("llama", path, sha256_of(path), read_header(path))
+    source = Source(path, base.fingerprint, load_torch(base, torch.float32), root / "work")
+    adapters = {"one": Adapter(low_rank(path, seed=1), system=LONG_PROMPTS[0])}
+    bundle = write_bundle(root / "home", path, adapters)
+    add_onnx(bundle, source, adapters)
+    change_manifest(bundle, lambda raw: raw.update(context_length=TOOLS_CONTEXT))
+    return bundle

@@ -25,7 +25,8 @@ from .settings import Limits
 class AnswerRequest:
     """What a client asks for, whichever API it speaks.
 
-    `model` is the name that it used. `prompts` each get `count` answers. `options` are those of `Runtime.generate`.
+    `model` is the name that it used. `prompts` each get `count` answers. `options` are those of `Runtime.generate`,
+    `raw` among them.
     """
 
     model: str

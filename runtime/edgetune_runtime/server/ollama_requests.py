@@ -45,10 +45,12 @@ def chat_request(body: Mapping[str, Any], models: Models, limits: Limits) -> Oll
 def generate_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OllamaRequest:
     """A body of /api/generate."""
     fields = Fields(body)
-    fields.forbid({"suffix": "", "template": "", "context": [], "images": [], "raw": False})
+    fields.forbid({"suffix": "", "template": "", "context": [], "images": []})
     prompt, system = fields.text("prompt"), fields.text("system")
     if not prompt:
         return _request(fields, models, limits, [], {})
+    if fields.flag("raw"):
+        return _request(fields, models, limits, [prompt], {"raw": True})
     messages = [{"role": "system", "content": system}] if system else []
     return _request(fields, models, limits, [[*messages, {"role": "user", "content": prompt}]], {})
 

@@ -52,7 +52,7 @@ def completion_request(body: Mapping[str, Any], models: Models, limits: Limits) 
     prompts = fields.texts("prompt")
     if not 0 < len(prompts) <= limits.answers:
         fields.refuse("prompt", f"1 to {limits.answers} strings")
-    options = _options(fields, limits)
+    options = _options(fields, limits) | {"raw": True}
     if (logprobs := fields.integer("logprobs")) is not None:
         options["logprobs"] = logprobs
     return _request(fields, models, limits, prompts, options)
