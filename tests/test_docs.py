@@ -1,7 +1,8 @@
 """Runs the commands and Python blocks of the documentation and READMEs, page by page, on a tiny base.
 
-A block of `sh` or `python` is run unless the line above it is `<!-- not run: REASON -->`. A block below
-`<!-- file: NAME -->` is written to that file first.
+A block of `sh`, `python` or `js` is run unless the line above it is `<!-- not run: REASON -->`. A block below
+`<!-- file: NAME -->` is written to that file first. `edgetune-run serve` runs until the end of the page, on a free port
+in place of 8080.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import json
 import re
 import runpy
 import shlex
+import shutil
+import socket
+import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +31,7 @@ GENERATED = {"reference/commands.md"}
 PAGES = sorted(page for path in DOCS.rglob("*.md") if (page := path.relative_to(DOCS).as_posix()) not in GENERATED)
 READMES = ("README.md", "runtime/README.md", "examples/smart-home/README.md")
 CHECKED = [*READMES, *(f"docs/{page}" for page in PAGES)]
-FORMS = {"sh", "python", "yaml", "json", "text"}
+FORMS = {"sh", "python", "js", "go", "ini", "yaml", "json", "text"}
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<form>[^\n]*)\n(?P<text>.*?)```", re.DOTALL)
 # What makes a build of a page's recipe a matter of seconds; more threads only wait for each other on a tiny base.
 QUICK = ("training.max_steps=2", "training.precision=fp32", "threads=1")
@@ -44,7 +48,7 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        return self.form in {"sh", "python"} and not self.mark.startswith("not run: ")
+        return self.form in {"sh", "python", "js"} and not self.mark.startswith("not run: ")
 
 
 def blocks(page: str) -> list[Block]:
@@ -86,6 +90,37 @@ def run(words: list[str], base: Path) -> int:
     return code
 
 
+@contextlib.contextmanager
+def serving(words: list[str], port: int) -> Iterator[None]:
+    """Run `edgetune-run serve` in a process of its own until the block ends."""
+    command = [sys.executable, "-m", "edgetune_runtime", *words[1:], "--port", str(port), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert json.loads(process.stdout.readline())["url"].endswith(f":{port}")
+            yield
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def run_outside(words: list[str]) -> int:
+    """Run curl or node, or skip the test where it is not installed."""
+    program = shutil.which(words[0])
+    if program is None:
+        pytest.skip(f"{words[0]} is not installed")
+    done = subprocess.run([program, *words[1:]], capture_output=True, text=True, timeout=120, check=False)
+    assert '"error"' not in done.stdout, done.stdout
+    return done.returncode
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
 def run_script(arguments: list[str]) -> int:
     """Run `python ARGUMENTS` in this process; 0, as an error of the script ends the test."""
     before, sys.argv = sys.argv, arguments
@@ -104,17 +139,29 @@ def test_the_commands_of_a_page_run(
     Path("examples").symlink_to(ROOT / "examples")
     Path("build").symlink_to(build_folder)
     names: dict[str, object] = {}
-    for block in blocks(page):
-        if block.mark.startswith("file: "):
-            Path(block.mark.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
-        elif block.is_run and block.form == "python":
-            exec(compile(block.text, page, "exec"), names)
-        elif block.is_run:
-            for line in block.text.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                # The fixture has run BUILD, and `export` is the shell's.
-                if words and words != BUILD and words[0] != "export":
-                    assert run(words, tiny_gguf("llama")) == 0, line
+    port = free_port()
+    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
+    # It reads the variable when it is imported.
+    monkeypatch.delitem(sys.modules, "ollama", raising=False)
+    with contextlib.ExitStack() as servers:
+        for block in blocks(page):
+            text = block.text.replace("8080", str(port))
+            if block.mark.startswith("file: "):
+                Path(block.mark.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
+            elif block.is_run and block.form == "python":
+                exec(compile(text, page, "exec"), names)
+            elif block.is_run and block.form == "js":
+                assert run_outside(["node", "--input-type=module", "--eval", text]) == 0
+            elif block.is_run:
+                for line in text.replace("\\\n", " ").splitlines():
+                    words = shlex.split(line, comments=True)
+                    if words[:2] == ["edgetune-run", "serve"]:
+                        servers.enter_context(serving(words, port))
+                    elif words[:1] == ["curl"]:
+                        assert run_outside(words) == 0, line
+                    # The fixture has run BUILD, and `export` is the shell's.
+                    elif words and words != BUILD and words[0] != "export":
+                        assert run(words, tiny_gguf("llama")) == 0, line
 
 
 @pytest.mark.parametrize("page", CHECKED)

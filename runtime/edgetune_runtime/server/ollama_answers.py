@@ -136,7 +136,7 @@ def _details(models: Models, info: ModelInfo) -> dict[str, Any]:
         "family": base.architecture,
         "families": [base.architecture],
         "parameter_size": f"{base.parameters / 1e6:.0f}M",
-        "quantization_level": describe(base.quantization, base.tensor_types),
+        "quantization_level": describe(base.quantization, base.values_by_type.get(models.engine, {})),
     }
 
 

@@ -70,9 +70,7 @@ def model_name(body: Mapping[str, Any]) -> str:
     return fields.text("model") or fields.needed_text("name")
 
 
-def _request(
-    fields: Fields, models: Models, limits: Limits, prompts: list[Any], more: Mapping[str, Any]
-) -> OllamaRequest:
+def _request(fields: Fields, models: Models, limits: Limits, prompts: list[Any], more: dict[str, Any]) -> OllamaRequest:
     options = fields.mapping("options") or Fields({}, "options")
     # Clients of Ollama can add their own members only to the options.
     has_adapters = options.values.get("adapters") is not None
