@@ -13,7 +13,8 @@ from .decoding.drafts import Drafter, DraftTable
 from .decoding.logprobs import LogprobRecord, TokenLogprob
 from .decoding.output import OutputSpec
 from .engines.base import Logits
-from .serving.context import Context, PromptJob
+from .serving.context import Context
+from .serving.jobs import PromptJob
 from .serving.limits import Limits, Stopped
 from .serving.pool import Pool
 from .states.activation import Spans

@@ -22,7 +22,8 @@ from .generation import Call, Carried
 from .opening import OpeningOptions, file_of, open_base
 from .options import AnswerForm
 from .serving.classifier import Classifier
-from .serving.context import Context, PromptJob
+from .serving.context import Context
+from .serving.jobs import PromptJob
 from .serving.pool import Pool
 from .states.activation import join_spans
 from .states.cache import CALLS, common_prefix
@@ -118,21 +119,18 @@ class LoadedBundle:
         own = self._system_of(first)
         system = carried.system if carried is not None else own
         form = AnswerForm() if form is None else form
-        begin = time.perf_counter()
+        begin, capacity = time.perf_counter(), pool.first.capacity(active)
         with pool.tokenizer() as tokenizer:
             if raw:
-                tokens, fixed, is_given = _raw_tokens(tokenizer, prompt, form), 0, False
-                _check_length(tokens, pool.first.capacity(active))
+                tokens, fixed, is_given = _raw_tokens(tokenizer, prompt, form, capacity), 0, False
             else:
                 messages = messages_for(prompt, system)
-                tokens = _tokens(tokenizer, messages, form.tools)
-                # Before anything of it is remembered.
-                _check_length(tokens, pool.first.capacity(active))
-                given = messages[0]["content"] if messages[0]["role"] == "system" else None
+                tokens = _tokens(tokenizer, messages, form.tools, capacity)
+                given = _system_in(messages)
                 is_given = given != own or form.tools is not None
-                is_carried = carried is not None and given != own
-                prefix = [] if is_carried else self._fixed_part(pool, tokenizer, given, form.tools)
-                fixed = len(prefix) if len(prefix) < len(tokens) and tokens[: len(prefix)] == prefix else 0
+                # Other adapters computed the beginning of a session that was carried over.
+                is_shared = carried is None or given == own
+                fixed = self._fixed_tokens(pool, tokenizer, given, form.tools, tokens) if is_shared else 0
             reader, held = (None, None) if form.tools is None else _calls(tokenizer, form.tools)
         spans, kept = pool.first.spans(active, tokens), 0
         if carried is not None:
@@ -206,8 +204,10 @@ class LoadedBundle:
                     self._grammars = Grammars(tokenizer)
         return self._grammars.constraint(output)
 
-    def _fixed_part(self, pool: Pool, tokenizer: Tokenizer, system: str | None, tools: ToolSet | None) -> Sequence[int]:
-        """The common prefix of all prompts with this system prompt and these tools."""
+    def _fixed_tokens(
+        self, pool: Pool, tokenizer: Tokenizer, system: str | None, tools: ToolSet | None, tokens: Sequence[int]
+    ) -> int:
+        """How many first tokens all prompts with this system prompt and these tools have in common."""
         # A client may send prompts of any length, so only their digests are remembered.
         texts = [system, None if tools is None else tools.text]
         key = (id(pool), hashlib.sha256(json.dumps(texts).encode()).digest())
@@ -219,7 +219,7 @@ class LoadedBundle:
                 while len(self._fixed) >= _MOST_FIXED:
                     del self._fixed[next(iter(self._fixed))]
                 self._fixed[key] = known
-        return known
+        return len(known) if len(known) < len(tokens) and tokens[: len(known)] == known else 0
 
     def _system_of(self, first: str | None) -> str | None:
         return self.manifest.adapter(first).system if first is not None else None
@@ -250,22 +250,29 @@ def _output_of(entry: AdapterEntry) -> OutputSpec:
         raise VerificationError(message, "build the bundle again") from error
 
 
-def _check_length(tokens: Sequence[int], capacity: int) -> None:
-    if not 0 < len(tokens) <= capacity:
-        message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
-        error = PromptTooLongError if tokens else UsageError
-        raise error(message, "change the prompt, or open the bundle with a larger context_length")
+def _system_in(messages: Sequence[Message]) -> str | None:
+    return messages[0]["content"] if messages[0]["role"] == "system" else None
 
 
-def _raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm) -> list[int]:
+def _tokens(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None, capacity: int | None = None
+) -> list[int]:
+    return _checked(tokenizer.tokenize(prompt_text(tokenizer, messages, tools)), capacity)
+
+
+def _raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, capacity: int) -> list[int]:
     if not isinstance(prompt, str) or form.tools is not None:
         what = "messages" if form.tools is None else "tools"
         raise UsageError(f"a raw prompt has no {what}", "give a text, without tools, or leave raw out")
-    return tokenizer.tokenize(prompt)
+    return _checked(tokenizer.tokenize(prompt), capacity)
 
 
-def _tokens(tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None) -> list[int]:
-    return tokenizer.tokenize(prompt_text(tokenizer, messages, tools))
+def _checked(tokens: list[int], capacity: int | None) -> list[int]:
+    if capacity is not None and not 0 < len(tokens) <= capacity:
+        message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
+        error = PromptTooLongError if tokens else UsageError
+        raise error(message, "change the prompt, or open the bundle with a larger context_length")
+    return tokens
 
 
 def _calls(tokenizer: Tokenizer, tools: ToolSet) -> tuple[CallReader | None, OutputSpec]:

@@ -17,8 +17,9 @@ from .engines.base import Engine, EngineClass
 from .loaded import LoadedBundle
 from .opening import OpeningOptions
 from .runtime import Runtime
-from .serving.context import Context, Shared
+from .serving.context import Context
 from .serving.governor import Governor
+from .serving.jobs import Shared
 from .serving.pool import Pool
 from .states.cache import StateCache
 

@@ -16,8 +16,9 @@ from .bundle import STATES_FOLDER, Manifest, resolve, verify_files
 from .engines.base import Engine, EngineClass, LabelEngineClass
 from .errors import IncompatibleError, VerificationError
 from .serving.classifier import Classifier
-from .serving.context import Context, Shared
+from .serving.context import Context
 from .serving.governor import Governor
+from .serving.jobs import Shared
 from .serving.pool import Pool
 from .states.cache import StateCache
 from .states.prompts import PromptStates

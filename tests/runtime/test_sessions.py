@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
 from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.serving.context import PromptJob
+from edgetune_runtime.serving.jobs import PromptJob
 
 ENGINES = ("gguf", "onnx")
 MESSAGES = ("turn on the light", "play music", "and in the hall")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgetune_runtime.asynchronous import AsyncRuntime
-from edgetune_runtime.errors import BusyError
+from edgetune_runtime.errors import BusyError, EdgetuneError
 from edgetune_runtime.generation import Answer
 from edgetune_runtime.loaded import Adapters
 from edgetune_runtime.text.chat import Prompt
@@ -19,6 +20,8 @@ from .answer_queue import AnswerQueue
 from .metrics import Metrics
 from .models import Models
 from .settings import Limits
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,14 @@ class Answering:
         return vectors, tokens
 
     async def warm(self) -> None:
-        """Compute the missing states of all fixed prompts; `is_warming` is set meanwhile."""
+        """Compute the missing states of all fixed prompts, until the server stops; `is_warming` is set meanwhile."""
         self.is_warming = True
         try:
-            await self.runtime.warm()
+            for choice in (None, *self.runtime.adapters):
+                if not self.queue.stopping:
+                    await self.runtime.warm([choice])
+        except EdgetuneError as error:
+            _LOG.warning("the prompts are not warm: %s", error)
         finally:
             self.is_warming = False
 

@@ -7,24 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 from edgetune_runtime.decoding.batch_cost import BatchCost
 from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.errors import UsageError, VerificationError
-from edgetune_runtime.serving.governor import AnswerUsage, Governor
-from edgetune_runtime.states.activation import Invocations, Spans, spans_of
+from edgetune_runtime.serving.governor import AnswerUsage
+from edgetune_runtime.states.activation import Spans, spans_of
 from edgetune_runtime.states.batches import CHUNK, batches, boundaries_of, common_boundary
-from edgetune_runtime.states.cache import CALLS, GIVEN, PROMPTS, Active, Key, SavedState, StateCache, key_of, reusable
-from edgetune_runtime.states.prompts import SHORTEST, PromptStates
-from edgetune_runtime.states.sightings import Sightings
+from edgetune_runtime.states.cache import CALLS, GIVEN, PROMPTS, Active, Key, SavedState, key_of, reusable
 from edgetune_runtime.states.store import digest_of
-from edgetune_runtime.threads.priority import ComputeThread
 
+from .jobs import PromptJob, Shared, Start, go_on
 from .limits import Stopped
-from .turns import Turns
 
 T = TypeVar("T")
 
@@ -34,63 +30,6 @@ _MOST_DECODED = 16
 """Tokens of a step that decodes; more are a part of a prompt."""
 
 _LOG = logging.getLogger(__name__)
-
-
-def _go_on() -> None:
-    """The check of a call without limits."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """Logits after a prompt, the number of tokens reused from the cache, and the time of the switch."""
-
-    logits: Logits
-    reused: int
-    switch_us: float
-
-
-@dataclass(frozen=True)
-class PromptJob:
-    """The prompt of a call: its tokens, and the adapters that are active in each span of them.
-
-    The first `fixed` tokens are the part of the prompt that is the same for all calls. From sequences that do not
-    belong to `owner`, only the fixed part is reused. If that part `is_given`, it came with the call and may not come
-    again: its state is kept on disk from the second such call on. `check` is called before each chunk and ends the work
-    by raising.
-    """
-
-    tokens: Sequence[int]
-    spans: Spans
-    fixed: int = 0
-    owner: str = CALLS
-    is_given: bool = False
-    check: Callable[[], None] = _go_on
-
-    @property
-    def is_worth_a_state(self) -> bool:
-        """Whether the fixed part is long enough to save its state."""
-        return self.fixed >= SHORTEST
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What the contexts on one base share: its fingerprint, the cached states, the governor and the turns.
-
-    `invocations` are the tokens that activate some of the adapters. With `exact`, a call reuses the states of others
-    only where computing them would give the same bits; a session always reuses all of its own state. Steps run on
-    `thread` if given, else on the caller's thread.
-    """
-
-    base: str
-    kv_bytes_per_token: int
-    cache: StateCache
-    governor: Governor
-    invocations: Invocations = field(default_factory=dict)
-    prompts: PromptStates | None = None
-    sightings: Sightings = field(default_factory=Sightings)
-    turns: Turns = field(default_factory=Turns)
-    exact: bool = True
-    thread: ComputeThread | None = None
 
 
 class Context:
@@ -108,7 +47,7 @@ class Context:
         self._capacity = engine.capacity({})
         self.holder: int | None = None
         self.closed = False
-        self._check: Callable[[], None] = _go_on
+        self._check: Callable[[], None] = go_on
         self.usage = AnswerUsage()
 
     @contextmanager
@@ -131,7 +70,7 @@ class Context:
             self.check_open()
             yield
         finally:
-            self._check = _go_on
+            self._check = go_on
             with self.shared.turns.gate:
                 self.holder = None
                 self.shared.turns.gate.notify_all()

@@ -13,7 +13,8 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import BusyError, UsageError
 from edgetune_runtime.states.cache import SavedState
 
-from .context import Context, PromptJob
+from .context import Context
+from .jobs import PromptJob
 from .turns import POLL_S
 
 _LOG = logging.getLogger(__name__)

@@ -72,3 +72,11 @@ def test_embeddings_come_as_numbers_or_in_base64(encoder_bundle: Path, start: St
     assert len(packed.data) == 2
     assert [round(value, 5) for value in packed.data[0].embedding] == [round(v, 5) for v in plain.data[0].embedding]
     assert packed.usage.prompt_tokens == 2 * plain.usage.prompt_tokens > 0
+
+
+def test_a_bundle_without_prompts_is_ready_although_it_cannot_be_warmed(encoder_bundle: Path, start: Start) -> None:
+    server = start(encoder_bundle, warms=True)
+    begin = time.monotonic()
+    while server.client.get("/readyz").status_code == 503:
+        assert time.monotonic() < begin + 10
+    assert server.client.get("/v1/models").status_code == 200

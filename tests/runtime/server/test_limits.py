@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -217,3 +219,18 @@ def test_many_at_once_all_get_the_answers_that_each_gets_alone(start: Start) -> 
     with ThreadPoolExecutor(16) as threads:
         for model, text in threads.map(answer, range(48)):
             assert text == alone[model]
+
+
+def test_a_bundle_that_is_replaced_while_it_is_served_does_no_harm(bundle: Path, start: Start, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "home"))
+    server = start(copy)
+    before = post(server).json()["choices"]
+    for file in copy.rglob("*.gguf"):
+        file.unlink()
+        file.write_bytes(b"not a model")
+    assert post(server).json()["choices"] == before
+    # A merged model is opened when it is first used.
+    response = post(server, model="whole")
+    assert response.status_code == 500
+    assert "the manifest says" in response.json()["error"]["message"]
+    assert post(server, model="home").status_code == 200

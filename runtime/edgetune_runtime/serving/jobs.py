@@ -1,0 +1,73 @@
+"""What a context is asked to compute, and what the contexts on one base share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from edgetune_runtime.engines.base import Logits
+from edgetune_runtime.serving.governor import Governor
+from edgetune_runtime.states.activation import Invocations, Spans
+from edgetune_runtime.states.cache import CALLS, StateCache
+from edgetune_runtime.states.prompts import SHORTEST, PromptStates
+from edgetune_runtime.states.sightings import Sightings
+from edgetune_runtime.threads.priority import ComputeThread
+
+from .turns import Turns
+
+
+def go_on() -> None:
+    """The check of a call without limits."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Logits after a prompt, the number of tokens reused from the cache, and the time of the switch."""
+
+    logits: Logits
+    reused: int
+    switch_us: float
+
+
+@dataclass(frozen=True)
+class PromptJob:
+    """The prompt of a call: its tokens, and the adapters that are active in each span of them.
+
+    The first `fixed` tokens are the part of the prompt that other calls have too. From sequences that do not
+    belong to `owner`, only the fixed part is reused. If that part `is_given`, it came with the call and may not come
+    again: its state is kept on disk from the second such call on. `check` is called before each chunk and ends the work
+    by raising.
+    """
+
+    tokens: Sequence[int]
+    spans: Spans
+    fixed: int = 0
+    owner: str = CALLS
+    is_given: bool = False
+    check: Callable[[], None] = go_on
+
+    @property
+    def is_worth_a_state(self) -> bool:
+        """Whether the fixed part is long enough to save its state."""
+        return self.fixed >= SHORTEST
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the contexts on one base share: its fingerprint, the cached states, the governor and the turns.
+
+    `invocations` are the tokens that activate some of the adapters. With `exact`, a call reuses the states of others
+    only where computing them would give the same bits; a session always reuses all of its own state. Steps run on
+    `thread` if given, else on the caller's thread.
+    """
+
+    base: str
+    kv_bytes_per_token: int
+    cache: StateCache
+    governor: Governor
+    invocations: Invocations = field(default_factory=dict)
+    prompts: PromptStates | None = None
+    sightings: Sightings = field(default_factory=Sightings)
+    turns: Turns = field(default_factory=Turns)
+    exact: bool = True
+    thread: ComputeThread | None = None
