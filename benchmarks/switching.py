@@ -29,7 +29,7 @@ sys.path[:] = [
     *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
 ]
 
-from edgetune_runtime.bench import resident_mb
+from edgetune_runtime.threads.machine import resident_mb
 
 from benchmarks.switching_setups import CONTEXT, SETUPS, STEPS, Edgetune, Folder, Request, Setup
 

@@ -8,8 +8,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from edgetune_runtime.bench import peak_mb, resident_mb
-from edgetune_runtime.threads.machine import free_mb
+from edgetune_runtime.threads.machine import free_mb, peak_mb, resident_mb
 
 from edgetune.objectives.base import TrainingRow, row_length
 from edgetune.recipe.parts import TrainingSpec

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from .bundle import AdapterEntry
@@ -18,7 +17,7 @@ from .errors import EdgetuneError
 from .measuring import loaded_bundle
 from .runtime import Runtime
 from .serving.context import Context
-from .threads.machine import disturbance
+from .threads.machine import disturbance, resident_mb
 
 SWITCHES = 1200
 ROUNDS = 3
@@ -222,22 +221,3 @@ def _step_s(context: Context, token: int) -> float:
     begin = time.perf_counter()
     context.extend([token])
     return time.perf_counter() - begin
-
-
-def resident_mb() -> float | None:
-    """Resident memory of this process in 10^6 bytes; outside Linux the peak, on Windows None."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-        return int(line.split()[1]) * 1024 / 1e6
-    return peak_mb()
-
-
-def peak_mb() -> float | None:
-    """Peak resident memory of this process in 10^6 bytes; None on Windows."""
-    try:
-        import resource  # noqa: PLC0415 - missing on Windows
-    except ImportError:
-        return None
-    # Bytes on macOS, KiB elsewhere.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

@@ -9,14 +9,14 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from edgetune_runtime import __version__
 from edgetune_runtime.errors import EdgetuneError
 
-from . import ollama_answers, ollama_requests, openai_answers, openai_requests
+from . import ollama_answers, ollama_requests, openai_answers, openai_requests, page
 from .answering import Answering
 from .connection import read_json, until_disconnect
 from .counted import Counted
@@ -40,10 +40,6 @@ def application(answering: Answering, access: Access) -> ASGIApp:
 
 
 def _common(answering: Answering) -> list[Route]:
-    async def home(_: Request) -> Response:
-        # Clients of Ollama look here whether a server runs.
-        return PlainTextResponse(f"edgetune-run serves {answering.models.manifest.name}\n")
-
     async def health(_: Request) -> Response:
         return json_response({"status": "ok"})
 
@@ -54,7 +50,7 @@ def _common(answering: Answering) -> list[Route]:
     async def metrics(_: Request) -> Response:
         return Response(answering.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
-    return [Route("/", home), Route("/healthz", health), Route("/readyz", ready), Route("/metrics", metrics)]
+    return [*page.routes(answering), Route("/healthz", health), Route("/readyz", ready), Route("/metrics", metrics)]
 
 
 class _Api:

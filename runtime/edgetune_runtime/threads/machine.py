@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,25 @@ def cpu_quota(root: Path = ROOT) -> float | None:
         if quota and period and quota > 0:
             quotas.append(quota / period)
     return min(quotas, default=None)
+
+
+def resident_mb() -> float | None:
+    """Resident memory of this process in 10^6 bytes; outside Linux the peak, on Windows None."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024 / 1e6
+    return peak_mb()
+
+
+def peak_mb() -> float | None:
+    """Peak resident memory of this process in 10^6 bytes; None on Windows."""
+    try:
+        import resource  # noqa: PLC0415 - missing on Windows
+    except ImportError:
+        return None
+    # Bytes on macOS, KiB elsewhere.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def free_mb(root: Path = ROOT) -> float | None:

@@ -1,0 +1,156 @@
+"""The page at `/`, in Debian's Chromium where there is one."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+from edgetune_runtime.server.settings import Access
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from .conftest import Running, Start
+
+KEY = "a-key-of-more-than-sixteen-characters"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# Without these, Chromium looks for hosts of its own.
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")  # fmt: skip
+Visit = Callable[..., Page]
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Visit]:
+    """`visit(server, **context options)` opens the page; at the end of the test it must have reported no error."""
+    problems: list[str] = []
+    contexts = []
+
+    def go(server: Running, **options: Any) -> Page:  # noqa: ANN401 - playwright's options
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: None if is_status(message.text) else problems.append(message.text))
+        page.goto(server.url)
+        return page
+
+    yield go
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def is_status(message: str) -> bool:
+    """Whether Chromium reports the status of a refused request, which the page shows itself."""
+    return message.startswith("Failed to load resource")
+
+
+def test_a_browser_gets_the_page_and_other_clients_a_line_of_text(start: Start) -> None:
+    server = start()
+    assert server.client.get("/").text.startswith("edgetune-run serves ")
+    reply = server.client.get("/", headers={"Accept": "text/html,*/*"})
+    policy = reply.headers["Content-Security-Policy"]
+    for tag in ("script", "style"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", reply.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)", reply.text), "no assets from outside"
+
+
+def test_the_facts_of_the_bundle_need_the_key(start: Start) -> None:
+    server = start(access=Access((KEY,)))
+    assert server.client.get("/edgetune/bundle").status_code == 401
+    facts = server.client.get("/edgetune/bundle", headers={"Authorization": f"Bearer {KEY}"}).json()
+    assert [model["name"] for model in facts["models"]][1:] == server.runtime.adapters
+    assert facts["context_length"] == server.runtime.context_length
+    assert "method" not in facts["models"][0]
+
+
+@needs_browser
+def test_the_page_streams_the_answers_of_two_adapters_by_keyboard_alone(start: Start, visit: Visit) -> None:
+    server = start()
+    first, second = server.runtime.adapters[:2]
+    page = visit(server)
+    page.get_by_label("side by side").focus()
+    page.keyboard.press("Space")
+    selects = page.get_by_label("Adapter", exact=True)
+    expect(selects).to_have_count(2)
+    selects.nth(0).select_option(first)
+    selects.nth(1).select_option(second)
+    page.get_by_label("most tokens").fill("12")
+    page.get_by_role("textbox", name="Prompt").focus()
+    page.keyboard.type("turn on the light")
+    page.keyboard.press("Enter")
+    answers = page.get_by_role("status", name="Answer")
+    for place, adapter in enumerate((first, second)):
+        wanted = server.runtime.generate("turn on the light", adapter=adapter, max_tokens=12).text
+        expect(answers.nth(place)).to_have_text(wanted, use_inner_text=False)
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    expect(page.locator(".figures").first).to_contain_text("first token")
+    expect(page.locator(".figures").first).to_contain_text("µs")
+
+
+@needs_browser
+def test_the_page_fits_a_phone(start: Start, visit: Visit) -> None:
+    page = visit(start(), viewport={"width": 360, "height": 700}, color_scheme="dark")
+    page.get_by_label("side by side").check()
+    page.get_by_text("About this adapter").first.click()
+    expect(page.get_by_text("method", exact=True).first).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+@needs_browser
+def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(start: Start, visit: Visit) -> None:
+    page = visit(start(access=Access((KEY,))))
+    key = page.get_by_label("This server asks for an API key.")
+    key.fill("wrong")
+    key.press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("That key is wrong.")
+    key.fill(KEY)
+    key.press("Enter")
+    expect(page.get_by_role("textbox", name="Prompt")).to_be_visible()
+    expect(key).to_be_hidden()
+
+
+@needs_browser
+def test_an_answer_that_is_stopped_leaves_the_server(start: Start, visit: Visit) -> None:
+    server = start(contexts=1)
+    page = visit(server)
+    page.get_by_role("textbox", name="Prompt").fill("tell me a story")
+    # With the only context taken, the answer has to wait.
+    with closing(server.runtime.stream("play", max_tokens=20)) as stream:
+        next(stream)
+        page.get_by_role("button", name="Send").click()
+        page.get_by_role("button", name="Stop").click()
+        expect(page.get_by_role("button", name="Send")).to_be_enabled()
+        expect(page.get_by_role("status", name="Answer").first).to_have_text("(stopped)")
+        route = 'edgetune_requests_total{route="/v1/chat/completions",status="499"} 1.0'
+        for _ in range(100):
+            if route in server.client.get("/metrics").text:
+                break
+            page.wait_for_timeout(50)
+        else:
+            pytest.fail("the request still waits")
+
+
+@needs_browser
+def test_what_the_server_refuses_is_shown_in_place_of_the_answer(start: Start, visit: Visit) -> None:
+    page = visit(start())
+    page.get_by_role("textbox", name="Prompt").fill("light " * 2000)
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("status", name="Answer").first).to_contain_text("context")
