@@ -23,6 +23,7 @@ from .formats.quantization import describe
 from .interrupts import end_on_interrupt
 from .server import command as server
 from .threads.priority import NORMAL, PRIORITIES
+from .voice import command as wyoming
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", _bench, "measure load time, switching, time to first token, speed and memory")
     warm = _command(commands, "warm", _warm, "compute the states of the adapters' fixed prompts and save them to disk")
     serve = _command(commands, "serve", _serve, "answer requests of OpenAI's and Ollama's APIs over HTTP")
+    voice = _command(commands, "wyoming", _wyoming, "answer voice assistants over the Wyoming protocol")
     text = "show the cores, memory and libraries of this machine, and what slows answers down"
     doctor = commands.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.")
     doctor.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="also check the bundle in this folder")
@@ -123,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_tools(_add_form(generate), generate)
     _add_form(chat)
     server.add_options(serve)
-    for command in (generate, classify, chat, bench, warm, serve):
+    wyoming.add_options(voice)
+    for command in (generate, classify, chat, bench, warm, serve, voice):
         _add_opening(command)
     return parser
 
@@ -277,6 +280,10 @@ def _warm(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     server.run(options, partial(_open, options))
+
+
+def _wyoming(options: argparse.Namespace) -> None:
+    wyoming.run(options, partial(_open, options))
 
 
 def _list_states(options: argparse.Namespace) -> None:

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     Raises UsageError for a host that others can reach without a key, or a port in use, before the bundle is opened.
     """
     try:
-        from .listening import bind, can_be_reached, url_of  # noqa: PLC0415 - only `serve` needs the extra
+        from .binding import bind, can_be_reached, url_of  # noqa: PLC0415 - only `serve` needs the extra
         from .serve import Serving, serve  # noqa: PLC0415
     except ImportError as error:
         message = f"serving needs {error.name}, which is not installed"

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.server.listening import bind, url_of
+from edgetune_runtime.server.binding import bind, url_of
 from edgetune_runtime.server.serve import Serving, serve
 from edgetune_runtime.server.settings import Access, Limits
 

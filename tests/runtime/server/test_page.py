@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from edgetune_runtime.server.settings import Access
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-
-from .conftest import Running, Start
+from runtime.server.conftest import Running, Start
 
 KEY = "a-key-of-more-than-sixteen-characters"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

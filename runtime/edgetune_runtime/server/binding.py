@@ -1,0 +1,45 @@
+"""A host and a port in, a listening socket out, and who can reach it."""
+
+from __future__ import annotations
+
+import socket
+
+from edgetune_runtime.errors import UsageError
+
+from .settings import is_loopback
+
+_LAST_PORT = 65_535
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; UsageError for a host or a port that cannot be had."""
+    if not 0 <= port <= _LAST_PORT:
+        # The system would take another port without a word.
+        raise UsageError(f"port is {port}", f"give 0 to {_LAST_PORT}; 0 takes a free one")
+    try:
+        family, _, _, _, address = min(
+            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
+            # `localhost` has two addresses, and more clients try the one of IPv4.
+            key=lambda found: found[0] != socket.AF_INET,
+        )
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        message = f"cannot listen on {host}, port {port}: {error.strerror}"
+        raise UsageError(message, "choose another --host or --port; port 0 takes a free one") from error
+
+
+def can_be_reached(host: str) -> bool:
+    """Whether other machines can reach a server on this host; UsageError for an unknown host."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise UsageError(f"host {host!r} is unknown: {error.strerror}", "give an IP address of this machine") from error
+    return not all(is_loopback(str(address[0])) for *_, address in found)
+
+
+def url_of(listening: socket.socket) -> str:
+    """The address of a server for clients on this machine."""
+    host, port = listening.getsockname()[:2]
+    if listening.family == socket.AF_INET6:
+        return f"http://[{'::1' if host == '::' else host}]:{port}"
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"

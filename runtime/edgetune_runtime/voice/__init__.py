@@ -1,0 +1,1 @@
+"""Answers for voice assistants, over the Wyoming protocol."""

@@ -1,0 +1,161 @@
+"""The Wyoming service, asked by the protocol's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.asynchronous import AsyncRuntime
+from edgetune_runtime.cli import main
+from edgetune_runtime.server.binding import bind
+from edgetune_runtime.voice.service import MOST_BYTES, Service, run
+from wyoming.asr import Transcript
+from wyoming.client import AsyncClient
+from wyoming.event import Event
+from wyoming.handle import Handled, HandledChunk, HandledStart, HandledStop, NotHandled
+from wyoming.info import Describe, Info
+from wyoming.ping import Ping, Pong
+
+Ask = Callable[[str], Awaitable[None]]
+
+
+def asked(runtime: Runtime, ask: Ask) -> None:
+    """Run `ask(uri)` while the service runs with the first adapter."""
+
+    async def both() -> None:
+        service = Service(AsyncRuntime(runtime), runtime.adapters[0], ("en",), max_tokens=12, deadline_s=20)
+        with bind("127.0.0.1", 0) as listening:
+            serving = asyncio.create_task(run(service, listening, lambda: None))
+            try:
+                await asyncio.wait_for(ask(f"tcp://127.0.0.1:{listening.getsockname()[1]}"), 30)
+            finally:
+                serving.cancel()
+                with suppress(asyncio.CancelledError):
+                    await serving
+
+    asyncio.run(both())
+
+
+async def events(client: AsyncClient, until: str) -> list[Event]:
+    """The events up to one of this type."""
+    found: list[Event] = []
+    while not found or found[-1].type != until:
+        event = await client.read_event()
+        assert event is not None, [event.type for event in found]
+        found.append(event)
+    return found
+
+
+def test_a_transcript_is_answered_piece_by_piece_and_whole(runtime: Runtime) -> None:
+    wanted = runtime.generate("turn on the light", adapter=runtime.adapters[0], max_tokens=12).text
+
+    async def ask(uri: str) -> None:
+        async with AsyncClient.from_uri(uri) as client:
+            # Two on one connection, as Home Assistant does.
+            for number in range(2):
+                await client.write_event(Transcript("turn on the light", context={"turn": number}).event())
+                first, *pieces, whole, _ = await events(client, HandledStop().event().type)
+                assert HandledStart.is_type(first.type)
+                assert "".join(HandledChunk.from_event(piece).text for piece in pieces) == wanted
+                assert Handled.from_event(whole) == Handled(wanted, {"turn": number})
+
+    asked(runtime, ask)
+
+
+def test_the_service_describes_its_adapter_and_answers_a_ping(runtime: Runtime) -> None:
+    async def ask(uri: str) -> None:
+        async with AsyncClient.from_uri(uri) as client:
+            await client.write_event(Describe().event())
+            (event,) = await events(client, "info")
+            (program,) = Info.from_event(event).handle
+            assert [model.name for model in program.models] == runtime.adapters[:1]
+            assert program.supports_handled_streaming
+            await client.write_event(Ping("there?").event())
+            (event,) = await events(client, "pong")
+            assert Pong.from_event(event).text == "there?"
+
+    asked(runtime, ask)
+
+
+def test_a_prompt_that_does_not_fit_is_not_handled_and_says_why(runtime: Runtime) -> None:
+    async def ask(uri: str) -> None:
+        async with AsyncClient.from_uri(uri) as client:
+            await client.write_event(Transcript("light " * 2000).event())
+            *_, event = await events(client, "not-handled")
+            assert "context" in str(NotHandled.from_event(event).text)
+            await client.write_event(Transcript("turn on the light").event())
+            await events(client, "handled-stop")
+
+    asked(runtime, ask)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        json.dumps({"type": "transcript", "data_length": 10 * MOST_BYTES}).encode() + b"\n",
+        json.dumps({"type": "audio-chunk", "payload_length": 10 * MOST_BYTES}).encode() + b"\n",
+        b"x" * (3 * MOST_BYTES),
+        b"[]\n",
+        b'{"type": "transcript"}\n',
+        b'{"type": "transcript", "data": {"text": 7}}\n',
+    ],
+)
+def test_what_is_no_event_ends_its_connection_and_no_other(runtime: Runtime, data: bytes) -> None:
+    async def ask(uri: str) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(uri.rpartition(":")[2]))
+        writer.write(data)
+        with suppress(ConnectionError):
+            while await reader.read(1 << 16):
+                pass
+        writer.close()
+        async with AsyncClient.from_uri(uri) as client:
+            await client.write_event(Transcript("turn on the light").event())
+            await events(client, "handled-stop")
+
+    asked(runtime, ask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "none"], "no adapter 'none'"),
+        ([], "has several adapters"),
+        (["--adapter", "plain", "--uri", "tcp://0.0.0.0:0"], "others can reach 0.0.0.0"),
+        (["--adapter", "plain", "--uri", "127.0.0.1:5"], "is no address"),
+        (["--adapter", "plain", "--uri", "tcp://127.0.0.1:70000"], "is no address"),
+    ],
+)
+def test_a_wrong_command_ends_in_one_line(
+    bundle: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with Runtime.open(bundle) as runtime:
+        given = [runtime.adapters[0] if argument == "plain" else argument for argument in arguments]
+    assert main(["wyoming", str(bundle), *given]) != 0
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_the_command_says_where_it_listens_and_stops_when_told(bundle: Path, runtime: Runtime) -> None:
+    command = [sys.executable, "-m", "edgetune_runtime", "wyoming", str(bundle), "--uri", "tcp://127.0.0.1:0", "--json"]
+    with subprocess.Popen([*command, "--adapter", runtime.adapters[0]], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        uri = json.loads(process.stdout.readline())["uri"]
+
+        async def ask() -> None:
+            async with AsyncClient.from_uri(uri) as client:
+                await client.write_event(Transcript("turn on the light").event())
+                await events(client, "handled-stop")
+
+        asyncio.run(ask())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
