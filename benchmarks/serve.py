@@ -1,0 +1,336 @@
+"""A bundle in; how its server bears a load of many clients out, beside llama.cpp's server: a table.
+
+    pip install -e '.[demo,server]' httpx psutil xllamacpp
+    python benchmarks/serve.py build/smart-home --recipe examples/smart-home/quick.yaml --out benchmarks/results
+
+Both servers run in a process of their own on loopback and get the same requests: a validation row of one of the
+adapters, all adapters in turn, `--at-once` requests at a time, every second one streamed. edgetune's answers are
+compared with those of a cold runtime, llama.cpp's with its own answers to one request at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import read_manifest, resolve
+from edgetune_runtime.text.chat import messages_for, render
+
+from edgetune.recipe.model import load_recipe
+from edgetune.tasks import read_task
+
+MOST_TOKENS = 48
+CONTEXT = 512
+WARM = 100
+"""Requests after which the memory is taken that later requests are compared with."""
+
+Body = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: an adapter's name and a prompt."""
+
+    adapter: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back: the text, or the error, and the seconds to the first piece and to the end."""
+
+    text: str
+    error: str
+    first_s: float
+    whole_s: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server: its address, the process whose memory counts, and how it is asked and answers."""
+
+    url: str
+    process: psutil.Process
+    path: str
+    body: Callable[[Ask, bool], Body]
+    piece: Callable[[Any], str]
+    whole: Callable[[Any], str]
+
+
+def main() -> None:
+    """Serve the bundle, send the requests, and write the figures."""
+    parser = argparse.ArgumentParser(description="Measure a bundle's server under load, beside llama.cpp's.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--recipe", type=Path, required=True, help="the recipe with the rows")
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--at-once", type=int, default=16, help="requests at a time")
+    parser.add_argument("--rows", type=int, default=25, help="validation rows per adapter")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--servers", nargs="+", choices=sorted(SERVERS), default=list(SERVERS))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write serve.json and serve.md here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        run_llama_server(options)
+        return
+    asks = asks_of(options)
+    found = {}
+    for name in options.servers:
+        with SERVERS[name](options) as target:
+            reference = references(options, asks) if name == "edgetune" else one_at_a_time(target, asks)
+            found[name] = measure(target, list(islice(cycle(asks), options.requests)), options.at_once, reference)
+    result = {
+        "machine": _machine(),
+        **{key: getattr(options, key) for key in ("requests", "at_once", "rows", "threads")},
+        "servers": found,
+    }
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "serve.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (options.out / "serve.md").write_text(table(result), encoding="utf-8")
+    print(json.dumps(result) if options.json else table(result))
+
+
+def asks_of(options: argparse.Namespace) -> list[Ask]:
+    """Rows of all adapters in turn."""
+    recipe = load_recipe(options.recipe)
+    rows = {name: read_task(name, recipe).validation[: options.rows] for name in recipe.adapters}
+    return [
+        Ask(name, str(row[place].messages[-1]["content"] if row[place].messages else row[place].text))
+        for place in range(options.rows)
+        for name, row in rows.items()
+        if place < len(row)
+    ]
+
+
+def references(options: argparse.Namespace, asks: Sequence[Ask]) -> dict[Ask, str]:
+    """Answers of a runtime that keeps no states, one after another."""
+    with Runtime.open(options.bundle, threads=options.threads, cache_mb=0, disk_mb=0, contexts=1) as runtime:
+        found = {}
+        for ask in asks:
+            runtime.clear_cache()
+            found[ask] = runtime.generate(ask.prompt, adapter=ask.adapter, max_tokens=MOST_TOKENS).text
+        return found
+
+
+def one_at_a_time(target: Target, asks: Sequence[Ask]) -> dict[Ask, str]:
+    """The server's own answers to one request at a time."""
+    return {ask: reply.text for ask, reply in zip(asks, asyncio.run(_load(target, asks, 1))[0], strict=True)}
+
+
+def measure(target: Target, asks: Sequence[Ask], at_once: int, reference: dict[Ask, str]) -> dict[str, Any]:
+    """Figures of a load: times in ms, memory in 10^6 bytes."""
+    begin = time.perf_counter()
+    replies, warm_mb = asyncio.run(_load(target, asks, at_once))
+    seconds = time.perf_counter() - begin
+    good = [reply for reply in replies if not reply.error]
+    streamed = [reply.first_s * 1e3 for reply in good if reply.first_s]
+    whole = [reply.whole_s * 1e3 for reply in good]
+    return {
+        "errors": len(replies) - len(good),
+        "first_error": next((reply.error for reply in replies if reply.error), ""),
+        "other_texts": sum(
+            reply.text != reference[ask] for ask, reply in zip(asks, replies, strict=True) if not reply.error
+        ),
+        "requests_per_s": round(len(replies) / seconds, 2),
+        "ttft_ms": _spread(streamed),
+        "answer_ms": _spread(whole),
+        "rss_mb": {"after_100": round(warm_mb, 1), "end": round(_rss_mb(target), 1)},
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    if len(values) < 2:
+        return {}
+    return {"p50": round(statistics.median(values), 1), "p99": round(statistics.quantiles(values, n=100)[98], 1)}
+
+
+async def _load(target: Target, asks: Sequence[Ask], at_once: int) -> tuple[list[Reply], float]:
+    """The replies in the order of the requests, and the memory after the first ones."""
+    replies: list[Reply | None] = [None] * len(asks)
+    places, warm_mb = iter(range(len(asks))), 0.0
+    limits = httpx.Limits(max_connections=at_once)
+    async with httpx.AsyncClient(base_url=target.url, timeout=300, limits=limits) as client:
+
+        async def work() -> None:
+            nonlocal warm_mb
+            for place in places:
+                replies[place] = await _ask(client, target, asks[place], streams=place % 2 == 0)
+                if place == WARM:
+                    warm_mb = _rss_mb(target)
+
+        await asyncio.gather(*(work() for _ in range(at_once)))
+    return [reply for reply in replies if reply is not None], warm_mb
+
+
+async def _ask(client: httpx.AsyncClient, target: Target, ask: Ask, *, streams: bool) -> Reply:
+    begin, first_s, text = time.perf_counter(), 0.0, ""
+    body = target.body(ask, streams)
+    try:
+        if not streams:
+            reply = await client.post(target.path, json=body)
+            reply.raise_for_status()
+            return Reply(target.whole(reply.json()), "", 0.0, time.perf_counter() - begin)
+        async with client.stream("POST", target.path, json=body) as streamed:
+            streamed.raise_for_status()
+            async for line in streamed.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                piece = target.piece(json.loads(line.removeprefix("data: ")))
+                first_s = first_s or (time.perf_counter() - begin if piece else 0.0)
+                text += piece
+        return Reply(text, "", first_s, time.perf_counter() - begin)
+    except (httpx.HTTPError, KeyError, ValueError) as error:
+        return Reply("", f"{type(error).__name__}: {error}", 0.0, time.perf_counter() - begin)
+
+
+@contextmanager
+def edgetune(options: argparse.Namespace) -> Iterator[Target]:
+    """`edgetune-run serve`."""
+    command = [sys.executable, "-m", "edgetune_runtime", "serve", str(options.bundle), "--port", "0", "--json"]
+    command += ["--threads", str(options.threads), "--max-waiting", str(options.at_once)]
+
+    def body(ask: Ask, streams: bool) -> Body:
+        messages = [{"role": "user", "content": ask.prompt}]
+        return {"model": ask.adapter, "messages": messages, "max_tokens": MOST_TOKENS, "stream": streams}
+
+    def piece(event: Any) -> str:  # noqa: ANN401 - JSON
+        return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = json.loads(process.stdout.readline())["url"]
+        path = "/v1/chat/completions"
+        yield Target(
+            url, psutil.Process(process.pid), path, body, piece, lambda found: found["choices"][0]["message"]["content"]
+        )
+        process.terminate()
+
+
+@contextmanager
+def llama_server(options: argparse.Namespace) -> Iterator[Target]:
+    """llama.cpp's server with the same adapters, a slot for each core, and its prompt cache."""
+    manifest = read_manifest(options.bundle)
+    numbers = {name: number for number, name in enumerate(manifest.adapters)}
+    command = [sys.executable, __file__, *sys.argv[1:2], "--recipe", str(options.recipe), "--worker"]
+    command += ["--threads", str(options.threads)]
+
+    def body(ask: Ask, streams: bool) -> Body:
+        messages = messages_for(ask.prompt, manifest.adapters[ask.adapter].system)
+        scales = [{"id": number, "scale": float(name == ask.adapter)} for name, number in numbers.items()]
+        return {
+            "prompt": render(template, messages, add_generation_prompt=True),
+            "n_predict": MOST_TOKENS,
+            "temperature": 0.0,
+            "stream": streams,
+            "cache_prompt": True,
+            "lora": scales,
+        }
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        started = next(json.loads(line) for line in process.stdout if line.startswith("{"))
+        template = started["template"]
+        yield Target(
+            started["url"],
+            psutil.Process(process.pid),
+            "/completion",
+            body,
+            lambda event: str(event.get("content", "")),
+            lambda found: str(found["content"]),
+        )
+        process.terminate()
+
+
+def run_llama_server(options: argparse.Namespace) -> None:
+    """Run llama.cpp's server in this process until it is told to stop."""
+    import xllamacpp
+    from edgetune_runtime.engines.gguf.base import GgufTokenizer
+
+    manifest = read_manifest(options.bundle)
+    base = resolve(options.bundle, manifest.base.files["gguf"])
+    params = xllamacpp.CommonParams()
+    params.model.path = str(base)
+    slots = options.threads
+    params.n_ctx, params.n_parallel, params.port = CONTEXT * slots, slots, _free_port()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
+    adapters = []
+    for entry in manifest.adapters.values():
+        info = xllamacpp.CommonAdapterLoraInfo()
+        info.path, info.scale = str(resolve(options.bundle, entry.files["gguf"])), 0.0
+        adapters.append(info)
+    params.lora_adapters = adapters
+    server = xllamacpp.Server(params)
+    template = GgufTokenizer(base).chat_template
+    print(json.dumps({"url": server.listening_address, "template": template}), flush=True)
+    while True:
+        time.sleep(3600)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+SERVERS = {"edgetune": edgetune, "llama-server": llama_server}
+
+
+def _rss_mb(target: Target) -> float:
+    return float(target.process.memory_info().rss) / 1e6
+
+
+def _machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    kind = "AVX-512 bf16" if any("avx512_bf16" in line for line in lines) else "no bf16"
+    return {"cpu": cpu, "kind": kind, "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: a row for each server."""
+    machine = result["machine"]
+    lines = [
+        f"{result['requests']} requests, {result['at_once']} at a time, {result['threads']} threads, "
+        f"{machine['cpu']} ({machine['kind']}). RSS after {WARM} requests and at the end.",
+        "",
+        "| server | errors | other texts | requests/s | TTFT p50 / p99, ms | answer p50 / p99, ms | RSS, MB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, found in result["servers"].items():
+        spreads = [
+            f"{spread['p50']:.0f} / {spread['p99']:.0f}" if spread else ""
+            for spread in (found["ttft_ms"], found["answer_ms"])
+        ]
+        memory = f"{found['rss_mb']['after_100']:.0f} / {found['rss_mb']['end']:.0f}"
+        cells = [
+            name,
+            str(found["errors"]),
+            str(found["other_texts"]),
+            f"{found['requests_per_s']:.1f}",
+            *spreads,
+            memory,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
