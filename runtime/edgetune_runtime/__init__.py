@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .async_stream import AsyncStream
     from .asynchronous import AsyncRuntime, AsyncSession
     from .decoding.logprobs import TokenLogprob
+    from .events import Event
     from .generation import Answer, Stream, Timings
     from .runtime import Runtime
     from .session import Session
@@ -42,6 +43,7 @@ __all__ = [
     "BusyError",
     "CancelledError",
     "EdgetuneError",
+    "Event",
     "IncompatibleError",
     "NotFoundError",
     "OutOfSpaceError",
@@ -67,6 +69,7 @@ _LAZY = {
     "AsyncRuntime": "asynchronous",
     "AsyncSession": "asynchronous",
     "AsyncStream": "async_stream",
+    "Event": "events",
     "Stream": "generation",
     "Timings": "generation",
     "TokenLogprob": "decoding.logprobs",

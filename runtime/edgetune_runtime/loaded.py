@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from .decoding.grammars import Grammars
 from .decoding.output import OutputSpec
 from .engines.base import Tokenizer
 from .errors import IncompatibleError, PromptTooLongError, UsageError, VerificationError
+from .events import Event
 from .generation import Call, Carried
 from .opening import OpeningOptions, file_of, open_base
 from .options import AnswerForm
@@ -51,6 +53,7 @@ class LoadedBundle:
         self.manifest = manifest
         self.options = options
         self._running = running
+        self._process = os.getpid()
         self._merged: dict[str, Pool] = {}
         self._drafts: dict[str, DraftTable] = {}
         self._outputs: dict[str, OutputSpec] = {}
@@ -146,7 +149,13 @@ class LoadedBundle:
         return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
-        """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice."""
+        """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice.
+
+        All calls begin here, so UsageError too in a process that was forked since: its parent has the threads.
+        """
+        if os.getpid() != self._process:
+            message = "the bundle was opened before this process was forked"
+            raise UsageError(message, "open it after the fork, or start processes by spawn")
         if adapter is None:
             return {}
         if isinstance(adapter, str):
@@ -233,7 +242,9 @@ class LoadedBundle:
                 file = file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")
                 begin = time.perf_counter()
                 made = open_base(self.bundle, self.manifest, file, self.options)
-                _LOG.info("loaded merged adapter %r in %.2f s", entry.name, time.perf_counter() - begin)
+                elapsed_s = time.perf_counter() - begin
+                _LOG.info("loaded merged adapter %r in %.2f s", entry.name, elapsed_s)
+                self.options.emit(Event("loaded", entry.name, seconds=elapsed_s))
                 assert isinstance(made, Pool)
                 self._merged[entry.name] = made
             return self._merged[entry.name]

@@ -15,6 +15,7 @@ from typing import TypeVar
 from .bundle import STATES_FOLDER, Manifest, resolve, verify_files
 from .engines.base import Engine, EngineClass, LabelEngineClass
 from .errors import IncompatibleError, VerificationError
+from .events import Emit, ignore
 from .serving.classifier import Classifier
 from .serving.context import Context
 from .serving.governor import Governor
@@ -54,6 +55,7 @@ class OpeningOptions:
     priority: str = NORMAL
     map_large_blocks: bool = False
     drafts: bool = True
+    emit: Emit = ignore
 
 
 def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
@@ -100,10 +102,20 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptio
     running = _loaded(load, thread)
     kv_bytes = int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes)
     invocations = {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation}
-    cache, prompts = StateCache(options.cache_mb), _prompts(bundle, manifest, running, options)
+    cache, prompts = StateCache(options.cache_mb, options.emit), _prompts(bundle, manifest, running, options)
     limit = options.contexts or _contexts(needed_mb, free)
     governor = Governor(running.threads, adjusts=running.adjusts_threads)
-    shared = Shared(sha256, kv_bytes, cache, governor, invocations, prompts, exact=options.exact, thread=thread)
+    shared = Shared(
+        sha256,
+        kv_bytes,
+        cache,
+        governor,
+        invocations,
+        prompts,
+        exact=options.exact,
+        thread=thread,
+        emit=options.emit,
+    )
     return Pool(Context(running, shared), limit=limit, waiting=options.waiting)
 
 

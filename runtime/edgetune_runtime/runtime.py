@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +15,14 @@ from . import engines
 from .bundle import read_manifest
 from .engines import gguf
 from .errors import UsageError
+from .events import Event, safely
 from .generation import Answer, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .opening import OpeningOptions, file_of, open_base
 from .options import AnswerForm, AnswerOptions, split_form
 from .scoring import most_likely, window_loss
 from .session import Session
+from .states.cache import name_of
 from .states.store import StateStore, default_folder
 from .text.chat import Prompt
 from .threads.priority import NORMAL
@@ -60,6 +62,7 @@ class Runtime:
         priority: str = NORMAL,
         map_large_blocks: bool = False,
         drafts: bool = True,
+        on_event: Callable[[Event], None] | None = None,
     ) -> Self:
         """Open a bundle: check its files, map the base and load the adapters.
 
@@ -95,6 +98,9 @@ class Runtime:
         With `drafts`, tokens are drafted from the adapter's draft table and from the prompt, and verified several per
         step (speculative decoding). This changes no answer, except that rounding may decide a near tie differently.
 
+        `on_event` is called with each `Event`, on the thread of the call and while it holds its context: it must be
+        quick and must not call the runtime. Its errors are logged.
+
         Raises NotFoundError for missing files, VerificationError for damaged files, IncompatibleError for adapters of
         another base or a missing engine, UsageError for invalid options.
         """
@@ -127,6 +133,7 @@ class Runtime:
             priority=priority,
             map_large_blocks=map_large_blocks,
             drafts=drafts,
+            emit=safely(on_event),
         )
         loaded = LoadedBundle(bundle, manifest, open_base(bundle, manifest, file, options), options)
         try:
@@ -139,6 +146,7 @@ class Runtime:
             _LOG.warning("threads=%d, but only %d cores are available", options.threads, loaded.threads)
         elapsed_s, count = time.perf_counter() - begin, len(manifest.adapters)
         _LOG.info("opened %s with %s and %d adapters in %.2f s", bundle, engine, count, elapsed_s)
+        options.emit(Event("loaded", manifest.name, seconds=elapsed_s))
         return cls(loaded)
 
     @property
@@ -292,9 +300,10 @@ class Runtime:
                 job = replace(call.job, is_given=False)
                 with call.pool.lease(job) as context:
                     reused = context.run(job).reused
-                count, elapsed_ms = call.job.fixed, (time.perf_counter() - begin) * 1e3
-                _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", _name_of(choice), count, reused, elapsed_ms)
-                tokens[_name_of(choice)] = call.job.fixed
+                name, count, elapsed_s = _name_of(choice), call.job.fixed, time.perf_counter() - begin
+                _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", name, count, reused, elapsed_s * 1e3)
+                self._loaded.options.emit(Event("warmed", name, seconds=elapsed_s, tokens=count))
+                tokens[name] = count
         return tokens
 
     def clear_cache(self) -> None:
@@ -315,6 +324,4 @@ class Runtime:
 
 
 def _name_of(adapter: Adapters) -> str:
-    if adapter is None or isinstance(adapter, str):
-        return adapter or "base"
-    return " ".join(f"{name}={scale:g}" for name, scale in adapter.items())
+    return name_of(adapter or {}) if not isinstance(adapter, str) else adapter

@@ -17,6 +17,7 @@ NAMES = {
     "BusyError",
     "CancelledError",
     "EdgetuneError",
+    "Event",
     "IncompatibleError",
     "NotFoundError",
     "OutOfSpaceError",

@@ -13,10 +13,11 @@ from typing import TypeVar
 from edgetune_runtime.decoding.batch_cost import BatchCost
 from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.errors import UsageError, VerificationError
+from edgetune_runtime.events import Event
 from edgetune_runtime.serving.governor import AnswerUsage
 from edgetune_runtime.states.activation import Spans, spans_of
 from edgetune_runtime.states.batches import CHUNK, batches, boundaries_of, common_boundary
-from edgetune_runtime.states.cache import CALLS, GIVEN, PROMPTS, Active, Key, SavedState, key_of, reusable
+from edgetune_runtime.states.cache import CALLS, GIVEN, PROMPTS, Active, Key, SavedState, key_of, name_of, reusable
 from edgetune_runtime.states.store import digest_of
 
 from .jobs import PromptJob, Shared, Start, go_on
@@ -262,7 +263,10 @@ class Context:
             self._save()
         # Activate first: changing the prefix drops the sequence, and a state is restored after its own prefix.
         active = dict(key.spans[-1][1])
+        was_active = None if self._key is None else dict(self._key.spans[-1][1])
         switch_ns = self._activate(active)
+        if active != was_active:
+            self.shared.emit(Event("switched", name_of(active), seconds=switch_ns / 1e9))
         self._key, self.owner, self._capacity = key, job.owner, self.engine.capacity(active)
         self._fixed = job.fixed
         if found is not None and cached > live:
@@ -377,8 +381,7 @@ def _last(ends: Sequence[int]) -> int:
 
 
 def _log_start(key: Key, tokens: int, reused: int, switch_ns: int) -> None:
-    names = " ".join(f"{name}={scale:g}" for name, scale in key.spans[-1][1]) or "the base"
-    _LOG.debug("switched to %s in %.1f µs", names, switch_ns / 1e3)
+    _LOG.debug("switched to %s in %.1f µs", name_of(dict(key.spans[-1][1])), switch_ns / 1e3)
     _LOG.debug("%s: %d of %d prompt tokens reused", "hit" if reused else "miss", reused, tokens)
 
 

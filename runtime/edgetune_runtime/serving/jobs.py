@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from edgetune_runtime.engines.base import Logits
+from edgetune_runtime.events import Emit, ignore
 from edgetune_runtime.serving.governor import Governor
 from edgetune_runtime.states.activation import Invocations, Spans
 from edgetune_runtime.states.cache import CALLS, StateCache
@@ -58,7 +59,7 @@ class Shared:
 
     `invocations` are the tokens that activate some of the adapters. With `exact`, a call reuses the states of others
     only where computing them would give the same bits; a session always reuses all of its own state. Steps run on
-    `thread` if given, else on the caller's thread.
+    `thread` if given, else on the caller's thread. `emit` is told of switches.
     """
 
     base: str
@@ -71,3 +72,4 @@ class Shared:
     turns: Turns = field(default_factory=Turns)
     exact: bool = True
     thread: ComputeThread | None = None
+    emit: Emit = ignore

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from edgetune_runtime.events import Emit, Event, ignore
+
 from .batches import common_boundary
 
 Active = tuple[tuple[str, float], ...]
@@ -71,6 +73,11 @@ def key_of(base: str, spans: Iterable[tuple[int, Mapping[str, float]]]) -> Key:
     return Key(base, tuple(found))
 
 
+def name_of(adapters: Mapping[str, float]) -> str:
+    """Adapters with their scales as one name; `base` for none."""
+    return " ".join(f"{name}={scale:g}" for name, scale in adapters.items()) or "base"
+
+
 def reusable(state: tuple[Key, Sequence[int]], wanted: tuple[Key, Sequence[int]]) -> int:
     """The length of the prefix that a state has in common with the wanted one, each given as key and tokens."""
     (key, tokens), (other, others) = state, wanted
@@ -102,8 +109,8 @@ class StateCache:
     states whose adapters differ only in the token where they become active count as the same set. Thread-safe.
     """
 
-    def __init__(self, budget_mb: float) -> None:
-        self._budget = int(budget_mb * 1e6)
+    def __init__(self, budget_mb: float, emit: Emit = ignore) -> None:
+        self._budget, self._emit = int(budget_mb * 1e6), emit
         self._states: OrderedDict[Slot, SavedState] = OrderedDict()
         self._lock = threading.Lock()
         self.bytes = 0
@@ -190,6 +197,8 @@ class StateCache:
             evicted = self._states[slot]
             _LOG.debug("evicted a state of %d tokens, %.1f MB", len(evicted.tokens), len(evicted.state) / 1e6)
             self._drop(slot)
+            name, tokens = name_of(dict(evicted.key.spans[-1][1])), len(evicted.tokens)
+            self._emit(Event("evicted", name, tokens=tokens, bytes=len(evicted.state)))
         return self.bytes + size <= self._budget
 
     def _drop(self, slot: Slot) -> None:

@@ -1,0 +1,48 @@
+"""What a runtime tells an app's callback: something was loaded, switched, evicted or warmed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a runtime did.
+
+    `kind` is `loaded` (the bundle, or a merged adapter on its first use), `switched` (a call has other adapters than
+    the call before it in the same context), `evicted` (a cached state, for lack of space) or `warmed` (the state of a
+    fixed prompt). `name` is the bundle's or the adapter's, `base` for the plain base. `tokens` and `bytes` are those of
+    the state.
+    """
+
+    kind: Literal["loaded", "switched", "evicted", "warmed"]
+    name: str
+    seconds: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+
+Emit = Callable[[Event], None]
+
+
+def ignore(_: Event) -> None:
+    """Do nothing."""
+
+
+def safely(callback: Emit | None) -> Emit:
+    """A callback whose errors are logged, so that they end no answer."""
+    if callback is None:
+        return ignore
+
+    def emit(event: Event) -> None:
+        try:
+            callback(event)
+        except Exception:
+            _LOG.exception("on_event failed for the event %s", event.kind)
+
+    return emit
