@@ -179,10 +179,14 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: a table for each engine and adapter, a row for each setup."""
     machine = result["machine"]
     about = f"{result['rows']} validation rows per adapter, {result['rounds']} rounds, {result['threads']} threads"
-    lines = [f"{about}, {machine['cpu']} ({machine['kind']})."]
+    note = (
+        "Other texts: answers that are not those of the adapter alone, and the largest margin of its token where one "
+        "begins to differ. A constraint changes answers that break it."
+    )
+    lines = [f"{about}, {machine['cpu']} ({machine['kind']}). {note}"]
     for task in result["tasks"]:
         plain = task["setups"][PLAIN]["tokens_per_s"]
-        head = "| setup | answer, ms | TTFT, ms | decode, tokens/s | speedup | tokens per step | other texts (margin) |"
+        head = "| setup | answer, ms | TTFT, ms | decode, tokens/s | speedup | tokens per step | other texts (nats) |"
         lines += ["", f"{_title(task)}", "", head, "| --- | --- | --- | --- | --- | --- | --- |"]
         for setup, found in task["setups"].items():
             cells = [

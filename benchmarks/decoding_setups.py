@@ -142,7 +142,7 @@ def llama_cpp_python(*, lookup: bool = False, constrained: bool = False) -> Setu
             draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4) if lookup else None,
         )
         grammar = LlamaGrammar.from_json_schema(place.spec.text, verbose=False) if constrained and place.spec else None
-        template = llama.metadata["tokenizer.chat_template"]
+        template = llama.metadata.get("tokenizer.chat_template")
 
         def answer(prompt: Prompt) -> Timed:
             begin = time.perf_counter()
@@ -220,7 +220,8 @@ def genai(*, constrained: bool = False) -> Setup:
         model = onnxruntime_genai.Model(settings)
         adapters, tokenizer = onnxruntime_genai.Adapters(model), onnxruntime_genai.Tokenizer(model)
         adapters.load(str(place.adapter_file), place.adapter)
-        template = (place.base.parent / "chat_template.jinja").read_text(encoding="utf-8")
+        template_file = place.base.parent / "chat_template.jinja"
+        template = template_file.read_text(encoding="utf-8") if template_file.exists() else None
 
         def answer(prompt: Prompt) -> Timed:
             begin = time.perf_counter()
