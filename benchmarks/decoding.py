@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE=RECIPE", help="a bundle, and the recipe with its rows")
     parser.add_argument("--rows", type=int, default=40, help="validation rows per adapter")
     parser.add_argument("--rounds", type=int, default=3, help="processes per setup")
+    parser.add_argument("--engines", nargs="+", default=["gguf", "onnx"], help="of those that a bundle has files for")
     parser.add_argument("--threads", type=int, default=2, help="threads of all setups")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write decoding.json, decoding.md and decoding.png here"
@@ -110,6 +111,7 @@ def _tasks(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             "setups": _adapter(pair, engine, adapter, options),
         }
         for engine in manifest.base.files
+        if engine in options.engines
         for adapter in manifest.adapters
     ]
 
