@@ -1,14 +1,16 @@
 """A home assistant with three adapters on one base, which switches adapters between the steps of an answer.
 
 `intent` classifies a sentence, `command` turns an order into a service call, `reply` puts the result into a butler's
-words, and small talk goes to the plain base. The home here is a stub that accepts every call. For a real home, replace
-`call_home` and `look_up`.
+words, and small talk goes to the plain base. The home here is a stub that accepts every call; mqtt_app.py has one over
+MQTT. For your home, replace `accept` and `look_up`.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from edgetune_runtime import Answer, EdgetuneError, Runtime
 
@@ -29,9 +31,13 @@ MANNER = {"role": "system", "content": "You are a calm butler. Answer in one sho
 
 @dataclass(frozen=True)
 class Home:
-    """The steps that answer one sentence, using an open bundle."""
+    """The steps that answer one sentence, using an open bundle.
+
+    `carry_out` gets a call {"service": ..., "area": ...} and returns an event for `reply`: "done: …" or "failed: …".
+    """
 
     runtime: Runtime
+    carry_out: Callable[[dict[str, Any]], str]
 
     def answer(self, sentence: str) -> str:
         """The assistant's answer to a sentence; an order is carried out first."""
@@ -39,17 +45,17 @@ class Home:
         print(f"  intent   {intent} ({scores[intent]:.0%})")
         if intent == "small_talk":
             return self.small_talk(sentence)
-        return self.reply(self.carry_out(sentence) if intent in ORDERS else look_up(intent))
+        return self.reply(self.obey(sentence) if intent in ORDERS else look_up(intent))
 
-    def carry_out(self, sentence: str) -> str:
+    def obey(self, sentence: str) -> str:
         """Carry out the order in a sentence and return the result as an event for `reply`."""
         answer = self.runtime.generate(sentence, adapter="command", max_tokens=60)
         show("command", answer)
         try:
             call = json.loads(answer.text)
         except ValueError:
-            return "failed: not understood"
-        return call_home(call)
+            call = None
+        return self.carry_out(call) if isinstance(call, dict) and "service" in call else "failed: not understood"
 
     def reply(self, event: str) -> str:
         """An event in the butler's words."""
@@ -65,11 +71,9 @@ class Home:
         return answer.text
 
 
-def call_home(call: object) -> str:
-    """A stub for the call {"service": ..., "area": ...} to a real home; returns whether it worked."""
-    if isinstance(call, dict) and "service" in call:
-        return f"done: {json.dumps(call)}"
-    return "failed: not understood"
+def accept(call: dict[str, Any]) -> str:
+    """A stub for a real home, in which every call works."""
+    return f"done: {json.dumps(call)}"
 
 
 def look_up(intent: str) -> str:
@@ -90,7 +94,7 @@ def main() -> None:
     parser.add_argument("sentence", nargs="*", default=SENTENCES, help="sentences to answer, each in quotes")
     options = parser.parse_args()
     with Runtime.open(options.bundle) as runtime:
-        home = Home(runtime)
+        home = Home(runtime, accept)
         for sentence in options.sentence:
             print(f"> {sentence}")
             print(f"  says     {home.answer(sentence)}\n")
