@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import queue
 import runpy
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from edgetune_runtime import Runtime
+import uvicorn
+from edgetune_runtime import AsyncRuntime, Runtime
 from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.context import Context
 from examples.conftest import EXAMPLES
@@ -37,7 +41,30 @@ def flask_at(bundle: Path) -> Iterator[tuple[str, Runtime]]:
             server.server_close()
 
 
-@pytest.fixture(params=[flask_at])
+@contextmanager
+def starlette_at(bundle: Path) -> Iterator[tuple[str, Runtime]]:
+    """The same of the Starlette app, served by uvicorn in an event loop of its own."""
+    create_app = runpy.run_path(str(EXAMPLES / "web/starlette_app.py"))["create_app"]
+    ready: queue.Queue[tuple[uvicorn.Server, Runtime]] = queue.Queue()
+
+    async def serve(listening: socket.socket) -> None:
+        async with await AsyncRuntime.open(bundle, contexts=1, waiting=0, disk_mb=0) as runtime:
+            server = uvicorn.Server(uvicorn.Config(create_app(runtime), log_level="error"))
+            ready.put((server, runtime.runtime))
+            await server.serve(sockets=[listening])
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=lambda: asyncio.run(serve(listening)))
+        thread.start()
+        server, runtime = ready.get(timeout=WAIT_S)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}", runtime
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(params=[flask_at, starlette_at])
 def served(request: pytest.FixtureRequest, talking_bundle: Path) -> Iterator[tuple[str, Runtime]]:
     """Address and runtime of each app."""
     with request.param(talking_bundle) as opened:
