@@ -26,10 +26,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+EXAMPLES = ("home-assistant", "smart-home", "triage")
 # Made by `make docs`, from the commands' own help.
 GENERATED = {"reference/commands.md"}
 PAGES = sorted(page for path in DOCS.rglob("*.md") if (page := path.relative_to(DOCS).as_posix()) not in GENERATED)
-READMES = ("README.md", "runtime/README.md", "examples/smart-home/README.md", "examples/triage/README.md")
+READMES = ("README.md", "runtime/README.md", *(f"examples/{name}/README.md" for name in EXAMPLES))
 CHECKED = [*READMES, *(f"docs/{page}" for page in PAGES)]
 FORMS = {"sh", "python", "js", "go", "ini", "yaml", "json", "text"}
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<form>[^\n]*)\n(?P<text>.*?)```", re.DOTALL)

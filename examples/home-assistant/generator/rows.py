@@ -1,0 +1,111 @@
+"""Makes the rows of the adapter `calls`: a home, what is said in it, the short prompt, and the answer."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from assist.devices import Home
+from assist.pick import pick
+from assist.prompt import calls_prompt
+
+from . import orders, others
+from .homes import invent
+from .orders import Answer, Said
+from .speech import say
+
+Row = dict[str, str]
+Maker = Callable[..., Said | None]
+
+
+def _ordered(home: Home, rng: random.Random, *, training: bool) -> Said | None:
+    made = orders.order(home, rng, training=training)
+    return made.said if made else None
+
+
+MAKERS: tuple[tuple[Maker, float], ...] = (
+    (_ordered, 45), (orders.untargeted, 8), (orders.in_area, 6), (orders.several, 9), (orders.everything, 1),
+    (orders.absent, 2), (others.follow_up, 6), (others.question, 10), (others.on_list, 8), (others.timer, 3),
+    (others.talk, 2),
+)  # fmt: skip
+"""What makes sentences, and how often."""
+PER_HOME = 8
+"""Rows of one invented home before the next is invented."""
+
+
+def rows(
+    seed: str, home: Home | None, share: float, *, training: bool, excluded: Collection[str] = ()
+) -> Iterator[Row]:
+    """Endless rows, the same for the same seed: this `share` of them about `home`, the others about invented homes.
+
+    `excluded` sentences, as `normal` writes them, do not occur.
+    """
+    rng = random.Random(seed)
+    number = 0
+    invented = invent(rng)
+    while True:
+        own = home is not None and rng.random() < share
+        at = home if own and home is not None else invented
+        row = _row(at, rng, training=training, excluded=excluded)
+        if row is None:
+            continue
+        yield row
+        number += 1
+        if number % PER_HOME == 0:
+            invented = invent(rng)
+
+
+def normal(sentence: str) -> str:
+    """A sentence in small letters, without punctuation and politeness, to compare it with others."""
+    text = re.sub(r"[^\w\s%]", "", sentence.lower())
+    return re.sub(r"\s+", " ", re.sub(r"\bplease\b", "", text)).strip()
+
+
+def _row(home: Home, rng: random.Random, *, training: bool, excluded: Collection[str]) -> Row | None:
+    maker = rng.choices([maker for maker, _ in MAKERS], [weight for _, weight in MAKERS])[0]
+    made = maker(home, rng, training=training)
+    if made is None or len(made.answer) > 6:
+        return None
+    sentence = say(made.sentence, rng)
+    answer = made.answer
+    if made.copied is not None:
+        found = re.search(re.escape(made.copied), sentence, re.IGNORECASE)
+        if found is None:
+            sentence, found = made.sentence, re.search(re.escape(made.copied), made.sentence)
+        answer = _copied(answer, made.copied, found[0] if found else made.copied)
+    if normal(sentence) in excluded:
+        return None
+    before = (made.before[0], _json(made.before[1])) if made.before else None
+    heard = f"{before[0]} {sentence}" if before else sentence
+    devices = pick(home, heard)
+    if not _names_only(answer, devices, home):
+        return None
+    prompt = calls_prompt(sentence, devices, home.here, before, timers=made.timers)
+    return {"prompt": prompt, "completion": _json(answer)}
+
+
+def _names_only(answer: Answer, devices: Collection[Any], home: Home) -> bool:
+    """Whether the prompt has all devices and areas that the answer names; a typo may have hidden one."""
+    names = {device.name for device in devices}
+    areas = {device.area for device in devices} | {home.here}
+    calls = answer if isinstance(answer, list) else []
+    if isinstance(answer, dict) and "ask" in answer:
+        return sum(device.domain == answer["ask"] for device in devices) > 1
+    targeted = [call for call in calls if call["call"] not in {"StartTimer", "CancelTimer", "TimerStatus"}]
+    return all(call.get("name", next(iter(names), None)) in names or "name" not in call for call in targeted) and all(
+        "area" not in call or call["area"] in areas for call in targeted
+    )
+
+
+def _copied(answer: Answer, text: str, written: str) -> Answer:
+    """The answer with a text as the sentence has it."""
+    if isinstance(answer, dict):
+        return answer
+    return [{key: written if value == text else value for key, value in call.items()} for call in answer]
+
+
+def _json(answer: Answer) -> str:
+    return json.dumps(answer, ensure_ascii=False)
