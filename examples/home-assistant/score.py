@@ -1,7 +1,7 @@
 """Answers assist tasks with a bundle and writes the predicted calls, one JSON object per task.
 
-`python examples/home-assistant/score.py BUNDLE TASKS.jsonl --out predictions.jsonl`. A task has `task_id`, `system`
-(the prompt of Home Assistant), `tools`, `text` (what is said), and may have `accepted`: lists of right calls.
+`python examples/home-assistant/score.py BUNDLE TASKS.jsonl --out FILE`. A task has `task_id`, `system` (the
+prompt of Home Assistant), `tools`, `text` (what is said), and may have `accepted`: lists of right calls.
 """
 
 import argparse
