@@ -21,6 +21,8 @@ class TorchEngine:
     """A tuned model as an engine; `guesses` are guessed answers to the following prompts, in order."""
 
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 2.0}
+    LOGITS_COST: ClassVar[Mapping[int, float]] = {}
+    logits_excess = 0.0
 
     def __init__(
         self,

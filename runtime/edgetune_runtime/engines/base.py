@@ -66,10 +66,16 @@ class Engine(Protocol):
     active, with scale 1, together with any other adapters.
 
     `BATCH_COST` maps a number of tokens to the approximate cost of decoding them in one step, in single-token steps.
+    `LOGITS_COST` does so for their logits alone, in those of one token; it is empty if they make no difference.
     """
 
     BATCH_COST: ClassVar[Mapping[int, float]]
+    LOGITS_COST: ClassVar[Mapping[int, float]]
     context_length: int
+
+    @property
+    def logits_excess(self) -> float:
+        """The share of a single-token step that logits take, less that in the base that BATCH_COST was measured on."""
 
     @property
     def kv_bytes(self) -> float:

@@ -90,6 +90,15 @@ class GgufHeader:
         """The tensor type with the most bytes in the file."""
         return main_type(self.values_by_type)
 
+    @property
+    def output_share(self) -> float:
+        """The share of the output matrix in the values that a decode step reads; 0 without a vocabulary."""
+        counts = {name: math.prod(tensor.shape) for name, tensor in self.tensors.items()}
+        embedding = counts.get("token_embd.weight", 0)
+        # Without an output matrix of its own, a base uses its embedding, of which a step reads one row otherwise.
+        read = sum(counts.values()) - (embedding if "output.weight" in counts else 0)
+        return counts.get("output.weight", embedding) / max(read, 1)
+
 
 @dataclass(frozen=True)
 class CacheShape:

@@ -38,7 +38,7 @@ class Context:
 
     def __init__(self, engine: Engine, shared: Shared) -> None:
         self.engine = engine
-        self.batch_cost = BatchCost(engine.BATCH_COST)
+        self.batch_cost = BatchCost(engine.BATCH_COST, engine.LOGITS_COST, engine.logits_excess)
         self.shared = shared
         self.tokens: list[int] = []
         self._key: Key | None = None

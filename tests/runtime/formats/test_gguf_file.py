@@ -310,3 +310,12 @@ def test_flipped_bytes_in_a_bases_header_are_refused_or_read(base: Path, tmp_pat
         except VerificationError:
             refused += 1
     assert 0 < refused < 300
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_the_output_share_is_that_of_the_matrix_that_gives_logits(tiny_gguf: Gguf, arch: str) -> None:
+    tensors = {tensor.name: tensor.n_elements for tensor in gguf.GGUFReader(tiny_gguf(arch)).tensors}
+    embedding = tensors["token_embd.weight"]
+    read = sum(tensors.values()) - (embedding if "output.weight" in tensors else 0)
+    assert read_header(tiny_gguf(arch)).output_share == pytest.approx(embedding / read)
+    assert 0 < embedding / read < 1

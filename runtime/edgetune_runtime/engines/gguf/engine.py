@@ -46,6 +46,8 @@ BRANCHES = 32
 """Continuations scored in one pass. llama.cpp keeps a row of logits for each: 0.6 MB with a vocabulary of 150,000."""
 
 _CONTEXT_FULL, _STOPPED = 1, 2
+_MEASURED_OUTPUT_SHARE = 0.21
+"""That of SmolLM2-135M."""
 _MOST_CHOICES = 256
 
 
@@ -78,6 +80,8 @@ class GgufEngine:
         12: 4.8,
         16: 5.4,
     }
+    # Measured on SmolLM2-135M and Gemma 3 270M, whose vocabulary has more than half of the parameters.
+    LOGITS_COST: ClassVar[Mapping[int, float]] = {2: 2.2, 3: 2.8, 4: 3.3, 6: 5.3, 8: 3.9, 12: 4.4, 16: 5.0}
     bytes_per_number: ClassVar[float] = 2
     adjusts_threads = True
 
@@ -127,6 +131,11 @@ class GgufEngine:
     def kv_bytes(self) -> float:
         """Bytes per number in the KV cache."""
         return TENSOR_TYPES[self._kv].bytes_per_value
+
+    @property
+    def logits_excess(self) -> float:
+        """The share of the parameters in the output matrix beyond that in SmolLM2-135M; at least 0."""
+        return max(0.0, self._base.header.output_share - _MEASURED_OUTPUT_SHARE)
 
     @property
     def threads(self) -> int:

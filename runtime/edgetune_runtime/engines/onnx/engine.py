@@ -75,6 +75,8 @@ class OnnxEngine:
     has_sequence: ClassVar[Literal[True]] = True
     KV: ClassVar[tuple[str, ...]] = ("f32",)
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 1.2, 4: 1.6, 8: 2.4, 16: 4.0}
+    LOGITS_COST: ClassVar[Mapping[int, float]] = {}
+    logits_excess = 0.0
     bytes_per_number: ClassVar[float] = 4
     adjusts_threads = False
 
