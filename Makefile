@@ -21,7 +21,7 @@ $(VENV)/ready: pyproject.toml runtime/pyproject.toml
 	@echo "== installing into $(VENV): on two cores 5 to 9 minutes if llama.cpp has to be compiled, else about 1.5"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python tools/install.py $(VENV)/install.log --editable './runtime[gguf,onnx,structured,server]' --editable '.[demo,dev]'
+	@$(BIN)/python tools/install.py $(VENV)/install.log --editable './runtime[gguf,onnx,structured,server,wyoming]' --editable '.[demo,dev]'
 	@touch $@
 
 demo: RECIPE := examples/smart-home/quick.yaml

@@ -218,7 +218,8 @@ def plot(result: dict[str, Any], out: Path) -> None:
     rows = (len(tasks) + 1) // 2
     figure, axes = plt.subplots(rows, 2, figsize=(13, 2.6 * rows), squeeze=False)
     for task, axis in zip(tasks, axes.flat, strict=False):
-        names = list(task["setups"])[::-1]
+        # The base does not end its answers where an adapter does.
+        names = [name for name in task["setups"] if name != "base"][::-1]
         colors = ["#c8762c" if name.startswith(PLAIN) else "#4878a8" for name in names]
         bars = axis.barh(names, [task["setups"][setup]["answer_ms"] for setup in names], color=colors)
         axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
