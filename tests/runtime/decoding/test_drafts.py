@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from edgetune_runtime import IncompatibleError, Runtime, VerificationError
 from edgetune_runtime.bundle import FileEntry, read_manifest, sha256_of
 from edgetune_runtime.decoding.drafts import END, Drafter, DraftTable, read_table, write_table
 from edgetune_runtime.measuring import loaded_bundle
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from runtime.bundles import change_manifest
 
 TOKENIZER = "a" * 64
@@ -118,6 +120,51 @@ def drafting(prompted_of: Callable[[str], Path], engine: str, tmp_path_factory: 
 
     change_manifest(bundle, add)
     return bundle
+
+
+CALLS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "prompt": st.sampled_from([*PROMPTS, "turn", "stop stop the light", "something else"]),
+            "adapter": st.sampled_from([None, "one", {"one": 0.5}]),
+            "max_tokens": st.integers(1, 40),
+        },
+        optional={
+            "temperature": st.sampled_from([0.0, 0.7, 1.5]),
+            "seed": st.integers(0, 3),
+            "top_k": st.sampled_from([0, 5]),
+            "repeat_penalty": st.sampled_from([1.0, 1.2]),
+            "stop": st.sampled_from(["light", "a", "the "]),
+            "choices": st.just(["the warm light", "the hall", "light of the hall"]),
+        },
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(calls=CALLS)
+def test_a_series_of_calls_gives_the_answers_that_it_gives_without_drafts(
+    both: tuple[Runtime, Runtime], calls: list[dict[str, Any]]
+) -> None:
+    for call in calls:
+        # Without a seed, a drawn answer is another one each time.
+        asked = {"seed": 0, **call}
+        found, expected = (runtime.generate(asked["prompt"], **without(asked, "prompt")) for runtime in both)
+        assert (found.text, found.tokens, found.stop_reason) == (expected.text, expected.tokens, expected.stop_reason)
+
+
+@pytest.fixture(scope="module")
+def both(drafting: Path, engine: str) -> Iterator[tuple[Runtime, Runtime]]:
+    """A runtime with drafts, and one without."""
+    options: dict[str, Any] = {"engine": engine, "disk_mb": 0}
+    with Runtime.open(drafting, **options) as fast, Runtime.open(drafting, **options, drafts=False) as plain:
+        yield fast, plain
+
+
+def without(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2, "seed": 5}, {"repeat_penalty": 1.3}])
