@@ -19,9 +19,10 @@ from pydantic import ValidationError
 from edgetune.objectives.example import Example
 
 from . import metrics
-from .data import TaskRow, labelled_text, read_rows, said, tokenize_rows
+from .data import TaskRow, labelled_text, read_rows, said
 from .progress import Progress, Step
 from .recipe.parts import Columns, Metric
+from .tokenization import tokenize_rows
 
 # Answers may be this much longer than the longest reference: a worse model writes more, but needs a limit.
 _LENGTH_FACTOR = 1.5

@@ -11,10 +11,10 @@ from edgetune_export import backends
 from edgetune_runtime.decoding.drafts import DraftTable
 from edgetune_runtime.decoding.output import OutputSpec
 
-from .data import TooLong
 from .recipe.model import Recipe
 from .shipping.exported import BuildBase, TrainedAdapter
 from .tasks import Task
+from .tokenization import TooLong
 
 if TYPE_CHECKING:
     from .training.job import TrainingJob, TrainResult

@@ -10,10 +10,11 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune.objectives.example import Example
 
 from . import task_types
-from .data import TaskRow, TooLong, read_rows, split, tokenize_rows
+from .data import TaskRow, read_rows, split
 from .metrics import metric_for
 from .recipe.model import Recipe
 from .recipe.parts import AdapterSpec, Metric, TrainingSpec
+from .tokenization import TooLong, tokenize_rows
 
 _SAMPLE_CHARACTERS = 80
 _ANY_PROMPT = "hello"

@@ -18,7 +18,8 @@ from edgetune_runtime.errors import UsageError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from edgetune.data import TaskRow, TooLong, labelled_text
+from edgetune.data import TaskRow, labelled_text
+from edgetune.tokenization import TooLong
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -8,11 +8,11 @@ from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.engines.onnx.encoder import EncoderTokenizer
 
 from edgetune import methods
-from edgetune.data import TooLong
 from edgetune.digests import key_of
 from edgetune.prepared import PlannedTraining
 from edgetune.progress import Progress
 from edgetune.tasks import Task
+from edgetune.tokenization import TooLong
 from edgetune.training.job import TrainingJob
 
 from .base import TOKENIZER, EncoderBase

@@ -14,9 +14,10 @@ from edgetune_runtime.text.chat import messages_for, render
 from edgetune_runtime.tools.definitions import tool_set
 from edgetune_runtime.tools.prompts import prompt_text
 
-from edgetune.data import TaskRow, read_rows, split, tokenize_rows
+from edgetune.data import TaskRow, read_rows, split
 from edgetune.objectives.example import Example
 from edgetune.recipe.parts import Columns
+from edgetune.tokenization import tokenize_rows
 
 Write = Callable[..., str]
 
