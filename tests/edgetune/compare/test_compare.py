@@ -169,7 +169,7 @@ def test_the_page_has_every_row_and_needs_nothing_else(compared: Compared) -> No
     assert page.count('src="data:image/png;base64,') == 3
     assert "http" not in page and "<script" not in page
     assert compared.result.recommended is not None
-    assert f"Take {compared.result.recommended.name}." in page
+    assert f"take {compared.result.recommended.name}." in page.lower()
 
 
 def test_files_hold_what_is_printed(compared: Compared) -> None:
