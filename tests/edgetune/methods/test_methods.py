@@ -79,7 +79,7 @@ def test_ranks_and_scales_follow_the_patterns() -> None:
 
 
 def test_names_that_the_base_lacks_are_refused() -> None:
-    assert "the base has no module 'q_porj'; did you mean 'q_proj'? set target_modules to all-linear, or " in refused(
+    assert "the base has no module 'q_porj'; did you mean 'q_proj'? Or set target_modules to all-linear, or " in refused(
         target_modules=["v_proj", "q_porj"]
     )
     assert "rank_pattern 'q_porj' matches no adapted module" in refused(rank_pattern={"q_porj": 4})
