@@ -38,7 +38,7 @@ from edgetune_runtime.decoding.grammars import Grammars
 from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.options import SamplingOptions
 
-from benchmarks.decoding import _machine
+from benchmarks.machine import this_machine
 
 SCHEMAS = Path(__file__).with_name("schemas")
 CALLS = ("accept", "best", "forced", "mask", "valid_prefix")
@@ -185,7 +185,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         settings = {"bundle": runtime.manifest.name, "base": runtime.manifest.base.name, "engine": runtime.engine}
     names = ("adapter", "prompts", "max_tokens", "temperature", "filtered", "threads")
     asked = {name: getattr(options, name) for name in names}
-    return {"machine": _machine(), **settings, **asked, "vocabulary_ms": vocabulary_ms, "schemas": found}
+    return {"machine": this_machine(), **settings, **asked, "vocabulary_ms": vocabulary_ms, "schemas": found}
 
 
 def _tally(runtime: Runtime, schema: dict[str, Any], options: argparse.Namespace, clock: Clock) -> Tally:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +32,7 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.decoding.output import OutputSpec
 
 from benchmarks.decoding_setups import MARGINS, PLAIN, SETUPS, Place, Prompt, Timed
+from benchmarks.machine import this_machine
 from edgetune.data import TaskRow
 from edgetune.outputs.infer import infer
 from edgetune.recipe.model import load_recipe
@@ -90,7 +89,7 @@ def main() -> None:
         print(json.dumps([asdict(answer) for answer in measure(pair, engine, adapter, setup, options)]))
         return
     tasks = [found for pair in options.bundles for found in _tasks(pair, options)]
-    result = {"machine": _machine(), **{key: getattr(options, key) for key in ("rows", "rounds", "threads")}}
+    result = {"machine": this_machine(), **{key: getattr(options, key) for key in ("rows", "rounds", "threads")}}
     result["tasks"] = tasks
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -168,13 +167,6 @@ def _prompt_of(row: TaskRow) -> Prompt:
     if row.messages is not None:
         return [dict(message) for message in row.messages]
     return [{"role": "user", "content": row.text or ""}]
-
-
-def _machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    kind = "AVX-512 bf16" if any("avx512_bf16" in line for line in lines) else "no bf16"
-    return {"cpu": cpu, "kind": kind, "cores": os.cpu_count(), "python": platform.python_version()}
 
 
 def table(result: dict[str, Any]) -> str:

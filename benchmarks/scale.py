@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -31,7 +30,10 @@ from pathlib import Path
 from typing import Any
 
 # Python imports from the script's folder first, where onnx.py would shadow the package onnx.
-sys.path[:] = [place for place in sys.path if Path(place) != Path(__file__).resolve().parent]
+sys.path[:] = [
+    str(Path(__file__).resolve().parents[1]),
+    *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
+]
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +43,7 @@ from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from safetensors.numpy import save_file
 
+from benchmarks.machine import this_machine
 from edgetune.bases import ALIASES, locate
 from edgetune.progress import Progress, Step
 
@@ -104,7 +107,7 @@ def main() -> None:
         options.work = options.work or Path(temporary)
         found = {size: _measure(size, options) for size in options.sizes.split(",")}
     settings = {"row_tokens": options.row_tokens, "steps": options.steps, "rank": RANK, "quantization": QUANTIZATION}
-    result = {"machine": _machine(), **settings, "sizes": found}
+    result = {"machine": this_machine(), **settings, "sizes": found}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "scale.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -324,14 +327,6 @@ def _family(process: int) -> list[int]:
             for child in (thread / "children").read_text().split():
                 found += _family(int(child))
     return found
-
-
-def _machine() -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
 
 
 def table(result: dict[str, Any]) -> str:

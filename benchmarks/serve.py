@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -27,12 +25,19 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
+sys.path[:] = [
+    str(Path(__file__).resolve().parents[1]),
+    *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
+]
+
 import httpx
 import psutil
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest, resolve
 from edgetune_runtime.text.chat import messages_for, render
 
+from benchmarks.machine import this_machine
 from edgetune.recipe.model import load_recipe
 from edgetune.tasks import read_task
 
@@ -98,7 +103,7 @@ def main() -> None:
             reference = references(options, asks) if name == "edgetune" else one_at_a_time(target, asks)
             found[name] = measure(target, list(islice(cycle(asks), options.requests)), options.at_once, reference)
     result = {
-        "machine": _machine(),
+        "machine": this_machine(),
         **{key: getattr(options, key) for key in ("requests", "at_once", "rows", "threads")},
         "servers": found,
     }
@@ -295,13 +300,6 @@ SERVERS = {"edgetune": edgetune, "llama-server": llama_server}
 
 def _rss_mb(target: Target) -> float:
     return float(target.process.memory_info().rss) / 1e6
-
-
-def _machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    kind = "AVX-512 bf16" if any("avx512_bf16" in line for line in lines) else "no bf16"
-    return {"cpu": cpu, "kind": kind, "cores": os.cpu_count(), "python": platform.python_version()}
 
 
 def table(result: dict[str, Any]) -> str:
