@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune_devices.fit import Fit
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Template
+
+from edgetune.templates import environment_of
 
 from .facts import AdapterFacts, Facts
 
@@ -62,14 +64,7 @@ def curve(adapter: AdapterFacts) -> Curve | None:
 
 
 def _template(name: str, *, autoescape: bool) -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = environment_of(Path(__file__).parent, autoescape=autoescape)
     environment.filters["number"] = _number
     return environment.get_template(name)
 
