@@ -40,6 +40,11 @@ class AnswerRequest:
     arrived: float = field(default_factory=time.monotonic)
 
 
+def no_thinking(adapters: Adapters) -> dict[str, Any]:
+    """The options for an answer without thinking; none for adapters, which answer as they were trained."""
+    return {} if adapters else {"think": False}
+
+
 @dataclass(frozen=True)
 class Piece:
     """A piece of an answer; the last one of an answer has no text and has the whole `answer`."""
