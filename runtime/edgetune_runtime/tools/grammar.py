@@ -94,7 +94,10 @@ class _Writer:
             message = "tools and schema are both given, which the format of calls in the base's chat template excludes"
             raise UsageError(message, "give one of them")
         properties = {key: tool.schema if value is arguments else {"const": value} for key, value in call.items()}
-        return {"type": "object", "properties": properties, "required": [*call], "additionalProperties": False}
+        # References begin at the root.
+        shared_parts = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}
+        fixed = {"type": "object", "required": [*call], "additionalProperties": False}
+        return {**fixed, "properties": properties, **shared_parts}
 
     def _text_or_calls(self) -> list[str]:
         begin, marker = self._form.begin, self._form.marker

@@ -256,6 +256,25 @@ def test_with_a_schema_both_forms_can_begin_and_nothing_else(family: str, templa
         assert (constraint.valid_prefix(tokens) == len(tokens)) is is_allowed, text
 
 
+@pytest.mark.parametrize("family", ["llama3", "qwen"])
+def test_schemas_with_references_can_be_combined(family: str, templated: Callable[[str], Runtime]) -> None:
+    runtime = templated(TEMPLATES[family])
+    rooms = {"$defs": {"room": {"enum": ["hall", "attic"]}}, "type": "object", "required": ["room"]}
+    schema = {**rooms, "properties": {"room": {"$ref": "#/$defs/room"}}, "additionalProperties": False}
+    tools = [{"name": "lamp", "parameters": schema}]
+    for choice in ("required", "auto"):
+        answer = runtime.generate("light", tools=tools, tool_choice=choice, schema=schema, seed=1, **HOT)
+        found = answer.tool_calls[0].arguments if answer.tool_calls else answer.parsed
+        assert found["room"] in {"hall", "attic"}
+    form, _ = split_form({"tools": tools, "schema": schema})
+    tokenizer = loaded_bundle(runtime).context()[0].engine.tokenizer
+    written = runtime.generate("light", tools=tools, tool_choice="lamp", seed=1, **HOT).text
+    constraint = loaded_bundle(runtime).call("light", None, form=form).constraint
+    assert constraint is not None
+    tokens = tokens_of(written, tokenizer)
+    assert constraint.valid_prefix(tokens) == len(tokens)
+
+
 def test_json_with_the_mark_of_calls_in_it_is_no_call() -> None:
     reader = CallReader(HERMES, names=frozenset(SCHEMAS))
     for text in ('{"area": "<tool_call>"}', '[{"a": 1}]', ""):
