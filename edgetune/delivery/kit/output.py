@@ -103,5 +103,3 @@ def _digest_and_size(source: Path | bytes) -> tuple[str, int]:
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest(), len(source)
     return sha256_of(source), source.stat().st_size
-
-

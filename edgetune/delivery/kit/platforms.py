@@ -82,5 +82,3 @@ def platform_of(board: Board, python: str) -> Platform:
     if int(chosen.partition(".")[2]) < 11:
         raise UsageError(f"--python {python}: edgetune-runtime needs Python 3.11 or newer", f"use {SYSTEM_PYTHON}")
     return Platform("x86_64" if is_x86 else "aarch64", chosen, system_python=python == SYSTEM)
-
-

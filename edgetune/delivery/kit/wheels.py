@@ -163,5 +163,3 @@ def _pip_download(requirements: Sequence[str], platform: Platform, folder: Path)
         raise IncompatibleError(message, "choose another --python, or check the network")
     reason = (lines or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     raise UnreachableError(f"pip could not download {requirements[0]}: {reason}", "check the network")
-
-
