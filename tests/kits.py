@@ -21,9 +21,9 @@ from edgetune.delivery.kit.program import board_program, install_script
 from edgetune.delivery.kit.wheels import read_wheel
 
 PYTHON = ".".join(map(str, sys.version_info[:2]))
-# `check` fails if the bundle says so.
+# `check` and `serve` fail if the bundle says so.
 _RUNTIME = """\
-import pathlib, sys
+import http.server, pathlib, sys
 command, bundle = sys.argv[1], pathlib.Path(sys.argv[2])
 answer = (bundle / "answer.txt").read_text()
 if command == "check":
@@ -31,12 +31,21 @@ if command == "check":
         sys.exit("edgetune-run: 1 of 1 adapters answer differently; report it")
     print('{"command": {"same": true}}' if answer != "unknown" else "")
     sys.exit(3 if answer == "unknown" else 0)
+if command == "serve":
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+    if answer != "mute":
+        port = int(sys.argv[sys.argv.index("--port") + 1])
+        http.server.HTTPServer(("127.0.0.1", port), Ready).serve_forever()
 print(answer)
 """
 
 
 def stand_in(folder: Path, version: str = "1") -> Path:
-    """A wheel of edgetune-runtime with only `python -m edgetune_runtime ask|check BUNDLE`."""
+    """A wheel of edgetune-runtime with only `python -m edgetune_runtime ask|check|serve BUNDLE`."""
     info = f"edgetune_runtime-{version}.dist-info"
     contents = {
         "edgetune_runtime/__init__.py": b"",
