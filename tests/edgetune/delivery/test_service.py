@@ -28,7 +28,9 @@ case "$*" in
     *stop* | *disable* | *restart*) [ ! -f process ] || kill "$(cat process)" || true ;;
 esac
 case "$*" in
-    *restart*) eval "exec $(sed -n 's/^ExecStart=//p' units/systemd/user/*.service)" > /dev/null 2>&1 & echo $! > process ;;
+    *restart*)
+        eval "exec $(sed -n 's/^ExecStart=//p' units/systemd/user/*.service)" > /dev/null 2>&1 &
+        echo $! > process ;;
 esac
 """
 
