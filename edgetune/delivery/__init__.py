@@ -1,1 +1,1 @@
-"""What gets a bundle onto a board: llama.cpp's wheel for its processor."""
+"""Delivery of bundles to boards: wheels, offline kits, deploys, and the program that installs them on the board."""
