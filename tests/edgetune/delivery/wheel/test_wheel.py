@@ -88,9 +88,7 @@ def test_a_wheel_in_the_cache_needs_no_compiler(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(IncompatibleError, match=r'needs zig.*pip install "edgetune\[wheel\]"'):
         llama_wheel("linux-aarch64", progress=QUIET)
-    name = archive.wheel_name(
-        toolchain.importlib.metadata.version("llama-cpp-python"), PLATFORMS["linux-aarch64"].tag
-    )
+    name = archive.wheel_name(toolchain.importlib.metadata.version("llama-cpp-python"), PLATFORMS["linux-aarch64"].tag)
     kept = tmp_path / "edgetune/wheels" / name
     kept.touch()
     assert llama_wheel("linux-aarch64", progress=QUIET) == kept
