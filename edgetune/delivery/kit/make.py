@@ -29,6 +29,7 @@ from edgetune.delivery.board.kit import (
     KitFile,
     parse_kit,
 )
+from edgetune.delivery.wheel import llama_wheel
 from edgetune.progress import Progress
 
 from . import output, sbom, wheels
@@ -165,15 +166,9 @@ def _wheels(
     (own / name).write_bytes(data)
     given = [own / name]
     if engine == gguf.NAME:
-        given.append(wheel or _llama_wheel(platform, progress))
+        given.append(wheel or llama_wheel(platform.name, progress=progress))
     # Requests to the server may ask for JSON or tools, also if no adapter has an output constraint.
     extras = [engine, "server", *(["structured"] if manifest.task == GENERATION else [])]
     downloads = folder / "downloads"
     downloads.mkdir()
     return wheels.collect(extras, platform, given, downloads, progress)
-
-
-def _llama_wheel(platform: Platform, progress: Progress) -> Path:
-    from edgetune.delivery.wheel import llama_wheel  # noqa: PLC0415 - it builds a library
-
-    return llama_wheel(platform.name, progress=progress)
