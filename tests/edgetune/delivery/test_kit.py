@@ -21,7 +21,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.golden import ask
-from kits import PYTHON, install_sh
+from kits import PYTHON, KitMaker, install_sh
 from packaging.requirements import Requirement
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from wheels import repack
@@ -30,7 +30,6 @@ from edgetune.cli.main import main
 from edgetune.delivery.kit import output
 from edgetune.delivery.kit.make import make_kit
 from edgetune.delivery.kit.platforms import Platform, platform_of
-from edgetune.delivery.kit.program import board_program
 from edgetune.delivery.kit.runtime_wheel import runtime_wheel
 from edgetune.delivery.kit.sbom import license_of
 from edgetune.delivery.kit.wheels import Wheel, dependencies, read_wheel
@@ -238,8 +237,8 @@ def test_the_runtime_wheel_is_that_of_the_imported_package(tmp_path: Path) -> No
 
 
 def test_the_program_needs_the_standard_library_only(tmp_path: Path) -> None:
-    (tmp_path / "board.pyz").write_bytes(board_program())
-    command = [sys.executable, "-I", "-S", str(tmp_path / "board.pyz"), "check", "--json", "--prefix", str(tmp_path)]
+    kit = KitMaker(tmp_path)("one")
+    command = [sys.executable, "-I", "-S", str(kit / "board.pyz"), "check", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["bits"] == 64
+    assert json.loads(done.stdout)["problems"] == []
