@@ -1,0 +1,143 @@
+"""Receives files on the board, named by their digest, and continues those that were cut off. Standard library only.
+
+A file is `DIGEST` in the store when it is whole, and `DIGEST.part` until then.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import select
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space
+from edgetune_runtime.errors import BusyError, UnreachableError, UsageError, VerificationError
+
+STALLED_S = 60.0
+"""Seconds without a byte from the host after which the connection is taken for dead."""
+_PART = ".part"
+_CHUNK_BYTES = 1 << 18
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def have(store: Path, wanted: Mapping[str, int]) -> dict[str, int]:
+    """How many bytes the store has of each file that it has any of; `wanted` maps digests to sizes.
+
+    A file that is whole has the right digest. Deletes damaged files, and the parts of other files: nobody will continue
+    these.
+    """
+    for digest in wanted:
+        _check_digest(digest)
+    for path in store.glob(f"*{_PART}"):
+        if path.stem not in wanted:
+            path.unlink()
+    found = {digest: _bytes_of(store, digest, size) for digest, size in wanted.items()}
+    return {digest: count for digest, count in found.items() if count is not None}
+
+
+def receive(store: Path, digest: str, offset: int, size: int, source: IO[bytes]) -> None:
+    """Append `source` to the part of a file from `offset` on; at `size` bytes check the digest and give it its name.
+
+    Raises UnreachableError if the bytes end or stop before, and keeps the part; VerificationError if the digest is
+    wrong, and deletes it; BusyError if another process writes to it; UsageError if the part does not end at `offset`;
+    OutOfSpaceError if the disk is full.
+    """
+    _check_digest(digest)
+    store.mkdir(parents=True, exist_ok=True)
+    part, whole = _part(store, digest), store / digest
+    with raising_out_of_space(part), part.open("ab") as file, _locked(file, f"file {digest[:12]}"):
+        if file.tell() != offset:
+            message = f"the part of {digest[:12]} has {file.tell()} bytes, not {offset}"
+            raise UsageError(message, "run the deploy again")
+        try:
+            left = size - offset
+            for data in _parts(source, left):
+                file.write(data)
+                left -= len(data)
+        finally:
+            file.flush()
+            os.fsync(file.fileno())
+        if left:
+            raise UnreachableError(f"{size - left} of {size} bytes of {digest[:12]} arrived", "run the deploy again")
+        if _digest_of(part) != digest:
+            part.unlink()
+            raise VerificationError(f"the bytes that arrived for {digest[:12]} are damaged", "run the deploy again")
+        part.rename(whole)
+        flush_to_disk(store)
+
+
+def hold(lock: Path, source: IO[bytes], out: IO[str]) -> None:
+    """Hold the lock of deploys until `source` ends or is silent for STALLED_S; says `held` on `out` when it has it.
+
+    BusyError if another deploy holds it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("ab") as file, _locked(file, "this board"):
+        print("held", file=out, flush=True)
+        for _ in _parts(source, sys.maxsize):
+            pass
+
+
+def read_wanted(text: str) -> dict[str, int]:
+    """Digests and sizes from the JSON that the host sends; UsageError if it is something else."""
+    try:
+        wanted = json.loads(text)
+        return {str(digest): int(size) for digest, size in wanted.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"the list of files is not JSON: {error}", "run the deploy again") from error
+
+
+def _bytes_of(store: Path, digest: str, size: int) -> int | None:
+    """The bytes that the store has of a file, None if it has none of it."""
+    whole, part = store / digest, _part(store, digest)
+    if not whole.exists() and part.exists() and part.stat().st_size >= size:
+        # The board stopped between the last byte and the new name.
+        part.rename(whole)
+    if whole.exists():
+        if _digest_of(whole) == digest:
+            return size
+        whole.unlink()
+    return part.stat().st_size if part.exists() else None
+
+
+def _parts(source: IO[bytes], most: int) -> Iterator[bytes]:
+    """The bytes of `source` as they come, at most `most`, until it ends or is silent."""
+    while most > 0:
+        if not select.select([source], [], [], STALLED_S)[0]:
+            return
+        data = os.read(source.fileno(), min(_CHUNK_BYTES, most))
+        if not data:
+            return
+        most -= len(data)
+        yield data
+
+
+@contextmanager
+def _locked(file: IO[bytes], what: str) -> Iterator[None]:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"another deploy is writing to {what}"
+        raise BusyError(message, f"wait for it to end; a lost connection is noticed after {STALLED_S:.0f} s") from error
+    yield
+
+
+def _part(store: Path, digest: str) -> Path:
+    return store / f"{digest}{_PART}"
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_digest(digest: str) -> None:
+    if not _DIGEST.fullmatch(digest):
+        raise UsageError(f"{digest[:80]!r} is not a sha256 in lower-case hex", "run the deploy again")
