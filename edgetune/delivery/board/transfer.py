@@ -6,8 +6,6 @@ A file is `DIGEST` in the store when it is whole, and `DIGEST.part` until then.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import re
 import select
@@ -18,13 +16,36 @@ from pathlib import Path
 from typing import IO
 
 from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space
+from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import BusyError, UnreachableError, UsageError, VerificationError
+
+from . import check, venv
+from .kit import Kit
+from .store import Store
 
 STALLED_S = 60.0
 """Seconds without a byte from the host after which the connection is taken for dead."""
+LOCK_NAME = "deploy.lock"
+"""Held by a deploy from its first file to its end, while it runs other commands that need the lock of the prefix."""
 _PART = ".part"
 _CHUNK_BYTES = 1 << 18
 _DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def missing(prefix: Path, kit: Kit) -> dict[str, int]:
+    """Digest of each file that an install of the kit needs and the store lacks, and how many bytes it has of it.
+
+    IncompatibleError if the kit does not fit on this board.
+    """
+    has_packages = venv.is_complete(prefix, kit.wheels)
+    needed = (*kit.version_files, *(() if has_packages else kit.wheel_files))
+    sizes = {file.sha256: file.bytes for file in needed}
+    found = have(Store(prefix).folder, sizes)
+    lacking = {digest: found.get(digest, 0) for digest, size in sizes.items() if found.get(digest) != size}
+    bytes_to_write = sum(sizes[digest] - offset for digest, offset in lacking.items())
+    packages_mb = 0 if has_packages else kit.needs["packages_mb"]
+    check.require_fit(kit, prefix, disk_mb=packages_mb + bytes_to_write // 10**6)
+    return lacking
 
 
 def have(store: Path, wanted: Mapping[str, int]) -> dict[str, int]:
@@ -33,8 +54,6 @@ def have(store: Path, wanted: Mapping[str, int]) -> dict[str, int]:
     A file that is whole has the right digest. Deletes damaged files, and the parts of other files: nobody will continue
     these.
     """
-    for digest in wanted:
-        _check_digest(digest)
     for path in store.glob(f"*{_PART}"):
         if path.stem not in wanted:
             path.unlink()
@@ -66,32 +85,24 @@ def receive(store: Path, digest: str, offset: int, size: int, source: IO[bytes])
             os.fsync(file.fileno())
         if left:
             raise UnreachableError(f"{size - left} of {size} bytes of {digest[:12]} arrived", "run the deploy again")
-        if _digest_of(part) != digest:
+        if sha256_of(part) != digest:
             part.unlink()
             raise VerificationError(f"the bytes that arrived for {digest[:12]} are damaged", "run the deploy again")
+        part.chmod(0o444)
         part.rename(whole)
         flush_to_disk(store)
 
 
-def hold(lock: Path, source: IO[bytes], out: IO[str]) -> None:
+def hold(prefix: Path, source: IO[bytes], out: IO[str]) -> None:
     """Hold the lock of deploys until `source` ends or is silent for STALLED_S; says `held` on `out` when it has it.
 
     BusyError if another deploy holds it.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("ab") as file, _locked(file, "this board"):
+    prefix.mkdir(parents=True, exist_ok=True)
+    with (prefix / LOCK_NAME).open("ab") as file, _locked(file, str(prefix)):
         print("held", file=out, flush=True)
         for _ in _parts(source, sys.maxsize):
             pass
-
-
-def read_wanted(text: str) -> dict[str, int]:
-    """Digests and sizes from the JSON that the host sends; UsageError if it is something else."""
-    try:
-        wanted = json.loads(text)
-        return {str(digest): int(size) for digest, size in wanted.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"the list of files is not JSON: {error}", "run the deploy again") from error
 
 
 def _bytes_of(store: Path, digest: str, size: int) -> int | None:
@@ -99,9 +110,10 @@ def _bytes_of(store: Path, digest: str, size: int) -> int | None:
     whole, part = store / digest, _part(store, digest)
     if not whole.exists() and part.exists() and part.stat().st_size >= size:
         # The board stopped between the last byte and the new name.
+        part.chmod(0o444)
         part.rename(whole)
     if whole.exists():
-        if _digest_of(whole) == digest:
+        if sha256_of(whole) == digest:
             return size
         whole.unlink()
     return part.stat().st_size if part.exists() else None
@@ -131,11 +143,6 @@ def _locked(file: IO[bytes], what: str) -> Iterator[None]:
 
 def _part(store: Path, digest: str) -> Path:
     return store / f"{digest}{_PART}"
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_digest(digest: str) -> None:

@@ -14,21 +14,18 @@ from .ssh import Connection
 
 OLDEST_PYTHON = (3, 11)
 MACHINES = ("aarch64", "x86_64")
-INCOMING = ("kit.json", "SHA256SUMS")
-"""Files in PREFIX/incoming that describe the kit to install."""
 # Read by sh on its standard input: a login shell of another kind would not understand it.
 _SCRIPT = """\
+name={name}
 prefix={prefix}
-test -n "$prefix" || if test "$(id -u)" = 0; then prefix=/opt/edgetune/{name}; else
-    prefix=$HOME/.local/share/edgetune/{name}; fi
+test -n "$prefix" || if test "$(id -u)" = 0; then prefix=/opt/edgetune/$name; else
+    prefix=${{XDG_DATA_HOME:-$HOME/.local/share}}/edgetune/$name; fi
 echo "prefix=$prefix"
 echo "machine=$(uname -m)"
 echo "bits=$(getconf LONG_BIT)"
 echo "model=$(tr -d '\\000' 2>/dev/null </proc/device-tree/model)"
 echo "python=$(python3 -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null)"
 echo "current=$(readlink "$prefix/current")"
-cd "$prefix/incoming" 2>/dev/null && sha256sum {incoming} 2>/dev/null | sed 's/\\(.*\\)  \\(.*\\)/\\2=\\1/'
-exit 0
 """
 # The board's own name, as in /proc/device-tree/model, and the board whose kit it gets.
 _MODELS = (
@@ -45,14 +42,13 @@ _X86_BOARD = "laptop"
 
 @dataclass(frozen=True)
 class BoardFacts:
-    """Facts of a board. `incoming` maps the names in INCOMING that the board has to the digests of these files."""
+    """Facts of a board; `current` is the version that runs there."""
 
     prefix: str
     machine: str
     model: str
     python: str
     current: str | None
-    incoming: Mapping[str, str]
 
     def board_name(self, wanted: str | None) -> str:
         """The board whose kit this one gets: `wanted`, or the one that its model names; UsageError if none is known."""
@@ -73,8 +69,8 @@ def probe(connection: Connection, name: str, prefix: str | None) -> BoardFacts:
 
     IncompatibleError for a 32-bit system, another processor, and a Python that is missing or too old.
     """
-    words = {"prefix": shlex.quote(prefix or ""), "name": shlex.quote(name), "incoming": " ".join(INCOMING)}
-    text = connection.run(["sh", "-s"], _SCRIPT.format(**words).encode())
+    script = _SCRIPT.format(prefix=shlex.quote(prefix or ""), name=shlex.quote(name))
+    text = connection.run(["sh", "-s"], script.encode())
     facts = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
     _check(connection, facts)
     return BoardFacts(
@@ -83,7 +79,6 @@ def probe(connection: Connection, name: str, prefix: str | None) -> BoardFacts:
         model=facts["model"],
         python=facts["python"],
         current=facts["current"].rpartition("/")[2] or None,
-        incoming={file: facts[file] for file in INCOMING if file in facts},
     )
 
 
