@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     classify = _command(commands, "classify", _classify, "print the labels for a prompt with their probabilities")
     chat = _command(commands, "chat", _chat, "chat with the base and its adapters")
     bench = _command(commands, "bench", _bench, "measure load time, switching, time to first token, speed and memory")
+    check = _command(commands, "check", _check, "compare the answers on this machine with those that the build stored")
     warm = _command(commands, "warm", _warm, "compute the states of the adapters' fixed prompts and save them to disk")
     serve = _command(commands, "serve", _serve, "answer requests of OpenAI's and Ollama's APIs over HTTP")
     voice = _command(commands, "wyoming", _wyoming, "answer voice assistants over the Wyoming protocol")
@@ -126,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_form(chat)
     server.add_options(serve)
     wyoming.add_options(voice)
-    for command in (generate, classify, chat, bench, warm, serve, voice):
+    for command in (generate, classify, chat, bench, check, warm, serve, voice):
         _add_opening(command)
     return parser
 
@@ -266,6 +267,13 @@ def _classify(options: argparse.Namespace) -> None:
         return
     for name in sorted(scores, key=scores.__getitem__, reverse=True):
         print(f"{name}\t{scores[name]:.4f}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    from .golden import report  # noqa: PLC0415 - see _open
+
+    with _open(options) as runtime:
+        report(runtime, as_json=options.json)
 
 
 def _warm(options: argparse.Namespace) -> None:

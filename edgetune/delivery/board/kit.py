@@ -46,7 +46,7 @@ class KitFile:
 class Kit:
     """The contents of kit.json; `text` is the file itself.
 
-    `needs` has `instructions`, `glibc`, `ram_mb`, and `packages_mb`, the disk space of the installed wheels. `wheels` is
+    `needs` has `instructions`, `glibc`, `ram_mb`, and `packages_mb`, the disk space of installed wheels. `wheels` is
     the id of the set of wheels; `bundle` the digest of the bundle's manifest, None without a bundle; `service` the
     settings of the systemd unit.
     """

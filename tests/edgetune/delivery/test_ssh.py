@@ -36,7 +36,9 @@ def test_a_target_is_what_ssh_gets(text: str, target: Target) -> None:
     assert str(target) == text
 
 
-@pytest.mark.parametrize("text", ["", "-oProxyCommand=x", "pi@-x", "pi@host:0", "pi@host:70000", "a b", "pi@h;x", "pi@"])
+@pytest.mark.parametrize(
+    "text", ["", "-oProxyCommand=x", "pi@-x", "pi@host:0", "pi@host:70000", "a b", "pi@h;x", "pi@"]
+)
 def test_what_ssh_could_take_for_something_else_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"not of the form USER@HOST\[:PORT\]"):
         parse_target(text)
@@ -97,7 +99,10 @@ def test_another_host_key_is_refused_with_the_command_that_removes_the_old_one(s
 @needs_sshd
 def test_an_unknown_host_key_is_refused_and_never_accepted(sshd: Sshd) -> None:
     sshd.known_hosts.write_text("")
-    with Connection(parse_target(sshd.target)) as board, pytest.raises(VerificationError, match="key is not known; run"):
+    with (
+        Connection(parse_target(sshd.target)) as board,
+        pytest.raises(VerificationError, match="key is not known; run"),
+    ):
         board.run(["true"])
     assert sshd.known_hosts.read_text() == ""
 
