@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
-from .arguments import ENGINE_PANEL, OUTPUT_PANEL, AsJson, Quiet, print_json
+from .arguments import ENGINE_PANEL, AsJson, Quiet, print_json
 
 if TYPE_CHECKING:
     from edgetune.delivery.deploy.deploy import Outcome
@@ -83,7 +83,8 @@ def deploy_bundle(
     right; the version before stays for --rollback. Uses your ssh configuration, agent and known hosts; never asks for a
     password.
     """
-    from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415 - help needs none of it
+    from edgetune_devices import boards  # noqa: PLC0415 - help needs none of it
+    from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415
 
     from edgetune.delivery.deploy.deploy import DeployOptions, Where, deploy, list_versions, roll_back  # noqa: PLC0415
     from edgetune.delivery.deploy.target import parse_target, read_inventory  # noqa: PLC0415
@@ -95,6 +96,8 @@ def deploy_bundle(
         raise UsageError("--rollback and --list are given together", "give one of them")
     if prefix is not None and not prefix.startswith("/"):
         raise UsageError(f"--prefix {prefix!r} is not an absolute path", "write for example /opt/edgetune/home")
+    if board is not None:
+        boards.load(board)
     where = Where(read_manifest(bundle).name, prefix)
     targets = [parse_target(host)] if host is not None else read_inventory(inventory or Path())
     act: Callable[[Target], Outcome]

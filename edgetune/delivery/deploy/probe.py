@@ -53,7 +53,7 @@ class BoardFacts:
     def board_name(self, wanted: str | None) -> str:
         """The board whose kit this one gets: `wanted`, or the one that its model names; UsageError if none is known."""
         if wanted is not None:
-            return boards.load(wanted).name
+            return wanted
         known = boards.names()
         found = [name for pattern, name in _MODELS if re.search(pattern, self.model) and name in known]
         if found:

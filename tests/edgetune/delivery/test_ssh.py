@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +14,7 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from sshd import Sshd, needs_sshd
+from sshd import Sshd, cut_ssh, needs_sshd
 
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target, read_inventory
@@ -129,19 +127,11 @@ def test_a_connection_that_is_cut_is_one_line(sshd: Sshd, tmp_path: Path) -> Non
     path.write_bytes(bytes(50_000_000))
 
     def cut(_size: int) -> None:
-        for child in children_of(os.getpid(), "ssh"):
-            os.kill(child, signal.SIGKILL)
+        cut_ssh()
 
     with Connection(parse_target(sshd.target)) as board:
         with pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"):
             board.send(["sh", "-c", "sleep 1; cat >/dev/null"], path, 0, cut)
-
-
-def children_of(parent: int, name: str) -> list[int]:
-    """The processes called `name` that this one started."""
-    children = Path(f"/proc/{parent}/task").glob("*/children")
-    pids = [int(pid) for file in children for pid in file.read_text().split()]
-    return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == name]
 
 
 @needs_sshd

@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, sha256_of
+from edgetune_runtime.errors import (
+    BusyError,
+    IncompatibleError,
+    NotFoundError,
+    UnreachableError,
+    UsageError,
+    VerificationError,
+)
+from kits import PYTHON, write_kit
+from runtime.bundles import change_manifest
+from sshd import Sshd, cut_ssh, needs_sshd
+
+from edgetune.cli.main import main
+from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
+from edgetune.delivery.deploy.kits import Kits
+from edgetune.delivery.deploy.ssh import Connection
+from edgetune.delivery.deploy.target import Target, parse_target
+from edgetune.progress import Progress
+
+pytestmark = needs_sshd
+
+
+@dataclass(frozen=True)
+class Board:
+    """A board, and the deploys of a test to it."""
+
+    sshd: Sshd
+    prefix: Path
+    work: Path
+
+    @property
+    def target(self) -> Target:
+        return parse_target(self.sshd.target)
+
+    @property
+    def where(self) -> Where:
+        return Where("home", str(self.prefix))
+
+    def kits(self, bundle: Path, **changes: object) -> Kits:
+        def make(_board: str, _python: str, out: Path) -> None:
+            write_kit(bundle, out, **changes)
+
+        return Kits(bundle, json.dumps(changes), make, self.work / "kits")
+
+    def deploy(self, bundle: Path, *, waits_healthy: bool = False, **changes: object) -> Deployed:
+        options = DeployOptions("laptop", waits_healthy=waits_healthy)
+        return deploy(self.target, self.where, self.kits(bundle, **changes), options, Progress(quiet=True))
+
+    def states(self) -> list[tuple[str, str]]:
+        return [(item["version"], item["state"]) for item in list_versions(self.target, self.where).versions]
+
+    def answer(self) -> str:
+        """What the version that runs answers to the golden prompt."""
+        command = [self.prefix / "bin/edgetune-run", "check", self.prefix / "current/bundle", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return str(json.loads(done.stdout)["reply"]["answer"])
+
+
+@pytest.fixture
+def board(sshd: Sshd, prefix: Path, tmp_path: Path) -> Board:
+    return Board(sshd, prefix, tmp_path)
+
+
+def change(bundle: Path, text: str) -> Path:
+    """Change one file of a bundle, its card."""
+    (bundle / "README.md").write_text(text, encoding="utf-8")
+    entry = {"sha256": sha256_of(bundle / "README.md"), "bytes": len(text)}
+    change_manifest(bundle, lambda raw: raw["files"].update({"README.md": entry}))
+    return bundle
+
+
+def test_a_second_deploy_sends_nothing_and_a_changed_bundle_only_what_changed(board: Board, bundle: Path) -> None:
+    first = board.deploy(bundle)
+    sizes = sum(entry.bytes for entry in read_manifest(bundle).files.values())
+    assert first.changed
+    assert first.sent_bytes > sizes
+    assert board.states() == [(first.version, "current")]
+    assert board.answer()
+
+    again = board.deploy(bundle)
+    assert (again.version, again.changed, again.sent_bytes) == (first.version, False, 0)
+    assert str(again) == f"{board.sshd.target}: version {first.version} was there already, nothing sent"
+
+    second = board.deploy(change(bundle, "changed"))
+    described = sum((board.prefix / "incoming" / name).stat().st_size for name in ("kit.json", "SHA256SUMS"))
+    assert second.sent_bytes == described + len("changed") + (bundle / MANIFEST_NAME).stat().st_size
+    assert board.states() == [(second.version, "current"), (first.version, "previous")]
+
+
+def test_rollback_switches_to_the_version_before_and_back(board: Board, bundle: Path) -> None:
+    first = board.deploy(bundle)
+    with pytest.raises(NotFoundError, match=f"{board.sshd.target}: .* no version before"):
+        roll_back(board.target, board.where)
+    second = board.deploy(change(bundle, "changed"))
+    assert roll_back(board.target, board.where).version == first.version
+    assert board.states() == [(first.version, "current"), (second.version, "previous")]
+
+
+def test_a_bundle_that_is_not_installed_cannot_be_listed(board: Board) -> None:
+    with pytest.raises(NotFoundError, match=f"home is not installed in {board.prefix}; deploy it first"):
+        list_versions(board.target, board.where)
+
+
+def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(
+    board: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = board.deploy(bundle)
+    data = os.urandom(3_000_000)
+    (bundle / "large").write_bytes(data)
+    entry = {"sha256": sha256_of(bundle / "large"), "bytes": len(data)}
+    change_manifest(bundle, lambda raw: raw["files"].update({"large": entry}))
+    whole = Connection.send
+
+    def send(self: Connection, command: Any, path: Path, offset: int, sent: Callable[[int], None]) -> str:
+        def count_and_cut(size: int) -> None:
+            sent(size)
+            part = board.prefix / f"files/{entry['sha256']}.part"
+            while path.name == "large" and not (part.exists() and part.stat().st_size):
+                time.sleep(0.01)
+            if path.name == "large":
+                cut_ssh()
+
+        return whole(self, command, path, offset, count_and_cut)
+
+    monkeypatch.setattr(Connection, "send", send)
+    with pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"):
+        board.deploy(bundle)
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", f"{board.sshd.programs}{os.pathsep}{os.environ['PATH']}")
+    assert board.states() == [(first.version, "current")]
+    assert board.answer()
+    wait_for(lambda: not is_locked(board.prefix))
+    there = (board.prefix / f"files/{entry['sha256']}.part").stat().st_size
+    assert 0 < there < len(data)
+    second = board.deploy(bundle)
+    assert second.sent_bytes < len(data)
+    assert (board.prefix / "current/bundle/large").read_bytes() == data
+    assert board.states() == [(second.version, "current"), (first.version, "previous")]
+
+
+def is_locked(prefix: Path) -> bool:
+    return subprocess.run(["flock", "-n", prefix / "deploy.lock", "true"], check=False).returncode != 0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_file_that_was_damaged_on_the_way_is_refused(board: Board, bundle: Path) -> None:
+    first = board.deploy(bundle)
+    kits = board.kits(change(bundle, "changed"))
+    kits.kit_for("laptop", PYTHON)
+    (bundle / "README.md").write_text("damaged")
+    with pytest.raises(VerificationError, match="are damaged; run the deploy again"):
+        deploy(board.target, board.where, kits, DeployOptions("laptop"), Progress(quiet=True))
+    assert board.states() == [(first.version, "current")]
+
+
+def test_a_damaged_bundle_and_a_damaged_kit_are_not_sent(board: Board, bundle: Path) -> None:
+    kit = board.kits(bundle).kit_for("laptop", PYTHON)
+    program = kit.folder / "board.pyz"
+    program.write_bytes(b"damaged")
+    # It is made again.
+    assert board.kits(bundle).kit_for("laptop", PYTHON).folder == kit.folder
+    assert program.read_bytes() != b"damaged"
+    with (bundle / "base/model.gguf").open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(VerificationError, match=r"base/model.gguf does not match its digest"):
+        board.kits(bundle)
+
+
+def test_a_file_damaged_on_the_board_is_sent_again(board: Board, bundle: Path) -> None:
+    board.deploy(bundle)
+    model = board.prefix / "current/bundle/base/model.gguf"
+    model.chmod(0o644)
+    model.write_bytes(b"x" * model.stat().st_size)
+    again = board.deploy(bundle)
+    assert again.sent_bytes == model.stat().st_size
+    assert board.answer()
+
+
+def test_another_answer_than_the_golden_one_keeps_the_old_version(board: Board, bundle: Path) -> None:
+    first = board.deploy(bundle)
+    change_manifest(bundle, lambda raw: raw["adapters"]["reply"]["golden"]["gguf"].update(answer="something else"))
+    with pytest.raises(VerificationError) as error:
+        board.deploy(bundle)
+    assert f"{board.sshd.target}: version" in str(error.value)
+    assert "1 of 1 adapters answer differently" in str(error.value)
+    assert board.states()[0] == (first.version, "current")
+
+
+def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
+    kit = board.kits(bundle).kit_for("laptop", PYTHON)
+    hold = ["python3", str(kit.folder / "board.pyz"), "hold", "--prefix", str(board.prefix)]
+    with Connection(board.target) as other, other.holding(hold):
+        with pytest.raises(BusyError, match=f"another deploy is writing to {board.prefix}; wait for it to end"):
+            board.deploy(bundle)
+    assert board.deploy(bundle).changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"machine": "aarch64", "board": "pi-4"}, r"this machine is x86_64, the kit is for aarch64 \(pi-4\)"),
+        ({"needs": {"instructions": ["amx"], "glibc": "2.0", "ram_mb": 1, "packages_mb": 1}}, "lacks amx"),
+        ({"needs": {"instructions": [], "glibc": "2.0", "ram_mb": 10**7, "packages_mb": 1}}, "needs 10000000 MB of mem"),
+        (
+            {"wheels": "another", "needs": {"instructions": [], "glibc": "2.0", "ram_mb": 1, "packages_mb": 10**9}},
+            "needs 10000000.. MB of disk",
+        ),
+    ],
+)
+def test_a_board_that_is_not_enough_gets_no_file(
+    board: Board, bundle: Path, changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(IncompatibleError, match=rf"^{board.sshd.target}: .*{problem}.*; ") as error:
+        board.deploy(bundle, **changes)
+    assert "\n" not in str(error.value)
+    (program,) = (board.prefix / "files").iterdir()
+    assert program.stat().st_size < 100_000
+
+
+@pytest.mark.parametrize(
+    ("program", "text", "problem"),
+    [
+        ("getconf", "32", "the system is 32-bit on x86_64; install a 64-bit system"),
+        ("uname", "armv7l", "the system is 64-bit on armv7l; install a 64-bit system"),
+        ("python3", "3.9", "the board has Python 3.9; install 3.11 or newer"),
+        ("python3", "", "the board has no python3; install 3.11 or newer"),
+    ],
+)
+def test_a_system_that_is_not_enough_is_named(
+    board: Board, bundle: Path, program: str, text: str, problem: str
+) -> None:
+    stub = board.sshd.board_programs / program
+    stub.write_text(f"#!/bin/sh\necho {text}\n")
+    stub.chmod(0o755)
+    try:
+        with pytest.raises(IncompatibleError, match=problem):
+            board.deploy(bundle)
+    finally:
+        stub.unlink()
+
+
+def test_a_prefix_that_cannot_be_written_to_is_named(board: Board, bundle: Path) -> None:
+    (board.work / "file").touch()
+    where = Where("home", str(board.work / "file"))
+    with pytest.raises(UsageError, match=r"mkdir: .*; choose another --prefix"):
+        deploy(board.target, where, board.kits(bundle), DeployOptions("laptop"), Progress(quiet=True))
+
+
+def test_waiting_for_a_unit_needs_one(board: Board, bundle: Path) -> None:
+    with pytest.raises(NotFoundError, match="no unit is installed, so none can answer; deploy with --service"):
+        board.deploy(bundle, waits_healthy=True)
+
+
+@pytest.fixture
+def run(board: Board, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """`run(*arguments)` of `edgetune deploy`: exit code, standard output, standard error."""
+
+    def make_kit(bundle: Path, _board: str, out: Path, **_options: object) -> None:
+        write_kit(bundle, out)
+
+    monkeypatch.setattr("edgetune.delivery.kit.make.make_kit", make_kit)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(board.work / "cache"))
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main(["deploy", *map(str, arguments), "--prefix", str(board.prefix)])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_an_inventory_has_a_line_per_board_and_fails_if_one_fails(
+    board: Board, bundle: Path, run: Callable[..., Any]
+) -> None:
+    hosts = board.work / "hosts.txt"
+    hosts.write_text(f"{board.sshd.target}\nnobody-here@127.0.0.1:{board.sshd.port}\n", encoding="utf-8")
+    code, out, err = run(bundle, "--inventory", hosts, "--parallel", 2)
+    assert code == 1
+    assert sorted(line.split(": ")[1].split(" ")[0] for line in out.splitlines()) == ["failed", "version"]
+    assert err.splitlines()[0] == "edgetune: 1 of 2 boards failed"
+    assert err.splitlines()[1].startswith(f"edgetune: nobody-here@127.0.0.1:{board.sshd.port}: the login was refused")
+    code, out, err = run(bundle, "--inventory", hosts, "--list", "--json")
+    assert code == 1
+    found = {item["host"]: item for item in map(json.loads, out.splitlines())}
+    assert [item["state"] for item in found[board.sshd.target]["versions"]] == ["current"]
+
+
+def test_one_board_shows_its_progress(board: Board, bundle: Path, run: Callable[..., Any]) -> None:
+    code, out, err = run(bundle, board.sshd.target)
+    assert code == 0
+    assert f"{board.sshd.target}: checking the board" in err
+    assert " is the current one, " in out
+    code, out, _ = run(bundle, board.sshd.target, "--json")
+    assert json.loads(out)["sent_bytes"] == 0
+    code, out, _ = run(bundle, board.sshd.target, "--list")
+    assert (code, out.split(" ")[-1]) == (0, "current\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "give one board, or several with --inventory"),
+        (["pi@host", "--rollback", "--list"], "--rollback and --list are given together"),
+        (["pi@host", "--board", "pi-44"], "no board 'pi-44'"),
+        (["pi host"], "'pi host' is not of the form USER@HOST"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    bundle: Path, run: Callable[..., Any], arguments: list[str], problem: str
+) -> None:
+    code, _, err = run(bundle, *arguments)
+    assert code in {2, 3}
+    assert problem in err
+    assert len(err.splitlines()) == 1
