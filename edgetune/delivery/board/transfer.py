@@ -27,6 +27,7 @@ STALLED_S = 60.0
 """Seconds without a byte from the host after which the connection is taken for dead."""
 LOCK_NAME = "deploy.lock"
 """Held by a deploy from its first file to its end, while it runs other commands that need the lock of the prefix."""
+HELD = "held"
 _PART = ".part"
 _CHUNK_BYTES = 1 << 18
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -94,13 +95,13 @@ def receive(store: Path, digest: str, offset: int, size: int, source: IO[bytes])
 
 
 def hold(prefix: Path, source: IO[bytes], out: IO[str]) -> None:
-    """Hold the lock of deploys until `source` ends or is silent for STALLED_S; says `held` on `out` when it has it.
+    """Hold the lock of deploys until `source` ends or is silent for STALLED_S; says HELD on `out` when it has it.
 
     BusyError if another deploy holds it.
     """
     prefix.mkdir(parents=True, exist_ok=True)
     with (prefix / LOCK_NAME).open("ab") as file, _locked(file, str(prefix)):
-        print("held", file=out, flush=True)
+        print(HELD, file=out, flush=True)
         for _ in _parts(source, sys.maxsize):
             pass
 

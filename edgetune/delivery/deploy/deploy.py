@@ -17,6 +17,7 @@ from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
 
 from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME
+from edgetune.delivery.board.transfer import HELD
 from edgetune.progress import Progress
 
 from .kits import Kits, MadeKit
@@ -115,10 +116,10 @@ class _Program:
         return ["python3", "-I", self.path, name, *words, "--prefix", self.prefix]
 
     def ask(self, name: str, *words: str) -> Any:  # noqa: ANN401 - JSON
-        """The JSON that a command prints."""
+        """The JSON that a command prints in its last line; a login shell may print others before."""
         text = self.connection.run([*self.command(name, *words), "--json"])
         try:
-            return json.loads(text)
+            return json.loads(text.rstrip().rpartition("\n")[2])
         except ValueError as error:
             message = f"{self.connection.target}: the board program answered {text[:80]!r} to {name}"
             raise EdgetuneError(message, "see what its login shell prints") from error
@@ -137,7 +138,7 @@ def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, pro
         facts = probe(connection, where.name, where.prefix)
         made = kits.kit_for(facts.board_name(options.board), facts.python)
         program = _send_program(connection, facts, made)
-        with connection.holding(program.command("hold")):
+        with connection.holding(program.command("hold"), HELD):
             begin = time.monotonic()
             incoming = f"{facts.prefix}/incoming"
             sent = sum(_put(connection, made.folder / name, f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
@@ -186,7 +187,7 @@ def _send_program(connection: Connection, facts: BoardFacts, made: MadeKit) -> _
 def _put(connection: Connection, path: Path, remote: str) -> int:
     """Send a small file unless it is there already; the number of bytes sent."""
     found = connection.run(["sh", "-c", 'sha256sum < "$1" 2>/dev/null; true', "sh", remote])
-    if found.startswith(sha256_of(path)):
+    if sha256_of(path) in found:
         return 0
     data = path.read_bytes()
     connection.run(["sh", "-c", _PUT, "sh", remote], data)

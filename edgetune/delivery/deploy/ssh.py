@@ -116,13 +116,14 @@ class Connection:
         return self._checked(process.returncode, out, problems)
 
     @contextmanager
-    def holding(self, command: Sequence[str]) -> Iterator[None]:
-        """Run a command that says a line when it is ready, and end its standard input when the block ends.
+    def holding(self, command: Sequence[str], ready: str) -> Iterator[None]:
+        """Run a command that says the line `ready` when it is, and end its standard input when the block ends.
 
         Until then the command gets a byte every few seconds, as a sign of life.
         """
         with self._started(command) as process:
-            if not _pipe(process.stdout).readline():
+            # A login shell may print something first.
+            if not any(line.decode(errors="replace").strip() == ready for line in _pipe(process.stdout)):
                 out, problems = process.communicate()
                 self._checked(process.returncode, out, problems)
             ended = threading.Event()

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from runtime.bundles import change_manifest
 from sshd import Sshd, cut_ssh, needs_sshd
 
 from edgetune.cli.main import main
+from edgetune.delivery.board.transfer import HELD
 from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.kits import Kits
 from edgetune.delivery.deploy.ssh import Connection
@@ -138,11 +141,10 @@ def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(
     monkeypatch.setattr(Connection, "send", send)
     with pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"):
         board.deploy(bundle)
-    monkeypatch.undo()
-    monkeypatch.setenv("PATH", f"{board.sshd.programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(Connection, "send", whole)
     assert board.states() == [(first.version, "current")]
     assert board.answer()
-    wait_for(lambda: not is_locked(board.prefix))
+    wait_for(lambda: not is_locked(board.prefix / "deploy.lock"))
     there = (board.prefix / f"files/{entry['sha256']}.part").stat().st_size
     assert 0 < there < len(data)
     second = board.deploy(bundle)
@@ -151,8 +153,13 @@ def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(
     assert board.states() == [(second.version, "current"), (first.version, "previous")]
 
 
-def is_locked(prefix: Path) -> bool:
-    return subprocess.run(["flock", "-n", prefix / "deploy.lock", "true"], check=False).returncode != 0
+def is_locked(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -208,7 +215,7 @@ def test_another_answer_than_the_golden_one_keeps_the_old_version(board: Board, 
 def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
     kit = board.kits(bundle).kit_for("laptop", PYTHON)
     hold = ["python3", str(kit.folder / "board.pyz"), "hold", "--prefix", str(board.prefix)]
-    with Connection(board.target) as other, other.holding(hold):
+    with Connection(board.target) as other, other.holding(hold, HELD):
         with pytest.raises(BusyError, match=f"another deploy is writing to {board.prefix}; wait for it to end"):
             board.deploy(bundle)
     assert board.deploy(bundle).changed
@@ -263,6 +270,38 @@ def test_a_prefix_that_cannot_be_written_to_is_named(board: Board, bundle: Path)
     where = Where("home", str(board.work / "file"))
     with pytest.raises(UsageError, match=r"mkdir: .*; choose another --prefix"):
         deploy(board.target, where, board.kits(bundle), DeployOptions("laptop"), Progress(quiet=True))
+
+
+def test_a_login_shell_may_print_something(board: Board, bundle: Path) -> None:
+    greeting = board.sshd.folder / ".bashrc"
+    greeting.write_text("echo welcome\n", encoding="utf-8")
+    try:
+        first = board.deploy(bundle)
+        assert board.states() == [(first.version, "current")]
+    finally:
+        greeting.unlink()
+
+
+def test_an_install_goes_on_when_the_connection_is_lost(
+    board: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Connection.run
+
+    def run(self: Connection, command: Any, data: bytes = b"") -> str:
+        if "install" in command:
+            timer = threading.Timer(0.3, cut_ssh)
+            timer.start()
+        return whole(self, command, data)
+
+    monkeypatch.setattr(Connection, "run", run)
+    with pytest.raises(UnreachableError, match="connection was lost"):
+        board.deploy(bundle)
+    monkeypatch.setattr(Connection, "run", whole)
+    wait_for(lambda: (board.prefix / "current").exists())
+    wait_for(lambda: not is_locked(board.prefix / "lock"))
+    again = board.deploy(bundle)
+    assert (again.changed, again.sent_bytes) == (False, 0)
+    assert board.answer()
 
 
 def test_waiting_for_a_unit_needs_one(board: Board, bundle: Path) -> None:
