@@ -83,6 +83,13 @@ def cut_ssh() -> None:
                 os.kill(int(pid), signal.SIGKILL)
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
 @contextmanager
 def running(folder: Path, board_programs: Path) -> Iterator[Sshd]:
     """Start sshd with files in `folder`; commands on the board find those in `board_programs`."""
@@ -91,8 +98,7 @@ def running(folder: Path, board_programs: Path) -> Iterator[Sshd]:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     for name in ("host", "user", "other"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     (folder / "sshd_config").write_text(_SERVER.format(port=port, folder=folder, programs=board_programs))
     (folder / "ssh_config").write_text(_CLIENT.format(folder=folder))
     programs = folder / "programs"

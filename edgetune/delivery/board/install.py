@@ -64,13 +64,15 @@ def rollback(prefix: Path, *, say: Say) -> str:
 
 def _activate(prefix: Path, kit: Kit, unit: Service | None, say: Say) -> bool:
     before, known = versions.linked(prefix, versions.CURRENT), service.installed(prefix)
-    if before == kit.version and unit in (None, known):
-        return versions.switch(prefix, kit.version)
+    unit = unit or known
+    changed = before != kit.version or (unit is not None and unit.of(kit) != known)
     if before != kit.version:
         _check_answers(prefix, kit, known, say)
-    _switch(prefix, kit, unit or known, say)
+    if changed:
+        _switch(prefix, kit, unit, say)
+    # Also if nothing changed: the install before may have been cut off here.
     versions.sweep(prefix)
-    return True
+    return changed
 
 
 def _switch(prefix: Path, kit: Kit, unit: Service | None, say: Say) -> None:
@@ -89,7 +91,7 @@ def _switch(prefix: Path, kit: Kit, unit: Service | None, say: Say) -> None:
             versions.restore(prefix, links)
             unit.start(prefix, versions.require(prefix, before))
         raise
-    service.remember(prefix, unit)
+    service.remember(prefix, unit.of(kit))
 
 
 def _check_answers(prefix: Path, kit: Kit, running: Service | None, say: Say) -> None:

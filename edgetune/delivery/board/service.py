@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
@@ -71,11 +71,19 @@ PrivateTmp=yes
 
 @dataclass(frozen=True)
 class Service:
-    """Name and port of a prefix's unit, and whether it belongs to a user's service manager."""
+    """Name and port of a prefix's unit, and whether it belongs to a user's service manager.
+
+    `version` is the one that it was last started with by an install.
+    """
 
     name: str
     port: int
     user: bool
+    version: str = ""
+
+    def of(self, kit: Kit) -> Service:
+        """The same unit after a start with this version."""
+        return replace(self, version=kit.version)
 
     @property
     def unit_path(self) -> Path:
@@ -169,9 +177,9 @@ def installed(prefix: Path) -> Service | None:
         raise VerificationError(f"{path} is damaged: {error}", "install the kit again with --service") from error
 
 
-def remember(prefix: Path, service: Service) -> bool:
-    """Store the settings of the unit; whether they changed."""
-    return write_text(prefix / SETTINGS_NAME, json.dumps(asdict(service), sort_keys=True) + "\n")
+def remember(prefix: Path, service: Service) -> None:
+    """Store the settings of the unit."""
+    write_text(prefix / SETTINGS_NAME, json.dumps(asdict(service), sort_keys=True) + "\n")
 
 
 def _protect_home(prefix: Path) -> str:

@@ -81,12 +81,12 @@ def place(prefix: Path, kit: Kit) -> bool:
     return True
 
 
-def switch(prefix: Path, version: str) -> bool:
-    """Make `version` the current one and keep the one before as `previous`; whether anything changed."""
+def switch(prefix: Path, version: str) -> None:
+    """Make `version` the current one and keep the one before as `previous`."""
     before = linked(prefix, CURRENT)
-    wrote = _write_script(prefix)
     if before == version:
-        return wrote
+        return
+    _write_script(prefix)
     if before is not None:
         # Before the switch: the version that runs now must be kept whenever the power is cut.
         replace_link(prefix / PREVIOUS, f"{FOLDER}/{before}")
@@ -157,6 +157,6 @@ def _folders(prefix: Path) -> list[Path]:
     return sorted(path for path in found if len(path.name) == ID_LENGTH and (path / KIT_NAME).is_file())
 
 
-def _write_script(prefix: Path) -> bool:
+def _write_script(prefix: Path) -> None:
     quoted = str((prefix / CURRENT).absolute()).replace("'", "'\\''")
-    return write_text(prefix / RUN_SCRIPT, _SCRIPT.replace("{current}", quoted), mode=0o755)
+    write_text(prefix / RUN_SCRIPT, _SCRIPT.replace("{current}", quoted), mode=0o755)

@@ -94,7 +94,7 @@ def make_kit(
         if with_bundle:
             contents |= {f"{BUNDLE_FOLDER}/{name}": resolve(bundle, name) for name in (*manifest.files, MANIFEST_NAME)}
         files = output.listed(contents)
-        described = _describe(manifest.name, known.name, chosen, platform, files, found, ram_mb)
+        described = describe(manifest.name, known.name, chosen, platform, files, found, ram_mb)
         contents[KIT_NAME] = described
         contents[SUMS_NAME] = output.sums(files, described)
         output.write(contents, out, f"{manifest.name}-{known.name}")
@@ -105,7 +105,7 @@ def make_kit(
     return KitResult(out, kit.version, sum(sizes), bundle_bytes, names)
 
 
-def _describe(
+def describe(
     name: str,
     board: str,
     engine: str,

@@ -98,12 +98,12 @@ def collect(
             _require_version(wheel, requirement)
             if name not in done or not requirement.extras <= done[name]:
                 done[name] = done.get(name, set()) | requirement.extras
-                following += _dependencies(wheel, done[name], platform)
+                following += dependencies(wheel, done[name], platform)
         pending = following
     return [found[name] for name in sorted(done)]
 
 
-def _dependencies(wheel: Wheel, extras: set[str], platform: Platform) -> Iterator[Requirement]:
+def dependencies(wheel: Wheel, extras: set[str], platform: Platform) -> Iterator[Requirement]:
     """What a wheel with these extras requires on the platform; pip itself would ask for this machine's markers."""
     never = _NEVER_IMPORTED.get(wheel.name, set())
     for text in wheel.metadata.get_all("Requires-Dist", []):

@@ -3,16 +3,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import subprocess
+import signal
 import threading
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, sha256_of
+from edgetune_runtime.bundle import MANIFEST_NAME, sha256_of
 from edgetune_runtime.errors import (
     BusyError,
     IncompatibleError,
@@ -21,11 +22,11 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from kits import PYTHON, write_kit
-from runtime.bundles import change_manifest
-from sshd import Sshd, cut_ssh, needs_sshd
+from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, write_bundle
+from sshd import Sshd, cut_ssh, free_port, needs_sshd
 
 from edgetune.cli.main import main
+from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME
 from edgetune.delivery.board.transfer import HELD
 from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.kits import Kits
@@ -43,6 +44,7 @@ class Board:
     sshd: Sshd
     prefix: Path
     work: Path
+    maker: KitMaker
 
     @property
     def target(self) -> Target:
@@ -53,8 +55,13 @@ class Board:
         return Where("home", str(self.prefix))
 
     def kits(self, bundle: Path, **changes: object) -> Kits:
+        """The kits of a bundle; `changes` go into kit.json."""
+
+        def change(text: bytes) -> bytes:
+            return json.dumps({**json.loads(text), **changes}).encode()
+
         def make(_board: str, _python: str, out: Path) -> None:
-            write_kit(bundle, out, **changes)
+            self.maker.write(contents(bundle), out, change=change)
 
         return Kits(bundle, json.dumps(changes), make, self.work / "kits")
 
@@ -65,49 +72,70 @@ class Board:
     def states(self) -> list[tuple[str, str]]:
         return [(item["version"], item["state"]) for item in list_versions(self.target, self.where).versions]
 
-    def answer(self) -> str:
-        """What the version that runs answers to the golden prompt."""
-        command = [self.prefix / "bin/edgetune-run", "check", self.prefix / "current/bundle", "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return str(json.loads(done.stdout)["reply"]["answer"])
+
+def contents(bundle: Path) -> dict[str, Path | bytes]:
+    return {str(path.relative_to(bundle)): path for path in bundle.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def maker(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
+    return KitMaker(tmp_path_factory.mktemp("kits"))
+
+
+@pytest.fixture(scope="module")
+def environments(maker: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The virtual environments that an install of a kit makes."""
+    prefix = tmp_path_factory.mktemp("installed") / "home"
+    assert install_sh(maker("one"), "--prefix", str(prefix)).returncode == 0
+    return prefix / "venvs"
 
 
 @pytest.fixture
-def board(sshd: Sshd, prefix: Path, tmp_path: Path) -> Board:
-    return Board(sshd, prefix, tmp_path)
+def bare(sshd: Sshd, maker: KitMaker, tmp_path: Path) -> Board:
+    """A board on which nothing is installed."""
+    return Board(sshd, tmp_path / "board", tmp_path, maker)
 
 
-def change(bundle: Path, text: str) -> Path:
-    """Change one file of a bundle, its card."""
-    (bundle / "README.md").write_text(text, encoding="utf-8")
-    entry = {"sha256": sha256_of(bundle / "README.md"), "bytes": len(text)}
-    change_manifest(bundle, lambda raw: raw["files"].update({"README.md": entry}))
-    return bundle
+@pytest.fixture
+def board(bare: Board, environments: Path) -> Board:
+    """A board that has the virtual environment, so that no wheels are sent and installed."""
+    (bare.prefix / "venvs").mkdir(parents=True)
+    for path in environments.iterdir():
+        (bare.prefix / "venvs" / path.name).symlink_to(path)
+    return bare
 
 
-def test_a_second_deploy_sends_nothing_and_a_changed_bundle_only_what_changed(board: Board, bundle: Path) -> None:
-    first = board.deploy(bundle)
-    sizes = sum(entry.bytes for entry in read_manifest(bundle).files.values())
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "home", "one")
+
+
+def test_a_second_deploy_sends_nothing_and_a_changed_bundle_only_what_changed(bare: Board, bundle: Path) -> None:
+    first = bare.deploy(bundle)
     assert first.changed
-    assert first.sent_bytes > sizes
-    assert board.states() == [(first.version, "current")]
-    assert board.answer()
+    kit = bare.kits(bundle).kit_for("laptop", PYTHON).kit
+    described = sum((bare.prefix / "incoming" / name).stat().st_size for name in (KIT_NAME, SUMS_NAME))
+    needed = [*kit.wheel_files, *kit.bundle_files]
+    assert first.sent_bytes == described + sum(file.bytes for file in needed)
+    assert bare.states() == [(first.version, "current")]
+    assert ask(bare.prefix) == "one"
 
-    again = board.deploy(bundle)
+    again = bare.deploy(bundle)
     assert (again.version, again.changed, again.sent_bytes) == (first.version, False, 0)
-    assert str(again) == f"{board.sshd.target}: version {first.version} was there already, nothing sent"
+    assert str(again) == f"{bare.sshd.target}: version {first.version} was there already, nothing sent"
 
-    second = board.deploy(change(bundle, "changed"))
-    described = sum((board.prefix / "incoming" / name).stat().st_size for name in ("kit.json", "SHA256SUMS"))
-    assert second.sent_bytes == described + len("changed") + (bundle / MANIFEST_NAME).stat().st_size
-    assert board.states() == [(second.version, "current"), (first.version, "previous")]
+    second = bare.deploy(write_bundle(bundle, "two"))
+    described = sum((bare.prefix / "incoming" / name).stat().st_size for name in (KIT_NAME, SUMS_NAME))
+    assert second.sent_bytes == described + len("two") + (bundle / MANIFEST_NAME).stat().st_size
+    assert bare.states() == [(second.version, "current"), (first.version, "previous")]
+    assert ask(bare.prefix) == "two"
 
 
 def test_rollback_switches_to_the_version_before_and_back(board: Board, bundle: Path) -> None:
     first = board.deploy(bundle)
     with pytest.raises(NotFoundError, match=f"{board.sshd.target}: .* no version before"):
         roll_back(board.target, board.where)
-    second = board.deploy(change(bundle, "changed"))
+    second = board.deploy(write_bundle(bundle, "two"))
     assert roll_back(board.target, board.where).version == first.version
     assert board.states() == [(first.version, "current"), (second.version, "previous")]
 
@@ -123,17 +151,15 @@ def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(
     first = board.deploy(bundle)
     data = os.urandom(3_000_000)
     (bundle / "large").write_bytes(data)
-    entry = {"sha256": sha256_of(bundle / "large"), "bytes": len(data)}
-    change_manifest(bundle, lambda raw: raw["files"].update({"large": entry}))
+    write_bundle(bundle, "two")
+    part = board.prefix / f"files/{sha256_of(bundle / 'large')}.part"
     whole = Connection.send
 
     def send(self: Connection, command: Any, path: Path, offset: int, sent: Callable[[int], None]) -> str:
         def count_and_cut(size: int) -> None:
             sent(size)
-            part = board.prefix / f"files/{entry['sha256']}.part"
-            while path.name == "large" and not (part.exists() and part.stat().st_size):
-                time.sleep(0.01)
             if path.name == "large":
+                wait_for(lambda: part.exists() and part.stat().st_size > 0)
                 cut_ssh()
 
         return whole(self, command, path, offset, count_and_cut)
@@ -143,10 +169,9 @@ def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(
         board.deploy(bundle)
     monkeypatch.setattr(Connection, "send", whole)
     assert board.states() == [(first.version, "current")]
-    assert board.answer()
+    assert ask(board.prefix) == "one"
     wait_for(lambda: not is_locked(board.prefix / "deploy.lock"))
-    there = (board.prefix / f"files/{entry['sha256']}.part").stat().st_size
-    assert 0 < there < len(data)
+    assert 0 < part.stat().st_size < len(data)
     second = board.deploy(bundle)
     assert second.sent_bytes < len(data)
     assert (board.prefix / "current/bundle/large").read_bytes() == data
@@ -171,9 +196,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def test_a_file_that_was_damaged_on_the_way_is_refused(board: Board, bundle: Path) -> None:
     first = board.deploy(bundle)
-    kits = board.kits(change(bundle, "changed"))
+    kits = board.kits(write_bundle(bundle, "two"))
     kits.kit_for("laptop", PYTHON)
-    (bundle / "README.md").write_text("damaged")
+    (bundle / "answer.txt").write_text("ten")
     with pytest.raises(VerificationError, match="are damaged; run the deploy again"):
         deploy(board.target, board.where, kits, DeployOptions("laptop"), Progress(quiet=True))
     assert board.states() == [(first.version, "current")]
@@ -199,17 +224,17 @@ def test_a_file_damaged_on_the_board_is_sent_again(board: Board, bundle: Path) -
     model.write_bytes(b"x" * model.stat().st_size)
     again = board.deploy(bundle)
     assert again.sent_bytes == model.stat().st_size
-    assert board.answer()
+    assert ask(board.prefix) == "one"
 
 
 def test_another_answer_than_the_golden_one_keeps_the_old_version(board: Board, bundle: Path) -> None:
     first = board.deploy(bundle)
-    change_manifest(bundle, lambda raw: raw["adapters"]["reply"]["golden"]["gguf"].update(answer="something else"))
     with pytest.raises(VerificationError) as error:
-        board.deploy(bundle)
+        board.deploy(write_bundle(bundle, "wrong"))
     assert f"{board.sshd.target}: version" in str(error.value)
     assert "1 of 1 adapters answer differently" in str(error.value)
     assert board.states()[0] == (first.version, "current")
+    assert ask(board.prefix) == "one"
 
 
 def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
@@ -272,6 +297,29 @@ def test_a_prefix_that_cannot_be_written_to_is_named(board: Board, bundle: Path)
         deploy(board.target, where, board.kits(bundle), DeployOptions("laptop"), Progress(quiet=True))
 
 
+@pytest.fixture
+def unit(board: Board) -> Iterator[int]:
+    """The port of a unit that the board has already, with a stand-in for systemctl."""
+    programs = board.sshd.board_programs
+    (programs / "systemctl").write_text(SYSTEMCTL)
+    (programs / "systemctl").chmod(0o755)
+    (programs / "units").symlink_to(board.sshd.folder / ".config")
+    port = free_port()
+    # A user's unit, as root's would be in /etc.
+    settings = {"name": "edgetune-home", "port": port, "user": True}
+    (board.prefix / "service.json").write_text(json.dumps(settings))
+    yield port
+    os.kill(int((programs / "process").read_text()), signal.SIGTERM)
+    (programs / "systemctl").unlink()
+
+
+def test_the_unit_of_a_board_answers_with_the_new_version(board: Board, bundle: Path, unit: int) -> None:
+    for answer in ("one", "two", "two"):
+        board.deploy(write_bundle(bundle, answer), waits_healthy=True)
+        with urllib.request.urlopen(f"http://127.0.0.1:{unit}/", timeout=5) as reply:
+            assert reply.read().decode() == answer
+
+
 def test_a_login_shell_may_print_something(board: Board, bundle: Path) -> None:
     greeting = board.sshd.folder / ".bashrc"
     greeting.write_text("echo welcome\n", encoding="utf-8")
@@ -301,7 +349,7 @@ def test_an_install_goes_on_when_the_connection_is_lost(
     wait_for(lambda: not is_locked(board.prefix / "lock"))
     again = board.deploy(bundle)
     assert (again.changed, again.sent_bytes) == (False, 0)
-    assert board.answer()
+    assert ask(board.prefix) == "one"
 
 
 def test_waiting_for_a_unit_needs_one(board: Board, bundle: Path) -> None:
@@ -314,7 +362,7 @@ def run(board: Board, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     """`run(*arguments)` of `edgetune deploy`: exit code, standard output, standard error."""
 
     def make_kit(bundle: Path, _board: str, out: Path, **_options: object) -> None:
-        write_kit(bundle, out)
+        board.maker.write(contents(bundle), out)
 
     monkeypatch.setattr("edgetune.delivery.kit.make.make_kit", make_kit)
     monkeypatch.setenv("XDG_CACHE_HOME", str(board.work / "cache"))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from sshd import Sshd, cut_ssh, needs_sshd
+from sshd import Sshd, cut_ssh, free_port, needs_sshd
 
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target, read_inventory
@@ -114,8 +113,7 @@ def test_a_refused_login_names_the_remedy_and_asks_for_no_password(sshd: Sshd) -
 
 @needs_sshd
 def test_a_port_without_sshd_is_named(sshd: Sshd) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     with Connection(Target("pi@127.0.0.1", port)) as board:
         with pytest.raises(UnreachableError, match=rf"pi@127.0.0.1:{port}: ssh was refused; check the port"):
             board.run(["true"])
