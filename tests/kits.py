@@ -68,7 +68,9 @@ case "$*" in
     *stop* | *disable* | *restart*) [ ! -f process ] || kill "$(cat process)" || true ;;
 esac
 case "$*" in
-    *restart*) eval "exec $(sed -n 's/^ExecStart=//p' units/systemd/user/*.service)" > /dev/null 2>&1 & echo $! > process ;;
+    *restart*)
+        eval "exec $(sed -n 's/^ExecStart=//p' units/systemd/user/*.service)" > /dev/null 2>&1 &
+        echo $! > process ;;
 esac
 """
 """A stand-in for systemctl that starts the command of the unit's file, which is in `units` beside it."""

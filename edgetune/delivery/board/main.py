@@ -81,10 +81,9 @@ def _add_transfer(commands: Any) -> None:  # noqa: ANN401 - argparse's own
     """The commands of `edgetune deploy`."""
     command = _command(commands, "have", _have, "list the files that an install of a kit lacks")
     command.add_argument("kit", type=Path, metavar="KIT", help="a folder with kit.json and SHA256SUMS")
-    command = _command(commands, "receive", _receive, "append standard input to the part of a file that is here")
-    command.add_argument("digest", metavar="DIGEST", help="sha256 of the file")
-    command.add_argument("offset", type=int, metavar="OFFSET", help="bytes that are here")
-    command.add_argument("size", type=int, metavar="BYTES", help="size of the file")
+    command = _command(commands, "receive", _receive, "append standard input to the parts of files that are here")
+    text = "for each file its sha256, the bytes of it that are here, and its size"
+    command.add_argument("parts", nargs="+", metavar="DIGEST OFFSET BYTES", help=text)
     _command(commands, "hold", _hold, "keep other deploys away until standard input ends")
 
 
@@ -179,8 +178,9 @@ def _have(options: argparse.Namespace) -> None:
 
 
 def _receive(options: argparse.Namespace) -> None:
-    store = Store(_prefix(options)).folder
-    transfer.receive(store, options.digest, options.offset, options.size, sys.stdin.buffer)
+    parts = transfer.parse_parts(options.parts)
+    for part in parts:
+        transfer.receive(Store(_prefix(options)).folder, part, sys.stdin.buffer)
 
 
 def _hold(options: argparse.Namespace) -> None:

@@ -10,8 +10,9 @@ import os
 import re
 import select
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +32,15 @@ HELD = "held"
 _PART = ".part"
 _CHUNK_BYTES = 1 << 18
 _DIGEST = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file that the host sends from `offset` on; `size` is that of the whole file, in bytes."""
+
+    digest: str
+    offset: int
+    size: int
 
 
 def missing(prefix: Path, kit: Kit) -> dict[str, int]:
@@ -62,14 +72,27 @@ def have(store: Path, wanted: Mapping[str, int]) -> dict[str, int]:
     return {digest: count for digest, count in found.items() if count is not None}
 
 
-def receive(store: Path, digest: str, offset: int, size: int, source: IO[bytes]) -> None:
-    """Append `source` to the part of a file from `offset` on; at `size` bytes check the digest and give it its name.
+def parse_parts(words: Sequence[str]) -> list[Part]:
+    """The files that the host sends, three words each; UsageError for anything else."""
+    try:
+        triples = zip(words[::3], words[1::3], words[2::3], strict=True)
+        parts = [Part(digest, int(offset), int(size)) for digest, offset, size in triples]
+    except ValueError as error:
+        raise UsageError(f"the list of files is wrong: {error}", "run the deploy again") from error
+    wrong = next((part for part in parts if not _DIGEST.fullmatch(part.digest)), None)
+    if wrong is not None:
+        raise UsageError(f"{wrong.digest[:80]!r} is not a sha256 in lower-case hex", "run the deploy again")
+    return parts
 
-    Raises UnreachableError if the bytes end or stop before, and keeps the part; VerificationError if the digest is
-    wrong, and deletes it; BusyError if another process writes to it; UsageError if the part does not end at `offset`;
-    OutOfSpaceError if the disk is full.
+
+def receive(store: Path, wanted: Part, source: IO[bytes]) -> None:
+    """Append the rest of a file from `source` to its part; then check the digest and give it its name.
+
+    Reads no byte more than that. Raises UnreachableError if the bytes end or stop before, and keeps the part;
+    VerificationError if the digest is wrong, and deletes it; BusyError if another process writes to it; UsageError if
+    the part does not end at the offset; OutOfSpaceError if the disk is full.
     """
-    _check_digest(digest)
+    digest, offset, size = wanted.digest, wanted.offset, wanted.size
     store.mkdir(parents=True, exist_ok=True)
     part, whole = _part(store, digest), store / digest
     with raising_out_of_space(part), part.open("ab") as file, _locked(file, f"file {digest[:12]}"):
@@ -144,8 +167,3 @@ def _locked(file: IO[bytes], what: str) -> Iterator[None]:
 
 def _part(store: Path, digest: str) -> Path:
     return store / f"{digest}{_PART}"
-
-
-def _check_digest(digest: str) -> None:
-    if not _DIGEST.fullmatch(digest):
-        raise UsageError(f"{digest[:80]!r} is not a sha256 in lower-case hex", "run the deploy again")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
 
-from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME
+from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, KitFile
 from edgetune.delivery.board.transfer import HELD
-from edgetune.progress import Progress
+from edgetune.progress import Progress, Step
 
 from .kits import Kits, MadeKit
 from .probe import BoardFacts, probe
@@ -26,6 +26,7 @@ from .ssh import Connection
 from .target import Target
 
 _MB = 10**6
+_CHUNK_BYTES = 1 << 18
 # Read by sh, whatever the login shell is. The name of the unfinished file is of its own for each sender.
 _PUT = 'mkdir -p "${1%/*}" && cat > "$1.$$.part" && chmod 444 "$1.$$.part" && mv -f "$1.$$.part" "$1"'
 
@@ -190,7 +191,7 @@ def _put(connection: Connection, path: Path, remote: str) -> int:
     if sha256_of(path) in found:
         return 0
     data = path.read_bytes()
-    connection.run(["sh", "-c", _PUT, "sh", remote], data)
+    connection.run(["sh", "-c", _PUT, "sh", remote], [data])
     return len(data)
 
 
@@ -201,30 +202,24 @@ def _send_files(program: _Program, made: MadeKit, missing: Mapping[str, int], pr
     if unknown:
         message = f"{program.connection.target}: the board asks for a file that the kit does not have"
         raise EdgetuneError(message, "run the command again")
-    total = sum(files[digest].bytes - offset for digest, offset in missing.items())
     if not missing:
         return 0
-    meter = _Meter()
+    parts = [(files[digest], offset) for digest, offset in missing.items()]
+    total = sum(file.bytes - offset for file, offset in parts)
+    words = [word for file, offset in parts for word in (file.sha256, str(offset), str(file.bytes))]
     with progress.step(f"{program.connection.target}: sending MB", max(1, round(total / _MB))) as step:
-        for digest, offset in missing.items():
-            file = files[digest]
-
-            def sent(size: int, name: str = file.name) -> None:
-                meter.count(size)
-                step.update(f"{meter.mb_per_s:.1f} MB/s, {name}", meter.sent // _MB)
-
-            words = (digest, str(offset), str(file.bytes))
-            program.connection.send(program.command("receive", *words), made.path_of(file), offset, sent)
-    return meter.sent
+        program.connection.run(program.command("receive", *words), _read(made, parts, step))
+    return total
 
 
-class _Meter:
-    def __init__(self) -> None:
-        self.sent, self._begin = 0, time.monotonic()
-
-    def count(self, size: int) -> None:
-        self.sent += size
-
-    @property
-    def mb_per_s(self) -> float:
-        return self.sent / _MB / max(time.monotonic() - self._begin, 1e-3)
+def _read(made: MadeKit, parts: Sequence[tuple[KitFile, int]], step: Step) -> Iterator[bytes]:
+    """The bytes of the files from their offsets on; reports the rate as they are taken."""
+    begin, sent = time.monotonic(), 0
+    for file, offset in parts:
+        with made.path_of(file).open("rb") as source:
+            source.seek(offset)
+            while data := source.read(_CHUNK_BYTES):
+                yield data
+                sent += len(data)
+                rate = sent / _MB / max(time.monotonic() - begin, 1e-3)
+                step.update(f"{rate:.1f} MB/s, {file.name}", sent // _MB)

@@ -70,7 +70,7 @@ def probe(connection: Connection, name: str, prefix: str | None) -> BoardFacts:
     IncompatibleError for a 32-bit system, another processor, and a Python that is missing or too old.
     """
     script = _SCRIPT.format(prefix=shlex.quote(prefix or ""), name=shlex.quote(name))
-    text = connection.run(["sh", "-s"], script.encode())
+    text = connection.run(["sh", "-s"], [script.encode()])
     facts = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
     _check(connection, facts)
     return BoardFacts(

@@ -8,16 +8,14 @@ import shlex
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO
 
 from edgetune_runtime.errors import EdgetuneError, UnreachableError, VerificationError
 
 from .target import Target
 
-_CHUNK_BYTES = 1 << 18
 _SIGN_OF_LIFE_S = 10.0
 # What the board program puts before its errors.
 _PROGRAM = "edgetune-board: "
@@ -97,21 +95,13 @@ class Connection:
             subprocess.run(command, capture_output=True, check=False, timeout=10)
         self._folder.cleanup()
 
-    def run(self, command: Sequence[str], data: bytes = b"") -> str:
-        """Run a command with `data` on its standard input; its standard output."""
+    def run(self, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
+        """Run a command with `data` on its standard input; its standard output, which must be short."""
         with self._started(command) as process:
-            out, problems = process.communicate(data)
-        return self._checked(process.returncode, out, problems)
-
-    def send(self, command: Sequence[str], path: Path, offset: int, sent: Callable[[int], None]) -> str:
-        """Run a command with the bytes of a file from `offset` on; `sent` gets the size of each part that was sent."""
-        with self._started(command) as process, path.open("rb") as file:
-            file.seek(offset)
-            # Why the command stopped reading is in its exit code.
+            # Why a command stopped reading is in its exit code.
             with contextlib.suppress(BrokenPipeError):
-                while part := file.read(_CHUNK_BYTES):
+                for part in data:
                     _pipe(process.stdin).write(part)
-                    sent(len(part))
             out, problems = process.communicate()
         return self._checked(process.returncode, out, problems)
 

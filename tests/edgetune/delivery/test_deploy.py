@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,21 +153,22 @@ def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(
     (bundle / "large").write_bytes(data)
     write_bundle(bundle, "two")
     part = board.prefix / f"files/{sha256_of(bundle / 'large')}.part"
-    whole = Connection.send
+    whole = Connection.run
 
-    def send(self: Connection, command: Any, path: Path, offset: int, sent: Callable[[int], None]) -> str:
-        def count_and_cut(size: int) -> None:
-            sent(size)
-            if path.name == "large":
+    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
+        return whole(self, command, cutting(data) if "receive" in command else data)
+
+    def cutting(chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+            if len(chunk) > 100_000:
                 wait_for(lambda: part.exists() and part.stat().st_size > 0)
                 cut_ssh()
 
-        return whole(self, command, path, offset, count_and_cut)
-
-    monkeypatch.setattr(Connection, "send", send)
+    monkeypatch.setattr(Connection, "run", run)
     with pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"):
         board.deploy(bundle)
-    monkeypatch.setattr(Connection, "send", whole)
+    monkeypatch.setattr(Connection, "run", whole)
     assert board.states() == [(first.version, "current")]
     assert ask(board.prefix) == "one"
     wait_for(lambda: not is_locked(board.prefix / "deploy.lock"))
@@ -240,9 +241,9 @@ def test_another_answer_than_the_golden_one_keeps_the_old_version(board: Board, 
 def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
     kit = board.kits(bundle).kit_for("laptop", PYTHON)
     hold = ["python3", str(kit.folder / "board.pyz"), "hold", "--prefix", str(board.prefix)]
-    with Connection(board.target) as other, other.holding(hold, HELD):
-        with pytest.raises(BusyError, match=f"another deploy is writing to {board.prefix}; wait for it to end"):
-            board.deploy(bundle)
+    problem = f"another deploy is writing to {board.prefix}; wait for it to end"
+    with Connection(board.target) as other, other.holding(hold, HELD), pytest.raises(BusyError, match=problem):
+        board.deploy(bundle)
     assert board.deploy(bundle).changed
 
 
@@ -251,7 +252,10 @@ def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
     [
         ({"machine": "aarch64", "board": "pi-4"}, r"this machine is x86_64, the kit is for aarch64 \(pi-4\)"),
         ({"needs": {"instructions": ["amx"], "glibc": "2.0", "ram_mb": 1, "packages_mb": 1}}, "lacks amx"),
-        ({"needs": {"instructions": [], "glibc": "2.0", "ram_mb": 10**7, "packages_mb": 1}}, "needs 10000000 MB of mem"),
+        (
+            {"needs": {"instructions": [], "glibc": "2.0", "ram_mb": 10**7, "packages_mb": 1}},
+            "needs 10000000 MB of mem",
+        ),
         (
             {"wheels": "another", "needs": {"instructions": [], "glibc": "2.0", "ram_mb": 1, "packages_mb": 10**9}},
             "needs 10000000.. MB of disk",
@@ -335,7 +339,7 @@ def test_an_install_goes_on_when_the_connection_is_lost(
 ) -> None:
     whole = Connection.run
 
-    def run(self: Connection, command: Any, data: bytes = b"") -> str:
+    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
         if "install" in command:
             timer = threading.Timer(0.3, cut_ssh)
             timer.start()
@@ -345,7 +349,7 @@ def test_an_install_goes_on_when_the_connection_is_lost(
     with pytest.raises(UnreachableError, match="connection was lost"):
         board.deploy(bundle)
     monkeypatch.setattr(Connection, "run", whole)
-    wait_for(lambda: (board.prefix / "current").exists())
+    wait_for((board.prefix / "current").exists)
     wait_for(lambda: not is_locked(board.prefix / "lock"))
     again = board.deploy(bundle)
     assert (again.changed, again.sent_bytes) == (False, 0)
