@@ -120,7 +120,7 @@ class KitMaker:
         contents |= {f"{BUNDLE_FOLDER}/{name}": data for name, data in bundle.items()}
         contents |= {"board.pyz": board_program(), "install.sh": install_script(platform)}
         files = output.listed(contents)
-        described = change(describe("home", "laptop", "gguf", platform, files, found, ram_mb=1))
+        described = change(describe("home", platform, files, found, board="laptop", engine="gguf", ram_mb=1))
         contents |= {KIT_NAME: described, SUMS_NAME: output.sums(files, described)}
         output.write(contents, out, "home-laptop")
 

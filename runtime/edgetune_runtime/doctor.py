@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import Manifest
+from .engines.gguf.ggml import cpu_backend
+from .engines.gguf.llama import library
+from .errors import IncompatibleError
 from .threads.machine import ROOT, cores_left, cpu_quota, disturbance, free_mb, threads_for, throttling, usable_cores
 
 _LIBRARIES = ("edgetune-runtime", "llama-cpp-python", "onnxruntime", "numpy", "tokenizers")
@@ -19,7 +22,8 @@ _CLOCK = "sys/devices/system/cpu/cpu0/cpufreq"
 def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, Any]:
     """What this process may use of the machine, as JSON values, and `problems`, one line each.
 
-    With a bundle's manifest, also the number of threads that the bundle would use here. Loads no engine.
+    With a bundle's manifest, also the number of threads that the bundle would use here. Loads llama.cpp, but no
+    model.
     """
     quota = cpu_quota(root)
     found: dict[str, Any] = {
@@ -30,6 +34,7 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
         "throttling": throttling(root),
         "busy": disturbance(root),
         "libraries": {name: _version(name) for name in _LIBRARIES},
+        "llama_cpp": _llama_cpp(),
     }
     if manifest is not None:
         found["bundle"] = {"name": manifest.name, "threads": threads_for(manifest.threads, root)}
@@ -38,6 +43,8 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
 
 def _problems(found: Mapping[str, Any], manifest: Manifest | None) -> Iterator[str]:
     quota, usable = found["cores"]["quota"], found["cores"]["usable"]
+    if "error" in (found["llama_cpp"] or {}):
+        yield str(found["llama_cpp"]["error"])
     if found["busy"]:
         yield f"{found['busy']}: answers take longer, and measurements are not representative"
     if quota is not None and quota < 1:
@@ -67,6 +74,17 @@ def _clock(root: Path) -> dict[str, Any]:
             text = path.read_text().strip()
             clock[key] = int(text) / 1000 if text.isdigit() else text
     return clock
+
+
+def _llama_cpp() -> dict[str, str] | None:
+    """The variant of llama.cpp's CPU backend and the features that it uses, or why it cannot be loaded."""
+    if _version("llama-cpp-python") is None:
+        return None
+    try:
+        backend = cpu_backend(library())
+    except IncompatibleError as error:
+        return {"error": str(error)}
+    return {"variant": backend.variant, "features": " ".join(backend.features)}
 
 
 def _version(name: str) -> str | None:

@@ -91,7 +91,6 @@ def switch(prefix: Path, version: str) -> None:
         # Before the switch: the version that runs now must be kept whenever the power is cut.
         replace_link(prefix / PREVIOUS, f"{FOLDER}/{before}")
     replace_link(prefix / CURRENT, f"{FOLDER}/{version}")
-    return True
 
 
 def restore(prefix: Path, links: Mapping[str, str | None]) -> None:

@@ -29,6 +29,7 @@ from edgetune.delivery.board.kit import (
     KitFile,
     parse_kit,
 )
+from edgetune.delivery.wheel import llama_wheel
 from edgetune.progress import Progress
 
 from . import output, sbom, wheels
@@ -86,7 +87,7 @@ def make_kit(
         progress.say(f"checking the files of {manifest.name}")
         verify_files(bundle, manifest)
     with tempfile.TemporaryDirectory() as folder:
-        found = _wheels(manifest, chosen, platform, Path(folder), wheel, progress)
+        found = _wheels(manifest, platform, Path(folder), engine=chosen, wheel=wheel, progress=progress)
         contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{item.path.name}": item.path for item in found}
         contents[PROGRAM_NAME] = board_program()
         contents["install.sh"] = install_script(platform)
@@ -94,24 +95,25 @@ def make_kit(
         if with_bundle:
             contents |= {f"{BUNDLE_FOLDER}/{name}": resolve(bundle, name) for name in (*manifest.files, MANIFEST_NAME)}
         files = output.listed(contents)
-        described = describe(manifest.name, known.name, chosen, platform, files, found, ram_mb)
+        described = describe(manifest.name, platform, files, found, board=known.name, engine=chosen, ram_mb=ram_mb)
         contents[KIT_NAME] = described
-        contents[SUMS_NAME] = output.sums(files, described)
+        contents[SUMS_NAME] = sums = output.sums(files, described)
         output.write(contents, out, f"{manifest.name}-{known.name}")
     kit = parse_kit(described.decode())
     bundle_bytes = sum(file.bytes for file in kit.bundle_files)
-    sizes = [file.bytes for file in files] + [len(described), len(contents[SUMS_NAME])]
+    sizes = [file.bytes for file in files] + [len(described), len(sums)]
     names = tuple(item.path.name for item in found)
     return KitResult(out, kit.version, sum(sizes), bundle_bytes, names)
 
 
 def describe(
     name: str,
-    board: str,
-    engine: str,
     platform: Platform,
     files: Sequence[KitFile],
     found: Sequence[wheels.Wheel],
+    *,
+    board: str,
+    engine: str,
     ram_mb: int,
 ) -> bytes:
     """The bytes of kit.json."""
@@ -155,23 +157,18 @@ def _ram_mb(bundle: Path, manifest: Manifest, engine: str, board: boards.Board) 
 
 
 def _wheels(
-    manifest: Manifest, engine: str, platform: Platform, folder: Path, wheel: Path | None, progress: Progress
+    manifest: Manifest, platform: Platform, folder: Path, *, engine: str, wheel: Path | None, progress: Progress
 ) -> list[wheels.Wheel]:
+    """The wheels of the runtime for this bundle, in `folder` or where `wheel` is."""
     name, data = runtime_wheel()
     own = folder / "own"
     own.mkdir()
     (own / name).write_bytes(data)
     given = [own / name]
     if engine == gguf.NAME:
-        given.append(wheel or _llama_wheel(platform, progress))
+        given.append(wheel or llama_wheel(platform.name, progress=progress))
     # Requests to the server may ask for JSON or tools, also if no adapter has an output constraint.
     extras = [engine, "server", *(["structured"] if manifest.task == GENERATION else [])]
     downloads = folder / "downloads"
     downloads.mkdir()
     return wheels.collect(extras, platform, given, downloads, progress)
-
-
-def _llama_wheel(platform: Platform, progress: Progress) -> Path:
-    from edgetune.delivery.wheel import llama_wheel  # noqa: PLC0415 - it builds a library
-
-    return llama_wheel(platform.name, progress=progress)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from edgetune_devices.boards import Board
 from edgetune_runtime.errors import UsageError
 
+from edgetune.delivery.wheel.platforms import GLIBC
+
 SYSTEM = "system"
 SYSTEM_PYTHON = "3.13"
 """The Python of Raspberry Pi OS that is based on Debian 13; older systems have 3.11."""
-_GLIBC_MINOR = 36
-"""Wheels may need glibc 2.36, that of Debian 12, or an older one."""
 _OLDEST_GLIBC_MINOR = 17
 # Every 64-bit ARM processor has the first; numpy's wheels for x86-64 need the second (x86-64-v2).
 _INSTRUCTIONS = {
@@ -52,7 +52,7 @@ class Platform:
         yield from ("--only-binary", ":all:", "--implementation", "cp", "--python-version", self.python)
         for abi in (f"cp{self.python.replace('.', '')}", "abi3", "none"):
             yield from ("--abi", abi)
-        tags = [f"manylinux_2_{minor}" for minor in range(_GLIBC_MINOR, _OLDEST_GLIBC_MINOR - 1, -1)]
+        tags = [f"manylinux_2_{minor}" for minor in range(GLIBC[1], _OLDEST_GLIBC_MINOR - 1, -1)]
         for tag in (*tags, "manylinux2014"):
             yield from ("--platform", f"{tag}_{self.machine}")
 

@@ -1,4 +1,4 @@
-"""Collects the wheels that a board needs: the runtime's own, that of llama.cpp, and their dependencies by pip download."""
+"""Collects the wheels that a board needs: the runtime's own, that of llama.cpp, and what pip downloads."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def collect(
     while pending:
         _download([item for item in pending if canonicalize_name(item.name) not in found], platform, folder, progress)
         found |= {wheel.name: wheel for wheel in map(read_wheel, sorted(folder.glob("*.whl")))}
-        following = []
+        following: list[Requirement] = []
         for requirement in pending:
             name = canonicalize_name(requirement.name)
             wheel = found[name]

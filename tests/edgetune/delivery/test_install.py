@@ -65,7 +65,7 @@ def state(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 
 
 def contents(path: Path) -> bytes:
-    return os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+    return str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
 
 
 def names(prefix: Path, folder: str) -> set[str]:
