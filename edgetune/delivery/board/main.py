@@ -15,7 +15,7 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleE
 from edgetune_runtime.interrupts import end_on_interrupt
 
 from . import check, golden, install, service, transfer, uninstall, versions
-from .kit import KIT_NAME, Kit, parse_kit, read_kit
+from .kit import KIT_NAME, parse_kit, read_kit
 from .store import Store
 
 PROGRAM = "edgetune-board"
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--port", type=int, metavar="N", help=f"port of the unit (default: the kit's, {_PORT})")
     command.add_argument("--no-activate", action="store_true", help="install only; the current version stays")
     command = _command(commands, "check", _check, "show what this board has, and what keeps a kit from running on it")
-    command.add_argument("--kit", type=Path, metavar="KIT", help="a kit's folder or its kit.json")
+    command.add_argument("--kit", type=Path, metavar="KIT", help="a kit's folder or its kit.json (default: this one)")
     for name, run, text in (
         ("activate", _activate, "switch to an installed version when it answers as built"),
         ("golden", _golden, "compare the answers of a version with those that its build stored"),
@@ -114,12 +114,11 @@ def _install(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    kit = None if options.kit is None else _kit_at(options.kit)
-    prefix = options.prefix or default_prefix("" if kit is None else kit.name)
+    path = options.kit or _own_folder()
+    kit = parse_kit((path / KIT_NAME if path.is_dir() else path).read_text(encoding="utf-8"))
+    prefix = options.prefix or default_prefix(kit.name)
     board = check.examine(prefix)
-    found = []
-    if kit is not None:
-        found = list(check.problems(kit, board, disk_mb=install.mb_to_write(kit, prefix)))
+    found = list(check.problems(kit, board, disk_mb=install.mb_to_write(kit, prefix)))
     if options.json:
         _print({**board.to_json(), "problems": [{"message": item.message, "remedy": item.remedy} for item in found]})
         return
@@ -198,7 +197,7 @@ def _prefix(options: argparse.Namespace) -> Path:
     """--prefix, or the one that this program lies in, or the default of the kit that it lies in."""
     if options.prefix is not None:
         return Path(options.prefix).absolute()
-    folder = Path(sys.argv[0]).resolve().parent
+    folder = _own_folder()
     if folder.parent.name == versions.FOLDER:
         return folder.parents[1]
     if not (folder / KIT_NAME).is_file():
@@ -206,8 +205,9 @@ def _prefix(options: argparse.Namespace) -> Path:
     return default_prefix(read_kit(folder).name)
 
 
-def _kit_at(path: Path) -> Kit:
-    return read_kit(path) if path.is_dir() else parse_kit(path.read_text(encoding="utf-8"))
+def _own_folder() -> Path:
+    """The folder of the kit or of the version that this program lies in."""
+    return Path(sys.argv[0]).resolve().parent
 
 
 def _report(options: argparse.Namespace, version: str, *, changed: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import platform as this_machine
@@ -10,23 +11,25 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from edgetune_devices import boards
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.golden import ask
-from kits import PYTHON, install_sh
+from kits import PYTHON, KitMaker, install_sh
 from packaging.requirements import Requirement
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from wheels import repack
 
 from edgetune.cli.main import main
+from edgetune.delivery.kit import output
 from edgetune.delivery.kit.make import make_kit
 from edgetune.delivery.kit.platforms import Platform, platform_of
-from edgetune.delivery.kit.program import RUNTIME_MODULES, board_program
 from edgetune.delivery.kit.runtime_wheel import runtime_wheel
 from edgetune.delivery.kit.sbom import license_of
 from edgetune.delivery.kit.wheels import Wheel, dependencies, read_wheel
@@ -54,8 +57,12 @@ def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _offline(wheelhouse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let pip find wheels in the folder only."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheelhouse))
+    set_offline(monkeypatch, wheelhouse)
+
+
+def set_offline(patch: pytest.MonkeyPatch, wheelhouse: Path) -> None:
+    patch.setenv("PIP_NO_INDEX", "1")
+    patch.setenv("PIP_FIND_LINKS", str(wheelhouse))
 
 
 @pytest.fixture(scope="module")
@@ -81,51 +88,82 @@ def make(bundle: Path, out: Path, wheelhouse: Path, *options: str) -> int:
     return main([*words, "--quiet", *options])
 
 
-@pytest.mark.usefixtures("_offline")
+@pytest.fixture(scope="module")
+def kit_of(home: Path, wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`kit_of(engine)`: the tar file of the bundle's kit, made once."""
+    folder = tmp_path_factory.mktemp("kits")
+
+    @cache
+    def kit(engine: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            set_offline(patch, wheelhouse)
+            assert make(home, folder / f"{engine}.tar", wheelhouse, "--engine", engine) == 0
+        return folder / f"{engine}.tar"
+
+    return kit
+
+
+def unpacked(kit: Path, folder: Path) -> Path:
+    """The folder that was packed into a tar file."""
+    with tarfile.open(kit) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"home-{BOARD}"
+
+
 @pytest.mark.parametrize("engine", ["gguf", "onnx"])
 def test_a_kit_installs_offline_and_answers_as_built(
-    engine: str, home: Path, wheelhouse: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    engine: str, kit_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    assert make(home, tmp_path / "kit.tar", wheelhouse, "--engine", engine, "--json") == 0
-    made = json.loads(capfd.readouterr().out)
-    with tarfile.open(tmp_path / "kit.tar") as archive:
-        archive.extractall(tmp_path, filter="data")
-    kit, prefix = tmp_path / f"home-{BOARD}", tmp_path / "board"
-    assert sum(path.stat().st_size for path in kit.rglob("*") if path.is_file()) == made["bytes"]
+    kit, prefix = unpacked(kit_of(engine), tmp_path), tmp_path / "board"
     variables = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/nowhere", "PYTHONPATH": "/nowhere"}
     done = install_sh(kit, "--prefix", str(prefix), variables=variables)
     assert done.returncode == 0, done.stderr
     assert "1 adapters answer as built" in done.stderr
-    command = [str(prefix / "bin/edgetune-run"), "serve", "--help"]
-    assert "--port" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # The server's parts are there too.
+    server = [str(prefix / "current/venv/bin/python"), "-I", "-c", "import edgetune_runtime.server.serve, llguidance"]
+    subprocess.run(server, check=True)
     checked = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=kit, capture_output=True, check=False)
     assert (checked.returncode, checked.stdout) == (0, b"")
 
 
 @pytest.mark.usefixtures("_offline")
-def test_the_same_bundle_gives_the_same_bytes(home: Path, wheelhouse: Path, tmp_path: Path) -> None:
+def test_the_same_bundle_gives_the_same_bytes(
+    home: Path, wheelhouse: Path, kit_of: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     copy = Path(shutil.copytree(home, tmp_path / "copied-later"))
     for path in copy.rglob("*"):
         os.utime(path, (1, 1))
-    for out, bundle in (("a.tar", home), ("b.tar", copy), ("folder", home)):
-        assert make(bundle, tmp_path / out, wheelhouse, "--engine", "gguf") == 0
-    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
-    with tarfile.open(tmp_path / "a.tar") as archive:
-        archive.extractall(tmp_path / "from-tar", filter="data")
-    compared = ["diff", "-r", str(tmp_path / "folder"), str(tmp_path / f"from-tar/home-{BOARD}")]
-    assert subprocess.run(compared, check=False).returncode == 0
-    # A kit may be replaced, other folders not.
-    assert make(home, tmp_path / "folder", wheelhouse, "--no-bundle") == 0
-    assert not (tmp_path / "folder/bundle").exists()
-    assert make(home, tmp_path / "from-tar", wheelhouse) == UsageError.exit_code
+    kit_of("onnx")
+    capfd.readouterr()
+    assert make(copy, tmp_path / "other.tar", wheelhouse, "--engine", "onnx", "--json") == 0
+    assert filecmp.cmp(kit_of("onnx"), tmp_path / "other.tar", shallow=False)
+    made = json.loads(capfd.readouterr().out)
+    folder = unpacked(tmp_path / "other.tar", tmp_path)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) == made["bytes"]
+    assert made["bundle_bytes"] == sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
 
 
-@pytest.mark.usefixtures("_offline")
-def test_the_list_of_parts_has_each_wheel_with_its_licence(home: Path, wheelhouse: Path, tmp_path: Path) -> None:
-    assert make(home, tmp_path / "kit", wheelhouse, "--engine", "onnx", "--no-bundle") == 0
-    raw = json.loads((tmp_path / "kit/sbom.cdx.json").read_text())
+def test_a_folder_has_the_files_of_the_tar_file_and_replaces_only_kits(tmp_path: Path) -> None:
+    contents: dict[str, Path | bytes] = {"kit.json": b"{}", "install.sh": b"exit", "wheels/a.whl": b"a"}
+    for out in ("kit", "kit.tar", "kit"):
+        output.check_destination(tmp_path / out)
+        output.write(contents, tmp_path / out, f"home-{BOARD}")
+    folder = unpacked(tmp_path / "kit.tar", tmp_path)
+    for name, data in contents.items():
+        for path in (tmp_path / "kit" / name, folder / name):
+            assert path.read_bytes() == data
+            assert path.stat().st_mode & 0o777 == (0o755 if name == "install.sh" else 0o644)
+    assert {path.name for path in tmp_path.iterdir()} == {"kit", "kit.tar", folder.name}
+    (folder / "kit.json").unlink()
+    with pytest.raises(UsageError, match="is not a kit; choose another --out"):
+        output.check_destination(folder)
+
+
+def test_the_list_of_parts_has_each_wheel_with_its_licence(kit_of: Callable[[str], Path], tmp_path: Path) -> None:
+    kit = unpacked(kit_of("onnx"), tmp_path)
+    raw = json.loads((kit / "sbom.cdx.json").read_text())
     found = {part["name"]: part for part in raw["components"]}
-    assert len(found) == len(list((tmp_path / "kit/wheels").iterdir()))
+    assert len(found) == len(list((kit / "wheels").iterdir()))
     assert found["edgetune-runtime"]["licenses"] == [{"expression": "Apache-2.0"}]
     assert found["jinja2"]["licenses"] == [{"expression": "BSD-3-Clause"}]
     assert found["tokenizers"]["purl"].startswith("pkg:pypi/tokenizers@")
@@ -181,8 +219,6 @@ def test_pip_is_told_all_older_glibcs() -> None:
 
 
 def test_boards_have_their_machine_and_the_python_of_their_system() -> None:
-    from edgetune_devices import boards  # noqa: PLC0415
-
     machines = {name: platform_of(boards.load(name), "system").machine for name in ("pi-4", "laptop")}
     assert machines == {"pi-4": "aarch64", "laptop": "x86_64"}
     assert platform_of(boards.load("pi-4"), "system") == Platform("aarch64", "3.13", system_python=True)
@@ -201,9 +237,8 @@ def test_the_runtime_wheel_is_that_of_the_imported_package(tmp_path: Path) -> No
 
 
 def test_the_program_needs_the_standard_library_only(tmp_path: Path) -> None:
-    (tmp_path / "board.pyz").write_bytes(board_program())
-    command = [sys.executable, "-I", "-S", str(tmp_path / "board.pyz"), "check", "--json", "--prefix", str(tmp_path)]
+    kit = KitMaker(tmp_path)("one")
+    command = [sys.executable, "-I", "-S", str(kit / "board.pyz"), "check", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["bits"] == 64
-    assert "errors" in RUNTIME_MODULES
+    assert json.loads(done.stdout)["problems"] == []
