@@ -16,6 +16,7 @@ from edgetune_runtime import __version__
 from edgetune_runtime.bundle import GENERATION, MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.sizing.needs import COSTS, needs_of_bundle
 
 from edgetune import task_types
 from edgetune.delivery.board.kit import (
@@ -150,10 +151,10 @@ def _engine(manifest: Manifest, engine: str | None) -> str:
 
 def _ram_mb(bundle: Path, manifest: Manifest, engine: str, board: boards.Board) -> int:
     """The memory that the bundle needs in MB; IncompatibleError if the board has less."""
-    if engine == gguf.NAME and task_types.load(manifest.task).offers("fit"):
-        return math.ceil(fit.require_fit(fit.needs_of_bundle(bundle), board).needed_mb)
+    if task_types.load(manifest.task).offers("fit"):
+        return math.ceil(fit.require_fit(needs_of_bundle(bundle, engine=engine), board).needed_mb)
     # There is no prediction: twice the files leaves room for activations and caches.
-    return math.ceil(2 * sum(file.bytes for file in manifest.files.values()) / 1e6) + fit.RUNTIME_MB
+    return math.ceil(2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb)
 
 
 def _wheels(
