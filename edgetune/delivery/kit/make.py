@@ -16,7 +16,7 @@ from edgetune_runtime import __version__
 from edgetune_runtime.bundle import GENERATION, MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.sizing.needs import COSTS, needs_of_bundle
+from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, needs_of_bundle
 
 from edgetune import task_types
 from edgetune.delivery.board.kit import (
@@ -39,8 +39,6 @@ from .program import board_program, install_script
 from .runtime_wheel import runtime_wheel
 
 _PORT = 8080
-_SERVER_MB = 30
-"""Resident memory of the HTTP server's libraries, which `fit` does not count."""
 _HEADROOM = 1.25
 """The unit's memory limit in relation to the prediction: the kernel ends a process that exceeds it."""
 
@@ -135,7 +133,7 @@ def describe(
         },
         "wheels": hashlib.sha256(f"{platform.python}\n{''.join(of_wheels)}".encode()).hexdigest()[:ID_LENGTH],
         "bundle": manifest,
-        "service": {"port": _PORT, "memory_max_mb": math.ceil((ram_mb + _SERVER_MB) * _HEADROOM)},
+        "service": {"port": _PORT, "memory_max_mb": math.ceil((ram_mb + SERVER_MB) * _HEADROOM)},
         "files": [asdict(file) for file in files],
     }
     return (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode()
