@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune_runtime.loaded import Adapters
-
-from .answering import AnswerRequest, no_thinking
+from .answer_request import AnswerRequest
 from .fields import Fields
 from .messages import messages_of
 from .models import Models
@@ -85,7 +83,7 @@ def _request(fields: Fields, models: Models, limits: Limits, prompts: list[Any],
     has_adapters = options.values.get("adapters") is not None
     source = Fields({**fields.values, "adapters": options.values["adapters"]}) if has_adapters else fields
     model, adapters = models.adapters_of(source)
-    found = _options(options, limits) | _format(fields) | _think(fields, model, adapters) | more
+    found = _options(options, limits) | _format(fields) | _think(fields, model) | more
     if fields.flag("logprobs"):
         found["logprobs"] = fields.integer("top_logprobs") or 0
     keep_alive = _seconds(fields)
@@ -123,11 +121,11 @@ def _format(fields: Fields) -> dict[str, Any]:
     return {"schema": wanted}
 
 
-def _think(fields: Fields, model: str, adapters: Adapters) -> dict[str, Any]:
+def _think(fields: Fields, model: str) -> dict[str, Any]:
     think = fields.values.get("think")
     if think not in (None, False, ""):
         raise RequestError(f"{model!r} does not support thinking", "leave think out, or give false", param="think")
-    return no_thinking(adapters) if think is False else {}
+    return {"think": False} if think is False else {}
 
 
 def _seconds(fields: Fields) -> float | None:
