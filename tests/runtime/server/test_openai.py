@@ -247,15 +247,16 @@ def test_a_client_that_leaves_in_the_middle_frees_its_context_at_once(start: Sta
 
 def test_a_client_that_stops_waiting_for_a_whole_answer_frees_its_context(start: Start) -> None:
     server = start(contexts=1, context_length=512)
-    body = {"model": "command", "messages": MESSAGES, "max_tokens": 490}
+    # Eight times as long as the answer that is timed, which other load may slow down.
+    body = {"model": "command", "messages": MESSAGES, "max_tokens": 490, "n": 8}
     begin = time.monotonic()
     server.runtime.generate(PROMPT, adapter="command", max_tokens=490)
     whole_s = time.monotonic() - begin
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=whole_s / 8)
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=whole_s / 4)
     begin = time.monotonic()
     wait_until_idle(server)
-    assert time.monotonic() - begin < whole_s / 2
+    assert time.monotonic() - begin < whole_s
     assert (
         'edgetune_requests_total{route="/v1/chat/completions",status="499"} 1.0' in server.client.get("/metrics").text
     )
