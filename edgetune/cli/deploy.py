@@ -106,9 +106,9 @@ def deploy_bundle(
     elif lists:
         act = partial(list_versions, where=where)
     else:
+        kits = _kits(bundle, engine, Progress(quiet=quiet))
         # Boards of an inventory have one line each.
         progress = Progress(quiet=quiet or inventory is not None)
-        kits = _kits(bundle, engine, progress)
         options = DeployOptions(board, service, waits_healthy=wait_healthy)
         act = partial(deploy, where=where, kits=kits, options=options, progress=progress)
     if host is not None:
@@ -137,15 +137,17 @@ def _run_on_all(targets: Sequence[Target], parallel: int, act: Callable[[Target]
     """Print a line per board as it ends, and the failures at the end; EdgetuneError if there are any."""
     from edgetune.delivery.deploy.fleet import on_each  # noqa: PLC0415 - help needs none of it
 
-    failures: dict[str, EdgetuneError] = {}
+    failures: list[str] = []
     for target, outcome in on_each(targets, parallel, act):
-        if isinstance(outcome, EdgetuneError):
-            failures[str(target)] = outcome
-        if as_json:
-            failed = {"host": str(target), "error": str(outcome)}
-            print_json(failed if isinstance(outcome, EdgetuneError) else outcome.to_json())
+        if not isinstance(outcome, EdgetuneError):
+            shown, figures = str(outcome), outcome.to_json()
         else:
-            print(f"{target}: failed" if isinstance(outcome, EdgetuneError) else outcome, flush=True)
+            text = str(outcome).removeprefix(f"{target}: ")
+            failures.append(f"{target}: {text}")
+            shown, figures = f"{target}: failed", {"host": str(target), "error": text}
+        if as_json:
+            print_json(figures)
+        else:
+            print(shown, flush=True)
     if failures:
-        lines = [f"{len(failures)} of {len(targets)} boards failed", *map(str, failures.values())]
-        raise EdgetuneError("\n".join(lines))
+        raise EdgetuneError("\n".join([f"{len(failures)} of {len(targets)} boards failed", *failures]))

@@ -137,15 +137,20 @@ def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, pro
     with Connection(target) as connection:
         progress.say(f"{target}: checking the board")
         facts = probe(connection, where.name, where.prefix)
+        if options.waits_healthy and options.service is None and not facts.has_unit:
+            raise NotFoundError(f"{target}: no unit is installed in {facts.prefix}", "add --service NAME")
         made = kits.kit_for(facts.board_name(options.board), facts.python)
         program = _send_program(connection, facts, made)
         with connection.holding(program.command("hold"), HELD):
             begin = time.monotonic()
             incoming = f"{facts.prefix}/incoming"
             sent = sum(_put(connection, made.folder / name, f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
-            sent += _send_files(program, made, program.ask("have", incoming), progress)
+            missing = program.ask("have", incoming)
+            sent += _send_files(program, made, missing, progress)
             seconds = time.monotonic() - begin
-            progress.say(f"{target}: installing version {made.kit.version}")
+            is_first = any(file.sha256 in missing for file in made.kit.wheel_files)
+            takes = " and its packages, which takes minutes on a small board" if is_first else ""
+            progress.say(f"{target}: installing version {made.kit.version}{takes}")
             service = [] if options.service is None else ["--service", options.service]
             done = program.ask("install", incoming, *service)
             if options.waits_healthy:

@@ -30,6 +30,7 @@ from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME
 from edgetune.delivery.board.transfer import HELD
 from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.kits import Kits
+from edgetune.delivery.deploy.probe import BoardFacts
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target
 from edgetune.progress import Progress
@@ -294,6 +295,26 @@ def test_a_system_that_is_not_enough_is_named(
         stub.unlink()
 
 
+@pytest.mark.parametrize(
+    ("model", "machine", "name"),
+    [
+        ("Raspberry Pi Zero 2 W Rev 1.0", "aarch64", "pi-zero-2w"),
+        ("Raspberry Pi 4 Model B Rev 1.4", "aarch64", "pi-4"),
+        ("Raspberry Pi 5 Model B Rev 1.0", "aarch64", "pi-5"),
+        ("", "x86_64", "laptop"),
+    ],
+)
+def test_a_board_is_known_by_its_model(model: str, machine: str, name: str) -> None:
+    facts = BoardFacts("/opt/edgetune/home", machine, model, PYTHON, None, has_unit=False)
+    assert facts.board_name(None) == name
+
+
+def test_a_board_that_is_not_known_must_be_named() -> None:
+    facts = BoardFacts("/opt/edgetune/home", "aarch64", "Toaster 2", PYTHON, None, has_unit=False)
+    with pytest.raises(UsageError, match=r"model 'Toaster 2' is not known; give a similar one with --board: .*pi-4"):
+        facts.board_name(None)
+
+
 def test_a_prefix_that_cannot_be_written_to_is_named(board: Board, bundle: Path) -> None:
     (board.work / "file").touch()
     where = Where("home", str(board.work / "file"))
@@ -356,8 +377,13 @@ def test_an_install_goes_on_when_the_connection_is_lost(
     assert ask(board.prefix) == "one"
 
 
+def test_a_board_with_another_processor_is_refused_before_a_kit_is_made(board: Board, bundle: Path) -> None:
+    with pytest.raises(IncompatibleError, match="the board is x86_64, and --board pi-4 is aarch64"):
+        deploy(board.target, board.where, board.kits(bundle), DeployOptions("pi-4"), Progress(quiet=True))
+
+
 def test_waiting_for_a_unit_needs_one(board: Board, bundle: Path) -> None:
-    with pytest.raises(NotFoundError, match="no unit is installed, so none can answer; deploy with --service"):
+    with pytest.raises(NotFoundError, match=f"no unit is installed in {board.prefix}; add --service NAME"):
         board.deploy(bundle, waits_healthy=True)
 
 
