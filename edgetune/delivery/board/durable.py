@@ -17,8 +17,10 @@ def write_text(path: Path, text: str, *, mode: int = 0o644) -> bool:
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Never readable for more users than the mode says.
+        temporary.touch(mode=mode)
         temporary.chmod(mode)
+        temporary.write_text(text, encoding="utf-8")
     flush_to_disk(path.parent)
     return True
 

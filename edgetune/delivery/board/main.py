@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("kit", type=Path, metavar="KIT", help="the kit's folder")
     text = "run `edgetune-run serve` as a systemd unit: of the system for root, of the user for others"
     command.add_argument("--service", nargs="?", const="", metavar="NAME", help=text)
+    text = "address that the unit listens on; others than this board's own need the key in PREFIX/keys"
+    command.add_argument("--host", default=service.HERE, metavar="IP", help=f"{text} (default: %(default)s)")
     command.add_argument("--port", type=int, metavar="N", help=f"port of the unit (default: the kit's, {_PORT})")
     command.add_argument("--no-activate", action="store_true", help="install only; the current version stays")
     command = _command(commands, "check", _check, "show what this board has, and what keeps a kit from running on it")
@@ -103,12 +105,16 @@ def _install(options: argparse.Namespace) -> None:
     if options.service is not None:
         if kit.bundle is None:
             raise UsageError("--service: the kit has no bundle to serve", "make a kit without --no-bundle")
-        unit = service.wanted(options.service or f"edgetune-{kit.name}", options.port or kit.service["port"])
+        unit = service.wanted(
+            options.service or f"edgetune-{kit.name}", options.host, options.port or kit.service["port"]
+        )
     changed = install.install(options.kit, prefix, unit=unit, activates=not options.no_activate, say=_say)
     if options.json:
         _print({"version": kit.version, "changed": changed})
         return
     print(f"version {kit.version} {'is installed' if changed else 'was installed already'} in {prefix}")
+    if unit is not None and unit.needs_key:
+        print(f"clients need the key in {prefix / service.KEYS_NAME}")
     if kit.bundle is not None and not options.no_activate:
         print(f"run: {prefix / versions.RUN_SCRIPT} info {prefix / versions.CURRENT / 'bundle'}")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import time
@@ -20,6 +22,8 @@ from .durable import write_text
 from .kit import BUNDLE_FOLDER, Kit
 
 SETTINGS_NAME = "service.json"
+KEYS_NAME = "keys"
+HERE = "127.0.0.1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _READY_S = 180.0
 _UNIT = """\
@@ -29,7 +33,7 @@ After=network.target
 
 [Service]
 Type=exec
-ExecStart={python} -I -m edgetune_runtime serve {path} --engine {engine} --port {port} --warm
+ExecStart={python} -I -m edgetune_runtime serve {path} --engine {engine} --host {host} --port {port}{keys} --warm
 WorkingDirectory=/
 Environment=EDGETUNE_CACHE=%C/{name}
 CacheDirectory={name}
@@ -71,7 +75,7 @@ PrivateTmp=yes
 
 @dataclass(frozen=True)
 class Service:
-    """Name and port of a prefix's unit, and whether it belongs to a user's service manager.
+    """Name and address of a prefix's unit, and whether it belongs to a user's service manager.
 
     `version` is the one that it was last started with by an install.
     """
@@ -79,7 +83,21 @@ class Service:
     name: str
     port: int
     user: bool
+    host: str = HERE
     version: str = ""
+
+    @property
+    def url(self) -> str:
+        """The server's address for this machine."""
+        address = ipaddress.ip_address(self.host)
+        if address.is_unspecified:
+            return f"http://{'[::1]' if address.version == 6 else HERE}:{self.port}"
+        return f"http://{f'[{address}]' if address.version == 6 else address}:{self.port}"
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether other machines can reach the server."""
+        return not ipaddress.ip_address(self.host).is_loopback
 
     def of(self, kit: Kit) -> Service:
         """The same unit after a start with this version."""
@@ -97,12 +115,18 @@ class Service:
         """The unit's text for the current version in `prefix`."""
         current = prefix.absolute() / versions.CURRENT
         sandbox = "" if self.user else _SYSTEM_SANDBOX.format(protect_home=_protect_home(prefix))
+        keys = prefix.absolute() / KEYS_NAME
+        if self.needs_key and not self.user:
+            # Only root reads the file: systemd hands a copy to the unit's own account.
+            sandbox += f"LoadCredential={KEYS_NAME}:{str(keys).replace('%', '%%')}\n"
         return _UNIT.format(
             bundle=kit.name,
             python=_escaped(current / "venv/bin/python"),
             path=_escaped(current / BUNDLE_FOLDER),
             engine=kit.engines[0],
+            host=self.host,
             port=self.port,
+            keys=f" --api-key-file {_escaped(keys) if self.user else f'%d/{KEYS_NAME}'}" if self.needs_key else "",
             name=self.name,
             memory_mb=kit.service["memory_max_mb"] * 10**6 // 2**20,
             sandbox=sandbox,
@@ -114,6 +138,8 @@ class Service:
 
         VerificationError if it does not, with its last message.
         """
+        if self.needs_key and not (prefix / KEYS_NAME).exists():
+            write_text(prefix / KEYS_NAME, f"{secrets.token_hex(32)}\n", mode=0o600)
         if write_text(self.unit_path, self.unit(prefix, kit)):
             self._systemctl("daemon-reload")
             self._systemctl("enable", "--quiet", self.name)
@@ -133,7 +159,7 @@ class Service:
 
     def wait(self) -> None:
         """Wait until the unit answers; VerificationError if it does not."""
-        url = f"http://127.0.0.1:{self.port}/readyz"
+        url = f"{self.url}/readyz"
         end = time.monotonic() + _READY_S
         while time.monotonic() < end:
             try:
@@ -155,15 +181,19 @@ class Service:
             raise IncompatibleError(f"{' '.join(command)} failed: {reason}", "install without --service")
 
 
-def wanted(name: str, port: int) -> Service:
-    """The unit that this user asks for; UsageError for a name that systemd would not take, or a wrong port."""
+def wanted(name: str, host: str, port: int) -> Service:
+    """The unit that this user asks for; UsageError for a name that systemd would not take, or a wrong address."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"--service {name!r} is no name of a unit", "use letters, digits, _, . and -")
     if not 0 < port < 1 << 16:
         raise UsageError(f"--port {port} is no port", "use 1 to 65535")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError as error:
+        raise UsageError(f"--host {host!r} is no IP address", "use 0.0.0.0 to let others in") from error
     if shutil.which("systemctl") is None:
         raise IncompatibleError("this system has no systemctl", "install without --service")
-    return Service(name, port, user=os.geteuid() != 0)
+    return Service(name, port, os.geteuid() != 0, host)
 
 
 def installed(prefix: Path) -> Service | None:

@@ -27,7 +27,13 @@ def uninstall(prefix: Path) -> None:
         unit = service.installed(prefix)
         if unit is not None:
             unit.remove()
-        for name in (versions.CURRENT, versions.PREVIOUS, versions.RUN_SCRIPT, service.SETTINGS_NAME):
+        for name in (
+            versions.CURRENT,
+            versions.PREVIOUS,
+            versions.RUN_SCRIPT,
+            service.SETTINGS_NAME,
+            service.KEYS_NAME,
+        ):
             (prefix / name).unlink(missing_ok=True)
         # The versions last: until they are gone, uninstall can be run again.
         for name in (store.FOLDER, venv.FOLDER, INCOMING, versions.FOLDER):

@@ -40,6 +40,8 @@ from .runtime_wheel import runtime_wheel
 _PORT = 8080
 _SERVER_MB = 30
 """Resident memory of the HTTP server's libraries, which `fit` does not count."""
+_RUNTIME_MB = 50
+"""Resident memory of Python with the runtime's libraries, where `fit` has no prediction."""
 _HEADROOM = 1.25
 """The unit's memory limit in relation to the prediction: the kernel ends a process that exceeds it."""
 
@@ -153,7 +155,7 @@ def _ram_mb(bundle: Path, manifest: Manifest, engine: str, board: boards.Board) 
     if engine == gguf.NAME and task_types.load(manifest.task).offers("fit"):
         return math.ceil(fit.require_fit(fit.needs_of_bundle(bundle), board).needed_mb)
     # There is no prediction: twice the files leaves room for activations and caches.
-    return math.ceil(2 * sum(file.bytes for file in manifest.files.values()) / 1e6) + fit.RUNTIME_MB
+    return math.ceil(2 * sum(file.bytes for file in manifest.files.values()) / 1e6) + _RUNTIME_MB
 
 
 def _wheels(

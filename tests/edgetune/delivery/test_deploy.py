@@ -437,6 +437,7 @@ def test_one_board_shows_its_progress(board: Board, bundle: Path, run: Callable[
         ([], "give one board, or several with --inventory"),
         (["pi@host", "--rollback", "--list"], "--rollback and --list are given together"),
         (["pi@host", "--board", "pi-44"], "no board 'pi-44'"),
+        (["pi@host", "--port", "80"], "--listen and --port are those of a unit; add --service NAME"),
         (["pi host"], "'pi host' is not of the form USER@HOST"),
     ],
 )

@@ -106,8 +106,32 @@ def test_a_version_whose_unit_does_not_answer_is_left_again(
     assert served(port) == "one"
 
 
+def test_a_server_that_others_can_reach_gets_a_key(
+    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prefix, kit = tmp_path / "home", make("one")
+    options = ("--prefix", prefix, "--service", "--port", port)
+    assert run("install", kit, *options) == 0
+    assert not (prefix / "keys").exists()
+    capfd.readouterr()
+    assert run("install", kit, *options, "--host", "0.0.0.0") == 0
+    keys = prefix / "keys"
+    assert f"clients need the key in {keys}" in capfd.readouterr().out
+    assert (len(keys.read_text().strip()), keys.stat().st_mode & 0o777) == (64, 0o600)
+    unit = (systemd / "units/systemd/user/edgetune-home.service").read_text()
+    assert f'--host 0.0.0.0 --port {port} --api-key-file "{keys}"' in unit
+    before = keys.read_text()
+    assert run("install", make("two"), *options, "--host", "0.0.0.0") == 0
+    assert keys.read_text() == before
+
+
 @pytest.mark.parametrize(
-    ("options", "told"), [(("--service", "a/b"), "no name of a unit"), (("--service", "--port", 70000), "no port")]
+    ("options", "told"),
+    [
+        (("--service", "a/b"), "no name of a unit"),
+        (("--service", "--port", 70000), "no port"),
+        (("--service", "--host", "board.local"), "no IP address"),
+    ],
 )
 def test_a_wrong_unit_is_refused_before_anything_is_installed(
     options: tuple[object, ...], told: str, make: KitMaker, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -124,7 +148,7 @@ def test_systemd_accepts_the_unit(user: bool, make: KitMaker, tmp_path: Path) ->
     kit = make("one")
     assert run("install", kit, "--prefix", prefix) == 0
     unit = tmp_path / "edgetune-home.service"
-    unit.write_text(service.Service("edgetune-home", 8080, user).unit(prefix, read_kit(kit)))
+    unit.write_text(service.Service("edgetune-home", 8080, user, host="::").unit(prefix, read_kit(kit)))
     command = ["systemd-analyze", "verify", *(["--user"] if user else []), "--man=no", str(unit)]
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
