@@ -150,8 +150,8 @@ def _kits(bundle: Path, engine: str | None, progress: Progress) -> Kits:
     from edgetune.delivery.deploy.kits import Kits  # noqa: PLC0415
     from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415
 
-    def make(board: str, python: str, out: Path) -> None:
-        make_kit(bundle, board, out, python=python, engine=engine, progress=progress)
+    def make(board: str, python: str, out: Path, earlier: Sequence[Path]) -> None:
+        make_kit(bundle, board, out, python=python, engine=engine, progress=progress, earlier=earlier)
 
     return Kits(bundle, engine, make, Path(platformdirs.user_cache_dir("edgetune")) / "kits")
 

@@ -61,7 +61,7 @@ class Board:
         def change(text: bytes) -> bytes:
             return json.dumps({**json.loads(text), **changes}).encode()
 
-        def make(_board: str, _python: str, out: Path) -> None:
+        def make(_board: str, _python: str, out: Path, _earlier: Sequence[Path]) -> None:
             self.maker.write(contents(bundle), out, change=change)
 
         return Kits(bundle, json.dumps(changes), make, self.work / "kits")
@@ -217,6 +217,20 @@ def test_a_damaged_bundle_and_a_damaged_kit_are_not_sent(board: Board, bundle: P
         file.write(b"x")
     with pytest.raises(VerificationError, match=r"base/model.gguf does not match its digest"):
         board.kits(bundle)
+
+
+def test_the_kit_of_a_changed_bundle_gets_the_wheels_of_the_one_before(board: Board, bundle: Path) -> None:
+    calls = []
+
+    def make(_board: str, _python: str, out: Path, earlier: Sequence[Path]) -> None:
+        calls.append([path.name for path in earlier])
+        board.maker.write(contents(bundle), out)
+
+    for answer in ("one", "one", "two"):
+        kits = Kits(write_bundle(bundle, answer), None, make, board.work / "kits")
+        made = kits.kit_for("laptop", PYTHON)
+    assert calls == [[], [file.name for file in made.kit.wheel_files]]
+    assert calls[1]
 
 
 def test_a_file_damaged_on_the_board_is_sent_again(board: Board, bundle: Path) -> None:
