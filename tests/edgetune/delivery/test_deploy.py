@@ -30,6 +30,7 @@ from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME
 from edgetune.delivery.board.transfer import HELD
 from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.kits import Kits
+from edgetune.delivery.deploy.probe import BoardFacts
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target
 from edgetune.progress import Progress
@@ -60,7 +61,7 @@ class Board:
         def change(text: bytes) -> bytes:
             return json.dumps({**json.loads(text), **changes}).encode()
 
-        def make(_board: str, _python: str, out: Path) -> None:
+        def make(_board: str, _python: str, out: Path, _earlier: Sequence[Path]) -> None:
             self.maker.write(contents(bundle), out, change=change)
 
         return Kits(bundle, json.dumps(changes), make, self.work / "kits")
@@ -218,6 +219,20 @@ def test_a_damaged_bundle_and_a_damaged_kit_are_not_sent(board: Board, bundle: P
         board.kits(bundle)
 
 
+def test_the_kit_of_a_changed_bundle_gets_the_wheels_of_the_one_before(board: Board, bundle: Path) -> None:
+    calls = []
+
+    def make(_board: str, _python: str, out: Path, earlier: Sequence[Path]) -> None:
+        calls.append([path.name for path in earlier])
+        board.maker.write(contents(bundle), out)
+
+    for answer in ("one", "one", "two"):
+        kits = Kits(write_bundle(bundle, answer), None, make, board.work / "kits")
+        made = kits.kit_for("laptop", PYTHON)
+    assert calls == [[], [file.name for file in made.kit.wheel_files]]
+    assert calls[1]
+
+
 def test_a_file_damaged_on_the_board_is_sent_again(board: Board, bundle: Path) -> None:
     board.deploy(bundle)
     model = board.prefix / "current/bundle/base/model.gguf"
@@ -294,6 +309,26 @@ def test_a_system_that_is_not_enough_is_named(
         stub.unlink()
 
 
+@pytest.mark.parametrize(
+    ("model", "machine", "name"),
+    [
+        ("Raspberry Pi Zero 2 W Rev 1.0", "aarch64", "pi-zero-2w"),
+        ("Raspberry Pi 4 Model B Rev 1.4", "aarch64", "pi-4"),
+        ("Raspberry Pi 5 Model B Rev 1.0", "aarch64", "pi-5"),
+        ("", "x86_64", "laptop"),
+    ],
+)
+def test_a_board_is_known_by_its_model(model: str, machine: str, name: str) -> None:
+    facts = BoardFacts("/opt/edgetune/home", machine, model, PYTHON, None, has_unit=False)
+    assert facts.board_name(None) == name
+
+
+def test_a_board_that_is_not_known_must_be_named() -> None:
+    facts = BoardFacts("/opt/edgetune/home", "aarch64", "Toaster 2", PYTHON, None, has_unit=False)
+    with pytest.raises(UsageError, match=r"model 'Toaster 2' is not known; give a similar one with --board: .*pi-4"):
+        facts.board_name(None)
+
+
 def test_a_prefix_that_cannot_be_written_to_is_named(board: Board, bundle: Path) -> None:
     (board.work / "file").touch()
     where = Where("home", str(board.work / "file"))
@@ -356,8 +391,13 @@ def test_an_install_goes_on_when_the_connection_is_lost(
     assert ask(board.prefix) == "one"
 
 
+def test_a_board_with_another_processor_is_refused_before_a_kit_is_made(board: Board, bundle: Path) -> None:
+    with pytest.raises(IncompatibleError, match="the board is x86_64, and --board pi-4 is aarch64"):
+        deploy(board.target, board.where, board.kits(bundle), DeployOptions("pi-4"), Progress(quiet=True))
+
+
 def test_waiting_for_a_unit_needs_one(board: Board, bundle: Path) -> None:
-    with pytest.raises(NotFoundError, match="no unit is installed, so none can answer; deploy with --service"):
+    with pytest.raises(NotFoundError, match=f"no unit is installed in {board.prefix}; add --service NAME"):
         board.deploy(bundle, waits_healthy=True)
 
 
@@ -411,6 +451,7 @@ def test_one_board_shows_its_progress(board: Board, bundle: Path, run: Callable[
         ([], "give one board, or several with --inventory"),
         (["pi@host", "--rollback", "--list"], "--rollback and --list are given together"),
         (["pi@host", "--board", "pi-44"], "no board 'pi-44'"),
+        (["pi@host", "--port", "80"], "--listen and --port are those of a unit; add --service NAME"),
         (["pi host"], "'pi host' is not of the form USER@HOST"),
     ],
 )
