@@ -54,8 +54,8 @@ def library_folder(llama_cpp: ModuleType) -> Path:
 
 def _registry(llama_cpp: ModuleType) -> ctypes.CDLL:
     """The library through which the functions of llama.cpp's own backend registry are found."""
-    # Wheels contain libggml under several names, and each name that is opened is a copy with a registry of its own. Only
-    # Windows does not look for a function in the libraries that a library needs.
+    # Wheels contain libggml under several names, and each name that is opened is a copy with a registry of its own.
+    # Only Windows does not look for a function in the libraries that a library needs.
     return open_library(llama_cpp, "ggml" if sys.platform == "win32" else "llama")
 
 
