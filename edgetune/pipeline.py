@@ -20,6 +20,7 @@ from edgetune_runtime.tools.prompts import prompt_text
 from . import bases, builders, methods
 from .bases import Base, trained_context_length
 from .builders import Builder
+from .data import TaskRow
 from .prepared import Prepared
 from .progress import Progress
 from .recipe.model import Recipe
@@ -140,7 +141,18 @@ def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merge
             rows.append(tokenizer.tokenize(prompt_text(tokenizer, messages_for(probe, system))))
     lengths = [len(row) for row in rows]
     method = methods.of_folder(folder)
-    return TrainedAdapter(name, folder, method.name, method.options(), rows, lengths, system=system, merged=merged)
+    asked = [TaskRow("built-in", messages=tuple(messages_for(probe, None))) for probe in PROBES]
+    return TrainedAdapter(
+        name,
+        folder,
+        method.name,
+        method.options(),
+        rows,
+        lengths,
+        system=system,
+        merged=merged,
+        golden_rows=asked,
+    )
 
 
 def _figures(shipped: ShippedAdapter) -> dict[str, Any]:
