@@ -115,6 +115,10 @@ def test_a_version_whose_unit_does_not_answer_is_left_again(
     assert going_back.startswith("edgetune-board: going back to version ")
     assert f"unit edgetune-home does not answer at http://127.0.0.1:{port}/readyz" in error
     assert (served(port), ask(prefix)) == ("two", "two")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        used = taken.getsockname()[1]
+        assert run("install", make("two"), "--prefix", prefix, "--service", "other", "--port", used) == 4
+    assert (served(port), ask(prefix)) == ("two", "two")
     assert run("rollback", "--prefix", prefix) == 0
     assert served(port) == "one"
 
