@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from edgetune_runtime.bundle import MANIFEST_NAME
+from edgetune_runtime.bundle import MANIFEST_NAME, BaseEntry, FileEntry, Manifest, sha256_of
 from wheels import repack
 
 from edgetune.delivery.board.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEELS_FOLDER
@@ -60,6 +60,35 @@ def stand_in(folder: Path, version: str = "1") -> Path:
     return out
 
 
+SYSTEMCTL = """\
+#!/bin/sh
+cd "$(dirname "$0")"
+echo "$*" >> calls
+case "$*" in
+    *stop* | *disable* | *restart*) [ ! -f process ] || kill "$(cat process)" || true ;;
+esac
+case "$*" in
+    *restart*)
+        eval "exec $(sed -n 's/^ExecStart=//p' units/systemd/user/*.service)" > /dev/null 2>&1 &
+        echo $! > process ;;
+esac
+"""
+"""A stand-in for systemctl that starts the command of the unit's file, which is in `units` beside it."""
+
+
+def write_bundle(folder: Path, answer: str) -> Path:
+    """A bundle that answers with a text; nothing else in it can be used."""
+    (folder / "base").mkdir(parents=True, exist_ok=True)
+    (folder / "base/model.gguf").write_bytes(b"weights")
+    (folder / "answer.txt").write_text(answer, encoding="utf-8")
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST_NAME]
+    files = {str(path.relative_to(folder)): FileEntry(sha256_of(path), path.stat().st_size) for path in paths}
+    base = BaseEntry("base", "ab" * 32, "llama", None, 1, 1, 1, 1, "", "", {"gguf": "base/model.gguf"})
+    manifest = Manifest(folder.name, base, {}, files, context_length=1)
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
 class KitMaker:
     """Makes kits whose bundle answers with a text."""
 
@@ -71,18 +100,29 @@ class KitMaker:
         self, answer: str, *, runtime: str = "1", change: Callable[[bytes], bytes] = lambda text: text
     ) -> Path:
         """The folder of a kit; `change` changes its kit.json before its digest is taken."""
+        bundle = {MANIFEST_NAME: answer.encode() * 2, "answer.txt": answer.encode(), "base/model.gguf": b"weights"}
+        out = self.folder / f"kit-{len(list(self.folder.iterdir()))}"
+        self.write(bundle, out, runtime=runtime, change=change)
+        return out
+
+    def write(
+        self,
+        bundle: output.Contents,
+        out: Path,
+        *,
+        runtime: str = "1",
+        change: Callable[[bytes], bytes] = lambda text: text,
+    ) -> None:
+        """Write a kit with these files of a bundle to `out`."""
         found = [read_wheel(path) for path in (self.pip, stand_in(self.folder, runtime))]
         platform = Platform(this_machine.machine(), PYTHON)
-        bundle = {MANIFEST_NAME: answer.encode() * 2, "answer.txt": answer.encode(), "base/model.gguf": b"weights"}
         contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{wheel.path.name}": wheel.path for wheel in found}
         contents |= {f"{BUNDLE_FOLDER}/{name}": data for name, data in bundle.items()}
         contents |= {"board.pyz": board_program(), "install.sh": install_script(platform)}
         files = output.listed(contents)
         described = change(describe("home", platform, files, found, board="laptop", engine="gguf", ram_mb=1))
         contents |= {KIT_NAME: described, SUMS_NAME: output.sums(files, described)}
-        out = self.folder / f"kit-{len(list(self.folder.iterdir()))}"
         output.write(contents, out, "home-laptop")
-        return out
 
 
 def install_sh(kit: Path, *words: str, variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

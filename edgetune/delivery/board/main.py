@@ -7,14 +7,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
+from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
 
-from . import check, golden, install, service, uninstall, versions
+from . import check, golden, install, service, transfer, uninstall, versions
 from .kit import KIT_NAME, parse_kit, read_kit
+from .store import Store
 
 PROGRAM = "edgetune-board"
 _PORT = 8080
@@ -73,7 +75,19 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "rollback", _rollback, "switch back to the version before")
     _command(commands, "list", _list, "list the installed versions")
     _command(commands, "uninstall", _uninstall, "remove all versions and the unit")
+    _command(commands, "healthy", _healthy, "wait until the unit answers")
+    _add_transfer(commands)
     return parser
+
+
+def _add_transfer(commands: Any) -> None:  # noqa: ANN401 - argparse's own
+    """The commands of `edgetune deploy`."""
+    command = _command(commands, "have", _have, "list the files that an install of a kit lacks")
+    command.add_argument("kit", type=Path, metavar="KIT", help="a folder with kit.json and SHA256SUMS")
+    command = _command(commands, "receive", _receive, "append standard input to the parts of files that are here")
+    text = "for each file its sha256, the bytes of it that are here, and its size"
+    command.add_argument("parts", nargs="+", metavar="DIGEST OFFSET BYTES", help=text)
+    _command(commands, "hold", _hold, "keep other deploys away until standard input ends")
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's own
@@ -158,6 +172,27 @@ def _uninstall(options: argparse.Namespace) -> None:
         print(f"removed all versions from {prefix}")
 
 
+def _healthy(options: argparse.Namespace) -> None:
+    unit = service.installed(_prefix(options))
+    if unit is None:
+        raise NotFoundError("no unit is installed, so none can answer", "deploy with --service")
+    unit.wait()
+
+
+def _have(options: argparse.Namespace) -> None:
+    _print(transfer.missing(_prefix(options), read_kit(options.kit)))
+
+
+def _receive(options: argparse.Namespace) -> None:
+    parts = transfer.parse_parts(options.parts)
+    for part in parts:
+        transfer.receive(Store(_prefix(options)).folder, part, sys.stdin.buffer)
+
+
+def _hold(options: argparse.Namespace) -> None:
+    transfer.hold(_prefix(options), sys.stdin.buffer, sys.stdout)
+
+
 def default_prefix(name: str) -> Path:
     """The prefix of the bundle with this name."""
     if os.geteuid() == 0:
@@ -190,7 +225,9 @@ def _report(options: argparse.Namespace, version: str, *, changed: bool) -> None
 
 
 def _say(text: str) -> None:
-    print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+    # Nobody may be there to read it: an install goes on when the connection of a deploy is lost.
+    with suppress(OSError):
+        print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
 
 
 def _print(value: object) -> None:

@@ -144,7 +144,7 @@ class Service:
             self._systemctl("daemon-reload")
             self._systemctl("enable", "--quiet", self.name)
         self._systemctl("restart", self.name)
-        self._wait()
+        self.wait()
 
     def stop(self) -> None:
         """Stop the unit; does nothing if it does not run."""
@@ -157,7 +157,8 @@ class Service:
             self.unit_path.unlink()
             self._systemctl("daemon-reload")
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait until the unit answers; VerificationError if it does not."""
         url = f"{self.url}/readyz"
         end = time.monotonic() + _READY_S
         while time.monotonic() < end:

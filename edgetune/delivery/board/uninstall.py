@@ -10,6 +10,7 @@ from edgetune_runtime.errors import NotFoundError
 
 from . import service, store, venv, versions
 from .durable import locked
+from .transfer import LOCK_NAME
 
 INCOMING = "incoming"
 """Folder in the prefix where a deploy puts the description of a kit."""
@@ -37,7 +38,8 @@ def uninstall(prefix: Path) -> None:
         # The versions last: until they are gone, uninstall can be run again.
         for name in (store.FOLDER, venv.FOLDER, INCOMING, versions.FOLDER):
             shutil.rmtree(prefix / name, ignore_errors=name == INCOMING)
-        (prefix / "lock").unlink()
+        for name in ("lock", LOCK_NAME):
+            (prefix / name).unlink(missing_ok=True)
     with suppress(OSError):
         (prefix / versions.RUN_SCRIPT).parent.rmdir()
         prefix.rmdir()

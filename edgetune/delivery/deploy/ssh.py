@@ -7,16 +7,18 @@ import re
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO
 
 from edgetune_runtime.errors import EdgetuneError, UnreachableError, VerificationError
 
 from .target import Target
 
-_CHUNK_BYTES = 1 << 18
+_SIGN_OF_LIFE_S = 10.0
+# What the board program puts before its errors.
+_PROGRAM = "edgetune-board: "
 # ssh's own exit code, when it cannot connect or lost the connection.
 _SSH_FAILED = 255
 _OPTIONS = (
@@ -93,36 +95,37 @@ class Connection:
             subprocess.run(command, capture_output=True, check=False, timeout=10)
         self._folder.cleanup()
 
-    def run(self, command: Sequence[str], data: bytes = b"") -> str:
-        """Run a command with `data` on its standard input; its standard output."""
+    def run(self, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
+        """Run a command with `data` on its standard input; its standard output, which must be short."""
         with self._started(command) as process:
-            out, problems = process.communicate(data)
-        return self._checked(process.returncode, out, problems)
-
-    def send(self, command: Sequence[str], path: Path, offset: int, sent: Callable[[int], None]) -> str:
-        """Run a command with the bytes of a file from `offset` on; `sent` gets the size of each part that was sent."""
-        with self._started(command) as process, path.open("rb") as file:
-            file.seek(offset)
-            # Why the command stopped reading is in its exit code.
+            # Why a command stopped reading is in its exit code.
             with contextlib.suppress(BrokenPipeError):
-                while part := file.read(_CHUNK_BYTES):
+                for part in data:
                     _pipe(process.stdin).write(part)
-                    sent(len(part))
             out, problems = process.communicate()
         return self._checked(process.returncode, out, problems)
 
     @contextmanager
-    def holding(self, command: Sequence[str]) -> Iterator[None]:
-        """Run a command that says a line when it is ready, and close its standard input when the block ends."""
+    def holding(self, command: Sequence[str], ready: str) -> Iterator[None]:
+        """Run a command that says the line `ready` when it is, and end its standard input when the block ends.
+
+        Until then the command gets a byte every few seconds, as a sign of life.
+        """
         with self._started(command) as process:
-            if not _pipe(process.stdout).readline():
+            # A login shell may print something first.
+            if not any(line.decode(errors="replace").strip() == ready for line in _pipe(process.stdout)):
                 out, problems = process.communicate()
                 self._checked(process.returncode, out, problems)
-                raise EdgetuneError(f"{self.target}: {shlex.join(command)} said nothing", "run it on the board")
+            ended = threading.Event()
+            alive = threading.Thread(target=_keep_alive, args=(_pipe(process.stdin), ended), daemon=True)
+            alive.start()
             try:
                 yield
             finally:
-                process.communicate()
+                ended.set()
+                alive.join()
+                with contextlib.suppress(BrokenPipeError):
+                    process.communicate()
 
     @contextmanager
     def _started(self, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
@@ -146,8 +149,9 @@ class Connection:
         if code == _SSH_FAILED or code < 0:
             raise self._lost(text)
         if code:
+            # Lines before the error say what the command was doing.
             last = (text.splitlines() or [f"a command ended with exit code {code}"])[-1]
-            raise _class_of(code)(f"{self.target}: {last}")
+            raise _class_of(code)(f"{self.target}: {last.removeprefix(_PROGRAM)}")
         return out.decode(errors="replace")
 
     def _lost(self, text: str) -> EdgetuneError:
@@ -164,6 +168,14 @@ class Connection:
                 return cls(f"{target}: {problem.format(**facts)}", remedy.format(**facts))
         said = f" ({text.splitlines()[-1]})" if text else ""
         return UnreachableError(f"{target}: the connection was lost{said}", "run the command again, it resumes")
+
+
+def _keep_alive(stream: IO[bytes], ended: threading.Event) -> None:
+    # The next command reports a lost connection.
+    with contextlib.suppress(BrokenPipeError):
+        while not ended.wait(_SIGN_OF_LIFE_S):
+            stream.write(b"\n")
+            stream.flush()
 
 
 def _class_of(code: int) -> type[EdgetuneError]:

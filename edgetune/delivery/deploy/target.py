@@ -36,7 +36,9 @@ def parse_target(text: str) -> Target:
     found = _TARGET.fullmatch(text)
     port = int(found["port"]) if found and found["port"] else None
     if found is None or (port is not None and not 0 < port < 65536):
-        raise UsageError(f"{text!r} is not of the form {FORM}", "write for example pi@192.168.1.20 or pi@[fe80::1]:2222")
+        raise UsageError(
+            f"{text!r} is not of the form {FORM}", "write for example pi@192.168.1.20 or pi@[fe80::1]:2222"
+        )
     return Target(found["host"].replace("[", "").replace("]", ""), port)
 
 

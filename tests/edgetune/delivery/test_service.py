@@ -14,25 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from kits import KitMaker, ask
+from kits import SYSTEMCTL, KitMaker, ask
 
 from edgetune.delivery.board import main, service
 from edgetune.delivery.board.kit import read_kit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
-_SYSTEMCTL = """\
-#!/bin/sh
-cd "$(dirname "$0")"
-echo "$*" >> calls
-case "$*" in
-    *stop* | *disable* | *restart*) [ ! -f process ] || kill "$(cat process)" || true ;;
-esac
-case "$*" in
-    *restart*)
-        eval "exec $(sed -n 's/^ExecStart=//p' units/systemd/user/*.service)" > /dev/null 2>&1 &
-        echo $! > process ;;
-esac
-"""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +32,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with systemctl for a user, the units that it knows and the calls that it got."""
     folder = tmp_path / "systemd"
     folder.mkdir()
-    (folder / "systemctl").write_text(_SYSTEMCTL)
+    (folder / "systemctl").write_text(SYSTEMCTL)
     (folder / "systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "units"))

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from sshd import Sshd, needs_sshd
+from sshd import Sshd, cut_ssh, free_port, needs_sshd
 
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target, read_inventory
@@ -36,7 +34,9 @@ def test_a_target_is_what_ssh_gets(text: str, target: Target) -> None:
     assert str(target) == text
 
 
-@pytest.mark.parametrize("text", ["", "-oProxyCommand=x", "pi@-x", "pi@host:0", "pi@host:70000", "a b", "pi@h;x", "pi@"])
+@pytest.mark.parametrize(
+    "text", ["", "-oProxyCommand=x", "pi@-x", "pi@host:0", "pi@host:70000", "a b", "pi@h;x", "pi@"]
+)
 def test_what_ssh_could_take_for_something_else_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"not of the form USER@HOST\[:PORT\]"):
         parse_target(text)
@@ -59,7 +59,7 @@ def test_commands_get_their_words_and_input_as_they_are(sshd: Sshd) -> None:
     code = "import sys; print(sys.argv[1:], sys.stdin.read())"
     words = ["it's", "a b", "$HOME", "*", ""]
     with Connection(parse_target(sshd.target)) as board:
-        assert board.run([sys.executable, "-c", code, *words], b"input").strip() == f"{words} input"
+        assert board.run([sys.executable, "-c", code, *words], [b"in", b"put"]).strip() == f"{words} input"
 
 
 @needs_sshd
@@ -97,56 +97,44 @@ def test_another_host_key_is_refused_with_the_command_that_removes_the_old_one(s
 @needs_sshd
 def test_an_unknown_host_key_is_refused_and_never_accepted(sshd: Sshd) -> None:
     sshd.known_hosts.write_text("")
-    with Connection(parse_target(sshd.target)) as board, pytest.raises(VerificationError, match="key is not known; run"):
+    with (
+        Connection(parse_target(sshd.target)) as board,
+        pytest.raises(VerificationError, match="key is not known; run"),
+    ):
         board.run(["true"])
     assert sshd.known_hosts.read_text() == ""
 
 
 @needs_sshd
 def test_a_refused_login_names_the_remedy_and_asks_for_no_password(sshd: Sshd) -> None:
-    with Connection(Target("nobody-here@127.0.0.1", sshd.port)) as board:
-        with pytest.raises(UnreachableError, match="login was refused; deploy needs a key"):
-            board.run(["true"])
+    problem = "login was refused; deploy needs a key"
+    with (
+        Connection(Target("nobody-here@127.0.0.1", sshd.port)) as board,
+        pytest.raises(UnreachableError, match=problem),
+    ):
+        board.run(["true"])
 
 
 @needs_sshd
 def test_a_port_without_sshd_is_named(sshd: Sshd) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    with Connection(Target("pi@127.0.0.1", port)) as board:
-        with pytest.raises(UnreachableError, match=rf"pi@127.0.0.1:{port}: ssh was refused; check the port"):
-            board.run(["true"])
+    port = free_port()
+    problem = rf"pi@127.0.0.1:{port}: ssh was refused; check the port"
+    with Connection(Target("pi@127.0.0.1", port)) as board, pytest.raises(UnreachableError, match=problem):
+        board.run(["true"])
 
 
 @needs_sshd
-def test_a_connection_that_is_cut_is_one_line(sshd: Sshd, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(50_000_000))
+def test_a_connection_that_is_cut_is_one_line(sshd: Sshd) -> None:
+    def data() -> Iterator[bytes]:
+        yield b"x"
+        cut_ssh()
+        yield b"y"
 
-    def cut(_size: int) -> None:
-        for child in children_of(os.getpid(), "ssh"):
-            os.kill(child, signal.SIGKILL)
-
-    with Connection(parse_target(sshd.target)) as board:
-        with pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"):
-            board.send(["sh", "-c", "sleep 1; cat >/dev/null"], path, 0, cut)
-
-
-def children_of(parent: int, name: str) -> list[int]:
-    """The processes called `name` that this one started."""
-    children = Path(f"/proc/{parent}/task").glob("*/children")
-    pids = [int(pid) for file in children for pid in file.read_text().split()]
-    return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == name]
-
-
-@needs_sshd
-def test_a_file_is_sent_from_an_offset_on(sshd: Sshd, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"0123456789")
-    sizes: list[int] = []
-    with Connection(parse_target(sshd.target)) as board:
-        assert board.send(["cat"], path, 4, sizes.append) == "456789"
-    assert sum(sizes) == 6
+    with (
+        Connection(parse_target(sshd.target)) as board,
+        pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"),
+    ):
+        board.run(["cat"], data())
 
 
 def test_no_ssh_names_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from edgetune.delivery.board import transfer
 
 DATA = bytes(range(256)) * 3000
 DIGEST = hashlib.sha256(DATA).hexdigest()
+OTHER = hashlib.sha256(b"other").hexdigest()
 EMPTY = hashlib.sha256(b"").hexdigest()
 
 
@@ -37,7 +38,7 @@ def piped(data: bytes) -> Iterator[IO[bytes]]:
 
 def receive(store: Path, data: bytes, offset: int = 0, digest: str = DIGEST, size: int = len(DATA)) -> None:
     with piped(data) as source:
-        transfer.receive(store, digest, offset, size, source)
+        transfer.receive(store, transfer.Part(digest, offset, size), source)
 
 
 def test_a_file_that_was_cut_off_is_continued(tmp_path: Path) -> None:
@@ -91,35 +92,35 @@ def test_an_offset_that_is_not_the_end_of_the_part_is_refused(tmp_path: Path) ->
         receive(tmp_path, b"", 5)
 
 
-@pytest.mark.parametrize("digest", ["../../etc/passwd", "A" * 64, ""])
-def test_a_digest_is_no_path(tmp_path: Path, digest: str) -> None:
-    with pytest.raises(UsageError, match="not a sha256"):
-        transfer.have(tmp_path, {digest: 1})
-    with pytest.raises(UsageError, match="not a sha256"):
-        receive(tmp_path, b"", 0, digest)
+def test_several_files_come_in_one_stream(tmp_path: Path) -> None:
+    parts = transfer.parse_parts([DIGEST, "0", str(len(DATA)), EMPTY, "0", "0", OTHER, "0", "5"])
+    with piped(DATA + b"other") as source:
+        for part in parts:
+            transfer.receive(tmp_path, part, source)
+    assert {path.name for path in tmp_path.iterdir()} == {DIGEST, EMPTY, OTHER}
+    assert (tmp_path / OTHER).read_bytes() == b"other"
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"a": null}', "[" * 100_000])
-def test_a_list_of_files_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="list of files"):
-        transfer.read_wanted(text)
+@pytest.mark.parametrize("words", [["../../etc/passwd", "0", "1"], ["A" * 64, "0", "1"], [DIGEST], [DIGEST, "x", "1"]])
+def test_a_list_of_files_that_is_none_is_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"not a sha256|list of files is wrong"):
+        transfer.parse_parts(words)
 
 
 def test_one_deploy_at_a_time(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
     reader, writer = os.pipe()
     out = io.StringIO()
     with os.fdopen(reader, "rb", buffering=0) as source, os.fdopen(writer, "wb") as host:
-        first = threading.Thread(target=transfer.hold, args=(lock, source, out))
+        first = threading.Thread(target=transfer.hold, args=(tmp_path, source, out))
         first.start()
         while not out.getvalue():
             pass
-        with piped(b"") as other, pytest.raises(BusyError, match="another deploy is writing to this board; wait"):
-            transfer.hold(lock, other, out)
+        with piped(b"") as other, pytest.raises(BusyError, match=rf"another deploy is writing to {tmp_path}; wait"):
+            transfer.hold(tmp_path, other, out)
         host.close()
         first.join()
     with piped(b"") as other:
-        transfer.hold(lock, other, out)
+        transfer.hold(tmp_path, other, out)
     assert out.getvalue() == "held\nheld\n"
 
 
@@ -127,6 +128,6 @@ def test_a_host_that_went_silent_does_not_keep_the_lock(tmp_path: Path, monkeypa
     monkeypatch.setattr(transfer, "STALLED_S", 0.05)
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb", buffering=0) as source, os.fdopen(writer, "wb"):
-        transfer.hold(tmp_path / "lock", source, io.StringIO())
+        transfer.hold(tmp_path, source, io.StringIO())
         with pytest.raises(UnreachableError, match="0 of 1 bytes"):
-            transfer.receive(tmp_path, DIGEST, 0, 1, source)
+            transfer.receive(tmp_path, transfer.Part(DIGEST, 0, 1), source)
