@@ -157,4 +157,5 @@ def test_systemd_accepts_the_unit(user: bool, make: KitMaker, tmp_path: Path) ->
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "MemoryMax=37M" in unit.read_text()
+    limit_mib = read_kit(kit).service["memory_max_mb"] * 10**6 // 2**20
+    assert f"\nMemoryMax={limit_mib}M\n" in unit.read_text()
