@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from edgetune_devices import boards, fit
+from edgetune_export import backends
+from edgetune_runtime.engines import gguf
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.sizing.needs import COSTS
 
 from . import bases, methods
 from .methods.common.peft import ALL_LINEAR, TargetOptions
@@ -12,15 +17,22 @@ from .recipe.model import Recipe
 from .targets import shapes_in
 
 
-def needs_of_recipe(recipe: Recipe, header: GgufHeader, quantization: str | None) -> fit.Needs:
-    """What the bundle of `recipe` will need; `quantization` None: the file with this header ships unchanged."""
+def needs_of_recipe(
+    recipe: Recipe, header: GgufHeader, quantization: str | None, engine: str | None = None
+) -> fit.Needs:
+    """What the bundle of `recipe` will need in `engine`, by default that of its first target.
+
+    `quantization` None: the file with this header ships unchanged.
+    """
+    engine = engine or _engine(recipe)
     return fit.needs_of_header(
         header,
         context_length=recipe.context_length,
         quantization=quantization,
-        adapters=_adapter_sizes(recipe, header),
+        adapters=_adapter_sizes(recipe, header, engine),
         merged=_merged(recipe),
         merged_quantization=recipe.merged_quantization,
+        engine=engine,
     )
 
 
@@ -36,9 +48,10 @@ def choose_for(recipe: Recipe, header: GgufHeader) -> fit.BoardChoice | None:
     return fit.choose(
         boards.load(recipe.device),
         header,
-        adapters=_adapter_sizes(recipe, header),
+        adapters=_adapter_sizes(recipe, header, _engine(recipe)),
         merged=_merged(recipe),
         merged_quantization=recipe.merged_quantization,
+        engine=_engine(recipe),
         quantization=recipe.quantization,
         context_length=recipe.context_length if "context_length" in written else None,
         threads=recipe.threads,
@@ -52,17 +65,23 @@ def check_fit(recipe: Recipe, header: GgufHeader) -> None:
         fit.require_fit(needs_of_recipe(recipe, header, None), boards.load(recipe.device))
 
 
-def _adapter_sizes(recipe: Recipe, header: GgufHeader) -> dict[str, fit.AdapterSize]:
-    sizes = {name: _adapter_size(recipe, name, header) for name in recipe.adapters}
+def _engine(recipe: Recipe) -> str:
+    """The engine that opens the bundle by default; for one of an unknown format, sizes are those of GGUF."""
+    return recipe.targets[0] if recipe.targets[0] in COSTS else gguf.NAME
+
+
+def _adapter_sizes(recipe: Recipe, header: GgufHeader, engine: str) -> dict[str, fit.AdapterSize]:
+    sizes = {name: _adapter_size(recipe, name, header, engine) for name in recipe.adapters}
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-def _adapter_size(recipe: Recipe, name: str, header: GgufHeader) -> fit.AdapterSize | None:
+def _adapter_size(recipe: Recipe, name: str, header: GgufHeader, engine: str) -> fit.AdapterSize | None:
     """Memory of an adapter in addition to the base; None if it is merged."""
     spec, shape = recipe.adapters[name], _shape(recipe, name)
     method, options = methods.load(spec.method.name), spec.method.options
     if shape == "prefix":
-        return fit.AdapterSize(method.prefix_tokens(options) * fit.kv_bytes_per_token(header), 0)
+        bytes_per_token = fit.kv_bytes_per_token(header) // 2 * COSTS[engine].kv_bytes
+        return fit.AdapterSize(method.prefix_tokens(options) * bytes_per_token, 0)
     if shape == "tensors":
         # A few vectors or small networks: negligible compared to the base.
         return fit.AdapterSize(0, 0)
@@ -72,7 +91,10 @@ def _adapter_size(recipe: Recipe, name: str, header: GgufHeader) -> fit.AdapterS
     if targets == AUTO:
         # The largest set that may be chosen.
         targets = ALL_LINEAR
-    return fit.lora_size(header, method.shipped_rank(options), targets, dtype=spec.dtype)
+    # In other engines than llama.cpp, the factors are f32 in memory, whatever their file has.
+    dtype = spec.dtype if engine == gguf.NAME else "f32"
+    size = fit.lora_size(header, method.shipped_rank(options), targets, dtype=dtype)
+    return replace(size, file_bytes=int(size.file_bytes * backends.format_of(engine).adapter_factor))
 
 
 def _merged(recipe: Recipe) -> list[str]:

@@ -1,20 +1,25 @@
 """Read boards: cores, memory and speed, each with its source. Standard library only.
 
-A board is one file, `boards/NAME.toml`; to add a board, add a file.
+A board is one file, `boards/NAME.toml`; to add a board, add a file. A board that is sold with several sizes of memory
+lists them, and `NAME-4gb` is the one with 4 GiB.
 """
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.wording import nearest
 
 FOLDER = Path(__file__).parent / "boards"
+_SIZED = re.compile(r"(?P<name>.+)-(?P<gib>\d+)gb")
+_SIMILAR_32_BIT = re.compile(r"(raspberry-?)?pi-?(zero(-?w)?|1|2)(-.*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Board:
     `ram_free_mib` is the free memory of an idle system. `bandwidth_gb_per_s` is the memory bandwidth that decoding
     sustains, not the one in the data sheet. `compute_gflop_per_s` counts a multiply-add as two operations. `layer_us`
     is the time of a layer per token in addition to reading its weights; `adapter_module_us` is the time per token that
-    one adapted module adds. `sources` has the source of each figure.
+    one adapted module adds. `sources` has the source of each figure. `ram_sizes_mib` are the sizes that the board is
+    sold with, if there are several.
     """
 
     name: str
@@ -39,11 +45,28 @@ class Board:
     adapter_module_us: float
     storage: str
     sources: Mapping[str, str]
+    ram_sizes_mib: tuple[int, ...] = ()
 
     @property
     def free_mb(self) -> float:
         """The free memory of an idle system, in MB (10^6 bytes)."""
         return self.ram_free_mib * 2**20 / 1e6
+
+    @property
+    def family(self) -> str:
+        """The name of the board without the size of its memory."""
+        sized = _SIZED.fullmatch(self.name)
+        return sized["name"] if sized else self.name
+
+    @property
+    def speed(self) -> SpeedFigures:
+        """The figures that determine the speed."""
+        return SpeedFigures(self.bandwidth_gb_per_s, self.compute_gflop_per_s, self.layer_us, self.adapter_module_us)
+
+    @property
+    def repacks(self) -> bool:
+        """Whether llama.cpp has faster code with repacked weights for the board's processor."""
+        return bool({"avx2", "dotprod"} & set(self.instruction_sets))
 
     def with_ram(self, ram_mib: int) -> Board:
         """The same board with another amount of memory, of which the system needs as much as in the board's file.
@@ -58,18 +81,26 @@ class Board:
 
 
 def names() -> list[str]:
-    """The names of all boards, sorted."""
+    """The names of all boards, sorted, without the other sizes of memory."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
+def names_with_sizes() -> list[str]:
+    """The names of all boards, each followed by those of its sizes of memory, such as pi-4-2gb."""
+    return [name for board in map(load, names()) for name in (board.name, *_sized_names(board))]
+
+
 def load(name: str) -> Board:
-    """The board called `name`; NotFoundError suggests the most similar name and lists all boards."""
-    known = names()
-    if name not in known:
-        near = nearest(name, known)
-        hint = f" (did you mean {near!r}?)" if near else ""
-        raise NotFoundError(f"no board {name!r}{hint}", f"choose one of: {', '.join(known)}")
-    return read(FOLDER / f"{name}.toml")
+    """The board called `name`, or a size of it (`pi-4-2gb`); NotFoundError suggests the most similar name."""
+    if name in names():
+        return read(FOLDER / f"{name}.toml")
+    sized = _SIZED.fullmatch(name)
+    if sized and sized["name"] in names():
+        board = load(sized["name"])
+        if int(sized["gib"]) * 1024 in board.ram_sizes_mib:
+            return replace(_with_size(board, int(sized["gib"]) * 1024), name=name)
+    sizes = "; boards with several sizes of memory are also called like pi-4-2gb"
+    raise NotFoundError(f"no board {name!r}{_hint(name)}", f"choose one of: {', '.join(names())}{sizes}")
 
 
 def read(path: Path) -> Board:
@@ -83,7 +114,25 @@ def read(path: Path) -> Board:
     problems = _problems(raw)
     if problems:
         raise UsageError(f"{path.name}: {'; '.join(problems)}", "see docs/boards.md")
-    return Board(name=path.stem, **{**raw, "instruction_sets": tuple(raw["instruction_sets"])})
+    lists: dict[str, Any] = {key: tuple(raw[key]) for key in ("instruction_sets", "ram_sizes_mib") if key in raw}
+    return Board(name=path.stem, **{**raw, **lists})
+
+
+def _hint(name: str) -> str:
+    if _SIMILAR_32_BIT.fullmatch(name):
+        return " (only 64-bit boards are supported, and the first Pi boards have 32-bit processors)"
+    near = nearest(name, names_with_sizes())
+    return f" (did you mean {near!r}?)" if near else ""
+
+
+def _sized_names(board: Board) -> list[str]:
+    return [f"{board.name}-{size // 1024}gb" for size in board.ram_sizes_mib]
+
+
+def _with_size(board: Board, ram_mib: int) -> Board:
+    sized = board.with_ram(ram_mib)
+    title, _, rest = board.title.partition(f"{board.ram_mib // 1024} GB")
+    return replace(sized, title=f"{title}{ram_mib // 1024} GB{rest}")
 
 
 _NUMBERS = (
@@ -98,18 +147,21 @@ _NUMBERS = (
 
 
 def _problems(raw: Mapping[str, Any]) -> list[str]:
-    wanted = {f.name for f in fields(Board)} - {"name"}
-    problems = [f"{key} is missing" for key in sorted(wanted - raw.keys())]
-    for key in sorted(raw.keys() - wanted):
-        near = nearest(key, wanted)
+    known = {f.name for f in fields(Board)} - {"name"}
+    needed = {f.name for f in fields(Board) if f.default is MISSING} - {"name"}
+    problems = [f"{key} is missing" for key in sorted(needed - raw.keys())]
+    for key in sorted(raw.keys() - known):
+        near = nearest(key, known)
         problems.append(f"unknown key {key!r}" + (f" (did you mean {near!r}?)" if near else ""))
     if problems:
         return problems
     problems += [f"{key} is {raw[key]!r}, not a positive number" for key in _NUMBERS if not _is_positive(raw[key])]
     problems += [f"{key} is not text" for key in ("title", "storage") if not isinstance(raw[key], str)]
-    sets, sources = raw["instruction_sets"], raw["sources"]
+    sets, sizes, sources = raw["instruction_sets"], raw.get("ram_sizes_mib", []), raw["sources"]
     if not isinstance(sets, list) or not all(isinstance(name, str) for name in sets):
         problems.append("instruction_sets is not a list of names")
+    if not isinstance(sizes, list) or not all(_is_positive(size) and size % 1024 == 0 for size in sizes):
+        problems.append("ram_sizes_mib is not a list of multiples of 1024")
     if not isinstance(sources, dict) or not all(isinstance(text, str) and text for text in sources.values()):
         return [*problems, "sources is not a table of strings"]
     problems += [f"sources.{key} is missing" for key in ("instruction_sets", *_NUMBERS) if key not in sources]

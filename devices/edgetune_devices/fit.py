@@ -9,12 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
+from edgetune_runtime.sizing.needs import AdapterSize, Item, Needs, items_of, kv_bytes_per_token, needs_of_bundle
+from edgetune_runtime.sizing.speed import speed_of
 
 from .boards import Board
-from .needs import AdapterSize, Needs, estimate_needs, kv_bytes_per_token, lora_size, needs_of_bundle, needs_of_header
+from .changes import SHORTEST_CONTEXT, longest_context
+from .needs import estimate_needs, lora_size, needs_of_header
 
 __all__ = [
     "AdapterSize",
@@ -34,9 +38,6 @@ __all__ = [
 ]
 
 MB = 10**6
-RUNTIME_MB = 48
-"""Resident memory of Python 3.11 on x86-64 Linux with numpy, jinja2, llama_cpp and the runtime imported, no model."""
-
 USABLE_TOKENS_PER_S = 5.0
 """About reading speed; a quantization that decodes slower is chosen only if no smaller one is faster."""
 CONTEXT_LENGTHS = (1024, 512, 256)
@@ -44,18 +45,11 @@ CONTEXT_LENGTHS = (1024, 512, 256)
 
 
 @dataclass(frozen=True)
-class Item:
-    """One part of the memory needed."""
-
-    name: str
-    mb: float
-
-
-@dataclass(frozen=True)
 class Fit:
     """The prediction for a board. `adapter_tokens_per_s` is decode speed with the slowest adapter active."""
 
     device: str
+    engine: str
     items: tuple[Item, ...]
     available_mb: float
     decode_tokens_per_s: float
@@ -81,6 +75,7 @@ class Fit:
         """The figures as JSON values."""
         return {
             "device": self.device,
+            "engine": self.engine,
             "fits": self.fits,
             "items": [{"name": item.name, "mb": round(item.mb, 1)} for item in self.items],
             "needed_mb": round(self.needed_mb, 1),
@@ -103,26 +98,15 @@ class BoardChoice:
 
 def fit(needs: Needs, board: Board) -> Fit:
     """Compare the memory needed with the memory free on the board, and predict the speed there."""
-    items = [
-        Item("base weights", needs.base_bytes / MB),
-        *(Item(f"adapter {name}", size.file_bytes / MB) for name, size in needs.adapters.items()),
-        *(Item(f"merged model {name}", (size + needs.engine_bytes) / MB) for name, size in needs.merged.items()),
-        Item(f"keys and values of {needs.context_length} tokens", needs.kv_bytes_per_token * needs.context_length / MB),
-        *([Item("saved states", needs.state_bytes / MB)] if needs.state_bytes else []),
-        Item("computing", needs.compute_bytes / MB),
-        Item("vocabulary", needs.vocabulary_bytes / MB),
-        Item("runtime (Python and libraries)", float(RUNTIME_MB)),
-    ]
-    slowest = max((_adapter_seconds(size, board) for size in needs.adapters.values()), default=0.0)
-    seconds = _token_seconds(needs, board)
-    body = max(needs.read_parameters - needs.head_parameters, 1)
+    speed = speed_of(needs, board.speed)
     return Fit(
         device=board.name,
-        items=tuple(items),
+        engine=needs.engine,
+        items=tuple(items_of(needs, repacks=board.repacks)),
         available_mb=board.free_mb,
-        decode_tokens_per_s=1 / seconds,
-        adapter_tokens_per_s=1 / (seconds + slowest),
-        prefill_tokens_per_s=board.compute_gflop_per_s * 1e9 / (2 * body),
+        decode_tokens_per_s=speed.decode,
+        adapter_tokens_per_s=speed.adapter,
+        prefill_tokens_per_s=speed.prefill,
     )
 
 
@@ -135,7 +119,7 @@ def require_fit(needs: Needs, board: Board) -> Fit:
             f"needs {result.needed_mb:.0f} MB, but {board.name} leaves {result.available_mb:.0f} MB; "
             f"the largest part is {largest.name} with {largest.mb:.0f} MB"
         )
-        raise IncompatibleError(message, _remedy(needs, result))
+        raise IncompatibleError(message, _remedy(needs, board, result))
     return result
 
 
@@ -146,6 +130,7 @@ def choose(
     adapters: Mapping[str, AdapterSize] | None = None,
     merged: Sequence[str] = (),
     merged_quantization: str | None = None,
+    engine: str = gguf.NAME,
     quantization: str | None = None,
     context_length: int | None = None,
     threads: int | None = None,
@@ -169,6 +154,7 @@ def choose(
                 adapters=adapters,
                 merged=merged,
                 merged_quantization=merged_quantization,
+                engine=engine,
             )
             found = fit(needs, board)
             if found.fits:
@@ -191,6 +177,7 @@ def choose(
 def table(result: Fit) -> list[tuple[str, str]]:
     """The result as rows of label and value, for people."""
     return [
+        ("engine", result.engine),
         *((item.name, f"{item.mb:.1f} MB") for item in result.items),
         ("needed", f"{result.needed_mb:.1f} MB"),
         (f"left by {result.device}", f"{result.available_mb:.0f} MB"),
@@ -201,25 +188,10 @@ def table(result: Fit) -> list[tuple[str, str]]:
     ]
 
 
-def _token_seconds(needs: Needs, board: Board) -> float:
-    """Time per token with half the context filled: the longer of reading and computing, plus the time per layer."""
-    read = needs.read_bytes + needs.kv_bytes_per_token * needs.context_length / 2
-    reading = read / (board.bandwidth_gb_per_s * 1e9)
-    computing = 2 * needs.read_parameters / (board.compute_gflop_per_s * 1e9)
-    return max(reading, computing) + needs.layers * board.layer_us / 1e6
-
-
-def _adapter_seconds(size: AdapterSize, board: Board) -> float:
-    return size.file_bytes / (board.bandwidth_gb_per_s * 1e9) + size.modules * board.adapter_module_us / 1e6
-
-
-def _remedy(needs: Needs, result: Fit) -> str:
-    bytes_per_token = needs.kv_bytes_per_token + needs.scores_bytes_per_token
-    without_context = result.needed_mb - bytes_per_token * needs.context_length / MB
-    if without_context < result.available_mb:
-        tokens = int((result.available_mb - without_context) * MB / bytes_per_token)
-        if tokens >= CONTEXT_LENGTHS[-1]:
-            return f"set context_length to {tokens} or less, or quantize the base further"
+def _remedy(needs: Needs, board: Board, result: Fit) -> str:
+    tokens = longest_context(needs, board)
+    if tokens >= SHORTEST_CONTEXT:
+        return f"set context_length to {tokens} or less, or quantize the base further"
     if result.largest.name.startswith("merged"):
         return "ship fewer merged adapters, or use a board with more memory"
     return "quantize the base further, or use a smaller base or a board with more memory"

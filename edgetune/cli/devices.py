@@ -1,24 +1,27 @@
-"""`edgetune devices list | show NAME | fit TARGET --device NAME`: boards, and what fits on them."""
+"""`edgetune devices list | show | fit | detect`: boards, what fits on them, and the board file of this machine."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from edgetune_devices import boards, fit
-from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
+from edgetune_devices import boards, changes, detect, fit
+from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, resolve
+from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.formats.gguf_file import read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.sizing.calibration import read_calibration
+from edgetune_runtime.sizing.needs import COSTS, with_options
 
 from edgetune import task_types
 
 app = typer.Typer(help="Show boards, and what fits on them.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
-BOARD = "The board: see `edgetune devices list`."
+BOARD = "The board: see `edgetune devices list`; or a board file, such as one of `edgetune devices detect`."
 RamMib = Annotated[
     int | None,
     typer.Option("--ram-mib", metavar="N", min=1, help="The board's memory in MiB (default: the listed one)."),
@@ -27,12 +30,15 @@ RamMib = Annotated[
 
 @app.command("list")
 def list_boards(*, as_json: AsJson = False) -> None:
-    """List the boards."""
+    """List the boards. A board with several sizes of memory is also called like pi-4-2gb."""
     found = [boards.load(name) for name in boards.names()]
     if as_json:
         _print_json([_summary(board) for board in found])
         return
-    rows = [(b.name, b.title, f"{b.ram_free_mib} of {b.ram_mib} MiB", f"{b.bandwidth_gb_per_s:g} GB/s") for b in found]
+    rows = [
+        (b.name, b.title, f"{b.ram_free_mib} of {b.ram_mib} MiB", f"{b.bandwidth_gb_per_s:g} GB/s", _sizes(b))
+        for b in found
+    ]
     _print_columns(rows)
 
 
@@ -51,6 +57,7 @@ def show(
     figures = asdict(board)
     sources = figures.pop("sources")
     figures["instruction_sets"] = ", ".join(board.instruction_sets)
+    figures["ram_sizes_mib"] = ", ".join(map(str, board.ram_sizes_mib)) or "one size"
     _print_columns([(key, str(value)) for key, value in figures.items()])
     typer.echo("\nsources")
     _print_columns(list(sources.items()))
@@ -62,40 +69,110 @@ def fit_target(
     *,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help=BOARD)],
     ram_mib: RamMib = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", metavar="NAME", help="gguf or onnx (default: the target's first format).")
+    ] = None,
     context_length: Annotated[
         int | None,
         typer.Option(
             "--context-length", metavar="N", min=1, help="Context length in tokens (default: the target's own)."
         ),
     ] = None,
+    kv: Annotated[
+        str | None, typer.Option("--kv", metavar="TYPE", help="As for `edgetune-run`: q8_0 halves keys and values.")
+    ] = None,
+    cache_mb: Annotated[
+        float | None,
+        typer.Option("--cache-mb", metavar="N", min=0, help="Memory for saved states, as for `edgetune-run`."),
+    ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Also count the memory of `edgetune-run serve`.")] = False,
+    limit_mb: Annotated[
+        float | None,
+        typer.Option("--limit-mb", metavar="N", min=1, help="Memory limit of a container or a systemd unit in MB."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="Speed measured by `edgetune-run doctor --calibrate FILE`."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict the memory and the speed of a bundle or recipe on a board."""
+    """Predict the memory and the speed of a bundle or recipe on a board, and what to change if it does not fit."""
+    if engine is not None and engine not in COSTS:
+        raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(COSTS)}")
+    if kv not in (None, *(("f16", "q8_0") if engine != "onnx" else ("f32",))):
+        raise UsageError(f"no data type {kv!r} for keys and values", "give f16 or q8_0 with gguf, f32 with onnx")
     board = _board(device, ram_mib)
-    result = fit.fit(_needs(target, context_length), board)
+    if limit_mb is not None:
+        board = replace(board, ram_free_mib=min(board.ram_free_mib, int(limit_mb * 1e6 / 2**20)))
+    needs, header, other = _needs(target, context_length, engine)
+    needs = with_options(needs, kv=kv, cache_mb=cache_mb, serves=serve)
+    if other is not None:
+        other = with_options(other, cache_mb=cache_mb, serves=serve)
+    if calibration is not None:
+        board = replace(board, **asdict(read_calibration(calibration, needs.engine)))
+    result, proposed = fit.fit(needs, board), changes.changes_for(needs, board, header=header, other=other)
     if as_json:
-        _print_json(result.to_json())
-    else:
-        _print_columns(fit.table(result))
+        _print_json(result.to_json() | {"changes": [change.to_json() for change in proposed]})
+        return
+    _print_columns(fit.table(result))
+    if proposed:
+        typer.echo("\nto change, the cheapest first; each with those above it")
+        _print_columns([_row(change) for change in proposed])
 
 
-def _needs(target: Path, context_length: int | None) -> fit.Needs:
+@app.command("detect")
+def detect_board(
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the board file here (default: print it).")
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", metavar="DIR", help="Measure the speed with this bundle, which is more precise."),
+    ] = None,
+    engine: Annotated[str | None, typer.Option("--engine", metavar="NAME", help="With --bundle: gguf or onnx.")] = None,
+) -> None:
+    """Write a board file for this machine: its processor, its memory within the limits of containers, its speed."""
+    if out is not None and out.suffix != ".toml":
+        raise UsageError(f"{out} is not a .toml file", "give a name that ends in .toml; it is the name of the board")
+    text = detect.board_file(bundle, engine)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {out}; use it with: edgetune devices fit TARGET --device {out}")
+
+
+Target = tuple[fit.Needs, GgufHeader | None, fit.Needs | None]
+"""The needs of a target, the header of its base if it has a GGUF one, and the needs in another engine if it has one."""
+
+
+def _needs(target: Path, context_length: int | None, engine: str | None) -> Target:
     if not target.exists():
         raise NotFoundError(f"no bundle, recipe or GGUF file {target}", "check the path")
     if target.is_dir() or target.name == MANIFEST_NAME:
         bundle = target if target.is_dir() else target.parent
-        task_types.load(read_manifest(bundle).task).check_offers("fit", target)
-        return fit.needs_of_bundle(bundle, context_length=context_length)
+        manifest = read_manifest(bundle)
+        task_types.load(manifest.task).check_offers("fit", target)
+        file = manifest.base.files.get(gguf.NAME)
+        header = None if file is None else read_header(resolve(bundle, file))
+        needs = fit.needs_of_bundle(bundle, context_length=context_length, engine=engine)
+        others = [name for name in manifest.base.files if name in COSTS and name != needs.engine]
+        other = fit.needs_of_bundle(bundle, context_length=context_length, engine=others[0]) if others else None
+        return needs, header, other
     if target.suffix == ".gguf":
-        return fit.needs_of_header(read_header(target), context_length=context_length or fit.CONTEXT_LENGTHS[0])
+        header = read_header(target)
+        length = context_length or fit.CONTEXT_LENGTHS[0]
+        return fit.needs_of_header(header, context_length=length, engine=engine or gguf.NAME), header, None
     if target.suffix in (".yaml", ".yml"):
-        return _needs_of_recipe(target, context_length)
+        return _needs_of_recipe(target, context_length, engine)
     raise UsageError(
         f"{target} is not a bundle, recipe or GGUF file", "give a bundle's folder, a .yaml or a .gguf file"
     )
 
 
-def _needs_of_recipe(path: Path, context_length: int | None) -> fit.Needs:
+def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None) -> Target:
     from edgetune import bases, plan  # noqa: PLC0415 - the other commands need neither recipes nor bases
     from edgetune.recipe.model import load_recipe  # noqa: PLC0415 - as above
 
@@ -105,11 +182,15 @@ def _needs_of_recipe(path: Path, context_length: int | None) -> fit.Needs:
     if header is None:
         message = f"the size of base {recipe.base!r} is not known before it is downloaded"
         raise NotFoundError(message, "build the recipe, or give a .gguf file or a local folder as the base")
-    return plan.needs_of_recipe(recipe, header, bases.quantization_of(recipe))
+    quantization = bases.quantization_of(recipe)
+    needs = plan.needs_of_recipe(recipe, header, quantization, engine)
+    others = [name for name in recipe.targets if name in COSTS and name != needs.engine]
+    other = plan.needs_of_recipe(recipe, header, quantization, others[0]) if others else None
+    return needs, header, other
 
 
 def _board(name: str, ram_mib: int | None) -> boards.Board:
-    board = boards.load(name)
+    board = boards.read(Path(name)) if name.endswith(".toml") else boards.load(name)
     return board if ram_mib is None else board.with_ram(ram_mib)
 
 
@@ -117,6 +198,21 @@ def _summary(board: boards.Board) -> dict[str, Any]:
     figures = asdict(board)
     del figures["sources"], figures["storage"]
     return figures
+
+
+def _sizes(board: boards.Board) -> str:
+    return ", ".join(f"{size // 1024}" for size in board.ram_sizes_mib) + (" GB" if board.ram_sizes_mib else "")
+
+
+def _row(change: changes.Change) -> tuple[str, ...]:
+    return (
+        change.what,
+        f"-{change.saves_mb:.0f} MB" if change.saves_mb else "",
+        f"needs {change.needed_mb:.0f} MB",
+        f"{change.adapter_tokens_per_s:.1f} tokens/s",
+        "fits" if change.fits else "",
+        f"({change.cost})",
+    )
 
 
 def _print_json(value: object) -> None:

@@ -141,7 +141,7 @@ class Recipe(RecipePart):
             return None
         from edgetune_devices import boards  # noqa: PLC0415 - rarely needed
 
-        return _one_of(device, boards.names(), "board")
+        return _one_of(device, boards.names_with_sizes(), "board")
 
     @field_validator("adapters")
     @classmethod
@@ -211,7 +211,7 @@ def json_schema() -> dict[str, Any]:
 
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
     schema["properties"]["quantization"]["anyOf"][0]["enum"] = sorted(QUANTIZATIONS)
-    schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names()
+    schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
     return schema
 
 

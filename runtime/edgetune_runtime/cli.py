@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .bundle import Manifest, read_manifest, verify_files
+from .bundle import GENERATION, Manifest, read_manifest, verify_files
 from .conversation import PROGRAM, Conversation, adapter_choice, show
-from .errors import CancelledError, EdgetuneError, NotFoundError, UsageError
+from .errors import CancelledError, EdgetuneError, IncompatibleError, NotFoundError, UsageError
 from .formats.quantization import describe
 from .interrupts import end_on_interrupt
 from .server import command as server
@@ -110,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     voice = _command(commands, "wyoming", _wyoming, "answer voice assistants over the Wyoming protocol")
     text = "show the cores, memory and libraries of this machine, and what slows answers down"
     doctor = commands.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    doctor.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="also check the bundle in this folder")
+    doctor.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="also try the bundle in this folder")
+    text = "write what this machine sustains with the bundle to FILE, for `edgetune devices fit --calibration FILE`"
+    doctor.add_argument("--calibrate", type=Path, metavar="FILE", help=text)
+    text = "predict with the figures in FILE (default: with the memory bandwidth measured here)"
+    doctor.add_argument("--calibration", type=Path, metavar="FILE", help=text)
     _common(doctor, _doctor)
     _add_cache(commands)
     for command in (generate, classify):
@@ -127,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_form(chat)
     server.add_options(serve)
     wyoming.add_options(voice)
-    for command in (generate, classify, chat, bench, check, warm, serve, voice):
+    for command in (generate, classify, chat, bench, check, warm, serve, voice, doctor):
         _add_opening(command)
     return parser
 
@@ -204,6 +208,8 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--repack", action=argparse.BooleanOptionalAction, help=text)
     text = "priority of the compute threads: normal, or low or idle to let other processes run first (Linux only)"
     group.add_argument("--priority", choices=PRIORITIES, default=NORMAL, help=text)
+    text = "memory for prompt states in MB (default: 128)"
+    group.add_argument("--cache-mb", type=float, metavar="N", help=text)
     _add_cache_folder(group)
     text = "decode token by token, without drafts from the adapter's draft table"
     group.add_argument("--no-drafts", action="store_true", help=text)
@@ -211,8 +217,10 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
 
 
 def _open(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 - those of `Runtime.open`
-    from .runtime import Runtime  # noqa: PLC0415 - load numpy and the engine only when a command needs them
+    from .runtime import CACHE_MB, Runtime  # noqa: PLC0415 - load numpy and the engine only when a command needs them
 
+    if options.cache_mb is not None and options.cache_mb < 0:
+        raise UsageError(f"--cache-mb is {options.cache_mb:g}", "give 0 or more")
     return Runtime.open(
         options.bundle,
         engine=options.engine,
@@ -222,6 +230,7 @@ def _open(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 
         repack=options.repack,
         priority=options.priority,
         verify=not options.no_verify,
+        cache_mb=CACHE_MB if options.cache_mb is None else options.cache_mb,
         cache_folder=options.cache_folder,
         map_large_blocks=True,
         drafts=not options.no_drafts,
@@ -344,13 +353,50 @@ def _bench(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> None:
     from .doctor import examine  # noqa: PLC0415 - as above
 
-    found = examine(None if options.bundle is None else read_manifest(options.bundle))
+    if options.bundle is None and (options.calibrate or options.calibration):
+        raise UsageError("--calibrate and --calibration need a bundle", "give the bundle's folder")
+    manifest = None if options.bundle is None else read_manifest(options.bundle)
+    found = examine(manifest)
+    if manifest is not None:
+        _try(options, manifest, found)
     if options.json:
         print(json.dumps(found, ensure_ascii=False))
         return
     problems = found.pop("problems")
     print("\n".join(_lines(found)))
     print("\n".join(f"problem\t{problem}" for problem in problems) or "no problem found")
+
+
+def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any]) -> None:
+    """Add to `found` what a trial of the bundle finds, and store what it measures."""
+    from .sizing.calibration import read_calibration, write_calibration  # noqa: PLC0415
+    from .sizing.needs import needs_of_bundle, with_options  # noqa: PLC0415
+    from .sizing.trial import try_bundle  # noqa: PLC0415
+
+    needs = None
+    if manifest.task == GENERATION:
+        try:
+            needs = needs_of_bundle(options.bundle, context_length=options.context_length, engine=options.engine)
+        except EdgetuneError as error:
+            found["bundle"]["refused"] = str(error)
+            found["problems"].append(f"refused: {error}")
+            return
+        needs = with_options(needs, kv=options.kv, cache_mb=options.cache_mb)
+    known = None
+    if options.calibration is not None and needs is not None:
+        known = read_calibration(options.calibration, needs.engine)
+    fast = bool({"avx2", "dotprod"} & set(found["instructions"])) and options.repack is not False
+    trial = try_bundle(lambda: _open(options, disk_mb=0), needs, known=known, repacks=fast)
+    found["bundle"] |= trial.found
+    found["problems"] += trial.problems
+    if options.calibrate is None:
+        return
+    if trial.figures is None or needs is None:
+        reason = trial.found.get("refused") or "it is not a bundle for text generation"
+        raise IncompatibleError(f"nothing to calibrate with: {reason}", "give a bundle that runs here")
+    machine = {"processor": found["processor"], "board": found["board"], "threads": trial.found["threads"]}
+    write_calibration(options.calibrate, needs.engine, trial.figures, machine)
+    found["calibration"] = str(options.calibrate)
 
 
 def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

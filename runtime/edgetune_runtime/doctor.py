@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
+import struct
+import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,10 +17,40 @@ from .bundle import Manifest
 from .engines.gguf.ggml import cpu_backend
 from .engines.gguf.llama import library
 from .errors import IncompatibleError
-from .threads.machine import ROOT, cores_left, cpu_quota, disturbance, free_mb, threads_for, throttling, usable_cores
+from .threads.machine import (
+    ROOT,
+    cores_left,
+    cpu_quota,
+    disturbance,
+    free_mb,
+    threads_for,
+    throttling,
+    throttling_in,
+    usable_cores,
+)
 
 _LIBRARIES = ("edgetune-runtime", "llama-cpp-python", "onnxruntime", "numpy", "tokenizers")
 _CLOCK = "sys/devices/system/cpu/cpu0/cpufreq"
+_HOT_C = 80
+"""Raspberry Pi boards slow down from this temperature on."""
+_INSTRUCTIONS = {
+    "asimd": "neon",
+    "crc32": "crc32",
+    "asimdhp": "fp16",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+    "sve": "sve",
+    "sse4_2": "sse4.2",
+    "avx2": "avx2",
+    "fma": "fma",
+    "f16c": "f16c",
+    "avx_vnni": "avx-vnni",
+    "avx512f": "avx512f",
+    "avx512_vnni": "avx512-vnni",
+    "avx512_bf16": "avx512-bf16",
+    "amx_int8": "amx-int8",
+}
+"""Names in /proc/cpuinfo, and those in the files of boards: what the engines have faster code for."""
 
 
 def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, Any]:
@@ -26,12 +60,23 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
     model.
     """
     quota = cpu_quota(root)
+    now, before = _throttled(root)
     found: dict[str, Any] = {
-        "processor": _processor(root),
+        "processor": processor(root),
+        "board": _text(root / "proc/device-tree/model") or None,
+        "system": {
+            "machine": platform.machine(),
+            "bits": 8 * struct.calcsize("P"),
+            "python": platform.python_version(),
+        },
+        "instructions": instructions(root),
         "cores": {"machine": os.cpu_count(), "usable": cores_left(root), "quota": quota, "threads": usable_cores(root)},
         "free_mb": free_mb(root),
+        "memory": memory(root),
         "clock": _clock(root),
-        "throttling": throttling(root),
+        "temperature_c": _temperature(root),
+        "throttling": now,
+        "throttled_since_start": before,
         "busy": disturbance(root),
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "llama_cpp": _llama_cpp(),
@@ -41,12 +86,47 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
     return found | {"problems": list(_problems(found, manifest))}
 
 
+def processor(root: Path = ROOT) -> str:
+    """The processor's name; on ARM boards, which report none, the name of the board."""
+    lines = (root / "proc/cpuinfo").read_text().splitlines() if (root / "proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "model\t"))]
+    named = next((name for name in names if not name.isdigit()), "")
+    is_arm = platform.machine() in ("aarch64", "arm64")
+    return f"{'ARM, ' if is_arm else ''}{named or platform.processor() or platform.machine()}"
+
+
+def instructions(root: Path = ROOT) -> list[str]:
+    """The instruction sets of the processor that the engines have faster code for; empty if it does not report any."""
+    lines = _text(root / "proc/cpuinfo").splitlines()
+    flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+    return [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
+
+
+def memory(root: Path = ROOT) -> dict[str, float]:
+    """Total memory and swap, total and used, in MB (10^6 bytes); empty if the system does not report it."""
+    found = re.findall(r"^(MemTotal|SwapTotal|SwapFree): +(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    mb = {name: int(kib) * 1024 / 1e6 for name, kib in found}
+    if "MemTotal" not in mb:
+        return {}
+    swap = mb.get("SwapTotal", 0.0)
+    return {"total_mb": mb["MemTotal"], "swap_mb": swap, "swap_used_mb": swap - mb.get("SwapFree", 0.0)}
+
+
 def _problems(found: Mapping[str, Any], manifest: Manifest | None) -> Iterator[str]:
     quota, usable = found["cores"]["quota"], found["cores"]["usable"]
     if "error" in (found["llama_cpp"] or {}):
         yield str(found["llama_cpp"]["error"])
+    if found["system"]["bits"] < 64:
+        yield "the system has 32 bits, and the engines need 64; install one, such as Raspberry Pi OS (64-bit)"
     if found["busy"]:
         yield f"{found['busy']}: answers take longer, and measurements are not representative"
+    if found["throttled_since_start"] and not found["throttling"]:
+        yield f"since the start there was: {found['throttled_since_start']}; check power supply and cooling"
+    if (found["temperature_c"] or 0) >= _HOT_C:
+        yield f"the processor has {found['temperature_c']:.0f} °C and slows down; cool it"
+    swapped = found["memory"].get("swap_used_mb", 0.0)
+    if swapped > found["memory"].get("total_mb", 0.0) / 8:
+        yield f"{swapped:.0f} MB of swap are in use: memory is short, and answers wait for the disk"
     if quota is not None and quota < 1:
         yield f"a CPU quota of {quota:g} cores interrupts each step; set it to at least 1"
     if manifest is not None and manifest.threads and manifest.threads > usable:
@@ -56,22 +136,12 @@ def _problems(found: Mapping[str, Any], manifest: Manifest | None) -> Iterator[s
         yield "the CPU frequency governor is powersave, which keeps the clock at its lowest; use ondemand"
 
 
-def _processor(root: Path) -> str:
-    """The processor's name; on ARM boards, which report none, the name of the board."""
-    lines = (root / "proc/cpuinfo").read_text().splitlines() if (root / "proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "model\t"))]
-    named = next((name for name in names if not name.isdigit()), "")
-    is_arm = platform.machine() in ("aarch64", "arm64")
-    return f"{'ARM, ' if is_arm else ''}{named or platform.processor() or platform.machine()}"
-
-
 def _clock(root: Path) -> dict[str, Any]:
     """Frequency governor and MHz of the first core; empty where the system does not report them."""
     clock: dict[str, Any] = {}
     for key, name in (("governor", "scaling_governor"), ("mhz", "scaling_cur_freq"), ("most_mhz", "cpuinfo_max_freq")):
-        path = root / _CLOCK / name
-        if path.exists():
-            text = path.read_text().strip()
+        text = _text(root / _CLOCK / name)
+        if text:
             clock[key] = int(text) / 1000 if text.isdigit() else text
     return clock
 
@@ -85,6 +155,34 @@ def _llama_cpp() -> dict[str, str] | None:
     except IncompatibleError as error:
         return {"error": str(error)}
     return {"variant": backend.variant, "features": " ".join(backend.features)}
+
+
+def _temperature(root: Path) -> float | None:
+    """The highest temperature that a sensor of the processor reports, in °C."""
+    zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/temp"))
+    texts = [_text(zone) for zone in zones]
+    return max((int(text) / 1000 for text in texts if text.lstrip("-").isdigit()), default=None)
+
+
+def _throttled(root: Path) -> tuple[str | None, str | None]:
+    """Why the board throttles now, and why it did since its start: from /sys, or else from vcgencmd."""
+    now, before = throttling(root), throttling(root, since_start=True)
+    program = shutil.which("vcgencmd")
+    if now or before or root != ROOT or program is None:
+        return now, before
+    try:
+        text = subprocess.run([program, "get_throttled"], capture_output=True, text=True, timeout=5, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None, None
+    flags = text.strip().removeprefix("throttled=")
+    return throttling_in(flags), throttling_in(flags, since_start=True)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
+    except OSError:
+        return ""
 
 
 def _version(name: str) -> str | None:

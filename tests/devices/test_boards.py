@@ -11,7 +11,7 @@ from edgetune_devices import boards
 from edgetune_runtime.errors import NotFoundError, UsageError
 
 
-@pytest.mark.parametrize("name", boards.names())
+@pytest.mark.parametrize("name", boards.names_with_sizes())
 def test_each_board_loads_and_gives_a_source_for_every_figure(name: str) -> None:
     board = boards.load(name)
     assert board.name == name
@@ -20,8 +20,9 @@ def test_each_board_loads_and_gives_a_source_for_every_figure(name: str) -> None
     assert re.search(r"https://\S+\.\S+/", board.sources["bandwidth_gb_per_s"] + board.sources["cores"])
 
 
-def test_the_boards_of_the_first_cut_are_there() -> None:
-    assert set(boards.names()) >= {"pi-zero-2w", "pi-4", "pi-5", "laptop"}
+def test_a_processor_with_dot_products_or_avx2_repacks() -> None:
+    repacking = {name for name in boards.names() if boards.load(name).repacks}
+    assert set(boards.names()) - repacking == {"pi-zero-2w", "pi-3b-plus", "pi-4"}
 
 
 def test_a_better_board_is_faster_and_leaves_more_memory() -> None:
@@ -36,6 +37,22 @@ def test_a_better_board_is_faster_and_leaves_more_memory() -> None:
 def test_an_unknown_board_names_the_nearest_and_all_there_are() -> None:
     with pytest.raises(NotFoundError, match=r"no board 'pi5' \(did you mean 'pi-5'\?\); choose one of: .*pi-4, pi-5"):
         boards.load("pi5")
+    with pytest.raises(NotFoundError, match=r"no board 'pi-4-3gb' \(did you mean 'pi-4-.gb'\?\)"):
+        boards.load("pi-4-3gb")
+
+
+@pytest.mark.parametrize("name", ["pi-zero", "pi-zero-w", "raspberry-pi-2", "pi-1"])
+def test_a_32_bit_board_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(NotFoundError, match="only 64-bit boards are supported"):
+        boards.load(name)
+
+
+def test_a_size_of_memory_is_a_board_of_its_own() -> None:
+    small, board = boards.load("pi-4-1gb"), boards.load("pi-4")
+    assert (small.name, small.title, small.family) == ("pi-4-1gb", "Raspberry Pi 4 Model B, 1 GB", "pi-4")
+    assert small.ram_mib - small.ram_free_mib == board.ram_mib - board.ram_free_mib
+    assert boards.load("pi-4-4gb").ram_free_mib == board.ram_free_mib
+    assert {"pi-4-8gb", "pi-5-2gb", "pi-5-16gb", "orange-pi-5-16gb"} <= set(boards.names_with_sizes())
 
 
 def test_a_path_is_not_taken_for_a_board() -> None:
@@ -75,6 +92,7 @@ def test_a_copied_board_file_is_a_board(tmp_path: Path) -> None:
         ({"ram_free_mib": "ram_free_mib = 9000"}, "ram_free_mib is 9000, not less than ram_mib 8192"),
         ({"instruction_sets": 'instruction_sets = "neon"'}, "instruction_sets is not a list of names"),
         ({"title": "title = "}, "mine.toml is not valid TOML"),
+        ({"ram_sizes_mib": "ram_sizes_mib = [1000]"}, "ram_sizes_mib is not a list of multiples of 1024"),
     ],
 )
 def test_a_wrong_board_file_is_refused_with_all_that_is_wrong(

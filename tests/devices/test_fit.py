@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from edgetune_devices import boards, fit
-from edgetune_devices.needs import CACHE_BYTES
 from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.backends.gguf.backend import write_adapter
 from edgetune_export.backends.gguf.quantize import quantize_gguf
@@ -22,6 +21,7 @@ from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from edgetune_runtime.runtime import Runtime
+from edgetune_runtime.sizing.needs import CACHE_BYTES
 from edgetune_runtime.states.batches import CHUNK
 
 TINY = ("llama", "qwen2", "qwen3", "gemma3")

@@ -77,7 +77,7 @@ def test_the_engine_is_found_and_switches(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_board_has_all_figures_and_sources(tmp_path: Path) -> None:
-    assert boards.read(written("orange-pi-5.toml", tmp_path)).cores == 4
+    assert boards.read(written("bpi-m7.toml", tmp_path)).cores == 4
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))

@@ -298,3 +298,34 @@ def test_doctor_tells_the_machine_and_its_problems(run: Run, bundle: Path) -> No
 def test_a_timing_says_whether_the_answer_was_slow(run: Run, bundle: Path) -> None:
     told = json.loads(run("generate", bundle, "--prompt", PROMPT, "--max-tokens", 3, "--json")[1])
     assert isinstance(told["slow"], bool)
+
+
+def test_doctor_tries_a_bundle_and_keeps_what_it_measures(run: Run, bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "board.json"
+    code, out, _ = run("doctor", bundle, "--calibrate", file, "--threads", 1, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["bundle"]["measured_tokens_per_s"]["decode"] > 0
+    assert found["bundle"]["predicted_from"] == "the memory bandwidth measured here"
+    assert found["bundle"]["memory_mb"]["needed"] > found["bundle"]["memory_mb"]["base weights"]
+    assert found["libraries"].keys() >= {"llama.cpp variant", "llama-cpp-python"}
+    figures = json.loads(file.read_text())["engines"]["gguf"]
+    assert all(value > 0 for value in figures.values())
+    again = json.loads(run("doctor", bundle, "--calibration", file, "--threads", 1, "--json")[1])
+    assert again["bundle"]["predicted_from"] == "the figures given"
+
+
+def test_doctor_says_what_would_be_refused(run: Run, bundle: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "bundle"
+    shutil.copytree(bundle, broken)
+    with next((broken / "base").glob("*.gguf")).open("r+b") as file:
+        file.write(b"GONE")
+    code, out, _ = run("doctor", broken, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert any(problem.startswith("refused: ") for problem in found["problems"])
+
+
+def test_calibrating_without_a_bundle_is_refused(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("doctor", "--calibrate", tmp_path / "board.json")
+    assert code == 2 and "need a bundle" in err

@@ -16,6 +16,7 @@ from edgetune_runtime import __version__
 from edgetune_runtime.bundle import GENERATION, MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, needs_of_bundle
 
 from edgetune import task_types
 from edgetune.delivery.board.kit import (
@@ -38,10 +39,6 @@ from .program import board_program, install_script
 from .runtime_wheel import runtime_wheel
 
 _PORT = 8080
-_SERVER_MB = 30
-"""Resident memory of the HTTP server's libraries, which `fit` does not count."""
-_RUNTIME_MB = 50
-"""Resident memory of Python with the runtime's libraries, where `fit` has no prediction."""
 _HEADROOM = 1.25
 """The unit's memory limit in relation to the prediction: the kernel ends a process that exceeds it."""
 
@@ -141,7 +138,7 @@ def describe(
         },
         "wheels": hashlib.sha256(f"{platform.python}\n{''.join(of_wheels)}".encode()).hexdigest()[:ID_LENGTH],
         "bundle": manifest,
-        "service": {"port": _PORT, "memory_max_mb": math.ceil((ram_mb + _SERVER_MB) * _HEADROOM)},
+        "service": {"port": _PORT, "memory_max_mb": math.ceil((ram_mb + SERVER_MB) * _HEADROOM)},
         "files": [asdict(file) for file in files],
     }
     return (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode()
@@ -157,10 +154,10 @@ def _engine(manifest: Manifest, engine: str | None) -> str:
 
 def _ram_mb(bundle: Path, manifest: Manifest, engine: str, board: boards.Board) -> int:
     """The memory that the bundle needs in MB; IncompatibleError if the board has less."""
-    if engine == gguf.NAME and task_types.load(manifest.task).offers("fit"):
-        return math.ceil(fit.require_fit(fit.needs_of_bundle(bundle), board).needed_mb)
+    if task_types.load(manifest.task).offers("fit"):
+        return math.ceil(fit.require_fit(needs_of_bundle(bundle, engine=engine), board).needed_mb)
     # There is no prediction: twice the files leaves room for activations and caches.
-    return math.ceil(2 * sum(file.bytes for file in manifest.files.values()) / 1e6) + _RUNTIME_MB
+    return math.ceil(2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb)
 
 
 def _own_wheels(platform: Platform, folder: Path, *, engine: str, wheel: Path | None, progress: Progress) -> list[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .answering import AnswerRequest
+from .answer_request import AnswerRequest
 from .fields import Fields
 from .messages import messages_of
 from .models import Models

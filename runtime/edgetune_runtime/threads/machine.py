@@ -109,10 +109,20 @@ def free_mb(root: Path = ROOT) -> float | None:
     return min(free, default=None)
 
 
-def throttling(root: Path = ROOT) -> str | None:
-    """Why the board throttles its processor (heat or low voltage); None if it does not, or does not report it."""
+def throttling(root: Path = ROOT, *, since_start: bool = False) -> str | None:
+    """Why the board throttles its processor (heat or low voltage), or did since its start; None if it does not.
+
+    None too where the board does not report it.
+    """
     flags = _read(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
+    return throttling_in(flags, since_start=since_start)
+
+
+def throttling_in(flags: str, *, since_start: bool = False) -> str | None:
+    """The reasons in flags of Raspberry Pi firmware, written in hexadecimal; None if there are none."""
     bits = int(flags, 16) if re.fullmatch(r"(0x)?[0-9a-fA-F]+", flags) else 0
+    # The flags of what happened since the start are the same, 16 bits further up.
+    bits >>= 16 if since_start else 0
     return ", ".join(text for bit, text in _THROTTLED.items() if bits & bit) or None
 
 

@@ -1,0 +1,170 @@
+"""What to change when a bundle does not fit on a board: the cheapest change first, with its effects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edgetune_runtime.engines import gguf
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.quantization import QUANTIZATIONS
+from edgetune_runtime.sizing.needs import MB, Needs, needed_mb
+from edgetune_runtime.sizing.speed import speed_of
+
+from .boards import Board, load, names
+from .needs import needs_of_header
+
+SHORTEST_CONTEXT = 256
+"""A shorter context is not proposed: little more than a system prompt fits in it."""
+_STATES_MB = 16
+_KV_SHARE = 34 / 64  # q8_0 instead of f16
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change: what it costs, the MB that it saves, and memory and speed with it and all changes before it."""
+
+    what: str
+    cost: str
+    saves_mb: float
+    needed_mb: float
+    adapter_tokens_per_s: float
+    fits: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        return {
+            "what": self.what,
+            "cost": self.cost,
+            "saves_mb": round(self.saves_mb, 1),
+            "needed_mb": round(self.needed_mb, 1),
+            "adapter_tokens_per_s": round(self.adapter_tokens_per_s, 1),
+            "fits": self.fits,
+        }
+
+
+def changes_for(
+    needs: Needs, board: Board, *, header: GgufHeader | None = None, other: Needs | None = None
+) -> list[Change]:
+    """The changes that make it fit, each on top of those before it; all there are if they do not suffice.
+
+    With `header`, the base's, other quantizations are among them; `other` are the needs in another engine that the
+    bundle has files for. Empty if it fits as it is.
+    """
+    found: list[Change] = []
+    first = needs
+    before = needed_mb(needs, repacks=board.repacks)
+    if before <= board.free_mb:
+        return found
+    for step in (_engine(other), _states, _kv, _context, _quantization(header), _adapters):
+        for what, cost, changed in step(needs, board):
+            after = needed_mb(changed, repacks=board.repacks)
+            if after >= before:
+                continue
+            fits = after <= board.free_mb
+            found.append(Change(what, cost, before - after, after, speed_of(changed, board.speed).adapter, fits))
+            needs, before = changed, after
+            if fits:
+                return found
+    found.extend(_larger_board(first, board))
+    return found
+
+
+def longest_context(needs: Needs, board: Board) -> int:
+    """The longest context that fits, in tokens, at most that of `needs`; 0 if none does."""
+    low, high = 0, needs.context_length
+    while low < high:
+        middle = (low + high + 1) // 2
+        if needed_mb(replace(needs, context_length=middle), repacks=board.repacks) <= board.free_mb:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+Step = Iterator[tuple[str, str, Needs]]
+
+
+def _engine(other: Needs | None) -> Callable[[Needs, Board], Step]:
+    def change(_needs: Needs, _board: Board) -> Step:
+        if other is not None:
+            yield f"use the other engine: --engine {other.engine}", "none: the bundle has both formats", other
+
+    return change
+
+
+def _states(needs: Needs, _board: Board) -> Step:
+    if needs.state_bytes > _STATES_MB * MB:
+        cost = "switching to an adapter that was not used last computes its prompt again"
+        changed = replace(needs, states_limit_bytes=_STATES_MB * MB)
+        yield f"limit saved states: --cache-mb {_STATES_MB}", cost, changed
+
+
+def _kv(needs: Needs, _board: Board) -> Step:
+    if needs.engine == gguf.NAME:
+        smaller = int(needs.kv_bytes_per_token * _KV_SHARE)
+        cost = "keys and values in 8 bits; not with prefix adapters"
+        yield "store keys and values in 8 bits: --kv q8_0", cost, replace(needs, kv_bytes_per_token=smaller)
+
+
+def _context(needs: Needs, board: Board) -> Step:
+    tokens = max(longest_context(needs, board), min(SHORTEST_CONTEXT, needs.context_length))
+    if tokens < needs.context_length:
+        shorter = replace(needs, context_length=tokens)
+        yield f"shorten the context: --context-length {tokens}", "shorter prompts and answers", shorter
+
+
+def _quantization(header: GgufHeader | None) -> Callable[[Needs, Board], Step]:
+    def smaller(needs: Needs, board: Board) -> Step:
+        if header is None:
+            return
+        for changed, name in _requantized(needs, header):
+            is_enough = needed_mb(changed, repacks=board.repacks) <= board.free_mb
+            if is_enough or name == _BOARD_QUANTIZATIONS[-1]:
+                yield f"build with quantization: {name}", "some quality; trains the adapters again", changed
+                return
+
+    return smaller
+
+
+_BOARD_QUANTIZATIONS: Sequence[str] = [item.name for item in QUANTIZATIONS.values() if item.on_boards]
+
+
+def _requantized(needs: Needs, header: GgufHeader) -> Iterator[tuple[Needs, str]]:
+    """The needs in each smaller quantization that boards use, the largest first."""
+    for name in _BOARD_QUANTIZATIONS:
+        other = needs_of_header(header, context_length=needs.context_length, quantization=name, engine=needs.engine)
+        if other.base_bytes < needs.base_bytes:
+            weights = {key: getattr(other, key) for key in ("base_bytes", "read_bytes", "head_bytes", "repackable")}
+            yield replace(needs, **weights), name
+
+
+def _adapters(needs: Needs, _board: Board) -> Step:
+    for name in sorted(needs.merged, key=needs.merged.__getitem__, reverse=True):
+        left = {other: size for other, size in needs.merged.items() if other != name}
+        needs = replace(needs, merged=left)
+        yield f"leave out the merged adapter {name}, or build it as a low-rank one", "that task, or some quality", needs
+    for name in sorted(needs.adapters, key=lambda key: needs.adapters[key].file_bytes, reverse=True)[:-1]:
+        kept = {other: size for other, size in needs.adapters.items() if other != name}
+        needs = replace(needs, adapters=kept)
+        yield f"leave out adapter {name}", "that task", needs
+
+
+def _larger_board(needs: Needs, board: Board) -> Iterator[Change]:
+    """The same board with more memory, or else the smallest other one that fits."""
+    sizes = [load(f"{board.family}-{size // 1024}gb") for size in board.ram_sizes_mib]
+    others = sorted(map(load, names()), key=lambda other: other.ram_free_mib)
+    for other in [*sizes, *others]:
+        needed = needed_mb(needs, repacks=other.repacks)
+        if needed <= other.free_mb and other.ram_mib > board.ram_mib:
+            speed = speed_of(needs, other.speed).adapter
+            yield Change(
+                f"use a board with more memory: {other.name}",
+                "another board, no other change",
+                0.0,
+                needed,
+                speed,
+                fits=True,
+            )
+            return

@@ -1,0 +1,154 @@
+"""Measures what an engine sustains on this machine with a bundle, and keeps it in a file for `devices fit`."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.atomic import replacing
+from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.runtime import Runtime
+from edgetune_runtime.states.batches import CHUNK
+
+from .figures import SpeedFigures
+from .needs import Needs
+from .raw import read_bandwidth
+from .speed import token_seconds
+
+STEPS = 24
+PREFILLS = 3
+KIND = "edgetune-calibration"
+_LEAST_LAYER_US = 1.0
+_LEAST_MODULE_US = 0.1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Median decode and prefill speed of a bundle's base, and decode speed with an adapter, in tokens/s.
+
+    `tokens` is the number of tokens before the decoded ones, `adapter` the adapter's name, if there is one.
+    """
+
+    decode: float
+    prefill: float
+    tokens: int
+    adapter: str | None
+    adapter_decode: float | None
+
+
+def measure(runtime: Runtime) -> Measured:
+    """Measure for a second or two: prefill of a batch, and some steps of the base and of the largest adapter."""
+    loaded = loaded_bundle(runtime)
+    context, _ = loaded.context()
+    tokens = min(CHUNK, context.engine.capacity({}) - STEPS - 1)
+    prompt = [3 + number % 97 for number in range(tokens)]
+    with context.hold():
+        prefills = []
+        for _ in range(PREFILLS):
+            context.reset()
+            begin = time.perf_counter()
+            context.start({}, prompt)
+            prefills.append(time.perf_counter() - begin)
+        steps = _steps_s(context)
+    name = _slowest(runtime)
+    adapter_s = None
+    if name is not None:
+        context, active = loaded.context(name)
+        with context.hold():
+            context.start(active, prompt)
+            adapter_s = _steps_s(context)
+    return Measured(
+        decode=1 / steps,
+        prefill=tokens / statistics.median(prefills),
+        tokens=tokens + STEPS // 2,
+        adapter=name,
+        adapter_decode=None if adapter_s is None else 1 / adapter_s,
+    )
+
+
+def figures_of(needs: Needs, measured: Measured, threads: int) -> SpeedFigures:
+    """The figures with which `speed_of` predicts what was measured; the bandwidth is measured on `threads` threads."""
+    bandwidth = read_bandwidth(threads)
+    body = max(needs.read_parameters - needs.head_parameters, 1)
+    compute = measured.prefill * 2 * body / 1e9
+    seconds = 1 / measured.decode
+    reading = token_seconds(needs, SpeedFigures(bandwidth, math.inf, 0, 0), measured.tokens)
+    computing = 2 * needs.read_parameters / (compute * 1e9)
+    # The layers take what is left after reading or computing. Where nothing is left, a step was faster than the
+    # measurements of either allow, so it shows what the machine can do.
+    layer_us = max(_LEAST_LAYER_US, (seconds - max(reading, computing)) * 1e6 / needs.layers)
+    left = max(seconds - needs.layers * layer_us / 1e6, seconds / 2)
+    bandwidth *= max(1.0, reading / left)
+    compute *= max(1.0, computing / left)
+    module_us = _LEAST_MODULE_US
+    if measured.adapter is not None and measured.adapter_decode is not None:
+        size = needs.adapters[measured.adapter]
+        extra = 1 / measured.adapter_decode - seconds - size.file_bytes / (bandwidth * 1e9)
+        module_us = max(_LEAST_MODULE_US, extra * 1e6 / max(size.modules, 1))
+    return SpeedFigures(bandwidth, compute, layer_us, module_us)
+
+
+def write_calibration(path: Path, engine: str, figures: SpeedFigures, machine: Mapping[str, Any]) -> None:
+    """Write the figures of an engine; those of another engine that are in the file stay if the machine is the same."""
+    engines: dict[str, Any] = {}
+    if path.exists():
+        before = _read(path)
+        engines = before["engines"] if before["machine"] == machine else {}
+    engines[engine] = {key: round(value, 3) for key, value in asdict(figures).items()}
+    document = {"kind": KIND, "machine": dict(machine), "date": time.strftime("%Y-%m-%d"), "engines": engines}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_calibration(path: Path, engine: str) -> SpeedFigures:
+    """The figures of an engine; NotFoundError if there are none, UsageError for a file of another kind."""
+    engines = _read(path)["engines"]
+    if engine not in engines:
+        remedy = f"measure them on the board: edgetune-run doctor BUNDLE --engine {engine} --calibrate {path.name}"
+        raise NotFoundError(f"{path} has no figures for {engine}, only for {', '.join(engines) or 'none'}", remedy)
+    return SpeedFigures(**engines[engine])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NotFoundError(f"cannot read {path}: {error.strerror}", "give a file of doctor --calibrate") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON: {error}", "give a file of doctor --calibrate") from error
+    names = {field.name for field in fields(SpeedFigures)}
+    engines = document.get("engines") if isinstance(document, dict) and document.get("kind") == KIND else None
+    is_whole = isinstance(engines, dict) and all(
+        isinstance(figures, dict)
+        and figures.keys() == names
+        and all(isinstance(value, int | float) and 0 < value < math.inf for value in figures.values())
+        for figures in engines.values()
+    )
+    if not is_whole:
+        raise UsageError(f"{path} is not a file of doctor --calibrate", "measure again on the board")
+    whole: dict[str, Any] = document
+    return whole
+
+
+def _slowest(runtime: Runtime) -> str | None:
+    """The adapter that changes most modules, merged models and prefixes apart."""
+    entries = runtime.manifest.adapters.values()
+    names = [entry.name for entry in entries if entry.shapes.get(runtime.engine) == "low_rank"]
+    return max(names, key=lambda name: len(runtime.manifest.adapters[name].ranks), default=None)
+
+
+def _steps_s(context: Any) -> float:  # noqa: ANN401 - a Context
+    """Median seconds of a step of one token."""
+    times = []
+    for _ in range(STEPS):
+        begin = time.perf_counter()
+        context.extend([5])
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)

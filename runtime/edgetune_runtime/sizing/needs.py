@@ -1,0 +1,330 @@
+"""The memory that a base with its adapters needs in each engine, and the bytes that it reads per token.
+
+The constants were measured with both engines on x86-64 Linux; benchmarks/fit.py compares them with measurements.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest, resolve
+from edgetune_runtime.engines import gguf, onnx
+from edgetune_runtime.engines.gguf.engine import BRANCHES
+from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
+from edgetune_runtime.states.batches import CHUNK
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+
+MB = 10**6
+CACHE_BYTES = 128_000_000
+"""Memory limit of saved states, the runtime's default."""
+SERVER_MB = 20.0
+"""Resident memory that `edgetune-run serve` adds: uvicorn, starlette and connections."""
+
+
+@dataclass(frozen=True)
+class EngineCost:
+    """What an engine needs in addition to weights, keys and values; `kv_bytes` is the size of a number in these.
+
+    `runtime_mb` is the resident memory of Python, the libraries and the runtime, after a few answers.
+    `vocabulary_bytes` is per token of the vocabulary. `maps_embedding`: the embedding stays mapped beside the weights
+    that were rearranged. `scores_bytes` is per head and token of context in a batch, in addition to the mask.
+    """
+
+    kv_bytes: int
+    runtime_mb: float
+    vocabulary_bytes: int
+    logits_rows: int
+    scores_bytes: int
+    maps_embedding: bool
+
+
+COSTS: Mapping[str, EngineCost] = {
+    # Scores are f32, and f16 for the product with the values. Logits are kept in two buffers.
+    gguf.NAME: EngineCost(2, 65.0, 350, 2 * (BRANCHES + 1), 4 + 2, maps_embedding=False),
+    onnx.NAME: EngineCost(4, 100.0, 700, 2, 0, maps_embedding=True),
+}
+"""By engine."""
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """Bytes of an adapter's file, and the modules that it changes."""
+
+    file_bytes: int
+    modules: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Sizes that determine the memory and the speed of a base with its adapters in an engine.
+
+    `read_bytes` and `read_parameters` count the weights read per token: all except an embedding that is not also the
+    output head. `kv_bytes_per_token` is in the engine's data type. `head_bytes` is the size of an output head that is
+    also the embedding, else 0; `repackable`: the engine repacks weights of the base's type where it can. `merged` maps
+    each adapter that is a full model to the bytes of its file. `draft_bytes` is the size of all draft tables.
+    """
+
+    base_bytes: int
+    read_bytes: int
+    read_parameters: int
+    head_parameters: int
+    layers: int
+    heads: int
+    embedding_length: int
+    feed_forward_length: int
+    vocabulary: int
+    kv_bytes_per_token: int
+    context_length: int
+    adapters: Mapping[str, AdapterSize] = field(default_factory=dict)
+    merged: Mapping[str, int] = field(default_factory=dict)
+    engine: str = gguf.NAME
+    head_bytes: int = 0
+    repackable: bool = False
+    draft_bytes: int = 0
+    states_limit_bytes: int = CACHE_BYTES
+    serves: bool = False
+
+    @property
+    def cost(self) -> EngineCost:
+        """The constants of the engine."""
+        return COSTS[self.engine]
+
+    @property
+    def engine_bytes(self) -> int:
+        """Memory of one loaded model in addition to its weights: keys and values, computing, vocabulary."""
+        return self.kv_bytes_per_token * self.context_length + self.compute_bytes + self.vocabulary_bytes
+
+    @property
+    def compute_bytes(self) -> int:
+        """Activations and attention scores of a batch, and logits; the factors of activations were fitted."""
+        activations = CHUNK * 4 * (4.4 * self.embedding_length + 3.2 * self.feed_forward_length)
+        scores = self.scores_bytes_per_token * self.context_length
+        return int(activations) + scores + self.cost.logits_rows * 4 * self.vocabulary
+
+    @property
+    def scores_bytes_per_token(self) -> int:
+        """Bytes per token of context in a batch: attention scores and a mask."""
+        scores = self.heads * self.cost.scores_bytes
+        return CHUNK * (scores + 4) if scores else 0
+
+    @property
+    def state_bytes(self) -> int:
+        """Saved states of the base and each adapter, half a context long, up to the limit."""
+        states = len(self.adapters) + 1 if self.adapters else 0
+        return min(states * self.kv_bytes_per_token * self.context_length // 2, self.states_limit_bytes)
+
+    @property
+    def vocabulary_bytes(self) -> int:
+        """Memory of the tokenizer's tables."""
+        return self.vocabulary * self.cost.vocabulary_bytes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One part of the memory needed."""
+
+    name: str
+    mb: float
+
+
+def items_of(needs: Needs, *, repacks: bool) -> list[Item]:
+    """The parts of the memory needed; `repacks`: the processor has faster code with repacked weights."""
+    twice = needs.cost.maps_embedding or (needs.repackable and repacks)
+    parts = [
+        ("base weights", needs.base_bytes),
+        ("embedding beside the repacked output head", needs.head_bytes if twice else 0),
+        *((f"adapter {name}", size.file_bytes) for name, size in needs.adapters.items()),
+        *((f"merged model {name}", size + needs.engine_bytes) for name, size in needs.merged.items()),
+        (f"keys and values of {needs.context_length} tokens", needs.kv_bytes_per_token * needs.context_length),
+        ("saved states", needs.state_bytes),
+        ("draft tables", needs.draft_bytes),
+        ("computing", needs.compute_bytes),
+        ("vocabulary", needs.vocabulary_bytes),
+        ("runtime (Python and libraries)", needs.cost.runtime_mb * MB),
+        ("server", SERVER_MB * MB if needs.serves else 0),
+    ]
+    return [Item(name, size / MB) for name, size in parts if size]
+
+
+def needed_mb(needs: Needs, *, repacks: bool) -> float:
+    """The sum of all parts."""
+    return sum(item.mb for item in items_of(needs, repacks=repacks))
+
+
+def needs_of_bundle(bundle: Path, *, context_length: int | None = None, engine: str | None = None) -> Needs:
+    """The needs of a bundle, from its manifest and the header of its base; weights are not read.
+
+    `engine` defaults to the first one that the bundle has files for. IncompatibleError if it has none for it, and the
+    errors of `read_manifest` and of reading the base's header.
+    """
+    manifest = read_manifest(bundle)
+    has = [name for name in manifest.base.files if name in COSTS]
+    if not has or (engine is not None and engine not in has):
+        wanted = engine or " or ".join(COSTS)
+        message = f"bundle {manifest.name!r} has no {wanted} base"
+        raise IncompatibleError(
+            message, f"use one of: {', '.join(has)}" if has else f"build it with targets: [{wanted}]"
+        )
+    engine = engine or has[0]
+    path = resolve(bundle, manifest.base.files[engine])
+    length = context_length or manifest.context_length
+    if engine == gguf.NAME:
+        needs = needs_of_file(read_header(path), context_length=length)
+    else:
+        needs = _needs_of_graph(path, manifest, length)
+    return replace(needs, **_adapters(manifest, engine))
+
+
+def with_options(needs: Needs, *, kv: str | None = None, cache_mb: float | None = None, serves: bool = False) -> Needs:
+    """The needs when a bundle is opened with these options, and served; None is the default of `Runtime.open`."""
+    per_token = needs.kv_bytes_per_token
+    if kv is not None:
+        per_token = int(per_token / needs.cost.kv_bytes * TENSOR_TYPES[kv].bytes_per_value)
+    limit = needs.states_limit_bytes if cache_mb is None else int(cache_mb * MB)
+    return replace(needs, kv_bytes_per_token=per_token, states_limit_bytes=limit, serves=serves)
+
+
+def needs_of_file(header: GgufHeader, *, context_length: int) -> Needs:
+    """The needs of a base as its GGUF file is; IncompatibleError if the header lacks a size."""
+    sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
+    start = min((tensor.offset for tensor in header.tensors.values()), default=0)
+    return needs_of_sizes(
+        header, sizes, start=start, context_length=context_length, repackable=header.main_type.repacked
+    )
+
+
+def needs_of_sizes(
+    header: GgufHeader,
+    sizes: Mapping[str, int],
+    *,
+    start: int,
+    context_length: int,
+    engine: str = gguf.NAME,
+    repackable: bool = False,
+) -> Needs:
+    """The needs of a base with the shapes of `header` whose tensors have these sizes in bytes, after a `start`."""
+    counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
+    tied = "output.weight" not in header.tensors
+    looked_up = "" if tied else "token_embd.weight"
+    head = "token_embd.weight" if tied else "output.weight"
+    return Needs(
+        base_bytes=start + sum(sizes.values()),
+        read_bytes=sum(sizes.values()) - sizes.get(looked_up, 0),
+        read_parameters=sum(counts.values()) - counts.get(looked_up, 0),
+        head_parameters=counts.get(head, 0),
+        layers=number(header, "block_count"),
+        heads=number(header, "attention.head_count"),
+        embedding_length=number(header, "embedding_length"),
+        feed_forward_length=number(header, "feed_forward_length"),
+        vocabulary=_vocabulary(header),
+        kv_bytes_per_token=kv_bytes_per_token(header) // 2 * COSTS[engine].kv_bytes,
+        context_length=context_length,
+        engine=engine,
+        head_bytes=sizes.get(head, 0) if tied else 0,
+        repackable=repackable,
+    )
+
+
+def kv_bytes_per_token(header: GgufHeader) -> int:
+    """Bytes of keys and values that one token adds, in f16, over all layers.
+
+    Sliding-window layers (Gemma 3) count in full: the engine keeps all positions (`swa_full`), so that it can truncate.
+    """
+    heads = number(header, "attention.head_count_kv", total=True)
+    queries = _metadata(header, "attention.head_count")
+    queries = max(queries) if isinstance(queries, Sequence) else queries
+    default = number(header, "embedding_length") // queries
+    key = int(header.metadata.get(f"{header.architecture}.attention.key_length", default))
+    value = int(header.metadata.get(f"{header.architecture}.attention.value_length", default))
+    return heads * (key + value) * 2
+
+
+def number(header: GgufHeader, key: str, *, total: bool = False) -> int:
+    """An integer of the architecture; of a number per layer, the largest, or with `total` the sum over all layers."""
+    value = _metadata(header, key)
+    if isinstance(value, Sequence):
+        return sum(map(int, value)) if total else max(map(int, value))
+    return int(value) * (number(header, "block_count") if total else 1)
+
+
+def _adapters(manifest: Manifest, engine: str) -> dict[str, Any]:
+    adapters: dict[str, AdapterSize] = {}
+    merged: dict[str, int] = {}
+    drafts = 0
+    for name, entry in manifest.adapters.items():
+        file_bytes = manifest.files[entry.files[engine]].bytes if engine in entry.files else 0
+        if entry.shapes.get(engine) == "merged":
+            merged[name] = file_bytes + _beside(manifest, entry.files[engine])
+        else:
+            adapters[name] = AdapterSize(_in_memory(entry, engine, file_bytes), len(entry.ranks))
+        drafts += manifest.files[entry.draft].bytes if entry.draft else 0
+    return {"adapters": adapters, "merged": merged, "draft_bytes": drafts}
+
+
+def _in_memory(entry: AdapterEntry, engine: str, file_bytes: int) -> int:
+    """Bytes of a loaded adapter: as in its file, or in ONNX Runtime as float32."""
+    values = sum(entry.values_by_type.get(engine, {}).values())
+    return 4 * values if engine == onnx.NAME and values else file_bytes
+
+
+def _beside(manifest: Manifest, file: str) -> int:
+    """Bytes of the weights in a graph's folder, which are files of their own."""
+    graph = PurePosixPath(file)
+    if graph.suffix != ".onnx":
+        return 0
+    named = (PurePosixPath(name) for name in manifest.files)
+    return sum(manifest.files[str(n)].bytes for n in named if n.parent == graph.parent and n.suffix == ".data")
+
+
+def _needs_of_graph(path: Path, manifest: Manifest, context_length: int) -> Needs:
+    """The needs of an ONNX base, from the sizes of its files and genai_config.json."""
+    try:
+        model = json.loads(path.with_name("genai_config.json").read_text(encoding="utf-8"))["model"]
+        decoder = model["decoder"]
+        sizes = {key: int(decoder[key]) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
+        vocabulary = int(model["vocab_size"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        message = f"{path.with_name('genai_config.json')} does not give the model's sizes: {error}"
+        raise VerificationError(message, COPY_BUNDLE_AGAIN) from error
+    file = manifest.base.files[onnx.NAME]
+    base_bytes = manifest.files[file].bytes + _beside(manifest, file)
+    width, parameters = sizes["hidden_size"], manifest.base.parameters
+    return Needs(
+        base_bytes=base_bytes,
+        read_bytes=base_bytes,
+        read_parameters=parameters,
+        head_parameters=vocabulary * width,
+        layers=sizes["num_hidden_layers"],
+        heads=sizes["num_attention_heads"],
+        embedding_length=width,
+        # The file does not give it; most models have about three times their width.
+        feed_forward_length=3 * width,
+        vocabulary=vocabulary,
+        kv_bytes_per_token=manifest.base.kv_bytes_per_token // 2 * COSTS[onnx.NAME].kv_bytes,
+        context_length=context_length,
+        engine=onnx.NAME,
+        # 8 bits per weight.
+        head_bytes=vocabulary * width,
+    )
+
+
+def _vocabulary(header: GgufHeader) -> int:
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if tokens is not None:
+        return len(tokens)
+    embedding = header.tensors.get("token_embd.weight")
+    return embedding.shape[1] if embedding is not None else 0
+
+
+def _metadata(header: GgufHeader, key: str) -> Any:  # noqa: ANN401 - a number, or one per layer
+    full = f"{header.architecture}.{key}"
+    if full not in header.metadata:
+        raise IncompatibleError(f"the base's header has no {full}", "give a GGUF file of a language model")
+    return header.metadata[full]

@@ -1,0 +1,82 @@
+"""Tries a bundle on this machine for `doctor`: what would be refused and why, and speed measured beside predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from edgetune_runtime.bundle import GENERATION
+from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.runtime import Runtime
+from edgetune_runtime.threads.machine import free_mb
+
+from .calibration import Measured, figures_of, measure
+from .figures import SpeedFigures
+from .needs import Needs, items_of
+from .raw import read_bandwidth
+from .speed import adapter_seconds, prefill_speed, token_seconds
+
+_UNKNOWN_LAYER_US = 10
+"""Of a laptop; only used where nothing is known about the machine."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial found, as JSON values, its problems in one line each, and the machine's figures, if measured."""
+
+    found: dict[str, Any]
+    problems: list[str]
+    figures: SpeedFigures | None
+
+
+def try_bundle(
+    open_runtime: Callable[[], Runtime], needs: Needs | None, *, known: SpeedFigures | None, repacks: bool
+) -> Trial:
+    """Open the bundle, measure it for a second or two, and close it.
+
+    `needs` None (an encoder's) predicts nothing. `known` are the figures that the prediction uses, by default the
+    memory bandwidth measured here. An error of opening is a problem, not raised.
+    """
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+    free = free_mb()
+    if needs is not None:
+        items = items_of(needs, repacks=repacks)
+        needed = sum(item.mb for item in items)
+        found["memory_mb"] = {item.name: round(item.mb, 1) for item in items} | {"needed": round(needed, 1)}
+        if free is not None and needed > free:
+            remedy = "shorten --context-length, or limit saved states with --cache-mb"
+            problems.append(f"the bundle needs about {needed:.0f} MB, and {free:.0f} MB are free: {remedy}")
+    try:
+        with open_runtime() as runtime:
+            found |= {"engine": runtime.engine, "threads": runtime.threads}
+            if runtime.manifest.task != GENERATION or needs is None:
+                return Trial(found, problems, None)
+            measured = measure(runtime)
+            threads = runtime.threads
+    except EdgetuneError as error:
+        return Trial(found | {"refused": str(error)}, [*problems, f"refused: {error}"], None)
+    figures = figures_of(needs, measured, threads)
+    source = "the figures given" if known else "the memory bandwidth measured here"
+    used = known or SpeedFigures(read_bandwidth(threads), figures.compute_gflop_per_s, _UNKNOWN_LAYER_US, 0)
+    found["predicted_from"] = source
+    found["predicted_tokens_per_s"] = _predicted(needs, used, measured, prefill=known is not None)
+    found["measured_tokens_per_s"] = _speeds(measured.decode, measured.adapter_decode, measured.prefill)
+    return Trial(found, problems, figures)
+
+
+def _predicted(needs: Needs, figures: SpeedFigures, measured: Measured, *, prefill: bool) -> dict[str, float | None]:
+    seconds = token_seconds(needs, figures, measured.tokens)
+    adapter = None
+    if measured.adapter is not None:
+        adapter = 1 / (seconds + adapter_seconds(needs.adapters[measured.adapter], figures))
+    return _speeds(1 / seconds, adapter, prefill_speed(needs, figures) if prefill else None)
+
+
+def _speeds(decode: float, adapter: float | None, prefill: float | None) -> dict[str, float | None]:
+    return {
+        "decode": round(decode, 1),
+        "decode_adapter": None if adapter is None else round(adapter, 1),
+        "prefill": None if prefill is None else round(prefill, 1),
+    }

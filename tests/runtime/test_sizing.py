@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from edgetune_export.backends.base import Source
+from edgetune_runtime import Runtime
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.sizing.calibration import figures_of, measure, read_calibration, write_calibration
+from edgetune_runtime.sizing.figures import SpeedFigures
+from edgetune_runtime.sizing.needs import items_of, needed_mb, needs_of_bundle, with_options
+from edgetune_runtime.sizing.raw import arithmetic, read_bandwidth
+from edgetune_runtime.sizing.speed import adapter_seconds, speed_of, token_seconds
+from edgetune_runtime.sizing.trial import try_bundle
+from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
+
+FIGURES = SpeedFigures(10.0, 100.0, 50.0, 5.0)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[[str], Source]) -> Path:
+    """A bundle with two adapters in both formats."""
+    source = tiny_source("llama")
+    adapters = {name: Adapter(low_rank(source.path, seed)) for seed, name in enumerate(("one", "two"))}
+    bundle = write_bundle(tmp_path_factory.mktemp("sizing") / "bundle", source.path, adapters)
+    add_onnx(bundle, source, adapters)
+    return bundle
+
+
+def test_the_first_format_of_a_bundle_is_counted_unless_another_is_named(both: Path) -> None:
+    assert needs_of_bundle(both).engine == "gguf"
+    onnx = needs_of_bundle(both, engine="onnx", context_length=64)
+    files = json.loads((both / "manifest.json").read_text())["files"]
+    weights = sum(file["bytes"] for name, file in files.items() if name.startswith("base/onnx/model.onnx"))
+    assert onnx.base_bytes == weights
+    assert onnx.context_length == 64
+    assert onnx.adapters["one"].file_bytes == files["adapters/one/adapter.onnx_adapter"]["bytes"]
+
+
+def test_both_formats_have_the_same_geometry(both: Path) -> None:
+    gguf, onnx = needs_of_bundle(both, engine="gguf"), needs_of_bundle(both, engine="onnx")
+    for size in ("layers", "heads", "embedding_length", "vocabulary"):
+        assert getattr(gguf, size) == getattr(onnx, size), size
+
+
+def test_an_engine_that_the_bundle_has_no_files_for_is_refused(both: Path, tmp_path: Path) -> None:
+    base = both / "base/model.gguf"
+    bundle = write_bundle(tmp_path / "gguf", base, {})
+    with pytest.raises(IncompatibleError, match="has no onnx base; use one of: gguf"):
+        needs_of_bundle(bundle, engine="onnx")
+
+
+def test_options_change_keys_values_states_and_server(both: Path) -> None:
+    needs = needs_of_bundle(both)
+    assert with_options(needs) == needs
+    smaller = with_options(needs, kv="q8_0", cache_mb=0)
+    assert smaller.kv_bytes_per_token == int(needs.kv_bytes_per_token * 34 / 64)
+    assert smaller.state_bytes == 0 and needs.state_bytes > 0
+    added = needed_mb(with_options(needs, serves=True), repacks=False) - needed_mb(needs, repacks=False)
+    assert added > 10
+
+
+def test_the_parts_are_named_and_empty_ones_left_out(both: Path) -> None:
+    names = [item.name for item in items_of(needs_of_bundle(both), repacks=False)]
+    assert {"base weights", "adapter one", "adapter two", "saved states", "computing"} <= set(names)
+    assert "server" not in names and "draft tables" not in names
+
+
+def test_measured_figures_predict_what_was_measured(both: Path) -> None:
+    needs = needs_of_bundle(both)
+    with Runtime.open(both, disk_mb=0, contexts=1, threads=1) as runtime:
+        measured = measure(runtime)
+    assert measured.adapter in {"one", "two"}
+    figures = figures_of(needs, measured, 1)
+    seconds = token_seconds(needs, figures, measured.tokens)
+    assert 1 / seconds == pytest.approx(measured.decode, rel=0.01)
+    assert measured.adapter_decode is not None
+    size = needs.adapters[measured.adapter]
+    with_adapter = seconds + adapter_seconds(size, figures)
+    # An adapter that is measured as faster than the base still counts as a little slower.
+    assert 1 / with_adapter == pytest.approx(min(measured.adapter_decode, 1 / seconds), rel=0.1)
+
+
+def test_a_longer_context_and_an_adapter_are_slower(both: Path) -> None:
+    needs = needs_of_bundle(both)
+    assert token_seconds(needs, FIGURES, 100) > token_seconds(needs, FIGURES, 0)
+    speed = speed_of(needs, FIGURES)
+    assert speed.adapter < speed.decode < speed.prefill * 1000
+
+
+def test_a_calibration_keeps_the_figures_of_each_engine_of_the_same_machine(tmp_path: Path) -> None:
+    path, machine = tmp_path / "board.json", {"processor": "Cortex-A72", "threads": 4}
+    write_calibration(path, "gguf", FIGURES, machine)
+    write_calibration(path, "onnx", SpeedFigures(9.0, 90.0, 60.0, 6.0), machine)
+    assert read_calibration(path, "gguf") == FIGURES
+    assert read_calibration(path, "onnx").bandwidth_gb_per_s == 9.0
+    write_calibration(path, "gguf", FIGURES, {**machine, "processor": "Cortex-A76"})
+    with pytest.raises(NotFoundError, match="has no figures for onnx, only for gguf; measure them on the board"):
+        read_calibration(path, "onnx")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"kind": "edgetune-calibration", "engines": {"gguf": {"bandwidth_gb_per_s": 1}}}',
+        '{"kind": "edgetune-calibration", "engines": {"gguf": {"bandwidth_gb_per_s": -1, "compute_gflop_per_s": 1, '
+        '"layer_us": 1, "adapter_module_us": 1}}}',
+        '{"engines": {}}',
+        "{",
+    ],
+)
+def test_another_file_is_not_taken_for_a_calibration(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "board.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"is no JSON|is not a file of doctor --calibrate"):
+        read_calibration(path, "gguf")
+
+
+def test_a_missing_calibration_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"cannot read .*nowhere\.json: No such file"):
+        read_calibration(tmp_path / "nowhere.json", "gguf")
+
+
+def test_raw_measurements_are_those_of_a_computer() -> None:
+    assert 0.05 < read_bandwidth(1) < 2000
+    assert 0.05 < arithmetic(1) < 100_000
+
+
+def test_a_trial_tells_prediction_and_measurement(both: Path) -> None:
+    needs = needs_of_bundle(both)
+    trial = try_bundle(lambda: Runtime.open(both, disk_mb=0, threads=1), needs, known=FIGURES, repacks=False)
+    assert trial.figures is not None and trial.problems == []
+    assert trial.found["predicted_tokens_per_s"].keys() == trial.found["measured_tokens_per_s"].keys()
+    assert trial.found["measured_tokens_per_s"]["decode"] > 0
+
+
+def test_a_trial_says_why_a_bundle_is_refused(both: Path) -> None:
+    needs = needs_of_bundle(both)
+    trial = try_bundle(lambda: Runtime.open(both, engine="gguf", kv="f64"), needs, known=None, repacks=False)
+    assert trial.figures is None
+    assert trial.problems == [f"refused: {trial.found['refused']}"]
+    assert "f64" in trial.found["refused"]
