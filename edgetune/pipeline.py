@@ -130,6 +130,7 @@ def _wanted(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
         OnnxOptions(recipe.onnx.weights, recipe.onnx.method, calibration),
         merged_quantization=recipe.merged_quantization,
         ships_states=recipe.states == "ship" and builder.keeps_states,
+        warms=recipe.states == "start" and builder.keeps_states,
         recipe=recipe.resolved(),
     )
 

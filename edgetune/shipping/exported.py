@@ -49,6 +49,7 @@ class BundleSpec:
     onnx: OnnxOptions = field(default_factory=OnnxOptions)
     merged_quantization: str | None = None
     ships_states: bool = False
+    warms: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -124,7 +124,8 @@ class AdapterEntry:
 class Manifest:
     """The contents of manifest.json. `context_length` (tokens) and `threads` are the defaults of `Runtime.open`.
 
-    `task` is text-generation, or text-classification for an encoder with a classification head per adapter.
+    `task` is text-generation, or text-classification for an encoder with a classification head per adapter. With
+    `warms`, a server computes the states of all fixed prompts when it starts.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
     task: str = GENERATION
+    warms: bool = False
     schema: int = SCHEMA_VERSION
 
     def adapter(self, name: str) -> AdapterEntry:

@@ -127,7 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("--labels", metavar="A,B,C", help="comma-separated labels (default: the adapter's)")
     for command in (generate, chat):
         _add_sampling(command)
-    _add_tools(_add_form(generate), generate)
+    _add_form(generate)
+    _add_tools(generate)
     _add_form(chat)
     server.add_options(serve)
     wyoming.add_options(voice)
@@ -177,7 +178,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help=text)
 
 
-def _add_form(command: argparse.ArgumentParser) -> argparse._ActionsContainer:
+def _add_form(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("output constraint (default: the adapter's own, if it has one)")
     forms = group.add_mutually_exclusive_group()
     forms.add_argument("--schema", type=Path, metavar="FILE", help="answer in JSON that matches this JSON Schema")
@@ -185,12 +186,11 @@ def _add_form(command: argparse.ArgumentParser) -> argparse._ActionsContainer:
     forms.add_argument("--regex", metavar="REGEX", help="answer with a text that matches this regular expression")
     forms.add_argument("--grammar", type=Path, metavar="FILE", help="answer with a text of this Lark grammar")
     forms.add_argument("--free", action="store_true", help="do not constrain the answer")
-    return forms
 
 
-def _add_tools(forms: argparse._ActionsContainer, command: argparse.ArgumentParser) -> None:
+def _add_tools(command: argparse.ArgumentParser) -> None:
     text = "offer the tools in this JSON file, a list of function definitions as in OpenAI's API"
-    forms.add_argument("--tools", type=Path, metavar="FILE", help=text)
+    command.add_argument("--tools", type=Path, metavar="FILE", help=text)
     text = "with --tools: auto (default), required, none, or the name of the tool to call"
     command.add_argument("--tool-choice", metavar="CHOICE", help=text)
 

@@ -47,8 +47,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
     text = "let web pages of this origin, such as https://example.org, use the server; may be repeated"
     group.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=text)
-    text = "compute the states of all fixed prompts at the start; /readyz reports 503 until they are there"
-    group.add_argument("--warm", action="store_true", help=text)
+    text = "compute the states of all fixed prompts at the start, and report 503 at /readyz until they are there"
+    text += " (default: what the bundle says)"
+    group.add_argument("--warm", action=argparse.BooleanOptionalAction, help=text)
     text = (
         "add a model NAME whose chats FUNCTION(messages, tools) of a Python module rewrites to an adapter's prompt; "
         "may be repeated"
@@ -92,7 +93,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
             )
             print(line, flush=True)
 
-        serve(runtime, listening, Serving(access, limits, options.warm, rewriters), ready)
+        warms = runtime.manifest.warms if options.warm is None else options.warm
+        serve(runtime, listening, Serving(access, limits, warms, rewriters), ready)
     if not options.json:
         print("stopped", file=sys.stderr)
 

@@ -67,6 +67,7 @@ def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
         "targets": ["gguf", "onnx"],
         "training": {"max_steps": 6, "evals": 1, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"},
         "threads": 1,
+        "states": "start",
         "adapters": adapters,
     }
     recipe = Recipe.model_validate(values, context={"folder": folder})
@@ -135,6 +136,11 @@ def test_golden_false_keeps_the_rows_out_of_the_manifest(bundle: Path, manifest:
     assert manifest.adapters["quiet"].golden == {}
     assert SECRET not in (bundle / "manifest.json").read_text(encoding="utf-8")
     assert "turn on the light" in (bundle / "manifest.json").read_text(encoding="utf-8")
+
+
+def test_states_start_has_a_server_compute_them(manifest: Manifest) -> None:
+    assert manifest.warms
+    assert not [name for name in manifest.files if name.startswith("states/")]
 
 
 def test_another_adapter_in_the_place_of_one_is_found(
