@@ -43,11 +43,11 @@ class Measured:
     adapter_decode: float | None
 
 
-def measure(runtime: Runtime) -> Measured:
-    """Measure for a second or two: prefill of a batch, and some steps of the base and of the largest adapter."""
+def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
+    """Measure for a second or two: prefill of so many tokens, and some steps of the base and of the largest adapter."""
     loaded = loaded_bundle(runtime)
     context, _ = loaded.context()
-    tokens = min(CHUNK, context.engine.capacity({}) - STEPS - 1)
+    tokens = min(tokens, context.engine.capacity({}) - STEPS - 1)
     prompt = [3 + number % 97 for number in range(tokens)]
     with context.hold():
         prefills = []
