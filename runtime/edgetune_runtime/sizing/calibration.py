@@ -100,7 +100,7 @@ def write_calibration(path: Path, engine: str, figures: SpeedFigures, machine: M
     engines: dict[str, Any] = {}
     if path.exists():
         before = _read(path)
-        engines = before["engines"] if before["machine"] == machine else {}
+        engines = before["engines"] if before.get("machine") == machine else {}
     engines[engine] = {key: round(value, 3) for key, value in asdict(figures).items()}
     document = {"kind": KIND, "machine": dict(machine), "date": time.strftime("%Y-%m-%d"), "engines": engines}
     with replacing(path) as temporary:
