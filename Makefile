@@ -6,10 +6,10 @@ BUNDLE := build/smart-home
 DATA := examples/smart-home/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full demo-with-recipe check fast test dist docs clean
+.PHONY: help setup demo demo-full demo-with-recipe check fast test test-arm64 dist docs clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/ready  ## Create .venv and install both distributions in it
 
@@ -54,6 +54,10 @@ fast: setup  ## Run the tests without network and training, in less than 90 s
 test: check  ## Run all checks and tests, as CI does
 	@echo "== pytest"
 	@$(BIN)/pytest
+
+test-arm64: setup  ## Run a bundle on emulated arm64 boards, on Debian as root; not part of `make test`
+	@$(BIN)/python tools/install.py $(VENV)/install.log --editable '.[wheel]'
+	@$(BIN)/pytest -v -s tests/arm64
 
 dist: setup  ## Build the sdist and wheel of both distributions into build/dist, and check them
 	@rm -rf build/dist

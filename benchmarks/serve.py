@@ -1,7 +1,8 @@
 """A bundle in; how its server bears a load of many clients out, beside llama.cpp's server: a table.
 
     pip install -e '.[demo,bench]' -e 'runtime[gguf,server]'
-    python benchmarks/serve.py build/smart-home --recipe examples/smart-home/quick.yaml --out benchmarks/results
+    edgetune build benchmarks/recipes/serve.yaml --out build/serve
+    python benchmarks/serve.py build/serve --recipe benchmarks/recipes/serve.yaml --out benchmarks/results
 
 Both servers run in a process of their own on loopback and get the same requests: a validation row of one of the
 adapters, all adapters in turn, `--at-once` requests at a time, every second one streamed. edgetune's answers are

@@ -20,6 +20,7 @@ from edgetune_runtime.tools.prompts import prompt_text
 from . import bases, builders, methods
 from .bases import Base, trained_context_length
 from .builders import Builder
+from .data import TaskRow
 from .prepared import Prepared
 from .progress import Progress
 from .recipe.model import Recipe
@@ -129,6 +130,7 @@ def _wanted(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
         OnnxOptions(recipe.onnx.weights, recipe.onnx.method, calibration),
         merged_quantization=recipe.merged_quantization,
         ships_states=recipe.states == "ship" and builder.keeps_states,
+        warms=recipe.states == "start" and builder.keeps_states,
         recipe=recipe.resolved(),
     )
 
@@ -140,7 +142,18 @@ def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merge
             rows.append(tokenizer.tokenize(prompt_text(tokenizer, messages_for(probe, system))))
     lengths = [len(row) for row in rows]
     method = methods.of_folder(folder)
-    return TrainedAdapter(name, folder, method.name, method.options(), rows, lengths, system=system, merged=merged)
+    asked = [TaskRow("built-in", messages=tuple(messages_for(probe, None))) for probe in PROBES]
+    return TrainedAdapter(
+        name,
+        folder,
+        method.name,
+        method.options(),
+        rows,
+        lengths,
+        system=system,
+        merged=merged,
+        golden_rows=asked,
+    )
 
 
 def _figures(shipped: ShippedAdapter) -> dict[str, Any]:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 B = TypeVar("B", bound=BuildBase)
 
+# Validation rows per task from which the golden answer is chosen.
+GOLDEN_ROWS = 8
+
 
 @dataclass(frozen=True)
 class PlannedTraining:
@@ -68,6 +71,7 @@ class PlannedTraining:
             texts=texts,
             output=self.output,
             draft=self.draft,
+            golden_rows=self.task.validation[:GOLDEN_ROWS] if spec.golden else (),
         )
 
 

@@ -1,6 +1,6 @@
 """Runs the commands and Python blocks of the documentation and READMEs, page by page, on a tiny base.
 
-A block of `sh`, `python` or `js` is run unless the line above it is `<!-- not run: REASON -->`. A block below
+A block of `sh`, `python`, `js` or `go` is run unless the line above it is `<!-- not run: REASON -->`. A block below
 `<!-- file: NAME -->` is written to that file first. `edgetune-run serve` runs until the end of the page, on a free port
 in place of 8080.
 """
@@ -49,7 +49,7 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        return self.form in {"sh", "python", "js"} and not self.mark.startswith("not run: ")
+        return self.form in {"sh", "python", "js", "go"} and not self.mark.startswith("not run: ")
 
 
 def blocks(page: str) -> list[Block]:
@@ -105,14 +105,30 @@ def serving(words: list[str], port: int) -> Iterator[None]:
             process.wait(60)
 
 
-def run_outside(words: list[str]) -> int:
-    """Run curl or node, or skip the test where it is not installed."""
-    program = shutil.which(words[0])
-    if program is None:
-        pytest.skip(f"{words[0]} is not installed")
-    done = subprocess.run([program, *words[1:]], capture_output=True, text=True, timeout=120, check=False)
-    assert '"error"' not in done.stdout, done.stdout
-    return done.returncode
+GO = """package main
+
+import (
+{imports}
+)
+
+func main() {{
+{text}}}
+"""
+
+
+def run_outside(words: list[str]) -> None:
+    """Run curl, node or go, which must succeed."""
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, '"error"' in done.stdout) == (0, False), done.stdout + done.stderr
+
+
+def run_go(text: str) -> None:
+    """Run the inside of a Go function that prints, with the packages that it names."""
+    packages = sorted(set(re.findall(r"\b(fmt|io|os|strings|http|json)\.", text)))
+    paths = {"http": "net/http", "json": "encoding/json"}
+    imports = "\n".join(f'\t"{paths.get(name, name)}"' for name in packages)
+    Path("main.go").write_text(GO.format(imports=imports, text=text), encoding="utf-8")
+    run_outside(["go", "run", "main.go"])
 
 
 def free_port() -> int:
@@ -144,25 +160,33 @@ def test_the_commands_of_a_page_run(
     monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
     # It reads the variable when it is imported.
     monkeypatch.delitem(sys.modules, "ollama", raising=False)
+    missing = set()
     with contextlib.ExitStack() as servers:
         for block in blocks(page):
             text = block.text.replace("8080", str(port))
+            program = {"js": "node", "go": "go"}.get(block.form)
             if block.mark.startswith("file: "):
                 Path(block.mark.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
             elif block.is_run and block.form == "python":
                 exec(compile(text, page, "exec"), names)
+            elif block.is_run and program is not None and shutil.which(program) is None:
+                missing.add(program)
             elif block.is_run and block.form == "js":
-                assert run_outside(["node", "--input-type=module", "--eval", text]) == 0
+                run_outside(["node", "--input-type=module", "--eval", text])
+            elif block.is_run and block.form == "go":
+                run_go(text)
             elif block.is_run:
                 for line in text.replace("\\\n", " ").splitlines():
                     words = shlex.split(line, comments=True)
                     if words[:2] == ["edgetune-run", "serve"]:
                         servers.enter_context(serving(words, port))
                     elif words[:1] == ["curl"]:
-                        assert run_outside(words) == 0, line
+                        run_outside(words)
                     # The fixture has run BUILD, and `export` is the shell's.
                     elif words and words != BUILD and words[0] != "export":
                         assert run(words, tiny_gguf("llama")) == 0, line
+    if missing:
+        pytest.skip(f"all but the blocks for {', '.join(sorted(missing))}, which is not installed")
 
 
 @pytest.mark.parametrize("page", CHECKED)

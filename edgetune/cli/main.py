@@ -23,9 +23,12 @@ from edgetune_runtime.interrupts import end_on_interrupt
 from edgetune.failure import PROGRAM, drop_output, fail
 
 from . import compare as compare_cli
+from . import deploy as deploy_cli
 from . import devices as devices_cli
 from . import evaluate as evaluate_cli
+from . import kit as kit_cli
 from . import report as report_cli
+from . import wheel as wheel_cli
 from .arguments import (
     BASE_PANEL,
     OUTPUT_PANEL,
@@ -315,6 +318,9 @@ def schema() -> None:
 
 app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(evaluate_cli.evaluate)
 app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)(report_cli.report)
+app.command("deploy", cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)(deploy_cli.deploy_bundle)
+app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)(kit_cli.kit)
+app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)(wheel_cli.wheel)
 app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(compare_cli.compare)
 app.add_typer(devices_cli.app, name="devices", rich_help_panel=MEASUREMENT_COMMANDS)
 

@@ -62,10 +62,10 @@ class Recipe(RecipePart):
     merged_quantization: str | None = None
     """Quantization of merged models. null: q8_0 if the base has fewer bits, otherwise that of the base; rounding to
     4 bits a second time loses most of what was trained."""
-    states: Literal["first_use", "ship"] = "first_use"
-    """Where the states of the adapters' system prompts are computed. first_use: on the device, at the first call. ship:
-    by the build, which adds them to the bundle; they work with this version of the engine only. A state of SmolLM2
-    takes 23 kB per token, twice that in ONNX."""
+    states: Literal["first_use", "start", "ship"] = "first_use"
+    """Where the states of the adapters' system prompts are computed. first_use: on the device, at the first call.
+    start: on the device, when `edgetune-run serve` starts. ship: by the build, which adds them to the bundle; they work
+    with this version of the engine only. A state of SmolLM2 takes 23 kB per token, twice that in ONNX."""
     onnx: OnnxSpec = OnnxSpec()
     """How the ONNX graph stores the base's weights."""
     device: str | None = None

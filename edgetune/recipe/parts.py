@@ -227,6 +227,9 @@ class AdapterSpec(RecipePart):
     `spacing` (spaced, compact or any)."""
     draft: bool = True
     """Ship a draft table, made from the training rows, with which several tokens are decoded per step."""
+    golden: bool = True
+    """Put the prompt of one validation row and the adapter's answer to it into the manifest, with which
+    `edgetune-run check` compares the answers of a device. false: no prompt of a row is in the bundle."""
     method: MethodSpec = Field(default_factory=lambda: MethodSpec.model_validate("lora"))
     """The tuning method: its name, or a mapping of `name` and options."""
     scale: float = 1.0

@@ -13,6 +13,7 @@ from edgetune_runtime.decoding.drafts import DraftTable
 from edgetune_runtime.decoding.output import OutputSpec
 
 from edgetune import methods
+from edgetune.data import TaskRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +49,7 @@ class BundleSpec:
     onnx: OnnxOptions = field(default_factory=OnnxOptions)
     merged_quantization: str | None = None
     ships_states: bool = False
+    warms: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -57,7 +59,7 @@ class TrainedAdapter:
 
     `folder` is what `method` wrote. `probes` are token rows for the parity check; the first of them, up to their
     `prompt_lengths`, are also answered. `texts` are texts of the task for comparing tokenizers. `output` constrains the
-    adapter's answers, and `draft` is its draft table.
+    adapter's answers, and `draft` is its draft table. The golden answer is to one of `golden_rows`.
     """
 
     name: str
@@ -76,6 +78,7 @@ class TrainedAdapter:
     texts: Sequence[str] = ()
     output: OutputSpec | None = None
     draft: DraftTable | None = None
+    golden_rows: Sequence[TaskRow] = ()
 
     def dtype_in(self, target: str) -> str:
         """The data type of the adapter's file in a format, by default the format's default."""

@@ -35,6 +35,7 @@ def manifest_of(
         versions={name: importlib.metadata.version(name) for name in (*_PACKAGES, *packages)},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         task=task,
+        warms=wanted.warms,
     )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import gc
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from edgetune_export import backends
 from edgetune_export.adapters.shapes import Adapter, Folded, LowRank, Merged, Prefix
 from edgetune_export.backends.base import Source
 from edgetune_export.merged import source_of_merged
-from edgetune_export.pack import CARD_NAME, pack
+from edgetune_export.pack import pack
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, Manifest
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, write_table
@@ -30,7 +31,11 @@ from edgetune.training.allocator import give_back_freed_memory
 
 from .exported import BuildBase, BundleSpec, Checked, ExportedFormat, TrainedAdapter, WrittenAdapter
 from .exporter import Exporter
+from .golden import with_golden
 from .manifest import adapter_entry, manifest_of
+
+CARD_NAME = "README.md"
+"""The model card, at the top of a bundle."""
 
 _LARGE_BYTES = 50_000_000
 """For bases larger than this, freeing memory early is worth the time."""
@@ -89,10 +94,7 @@ def ship(
         stage.packages(),
         task=exporter.task,
     )
-    if wanted.ships_states:
-        _make_states(work, manifest, progress)
-    (work / CARD_NAME).write_text(card(facts_of(work, manifest)), encoding="utf-8")
-    pack(work, out, manifest)
+    pack(work, out, manifest, partial(_complete, adapters=adapters, wanted=wanted, progress=progress))
     shutil.rmtree(work, ignore_errors=True)
     return shipped
 
@@ -205,12 +207,21 @@ class _Stage:
         return self.work / "adapters" / adapter.name
 
 
-def _make_states(stage: Path, manifest: Manifest, progress: Progress) -> None:
-    """Compute the states of the fixed prompts with the runtime, on a bundle of the staged files, and stage them."""
-    bundle = pack(stage, stage.with_name(f"{stage.name}-without-states"), manifest)
-    for engine in manifest.base.files:
-        options: dict[str, Any] = {"cache_mb": 0, "disk_mb": sys.maxsize / 1e6, "cache_folder": stage / STATES_FOLDER}
+def _complete(
+    bundle: Path, manifest: Manifest, *, adapters: Sequence[TrainedAdapter], wanted: BundleSpec, progress: Progress
+) -> Manifest:
+    """Add what the runtime computes from a bundle's files (golden answers, states), and the model card."""
+    manifest = with_golden(bundle, manifest, adapters, progress)
+    if wanted.ships_states:
+        _make_states(bundle, manifest.base.files, progress)
+    (bundle / CARD_NAME).write_text(card(facts_of(bundle, manifest)), encoding="utf-8")
+    return manifest
+
+
+def _make_states(bundle: Path, engines: Iterable[str], progress: Progress) -> None:
+    """Compute the states of the fixed prompts with the runtime, and add them to the bundle."""
+    for engine in engines:
+        options: dict[str, Any] = {"cache_mb": 0, "disk_mb": sys.maxsize / 1e6, "cache_folder": bundle / STATES_FOLDER}
         with Runtime.open(bundle, engine=engine, verify=False, contexts=1, **options) as runtime:
             tokens = runtime.warm()
         progress.say(f"  {engine}: states of {', '.join(f'{name} ({count} tokens)' for name, count in tokens.items())}")
-    shutil.rmtree(bundle)

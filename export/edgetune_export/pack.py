@@ -5,28 +5,29 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space, require_space
-from edgetune_runtime.bundle import MANIFEST_NAME, STATES_FOLDER, FileEntry, Manifest, read_manifest, sha256_of
+from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, read_manifest, sha256_of
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
-PARTS = ("base", "adapters", STATES_FOLDER)
-CARD_NAME = "README.md"
-"""The model card, at the top of a bundle."""
+PARTS = ("base", "adapters")
+
+Complete = Callable[[Path, Manifest], Manifest]
+"""Gets a bundle that can be opened, may add files to it, and returns its manifest."""
 
 # Space for the manifest, the folders and file system metadata.
 _MARGIN_BYTES = 1 << 20
 
 
-def pack(work: Path, out: Path, manifest: Manifest) -> Path:
-    """Write the bundle `out` from `work/README.md` and all files in `work/base`, `work/adapters` and `work/states`.
+def pack(work: Path, out: Path, manifest: Manifest, complete: Complete | None = None) -> Path:
+    """Write the bundle `out` from all files in `work/base` and `work/adapters`, and those that `complete` adds.
 
     Fills in `manifest.files`; links to files are followed. An existing bundle is replaced. Raises UsageError if `out`
     is anything else (see `check_destination`), VerificationError if the manifest names files that were not staged,
-    OutOfSpaceError if the disk is full.
+    OutOfSpaceError if the disk is full, and what `complete` raises; `out` is then unchanged.
     """
     check_destination(out)
     with raising_out_of_space(out):
@@ -36,7 +37,10 @@ def pack(work: Path, out: Path, manifest: Manifest) -> Path:
         require_space(out, _MARGIN_BYTES + sum(path.stat().st_size for path in staged.values()))
         temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
         try:
-            _fill(temporary, staged, manifest)
+            filled = _fill(temporary, staged, manifest)
+            if complete is not None:
+                _write_manifest(temporary, complete(temporary, filled))
+            _flush(temporary)
             _swap_in(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -65,8 +69,7 @@ def check_destination(out: Path) -> None:
 
 def _staged_files(work: Path) -> dict[str, Path]:
     """The files to pack, by their path in the bundle, with slashes."""
-    names = [name for part in PARTS for name in sorted(_files_below(work / part, part))]
-    return {name: work / name for name in [*names, *([CARD_NAME] if (work / CARD_NAME).is_file() else [])]}
+    return {name: work / name for part in PARTS for name in sorted(_files_below(work / part, part))}
 
 
 def _files_below(folder: Path, prefix: str = "") -> set[str]:
@@ -74,22 +77,30 @@ def _files_below(folder: Path, prefix: str = "") -> set[str]:
     return {Path(prefix, path.relative_to(folder)).as_posix() for path in names}
 
 
-def _fill(folder: Path, staged: Mapping[str, Path], manifest: Manifest) -> None:
+def _fill(folder: Path, staged: Mapping[str, Path], manifest: Manifest) -> Manifest:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    entries: dict[str, FileEntry] = {}
     for name, source in staged.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         # Copy, never link: changes to a bundle must not affect the user's base or the files that a build resumes from.
         shutil.copyfile(source, target)
-        flush_to_disk(target)
-        entries[name] = FileEntry(sha256_of(target), target.stat().st_size)
-    (folder / MANIFEST_NAME).write_text(replace(manifest, files=entries).to_json(), encoding="utf-8")
-    flush_to_disk(folder / MANIFEST_NAME)
-    read_manifest(folder)
-    for root, _, _ in os.walk(folder):
-        flush_to_disk(Path(root))
+    return _write_manifest(folder, manifest)
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write and check the manifest of the files in `folder`, with the digests of those that it does not list yet."""
+    files = dict(manifest.files)
+    for name in sorted(_files_below(folder) - {*files, MANIFEST_NAME}):
+        files[name] = FileEntry(sha256_of(folder / name), (folder / name).stat().st_size)
+    (folder / MANIFEST_NAME).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
+    return read_manifest(folder)
+
+
+def _flush(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for path in (*(Path(root, name) for name in names), Path(root)):
+            flush_to_disk(path)
 
 
 def _swap_in(temporary: Path, out: Path) -> None:

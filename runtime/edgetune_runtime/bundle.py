@@ -69,6 +69,22 @@ class BaseEntry:
 
 
 @dataclass(frozen=True)
+class GoldenAnswer:
+    """A prompt of an adapter's task and the greedy answer of one format's files, to compare with on another machine.
+
+    `prompt` is chat messages, or a text that the answer continues; `tools` are the functions that it offers. `answer`
+    has at most `max_tokens` tokens; with labels it is the most likely one. `margin` is the lead (nats) of the best
+    token, or label, over the second at the step where it is smallest; None where no step had a choice.
+    """
+
+    prompt: str | tuple[Mapping[str, Any], ...]
+    answer: str
+    max_tokens: int
+    margin: float | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True)
 class AdapterEntry:
     """One adapter: its file and shape per backend, how it was trained, and how to run it.
 
@@ -79,6 +95,7 @@ class AdapterEntry:
     is that of a merged model, None for other shapes and if a merged model keeps the types of an unchanged base.
     `values_by_type` is as in `BaseEntry`, of the adapter's files. `parity` maps a backend to `kl`, `top1`, … . `draft`
     is the file of its draft table (see `decoding.drafts`); `output` constrains its answers (see `decoding.output`).
+    `golden` has a golden answer per backend, unless the recipe leaves it out.
     """
 
     name: str
@@ -99,6 +116,7 @@ class AdapterEntry:
     quantization: str | None = None
     values_by_type: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    golden: Mapping[str, GoldenAnswer] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,7 +124,8 @@ class AdapterEntry:
 class Manifest:
     """The contents of manifest.json. `context_length` (tokens) and `threads` are the defaults of `Runtime.open`.
 
-    `task` is text-generation, or text-classification for an encoder with a classification head per adapter.
+    `task` is text-generation, or text-classification for an encoder with a classification head per adapter. With
+    `warms`, a server computes the states of all fixed prompts when it starts.
     """
 
     name: str
@@ -119,6 +138,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
     task: str = GENERATION
+    warms: bool = False
     schema: int = SCHEMA_VERSION
 
     def adapter(self, name: str) -> AdapterEntry:
@@ -194,12 +214,17 @@ def sha256_of(path: Path) -> str:
 
 def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
     try:
-        adapters = {name: _build(AdapterEntry, value) for name, value in raw["adapters"].items()}
+        adapters = {name: _adapter(value) for name, value in raw["adapters"].items()}
         files = {name: _build(FileEntry, value) for name, value in raw["files"].items()}
         base = _build(BaseEntry, raw["base"])
         return _build(Manifest, {**raw, "base": base, "adapters": adapters, "files": files})
     except (KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{path} is not a manifest: {error}", COPY_BUNDLE_AGAIN) from error
+
+
+def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
+    golden = {backend: _build(GoldenAnswer, value) for backend, value in raw.get("golden", {}).items()}
+    return _build(AdapterEntry, {**raw, "golden": golden})
 
 
 def _build(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:

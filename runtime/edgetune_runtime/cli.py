@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     classify = _command(commands, "classify", _classify, "print the labels for a prompt with their probabilities")
     chat = _command(commands, "chat", _chat, "chat with the base and its adapters")
     bench = _command(commands, "bench", _bench, "measure load time, switching, time to first token, speed and memory")
+    check = _command(commands, "check", _check, "compare the answers on this machine with those that the build stored")
     warm = _command(commands, "warm", _warm, "compute the states of the adapters' fixed prompts and save them to disk")
     serve = _command(commands, "serve", _serve, "answer requests of OpenAI's and Ollama's APIs over HTTP")
     voice = _command(commands, "wyoming", _wyoming, "answer voice assistants over the Wyoming protocol")
@@ -126,11 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("--labels", metavar="A,B,C", help="comma-separated labels (default: the adapter's)")
     for command in (generate, chat):
         _add_sampling(command)
-    _add_tools(_add_form(generate), generate)
+    _add_form(generate)
+    _add_tools(generate)
     _add_form(chat)
     server.add_options(serve)
     wyoming.add_options(voice)
-    for command in (generate, classify, chat, bench, warm, serve, voice, doctor):
+    for command in (generate, classify, chat, bench, check, warm, serve, voice, doctor):
         _add_opening(command)
     return parser
 
@@ -176,7 +178,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help=text)
 
 
-def _add_form(command: argparse.ArgumentParser) -> argparse._ActionsContainer:
+def _add_form(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("output constraint (default: the adapter's own, if it has one)")
     forms = group.add_mutually_exclusive_group()
     forms.add_argument("--schema", type=Path, metavar="FILE", help="answer in JSON that matches this JSON Schema")
@@ -184,12 +186,11 @@ def _add_form(command: argparse.ArgumentParser) -> argparse._ActionsContainer:
     forms.add_argument("--regex", metavar="REGEX", help="answer with a text that matches this regular expression")
     forms.add_argument("--grammar", type=Path, metavar="FILE", help="answer with a text of this Lark grammar")
     forms.add_argument("--free", action="store_true", help="do not constrain the answer")
-    return forms
 
 
-def _add_tools(forms: argparse._ActionsContainer, command: argparse.ArgumentParser) -> None:
+def _add_tools(command: argparse.ArgumentParser) -> None:
     text = "offer the tools in this JSON file, a list of function definitions as in OpenAI's API"
-    forms.add_argument("--tools", type=Path, metavar="FILE", help=text)
+    command.add_argument("--tools", type=Path, metavar="FILE", help=text)
     text = "with --tools: auto (default), required, none, or the name of the tool to call"
     command.add_argument("--tool-choice", metavar="CHOICE", help=text)
 
@@ -277,6 +278,13 @@ def _classify(options: argparse.Namespace) -> None:
         print(f"{name}\t{scores[name]:.4f}")
 
 
+def _check(options: argparse.Namespace) -> None:
+    from .golden import report  # noqa: PLC0415 - see _open
+
+    with _open(options) as runtime:
+        report(runtime, as_json=options.json)
+
+
 def _warm(options: argparse.Namespace) -> None:
     with _open(options) as runtime:
         tokens = runtime.warm()
@@ -361,7 +369,6 @@ def _doctor(options: argparse.Namespace) -> None:
 
 def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any]) -> None:
     """Add to `found` what a trial of the bundle finds, and store what it measures."""
-    from .doctor import llama_cpp_variant  # noqa: PLC0415 - as above
     from .sizing.calibration import read_calibration, write_calibration  # noqa: PLC0415
     from .sizing.needs import needs_of_bundle, with_options  # noqa: PLC0415
     from .sizing.trial import try_bundle  # noqa: PLC0415
@@ -382,7 +389,6 @@ def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any])
     trial = try_bundle(lambda: _open(options, disk_mb=0), needs, known=known, repacks=fast)
     found["bundle"] |= trial.found
     found["problems"] += trial.problems
-    found["libraries"]["llama.cpp variant"] = llama_cpp_variant()
     if options.calibrate is None:
         return
     if trial.figures is None or needs is None:

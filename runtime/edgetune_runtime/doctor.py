@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import Manifest
+from .engines.gguf.ggml import cpu_backend
+from .engines.gguf.llama import library
+from .errors import IncompatibleError
 from .threads.machine import (
     ROOT,
     cores_left,
@@ -53,7 +56,8 @@ _INSTRUCTIONS = {
 def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, Any]:
     """What this process may use of the machine, as JSON values, and `problems`, one line each.
 
-    With a bundle's manifest, also the number of threads that the bundle would use here. Loads no engine.
+    With a bundle's manifest, also the number of threads that the bundle would use here. Loads llama.cpp, but no
+    model.
     """
     quota = cpu_quota(root)
     now, before = _throttled(root)
@@ -75,16 +79,11 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
         "throttled_since_start": before,
         "busy": disturbance(root),
         "libraries": {name: _version(name) for name in _LIBRARIES},
+        "llama_cpp": _llama_cpp(),
     }
     if manifest is not None:
         found["bundle"] = {"name": manifest.name, "threads": threads_for(manifest.threads, root)}
     return found | {"problems": list(_problems(found, manifest))}
-
-
-def llama_cpp_variant() -> str | None:
-    """The variant of llama.cpp's processor code that this process has loaded, such as armv8.2_1; None if it has one."""
-    found = re.findall(r"libggml-cpu-([\w.]+?)\.so", _text(Path("/proc/self/maps")))
-    return found[0] if found else None
 
 
 def processor(root: Path = ROOT) -> str:
@@ -115,6 +114,8 @@ def memory(root: Path = ROOT) -> dict[str, float]:
 
 def _problems(found: Mapping[str, Any], manifest: Manifest | None) -> Iterator[str]:
     quota, usable = found["cores"]["quota"], found["cores"]["usable"]
+    if "error" in (found["llama_cpp"] or {}):
+        yield str(found["llama_cpp"]["error"])
     if found["system"]["bits"] < 64:
         yield "the system has 32 bits, and the engines need 64; install one, such as Raspberry Pi OS (64-bit)"
     if found["busy"]:
@@ -143,6 +144,17 @@ def _clock(root: Path) -> dict[str, Any]:
         if text:
             clock[key] = int(text) / 1000 if text.isdigit() else text
     return clock
+
+
+def _llama_cpp() -> dict[str, str] | None:
+    """The variant of llama.cpp's CPU backend and the features that it uses, or why it cannot be loaded."""
+    if _version("llama-cpp-python") is None:
+        return None
+    try:
+        backend = cpu_backend(library())
+    except IncompatibleError as error:
+        return {"error": str(error)}
+    return {"variant": backend.variant, "features": " ".join(backend.features)}
 
 
 def _temperature(root: Path) -> float | None:

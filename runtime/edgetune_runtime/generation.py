@@ -20,7 +20,7 @@ from .serving.pool import Pool
 from .states.activation import Spans
 from .text.sampling import REPEAT_WINDOW, Sampler, Sampling, sampling_of
 from .text.stream import TextStream
-from .tools.calls import CallReader, ContentStream, ToolCall
+from .tools.calls import CallReader, ToolCall
 
 _MOST_HELD = 64
 """Forced tokens whose log-probabilities are computed in one step; with a vocabulary of 150,000 a row takes 0.6 MB."""
@@ -80,11 +80,13 @@ class Answer:
 
     @property
     def parsed(self) -> Any:  # noqa: ANN401 - whatever the schema describes
-        """The answer as an object; the text itself without a schema.
+        """The answer as an object; the text itself without a schema, and None if it calls tools beside one.
 
         VerificationError if the answer ended too early to parse, or a pydantic model rejects it.
         """
-        return self.text if self.output is None else self.output.parse(self.text)
+        if self.output is None:
+            return self.text
+        return None if self.tool_calls else self.output.parse(self.text)
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class _Answering:
         self._call, self._context, self._sampling, self._limits = call, context, sampling, limits
         self._sampler, self._text = Sampler(sampling), TextStream(sampling.stop)
         self._constraint, self._reader = call.constraint, call.reader
-        self._content = None if call.reader is None else ContentStream(call.reader.form)
+        self._content = None if call.reader is None else call.reader.stream()
         # Control tokens stand for no text, but calls may begin with one.
         self._marks = {} if call.reader is None else call.reader.marks
         self._drafter: Drafter | None = None

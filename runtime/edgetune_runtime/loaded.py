@@ -128,20 +128,20 @@ class LoadedBundle:
                 tokens, fixed, is_given = _raw_tokens(tokenizer, prompt, form, capacity), 0, False
             else:
                 messages = messages_for(prompt, system)
-                tokens = _tokens(tokenizer, messages, form.tools, capacity)
+                tokens = _checked(_tokens(tokenizer, messages, form), capacity)
                 given = _system_in(messages)
-                is_given = given != own or form.tools is not None
+                is_given = given != own or form.tools is not None or form.think is not None
                 # Other adapters computed the beginning of a session that was carried over.
                 is_shared = carried is None or given == own
-                fixed = self._fixed_tokens(pool, tokenizer, given, form.tools, tokens) if is_shared else 0
-            reader, held = (None, None) if form.tools is None else _calls(tokenizer, form.tools)
+                fixed = self._fixed_tokens(pool, tokenizer, given, form, tokens) if is_shared else 0
+            reader, held = (None, None) if form.tools is None else _calls(tokenizer, form.tools, form.output)
         spans, kept = pool.first.spans(active, tokens), 0
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
         drafts = self._drafts.get(first) if first is not None else None
         output = form.output
-        if form == AnswerForm() and first is not None:
+        if form.is_adapters and first is not None:
             output = self._outputs.get(first)
         held = held or output
         constraint = None if held is None else self._constraint(held)
@@ -214,15 +214,15 @@ class LoadedBundle:
         return self._grammars.constraint(output)
 
     def _fixed_tokens(
-        self, pool: Pool, tokenizer: Tokenizer, system: str | None, tools: ToolSet | None, tokens: Sequence[int]
+        self, pool: Pool, tokenizer: Tokenizer, system: str | None, form: AnswerForm, tokens: Sequence[int]
     ) -> int:
         """How many first tokens all prompts with this system prompt and these tools have in common."""
         # A client may send prompts of any length, so only their digests are remembered.
-        texts = [system, None if tools is None else tools.text]
+        texts = [system, None if form.tools is None else form.tools.text, form.think]
         key = (id(pool), hashlib.sha256(json.dumps(texts).encode()).digest())
         known = self._fixed.get(key)
         if known is None:
-            one, *others = (_tokens(tokenizer, messages_for(probe, system), tools) for probe in _PROBES)
+            one, *others = (_tokens(tokenizer, messages_for(probe, system), form) for probe in _PROBES)
             known = one[: min(common_prefix(one, other) for other in others)]
             with self._fixed_lock:
                 while len(self._fixed) >= _MOST_FIXED:
@@ -265,10 +265,8 @@ def _system_in(messages: Sequence[Message]) -> str | None:
     return messages[0]["content"] if messages[0]["role"] == "system" else None
 
 
-def _tokens(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None, capacity: int | None = None
-) -> list[int]:
-    return _checked(tokenizer.tokenize(prompt_text(tokenizer, messages, tools)), capacity)
+def _tokens(tokenizer: Tokenizer, messages: Sequence[Message], form: AnswerForm) -> list[int]:
+    return tokenizer.tokenize(prompt_text(tokenizer, messages, form.tools, think=form.think))
 
 
 def _raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, capacity: int) -> list[int]:
@@ -278,19 +276,20 @@ def _raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, capacity
     return _checked(tokenizer.tokenize(prompt), capacity)
 
 
-def _checked(tokens: list[int], capacity: int | None) -> list[int]:
-    if capacity is not None and not 0 < len(tokens) <= capacity:
+def _checked(tokens: list[int], capacity: int) -> list[int]:
+    if not 0 < len(tokens) <= capacity:
         message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
         error = PromptTooLongError if tokens else UsageError
         raise error(message, "change the prompt, or open the bundle with a larger context_length")
     return tokens
 
 
-def _calls(tokenizer: Tokenizer, tools: ToolSet) -> tuple[CallReader | None, OutputSpec]:
-    """What reads the calls of an answer, and what holds it to them."""
+def _calls(tokenizer: Tokenizer, tools: ToolSet, output: OutputSpec | None) -> tuple[CallReader | None, OutputSpec]:
+    """What reads the calls of an answer, and what holds it to them, or to `output` where it has none."""
     template = support_of(tokenizer).format
     controls = control_tokens(template, tokenizer)
     form = written_form(template, controls, tokenizer)
     marks = {token: name.encode() for name, token in controls.items()}
-    reader = None if tools.choice == "none" else CallReader(form, marks)
-    return reader, grammar_of(tools, form, controls)
+    names = None if output is None else frozenset(tool.name for tool in tools.offered)
+    reader = None if tools.choice == "none" else CallReader(form, marks, names)
+    return reader, grammar_of(tools, form, controls, output)

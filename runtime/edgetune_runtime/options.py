@@ -45,7 +45,11 @@ class AnswerOptions(SamplingOptions, total=False):
     `tools` are the functions that the answer may call, as definitions of OpenAI's API or as Python functions, rendered
     by the base's chat template; the calls are in `Answer.tool_calls`. Calls always fit the tools' schemas. With
     `tool_choice` "auto" (default) the model decides whether it calls any, with "required" it must, with a tool's name
-    it must call that one, and with "none" it cannot. Tools also replace the adapter's own constraint.
+    it must call that one, and with "none" it cannot. Tools also replace the adapter's own constraint. With a `schema`
+    beside them, an answer is either calls or JSON that fits the schema.
+
+    `think` is the `enable_thinking` of chat templates that know it; others ignore it. Adapters answer as they were
+    trained, without it.
     """
 
     sampling: Sampling | None
@@ -59,28 +63,42 @@ class AnswerOptions(SamplingOptions, total=False):
     free: bool
     tools: Tools | None
     tool_choice: str | None
+    think: bool | None
 
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """What an answer may be: `output`, text and calls of `tools`, anything if `free`, or what the adapter says."""
+    """What an answer may be: `output`, text and calls of `tools`, anything if `free`, or what the adapter says.
+
+    With `output` and `tools` it is one of the two. `think` is only rendered.
+    """
 
     output: OutputSpec | None = None
     tools: ToolSet | None = None
     free: bool = False
+    think: bool | None = None
+
+    @property
+    def is_adapters(self) -> bool:
+        """Whether an answer may be what the adapter says."""
+        return self.output is None and self.tools is None and not self.free
 
 
 def split_form(options: Mapping[str, Any]) -> tuple[AnswerForm, dict[str, Any]]:
     """What constrains the answer among the options, and the other options.
 
-    Raises what `output_of` and `tool_set` do; UsageError for more than one constraint, or `free` with one.
+    Raises what `output_of` and `tool_set` do; UsageError for more than one constraint (other than tools with a schema),
+    or `free` with one.
     """
-    own = (*_CONSTRAINTS, "free", "tools", "tool_choice")
+    own = (*_CONSTRAINTS, "free", "tools", "tool_choice", "think")
     others = {key: value for key, value in options.items() if key not in own}
     tools = tool_set(options.get("tools"), options.get("tool_choice"))
     given = {key: options[key] for key in _CONSTRAINTS if options.get(key) is not None}
     is_free = bool(options.get("free", False))
     kinds = [*(["free"] if is_free else []), *(["tools"] if tools is not None else []), *given]
-    if len(kinds) > 1 and kinds[0] in ("free", "tools"):
+    if len(kinds) > 1 and kinds[0] in ("free", "tools") and kinds != ["tools", "schema"]:
         raise UsageError(f"{kinds[0]} and {kinds[1]} are both given", "give one of them")
-    return AnswerForm(output_of(**given) if given else None, tools, is_free), others
+    think = options.get("think")
+    if think is not None and not isinstance(think, bool):
+        raise UsageError(f"think is {think!r}", "give True, False or None")
+    return AnswerForm(output_of(**given) if given else None, tools, is_free, think), others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import runpy
@@ -11,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import ollama
 import pytest
 from assist.calls import TOOLS, expand, offered, open_schema, shorten
 from assist.devices import Device, Home, listing, read_devices, read_home
@@ -19,11 +21,14 @@ from assist.prompt import Request, rewrite
 from assist.words import alike, share_said, spoken
 from edgetune_runtime import Runtime
 from edgetune_runtime.decoding.output import output_of
+from edgetune_runtime.server.rewriting import Rewriter
+from edgetune_runtime.server.settings import Access, Limits
 from generator import replies
 from generator.homes import invent, load_home
 from generator.rows import normal, rows
 from generator.speech import in_words
 from generator.templates import is_held_out, sentences
+from runtime.server.conftest import started
 
 from edgetune.cli.main import main as edgetune
 
@@ -292,6 +297,38 @@ def test_a_bundle_from_generated_rows_answers_tasks(
         request = ask(Home(LAMPS), "lamp on")
         answer = runtime.generate(request.prompt, adapter=request.adapter, schema=request.schema, max_tokens=200)
         assert request.reply(answer.text)
+    rewriters = [Rewriter.load("assist=assist.prompt:rewrite", EXAMPLE)]
+    with started(Path("bundle"), Access(), Limits(), rewriters=rewriters, contexts=1, disk_mb=0) as server:
+        asyncio.run(_converse(server.url))
+
+
+async def _converse(url: str) -> None:
+    """Two requests as Home Assistant's integration of Ollama makes them: a sentence, then the results of calls."""
+    client = ollama.AsyncClient(host=url)
+    models = {model["model"] for model in (await client.list()).get("models", [])}
+    assert "assist:latest" in models
+    said = [{"role": "system", "content": system_of(Home(LAMPS))}, {"role": "user", "content": "lamp on"}]
+    done = [
+        {"role": "assistant", "content": "", "tool_calls": CALLS},
+        {"role": "tool", "content": json.dumps({"data": {"success": [{"name": "Desk Lamp"}]}})},
+    ]
+    for messages, is_last in ((said, False), ([*said, *done], True)):
+        generator = await client.chat(
+            model="assist:latest",
+            messages=messages,
+            tools=ALL_TOOLS,
+            stream=True,
+            keep_alive=-1,
+            options={"num_ctx": 8192},
+            think=False,
+        )
+        parts = [part async for part in generator]
+        calls = [call.function.name for part in parts for call in part.message.tool_calls or []]
+        text = "".join(part.message.content or "" for part in parts)
+        assert parts[-1].done
+        assert bool(text) != bool(calls)
+        assert not (is_last and calls)
+        assert set(calls) <= {tool.name for tool in TOOLS.values()}
 
 
 def run(script: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,33 @@ def test_a_bundle_holds_the_staged_files_with_their_digests(work: Path, tmp_path
     verify_files(out, manifest)
     assert names_beside(out) == ["home"]
     assert not (out / "checkpoints").exists()
+
+
+def test_files_that_are_added_to_the_filled_bundle_get_their_digests(work: Path, tmp_path: Path) -> None:
+    def complete(bundle: Path, manifest: Manifest) -> Manifest:
+        verify_files(bundle, read_manifest(bundle))
+        assert manifest == read_manifest(bundle)
+        (bundle / "README.md").write_text("a card")
+        return replace(manifest, name="house")
+
+    out = pack(work, tmp_path / "home", MANIFEST, complete)
+    manifest = read_manifest(out)
+    assert (manifest.name, manifest.files["README.md"].bytes) == ("house", 6)
+    verify_files(out, manifest)
+
+
+def test_an_error_while_a_bundle_is_completed_leaves_the_old_one(work: Path, tmp_path: Path) -> None:
+    out = pack(work, tmp_path / "home", MANIFEST)
+    (work / "base/m.gguf").write_text("another base")
+
+    def complete(bundle: Path, manifest: Manifest) -> Manifest:
+        raise UsageError("a row is wrong")
+
+    with pytest.raises(UsageError, match="a row is wrong"):
+        pack(work, out, MANIFEST, complete)
+    verify_files(out, read_manifest(out))
+    assert (out / "base/m.gguf").read_text() == "the base"
+    assert names_beside(out) == ["home", "work"]
 
 
 def test_writing_into_the_bundle_reaches_no_source(work: Path, tmp_path: Path) -> None:

@@ -286,6 +286,9 @@ def test_doctor_tells_the_machine_and_its_problems(run: Run, bundle: Path) -> No
     assert 1 <= found["bundle"]["threads"] <= found["cores"]["usable"]
     assert found["libraries"]["edgetune-runtime"] == __version__
     assert isinstance(found["problems"], list)
+    # Every build of llama.cpp on x86-64 and ARM that can run a model has repacking code.
+    assert "REPACK" in found["llama_cpp"]["features"]
+    assert found["llama_cpp"]["variant"]
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     assert out.splitlines()[0].startswith("processor\t")

@@ -83,6 +83,7 @@ TOOLS: dict[str, Tool] = {
     **_hass(_PLAYER, "MediaNext"),
     **_hass(_PLAYER, "MediaPrevious"),
     **_hass(_PLAYER, "SetVolume", arguments={"volume_level": PERCENT}, required=("volume_level",)),
+    **_hass(_PLAYER, "MediaPlayerUnmute"),
     **_hass(
         _FOUND_PLAYER,
         "SetVolumeRelative",

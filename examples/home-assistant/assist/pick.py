@@ -61,7 +61,9 @@ def pick(home: Home, sentence: str, limit: int = MAX_DEVICES) -> tuple[Device, .
     """
     words = spoken(sentence)
     asked = is_question(sentence)
-    points = {number: _points(device, words) for number, device in enumerate(home.devices)}
+    domains = {device.domain for device in home.devices} & _WORDS.keys()
+    hinted = {domain for domain in domains if any(said(word, _WORDS[domain]) for word in words)}
+    points = {number: _points(device, words, device.domain in hinted) for number, device in enumerate(home.devices)}
     able = [number for number in points if asked or home.devices[number].domain not in _READ_ONLY]
     chosen = [number for number in able if points[number] > 0] or [number for number in points if points[number] > 0]
     chosen = _without_hinted(chosen, points, home.devices)
@@ -85,9 +87,8 @@ def _without_hinted(chosen: list[int], points: Mapping[int, float], devices: Seq
     return [number for number in chosen if points[number] > 1 or best[devices[number].domain] < 2]
 
 
-def _points(device: Device, words: Collection[str]) -> float:
+def _points(device: Device, words: Collection[str], hinted: bool) -> float:
     hints = _WORDS.get(device.domain, frozenset())
     name = max(share_said(name, words, hints) for name in device.names)
     area = names_area(device.areas, words)
-    hinted = any(said(word, hints) for word in words)
     return 2 * name + (name == 1) + area + hinted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,11 @@ from .templates import choose, sentences, words
 from .values import value
 
 Answer = list[Call] | dict[str, Any]
+WEIGHTS = {
+    "light": 6, "media_player": 5, "cover": 4, "vacuum": 4, "climate": 3, "lock": 3, "fan": 3, "switch": 3, "valve": 3,
+    "scene": 1, "script": 1,
+}  # fmt: skip
+"""How often orders are about each domain that a home has."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,14 @@ class Order:
 def order(home: Home, rng: random.Random, *, training: bool, callable_only: bool = False) -> Order | None:
     """An order of any kind for what the home has; None if this draw means nothing clear."""
     domains = {device.domain for device in home.devices}
-    kinds = [kind for kind in sentences()["orders"].values() if domains & set(kind["domains"])]
+    kinds = {
+        domain: [kind for kind in sentences()["orders"].values() if domain in kind["domains"]]
+        for domain in sorted(domains & WEIGHTS.keys())
+    }
     if not kinds:
         return None
-    kind = rng.choice(kinds)
-    domain = rng.choice([name for name in kind["domains"] if name in domains])
+    domain = rng.choices([*kinds], [WEIGHTS[name] for name in kinds])[0]
+    kind = rng.choice(kinds[domain])
     target = any_target(home, domain, rng)
     if target is None or (callable_only and target.answer is not None):
         return None
@@ -133,7 +141,9 @@ def in_area(home: Home, rng: random.Random, *, training: bool) -> Said | None:
     domain, kind = _kind(home, "in_area", rng)
     if kind is None:
         return None
-    devices = [device for device in home.devices if device.domain == domain]
+    devices = devices_of(home, domain)
+    if domain == "vacuum" and rng.random() < 0.4 and (made := _on_floor(home, devices, kind, rng, training=training)):
+        return made
     areas = sorted({device.area for device in devices if device.area})
     area = rng.choice(areas) if areas and rng.random() < 0.85 else rng.choice([*home.areas] or [""])
     if not area:
@@ -147,6 +157,19 @@ def in_area(home: Home, rng: random.Random, *, training: bool) -> Said | None:
     built = build(kind, target, rng, training=training)
     name = rng.choice(home.areas[area]).lower()
     return Said(built.template.replace("{area}", name), built.answer, built.copied)
+
+
+def _on_floor(
+    home: Home, devices: Sequence[Device], kind: Mapping[str, Any], rng: random.Random, *, training: bool
+) -> Said | None:
+    """An order for the one device that has a floor in its name, such as `vacuum upstairs`; None without one."""
+    floor = rng.choice(words()["floors"])
+    named = [device for device in devices if floor in device.name.lower()]
+    if len(named) != 1:
+        return None
+    built = build(kind, Target("", named[0].domain, targets.target_of(named[0], home.devices)), rng, training=training)
+    article = "" if floor.endswith("stairs") else "the "
+    return Said(built.template.replace("the {area}", "{area}").replace("{area}", article + floor), built.answer)
 
 
 def everything(home: Home, rng: random.Random, *, training: bool) -> Said | None:

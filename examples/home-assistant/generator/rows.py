@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from assist.calls import TOOLS
 from assist.devices import Home
 from assist.pick import pick
 from assist.prompt import calls_prompt
@@ -88,12 +89,15 @@ def _row(home: Home, rng: random.Random, *, training: bool, excluded: Collection
 
 
 def _names_only(answer: Answer, devices: Collection[Any], home: Home) -> bool:
-    """Whether the prompt has all devices and areas that the answer names; a typo may have hidden one."""
+    """Whether the prompt has what the answer is about; a typo may have hidden it."""
     names = {device.name for device in devices}
     areas = {device.area for device in devices} | {home.here}
     calls = answer if isinstance(answer, list) else []
     if isinstance(answer, dict) and "ask" in answer:
         return sum(device.domain == answer["ask"] for device in devices) > 1
+    domains = {device.domain for device in devices}
+    if any((able := TOOLS[call["call"]].domains) and not able & domains for call in calls):
+        return False
     targeted = [call for call in calls if call["call"] not in {"StartTimer", "CancelTimer", "TimerStatus"}]
     return all(call.get("name", next(iter(names), None)) in names or "name" not in call for call in targeted) and all(
         "area" not in call or call["area"] in areas for call in targeted

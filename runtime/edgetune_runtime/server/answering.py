@@ -7,37 +7,21 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from edgetune_runtime.asynchronous import AsyncRuntime
 from edgetune_runtime.errors import BusyError, EdgetuneError
 from edgetune_runtime.generation import Answer
-from edgetune_runtime.loaded import Adapters
 from edgetune_runtime.text.chat import Prompt
 
 from .answer_queue import AnswerQueue
+from .answer_request import AnswerRequest
 from .metrics import Metrics
-from .models import Models
+from .models import Models, base_name
+from .rewriting import Rewriter
 from .settings import Limits
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class AnswerRequest:
-    """What a client asks for, whichever API it speaks.
-
-    `model` is the name that it used. `prompts` each get `count` answers. `options` are those of `Runtime.generate`,
-    `raw` among them.
-    """
-
-    model: str
-    adapters: Adapters
-    prompts: Sequence[Prompt]
-    options: dict[str, Any] = field(default_factory=dict)
-    count: int = 1
-    arrived: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -50,11 +34,12 @@ class Piece:
 
 
 class Answering:
-    """Answers requests with one runtime."""
+    """Answers requests with one runtime. `rewriters` add models of their own."""
 
-    def __init__(self, runtime: AsyncRuntime, limits: Limits) -> None:
+    def __init__(self, runtime: AsyncRuntime, limits: Limits, rewriters: Sequence[Rewriter] = ()) -> None:
         self.runtime, self.limits = runtime, limits
-        self.models = Models(runtime.manifest, runtime.engine)
+        self.models = Models(runtime.manifest, runtime.engine, [rewriter.name for rewriter in rewriters])
+        self._rewriters = {rewriter.name: rewriter for rewriter in rewriters}
         self.queue = AnswerQueue(runtime.contexts, limits.waiting)
         self.metrics = Metrics(self.queue)
         self.is_warming = False
@@ -66,6 +51,8 @@ class Answering:
         Raises what `Runtime.generate` does, and BusyError for too long a queue and a server that stops.
         """
         index = 0
+        if rewriter := self._rewriters.get(base_name(request.model)):
+            request = await rewriter.rewrite(request)
         async with self.queue.place(self._seconds_left(request)):
             for prompt in request.prompts:
                 for number in range(request.count):
@@ -116,18 +103,26 @@ class Answering:
         if number and options.get("seed") is not None:
             # Answers with one seed would be the same.
             options["seed"] += number
+        if request.adapters:
+            # Adapters answer as they were trained, without the option.
+            options.pop("think", None)
         async with self.runtime.stream(prompt, adapter=request.adapters, **options) as stream:
             is_first = index == 0
             async for text in stream:
                 if is_first:
                     self.metrics.count_first_piece(request.adapters, request.arrived)
                     is_first = False
-                yield Piece(index, text)
+                if request.finish is None:
+                    yield Piece(index, text)
             answer = stream.answer
         assert answer is not None
         if answer.stop_reason == "cancelled":
             raise BusyError("the server is stopping", "try again later")
         self.metrics.count_answer(request.adapters, answer)
+        if request.finish is not None:
+            answer = request.finish(answer)
+            if answer.content:
+                yield Piece(index, answer.content)
         yield Piece(index, "", answer)
 
     def _seconds_left(self, request: AnswerRequest) -> float:

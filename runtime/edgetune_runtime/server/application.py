@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,7 +16,15 @@ from starlette.types import ASGIApp
 from edgetune_runtime import __version__
 from edgetune_runtime.errors import EdgetuneError
 
-from . import ollama_answers, ollama_requests, openai_answers, openai_requests, page
+from . import (
+    ollama_answers,
+    ollama_requests,
+    openai_answers,
+    openai_requests,
+    page,
+    responses_answers,
+    responses_requests,
+)
 from .answering import Answering
 from .connection import read_json, until_disconnect
 from .counted import Counted
@@ -70,6 +78,7 @@ class _OpenAI(_Api):
             Route("/v1/models/{model}", self._show),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/responses", self._respond, methods=["POST"]),
             Route("/v1/embeddings", self._embed, methods=["POST"]),
         ]
 
@@ -88,6 +97,14 @@ class _OpenAI(_Api):
         wanted = openai_requests.completion_request(await self._read(request), self._models, self._limits)
         return await self._answer(request, openai_answers.Reply(wanted, openai_answers.CompletionShape()))
 
+    async def _respond(self, request: Request) -> Response:
+        wanted = responses_requests.responses_request(await self._read(request), self._models, self._limits)
+        reply = responses_answers.Reply(wanted)
+        if wanted.chat.streams:
+            return self._stream(request, reply.events(self._answering))
+        (answer,) = await until_disconnect(request.receive, self._answering.answers(wanted.chat.request))
+        return json_response(reply.whole(answer))
+
     async def _embed(self, request: Request) -> Response:
         body = await self._read(request)
         model, texts = openai_requests.embedding_request(body, self._models)
@@ -97,13 +114,15 @@ class _OpenAI(_Api):
 
     async def _answer(self, request: Request, reply: openai_answers.Reply) -> Response:
         if reply.wanted.streams:
-
-            def error_event(error: EdgetuneError) -> bytes:
-                return openai_answers.event(body_of(error, request.url.path))
-
-            return LineResponse(reply.events(self._answering), EVENTS, error_event)
+            return self._stream(request, reply.events(self._answering))
         answers = await until_disconnect(request.receive, self._answering.answers(reply.wanted.request))
         return json_response(reply.whole(answers))
+
+    def _stream(self, request: Request, events: AsyncGenerator[bytes, None]) -> Response:
+        def error_event(error: EdgetuneError) -> bytes:
+            return openai_answers.event(body_of(error, request.url.path))
+
+        return LineResponse(events, EVENTS, error_event)
 
 
 class _Ollama(_Api):
@@ -117,6 +136,7 @@ class _Ollama(_Api):
             Route("/api/chat", self._chat, methods=["POST"]),
             Route("/api/generate", self._generate, methods=["POST"]),
             Route("/api/embed", self._embed, methods=["POST"]),
+            Route("/api/embeddings", self._embed_one, methods=["POST"]),
         ]
 
     async def _version(self, _: Request) -> Response:
@@ -154,6 +174,11 @@ class _Ollama(_Api):
         model, texts = ollama_requests.embed_request(await self._read(request), self._models)
         vectors, tokens = await until_disconnect(request.receive, self._answering.embeddings(texts))
         return json_response({"model": model, "embeddings": vectors, "prompt_eval_count": tokens})
+
+    async def _embed_one(self, request: Request) -> Response:
+        text = ollama_requests.old_embed_request(await self._read(request), self._models)
+        (vector,), _ = await until_disconnect(request.receive, self._answering.embeddings([text]))
+        return json_response({"embedding": vector})
 
     async def _answer(self, request: Request, reply: ollama_answers.Reply) -> Response:
         if reply.wanted.is_empty:

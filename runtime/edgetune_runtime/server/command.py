@@ -47,8 +47,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
     text = "let web pages of this origin, such as https://example.org, use the server; may be repeated"
     group.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=text)
-    text = "compute the states of all fixed prompts at the start; /readyz reports 503 until they are there"
-    group.add_argument("--warm", action="store_true", help=text)
+    text = "compute the states of all fixed prompts at the start, and report 503 at /readyz until they are there"
+    text += " (default: what the bundle says)"
+    group.add_argument("--warm", action=argparse.BooleanOptionalAction, help=text)
+    text = (
+        "add a model NAME whose chats FUNCTION(messages, tools) of a Python module rewrites to an adapter's prompt; "
+        "may be repeated"
+    )
+    group.add_argument("--rewrite", action="append", default=[], metavar="NAME=MODULE:FUNCTION", help=text)
+    text = "folder in which modules of --rewrite are looked for (default: the current one)"
+    group.add_argument("--app-dir", type=Path, default=Path(), metavar="DIR", help=text)
     text = "answers that are computed side by side (default: what fits in a quarter of the free memory, at most 4)"
     group.add_argument("--contexts", type=int, metavar="N", help=text)
     limits = command.add_argument_group("limits")
@@ -65,6 +73,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     """
     try:
         from .binding import bind, can_be_reached, url_of  # noqa: PLC0415 - only `serve` needs the extra
+        from .rewriting import Rewriter  # noqa: PLC0415
         from .serve import Serving, serve  # noqa: PLC0415
     except ImportError as error:
         message = f"serving needs {error.name}, which is not installed"
@@ -74,6 +83,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     if not access.keys and not options.no_api_key and can_be_reached(options.host):
         message = f"others can reach {options.host}, and no key is set"
         raise UsageError(message, "give --api-key-file FILE, or --no-api-key to let everyone use the server")
+    rewriters = [Rewriter.load(given, options.app_dir.resolve()) for given in options.rewrite]
     with bind(options.host, options.port) as listening, open_bundle(contexts=options.contexts) as runtime:
         url = url_of(listening)
 
@@ -83,7 +93,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
             )
             print(line, flush=True)
 
-        serve(runtime, listening, Serving(access, limits, warms=options.warm), ready)
+        warms = runtime.manifest.warms if options.warm is None else options.warm
+        serve(runtime, listening, Serving(access, limits, warms, rewriters), ready)
     if not options.json:
         print("stopped", file=sys.stderr)
 

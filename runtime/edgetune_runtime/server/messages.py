@@ -12,10 +12,11 @@ _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 def messages_of(fields: Fields) -> list[dict[str, Any]]:
     """The messages in member `messages`; RequestError for one with an unknown role, or with more than text."""
-    return [_message(message) for message in fields.objects("messages")]
+    return [message_of(message) for message in fields.objects("messages")]
 
 
-def _message(fields: Fields) -> dict[str, Any]:
+def message_of(fields: Fields) -> dict[str, Any]:
+    """One message; errors as those of `messages_of`."""
     role = fields.choice("role", _ROLES)
     if role is None:
         fields.refuse("role", f"one of {', '.join(_ROLES)}")

@@ -1,19 +1,25 @@
-"""Names of models: the bundle's name is the base, an adapter's name that adapter, `A:0.7+B:0.3` both with scales."""
+"""Names of models: the bundle's is the base, an adapter's that adapter, `A:0.7+B:0.3` both, a rewriter's its chats."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.errors import UsageError
 from edgetune_runtime.loaded import Adapters
 
 from .fields import Fields
 from .problems import RequestError
 
 _LATEST = ":latest"
+
+
+def base_name(name: str) -> str:
+    """A model's name without the tag that Ollama's clients add."""
+    return name.removesuffix(_LATEST)
 
 
 @dataclass(frozen=True)
@@ -27,14 +33,21 @@ class ModelInfo:
 
 
 class Models:
-    """The models of a bundle, as its files for one engine."""
+    """The models of a bundle, as its files for one engine; and those of rewriters, which are listed as the base is.
 
-    def __init__(self, manifest: Manifest, engine: str) -> None:
-        self.manifest, self.engine = manifest, engine
+    Raises UsageError if a rewriter has the name of another model.
+    """
+
+    def __init__(self, manifest: Manifest, engine: str, rewriters: Sequence[str] = ()) -> None:
+        self.manifest, self.engine, self._rewriters = manifest, engine, frozenset(rewriters)
+        for name in rewriters:
+            if name == manifest.name or name in manifest.adapters or rewriters.count(name) > 1:
+                raise UsageError(f"--rewrite {name}=… has the name of another model", "choose a name of its own")
         base = None if manifest.name in manifest.adapters else manifest.name
         files = {name: entry.files.get(engine) for name, entry in manifest.adapters.items()}
         found = [] if base is None else [self._info(base, None, manifest.base.files[engine])]
         found += [self._info(name, manifest.name, file) for name, file in files.items() if file is not None]
+        found += [self._info(name, manifest.name, manifest.base.files[engine]) for name in rewriters]
         self.listed: Mapping[str, ModelInfo] = {info.name: info for info in found}
 
     @property
@@ -48,7 +61,7 @@ class Models:
 
     def info(self, name: str) -> ModelInfo:
         """A listed model by name; RequestError (404) for another."""
-        found = self.listed.get(name.removesuffix(_LATEST))
+        found = self.listed.get(base_name(name))
         if found is None:
             raise self._unknown(name)
         return found
@@ -66,10 +79,10 @@ class Models:
 
     def adapters(self, name: str) -> Adapters:
         """The adapters that a model's name stands for; RequestError (404) if there is no such model."""
-        known = name.removesuffix(_LATEST)
+        known = base_name(name)
         if known in self.manifest.adapters:
             return known
-        if known == self.manifest.name:
+        if known == self.manifest.name or known in self._rewriters:
             return None
         scales: dict[str, float] = {}
         for part in known.split("+"):

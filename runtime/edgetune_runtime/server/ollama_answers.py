@@ -97,7 +97,7 @@ def loaded_list(models: Models, context_length: int) -> dict[str, Any]:
 def model_facts(models: Models, info: ModelInfo, context_length: int) -> dict[str, Any]:
     """The reply to /api/show."""
     base = models.manifest.base
-    system = models.manifest.adapters[info.name].system if info.parent is not None else None
+    adapter = models.manifest.adapters.get(info.name)
     facts = {
         "general.architecture": base.architecture,
         "general.basename": base.name,
@@ -110,7 +110,7 @@ def model_facts(models: Models, info: ModelInfo, context_length: int) -> dict[st
         "modelfile": "",
         "parameters": "",
         "template": "",
-        "system": system or "",
+        "system": (adapter.system if adapter else None) or "",
         "details": _details(models, info),
         "model_info": facts,
         "capabilities": ["completion", "tools"] if generates else ["embedding"],

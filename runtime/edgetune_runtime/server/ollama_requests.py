@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .answering import AnswerRequest
+from .answer_request import AnswerRequest
 from .fields import Fields
 from .messages import messages_of
 from .models import Models
@@ -64,6 +64,13 @@ def embed_request(body: Mapping[str, Any], models: Models) -> tuple[str, list[st
     return model, fields.texts("input")
 
 
+def old_embed_request(body: Mapping[str, Any], models: Models) -> str:
+    """The text in a body of /api/embeddings, the route before /api/embed."""
+    fields = Fields(body)
+    models.info(fields.needed_text("model"))
+    return fields.needed_text("prompt")
+
+
 def model_name(body: Mapping[str, Any]) -> str:
     """The model in a body of /api/show or /api/pull; older clients call it `name`."""
     fields = Fields(body)
@@ -76,8 +83,7 @@ def _request(fields: Fields, models: Models, limits: Limits, prompts: list[Any],
     has_adapters = options.values.get("adapters") is not None
     source = Fields({**fields.values, "adapters": options.values["adapters"]}) if has_adapters else fields
     model, adapters = models.adapters_of(source)
-    _check_think(fields, model)
-    found = _options(options, limits) | _format(fields) | more
+    found = _options(options, limits) | _format(fields) | _think(fields, model) | more
     if fields.flag("logprobs"):
         found["logprobs"] = fields.integer("top_logprobs") or 0
     keep_alive = _seconds(fields)
@@ -115,10 +121,11 @@ def _format(fields: Fields) -> dict[str, Any]:
     return {"schema": wanted}
 
 
-def _check_think(fields: Fields, model: str) -> None:
+def _think(fields: Fields, model: str) -> dict[str, Any]:
     think = fields.values.get("think")
     if think not in (None, False, ""):
         raise RequestError(f"{model!r} does not support thinking", "leave think out, or give false", param="think")
+    return {"think": False} if think is False else {}
 
 
 def _seconds(fields: Fields) -> float | None:

@@ -204,9 +204,13 @@ def _facts(answers: Sequence[Answer]) -> dict[str, Any]:
     return {"usage": usage, "timings": asdict(answers[-1].timings)}
 
 
+def arguments_of(call: ToolCall) -> str:
+    """The arguments of a call as OpenAI's API has them: JSON in a text."""
+    return json.dumps(call.arguments, ensure_ascii=False)
+
+
 def _call(call: ToolCall) -> dict[str, Any]:
-    arguments = json.dumps(call.arguments, ensure_ascii=False)
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments_of(call)}}
 
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .answering import AnswerRequest
+from .answer_request import AnswerRequest
 from .fields import Fields
 from .messages import messages_of
 from .models import Models
@@ -41,6 +41,8 @@ def chat_request(body: Mapping[str, Any], models: Models, limits: Limits) -> Ope
     options = _options(fields, limits) | _response_format(fields) | _tools(fields)
     if fields.flag("logprobs"):
         options["logprobs"] = fields.integer("top_logprobs") or 0
+    if fields.text("reasoning_effort") == "none":
+        options["think"] = False
     wanted = _request(fields, models, limits, [messages], options)
     return wanted if fields.flag("parallel_tool_calls", default=True) else replace(wanted, most_calls=1)
 

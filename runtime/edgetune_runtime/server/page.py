@@ -40,7 +40,7 @@ def routes(answering: Answering) -> list[Route]:
 def facts_of(answering: Answering) -> dict[str, Any]:
     """What the page shows of the bundle, as JSON values; `models` are those to choose from, the base first."""
     models, runtime = answering.models, answering.runtime
-    base = models.manifest.base
+    base, adapters = models.manifest.base, models.manifest.adapters
     return {
         "name": models.manifest.name,
         "base": base.name,
@@ -50,8 +50,8 @@ def facts_of(answering: Answering) -> dict[str, Any]:
         "context_length": runtime.context_length,
         "resident_mb": resident_mb(),
         "models": [
-            {"name": name, **(_adapter_facts(models.manifest.adapters[name], models.engine) if info.parent else {})}
-            for name, info in models.listed.items()
+            {"name": name, **(_adapter_facts(adapters[name], models.engine) if name in adapters else {})}
+            for name in models.listed
         ],
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from edgetune_runtime.asynchronous import AsyncRuntime
@@ -14,6 +14,7 @@ from edgetune_runtime.runtime import Runtime
 from .answering import Answering
 from .application import application
 from .listening import Server
+from .rewriting import Rewriter
 from .settings import Access, Limits
 
 _LOG = logging.getLogger(__name__)
@@ -21,11 +22,15 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Serving:
-    """How a bundle is served. With `warms`, the states of all fixed prompts are computed first."""
+    """How a bundle is served. With `warms`, the states of all fixed prompts are computed first.
+
+    Each of `rewriters` is a model of its own.
+    """
 
     access: Access = field(default_factory=Access)
     limits: Limits = field(default_factory=Limits)
     warms: bool = False
+    rewriters: Sequence[Rewriter] = ()
 
 
 def serve(
@@ -41,7 +46,7 @@ def serve(
 async def _serve(
     runtime: AsyncRuntime, listening: socket.socket, serving: Serving, ready: Callable[[Callable[[], None]], None]
 ) -> None:
-    answering = Answering(runtime, serving.limits)
+    answering = Answering(runtime, serving.limits, serving.rewriters)
     server = Server(
         application(answering, serving.access),
         serving.limits,

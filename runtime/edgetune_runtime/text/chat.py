@@ -55,10 +55,12 @@ def render(
     bos: str = "",
     eos: str = "",
     tools: Sequence[Mapping[str, Any]] | None = None,
+    think: bool | None = None,
 ) -> str:
     """Render the prompt; without a template, join the contents with newlines.
 
     The template gets `tools` and the messages' calls as they are: see `tools.prompts` for templates that ignore them.
+    If `think` is given, it is the template's `enable_thinking`.
 
     UsageError when the template refuses the messages, IncompatibleError when the template is invalid.
     """
@@ -75,6 +77,7 @@ def render(
             add_generation_prompt=add_generation_prompt,
             bos_token=bos,
             eos_token=eos,
+            **({} if think is None else {"enable_thinking": think}),
         )
     except (TemplateError, TypeError, ValueError) as error:
         message = f"the chat template of the base refused the messages: {error}"

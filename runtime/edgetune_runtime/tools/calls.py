@@ -35,10 +35,14 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class CallReader:
-    """Reads the calls of answers in one format. `marks` are the texts of the control tokens in it, by token."""
+    """Reads the calls of answers in one format. `marks` are the texts of the control tokens in it, by token.
+
+    With the `names` of tools, an answer is either calls of these, from its beginning, or JSON.
+    """
 
     form: CallFormat
     marks: Mapping[int, bytes] = field(default_factory=dict)
+    names: frozenset[str] | None = None
 
     def read(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
         """What an answer says beside its calls, and the calls; one that was cut off is not among them."""
@@ -54,10 +58,18 @@ class CallReader:
             call, at = found
             calls.append(call)
             at = None if self.form.between is None else _after(text, at, self.form.between)
+        if not calls and self.names is not None and not self.form.marker:
+            return text, ()
         return text[:begin].rstrip(), tuple(calls)
+
+    def stream(self) -> ContentStream | CallsOrJson:
+        """A new stream of what an answer says beside its calls."""
+        return ContentStream(self.form) if self.names is None else CallsOrJson(self)
 
     def _begin(self, text: str) -> int | None:
         """Where the calls begin; None if there are none."""
+        if self.form.marker and self.names is not None:
+            return len(text) - len(text.lstrip()) if text.lstrip().startswith(self.form.marker) else None
         if self.form.marker:
             place = text.find(self.form.marker)
             return place if place >= 0 else None
@@ -74,6 +86,8 @@ class CallReader:
             if end is None:
                 return None
             at = end
+        if self.names is not None and values[Hole.NAME] not in self.names:
+            return None
         return ToolCall(values[Hole.NAME], values[Hole.ARGUMENTS], values[Hole.ID]), at
 
 
@@ -95,6 +109,29 @@ class ContentStream:
     def finish(self) -> str:
         """The text that was held back, after the last piece."""
         return self._text.finish()
+
+
+class CallsOrJson:
+    """The pieces of an answer that is either calls or JSON, as `CallReader` with names reads it."""
+
+    def __init__(self, reader: CallReader) -> None:
+        self._reader = reader
+        self._held = ""
+        self._is_json = False
+
+    def push(self, piece: str) -> str:
+        """Add a piece; returns the text that is now known to be no call."""
+        if self._is_json:
+            return piece
+        self._held += piece
+        begun, marker = self._held.lstrip(), self._reader.form.marker
+        # Without a marker, calls are JSON too, and only the whole answer tells.
+        self._is_json = bool(marker and begun) and not begun.startswith(marker[: len(begun)])
+        return self._held if self._is_json else ""
+
+    def finish(self) -> str:
+        """The text that was held back, after the last piece."""
+        return "" if self._is_json else self._reader.read(self._held)[0]
 
 
 def _after(text: str, at: int, literal: str) -> int | None:

@@ -149,9 +149,9 @@ class _Probe:
 
     def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         """The rendered messages; '' if the template refuses them."""
-        ends = {"bos": self.bos, "eos": self.eos}
+        bos, eos = self.bos, self.eos
         try:
-            return render(self.template, messages, tools=_TOOLS, add_generation_prompt=prompt, **ends)
+            return render(self.template, messages, add_generation_prompt=prompt, bos=bos, eos=eos, tools=_TOOLS)
         except EdgetuneError:
             return ""
 

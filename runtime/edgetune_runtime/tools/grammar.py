@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgetune_runtime.decoding.output import SPACINGS, OutputSpec
+from edgetune_runtime.decoding.schema import closed
 from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.errors import UsageError
 
 from .definitions import Tool, ToolSet
 from .formats import CallFormat, Hole, shared
@@ -40,13 +42,17 @@ def written_form(form: CallFormat, controls: Mapping[str, int], tokenizer: Token
     return form
 
 
-def grammar_of(tools: ToolSet, form: CallFormat, controls: Mapping[str, int]) -> OutputSpec:
+def grammar_of(
+    tools: ToolSet, form: CallFormat, controls: Mapping[str, int], output: OutputSpec | None = None
+) -> OutputSpec:
     """What an answer may be with these tools.
 
     With the choice `auto` any text, and from where a call begins only calls; with `required` calls; with a tool's name
-    one call of it; with `none` text in which no call begins.
+    one call of it; with `none` text in which no call begins. With `output`, a schema, what is no call is JSON.
     """
-    return OutputSpec("grammar", _Writer(form, controls).lark(tools))
+    if output is not None and tools.choice == "none":
+        return output
+    return OutputSpec("grammar", _Writer(form, controls).lark(tools, output))
 
 
 class _Writer:
@@ -56,13 +62,42 @@ class _Writer:
         self._form = form
         self._controls = controls
 
-    def lark(self, tools: ToolSet) -> str:
+    def lark(self, tools: ToolSet, output: OutputSpec | None) -> str:
         if tools.choice == "none":
             return "\n".join(["start: TEXT?", self._text()])
+        if tools.choice == "auto" and output is not None:
+            return "\n".join(self._calls_or_json(tools.offered, output))
         rules = self._calls(tools.offered, many=tools.choice in ("auto", "required"))
         if tools.choice == "auto":
             return "\n".join([*self._text_or_calls(), self._text(), *rules])
         return "\n".join([f"start: {self._literal(self._form.begin)} calls", *rules])
+
+    def _calls_or_json(self, tools: tuple[Tool, ...], output: OutputSpec) -> list[str]:
+        schema = closed(json.loads(output.text))
+        if self._form.marker:
+            start = f"start: {self._literal(self._form.begin)} calls | answer"
+            return [start, _json("answer", schema, output.spacing), *self._calls(tools, many=True)]
+        # llguidance cannot tell the text that begins a call from JSON, so calls are JSON here too.
+        calls = {f"call_{number}": self._call_schema(tool) for number, tool in enumerate(tools)}
+        rules = [_json(name, each, self._form.spacing) for name, each in {"answer": schema, **calls}.items()]
+        return [f"start: {' | '.join(['answer', *calls])}", *rules]
+
+    def _call_schema(self, tool: Tool) -> dict[str, Any]:
+        """The schema of a call that is JSON as a whole; UsageError if the format has no such calls."""
+        arguments = object()
+        try:
+            text = self._form.write([{"name": tool.name, "arguments": {}}])
+            call = json.loads(text, object_hook=lambda found: found or arguments)
+        except ValueError:
+            call = None
+        if not isinstance(call, dict) or arguments not in call.values():
+            message = "tools and schema are both given, which the format of calls in the base's chat template excludes"
+            raise UsageError(message, "give one of them")
+        properties = {key: tool.schema if value is arguments else {"const": value} for key, value in call.items()}
+        # References begin at the root.
+        shared_parts = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}
+        fixed = {"type": "object", "required": [*call], "additionalProperties": False}
+        return {**fixed, "properties": properties, **shared_parts}
 
     def _text_or_calls(self) -> list[str]:
         begin, marker = self._form.begin, self._form.marker
@@ -104,13 +139,10 @@ class _Writer:
                 texts.append(_ID)
             elif part is Hole.ARGUMENTS:
                 texts.append(f"{name}_arguments")
-                rules.append(f"{name}_arguments: %json {json.dumps(self._schema(tool))}")
+                rules.append(_json(f"{name}_arguments", tool.schema, self._form.spacing))
             else:
                 texts.append(self._literal(str(part)))
         return [f"{name}: {' '.join(texts)}", *rules]
-
-    def _schema(self, tool: Tool) -> dict[str, Any]:
-        return {**tool.schema, "x-guidance": SPACINGS[self._form.spacing]}
 
     def _literal(self, text: str) -> str:
         """The text for a rule, its control tokens by their numbers."""
@@ -120,6 +152,11 @@ class _Writer:
 
     def _piece(self, text: str) -> str:
         return f"<[{self._controls[text]}]>" if text in self._controls else json.dumps(text, ensure_ascii=False)
+
+
+def _json(name: str, schema: Mapping[str, Any], spacing: str) -> str:
+    """A rule of JSON that fits a schema."""
+    return f"{name}: %json {json.dumps({**schema, 'x-guidance': SPACINGS[spacing]})}"
 
 
 def _escaped(text: str) -> str:

@@ -29,7 +29,9 @@ def support_of(tokenizer: Tokenizer) -> TemplateTools:
     return template_tools(tokenizer.chat_template, tokenizer.bos, tokenizer.eos)
 
 
-def prompt_text(tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None = None) -> str:
+def prompt_text(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None = None, *, think: bool | None = None
+) -> str:
     """The prompt of messages made by `messages_for`, up to where the answer begins.
 
     What the template does not render is put into the messages' texts: the tools into the system prompt, calls into the
@@ -41,7 +43,7 @@ def prompt_text(tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSe
         messages = _written(messages, definitions, support)
         definitions = definitions if support.renders_tools else None
     template, bos, eos = tokenizer.chat_template, tokenizer.bos, tokenizer.eos
-    return render(template, messages, add_generation_prompt=True, bos=bos, eos=eos, tools=definitions)
+    return render(template, messages, add_generation_prompt=True, bos=bos, eos=eos, tools=definitions, think=think)
 
 
 def turn_text(content: str, calls: Sequence[Mapping[str, Any]], form: CallFormat) -> str:

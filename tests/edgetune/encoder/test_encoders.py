@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from edgetune_runtime import CancelledError, IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
+from edgetune_runtime import (
+    CancelledError,
+    IncompatibleError,
+    NotFoundError,
+    Runtime,
+    UsageError,
+    VerificationError,
+    cli,
+)
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
 from edgetune_runtime.engines.onnx.encoder import EncoderTokenizer
 from peft import PeftModel
@@ -142,6 +151,20 @@ def test_the_build_reports_how_close_the_bundle_is_to_what_was_trained(built: Bu
         assert figures["trainable_parameters"] < figures["total_parameters"]
         assert Path(figures["plot"]).is_file()
     assert built.manifest.base.parity["onnx"]["difference"] < 1e-4
+
+
+def test_the_golden_answer_is_the_label_of_a_validation_row(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, entry in built.manifest.adapters.items():
+        golden = entry.golden["onnx"]
+        (message,) = golden.prompt
+        assert isinstance(message, dict)
+        assert (message["content"] in TEXTS, golden.answer in entry.labels) == (True, True)
+        with Runtime.open(built.bundle) as runtime:
+            label, shares = runtime.classify(message["content"], adapter=name)
+        second = max(share for other, share in shares.items() if other != label)
+        assert golden.margin == pytest.approx(math.log(shares[label] / second), abs=1e-3)
+    assert cli.main(["check", str(built.bundle)]) == 0
+    assert capsys.readouterr().out == "".join(f"{name}\tsame\n" for name in built.manifest.adapters)
 
 
 def test_a_second_build_trains_nothing_and_int8_agrees(built: Built, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.server.binding import bind, url_of
+from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.serve import Serving, serve
 from edgetune_runtime.server.settings import Access, Limits
 
@@ -46,7 +47,14 @@ Start = Callable[..., Running]
 
 @contextmanager
 def started(
-    bundle: Path, access: Access, limits: Limits, *, warms: bool, send_buffer: int | None = None, **opening: object
+    bundle: Path,
+    access: Access,
+    limits: Limits,
+    *,
+    warms: bool = False,
+    rewriters: Sequence[Rewriter] = (),
+    send_buffer: int | None = None,
+    **opening: object,
 ) -> Iterator[Running]:
     """A server for a bundle, until the block ends."""
     is_ready = threading.Event()
@@ -59,7 +67,7 @@ def started(
     with Runtime.open(bundle, **opening) as runtime, bind("127.0.0.1", 0) as listening:
         if send_buffer is not None:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        arguments = (runtime, listening, Serving(access, limits, warms), ready)
+        arguments = (runtime, listening, Serving(access, limits, warms, rewriters), ready)
         thread = threading.Thread(target=serve, args=arguments)
         url = url_of(listening)
         thread.start()

@@ -232,6 +232,12 @@ def test_embeddings_of_an_encoder_have_length_1(encoder_bundle: Path, start: Sta
         assert client.show("home").capabilities == ["embedding"]
         with pytest.raises(ollama.ResponseError, match="only classifies text"):
             client.chat("place", MESSAGES)
+        old = client.embeddings("home", PROMPT)
+        assert list(old.embedding) == pytest.approx(list(reply.embeddings[0]))
+        with pytest.raises(ollama.ResponseError, match="not found"):
+            client.embeddings("comand", PROMPT)
+        with pytest.raises(ollama.ResponseError, match="prompt is"):
+            client.embeddings("home", "")
     length = sum(value * value for value in vector) ** 0.5
     assert list(reply.embeddings[0]) == pytest.approx([value / length for value in vector], abs=1e-6)
     assert sum(value * value for value in reply.embeddings[1]) == pytest.approx(1)

@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from edgetune_runtime.cli import main
+from runtime.bundles import change_manifest
 
 RUN = [sys.executable, "-m", "edgetune_runtime", "serve"]
 CHAT = {"model": "command", "messages": [{"role": "user", "content": "play"}], "max_tokens": 4}
@@ -71,6 +74,21 @@ def test_a_host_that_others_can_reach_needs_a_key_or_a_second_word(
             assert url.startswith("http://127.0.0.1:")
             assert httpx.get(f"{url}/v1/models").status_code == status
             assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("says", "options", "warms"), [(True, (), True), (True, ("--no-warm",), False), (False, (), False)]
+)
+def test_states_are_computed_at_the_start_if_the_bundle_or_an_option_says_so(
+    says: bool, options: tuple[str, ...], warms: bool, prompted_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(prompted_of("llama"), tmp_path / "home"))
+    change_manifest(bundle, lambda raw: raw.update(warms=says))
+    with serving(bundle, "--cache-folder", tmp_path / "states", *options) as (_, url):
+        begin = time.monotonic()
+        while httpx.get(f"{url}/readyz").status_code == 503:
+            assert time.monotonic() < begin + 30
+        assert bool(list(tmp_path.glob("states/*.kv"))) is warms
 
 
 @pytest.mark.parametrize(

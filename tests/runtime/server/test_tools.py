@@ -123,6 +123,56 @@ def test_one_call_at_most_is_returned_if_the_client_wants_no_more(client: OpenAI
     assert max(counts) > 1
 
 
+def test_with_a_format_an_answer_is_calls_or_json(server: Running, client: OpenAI) -> None:
+    area = {"type": "object", "properties": {"area": {"enum": ["hall", "kitchen"]}}, "required": ["area"]}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "area", "schema": area}}
+    kinds = set()
+    for seed in range(6):
+        choice = client.chat.completions.create(
+            model="one", messages=ASK, tools=TOOLS, response_format=form, **{**HOT, "seed": seed}
+        ).choices[0]
+        kinds.add(choice.finish_reason)
+        if choice.finish_reason == "stop":
+            assert json.loads(choice.message.content or "")["area"] in ("hall", "kitchen")
+            assert not choice.message.tool_calls
+    assert "stop" in kinds
+    # As Home Assistant's AI tasks ask, with a schema and the tools of its API.
+    with ollama.Client(server.url) as other:
+        options = {"num_predict": 200, "temperature": 1.5, "seed": 1}
+        reply = other.chat("one", ASK, tools=TOOLS, format=area, options=options, think=False)
+        lines = list(other.chat("one", ASK, tools=TOOLS, format=area, options=options, think=False, stream=True))
+    assert "".join(line.message.content or "" for line in lines) == reply.message.content
+    assert reply.message.tool_calls or json.loads(reply.message.content or "")["area"] in ("hall", "kitchen")
+
+
+THINKING = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: "
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n{% endif %}{% endif %}"
+)
+
+
+def test_think_false_is_for_the_base_and_adapters_answer_as_they_were_trained(server: Running, client: OpenAI) -> None:
+    loaded_bundle(server.runtime).context()[0].engine.tokenizer.chat_template = THINKING
+
+    def prompt_tokens(model: str, **more: Any) -> int | None:  # noqa: ANN401 - of the client
+        with ollama.Client(server.url) as other:
+            return other.chat(model, ASK, options={"num_predict": 2}, **more).prompt_eval_count
+
+    plain = prompt_tokens("home")
+    assert plain is not None
+    silent = prompt_tokens("home", think=False)
+    assert silent is not None
+    assert silent > plain
+    assert prompt_tokens("one", think=False) == prompt_tokens("one")
+    chat = client.chat.completions.create(model="home", messages=ASK, max_tokens=2, reasoning_effort="none")
+    assert chat.usage is not None
+    assert chat.usage.prompt_tokens == silent
+    reply = client.responses.create(model="home", input="light", max_output_tokens=2, reasoning={"effort": "none"})
+    assert reply.usage is not None
+    assert reply.usage.input_tokens == silent
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -133,7 +183,6 @@ def test_one_call_at_most_is_returned_if_the_client_wants_no_more(client: OpenAI
         ({"tools": [{"type": "function"}]}, "tool 1 has no name"),
         ({"tools": ["lamp"]}, "tools is"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tool 'lamp' is given twice"),
-        ({"response_format": {"type": "json_object"}}, "tools and schema are both given"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "without a function's name"),
         ({"functions": [{"name": "lamp"}]}, "functions is not supported"),
     ],

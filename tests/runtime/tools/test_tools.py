@@ -11,6 +11,9 @@ import pytest
 from edgetune_runtime import Runtime, ToolCall, UsageError, cli
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.options import split_form
+from edgetune_runtime.tools.calls import CallReader
+from edgetune_runtime.tools.formats import HERMES, CallFormat, Hole
 from jsonschema import validate
 from runtime.bundles import change_manifest
 from runtime.tools.templates import CONTROLS, FAMILIES
@@ -31,6 +34,13 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "set_light_off": {"type": "object", "additionalProperties": False, **TOOLS[1]["parameters"]},
     "get_time": {"type": "object", "maxProperties": 0},
 }
+AREA = {
+    "type": "object",
+    "properties": {"area": {"type": "string", "maxLength": 12}},
+    "required": ["area"],
+    "additionalProperties": False,
+}
+LLAMA3_FORM = CallFormat('{"name": "', (Hole.NAME, '", "parameters": ', Hole.ARGUMENTS), None, "}")
 HOT: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 200}
 TEMPLATES = {**FAMILIES, "plain": CHAT_TEMPLATE}
 
@@ -86,8 +96,6 @@ def tokens_of(written: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def auto(tools: list[dict[str, Any]], choice: str = "auto") -> Any:  # noqa: ANN401 - of a private module
-    from edgetune_runtime.options import split_form  # noqa: PLC0415
-
     return split_form({"tools": tools, "tool_choice": choice})[0]
 
 
@@ -203,10 +211,93 @@ def test_tools_replace_the_adapters_own_constraint(tools_bundle: Path, tmp_path:
         assert runtime.generate("light", adapter="one", tools=TOOLS, tool_choice="none", max_tokens=4).text != "red"
 
 
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_with_a_schema_an_answer_is_either_calls_or_json_that_fits(
+    family: str, templated: Callable[[str], Runtime]
+) -> None:
+    runtime = templated(TEMPLATES[family])
+    options = {"tools": TOOLS, "schema": AREA}
+    kinds = set()
+    for seed in range(12):
+        stream = runtime.stream("light", seed=seed, **options, **HOT)
+        shown, answer = "".join(stream), stream.answer
+        assert answer is not None
+        if answer.stop_reason != "end":
+            continue
+        kinds.add(bool(answer.tool_calls))
+        assert shown == answer.content
+        if answer.tool_calls:
+            assert all(map(fits, answer.tool_calls))
+            assert (answer.content, answer.parsed) == ("", None)
+        else:
+            assert answer.content == answer.text
+            validate(answer.parsed, AREA)
+    assert False in kinds
+    for choice, is_call in (("required", True), ("set_light", True), ("none", False)):
+        answer = runtime.generate("light", seed=1, tool_choice=choice, **options, **HOT)
+        assert (answer.stop_reason, bool(answer.tool_calls)) == ("end", is_call)
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_with_a_schema_both_forms_can_begin_and_nothing_else(family: str, templated: Callable[[str], Runtime]) -> None:
+    runtime = templated(TEMPLATES[family])
+    tokenizer = loaded_bundle(runtime).context()[0].engine.tokenizer
+    form, _ = split_form({"tools": TOOLS, "schema": AREA})
+    written = runtime.generate("light", tools=TOOLS, tool_choice="set_light", seed=1, **HOT).text
+    for text, is_allowed in (
+        (written, True),
+        ('{"area": "<tool_call>"}', True),
+        ("hall", False),
+        ("x" + written, False),
+    ):
+        constraint = loaded_bundle(runtime).call("light", None, form=form).constraint
+        assert constraint is not None
+        tokens = tokens_of(text, tokenizer)
+        assert (constraint.valid_prefix(tokens) == len(tokens)) is is_allowed, text
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen"])
+def test_schemas_with_references_can_be_combined(family: str, templated: Callable[[str], Runtime]) -> None:
+    runtime = templated(TEMPLATES[family])
+    rooms = {"$defs": {"room": {"enum": ["hall", "attic"]}}, "type": "object", "required": ["room"]}
+    schema = {**rooms, "properties": {"room": {"$ref": "#/$defs/room"}}, "additionalProperties": False}
+    tools = [{"name": "lamp", "parameters": schema}]
+    for choice in ("required", "auto"):
+        answer = runtime.generate("light", tools=tools, tool_choice=choice, schema=schema, seed=1, **HOT)
+        found = answer.tool_calls[0].arguments if answer.tool_calls else answer.parsed
+        assert found["room"] in {"hall", "attic"}
+    form, _ = split_form({"tools": tools, "schema": schema})
+    tokenizer = loaded_bundle(runtime).context()[0].engine.tokenizer
+    written = runtime.generate("light", tools=tools, tool_choice="lamp", seed=1, **HOT).text
+    constraint = loaded_bundle(runtime).call("light", None, form=form).constraint
+    assert constraint is not None
+    tokens = tokens_of(written, tokenizer)
+    assert constraint.valid_prefix(tokens) == len(tokens)
+
+
+def test_json_with_the_mark_of_calls_in_it_is_no_call() -> None:
+    reader = CallReader(HERMES, names=frozenset(SCHEMAS))
+    for text in ('{"area": "<tool_call>"}', '[{"a": 1}]', ""):
+        assert reader.read(text) == (text, ())
+        assert shown(reader, text) == text
+    assert shown(reader, '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>') == ""
+    # Without marks, an object is a call only if it names a tool.
+    reader = CallReader(LLAMA3_FORM, names=frozenset(SCHEMAS))
+    other = '{"name": "Anna", "parameters": {}}'
+    assert (reader.read(other), shown(reader, other)) == ((other, ()), other)
+    called = other.replace("Anna", "get_time")
+    assert ([call.name for call in reader.read(called)[1]], shown(reader, called)) == (["get_time"], "")
+
+
+def shown(reader: CallReader, text: str) -> str:
+    stream = reader.stream()
+    return "".join(map(stream.push, text)) + stream.finish()
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"schema": {"type": "object"}}, "tools and schema are both given; give one of them"),
+        ({"choices": ["on"]}, "tools and choices are both given; give one of them"),
         ({"free": True}, "free and tools are both given; give one of them"),
         ({"tool_choice": "heat"}, "tool_choice is 'heat'"),
     ],

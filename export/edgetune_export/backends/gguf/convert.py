@@ -16,17 +16,16 @@ import tempfile
 from pathlib import Path
 
 import platformdirs
-from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 
 from edgetune_export import architectures
 from edgetune_export.architectures import Architecture
 
+from .source import download_source
+
 SCRIPT = "convert_hf_to_gguf.py"
 # The parts of vendor/llama.cpp that the converter needs.
 PARTS = (SCRIPT, "conversion", "gguf-py/gguf", "LICENSE")
-# Digests of reviewed source distributions; for other versions only pip's own check against the index applies.
-SDIST_SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
 
 
 def check_folder(folder: Path) -> Architecture:
@@ -84,22 +83,11 @@ def find_converter(given: Path | None = None) -> Path:
 
 
 def _fetch(version: str, target: Path) -> None:
-    """Download the source distribution with pip, check its digest, and keep the converter in `target`."""
+    """Download the source distribution, and keep the converter in `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        requirement = f"llama-cpp-python=={version}"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        command += ["--no-binary", "llama-cpp-python", requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        archives = list(Path(folder).glob("*.tar.gz"))
-        if done.returncode != 0 or not archives:
-            remedy = "connect to the network once, or pass a llama.cpp checkout with --converter"
-            raise NotFoundError(f"pip could not download the source of {requirement}", remedy)
-        expected = SDIST_SHA256.get(version)
-        if expected and sha256_of(archives[0]) != expected:
-            message = f"the source of {requirement} does not have the expected sha256 {expected}"
-            raise VerificationError(message, "check pip's index, or pass a llama.cpp checkout with --converter")
-        unpacked = _extract(archives[0], Path(folder))
+        archive = download_source(version, Path(folder), "pass a llama.cpp checkout with --converter")
+        unpacked = _extract(archive, Path(folder))
         try:
             unpacked.rename(target)
         except OSError:

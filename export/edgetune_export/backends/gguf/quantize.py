@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from edgetune_runtime.atomic import is_full, replacing
+from edgetune_runtime.engines.gguf.ggml import open_library
 from edgetune_runtime.engines.gguf.llama import last_errors, library
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, VerificationError
 from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
@@ -99,13 +99,7 @@ def _failure(source: Path, out: Path, reason: str) -> EdgetuneError:
 @cache
 def _ggml() -> ctypes.CDLL:
     """The ggml library in the folder of llama_cpp's, with the types of the functions used here."""
-    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(library().__file__).parent / "lib")
-    names = {"darwin": ("libggml-base.dylib",), "win32": ("ggml-base.dll", "libggml-base.dll")}
-    candidates = [folder / name for name in names.get(sys.platform, ("libggml-base.so",))]
-    path = next((candidate for candidate in candidates if candidate.exists()), None)
-    if path is None:
-        raise IncompatibleError(f"no ggml library in {folder}", "install llama-cpp-python again")
-    ggml = ctypes.CDLL(str(path))
+    ggml = open_library(library(), "ggml-base")
     ggml.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
     ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     pointer, count = ctypes.c_void_p, ctypes.c_int64

@@ -13,6 +13,7 @@ from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.text.chat import render
 
+from .ggml import load_backends
 from .log import LlamaLog
 
 _SPM_VOCABULARY = 1
@@ -34,6 +35,7 @@ def library() -> Any:  # noqa: ANN401 - a module of ctypes functions
     except (OSError, RuntimeError) as error:
         raise IncompatibleError(f"llama-cpp-python cannot be loaded: {error}", _INSTALL) from error
     llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
+    load_backends(llama_cpp)
     llama_cpp.llama_backend_init()
     return llama_cpp
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_export import architectures
-from edgetune_export.backends.gguf import convert
+from edgetune_export.backends.gguf import source
 from edgetune_export.backends.gguf.convert import SCRIPT, check_folder, convert_folder, find_converter
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
@@ -81,7 +81,7 @@ def test_a_given_converter_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_converter_is_fetched_once_and_kept(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(convert.SDIST_SHA256, VERSION, raising=False)
+    monkeypatch.delitem(source.SDIST_SHA256, VERSION, raising=False)
     put_sdist(index)
     script = find_converter()
     assert script.read_text(encoding="utf-8") == "print('converter')\n"
@@ -104,7 +104,7 @@ def test_the_converter_is_fetched_once_and_kept(index: Path, monkeypatch: pytest
 def test_a_converter_that_cannot_be_had_is_an_error_and_leaves_nothing(
     given: str, known: str, error: type[EdgetuneError], message: str, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(convert.SDIST_SHA256, VERSION, known)
+    monkeypatch.setitem(source.SDIST_SHA256, VERSION, known)
     if given != "nothing":
         put_sdist(index, SCRIPT if "without" in given else "")
     assert_refused(error, message, find_converter)

@@ -1,0 +1,176 @@
+"""`edgetune deploy BUNDLE USER@HOST`: install a bundle on boards over ssh, go back, and list versions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from edgetune_runtime.errors import EdgetuneError, UsageError
+
+from .arguments import ENGINE_PANEL, AsJson, Quiet, print_json
+
+if TYPE_CHECKING:
+    from edgetune.delivery.deploy.deploy import Outcome
+    from edgetune.delivery.deploy.kits import Kits
+    from edgetune.delivery.deploy.target import Target
+    from edgetune.progress import Progress
+
+# Titles of the option groups in --help.
+FLEET_PANEL = "Several boards"
+BOARD_PANEL = "On the board"
+
+
+def deploy_bundle(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    host: Annotated[
+        str | None, typer.Argument(metavar="USER@HOST[:PORT]", help="The board, as ssh knows it.", show_default=False)
+    ] = None,
+    *,
+    goes_back: Annotated[bool, typer.Option("--rollback", help="Switch back to the version before.")] = False,
+    lists: Annotated[bool, typer.Option("--list", help="List the versions on the board.")] = False,
+    wait_healthy: Annotated[
+        bool,
+        typer.Option(
+            "--wait-healthy",
+            help="Fail unless the unit answers, also if nothing was new.",
+            rich_help_panel=BOARD_PANEL,
+        ),
+    ] = False,
+    service: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Run `edgetune-run serve` as the systemd unit NAME.", rich_help_panel=BOARD_PANEL
+        ),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IP",
+            help="With --service: address that the unit listens on (default: the board's own); 0.0.0.0 for all, with "
+            "a key.",
+            rich_help_panel=BOARD_PANEL,
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --service: its port (default: 8080).", rich_help_panel=BOARD_PANEL),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder on the board (default: ~/.local/share/edgetune/NAME; for root /opt/edgetune/NAME).",
+            rich_help_panel=BOARD_PANEL,
+        ),
+    ] = None,
+    board: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The board: see `edgetune devices list` (default: what it says of itself).",
+            rich_help_panel=BOARD_PANEL,
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="gguf or onnx (default: the bundle's first format).", rich_help_panel=ENGINE_PANEL
+        ),
+    ] = None,
+    inventory: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Boards, one USER@HOST[:PORT] per line.", rich_help_panel=FLEET_PANEL),
+    ] = None,
+    parallel: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Boards at a time.", rich_help_panel=FLEET_PANEL)
+    ] = 8,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Install a bundle on boards over ssh.
+
+    Sends only what a board lacks, resumes after a lost connection, and switches to the new version when its answers are
+    right; the version before stays for --rollback. Uses your ssh configuration, agent and known hosts; never asks for a
+    password.
+    """
+    from edgetune_devices import boards  # noqa: PLC0415 - help needs none of it
+    from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415
+
+    from edgetune.delivery.deploy.deploy import (  # noqa: PLC0415
+        DeployOptions,
+        UnitOptions,
+        Where,
+        deploy,
+        list_versions,
+        roll_back,
+    )
+    from edgetune.delivery.deploy.target import parse_target, read_inventory  # noqa: PLC0415
+    from edgetune.progress import Progress  # noqa: PLC0415
+
+    if (host is None) == (inventory is None):
+        raise UsageError("give one board, or several with --inventory", "see edgetune deploy --help")
+    if goes_back and lists:
+        raise UsageError("--rollback and --list are given together", "give one of them")
+    if prefix is not None and not prefix.startswith("/"):
+        raise UsageError(f"--prefix {prefix!r} is not an absolute path", "write for example /opt/edgetune/home")
+    if service is None and (listen is not None or port is not None):
+        raise UsageError("--listen and --port are those of a unit", "add --service NAME")
+    if board is not None:
+        boards.load(board)
+    where = Where(read_manifest(bundle).name, prefix)
+    targets = [parse_target(host)] if host is not None else read_inventory(inventory or Path())
+    act: Callable[[Target], Outcome]
+    if goes_back:
+        act = partial(roll_back, where=where)
+    elif lists:
+        act = partial(list_versions, where=where)
+    else:
+        kits = _kits(bundle, engine, Progress(quiet=quiet))
+        # Boards of an inventory have one line each.
+        progress = Progress(quiet=quiet or inventory is not None)
+        unit = None if service is None else UnitOptions(service, listen, port)
+        options = DeployOptions(board, unit, waits_healthy=wait_healthy)
+        act = partial(deploy, where=where, kits=kits, options=options, progress=progress)
+    if host is not None:
+        outcome = act(targets[0])
+        if as_json:
+            print_json(outcome.to_json())
+        else:
+            print(outcome)
+        return
+    _run_on_all(targets, parallel, act, as_json=as_json)
+
+
+def _kits(bundle: Path, engine: str | None, progress: Progress) -> Kits:
+    import platformdirs  # noqa: PLC0415 - help needs none of it
+
+    from edgetune.delivery.deploy.kits import Kits  # noqa: PLC0415
+    from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415
+
+    def make(board: str, python: str, out: Path, earlier: Sequence[Path]) -> None:
+        make_kit(bundle, board, out, python=python, engine=engine, progress=progress, earlier=earlier)
+
+    return Kits(bundle, engine, make, Path(platformdirs.user_cache_dir("edgetune")) / "kits")
+
+
+def _run_on_all(targets: Sequence[Target], parallel: int, act: Callable[[Target], Outcome], *, as_json: bool) -> None:
+    """Print a line per board as it ends, and the failures at the end; EdgetuneError if there are any."""
+    from edgetune.delivery.deploy.fleet import on_each  # noqa: PLC0415 - help needs none of it
+
+    failures: list[str] = []
+    for target, outcome in on_each(targets, parallel, act):
+        if not isinstance(outcome, EdgetuneError):
+            shown, figures = str(outcome), outcome.to_json()
+        else:
+            text = str(outcome).removeprefix(f"{target}: ")
+            failures.append(f"{target}: {text}")
+            shown, figures = f"{target}: failed", {"host": str(target), "error": text}
+        if as_json:
+            print_json(figures)
+        else:
+            print(shown, flush=True)
+    if failures:
+        raise EdgetuneError("\n".join([f"{len(failures)} of {len(targets)} boards failed", *failures]))

@@ -1,0 +1,63 @@
+"""`edgetune kit BUNDLE --board NAME`: an offline install for a board."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import OUTPUT_PANEL, AsJson, Quiet, print_json
+
+# The Python of current Raspberry Pi OS.
+_PYTHON = "3.13"
+
+
+def kit(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    *,
+    board: Annotated[str, typer.Option(metavar="NAME", help="The board: see `edgetune devices list`.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="KIT", help="The kit's folder, or a tar file if it ends in .tar.", rich_help_panel=OUTPUT_PANEL
+        ),
+    ],
+    python: Annotated[
+        str,
+        typer.Option(metavar="VERSION", help="The board's Python; system: that of Raspberry Pi OS (/usr/bin/python3)."),
+    ] = _PYTHON,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="gguf or onnx (default: the bundle's first format).")
+    ] = None,
+    no_bundle: Annotated[bool, typer.Option("--no-bundle", help="Leave the bundle out.")] = False,
+    wheel: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A wheel of llama-cpp-python for the board (default: built here)."),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pack a bundle, the runtime and an installer for a board that has no network.
+
+    On the board, run `sh install.sh` in the kit's folder. The same bundle and versions give the same bytes.
+    """
+    from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415 - help needs none of it
+    from edgetune.progress import Progress  # noqa: PLC0415
+
+    result = make_kit(
+        bundle,
+        board,
+        out,
+        python=python,
+        engine=engine,
+        with_bundle=not no_bundle,
+        wheel=wheel,
+        progress=Progress(quiet=quiet),
+    )
+    if as_json:
+        print_json(result.to_json())
+        return
+    runtime_mb = (result.bytes - result.bundle_bytes) / 1e6
+    print(f"version {result.version}: {runtime_mb:.1f} MB, and {result.bundle_bytes / 1e6:.1f} MB of the bundle")
+    print(result.path)

@@ -1,0 +1,42 @@
+"""`edgetune wheel --platform NAME`: llama-cpp-python for every board of a platform, at full speed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import OUTPUT_PANEL, Quiet
+
+
+def wheel(
+    *,
+    platform: Annotated[
+        str, typer.Option("--platform", metavar="NAME", help="linux-aarch64, for boards, or linux-x86_64.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Copy the wheel to this folder (default: print its path in the cache folder).",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Build a wheel of llama-cpp-python for boards.
+
+    Compiles the installed version on this machine, for Debian 12 or newer, with a CPU backend for each generation of
+    processors; llama.cpp picks the fastest that the board supports. Keeps the wheel in the cache folder.
+    """
+    from edgetune.delivery.wheel import llama_wheel  # noqa: PLC0415 - help needs none of it
+    from edgetune.progress import Progress  # noqa: PLC0415
+
+    built = llama_wheel(platform, progress=Progress(quiet=quiet))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        built = Path(shutil.copy(built, out))
+    print(built)

@@ -1,0 +1,63 @@
+"""Writes that survive a power cut, and the lock of a prefix."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space, replacing
+from edgetune_runtime.errors import BusyError, UsageError
+
+
+def write_text(path: Path, text: str, *, mode: int = 0o644) -> bool:
+    """Replace a file atomically, on disk when this returns. Writes nothing if it has this text; whether it wrote."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    with replacing(path) as temporary:
+        # Never readable for more users than the mode says.
+        temporary.touch(mode=mode)
+        temporary.chmod(mode)
+        temporary.write_text(text, encoding="utf-8")
+    flush_to_disk(path.parent)
+    return True
+
+
+def replace_link(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target` by an atomic rename, on disk when this returns."""
+    temporary = link.with_name(f".{link.name}.new")
+    temporary.unlink(missing_ok=True)
+    with raising_out_of_space(link):
+        temporary.symlink_to(target)
+    temporary.replace(link)
+    flush_to_disk(link.parent)
+
+
+def flush_tree(root: Path) -> None:
+    """Flush all files and folders below `root` to disk; links are not followed."""
+    for folder, _, names in os.walk(root):
+        for path in (Path(folder, name) for name in names):
+            if not path.is_symlink():
+                flush_to_disk(path)
+        flush_to_disk(Path(folder))
+
+
+@contextmanager
+def locked(prefix: Path) -> Iterator[None]:
+    """Hold the lock of `prefix` while the block runs; BusyError if another process holds it.
+
+    Creates the folder. UsageError if this user may not write there.
+    """
+    try:
+        prefix.mkdir(parents=True, exist_ok=True)
+        file = (prefix / "lock").open("ab")
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UsageError(f"cannot write to {prefix}: {error.strerror}", "choose another --prefix") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(f"another install is using {prefix}", "wait until it ends") from error
+        yield

@@ -1,0 +1,233 @@
+"""The command line of board.pyz."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.interrupts import end_on_interrupt
+
+from . import check, golden, install, service, transfer, uninstall, versions
+from .kit import KIT_NAME, parse_kit, read_kit
+from .store import Store
+
+PROGRAM = "edgetune-board"
+_PORT = 8080
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f"{PROGRAM}: {message}; see --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0 or the exit code of the error, which is printed to standard error in one line."""
+    end_on_interrupt()
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _fail(CancelledError("interrupted", "run the command again"))
+    except EdgetuneError as error:
+        return _fail(error)
+    except OSError as error:
+        return _fail(
+            UsageError(f"{error.filename or 'a file'}: {error.strerror}", "check the disk and its permissions")
+        )
+    return 0
+
+
+def _fail(error: EdgetuneError) -> int:
+    print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(PROGRAM, description="Install an edgetune kit on this board, and switch between versions.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    command = _command(commands, "install", _install, "install a kit and switch to it when it answers as built")
+    command.add_argument("kit", type=Path, metavar="KIT", help="the kit's folder")
+    text = "run `edgetune-run serve` as a systemd unit: of the system for root, of the user for others"
+    command.add_argument("--service", nargs="?", const="", metavar="NAME", help=text)
+    text = "address that the unit listens on; others than this board's own need the key in PREFIX/keys"
+    command.add_argument("--host", default=service.HERE, metavar="IP", help=f"{text} (default: %(default)s)")
+    command.add_argument("--port", type=int, metavar="N", help=f"port of the unit (default: the kit's, {_PORT})")
+    command.add_argument("--no-activate", action="store_true", help="install only; the current version stays")
+    command = _command(commands, "check", _check, "show what this board has, and what keeps a kit from running on it")
+    command.add_argument("--kit", type=Path, metavar="KIT", help="a kit's folder or its kit.json (default: this one)")
+    for name, run, text in (
+        ("activate", _activate, "switch to an installed version when it answers as built"),
+        ("golden", _golden, "compare the answers of a version with those that its build stored"),
+    ):
+        command = _command(commands, name, run, text)
+        command.add_argument("version", nargs="?" if name == "golden" else None, metavar="VERSION", help="see list")
+    _command(commands, "rollback", _rollback, "switch back to the version before")
+    _command(commands, "list", _list, "list the installed versions")
+    _command(commands, "uninstall", _uninstall, "remove all versions and the unit")
+    _command(commands, "healthy", _healthy, "wait until the unit answers")
+    _add_transfer(commands)
+    return parser
+
+
+def _add_transfer(commands: Any) -> None:  # noqa: ANN401 - argparse's own
+    """The commands of `edgetune deploy`."""
+    command = _command(commands, "have", _have, "list the files that an install of a kit lacks")
+    command.add_argument("kit", type=Path, metavar="KIT", help="a folder with kit.json and SHA256SUMS")
+    command = _command(commands, "receive", _receive, "append standard input to the parts of files that are here")
+    text = "for each file its sha256, the bytes of it that are here, and its size"
+    command.add_argument("parts", nargs="+", metavar="DIGEST OFFSET BYTES", help=text)
+    _command(commands, "hold", _hold, "keep other deploys away until standard input ends")
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's own
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    text = "where versions are installed (default: ~/.local/share/edgetune/NAME; for root /opt/edgetune/NAME)"
+    command.add_argument("--prefix", type=Path, metavar="DIR", help=text)
+    command.add_argument("--json", action="store_true", help="write JSON to standard output")
+    command.set_defaults(run=run)
+    return command
+
+
+def _install(options: argparse.Namespace) -> None:
+    kit = read_kit(options.kit)
+    prefix = (options.prefix or default_prefix(kit.name)).absolute()
+    unit = None
+    if options.service is not None:
+        if kit.bundle is None:
+            raise UsageError("--service: the kit has no bundle to serve", "make a kit without --no-bundle")
+        unit = service.wanted(
+            options.service or f"edgetune-{kit.name}", options.host, options.port or kit.service["port"]
+        )
+    changed = install.install(options.kit, prefix, unit=unit, activates=not options.no_activate, say=_say)
+    if options.json:
+        _print({"version": kit.version, "changed": changed})
+        return
+    print(f"version {kit.version} {'is installed' if changed else 'was installed already'} in {prefix}")
+    if unit is not None and unit.needs_key:
+        print(f"clients need the key in {prefix / service.KEYS_NAME}")
+    if kit.bundle is not None and not options.no_activate:
+        print(f"run: {prefix / versions.RUN_SCRIPT} info {prefix / versions.CURRENT / 'bundle'}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    path = options.kit or _own_folder()
+    kit = parse_kit((path / KIT_NAME if path.is_dir() else path).read_text(encoding="utf-8"))
+    prefix = options.prefix or default_prefix(kit.name)
+    board = check.examine(prefix)
+    found = list(check.problems(kit, board, disk_mb=install.mb_to_write(kit, prefix)))
+    if options.json:
+        _print({**board.to_json(), "problems": [{"message": item.message, "remedy": item.remedy} for item in found]})
+        return
+    for name, value in board.to_json().items():
+        print(f"{name}\t{' '.join(value) if isinstance(value, tuple) else value}")
+    for item in found:
+        print(f"problem\t{item.message}; {item.remedy}")
+    if found:
+        raise IncompatibleError(f"{found[0].message}", found[0].remedy)
+
+
+def _activate(options: argparse.Namespace) -> None:
+    changed = install.activate(_prefix(options), options.version, say=_say)
+    _report(options, options.version, changed=changed)
+
+
+def _rollback(options: argparse.Namespace) -> None:
+    _report(options, install.rollback(_prefix(options), say=_say), changed=True)
+
+
+def _golden(options: argparse.Namespace) -> None:
+    prefix = _prefix(options)
+    version = options.version or versions.linked(prefix, versions.CURRENT) or ""
+    found = golden.check(prefix, versions.require(prefix, version))
+    if options.json:
+        _print(found)
+    else:
+        print("the bundle has no golden answers" if found is None else f"{len(found)} adapters answer as built")
+
+
+def _list(options: argparse.Namespace) -> None:
+    found = versions.listing(_prefix(options))
+    if options.json:
+        _print([item.to_json() for item in found])
+        return
+    for item in found:
+        print(f"{item.kit.version}\t{item.state or '-'}\t{item.kit.name}\t{', '.join(item.kit.engines)}")
+
+
+def _uninstall(options: argparse.Namespace) -> None:
+    prefix = _prefix(options)
+    uninstall.uninstall(prefix)
+    if not options.json:
+        print(f"removed all versions from {prefix}")
+
+
+def _healthy(options: argparse.Namespace) -> None:
+    unit = service.installed(_prefix(options))
+    if unit is None:
+        raise NotFoundError("no unit is installed, so none can answer", "deploy with --service")
+    unit.wait()
+
+
+def _have(options: argparse.Namespace) -> None:
+    _print(transfer.missing(_prefix(options), read_kit(options.kit)))
+
+
+def _receive(options: argparse.Namespace) -> None:
+    parts = transfer.parse_parts(options.parts)
+    for part in parts:
+        transfer.receive(Store(_prefix(options)).folder, part, sys.stdin.buffer)
+
+
+def _hold(options: argparse.Namespace) -> None:
+    transfer.hold(_prefix(options), sys.stdin.buffer, sys.stdout)
+
+
+def default_prefix(name: str) -> Path:
+    """The prefix of the bundle with this name."""
+    if os.geteuid() == 0:
+        return Path("/opt/edgetune", name)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share", "edgetune", name)
+
+
+def _prefix(options: argparse.Namespace) -> Path:
+    """--prefix, or the one that this program lies in, or the default of the kit that it lies in."""
+    if options.prefix is not None:
+        return Path(options.prefix).absolute()
+    folder = _own_folder()
+    if folder.parent.name == versions.FOLDER:
+        return folder.parents[1]
+    if not (folder / KIT_NAME).is_file():
+        raise UsageError("no --prefix is given", "give the folder of the install")
+    return default_prefix(read_kit(folder).name)
+
+
+def _own_folder() -> Path:
+    """The folder of the kit or of the version that this program lies in."""
+    return Path(sys.argv[0]).resolve().parent
+
+
+def _report(options: argparse.Namespace, version: str, *, changed: bool) -> None:
+    if options.json:
+        _print({"version": version, "changed": changed})
+    else:
+        print(f"version {version} {'is the current one now' if changed else 'was the current one already'}")
+
+
+def _say(text: str) -> None:
+    # Nobody may be there to read it: an install goes on when the connection of a deploy is lost.
+    with suppress(OSError):
+        print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+
+
+def _print(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,45 @@
+"""Removes all that installs wrote into a prefix, and its unit."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from edgetune_runtime.errors import NotFoundError
+
+from . import service, store, venv, versions
+from .durable import locked
+from .transfer import LOCK_NAME
+
+INCOMING = "incoming"
+"""Folder in the prefix where a deploy puts the description of a kit."""
+
+
+def uninstall(prefix: Path) -> None:
+    """Stop and remove the unit, then delete the versions; files of others in the prefix stay.
+
+    NotFoundError if nothing is installed there.
+    """
+    if not (prefix / versions.FOLDER).is_dir():
+        raise NotFoundError(f"nothing is installed in {prefix}", "give the --prefix of the install")
+    with locked(prefix):
+        unit = service.installed(prefix)
+        if unit is not None:
+            unit.remove()
+        for name in (
+            versions.CURRENT,
+            versions.PREVIOUS,
+            versions.RUN_SCRIPT,
+            service.SETTINGS_NAME,
+            service.KEYS_NAME,
+        ):
+            (prefix / name).unlink(missing_ok=True)
+        # The versions last: until they are gone, uninstall can be run again.
+        for name in (store.FOLDER, venv.FOLDER, INCOMING, versions.FOLDER):
+            shutil.rmtree(prefix / name, ignore_errors=name == INCOMING)
+        for name in ("lock", LOCK_NAME):
+            (prefix / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        (prefix / versions.RUN_SCRIPT).parent.rmdir()
+        prefix.rmdir()

@@ -1,0 +1,1 @@
+"""Installs a bundle on boards over ssh."""

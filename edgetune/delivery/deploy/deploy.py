@@ -1,0 +1,244 @@
+"""Deploys a bundle to one board: sends what the board lacks, and has the board's own program install it.
+
+The board switches to the new version by itself, when its answers are right, and back when its unit does not answer. So
+a connection that is lost at any point leaves the old version, or the new one, running.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
+
+from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, KitFile
+from edgetune.delivery.board.transfer import HELD
+from edgetune.progress import Progress, Step
+
+from .kits import Kits, MadeKit
+from .probe import BoardFacts, probe
+from .ssh import Connection
+from .target import Target
+
+_MB = 10**6
+_CHUNK_BYTES = 1 << 18
+# Read by sh, whatever the login shell is. The name of the unfinished file is of its own for each sender.
+_PUT = 'mkdir -p "${1%/*}" && cat > "$1.$$.part" && chmod 444 "$1.$$.part" && mv -f "$1.$$.part" "$1"'
+
+
+@dataclass(frozen=True)
+class Where:
+    """The name of the bundle, and where it is installed: `prefix` is None for the default of the board's user."""
+
+    name: str
+    prefix: str | None = None
+
+
+@dataclass(frozen=True)
+class UnitOptions:
+    """The unit to run: its name, and the address and port that it listens on, None for the board program's defaults."""
+
+    name: str
+    listen: str | None = None
+    port: int | None = None
+
+    def words(self) -> list[str]:
+        """The options of the board program."""
+        listen = [] if self.listen is None else ["--host", self.listen]
+        port = [] if self.port is None else ["--port", str(self.port)]
+        return ["--service", self.name, *listen, *port]
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    """`board` is None to go by the board's own model, `unit` to leave its unit as it is."""
+
+    board: str | None = None
+    unit: UnitOptions | None = None
+    waits_healthy: bool = False
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What a deploy did on one board."""
+
+    target: Target
+    version: str
+    changed: bool
+    sent_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        if not self.changed:
+            return f"{self.target}: version {self.version} was there already, {self._sent()}"
+        return f"{self.target}: version {self.version} is the current one, {self._sent()}"
+
+    def _sent(self) -> str:
+        return f"{self.sent_bytes / _MB:.1f} MB sent in {self.seconds:.1f} s" if self.sent_bytes else "nothing sent"
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        figures = {"version": self.version, "changed": self.changed, "sent_bytes": self.sent_bytes}
+        return {"host": str(self.target), **figures, "seconds": round(self.seconds, 3)}
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """The version that a board went back to."""
+
+    target: Target
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.target}: version {self.version} is the current one again"
+
+    def to_json(self) -> dict[str, Any]:
+        """The version as JSON values."""
+        return {"host": str(self.target), "version": self.version}
+
+
+@dataclass(frozen=True)
+class Versions:
+    """The versions on a board: `version`, `state` (current, previous or empty), `bundle`, `engines` of each."""
+
+    target: Target
+    versions: Sequence[Mapping[str, Any]]
+
+    def __str__(self) -> str:
+        found = (f"{item['version']} {item['state']}".rstrip() for item in self.versions)
+        return f"{self.target}: {', '.join(found)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The versions as JSON values."""
+        return {"host": str(self.target), "versions": list(self.versions)}
+
+
+Outcome = Deployed | RolledBack | Versions
+
+
+class _Program:
+    """The board program, started on the board."""
+
+    def __init__(self, connection: Connection, path: str, prefix: str) -> None:
+        self.connection = connection
+        self.path, self.prefix = path, prefix
+
+    def command(self, name: str, *words: str) -> list[str]:
+        return ["python3", "-I", self.path, name, *words, "--prefix", self.prefix]
+
+    def ask(self, name: str, *words: str) -> Any:  # noqa: ANN401 - JSON
+        """The JSON that a command prints in its last line; a login shell may print others before."""
+        text = self.connection.run([*self.command(name, *words), "--json"])
+        try:
+            return json.loads(text.rstrip().rpartition("\n")[2])
+        except ValueError as error:
+            message = f"{self.connection.target}: the board program answered {text[:80]!r} to {name}"
+            raise EdgetuneError(message, "see what its login shell prints") from error
+
+
+def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, progress: Progress) -> Deployed:
+    """Make the bundle of `kits` the current version on a board.
+
+    Raises UnreachableError when the board cannot be reached or the connection is lost, IncompatibleError when the board
+    cannot run the kit, BusyError while another deploy is at work, OutOfSpaceError when its disk is full, and
+    VerificationError when a file or an answer is wrong. All but the last may be followed by another deploy, which
+    resumes; the version before runs in any case.
+    """
+    with Connection(target) as connection:
+        progress.say(f"{target}: checking the board")
+        facts = probe(connection, where.name, where.prefix)
+        if options.waits_healthy and options.unit is None and not facts.has_unit:
+            raise NotFoundError(f"{target}: no unit is installed in {facts.prefix}", "add --service NAME")
+        made = kits.kit_for(facts.board_name(options.board), facts.python)
+        program = _send_program(connection, facts, made)
+        with connection.holding(program.command("hold"), HELD):
+            begin = time.monotonic()
+            incoming = f"{facts.prefix}/incoming"
+            sent = sum(_put(connection, made.folder / name, f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
+            missing = program.ask("have", incoming)
+            sent += _send_files(program, made, missing, progress)
+            seconds = time.monotonic() - begin
+            is_first = any(file.sha256 in missing for file in made.kit.wheel_files)
+            takes = " and its packages, which takes minutes on a small board" if is_first else ""
+            progress.say(f"{target}: installing version {made.kit.version}{takes}")
+            done = program.ask("install", incoming, *([] if options.unit is None else options.unit.words()))
+            if options.waits_healthy:
+                connection.run(program.command("healthy"))
+        return Deployed(target, done["version"], bool(done["changed"]), sent, seconds)
+
+
+def roll_back(target: Target, where: Where) -> RolledBack:
+    """Make the version before the current one on a board; NotFoundError if there is none."""
+    with Connection(target) as connection:
+        return RolledBack(target, _installed(connection, where).ask("rollback")["version"])
+
+
+def list_versions(target: Target, where: Where) -> Versions:
+    """The versions on a board; NotFoundError if the bundle is not installed there."""
+    with Connection(target) as connection:
+        return Versions(target, _installed(connection, where).ask("list"))
+
+
+def _installed(connection: Connection, where: Where) -> _Program:
+    facts = probe(connection, where.name, where.prefix)
+    if facts.current is None:
+        message = f"{connection.target}: {where.name} is not installed in {facts.prefix}"
+        raise NotFoundError(message, "deploy it first, or give its --prefix")
+    return _Program(connection, f"{facts.prefix}/current/board.pyz", facts.prefix)
+
+
+def _send_program(connection: Connection, facts: BoardFacts, made: MadeKit) -> _Program:
+    """Put the board program into the store by its digest, where it is never written to again."""
+    path = f"{facts.prefix}/files/{made.program.sha256}"
+    try:
+        _put(connection, made.path_of(made.program), path)
+    except EdgetuneError as error:
+        if type(error) is not EdgetuneError:
+            raise
+        raise UsageError(error.message, "choose another --prefix, or free some space") from error
+    return _Program(connection, path, facts.prefix)
+
+
+def _put(connection: Connection, path: Path, remote: str) -> int:
+    """Send a small file unless it is there already; the number of bytes sent."""
+    found = connection.run(["sh", "-c", 'sha256sum < "$1" 2>/dev/null; true', "sh", remote])
+    if sha256_of(path) in found:
+        return 0
+    data = path.read_bytes()
+    connection.run(["sh", "-c", _PUT, "sh", remote], [data])
+    return len(data)
+
+
+def _send_files(program: _Program, made: MadeKit, missing: Mapping[str, int], progress: Progress) -> int:
+    """Send the rest of the files that the board lacks; the number of bytes sent."""
+    files = {file.sha256: file for file in made.kit.files}
+    unknown = missing.keys() - files.keys()
+    if unknown:
+        message = f"{program.connection.target}: the board asks for a file that the kit does not have"
+        raise EdgetuneError(message, "run the command again")
+    if not missing:
+        return 0
+    parts = [(files[digest], offset) for digest, offset in missing.items()]
+    total = sum(file.bytes - offset for file, offset in parts)
+    words = [word for file, offset in parts for word in (file.sha256, str(offset), str(file.bytes))]
+    with progress.step(f"{program.connection.target}: sending MB", max(1, round(total / _MB))) as step:
+        program.connection.run(program.command("receive", *words), _read(made, parts, step))
+    return total
+
+
+def _read(made: MadeKit, parts: Sequence[tuple[KitFile, int]], step: Step) -> Iterator[bytes]:
+    """The bytes of the files from their offsets on; reports the rate as they are taken."""
+    begin, sent = time.monotonic(), 0
+    for file, offset in parts:
+        with made.path_of(file).open("rb") as source:
+            source.seek(offset)
+            while data := source.read(_CHUNK_BYTES):
+                yield data
+                sent += len(data)
+                rate = sent / _MB / max(time.monotonic() - begin, 1e-3)
+                step.update(f"{rate:.1f} MB/s, {file.name}", sent // _MB)

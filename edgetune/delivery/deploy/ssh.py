@@ -1,0 +1,196 @@
+"""Runs commands on a board through the user's own ssh: their configuration, agent and known hosts, and no password."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO
+
+from edgetune_runtime.errors import EdgetuneError, UnreachableError, VerificationError
+
+from .target import Target
+
+_SIGN_OF_LIFE_S = 10.0
+# What the board program puts before its errors.
+_PROGRAM = "edgetune-board: "
+# ssh's own exit code, when it cannot connect or lost the connection.
+_SSH_FAILED = 255
+_OPTIONS = (
+    "BatchMode=yes",
+    "ClearAllForwardings=yes",
+    "ConnectTimeout=15",
+    # A board that lost its power or network is noticed after 15 seconds.
+    "ServerAliveInterval=5",
+    "ServerAliveCountMax=3",
+    "ControlMaster=auto",
+    # Ends the shared connection by itself if this process is killed.
+    "ControlPersist=60",
+    "RemoteCommand=none",
+)
+# What ssh says on standard error, the problem in words, and the remedy; {ssh} is a command to try by hand.
+_REASONS: tuple[tuple[str, type[EdgetuneError], str, str], ...] = (
+    (
+        "HOST IDENTIFICATION HAS CHANGED",
+        VerificationError,
+        "the host key is not the one in {known}",
+        "if the board was set up again, remove the old key with `ssh-keygen -R {entry}`; otherwise do not connect",
+    ),
+    (
+        "Host key verification failed|authenticity of host",
+        VerificationError,
+        "the host key is not known",
+        "run `{ssh}` once and compare the fingerprint with the board's",
+    ),
+    (
+        "Permission denied|Too many authentication failures",
+        UnreachableError,
+        "the login was refused",
+        "deploy needs a key: run `ssh-copy-id`, or add the key to ssh-agent, until `{ssh}` works without a password",
+    ),
+    ("Could not resolve hostname", UnreachableError, "no such host", "check the name, or use the IP address"),
+    ("Connection refused", UnreachableError, "ssh was refused", "check the port, and that sshd runs on the board"),
+    (
+        "timed out|No route to host|Network is unreachable|Host is down",
+        UnreachableError,
+        "no answer",
+        "check that the board is on and that `{ssh}` works",
+    ),
+    (
+        "Bad configuration option|Bad owner or permissions|terminating, .* bad configuration",
+        UnreachableError,
+        "ssh cannot read its configuration",
+        "correct it until `{ssh}` works",
+    ),
+)
+
+
+class Connection:
+    """A connection that several commands share; use it in a `with` block.
+
+    Every method raises UnreachableError when the board cannot be reached or the connection is lost, VerificationError
+    when the host key is wrong, and the error of the command, by its exit code, when the command fails.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._folder = tempfile.TemporaryDirectory(prefix="edgetune-")
+        # Paths of sockets have at most 104 bytes, of which ssh itself adds 17.
+        control = ("-o", f"ControlPath={self._folder.name}/c")
+        port = () if target.port is None else ("-p", str(target.port))
+        options = tuple(word for option in _OPTIONS for word in ("-o", option))
+        self._words = ("ssh", "-T", *options, *control, *port)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            command = [*self._words, "-O", "exit", "--", self.target.host]
+            subprocess.run(command, capture_output=True, check=False, timeout=10)
+        self._folder.cleanup()
+
+    def run(self, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
+        """Run a command with `data` on its standard input; its standard output, which must be short."""
+        with self._started(command) as process:
+            # Why a command stopped reading is in its exit code.
+            with contextlib.suppress(BrokenPipeError):
+                for part in data:
+                    _pipe(process.stdin).write(part)
+            out, problems = process.communicate()
+        return self._checked(process.returncode, out, problems)
+
+    @contextmanager
+    def holding(self, command: Sequence[str], ready: str) -> Iterator[None]:
+        """Run a command that says the line `ready` when it is, and end its standard input when the block ends.
+
+        Until then the command gets a byte every few seconds, as a sign of life.
+        """
+        with self._started(command) as process:
+            # A login shell may print something first.
+            if not any(line.decode(errors="replace").strip() == ready for line in _pipe(process.stdout)):
+                out, problems = process.communicate()
+                self._checked(process.returncode, out, problems)
+            ended = threading.Event()
+            alive = threading.Thread(target=_keep_alive, args=(_pipe(process.stdin), ended), daemon=True)
+            alive.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                alive.join()
+                with contextlib.suppress(BrokenPipeError):
+                    process.communicate()
+
+    @contextmanager
+    def _started(self, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+        words = [*self._words, "--", self.target.host, shlex.join(command)]
+        pipe = subprocess.PIPE
+        try:
+            started = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe)
+        except FileNotFoundError as error:
+            raise UnreachableError("ssh is not installed", "Debian: apt install openssh-client") from error
+        with started as process:
+            try:
+                yield process
+            except BaseException:
+                process.kill()
+                raise
+
+    def _checked(self, code: int, out: bytes, problems: bytes) -> str:
+        """The output of a command that ended with `code`, or its error."""
+        text = _printable(problems)
+        # A negative code is a signal that ended ssh.
+        if code == _SSH_FAILED or code < 0:
+            raise self._lost(text)
+        if code:
+            # Lines before the error say what the command was doing.
+            last = (text.splitlines() or [f"a command ended with exit code {code}"])[-1]
+            raise _class_of(code)(f"{self.target}: {last.removeprefix(_PROGRAM)}")
+        return out.decode(errors="replace")
+
+    def _lost(self, text: str) -> EdgetuneError:
+        target = self.target
+        port = () if target.port is None else ("-p", str(target.port))
+        name = target.host.rpartition("@")[2]
+        facts = {
+            "ssh": shlex.join(["ssh", *port, target.host]),
+            "entry": shlex.quote(name if target.port in (None, 22) else f"[{name}]:{target.port}"),
+            "known": (re.findall(r"Offending .*? key in (\S+)", text) or ["known_hosts"])[0],
+        }
+        for pattern, cls, problem, remedy in _REASONS:
+            if re.search(pattern, text):
+                return cls(f"{target}: {problem.format(**facts)}", remedy.format(**facts))
+        said = f" ({text.splitlines()[-1]})" if text else ""
+        return UnreachableError(f"{target}: the connection was lost{said}", "run the command again, it resumes")
+
+
+def _keep_alive(stream: IO[bytes], ended: threading.Event) -> None:
+    # The next command reports a lost connection.
+    with contextlib.suppress(BrokenPipeError):
+        while not ended.wait(_SIGN_OF_LIFE_S):
+            stream.write(b"\n")
+            stream.flush()
+
+
+def _class_of(code: int) -> type[EdgetuneError]:
+    """The class of errors with this exit code."""
+    named = (cls for cls in EdgetuneError.__subclasses__() if cls.__module__ == EdgetuneError.__module__)
+    return next((cls for cls in named if cls.exit_code == code), EdgetuneError)
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None
+    return stream
+
+
+def _printable(data: bytes) -> str:
+    """Text of the board that cannot control the terminal, without empty lines."""
+    lines = data.decode(errors="replace").splitlines()
+    clean = ("".join(char if char.isprintable() else " " for char in line).strip() for line in lines)
+    return "\n".join(line for line in clean if line)

@@ -1,0 +1,169 @@
+"""Makes a kit: everything that a board needs to install and run a bundle without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune_devices import boards, fit
+from edgetune_runtime import __version__
+from edgetune_runtime.bundle import GENERATION, MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
+from edgetune_runtime.engines import gguf
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, needs_of_bundle
+
+from edgetune import task_types
+from edgetune.delivery.board.kit import (
+    BUNDLE_FOLDER,
+    ID_LENGTH,
+    KIT_NAME,
+    PROGRAM_NAME,
+    SCHEMA_VERSION,
+    SUMS_NAME,
+    WHEELS_FOLDER,
+    KitFile,
+    parse_kit,
+)
+from edgetune.delivery.wheel import llama_wheel
+from edgetune.progress import Progress
+
+from . import output, sbom, wheels
+from .platforms import Platform, platform_of
+from .program import board_program, install_script
+from .runtime_wheel import runtime_wheel
+
+_PORT = 8080
+_HEADROOM = 1.25
+"""The unit's memory limit in relation to the prediction: the kernel ends a process that exceeds it."""
+
+
+@dataclass(frozen=True)
+class KitResult:
+    """A kit that was written; sizes in bytes. `version` is its id on the board."""
+
+    path: Path
+    version: str
+    bytes: int
+    bundle_bytes: int
+    wheels: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def make_kit(
+    bundle: Path,
+    board: str,
+    out: Path,
+    *,
+    python: str,
+    progress: Progress,
+    engine: str | None = None,
+    with_bundle: bool = True,
+    wheel: Path | None = None,
+    earlier: Sequence[Path] = (),
+) -> KitResult:
+    """Write the kit of a bundle for a board to `out`, a folder, or a tar file if it ends in .tar.
+
+    `python` is the board's Python, a version or "system". `engine` is the bundle's first format if None. `wheel` is
+    a wheel of llama-cpp-python to use instead of building one; `earlier` are wheels of another kit for the same Python
+    and machine, which need not be downloaded. Raises NotFoundError for an unknown board,
+    IncompatibleError if the bundle does not fit on the board or there are no wheels for its Python, UnreachableError if
+    wheels cannot be downloaded.
+    """
+    known = boards.load(board)
+    platform = platform_of(known, python)
+    manifest = read_manifest(bundle)
+    chosen = _engine(manifest, engine)
+    output.check_destination(out)
+    ram_mb = _ram_mb(bundle, manifest, chosen, known)
+    if with_bundle:
+        progress.say(f"checking the files of {manifest.name}")
+        verify_files(bundle, manifest)
+    with tempfile.TemporaryDirectory() as folder:
+        own = _own_wheels(platform, Path(folder), engine=chosen, wheel=wheel, progress=progress)
+        # Requests to the server may ask for JSON or tools, also if no adapter has an output constraint.
+        extras = [chosen, "server", *(["structured"] if manifest.task == GENERATION else [])]
+        found = wheels.collect(extras, platform, [*earlier, *own], Path(folder), progress)
+        contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{item.path.name}": item.path for item in found}
+        contents[PROGRAM_NAME] = board_program()
+        contents["install.sh"] = install_script(platform)
+        contents[sbom.NAME] = sbom.bill_of_materials(manifest.name, __version__, found).encode()
+        if with_bundle:
+            contents |= {f"{BUNDLE_FOLDER}/{name}": resolve(bundle, name) for name in (*manifest.files, MANIFEST_NAME)}
+        files = output.listed(contents)
+        described = describe(manifest.name, platform, files, found, board=known.name, engine=chosen, ram_mb=ram_mb)
+        contents[KIT_NAME] = described
+        contents[SUMS_NAME] = sums = output.sums(files, described)
+        output.write(contents, out, f"{manifest.name}-{known.name}")
+    kit = parse_kit(described.decode())
+    bundle_bytes = sum(file.bytes for file in kit.bundle_files)
+    sizes = [file.bytes for file in files] + [len(described), len(sums)]
+    names = tuple(item.path.name for item in found)
+    return KitResult(out, kit.version, sum(sizes), bundle_bytes, names)
+
+
+def describe(
+    name: str,
+    platform: Platform,
+    files: Sequence[KitFile],
+    found: Sequence[wheels.Wheel],
+    *,
+    board: str,
+    engine: str,
+    ram_mb: int,
+) -> bytes:
+    """The bytes of kit.json."""
+    of_wheels = [f"{file.sha256} {file.path}\n" for file in files if file.path.startswith(f"{WHEELS_FOLDER}/")]
+    manifest = next((file.sha256 for file in files if file.path == f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"), None)
+    raw: Mapping[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        "name": name,
+        "board": board,
+        "machine": platform.machine,
+        "python": platform.python,
+        "engines": [engine],
+        "needs": {
+            "instructions": list(platform.instructions),
+            "glibc": f"2.{max(wheel.glibc_minor for wheel in found)}",
+            "ram_mb": ram_mb,
+            "packages_mb": math.ceil(sum(wheel.installed_bytes for wheel in found) / 1e6),
+        },
+        "wheels": hashlib.sha256(f"{platform.python}\n{''.join(of_wheels)}".encode()).hexdigest()[:ID_LENGTH],
+        "bundle": manifest,
+        "service": {"port": _PORT, "memory_max_mb": math.ceil((ram_mb + SERVER_MB) * _HEADROOM)},
+        "files": [asdict(file) for file in files],
+    }
+    return (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _engine(manifest: Manifest, engine: str | None) -> str:
+    formats = list(manifest.base.files)
+    if engine is not None and engine not in formats:
+        message = f"bundle {manifest.name!r} has no files for --engine {engine}"
+        raise IncompatibleError(message, f"choose one of: {', '.join(formats)}; or build it with targets: [{engine}]")
+    return engine or formats[0]
+
+
+def _ram_mb(bundle: Path, manifest: Manifest, engine: str, board: boards.Board) -> int:
+    """The memory that the bundle needs in MB; IncompatibleError if the board has less."""
+    if task_types.load(manifest.task).offers("fit"):
+        return math.ceil(fit.require_fit(needs_of_bundle(bundle, engine=engine), board).needed_mb)
+    # There is no prediction: twice the files leaves room for activations and caches.
+    return math.ceil(2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb)
+
+
+def _own_wheels(platform: Platform, folder: Path, *, engine: str, wheel: Path | None, progress: Progress) -> list[Path]:
+    """The wheel of the runtime as it is here, in `folder/own`, and for llama.cpp `wheel` or one that is built."""
+    name, data = runtime_wheel()
+    own = folder / "own"
+    own.mkdir()
+    (own / name).write_bytes(data)
+    return [own / name, *([wheel or llama_wheel(platform.name, progress=progress)] if engine == gguf.NAME else [])]

@@ -1,0 +1,105 @@
+"""Writes a kit as a folder or a tar file, with the list of its files; the same contents give the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space, replacing
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.errors import UsageError
+
+from edgetune.delivery.board.kit import KIT_NAME, KitFile
+
+Contents = Mapping[str, Path | bytes]
+"""Files by their path in the kit: where they are, or what is in them."""
+_EXECUTABLE = "install.sh"
+
+
+def listed(contents: Contents) -> list[KitFile]:
+    """Path, digest and size of each file, sorted by path."""
+    return [KitFile(path, *_digest_and_size(contents[path])) for path in sorted(contents)]
+
+
+def sums(files: list[KitFile], kit: bytes) -> bytes:
+    """The text of SHA256SUMS."""
+    digests = {file.path: file.sha256 for file in files} | {KIT_NAME: hashlib.sha256(kit).hexdigest()}
+    return "".join(f"{digests[path]}  {path}\n" for path in sorted(digests)).encode()
+
+
+def check_destination(out: Path) -> None:
+    """UsageError if `out` exists and is neither a kit nor a tar file that may be replaced."""
+    if out.is_dir() and any(out.iterdir()) and not (out / KIT_NAME).is_file():
+        raise UsageError(f"{out} exists and is not a kit", "choose another --out")
+    if out.exists() and is_tar(out) != out.is_file():
+        raise UsageError(f"{out} exists and is not a {'file' if is_tar(out) else 'folder'}", "choose another --out")
+
+
+def is_tar(out: Path) -> bool:
+    """Whether the kit is to be a tar file."""
+    return out.suffix == ".tar"
+
+
+def write(contents: Contents, out: Path, top: str) -> None:
+    """Write the files to `out`, a folder, or a tar file with the folder `top`; it appears when it is complete.
+
+    Replaces an existing kit. OutOfSpaceError if the disk is full.
+    """
+    if is_tar(out):
+        with replacing(out) as temporary:
+            _write_tar(contents, temporary, top)
+        return
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    aside = out.with_name(f".{out.name}.old-{os.getpid()}")
+    try:
+        with raising_out_of_space(out):
+            _write_folder(contents, temporary)
+        if out.exists():
+            out.rename(aside)
+        temporary.rename(out)
+        flush_to_disk(out.parent)
+    finally:
+        for folder in (temporary, aside):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_folder(contents: Contents, folder: Path) -> None:
+    for name, source in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, bytes):
+            path.write_bytes(source)
+        else:
+            shutil.copyfile(source, path)
+        path.chmod(_mode(name))
+
+
+def _write_tar(contents: Contents, path: Path, top: str) -> None:
+    folders = {f"{top}/{parent}" for name in contents for parent in Path(name).parents if str(parent) != "."}
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for name in sorted({top, *folders}):
+            info = tarfile.TarInfo(name)
+            info.type, info.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(info)
+        for name in sorted(contents):
+            source = contents[name]
+            info = tarfile.TarInfo(f"{top}/{name}")
+            info.mode = _mode(name)
+            info.size = len(source) if isinstance(source, bytes) else source.stat().st_size
+            with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+                archive.addfile(info, file)
+
+
+def _mode(name: str) -> int:
+    return 0o755 if name == _EXECUTABLE else 0o644
+
+
+def _digest_and_size(source: Path | bytes) -> tuple[str, int]:
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest(), len(source)
+    return sha256_of(source), source.stat().st_size

@@ -1,0 +1,84 @@
+"""The platform of a board: its machine, its Python, and what pip and environment markers call them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edgetune_devices.boards import Board
+from edgetune_runtime.errors import UsageError
+
+from edgetune.delivery.wheel.platforms import GLIBC
+
+SYSTEM = "system"
+SYSTEM_PYTHON = "3.13"
+"""The Python of Raspberry Pi OS that is based on Debian 13; older systems have 3.11."""
+_OLDEST_GLIBC_MINOR = 17
+# Every 64-bit ARM processor has the first; numpy's wheels for x86-64 need the second (x86-64-v2).
+_INSTRUCTIONS = {
+    "aarch64": ("asimd", "fp"),
+    "x86_64": ("cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"),
+}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A machine as `uname -m` names it, and a Python version such as 3.13.
+
+    With `system_python` the kit uses /usr/bin/python3, and otherwise the first fitting Python in PATH.
+    """
+
+    machine: str
+    python: str
+    system_python: bool = False
+
+    @property
+    def name(self) -> str:
+        """The platform's name, such as linux-aarch64."""
+        return f"linux-{self.machine}"
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """What the kit's libraries need of the processor, by the names in /proc/cpuinfo."""
+        return _INSTRUCTIONS[self.machine]
+
+    def pip_options(self) -> Iterator[str]:
+        """The options that make pip download wheels for this platform.
+
+        All manylinux tags are named: pip does not know that one implies the older ones, and with too few of them it
+        silently takes an older release.
+        """
+        yield from ("--only-binary", ":all:", "--implementation", "cp", "--python-version", self.python)
+        for abi in (f"cp{self.python.replace('.', '')}", "abi3", "none"):
+            yield from ("--abi", abi)
+        tags = [f"manylinux_2_{minor}" for minor in range(GLIBC[1], _OLDEST_GLIBC_MINOR - 1, -1)]
+        for tag in (*tags, "manylinux2014"):
+            yield from ("--platform", f"{tag}_{self.machine}")
+
+    def markers(self) -> dict[str, str]:
+        """The values of environment markers on the board."""
+        return {
+            "implementation_name": "cpython",
+            "implementation_version": f"{self.python}.0",
+            "os_name": "posix",
+            "platform_machine": self.machine,
+            "platform_python_implementation": "CPython",
+            "platform_release": "",
+            "platform_system": "Linux",
+            "platform_version": "",
+            "python_full_version": f"{self.python}.0",
+            "python_version": self.python,
+            "sys_platform": "linux",
+        }
+
+
+def platform_of(board: Board, python: str) -> Platform:
+    """The platform of a board with Python `python`, a version or "system"; UsageError for a version that is too old."""
+    is_x86 = any(name.startswith("x86-64") for name in board.instruction_sets)
+    chosen = SYSTEM_PYTHON if python == SYSTEM else python
+    if not re.fullmatch(r"3\.\d{1,2}", chosen):
+        raise UsageError(f"--python {python!r} is no version", f"write one such as {SYSTEM_PYTHON}, or {SYSTEM}")
+    if int(chosen.partition(".")[2]) < 11:
+        raise UsageError(f"--python {python}: edgetune-runtime needs Python 3.11 or newer", f"use {SYSTEM_PYTHON}")
+    return Platform("x86_64" if is_x86 else "aarch64", chosen, system_python=python == SYSTEM)

@@ -1,0 +1,45 @@
+"""Packs the program that runs on the board, and the script that starts it."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import edgetune_runtime
+
+from edgetune import delivery
+from edgetune.delivery import board
+from edgetune.templates import environment_of
+
+from .archives import zip_bytes
+from .platforms import Platform
+
+RUNTIME_MODULES = ("atomic", "bundle", "errors", "interrupts", "wording")
+"""The modules of the runtime that the program uses; they import nothing but the standard library and each other."""
+_MAIN = """\
+import sys
+from edgetune.delivery.board.main import main
+
+sys.exit(main())
+"""
+_INSTALL = "install.sh.jinja"
+
+
+def board_program() -> bytes:
+    """The zipapp board.pyz."""
+    contents = {"__main__.py": _MAIN.encode()}
+    empty = [f"{'/'.join(delivery.__name__.split('.')[: depth + 1])}/__init__.py" for depth in range(2)]
+    empty.append(f"{edgetune_runtime.__name__}/__init__.py")
+    contents |= dict.fromkeys(empty, b"")
+    for path in sorted(Path(*board.__path__).glob("*.py")):
+        contents[f"{board.__name__.replace('.', '/')}/{path.name}"] = path.read_bytes()
+    for name in RUNTIME_MODULES:
+        source = files(edgetune_runtime) / f"{name}.py"
+        contents[f"{edgetune_runtime.__name__}/{name}.py"] = source.read_bytes()
+    return zip_bytes(contents)
+
+
+def install_script(platform: Platform) -> bytes:
+    """The script install.sh, which finds a Python for the kit's wheels and runs board.pyz with it."""
+    template = environment_of(Path(__file__).parent, autoescape=False).get_template(_INSTALL)
+    return template.render(platform=platform).encode()

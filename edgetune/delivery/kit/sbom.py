@@ -1,0 +1,74 @@
+"""The software bill of materials of a kit in CycloneDX: versions, digests and SPDX licences of its wheels."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgetune_runtime.bundle import sha256_of
+
+from .wheels import Wheel
+
+NAME = "sbom.cdx.json"
+_SPEC_VERSION = "1.6"
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "edgetune")
+# What wheels without License-Expression say, in the words of SPDX.
+_SPDX = {
+    "MIT": "MIT",
+    "MIT License": "MIT",
+    "Apache 2.0": "Apache-2.0",
+    "Apache License 2.0": "Apache-2.0",
+    "Apache Software License": "Apache-2.0",
+    "BSD-3-Clause": "BSD-3-Clause",
+    "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
+    "Python Software Foundation License": "PSF-2.0",
+}
+_BSD = ("BSD", "BSD License")
+
+
+def bill_of_materials(name: str, version: str, wheels: Sequence[Wheel]) -> str:
+    """The text of sbom.cdx.json; without a time, so that the same wheels give the same text."""
+    components = [_component(wheel) for wheel in wheels]
+    subject = {"type": "application", "bom-ref": name, "name": name, "version": version}
+    raw = {
+        "$schema": f"http://cyclonedx.org/schema/bom-{_SPEC_VERSION}.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": _SPEC_VERSION,
+        "serialNumber": f"urn:uuid:{uuid.uuid5(_NAMESPACE, json.dumps([subject, components], sort_keys=True))}",
+        "version": 1,
+        "metadata": {"component": subject},
+        "components": components,
+    }
+    return json.dumps(raw, indent=2, sort_keys=True) + "\n"
+
+
+def _component(wheel: Wheel) -> Mapping[str, Any]:
+    version = wheel.metadata["Version"]
+    expression = license_of(wheel)
+    purl = f"pkg:pypi/{wheel.name}@{version}"
+    return {
+        "type": "library",
+        "bom-ref": purl,
+        "name": wheel.name,
+        "version": version,
+        "purl": purl,
+        "hashes": [{"alg": "SHA-256", "content": sha256_of(wheel.path)}],
+        "licenses": [{"expression": expression} if expression else {"license": {"name": "see the wheel"}}],
+    }
+
+
+def license_of(wheel: Wheel) -> str | None:
+    """The SPDX expression of a wheel's licence, from its metadata; None if that says none that is known."""
+    expression: str | None = wheel.metadata["License-Expression"]
+    if expression:
+        return expression
+    prefix = "License :: OSI Approved :: "
+    said = [text.removeprefix(prefix) for text in wheel.metadata.get_all("Classifier", []) if text.startswith(prefix)]
+    said += [wheel.metadata["License"] or ""]
+    known = next((_SPDX[text] for text in said if text in _SPDX), None)
+    if known is None and any(text in _BSD for text in said):
+        # The name does not tell the number of clauses.
+        known = "BSD-3-Clause" if "Neither the name" in wheel.text("LICENSE") else "BSD-2-Clause"
+    return known

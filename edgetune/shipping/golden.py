@@ -1,0 +1,127 @@
+"""Chooses the golden answers of a bundle: for each adapter and format one prompt, and what the runtime answers to it.
+
+Engines round differently on another processor, which may decide a near tie otherwise. So of a few rows the one is
+chosen whose answer is furthest from one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from edgetune_export.adapters.shapes import Floats, Merged
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import GoldenAnswer, Manifest
+from edgetune_runtime.decoding.constraint import Constraint
+from edgetune_runtime.errors import PromptTooLongError
+from edgetune_runtime.golden import ask, options_of
+from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.options import split_form
+
+from edgetune.data import TaskRow
+from edgetune.progress import Progress
+
+from .exported import TrainedAdapter
+
+MAX_TOKENS = 24
+"""Length of the answers: long enough to show a wrong file, and with few steps that could be near ties."""
+_TEXT_CHARACTERS = 80
+
+
+def with_golden(bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdapter], progress: Progress) -> Manifest:
+    """The manifest of `bundle` with a golden answer for each adapter that has `golden_rows`, in each format."""
+    rows = {adapter.name: adapter.golden_rows for adapter in adapters if adapter.golden_rows}
+    if not rows:
+        return manifest
+    progress.say("storing a golden answer per adapter")
+    longest = max(len(row) for adapter in adapters for row in adapter.probes)
+    longest += max(entry.prefix_tokens for entry in manifest.adapters.values()) + MAX_TOKENS
+    length = min(longest, manifest.context_length)
+    entries = dict(manifest.adapters)
+    for engine in manifest.base.files:
+        for names in _groups(manifest, engine, rows):
+            options: dict[str, Any] = {"context_length": length, "cache_mb": 0, "disk_mb": 0, "contexts": 1}
+            with Runtime.open(bundle, engine=engine, verify=False, **options) as runtime:
+                for name in names:
+                    golden = _golden(runtime, name, rows[name])
+                    if golden is None:
+                        progress.say(f"  {engine} {name}: no golden answer, as no row fits in {length} tokens")
+                        continue
+                    entries[name] = replace(entries[name], golden={**entries[name].golden, engine: golden})
+    return replace(manifest, adapters=entries)
+
+
+def _groups(manifest: Manifest, engine: str, rows: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The adapters to open together: each merged model alone, because it stays in memory."""
+    merged = [name for name in rows if manifest.adapters[name].shapes[engine] == Merged.shape]
+    yield [name for name in rows if name not in merged]
+    yield from ([name] for name in merged)
+
+
+def _golden(runtime: Runtime, name: str, rows: Sequence[TaskRow]) -> GoldenAnswer | None:
+    """The answer with the largest margin to one of the rows; None if none of them fits in the context."""
+    found = []
+    for row in rows:
+        with suppress(PromptTooLongError):
+            found.append(_answered(runtime, name, row))
+    # An empty answer shows little.
+    return max(found, key=lambda golden: (golden.answer != "", _margin_of(golden)), default=None)
+
+
+def _margin_of(golden: GoldenAnswer) -> float:
+    return math.inf if golden.margin is None else golden.margin
+
+
+def _answered(runtime: Runtime, name: str, row: TaskRow) -> GoldenAnswer:
+    prompt: str | tuple[dict[str, Any], ...]
+    prompt = (row.text or "")[:_TEXT_CHARACTERS] if row.messages is None else tuple(map(dict, row.messages))
+    tools = None if row.tools is None else tuple(row.tools.definitions)
+    question = GoldenAnswer(prompt, "", MAX_TOKENS, tools=tools)
+    margin = _label_margin if runtime.manifest.adapter(name).labels else _token_margin
+    found = margin(runtime, name, question)
+    return replace(
+        question, answer=ask(runtime, name, question), margin=round(found, 3) if math.isfinite(found) else None
+    )
+
+
+def _label_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> float:
+    """The lead of the most likely label over the second, in nats."""
+    second, best = sorted(runtime.classify(question.prompt, adapter=name)[1].values())[-2:]
+    return math.log(best / second) if second else math.inf
+
+
+def _token_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> float:
+    """The smallest lead of the best token over the second among those that the output constraint allows, in nats."""
+    options = {**options_of(question), "logprobs": 0}
+    answer = runtime.generate(question.prompt, adapter=name, **options)
+    tokens = [logprob.token for logprob in answer.logprobs or ()]
+    form, _ = split_form(options)
+    call = loaded_bundle(runtime).call(question.prompt, name, form=form, raw=options["raw"])
+    has_ended = answer.stop_reason == "end"
+    smallest = math.inf
+    with call.pool.lease(call.job) as context:
+        rows = [context.run(call.job).logits]
+        # If the answer was cut, the last token was not computed and may not fit.
+        computed = tokens if has_ended else tokens[:-1]
+        rows += list(context.extend(computed)) if computed else []
+    for row, token in zip(rows, [*tokens, None], strict=False):
+        smallest = min(smallest, _lead(row, call.constraint))
+        if token is not None and call.constraint is not None:
+            call.constraint.accept(token)
+    return smallest
+
+
+def _lead(row: Floats, constraint: Constraint | None) -> float:
+    """The lead of the best token over the second in a row of logits; infinite where there is no choice."""
+    if constraint is not None and (constraint.is_complete or constraint.forced()):
+        return math.inf
+    allowed = row if constraint is None else constraint.mask(row)
+    if allowed is None:
+        return math.inf
+    second, best = np.partition(allowed, -2)[-2:]
+    return float(best - second)

@@ -1,0 +1,96 @@
+"""ggml's own libraries: loads the CPU backend where it is a file of its own, and tells which one computes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from itertools import takewhile
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from edgetune_runtime.errors import IncompatibleError
+
+_STATIC = "built-in"
+"""The variant of a library with only one CPU backend, linked into it."""
+
+
+class CpuBackend(NamedTuple):
+    """The code that computes: the name of the variant, such as armv8.2_2, and the processor features that it uses."""
+
+    variant: str
+    features: tuple[str, ...]
+
+
+class _Feature(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_char_p))
+
+
+class _SymbolInfo(ctypes.Structure):
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def open_library(llama_cpp: ModuleType, name: str) -> ctypes.CDLL:
+    """The library `name`, such as ggml-base, that llama_cpp comes with; IncompatibleError if it is missing."""
+    folder = library_folder(llama_cpp)
+    names = {"darwin": (f"lib{name}.dylib",), "win32": (f"{name}.dll", f"lib{name}.dll")}
+    candidates = [folder / file for file in names.get(sys.platform, (f"lib{name}.so",))]
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    if path is None:
+        raise IncompatibleError(f"no library {name} in {folder}", "install llama-cpp-python again")
+    return ctypes.CDLL(str(path))
+
+
+def library_folder(llama_cpp: ModuleType) -> Path:
+    """The folder that llama_cpp loads its libraries from."""
+    return Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(str(llama_cpp.__file__)).parent / "lib")
+
+
+def _registry(llama_cpp: ModuleType) -> ctypes.CDLL:
+    """The library through which the functions of llama.cpp's own backend registry are found."""
+    # Wheels contain libggml under several names, and each name that is opened is a copy with a registry of its own.
+    # Only Windows does not look for a function in the libraries that a library needs.
+    return open_library(llama_cpp, "ggml" if sys.platform == "win32" else "llama")
+
+
+def load_backends(llama_cpp: ModuleType) -> None:
+    """Load the fastest CPU backend that this processor supports, if the libraries do not contain one already.
+
+    IncompatibleError if none fits the processor.
+    """
+    ggml = _registry(llama_cpp)
+    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+    if ggml.ggml_backend_reg_count() > 0:
+        return
+    # llama.cpp itself would search the folder of the Python interpreter and the current folder.
+    ggml.ggml_backend_load_all_from_path(ctypes.c_char_p(os.fsencode(library_folder(llama_cpp))))
+    if ggml.ggml_backend_reg_count() == 0:
+        message = f"none of the CPU backends in {library_folder(llama_cpp)} runs on this processor"
+        raise IncompatibleError(message, "install a wheel for this processor: see `edgetune wheel --help`")
+
+
+def cpu_backend(llama_cpp: ModuleType) -> CpuBackend:
+    """The CPU backend that is loaded."""
+    ggml = _registry(llama_cpp)
+    ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+    ggml.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
+    backend = ctypes.c_void_p(ggml.ggml_backend_reg_by_name(b"CPU"))
+    address = ggml.ggml_backend_reg_get_proc_address(backend, b"ggml_backend_get_features")
+    features = ctypes.CFUNCTYPE(ctypes.POINTER(_Feature), ctypes.c_void_p)(address)(backend)
+    # The list ends with a feature without a name; an array of C has no length.
+    names = [feature.name.decode() for feature in takewhile(lambda feature: feature.name, features)]
+    return CpuBackend(_variant_at(address), tuple(names))
+
+
+def _variant_at(address: int) -> str:
+    """The variant in the name of the file that the code at `address` was loaded from."""
+    symbol = _SymbolInfo()
+    if sys.platform == "win32" or not ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(symbol)):
+        return _STATIC
+    return Path(os.fsdecode(symbol.file)).name.partition("ggml-cpu-")[2].removesuffix(".so") or _STATIC

@@ -1,0 +1,29 @@
+"""A request for answers, whichever API the client speaks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgetune_runtime.generation import Answer
+from edgetune_runtime.loaded import Adapters
+from edgetune_runtime.text.chat import Prompt
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """What a client asks for, whichever API it speaks.
+
+    `model` is the name that it used. `prompts` each get `count` answers. `options` are those of `Runtime.generate`,
+    `raw` among them. `finish` makes of a whole answer what is sent; its text is then not sent in pieces.
+    """
+
+    model: str
+    adapters: Adapters
+    prompts: Sequence[Prompt]
+    options: dict[str, Any] = field(default_factory=dict)
+    count: int = 1
+    finish: Callable[[Answer], Answer] | None = None
+    arrived: float = field(default_factory=time.monotonic)

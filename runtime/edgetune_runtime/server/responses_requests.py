@@ -1,0 +1,108 @@
+"""Bodies of OpenAI's /v1/responses in, the same requests as those of /v1/chat/completions out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .fields import Fields
+from .messages import message_of
+from .models import Models
+from .openai_requests import OpenAIRequest, chat_request
+from .settings import Limits
+
+_UNSUPPORTED: Mapping[str, object] = {
+    "previous_response_id": None,
+    "conversation": None,
+    "background": False,
+    "prompt": None,
+    "include": [],
+    "top_logprobs": 0,
+    "max_tool_calls": None,
+}
+_SAME = ("model", "adapters", "stream", "temperature", "top_p", "min_p", "top_k", "repeat_penalty", "seed", "stop")
+_ITEMS = ("message", "function_call", "function_call_output")
+_ECHOED = ("instructions", "max_output_tokens", "metadata", "temperature", "top_p")
+
+
+@dataclass(frozen=True)
+class ResponsesRequest:
+    """The request, and the members of its body that the response repeats."""
+
+    chat: OpenAIRequest
+    repeated: Mapping[str, Any]
+
+
+def responses_request(body: Mapping[str, Any], models: Models, limits: Limits) -> ResponsesRequest:
+    """A body of /v1/responses."""
+    fields = Fields(body)
+    fields.forbid(_UNSUPPORTED)
+    chat = {name: body[name] for name in _SAME if name in body}
+    chat |= {"messages": _messages(fields), "max_completion_tokens": fields.integer("max_output_tokens")}
+    chat |= {"tools": _tools(fields), "tool_choice": _tool_choice(fields), "response_format": _format(fields)}
+    chat["parallel_tool_calls"] = parallel = fields.flag("parallel_tool_calls", default=True)
+    reasoning = fields.mapping("reasoning")
+    chat["reasoning_effort"] = None if reasoning is None else reasoning.text("effort")
+    repeated = {name: body.get(name) for name in _ECHOED}
+    repeated |= {"tools": body.get("tools") or [], "tool_choice": body.get("tool_choice") or "auto"}
+    repeated |= {"parallel_tool_calls": parallel, "text": body.get("text") or {"format": {"type": "text"}}}
+    return ResponsesRequest(chat_request(chat, models, limits), repeated)
+
+
+def _messages(fields: Fields) -> list[dict[str, Any]]:
+    given = fields.values.get("input")
+    if isinstance(given, str):
+        messages = [{"role": "user", "content": given}]
+    else:
+        messages = []
+        for item in fields.objects("input"):
+            _add(messages, item)
+    if not messages:
+        fields.refuse("input", "a string or a list of messages")
+    instructions = fields.text("instructions")
+    return [{"role": "system", "content": instructions}, *messages] if instructions else messages
+
+
+def _add(messages: list[dict[str, Any]], item: Fields) -> None:
+    """Add an item of the input; calls become part of the assistant's message before them."""
+    kind = item.choice("type", _ITEMS) or "message"
+    if kind == "message":
+        messages.append(message_of(item))
+    elif kind == "function_call_output":
+        output = message_of(Fields({"role": "tool", "content": item.values.get("output")}))
+        messages.append({**output, "tool_call_id": item.needed_text("call_id")})
+    else:
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": ""})
+        function = {"name": item.needed_text("name"), "arguments": item.text("arguments") or "{}"}
+        call = {"id": item.needed_text("call_id"), "type": "function", "function": function}
+        messages[-1].setdefault("tool_calls", []).append(call)
+
+
+def _tools(fields: Fields) -> list[dict[str, Any]]:
+    """The tools, which are flat here."""
+    tools = []
+    for tool in fields.objects("tools"):
+        if tool.text("type") != "function":
+            tool.refuse("type", "function, as other tools are OpenAI's own")
+        tools.append({"type": "function", "function": {k: v for k, v in tool.values.items() if k != "type"}})
+    return tools
+
+
+def _tool_choice(fields: Fields) -> object:
+    choice = fields.values.get("tool_choice")
+    if not isinstance(choice, dict):
+        return fields.choice("tool_choice", ("auto", "none", "required"))
+    return {"type": "function", "function": {"name": Fields(choice, "tool_choice").needed_text("name")}}
+
+
+def _format(fields: Fields) -> dict[str, Any] | None:
+    """`text.format`, whose schema has a level less than that of `response_format`."""
+    text = fields.mapping("text")
+    wanted = None if text is None else text.mapping("format")
+    if wanted is None or wanted.choice("type", ("text", "json_object", "json_schema")) != "json_schema":
+        return None if wanted is None else dict(wanted.values)
+    if wanted.mapping("schema") is None:
+        wanted.refuse("schema", "a JSON Schema")
+    return {"type": "json_schema", "json_schema": {"schema": wanted.values["schema"]}}

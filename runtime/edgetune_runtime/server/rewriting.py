@@ -1,0 +1,116 @@
+"""Models whose chats a function of the server's user rewrites to the short prompt that an adapter was trained on."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgetune_runtime.errors import EdgetuneError, UsageError
+from edgetune_runtime.generation import Answer
+from edgetune_runtime.tools.calls import ToolCall
+
+from .answer_request import AnswerRequest
+from .problems import RequestError
+
+_LOG = logging.getLogger(__name__)
+_FORM = "NAME=MODULE:FUNCTION"
+
+
+class Reply(Protocol):
+    """What goes back to the client: a text, or calls with `name` and `arguments`."""
+
+    @property
+    def text(self) -> str:
+        """What is said."""
+
+    @property
+    def calls(self) -> Sequence[Mapping[str, Any]]:
+        """The calls."""
+
+
+class Rewritten(Protocol):
+    """A chat in short: the adapter, its prompt, and the schema of its answer."""
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter; None for the base."""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt."""
+
+    @property
+    def schema(self) -> Mapping[str, Any] | None:
+        """The JSON Schema; None for the output constraint of the adapter, if it has one."""
+
+    def reply(self, answer: str) -> Reply:
+        """What an answer of the adapter means."""
+
+
+Rewrite = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Rewritten]
+"""Takes the messages and the tools of a chat, as the client sent them."""
+
+
+@dataclass(frozen=True)
+class Rewriter:
+    """A model `name` whose chats `function` rewrites."""
+
+    name: str
+    function: Rewrite
+
+    @classmethod
+    def load(cls, given: str, folder: Path) -> Rewriter:
+        """The function that NAME=MODULE:FUNCTION names; modules are also looked for in `folder`.
+
+        Raises UsageError for another form, and for a module or function that cannot be loaded.
+        """
+        name, equals, place = given.partition("=")
+        module, colon, function = place.partition(":")
+        if not (name and equals and module and colon and function):
+            raise UsageError(
+                f"--rewrite {given!r} is not {_FORM}", f"give {_FORM}, such as assist=assist.prompt:rewrite"
+            )
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+        try:
+            found = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, SyntaxError) as error:
+            remedy = f"check the name, and that --app-dir (now {folder}) is the folder that has {module}"
+            raise UsageError(f"--rewrite {given!r} cannot be loaded: {error}", remedy) from error
+        if not callable(found):
+            raise UsageError(f"--rewrite {given!r} is no function", "name a function of messages and tools")
+        return cls(name, found)
+
+    async def rewrite(self, request: AnswerRequest) -> AnswerRequest:
+        """The request to the adapter. RequestError for one that is no plain chat, or that the function fails with."""
+        if any(isinstance(prompt, str) for prompt in request.prompts) or "schema" in request.options:
+            kind = "format" if "schema" in request.options else "prompt"
+            raise RequestError(f"model {self.name!r} answers chats without a {kind} of their own", "send messages only")
+        options = {key: value for key, value in request.options.items() if key not in {"tools", "tool_choice"}}
+        tools = request.options.get("tools", ())
+        # A chat has one prompt, which is its messages.
+        messages: Any = request.prompts[0]
+        try:
+            made = await asyncio.to_thread(self.function, messages, tools)
+        except EdgetuneError:
+            raise
+        except Exception as error:
+            _LOG.exception("the rewriter %s failed", self.name)
+            message = f"model {self.name!r} cannot read this chat: {type(error).__name__}: {error}"
+            raise RequestError(message, "see the server's log") from error
+        if made.schema is not None:
+            options["schema"] = made.schema
+
+        def finish(answer: Answer) -> Answer:
+            reply = made.reply(answer.text)
+            calls = tuple(ToolCall(call["name"], dict(call["arguments"]), uuid.uuid4().hex[:9]) for call in reply.calls)
+            return replace(answer, content=reply.text, tool_calls=calls)
+
+        return replace(request, adapters=made.adapter, prompts=[made.prompt], options=options, finish=finish)

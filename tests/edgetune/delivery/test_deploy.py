@@ -1,0 +1,464 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime.bundle import MANIFEST_NAME, sha256_of
+from edgetune_runtime.errors import (
+    BusyError,
+    IncompatibleError,
+    NotFoundError,
+    UnreachableError,
+    UsageError,
+    VerificationError,
+)
+from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, write_bundle
+from sshd import Sshd, cut_ssh, free_port, needs_sshd
+
+from edgetune.cli.main import main
+from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME
+from edgetune.delivery.board.transfer import HELD
+from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
+from edgetune.delivery.deploy.kits import Kits
+from edgetune.delivery.deploy.probe import BoardFacts
+from edgetune.delivery.deploy.ssh import Connection
+from edgetune.delivery.deploy.target import Target, parse_target
+from edgetune.progress import Progress
+
+pytestmark = needs_sshd
+
+
+@dataclass(frozen=True)
+class Board:
+    """A board, and the deploys of a test to it."""
+
+    sshd: Sshd
+    prefix: Path
+    work: Path
+    maker: KitMaker
+
+    @property
+    def target(self) -> Target:
+        return parse_target(self.sshd.target)
+
+    @property
+    def where(self) -> Where:
+        return Where("home", str(self.prefix))
+
+    def kits(self, bundle: Path, **changes: object) -> Kits:
+        """The kits of a bundle; `changes` go into kit.json."""
+
+        def change(text: bytes) -> bytes:
+            return json.dumps({**json.loads(text), **changes}).encode()
+
+        def make(_board: str, _python: str, out: Path, _earlier: Sequence[Path]) -> None:
+            self.maker.write(contents(bundle), out, change=change)
+
+        return Kits(bundle, json.dumps(changes), make, self.work / "kits")
+
+    def deploy(self, bundle: Path, *, waits_healthy: bool = False, **changes: object) -> Deployed:
+        options = DeployOptions("laptop", waits_healthy=waits_healthy)
+        return deploy(self.target, self.where, self.kits(bundle, **changes), options, Progress(quiet=True))
+
+    def states(self) -> list[tuple[str, str]]:
+        return [(item["version"], item["state"]) for item in list_versions(self.target, self.where).versions]
+
+
+def contents(bundle: Path) -> dict[str, Path | bytes]:
+    return {str(path.relative_to(bundle)): path for path in bundle.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def maker(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
+    return KitMaker(tmp_path_factory.mktemp("kits"))
+
+
+@pytest.fixture(scope="module")
+def environments(maker: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The virtual environments that an install of a kit makes."""
+    prefix = tmp_path_factory.mktemp("installed") / "home"
+    assert install_sh(maker("one"), "--prefix", str(prefix)).returncode == 0
+    return prefix / "venvs"
+
+
+@pytest.fixture
+def bare(sshd: Sshd, maker: KitMaker, tmp_path: Path) -> Board:
+    """A board on which nothing is installed."""
+    return Board(sshd, tmp_path / "board", tmp_path, maker)
+
+
+@pytest.fixture
+def board(bare: Board, environments: Path) -> Board:
+    """A board that has the virtual environment, so that no wheels are sent and installed."""
+    (bare.prefix / "venvs").mkdir(parents=True)
+    for path in environments.iterdir():
+        (bare.prefix / "venvs" / path.name).symlink_to(path)
+    return bare
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "home", "one")
+
+
+def test_a_second_deploy_sends_nothing_and_a_changed_bundle_only_what_changed(bare: Board, bundle: Path) -> None:
+    first = bare.deploy(bundle)
+    assert first.changed
+    kit = bare.kits(bundle).kit_for("laptop", PYTHON).kit
+    described = sum((bare.prefix / "incoming" / name).stat().st_size for name in (KIT_NAME, SUMS_NAME))
+    needed = [*kit.wheel_files, *kit.bundle_files]
+    assert first.sent_bytes == described + sum(file.bytes for file in needed)
+    assert bare.states() == [(first.version, "current")]
+    assert ask(bare.prefix) == "one"
+
+    again = bare.deploy(bundle)
+    assert (again.version, again.changed, again.sent_bytes) == (first.version, False, 0)
+    assert str(again) == f"{bare.sshd.target}: version {first.version} was there already, nothing sent"
+
+    second = bare.deploy(write_bundle(bundle, "two"))
+    described = sum((bare.prefix / "incoming" / name).stat().st_size for name in (KIT_NAME, SUMS_NAME))
+    assert second.sent_bytes == described + len("two") + (bundle / MANIFEST_NAME).stat().st_size
+    assert bare.states() == [(second.version, "current"), (first.version, "previous")]
+    assert ask(bare.prefix) == "two"
+
+
+def test_rollback_switches_to_the_version_before_and_back(board: Board, bundle: Path) -> None:
+    first = board.deploy(bundle)
+    with pytest.raises(NotFoundError, match=f"{board.sshd.target}: .* no version before"):
+        roll_back(board.target, board.where)
+    second = board.deploy(write_bundle(bundle, "two"))
+    assert roll_back(board.target, board.where).version == first.version
+    assert board.states() == [(first.version, "current"), (second.version, "previous")]
+
+
+def test_a_bundle_that_is_not_installed_cannot_be_listed(board: Board) -> None:
+    with pytest.raises(NotFoundError, match=f"home is not installed in {board.prefix}; deploy it first"):
+        list_versions(board.target, board.where)
+
+
+def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(
+    board: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = board.deploy(bundle)
+    data = os.urandom(3_000_000)
+    (bundle / "large").write_bytes(data)
+    write_bundle(bundle, "two")
+    part = board.prefix / f"files/{sha256_of(bundle / 'large')}.part"
+    whole = Connection.run
+
+    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
+        return whole(self, command, cutting(data) if "receive" in command else data)
+
+    def cutting(chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+            if len(chunk) > 100_000:
+                wait_for(lambda: part.exists() and part.stat().st_size > 0)
+                cut_ssh()
+
+    monkeypatch.setattr(Connection, "run", run)
+    with pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"):
+        board.deploy(bundle)
+    monkeypatch.setattr(Connection, "run", whole)
+    assert board.states() == [(first.version, "current")]
+    assert ask(board.prefix) == "one"
+    wait_for(lambda: not is_locked(board.prefix / "deploy.lock"))
+    assert 0 < part.stat().st_size < len(data)
+    second = board.deploy(bundle)
+    assert second.sent_bytes < len(data)
+    assert (board.prefix / "current/bundle/large").read_bytes() == data
+    assert board.states() == [(second.version, "current"), (first.version, "previous")]
+
+
+def is_locked(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_file_that_was_damaged_on_the_way_is_refused(board: Board, bundle: Path) -> None:
+    first = board.deploy(bundle)
+    kits = board.kits(write_bundle(bundle, "two"))
+    kits.kit_for("laptop", PYTHON)
+    (bundle / "answer.txt").write_text("ten")
+    with pytest.raises(VerificationError, match="are damaged; run the deploy again"):
+        deploy(board.target, board.where, kits, DeployOptions("laptop"), Progress(quiet=True))
+    assert board.states() == [(first.version, "current")]
+
+
+def test_a_damaged_bundle_and_a_damaged_kit_are_not_sent(board: Board, bundle: Path) -> None:
+    kit = board.kits(bundle).kit_for("laptop", PYTHON)
+    program = kit.folder / "board.pyz"
+    program.write_bytes(b"damaged")
+    # It is made again.
+    assert board.kits(bundle).kit_for("laptop", PYTHON).folder == kit.folder
+    assert program.read_bytes() != b"damaged"
+    with (bundle / "base/model.gguf").open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(VerificationError, match=r"base/model.gguf does not match its digest"):
+        board.kits(bundle)
+
+
+def test_the_kit_of_a_changed_bundle_gets_the_wheels_of_the_one_before(board: Board, bundle: Path) -> None:
+    calls = []
+
+    def make(_board: str, _python: str, out: Path, earlier: Sequence[Path]) -> None:
+        calls.append([path.name for path in earlier])
+        board.maker.write(contents(bundle), out)
+
+    for answer in ("one", "one", "two"):
+        kits = Kits(write_bundle(bundle, answer), None, make, board.work / "kits")
+        made = kits.kit_for("laptop", PYTHON)
+    assert calls == [[], [file.name for file in made.kit.wheel_files]]
+    assert calls[1]
+
+
+def test_a_file_damaged_on_the_board_is_sent_again(board: Board, bundle: Path) -> None:
+    board.deploy(bundle)
+    model = board.prefix / "current/bundle/base/model.gguf"
+    model.chmod(0o644)
+    model.write_bytes(b"x" * model.stat().st_size)
+    again = board.deploy(bundle)
+    assert again.sent_bytes == model.stat().st_size
+    assert ask(board.prefix) == "one"
+
+
+def test_another_answer_than_the_golden_one_keeps_the_old_version(board: Board, bundle: Path) -> None:
+    first = board.deploy(bundle)
+    with pytest.raises(VerificationError) as error:
+        board.deploy(write_bundle(bundle, "wrong"))
+    assert f"{board.sshd.target}: version" in str(error.value)
+    assert "1 of 1 adapters answer differently" in str(error.value)
+    assert board.states()[0] == (first.version, "current")
+    assert ask(board.prefix) == "one"
+
+
+def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
+    kit = board.kits(bundle).kit_for("laptop", PYTHON)
+    hold = ["python3", str(kit.folder / "board.pyz"), "hold", "--prefix", str(board.prefix)]
+    problem = f"another deploy is writing to {board.prefix}; wait for it to end"
+    with Connection(board.target) as other, other.holding(hold, HELD), pytest.raises(BusyError, match=problem):
+        board.deploy(bundle)
+    assert board.deploy(bundle).changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"machine": "aarch64", "board": "pi-4"}, r"this machine is x86_64, the kit is for aarch64 \(pi-4\)"),
+        ({"needs": {"instructions": ["amx"], "glibc": "2.0", "ram_mb": 1, "packages_mb": 1}}, "lacks amx"),
+        (
+            {"needs": {"instructions": [], "glibc": "2.0", "ram_mb": 10**7, "packages_mb": 1}},
+            "needs 10000000 MB of mem",
+        ),
+        (
+            {"wheels": "another", "needs": {"instructions": [], "glibc": "2.0", "ram_mb": 1, "packages_mb": 10**9}},
+            "needs 10000000.. MB of disk",
+        ),
+    ],
+)
+def test_a_board_that_is_not_enough_gets_no_file(
+    board: Board, bundle: Path, changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(IncompatibleError, match=rf"^{board.sshd.target}: .*{problem}.*; ") as error:
+        board.deploy(bundle, **changes)
+    assert "\n" not in str(error.value)
+    (program,) = (board.prefix / "files").iterdir()
+    assert program.stat().st_size < 100_000
+
+
+@pytest.mark.parametrize(
+    ("program", "text", "problem"),
+    [
+        ("getconf", "32", "the system is 32-bit on x86_64; install a 64-bit system"),
+        ("uname", "armv7l", "the system is 64-bit on armv7l; install a 64-bit system"),
+        ("python3", "3.9", "the board has Python 3.9; install 3.11 or newer"),
+        ("python3", "", "the board has no python3; install 3.11 or newer"),
+    ],
+)
+def test_a_system_that_is_not_enough_is_named(
+    board: Board, bundle: Path, program: str, text: str, problem: str
+) -> None:
+    stub = board.sshd.board_programs / program
+    stub.write_text(f"#!/bin/sh\necho {text}\n")
+    stub.chmod(0o755)
+    try:
+        with pytest.raises(IncompatibleError, match=problem):
+            board.deploy(bundle)
+    finally:
+        stub.unlink()
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "name"),
+    [
+        ("Raspberry Pi Zero 2 W Rev 1.0", "aarch64", "pi-zero-2w"),
+        ("Raspberry Pi 4 Model B Rev 1.4", "aarch64", "pi-4"),
+        ("Raspberry Pi 5 Model B Rev 1.0", "aarch64", "pi-5"),
+        ("", "x86_64", "laptop"),
+    ],
+)
+def test_a_board_is_known_by_its_model(model: str, machine: str, name: str) -> None:
+    facts = BoardFacts("/opt/edgetune/home", machine, model, PYTHON, None, has_unit=False)
+    assert facts.board_name(None) == name
+
+
+def test_a_board_that_is_not_known_must_be_named() -> None:
+    facts = BoardFacts("/opt/edgetune/home", "aarch64", "Toaster 2", PYTHON, None, has_unit=False)
+    with pytest.raises(UsageError, match=r"model 'Toaster 2' is not known; give a similar one with --board: .*pi-4"):
+        facts.board_name(None)
+
+
+def test_a_prefix_that_cannot_be_written_to_is_named(board: Board, bundle: Path) -> None:
+    (board.work / "file").touch()
+    where = Where("home", str(board.work / "file"))
+    with pytest.raises(UsageError, match=r"mkdir: .*; choose another --prefix"):
+        deploy(board.target, where, board.kits(bundle), DeployOptions("laptop"), Progress(quiet=True))
+
+
+@pytest.fixture
+def unit(board: Board) -> Iterator[int]:
+    """The port of a unit that the board has already, with a stand-in for systemctl."""
+    programs = board.sshd.board_programs
+    (programs / "systemctl").write_text(SYSTEMCTL)
+    (programs / "systemctl").chmod(0o755)
+    (programs / "units").symlink_to(board.sshd.folder / ".config")
+    port = free_port()
+    # A user's unit, as root's would be in /etc.
+    settings = {"name": "edgetune-home", "port": port, "user": True}
+    (board.prefix / "service.json").write_text(json.dumps(settings))
+    yield port
+    os.kill(int((programs / "process").read_text()), signal.SIGTERM)
+    (programs / "systemctl").unlink()
+
+
+def test_the_unit_of_a_board_answers_with_the_new_version(board: Board, bundle: Path, unit: int) -> None:
+    for answer in ("one", "two", "two"):
+        board.deploy(write_bundle(bundle, answer), waits_healthy=True)
+        with urllib.request.urlopen(f"http://127.0.0.1:{unit}/", timeout=5) as reply:
+            assert reply.read().decode() == answer
+
+
+def test_a_login_shell_may_print_something(board: Board, bundle: Path) -> None:
+    greeting = board.sshd.folder / ".bashrc"
+    greeting.write_text("echo welcome\n", encoding="utf-8")
+    try:
+        first = board.deploy(bundle)
+        assert board.states() == [(first.version, "current")]
+    finally:
+        greeting.unlink()
+
+
+def test_an_install_goes_on_when_the_connection_is_lost(
+    board: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Connection.run
+
+    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
+        if "install" in command:
+            timer = threading.Timer(0.3, cut_ssh)
+            timer.start()
+        return whole(self, command, data)
+
+    monkeypatch.setattr(Connection, "run", run)
+    with pytest.raises(UnreachableError, match="connection was lost"):
+        board.deploy(bundle)
+    monkeypatch.setattr(Connection, "run", whole)
+    wait_for((board.prefix / "current").exists)
+    wait_for(lambda: not is_locked(board.prefix / "lock"))
+    again = board.deploy(bundle)
+    assert (again.changed, again.sent_bytes) == (False, 0)
+    assert ask(board.prefix) == "one"
+
+
+def test_a_board_with_another_processor_is_refused_before_a_kit_is_made(board: Board, bundle: Path) -> None:
+    with pytest.raises(IncompatibleError, match="the board is x86_64, and --board pi-4 is aarch64"):
+        deploy(board.target, board.where, board.kits(bundle), DeployOptions("pi-4"), Progress(quiet=True))
+
+
+def test_waiting_for_a_unit_needs_one(board: Board, bundle: Path) -> None:
+    with pytest.raises(NotFoundError, match=f"no unit is installed in {board.prefix}; add --service NAME"):
+        board.deploy(bundle, waits_healthy=True)
+
+
+@pytest.fixture
+def run(board: Board, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """`run(*arguments)` of `edgetune deploy`: exit code, standard output, standard error."""
+
+    def make_kit(bundle: Path, _board: str, out: Path, **_options: object) -> None:
+        board.maker.write(contents(bundle), out)
+
+    monkeypatch.setattr("edgetune.delivery.kit.make.make_kit", make_kit)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(board.work / "cache"))
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main(["deploy", *map(str, arguments), "--prefix", str(board.prefix)])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_an_inventory_has_a_line_per_board_and_fails_if_one_fails(
+    board: Board, bundle: Path, run: Callable[..., Any]
+) -> None:
+    hosts = board.work / "hosts.txt"
+    hosts.write_text(f"{board.sshd.target}\nnobody-here@127.0.0.1:{board.sshd.port}\n", encoding="utf-8")
+    code, out, err = run(bundle, "--inventory", hosts, "--parallel", 2)
+    assert code == 1
+    assert sorted(line.split(": ")[1].split(" ")[0] for line in out.splitlines()) == ["failed", "version"]
+    assert err.splitlines()[0] == "edgetune: 1 of 2 boards failed"
+    assert err.splitlines()[1].startswith(f"edgetune: nobody-here@127.0.0.1:{board.sshd.port}: the login was refused")
+    code, out, err = run(bundle, "--inventory", hosts, "--list", "--json")
+    assert code == 1
+    found = {item["host"]: item for item in map(json.loads, out.splitlines())}
+    assert [item["state"] for item in found[board.sshd.target]["versions"]] == ["current"]
+
+
+def test_one_board_shows_its_progress(board: Board, bundle: Path, run: Callable[..., Any]) -> None:
+    code, out, err = run(bundle, board.sshd.target)
+    assert code == 0
+    assert f"{board.sshd.target}: checking the board" in err
+    assert " is the current one, " in out
+    code, out, _ = run(bundle, board.sshd.target, "--json")
+    assert json.loads(out)["sent_bytes"] == 0
+    code, out, _ = run(bundle, board.sshd.target, "--list")
+    assert (code, out.split(" ")[-1]) == (0, "current\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "give one board, or several with --inventory"),
+        (["pi@host", "--rollback", "--list"], "--rollback and --list are given together"),
+        (["pi@host", "--board", "pi-44"], "no board 'pi-44'"),
+        (["pi@host", "--port", "80"], "--listen and --port are those of a unit; add --service NAME"),
+        (["pi host"], "'pi host' is not of the form USER@HOST"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    bundle: Path, run: Callable[..., Any], arguments: list[str], problem: str
+) -> None:
+    code, _, err = run(bundle, *arguments)
+    assert code in {2, 3}
+    assert problem in err
+    assert len(err.splitlines()) == 1

@@ -1,0 +1,297 @@
+"""Installs of kits on this machine, in place of a board."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from edgetune_runtime.errors import BusyError
+from kits import KitMaker, ask, install_sh
+
+from edgetune.delivery.board import main, versions
+from edgetune.delivery.board.durable import locked
+from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, read_kit
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
+    """`make(answer)`: a small kit."""
+    return KitMaker(tmp_path_factory.mktemp("kits"))
+
+
+@pytest.fixture(scope="module")
+def kits(make: KitMaker) -> tuple[Path, Path, Path]:
+    """Three kits of the same wheels that answer one, two and three."""
+    return make("one"), make("two"), make("three")
+
+
+@pytest.fixture(scope="module")
+def installed(kits: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prefix with the first kit."""
+    prefix = tmp_path_factory.mktemp("board") / "home"
+    done = install_sh(kits[0], "--prefix", str(prefix))
+    assert done.returncode == 0, done.stderr
+    return prefix
+
+
+@pytest.fixture
+def prefix(installed: Path, tmp_path: Path) -> Path:
+    """A copy of it, with its hard links."""
+    copy = tmp_path / "home"
+    subprocess.run(["cp", "-a", str(installed), str(copy)], check=True)
+    (copy / "bin/edgetune-run").write_text((copy / "bin/edgetune-run").read_text().replace(str(installed), str(copy)))
+    return copy
+
+
+def run(*words: str | Path) -> int:
+    """Run board.pyz's commands in this process."""
+    return main.main([str(word) for word in words])
+
+
+def state(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Inode, time and contents of everything in a folder."""
+    paths = [path for path in sorted(folder.rglob("*")) if not path.is_dir() or path.is_symlink()]
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_ino, path.lstat().st_mtime_ns, contents(path)) for path in paths
+    }
+
+
+def contents(path: Path) -> bytes:
+    return str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
+
+
+def names(prefix: Path, folder: str) -> set[str]:
+    return {path.name for path in (prefix / folder).iterdir()}
+
+
+def test_an_installed_kit_runs(installed: Path, kits: tuple[Path, Path, Path]) -> None:
+    assert ask(installed) == "one"
+    assert versions.linked(installed, "current") == read_kit(kits[0]).version
+    (mark,) = installed.glob("venvs/*/complete")
+    assert names(mark.parent, ".") >= {"bin", "lib"} and not (mark.parent / "wheels").exists()
+
+
+def test_a_second_install_writes_nothing(prefix: Path, kits: tuple[Path, Path, Path]) -> None:
+    before = state(prefix)
+    done = install_sh(kits[0], "--prefix", str(prefix), "--json")
+    assert json.loads(done.stdout) == {"version": read_kit(kits[0]).version, "changed": False}
+    assert state(prefix) == before
+
+
+def test_a_new_version_shares_unchanged_files_and_the_environment(prefix: Path, kits: tuple[Path, Path, Path]) -> None:
+    before = state(prefix)
+    assert run("install", kits[1], "--prefix", prefix) == 0
+    assert ask(prefix) == "two"
+    first, second = (prefix / "versions" / read_kit(kit).version for kit in kits[:2])
+    assert (second / "bundle/base/model.gguf").samefile(first / "bundle/base/model.gguf")
+    assert {name for name in state(prefix).keys() - before.keys() if name.startswith("venvs")} == set()
+
+
+def test_the_version_before_is_kept_and_older_ones_are_removed(prefix: Path, kits: tuple[Path, Path, Path]) -> None:
+    assert run("install", kits[1], "--prefix", prefix) == 0
+    assert run("install", kits[2], "--prefix", prefix) == 0
+    assert names(prefix, "versions") == {read_kit(kit).version for kit in kits[1:]}
+    kept = {file.sha256 for kit in kits[1:] for file in read_kit(kit).version_files}
+    assert names(prefix, "files") == kept
+    assert run("rollback", "--prefix", prefix) == 0
+    assert ask(prefix) == "two"
+    assert run("rollback", "--prefix", prefix) == 0
+    assert ask(prefix) == "three"
+
+
+def test_the_program_in_the_prefix_knows_its_prefix(
+    prefix: Path, kits: tuple[Path, Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("install", kits[1], "--prefix", prefix) == 0
+    program = [sys.executable, "-I", str(prefix / "current/board.pyz")]
+    listed = json.loads(subprocess.run([*program, "list", "--json"], capture_output=True, check=True).stdout)
+    expected = [(read_kit(kits[1]).version, "current"), (read_kit(kits[0]).version, "previous")]
+    assert [(item["version"], item["state"]) for item in listed] == expected
+    subprocess.run([*program, "activate", expected[1][0]], check=True, capture_output=True)
+    assert ask(prefix) == "one"
+    wrong = subprocess.run([*program, "activate", "nothing"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 3 and "no version 'nothing'" in wrong.stderr
+
+
+def test_a_version_that_answers_differently_does_not_become_the_current_one(
+    prefix: Path, make: KitMaker, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = state(prefix / "versions")
+    assert run("install", make("wrong"), "--prefix", prefix) == 4
+    assert capfd.readouterr().err.splitlines()[-1].startswith("edgetune-board: version ")
+    assert ask(prefix) == "one"
+    assert versions.linked(prefix, "previous") is None
+    assert run("install", make("two"), "--prefix", prefix) == 0
+    assert names(prefix, "versions") & {"wrong"} == set() and before.items() <= state(prefix / "versions").items()
+
+
+def test_a_bundle_without_golden_answers_is_installed_and_says_so(
+    prefix: Path, make: KitMaker, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("install", make("unknown"), "--prefix", prefix) == 0
+    assert "no golden answers" in capfd.readouterr().err
+    assert ask(prefix) == "unknown"
+
+
+def test_an_install_without_activation_leaves_the_current_version(prefix: Path, kits: tuple[Path, Path, Path]) -> None:
+    assert run("install", kits[1], "--prefix", prefix, "--no-activate") == 0
+    assert ask(prefix) == "one"
+    assert run("activate", read_kit(kits[1]).version, "--prefix", prefix) == 0
+    assert ask(prefix) == "two"
+
+
+def test_files_that_the_kit_lacks_come_from_the_store(
+    prefix: Path, kits: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    sent = tmp_path / "incoming"
+    sent.mkdir()
+    for name in (KIT_NAME, SUMS_NAME):
+        shutil.copyfile(kits[1] / name, sent / name)
+    assert run("install", sent, "--prefix", prefix) == 3
+    for file in read_kit(kits[1]).version_files:
+        shutil.copyfile(kits[1] / file.path, prefix / "files" / file.sha256)
+    assert run("install", sent, "--prefix", prefix) == 0
+    assert ask(prefix) == "two"
+
+
+@pytest.mark.parametrize(
+    "path", ["bundle/answer.txt", "bundle/manifest.json", "board.pyz", "install.sh", KIT_NAME, SUMS_NAME, "wheels"]
+)
+def test_a_tampered_kit_is_refused_and_the_old_version_runs(
+    path: str, prefix: Path, make: KitMaker, tmp_path: Path
+) -> None:
+    kit = Path(shutil.copytree(make("new", runtime="2"), tmp_path / "kit"))
+    file = kit / path if path != "wheels" else next((kit / path).glob("edgetune*"))
+    data = bytearray(file.read_bytes())
+    # In a comment of the script, so that it still runs.
+    data[15 if path == "install.sh" else len(data) // 2] ^= 1
+    file.write_bytes(data)
+    done = install_sh(kit, "--prefix", str(prefix))
+    assert done.returncode in {4, 5}
+    assert len([line for line in done.stderr.splitlines() if "copy the kit again" in line]) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ask(prefix) == "one"
+
+
+def test_a_damaged_file_of_an_installed_version_is_repaired(prefix: Path, kits: tuple[Path, Path, Path]) -> None:
+    answer = prefix / "current/bundle/answer.txt"
+    answer.chmod(0o644)
+    answer.write_text("ont")
+    assert run("install", kits[0], "--prefix", prefix) == 0
+    assert ask(prefix) == "one"
+
+
+def changed(**needs: object) -> Callable[[bytes], bytes]:
+    """A change of kit.json: of its needs, or of top-level keys that it has."""
+
+    def change(text: bytes) -> bytes:
+        raw = json.loads(text)
+        for key, value in needs.items():
+            (raw if key in raw else raw["needs"])[key] = value
+        return json.dumps(raw).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("needs", "told"),
+    [
+        ({"machine": "riscv64"}, "the kit is for riscv64"),
+        ({"python": "3.99"}, "the kit's wheels are for Python 3.99"),
+        ({"instructions": ["asimd2"]}, "this processor lacks asimd2"),
+        ({"glibc": "2.999"}, "the kit's wheels need 2.999"),
+        ({"ram_mb": 10**9}, "the bundle needs 1000000000 MB of memory"),
+        ({"packages_mb": 10**9, "wheels": "other"}, "of disk"),
+        ({"schema": 99}, "has schema 99"),
+        ({"name": "../home"}, "'../home' is no valid name"),
+        ({"files": [{"path": "bundle/../../x", "sha256": "0" * 64, "bytes": 1}]}, "outside the kit"),
+    ],
+)
+def test_a_kit_that_does_not_fit_this_machine_is_refused_in_one_line(
+    needs: dict[str, object], told: str, prefix: Path, make: KitMaker, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kit = make("new", change=changed(**needs))
+    assert run("install", kit, "--prefix", prefix) in {4, 5}
+    (line,) = capfd.readouterr().err.splitlines()
+    assert told in line and "; " in line
+    assert ask(prefix) == "one"
+
+
+def test_a_clock_at_1970_is_refused(
+    prefix: Path, kits: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 100.0)
+    assert run("install", kits[1], "--prefix", prefix) == 5
+    assert "the clock says" in capfd.readouterr().err
+    assert ask(prefix) == "one"
+
+
+def test_a_python_that_the_kit_has_no_wheels_for_is_refused_by_the_script(
+    prefix: Path, kits: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("python3", f"python3.{sys.version_info.minor}"):
+        (programs / name).write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1 && exit\nexit 1\n')
+        (programs / name).chmod(0o755)
+    script = kits[1] / "install.sh"
+    text = script.read_text().replace(" /usr/bin/python3;", ";")
+    changed = tmp_path / "install.sh"
+    changed.write_text(text)
+    path = f"{programs}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", changed], capture_output=True, text=True, check=False, env={**os.environ, "PATH": path}
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (5, 1)
+    assert "Python 3.8.1" in done.stderr and "--python" in done.stderr
+
+
+def test_a_system_of_32_bits_is_refused_by_the_script(kits: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    getconf = tmp_path / "getconf"
+    getconf.write_text("#!/bin/sh\necho 32\n")
+    getconf.chmod(0o755)
+    done = install_sh(kits[1], variables={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert (done.returncode, done.stderr.count("\n")) == (5, 1)
+    assert "32 bits" in done.stderr
+
+
+def test_two_installs_at_once_are_refused(
+    prefix: Path, kits: tuple[Path, Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with locked(prefix):
+        assert run("install", kits[1], "--prefix", prefix) == BusyError.exit_code
+    assert "another install" in capfd.readouterr().err
+    assert ask(prefix) == "one"
+
+
+def test_uninstall_leaves_nothing_but_the_files_of_others(prefix: Path, kits: tuple[Path, Path, Path]) -> None:
+    (prefix / "notes").write_text("mine")
+    assert install_sh(kits[0], "uninstall", "--prefix", str(prefix)).returncode == 0
+    assert names(prefix, ".") == {"notes"}
+    assert install_sh(kits[0], "uninstall", "--prefix", str(prefix)).returncode == 3
+
+
+def test_the_default_prefix_is_named_after_the_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert main.default_prefix("home") == tmp_path / "edgetune/home"
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert main.default_prefix("home") == Path("/opt/edgetune/home")
+
+
+def test_check_reports_facts_and_problems(make: KitMaker, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kit = make("new", change=changed(ram_mb=10**9, glibc="2.999"))
+    assert run("check", "--kit", kit, "--prefix", tmp_path / "none", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["bits"] == 64 and found["ram_mb"] > 100 and found["disk_mb"] > 0
+    assert [item["message"].split()[0] for item in found["problems"]] == ["glibc", "the"]
+    assert run("check", "--kit", kit, "--prefix", tmp_path / "none") == 5
+    assert not (tmp_path / "none").exists()

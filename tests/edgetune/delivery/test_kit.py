@@ -1,0 +1,244 @@
+"""Kits of tiny bundles for this machine, with wheels of what is installed here."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import platform as this_machine
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_devices import boards
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import GoldenAnswer
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.golden import ask
+from kits import PYTHON, KitMaker, install_sh
+from packaging.requirements import Requirement
+from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
+from wheels import repack
+
+from edgetune.cli.main import main
+from edgetune.delivery.kit import output
+from edgetune.delivery.kit.make import make_kit
+from edgetune.delivery.kit.platforms import Platform, platform_of
+from edgetune.delivery.kit.runtime_wheel import runtime_wheel
+from edgetune.delivery.kit.sbom import license_of
+from edgetune.delivery.kit.wheels import Wheel, dependencies, read_wheel
+from edgetune.progress import Progress
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
+BOARD = "laptop" if this_machine.machine() == "x86_64" else "pi-5"
+QUIET = Progress(quiet=True)
+LLAMA = "llama-cpp-python"
+NEEDED = (
+    *("anyio", "click", "diskcache", "h11", "idna", "jinja2", "llguidance", "markupsafe", "numpy", "onnxruntime"),
+    *("pip", "prometheus-client", "starlette", "tokenizers", "typing-extensions", "uvicorn", LLAMA),
+)
+
+
+@pytest.fixture(scope="module")
+def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with wheels of all that a kit needs."""
+    folder = tmp_path_factory.mktemp("wheelhouse")
+    for name in NEEDED:
+        repack(name, folder)
+    return folder
+
+
+@pytest.fixture
+def _offline(wheelhouse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pip find wheels in the folder only."""
+    set_offline(monkeypatch, wheelhouse)
+
+
+def set_offline(patch: pytest.MonkeyPatch, wheelhouse: Path) -> None:
+    patch.setenv("PIP_NO_INDEX", "1")
+    patch.setenv("PIP_FIND_LINKS", str(wheelhouse))
+
+
+@pytest.fixture(scope="module")
+def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of both formats with the golden answers of this machine."""
+    source = tiny_source("llama")
+    adapters = {"command": Adapter(low_rank(source.path, seed=1))}
+    bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "home", source.path, adapters)
+    add_onnx(bundle, source, adapters)
+    question = GoldenAnswer(({"role": "user", "content": "turn on the light"},), "", 8)
+    golden = {}
+    for engine in ("gguf", "onnx"):
+        with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
+            golden[engine] = {"prompt": question.prompt, "answer": ask(runtime, "command", question), "max_tokens": 8}
+    change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(golden=golden))
+    return bundle
+
+
+def make(bundle: Path, out: Path, wheelhouse: Path, *options: str) -> int:
+    """Run `edgetune kit` for this machine."""
+    (llama,) = wheelhouse.glob("llama_cpp_python-*")
+    words = ["kit", str(bundle), "--board", BOARD, "--python", PYTHON, "--wheel", str(llama), "--out", str(out)]
+    return main([*words, "--quiet", *options])
+
+
+@pytest.fixture(scope="module")
+def kit_of(home: Path, wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`kit_of(engine)`: the tar file of the bundle's kit, made once."""
+    folder = tmp_path_factory.mktemp("kits")
+
+    @cache
+    def kit(engine: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            set_offline(patch, wheelhouse)
+            assert make(home, folder / f"{engine}.tar", wheelhouse, "--engine", engine) == 0
+        return folder / f"{engine}.tar"
+
+    return kit
+
+
+def unpacked(kit: Path, folder: Path) -> Path:
+    """The folder that was packed into a tar file."""
+    with tarfile.open(kit) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"home-{BOARD}"
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_a_kit_installs_offline_and_answers_as_built(
+    engine: str, kit_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    kit, prefix = unpacked(kit_of(engine), tmp_path), tmp_path / "board"
+    variables = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/nowhere", "PYTHONPATH": "/nowhere"}
+    done = install_sh(kit, "--prefix", str(prefix), variables=variables)
+    assert done.returncode == 0, done.stderr
+    assert "1 adapters answer as built" in done.stderr
+    # The server's parts are there too.
+    server = [str(prefix / "current/venv/bin/python"), "-I", "-c", "import edgetune_runtime.server.serve, llguidance"]
+    subprocess.run(server, check=True)
+    checked = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=kit, capture_output=True, check=False)
+    assert (checked.returncode, checked.stdout) == (0, b"")
+
+
+@pytest.mark.usefixtures("_offline")
+def test_the_same_bundle_gives_the_same_bytes(
+    home: Path, wheelhouse: Path, kit_of: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(home, tmp_path / "copied-later"))
+    for path in copy.rglob("*"):
+        os.utime(path, (1, 1))
+    kit_of("onnx")
+    capfd.readouterr()
+    assert make(copy, tmp_path / "other.tar", wheelhouse, "--engine", "onnx", "--json") == 0
+    assert filecmp.cmp(kit_of("onnx"), tmp_path / "other.tar", shallow=False)
+    made = json.loads(capfd.readouterr().out)
+    folder = unpacked(tmp_path / "other.tar", tmp_path)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) == made["bytes"]
+    assert made["bundle_bytes"] == sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
+
+
+def test_a_folder_has_the_files_of_the_tar_file_and_replaces_only_kits(tmp_path: Path) -> None:
+    contents: dict[str, Path | bytes] = {"kit.json": b"{}", "install.sh": b"exit", "wheels/a.whl": b"a"}
+    for out in ("kit", "kit.tar", "kit"):
+        output.check_destination(tmp_path / out)
+        output.write(contents, tmp_path / out, f"home-{BOARD}")
+    folder = unpacked(tmp_path / "kit.tar", tmp_path)
+    for name, data in contents.items():
+        for path in (tmp_path / "kit" / name, folder / name):
+            assert path.read_bytes() == data
+            assert path.stat().st_mode & 0o777 == (0o755 if name == "install.sh" else 0o644)
+    assert {path.name for path in tmp_path.iterdir()} == {"kit", "kit.tar", folder.name}
+    (folder / "kit.json").unlink()
+    with pytest.raises(UsageError, match="is not a kit; choose another --out"):
+        output.check_destination(folder)
+
+
+def test_the_list_of_parts_has_each_wheel_with_its_licence(kit_of: Callable[[str], Path], tmp_path: Path) -> None:
+    kit = unpacked(kit_of("onnx"), tmp_path)
+    raw = json.loads((kit / "sbom.cdx.json").read_text())
+    found = {part["name"]: part for part in raw["components"]}
+    assert len(found) == len(list((kit / "wheels").iterdir()))
+    assert found["edgetune-runtime"]["licenses"] == [{"expression": "Apache-2.0"}]
+    assert found["jinja2"]["licenses"] == [{"expression": "BSD-3-Clause"}]
+    assert found["tokenizers"]["purl"].startswith("pkg:pypi/tokenizers@")
+    assert {part["name"] for part in raw["components"] if "expression" not in part["licenses"][0]} == set()
+    assert "huggingface-hub" not in found and "protobuf" not in found
+
+
+@pytest.mark.usefixtures("_offline")
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"board": "pi4"}, NotFoundError, "did you mean 'pi-4'"),
+        ({"python": "3.10"}, UsageError, "needs Python 3.11 or newer"),
+        ({"python": "3"}, UsageError, "'3' is no version"),
+        ({"python": "3.99"}, IncompatibleError, "for Python 3.99 on "),
+        ({"engine": "torch"}, IncompatibleError, "no files for --engine torch"),
+        ({"wheel": Path(__file__)}, VerificationError, "is not a wheel"),
+    ],
+)
+def test_a_wrong_request_is_one_line(
+    changes: dict[str, Any], error: type[EdgetuneError], told: str, home: Path, wheelhouse: Path, tmp_path: Path
+) -> None:
+    (llama,) = wheelhouse.glob("llama_cpp_python-*")
+    options = {"board": BOARD, "python": PYTHON, "wheel": llama, **changes}
+    with pytest.raises(error, match=told):
+        make_kit(home, options.pop("board"), tmp_path / "kit", progress=QUIET, **options)
+    assert not (tmp_path / "kit").exists()
+
+
+def test_a_damaged_bundle_is_refused(home: Path, wheelhouse: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(home, tmp_path / "home"))
+    with (copy / "base/model.gguf").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    assert make(copy, tmp_path / "kit", wheelhouse) == VerificationError.exit_code
+
+
+def test_markers_are_those_of_the_board_and_not_of_this_machine(tmp_path: Path) -> None:
+    wheel = read_wheel(repack("starlette", tmp_path))
+    required = {python: names(wheel, Platform("aarch64", python)) for python in ("3.11", "3.13")}
+    assert required["3.11"] - required["3.13"] == {"typing-extensions"}
+
+
+def names(wheel: Wheel, platform: Platform) -> set[str]:
+    found: list[Requirement] = list(dependencies(wheel, set(), platform))
+    return {requirement.name for requirement in found}
+
+
+def test_pip_is_told_all_older_glibcs() -> None:
+    options = list(Platform("aarch64", "3.13").pip_options())
+    assert {"manylinux_2_36_aarch64", "manylinux_2_31_aarch64", "manylinux2014_aarch64"} <= set(options)
+    assert "manylinux_2_37_aarch64" not in options
+
+
+def test_boards_have_their_machine_and_the_python_of_their_system() -> None:
+    machines = {name: platform_of(boards.load(name), "system").machine for name in ("pi-4", "laptop")}
+    assert machines == {"pi-4": "aarch64", "laptop": "x86_64"}
+    assert platform_of(boards.load("pi-4"), "system") == Platform("aarch64", "3.13", system_python=True)
+
+
+def test_the_runtime_wheel_is_that_of_the_imported_package(tmp_path: Path) -> None:
+    name, data = runtime_wheel()
+    assert (name, data) == runtime_wheel()
+    (tmp_path / name).write_bytes(data)
+    wheel = read_wheel(tmp_path / name)
+    assert license_of(wheel) == "Apache-2.0"
+    target = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target)]
+    subprocess.run([*pip, str(tmp_path / name)], check=True)
+    assert (target / "edgetune_runtime/cli.py").is_file()
+
+
+def test_the_program_needs_the_standard_library_only(tmp_path: Path) -> None:
+    kit = KitMaker(tmp_path)("one")
+    command = [sys.executable, "-I", "-S", str(kit / "board.pyz"), "check", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["problems"] == []

@@ -1,0 +1,116 @@
+"""An install that is killed at any of its writes leaves the old or the new version running, and can be run again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kits import KitMaker
+
+from edgetune.delivery.board import main, versions
+from edgetune.delivery.board.kit import read_kit
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
+_CHANGES = {
+    *("os.rename", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.truncate"),
+    *("shutil.rmtree", "fcntl.flock"),
+}
+KILLED = 9
+
+
+def changes_a_file(event: str, arguments: tuple[object, ...]) -> bool:
+    """Whether an audit event of Python is the start of a write."""
+    if event == "open":
+        _, mode, flags = arguments
+        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        return bool(writes) or (isinstance(mode, str) and mode not in {"r", "rb"})
+    return event in _CHANGES
+
+
+def install_until(kit: Path, prefix: Path, kill_at: int, within: str = "") -> int:
+    """Install in a child process, killed at write number `kill_at` of those whose path has `within`; its exit code."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status)
+    count = 0
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal count
+        if changes_a_file(event, arguments) and within in str(arguments):
+            count += 1
+            if count == kill_at:
+                os._exit(KILLED)
+
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    sys.addaudithook(hook)
+    os._exit(main.main(["install", str(kit), "--prefix", str(prefix)]))
+
+
+def ask(prefix: Path, link: str = "current") -> str:
+    """What a version answers."""
+    command = [
+        str(prefix / link / "venv/bin/python"),
+        "-I",
+        "-m",
+        "edgetune_runtime",
+        "ask",
+        str(prefix / link / "bundle"),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def copied(prefix: Path, to: Path) -> Path:
+    subprocess.run(["rm", "-rf", str(to)], check=True)
+    subprocess.run(["cp", "-a", str(prefix), str(to)], check=True)
+    return to
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
+    return KitMaker(tmp_path_factory.mktemp("kits"))
+
+
+@pytest.fixture(scope="module")
+def installed(make: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prefix with the versions zero and one, so that the install of two has a version to remove."""
+    prefix = tmp_path_factory.mktemp("board") / "home"
+    for answer in ("zero", "one"):
+        assert main.main(["install", str(make(answer)), "--prefix", str(prefix)]) == 0
+    return prefix
+
+
+def test_a_kill_at_any_write_leaves_a_version_running(installed: Path, make: KitMaker, tmp_path: Path) -> None:
+    kit, seen = make("two"), []
+    for kill_at in range(1, 500):
+        prefix = copied(installed, tmp_path / "home")
+        code = install_until(kit, prefix, kill_at)
+        seen.append(ask(prefix))
+        if code == 0:
+            break
+        assert code == KILLED
+        assert main.main(["install", str(kit), "--prefix", str(prefix)]) == 0
+        assert (ask(prefix), ask(prefix, "previous")) == ("two", "one")
+        assert len(list((prefix / "versions").iterdir())) == 2
+    assert kill_at > 30
+    assert seen == sorted(seen) and set(seen) == {"one", "two"}
+
+
+def test_a_kill_while_the_environment_is_made_leaves_the_old_version(
+    installed: Path, make: KitMaker, tmp_path: Path
+) -> None:
+    kit = make("two", runtime="2")
+    wheels = read_kit(kit).wheels
+    prefix = copied(installed, tmp_path / "home")
+    for kill_at in (1, 2):
+        assert install_until(kit, prefix, kill_at, within="complete") == KILLED
+        assert ask(prefix) == "one"
+        assert not (prefix / "venvs" / wheels / "complete").exists()
+    assert main.main(["install", str(kit), "--prefix", str(prefix)]) == 0
+    assert (ask(prefix), ask(prefix, "previous")) == ("two", "one")
+    assert versions.linked(prefix, "current") == read_kit(kit).version

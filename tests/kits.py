@@ -1,0 +1,138 @@
+"""Small kits with a stand-in for the runtime, which answers from text files, so that an install takes a second."""
+
+from __future__ import annotations
+
+import os
+import platform as this_machine
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from edgetune_runtime.bundle import MANIFEST_NAME, BaseEntry, FileEntry, Manifest, sha256_of
+from wheels import repack
+
+from edgetune.delivery.board.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEELS_FOLDER
+from edgetune.delivery.kit import output
+from edgetune.delivery.kit.archives import zip_bytes
+from edgetune.delivery.kit.make import describe
+from edgetune.delivery.kit.platforms import Platform
+from edgetune.delivery.kit.program import board_program, install_script
+from edgetune.delivery.kit.wheels import read_wheel
+
+PYTHON = ".".join(map(str, sys.version_info[:2]))
+# `check` and `serve` fail if the bundle says so.
+_RUNTIME = """\
+import http.server, pathlib, sys
+command, bundle = sys.argv[1], pathlib.Path(sys.argv[2])
+answer = (bundle / "answer.txt").read_text()
+if command == "check":
+    if answer == "wrong":
+        sys.exit("edgetune-run: 1 of 1 adapters answer differently; report it")
+    print('{"command": {"same": true}}' if answer != "unknown" else "")
+    sys.exit(3 if answer == "unknown" else 0)
+if command == "serve":
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+    if answer != "mute":
+        port = int(sys.argv[sys.argv.index("--port") + 1])
+        http.server.HTTPServer(("127.0.0.1", port), Ready).serve_forever()
+print(answer)
+"""
+
+
+def stand_in(folder: Path, version: str = "1") -> Path:
+    """A wheel of edgetune-runtime with only `python -m edgetune_runtime ask|check|serve BUNDLE`."""
+    info = f"edgetune_runtime-{version}.dist-info"
+    contents = {
+        "edgetune_runtime/__init__.py": b"",
+        "edgetune_runtime/__main__.py": _RUNTIME.encode(),
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: edgetune-runtime\nVersion: {version}\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = f"{info}/RECORD"
+    contents[record] = "".join(f"{name},,\n" for name in [*contents, record]).encode()
+    out = folder / f"edgetune_runtime-{version}-py3-none-any.whl"
+    out.write_bytes(zip_bytes(contents))
+    return out
+
+
+SYSTEMCTL = """\
+#!/bin/sh
+cd "$(dirname "$0")"
+echo "$*" >> calls
+case "$*" in
+    *stop* | *disable* | *restart*) [ ! -f process ] || kill "$(cat process)" || true ;;
+esac
+case "$*" in
+    *restart*)
+        eval "exec $(sed -n 's/^ExecStart=//p' units/systemd/user/*.service)" > /dev/null 2>&1 &
+        echo $! > process ;;
+esac
+"""
+"""A stand-in for systemctl that starts the command of the unit's file, which is in `units` beside it."""
+
+
+def write_bundle(folder: Path, answer: str) -> Path:
+    """A bundle that answers with a text; nothing else in it can be used."""
+    (folder / "base").mkdir(parents=True, exist_ok=True)
+    (folder / "base/model.gguf").write_bytes(b"weights")
+    (folder / "answer.txt").write_text(answer, encoding="utf-8")
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST_NAME]
+    files = {str(path.relative_to(folder)): FileEntry(sha256_of(path), path.stat().st_size) for path in paths}
+    base = BaseEntry("base", "ab" * 32, "llama", None, 1, 1, 1, 1, "", "", {"gguf": "base/model.gguf"})
+    manifest = Manifest(folder.name, base, {}, files, context_length=1)
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
+class KitMaker:
+    """Makes kits whose bundle answers with a text."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pip = repack("pip", folder)
+
+    def __call__(
+        self, answer: str, *, runtime: str = "1", change: Callable[[bytes], bytes] = lambda text: text
+    ) -> Path:
+        """The folder of a kit; `change` changes its kit.json before its digest is taken."""
+        bundle = {MANIFEST_NAME: answer.encode() * 2, "answer.txt": answer.encode(), "base/model.gguf": b"weights"}
+        out = self.folder / f"kit-{len(list(self.folder.iterdir()))}"
+        self.write(bundle, out, runtime=runtime, change=change)
+        return out
+
+    def write(
+        self,
+        bundle: output.Contents,
+        out: Path,
+        *,
+        runtime: str = "1",
+        change: Callable[[bytes], bytes] = lambda text: text,
+    ) -> None:
+        """Write a kit with these files of a bundle to `out`."""
+        found = [read_wheel(path) for path in (self.pip, stand_in(self.folder, runtime))]
+        platform = Platform(this_machine.machine(), PYTHON)
+        contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{wheel.path.name}": wheel.path for wheel in found}
+        contents |= {f"{BUNDLE_FOLDER}/{name}": data for name, data in bundle.items()}
+        contents |= {"board.pyz": board_program(), "install.sh": install_script(platform)}
+        files = output.listed(contents)
+        described = change(describe("home", platform, files, found, board="laptop", engine="gguf", ram_mb=1))
+        contents |= {KIT_NAME: described, SUMS_NAME: output.sums(files, described)}
+        output.write(contents, out, "home-laptop")
+
+
+def install_sh(kit: Path, *words: str, variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run install.sh of a kit as a user does."""
+    command = ["sh", str(kit / "install.sh"), *words]
+    environment = {**os.environ, **(variables or {})}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def ask(prefix: Path) -> str:
+    """What the current version answers, through PREFIX/bin/edgetune-run."""
+    command = [str(prefix / "bin/edgetune-run"), "ask", str(prefix / "current/bundle")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,70 @@
+"""Clients that speak OpenAI's API by themselves: the command line `llm`, and the library `litellm`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runtime.server.conftest import Running
+
+PROMPT = "turn on the light"
+SCHEMA = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+KEY = "-"
+
+
+@pytest.fixture
+def llm_folder(server: Running, tmp_path: Path) -> Path:
+    """The settings of `llm` with an entry for the server."""
+    entry = f"- model_id: lamp\n  model_name: command\n  api_base: {server.url}/v1\n  api_key_name: edgetune\n"
+    abilities = "  supports_schema: true\n  supports_tools: true\n"
+    (tmp_path / "extra-openai-models.yaml").write_text(entry + abilities, encoding="utf-8")
+    (tmp_path / "keys.json").write_text(json.dumps({"edgetune": KEY}), encoding="utf-8")
+    return tmp_path
+
+
+def run_llm(folder: Path, *arguments: str) -> str:
+    pytest.importorskip("llm", reason="llm comes with the extra demo")
+    command = [sys.executable, "-m", "llm", "prompt", "-m", "lamp", "-o", "max_tokens", "12", PROMPT, *arguments]
+    environment = {"LLM_USER_PATH": str(folder), "LLM_LOAD_PLUGINS": "", "PATH": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("--no-stream",)])
+def test_llm_asks_an_adapter_by_an_entry_for_models_of_openais_api(
+    options: tuple[str, ...], server: Running, llm_folder: Path
+) -> None:
+    expected = server.runtime.generate(PROMPT, adapter="command", max_tokens=12).text
+    assert run_llm(llm_folder, *options) == f"{expected}\n"
+
+
+def test_llm_gets_json_that_fits_its_schema(llm_folder: Path) -> None:
+    answer = run_llm(llm_folder, "--schema", json.dumps(SCHEMA), "-o", "max_tokens", "60")
+    assert set(json.loads(answer)) == {"on"}
+
+
+def test_litellm_answers_streams_and_reports_errors_as_with_openai(server: Running) -> None:
+    reason = "litellm would downgrade libraries that datasets and others need, so no extra has it; pip install litellm"
+    litellm = pytest.importorskip("litellm", reason=reason)
+    arguments: dict[str, Any] = {
+        "model": "openai/command",
+        "messages": [{"role": "user", "content": PROMPT}],
+        "api_base": f"{server.url}/v1",
+        "api_key": KEY,
+        "max_tokens": 12,
+    }
+    expected = server.runtime.generate(PROMPT, adapter="command", max_tokens=12)
+    reply = litellm.completion(**arguments)
+    assert reply.choices[0].message.content == expected.text
+    assert reply.usage.prompt_tokens == expected.timings.prompt_tokens
+    pieces = [chunk.choices[0].delta.content or "" for chunk in litellm.completion(**arguments, stream=True)]
+    assert "".join(pieces) == expected.text
+    with pytest.raises(litellm.NotFoundError, match="comand"):
+        litellm.completion(**{**arguments, "model": "openai/comand"})
+    ollama = {**arguments, "model": "ollama_chat/command", "api_base": server.url}
+    assert litellm.completion(**ollama).choices[0].message.content == expected.text

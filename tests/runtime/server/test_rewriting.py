@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ollama
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.server.models import Models
+from edgetune_runtime.server.rewriting import Rewriter
+from edgetune_runtime.server.settings import Access, Limits
+from openai import OpenAI
+from runtime.server.conftest import Running, started
+from runtime.server.test_serve_command import serving
+
+MODULE = """
+from dataclasses import dataclass
+
+@dataclass
+class Reply:
+    text: str = ""
+    calls: tuple = ()
+
+@dataclass
+class Short:
+    prompt: str
+    adapter: str = "command"
+    schema: dict | None = None
+    has_calls: bool = False
+
+    def reply(self, answer):
+        call = {"name": "lamp", "arguments": {"answer": answer}}
+        return Reply(calls=(call,)) if self.has_calls else Reply("said: " + answer)
+
+def rewrite(messages, tools):
+    said = messages[-1]["content"]
+    if said == "fail":
+        raise ValueError("no such room")
+    if tools:
+        return Short("light", schema={"enum": ["on", "off"]}, has_calls=True)
+    return Short(said + " in the hall")
+"""
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "lamp"}}]
+
+
+def said(text: str) -> list[Any]:
+    return [{"role": "system", "content": "All devices. " * 50}, {"role": "user", "content": text}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a module `shortened` of its own."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "shortened.py").write_text(MODULE)
+    yield tmp_path
+    sys.modules.pop("shortened", None)
+
+
+@pytest.fixture
+def server(bundle: Path, folder: Path) -> Iterator[Running]:
+    rewriters = [Rewriter.load("short=shortened:rewrite", folder)]
+    with started(bundle, Access(), Limits(grace_s=5), rewriters=rewriters, contexts=1, disk_mb=0) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        yield client
+
+
+def test_a_chat_is_answered_by_the_adapter_with_the_rewritten_prompt(server: Running, client: OpenAI) -> None:
+    answer = client.chat.completions.create(model="short", messages=said("play music"), max_tokens=8)
+    own = server.runtime.generate("play music in the hall", adapter="command", max_tokens=8)
+    assert answer.choices[0].message.content == f"said: {own.text}"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == own.timings.prompt_tokens
+
+
+def test_calls_of_the_reply_are_tool_calls_in_both_apis_streamed_and_not(server: Running, client: OpenAI) -> None:
+    whole = client.chat.completions.create(model="short", messages=said("light"), tools=TOOLS).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    assert whole.message.content is None
+    assert whole.message.tool_calls is not None
+    function = getattr(whole.message.tool_calls[0], "function")  # noqa: B009 - one of the client's many types
+    assert function.name == "lamp"
+    assert json.loads(function.arguments)["answer"] in {'"on"', '"off"'}
+    arguments = json.loads(function.arguments)
+
+    with ollama.Client(server.url) as other:
+        parts = list(other.chat("short:latest", said("light"), tools=TOOLS, stream=True))
+    calls = [call for part in parts for call in part.message.tool_calls or []]
+    assert [(call.function.name, dict(call.function.arguments)) for call in calls] == [("lamp", arguments)]
+    assert not "".join(part.message.content or "" for part in parts)
+    assert parts[-1].done
+
+
+def test_the_model_is_listed_with_the_base_as_its_parent(server: Running, bundle: Path) -> None:
+    listed = {model["id"]: model["parent"] for model in server.client.get("/v1/models").json()["data"]}
+    with Runtime.open(bundle) as runtime:
+        assert listed["short"] == runtime.manifest.name
+    assert "short:latest" in {model["name"] for model in server.client.get("/api/tags").json()["models"]}
+    assert server.client.post("/api/show", json={"model": "short"}).status_code == 200
+    assert "short" in {model["name"] for model in server.client.get("/edgetune/bundle").json()["models"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "text"),
+    [
+        ("/api/chat", {"messages": said("fail")}, 400, "model 'short' cannot read this chat: ValueError: no such room"),
+        ("/v1/completions", {"prompt": "light"}, 400, "model 'short' answers chats without a prompt of their own"),
+        ("/api/chat", {"messages": said("a"), "format": "json"}, 400, "chats without a format of their own"),
+    ],
+)
+def test_a_chat_that_cannot_be_rewritten_is_refused(
+    path: str, body: dict[str, Any], status: int, text: str, server: Running
+) -> None:
+    reply = server.client.post(path, json={"model": "short", **body})
+    assert reply.status_code == status
+    assert text in reply.text
+    assert server.client.post("/api/chat", json={"model": "short", "messages": said("on")}).status_code == 200
+
+
+def test_the_command_serves_it(bundle: Path, folder: Path) -> None:
+    rewrite = ["--rewrite", "short=shortened:rewrite", "--app-dir", folder]
+    with serving(bundle, *rewrite) as (_, url), ollama.Client(url) as client:
+        reply = client.chat("short", said("play"), options={"num_predict": 4})
+        assert (reply.message.content or "").startswith("said: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("home", "'home' is not NAME=MODULE:FUNCTION"),
+        ("home=shortened", "is not NAME=MODULE:FUNCTION"),
+        ("home=absent:rewrite", "No module named 'absent'"),
+        ("home=shortened:other", "has no attribute 'other'"),
+        ("home=shortened:dataclass.x", "cannot be loaded"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_is_refused(given: str, text: str, folder: Path) -> None:
+    with pytest.raises(UsageError, match=text):
+        Rewriter.load(given, folder)
+
+
+def test_the_name_of_another_model_is_refused(bundle: Path, folder: Path) -> None:
+    with Runtime.open(bundle) as runtime, pytest.raises(UsageError, match="has the name of another model"):
+        Models(runtime.manifest, runtime.engine, ["command"])
