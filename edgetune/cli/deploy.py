@@ -45,6 +45,19 @@ def deploy_bundle(
             metavar="NAME", help="Run `edgetune-run serve` as the systemd unit NAME.", rich_help_panel=BOARD_PANEL
         ),
     ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IP",
+            help="With --service: address that the unit listens on (default: the board's own); 0.0.0.0 for all, with "
+            "a key.",
+            rich_help_panel=BOARD_PANEL,
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --service: its port (default: 8080).", rich_help_panel=BOARD_PANEL),
+    ] = None,
     prefix: Annotated[
         str | None,
         typer.Option(
@@ -86,7 +99,14 @@ def deploy_bundle(
     from edgetune_devices import boards  # noqa: PLC0415 - help needs none of it
     from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415
 
-    from edgetune.delivery.deploy.deploy import DeployOptions, Where, deploy, list_versions, roll_back  # noqa: PLC0415
+    from edgetune.delivery.deploy.deploy import (  # noqa: PLC0415
+        DeployOptions,
+        UnitOptions,
+        Where,
+        deploy,
+        list_versions,
+        roll_back,
+    )
     from edgetune.delivery.deploy.target import parse_target, read_inventory  # noqa: PLC0415
     from edgetune.progress import Progress  # noqa: PLC0415
 
@@ -96,6 +116,8 @@ def deploy_bundle(
         raise UsageError("--rollback and --list are given together", "give one of them")
     if prefix is not None and not prefix.startswith("/"):
         raise UsageError(f"--prefix {prefix!r} is not an absolute path", "write for example /opt/edgetune/home")
+    if service is None and (listen is not None or port is not None):
+        raise UsageError("--listen and --port are those of a unit", "add --service NAME")
     if board is not None:
         boards.load(board)
     where = Where(read_manifest(bundle).name, prefix)
@@ -106,10 +128,11 @@ def deploy_bundle(
     elif lists:
         act = partial(list_versions, where=where)
     else:
+        kits = _kits(bundle, engine, Progress(quiet=quiet))
         # Boards of an inventory have one line each.
         progress = Progress(quiet=quiet or inventory is not None)
-        kits = _kits(bundle, engine, progress)
-        options = DeployOptions(board, service, waits_healthy=wait_healthy)
+        unit = None if service is None else UnitOptions(service, listen, port)
+        options = DeployOptions(board, unit, waits_healthy=wait_healthy)
         act = partial(deploy, where=where, kits=kits, options=options, progress=progress)
     if host is not None:
         outcome = act(targets[0])
@@ -127,8 +150,8 @@ def _kits(bundle: Path, engine: str | None, progress: Progress) -> Kits:
     from edgetune.delivery.deploy.kits import Kits  # noqa: PLC0415
     from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415
 
-    def make(board: str, python: str, out: Path) -> None:
-        make_kit(bundle, board, out, python=python, engine=engine, progress=progress)
+    def make(board: str, python: str, out: Path, earlier: Sequence[Path]) -> None:
+        make_kit(bundle, board, out, python=python, engine=engine, progress=progress, earlier=earlier)
 
     return Kits(bundle, engine, make, Path(platformdirs.user_cache_dir("edgetune")) / "kits")
 
@@ -137,15 +160,17 @@ def _run_on_all(targets: Sequence[Target], parallel: int, act: Callable[[Target]
     """Print a line per board as it ends, and the failures at the end; EdgetuneError if there are any."""
     from edgetune.delivery.deploy.fleet import on_each  # noqa: PLC0415 - help needs none of it
 
-    failures: dict[str, EdgetuneError] = {}
+    failures: list[str] = []
     for target, outcome in on_each(targets, parallel, act):
-        if isinstance(outcome, EdgetuneError):
-            failures[str(target)] = outcome
-        if as_json:
-            failed = {"host": str(target), "error": str(outcome)}
-            print_json(failed if isinstance(outcome, EdgetuneError) else outcome.to_json())
+        if not isinstance(outcome, Exception):
+            shown, figures = str(outcome), outcome.to_json()
         else:
-            print(f"{target}: failed" if isinstance(outcome, EdgetuneError) else outcome, flush=True)
+            text = str(outcome).removeprefix(f"{target}: ")
+            failures.append(f"{target}: {text}")
+            shown, figures = f"{target}: failed", {"host": str(target), "error": text}
+        if as_json:
+            print_json(figures)
+        else:
+            print(shown, flush=True)
     if failures:
-        lines = [f"{len(failures)} of {len(targets)} boards failed", *map(str, failures.values())]
-        raise EdgetuneError("\n".join(lines))
+        raise EdgetuneError("\n".join([f"{len(failures)} of {len(targets)} boards failed", *failures]))

@@ -1,28 +1,24 @@
-"""An emulated arm64 board with the runtime installed, and a bundle on it. Only `make test-arm64` runs these tests."""
+"""An emulated arm64 board with a kit of each engine installed. Only `make test-arm64` runs these tests."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
-from arm64.board import Board
+from arm64.board import SHARED, Board
 from arm64.rootfs import missing, prepare
 from edgetune_export.backends.base import Source
 from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
 
-from edgetune.delivery.wheel import llama_wheel
+from edgetune.delivery.kit.make import make_kit
 from edgetune.progress import Progress
 
-ROOT = Path(__file__).parents[2]
-BUNDLE = ROOT / "build/smart-home"
+BUNDLE = Path(__file__).parents[2] / "build/smart-home"
 """What `make demo` builds; without it, a tiny random model takes its place."""
-PYTHON = "/mnt/venv/bin/python"
-_BOARDS_PYTHON = "3.13"
-_GLIBC_MINORS = range(17, 37)
+INSTALLER_CPU = "cortex-a72"
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
@@ -32,44 +28,36 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 @pytest.fixture(scope="session")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Board:
-    """A board with a virtual environment in /mnt/venv, installed without a network."""
+    """A board that has nothing but Debian and its Python."""
     lacking = missing()
     if lacking:
         pytest.exit(f"the emulated board needs {'; and '.join(lacking)}", returncode=5)
-    shared = tmp_path_factory.mktemp("board")
-    board = Board(prepare(), shared)
-    _download(shared / "wheels")
-    board.run("python3", "-m", "venv", "/mnt/venv", cpu="max")
-    install = (PYTHON, "-m", "pip", "install", "--quiet", "--no-compile", "--no-index", "--find-links", "/mnt/wheels")
-    board.run(*install, "edgetune-runtime[gguf,onnx]", cpu="max")
-    return board
+    return Board(prepare(), tmp_path_factory.mktemp("board"))
 
 
 @pytest.fixture(scope="session")
-def bundle(board: Board, tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle on the host; on the board it is /mnt/bundle. Both formats, one adapter or more."""
-    made = BUNDLE if BUNDLE.is_dir() else _tiny_bundle(tiny_source("llama"), tmp_path_factory.mktemp("tiny") / "home")
-    shutil.copytree(made, board.shared / "bundle")
+def bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle on the host, in both formats."""
+    if BUNDLE.is_dir():
+        return BUNDLE
+    source = tiny_source("llama")
+    adapters = {"one": Adapter(low_rank(source.path, seed=1)), "two": Adapter(low_rank(source.path, seed=2, rank=3))}
+    made = write_bundle(tmp_path_factory.mktemp("tiny") / "home", source.path, adapters)
+    add_onnx(made, source, adapters)
     return made
 
 
-def _tiny_bundle(source: Source, out: Path) -> Path:
-    adapters = {"one": Adapter(low_rank(source.path, seed=1)), "two": Adapter(low_rank(source.path, seed=2, rank=3))}
-    bundle = write_bundle(out, source.path, adapters)
-    add_onnx(bundle, source, adapters)
-    return bundle
+@pytest.fixture(scope="session")
+def installed(board: Board, bundle: Path) -> Callable[[str], str]:
+    """`installed(engine)`: the folder on the board where the kit of this engine is installed, without a network."""
 
+    @cache
+    def install(engine: str) -> str:
+        kit = board.shared / f"{engine}-kit"
+        make_kit(bundle, "pi-4", kit, python="3.13", engine=engine, with_bundle=True, wheel=None, progress=Progress())
+        prefix = f"{SHARED}/{engine}"
+        board.run("sh", f"{SHARED}/{kit.name}/install.sh", "--prefix", prefix, cpu=INSTALLER_CPU)
+        shutil.rmtree(kit)
+        return prefix
 
-def _download(folder: Path) -> None:
-    """Put the runtime, its dependencies for aarch64 and edgetune's wheel of llama-cpp-python in `folder`."""
-    folder.mkdir()
-    shutil.copy(llama_wheel("linux-aarch64", progress=Progress()), folder)
-    pip = [sys.executable, "-m", "pip", "--quiet"]
-    wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT / "runtime")]
-    subprocess.run(wheel, check=True)
-    download = [*pip, "download", "--only-binary", ":all:", "--dest", str(folder), "--find-links", str(folder)]
-    download += ["--python-version", _BOARDS_PYTHON, "--implementation", "cp", "--platform", "manylinux2014_aarch64"]
-    # pip does not know that a newer C library runs what was built for an older one.
-    for minor in _GLIBC_MINORS:
-        download += ["--platform", f"manylinux_2_{minor}_aarch64"]
-    subprocess.run([*download, "edgetune-runtime[gguf,onnx]"], check=True)
+    return install

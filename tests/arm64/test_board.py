@@ -4,13 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from arm64.board import Board
-from arm64.conftest import PYTHON
+from arm64.board import SHARED, Board
 
 # Greedy tokens compared for each adapter. Emulated, SmolLM2-135M takes about a second for each.
 TOKENS = 12
@@ -50,23 +50,29 @@ def first_difference(host: list[Any], board: list[Any]) -> tuple[int, float] | N
 
 
 @pytest.mark.parametrize(("cpu", "variant"), (BOARDS | OTHERS).items())
-def test_a_processor_gets_the_variant_made_for_it(cpu: str, variant: str, board: Board) -> None:
-    doctor = json.loads(board.run("/mnt/venv/bin/edgetune-run", "doctor", "--json", cpu=cpu))
+def test_doctor_tells_the_processor_and_the_variant_made_for_it(
+    cpu: str, variant: str, board: Board, installed: Callable[[str], str]
+) -> None:
+    doctor = json.loads(board.run(f"{installed('gguf')}/bin/edgetune-run", "doctor", "--json", cpu=cpu))
     assert doctor["llama_cpp"]["variant"] == variant
     features = set(doctor["llama_cpp"]["features"].split())
     assert "NEON" in features
     assert ("DOTPROD" in features) == (variant != "armv8.0_1")
     assert ("FP16_VA" in features) == (variant != "armv8.0_1")
+    assert "neon" in doctor["instructions"]
+    assert ("dotprod" in doctor["instructions"]) == ("DOTPROD" in features)
     assert ("SVE" in features) == variant.startswith(("armv8.6", "armv9"))
 
 
 @pytest.mark.parametrize("engine", ["gguf", "onnx"])
 @pytest.mark.parametrize("cpu", BOARDS)
 def test_greedy_answers_are_those_of_the_host_up_to_near_ties(
-    cpu: str, engine: str, board: Board, bundle: Path
+    cpu: str, engine: str, board: Board, bundle: Path, installed: Callable[[str], str]
 ) -> None:
+    current = f"{installed(engine)}/current"
     shutil.copy(ANSWERS, board.shared)
-    found = json.loads(board.run(PYTHON, "/mnt/answers.py", "/mnt/bundle", engine, str(TOKENS), cpu=cpu))
+    asks = (f"{current}/venv/bin/python", f"{SHARED}/{ANSWERS.name}", f"{current}/bundle", engine, str(TOKENS))
+    found = json.loads(board.run(*asks, cpu=cpu))
     expected = host_answers(bundle, engine)
     assert found.keys() == expected.keys()
     for name, answer in expected.items():

@@ -40,11 +40,26 @@ class Where:
 
 
 @dataclass(frozen=True)
+class UnitOptions:
+    """The unit to run: its name, and the address and port that it listens on, None for the board program's defaults."""
+
+    name: str
+    listen: str | None = None
+    port: int | None = None
+
+    def words(self) -> list[str]:
+        """The options of the board program."""
+        listen = [] if self.listen is None else ["--host", self.listen]
+        port = [] if self.port is None else ["--port", str(self.port)]
+        return ["--service", self.name, *listen, *port]
+
+
+@dataclass(frozen=True)
 class DeployOptions:
-    """`board` is None to go by the board's own model. `service` is the name of the unit to run."""
+    """`board` is None to go by the board's own model, `unit` to leave its unit as it is."""
 
     board: str | None = None
-    service: str | None = None
+    unit: UnitOptions | None = None
     waits_healthy: bool = False
 
 
@@ -131,23 +146,26 @@ def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, pro
 
     Raises UnreachableError when the board cannot be reached or the connection is lost, IncompatibleError when the board
     cannot run the kit, BusyError while another deploy is at work, OutOfSpaceError when its disk is full, and
-    VerificationError when a file or an answer is wrong. All but the last may be followed by another deploy, which
-    resumes; the version before runs in any case.
+    VerificationError when a file or an answer is wrong. The version before runs on, and the next deploy resumes.
     """
     with Connection(target) as connection:
         progress.say(f"{target}: checking the board")
         facts = probe(connection, where.name, where.prefix)
+        if options.waits_healthy and options.unit is None and not facts.has_unit:
+            raise NotFoundError(f"{target}: no unit is installed in {facts.prefix}", "add --service NAME")
         made = kits.kit_for(facts.board_name(options.board), facts.python)
         program = _send_program(connection, facts, made)
         with connection.holding(program.command("hold"), HELD):
             begin = time.monotonic()
             incoming = f"{facts.prefix}/incoming"
             sent = sum(_put(connection, made.folder / name, f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
-            sent += _send_files(program, made, program.ask("have", incoming), progress)
+            missing = program.ask("have", incoming)
+            sent += _send_files(program, made, missing, progress)
             seconds = time.monotonic() - begin
-            progress.say(f"{target}: installing version {made.kit.version}")
-            service = [] if options.service is None else ["--service", options.service]
-            done = program.ask("install", incoming, *service)
+            is_first = any(file.sha256 in missing for file in made.kit.wheel_files)
+            takes = " and its packages, which takes minutes on a small board" if is_first else ""
+            progress.say(f"{target}: installing version {made.kit.version}{takes}")
+            done = program.ask("install", incoming, *([] if options.unit is None else options.unit.words()))
             if options.waits_healthy:
                 connection.run(program.command("healthy"))
         return Deployed(target, done["version"], bool(done["changed"]), sent, seconds)

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -15,13 +15,15 @@ from edgetune_runtime import __version__
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import EdgetuneError
 
-from edgetune.delivery.board.kit import BUNDLE_FOLDER, PROGRAM_NAME, Kit, KitFile, read_kit
+from edgetune.delivery.board.kit import BUNDLE_FOLDER, PROGRAM_NAME, WHEELS_FOLDER, Kit, KitFile, read_kit
 from edgetune.delivery.board.store import check_file
 from edgetune.delivery.kit.program import board_program
+from edgetune.delivery.kit.runtime_wheel import runtime_wheel
 from edgetune.digests import key_of
 
-MakeKit = Callable[[str, str, Path], object]
-"""Writes the kit of a bundle for a board and a Python version, such as 3.13, to a folder."""
+MakeKit = Callable[[str, str, Path, Sequence[Path]], object]
+"""Writes the kit of a bundle for a board and a Python version, such as 3.13, to a folder; the last argument are wheels
+of an earlier kit that fit this one."""
 _KEPT = 8
 """Kits in the cache, of up to 60 MB."""
 
@@ -52,9 +54,7 @@ class Kits:
     """
 
     def __init__(self, bundle: Path, engine: str | None, make: MakeKit, cache: Path) -> None:
-        manifest = read_manifest(bundle)
-        verify_files(bundle, manifest)
-        self.name = manifest.name
+        verify_files(bundle, read_manifest(bundle))
         self._bundle, self._engine, self._make, self._cache = bundle, engine, make, cache
         self._made: dict[tuple[str, str], MadeKit] = {}
         self._lock = threading.Lock()
@@ -63,29 +63,34 @@ class Kits:
         """The kit for a board and its Python; raises what making it raises."""
         with self._lock:
             if (board, python) not in self._made:
-                folder = self._cache / self._key(board, python)
-                kit = _cached(folder) or self._make_into(folder, board, python)
-                os.utime(folder)
-                self._made[board, python] = MadeKit(kit, folder, self._bundle)
+                self._made[board, python] = self._cached_or_made(board, python)
             return self._made[board, python]
 
-    def _key(self, board: str, python: str) -> str:
-        """Digest of all that the bytes of a kit depend on; wheels have the versions that are installed here."""
+    def _cached_or_made(self, board: str, python: str) -> MadeKit:
+        """Kits have the digest of all that their wheels depend on in their name, then that of all else."""
+        # Wheels have the versions that are installed here.
         installed = sorted((item.name, item.version) for item in distributions())
-        program = key_of(board_program().hex())
-        bundle = sha256_of(self._bundle / MANIFEST_NAME)
-        return key_of([__version__, bundle, self._engine, board, python, program, installed])[:16]
+        wheels = key_of([__version__, self._engine, board, python, installed])[:16]
+        others = key_of([sha256_of(self._bundle / MANIFEST_NAME), board_program().hex(), runtime_wheel()[1].hex()])[:16]
+        folder = self._cache / f"{wheels}-{others}"
+        kit = _cached(folder)
+        if kit is None:
+            earlier = (path for path in self._cache.glob(f"{wheels}-*") if _cached(path) is not None)
+            found = [sorted(path.glob(f"{WHEELS_FOLDER}/*.whl")) for path in earlier]
+            kit = self._make_into(folder, board, python, found[0] if found else [])
+        os.utime(folder)
+        return MadeKit(kit, folder, self._bundle)
 
-    def _make_into(self, folder: Path, board: str, python: str) -> Kit:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+    def _make_into(self, folder: Path, board: str, python: str, wheels: Sequence[Path]) -> Kit:
+        self._cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._cache, prefix=".") as temporary:
             made = Path(temporary, "kit")
-            self._make(board, python, made)
+            self._make(board, python, made, wheels)
             kit = read_kit(made)
             shutil.rmtree(made / BUNDLE_FOLDER)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
-        kits = sorted(folder.parent.glob("[!.]*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        kits = sorted(self._cache.glob("[!.]*"), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in kits[_KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
         return kit

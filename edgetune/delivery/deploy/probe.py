@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from edgetune_devices import boards
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
+from edgetune.delivery.board.service import SETTINGS_NAME
+from edgetune.delivery.kit.platforms import platform_of
+
 from .ssh import Connection
 
 OLDEST_PYTHON = (3, 11)
@@ -26,6 +29,7 @@ echo "bits=$(getconf LONG_BIT)"
 echo "model=$(tr -d '\\000' 2>/dev/null </proc/device-tree/model)"
 echo "python=$(python3 -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null)"
 echo "current=$(readlink "$prefix/current")"
+echo "unit=$(test -f "$prefix/{settings}" && echo yes)"
 """
 # The board's own name, as in /proc/device-tree/model, and the board whose kit it gets.
 _MODELS = (
@@ -42,17 +46,25 @@ _X86_BOARD = "laptop"
 
 @dataclass(frozen=True)
 class BoardFacts:
-    """Facts of a board; `current` is the version that runs there."""
+    """Facts of a board; `current` is the version that runs there, `has_unit` whether a unit serves it."""
 
     prefix: str
     machine: str
     model: str
     python: str
     current: str | None
+    has_unit: bool
 
     def board_name(self, wanted: str | None) -> str:
-        """The board whose kit this one gets: `wanted`, or the one that its model names; UsageError if none is known."""
+        """The board whose kit this one gets: `wanted`, or the one that its model names.
+
+        UsageError if none is known, IncompatibleError if `wanted` has another processor.
+        """
         if wanted is not None:
+            machine = platform_of(boards.load(wanted), self.python).machine
+            if machine != self.machine:
+                message = f"the board is {self.machine}, and --board {wanted} is {machine}"
+                raise IncompatibleError(message, "choose another --board, or leave it out")
             return wanted
         known = boards.names()
         found = [name for pattern, name in _MODELS if re.search(pattern, self.model) and name in known]
@@ -60,7 +72,7 @@ class BoardFacts:
             return found[0]
         if self.machine == "x86_64":
             return _X86_BOARD
-        message = f"the board's model {self.model or 'without a name'!r} is not known"
+        message = f"the board's model {self.model!r} is not known" if self.model else "the board names no model"
         raise UsageError(message, f"give a similar one with --board: {', '.join(known)}")
 
 
@@ -69,7 +81,7 @@ def probe(connection: Connection, name: str, prefix: str | None) -> BoardFacts:
 
     IncompatibleError for a 32-bit system, another processor, and a Python that is missing or too old.
     """
-    script = _SCRIPT.format(prefix=shlex.quote(prefix or ""), name=shlex.quote(name))
+    script = _SCRIPT.format(prefix=shlex.quote(prefix or ""), name=shlex.quote(name), settings=SETTINGS_NAME)
     text = connection.run(["sh", "-s"], [script.encode()])
     facts = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
     _check(connection, facts)
@@ -79,12 +91,13 @@ def probe(connection: Connection, name: str, prefix: str | None) -> BoardFacts:
         model=facts["model"],
         python=facts["python"],
         current=facts["current"].rpartition("/")[2] or None,
+        has_unit=facts["unit"] == "yes",
     )
 
 
 def _check(connection: Connection, facts: Mapping[str, str]) -> None:
     where = str(connection.target)
-    missing = [key for key in ("prefix", "machine", "bits", "model", "python", "current") if key not in facts]
+    missing = [key for key in ("prefix", "machine", "bits", "model", "python", "current", "unit") if key not in facts]
     if missing:
         message = f"{where}: the board did not say its {', '.join(missing)}"
         raise IncompatibleError(message, "deploy needs Linux with sh, getconf and python3")

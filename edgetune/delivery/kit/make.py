@@ -68,11 +68,13 @@ def make_kit(
     engine: str | None = None,
     with_bundle: bool = True,
     wheel: Path | None = None,
+    earlier: Sequence[Path] = (),
 ) -> KitResult:
     """Write the kit of a bundle for a board to `out`, a folder, or a tar file if it ends in .tar.
 
     `python` is the board's Python, a version or "system". `engine` is the bundle's first format if None. `wheel` is
-    a wheel of llama-cpp-python to use instead of building one. Raises NotFoundError for an unknown board,
+    a wheel of llama-cpp-python to use instead of building one; `earlier` are wheels of another kit for the same Python
+    and machine, which need not be downloaded. Raises NotFoundError for an unknown board,
     IncompatibleError if the bundle does not fit on the board or there are no wheels for its Python, UnreachableError if
     wheels cannot be downloaded.
     """
@@ -86,7 +88,10 @@ def make_kit(
         progress.say(f"checking the files of {manifest.name}")
         verify_files(bundle, manifest)
     with tempfile.TemporaryDirectory() as folder:
-        found = _wheels(manifest, platform, Path(folder), engine=chosen, wheel=wheel, progress=progress)
+        own = _own_wheels(platform, Path(folder), engine=chosen, wheel=wheel, progress=progress)
+        # Requests to the server may ask for JSON or tools, also if no adapter has an output constraint.
+        extras = [chosen, "server", *(["structured"] if manifest.task == GENERATION else [])]
+        found = wheels.collect(extras, platform, [*earlier, *own], Path(folder), progress)
         contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{item.path.name}": item.path for item in found}
         contents[PROGRAM_NAME] = board_program()
         contents["install.sh"] = install_script(platform)
@@ -155,19 +160,10 @@ def _ram_mb(bundle: Path, manifest: Manifest, engine: str, board: boards.Board) 
     return math.ceil(2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb)
 
 
-def _wheels(
-    manifest: Manifest, platform: Platform, folder: Path, *, engine: str, wheel: Path | None, progress: Progress
-) -> list[wheels.Wheel]:
-    """The wheels of the runtime for this bundle, in `folder` or where `wheel` is."""
+def _own_wheels(platform: Platform, folder: Path, *, engine: str, wheel: Path | None, progress: Progress) -> list[Path]:
+    """The wheel of the runtime as it is here, in `folder/own`, and for llama.cpp `wheel` or one that is built."""
     name, data = runtime_wheel()
     own = folder / "own"
     own.mkdir()
     (own / name).write_bytes(data)
-    given = [own / name]
-    if engine == gguf.NAME:
-        given.append(wheel or llama_wheel(platform.name, progress=progress))
-    # Requests to the server may ask for JSON or tools, also if no adapter has an output constraint.
-    extras = [engine, "server", *(["structured"] if manifest.task == GENERATION else [])]
-    downloads = folder / "downloads"
-    downloads.mkdir()
-    return wheels.collect(extras, platform, given, downloads, progress)
+    return [own / name, *([wheel or llama_wheel(platform.name, progress=progress)] if engine == gguf.NAME else [])]

@@ -81,9 +81,9 @@ def collect(
 ) -> list[Wheel]:
     """The wheels of the runtime with `extras`, of all that they import, and of pip, sorted by name.
 
-    `given` are the wheels that are not downloaded: the runtime's, and llama-cpp-python's if an extra needs it. The
-    others have the versions that are installed here, with which bundles were checked, or else the newest; they are
-    downloaded into `folder`.
+    `given` are the wheels that are not downloaded, of one name the last: the runtime's, llama-cpp-python's if an extra
+    needs it, and those of an earlier kit. The others have the versions that are installed here, with which bundles
+    were checked, or else the newest; they are downloaded into `folder`.
     """
     found = {wheel.name: wheel for wheel in map(read_wheel, given)}
     done: dict[str, set[str]] = {}

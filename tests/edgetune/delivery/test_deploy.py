@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,14 @@ from edgetune_runtime.errors import (
     VerificationError,
 )
 from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, write_bundle
-from sshd import Sshd, cut_ssh, free_port, needs_sshd
+from sshd import Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
 
 from edgetune.cli.main import main
 from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME
 from edgetune.delivery.board.transfer import HELD
 from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.kits import Kits
+from edgetune.delivery.deploy.probe import BoardFacts
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target
 from edgetune.progress import Progress
@@ -60,7 +60,7 @@ class Board:
         def change(text: bytes) -> bytes:
             return json.dumps({**json.loads(text), **changes}).encode()
 
-        def make(_board: str, _python: str, out: Path) -> None:
+        def make(_board: str, _python: str, out: Path, _earlier: Sequence[Path]) -> None:
             self.maker.write(contents(bundle), out, change=change)
 
         return Kits(bundle, json.dumps(changes), make, self.work / "kits")
@@ -145,30 +145,15 @@ def test_a_bundle_that_is_not_installed_cannot_be_listed(board: Board) -> None:
         list_versions(board.target, board.where)
 
 
-def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(
-    board: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(board: Board, bundle: Path) -> None:
     first = board.deploy(bundle)
     data = os.urandom(3_000_000)
     (bundle / "large").write_bytes(data)
     write_bundle(bundle, "two")
     part = board.prefix / f"files/{sha256_of(bundle / 'large')}.part"
-    whole = Connection.run
-
-    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
-        return whole(self, command, cutting(data) if "receive" in command else data)
-
-    def cutting(chunks: Iterable[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            yield chunk
-            if len(chunk) > 100_000:
-                wait_for(lambda: part.exists() and part.stat().st_size > 0)
-                cut_ssh()
-
-    monkeypatch.setattr(Connection, "run", run)
-    with pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"):
+    cut = cut_in_the_middle(part.parent)
+    with cut, pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"):
         board.deploy(bundle)
-    monkeypatch.setattr(Connection, "run", whole)
     assert board.states() == [(first.version, "current")]
     assert ask(board.prefix) == "one"
     wait_for(lambda: not is_locked(board.prefix / "deploy.lock"))
@@ -186,13 +171,6 @@ def is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_file_that_was_damaged_on_the_way_is_refused(board: Board, bundle: Path) -> None:
@@ -216,6 +194,20 @@ def test_a_damaged_bundle_and_a_damaged_kit_are_not_sent(board: Board, bundle: P
         file.write(b"x")
     with pytest.raises(VerificationError, match=r"base/model.gguf does not match its digest"):
         board.kits(bundle)
+
+
+def test_the_kit_of_a_changed_bundle_gets_the_wheels_of_the_one_before(board: Board, bundle: Path) -> None:
+    calls = []
+
+    def make(_board: str, _python: str, out: Path, earlier: Sequence[Path]) -> None:
+        calls.append([path.name for path in earlier])
+        board.maker.write(contents(bundle), out)
+
+    for answer in ("one", "one", "two"):
+        kits = Kits(write_bundle(bundle, answer), None, make, board.work / "kits")
+        made = kits.kit_for("laptop", PYTHON)
+    assert calls == [[], [file.name for file in made.kit.wheel_files]]
+    assert calls[1]
 
 
 def test_a_file_damaged_on_the_board_is_sent_again(board: Board, bundle: Path) -> None:
@@ -294,6 +286,26 @@ def test_a_system_that_is_not_enough_is_named(
         stub.unlink()
 
 
+@pytest.mark.parametrize(
+    ("model", "machine", "name"),
+    [
+        ("Raspberry Pi Zero 2 W Rev 1.0", "aarch64", "pi-zero-2w"),
+        ("Raspberry Pi 4 Model B Rev 1.4", "aarch64", "pi-4"),
+        ("Raspberry Pi 5 Model B Rev 1.0", "aarch64", "pi-5"),
+        ("", "x86_64", "laptop"),
+    ],
+)
+def test_a_board_is_known_by_its_model(model: str, machine: str, name: str) -> None:
+    facts = BoardFacts("/opt/edgetune/home", machine, model, PYTHON, None, has_unit=False)
+    assert facts.board_name(None) == name
+
+
+def test_a_board_that_is_not_known_must_be_named() -> None:
+    facts = BoardFacts("/opt/edgetune/home", "aarch64", "Toaster 2", PYTHON, None, has_unit=False)
+    with pytest.raises(UsageError, match=r"model 'Toaster 2' is not known; give a similar one with --board: .*pi-4"):
+        facts.board_name(None)
+
+
 def test_a_prefix_that_cannot_be_written_to_is_named(board: Board, bundle: Path) -> None:
     (board.work / "file").touch()
     where = Where("home", str(board.work / "file"))
@@ -356,8 +368,13 @@ def test_an_install_goes_on_when_the_connection_is_lost(
     assert ask(board.prefix) == "one"
 
 
+def test_a_board_with_another_processor_is_refused_before_a_kit_is_made(board: Board, bundle: Path) -> None:
+    with pytest.raises(IncompatibleError, match="the board is x86_64, and --board pi-4 is aarch64"):
+        deploy(board.target, board.where, board.kits(bundle), DeployOptions("pi-4"), Progress(quiet=True))
+
+
 def test_waiting_for_a_unit_needs_one(board: Board, bundle: Path) -> None:
-    with pytest.raises(NotFoundError, match="no unit is installed, so none can answer; deploy with --service"):
+    with pytest.raises(NotFoundError, match=f"no unit is installed in {board.prefix}; add --service NAME"):
         board.deploy(bundle, waits_healthy=True)
 
 
@@ -411,6 +428,7 @@ def test_one_board_shows_its_progress(board: Board, bundle: Path, run: Callable[
         ([], "give one board, or several with --inventory"),
         (["pi@host", "--rollback", "--list"], "--rollback and --list are given together"),
         (["pi@host", "--board", "pi-44"], "no board 'pi-44'"),
+        (["pi@host", "--port", "80"], "--listen and --port are those of a unit; add --service NAME"),
         (["pi host"], "'pi host' is not of the form USER@HOST"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from edgetune_runtime.atomic import is_full, replacing
-from edgetune_runtime.engines.gguf.ggml import open_ggml
+from edgetune_runtime.engines.gguf.ggml import open_library
 from edgetune_runtime.engines.gguf.llama import last_errors, library
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, VerificationError
 from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
@@ -99,7 +99,7 @@ def _failure(source: Path, out: Path, reason: str) -> EdgetuneError:
 @cache
 def _ggml() -> ctypes.CDLL:
     """The ggml library in the folder of llama_cpp's, with the types of the functions used here."""
-    ggml = open_ggml(library(), "ggml-base")
+    ggml = open_library(library(), "ggml-base")
     ggml.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
     ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     pointer, count = ctypes.c_void_p, ctypes.c_int64

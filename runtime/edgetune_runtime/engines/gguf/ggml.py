@@ -36,14 +36,14 @@ class _SymbolInfo(ctypes.Structure):
     )
 
 
-def open_ggml(llama_cpp: ModuleType, name: str) -> ctypes.CDLL:
-    """The library `name`, such as ggml-base, beside llama_cpp's; IncompatibleError if it is missing."""
+def open_library(llama_cpp: ModuleType, name: str) -> ctypes.CDLL:
+    """The library `name`, such as ggml-base, that llama_cpp comes with; IncompatibleError if it is missing."""
     folder = library_folder(llama_cpp)
     names = {"darwin": (f"lib{name}.dylib",), "win32": (f"{name}.dll", f"lib{name}.dll")}
     candidates = [folder / file for file in names.get(sys.platform, (f"lib{name}.so",))]
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
-        raise IncompatibleError(f"no ggml library in {folder}", "install llama-cpp-python again")
+        raise IncompatibleError(f"no library {name} in {folder}", "install llama-cpp-python again")
     return ctypes.CDLL(str(path))
 
 
@@ -52,12 +52,19 @@ def library_folder(llama_cpp: ModuleType) -> Path:
     return Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(str(llama_cpp.__file__)).parent / "lib")
 
 
+def _registry(llama_cpp: ModuleType) -> ctypes.CDLL:
+    """The library through which the functions of llama.cpp's own backend registry are found."""
+    # Wheels contain libggml under several names, and each name that is opened is a copy with a registry of its own.
+    # Only Windows does not look for a function in the libraries that a library needs.
+    return open_library(llama_cpp, "ggml" if sys.platform == "win32" else "llama")
+
+
 def load_backends(llama_cpp: ModuleType) -> None:
     """Load the fastest CPU backend that this processor supports, if the libraries do not contain one already.
 
     IncompatibleError if none fits the processor.
     """
-    ggml = open_ggml(llama_cpp, "ggml")
+    ggml = _registry(llama_cpp)
     ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
     if ggml.ggml_backend_reg_count() > 0:
         return
@@ -70,7 +77,7 @@ def load_backends(llama_cpp: ModuleType) -> None:
 
 def cpu_backend(llama_cpp: ModuleType) -> CpuBackend:
     """The CPU backend that is loaded."""
-    ggml = open_ggml(llama_cpp, "ggml")
+    ggml = _registry(llama_cpp)
     ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
     ggml.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
     backend = ctypes.c_void_p(ggml.ggml_backend_reg_by_name(b"CPU"))
