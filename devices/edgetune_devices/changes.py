@@ -9,7 +9,7 @@ from typing import Any
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
-from edgetune_runtime.sizing.needs import MB, Needs, needed_mb
+from edgetune_runtime.sizing.needs import MB, Needs, kept_mb
 from edgetune_runtime.sizing.speed import speed_of
 
 from .boards import Board, load, names
@@ -54,12 +54,12 @@ def changes_for(
     """
     found: list[Change] = []
     first = needs
-    before = needed_mb(needs, repacks=board.repacks)
+    before = kept_mb(needs, repacks=board.repacks)
     if before <= board.free_mb:
         return found
     for step in (_engine(other), _states, _kv, _context, _quantization(header), _adapters):
         for what, cost, changed in step(needs, board):
-            after = needed_mb(changed, repacks=board.repacks)
+            after = kept_mb(changed, repacks=board.repacks)
             if after >= before:
                 continue
             fits = after <= board.free_mb
@@ -76,7 +76,7 @@ def longest_context(needs: Needs, board: Board) -> int:
     low, high = 0, needs.context_length
     while low < high:
         middle = (low + high + 1) // 2
-        if needed_mb(replace(needs, context_length=middle), repacks=board.repacks) <= board.free_mb:
+        if kept_mb(replace(needs, context_length=middle), repacks=board.repacks) <= board.free_mb:
             low = middle
         else:
             high = middle - 1
@@ -120,7 +120,7 @@ def _quantization(header: GgufHeader | None) -> Callable[[Needs, Board], Step]:
         if header is None:
             return
         for changed, name in _requantized(needs, header):
-            is_enough = needed_mb(changed, repacks=board.repacks) <= board.free_mb
+            is_enough = kept_mb(changed, repacks=board.repacks) <= board.free_mb
             if is_enough or name == _BOARD_QUANTIZATIONS[-1]:
                 yield f"build with quantization: {name}", "some quality; trains the adapters again", changed
                 return
@@ -156,7 +156,7 @@ def _larger_board(needs: Needs, board: Board) -> Iterator[Change]:
     sizes = [load(f"{board.family}-{size // 1024}gb") for size in board.ram_sizes_mib]
     others = sorted(map(load, names()), key=lambda other: other.ram_free_mib)
     for other in [*sizes, *others]:
-        needed = needed_mb(needs, repacks=other.repacks)
+        needed = kept_mb(needs, repacks=other.repacks)
         if needed <= other.free_mb and other.ram_mib > board.ram_mib:
             speed = speed_of(needs, other.speed).adapter
             yield Change(

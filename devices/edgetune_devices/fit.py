@@ -62,9 +62,14 @@ class Fit:
         return sum(item.mb for item in self.items)
 
     @property
+    def kept_mb(self) -> float:
+        """The sum of all items without mapped files that the system can drop and that are rarely read again."""
+        return sum(item.mb - item.droppable_mb for item in self.items)
+
+    @property
     def fits(self) -> bool:
-        """Whether the board leaves enough memory."""
-        return self.needed_mb <= self.available_mb
+        """Whether the board leaves enough memory, if the system drops what it can."""
+        return self.kept_mb <= self.available_mb
 
     @property
     def largest(self) -> Item:
@@ -79,6 +84,7 @@ class Fit:
             "fits": self.fits,
             "items": [{"name": item.name, "mb": round(item.mb, 1)} for item in self.items],
             "needed_mb": round(self.needed_mb, 1),
+            "kept_mb": round(self.kept_mb, 1),
             "available_mb": round(self.available_mb, 1),
             "decode_tokens_per_s": round(self.decode_tokens_per_s, 1),
             "adapter_tokens_per_s": round(self.adapter_tokens_per_s, 1),
@@ -116,7 +122,7 @@ def require_fit(needs: Needs, board: Board) -> Fit:
     if not result.fits:
         largest = result.largest
         message = (
-            f"needs {result.needed_mb:.0f} MB, but {board.name} leaves {result.available_mb:.0f} MB; "
+            f"needs {result.kept_mb:.0f} MB, but {board.name} leaves {result.available_mb:.0f} MB; "
             f"the largest part is {largest.name} with {largest.mb:.0f} MB"
         )
         raise IncompatibleError(message, _remedy(needs, board, result))
@@ -168,7 +174,7 @@ def choose(
     what = f"{chosen or 'the base as it is'} with a context of {length} tokens"
     why = "the best that fits" if usable else f"the fastest that fits, though below {USABLE_TOKENS_PER_S:.0f} tokens/s"
     reason = (
-        f"{what} is {why} on {board.name}: {found.needed_mb:.0f} of {found.available_mb:.0f} MB, "
+        f"{what} is {why} on {board.name}: {found.kept_mb:.0f} of {found.available_mb:.0f} MB, "
         f"about {found.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
     return BoardChoice(chosen, threads or board.cores, length, reason)
@@ -180,6 +186,7 @@ def table(result: Fit) -> list[tuple[str, str]]:
         ("engine", result.engine),
         *((item.name, f"{item.mb:.1f} MB") for item in result.items),
         ("needed", f"{result.needed_mb:.1f} MB"),
+        ("needed at least", f"{result.kept_mb:.1f} MB, after the system dropped mapped files"),
         (f"left by {result.device}", f"{result.available_mb:.0f} MB"),
         ("fits", "yes" if result.fits else "no"),
         ("decode, base", f"{result.decode_tokens_per_s:.1f} tokens/s"),

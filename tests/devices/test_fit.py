@@ -234,7 +234,7 @@ def test_require_fit_says_sum_board_largest_part_and_remedy() -> None:
     with pytest.raises(IncompatibleError) as caught:
         fit.require_fit(needs, boards.load("pi-zero-2w"))
     text = str(caught.value)
-    needed = fit.fit(needs, boards.load("pi-zero-2w")).needed_mb
+    needed = fit.fit(needs, boards.load("pi-zero-2w")).kept_mb
     assert f"needs {needed:.0f} MB, but pi-zero-2w leaves 305 MB" in text
     assert "largest part is base weights" in text
     assert "quantize the base further" in text
@@ -268,7 +268,7 @@ def test_choose_shortens_the_context_before_it_gives_up() -> None:
     header = _header(30, 576, 1536, 9, 3, 49152)
     shortest = fit.needs_of_header(header, context_length=256, quantization="q4_0")
     roomless = replace(
-        boards.load("pi-4"), ram_free_mib=int(fit.fit(shortest, boards.load("pi-4")).needed_mb * 1e6 / 2**20) + 1
+        boards.load("pi-4"), ram_free_mib=int(fit.fit(shortest, boards.load("pi-4")).kept_mb * 1e6 / 2**20) + 1
     )
     assert fit.choose(roomless, header).context_length == 256
     with pytest.raises(IncompatibleError, match="leaves 10 MB"):

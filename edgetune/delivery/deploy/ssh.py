@@ -181,8 +181,8 @@ def _keep_alive(stream: IO[bytes], ended: threading.Event) -> None:
 
 def _class_of(code: int) -> type[EdgetuneError]:
     """The class of errors with this exit code."""
-    classes: Sequence[type[EdgetuneError]] = EdgetuneError.__subclasses__()
-    return next((cls for cls in classes if cls.exit_code == code), EdgetuneError)
+    named = (cls for cls in EdgetuneError.__subclasses__() if cls.__module__ == EdgetuneError.__module__)
+    return next((cls for cls in named if cls.exit_code == code), EdgetuneError)
 
 
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:

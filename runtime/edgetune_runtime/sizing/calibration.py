@@ -43,11 +43,11 @@ class Measured:
     adapter_decode: float | None
 
 
-def measure(runtime: Runtime) -> Measured:
-    """Measure for a second or two: prefill of a batch, and some steps of the base and of the largest adapter."""
+def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
+    """Measure for a second or two: prefill of so many tokens, and some steps of the base and of the largest adapter."""
     loaded = loaded_bundle(runtime)
     context, _ = loaded.context()
-    tokens = min(CHUNK, context.engine.capacity({}) - STEPS - 1)
+    tokens = min(tokens, context.engine.capacity({}) - STEPS - 1)
     prompt = [3 + number % 97 for number in range(tokens)]
     with context.hold():
         prefills = []
@@ -100,7 +100,7 @@ def write_calibration(path: Path, engine: str, figures: SpeedFigures, machine: M
     engines: dict[str, Any] = {}
     if path.exists():
         before = _read(path)
-        engines = before["engines"] if before["machine"] == machine else {}
+        engines = before["engines"] if before.get("machine") == machine else {}
     engines[engine] = {key: round(value, 3) for key, value in asdict(figures).items()}
     document = {"kind": KIND, "machine": dict(machine), "date": time.strftime("%Y-%m-%d"), "engines": engines}
     with replacing(path) as temporary:

@@ -24,21 +24,25 @@ from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 MB = 10**6
 CACHE_BYTES = 128_000_000
 """Memory limit of saved states, the runtime's default."""
-SERVER_MB = 20.0
+SERVER_MB = 12.0
 """Resident memory that `edgetune-run serve` adds: uvicorn, starlette and connections."""
+_HOT_LIBRARY_MB = 12.0
+"""The part of the libraries that is used all the time: what stayed in memory within a limit that was too small."""
 
 
 @dataclass(frozen=True)
 class EngineCost:
     """What an engine needs in addition to weights, keys and values; `kv_bytes` is the size of a number in these.
 
-    `runtime_mb` is the resident memory of Python, the libraries and the runtime, after a few answers.
+    `runtime_mb` is the resident memory of Python, the libraries and the runtime, after a few answers; of it,
+    `libraries_mb` are mapped files, which the system can drop and read again.
     `vocabulary_bytes` is per token of the vocabulary. `maps_embedding`: the embedding stays mapped beside the weights
     that were rearranged. `scores_bytes` is per head and token of context in a batch, in addition to the mask.
     """
 
     kv_bytes: int
     runtime_mb: float
+    libraries_mb: float
     vocabulary_bytes: int
     logits_rows: int
     scores_bytes: int
@@ -47,8 +51,8 @@ class EngineCost:
 
 COSTS: Mapping[str, EngineCost] = {
     # Scores are f32, and f16 for the product with the values. Logits are kept in two buffers.
-    gguf.NAME: EngineCost(2, 65.0, 350, 2 * (BRANCHES + 1), 4 + 2, maps_embedding=False),
-    onnx.NAME: EngineCost(4, 100.0, 700, 2, 0, maps_embedding=True),
+    gguf.NAME: EngineCost(2, 65.0, 33.0, 350, 2 * (BRANCHES + 1), 4 + 2, maps_embedding=False),
+    onnx.NAME: EngineCost(4, 100.0, 67.0, 700, 2, 0, maps_embedding=True),
 }
 """By engine."""
 
@@ -116,9 +120,10 @@ class Needs:
 
     @property
     def state_bytes(self) -> int:
-        """Saved states of the base and each adapter, half a context long, up to the limit."""
+        """Saved states of the base and each adapter, half a context long, as many as the limit allows."""
         states = len(self.adapters) + 1 if self.adapters else 0
-        return min(states * self.kv_bytes_per_token * self.context_length // 2, self.states_limit_bytes)
+        size = self.kv_bytes_per_token * self.context_length // 2
+        return min(states, self.states_limit_bytes // max(size, 1)) * size
 
     @property
     def vocabulary_bytes(self) -> int:
@@ -126,20 +131,29 @@ class Needs:
         return self.vocabulary * self.cost.vocabulary_bytes
 
 
+_EMBEDDING = "embedding beside the repacked output head"
+_RUNTIME = "runtime (Python and libraries)"
+
+
 @dataclass(frozen=True)
 class Item:
-    """One part of the memory needed."""
+    """One part of the memory needed; of it, `droppable_mb` are mapped files that are rarely read again."""
 
     name: str
     mb: float
+    droppable_mb: float = 0.0
 
 
 def items_of(needs: Needs, *, repacks: bool) -> list[Item]:
     """The parts of the memory needed; `repacks`: the processor has faster code with repacked weights."""
     twice = needs.cost.maps_embedding or (needs.repackable and repacks)
+    droppable_mb = {
+        _RUNTIME: needs.cost.libraries_mb - _HOT_LIBRARY_MB,
+        _EMBEDDING: needs.head_bytes / MB if needs.cost.maps_embedding else 0.0,
+    }
     parts = [
         ("base weights", needs.base_bytes),
-        ("embedding beside the repacked output head", needs.head_bytes if twice else 0),
+        (_EMBEDDING, needs.head_bytes if twice else 0),
         *((f"adapter {name}", size.file_bytes) for name, size in needs.adapters.items()),
         *((f"merged model {name}", size + needs.engine_bytes) for name, size in needs.merged.items()),
         (f"keys and values of {needs.context_length} tokens", needs.kv_bytes_per_token * needs.context_length),
@@ -147,15 +161,20 @@ def items_of(needs: Needs, *, repacks: bool) -> list[Item]:
         ("draft tables", needs.draft_bytes),
         ("computing", needs.compute_bytes),
         ("vocabulary", needs.vocabulary_bytes),
-        ("runtime (Python and libraries)", needs.cost.runtime_mb * MB),
+        (_RUNTIME, needs.cost.runtime_mb * MB),
         ("server", SERVER_MB * MB if needs.serves else 0),
     ]
-    return [Item(name, size / MB) for name, size in parts if size]
+    return [Item(name, size / MB, droppable_mb.get(name, 0.0)) for name, size in parts if size]
 
 
 def needed_mb(needs: Needs, *, repacks: bool) -> float:
     """The sum of all parts."""
     return sum(item.mb for item in items_of(needs, repacks=repacks))
+
+
+def kept_mb(needs: Needs, *, repacks: bool) -> float:
+    """The sum of all parts without what the system can drop: with less, the bundle cannot run at full speed."""
+    return sum(item.mb - item.droppable_mb for item in items_of(needs, repacks=repacks))
 
 
 def needs_of_bundle(bundle: Path, *, context_length: int | None = None, engine: str | None = None) -> Needs:

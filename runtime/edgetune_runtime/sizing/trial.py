@@ -45,9 +45,10 @@ def try_bundle(
         items = items_of(needs, repacks=repacks)
         needed = sum(item.mb for item in items)
         found["memory_mb"] = {item.name: round(item.mb, 1) for item in items} | {"needed": round(needed, 1)}
-        if free is not None and needed > free:
+        kept = sum(item.mb - item.droppable_mb for item in items)
+        if free is not None and kept > free:
             remedy = "shorten --context-length, or limit saved states with --cache-mb"
-            problems.append(f"the bundle needs about {needed:.0f} MB, and {free:.0f} MB are free: {remedy}")
+            problems.append(f"the bundle needs about {kept:.0f} MB, and {free:.0f} MB are free: {remedy}")
     try:
         with open_runtime() as runtime:
             found |= {"engine": runtime.engine, "threads": runtime.threads}

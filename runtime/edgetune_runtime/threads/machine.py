@@ -73,21 +73,27 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 def resident_mb() -> float | None:
     """Resident memory of this process in 10^6 bytes; outside Linux the peak, on Windows None."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-        return int(line.split()[1]) * 1024 / 1e6
-    return peak_mb()
+    return _status_mb("VmRSS") or peak_mb()
 
 
 def peak_mb() -> float | None:
     """Peak resident memory of this process in 10^6 bytes; None on Windows."""
+    # On Linux, ru_maxrss is that of the parent if it was larger when it started this process.
+    found = _status_mb("VmHWM")
+    if found is not None:
+        return found
     try:
         import resource  # noqa: PLC0415 - missing on Windows
     except ImportError:
         return None
     # Bytes on macOS, KiB elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _status_mb(key: str) -> float | None:
+    """A size of this process in /proc, in 10^6 bytes; None outside Linux."""
+    found = re.search(rf"^{key}:\s+(\d+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
+    return int(found[1]) * 1024 / 1e6 if found else None
 
 
 def free_mb(root: Path = ROOT) -> float | None:

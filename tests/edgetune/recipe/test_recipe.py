@@ -286,7 +286,7 @@ def test_the_schema_names_every_key_method_and_board() -> None:
     schema = json_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert set(schema["properties"]) == set(Recipe.model_fields)
-    assert schema["properties"]["device"]["anyOf"][0]["enum"] == boards.names()
+    assert schema["properties"]["device"]["anyOf"][0]["enum"] == boards.names_with_sizes()
     assert set(schema["properties"]["quantization"]["anyOf"][0]["enum"]) == set(QUANTIZATIONS)
     short, *long = schema["$defs"]["MethodSpec"]["oneOf"]
     assert short["enum"] == methods.names()
