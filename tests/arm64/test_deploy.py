@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from arm64.board import SHARED, Board
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import GoldenAnswer
+from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import UnreachableError, VerificationError
 from edgetune_runtime.golden import ask
 from runtime.bundles import change_manifest
@@ -92,7 +92,7 @@ def test_a_deploy_that_was_cut_resumes_and_a_wrong_answer_is_refused(
     second = send()
     assert second.sent_bytes < 1_000_000
     assert states() == [(second.version, "current"), (first.version, "previous")]
-    damaged = next((prefix / "current/bundle/base").iterdir())
+    damaged = prefix / "current/bundle" / read_manifest(own_bundle).base.files[ENGINE]
     damaged.chmod(0o644)
     damaged.write_bytes(b"x" * damaged.stat().st_size)
     assert send().sent_bytes == damaged.stat().st_size
