@@ -97,8 +97,8 @@ def test_a_deploy_that_was_cut_resumes_and_a_wrong_answer_is_refused(
     damaged.write_bytes(b"x" * damaged.stat().st_size)
     assert send().sent_bytes == damaged.stat().st_size
     assert roll_back(target, where).version == first.version
-    run = board.run(f"{SHARED}/deployed/bin/edgetune-run", "check", f"{SHARED}/deployed/current/bundle", cpu=CPU)
-    assert "same" in run
+    check = (f"{SHARED}/deployed/bin/edgetune-run", "check", f"{SHARED}/deployed/current/bundle", "--engine", ENGINE)
+    assert "same" in board.run(*check, cpu=CPU)
 
 
 def change_golden(bundle: Path, change: Callable[[str], str]) -> str:
