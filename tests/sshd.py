@@ -106,7 +106,8 @@ def cut_in_the_middle(store: Path) -> Iterator[None]:
     def cutting(chunks: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
             yield chunk
-            if len(chunk) > 100_000:
+            # Not the last of its file, which may have got its name by now.
+            if len(chunk) == 1 << 18:
                 wait_for(lambda: any(part.stat().st_size for part in store.glob("*.part")))
                 cut_ssh()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from arm64.board import SHARED, Board
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import GoldenAnswer
+from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import UnreachableError, VerificationError
 from edgetune_runtime.golden import ask
 from runtime.bundles import change_manifest
@@ -47,7 +47,11 @@ def own_bundle(bundle: Path, tmp_path: Path) -> Path:
         name = next(iter(runtime.manifest.adapters))
         question = GoldenAnswer(PROMPT, "", max_tokens=4)
         golden = {ENGINE: {"prompt": PROMPT, "answer": ask(runtime, name, question), "max_tokens": 4}}
-    change_manifest(copy, lambda raw: raw["adapters"][name].setdefault("golden", golden))
+
+    def add(raw: dict[str, Any]) -> None:
+        raw["adapters"][name]["golden"] = golden | raw["adapters"][name].get("golden", {})
+
+    change_manifest(copy, add)
     return copy
 
 
@@ -73,7 +77,9 @@ def test_a_deploy_that_was_cut_resumes_and_a_wrong_answer_is_refused(
     there = sum(path.stat().st_size for path in (prefix / "files").iterdir())
     assert not (prefix / "current").is_symlink()
     first = send()
-    assert 0 < first.sent_bytes < first.sent_bytes + there
+    kit = Kits(own_bundle, ENGINE, make, tmp_path / "kits").kit_for("pi-4", "3.13").kit
+    assert there > 0
+    assert first.sent_bytes < sum(file.bytes for file in kit.files)
     assert states() == [(first.version, "current")]
 
     answer = change_golden(own_bundle, lambda _: "no such answer")
@@ -86,13 +92,13 @@ def test_a_deploy_that_was_cut_resumes_and_a_wrong_answer_is_refused(
     second = send()
     assert second.sent_bytes < 1_000_000
     assert states() == [(second.version, "current"), (first.version, "previous")]
-    damaged = next((prefix / "current/bundle/base").iterdir())
+    damaged = prefix / "current/bundle" / read_manifest(own_bundle).base.files[ENGINE]
     damaged.chmod(0o644)
     damaged.write_bytes(b"x" * damaged.stat().st_size)
     assert send().sent_bytes == damaged.stat().st_size
     assert roll_back(target, where).version == first.version
-    run = board.run(f"{SHARED}/deployed/bin/edgetune-run", "check", f"{SHARED}/deployed/current/bundle", cpu=CPU)
-    assert "same" in run
+    check = (f"{SHARED}/deployed/bin/edgetune-run", "check", f"{SHARED}/deployed/current/bundle", "--engine", ENGINE)
+    assert "same" in board.run(*check, cpu=CPU)
 
 
 def change_golden(bundle: Path, change: Callable[[str], str]) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space
-from edgetune_runtime.errors import NotFoundError
+from edgetune_runtime.errors import NotFoundError, VerificationError
 from edgetune_runtime.wording import suggestion
 
 from . import venv
@@ -58,13 +59,14 @@ def linked(prefix: Path, link: str) -> str | None:
 def place(prefix: Path, kit: Kit) -> bool:
     """Make the version's folder of hard links to the store, which must have its files; whether it changed.
 
-    In a version that is there already, the files are replaced that were damaged.
+    In versions that are there already, the files of this one are replaced that were damaged.
     """
     folder = path_of(prefix, kit.version)
     store = Store(prefix)
+    described = folder.is_dir() and write_text(folder / KIT_NAME, kit.text)
+    repaired = _repair(prefix, store, {file.sha256 for file in kit.version_files})
     if folder.is_dir():
-        repaired = [_relink(store.path(file.sha256), folder / file.path) for file in kit.version_files]
-        return any([*repaired, write_text(folder / KIT_NAME, kit.text)])
+        return described or repaired
     temporary = _hidden(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     with raising_out_of_space(folder):
@@ -79,6 +81,18 @@ def place(prefix: Path, kit: Kit) -> bool:
         temporary.rename(folder)
     flush_to_disk(folder.parent)
     return True
+
+
+def _repair(prefix: Path, store: Store, digests: set[str]) -> bool:
+    """Link the files with these digests to the store again, in all versions; whether one was not."""
+    changed = False
+    for folder in _folders(prefix):
+        # One whose description is damaged is left for its own next install.
+        with suppress(VerificationError):
+            files = [file for file in read_installed(folder).version_files if file.sha256 in digests]
+            for file in files:
+                changed |= _relink(store.path(file.sha256), folder / file.path)
+    return changed
 
 
 def switch(prefix: Path, version: str) -> None:

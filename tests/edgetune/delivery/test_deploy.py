@@ -210,14 +210,16 @@ def test_the_kit_of_a_changed_bundle_gets_the_wheels_of_the_one_before(board: Bo
     assert calls[1]
 
 
-def test_a_file_damaged_on_the_board_is_sent_again(board: Board, bundle: Path) -> None:
+def test_a_file_damaged_on_the_board_is_sent_again_for_all_versions(board: Board, bundle: Path) -> None:
     board.deploy(bundle)
+    board.deploy(write_bundle(bundle, "two"))
     model = board.prefix / "current/bundle/base/model.gguf"
     model.chmod(0o644)
     model.write_bytes(b"x" * model.stat().st_size)
-    again = board.deploy(bundle)
-    assert again.sent_bytes == model.stat().st_size
-    assert ask(board.prefix) == "one"
+    assert (board.prefix / "previous/bundle/base/model.gguf").read_bytes() != b"weights"
+    assert board.deploy(bundle).sent_bytes == model.stat().st_size
+    assert model.read_bytes() == b"weights"
+    assert (board.prefix / "previous/bundle/base/model.gguf").read_bytes() == b"weights"
 
 
 def test_another_answer_than_the_golden_one_keeps_the_old_version(board: Board, bundle: Path) -> None:
