@@ -9,12 +9,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from edgetune.delivery.deploy.ssh import Connection
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 SSH = shutil.which("ssh")
@@ -32,7 +34,7 @@ StrictModes no
 UsePAM no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
-SetEnv PATH={folder}/board:{programs}:/usr/bin:/bin HOME={folder}
+SetEnv PATH={folder}/board:{programs}:/usr/bin:/bin HOME={folder} {variables}
 """
 _CLIENT = """\
 IdentityFile {folder}/user
@@ -76,11 +78,49 @@ class Sshd:
 
 
 def cut_ssh() -> None:
-    """Kill all ssh clients of this process, as when a connection is lost."""
-    for file in Path("/proc/self/task").glob("*/children"):
-        for pid in file.read_text(encoding="ascii").split():
-            if Path(f"/proc/{pid}/comm").read_text(encoding="ascii").strip() == "ssh":
-                os.kill(int(pid), signal.SIGKILL)
+    """Kill all ssh clients of this process, of which there must be one, as when a connection is lost."""
+    wait_for(lambda: bool(_clients()))
+    for pid in _clients():
+        os.kill(pid, signal.SIGKILL)
+
+
+def _clients() -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            pid, _, rest = path.read_text(encoding="utf-8", errors="replace").partition(" (")
+            name, _, fields = rest.rpartition(") ")
+            if name == "ssh" and fields.split()[1] == str(os.getpid()):
+                found.append(int(pid))
+    return found
+
+
+@contextmanager
+def cut_in_the_middle(store: Path) -> Iterator[None]:
+    """Kill the ssh clients of the block once the board has a part of a large file in `store`."""
+    whole = Connection.run
+
+    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
+        return whole(self, command, cutting(data) if "receive" in command else data)
+
+    def cutting(chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+            if len(chunk) > 100_000:
+                wait_for(lambda: any(part.stat().st_size for part in store.glob("*.part")))
+                cut_ssh()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "run", run)
+        yield
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until something is so; AssertionError if it is not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def free_port() -> int:
@@ -91,32 +131,42 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(folder: Path, board_programs: Path) -> Iterator[Sshd]:
-    """Start sshd with files in `folder`; commands on the board find those in `board_programs`."""
+def running(
+    folder: Path, programs: str, *, enter: Sequence[str] = (), seen_as: str | None = None, variables: str = ""
+) -> Iterator[Sshd]:
+    """Start sshd with files in `folder`; commands on the board find their programs in `programs`, as in PATH.
+
+    `enter` are the words before the command that start it in another system, which has the folder as `seen_as`, and
+    `variables` what commands there get in addition, as in SetEnv.
+    """
     if os.geteuid() == 0:
         # sshd refuses to start as root without this folder, which its systemd unit makes.
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     for name in ("host", "user", "other"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     port = free_port()
-    (folder / "sshd_config").write_text(_SERVER.format(port=port, folder=folder, programs=board_programs))
+    inside = seen_as or str(folder)
+    settings = _SERVER.format(port=port, folder=inside, programs=programs, variables=variables)
+    (folder / "sshd_config").write_text(settings)
     (folder / "ssh_config").write_text(_CLIENT.format(folder=folder))
-    programs = folder / "programs"
-    programs.mkdir()
-    (folder / "board").mkdir()
-    (programs / "ssh").write_text(f'#!/bin/sh\nexec {SSH} -F {folder}/ssh_config "$@"\n')
-    (programs / "ssh").chmod(0o755)
-    log = (folder / "log").open("wb")
-    with log, subprocess.Popen([str(SSHD), "-D", "-e", "-f", folder / "sshd_config"], stderr=log) as process:
-        try:
-            _wait(port, process, folder / "log")
-            yield Sshd(folder, port, programs)
-        finally:
-            process.terminate()
+    wrapper = folder / "programs/ssh"
+    for path in (wrapper.parent, folder / "board"):
+        path.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {SSH} -F {folder}/ssh_config "$@"\n')
+    wrapper.chmod(0o755)
+    server = "/usr/sbin/sshd" if enter else str(SSHD)
+    with (folder / "log").open("wb") as log:
+        command = [*enter, server, "-D", "-e", "-f", f"{inside}/sshd_config"]
+        with subprocess.Popen(command, stderr=log) as process:
+            try:
+                _wait(port, process, folder / "log")
+                yield Sshd(folder, port, wrapper.parent)
+            finally:
+                process.terminate()
 
 
 def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end and process.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()

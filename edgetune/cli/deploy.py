@@ -162,7 +162,7 @@ def _run_on_all(targets: Sequence[Target], parallel: int, act: Callable[[Target]
 
     failures: list[str] = []
     for target, outcome in on_each(targets, parallel, act):
-        if not isinstance(outcome, EdgetuneError):
+        if not isinstance(outcome, Exception):
             shown, figures = str(outcome), outcome.to_json()
         else:
             text = str(outcome).removeprefix(f"{target}: ")

@@ -10,7 +10,9 @@ from pathlib import Path
 SHARED = "/mnt"
 """Where the board sees the folder of the test."""
 _ENTER = """
-mount -t proc proc "$ROOT/proc" && mount --bind "$SHARED" "$ROOT/mnt" && exec chroot "$ROOT" "$@"
+root=$1 shared=$2 && shift 2
+mount -t proc proc "$root/proc" && mount --bind "$shared" "$root/mnt" || exit
+mount -t tmpfs tmpfs "$root/run" && mkdir "$root/run/sshd" && exec chroot "$root" "$@"
 """
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -27,12 +29,16 @@ class Board:
 
         AssertionError if it fails; an illegal instruction is named.
         """
-        # Namespaces of its own: the mounts end with the program, and there is no network to reach.
-        enter = ["unshare", "--mount", "--net", "sh", "-c", _ENTER, "sh", "/usr/bin/env", "-i"]
-        enter += [f"PATH={_PATH}", f"HOME={SHARED}", "LANG=C.UTF-8", f"QEMU_CPU={cpu}", *command]
-        environment = {"PATH": _PATH, "ROOT": str(self.root), "SHARED": str(self.shared), "QEMU_CPU": cpu}
-        done = subprocess.run(enter, capture_output=True, text=True, env=environment, timeout=timeout_s, check=False)
+        # No network to reach.
+        enter = ["unshare", "--net", *self.entering(cpu), *command]
+        done = subprocess.run(enter, capture_output=True, text=True, timeout=timeout_s, check=False)
         illegal = done.returncode in (-signal.SIGILL, 128 + signal.SIGILL)
         reason = "an illegal instruction" if illegal else f"exit code {done.returncode}"
         assert done.returncode == 0, f"{reason} of {' '.join(command)} on {cpu}:\n{done.stdout}{done.stderr}"
         return done.stdout
+
+    def entering(self, cpu: str) -> list[str]:
+        """The words before a command that run it on the board; its mounts end with the command."""
+        enter = ["unshare", "--mount", "sh", "-c", _ENTER, "sh", str(self.root), str(self.shared)]
+        variables = [f"PATH={_PATH}", f"HOME={SHARED}", "LANG=C.UTF-8", f"QEMU_CPU={cpu}"]
+        return ["env", "-i", *variables, *enter]

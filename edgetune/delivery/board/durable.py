@@ -14,7 +14,7 @@ from edgetune_runtime.errors import BusyError, UsageError
 
 def write_text(path: Path, text: str, *, mode: int = 0o644) -> bool:
     """Replace a file atomically, on disk when this returns. Writes nothing if it has this text; whether it wrote."""
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
+    if path.is_file() and path.read_bytes() == text.encode():
         return False
     with replacing(path) as temporary:
         # Never readable for more users than the mode says.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from edgetune_runtime.errors import EdgetuneError, NotFoundError
+from edgetune_runtime.errors import NotFoundError
 
 from . import check, golden, service, venv, versions
 from .durable import locked
@@ -23,6 +24,9 @@ def install(folder: Path, prefix: Path, *, unit: Service | None, activates: bool
     version that runs is not touched before the new one has answered.
     """
     kit = read_kit(folder)
+    if os.geteuid() == 0:
+        # The account of the unit must be able to read what root installs.
+        os.umask(0o022)
     with locked(prefix):
         store = Store(prefix)
         check.require_fit(kit, prefix, disk_mb=mb_to_write(kit, prefix))
@@ -75,41 +79,46 @@ def _activate(prefix: Path, kit: Kit, unit: Service | None, say: Say) -> bool:
     return changed
 
 
-def _switch(prefix: Path, kit: Kit, unit: Service | None, say: Say) -> None:
-    """Switch and restart the unit; if it does not answer, go back to the version that ran and raise its error."""
-    links = {link: versions.linked(prefix, link) for link in (versions.PREVIOUS, versions.CURRENT)}
-    versions.switch(prefix, kit.version)
-    if unit is None:
-        return
-    say(f"starting unit {unit.name}")
-    try:
-        unit.start(prefix, kit)
-    except EdgetuneError:
-        before = links[versions.CURRENT]
-        if before is not None and before != kit.version:
-            say(f"going back to version {before}")
-            versions.restore(prefix, links)
-            unit.start(prefix, versions.require(prefix, before))
-        raise
-    service.remember(prefix, unit.of(kit))
-
-
 def _check_answers(prefix: Path, kit: Kit, running: Service | None, say: Say) -> None:
     """Ask the new version for golden answers while the old one serves, or instead of it where memory is short."""
     if kit.bundle is None:
         return
     say("asking for golden answers")
-    pauses = running is not None and check.examine(prefix).available_mb < kit.needs["ram_mb"]
-    if running is not None and pauses:
-        running.stop()
-    try:
+    if running is None or check.examine(prefix).available_mb >= kit.needs["ram_mb"]:
         answers = golden.check(prefix, kit)
-    except EdgetuneError:
-        before = versions.linked(prefix, versions.CURRENT)
-        if running is not None and pauses and before is not None:
-            running.start(prefix, versions.require(prefix, before))
-        raise
+    else:
+        running.stop()
+        try:
+            answers = golden.check(prefix, kit)
+        except BaseException:
+            running.start(prefix, versions.require(prefix, versions.linked(prefix, versions.CURRENT) or ""))
+            raise
     say("the bundle has no golden answers" if answers is None else f"{len(answers)} adapters answer as built")
+
+
+def _switch(prefix: Path, kit: Kit, unit: Service | None, say: Say) -> None:
+    """Switch and restart the unit; if it does not answer, go back to the version and the unit that ran, and raise."""
+    links = {link: versions.linked(prefix, link) for link in (versions.PREVIOUS, versions.CURRENT)}
+    known = service.installed(prefix)
+    versions.switch(prefix, kit.version)
+    if unit is None:
+        return
+    say(f"starting unit {unit.name}")
+    try:
+        if known is not None and known.unit_path != unit.unit_path:
+            known.remove()
+        unit.start(prefix, kit)
+    except BaseException:
+        before = links[versions.CURRENT]
+        if known is None or known.unit_path != unit.unit_path:
+            unit.remove()
+        if before is not None:
+            say(f"going back to version {before}")
+            versions.restore(prefix, links)
+            if known is not None:
+                known.start(prefix, versions.require(prefix, before))
+        raise
+    service.remember(prefix, unit.of(kit))
 
 
 def mb_to_write(kit: Kit, prefix: Path) -> int:

@@ -41,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EdgetuneError as error:
         return _fail(error)
     except OSError as error:
-        return _fail(
-            UsageError(f"{error.filename or 'a file'}: {error.strerror}", "check the disk and its permissions")
-        )
+        where = error.filename or "a file"
+        return _fail(UsageError(f"{where}: {error.strerror}", "check the disk and its permissions"))
+    except Exception as error:
+        return _fail(EdgetuneError(f"unexpected {type(error).__name__}: {error}", "report it"))
     return 0
 
 

@@ -58,13 +58,13 @@ def linked(prefix: Path, link: str) -> str | None:
 def place(prefix: Path, kit: Kit) -> bool:
     """Make the version's folder of hard links to the store, which must have its files; whether it changed.
 
-    A version that is there already gets those files again that were damaged, so that the store had to replace them.
+    In a version that is there already, the files are replaced that were damaged.
     """
     folder = path_of(prefix, kit.version)
     store = Store(prefix)
     if folder.is_dir():
-        relinked = [_relink(store.path(file.sha256), folder / file.path) for file in kit.version_files]
-        return any(relinked)
+        repaired = [_relink(store.path(file.sha256), folder / file.path) for file in kit.version_files]
+        return any([*repaired, write_text(folder / KIT_NAME, kit.text)])
     temporary = _hidden(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     with raising_out_of_space(folder):

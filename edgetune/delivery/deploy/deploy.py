@@ -146,8 +146,7 @@ def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, pro
 
     Raises UnreachableError when the board cannot be reached or the connection is lost, IncompatibleError when the board
     cannot run the kit, BusyError while another deploy is at work, OutOfSpaceError when its disk is full, and
-    VerificationError when a file or an answer is wrong. All but the last may be followed by another deploy, which
-    resumes; the version before runs in any case.
+    VerificationError when a file or an answer is wrong. The version before runs on, and the next deploy resumes.
     """
     with Connection(target) as connection:
         progress.say(f"{target}: checking the board")

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
-from edgetune_runtime.errors import EdgetuneError
-
 from .target import Target
 
 T = TypeVar("T")
@@ -15,7 +13,7 @@ T = TypeVar("T")
 
 def on_each(
     targets: Sequence[Target], parallel: int, act: Callable[[Target], T]
-) -> Iterator[tuple[Target, T | EdgetuneError]]:
+) -> Iterator[tuple[Target, T | Exception]]:
     """What `act` returns or raises for each board, in the order in which they end; at most `parallel` at a time."""
     with ThreadPoolExecutor(parallel) as pool:
         started: dict[Future[T], Target] = {pool.submit(act, target): target for target in targets}
@@ -23,7 +21,7 @@ def on_each(
             for done in as_completed(started):
                 try:
                     yield started[done], done.result()
-                except EdgetuneError as error:
+                except Exception as error:
                     yield started[done], error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -54,9 +54,7 @@ class Kits:
     """
 
     def __init__(self, bundle: Path, engine: str | None, make: MakeKit, cache: Path) -> None:
-        manifest = read_manifest(bundle)
-        verify_files(bundle, manifest)
-        self.name = manifest.name
+        verify_files(bundle, read_manifest(bundle))
         self._bundle, self._engine, self._make, self._cache = bundle, engine, make, cache
         self._made: dict[tuple[str, str], MadeKit] = {}
         self._lock = threading.Lock()
@@ -78,10 +76,8 @@ class Kits:
         kit = _cached(folder)
         if kit is None:
             earlier = (path for path in self._cache.glob(f"{wheels}-*") if _cached(path) is not None)
-            same = next(earlier, None)
-            kit = self._make_into(
-                folder, board, python, [] if same is None else sorted(same.glob(f"{WHEELS_FOLDER}/*.whl"))
-            )
+            found = [sorted(path.glob(f"{WHEELS_FOLDER}/*.whl")) for path in earlier]
+            kit = self._make_into(folder, board, python, found[0] if found else [])
         os.utime(folder)
         return MadeKit(kit, folder, self._bundle)
 

@@ -116,6 +116,7 @@ class Connection:
             if not any(line.decode(errors="replace").strip() == ready for line in _pipe(process.stdout)):
                 out, problems = process.communicate()
                 self._checked(process.returncode, out, problems)
+                raise EdgetuneError(f"{self.target}: {command[0]} ended without {ready!r}", "run the command again")
             ended = threading.Event()
             alive = threading.Thread(target=_keep_alive, args=(_pipe(process.stdin), ended), daemon=True)
             alive.start()

@@ -57,13 +57,15 @@ class Toolchain:
 
 def find_toolchain() -> Toolchain:
     """The programs of this environment, or else of the system; IncompatibleError names those that are missing."""
+    if sys.platform == "win32":
+        raise IncompatibleError("a wheel for boards cannot be built on Windows", "use Linux, macOS or WSL")
     package = importlib.util.find_spec("ziglang")
+    zig = Path(package.origin).with_name("zig") if package is not None and package.origin is not None else None
     cmake, ninja = _program("cmake"), _program("ninja")
-    found = {"zig": package and package.origin, "CMake": cmake, "Ninja": ninja}
-    missing = [name for name, path in found.items() if not path]
-    if missing or package is None or package.origin is None or cmake is None or ninja is None:
-        raise IncompatibleError(f"building a wheel needs {' and '.join(missing)}, not installed here", _INSTALL)
-    zig = Path(package.origin).with_name("zig.exe" if sys.platform == "win32" else "zig")
+    if zig is None or cmake is None or ninja is None:
+        found = {"zig": zig, "CMake": cmake, "Ninja": ninja}
+        missing = " and ".join(name for name, path in found.items() if path is None)
+        raise IncompatibleError(f"building a wheel needs {missing}, not installed here", _INSTALL)
     return Toolchain(zig, cmake, ninja, importlib.metadata.version("ziglang"))
 
 

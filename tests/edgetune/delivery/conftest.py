@@ -14,7 +14,7 @@ from sshd import Sshd, running
 @pytest.fixture(scope="session")
 def running_sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
     """One sshd for all tests."""
-    with running(tmp_path_factory.mktemp("sshd"), Path(sys.executable).parent) as sshd:
+    with running(tmp_path_factory.mktemp("sshd"), str(Path(sys.executable).parent)) as sshd:
         yield sshd
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from edgetune_runtime.errors import (
     VerificationError,
 )
 from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, write_bundle
-from sshd import Sshd, cut_ssh, free_port, needs_sshd
+from sshd import Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
 
 from edgetune.cli.main import main
 from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME
@@ -146,30 +145,15 @@ def test_a_bundle_that_is_not_installed_cannot_be_listed(board: Board) -> None:
         list_versions(board.target, board.where)
 
 
-def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(
-    board: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(board: Board, bundle: Path) -> None:
     first = board.deploy(bundle)
     data = os.urandom(3_000_000)
     (bundle / "large").write_bytes(data)
     write_bundle(bundle, "two")
     part = board.prefix / f"files/{sha256_of(bundle / 'large')}.part"
-    whole = Connection.run
-
-    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
-        return whole(self, command, cutting(data) if "receive" in command else data)
-
-    def cutting(chunks: Iterable[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            yield chunk
-            if len(chunk) > 100_000:
-                wait_for(lambda: part.exists() and part.stat().st_size > 0)
-                cut_ssh()
-
-    monkeypatch.setattr(Connection, "run", run)
-    with pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"):
+    cut = cut_in_the_middle(part.parent)
+    with cut, pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"):
         board.deploy(bundle)
-    monkeypatch.setattr(Connection, "run", whole)
     assert board.states() == [(first.version, "current")]
     assert ask(board.prefix) == "one"
     wait_for(lambda: not is_locked(board.prefix / "deploy.lock"))
@@ -187,13 +171,6 @@ def is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_file_that_was_damaged_on_the_way_is_refused(board: Board, bundle: Path) -> None:

@@ -124,13 +124,13 @@ def test_the_program_in_the_prefix_knows_its_prefix(
 def test_a_version_that_answers_differently_does_not_become_the_current_one(
     prefix: Path, make: KitMaker, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    before = state(prefix / "versions")
     assert run("install", make("wrong"), "--prefix", prefix) == 4
     assert capfd.readouterr().err.splitlines()[-1].startswith("edgetune-board: version ")
     assert ask(prefix) == "one"
     assert versions.linked(prefix, "previous") is None
     assert run("install", make("two"), "--prefix", prefix) == 0
-    assert names(prefix, "versions") & {"wrong"} == set() and before.items() <= state(prefix / "versions").items()
+    assert ask(prefix) == "two"
+    assert len(names(prefix, "versions")) == 2
 
 
 def test_a_bundle_without_golden_answers_is_installed_and_says_so(
@@ -185,6 +185,7 @@ def test_a_damaged_file_of_an_installed_version_is_repaired(prefix: Path, kits: 
     answer = prefix / "current/bundle/answer.txt"
     answer.chmod(0o644)
     answer.write_text("ont")
+    (prefix / "current/kit.json").write_bytes(b"\xff")
     assert run("install", kits[0], "--prefix", prefix) == 0
     assert ask(prefix) == "one"
 

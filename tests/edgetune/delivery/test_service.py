@@ -102,6 +102,10 @@ def test_a_version_whose_unit_does_not_answer_is_left_again(
     assert going_back.startswith("edgetune-board: going back to version ")
     assert f"unit edgetune-home does not answer at http://127.0.0.1:{port}/readyz" in error
     assert (served(port), ask(prefix)) == ("two", "two")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        used = taken.getsockname()[1]
+        assert run("install", make("two"), "--prefix", prefix, "--service", "other", "--port", used) == 4
+    assert (served(port), ask(prefix)) == ("two", "two")
     assert run("rollback", "--prefix", prefix) == 0
     assert served(port) == "one"
 
@@ -153,5 +157,5 @@ def test_systemd_accepts_the_unit(user: bool, make: KitMaker, tmp_path: Path) ->
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
-    memory_mib = read_kit(kit).service["memory_max_mb"] * 10**6 // 2**20
-    assert f"\nMemoryMax={memory_mib}M\n" in unit.read_text()
+    limit_mib = read_kit(kit).service["memory_max_mb"] * 10**6 // 2**20
+    assert f"\nMemoryMax={limit_mib}M\n" in unit.read_text()

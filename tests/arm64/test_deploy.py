@@ -1,0 +1,108 @@
+"""A deploy to an sshd on the emulated board: cut in the middle, resumed, refused and rolled back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from arm64.board import SHARED, Board
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import GoldenAnswer
+from edgetune_runtime.errors import UnreachableError, VerificationError
+from edgetune_runtime.golden import ask
+from runtime.bundles import change_manifest
+from sshd import Sshd, cut_in_the_middle, running
+
+from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
+from edgetune.delivery.deploy.kits import Kits
+from edgetune.delivery.deploy.target import parse_target
+from edgetune.delivery.kit.make import make_kit
+from edgetune.progress import Progress
+
+CPU = "cortex-a72"
+ENGINE = "onnx"
+PROMPT = "turn on the light in the hall"
+
+
+@pytest.fixture(scope="module")
+def sshd(board: Board) -> Iterator[Sshd]:
+    """The board's own sshd."""
+    folder = board.shared / "sshd"
+    folder.mkdir()
+    seen_as = f"{SHARED}/sshd"
+    with running(folder, "/usr/bin", enter=board.entering(CPU), seen_as=seen_as, variables=f"QEMU_CPU={CPU}") as found:
+        found.trust(found.public_key("host"))
+        yield found
+
+
+@pytest.fixture
+def own_bundle(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle, with a golden answer of this machine if it has none."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "home"))
+    with Runtime.open(copy, engine=ENGINE, disk_mb=0) as runtime:
+        name = next(iter(runtime.manifest.adapters))
+        question = GoldenAnswer(PROMPT, "", max_tokens=4)
+        golden = {ENGINE: {"prompt": PROMPT, "answer": ask(runtime, name, question), "max_tokens": 4}}
+    change_manifest(copy, lambda raw: raw["adapters"][name].setdefault("golden", golden))
+    return copy
+
+
+def test_a_deploy_that_was_cut_resumes_and_a_wrong_answer_is_refused(
+    board: Board, sshd: Sshd, own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{sshd.programs}{os.pathsep}{os.environ['PATH']}")
+    target, where = parse_target(sshd.target), Where("home", f"{SHARED}/deployed")
+    prefix = board.shared / "deployed"
+
+    def make(name: str, python: str, out: Path, earlier: Sequence[Path]) -> None:
+        make_kit(own_bundle, name, out, python=python, engine=ENGINE, progress=Progress(), earlier=earlier)
+
+    def send() -> Deployed:
+        kits = Kits(own_bundle, ENGINE, make, tmp_path / "kits")
+        return deploy(target, where, kits, DeployOptions("pi-4"), Progress())
+
+    def states() -> list[tuple[str, str]]:
+        return [(item["version"], item["state"]) for item in list_versions(target, where).versions]
+
+    with cut_in_the_middle(prefix / "files"), pytest.raises(UnreachableError, match="connection was lost"):
+        send()
+    there = sum(path.stat().st_size for path in (prefix / "files").iterdir())
+    assert not (prefix / "current").is_symlink()
+    first = send()
+    assert 0 < first.sent_bytes < first.sent_bytes + there
+    assert states() == [(first.version, "current")]
+
+    answer = change_golden(own_bundle, lambda _: "no such answer")
+    with pytest.raises(VerificationError, match="adapters answer differently"):
+        send()
+    assert states()[0] == (first.version, "current")
+
+    change_golden(own_bundle, lambda _: answer)
+    change_manifest(own_bundle, lambda raw: raw.update(created="later"))
+    second = send()
+    assert second.sent_bytes < 1_000_000
+    assert states() == [(second.version, "current"), (first.version, "previous")]
+    damaged = next((prefix / "current/bundle/base").iterdir())
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    assert send().sent_bytes == damaged.stat().st_size
+    assert roll_back(target, where).version == first.version
+    run = board.run(f"{SHARED}/deployed/bin/edgetune-run", "check", f"{SHARED}/deployed/current/bundle", cpu=CPU)
+    assert "same" in run
+
+
+def change_golden(bundle: Path, change: Callable[[str], str]) -> str:
+    """Change the golden answer of the first adapter; the one before."""
+    before = ""
+
+    def apply(raw: dict[str, Any]) -> None:
+        nonlocal before
+        golden = next(adapter["golden"][ENGINE] for adapter in raw["adapters"].values() if adapter.get("golden"))
+        before, golden["answer"] = golden["answer"], change(golden["answer"])
+
+    change_manifest(bundle, apply)
+    return before
