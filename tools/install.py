@@ -3,13 +3,11 @@
     python tools/install.py LOG [arguments of pip install]
 
 Standard library only, for every Python version that edgetune supports. pip's output goes to the file LOG; if pip fails,
-it is also printed, and the exit code is pip's. A wheel that `edgetune wheel` made on this machine spares compiling
-llama.cpp; otherwise pip takes the one that it compiled before, if its own cache still has it.
+it is also printed, and the exit code is pip's.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -19,8 +17,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 REPORT_EVERY_S = 10
-# As platformdirs finds it; edgetune, and with it platformdirs, may not be installed yet.
-WHEELS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetune/wheels"
 # Output of pip and of llama.cpp's build at the start of a step, and the text that is printed for the step.
 STEPS = (
     (re.compile(r"Collecting (?P<what>[\w.-]+)"), "finding and downloading packages: {what}"),
@@ -73,9 +69,7 @@ def main(log_path: str, *arguments: str) -> int:
     log = Log(Path(log_path))
     log.path.write_text("", encoding="utf-8")
     # --verbose includes the output of the compiler.
-    command = [sys.executable, "-m", "pip", "install", "--verbose", "--progress-bar", "off"]
-    command += ["--find-links", str(WHEELS)] if WHEELS.is_dir() else []
-    command += arguments
+    command = [sys.executable, "-m", "pip", "install", "--verbose", "--progress-bar", "off", *arguments]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
     ) as pip:
