@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from email import message_from_bytes
 from email.message import Message
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from edgetune_runtime.errors import IncompatibleError, UnreachableError, VerificationError
@@ -149,7 +148,8 @@ def _pinned(requirement: Requirement) -> str:
 
 
 def _pip_download(requirements: Sequence[str], platform: Platform, folder: Path) -> None:
-    if importlib.util.find_spec(_PIP) is None:
+    # Not by importlib.util: a look for the module pip makes setuptools give up its own distutils in this process.
+    if not any(distributions(name=_PIP)):
         raise IncompatibleError("pip is not installed here", "run: python -m ensurepip")
     options = ("--quiet", "--no-deps", "--disable-pip-version-check", "--dest", str(folder))
     command = [sys.executable, "-m", _PIP, "download", *options, *platform.pip_options(), *requirements]

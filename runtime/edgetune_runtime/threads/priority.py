@@ -1,4 +1,4 @@
-"""A thread with lower priority that runs all steps of a base, so that other processes run first."""
+"""A thread that computes for others, with lower priority if other processes are to run first."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def compute_thread(priority: str) -> ComputeThread | None:
 
 
 def _lower(priority: str) -> None:
-    """Lower the priority of the calling thread; on Linux both calls apply to a thread, not to the process."""
+    """Lower the priority of the calling thread, unless it is `normal`; on Linux both calls are for one thread only."""
+    if priority == NORMAL:
+        return
     thread = threading.get_native_id()
     if priority == "low":
         os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICER))

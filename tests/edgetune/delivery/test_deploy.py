@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -162,6 +163,12 @@ def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(board: Board, bu
     assert second.sent_bytes < len(data)
     assert (board.prefix / "current/bundle/large").read_bytes() == data
     assert board.states() == [(second.version, "current"), (first.version, "previous")]
+
+
+def _is_held(path: Path) -> bool:
+    """Whether another process holds the lock, seen without taking it."""
+    held = Path("/proc/locks").read_text(encoding="utf-8")
+    return path.exists() and f":{path.stat().st_ino} " in held
 
 
 def is_locked(path: Path) -> bool:
@@ -353,10 +360,14 @@ def test_an_install_goes_on_when_the_connection_is_lost(
 ) -> None:
     whole = Connection.run
 
+    def cut_when_installing() -> None:
+        while not _is_held(board.prefix / "lock"):
+            time.sleep(0.005)
+        cut_ssh()
+
     def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
         if "install" in command:
-            timer = threading.Timer(0.3, cut_ssh)
-            timer.start()
+            threading.Thread(target=cut_when_installing).start()
         return whole(self, command, data)
 
     monkeypatch.setattr(Connection, "run", run)

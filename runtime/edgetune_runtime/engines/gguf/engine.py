@@ -33,6 +33,7 @@ from edgetune_runtime.threads.machine import usable_cores
 from .base import GgufBase, GgufTokenizer
 from .llama import StopFlag, decode_batch, last_errors, library, make_context
 from .state import PrefixState, check_state, read_prefix
+from .tiles import compute
 from .tree import Continuation, ContinuationTree, groups
 
 __all__ = ["BRANCHES", "ENGINE", "MAIN", "GgufEngine", "GgufTokenizer"]
@@ -382,7 +383,7 @@ class GgufEngine:
         """Decode one batch; a token that belongs to several sequences is computed once."""
         last_errors()
         self._stop.clear()
-        result = decode_batch(self._context, tokens, positions, sequences, outputs)
+        result = compute(lambda: decode_batch(self._context, tokens, positions, sequences, outputs))
         if result == _STOPPED:
             self._stop.clear()
             raise StepStopped

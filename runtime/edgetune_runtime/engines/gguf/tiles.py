@@ -1,0 +1,53 @@
+"""Keeps llama.cpp's computing on threads of its own where it uses AMX, whose tiles other libraries reconfigure."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+from edgetune_runtime.threads.priority import NORMAL, ComputeThread
+
+from .ggml import cpu_backend
+from .llama import library
+
+T = TypeVar("T")
+
+
+class _Partner(threading.local):
+    """The thread that computes for the current one; it ends with it."""
+
+    thread: ComputeThread | None = None
+
+
+_partner = _Partner()
+
+
+def compute(function: Callable[[], T]) -> T:
+    """Run a function that computes with llama.cpp; returns or raises what it does.
+
+    ggml configures the tiles of a thread once (`ggml_tile_config_init`), while oneDNN, which computes for torch,
+    releases them after each call. On one thread, ggml's next call would be an illegal instruction.
+    """
+    if not _uses_amx():
+        return function()
+    if _partner.thread is None:
+        _partner.thread = ComputeThread(NORMAL)
+    return _partner.thread.run(function)
+
+
+@cache
+def _uses_amx() -> bool:
+    return any(feature.startswith("AMX") for feature in cpu_backend(library()).features)
+
+
+def _forget() -> None:
+    """A forked process has none of the threads."""
+    global _partner  # noqa: PLW0603 - the variable of the module is what is replaced
+    _partner = _Partner()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
