@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from edgetune.delivery.wheel.archive import wheel_name, write_wheel
 
 SCRIPT = Path(__file__).parents[1] / "tools/install.py"
 
@@ -45,22 +42,3 @@ def test_an_install_says_how_long_it_took(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "done"
     assert "Requirement already satisfied: pip" in log.read_text(encoding="utf-8")
-
-
-def test_a_wheel_in_edgetunes_cache_is_installed(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    (source / "llama_cpp").mkdir(parents=True)
-    (source / "llama_cpp/__init__.py").touch()
-    metadata = "Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: 9.9\n"
-    (source / "PKG-INFO").write_text(metadata, encoding="utf-8")
-    (source / "LICENSE.md").touch()
-    (source / "vendor/llama.cpp").mkdir(parents=True)
-    (source / "vendor/llama.cpp/LICENSE").touch()
-    wheels = tmp_path / "cache/edgetune/wheels"
-    wheels.mkdir(parents=True)
-    name = wheel_name("9.9", "py3-none-any")
-    write_wheel(wheels / name, source, [], version="9.9", tag="py3-none-any", generator="edgetune")
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "log"), "--no-index", "--no-deps"]
-    command += ["--target", str(tmp_path / "site"), "llama-cpp-python"]
-    subprocess.run(command, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}, check=True)
-    assert (tmp_path / "site/llama_cpp/__init__.py").is_file()

@@ -85,7 +85,7 @@ def _fill(folder: Path, staged: Mapping[str, Path], manifest: Manifest) -> Manif
         target.parent.mkdir(parents=True, exist_ok=True)
         # Copy, never link: changes to a bundle must not affect the user's base or the files that a build resumes from.
         shutil.copyfile(source, target)
-    return _write_manifest(folder, manifest)
+    return _write_manifest(folder, replace(manifest, files={}))
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
