@@ -19,7 +19,8 @@ for module in walk_packages(edgetune_runtime.__path__, "edgetune_runtime."):
     if not module.name.endswith("__main__"):
         import_module(module.name)
 from edgetune_runtime.threads.machine import peak_mb
-assert peak_mb() is None or peak_mb() > 0
+# Linux tells it without the module resource.
+assert peak_mb() > 0 if sys.platform == "linux" else peak_mb() is None
 with edgetune_runtime.Runtime.open(sys.argv[1], engine=sys.argv[2], disk_mb=0) as runtime:
     print(runtime.generate("play", adapter="command", max_tokens=2).tokens)
 """
