@@ -7,7 +7,7 @@ LLaMA bases in transformers folders, with random f16 weights and SmolLM2's token
 q4_0. Each gets a rank-16 adapter on all linear layers, trained on rows of about 512 tokens and exported to both
 formats. Each build runs in its own process; its stages are recognized by its progress messages. The peak of a stage is
 the largest resident memory of the process and its children together. With `--limit 1.25` each build runs once more in
-a memory cgroup of 1.25 times the peak of its training, which needs root.
+a memory cgroup of 1.25 times the peak of its training, without swap, which needs root.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from safetensors.numpy import save_file
 
+from benchmarks.cgroup import memory_limit
 from benchmarks.machine import this_machine
 from edgetune.bases import ALIASES, locate
 from edgetune.progress import Progress, Step
@@ -120,25 +121,11 @@ def _measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
     found = _run(size, options)
     if options.limit and "failed" not in found:
         limit_mb = options.limit * _training_mb(found["stages"])
-        with _memory_limit(limit_mb) as cgroup:
-            within = _run(size, options, cgroup)
+        with memory_limit(limit_mb) as limit:
+            within = _run(size, options, limit.folder)
         found["limited"] = {"limit_mb": round(limit_mb), "stages": within.get("stages", {})}
         found["limited"] |= {"failed": within["failed"]} if "failed" in within else {}
     return found
-
-
-@contextmanager
-def _memory_limit(limit_mb: float) -> Iterator[Path]:
-    """A cgroup that may use so much memory, to be removed when its processes have ended."""
-    version_1 = Path("/sys/fs/cgroup/memory")
-    folder = (version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")) / f"edgetune-scale-{os.getpid()}"
-    folder.mkdir()
-    limit = folder / ("memory.limit_in_bytes" if version_1.is_dir() else "memory.max")
-    limit.write_text(str(round(limit_mb * 1e6)))
-    try:
-        yield folder
-    finally:
-        folder.rmdir()
 
 
 def _run(size: str, options: argparse.Namespace, cgroup: Path | None = None) -> dict[str, Any]:

@@ -36,6 +36,7 @@ import httpx
 import psutil
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest, resolve
+from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.text.chat import messages_for, render
 
 from benchmarks.machine import this_machine
@@ -98,11 +99,13 @@ def main() -> None:
         run_llama_server(options)
         return
     asks = asks_of(options)
+    tokenizer = GgufTokenizer(resolve(options.bundle, read_manifest(options.bundle).base.files["gguf"]))
     found = {}
     for name in options.servers:
         with SERVERS[name](options) as target:
             reference = references(options, asks) if name == "edgetune" else one_at_a_time(target, asks)
-            found[name] = measure(target, list(islice(cycle(asks), options.requests)), options.at_once, reference)
+            sent = list(islice(cycle(asks), options.requests))
+            found[name] = measure(target, sent, options.at_once, reference, tokenizer.tokenize)
     result = {
         "machine": this_machine(),
         **{key: getattr(options, key) for key in ("requests", "at_once", "rows", "threads")},
@@ -142,8 +145,14 @@ def one_at_a_time(target: Target, asks: Sequence[Ask]) -> dict[Ask, str]:
     return {ask: reply.text for ask, reply in zip(asks, asyncio.run(_load(target, asks, 1))[0], strict=True)}
 
 
-def measure(target: Target, asks: Sequence[Ask], at_once: int, reference: dict[Ask, str]) -> dict[str, Any]:
-    """Figures of a load: times in ms, memory in 10^6 bytes."""
+def measure(
+    target: Target,
+    asks: Sequence[Ask],
+    at_once: int,
+    reference: dict[Ask, str],
+    tokenize: Callable[[str], Sequence[int]],
+) -> dict[str, Any]:
+    """Figures of a load: times in ms, memory in 10^6 bytes; the tokens are those of the answers, in all."""
     begin = time.perf_counter()
     replies, warm_mb = asyncio.run(_load(target, asks, at_once))
     seconds = time.perf_counter() - begin
@@ -157,6 +166,7 @@ def measure(target: Target, asks: Sequence[Ask], at_once: int, reference: dict[A
             reply.text != reference[ask] for ask, reply in zip(asks, replies, strict=True) if not reply.error
         ),
         "requests_per_s": round(len(replies) / seconds, 2),
+        "tokens_per_s": round(sum(len(tokenize(reply.text)) for reply in good) / seconds, 1),
         "ttft_ms": _spread(streamed),
         "answer_ms": _spread(whole),
         "rss_mb": {"after_100": round(warm_mb, 1), "end": round(_rss_mb(target), 1)},
@@ -269,7 +279,6 @@ def llama_server(options: argparse.Namespace) -> Iterator[Target]:
 def run_llama_server(options: argparse.Namespace) -> None:
     """Run llama.cpp's server in this process until it is told to stop."""
     import xllamacpp
-    from edgetune_runtime.engines.gguf.base import GgufTokenizer
 
     manifest = read_manifest(options.bundle)
     base = resolve(options.bundle, manifest.base.files["gguf"])
@@ -310,8 +319,8 @@ def table(result: dict[str, Any]) -> str:
         f"{result['requests']} requests, {result['at_once']} at a time, {result['threads']} threads, "
         f"{machine['cpu']} ({machine['kind']}). RSS after {WARM} requests and at the end.",
         "",
-        "| server | errors | other texts | requests/s | TTFT p50 / p99, ms | answer p50 / p99, ms | RSS, MB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| server | errors | other texts | requests/s | tokens/s | TTFT p50 / p99, ms | answer p50 / p99 | RSS, MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, found in result["servers"].items():
         spreads = [
@@ -324,6 +333,7 @@ def table(result: dict[str, Any]) -> str:
             str(found["errors"]),
             str(found["other_texts"]),
             f"{found['requests_per_s']:.1f}",
+            f"{found['tokens_per_s']:.0f}",
             *spreads,
             memory,
         ]

@@ -1,20 +1,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from edgetune_export.backends.base import Source
 from edgetune_runtime import Runtime
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
-from edgetune_runtime.sizing.calibration import figures_of, measure, read_calibration, write_calibration
+from edgetune_runtime.sizing.calibration import Measured, figures_of, measure, read_calibration, write_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import items_of, needed_mb, needs_of_bundle, with_options
+from edgetune_runtime.sizing.needs import AdapterSize, items_of, needed_mb, needs_of_bundle, with_options
 from edgetune_runtime.sizing.raw import arithmetic, read_bandwidth
 from edgetune_runtime.sizing.speed import adapter_seconds, speed_of, token_seconds
 from edgetune_runtime.sizing.trial import try_bundle
-from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
+from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 
 FIGURES = SpeedFigures(10.0, 100.0, 50.0, 5.0)
 
@@ -68,19 +70,36 @@ def test_the_parts_are_named_and_empty_ones_left_out(both: Path) -> None:
     assert "server" not in names and "draft tables" not in names
 
 
-def test_measured_figures_predict_what_was_measured(both: Path) -> None:
-    needs = needs_of_bundle(both)
+def test_constraints_on_answers_are_counted_once(both: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(both, tmp_path / "constrained"))
+    before = needs_of_bundle(bundle)
+    for name in before.adapters:
+        change_manifest(bundle, lambda raw, name=name: raw["adapters"][name].update(output={"choices": ["a", "b"]}))
+    needs = needs_of_bundle(bundle)
+    assert before.constraint_bytes == 0
+    assert needs.constraint_bytes > 340 * needs.vocabulary
+    added = needed_mb(needs, repacks=False) - needed_mb(before, repacks=False)
+    assert added == pytest.approx(needs.constraint_bytes / 1e6)
+
+
+def test_a_bundle_is_measured_with_its_largest_adapter(both: Path) -> None:
     with Runtime.open(both, disk_mb=0, contexts=1, threads=1) as runtime:
         measured = measure(runtime)
     assert measured.adapter in {"one", "two"}
+    assert measured.adapter_decode is not None and measured.adapter_decode > 0
+    assert measured.decode > 0 and measured.prefill > 0
+
+
+@pytest.mark.parametrize("adapter_decode", [80.0, 120.0])
+def test_figures_predict_the_speeds_they_come_from(both: Path, adapter_decode: float) -> None:
+    needs = replace(needs_of_bundle(both), adapters={"one": AdapterSize(20_000, modules=14)})
+    measured = Measured(decode=100.0, prefill=1000.0, tokens=64, adapter="one", adapter_decode=adapter_decode)
     figures = figures_of(needs, measured, 1)
     seconds = token_seconds(needs, figures, measured.tokens)
-    assert 1 / seconds == pytest.approx(measured.decode, rel=0.01)
-    assert measured.adapter_decode is not None
-    size = needs.adapters[measured.adapter]
-    with_adapter = seconds + adapter_seconds(size, figures)
+    assert 1 / seconds == pytest.approx(100.0, rel=0.01)
+    with_adapter = seconds + adapter_seconds(needs.adapters["one"], figures)
     # An adapter that is measured as faster than the base still counts as a little slower.
-    assert 1 / with_adapter == pytest.approx(min(measured.adapter_decode, 1 / seconds), rel=0.1)
+    assert 1 / with_adapter == pytest.approx(min(adapter_decode, 100.0), rel=0.05)
 
 
 def test_a_longer_context_and_an_adapter_are_slower(both: Path) -> None:

@@ -113,12 +113,15 @@ def absent(home: Home, rng: random.Random, *, training: bool) -> Said | None:
     domain = rng.choice(kind["domains"])
     if domain not in MAY_BE_MISSING:
         return None
-    one, _ = words()["nouns"].get(domain, [[domain, domain]])[0]
-    area = rng.choice([*home.areas, *rng.sample(words()["rooms"], 2)]).lower()
-    target = Target(
-        rng.choice((f"the {one}", f"the {area} {one}", f"the {one} in the {area}")), domain, {}, {"missing": domain}
-    )
-    return build(kind, target, rng, training=training).said
+    one, _ = rng.choice(words()["nouns"].get(domain, [[domain, domain]]))
+    if domain == "lock" and one == "door" and rng.random() < 0.6:
+        phrase = f"the {rng.choice(words()['entrances'])} {one}"
+    else:
+        area = rng.choice([*home.areas, *rng.sample(words()["rooms"], 2)]).lower()
+        phrase = rng.choice((f"the {one}", f"the {area} {one}", f"the {one} in the {area}"))
+    if any(targets.is_called(device, phrase) for device in home.devices):
+        return None
+    return build(kind, Target(phrase, domain, {}, {"missing": domain}), rng, training=training).said
 
 
 def untargeted(home: Home, rng: random.Random, *, training: bool) -> Said | None:

@@ -28,8 +28,8 @@ def _ordered(home: Home, rng: random.Random, *, training: bool) -> Said | None:
 
 
 MAKERS: tuple[tuple[Maker, float], ...] = (
-    (_ordered, 45), (orders.untargeted, 8), (orders.in_area, 6), (orders.several, 9), (orders.everything, 1),
-    (orders.absent, 2), (others.follow_up, 6), (others.question, 10), (others.on_list, 8), (others.timer, 3),
+    (_ordered, 43), (orders.untargeted, 8), (orders.in_area, 6), (orders.several, 9), (orders.everything, 1),
+    (orders.absent, 4), (others.follow_up, 6), (others.question, 10), (others.on_list, 8), (others.timer, 3),
     (others.talk, 2),
 )  # fmt: skip
 """What makes sentences, and how often."""

@@ -63,7 +63,7 @@ def of_area(home: Home, area: str, domain: str, rng: random.Random) -> Target | 
     if several:
         forms += [f"all {many} in the {place}", f"all the {place} {many}", f"every {one} in the {place}"]
     phrase = rng.choice(forms)
-    named = [device for device in home.devices if device.domain == domain and _is_called(device, phrase)]
+    named = [device for device in home.devices if device.domain == domain and is_called(device, phrase)]
     call = target_of(named[0], home.devices) if len(named) == 1 and len(inside) > 1 else {"area": area}
     return Target(phrase, domain, call)
 
@@ -122,7 +122,7 @@ def missing(home: Home, domain: str, rng: random.Random) -> Target | None:
             near or any(share_said(name, spoken(phrase), tokens(f"{one} {many}")) for name in device.names)
         ):
             return None
-        if _is_called(device, phrase):
+        if is_called(device, phrase):
             return None
     return Target(phrase, domain, {}, {"missing": domain})
 
@@ -142,7 +142,8 @@ def meant(devices: Sequence[Device], one: str, domain: str) -> list[Device]:
     return [device for device in devices if any(share_said(one, spoken(name)) == 1 for name in device.names)]
 
 
-def _is_called(device: Device, phrase: str) -> bool:
+def is_called(device: Device, phrase: str) -> bool:
+    """Whether a phrase has just the words of one of the device's names."""
     return any(sorted(content(tokens(name))) == sorted(content(tokens(phrase))) for name in device.names)
 
 

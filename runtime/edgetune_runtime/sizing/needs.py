@@ -26,6 +26,8 @@ CACHE_BYTES = 128_000_000
 """Memory limit of saved states, the runtime's default."""
 SERVER_MB = 12.0
 """Resident memory that `edgetune-run serve` adds: uvicorn, starlette and connections."""
+_CONSTRAINT_MB, _CONSTRAINT_BYTES = 5.5, 340
+"""What constrained answers add: the library llguidance, and per token of the vocabulary its trie and slices."""
 _HOT_LIBRARY_MB = 12.0
 """The part of the libraries that is used all the time: what stayed in memory within a limit that was too small."""
 
@@ -72,7 +74,8 @@ class Needs:
     `read_bytes` and `read_parameters` count the weights read per token: all except an embedding that is not also the
     output head. `kv_bytes_per_token` is in the engine's data type. `head_bytes` is the size of an output head that is
     also the embedding, else 0; `repackable`: the engine repacks weights of the base's type where it can. `merged` maps
-    each adapter that is a full model to the bytes of its file. `draft_bytes` is the size of all draft tables.
+    each adapter that is a full model to the bytes of its file. `draft_bytes` is the size of all draft tables;
+    `constrained`: the answers of an adapter are held to a schema or a grammar.
     """
 
     base_bytes: int
@@ -92,6 +95,7 @@ class Needs:
     head_bytes: int = 0
     repackable: bool = False
     draft_bytes: int = 0
+    constrained: bool = False
     states_limit_bytes: int = CACHE_BYTES
     serves: bool = False
 
@@ -130,6 +134,11 @@ class Needs:
         """Memory of the tokenizer's tables."""
         return self.vocabulary * self.cost.vocabulary_bytes
 
+    @property
+    def constraint_bytes(self) -> int:
+        """Memory of the vocabulary that constraints are looked up in, and of their library."""
+        return int(_CONSTRAINT_MB * MB) + _CONSTRAINT_BYTES * self.vocabulary if self.constrained else 0
+
 
 _EMBEDDING = "embedding beside the repacked output head"
 _RUNTIME = "runtime (Python and libraries)"
@@ -161,6 +170,7 @@ def items_of(needs: Needs, *, repacks: bool) -> list[Item]:
         ("draft tables", needs.draft_bytes),
         ("computing", needs.compute_bytes),
         ("vocabulary", needs.vocabulary_bytes),
+        ("constraints on answers", needs.constraint_bytes),
         (_RUNTIME, needs.cost.runtime_mb * MB),
         ("server", SERVER_MB * MB if needs.serves else 0),
     ]
@@ -284,7 +294,8 @@ def _adapters(manifest: Manifest, engine: str) -> dict[str, Any]:
         else:
             adapters[name] = AdapterSize(_in_memory(entry, engine, file_bytes), len(entry.ranks))
         drafts += manifest.files[entry.draft].bytes if entry.draft else 0
-    return {"adapters": adapters, "merged": merged, "draft_bytes": drafts}
+    constrained = any(entry.output for entry in manifest.adapters.values())
+    return {"adapters": adapters, "merged": merged, "draft_bytes": drafts, "constrained": constrained}
 
 
 def _in_memory(entry: AdapterEntry, engine: str, file_bytes: int) -> int:
