@@ -6,7 +6,7 @@ BUNDLE := build/smart-home
 DATA := examples/smart-home/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full demo-with-recipe check fast test test-arm64 dist docs clean
+.PHONY: help setup demo demo-full demo-with-recipe check fast test test-arm64 test-systemd dist docs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ test: check  ## Run all checks and tests, as CI does
 test-arm64: setup  ## Run a bundle on emulated arm64 boards, on Debian as root; not part of `make test`
 	@$(BIN)/python tools/install.py $(VENV)/install.log --editable '.[wheel]'
 	@$(BIN)/pytest -v -s tests/arm64
+
+test-systemd: setup  ## Run a kit's unit in a booted Debian, on Debian as root; not part of `make test`
+	@$(BIN)/pytest -v tests/systemd
 
 dist: setup  ## Build the sdist and wheel of both distributions into build/dist, and check them
 	@rm -rf build/dist

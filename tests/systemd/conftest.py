@@ -1,0 +1,42 @@
+"""A booted Debian with a kit. Only `make test-systemd` runs these tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from edgetune_export.backends.base import Source
+from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
+from systemd.machine import Machine, booted, missing, prepare
+
+from edgetune.delivery.kit.make import make_kit
+from edgetune.progress import Progress
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """Leave this folder out unless it is named: it needs root and boots a system."""
+    return None if any("systemd" in argument for argument in config.args) else True
+
+
+@pytest.fixture(scope="session")
+def bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle with ONNX files."""
+    source = tiny_source("llama")
+    adapters = {"one": Adapter(low_rank(source.path, seed=1))}
+    made = write_bundle(tmp_path_factory.mktemp("tiny") / "home", source.path, adapters)
+    add_onnx(made, source, adapters)
+    return made
+
+
+@pytest.fixture(scope="session")
+def machine(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A booted system that sees the bundle's kit as /mnt/kit."""
+    lacking = missing()
+    if lacking:
+        pytest.exit(f"a booted system needs {'; and '.join(lacking)}", returncode=5)
+    shared = tmp_path_factory.mktemp("shared")
+    shared.chmod(0o755)
+    make_kit(bundle, "laptop", shared / "kit", python="3.13", engine="onnx", progress=Progress())
+    with booted(prepare(), shared) as found:
+        yield found

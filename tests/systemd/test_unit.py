@@ -1,0 +1,90 @@
+"""The unit of a kit under a real systemd: as root with all that is forbidden to it, and as a user's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from edgetune_runtime import Runtime
+from systemd.machine import SHARED, USER, Machine
+
+INSTALL = ("sh", f"{SHARED}/kit/install.sh")
+PROMPT = "turn on the light in the hall"
+# Asks the server as a client of the same machine does.
+ASK = """\
+import json, sys, urllib.request
+body = json.dumps({"model": "one", "max_tokens": 8, "messages": [{"role": "user", "content": sys.argv[2]}]}).encode()
+headers = {"Content-Type": "application/json"}
+request = urllib.request.Request(f"http://127.0.0.1:{sys.argv[1]}/v1/chat/completions", body, headers)
+print(urllib.request.urlopen(request, timeout=60).read().decode())
+"""
+UNTIL_READY = """\
+import sys, time, urllib.request
+for _ in range(120):
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/readyz")
+        break
+    except OSError:
+        time.sleep(1)
+else:
+    sys.exit("it does not answer")
+"""
+
+
+def answer_of(machine: Machine, port: int) -> str:
+    found = json.loads(machine.run("python3", "-c", ASK, str(port), PROMPT))
+    return str(found["choices"][0]["message"]["content"])
+
+
+def shown(machine: Machine, *words: str, user: str | None = None) -> dict[str, str]:
+    """The properties of the unit."""
+    scope = ["--user"] if user else []
+    text = machine.run("systemctl", *scope, "show", "edgetune-home", f"--property={','.join(words)}", user=user)
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: object) -> str:
+    with Runtime.open(str(bundle), engine="onnx", threads=1, disk_mb=0) as runtime:
+        return runtime.generate(PROMPT, adapter="one", max_tokens=8).text
+
+
+def test_a_unit_of_the_system_answers_restarts_and_goes(machine: Machine, expected: str) -> None:
+    machine.run(*INSTALL, "--service", "--port", "8080")
+    unit = shown(machine, "ActiveState", "MemoryMax", "DynamicUser", "MainPID", "UnitFileState")
+    assert (unit["ActiveState"], unit["DynamicUser"], unit["UnitFileState"]) == ("active", "yes", "enabled")
+    assert unit["MemoryMax"].isdigit()
+    assert machine.run("stat", "--format=%u", f"/proc/{unit['MainPID']}") != "0"
+    assert answer_of(machine, 8080) == expected
+    machine.run("systemctl", "kill", "--signal=KILL", "edgetune-home")
+    machine.run(
+        "sh",
+        "-c",
+        'for i in $(seq 60); do curl() { python3 -c "import urllib.request as u; '
+        "u.urlopen('http://127.0.0.1:8080/readyz')\"; }; curl 2>/dev/null && exit 0; sleep 1; done; exit 1",
+    )
+    assert shown(machine, "MainPID")["MainPID"] != unit["MainPID"]
+    assert answer_of(machine, 8080) == expected
+    assert shown(machine, "ActiveState")["ActiveState"] == "active"
+    machine.run(*INSTALL, "uninstall")
+    assert shown(machine, "LoadState")["LoadState"] == "not-found"
+
+
+def test_a_unit_that_others_can_reach_asks_for_its_key(machine: Machine) -> None:
+    machine.run(*INSTALL, "--service", "--port", "8081", "--host", "0.0.0.0")
+    refused = machine.run("python3", "-c", ASK, "8081", PROMPT, check=False)
+    key = machine.run("cat", "/opt/edgetune/home/keys")
+    allowed = ASK.replace('json"}', f'json", "Authorization": "Bearer {key}"}}')
+    assert refused == ""
+    assert "choices" in machine.run("python3", "-c", allowed, "8081", PROMPT)
+    machine.run(*INSTALL, "uninstall")
+
+
+def test_a_unit_of_a_user_answers(machine: Machine, expected: str) -> None:
+    machine.run("loginctl", "enable-linger", USER)
+    machine.run("systemctl", "start", f"user@{machine.run('id', '-u', USER)}.service")
+    machine.run(*INSTALL, "--service", "--port", "8082", user=USER)
+    assert shown(machine, "ActiveState", user=USER)["ActiveState"] == "active"
+    assert answer_of(machine, 8082) == expected
+    machine.run(*INSTALL, "uninstall", user=USER)
+    assert shown(machine, "LoadState", user=USER)["LoadState"] == "not-found"
