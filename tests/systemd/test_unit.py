@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from edgetune_runtime import Runtime
@@ -44,8 +45,8 @@ def shown(machine: Machine, *words: str, user: str | None = None) -> dict[str, s
 
 
 @pytest.fixture(scope="module")
-def expected(bundle: object) -> str:
-    with Runtime.open(str(bundle), engine="onnx", threads=1, disk_mb=0) as runtime:
+def expected(bundle: Path) -> str:
+    with Runtime.open(bundle, engine="onnx", threads=1, disk_mb=0) as runtime:
         return runtime.generate(PROMPT, adapter="one", max_tokens=8).text
 
 
@@ -57,12 +58,7 @@ def test_a_unit_of_the_system_answers_restarts_and_goes(machine: Machine, expect
     assert machine.run("stat", "--format=%u", f"/proc/{unit['MainPID']}") != "0"
     assert answer_of(machine, 8080) == expected
     machine.run("systemctl", "kill", "--signal=KILL", "edgetune-home")
-    machine.run(
-        "sh",
-        "-c",
-        'for i in $(seq 60); do curl() { python3 -c "import urllib.request as u; '
-        "u.urlopen('http://127.0.0.1:8080/readyz')\"; }; curl 2>/dev/null && exit 0; sleep 1; done; exit 1",
-    )
+    machine.run("python3", "-c", UNTIL_READY, "8080")
     assert shown(machine, "MainPID")["MainPID"] != unit["MainPID"]
     assert answer_of(machine, 8080) == expected
     assert shown(machine, "ActiveState")["ActiveState"] == "active"
