@@ -98,6 +98,8 @@ def _names_only(answer: Answer, devices: Collection[Any], home: Home) -> bool:
     domains = {device.domain for device in devices}
     if any((able := TOOLS[call["call"]].domains) and not able & domains for call in calls):
         return False
+    if any("domain" in call and call["domain"] not in domains for call in calls):
+        return False
     targeted = [call for call in calls if call["call"] not in {"StartTimer", "CancelTimer", "TimerStatus"}]
     return all(call.get("name", next(iter(names), None)) in names or "name" not in call for call in targeted) and all(
         "area" not in call or call["area"] in areas for call in targeted
