@@ -79,6 +79,7 @@ def main() -> None:
 
 def measure(bundle: Path, site: Path, engine: str, limit_mb: float) -> dict[str, Any]:
     """What the server used within the limit, the answers that came in time, and what was predicted."""
+    names = ("", *read_manifest(bundle).adapters)
     needs = fit.needs_of_bundle(bundle, context_length=CONTEXT, engine=engine)
     needs = with_options(needs, cache_mb=CACHE_MB, serves=True)
     board = boards.load(BOARD)
@@ -87,12 +88,12 @@ def measure(bundle: Path, site: Path, engine: str, limit_mb: float) -> dict[str,
     with memory_limit(limit_mb) as limit, serving(bundle, site, engine, limit) as (url, process):
         answers: dict[str, str] = {}
         with suppress(TimeoutError):
-            for name in ("", *read_manifest(bundle).adapters):
+            for name in names:
                 answers[name] = ask(url, name)
         resident = resident_mb(process.pid)
         peak, kills = limit.peak_mb, limit.kills
     return {
-        "asked": 1 + len(read_manifest(bundle).adapters),
+        "asked": len(names),
         "answers": answers,
         "kills": kills,
         "cgroup_peak_mb": peak,

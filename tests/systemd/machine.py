@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -12,9 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
+from debian import cached, lacking
 
-SUITE = "trixie"
 PACKAGES = (
     "dbus", "dbus-user-session", "libpam-systemd", "libstdc++6", "passwd", "python3", "python3-venv", "systemd",
     "systemd-sysv",
@@ -32,24 +29,13 @@ def missing() -> list[str]:
     """What this computer lacks to boot a Debian, one line each; empty if it lacks nothing."""
     if sys.platform != "linux":
         return [f"Linux; this is {sys.platform}"]
-    lacking = [] if os.geteuid() == 0 else ["root's rights: run it with sudo"]
-    packages = sorted({package for program, package in _PROGRAMS.items() if shutil.which(program) is None})
-    return lacking + ([f"Debian's packages: apt install {' '.join(packages)}"] if packages else [])
+    return lacking(_PROGRAMS)
 
 
 def prepare() -> Path:
     """The folder of the system; made at the first call, which takes a minute and needs the network."""
-    root = Path(platformdirs.user_cache_dir("edgetune")) / "systemd" / f"{SUITE}-{VERSION}"
-    if not root.is_dir():
-        partial = root.with_name(f"{root.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        include = f"--include={','.join(PACKAGES)}"
-        user = f'--customize-hook=chroot "$1" useradd --create-home {USER}'
-        command = ["mmdebstrap", "--variant=apt", include, user, SUITE, str(partial)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        partial.rename(root)
-    return root
+    user = f'--customize-hook=chroot "$1" useradd --create-home {USER}'
+    return cached("systemd", VERSION, PACKAGES, "--variant=apt", user)
 
 
 @dataclass(frozen=True)
