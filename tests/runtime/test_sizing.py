@@ -12,7 +12,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.sizing.calibration import Measured, figures_of, measure, read_calibration, write_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import AdapterSize, items_of, needed_mb, needs_of_bundle, with_options
+from edgetune_runtime.sizing.needs import AdapterSize, items_of, kept_mb, needed_mb, needs_of_bundle, with_options
 from edgetune_runtime.sizing.raw import arithmetic, read_bandwidth
 from edgetune_runtime.sizing.speed import adapter_seconds, speed_of, token_seconds
 from edgetune_runtime.sizing.trial import try_bundle
@@ -88,6 +88,14 @@ def test_a_bundle_is_measured_with_its_largest_adapter(both: Path) -> None:
     assert measured.adapter in {"one", "two"}
     assert measured.adapter_decode is not None and measured.adapter_decode > 0
     assert measured.decode > 0 and measured.prefill > 0
+
+
+def test_adapters_that_are_mapped_can_be_dropped_up_to_the_one_in_use(both: Path) -> None:
+    sizes = {"one": AdapterSize(3_000_000, 14, is_mapped=True), "two": AdapterSize(2_000_000, 14, is_mapped=True)}
+    mapped = replace(needs_of_bundle(both, engine="onnx"), adapters=sizes)
+    copied = replace(mapped, adapters={name: replace(size, is_mapped=False) for name, size in sizes.items()})
+    assert kept_mb(copied, repacks=True) - kept_mb(mapped, repacks=True) == pytest.approx(2)
+    assert needed_mb(copied, repacks=True) == needed_mb(mapped, repacks=True)
 
 
 @pytest.mark.parametrize("adapter_decode", [80.0, 120.0])

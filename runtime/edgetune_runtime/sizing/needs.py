@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest, resolve
+from edgetune_runtime.bundle import Manifest, read_manifest, resolve
 from edgetune_runtime.engines import gguf, onnx
 from edgetune_runtime.engines.gguf.engine import BRANCHES
 from edgetune_runtime.errors import IncompatibleError, VerificationError
@@ -61,10 +61,11 @@ COSTS: Mapping[str, EngineCost] = {
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """Bytes of an adapter's file, and the modules that it changes."""
+    """Bytes of an adapter in memory, the modules that it changes, and whether it `is_mapped` from its file."""
 
     file_bytes: int
     modules: int
+    is_mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,10 @@ class Item:
 def items_of(needs: Needs, *, repacks: bool) -> list[Item]:
     """The parts of the memory needed; `repacks`: the processor has faster code with repacked weights."""
     twice = needs.cost.maps_embedding or (needs.repackable and repacks)
+    # One adapter is in use, and each token reads it.
+    others = sorted((size.file_bytes, name) for name, size in needs.adapters.items() if size.is_mapped)[:-1]
     droppable_mb = {
+        **{f"adapter {name}": size / MB for size, name in others},
         _RUNTIME: needs.cost.libraries_mb - _HOT_LIBRARY_MB,
         _EMBEDDING: needs.head_bytes / MB if needs.cost.maps_embedding else 0.0,
     }
@@ -292,16 +296,14 @@ def _adapters(manifest: Manifest, engine: str) -> dict[str, Any]:
         if entry.shapes.get(engine) == "merged":
             merged[name] = file_bytes + _beside(manifest, entry.files[engine])
         else:
-            adapters[name] = AdapterSize(_in_memory(entry, engine, file_bytes), len(entry.ranks))
+            types = entry.values_by_type.get(engine, {})
+            in_memory = 4 * sum(types.values()) if engine == onnx.NAME and types else file_bytes
+            # Values in float16 are copied.
+            is_mapped = engine == onnx.NAME and [*types] == ["f32"]
+            adapters[name] = AdapterSize(in_memory, len(entry.ranks), is_mapped)
         drafts += manifest.files[entry.draft].bytes if entry.draft else 0
     constrained = any(entry.output for entry in manifest.adapters.values())
     return {"adapters": adapters, "merged": merged, "draft_bytes": drafts, "constrained": constrained}
-
-
-def _in_memory(entry: AdapterEntry, engine: str, file_bytes: int) -> int:
-    """Bytes of a loaded adapter: as in its file, or in ONNX Runtime as float32."""
-    values = sum(entry.values_by_type.get(engine, {}).values())
-    return 4 * values if engine == onnx.NAME and values else file_bytes
 
 
 def _beside(manifest: Manifest, file: str) -> int:

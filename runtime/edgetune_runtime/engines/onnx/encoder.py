@@ -21,13 +21,14 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
+from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 from .engine import model_version
-from .ort import adapter_arrays, open_session
+from .ort import open_session
 from .tokenizers import load_tokenizer
 
 HEAD_WEIGHT, HEAD_BIAS = "classifier.weight", "classifier.bias"

@@ -34,6 +34,7 @@ from edgetune_runtime.engines.base import (
     prefix_among,
 )
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.formats.onnx_file import check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.formats.onnx_prefix import check_prefix_arrays, is_past, past_inputs
 from edgetune_runtime.formats.onnx_tensors import check_tensor_arrays, is_tensor, summed, tensor_slots_of
@@ -42,7 +43,7 @@ from edgetune_runtime.states.cache import common_prefix
 from edgetune_runtime.threads.machine import threads_for
 
 from .config import read_config
-from .ort import adapter_arrays, library, open_session, run_options
+from .ort import library, open_session, run_options
 from .tokenizers import JsonTokenizer
 
 Arrays = Mapping[str, NDArray[np.float32]]

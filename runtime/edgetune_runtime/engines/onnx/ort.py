@@ -1,4 +1,4 @@
-"""Calls of onnxruntime that load the library, open sessions and read adapter files."""
+"""Calls of onnxruntime that load the library and open sessions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 
@@ -86,17 +83,3 @@ def run_options() -> Any:  # noqa: ANN401 - a RunOptions
     options = library().RunOptions()
     options.log_severity_level = _FATAL
     return options
-
-
-def adapter_arrays(path: Path, name: str) -> tuple[dict[str, NDArray[np.generic]], int]:
-    """The tensors of an `.onnx_adapter` file, and the version of its model."""
-    ort = library()
-    try:
-        adapter = ort.AdapterFormat.read_adapter(str(path))
-        # The values are views of memory that is freed with the adapter.
-        arrays = {key: np.array(value.numpy()) for key, value in adapter.get_parameters().items()}
-        return arrays, int(adapter.get_model_version())
-    except Exception as error:  # as above
-        reason = " ".join(str(error).split())[:300]
-        message = f"the file of adapter {name!r} is not an .onnx_adapter file: {reason}"
-        raise VerificationError(message, "build the bundle again") from error

@@ -15,8 +15,8 @@ from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.adapters.shapes import Delta, Head, LowRank
 from edgetune_export.backends.base import OnnxOptions
 from edgetune_export.backends.onnx.encoder import EncoderSource, mean_pooled, write_adapter, write_base
-from edgetune_runtime.engines.onnx.ort import adapter_arrays
 from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.formats.onnx_file import read_onnx, slots_of
 from peft import LoraConfig, get_peft_model
 from tiny import ENCODERS, FINGERPRINT, load_encoder

@@ -18,6 +18,7 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx import ort as _ort
 from edgetune_runtime.engines.onnx.engine import OnnxEngine, model_version
+from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.measuring import loaded_bundle
 from runtime.bundles import (
     change_manifest,
@@ -546,7 +547,7 @@ def test_an_adapter_that_contradicts_itself_or_the_graph_is_named(
     change: Change, kind: type[EdgetuneError], named: str, copy: Path
 ) -> None:
     path, fingerprint = copy / "adapters/tone/adapter.onnx_adapter", read_manifest(copy).base.fingerprint
-    tensors, version = _ort.adapter_arrays(path, "tone")
+    tensors, version = adapter_arrays(path, "tone")
     assert version == model_version(fingerprint)
     write_tensors(path, change(tensors), version)
     sign(copy)
@@ -557,7 +558,7 @@ def test_an_adapter_that_contradicts_itself_or_the_graph_is_named(
 
 def test_an_adapter_of_another_base_is_refused(copy: Path) -> None:
     path = copy / "adapters/tone/adapter.onnx_adapter"
-    tensors, version = _ort.adapter_arrays(path, "tone")
+    tensors, version = adapter_arrays(path, "tone")
     write_tensors(path, tensors, version ^ 1)
     sign(copy)
     error = refused(copy)

@@ -1,0 +1,104 @@
+"""Strict reader of `.onnx_adapter` files; the tensors are views of the mapped file, not copies.
+
+A FlatBuffers file with onnxruntime's schema (`onnxruntime/lora/adapter_format/adapter_schema.fbs`). onnxruntime's own
+reader copies the file into memory.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from pathlib import Path
+
+import numpy as np
+from flatbuffers import encode, number_types, packer
+from flatbuffers.table import Table
+from numpy.typing import NDArray
+
+from edgetune_runtime.errors import VerificationError
+
+_IDENTIFIER, _FORMAT_VERSION = b"TORT", 1
+_TYPES = {
+    1: np.float32,
+    2: np.uint8,
+    3: np.int8,
+    4: np.uint16,
+    5: np.int16,
+    6: np.int32,
+    7: np.int64,
+    10: np.float16,
+    11: np.float64,
+    12: np.uint32,
+    13: np.uint64,
+}
+"""The schema's TensorDataType, as far as numpy has it."""
+
+
+_BAD = (OSError, struct.error, ValueError, TypeError, IndexError, OverflowError)
+"""What a missing file, and an offset or a size outside the file, end in."""
+
+
+def adapter_arrays(path: Path, name: str) -> tuple[dict[str, NDArray[np.generic]], int]:
+    """The tensors of an adapter's file, as read-only views of the mapped file, and the version of its model.
+
+    `name` is the adapter's name in errors. VerificationError for a file that is not as the schema has it.
+    """
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        root = _table(mapped, 0)
+        if mapped[4:8] != _IDENTIFIER or _number(root, 0) != _FORMAT_VERSION:
+            raise ValueError(f"no format version {_FORMAT_VERSION}")
+        start, count = _vector(root, 3, item_bytes=4)
+        arrays = dict(_parameter(_table(mapped, start + 4 * number)) for number in range(count))
+        if len(arrays) != count:
+            raise ValueError("two tensors of one name")
+        return arrays, _number(root, 2)
+    except _BAD as error:
+        message = f"the file of adapter {name!r} is not an .onnx_adapter file: {error}"
+        raise VerificationError(message, "build the bundle again") from error
+
+
+def _parameter(table: Table) -> tuple[str, NDArray[np.generic]]:
+    """The name and the values of a tensor."""
+    start, size = _vector(table, 0, item_bytes=1)
+    name = bytes(table.Bytes[start : start + size]).decode("utf-8")
+    start, rank = _vector(table, 1, item_bytes=8)
+    shape = [int(table.Get(number_types.Int64Flags, start + 8 * axis)) for axis in range(rank)]
+    kind = _TYPES.get(_number(table, 2))
+    if kind is None or min(shape, default=0) < 0:
+        raise ValueError(f"{name[:80]!r} has the shape {shape} and type {_number(table, 2)}")
+    start, size = _vector(table, 3, item_bytes=1)
+    if math.prod(shape) * np.dtype(kind).itemsize != size:
+        raise ValueError(f"{name[:80]!r} of shape {shape} has {size} bytes")
+    return name, np.frombuffer(table.Bytes, kind, math.prod(shape), start).reshape(shape)
+
+
+def _table(mapped: mmap.mmap, place: int) -> Table:
+    """The table that an offset at `place` points to."""
+    return Table(mapped, place + encode.Get(packer.uoffset, mapped, place))
+
+
+def _field(table: Table, number: int) -> int:
+    """The place of a field; 0 if the table does not have it."""
+    offset = table.Offset(4 + 2 * number)
+    return table.Pos + offset if offset else 0
+
+
+def _number(table: Table, number: int) -> int:
+    """A 32-bit field; its default is 0."""
+    place = _field(table, number)
+    return int(table.Get(number_types.Int32Flags, place)) if place else 0
+
+
+def _vector(table: Table, number: int, *, item_bytes: int) -> tuple[int, int]:
+    """Where a vector's items start, and their number; ValueError if they are not inside the file."""
+    place = _field(table, number)
+    if not place:
+        return 0, 0
+    vector = place + encode.Get(packer.uoffset, table.Bytes, place)
+    count = encode.Get(packer.uoffset, table.Bytes, vector)
+    if vector + 4 + count * item_bytes > len(table.Bytes):
+        raise ValueError(f"{count} items at byte {vector}, beyond its end")
+    return vector + 4, count
