@@ -25,7 +25,7 @@ from .states.cache import StateCache
 from .states.prompts import PromptStates
 from .states.store import StateStore
 from .threads.machine import free_mb
-from .threads.priority import NORMAL, ComputeThread, compute_thread
+from .threads.priority import NORMAL, ComputeThreads, compute_threads
 
 T = TypeVar("T")
 
@@ -87,10 +87,10 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptio
         # Linux would kill the process instead.
         message = f"a context of {options.context_length} tokens takes {needed_mb:.0f} MB, and {free:.0f} MB are free"
         raise IncompatibleError(message, "open the bundle with a smaller context_length")
-    thread = compute_thread(options.priority)
+    threads = compute_threads(options.priority)
     if not make.has_sequence:
         plain = partial(make, path, context_length=options.context_length, threads=options.threads)
-        return Classifier(_loaded(plain, thread), thread)
+        return Classifier(_loaded(plain, threads), threads)
     load = partial(
         make,
         path,
@@ -99,7 +99,7 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptio
         kv=options.kv,
         repack=options.repack,
     )
-    running = _loaded(load, thread)
+    running = _loaded(load, threads)
     kv_bytes = int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes)
     invocations = {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation}
     cache, prompts = StateCache(options.cache_mb, options.emit), _prompts(bundle, manifest, running, options)
@@ -113,15 +113,15 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptio
         invocations,
         prompts,
         exact=options.exact,
-        thread=thread,
+        threads=threads,
         emit=options.emit,
     )
     return Pool(Context(running, shared), limit=limit, waiting=options.waiting)
 
 
-def _loaded(load: Callable[[], T], thread: ComputeThread | None) -> T:
+def _loaded(load: Callable[[], T], threads: ComputeThreads | None) -> T:
     """The engine; threads that it starts have the priority of the one that loads it."""
-    return load() if thread is None else thread.run(load)
+    return load() if threads is None else threads.run(load)
 
 
 def _map_large_blocks() -> None:

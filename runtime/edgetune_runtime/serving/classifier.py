@@ -10,18 +10,18 @@ from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.engines.base import LabelEngine, Logits
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Prompt
-from edgetune_runtime.threads.priority import ComputeThread
+from edgetune_runtime.threads.priority import ComputeThreads
 
 
 class Classifier:
-    """An engine without a sequence, computing on `thread` if there is one, else on the caller's thread. Thread-safe.
+    """An engine without a sequence, computing on `threads` if given, else on the caller's thread. Thread-safe.
 
     It needs no contexts: an adapter is an argument of a call, so nothing is switched.
     """
 
-    def __init__(self, engine: LabelEngine, thread: ComputeThread | None) -> None:
+    def __init__(self, engine: LabelEngine, threads: ComputeThreads | None) -> None:
         self.engine = engine
-        self._thread = thread
+        self._threads = threads
 
     def load(self, entry: AdapterEntry, path: Path, fingerprint: str) -> None:
         """Check the adapter's file, which must have a head for its labels, and load it."""
@@ -44,10 +44,10 @@ class Classifier:
     def close(self) -> None:
         """Free everything after running calls end; a second call does nothing, others raise UsageError."""
         self.engine.close()
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.close()
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.close()
 
     def _run(self, compute: Callable[[], Logits]) -> Logits:
-        thread = self._thread
-        return compute() if thread is None else thread.run(compute)
+        threads = self._threads
+        return compute() if threads is None else threads.run(compute)

@@ -19,6 +19,7 @@ from edgetune_runtime.states.activation import Spans, spans_of
 from edgetune_runtime.states.batches import CHUNK, batches, boundaries_of, common_boundary
 from edgetune_runtime.states.cache import CALLS, GIVEN, PROMPTS, Active, Key, SavedState, key_of, name_of, reusable
 from edgetune_runtime.states.store import digest_of
+from edgetune_runtime.threads.count import EVEN, UNEVEN, Kind
 
 from .jobs import PromptJob, Shared, Start, go_on
 from .limits import Stopped
@@ -54,7 +55,7 @@ class Context:
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Lock the context for this thread; UsageError when this thread has a stream open, as it would wait forever."""
-        gate = self.shared.turns.gate
+        gate = self.shared.gate
         with gate:
             if self.holder == threading.get_ident():
                 raise UsageError("a stream of this thread is still open", "read it to its end or close it first")
@@ -72,9 +73,9 @@ class Context:
             yield
         finally:
             self._check = go_on
-            with self.shared.turns.gate:
+            with self.shared.gate:
                 self.holder = None
-                self.shared.turns.gate.notify_all()
+                self.shared.gate.notify_all()
 
     def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
         """The adapters that are active in each span of these tokens."""
@@ -101,7 +102,7 @@ class Context:
         logits, active = None, dict(key.spans[-1][1])
         for begin, end in batches(reused, len(job.tokens), boundaries):
             job.check()
-            with self._turn():
+            with self._resetting():
                 if active != (wanted := _active_at(key, begin)):
                     switch_ns += self._activate(wanted)
                     active = wanted
@@ -133,9 +134,9 @@ class Context:
         """
         self.check_open()
         decode = partial(self.engine.decode_all, tokens, last=last)
-        with self._turn():
+        with self._resetting():
             if len(tokens) <= _MOST_DECODED:
-                logits = self._step(self.batch_cost.of(len(tokens)), decode, even=True)
+                logits = self._step(self.batch_cost.of(len(tokens)), decode, kind=EVEN)
             else:
                 logits = self._step(len(tokens), decode)
             self.tokens.extend(tokens)
@@ -154,7 +155,7 @@ class Context:
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
         """Sum of log probabilities (nats) of each continuation of the sequence, which is not changed."""
-        with self._turn():
+        with self._resetting():
             return self._step(sum(map(len, continuations)), partial(self.engine.score, continuations))
 
     @property
@@ -216,9 +217,9 @@ class Context:
 
     def close(self) -> None:
         """Free the engine after the calls of other threads end; an open stream of this thread ends with an error."""
-        with self.shared.turns.gate:
+        with self.shared.gate:
             while self.holder not in (None, threading.get_ident()):
-                self.shared.turns.gate.wait()
+                self.shared.gate.wait()
             self.closed = True
             self.shared.cache.clear()
             self.engine.close()
@@ -228,16 +229,10 @@ class Context:
         if self.closed:
             raise UsageError("the runtime is closed", "open the bundle again")
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Wait for this context's turn to compute; drop the current sequence if the block fails."""
-        with self.shared.turns.take(self._check), self._resetting():
-            yield
-
-    def _step(self, tokens: float, compute: Callable[[], T], *, even: bool = False) -> T:
-        thread = self.shared.thread
-        run = compute if thread is None else partial(thread.run, compute)
-        return self.shared.governor.step(self.engine, tokens, run, self._check, self.usage, even=even)
+    def _step(self, tokens: float, compute: Callable[[], T], *, kind: Kind = UNEVEN) -> T:
+        threads = self.shared.threads
+        run = compute if threads is None else partial(threads.run, compute)
+        return self.shared.governor.step(self.engine, tokens, run, self._check, self.usage, kind=kind)
 
     @contextmanager
     def _resetting(self) -> Iterator[None]:

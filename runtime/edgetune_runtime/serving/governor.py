@@ -6,14 +6,17 @@ The threads of a step synchronize hundreds of times; when one of them loses its 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from edgetune_runtime.engines.base import Engine, StepStopped
-from edgetune_runtime.threads.count import ThreadCount, Usage
+from edgetune_runtime.threads.count import EVEN, FULL_SHARE, SHARED, UNEVEN, Kind, ThreadCount, Usage
 from edgetune_runtime.threads.watch import WATCH
+
+from .turns import Turn, Turns
 
 T = TypeVar("T")
 
@@ -33,38 +36,58 @@ factor of the shortest time so far."""
 
 @dataclass
 class AnswerUsage:
-    """Time used by the steps of one answer: all steps, and decode steps alone, which are slower per token."""
+    """Time used by the steps of one answer: all steps, and decode steps that no other call shared the cores with."""
 
     all: Usage = field(default_factory=Usage)
     decode: Usage = field(default_factory=Usage)
 
 
-class Governor:
-    """Runs the steps of the engines on one base, one at a time, with at most `most` threads.
+class Clock:
+    """Wall time of a step since its start, and the CPU time that its threads got of it.
 
-    With `adjusts=False` the number of threads is fixed, and a step is stopped only when its call should stop.
+    CPU time is measured for the whole process: of several calls at the same time, each gets its threads' part of it.
+    """
+
+    def __init__(self, turns: Turns, turn: Turn) -> None:
+        self._turns, self._turn = turns, turn
+        self._begin_s, self._begin_cpu_s, self._begin_core_s = time.perf_counter(), time.process_time(), turns.core_s()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of wall and CPU time."""
+        wall_s, cpu_s = time.perf_counter() - self._begin_s, time.process_time() - self._begin_cpu_s
+        if self._turn.is_shared and (core_s := self._turns.core_s() - self._begin_core_s):
+            cpu_s *= self._turn.threads * wall_s / core_s
+        return wall_s, cpu_s
+
+
+class Governor:
+    """Runs the steps of the engines on one base with at most `most` threads together.
+
+    With `adjusts=False` a step has all threads, one step runs at a time, and it is stopped only when its call should
+    stop.
     """
 
     def __init__(self, most: int, *, adjusts: bool) -> None:
         self._count = ThreadCount(most, adjusts=adjusts)
+        self._turns = Turns(most, shares=adjusts)
         self._adjusts = adjusts
-        self._is_stalled = False
-        self._ended = -_IDLE_S
+        self._lock = threading.Lock()
+        self._used = -_IDLE_S
 
     @property
     def threads(self) -> int:
-        """Threads of the next step."""
+        """Threads of the next step of a call alone."""
         return self._count.threads
 
     def is_slow(self, usage: AnswerUsage) -> bool:
         """Whether an answer's steps lacked cores or were much slower than the fastest ones so far."""
-        decode, best_s = usage.decode, self._count.best_s(even=True)
+        decode, best_s = usage.decode, self._count.best_s(EVEN)
         is_late = decode.steps >= _SLOW_STEPS and decode.token_s > _SLOW_FACTOR * best_s > 0
         return usage.all.share < _SLOW_SHARE or is_late
 
     def chunk(self, most: int) -> int:
         """Tokens of a prompt per step: `most`, or half, a quarter … of it when steps are slow."""
-        token_s, tokens = self._count.recent_s(even=False), most
+        token_s, tokens = self._count.recent_s(UNEVEN), most
         while tokens > _SMALLEST_CHUNK and tokens * token_s > _CHUNK_S:
             tokens //= 2
         return tokens
@@ -77,53 +100,72 @@ class Governor:
         check: Callable[[], None],
         usage: AnswerUsage,
         *,
-        even: bool = False,
+        kind: Kind = UNEVEN,
     ) -> T:
-        """Compute one step, again if it stalls. `check` stops it by raising, which leaves the sequence unchanged.
+        """Wait for a turn and compute one step, again if it stalls.
 
-        An `even` step decodes; it costs as much as `tokens` single-token steps. Other steps prefill prompts.
+        `check` stops it by raising, which leaves the sequence unchanged. A step of kind `even` decodes, and costs as
+        much as `tokens` single-token steps; `uneven` ones prefill prompts.
         """
-        if self._adjusts and time.monotonic() - self._ended > _IDLE_S:
-            self._count.start_over()
         while True:
-            if self._adjusts:
-                engine.use_threads(self._count.threads)
-            begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
+            self._divide()
+            with self._turns.take(check) as turn:
+                if self._adjusts:
+                    engine.use_threads(turn.threads)
+                clock, stalled = Clock(self._turns, turn), threading.Event()
 
-            def should_stop(begin_s: float = begin_s, begin_cpu_s: float = begin_cpu_s) -> bool:
-                return _raises(check) or self._stalls(tokens, begin_s, begin_cpu_s, even=even)
+                def should_stop(turn: Turn = turn, clock: Clock = clock, stalled: threading.Event = stalled) -> bool:
+                    if self._stalls(turn, tokens, kind, clock):
+                        stalled.set()
+                    return stalled.is_set() or _raises(check)
 
-            try:
-                with WATCH.watching(should_stop, engine.stop_step):
-                    result = compute()
-            except StepStopped:
-                check()
-                if self._is_stalled:
-                    self._count.halve()
-                    _LOG.debug("a step lacked cores, restarting it with threads=%d", self._count.threads)
-                continue
-            finally:
-                self._is_stalled = False
-                self._ended = time.monotonic()
-            wall_s, cpu_s = time.perf_counter() - begin_s, time.process_time() - begin_cpu_s
-            self._record(tokens, wall_s, cpu_s, usage, even=even)
-            return result
+                try:
+                    with WATCH.watching(should_stop, engine.stop_step):
+                        result = compute()
+                except StepStopped:
+                    check()
+                    if stalled.is_set():
+                        self._halve(turn)
+                    continue
+                finally:
+                    self._used = time.monotonic()
+                self._record(turn, tokens, clock.read(), usage, kind)
+                return result
 
-    def _stalls(self, tokens: float, begin_s: float, begin_cpu_s: float, *, even: bool) -> bool:
+    def _divide(self) -> None:
+        """Look at what other processes use after a pause, and let the turns have the threads that are left."""
+        with self._lock:
+            if self._adjusts and self._turns.is_idle and time.monotonic() - self._used > _IDLE_S:
+                self._count.start_over()
+            self._used = time.monotonic()
+            self._turns.divide(self._count.threads, self._count.limit)
+
+    def _stalls(self, turn: Turn, tokens: float, kind: Kind, clock: Clock) -> bool:
         """Whether the running step takes far longer than usual because its threads lack cores."""
-        if not self._adjusts or self._count.threads == 1:
+        if not self._adjusts or turn.threads == 1:
             return False
-        wall_s = time.perf_counter() - begin_s
-        usual_s = self._count.best_s(even=even) * tokens
+        wall_s, cpu_s = clock.read()
+        usual_s = self._count.best_s(kind) * tokens * (self._count.limit / turn.threads if turn.is_shared else 1)
         patience_s = max(_SHORTEST_STALL_S, _STALL_FACTOR * usual_s) if usual_s else _UNKNOWN_STALL_S
-        self._is_stalled = wall_s >= patience_s and self._count.lacks_cores(wall_s, time.process_time() - begin_cpu_s)
-        return self._is_stalled
+        return wall_s >= patience_s and cpu_s < FULL_SHARE * turn.threads * wall_s
 
-    def _record(self, tokens: float, wall_s: float, cpu_s: float, usage: AnswerUsage, *, even: bool) -> None:
-        usage.all.add(tokens, wall_s, cpu_s, self._count.limit)
-        if even:
-            usage.decode.add(tokens, wall_s, cpu_s, self._count.limit)
-        self._count.record(tokens, wall_s, cpu_s, even=even)
+    def _halve(self, turn: Turn) -> None:
+        with self._lock:
+            self._count.halve()
+        _LOG.debug("a step of %d threads lacked cores, restarting it with fewer", turn.threads)
+
+    def _record(self, turn: Turn, tokens: float, took: tuple[float, float], usage: AnswerUsage, kind: Kind) -> None:
+        wall_s, cpu_s = took
+        with self._lock:
+            if turn.is_shared:
+                usage.all.add(tokens, wall_s, cpu_s, turn.threads)
+                # Only its share of the cores says something about all threads.
+                self._count.record(tokens, wall_s, cpu_s / turn.threads * self._count.threads, SHARED)
+                return
+            usage.all.add(tokens, wall_s, cpu_s, self._count.limit)
+            if kind == EVEN:
+                usage.decode.add(tokens, wall_s, cpu_s, self._count.limit)
+            self._count.record(tokens, wall_s, cpu_s, kind)
 
 
 def _raises(check: Callable[[], None]) -> bool:

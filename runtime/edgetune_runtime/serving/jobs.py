@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,9 +13,7 @@ from edgetune_runtime.states.activation import Invocations, Spans
 from edgetune_runtime.states.cache import CALLS, StateCache
 from edgetune_runtime.states.prompts import SHORTEST, PromptStates
 from edgetune_runtime.states.sightings import Sightings
-from edgetune_runtime.threads.priority import ComputeThread
-
-from .turns import Turns
+from edgetune_runtime.threads.priority import ComputeThreads
 
 
 def go_on() -> None:
@@ -55,11 +54,12 @@ class PromptJob:
 
 @dataclass(frozen=True)
 class Shared:
-    """What the contexts on one base share: its fingerprint, the cached states, the governor and the turns.
+    """What the contexts on one base share: its fingerprint, the cached states and the governor.
 
     `invocations` are the tokens that activate some of the adapters. With `exact`, a call reuses the states of others
     only where computing them would give the same bits; a session always reuses all of its own state. Steps run on
-    `thread` if given, else on the caller's thread. `emit` is told of switches.
+    `threads` if given, else on the caller's thread. `gate` guards which thread holds which context. `emit` is told of
+    switches.
     """
 
     base: str
@@ -69,7 +69,7 @@ class Shared:
     invocations: Invocations = field(default_factory=dict)
     prompts: PromptStates | None = None
     sightings: Sightings = field(default_factory=Sightings)
-    turns: Turns = field(default_factory=Turns)
+    gate: threading.Condition = field(default_factory=threading.Condition)
     exact: bool = True
-    thread: ComputeThread | None = None
+    threads: ComputeThreads | None = None
     emit: Emit = ignore

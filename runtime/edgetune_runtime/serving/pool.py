@@ -45,7 +45,7 @@ class Pool:
 
         UsageError when it would wait for streams of this thread; BusyError when too many calls are already waiting.
         """
-        gate = self.first.shared.turns.gate
+        gate = self.first.shared.gate
         with gate:
             context = self._take(job)
             if context is None:
@@ -104,8 +104,8 @@ class Pool:
             context.close()
         with self._vocabulary:
             self.first.close()
-        if self.first.shared.thread is not None:
-            self.first.shared.thread.close()
+        if self.first.shared.threads is not None:
+            self.first.shared.threads.close()
 
     def _take(self, job: PromptJob) -> Context | None:
         """Give this thread a free context, or a new one if there are fewer than `limit`. Call it inside the gate."""

@@ -1,61 +1,122 @@
-"""Let contexts take turns computing, first come first served, and let threads wait for a free context."""
+"""Let contexts take turns computing, first come first served, each with its share of the threads."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 POLL_S = 0.05
 """How often a waiting call checks whether it must stop."""
+_RECENT_S = 0.05
+"""A call that computed so recently is expected back: it samples a token, or hands one on."""
+
+
+@dataclass
+class Turn:
+    """The threads that a call may compute with, and whether others compute at the same time."""
+
+    threads: int
+    is_shared: bool
+
+
+@dataclass
+class _Waiter:
+    call: int
+    admitted: threading.Event = field(default_factory=threading.Event)
 
 
 class Turns:
-    """Lets the contexts on one base take turns computing, first come first served.
+    """Divides the threads among the calls that compute on one base.
 
-    Two engines that compute at the same time on the same cores are slower than one after the other. `gate` guards which
-    thread holds which context.
+    A call alone gets all threads. Several, where `shares` allows it, compute at the same time with an equal part each:
+    the threads of one step wait for each other hundreds of times, those of different calls never. Calls beyond the
+    number of threads wait until a step ends. A call is known by its thread.
     """
 
-    def __init__(self) -> None:
-        self.gate = threading.Condition()
+    def __init__(self, most: int, *, shares: bool) -> None:
+        self._most, self._shares = most, shares
+        self._alone = self._limit = most
         self._lock = threading.Lock()
-        self._waiting: deque[threading.Event] = deque()
-        self._taken = False
+        self._waiting: deque[_Waiter] = deque()
+        self._running: dict[int, Turn] = {}
+        self._ended_s: dict[int, float] = {}
+        self._core_s, self._counted_s = 0.0, 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call computes or waits."""
+        return not self._running and not self._waiting
+
+    def core_s(self) -> float:
+        """The core-seconds that all turns together were given so far."""
+        with self._lock:
+            return self._count()
+
+    def divide(self, alone: int, limit: int) -> None:
+        """From now on give `alone` threads to a call alone, and one to each of several, up to `limit` together."""
+        with self._lock:
+            self._alone, self._limit = alone, limit
 
     @contextmanager
-    def take(self, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def take(self, check: Callable[[], None] = lambda: None) -> Iterator[Turn]:
         """Wait for this thread's turn, unless `check` raises; pass it on when the block ends."""
-        mine: threading.Event | None = None
+        waiter = _Waiter(threading.get_ident())
         with self._lock:
-            if self._taken:
-                mine = threading.Event()
-                self._waiting.append(mine)
-            self._taken = True
-        if mine is not None:
-            self._wait(mine, check)
+            self._waiting.append(waiter)
+            self._admit()
         try:
-            yield
-        finally:
-            self._pass_on()
-
-    def _wait(self, mine: threading.Event, check: Callable[[], None]) -> None:
-        try:
-            while not mine.wait(POLL_S):
+            while not waiter.admitted.wait(POLL_S):
                 check()
-        except BaseException:
-            with self._lock:
-                is_mine = mine not in self._waiting
-                if not is_mine:
-                    self._waiting.remove(mine)
-            if is_mine:
-                self._pass_on()
-            raise
+            yield self._running[waiter.call]
+        finally:
+            self._leave(waiter)
 
-    def _pass_on(self) -> None:
+    def _leave(self, waiter: _Waiter) -> None:
         with self._lock:
-            if self._waiting:
-                self._waiting.popleft().set()
+            if waiter.admitted.is_set():
+                self._count()
+                del self._running[waiter.call]
+                self._ended_s[waiter.call] = time.monotonic()
             else:
-                self._taken = False
+                self._waiting.remove(waiter)
+            self._admit()
+
+    def _admit(self) -> None:
+        """Give those who wait their turns, as far as there are threads. Call it with the lock."""
+        while self._waiting and (threads := self._part()):
+            waiter = self._waiting.popleft()
+            self._count()
+            self._running[waiter.call] = Turn(threads, is_shared=bool(self._running))
+            if len(self._running) > 1:
+                for turn in self._running.values():
+                    turn.is_shared = True
+            waiter.admitted.set()
+
+    def _part(self) -> int:
+        """The threads for the next call; 0 if it has to wait."""
+        running = [turn.threads for turn in self._running.values()]
+        if not self._shares:
+            return 0 if running else self._alone
+        calls = self._calls()
+        total = max(self._alone, min(calls, self._limit))
+        part, more = divmod(total, calls)
+        # The remainder goes to as many calls, one thread each.
+        part += sum(threads > part for threads in running) < more
+        return max(0, min(total - sum(running), max(1, part)))
+
+    def _calls(self) -> int:
+        """The number of calls that compute, wait, or are expected back."""
+        now = time.monotonic()
+        self._ended_s = {call: ended for call, ended in self._ended_s.items() if now - ended < _RECENT_S}
+        return len({*self._running, *self._ended_s, *(waiter.call for waiter in self._waiting)})
+
+    def _count(self) -> float:
+        """Bring the core-seconds up to now. Call it with the lock, before the turns change."""
+        now = time.perf_counter()
+        self._core_s += (now - self._counted_s) * sum(turn.threads for turn in self._running.values())
+        self._counted_s = now
+        return self._core_s

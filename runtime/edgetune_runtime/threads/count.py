@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 from .machine import cores_left, others_running
 
+Kind = Literal["even", "uneven", "shared"]
+"""Even steps decode or train: their tokens all cost the same. Uneven ones prefill prompts. Shared ones are computed
+beside other steps of this process."""
+EVEN: Kind = "even"
+UNEVEN: Kind = "uneven"
+SHARED: Kind = "shared"
+
 _WINDOW_S = 0.05
 """Shortest time to measure before a decision."""
-_FULL_SHARE = 0.85
+FULL_SHARE = 0.85
 """Below this share, the threads were waiting for other processes."""
 _BLIND_HOLDS = 2
 """One more thread is tried after this many longest holds even if no core seems to be free."""
@@ -81,10 +89,10 @@ class ThreadCount:
         self._window_steps = window_steps
         self._first_hold_s, self._longest_hold_s = first_hold_s, longest_hold_s
         self._window = Usage()
-        self._is_even = False
+        self._kind: Kind = UNEVEN
         self._trial: _Trial | None = None
-        self._best_s = {True: 0.0, False: 0.0}
-        self._recent_s = {True: 0.0, False: 0.0}
+        self._best_s: dict[Kind, float] = {}
+        self._recent_s: dict[Kind, float] = {}
         self._hold_s = self._down_hold_s = first_hold_s
         self._up_at = self._down_at = self._blind_at = 0.0
         self._reset_holds()
@@ -97,17 +105,13 @@ class ThreadCount:
         self._window, self._trial = Usage(), None
         self._reset_holds()
 
-    def best_s(self, *, even: bool) -> float:
-        """Seconds per token of the fastest window of even (or other) steps, 0 before the first; see `record`."""
-        return self._best_s[even]
+    def best_s(self, kind: Kind) -> float:
+        """Seconds per token of the fastest window of steps of a kind, 0 before the first."""
+        return self._best_s.get(kind, 0.0)
 
-    def recent_s(self, *, even: bool) -> float:
-        """Seconds per token of the last window of even (or other) steps, 0 before the first."""
-        return self._recent_s[even]
-
-    def lacks_cores(self, wall_s: float, cpu_s: float) -> bool:
-        """Whether the threads got too small a share of their cores in this time."""
-        return cpu_s < _FULL_SHARE * self.threads * wall_s
+    def recent_s(self, kind: Kind) -> float:
+        """Seconds per token of the last window of steps of a kind, 0 before the first."""
+        return self._recent_s.get(kind, 0.0)
 
     def halve(self) -> None:
         """Halve the number of threads after a stalled step."""
@@ -115,22 +119,22 @@ class ThreadCount:
         self._window, self._trial = Usage(), None
         self._back_off()
 
-    def record(self, tokens: float, wall_s: float, cpu_s: float, *, even: bool) -> None:
-        """Record a step. Only `even` steps, whose tokens all cost the same, are used to compare numbers of threads."""
-        if even != self._is_even:
-            self._window, self._trial, self._is_even = Usage(), None, even
+    def record(self, tokens: float, wall_s: float, cpu_s: float, kind: Kind) -> None:
+        """Record a step. Only even steps are used to compare numbers of threads by the time per token."""
+        if kind != self._kind:
+            self._window, self._trial, self._kind = Usage(), None, kind
         window, trial = self._window, self._trial
         window.add(tokens, wall_s, cpu_s, self.threads)
         is_more = trial is not None and self.threads > trial.before
         if trial is not None and is_more and wall_s > _FAILED_FACTOR * trial.token_s * tokens:
             self._end_trial(trial, window)
             return
-        is_short = even and window.steps < self._window_steps and window.share >= _FULL_SHARE
+        is_short = kind != UNEVEN and window.steps < self._window_steps and window.share >= FULL_SHARE
         if window.wall_s < _WINDOW_S or is_short:
             return
         self._window = Usage()
-        self._recent_s[even] = window.token_s
-        self._best_s[even] = min(self._best_s[even] or window.token_s, window.token_s)
+        self._recent_s[kind] = window.token_s
+        self._best_s[kind] = min(self._best_s.get(kind, window.token_s), window.token_s)
         if self._adjusts:
             self._decide(window)
 
@@ -139,7 +143,7 @@ class ThreadCount:
         now = time.monotonic()
         if self._trial is not None:
             self._end_trial(self._trial, window)
-        elif self.threads > 1 and window.share < _FULL_SHARE:
+        elif self.threads > 1 and window.share < FULL_SHARE:
             if now >= self._down_at:
                 had = int(window.share * self.threads + 0.2)
                 self._start_trial(max(1, min(had, self.threads - 1)), window, gain=1.0)
@@ -147,12 +151,12 @@ class ThreadCount:
         elif self.threads < self.limit and (now >= self._blind_at or (now >= self._up_at and self._is_core_free())):
             self._blind_at = now + _BLIND_HOLDS * self._longest_hold_s
             self._start_trial(self.threads + 1, window, gain=0.97)
-            if not self._is_even:
+            if self._kind != EVEN:
                 self._back_off()
 
     def _start_trial(self, threads: int, window: Usage, gain: float) -> None:
-        """Change the number of threads, as a trial if the steps are even and so can be compared."""
-        self._trial = _Trial(self.threads, window.token_s, gain) if self._is_even else None
+        """Change the number of threads, as a trial if the steps are even."""
+        self._trial = _Trial(self.threads, window.token_s, gain) if self._kind == EVEN else None
         self.threads = threads
 
     def _end_trial(self, trial: _Trial, window: Usage) -> None:

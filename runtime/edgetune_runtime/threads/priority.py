@@ -1,4 +1,4 @@
-"""A thread that computes for others, with lower priority if other processes are to run first."""
+"""Threads that compute for others, with lower priority if other processes are to run first."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from edgetune_runtime.errors import UsageError
 
+from .machine import MOST_THREADS
+
 T = TypeVar("T")
 
 NORMAL = "normal"
@@ -19,14 +21,14 @@ PRIORITIES = (NORMAL, "low", "idle")
 _NICER = 10
 
 
-class ComputeThread:
-    """Runs functions one after another on a separate thread; threads that they start inherit its priority."""
+class ComputeThreads:
+    """Runs functions on up to `most` threads of its own; threads that they start inherit the priority."""
 
-    def __init__(self, priority: str) -> None:
-        self._executor = ThreadPoolExecutor(1, "edgetune-compute", _lower, (priority,))
+    def __init__(self, priority: str, most: int = 1) -> None:
+        self._executor = ThreadPoolExecutor(most, "edgetune-compute", _lower, (priority,))
 
     def run(self, compute: Callable[[], T]) -> T:
-        """Run `compute` on the thread; returns or raises what it does."""
+        """Run `compute` on one of the threads; returns or raises what it does."""
         future = self._executor.submit(compute)
         try:
             return future.result()
@@ -36,12 +38,12 @@ class ComputeThread:
             raise
 
     def close(self) -> None:
-        """End the thread; no other call may follow."""
+        """End the threads; no other call may follow."""
         self._executor.shutdown()
 
 
-def compute_thread(priority: str) -> ComputeThread | None:
-    """The thread for a priority; None for normal, where the caller's thread computes.
+def compute_threads(priority: str) -> ComputeThreads | None:
+    """The threads for a priority; None for normal, where the callers' threads compute.
 
     UsageError for an unknown priority, and for low and idle outside Linux, where priorities are per process.
     """
@@ -52,7 +54,7 @@ def compute_thread(priority: str) -> ComputeThread | None:
     if sys.platform != "linux":
         message = f"priority {priority!r} is supported on Linux only"
         raise UsageError(message, "leave it out, or lower the priority of the whole process")
-    return ComputeThread(priority)
+    return ComputeThreads(priority, MOST_THREADS)
 
 
 def _lower(priority: str) -> None:

@@ -18,6 +18,8 @@ from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.governor import AnswerUsage, Governor
 from edgetune_runtime.serving.limits import Limits, Stopped
+from edgetune_runtime.serving.turns import Turn
+from edgetune_runtime.threads.count import EVEN, UNEVEN
 from tiny import make_folder
 
 TRIES = 2000
@@ -122,7 +124,7 @@ def test_any_number_of_threads_gives_the_same_bits(wide_base: Path, kv: str, rep
 def test_a_step_that_stalls_is_restarted_with_fewer_threads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     if not engine.adjusts_threads:
         pytest.skip("onnxruntime's threads take over each other's work")
-    monkeypatch.setattr(Governor, "_stalls", _stalls_with_several_threads)
+    monkeypatch.setattr(Governor, "_stalls", lambda _, turn, *__: turn.threads > 1)
     governor, tries = Governor(4, adjusts=True), []
     monkeypatch.setattr(governor._count, "start_over", lambda: None)
 
@@ -136,16 +138,11 @@ def test_a_step_that_stalls_is_restarted_with_fewer_threads(engine: Engine, monk
     assert np.array_equal(engine.decode(TOKENS), found)
 
 
-def _stalls_with_several_threads(governor: Governor, *_: object, **__: object) -> bool:
-    governor._is_stalled = governor.threads > 1
-    return governor._is_stalled
-
-
 def _steps(governor: Governor, token_s: float, share: float) -> AnswerUsage:
     """An answer of single tokens that took so long each and had that share of two cores."""
     usage = AnswerUsage()
     for _ in range(8):
-        governor._record(1, token_s, token_s * share * 2, usage, even=True)
+        governor._record(Turn(2, is_shared=False), 1, (token_s, token_s * share * 2), usage, EVEN)
     return usage
 
 
@@ -155,10 +152,22 @@ def test_an_answer_is_slow_when_it_lacked_cores_or_took_much_longer_than_before(
     assert [governor.is_slow(usage) for usage in (AnswerUsage(), *usages)] == [False, False, True, True]
 
 
+def test_an_answer_is_not_slow_because_others_share_the_cores() -> None:
+    governor, usage = Governor(2, adjusts=False), AnswerUsage()
+    _steps(governor, 0.02, share=1.0)
+    for _ in range(8):
+        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.05), usage, EVEN)
+    assert not governor.is_slow(usage)
+    for _ in range(8):
+        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.02), usage, EVEN)
+    assert governor.is_slow(usage), "another process had the core"
+
+
 def test_a_chunk_of_a_prompt_shrinks_where_steps_are_slow() -> None:
     governor = Governor(2, adjusts=False)
     found = [governor.chunk(128)]
     for token_s in (0.001, 0.003, 0.1):
-        governor._record(128, 128 * token_s, 2 * 128 * token_s, AnswerUsage(), even=False)
+        took = 128 * token_s, 2 * 128 * token_s
+        governor._record(Turn(2, is_shared=False), 128, took, AnswerUsage(), UNEVEN)
         found.append(governor.chunk(128))
     assert found == [128, 128, 64, 16]

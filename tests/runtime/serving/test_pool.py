@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from edgetune_runtime import BusyError, Runtime, UsageError
+from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.serving.turns import Turns
 from edgetune_runtime.states.batches import CHUNK
+from edgetune_runtime.threads.machine import usable_cores
 
 ENGINES = ("gguf", "onnx")
 PROMPT = "turn on the light"
@@ -58,6 +59,33 @@ def test_eight_threads_get_the_answers_that_one_alone_gets(open_: Callable[..., 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(answer, jobs)) == [alone[place] for place in jobs]
     assert len(loaded_bundle(runtime).pool(None)[0].contexts) <= 3
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
+def test_calls_compute_at_the_same_time_where_threads_can_be_divided(
+    open_: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, most = open_(contexts=2, threads=2), 0
+    context, _ = loaded_bundle(runtime).context()
+    turns, engine = context.shared.governor._turns, type(context.engine)
+    decode_all = engine.decode_all
+
+    def looking(engine: Engine, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        nonlocal most
+        most = max(most, len(turns._running))
+        return decode_all(engine, tokens, last=last)
+
+    def answer(name: str) -> str:
+        return runtime.generate(PROMPT, adapter=name, max_tokens=60, temperature=2.0, seed=1).text
+
+    monkeypatch.setattr(engine, "decode_all", looking)
+    alone = [answer(name) for name in ("one", "two")]
+    assert most == 1
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(10):
+            assert list(threads.map(answer, ("one", "two"))) == alone
+    assert most == (2 if context.engine.adjusts_threads else 1)
+    assert turns.is_idle
 
 
 def test_more_calls_than_may_wait_are_told_so(open_: Callable[..., Runtime]) -> None:
@@ -128,25 +156,3 @@ def test_a_prompt_is_computed_in_chunks_between_which_others_have_their_turn(ope
     with pool.lease(job) as context:
         context.run(job)
     assert order[:4] == ["chunk", "chunk", "other", "chunk"] or order[:3] == ["chunk", "chunk", "other"]
-
-
-def test_turns_are_taken_in_the_order_of_asking() -> None:
-    turns, order, started = Turns(), [], []
-
-    def work(number: int) -> None:
-        started.append(number)
-        with turns.take():
-            order.append(number)
-
-    threads = []
-    with turns.take():
-        for number in range(5):
-            threads.append(threading.Thread(target=work, args=(number,)))
-            threads[-1].start()
-            while len(turns._waiting) <= number:
-                time.sleep(0.001)
-    for thread in threads:
-        thread.join()
-    assert order == [0, 1, 2, 3, 4]
-    with turns.take():
-        pass

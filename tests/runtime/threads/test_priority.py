@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.threads.priority import ComputeThread
+from edgetune_runtime.threads.priority import ComputeThreads
 
 PROMPT = "turn on the light"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
@@ -25,7 +25,7 @@ def _mine() -> tuple[int, int]:
 @pytest.mark.parametrize(("priority", "policy", "nicer"), [("low", "SCHED_BATCH", 10), ("idle", "SCHED_IDLE", 0)])
 def test_only_the_thread_that_computes_has_the_lower_priority(priority: str, policy: str, nicer: int) -> None:
     before = _mine()
-    thread = ComputeThread(priority)
+    thread = ComputeThreads(priority)
     assert thread.run(_mine) == (getattr(os, policy), min(19, before[1] + nicer))
     assert _mine() == before
     with pytest.raises(ZeroDivisionError):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TypeVar
 
-from edgetune_runtime.threads.priority import NORMAL, ComputeThread
+from edgetune_runtime.threads.priority import NORMAL, ComputeThreads
 
 from .ggml import cpu_backend
 from .llama import library
@@ -19,7 +19,7 @@ T = TypeVar("T")
 class _Partner(threading.local):
     """The thread that computes for the current one; it ends with it."""
 
-    thread: ComputeThread | None = None
+    thread: ComputeThreads | None = None
 
 
 _partner = _Partner()
@@ -34,7 +34,7 @@ def compute(function: Callable[[], T]) -> T:
     if not _uses_amx():
         return function()
     if _partner.thread is None:
-        _partner.thread = ComputeThread(NORMAL)
+        _partner.thread = ComputeThreads(NORMAL)
     return _partner.thread.run(function)
 
 
