@@ -24,7 +24,6 @@ from edgetune.delivery.kit.make import make_kit
 from edgetune.progress import Progress
 
 CPU = "cortex-a72"
-ENGINE = "onnx"
 PROMPT = "turn on the light in the hall"
 
 
@@ -39,14 +38,19 @@ def sshd(board: Board) -> Iterator[Sshd]:
         yield found
 
 
+@pytest.fixture(params=["gguf", "onnx"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def own_bundle(bundle: Path, tmp_path: Path) -> Path:
+def own_bundle(bundle: Path, engine: str, tmp_path: Path) -> Path:
     """A copy of the bundle, with a golden answer of this machine if it has none."""
     copy = Path(shutil.copytree(bundle, tmp_path / "home"))
-    with Runtime.open(copy, engine=ENGINE, disk_mb=0) as runtime:
+    with Runtime.open(copy, engine=engine, disk_mb=0) as runtime:
         name = next(iter(runtime.manifest.adapters))
         question = GoldenAnswer(PROMPT, "", max_tokens=4)
-        golden = {ENGINE: {"prompt": PROMPT, "answer": ask(runtime, name, question), "max_tokens": 4}}
+        golden = {engine: {"prompt": PROMPT, "answer": ask(runtime, name, question), "max_tokens": 4}}
 
     def add(raw: dict[str, Any]) -> None:
         raw["adapters"][name]["golden"] = golden | raw["adapters"][name].get("golden", {})
@@ -56,17 +60,17 @@ def own_bundle(bundle: Path, tmp_path: Path) -> Path:
 
 
 def test_a_deploy_that_was_cut_resumes_and_a_wrong_answer_is_refused(
-    board: Board, sshd: Sshd, own_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    board: Board, sshd: Sshd, own_bundle: Path, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", f"{sshd.programs}{os.pathsep}{os.environ['PATH']}")
-    target, where = parse_target(sshd.target), Where("home", f"{SHARED}/deployed")
-    prefix = board.shared / "deployed"
+    target, where = parse_target(sshd.target), Where("home", f"{SHARED}/deployed-{engine}")
+    prefix = board.shared / f"deployed-{engine}"
 
     def make(name: str, python: str, out: Path, earlier: Sequence[Path]) -> None:
-        make_kit(own_bundle, name, out, python=python, engine=ENGINE, progress=Progress(), earlier=earlier)
+        make_kit(own_bundle, name, out, python=python, engine=engine, progress=Progress(), earlier=earlier)
 
     def send() -> Deployed:
-        kits = Kits(own_bundle, ENGINE, make, tmp_path / "kits")
+        kits = Kits(own_bundle, engine, make, tmp_path / "kits")
         return deploy(target, where, kits, DeployOptions("pi-4"), Progress())
 
     def states() -> list[tuple[str, str]]:
@@ -77,37 +81,38 @@ def test_a_deploy_that_was_cut_resumes_and_a_wrong_answer_is_refused(
     there = sum(path.stat().st_size for path in (prefix / "files").iterdir())
     assert not (prefix / "current").is_symlink()
     first = send()
-    kit = Kits(own_bundle, ENGINE, make, tmp_path / "kits").kit_for("pi-4", "3.13").kit
+    kit = Kits(own_bundle, engine, make, tmp_path / "kits").kit_for("pi-4", "3.13").kit
     assert there > 0
     assert first.sent_bytes < sum(file.bytes for file in kit.files)
     assert states() == [(first.version, "current")]
 
-    answer = change_golden(own_bundle, lambda _: "no such answer")
+    answer = change_golden(own_bundle, engine, lambda _: "no such answer")
     with pytest.raises(VerificationError, match="adapters answer differently"):
         send()
     assert states()[0] == (first.version, "current")
 
-    change_golden(own_bundle, lambda _: answer)
+    change_golden(own_bundle, engine, lambda _: answer)
     change_manifest(own_bundle, lambda raw: raw.update(created="later"))
     second = send()
     assert second.sent_bytes < 1_000_000
     assert states() == [(second.version, "current"), (first.version, "previous")]
-    damaged = prefix / "current/bundle" / read_manifest(own_bundle).base.files[ENGINE]
+    damaged = prefix / "current/bundle" / read_manifest(own_bundle).base.files[engine]
     damaged.chmod(0o644)
     damaged.write_bytes(b"x" * damaged.stat().st_size)
     assert send().sent_bytes == damaged.stat().st_size
     assert roll_back(target, where).version == first.version
-    check = (f"{SHARED}/deployed/bin/edgetune-run", "check", f"{SHARED}/deployed/current/bundle", "--engine", ENGINE)
+    installed = f"{SHARED}/{prefix.name}"
+    check = (f"{installed}/bin/edgetune-run", "check", f"{installed}/current/bundle", "--engine", engine)
     assert "same" in board.run(*check, cpu=CPU)
 
 
-def change_golden(bundle: Path, change: Callable[[str], str]) -> str:
+def change_golden(bundle: Path, engine: str, change: Callable[[str], str]) -> str:
     """Change the golden answer of the first adapter; the one before."""
     before = ""
 
     def apply(raw: dict[str, Any]) -> None:
         nonlocal before
-        golden = next(adapter["golden"][ENGINE] for adapter in raw["adapters"].values() if adapter.get("golden"))
+        golden = next(adapter["golden"][engine] for adapter in raw["adapters"].values() if adapter.get("golden"))
         before, golden["answer"] = golden["answer"], change(golden["answer"])
 
     change_manifest(bundle, apply)
