@@ -31,6 +31,7 @@ sys.path[:] = [
 from edgetune_devices import boards
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.doctor import instructions
+from edgetune_runtime.formats.quantization import repacked_types
 from edgetune_runtime.sizing.needs import Needs, needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.speed import adapter_seconds, prefill_speed, speed_of, token_seconds
 from edgetune_runtime.threads.machine import disturbance, peak_mb
@@ -98,7 +99,7 @@ def bundle_of(work: Path, quantization: str, adapters: int) -> Path:
 
 def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Predicted and measured peak of resident memory, in MB."""
-    repacks = bool({"avx2", "dotprod"} & set(instructions()))
+    repacks = repacked_types(instructions())
     rows = []
     for engine, quantization, count, context in product(ENGINES, QUANTIZATIONS, ADAPTERS, CONTEXTS):
         bundle = bundle_of(options.work, quantization, count)

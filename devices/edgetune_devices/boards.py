@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.formats.quantization import repacked_types
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.wording import nearest
 
@@ -64,9 +65,9 @@ class Board:
         return SpeedFigures(self.bandwidth_gb_per_s, self.compute_gflop_per_s, self.layer_us, self.adapter_module_us)
 
     @property
-    def repacks(self) -> bool:
-        """Whether llama.cpp has faster code with repacked weights for the board's processor."""
-        return bool({"avx2", "dotprod"} & set(self.instruction_sets))
+    def repacks(self) -> frozenset[str]:
+        """The types of weights that llama.cpp can repack on the board's processor, for which it has faster code."""
+        return repacked_types(self.instruction_sets)
 
     def with_ram(self, ram_mib: int) -> Board:
         """The same board with another amount of memory, of which the system needs as much as in the board's file.

@@ -128,6 +128,7 @@ def _quantization(header: GgufHeader | None) -> Callable[[Needs, Board], Step]:
     return smaller
 
 
+_WEIGHTS = ("base_bytes", "read_bytes", "head_bytes", "main_type", "head_type")
 _BOARD_QUANTIZATIONS: Sequence[str] = [item.name for item in QUANTIZATIONS.values() if item.on_boards]
 
 
@@ -136,7 +137,7 @@ def _requantized(needs: Needs, header: GgufHeader) -> Iterator[tuple[Needs, str]
     for name in _BOARD_QUANTIZATIONS:
         other = needs_of_header(header, context_length=needs.context_length, quantization=name, engine=needs.engine)
         if other.base_bytes < needs.base_bytes:
-            weights = {key: getattr(other, key) for key in ("base_bytes", "read_bytes", "head_bytes", "repackable")}
+            weights = {key: getattr(other, key) for key in _WEIGHTS}
             yield replace(needs, **weights), name
 
 

@@ -9,8 +9,14 @@ from dataclasses import replace
 
 from edgetune_runtime.engines import gguf, onnx
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
-from edgetune_runtime.formats.quantization import TENSOR_TYPES, Quantization, quantization_named, quantization_of_merged
-from edgetune_runtime.sizing.needs import AdapterSize, Needs, needs_of_sizes
+from edgetune_runtime.formats.quantization import (
+    TENSOR_TYPES,
+    Quantization,
+    TensorType,
+    quantization_named,
+    quantization_of_merged,
+)
+from edgetune_runtime.sizing.needs import AdapterSize, Needs, needs_of_sizes, number
 
 _MODULES = {
     "attn_q": "self_attn.q_proj",
@@ -52,7 +58,8 @@ def needs_of_header(
         start=start,
         context_length=context_length,
         engine=engine,
-        repackable=main_type.repacked,
+        main_type=main_type.name,
+        head_type="" if chosen is None else _row_type(chosen.head, number(header, "embedding_length")).name,
     )
     finer = quantization_of_merged(main_type, merged_quantization)
     merged_bytes = needs.base_bytes
@@ -163,7 +170,11 @@ def _tensor_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantiza
 
 
 def _row_bytes(type_name: str, columns: int) -> int:
-    kind = TENSOR_TYPES[type_name]
-    if columns % kind.block:
-        return _row_bytes(kind.narrow or "f16", columns)
+    kind = _row_type(type_name, columns)
     return columns // kind.block * kind.block_bytes
+
+
+def _row_type(type_name: str, columns: int) -> TensorType:
+    """The type that llama.cpp stores rows of this length in."""
+    kind = TENSOR_TYPES[type_name]
+    return _row_type(kind.narrow or "f16", columns) if columns % kind.block else kind

@@ -19,7 +19,7 @@ from . import __version__
 from .bundle import GENERATION, Manifest, read_manifest, verify_files
 from .conversation import PROGRAM, Conversation, adapter_choice, show
 from .errors import CancelledError, EdgetuneError, IncompatibleError, NotFoundError, UsageError
-from .formats.quantization import describe
+from .formats.quantization import describe, repacked_types
 from .interrupts import end_on_interrupt
 from .server import command as server
 from .threads.priority import NORMAL, PRIORITIES
@@ -385,8 +385,8 @@ def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any])
     known = None
     if options.calibration is not None and needs is not None:
         known = read_calibration(options.calibration, needs.engine)
-    fast = bool({"avx2", "dotprod"} & set(found["instructions"])) and options.repack is not False
-    trial = try_bundle(lambda: _open(options, disk_mb=0), needs, known=known, repacks=fast)
+    repacks = frozenset() if options.repack is False else repacked_types(found["instructions"])
+    trial = try_bundle(lambda: _open(options, disk_mb=0), needs, known=known, repacks=repacks)
     found["bundle"] |= trial.found
     found["problems"] += trial.problems
     if options.calibrate is None:

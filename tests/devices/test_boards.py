@@ -21,8 +21,10 @@ def test_each_board_loads_and_gives_a_source_for_every_figure(name: str) -> None
 
 
 def test_a_processor_with_dot_products_or_avx2_repacks() -> None:
-    repacking = {name for name in boards.names() if boards.load(name).repacks}
+    repacking = {name for name in boards.names() if "q4_0" in boards.load(name).repacks}
     assert set(boards.names()) - repacking == {"pi-zero-2w", "pi-3b-plus", "pi-4"}
+    assert "q8_0" in boards.load("pi-5").repacks
+    assert "q8_0" not in boards.load("laptop").repacks
 
 
 def test_a_better_board_is_faster_and_leaves_more_memory() -> None:

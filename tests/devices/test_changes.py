@@ -34,17 +34,17 @@ def test_nothing_is_proposed_for_what_fits(header: GgufHeader) -> None:
 
 def test_the_cheapest_change_that_suffices_is_the_only_one(header: GgufHeader) -> None:
     needs = _needs(header)
-    short_by_a_little = _with_free_mb(kept_mb(needs, repacks=False) - 5)
+    short_by_a_little = _with_free_mb(kept_mb(needs, repacks=()) - 5)
     (change,) = changes.changes_for(needs, short_by_a_little)
     assert change.what == "limit saved states: --cache-mb 16"
     assert change.fits and change.saves_mb == pytest.approx(needs.state_bytes / 1e6)
-    assert change.needed_mb == pytest.approx(kept_mb(needs, repacks=False) - change.saves_mb)
+    assert change.needed_mb == pytest.approx(kept_mb(needs, repacks=()) - change.saves_mb)
 
 
 def test_the_other_engine_costs_nothing_and_comes_first(header: GgufHeader) -> None:
     onnx = replace(_needs(header), engine="onnx", kv_bytes_per_token=46080)
     gguf = _needs(header)
-    board = _with_free_mb(kept_mb(gguf, repacks=False) + 5)
+    board = _with_free_mb(kept_mb(gguf, repacks=()) + 5)
     assert [change.what for change in changes.changes_for(onnx, board, other=gguf)] == [
         "use the other engine: --engine gguf"
     ]
@@ -54,14 +54,14 @@ def test_the_other_engine_costs_nothing_and_comes_first(header: GgufHeader) -> N
 def test_each_change_adds_to_those_before_it_until_the_board_fits(header: GgufHeader) -> None:
     needs = _needs(header)
     short = replace(needs, states_limit_bytes=16_000_000, kv_bytes_per_token=12240, context_length=1000)
-    found = changes.changes_for(needs, _with_free_mb(kept_mb(short, repacks=False)))
+    found = changes.changes_for(needs, _with_free_mb(kept_mb(short, repacks=())))
     assert [change.what.split(":")[0] for change in found] == [
         "limit saved states",
         "store keys and values in 8 bits",
         "shorten the context",
     ]
     assert [change.fits for change in found] == [False, False, True]
-    total = kept_mb(needs, repacks=False)
+    total = kept_mb(needs, repacks=())
     for change in found:
         total -= change.saves_mb
         assert change.needed_mb == pytest.approx(total)
@@ -72,8 +72,8 @@ def test_the_context_proposed_is_the_longest_that_fits(header: GgufHeader) -> No
     board, needs = _with_free_mb(262), _needs(header, vocabulary=0)
     tokens = changes.longest_context(needs, board)
     assert 256 < tokens < 2048
-    assert kept_mb(replace(needs, context_length=tokens), repacks=False) <= board.free_mb
-    assert kept_mb(replace(needs, context_length=tokens + 1), repacks=False) > board.free_mb
+    assert kept_mb(replace(needs, context_length=tokens), repacks=()) <= board.free_mb
+    assert kept_mb(replace(needs, context_length=tokens + 1), repacks=()) > board.free_mb
 
 
 def test_a_smaller_quantization_is_proposed_where_the_header_is_known() -> None:
@@ -85,7 +85,7 @@ def test_a_smaller_quantization_is_proposed_where_the_header_is_known() -> None:
     tensors = {name: TensorInfo(name, (1024, 4096), 8, 0, 1024 * 4096 * 34 // 32) for name in names}
     header = GgufHeader(metadata, tensors)
     needs = fit.needs_of_header(header, context_length=256)
-    board = _with_free_mb(kept_mb(needs, repacks=False) - 60)
+    board = _with_free_mb(kept_mb(needs, repacks=()) - 60)
     last = changes.changes_for(needs, board, header=header)[-1]
     assert (last.what, last.fits) == ("build with quantization: q5_k_m", True)
 
@@ -94,4 +94,4 @@ def test_a_larger_size_of_the_same_board_is_proposed_last(header: GgufHeader) ->
     huge = _needs(header, base_bytes=3_000_000_000)
     last = changes.changes_for(huge, boards.load("pi-4-1gb"))[-1]
     assert (last.what, last.fits) == ("use a board with more memory: pi-4-4gb", True)
-    assert last.needed_mb == pytest.approx(kept_mb(huge, repacks=False))
+    assert last.needed_mb == pytest.approx(kept_mb(huge, repacks=()))

@@ -16,12 +16,13 @@ from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.backends.gguf.backend import write_adapter
 from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
+from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
-from edgetune_runtime.formats.quantization import QUANTIZATIONS
+from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
 from edgetune_runtime.runtime import Runtime
-from edgetune_runtime.sizing.needs import CACHE_BYTES
+from edgetune_runtime.sizing.needs import CACHE_BYTES, needed_mb, needs_of_file
 from edgetune_runtime.states.batches import CHUNK
 
 TINY = ("llama", "qwen2", "qwen3", "gemma3")
@@ -150,24 +151,40 @@ def test_prefill_prediction_is_near_published_figures(header: GgufHeader, publis
 MEASURE = """
 import sys
 from pathlib import Path
+from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-engine = GgufEngine(Path(sys.argv[1]), context_length=512, threads=1)
+engine = GgufEngine(Path(sys.argv[1]), context_length=512, threads=1, repack=sys.argv[2] == "repacked")
 engine.decode([3 + number % 300 for number in range(500)])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
-def test_predicted_memory_is_within_a_tenth_of_what_a_run_takes() -> None:
-    path = _smollm2()
+@pytest.mark.parametrize("weights", ["mapped", "repacked"])
+def test_predicted_memory_is_within_a_tenth_of_what_a_run_takes(weights: str, tmp_path: Path) -> None:
+    path = tmp_path / "q4_0.gguf"
+    quantize_gguf(_smollm2(), path, "q4_0", again=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], check=True, capture_output=True, text=True, env=environment
+    run = [sys.executable, "-c", MEASURE, str(path), weights]
+    measured = subprocess.run(run, check=True, capture_output=True, text=True, env=environment).stdout
+    repacks = repacked_types(instructions()) if weights == "repacked" else ()
+    needs = needs_of_file(read_header(path), context_length=512)
+    assert needed_mb(needs, repacks=repacks) == pytest.approx(int(measured) * 1024 / 1e6, rel=0.1)
+
+
+def test_an_embedding_is_counted_twice_where_it_is_also_a_repacked_head() -> None:
+    header = read_header(_smollm2())
+    needs = fit.needs_of_header(header, context_length=512, quantization="q4_0")
+    assert (needs.main_type, needs.head_type) == ("q4_0", "q8_0")
+    plain, x86, arm, amx = (
+        needed_mb(needs, repacks=repacked_types(sets))
+        for sets in ((), ("avx2", "avx512f"), ("neon", "dotprod"), ("avx2", "amx-int8"))
     )
-    measured_mb = int(run.stdout) * 1024 / 1e6
-    result = fit.fit(fit.needs_of_header(read_header(path), context_length=512), boards.load("pi-zero-2w"))
-    assert result.needed_mb == pytest.approx(measured_mb, rel=0.1)
-    assert result.fits
+    assert plain == x86
+    assert arm - plain == amx - plain == pytest.approx(needs.head_bytes / 1e6)
+    fine = fit.needs_of_header(header, context_length=512, quantization="q8_0")
+    mapped = needed_mb(fine, repacks=())
+    assert needed_mb(fine, repacks=repacked_types(["dotprod"])) == mapped, "weights in q8_0 are mapped"
 
 
 def test_an_adapter_costs_memory_and_speed() -> None:

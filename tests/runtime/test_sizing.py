@@ -60,12 +60,12 @@ def test_options_change_keys_values_states_and_server(both: Path) -> None:
     smaller = with_options(needs, kv="q8_0", cache_mb=0)
     assert smaller.kv_bytes_per_token == int(needs.kv_bytes_per_token * 34 / 64)
     assert smaller.state_bytes == 0 and needs.state_bytes > 0
-    added = needed_mb(with_options(needs, serves=True), repacks=False) - needed_mb(needs, repacks=False)
+    added = needed_mb(with_options(needs, serves=True), repacks=()) - needed_mb(needs, repacks=())
     assert added > 10
 
 
 def test_the_parts_are_named_and_empty_ones_left_out(both: Path) -> None:
-    names = [item.name for item in items_of(needs_of_bundle(both), repacks=False)]
+    names = [item.name for item in items_of(needs_of_bundle(both), repacks=())]
     assert {"base weights", "adapter one", "adapter two", "saved states", "computing"} <= set(names)
     assert "server" not in names and "draft tables" not in names
 
@@ -78,7 +78,7 @@ def test_constraints_on_answers_are_counted_once(both: Path, tmp_path: Path) -> 
     needs = needs_of_bundle(bundle)
     assert before.constraint_bytes == 0
     assert needs.constraint_bytes > 340 * needs.vocabulary
-    added = needed_mb(needs, repacks=False) - needed_mb(before, repacks=False)
+    added = needed_mb(needs, repacks=()) - needed_mb(before, repacks=())
     assert added == pytest.approx(needs.constraint_bytes / 1e6)
 
 
@@ -94,8 +94,8 @@ def test_adapters_that_are_mapped_can_be_dropped_up_to_the_one_in_use(both: Path
     sizes = {"one": AdapterSize(3_000_000, 14, is_mapped=True), "two": AdapterSize(2_000_000, 14, is_mapped=True)}
     mapped = replace(needs_of_bundle(both, engine="onnx"), adapters=sizes)
     copied = replace(mapped, adapters={name: replace(size, is_mapped=False) for name, size in sizes.items()})
-    assert kept_mb(copied, repacks=True) - kept_mb(mapped, repacks=True) == pytest.approx(2)
-    assert needed_mb(copied, repacks=True) == needed_mb(mapped, repacks=True)
+    assert kept_mb(copied, repacks=()) - kept_mb(mapped, repacks=()) == pytest.approx(2)
+    assert needed_mb(copied, repacks=()) == needed_mb(mapped, repacks=())
 
 
 @pytest.mark.parametrize("adapter_decode", [80.0, 120.0])
@@ -158,7 +158,7 @@ def test_raw_measurements_are_those_of_a_computer() -> None:
 
 def test_a_trial_tells_prediction_and_measurement(both: Path) -> None:
     needs = needs_of_bundle(both)
-    trial = try_bundle(lambda: Runtime.open(both, disk_mb=0, threads=1), needs, known=FIGURES, repacks=False)
+    trial = try_bundle(lambda: Runtime.open(both, disk_mb=0, threads=1), needs, known=FIGURES, repacks=())
     assert trial.figures is not None and trial.problems == []
     assert trial.found["predicted_tokens_per_s"].keys() == trial.found["measured_tokens_per_s"].keys()
     assert trial.found["measured_tokens_per_s"]["decode"] > 0
@@ -166,7 +166,7 @@ def test_a_trial_tells_prediction_and_measurement(both: Path) -> None:
 
 def test_a_trial_says_why_a_bundle_is_refused(both: Path) -> None:
     needs = needs_of_bundle(both)
-    trial = try_bundle(lambda: Runtime.open(both, engine="gguf", kv="f64"), needs, known=None, repacks=False)
+    trial = try_bundle(lambda: Runtime.open(both, engine="gguf", kv="f64"), needs, known=None, repacks=())
     assert trial.figures is None
     assert trial.problems == [f"refused: {trial.found['refused']}"]
     assert "f64" in trial.found["refused"]

@@ -10,7 +10,7 @@ rows that a block does not divide, ggml-cpu/repack.cpp for what is repacked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from edgetune_runtime.errors import UsageError
@@ -149,6 +149,18 @@ def quantization_named(name: str) -> Quantization:
     if name not in QUANTIZATIONS:
         raise UsageError(f"no quantization {name!r}", f"choose one of: {', '.join(QUANTIZATIONS)}")
     return QUANTIZATIONS[name]
+
+
+def repacked_types(instruction_sets: Iterable[str]) -> frozenset[str]:
+    """The types that llama.cpp can repack on a processor with these instruction sets, by name.
+
+    More than those that it is asked to repack: see `TensorType.repacked`. Source: ggml-cpu/repack.cpp and amx/amx.cpp.
+    """
+    has = set(instruction_sets)
+    if not has & {"avx2", "dotprod"}:
+        return frozenset()
+    finer = {"q8_0", "q6_k"} if has & {"dotprod", "amx-int8"} else set()
+    return frozenset({kind.name for kind in _TYPES if kind.repacked} | finer)
 
 
 def main_type(values_by_type: Mapping[str, int]) -> TensorType:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -74,9 +74,9 @@ class Needs:
 
     `read_bytes` and `read_parameters` count the weights read per token: all except an embedding that is not also the
     output head. `kv_bytes_per_token` is in the engine's data type. `head_bytes` is the size of an output head that is
-    also the embedding, else 0; `repackable`: the engine repacks weights of the base's type where it can. `merged` maps
-    each adapter that is a full model to the bytes of its file. `draft_bytes` is the size of all draft tables;
-    `constrained`: the answers of an adapter are held to a schema or a grammar.
+    also the embedding, else 0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty
+    if they are unknown. `merged` maps each adapter that is a full model to the bytes of its file. `draft_bytes` is the
+    size of all draft tables; `constrained`: the answers of an adapter are held to a schema or a grammar.
     """
 
     base_bytes: int
@@ -94,7 +94,8 @@ class Needs:
     merged: Mapping[str, int] = field(default_factory=dict)
     engine: str = gguf.NAME
     head_bytes: int = 0
-    repackable: bool = False
+    main_type: str = ""
+    head_type: str = ""
     draft_bytes: int = 0
     constrained: bool = False
     states_limit_bytes: int = CACHE_BYTES
@@ -154,9 +155,10 @@ class Item:
     droppable_mb: float = 0.0
 
 
-def items_of(needs: Needs, *, repacks: bool) -> list[Item]:
-    """The parts of the memory needed; `repacks`: the processor has faster code with repacked weights."""
-    twice = needs.cost.maps_embedding or (needs.repackable and repacks)
+def items_of(needs: Needs, *, repacks: Collection[str]) -> list[Item]:
+    """The parts of the memory needed; `repacks` are the processor's `repacked_types`, none if the file is mapped."""
+    has_main = needs.main_type in repacks and TENSOR_TYPES[needs.main_type].repacked
+    twice = needs.cost.maps_embedding or (has_main and needs.head_type in repacks)
     # One adapter is in use, and each token reads it.
     others = sorted((size.file_bytes, name) for name, size in needs.adapters.items() if size.is_mapped)[:-1]
     droppable_mb = {
@@ -181,12 +183,12 @@ def items_of(needs: Needs, *, repacks: bool) -> list[Item]:
     return [Item(name, size / MB, droppable_mb.get(name, 0.0)) for name, size in parts if size]
 
 
-def needed_mb(needs: Needs, *, repacks: bool) -> float:
+def needed_mb(needs: Needs, *, repacks: Collection[str]) -> float:
     """The sum of all parts."""
     return sum(item.mb for item in items_of(needs, repacks=repacks))
 
 
-def kept_mb(needs: Needs, *, repacks: bool) -> float:
+def kept_mb(needs: Needs, *, repacks: Collection[str]) -> float:
     """The sum of all parts without what the system can drop: with less, the bundle cannot run at full speed."""
     return sum(item.mb - item.droppable_mb for item in items_of(needs, repacks=repacks))
 
@@ -228,9 +230,7 @@ def needs_of_file(header: GgufHeader, *, context_length: int) -> Needs:
     """The needs of a base as its GGUF file is; IncompatibleError if the header lacks a size."""
     sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
     start = min((tensor.offset for tensor in header.tensors.values()), default=0)
-    return needs_of_sizes(
-        header, sizes, start=start, context_length=context_length, repackable=header.main_type.repacked
-    )
+    return needs_of_sizes(header, sizes, start=start, context_length=context_length, main_type=header.main_type.name)
 
 
 def needs_of_sizes(
@@ -240,9 +240,13 @@ def needs_of_sizes(
     start: int,
     context_length: int,
     engine: str = gguf.NAME,
-    repackable: bool = False,
+    main_type: str = "",
+    head_type: str = "",
 ) -> Needs:
-    """The needs of a base with the shapes of `header` whose tensors have these sizes in bytes, after a `start`."""
+    """The needs of a base with the shapes of `header` whose tensors have these sizes in bytes, after a `start`.
+
+    `head_type` is by default that in the header.
+    """
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
     tied = "output.weight" not in header.tensors
     looked_up = "" if tied else "token_embd.weight"
@@ -261,7 +265,8 @@ def needs_of_sizes(
         context_length=context_length,
         engine=engine,
         head_bytes=sizes.get(head, 0) if tied else 0,
-        repackable=repackable,
+        main_type=main_type,
+        head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Trial:
 
 
 def try_bundle(
-    open_runtime: Callable[[], Runtime], needs: Needs | None, *, known: SpeedFigures | None, repacks: bool
+    open_runtime: Callable[[], Runtime], needs: Needs | None, *, known: SpeedFigures | None, repacks: Collection[str]
 ) -> Trial:
     """Open the bundle, measure it for a second or two, and close it.
 
