@@ -11,10 +11,10 @@ from pathlib import Path
 from debian import cached, lacking
 
 PACKAGES = (
-    "base-files", "base-passwd", "coreutils", "dash", "findutils", "grep", "gzip", "libc-bin", "libstdc++6",
+    "base-files", "base-passwd", "bash", "coreutils", "dash", "findutils", "grep", "gzip", "libc-bin", "libstdc++6",
     "openssh-server", "python3", "python3-venv", "sed", "tar", "util-linux",
 )  # fmt: skip
-VERSION = 2
+VERSION = 3
 """A change of the suite or of the packages needs the next one."""
 
 _PROGRAMS = {
