@@ -31,7 +31,8 @@ class Board:
     sustains, not the one in the data sheet. `compute_gflop_per_s` counts a multiply-add as two operations. `layer_us`
     is the time of a layer per token in addition to reading its weights; `adapter_module_us` is the time per token that
     one adapted module adds. `sources` has the source of each figure. `ram_sizes_mib` are the sizes that the board is
-    sold with, if there are several.
+    sold with, if there are several. `kv_gb_per_s` is the rate at which attention reads keys and values, by default the
+    memory's.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Board:
     storage: str
     sources: Mapping[str, str]
     ram_sizes_mib: tuple[int, ...] = ()
+    kv_gb_per_s: float | None = None
 
     @property
     def free_mb(self) -> float:
@@ -62,7 +64,9 @@ class Board:
     @property
     def speed(self) -> SpeedFigures:
         """The figures that determine the speed."""
-        return SpeedFigures(self.bandwidth_gb_per_s, self.compute_gflop_per_s, self.layer_us, self.adapter_module_us)
+        bandwidth = self.bandwidth_gb_per_s
+        kv = self.kv_gb_per_s or bandwidth
+        return SpeedFigures(bandwidth, self.compute_gflop_per_s, self.layer_us, self.adapter_module_us, kv)
 
     @property
     def repacks(self) -> frozenset[str]:
@@ -156,7 +160,8 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
         problems.append(f"unknown key {key!r}" + (f" (did you mean {near!r}?)" if near else ""))
     if problems:
         return problems
-    problems += [f"{key} is {raw[key]!r}, not a positive number" for key in _NUMBERS if not _is_positive(raw[key])]
+    numbers = [*_NUMBERS, *(key for key in ("kv_gb_per_s",) if key in raw)]
+    problems += [f"{key} is {raw[key]!r}, not a positive number" for key in numbers if not _is_positive(raw[key])]
     problems += [f"{key} is not text" for key in ("title", "storage") if not isinstance(raw[key], str)]
     sets, sizes, sources = raw["instruction_sets"], raw.get("ram_sizes_mib", []), raw["sources"]
     if not isinstance(sets, list) or not all(isinstance(name, str) for name in sets):
@@ -165,7 +170,7 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
         problems.append("ram_sizes_mib is not a list of multiples of 1024")
     if not isinstance(sources, dict) or not all(isinstance(text, str) and text for text in sources.values()):
         return [*problems, "sources is not a table of strings"]
-    problems += [f"sources.{key} is missing" for key in ("instruction_sets", *_NUMBERS) if key not in sources]
+    problems += [f"sources.{key} is missing" for key in ("instruction_sets", *numbers) if key not in sources]
     if not problems and raw["ram_free_mib"] >= raw["ram_mib"]:
         problems.append(f"ram_free_mib is {raw['ram_free_mib']}, not less than ram_mib {raw['ram_mib']}")
     return problems

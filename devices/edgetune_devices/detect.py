@@ -51,6 +51,7 @@ def board_file(bundle: Path | None = None, engine: str | None = None) -> str:
         "compute_gflop_per_s": round(figures.compute_gflop_per_s, 1),
         "layer_us": round(figures.layer_us, 1),
         "adapter_module_us": round(figures.adapter_module_us, 2),
+        "kv_gb_per_s": round(figures.kv_gb_per_s, 2),
         "storage": "not measured",
     }
     sources |= {
@@ -64,7 +65,7 @@ def board_file(bundle: Path | None = None, engine: str | None = None) -> str:
 
 
 def _measured(bundle: Path | None, engine: str | None, threads: int, when: str) -> tuple[SpeedFigures, dict[str, str]]:
-    keys = ("bandwidth_gb_per_s", "compute_gflop_per_s", "layer_us", "adapter_module_us")
+    keys = ("bandwidth_gb_per_s", "compute_gflop_per_s", "layer_us", "adapter_module_us", "kv_gb_per_s")
     if bundle is not None:
         with Runtime.open(bundle, engine=engine, disk_mb=0, contexts=1) as runtime:
             needs = needs_of_bundle(bundle, engine=runtime.engine)
@@ -76,8 +77,8 @@ def _measured(bundle: Path | None, engine: str | None, threads: int, when: str) 
     raw = f"{when}: {_DECODE_SHARE:g} of what {threads} threads read from memory"
     products = f"{when}: {_QUANTIZED_SHARE:g} of float32 matrix products on {threads} threads"
     assumed = f"assumed: as for {similar.name}; give --bundle to measure it"
-    figures = SpeedFigures(bandwidth, compute, similar.layer_us, similar.adapter_module_us)
-    return figures, dict(zip(keys, (raw, products, assumed, assumed), strict=True))
+    figures = SpeedFigures(bandwidth, compute, similar.layer_us, similar.adapter_module_us, bandwidth)
+    return figures, dict(zip(keys, (raw, products, assumed, assumed, raw), strict=True))
 
 
 def _toml(value: object) -> str:

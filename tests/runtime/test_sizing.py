@@ -18,7 +18,7 @@ from edgetune_runtime.sizing.speed import adapter_seconds, speed_of, token_secon
 from edgetune_runtime.sizing.trial import try_bundle
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 
-FIGURES = SpeedFigures(10.0, 100.0, 50.0, 5.0)
+FIGURES = SpeedFigures(10.0, 100.0, 50.0, 5.0, 4.0)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,16 @@ def test_figures_predict_the_speeds_they_come_from(both: Path, adapter_decode: f
     assert 1 / with_adapter == pytest.approx(min(adapter_decode, 100.0), rel=0.05)
 
 
+@pytest.mark.parametrize("long_decode", [50.0, 99.0, 110.0])
+def test_two_contexts_show_what_attention_costs(both: Path, long_decode: float) -> None:
+    needs = needs_of_bundle(both)
+    measured = Measured(100.0, 1000.0, 64, None, None, long_tokens=1000, long_decode=long_decode)
+    figures = figures_of(needs, measured, 1)
+    assert 1 / token_seconds(needs, figures, 64) == pytest.approx(100.0, rel=0.01)
+    assert 1 / token_seconds(needs, figures, 1000) == pytest.approx(min(100.0, long_decode), rel=0.02)
+    assert figures.kv_gb_per_s <= figures.bandwidth_gb_per_s
+
+
 def test_a_longer_context_and_an_adapter_are_slower(both: Path) -> None:
     needs = needs_of_bundle(both)
     assert token_seconds(needs, FIGURES, 100) > token_seconds(needs, FIGURES, 0)
@@ -120,7 +130,7 @@ def test_a_longer_context_and_an_adapter_are_slower(both: Path) -> None:
 def test_a_calibration_keeps_the_figures_of_each_engine_of_the_same_machine(tmp_path: Path) -> None:
     path, machine = tmp_path / "board.json", {"processor": "Cortex-A72", "threads": 4}
     write_calibration(path, "gguf", FIGURES, machine)
-    write_calibration(path, "onnx", SpeedFigures(9.0, 90.0, 60.0, 6.0), machine)
+    write_calibration(path, "onnx", SpeedFigures(9.0, 90.0, 60.0, 6.0, 3.0), machine)
     assert read_calibration(path, "gguf") == FIGURES
     assert read_calibration(path, "onnx").bandwidth_gb_per_s == 9.0
     write_calibration(path, "gguf", FIGURES, {**machine, "processor": "Cortex-A76"})

@@ -20,11 +20,12 @@ from edgetune_runtime.states.batches import CHUNK
 from .figures import SpeedFigures
 from .needs import Needs
 from .raw import read_bandwidth
-from .speed import token_seconds
 
 STEPS = 24
 PREFILLS = 3
 KIND = "edgetune-calibration"
+_LONGEST, _LONGEST_S = 8 * CHUNK, 10
+"""A longer prompt shows what attention costs: at most so many tokens, and as many as take so many seconds."""
 _LEAST_LAYER_US = 1.0
 _LEAST_MODULE_US = 0.1
 
@@ -34,6 +35,7 @@ class Measured:
     """Median decode and prefill speed of a bundle's base, and decode speed with an adapter, in tokens/s.
 
     `tokens` is the number of tokens before the decoded ones, `adapter` the adapter's name, if there is one.
+    `long_decode` is the base's decode speed after `long_tokens` tokens, None where they are not many more.
     """
 
     decode: float
@@ -41,14 +43,20 @@ class Measured:
     tokens: int
     adapter: str | None
     adapter_decode: float | None
+    long_tokens: int = 0
+    long_decode: float | None = None
 
 
 def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
-    """Measure for a second or two: prefill of so many tokens, and some steps of the base and of the largest adapter."""
+    """Measure prefill of so many tokens, and some steps of the base and of the largest adapter.
+
+    Takes a second or two, and at most ten more for the base after a longer prompt.
+    """
     loaded = loaded_bundle(runtime)
     context, _ = loaded.context()
-    tokens = min(tokens, context.engine.capacity({}) - STEPS - 1)
-    prompt = [3 + number % 97 for number in range(tokens)]
+    most = context.engine.capacity({}) - STEPS - 1
+    tokens = min(tokens, most)
+    prompt = _prompt(tokens)
     with context.hold():
         prefills = []
         for _ in range(PREFILLS):
@@ -56,7 +64,11 @@ def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
             begin = time.perf_counter()
             context.start({}, prompt)
             prefills.append(time.perf_counter() - begin)
-        steps = _steps_s(context)
+        steps_s, prefill = _steps_s(context), tokens / statistics.median(prefills)
+        longer, long_s = min(most, _LONGEST, int(prefill * _LONGEST_S)), None
+        if longer >= 2 * tokens:
+            context.start({}, _prompt(longer))
+            long_s = _steps_s(context)
     name = _slowest(runtime)
     adapter_s = None
     if name is not None:
@@ -65,11 +77,13 @@ def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
             context.start(active, prompt)
             adapter_s = _steps_s(context)
     return Measured(
-        decode=1 / steps,
-        prefill=tokens / statistics.median(prefills),
+        decode=1 / steps_s,
+        prefill=prefill,
         tokens=tokens + STEPS // 2,
         adapter=name,
         adapter_decode=None if adapter_s is None else 1 / adapter_s,
+        long_tokens=longer + STEPS // 2,
+        long_decode=None if long_s is None else 1 / long_s,
     )
 
 
@@ -78,8 +92,10 @@ def figures_of(needs: Needs, measured: Measured, threads: int) -> SpeedFigures:
     bandwidth = read_bandwidth(threads)
     body = max(needs.read_parameters - needs.head_parameters, 1)
     compute = measured.prefill * 2 * body / 1e9
-    seconds = 1 / measured.decode
-    reading = token_seconds(needs, SpeedFigures(bandwidth, math.inf, 0, 0), measured.tokens)
+    kv_bandwidth = _kv_bandwidth(needs, measured, bandwidth)
+    # Without attention, of which the two decode speeds show the cost.
+    seconds = 1 / measured.decode - needs.kv_bytes_per_token * measured.tokens / (kv_bandwidth * 1e9)
+    reading = needs.read_bytes / (bandwidth * 1e9)
     computing = 2 * needs.read_parameters / (compute * 1e9)
     # The layers take what is left after reading or computing. Where nothing is left, a step was faster than the
     # measurements of either allow, so it shows what the machine can do.
@@ -90,9 +106,19 @@ def figures_of(needs: Needs, measured: Measured, threads: int) -> SpeedFigures:
     module_us = _LEAST_MODULE_US
     if measured.adapter is not None and measured.adapter_decode is not None:
         size = needs.adapters[measured.adapter]
-        extra = 1 / measured.adapter_decode - seconds - size.file_bytes / (bandwidth * 1e9)
+        extra = 1 / measured.adapter_decode - 1 / measured.decode - size.file_bytes / (bandwidth * 1e9)
         module_us = max(_LEAST_MODULE_US, extra * 1e6 / max(size.modules, 1))
-    return SpeedFigures(bandwidth, compute, layer_us, module_us)
+    return SpeedFigures(bandwidth, compute, layer_us, module_us, kv_bandwidth)
+
+
+def _kv_bandwidth(needs: Needs, measured: Measured, bandwidth: float) -> float:
+    """The rate at which attention reads keys and values, at most the memory's; the same if nothing shows less."""
+    if measured.long_decode is None:
+        return bandwidth
+    more_s = 1 / measured.long_decode - 1 / measured.decode
+    more_bytes = needs.kv_bytes_per_token * (measured.long_tokens - measured.tokens)
+    slowest = needs.kv_bytes_per_token * measured.tokens * measured.decode / 0.5 / 1e9
+    return bandwidth if more_s <= 0 else min(bandwidth, max(slowest, more_bytes / more_s / 1e9))
 
 
 def write_calibration(path: Path, engine: str, figures: SpeedFigures, machine: Mapping[str, Any]) -> None:
@@ -135,6 +161,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not a file of doctor --calibrate", "measure again on the board")
     whole: dict[str, Any] = document
     return whole
+
+
+def _prompt(tokens: int) -> list[int]:
+    return [3 + number % 97 for number in range(tokens)]
 
 
 def _slowest(runtime: Runtime) -> str | None:

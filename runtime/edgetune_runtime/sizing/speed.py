@@ -30,11 +30,11 @@ def prefill_speed(needs: Needs, figures: SpeedFigures) -> float:
 
 
 def token_seconds(needs: Needs, figures: SpeedFigures, tokens: int) -> float:
-    """Seconds per token after `tokens` tokens: the longer of reading and computing, plus the time per layer."""
-    read = needs.read_bytes + needs.kv_bytes_per_token * tokens
-    reading = read / (figures.bandwidth_gb_per_s * 1e9)
+    """Seconds per token after `tokens` tokens: the longer of reading weights and computing, attention, and layers."""
+    reading = needs.read_bytes / (figures.bandwidth_gb_per_s * 1e9)
     computing = 2 * needs.read_parameters / (figures.compute_gflop_per_s * 1e9)
-    return max(reading, computing) + needs.layers * figures.layer_us / 1e6
+    attention = needs.kv_bytes_per_token * tokens / (figures.kv_gb_per_s * 1e9)
+    return max(reading, computing) + attention + needs.layers * figures.layer_us / 1e6
 
 
 def adapter_seconds(size: AdapterSize, figures: SpeedFigures) -> float:

@@ -60,7 +60,8 @@ def try_bundle(
         return Trial(found | {"refused": str(error)}, [*problems, f"refused: {error}"], None)
     figures = figures_of(needs, measured, threads)
     source = "the figures given" if known else "the memory bandwidth measured here"
-    used = known or SpeedFigures(read_bandwidth(threads), figures.compute_gflop_per_s, _UNKNOWN_LAYER_US, 0)
+    bandwidth = read_bandwidth(threads)
+    used = known or SpeedFigures(bandwidth, figures.compute_gflop_per_s, _UNKNOWN_LAYER_US, 0, bandwidth)
     found["predicted_from"] = source
     found["predicted_tokens_per_s"] = _predicted(needs, used, measured, prefill=known is not None)
     found["measured_tokens_per_s"] = _speeds(measured.decode, measured.adapter_decode, measured.prefill)

@@ -40,7 +40,19 @@ BOARD = "laptop" if this_machine.machine() == "x86_64" else "pi-5"
 QUIET = Progress(quiet=True)
 LLAMA = "llama-cpp-python"
 NEEDED = (
-    *("anyio", "click", "diskcache", "h11", "idna", "jinja2", "llguidance", "markupsafe", "numpy", "onnxruntime"),
+    *(
+        "anyio",
+        "click",
+        "diskcache",
+        "flatbuffers",
+        "h11",
+        "idna",
+        "jinja2",
+        "llguidance",
+        "markupsafe",
+        "numpy",
+        "onnxruntime",
+    ),
     *("pip", "prometheus-client", "starlette", "tokenizers", "typing-extensions", "uvicorn", LLAMA),
 )
 
