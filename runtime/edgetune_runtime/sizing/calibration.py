@@ -117,6 +117,7 @@ def _kv_bandwidth(needs: Needs, measured: Measured, bandwidth: float) -> float:
         return bandwidth
     more_s = 1 / measured.long_decode - 1 / measured.decode
     more_bytes = needs.kv_bytes_per_token * (measured.long_tokens - measured.tokens)
+    # A disturbed measurement must not leave less than half of a step for the rest.
     slowest = needs.kv_bytes_per_token * measured.tokens * measured.decode / 0.5 / 1e9
     return bandwidth if more_s <= 0 else min(bandwidth, max(slowest, more_bytes / more_s / 1e9))
 
