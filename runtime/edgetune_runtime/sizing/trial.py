@@ -33,7 +33,7 @@ class Trial:
 def try_bundle(
     open_runtime: Callable[[], Runtime], needs: Needs | None, *, known: SpeedFigures | None, repacks: Collection[str]
 ) -> Trial:
-    """Open the bundle, measure it for a second or two, and close it.
+    """Open the bundle, measure it for some seconds (see `measure`), and close it.
 
     `needs` None (an encoder's) predicts nothing. `known` are the figures that the prediction uses, by default the
     memory bandwidth measured here. An error of opening is a problem, not raised.
@@ -60,12 +60,17 @@ def try_bundle(
         return Trial(found | {"refused": str(error)}, [*problems, f"refused: {error}"], None)
     figures = figures_of(needs, measured, threads)
     source = "the figures given" if known else "the memory bandwidth measured here"
-    bandwidth = read_bandwidth(threads)
-    used = known or SpeedFigures(bandwidth, figures.compute_gflop_per_s, _UNKNOWN_LAYER_US, 0, bandwidth)
+    used = known or _assumed(figures, threads)
     found["predicted_from"] = source
     found["predicted_tokens_per_s"] = _predicted(needs, used, measured, prefill=known is not None)
     found["measured_tokens_per_s"] = _speeds(measured.decode, measured.adapter_decode, measured.prefill)
     return Trial(found, problems, figures)
+
+
+def _assumed(figures: SpeedFigures, threads: int) -> SpeedFigures:
+    """What is known without a calibration: the memory bandwidth, measured on so many threads, and the compute speed."""
+    bandwidth = read_bandwidth(threads)
+    return SpeedFigures(bandwidth, figures.compute_gflop_per_s, _UNKNOWN_LAYER_US, 0, bandwidth)
 
 
 def _predicted(needs: Needs, figures: SpeedFigures, measured: Measured, *, prefill: bool) -> dict[str, float | None]:
