@@ -92,6 +92,9 @@ def _areas(rng: random.Random) -> list[tuple[str, ...]]:
 def _device(domain: str, area: tuple[str, ...], rng: random.Random) -> Device:
     patterns = words()["names"][domain]
     usual = area[0] if area else rng.choice(words()["rooms"])
+    if rng.random() < 0.3:
+        # The fan of "Bedroom 2" is often called "Bedroom Fan".
+        usual = usual.rstrip("0123456789 ")
     name = fill(rng.choice(patterns), rng, usual)
     names = [name]
     if rng.random() < 0.08:

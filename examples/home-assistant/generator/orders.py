@@ -91,10 +91,10 @@ def any_target(home: Home, domain: str, rng: random.Random) -> Target | None:
     draw = rng.random()
     if draw < 0.48 or domain in {"scene", "script"}:
         return targets.of_device(home, rng.choice(devices), rng)
-    if draw < 0.7:
+    if draw < 0.69:
         areas = sorted({device.area for device in devices if device.area})
         return targets.of_area(home, rng.choice(areas), domain, rng) if areas else None
-    if draw < 0.84:
+    if draw < 0.82:
         return targets.of_domain(home, domain, rng)
     if draw < 0.9:
         return targets.of_domain(home, domain, rng, every=True)

@@ -6,10 +6,9 @@ import json
 import random
 import re
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
-from assist.calls import TOOLS
-from assist.devices import Home
+from assist.calls import TOOLS, Call
+from assist.devices import Device, Home
 from assist.pick import pick
 from assist.prompt import calls_prompt
 
@@ -82,27 +81,31 @@ def _row(home: Home, rng: random.Random, *, training: bool, excluded: Collection
     before = (made.before[0], _json(made.before[1])) if made.before else None
     heard = f"{before[0]} {sentence}" if before else sentence
     devices = pick(home, heard)
-    if not _names_only(answer, devices, home):
+    if not _answerable(answer, devices, home, heard):
         return None
     prompt = calls_prompt(sentence, devices, home.here, before, timers=made.timers)
     return {"prompt": prompt, "completion": _json(answer)}
 
 
-def _names_only(answer: Answer, devices: Collection[Any], home: Home) -> bool:
-    """Whether the prompt has what the answer is about; a typo may have hidden it."""
-    names = {device.name for device in devices}
-    areas = {device.area for device in devices} | {home.here}
-    calls = answer if isinstance(answer, list) else []
-    if isinstance(answer, dict) and "ask" in answer:
-        return sum(device.domain == answer["ask"] for device in devices) > 1
-    domains = {device.domain for device in devices}
-    if any((able := TOOLS[call["call"]].domains) and not able & domains for call in calls):
-        return False
-    if any("domain" in call and call["domain"] not in domains for call in calls):
-        return False
-    targeted = [call for call in calls if call["call"] not in {"StartTimer", "CancelTimer", "TimerStatus"}]
-    return all(call.get("name", next(iter(names), None)) in names or "name" not in call for call in targeted) and all(
-        "area" not in call or call["area"] in areas for call in targeted
+def _answerable(answer: Answer, devices: Collection[Device], home: Home, heard: str) -> bool:
+    """Whether the prompt and what was heard have what the answer is about; a typo may have hidden it."""
+    if isinstance(answer, dict):
+        return "ask" not in answer or sum(device.domain == answer["ask"] for device in devices) > 1
+    return all(_possible(call, devices, home, heard) for call in answer)
+
+
+def _possible(call: Call, devices: Collection[Device], home: Home, heard: str) -> bool:
+    """Whether the schema of the request, which has only what is in the prompt, allows this call."""
+    tool = TOOLS[call["call"]]
+    if not tool.targets:
+        return True
+    domains = {call["domain"]} if "domain" in call else tool.domains
+    fit = [device for device in devices if domains is None or device.domain in domains]
+    return (
+        (bool(fit) or domains is None)
+        and ("name" not in call or any(device.name == call["name"] for device in fit))
+        and ("area" not in call or call["area"] == home.here or any(device.area == call["area"] for device in fit))
+        and call.get("floor", "") in heard.lower()
     )
 
 

@@ -73,10 +73,14 @@ def of_domain(home: Home, domain: str, rng: random.Random, *, every: bool = Fals
     devices = [device for device in home.devices if device.domain == domain]
     one, many = noun(devices, domain, rng)
     if every:
+        # Every lock is that of a door, whatever its name.
+        doors = domain == "lock" and (one == "door" or rng.random() < 0.5)
+        one, many = ("door", "doors") if doors else (one, many)
         phrase = rng.choice((f"all {many}", f"all the {many}", f"every {one}", f"all of the {many}"))
+        call = unnamed(home, devices if doors else meant(devices, one, domain) or devices)
     else:
         phrase = rng.choice((f"the {one}", f"the {one}", f"my {one}", f"a {one}", f"the {many}"))
-    call = unnamed(home, meant(devices, one, domain) or devices)
+        call = unnamed(home, meant(devices, one, domain) or devices)
     return Target(phrase, domain, call) if call is not None else Target(phrase, domain, {}, {"ask": domain})
 
 
