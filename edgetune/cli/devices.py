@@ -109,7 +109,10 @@ def fit_target(
     if other is not None:
         other = with_options(other, cache_mb=cache_mb, serves=serve)
     if calibration is not None:
-        board = replace(board, **asdict(read_calibration(calibration, needs.engine)))
+        measured = read_calibration(calibration, needs)
+        board = replace(board, **asdict(measured.figures))
+        if caution := measured.caution(needs):
+            typer.echo(f"note: {caution}", err=True)
     result, proposed = fit.fit(needs, board), changes.changes_for(needs, board, header=header, other=other)
     if as_json:
         _print_json(result.to_json() | {"changes": [change.to_json() for change in proposed]})

@@ -384,7 +384,7 @@ def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any])
         needs = with_options(needs, kv=options.kv, cache_mb=options.cache_mb)
     known = None
     if options.calibration is not None and needs is not None:
-        known = read_calibration(options.calibration, needs.engine)
+        known = read_calibration(options.calibration, needs)
     repacks = frozenset() if options.repack is False else repacked_types(found["instructions"])
     trial = try_bundle(lambda: _open(options, disk_mb=0), needs, known=known, repacks=repacks)
     found["bundle"] |= trial.found
@@ -395,7 +395,7 @@ def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any])
         reason = trial.found.get("refused") or "it is not a bundle for text generation"
         raise IncompatibleError(f"nothing to calibrate with: {reason}", "give a bundle that runs here")
     machine = {"processor": found["processor"], "board": found["board"], "threads": trial.found["threads"]}
-    write_calibration(options.calibrate, needs.engine, trial.figures, machine)
+    write_calibration(options.calibrate, needs, trial.figures, machine)
     found["calibration"] = str(options.calibrate)
 
 

@@ -8,6 +8,8 @@ import pytest
 from edgetune_devices import boards, fit
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import read_header
+from edgetune_runtime.sizing.calibration import write_calibration
+from edgetune_runtime.sizing.figures import SpeedFigures
 from typer.testing import CliRunner
 
 from edgetune import plan
@@ -54,6 +56,22 @@ def test_fit_of_a_gguf_file_sums_its_parts(tiny_gguf: Callable[[str], Path]) -> 
 def test_fit_for_people_says_whether_it_fits(tiny_gguf: Callable[[str], Path]) -> None:
     lines = [line.rsplit("  ", 1) for line in _run("fit", tiny_gguf("llama"), "--device", "pi-zero-2w").splitlines()]
     assert ["fits", "yes"] in [[label.strip(), value] for label, value in lines]
+
+
+def test_fit_predicts_from_a_calibration_and_says_when_it_is_of_other_weights(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path, file = tiny_gguf("llama"), tmp_path / "board.json"
+    needs = fit.needs_of_header(read_header(path), context_length=1024)
+    write_calibration(file, needs, SpeedFigures(0.001, 0.1, 50.0, 5.0, 0.001), {})
+    command = ["fit", str(path), "--device", "pi-4", "--json"]
+    slow = CliRunner().invoke(app, [*command, "--calibration", str(file)])
+    assert slow.stderr == ""
+    assert json.loads(slow.stdout)["decode_tokens_per_s"] < json.loads(_run(*command))["decode_tokens_per_s"]
+    file.write_text(file.read_text().replace(f'"{needs.weights}"', '"q4_K"'))
+    other = CliRunner().invoke(app, [*command, "--calibration", str(file)])
+    assert other.stdout == slow.stdout
+    assert f"note: the calibration is of q4_K weights and these are {needs.weights}" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,14 @@ import pytest
 from edgetune_export.backends.base import Source
 from edgetune_runtime import Runtime
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
-from edgetune_runtime.sizing.calibration import Measured, figures_of, measure, read_calibration, write_calibration
+from edgetune_runtime.sizing.calibration import (
+    Calibration,
+    Measured,
+    figures_of,
+    measure,
+    read_calibration,
+    write_calibration,
+)
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.needs import AdapterSize, items_of, kept_mb, needed_mb, needs_of_bundle, with_options
 from edgetune_runtime.sizing.raw import arithmetic, read_bandwidth
@@ -127,38 +134,47 @@ def test_a_longer_context_and_an_adapter_are_slower(both: Path) -> None:
     assert speed.adapter < speed.decode < speed.prefill * 1000
 
 
-def test_a_calibration_keeps_the_figures_of_each_engine_of_the_same_machine(tmp_path: Path) -> None:
+def test_a_calibration_keeps_the_figures_of_each_engine_and_weights_of_the_same_machine(
+    both: Path, tmp_path: Path
+) -> None:
     path, machine = tmp_path / "board.json", {"processor": "Cortex-A72", "threads": 4}
-    write_calibration(path, "gguf", FIGURES, machine)
-    write_calibration(path, "onnx", SpeedFigures(9.0, 90.0, 60.0, 6.0, 3.0), machine)
-    assert read_calibration(path, "gguf") == FIGURES
-    assert read_calibration(path, "onnx").bandwidth_gb_per_s == 9.0
-    write_calibration(path, "gguf", FIGURES, {**machine, "processor": "Cortex-A76"})
+    needs, graph = needs_of_bundle(both), needs_of_bundle(both, engine="onnx")
+    other, slower = replace(needs, main_type="q4_K"), replace(FIGURES, bandwidth_gb_per_s=2.0)
+    write_calibration(path, needs, FIGURES, machine)
+    write_calibration(path, graph, SpeedFigures(9.0, 90.0, 60.0, 6.0, 3.0), machine)
+    assert read_calibration(path, needs).figures == FIGURES
+    assert read_calibration(path, graph).figures.bandwidth_gb_per_s == 9.0
+    assert read_calibration(path, needs).caution(needs) is None
+    assert "these are q4_K" in (read_calibration(path, other).caution(other) or "")
+    write_calibration(path, other, slower, machine)
+    assert read_calibration(path, other) == Calibration(slower, "q4_K")
+    assert read_calibration(path, needs).figures == FIGURES
+    write_calibration(path, needs, FIGURES, {**machine, "processor": "Cortex-A76"})
     with pytest.raises(NotFoundError, match="has no figures for onnx, only for gguf; measure them on the board"):
-        read_calibration(path, "onnx")
+        read_calibration(path, graph)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "[]",
-        '{"kind": "edgetune-calibration", "engines": {"gguf": {"bandwidth_gb_per_s": 1}}}',
-        '{"kind": "edgetune-calibration", "engines": {"gguf": {"bandwidth_gb_per_s": -1, "compute_gflop_per_s": 1, '
-        '"layer_us": 1, "adapter_module_us": 1}}}',
+        '{"kind": "edgetune-calibration", "engines": {"gguf": {"q4_0": {"bandwidth_gb_per_s": 1}}}}',
+        '{"kind": "edgetune-calibration", "engines": {"gguf": {"q4_0": {"bandwidth_gb_per_s": -1, '
+        '"compute_gflop_per_s": 1, "layer_us": 1, "adapter_module_us": 1, "kv_gb_per_s": 1}}}}',
         '{"engines": {}}',
         "{",
     ],
 )
-def test_another_file_is_not_taken_for_a_calibration(tmp_path: Path, text: str) -> None:
+def test_another_file_is_not_taken_for_a_calibration(both: Path, tmp_path: Path, text: str) -> None:
     path = tmp_path / "board.json"
     path.write_text(text)
     with pytest.raises(UsageError, match=r"is no JSON|is not a file of doctor --calibrate"):
-        read_calibration(path, "gguf")
+        read_calibration(path, needs_of_bundle(both))
 
 
-def test_a_missing_calibration_is_named(tmp_path: Path) -> None:
+def test_a_missing_calibration_is_named(both: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"cannot read .*nowhere\.json: No such file"):
-        read_calibration(tmp_path / "nowhere.json", "gguf")
+        read_calibration(tmp_path / "nowhere.json", needs_of_bundle(both))
 
 
 def test_raw_measurements_are_those_of_a_computer() -> None:
@@ -168,7 +184,9 @@ def test_raw_measurements_are_those_of_a_computer() -> None:
 
 def test_a_trial_tells_prediction_and_measurement(both: Path) -> None:
     needs = needs_of_bundle(both)
-    trial = try_bundle(lambda: Runtime.open(both, disk_mb=0, threads=1), needs, known=FIGURES, repacks=())
+    trial = try_bundle(
+        lambda: Runtime.open(both, disk_mb=0, threads=1), needs, known=Calibration(FIGURES, needs.weights), repacks=()
+    )
     assert trial.figures is not None and trial.problems == []
     assert trial.found["predicted_tokens_per_s"].keys() == trial.found["measured_tokens_per_s"].keys()
     assert trial.found["measured_tokens_per_s"]["decode"] > 0

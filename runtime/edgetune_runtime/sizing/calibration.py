@@ -47,6 +47,23 @@ class Measured:
     long_decode: float | None = None
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The figures of an engine, and the `weights` (see `Needs`) of the bundle that they were measured with."""
+
+    figures: SpeedFigures
+    weights: str
+
+    def caution(self, needs: Needs) -> str | None:
+        """What to know before a prediction for other weights; None for those that were measured."""
+        if self.weights == needs.weights:
+            return None
+        return (
+            f"the calibration is of {self.weights} weights and these are {needs.weights}, whose speed may differ by a "
+            "third; add theirs: edgetune-run doctor BUNDLE --calibrate FILE"
+        )
+
+
 def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
     """Measure prefill of so many tokens, and some steps of the base and of the largest adapter.
 
@@ -122,25 +139,36 @@ def _kv_bandwidth(needs: Needs, measured: Measured, bandwidth: float) -> float:
     return bandwidth if more_s <= 0 else min(bandwidth, max(slowest, more_bytes / more_s / 1e9))
 
 
-def write_calibration(path: Path, engine: str, figures: SpeedFigures, machine: Mapping[str, Any]) -> None:
-    """Write the figures of an engine; those of another engine that are in the file stay if the machine is the same."""
+def write_calibration(path: Path, needs: Needs, figures: SpeedFigures, machine: Mapping[str, Any]) -> None:
+    """Write the figures for an engine and weights; others that are in the file stay if the machine is the same."""
     engines: dict[str, Any] = {}
     if path.exists():
         before = _read(path)
         engines = before["engines"] if before.get("machine") == machine else {}
-    engines[engine] = {key: round(value, 3) for key, value in asdict(figures).items()}
+    engines.setdefault(needs.engine, {})[needs.weights] = {
+        key: round(value, 3) for key, value in asdict(figures).items()
+    }
     document = {"kind": KIND, "machine": dict(machine), "date": time.strftime("%Y-%m-%d"), "engines": engines}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def read_calibration(path: Path, engine: str) -> SpeedFigures:
-    """The figures of an engine; NotFoundError if there are none, UsageError for a file of another kind."""
+def read_calibration(path: Path, needs: Needs) -> Calibration:
+    """The figures for this engine and these weights, or else for the first weights measured.
+
+    NotFoundError if there are none for the engine, UsageError for a file of another kind.
+    """
     engines = _read(path)["engines"]
-    if engine not in engines:
-        remedy = f"measure them on the board: edgetune-run doctor BUNDLE --engine {engine} --calibrate {path.name}"
-        raise NotFoundError(f"{path} has no figures for {engine}, only for {', '.join(engines) or 'none'}", remedy)
-    return SpeedFigures(**engines[engine])
+    if not engines.get(needs.engine):
+        remedy = (
+            f"measure them on the board: edgetune-run doctor BUNDLE --engine {needs.engine} --calibrate {path.name}"
+        )
+        raise NotFoundError(
+            f"{path} has no figures for {needs.engine}, only for {', '.join(engines) or 'none'}", remedy
+        )
+    found = engines[needs.engine]
+    weights = needs.weights if needs.weights in found else next(iter(found))
+    return Calibration(SpeedFigures(**found[weights]), weights)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -150,18 +178,24 @@ def _read(path: Path) -> dict[str, Any]:
         raise NotFoundError(f"cannot read {path}: {error.strerror}", "give a file of doctor --calibrate") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON: {error}", "give a file of doctor --calibrate") from error
-    names = {field.name for field in fields(SpeedFigures)}
     engines = document.get("engines") if isinstance(document, dict) and document.get("kind") == KIND else None
     is_whole = isinstance(engines, dict) and all(
-        isinstance(figures, dict)
-        and figures.keys() == names
-        and all(isinstance(value, int | float) and 0 < value < math.inf for value in figures.values())
-        for figures in engines.values()
+        isinstance(found, dict) and all(_is_figures(figures) for figures in found.values())
+        for found in engines.values()
     )
     if not is_whole:
         raise UsageError(f"{path} is not a file of doctor --calibrate", "measure again on the board")
     whole: dict[str, Any] = document
     return whole
+
+
+def _is_figures(value: object) -> bool:
+    names = {field.name for field in fields(SpeedFigures)}
+    return (
+        isinstance(value, dict)
+        and value.keys() == names
+        and all(isinstance(number, int | float) and 0 < number < math.inf for number in value.values())
+    )
 
 
 def _prompt(tokens: int) -> list[int]:

@@ -107,6 +107,12 @@ class Needs:
         return COSTS[self.engine]
 
     @property
+    def weights(self) -> str:
+        """What most weights are held in: their tensor type, or for a graph about how many bits each has."""
+        bits = 8 * self.read_bytes / max(self.read_parameters, 1)
+        return self.main_type or f"{min((4, 8, 16, 32), key=lambda width: abs(width - bits))}-bit"
+
+    @property
     def engine_bytes(self) -> int:
         """Memory of one loaded model in addition to its weights: keys and values, computing, vocabulary."""
         return self.kv_bytes_per_token * self.context_length + self.compute_bytes + self.vocabulary_bytes

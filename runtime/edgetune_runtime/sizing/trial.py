@@ -11,7 +11,7 @@ from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.runtime import Runtime
 from edgetune_runtime.threads.machine import free_mb
 
-from .calibration import Measured, figures_of, measure
+from .calibration import Calibration, Measured, figures_of, measure
 from .figures import SpeedFigures
 from .needs import Needs, items_of
 from .raw import read_bandwidth
@@ -31,12 +31,12 @@ class Trial:
 
 
 def try_bundle(
-    open_runtime: Callable[[], Runtime], needs: Needs | None, *, known: SpeedFigures | None, repacks: Collection[str]
+    open_runtime: Callable[[], Runtime], needs: Needs | None, *, known: Calibration | None, repacks: Collection[str]
 ) -> Trial:
     """Open the bundle, measure it for some seconds (see `measure`), and close it.
 
-    `needs` None (an encoder's) predicts nothing. `known` are the figures that the prediction uses, by default the
-    memory bandwidth measured here. An error of opening is a problem, not raised.
+    `needs` None (an encoder's) predicts nothing. `known` has the figures that the prediction uses, by default
+    the memory bandwidth measured here. An error of opening is a problem, not raised.
     """
     found: dict[str, Any] = {}
     problems: list[str] = []
@@ -59,9 +59,10 @@ def try_bundle(
     except EdgetuneError as error:
         return Trial(found | {"refused": str(error)}, [*problems, f"refused: {error}"], None)
     figures = figures_of(needs, measured, threads)
-    source = "the figures given" if known else "the memory bandwidth measured here"
-    used = known or _assumed(figures, threads)
-    found["predicted_from"] = source
+    used = known.figures if known else _assumed(figures, threads)
+    found["predicted_from"] = (
+        f"the figures given, of {known.weights} weights" if known else "the memory bandwidth measured here"
+    )
     found["predicted_tokens_per_s"] = _predicted(needs, used, measured, prefill=known is not None)
     found["measured_tokens_per_s"] = _speeds(measured.decode, measured.adapter_decode, measured.prefill)
     return Trial(found, problems, figures)
