@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import typer
-from edgetune_runtime import cli
+from edgetune_runtime.cli.main import make_parser
 
 from edgetune.cli.main import app
 
@@ -51,6 +51,6 @@ def test_no_page_uses_a_retired_term(page: Path) -> None:
 
 def test_no_help_text_uses_a_retired_term() -> None:
     texts = dict(helps(typer.main.get_command(app), "edgetune"))
-    for parser in (runtime := cli._parser(), *runtime._subparsers._group_actions[0].choices.values()):
+    for parser in (runtime := make_parser(), *runtime._subparsers._group_actions[0].choices.values()):
         texts[parser.prog] = parser.format_help()
     assert {name: words for name, text in texts.items() if (words := found_in(text))} == {}

@@ -245,7 +245,7 @@ def test_the_runtime_wheel_is_that_of_the_imported_package(tmp_path: Path) -> No
     target = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target)]
     subprocess.run([*pip, str(tmp_path / name)], check=True)
-    assert (target / "edgetune_runtime/cli.py").is_file()
+    assert (target / "edgetune_runtime/cli/main.py").is_file()
 
 
 def test_the_program_needs_the_standard_library_only(tmp_path: Path) -> None:

@@ -1,0 +1,5 @@
+"""The command line of `edgetune-run`."""
+
+from .main import main
+
+__all__ = ["main"]

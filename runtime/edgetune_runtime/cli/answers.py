@@ -1,0 +1,82 @@
+"""The commands about a bundle: what is in it, and its answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+
+from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
+from edgetune_runtime.conversation import Conversation, adapter_choice, show
+from edgetune_runtime.formats.quantization import describe
+
+from .options import answer_options, open_runtime, prompt_of
+
+
+def info(options: argparse.Namespace) -> None:
+    """`info`: what is in the bundle; loads no weights."""
+    manifest = read_manifest(options.bundle)
+    if options.verify:
+        verify_files(options.bundle, manifest)
+    if options.json:
+        print(manifest.to_json(), end="")
+        return
+    base = manifest.base
+    print(f"bundle    {manifest.name}, {_size(manifest, manifest.files)}, context {manifest.context_length} tokens")
+    types = next(iter(base.values_by_type.values()), {})
+    weights = f"{base.parameters / 1e6:.0f} M parameters, {describe(base.quantization, types)}"
+    print(f"base      {base.name}: {base.architecture}, {weights}, {_size(manifest, base.files.values())}")
+    for entry in manifest.adapters.values():
+        shapes = " and ".join(dict.fromkeys(entry.shapes.values()))
+        print(f"adapter   {entry.name}: {entry.method}, {shapes}, {_size(manifest, entry.files.values())}")
+
+
+def _size(manifest: Manifest, names: Iterable[str]) -> str:
+    return f"{sum(manifest.files[name].bytes for name in names) / 1e6:.1f} MB"
+
+
+def generate(options: argparse.Namespace) -> None:
+    """`generate`: the answer to one prompt, as it is generated."""
+    prompt = prompt_of(options)
+    with open_runtime(options) as runtime:
+        stream = runtime.stream(prompt, adapter=adapter_choice(runtime, options.adapter), **answer_options(options))
+        show(stream, as_json=options.json)
+
+
+def classify(options: argparse.Namespace) -> None:
+    """`classify`: labels with their probabilities."""
+    prompt = prompt_of(options)
+    labels = None if options.labels is None else [label.strip() for label in options.labels.split(",")]
+    with open_runtime(options) as runtime:
+        label, scores = runtime.classify(prompt, labels, adapter=adapter_choice(runtime, options.adapter))
+    if options.json:
+        print(json.dumps({"label": label, "scores": scores}, ensure_ascii=False))
+        return
+    for name in sorted(scores, key=scores.__getitem__, reverse=True):
+        print(f"{name}\t{scores[name]:.4f}")
+
+
+def chat(options: argparse.Namespace) -> None:
+    """`chat`: read messages and answer them, until the input ends."""
+    with open_runtime(options) as runtime:
+        runtime.session()  # fails for a bundle that cannot chat, before the first line is read
+        Conversation(runtime, options.adapter, answer_options(options), as_json=options.json).run()
+
+
+def check(options: argparse.Namespace) -> None:
+    """`check`: compare golden answers of the build with those of this machine."""
+    from edgetune_runtime.golden import report  # noqa: PLC0415 - see open_runtime
+
+    with open_runtime(options) as runtime:
+        report(runtime, as_json=options.json)
+
+
+def warm(options: argparse.Namespace) -> None:
+    """`warm`: compute and save the states of fixed prompts."""
+    with open_runtime(options) as runtime:
+        tokens = runtime.warm()
+    if options.json:
+        print(json.dumps(tokens, ensure_ascii=False))
+        return
+    for name, count in tokens.items():
+        print(f"{name}\t{count} tokens")

@@ -1,0 +1,125 @@
+"""The commands about this machine: saved states, benchmark, and doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.bundle import GENERATION, Manifest, read_manifest
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
+from edgetune_runtime.formats.quantization import repacked_types
+
+from .options import open_runtime
+
+
+def list_states(options: argparse.Namespace) -> None:
+    """`cache ls`: the states on disk, most recently used first."""
+    from edgetune_runtime.states.store import StateStore, default_folder  # noqa: PLC0415 - not needed for --help
+
+    store = StateStore(options.cache_folder or default_folder(), 0)
+    entries = store.entries()
+    if options.json:
+        rows = [{**asdict(entry), "path": str(entry.path)} for entry in entries]
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    for entry in entries:
+        print(f"{entry.label}\t{entry.tokens} tokens\t{entry.bytes / 1e6:.1f} MB\t{entry.engine}")
+    print(
+        f"{len(entries)} states, {sum(entry.bytes for entry in entries) / 1e6:.1f} MB in {store.folder}",
+        file=sys.stderr,
+    )
+
+
+def clear_states(options: argparse.Namespace) -> None:
+    """`cache clear`: delete the states on disk."""
+    from edgetune_runtime.states.store import StateStore, default_folder  # noqa: PLC0415 - as above
+
+    store = StateStore(options.cache_folder or default_folder(), 0)
+    count = store.clear()
+    print(json.dumps({"deleted": count}) if options.json else f"deleted {count} states in {store.folder}")
+
+
+def bench(options: argparse.Namespace) -> None:
+    """`bench`: measure the bundle on this machine."""
+    from tempfile import TemporaryDirectory  # noqa: PLC0415 - as above
+
+    from edgetune_runtime.bench import measure, restored_ms, start_ms  # noqa: PLC0415 - see open_runtime
+
+    figures = measure(lambda: open_runtime(options, disk_mb=0), lambda text: print(f"{text} ...", file=sys.stderr))
+    if figures["ttft_ms"] is not None:
+        print("states on disk and process start ...", file=sys.stderr)
+        with TemporaryDirectory() as folder:
+            options.cache_folder = Path(folder)
+            with open_runtime(options) as runtime:
+                figures["ttft_ms"]["restored"] = restored_ms(runtime)
+                name, engine = runtime.adapters[0], runtime.engine
+            command = [sys.executable, "-m", "edgetune_runtime", "generate", str(options.bundle), "--prompt", "?"]
+            command += ["--adapter", name, "--engine", engine, "--max-tokens", "1", "--cache-folder", folder]
+            command += [] if options.threads is None else ["--threads", str(options.threads)]
+            command += [] if options.kv is None else ["--kv", options.kv]
+            command += [] if options.repack is None else ["--repack" if options.repack else "--no-repack"]
+            figures["start_ms"] = start_ms(command)
+    print(json.dumps(figures) if options.json else "\n".join(_lines(figures)))
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """`doctor`: examine the machine, and try the bundle if one is given."""
+    from edgetune_runtime.doctor import examine  # noqa: PLC0415 - as above
+
+    if options.bundle is None and (options.calibrate or options.calibration):
+        raise UsageError("--calibrate and --calibration need a bundle", "give the bundle's folder")
+    manifest = None if options.bundle is None else read_manifest(options.bundle)
+    found = examine(manifest)
+    if manifest is not None:
+        _try(options, manifest, found)
+    if options.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    problems = found.pop("problems")
+    print("\n".join(_lines(found)))
+    print("\n".join(f"problem\t{problem}" for problem in problems) or "no problem found")
+
+
+def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any]) -> None:
+    """Add to `found` what a trial of the bundle finds, and store what it measures."""
+    from edgetune_runtime.sizing.calibration import read_calibration, write_calibration  # noqa: PLC0415
+    from edgetune_runtime.sizing.needs import needs_of_bundle, with_options  # noqa: PLC0415
+    from edgetune_runtime.sizing.trial import try_bundle  # noqa: PLC0415
+
+    needs = None
+    if manifest.task == GENERATION:
+        try:
+            needs = needs_of_bundle(options.bundle, context_length=options.context_length, engine=options.engine)
+        except EdgetuneError as error:
+            found["bundle"]["refused"] = str(error)
+            found["problems"].append(f"refused: {error}")
+            return
+        needs = with_options(needs, kv=options.kv, cache_mb=options.cache_mb)
+    known = None
+    if options.calibration is not None and needs is not None:
+        known = read_calibration(options.calibration, needs)
+    repacks = frozenset() if options.repack is False else repacked_types(found["instructions"])
+    trial = try_bundle(lambda: open_runtime(options, disk_mb=0), needs, known=known, repacks=repacks)
+    found["bundle"] |= trial.found
+    found["problems"] += trial.problems
+    if options.calibrate is None:
+        return
+    if trial.figures is None or needs is None:
+        reason = trial.found.get("refused") or "it is not a bundle for text generation"
+        raise IncompatibleError(f"nothing to calibrate with: {reason}", "give a bundle that runs here")
+    machine = {"processor": found["processor"], "board": found["board"], "threads": trial.found["threads"]}
+    write_calibration(options.calibrate, needs, trial.figures, machine)
+    found["calibration"] = str(options.calibrate)
+
+
+def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _lines(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}\t{value:.1f}" if isinstance(value, float) else f"{prefix}{name}\t{value}"

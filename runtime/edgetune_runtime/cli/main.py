@@ -1,0 +1,159 @@
+"""The command line: commands, options and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from edgetune_runtime import __version__
+from edgetune_runtime.conversation import PROGRAM
+from edgetune_runtime.errors import CancelledError, EdgetuneError, UsageError
+from edgetune_runtime.interrupts import end_on_interrupt
+from edgetune_runtime.server import command as server
+from edgetune_runtime.voice import command as wyoming
+
+from . import answers, machine
+from .options import add_cache_folder, add_form, add_opening, add_sampling, add_tools, open_runtime
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f"{PROGRAM}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0 or the exit code of the error, which is printed to standard error in one line."""
+    end_on_interrupt()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    options = make_parser().parse_args(arguments)
+    try:
+        with _logging(debug=options.debug):
+            options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader closed the pipe; without this, Python prints an error when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return _fail(CancelledError("interrupted"), debug=False)
+    except EdgetuneError as error:
+        return _fail(error, debug=options.debug)
+    except Exception as error:
+        what = EdgetuneError(f"unexpected {type(error).__name__}: {error}", "run again with --debug and report it")
+        return _fail(what, debug=options.debug)
+    return 0
+
+
+@contextmanager
+def _logging(*, debug: bool) -> Iterator[None]:
+    """Write edgetune's own warnings, or with `debug` all log messages, to standard error while the block runs."""
+    logger, handler = logging.getLogger("edgetune_runtime"), logging.StreamHandler()
+    if not debug:
+        # What matters in these logs is raised as an error.
+        handler.addFilter(lambda record: not record.name.endswith(("llama_cpp", "onnxruntime")))
+    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
+    before = logger.level
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def _fail(error: EdgetuneError, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run`."""
+    parser = _Parser(PROGRAM, description="Run an edgetune bundle: one base, and adapters that switch in microseconds.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add = partial(_command, commands)
+    info = add("info", answers.info, "show what is in a bundle, without loading it")
+    info.add_argument("--verify", action="store_true", help="also compare every file with its digest")
+    generate = add("generate", answers.generate, "answer one prompt and print the text as it is generated")
+    classify = add("classify", answers.classify, "print the labels for a prompt with their probabilities")
+    chat = add("chat", answers.chat, "chat with the base and its adapters")
+    bench = add("bench", machine.bench, "measure load time, switching, time to first token, speed and memory")
+    check = add("check", answers.check, "compare the answers on this machine with those that the build stored")
+    warm = add("warm", answers.warm, "compute the states of the adapters' fixed prompts and save them to disk")
+    serve = add("serve", _serve, "answer requests of OpenAI's and Ollama's APIs over HTTP")
+    voice = add("wyoming", _wyoming, "answer voice assistants over the Wyoming protocol")
+    text = "show the cores, memory and libraries of this machine, and what slows answers down"
+    doctor = commands.add_parser("doctor", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    doctor.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="also try the bundle in this folder")
+    text = "write what this machine sustains with the bundle to FILE, for `edgetune devices fit --calibration FILE`"
+    doctor.add_argument("--calibrate", type=Path, metavar="FILE", help=text)
+    text = "predict with the figures in FILE (default: with the memory bandwidth measured here)"
+    doctor.add_argument("--calibration", type=Path, metavar="FILE", help=text)
+    _common(doctor, machine.doctor)
+    _add_cache(commands)
+    for command in (generate, classify):
+        command.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads standard input")
+    for command in (generate, classify, chat):
+        text = "answer with this adapter at SCALE (default: the bundle's); may be repeated; omit it for the plain base"
+        command.add_argument("--adapter", action="append", default=[], metavar="NAME[=SCALE]", help=text)
+    text = "with --json: print each token's log-probability, and those of the N likeliest tokens at its place (0 to 20)"
+    generate.add_argument("--logprobs", type=int, default=argparse.SUPPRESS, metavar="N", help=text)
+    classify.add_argument("--labels", metavar="A,B,C", help="comma-separated labels (default: the adapter's)")
+    for command in (generate, chat):
+        add_sampling(command)
+    add_form(generate)
+    add_tools(generate)
+    add_form(chat)
+    server.add_options(serve)
+    wyoming.add_options(voice)
+    for command in (generate, classify, chat, bench, check, warm, serve, voice, doctor):
+        add_opening(command)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[_Parser], name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
+    return _common(command, run)
+
+
+def _common(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    command.add_argument("--json", action="store_true", help="write JSON to standard output")
+    command.add_argument("--debug", action="store_true", help="print tracebacks of errors and all log messages")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_cache(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = "list or delete the prompt states saved on disk"
+    cache = commands.add_parser("cache", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    actions = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, run, what in (
+        ("ls", machine.list_states, "list states, most recently used first"),
+        ("clear", machine.clear_states, "delete all states"),
+    ):
+        command = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        add_cache_folder(_common(command, run))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    server.run(options, partial(open_runtime, options))
+
+
+def _wyoming(options: argparse.Namespace) -> None:
+    wyoming.run(options, partial(open_runtime, options))

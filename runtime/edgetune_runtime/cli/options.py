@@ -1,0 +1,140 @@
+"""The options that commands share, and what they stand for: an open runtime, a prompt, a form of the answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.threads.priority import NORMAL, PRIORITIES
+
+if TYPE_CHECKING:
+    from edgetune_runtime.runtime import Runtime
+
+SAMPLING = {
+    "temperature": (float, "randomness; 0 always takes the most likely token (default)"),
+    "top_k": (int, "sample from this many most likely tokens; 0: all"),
+    "top_p": (float, "sample from the most likely tokens whose probabilities add up to this; 1: all"),
+    "min_p": (float, "drop tokens below this fraction of the top token's probability; 0: none"),
+    "repeat_penalty": (float, "penalize tokens that are among the last 64; 1: no penalty"),
+    "seed": (int, "random seed, to get the same answer again"),
+    "max_tokens": (int, "maximum length of the answer in tokens"),
+}
+
+
+def add_cache_folder(group: argparse._ActionsContainer) -> None:
+    """The folder of saved states."""
+    text = "folder for prompt states (default: $EDGETUNE_CACHE, else edgetune/states in the user's cache folder)"
+    group.add_argument("--cache-folder", type=Path, metavar="DIR", help=text)
+
+
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    """How tokens are chosen, and when an answer ends."""
+    group = command.add_argument_group("sampling")
+    for name, (kind, text) in SAMPLING.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
+    text = "end the answer before this text; may be repeated"
+    group.add_argument("--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help=text)
+
+
+def add_form(command: argparse.ArgumentParser) -> None:
+    """What form answers have to have."""
+    group = command.add_argument_group("output constraint (default: the adapter's own, if it has one)")
+    forms = group.add_mutually_exclusive_group()
+    forms.add_argument("--schema", type=Path, metavar="FILE", help="answer in JSON that matches this JSON Schema")
+    forms.add_argument("--choices", metavar="A,B", help="answer with one of these texts")
+    forms.add_argument("--regex", metavar="REGEX", help="answer with a text that matches this regular expression")
+    forms.add_argument("--grammar", type=Path, metavar="FILE", help="answer with a text of this Lark grammar")
+    forms.add_argument("--free", action="store_true", help="do not constrain the answer")
+
+
+def add_tools(command: argparse.ArgumentParser) -> None:
+    """The tools that an answer may call."""
+    text = "offer the tools in this JSON file, a list of function definitions as in OpenAI's API"
+    command.add_argument("--tools", type=Path, metavar="FILE", help=text)
+    text = "with --tools: auto (default), required, none, or the name of the tool to call"
+    command.add_argument("--tool-choice", metavar="CHOICE", help=text)
+
+
+def add_opening(command: argparse.ArgumentParser) -> None:
+    """How the bundle is opened; see `open_runtime`."""
+    group = command.add_argument_group("opening the bundle")
+    text = "engine: gguf or onnx (default: the bundle's first format)"
+    group.add_argument("--engine", metavar="NAME", help=text)
+    group.add_argument("--threads", type=int, metavar="N", help="number of compute threads (default: the bundle's)")
+    text = "maximum tokens of prompt and answer together (default: the bundle's)"
+    group.add_argument("--context-length", type=int, metavar="N", help=text)
+    text = "data type of the KV cache: f16 or q8_0 with gguf, f32 with onnx"
+    group.add_argument("--kv", metavar="TYPE", help=text)
+    text = "gguf: repack the weights in memory for this processor, or map the file (default: whichever is faster)"
+    group.add_argument("--repack", action=argparse.BooleanOptionalAction, help=text)
+    text = "priority of the compute threads: normal, or low or idle to let other processes run first (Linux only)"
+    group.add_argument("--priority", choices=PRIORITIES, default=NORMAL, help=text)
+    text = "memory for prompt states in MB (default: 128)"
+    group.add_argument("--cache-mb", type=float, metavar="N", help=text)
+    add_cache_folder(group)
+    text = "decode token by token, without drafts from the adapter's draft table"
+    group.add_argument("--no-drafts", action="store_true", help=text)
+    group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
+
+
+def open_runtime(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 - those of `Runtime.open`
+    """The bundle of the command line, opened with its options and `more` of `Runtime.open`."""
+    # numpy and the engine are loaded only when a command needs them.
+    from edgetune_runtime.runtime import CACHE_MB, Runtime  # noqa: PLC0415
+
+    if options.cache_mb is not None and options.cache_mb < 0:
+        raise UsageError(f"--cache-mb is {options.cache_mb:g}", "give 0 or more")
+    return Runtime.open(
+        options.bundle,
+        engine=options.engine,
+        threads=options.threads,
+        context_length=options.context_length,
+        kv=options.kv,
+        repack=options.repack,
+        priority=options.priority,
+        verify=not options.no_verify,
+        cache_mb=CACHE_MB if options.cache_mb is None else options.cache_mb,
+        cache_folder=options.cache_folder,
+        map_large_blocks=True,
+        drafts=not options.no_drafts,
+        **more,
+    )
+
+
+def prompt_of(options: argparse.Namespace) -> str:
+    """The prompt on the command line, or standard input for `-`."""
+    text: str = options.prompt
+    return sys.stdin.read().removesuffix("\n") if text == "-" else text
+
+
+def answer_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The answer options on the command line; the others have the defaults of `AnswerOptions`."""
+    given = vars(options)
+    found: dict[str, Any] = {name: given[name] for name in (*SAMPLING, "stop", "logprobs") if name in given}
+    if "logprobs" in found and not options.json:
+        raise UsageError("--logprobs is given without --json", "add --json")
+    files = {name: _read(given[name]) for name in ("schema", "grammar") if given[name] is not None}
+    choices = {} if options.choices is None else {"choices": [text.strip() for text in options.choices.split(",")]}
+    tools = {} if given.get("tools") is None else {"tools": _read_json(options.tools)}
+    found |= {"tool_choice": given.get("tool_choice"), "regex": options.regex, "free": options.free}
+    return {**found, **files, **choices, **tools}
+
+
+def _read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON
+    try:
+        return json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON: {error}", "give a list of tools") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise NotFoundError(f"cannot read {path}: {reason}", "give a text file") from error
