@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxruntime
+from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 
 # Position of the quantized data among an operator's inputs; the later inputs are scales and zero points.
 _DATA = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
@@ -54,9 +53,8 @@ def _quantized_data(graph: ir.Graph) -> tuple[dict[str, int], set[str]]:
 
 
 def _in_adapter(file: Path) -> dict[str, int]:
-    parameters = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
-    values = ((ir.DataType(value.element_type()), math.prod(value.shape())) for value in parameters.values())
-    return _sums((_FLOATS[kind], count) for kind, count in values)
+    arrays, _ = adapter_arrays(file, file.stem)
+    return _sums((_FLOATS[ir.DataType.from_numpy(array.dtype)], array.size) for array in arrays.values())
 
 
 def _sums(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
