@@ -49,7 +49,8 @@ def needs_of_header(
     UsageError for an unknown quantization.
     """
     chosen = None if quantization is None else quantization_named(quantization)
-    main_type = header.main_type if chosen is None else TENSOR_TYPES[chosen.most]
+    width = number(header, "embedding_length")
+    main_type = header.main_type if chosen is None else _row_type(chosen.most, width)
     sizes = _sizes(header, chosen, engine)
     start = min((tensor.offset for tensor in header.tensors.values()), default=0)
     needs = needs_of_sizes(
@@ -59,7 +60,7 @@ def needs_of_header(
         context_length=context_length,
         engine=engine,
         main_type=main_type.name,
-        head_type="" if chosen is None else _row_type(chosen.head, number(header, "embedding_length")).name,
+        head_type="" if chosen is None else _row_type(chosen.head, width).name,
     )
     finer = quantization_of_merged(main_type, merged_quantization)
     merged_bytes = needs.base_bytes

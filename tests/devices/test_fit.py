@@ -182,6 +182,8 @@ def test_an_embedding_is_counted_twice_where_it_is_also_a_repacked_head() -> Non
     )
     assert plain == x86
     assert arm - plain == amx - plain == pytest.approx(needs.head_bytes / 1e6)
+    # Its rows are too narrow for q4_k.
+    assert fit.needs_of_header(header, context_length=512, quantization="q4_k_m").main_type == "q5_0"
     fine = fit.needs_of_header(header, context_length=512, quantization="q8_0")
     mapped = needed_mb(fine, repacks=())
     assert needed_mb(fine, repacks=repacked_types(["dotprod"])) == mapped, "weights in q8_0 are mapped"

@@ -144,6 +144,7 @@ def test_a_calibration_keeps_the_figures_of_each_engine_and_weights_of_the_same_
     write_calibration(path, graph, SpeedFigures(9.0, 90.0, 60.0, 6.0, 3.0), machine)
     assert read_calibration(path, needs).figures == FIGURES
     assert read_calibration(path, graph).figures.bandwidth_gb_per_s == 9.0
+    assert read_calibration(path, graph).caution(graph) is None
     assert read_calibration(path, needs).caution(needs) is None
     assert "these are q4_K" in (read_calibration(path, other).caution(other) or "")
     write_calibration(path, other, slower, machine)

@@ -108,9 +108,11 @@ class Needs:
 
     @property
     def weights(self) -> str:
-        """What most weights are held in: their tensor type, or for a graph about how many bits each has."""
-        bits = 8 * self.read_bytes / max(self.read_parameters, 1)
-        return self.main_type or f"{min((4, 8, 16, 32), key=lambda width: abs(width - bits))}-bit"
+        """What most weights are held in: a tensor type in GGUF, the bits of each in ONNX, scales of blocks apart."""
+        if self.engine == gguf.NAME:
+            return self.main_type
+        bits = 8 * (self.read_bytes - self.head_bytes) / max(self.read_parameters - self.head_parameters, 1)
+        return f"{min((4, 8, 16, 32), key=lambda width: abs(width - bits))}-bit"
 
     @property
     def engine_bytes(self) -> int:
