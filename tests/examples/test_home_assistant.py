@@ -245,10 +245,39 @@ def test_answers_without_calls_are_said(answer: str) -> None:
     assert not reply.calls
 
 
-def test_a_request_without_devices_or_tools_is_rewritten() -> None:
+DONE = {"response_type": "action_done", "data": {"success": [{"name": "Desk Lamp", "type": "entity"}], "failed": []}}
+FAILED = {"error": "HomeAssistantError", "error_text": "the lamp does not answer"}
+STATES = {
+    "success": True,
+    "result": "Live Context:\n- names: Desk Lamp\n  domain: light\n  state: 'on'\n  areas: Study\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (DONE, "= done: Desk Lamp"),
+        (FAILED, "= error: the lamp does not answer"),
+        (STATES, "= light Desk Lamp (Study): on"),
+        ({"success": True, "result": {"time": "10:20"}}, "= time 10:20"),
+    ],
+)
+def test_results_are_read_as_older_and_newer_versions_of_home_assistant_send_them(
+    result: dict[str, Any], said: str
+) -> None:
+    called = {"role": "assistant", "tool_calls": CALLS}
+    for sent in (result, {"data": result, "error": "error" in result}):
+        request = ask(Home(LAMPS), "is the desk lamp on", called, {"role": "tool", "content": json.dumps(sent)})
+        assert request.adapter == "reply"
+        assert said in request.prompt.split("\n")[0]
+
+
+def test_without_tools_an_answer_says_what_to_set_in_place_of_calls() -> None:
     request = rewrite([{"role": "user", "content": "what time is it"}])
     assert request.prompt == "> what time is it"
-    assert output_of(schema=request.schema).accepts('[{"call": "GetDateTime"}]')
+    reply = request.reply('[{"call": "GetDateTime"}]')
+    assert not reply.calls
+    assert "Control Home Assistant" in reply.text
 
 
 def test_rows_of_replies_are_short_sentences_about_their_results() -> None:
@@ -310,7 +339,7 @@ async def _converse(url: str) -> None:
     said = [{"role": "system", "content": system_of(Home(LAMPS))}, {"role": "user", "content": "lamp on"}]
     done = [
         {"role": "assistant", "content": "", "tool_calls": CALLS},
-        {"role": "tool", "content": json.dumps({"data": {"success": [{"name": "Desk Lamp"}]}})},
+        {"role": "tool", "content": json.dumps({"data": DONE, "error": False})},
     ]
     for messages, is_last in ((said, False), ([*said, *done], True)):
         generator = await client.chat(

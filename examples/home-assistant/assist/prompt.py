@@ -20,6 +20,8 @@ FLOORS = (
     "third floor", "top floor", "upper floor", "lower floor", "main floor",
 )  # fmt: skip
 """Words for floors. Home Assistant's prompt lists no floors, so an answer may name one of these that was said."""
+NO_TOOLS = "I have no control over this home: choose Assist under Control Home Assistant in my settings."
+"""What is said in place of calls when Home Assistant offers no tools; it would refuse them."""
 _TIMER = re.compile(r"\b(?:timer|alarm|countdown|remind)", re.IGNORECASE)
 _ASKED = re.compile(r"Which (.+?) do you mean")
 
@@ -56,6 +58,8 @@ class Request:
             parsed = json.loads(answer)
         except ValueError:
             return Reply("Sorry, I did not understand that.")
+        if isinstance(parsed, list) and not self.tools:
+            return Reply(NO_TOOLS)
         if isinstance(parsed, list):
             return Reply(calls=tuple(expand(call, self.home, self.tools) for call in parsed))
         return Reply(_say(parsed, self.devices))
@@ -170,10 +174,18 @@ def _calls_of(messages: Sequence[Message]) -> list[Call | None]:
 
 
 def _results_of(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
-    return [_object(message.get("content")) for message in messages if message["role"] == "tool"]
+    return [_result(_object(message.get("content"))) for message in messages if message["role"] == "tool"]
 
 
-def _object(value: object) -> Mapping[str, Any]:
+def _result(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a tool returned; newer versions of Home Assistant put it into `data`, beside whether it is an error."""
+    if found.keys() != {"data", "error"}:
+        return found
+    failed = {"error": "failed"} if found["error"] else {}
+    return failed | _object(found["data"])
+
+
+def _object(value: object) -> dict[str, Any]:
     """Arguments or a result, which clients send as an object or as its JSON."""
     if isinstance(value, str):
         try:

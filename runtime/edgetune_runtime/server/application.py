@@ -140,7 +140,7 @@ class _Ollama(_Api):
         ]
 
     async def _version(self, _: Request) -> Response:
-        return json_response({"version": __version__})
+        return json_response({"version": ollama_answers.VERSION, "edgetune": __version__})
 
     async def _list(self, _: Request) -> Response:
         return json_response(ollama_answers.model_list(self._models))

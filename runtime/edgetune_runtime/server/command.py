@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -57,6 +58,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--rewrite", action="append", default=[], metavar="NAME=MODULE:FUNCTION", help=text)
     text = "folder in which modules of --rewrite are looked for (default: the current one)"
     group.add_argument("--app-dir", type=Path, default=Path(), metavar="DIR", help=text)
+    text = "print a line for each request to standard error: method, path, status, time"
+    group.add_argument("--log-requests", action="store_true", help=text)
     text = "answers that are computed side by side (default: what fits in a quarter of the free memory, at most 4)"
     group.add_argument("--contexts", type=int, metavar="N", help=text)
     limits = command.add_argument_group("limits")
@@ -73,11 +76,14 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     """
     try:
         from .binding import bind, can_be_reached, url_of  # noqa: PLC0415 - only `serve` needs the extra
+        from .counted import LOG  # noqa: PLC0415
         from .rewriting import Rewriter  # noqa: PLC0415
         from .serve import Serving, serve  # noqa: PLC0415
     except ImportError as error:
         message = f"serving needs {error.name}, which is not installed"
         raise IncompatibleError(message, 'run: pip install "edgetune-runtime[server]"') from error
+    if options.log_requests:
+        LOG.setLevel(logging.INFO)
     limits = _limits(options)
     access = Access(_keys(options.api_key_file), tuple(options.allow_host), tuple(_origins(options.allow_origin)))
     if not access.keys and not options.no_api_key and can_be_reached(options.host):

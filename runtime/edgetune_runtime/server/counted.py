@@ -1,14 +1,20 @@
-"""Middleware that counts requests by route and status, and turns every error into a response."""
+"""Middleware that counts and logs requests by route and status, and turns every error into a response."""
 
 from __future__ import annotations
+
+import logging
+import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import Metrics
 from .problems import ClientGoneError, error_response, failure
 
+LOG = logging.getLogger(__name__)
+"""Has an info line for each request."""
 GONE = 499
 """The status under which a client that disconnected is counted, as in nginx."""
+_LOGGED = 200
 
 
 class Counted:
@@ -24,6 +30,7 @@ class Counted:
             return
         status = GONE
         has_started = False
+        begin_s = time.monotonic()
 
         async def counting(message: Message) -> None:
             nonlocal status, has_started
@@ -48,3 +55,6 @@ class Counted:
             # Unknown paths would make as many counters as a client likes.
             route = scope.get("route")
             self._metrics.count_request(getattr(route, "path", "other"), status)
+            # As it was sent, without line breaks.
+            path = scope.get("raw_path", b"").decode("ascii", "replace")[:_LOGGED]
+            LOG.info("%s %s %d %.0f ms", scope["method"], path, status, 1000 * (time.monotonic() - begin_s))

@@ -51,7 +51,8 @@ class Guard:
         host = headers.get("host", "")
         if not self._access.allows_host(host):
             message = f"Host {host!r} is not a name of this server"
-            raise RequestError(message, "use its IP address, or start it with --allow-host", status=403)
+            # Home Assistant takes 403 for a wrong key.
+            raise RequestError(message, "use its IP address, or start it with --allow-host", status=421)
         if foreign is not None and not self._is_listed(foreign):
             message = f"Origin {foreign!r} may not use this server"
             raise RequestError(message, "start it with --allow-origin", status=403)

@@ -20,6 +20,8 @@ from .ollama_requests import OllamaRequest
 from .openai_answers import finish_reason
 from .problems import dump
 
+VERSION = "0.12.11"
+"""The version of Ollama whose API this is; clients refuse one that is too old for what they need."""
 _FOREVER = "2999-12-31T23:59:59Z"
 
 

@@ -122,7 +122,7 @@ class Reply:
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The reply to a request that is not streamed."""
         choices = [self.shape.choice(index, answer) for index, answer in enumerate(answers)]
-        return self._head(self.shape.object) | {"choices": choices, **_facts(answers)}
+        return self._head(self.shape.object) | {"choices": choices, **_facts(answers, self.wanted.request.count)}
 
     async def events(self, answering: Answering) -> AsyncGenerator[bytes, None]:
         """The reply to a streamed request, as server-sent events."""
@@ -141,7 +141,7 @@ class Reply:
                     for part in self.shape.end(piece.index, piece.answer):
                         yield self._event(part)
         if self.wanted.includes_usage:
-            yield event(self._head(self.shape.chunk) | {"choices": [], **_facts(answers)})
+            yield event(self._head(self.shape.chunk) | {"choices": [], **_facts(answers, self.wanted.request.count)})
         yield b"data: [DONE]\n\n"
 
     def _event(self, choice: dict[str, Any]) -> bytes:
@@ -190,10 +190,13 @@ def finish_reason(answer: Answer) -> str:
     return _FINISH.get(answer.stop_reason, "length")
 
 
-def _facts(answers: Sequence[Answer]) -> dict[str, Any]:
-    """The usage, and the timings of the last answer, which OpenAI's API does not have."""
-    prompt = sum(answer.timings.prompt_tokens for answer in answers)
-    reused = sum(answer.timings.reused_tokens for answer in answers)
+def _facts(answers: Sequence[Answer], count: int) -> dict[str, Any]:
+    """The usage, and the timings of the last answer, which OpenAI's API does not have.
+
+    `count` answers have the same prompt, which counts once.
+    """
+    prompt = sum(answer.timings.prompt_tokens for answer in answers[::count])
+    reused = sum(answer.timings.reused_tokens for answer in answers[::count])
     made = sum(answer.tokens for answer in answers)
     usage = {
         "prompt_tokens": prompt,

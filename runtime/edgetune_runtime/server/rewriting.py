@@ -7,7 +7,8 @@ import importlib
 import logging
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,20 +98,27 @@ class Rewriter:
         tools = request.options.get("tools", ())
         # A chat has one prompt, which is its messages.
         messages: Any = request.prompts[0]
-        try:
+        with self._errors("read this chat"):
             made = await asyncio.to_thread(self.function, messages, tools)
-        except EdgetuneError:
-            raise
-        except Exception as error:
-            _LOG.exception("the rewriter %s failed", self.name)
-            message = f"model {self.name!r} cannot read this chat: {type(error).__name__}: {error}"
-            raise RequestError(message, "see the server's log") from error
         if made.schema is not None:
             options["schema"] = made.schema
 
         def finish(answer: Answer) -> Answer:
-            reply = made.reply(answer.text)
-            calls = tuple(ToolCall(call["name"], dict(call["arguments"]), uuid.uuid4().hex[:9]) for call in reply.calls)
-            return replace(answer, content=reply.text, tool_calls=calls)
+            with self._errors("make a reply of the answer"):
+                reply = made.reply(answer.text)
+                calls = [ToolCall(call["name"], dict(call["arguments"]), uuid.uuid4().hex[:9]) for call in reply.calls]
+                return replace(answer, content=reply.text, tool_calls=tuple(calls))
 
         return replace(request, adapters=made.adapter, prompts=[made.prompt], options=options, finish=finish)
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """Turn an exception of the user's function into a RequestError, with its traceback in the log."""
+        try:
+            yield
+        except EdgetuneError:
+            raise
+        except Exception as error:
+            _LOG.exception("the rewriter %s failed", self.name)
+            message = f"model {self.name!r} cannot {what}: {type(error).__name__}: {error}"
+            raise RequestError(message, "see the server's log") from error

@@ -52,9 +52,11 @@ def test_a_model_is_shown_with_its_architecture_and_context(client: ollama.Clien
 
 def test_the_version_is_one_that_clients_can_compare(server: Running) -> None:
     # Open WebUI splits it at its dots and turns the parts into numbers.
-    version = server.client.get("/api/version").json()["version"]
-    assert version == __version__
-    assert all(part.isdecimal() for part in version.split("."))
+    told = server.client.get("/api/version").json()
+    assert told["edgetune"] == __version__
+    assert all(part.isdecimal() for part in told["version"].split("."))
+    # Editors refuse Ollama before 0.6.4, which could not call tools well.
+    assert [int(part) for part in told["version"].split(".")] > [0, 6, 4]
 
 
 def test_pulling_a_model_that_is_there_succeeds(client: ollama.Client) -> None:

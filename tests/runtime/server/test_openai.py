@@ -165,12 +165,16 @@ def test_stop_texts_end_an_answer(server: Running, client: OpenAI) -> None:
     assert reply.choices[0].finish_reason == "stop"
 
 
-def test_a_seed_repeats_an_answer_and_n_answers_differ(client: OpenAI) -> None:
+def test_a_seed_repeats_an_answer_and_n_answers_to_one_prompt_differ(client: OpenAI) -> None:
+    one = client.chat.completions.create(model="command", messages=MESSAGES, max_tokens=8)
+
     def answers(seed: int) -> list[str | None]:
         reply = client.chat.completions.create(
             model="command", messages=MESSAGES, max_tokens=8, temperature=2.0, seed=seed, n=3
         )
         assert [choice.index for choice in reply.choices] == [0, 1, 2]
+        assert reply.usage is not None and one.usage is not None
+        assert reply.usage.prompt_tokens == one.usage.prompt_tokens
         return [choice.message.content for choice in reply.choices]
 
     first = answers(1)

@@ -33,6 +33,8 @@ class Short:
     has_calls: bool = False
 
     def reply(self, answer):
+        if self.prompt.startswith("worse"):
+            raise KeyError("no such lamp")
         call = {"name": "lamp", "arguments": {"answer": answer}}
         return Reply(calls=(call,)) if self.has_calls else Reply("said: " + answer)
 
@@ -112,11 +114,12 @@ def test_the_model_is_listed_with_the_base_as_its_parent(server: Running, bundle
     ("path", "body", "status", "text"),
     [
         ("/api/chat", {"messages": said("fail")}, 400, "model 'short' cannot read this chat: ValueError: no such room"),
+        ("/api/chat", {"messages": said("worse")}, 400, "model 'short' cannot make a reply of the answer: KeyError"),
         ("/v1/completions", {"prompt": "light"}, 400, "model 'short' answers chats without a prompt of their own"),
         ("/api/chat", {"messages": said("a"), "format": "json"}, 400, "chats without a format of their own"),
     ],
 )
-def test_a_chat_that_cannot_be_rewritten_is_refused(
+def test_a_chat_or_an_answer_that_cannot_be_rewritten_is_refused(
     path: str, body: dict[str, Any], status: int, text: str, server: Running
 ) -> None:
     reply = server.client.post(path, json={"model": "short", **body})

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -46,6 +47,17 @@ def test_it_prints_one_line_when_it_is_ready_and_ends_well_when_it_is_told_to(
         process.send_signal(sent)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_requests_are_logged_when_it_is_asked_for(bundle: Path) -> None:
+    with serving(bundle, "--contexts", 1, "--log-requests") as (process, url):
+        httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=30)
+        httpx.get(f"{url}/no%0Aline?key=secret")
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=30)[1]
+    first, second = err.splitlines()
+    assert re.fullmatch(r"edgetune-run: INFO: POST /v1/chat/completions 200 \d+ ms", first)
+    assert re.fullmatch(r"edgetune-run: INFO: GET /no%0Aline 404 \d+ ms", second)
 
 
 def test_the_states_of_fixed_prompts_are_kept_across_restarts(bundle: Path, tmp_path: Path) -> None:
