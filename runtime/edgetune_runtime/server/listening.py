@@ -18,14 +18,16 @@ from .settings import Limits
 
 _LOG = logging.getLogger(__name__)
 _EXTRA_S = 5
-"""Seconds after the grace time in which the connections can still be told that their answers ended."""
+"""Seconds after the last answer in which the connections can still be told how it ended."""
+_POLL_S = 0.02
 
 
 class Server(uvicorn.Server):
     """Serves an application until SIGTERM or SIGINT, or until `stop` is called from any thread.
 
-    `ready` is called when it accepts requests, `stopping` when it begins to stop, and `ending` when the grace time is
-    over, which should end the answers that still run.
+    `ready` is called when it accepts requests, and `stopping` when it begins to stop: it goes on to accept requests,
+    which should be refused from then on, until nothing `is_busy` or the grace time is over. Then `ending` is called,
+    which should end the answers that still run.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Server(uvicorn.Server):
         *,
         ready: Callable[[], None],
         stopping: Callable[[], None],
+        is_busy: Callable[[], bool],
         ending: Callable[[], None],
     ) -> None:
         config = uvicorn.Config(
@@ -48,11 +51,13 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             server_header=False,
             limit_concurrency=limits.connections,
-            timeout_graceful_shutdown=int(limits.grace_s) + _EXTRA_S,
+            timeout_graceful_shutdown=_EXTRA_S,
         )
         super().__init__(config)
         self._grace_s, self._ready, self._stopping, self._ending = limits.grace_s, ready, stopping, ending
+        self._is_busy = is_busy
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept requests."""
@@ -68,12 +73,20 @@ class Server(uvicorn.Server):
                 self._loop.call_soon_threadsafe(self._stop)
 
     def _stop(self) -> None:
-        if self.should_exit:
+        if self._draining is not None:
             self._ending()
             return
-        self.should_exit = True
         self._stopping()
-        asyncio.get_running_loop().call_later(self._grace_s, self._ending)
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            async with asyncio.timeout(self._grace_s):
+                while self._is_busy():
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            self._ending()
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

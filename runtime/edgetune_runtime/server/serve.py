@@ -52,6 +52,7 @@ async def _serve(
         serving.limits,
         ready=lambda: ready(server.stop),
         stopping=answering.stop,
+        is_busy=lambda: answering.queue.running > 0,
         ending=answering.end,
     )
     warming: Awaitable[None] = asyncio.ensure_future(answering.warm()) if serving.warms else asyncio.sleep(0)

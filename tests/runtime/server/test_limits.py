@@ -125,7 +125,7 @@ def test_an_answer_that_takes_too_long_ends_with_what_there_is(start: Start) -> 
     assert text.count('"content"') < 8 * 480
 
 
-def test_stopping_lets_running_answers_finish_and_refuses_those_that_wait(start: Start) -> None:
+def test_stopping_lets_running_answers_finish_and_refuses_those_that_wait_or_arrive(start: Start) -> None:
     server = start(**LONG, limits=Limits(grace_s=30))
     expected = server.runtime.generate(PROMPT, adapter="command", max_tokens=490).text
     with streaming(server, n=2) as lines, ThreadPoolExecutor(1) as other:
@@ -134,8 +134,10 @@ def test_stopping_lets_running_answers_finish_and_refuses_those_that_wait(start:
             time.sleep(0.005)
         server.client.close()
         server.stop()
-        assert waits.result().status_code == 503
-        assert "the server is stopping" in waits.result().json()["error"]["message"]
+        for refused in (waits.result(), post(server)):
+            assert refused.status_code == 503
+            assert "the server is stopping" in refused.json()["error"]["message"]
+        assert httpx.get(f"{server.url}/readyz").json() == {"status": "stopping"}
         events = [json.loads(line.removeprefix("data: ")) for line in lines if not line.endswith("[DONE]")]
     choices = [event["choices"][0] for event in events]
     assert "".join(each["delta"].get("content", "") for each in choices if each["index"]) == expected
