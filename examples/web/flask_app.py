@@ -2,6 +2,9 @@
 
 python examples/web/flask_app.py build/smart-home
 curl --no-buffer --data "turn off the lamp in the hall" localhost:5000/command
+
+With several processes, which share the mapped base:
+gunicorn --workers 2 --threads 4 --pythonpath examples/web 'flask_app:open_app("build/smart-home")'
 """
 
 import sys
@@ -32,6 +35,11 @@ def create_app(runtime: Runtime) -> Flask:
         return f"{error}\n", next((STATUS[kind] for kind in STATUS if isinstance(error, kind)), 500)
 
     return app
+
+
+def open_app(bundle: str) -> Flask:
+    """The app of one of several processes, which has to call this itself: a runtime cannot be forked."""
+    return create_app(Runtime.open(bundle, threads=1, repack=False, contexts=1))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import runpy
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -127,3 +130,23 @@ def test_what_cannot_be_answered_gets_a_status(
     url, _ = served
     assert httpx.post(f"{url}/{adapter}", content=prompt).status_code == status
     assert httpx.post(f"{url}/reply", content=PROMPT).status_code == 200
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="gunicorn needs fork")
+def test_gunicorns_workers_each_open_the_bundle_and_answer_alike(talking_bundle: Path) -> None:
+    with Runtime.open(talking_bundle, disk_mb=0) as runtime:
+        name = runtime.adapters[0]
+        expected = runtime.generate(PROMPT, adapter=name, max_tokens=200).text
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.set_inheritable(True)
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        command = [sys.executable, "-m", "gunicorn", "--workers", "2", "--threads", "2", "--log-level", "error"]
+        command += ["--bind", f"fd://{listening.fileno()}", "--pythonpath", str(EXAMPLES / "web")]
+        app = f"flask_app:open_app({str(talking_bundle)!r})"
+        with subprocess.Popen([*command, app], pass_fds=[listening.fileno()]) as gunicorn:
+            try:
+                answers = [httpx.post(f"{address}/{name}", content=PROMPT, timeout=WAIT_S).text for _ in range(6)]
+                assert answers == [expected] * 6
+                assert httpx.post(f"{address}/nobody", content=PROMPT, timeout=WAIT_S).status_code == 404
+            finally:
+                gunicorn.terminate()
