@@ -35,8 +35,9 @@ class Timings:
     carried its state over. Time spent waiting for other calls does not count. `slow` means that other processes took
     the cores, or that steps took much longer than before.
 
-    `tokens_per_step` is the mean number of tokens per step after the prompt. `accepted` tokens were drafted (see
-    `decoding.drafts`) and verified; `forced` tokens were the only ones that the output constraint allowed.
+    `tokens_per_step` is the mean number of tokens per step after the prompt. Steps verified `drafted` tokens (see
+    `decoding.drafts`), and `accepted` of them were right; `forced` tokens were the only ones that the output constraint
+    allowed.
     """
 
     switch_us: float
@@ -49,6 +50,7 @@ class Timings:
     tokens_per_step: float = 0.0
     forced: int = 0
     accepted: int = 0
+    drafted: int = 0
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class _Answering:
         self._pending: list[int] = []
         self._held: list[int] = []
         self._pieces: list[str] = []
-        self._count = self._steps = self._accepted = self._forced = self._after_first = 0
+        self._count = self._steps = self._drafted = self._accepted = self._forced = self._after_first = 0
         self._first_s = self._rest_s = 0.0
         self._reason = self._reason_at_end = ""
 
@@ -250,6 +252,7 @@ class _Answering:
             tokens_per_step=self._after_first / self._steps if self._steps else 0.0,
             forced=self._forced,
             accepted=self._accepted,
+            drafted=self._drafted,
         )
         text = "".join(self._pieces)
         content, calls = (text, ()) if self._reader is None else self._reader.read(text)
@@ -292,6 +295,7 @@ class _Answering:
                 self._pending = [token]
                 break
             self._hits += 1
+        self._drafted += len(draft)
         self._accepted += self._hits
         forced = self._forced_after(known + len(chosen))
         self._pending = self._pending + forced

@@ -18,10 +18,13 @@ from .answer_queue import AnswerQueue
 from .answer_request import AnswerRequest
 from .metrics import Metrics
 from .models import Models, base_name
+from .problems import RequestError
 from .rewriting import Rewriter
 from .settings import Limits
 
 _LOG = logging.getLogger(__name__)
+_MOST_TEXTS = 2048
+"""Texts in one request for embeddings, as in OpenAI's API."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,9 @@ class Answering:
         Raises what `Runtime.generate` does, and BusyError for too long a queue and a server that stops.
         """
         index = 0
-        if rewriter := self._rewriters.get(base_name(request.model)):
-            request = await rewriter.rewrite(request)
         async with self.queue.place(self._seconds_left(request)):
+            if rewriter := self._rewriters.get(base_name(request.model)):
+                request = await rewriter.rewrite(request)
             for prompt in request.prompts:
                 for number in range(request.count):
                     async with aclosing(self._answer(request, prompt, number, index)) as pieces:
@@ -67,10 +70,19 @@ class Answering:
             return [piece.answer async for piece in pieces if piece.answer is not None]
 
     async def embeddings(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
-        """The embeddings of texts, each of length 1, and their tokens; UsageError for a bundle without an encoder."""
-        vectors, tokens = [], 0
-        async with self.queue.place(self.limits.request_s):
+        """The embeddings of texts, each of length 1, and their tokens.
+
+        Raises UsageError for a bundle without an encoder, RequestError for too many texts and if they take too long,
+        and BusyError for too long a queue and a server that stops.
+        """
+        if len(texts) > _MOST_TEXTS:
+            remedy = f"send at most {_MOST_TEXTS} per request"
+            raise RequestError(f"input has {len(texts)} texts", remedy, param="input")
+        limit_s, vectors, tokens = self.limits.request_s, list[list[float]](), 0
+        end_s = time.monotonic() + limit_s
+        async with self.queue.place(limit_s):
             for text in texts:
+                self._check(end_s, f"{len(vectors)} of {len(texts)} texts were embedded within {limit_s:g} s")
                 vector, count = await self.runtime.embed(text)
                 vectors.append(_normalized(vector))
                 tokens += count
@@ -124,6 +136,13 @@ class Answering:
             if answer.content:
                 yield Piece(index, answer.content)
         yield Piece(index, "", answer)
+
+    def _check(self, end_s: float, progress: str) -> None:
+        if self._end.is_set():
+            raise BusyError("the server is stopping", "try again later")
+        if time.monotonic() > end_s:
+            # Not 503: clients would send the same texts again.
+            raise RequestError(progress, "send fewer texts per request", status=413, param="input")
 
     def _seconds_left(self, request: AnswerRequest) -> float:
         return max(request.arrived + self.limits.request_s - time.monotonic(), 1e-3)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Literal
 
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.errors import UsageError
@@ -13,6 +15,9 @@ from edgetune_runtime.loaded import Adapters
 
 from .fields import Fields
 from .problems import RequestError
+
+Kind = Literal["base", "adapter", "several", "rewriter"]
+"""What a model answers with; `several` are combined adapters."""
 
 _LATEST = ":latest"
 
@@ -26,6 +31,7 @@ def base_name(name: str) -> str:
 class ModelInfo:
     """A model as the APIs list it: its name, its parent's (None for the base), and digest and size of its files."""
 
+    kind: Kind
     name: str
     parent: str | None
     digest: str
@@ -45,9 +51,9 @@ class Models:
                 raise UsageError(f"--rewrite {name}=… has the name of another model", "choose a name of its own")
         base = None if manifest.name in manifest.adapters else manifest.name
         files = {name: entry.files.get(engine) for name, entry in manifest.adapters.items()}
-        found = [] if base is None else [self._info(base, None, manifest.base.files[engine])]
-        found += [self._info(name, manifest.name, file) for name, file in files.items() if file is not None]
-        found += [self._info(name, manifest.name, manifest.base.files[engine]) for name in rewriters]
+        found = [] if base is None else [self._info("base", base, manifest.base.files[engine])]
+        found += [self._info("adapter", name, file) for name, file in files.items() if file is not None]
+        found += [self._info("rewriter", name, manifest.base.files[engine]) for name in rewriters]
         self.listed: Mapping[str, ModelInfo] = {info.name: info for info in found}
 
     @property
@@ -60,11 +66,17 @@ class Models:
         return created if created.tzinfo is not None else created.replace(tzinfo=UTC)
 
     def info(self, name: str) -> ModelInfo:
-        """A listed model by name; RequestError (404) for another."""
-        found = self.listed.get(base_name(name))
-        if found is None:
+        """A listed model or combined adapters by name; RequestError (404) if there is no such model."""
+        known = base_name(name)
+        if known in self.listed:
+            return self.listed[known]
+        scales = self.adapters(name)
+        if not isinstance(scales, Mapping) or not scales.keys() <= self.listed.keys():
             raise self._unknown(name)
-        return found
+        parts = [self.listed[part] for part in scales]
+        text = "+".join(sorted(f"{part.digest}:{scales[part.name]}" for part in parts))
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return ModelInfo("several", known, self.manifest.name, digest, sum(part.bytes for part in parts))
 
     def adapters_of(self, fields: Fields) -> tuple[str, Adapters]:
         """The model's name in a request and its adapters, which a member `adapters` may give instead."""
@@ -120,6 +132,6 @@ class Models:
         remedy = f"choose one of: {', '.join(self.listed)}"
         return RequestError(f"model {name!r} not found", remedy, status=404, param="model", code="model_not_found")
 
-    def _info(self, name: str, parent: str | None, file: str) -> ModelInfo:
+    def _info(self, kind: Kind, name: str, file: str) -> ModelInfo:
         entry = self.manifest.files[file]
-        return ModelInfo(name, parent, entry.sha256, entry.bytes)
+        return ModelInfo(kind, name, None if kind == "base" else self.manifest.name, entry.sha256, entry.bytes)

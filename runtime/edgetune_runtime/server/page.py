@@ -38,7 +38,10 @@ def routes(answering: Answering) -> list[Route]:
 
 
 def facts_of(answering: Answering) -> dict[str, Any]:
-    """What the page shows of the bundle, as JSON values; `models` are those to choose from, the base first."""
+    """What the page shows of the bundle, as JSON values; `models` are those to choose from, the base first.
+
+    Each has a `kind` (`base`, `adapter` or `rewriter`); only an adapter has facts of its own.
+    """
     models, runtime = answering.models, answering.runtime
     base, adapters = models.manifest.base, models.manifest.adapters
     return {
@@ -50,8 +53,9 @@ def facts_of(answering: Answering) -> dict[str, Any]:
         "context_length": runtime.context_length,
         "resident_mb": resident_mb(),
         "models": [
-            {"name": name, **(_adapter_facts(adapters[name], models.engine) if name in adapters else {})}
-            for name in models.listed
+            {"name": info.name, "kind": info.kind}
+            | (_adapter_facts(adapters[info.name], models.engine) if info.kind == "adapter" else {})
+            for info in models.listed.values()
         ],
     }
 

@@ -8,18 +8,29 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime.server.settings import Access
+from edgetune_runtime.server.rewriting import Rewriter
+from edgetune_runtime.server.settings import Access, Limits
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from runtime.server.conftest import Running, Start
+from runtime.bundles import change_manifest
+from runtime.server.conftest import Running, Start, started
 
 KEY = "a-key-of-more-than-sixteen-characters"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Without these, Chromium looks for hosts of its own.
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync")  # fmt: skip
+# The page's colors by name, each as red, green and blue.
+COLORS = r"""() => {
+  const style = getComputedStyle(document.documentElement);
+  const probe = document.body.appendChild(document.createElement("i"));
+  const color = name => { probe.style.color = style.getPropertyValue(name); return getComputedStyle(probe).color; };
+  const names = ["ink", "soft", "page", "card", "accent", "on-accent", "train", "validation", "bad"];
+  return Object.fromEntries(names.map(name => [name, color("--" + name).match(/\d+/g).map(Number)]));
+}"""
 Visit = Callable[..., Page]
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt install chromium")
@@ -78,6 +89,7 @@ def test_the_facts_of_the_bundle_need_the_key(start: Start) -> None:
     assert [model["name"] for model in facts["models"]][1:] == server.runtime.adapters
     assert facts["context_length"] == server.runtime.context_length
     assert "method" not in facts["models"][0]
+    assert [model["kind"] for model in facts["models"]] == ["base", "adapter", "adapter", "adapter"]
 
 
 @needs_browser
@@ -105,8 +117,68 @@ def test_the_page_streams_the_answers_of_two_adapters_by_keyboard_alone(start: S
 
 
 @needs_browser
-def test_the_page_fits_a_phone(start: Start, visit: Visit) -> None:
-    page = visit(start(), viewport={"width": 360, "height": 700}, color_scheme="dark")
+def test_a_screen_reader_is_told_when_an_answer_is_whole_and_reads_only_what_is_new(start: Start, visit: Visit) -> None:
+    server = start(contexts=1)
+    page = visit(server)
+    answer = page.get_by_role("status", name="Answer").first
+    expect(answer).to_have_attribute("aria-atomic", "false")
+    expect(answer).to_have_attribute("aria-busy", "false")
+    page.get_by_label("most tokens").fill("12")
+    page.get_by_role("textbox", name="Prompt").fill("turn on the light")
+    # With the only context taken, the answer has to wait.
+    with closing(server.runtime.stream("play", max_tokens=20)) as stream:
+        next(stream)
+        page.get_by_role("button", name="Send").click()
+        expect(answer).to_have_attribute("aria-busy", "true")
+    expect(answer).to_have_attribute("aria-busy", "false")
+    assert answer.evaluate("answer => answer.childNodes.length") > 5, "a node per piece"
+
+
+@needs_browser
+def test_models_are_labelled_by_what_they_answer_with(bundle: Path, tmp_path: Path, visit: Visit) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "home"))
+    # As of an adapter whose origin is not known.
+    change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(method=""))
+    # Its chats are not asked for.
+    rewriters = [Rewriter("short", lambda messages, tools: pytest.fail("a chat was rewritten"))]
+    with started(copy, Access(), Limits(grace_s=5), rewriters=rewriters, contexts=1, disk_mb=0) as server:
+        page = visit(server)
+        select = page.get_by_label("Adapter", exact=True).first
+        names = ["home (base)", "command", "tone", "whole", "short (rewrites chats)"]
+        expect(select.locator("option")).to_have_text(names)
+        expect(select).to_have_value("command")
+        for name, heading in (("home", "the base"), ("tone", "this adapter"), ("short", "this model")):
+            select.select_option(name)
+            expect(page.locator("summary").first).to_have_text(f"About {heading}")
+        page.locator("summary").first.click()
+        expect(page.locator(".facts").first).to_contain_text("rewritten by a function of this server")
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_stand_out_from_what_is_behind_them(scheme: str, start: Start, visit: Visit) -> None:
+    page = visit(start(), color_scheme=scheme)
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    colors = page.evaluate(COLORS)
+    assert (luminance(colors["page"]) > 0.5) == (scheme == "light")
+    texts = [(name, "card") for name in ("ink", "soft", "train", "validation", "bad")]
+    for text, ground in [*texts, ("ink", "page"), ("soft", "page"), ("on-accent", "accent")]:
+        lighter, darker = sorted((luminance(colors[text]), luminance(colors[ground])), reverse=True)
+        # The least of WCAG 2, level AA.
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (text, ground)
+
+
+def luminance(color: list[int]) -> float:
+    """The relative luminance of an sRGB color, as WCAG defines it."""
+    parts = [value / 255 for value in color]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone(scheme: str, start: Start, visit: Visit) -> None:
+    page = visit(start(), viewport={"width": 360, "height": 700}, color_scheme=scheme)
     page.get_by_label("side by side").check()
     page.get_by_text("About this adapter").first.click()
     expect(page.get_by_text("method", exact=True).first).to_be_visible()
