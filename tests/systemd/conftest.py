@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from edgetune_export.backends.base import Source
-from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import GoldenAnswer
+from edgetune_runtime.golden import ask
+from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from systemd.machine import Machine, booted, missing, prepare
 
 from edgetune.delivery.kit.make import make_kit
@@ -21,11 +24,15 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 @pytest.fixture(scope="session")
 def bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny bundle with ONNX files."""
+    """A tiny bundle with ONNX files and a golden answer."""
     source = tiny_source("llama")
     adapters = {"one": Adapter(low_rank(source.path, seed=1))}
     made = write_bundle(tmp_path_factory.mktemp("tiny") / "home", source.path, adapters)
     add_onnx(made, source, adapters)
+    question = GoldenAnswer(({"role": "user", "content": "turn on the light"},), "", 8)
+    with Runtime.open(made, engine="onnx", threads=1, disk_mb=0) as runtime:
+        golden = {"prompt": question.prompt, "answer": ask(runtime, "one", question), "max_tokens": 8}
+    change_manifest(made, lambda raw: raw["adapters"]["one"].update(golden={"onnx": golden}))
     return made
 
 

@@ -37,6 +37,11 @@ def answer_of(machine: Machine, port: int) -> str:
     return str(found["choices"][0]["message"]["content"])
 
 
+def install(machine: Machine, *words: str, user: str | None = None) -> str:
+    """Install the kit with a unit; what the installer says."""
+    return machine.run("sh", "-c", '"$0" "$@" 2>&1', *INSTALL, "--service", *words, user=user)
+
+
 def shown(machine: Machine, *words: str, user: str | None = None) -> dict[str, str]:
     """The properties of the unit."""
     scope = ["--user"] if user else []
@@ -51,7 +56,7 @@ def expected(bundle: Path) -> str:
 
 
 def test_a_unit_of_the_system_answers_restarts_and_goes(machine: Machine, expected: str) -> None:
-    machine.run(*INSTALL, "--service", "--port", "8080")
+    assert "unit edgetune-home answers, 1 adapters as built" in install(machine, "--port", "8080")
     unit = shown(machine, "ActiveState", "MemoryMax", "DynamicUser", "MainPID", "UnitFileState")
     assert (unit["ActiveState"], unit["DynamicUser"], unit["UnitFileState"]) == ("active", "yes", "enabled")
     assert unit["MemoryMax"].isdigit()
@@ -67,7 +72,7 @@ def test_a_unit_of_the_system_answers_restarts_and_goes(machine: Machine, expect
 
 
 def test_a_unit_that_others_can_reach_asks_for_its_key(machine: Machine) -> None:
-    machine.run(*INSTALL, "--service", "--port", "8081", "--host", "0.0.0.0")
+    assert "1 adapters as built" in install(machine, "--port", "8081", "--host", "0.0.0.0")
     refused = machine.run("python3", "-c", ASK, "8081", PROMPT, check=False)
     key = machine.run("cat", "/opt/edgetune/home/keys")
     allowed = ASK.replace('json"}', f'json", "Authorization": "Bearer {key}"}}')
@@ -79,8 +84,24 @@ def test_a_unit_that_others_can_reach_asks_for_its_key(machine: Machine) -> None
 def test_a_unit_of_a_user_answers(machine: Machine, expected: str) -> None:
     machine.run("loginctl", "enable-linger", USER)
     machine.run("systemctl", "start", f"user@{machine.run('id', '-u', USER)}.service")
-    machine.run(*INSTALL, "--service", "--port", "8082", user=USER)
+    assert "enable-linger" not in install(machine, "--port", "8082", user=USER)
     assert shown(machine, "ActiveState", user=USER)["ActiveState"] == "active"
     assert answer_of(machine, 8082) == expected
     machine.run(*INSTALL, "uninstall", user=USER)
     assert shown(machine, "LoadState", user=USER)["LoadState"] == "not-found"
+
+
+def test_a_unit_of_the_system_itself_is_not_replaced(machine: Machine) -> None:
+    kit = f"{SHARED}/kit/install.sh"
+    refused = machine.run("sh", "-c", f"sh {kit} --service systemd-logind 2>&1", check=False)
+    assert "unit systemd-logind exists and is not of /opt/edgetune/home" in refused
+    assert shown(machine, "LoadState")["LoadState"] == "not-found"
+
+
+def test_a_port_of_another_program_is_refused(machine: Machine) -> None:
+    machine.run("systemd-run", "--unit=other", "python3", "-m", "http.server", "8083")
+    refused = machine.run("sh", "-c", f"sh {SHARED}/kit/install.sh --service --port 8083 2>&1", check=False)
+    assert "another program listens on port 8083 of 127.0.0.1" in refused
+    assert shown(machine, "LoadState")["LoadState"] == "not-found"
+    machine.run("systemctl", "stop", "other")
+    machine.run(*INSTALL, "uninstall")

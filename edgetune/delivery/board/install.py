@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
-from edgetune_runtime.errors import NotFoundError
+from edgetune_runtime.errors import EdgetuneError, NotFoundError
 
 from . import check, golden, service, venv, versions
 from .durable import locked
 from .kit import Kit, read_kit
 from .service import Service
 from .store import Store, check_file
-
-Say = Callable[[str], None]
+from .versions import Say
 
 
 def install(folder: Path, prefix: Path, *, unit: Service | None, activates: bool, say: Say) -> bool:
     """Install the kit in `folder`; whether anything changed.
 
     Files that the folder lacks are taken from the store. Nothing is used before its digest was compared, and the
-    version that runs is not touched before the new one has answered.
+    version that runs is not touched before the new one has answered. UsageError for a unit of another install.
     """
     kit = read_kit(folder)
+    if unit is not None:
+        unit.require_own(prefix)
     if os.geteuid() == 0:
         # The account of the unit must be able to read what root installs.
         os.umask(0o022)
@@ -55,27 +56,39 @@ def activate(prefix: Path, version: str, *, say: Say) -> bool:
 def rollback(prefix: Path, *, say: Say) -> str:
     """Switch back to the version before, which is not asked for golden answers again; its id.
 
-    NotFoundError if there is none.
+    Goes on with a rollback that was cut off. NotFoundError if there is no version before.
     """
     with locked(prefix):
-        before = versions.linked(prefix, versions.PREVIOUS)
-        if before is None or before == versions.linked(prefix, versions.CURRENT):
+        before = versions.linked(prefix, versions.ROLLING_BACK) or versions.previous(prefix)
+        if before is None:
             raise NotFoundError(f"{prefix} has no version before the current one", "install another kit")
-        kit = versions.require(prefix, before)
-        _switch(prefix, kit, service.installed(prefix), say)
+        kit, known = versions.require(prefix, before), service.installed(prefix, say)
+        if known is not None:
+            known.require_own(prefix)
+        versions.begin_rollback(prefix, before)
+        try:
+            # Someone who goes back does not want a strict check to keep them from it.
+            _switch(prefix, kit, known, known, say, asks=False)
+        finally:
+            versions.settle(prefix)
         return before
 
 
 def _activate(prefix: Path, kit: Kit, unit: Service | None, say: Say) -> bool:
-    before, known = versions.linked(prefix, versions.CURRENT), service.installed(prefix)
+    before, known = versions.linked(prefix, versions.CURRENT), service.installed(prefix, say)
     unit = unit or known
     changed = before != kit.version or (unit is not None and unit.of(kit) != known)
+    if changed and unit is not None:
+        unit.require_own(prefix)
+    # A switch before may have been cut off.
+    versions.settle(prefix)
     if before != kit.version:
         _check_answers(prefix, kit, known, say)
     if changed:
-        _switch(prefix, kit, unit, say)
+        _switch(prefix, kit, unit, known, say)
+    versions.settle(prefix)
     # Also if nothing changed: the install before may have been cut off here.
-    versions.sweep(prefix)
+    versions.sweep(prefix, say)
     return changed
 
 
@@ -87,38 +100,64 @@ def _check_answers(prefix: Path, kit: Kit, running: Service | None, say: Say) ->
     if running is None or check.examine(prefix).available_mb >= kit.needs["ram_mb"]:
         answers = golden.check(prefix, kit)
     else:
-        running.stop()
+        running.stop(prefix)
         try:
             answers = golden.check(prefix, kit)
         except BaseException:
-            running.start(prefix, versions.require(prefix, versions.linked(prefix, versions.CURRENT) or ""))
+            running.resume(prefix)
             raise
     say("the bundle has no golden answers" if answers is None else f"{len(answers)} adapters answer as built")
 
 
-def _switch(prefix: Path, kit: Kit, unit: Service | None, say: Say) -> None:
-    """Switch and restart the unit; if it does not answer, go back to the version and the unit that ran, and raise."""
-    links = {link: versions.linked(prefix, link) for link in (versions.PREVIOUS, versions.CURRENT)}
-    known = service.installed(prefix)
+def _switch(
+    prefix: Path, kit: Kit, unit: Service | None, known: Service | None, say: Say, *, asks: bool = True
+) -> None:
+    """Switch, restart the unit, and ask it for golden answers.
+
+    If it does not answer, or not as built, goes back to the version and the unit that ran, and raises.
+    """
+    links = _links_before(prefix, kit, known)
     versions.switch(prefix, kit.version)
     if unit is None:
         return
     say(f"starting unit {unit.name}")
+    is_new = known is None or known.unit_path != unit.unit_path
     try:
-        if known is not None and known.unit_path != unit.unit_path:
-            known.remove()
+        if known is not None and is_new:
+            known.remove(prefix)
         unit.start(prefix, kit)
+        if asks and kit.bundle is not None:
+            count = unit.check(prefix, kit)
+            say(f"unit {unit.name} answers" + (f", {count} adapters as built" if count else ""))
     except BaseException:
-        before = links[versions.CURRENT]
-        if known is None or known.unit_path != unit.unit_path:
-            unit.remove()
-        if before is not None:
-            say(f"going back to version {before}")
-            versions.restore(prefix, links)
-            if known is not None:
-                known.start(prefix, versions.require(prefix, before))
+        _go_back(prefix, links, unit if is_new else None, known, say)
         raise
     service.remember(prefix, unit.of(kit))
+
+
+def _links_before(prefix: Path, kit: Kit, known: Service | None) -> Mapping[str, str | None]:
+    """The versions that the links point to; those before, if a switch to `kit` was cut off before the unit ran it."""
+    current, previous = versions.linked(prefix, versions.CURRENT), versions.previous(prefix)
+    if known is not None and current == kit.version and previous == known.version:
+        current, previous = previous, current
+    return {versions.CURRENT: current, versions.PREVIOUS: previous}
+
+
+def _go_back(
+    prefix: Path, links: Mapping[str, str | None], new: Service | None, known: Service | None, say: Say
+) -> None:
+    """Restore the links, remove the new unit and run the one before again; what fails is said."""
+    before = links[versions.CURRENT]
+    if before is not None:
+        say(f"going back to version {before}")
+        versions.restore(prefix, links)
+    try:
+        if new is not None:
+            new.remove(prefix)
+        if before is not None and known is not None:
+            known.start(prefix, versions.require(prefix, before))
+    except EdgetuneError as error:
+        say(f"the unit before does not run again: {error}")
 
 
 def mb_to_write(kit: Kit, prefix: Path) -> int:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
 
-from . import check, golden, install, service, transfer, uninstall, versions
+from . import check, golden, install, service, systemd, transfer, uninstall, versions
 from .kit import KIT_NAME, parse_kit, read_kit
 from .store import Store
 
@@ -110,14 +110,24 @@ def _install(options: argparse.Namespace) -> None:
             options.service or f"edgetune-{kit.name}", options.host, options.port or kit.service["port"]
         )
     changed = install.install(options.kit, prefix, unit=unit, activates=not options.no_activate, say=_say)
+    warnings = [] if unit is None else _unit_warnings(unit)
     if options.json:
-        _print({"version": kit.version, "changed": changed})
+        _print({"version": kit.version, "changed": changed, "warnings": warnings})
         return
+    for warning in warnings:
+        _say(warning)
     print(f"version {kit.version} {'is installed' if changed else 'was installed already'} in {prefix}")
     if unit is not None and unit.needs_key:
         print(f"clients need the key in {prefix / service.KEYS_NAME}")
     if kit.bundle is not None and not options.no_activate:
         print(f"run: {prefix / versions.RUN_SCRIPT} info {prefix / versions.CURRENT / 'bundle'}")
+
+
+def _unit_warnings(unit: service.Service) -> list[str]:
+    if not unit.user or systemd.lingers():
+        return []
+    remedy = f"run once: sudo loginctl enable-linger {systemd.user_name()}"
+    return [f"unit {unit.name} ends when you log out, and does not start with the board; {remedy}"]
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -157,7 +167,7 @@ def _golden(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    found = versions.listing(_prefix(options))
+    found = versions.listing(_prefix(options), _say)
     if options.json:
         _print([item.to_json() for item in found])
         return
@@ -167,13 +177,13 @@ def _list(options: argparse.Namespace) -> None:
 
 def _uninstall(options: argparse.Namespace) -> None:
     prefix = _prefix(options)
-    uninstall.uninstall(prefix)
+    uninstall.uninstall(prefix, _say)
     if not options.json:
         print(f"removed all versions from {prefix}")
 
 
 def _healthy(options: argparse.Namespace) -> None:
-    unit = service.installed(_prefix(options))
+    unit = service.installed(_prefix(options), _say)
     if unit is None:
         raise NotFoundError("no unit is installed, so none can answer", "deploy with --service")
     unit.wait()

@@ -8,25 +8,27 @@ import os
 import re
 import secrets
 import shutil
-import subprocess
 import time
-import urllib.error
-import urllib.request
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 
-from . import versions
+from . import answers, sockets, versions
 from .durable import write_text
 from .kit import BUNDLE_FOLDER, Kit
+from .systemd import Manager
+from .versions import Say
 
 SETTINGS_NAME = "service.json"
 KEYS_NAME = "keys"
 HERE = "127.0.0.1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _READY_S = 180.0
+_OWNER = "# Installed by edgetune for {prefix}"
+"""The first line of a unit."""
 _UNIT = """\
+{owner}
 [Unit]
 Description=edgetune {bundle}
 After=network.target
@@ -104,12 +106,14 @@ class Service:
         return replace(self, version=kit.version)
 
     @property
+    def manager(self) -> Manager:
+        """The service manager that runs it."""
+        return Manager(self.user)
+
+    @property
     def unit_path(self) -> Path:
         """The unit's file."""
-        if not self.user:
-            return Path("/etc/systemd/system", f"{self.name}.service")
-        home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-        return home / "systemd/user" / f"{self.name}.service"
+        return self.manager.folder / f"{self.name}.service"
 
     def unit(self, prefix: Path, kit: Kit) -> str:
         """The unit's text for the current version in `prefix`."""
@@ -121,6 +125,7 @@ class Service:
             sandbox += f"LoadCredential={KEYS_NAME}:{str(keys).replace('%', '%%')}\n"
         return _UNIT.format(
             bundle=kit.name,
+            owner=_OWNER.format(prefix=prefix.absolute()),
             python=_escaped(current / "venv/bin/python"),
             path=_escaped(current / BUNDLE_FOLDER),
             engine=kit.engines[0],
@@ -133,52 +138,76 @@ class Service:
             target="default.target" if self.user else "multi-user.target",
         )
 
+    def require_own(self, prefix: Path) -> None:
+        """UsageError if there is a unit of this name that no install into `prefix` wrote."""
+        path = self.manager.file_of(self.name)
+        if path is not None and not _is_of(path, prefix):
+            message = f"unit {self.name} exists and is not of {prefix}: {path}"
+            raise UsageError(message, "choose another name: --service NAME")
+
     def start(self, prefix: Path, kit: Kit) -> None:
         """Write the unit if it changed, start or restart it, and wait until it answers.
 
-        VerificationError if it does not, with its last message.
+        VerificationError if it does not. UsageError, before anything is written, if the unit of this name is not that
+        of `prefix`; and if another program has the port.
         """
+        self.require_own(prefix)
         if self.needs_key and not (prefix / KEYS_NAME).exists():
             write_text(prefix / KEYS_NAME, f"{secrets.token_hex(32)}\n", mode=0o600)
         if write_text(self.unit_path, self.unit(prefix, kit)):
-            self._systemctl("daemon-reload")
-            self._systemctl("enable", "--quiet", self.name)
-        self._systemctl("restart", self.name)
-        self.wait()
+            self.manager.call("daemon-reload")
+            self.manager.call("enable", "--quiet", self.name)
+        # Stopped first, as then whoever has the port is not this unit.
+        self.stop(prefix)
+        sockets.require_free(self.host, self.port)
+        self.resume(prefix)
 
-    def stop(self) -> None:
-        """Stop the unit; does nothing if it does not run."""
-        self._systemctl("stop", self.name)
+    def resume(self, prefix: Path) -> None:
+        """Start the unit as it is, if it is that of `prefix`, and wait until it answers; errors as those of `wait`."""
+        if _is_of(self.unit_path, prefix):
+            self.manager.call("restart", self.name)
+            self.wait()
 
-    def remove(self) -> None:
-        """Stop the unit and delete it."""
-        if self.unit_path.exists():
-            self._systemctl("disable", "--quiet", "--now", self.name)
-            self.unit_path.unlink()
-            self._systemctl("daemon-reload")
+    def stop(self, prefix: Path) -> None:
+        """Stop the unit; does nothing if it does not run, or is not that of `prefix`."""
+        if _is_of(self.unit_path, prefix):
+            self.manager.call("stop", self.name)
+
+    def remove(self, prefix: Path) -> bool:
+        """Stop the unit and delete it; False if it is not that of `prefix`, and stays."""
+        if not self.unit_path.exists():
+            return True
+        if not _is_of(self.unit_path, prefix):
+            return False
+        self.manager.call("disable", "--quiet", "--now", self.name)
+        self.unit_path.unlink()
+        self.manager.call("daemon-reload")
+        return True
 
     def wait(self) -> None:
-        """Wait until the unit answers; VerificationError if it does not."""
-        url = f"{self.url}/readyz"
+        """Wait until the unit itself answers; VerificationError if it does not."""
         end = time.monotonic() + _READY_S
         while time.monotonic() < end:
-            try:
-                with urllib.request.urlopen(url, timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        where = "journalctl --user" if self.user else "journalctl"
-        raise VerificationError(f"unit {self.name} does not answer at {url}", f"see {where} -u {self.name}")
+            # Another program may have the port while the unit fails to start again and again.
+            if answers.is_ready(self.url) and self.manager.serves(self.name, self.port):
+                return
+            time.sleep(0.5)
+        message = f"unit {self.name} does not answer at {self.url}/readyz"
+        raise VerificationError(message, f"see {self.manager.journal(self.name)}")
 
-    def _systemctl(self, *words: str) -> None:
-        command = ["systemctl", *(["--user"] if self.user else []), *words]
+    def check(self, prefix: Path, kit: Kit) -> int:
+        """Ask the running unit for the golden answers of the kit's bundle; the number of adapters that have one.
+
+        VerificationError for an adapter that does not answer, or answers differently.
+        """
+        asked = answers.questions(versions.path_of(prefix, kit.version) / BUNDLE_FOLDER, kit.engines[0])
+        key = (prefix / KEYS_NAME).read_text(encoding="utf-8").split()[0] if self.needs_key else None
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError as error:
-            raise IncompatibleError("this system has no systemctl", "install without --service") from error
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise IncompatibleError(f"{' '.join(command)} failed: {reason}", "install without --service")
+            answers.check(self.url, key, asked)
+        except VerificationError as error:
+            remedy = f"see {self.manager.journal(self.name)}"
+            raise VerificationError(f"unit {self.name}: {error.message}", remedy) from error
+        return len(asked)
 
 
 def wanted(name: str, host: str, port: int) -> Service:
@@ -196,20 +225,44 @@ def wanted(name: str, host: str, port: int) -> Service:
     return Service(name, port, os.geteuid() != 0, host)
 
 
-def installed(prefix: Path) -> Service | None:
-    """The unit of this prefix; None if it has none."""
+def installed(prefix: Path, say: Say) -> Service | None:
+    """The unit of this prefix; None if it has none, or if its settings are damaged, which is said."""
     path = prefix / SETTINGS_NAME
     if not path.is_file():
         return None
     try:
-        return Service(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise VerificationError(f"{path} is damaged: {error}", "install the kit again with --service") from error
+        return _parse(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        say(f"{path} is damaged, so the unit is left as it is ({error}); name it with --service NAME to run it again")
+        return None
 
 
 def remember(prefix: Path, service: Service) -> None:
     """Store the settings of the unit."""
     write_text(prefix / SETTINGS_NAME, json.dumps(asdict(service), sort_keys=True) + "\n")
+
+
+def _parse(text: str) -> Service:
+    """The unit in the text of service.json; ValueError, TypeError or AttributeError if it is damaged."""
+    raw = json.loads(text)
+    # A newer version may have added some.
+    known = {field.name: raw[field.name] for field in fields(Service) if field.name in raw}
+    service = Service(**known)
+    for name, kind in {"name": str, "port": int, "user": bool, "host": str, "version": str}.items():
+        if type(getattr(service, name)) is not kind:
+            raise TypeError(f"{name} is {getattr(service, name)!r}")
+    if not _NAME.fullmatch(service.name):
+        raise ValueError(f"name is {service.name!r}")
+    ipaddress.ip_address(service.host)
+    return service
+
+
+def _is_of(path: Path, prefix: Path) -> bool:
+    """Whether an install into `prefix` wrote this file of a unit."""
+    if not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text.partition("\n")[0] == _OWNER.format(prefix=prefix.absolute())
 
 
 def _protect_home(prefix: Path) -> str:

@@ -11,29 +11,24 @@ from edgetune_runtime.errors import NotFoundError
 from . import service, store, venv, versions
 from .durable import locked
 from .transfer import LOCK_NAME
+from .versions import Say
 
 INCOMING = "incoming"
 """Folder in the prefix where a deploy puts the description of a kit."""
 
 
-def uninstall(prefix: Path) -> None:
-    """Stop and remove the unit, then delete the versions; files of others in the prefix stay.
+def uninstall(prefix: Path, say: Say) -> None:
+    """Stop and remove the unit, then delete the versions; files of others in the prefix, and their unit, stay.
 
     NotFoundError if nothing is installed there.
     """
     if not (prefix / versions.FOLDER).is_dir():
         raise NotFoundError(f"nothing is installed in {prefix}", "give the --prefix of the install")
     with locked(prefix):
-        unit = service.installed(prefix)
-        if unit is not None:
-            unit.remove()
-        for name in (
-            versions.CURRENT,
-            versions.PREVIOUS,
-            versions.RUN_SCRIPT,
-            service.SETTINGS_NAME,
-            service.KEYS_NAME,
-        ):
+        unit = service.installed(prefix, say)
+        if unit is not None and not unit.remove(prefix):
+            say(f"unit {unit.name} stays, as it is not of {prefix}; if nobody needs it, delete {unit.unit_path}")
+        for name in (*versions.LINKS, versions.RUN_SCRIPT, service.SETTINGS_NAME, service.KEYS_NAME):
             (prefix / name).unlink(missing_ok=True)
         # The versions last: until they are gone, uninstall can be run again.
         for name in (store.FOLDER, venv.FOLDER, INCOMING, versions.FOLDER):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,15 @@ from .store import Store
 FOLDER = "versions"
 CURRENT = "current"
 PREVIOUS = "previous"
+KEPT = ".previous"
+"""What `previous` was before a switch that has not ended."""
+ROLLING_BACK = ".rollback"
+"""The version that a rollback which has not ended goes back to."""
+LINKS = (CURRENT, PREVIOUS, KEPT, ROLLING_BACK)
 RUN_SCRIPT = "bin/edgetune-run"
+Say = Callable[[str], None]
+"""Tells the user a line."""
+_VENV = "venv"
 # The link is resolved once, so that a switch in the middle of a start mixes no versions.
 _SCRIPT = """\
 #!/bin/sh
@@ -51,9 +59,15 @@ def path_of(prefix: Path, version: str) -> Path:
 
 
 def linked(prefix: Path, link: str) -> str | None:
-    """The version that `current` or `previous` points to; None if there is none."""
+    """The version that one of the links points to; None if there is none."""
     path = prefix / link
     return path.readlink().name if path.is_symlink() and path.exists() else None
+
+
+def previous(prefix: Path) -> str | None:
+    """The version before the current one, also if a switch was cut off between its two links; None if there is none."""
+    found = linked(prefix, PREVIOUS)
+    return linked(prefix, KEPT) if found == linked(prefix, CURRENT) else found
 
 
 def place(prefix: Path, kit: Kit) -> bool:
@@ -75,7 +89,7 @@ def place(prefix: Path, kit: Kit) -> bool:
             target = temporary / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(store.path(file.sha256), target)
-        (temporary / "venv").symlink_to(f"../../{venv.FOLDER}/{kit.wheels}")
+        (temporary / _VENV).symlink_to(f"../../{venv.FOLDER}/{kit.wheels}")
         (temporary / KIT_NAME).write_bytes(kit.text.encode())
         flush_tree(temporary)
         temporary.rename(folder)
@@ -96,31 +110,47 @@ def _repair(prefix: Path, store: Store, digests: set[str]) -> bool:
 
 
 def switch(prefix: Path, version: str) -> None:
-    """Make `version` the current one and keep the one before as `previous`."""
+    """Make `version` the current one and keep the one before as `previous`.
+
+    `restore` undoes it until `settle` is called. If it is cut off, the current version is one of the two, and
+    `previous` returns the one before it.
+    """
     before = linked(prefix, CURRENT)
     if before == version:
         return
     _write_script(prefix)
     if before is not None:
+        _point(prefix, KEPT, previous(prefix))
         # Before the switch: the version that runs now must be kept whenever the power is cut.
-        replace_link(prefix / PREVIOUS, f"{FOLDER}/{before}")
-    replace_link(prefix / CURRENT, f"{FOLDER}/{version}")
+        _point(prefix, PREVIOUS, before)
+    _point(prefix, CURRENT, version)
 
 
 def restore(prefix: Path, links: Mapping[str, str | None]) -> None:
-    """Point `current` and `previous` to these versions again."""
-    for link, version in links.items():
-        if version is None:
-            (prefix / link).unlink(missing_ok=True)
-        else:
-            replace_link(prefix / link, f"{FOLDER}/{version}")
+    """Point `current` and `previous` to the versions that they pointed to before a switch."""
+    # In this order, so that the version before is known in between as well.
+    for link in (CURRENT, PREVIOUS):
+        _point(prefix, link, links[link])
 
 
-def listing(prefix: Path) -> list[Installed]:
-    """The versions, the current one first, then the one before."""
-    states = {linked(prefix, link): link for link in (PREVIOUS, CURRENT)}
+def begin_rollback(prefix: Path, version: str) -> None:
+    """Note that a rollback to `version` begins, so that the next one goes on with it if it is cut off."""
+    _point(prefix, ROLLING_BACK, version)
+
+
+def settle(prefix: Path) -> None:
+    """Bring the links in order after a switch that has ended or was cut off."""
+    _point(prefix, PREVIOUS, previous(prefix))
+    for link in (KEPT, ROLLING_BACK):
+        _point(prefix, link, None)
+
+
+def listing(prefix: Path, say: Say) -> list[Installed]:
+    """The versions, the current one first, then the one before; those with a damaged kit.json are said and left out."""
+    states = {previous(prefix): PREVIOUS, linked(prefix, CURRENT): CURRENT}
     order = {CURRENT: 0, PREVIOUS: 1, "": 2}
-    found = [Installed(read_installed(folder), states.get(folder.name, "")) for folder in _folders(prefix)]
+    kits = [kit for folder in _folders(prefix) if (kit := _readable(folder, say)) is not None]
+    found = [Installed(kit, states.get(kit.version, "")) for kit in kits]
     return sorted(found, key=lambda item: (order[item.state], item.kit.version))
 
 
@@ -133,13 +163,37 @@ def require(prefix: Path, version: str) -> Kit:
     return read_installed(path_of(prefix, version))
 
 
-def sweep(prefix: Path) -> None:
-    """Delete versions other than the current one and the one before, and the files and environments they alone used."""
-    kept = {linked(prefix, CURRENT), linked(prefix, PREVIOUS)}
-    kits = [read_installed(path_of(prefix, version)) for version in kept if version is not None]
-    _discard_others(prefix / FOLDER, {kit.version for kit in kits})
-    _discard_others(prefix / venv.FOLDER, {kit.wheels for kit in kits})
+def sweep(prefix: Path, say: Say) -> None:
+    """Delete versions other than the current one and the one before, and the files and environments they alone used.
+
+    Of a version whose kit.json is damaged, which is said, the folder and the environment stay.
+    """
+    kept = {version for version in (linked(prefix, CURRENT), previous(prefix)) if version is not None}
+    folders = [path_of(prefix, version) for version in kept]
+    _discard_others(prefix / FOLDER, kept)
+    _discard_others(prefix / venv.FOLDER, {(folder / _VENV).readlink().name for folder in folders})
+    kits = [kit for folder in folders if (kit := _readable(folder, say)) is not None]
     Store(prefix).sweep(file.sha256 for kit in kits for file in kit.version_files)
+
+
+def _readable(folder: Path, say: Say) -> Kit | None:
+    """The kit of an installed version; None, which is said, if its kit.json is damaged."""
+    try:
+        return read_installed(folder)
+    except (VerificationError, NotFoundError) as error:
+        say(f"version {folder.name} is left out: {error}")
+        return None
+
+
+def _point(prefix: Path, link: str, version: str | None) -> None:
+    """Make a link point to a version, or remove it; writes nothing if it does so already."""
+    path = prefix / link
+    if version is not None:
+        if linked(prefix, link) != version:
+            replace_link(path, f"{FOLDER}/{version}")
+    elif path.is_symlink():
+        path.unlink()
+        flush_to_disk(prefix)
 
 
 def _discard_others(root: Path, kept: set[str]) -> None:

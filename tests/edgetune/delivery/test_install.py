@@ -82,7 +82,7 @@ def test_an_installed_kit_runs(installed: Path, kits: tuple[Path, Path, Path]) -
 def test_a_second_install_writes_nothing(prefix: Path, kits: tuple[Path, Path, Path]) -> None:
     before = state(prefix)
     done = install_sh(kits[0], "--prefix", str(prefix), "--json")
-    assert json.loads(done.stdout) == {"version": read_kit(kits[0]).version, "changed": False}
+    assert json.loads(done.stdout) == {"version": read_kit(kits[0]).version, "changed": False, "warnings": []}
     assert state(prefix) == before
 
 
@@ -188,6 +188,27 @@ def test_a_damaged_file_of_an_installed_version_is_repaired(prefix: Path, kits: 
     (prefix / "current/kit.json").write_bytes(b"\xff")
     assert run("install", kits[0], "--prefix", prefix) == 0
     assert ask(prefix) == "one"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"[]", b'{"schema": 99}', b'{"schema": 1, "name": 5}'])
+def test_a_damaged_description_of_the_version_before_is_said_and_left_out(
+    damage: bytes, prefix: Path, kits: tuple[Path, Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second, third = (read_kit(kit).version for kit in kits)
+    assert run("install", kits[1], "--prefix", prefix) == 0
+    (prefix / "previous/kit.json").write_bytes(damage)
+    capfd.readouterr()
+    assert run("list", "--prefix", prefix, "--json") == 0
+    listed, told = capfd.readouterr()
+    assert [item["version"] for item in json.loads(listed)] == [second]
+    assert f"version {first} is left out: " in told and len(told.splitlines()) == 1
+    assert run("rollback", "--prefix", prefix) in {3, 4}
+    assert run("install", kits[1], "--prefix", prefix) == 0
+    assert names(prefix, "versions") == {first, second}
+    assert run("install", kits[2], "--prefix", prefix) == 0
+    assert ask(prefix) == "three"
+    assert names(prefix, "versions") == {second, third}
+    assert run("uninstall", "--prefix", prefix) == 0
 
 
 def changed(**needs: object) -> Callable[[bytes], bytes]:

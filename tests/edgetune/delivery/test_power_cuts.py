@@ -1,10 +1,11 @@
-"""An install that is killed at any of its writes leaves the old or the new version running, and can be run again."""
+"""A command that is killed at any of its writes leaves the old or the new version running, and can be run again."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,12 @@ def changes_a_file(event: str, arguments: tuple[object, ...]) -> bool:
 
 
 def install_until(kit: Path, prefix: Path, kill_at: int, within: str = "") -> int:
-    """Install in a child process, killed at write number `kill_at` of those whose path has `within`; its exit code."""
+    """Install as `run_until` does."""
+    return run_until(("install", str(kit)), prefix, kill_at, within)
+
+
+def run_until(words: Sequence[str], prefix: Path, kill_at: int, within: str = "") -> int:
+    """Run a command in a child process, killed at write `kill_at` of those whose path has `within`; its exit code."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -49,7 +55,7 @@ def install_until(kit: Path, prefix: Path, kill_at: int, within: str = "") -> in
     os.dup2(null, 1)
     os.dup2(null, 2)
     sys.addaudithook(hook)
-    os._exit(main.main(["install", str(kit), "--prefix", str(prefix)]))
+    os._exit(main.main([*words, "--prefix", str(prefix)]))
 
 
 def ask(prefix: Path, link: str = "current") -> str:
@@ -114,3 +120,34 @@ def test_a_kill_while_the_environment_is_made_leaves_the_old_version(
     assert main.main(["install", str(kit), "--prefix", str(prefix)]) == 0
     assert (ask(prefix), ask(prefix, "previous")) == ("two", "one")
     assert versions.linked(prefix, "current") == read_kit(kit).version
+
+
+def test_a_rollback_that_is_killed_at_any_write_can_be_run_again(installed: Path, tmp_path: Path) -> None:
+    seen = []
+    for kill_at in range(1, 100):
+        prefix = copied(installed, tmp_path / "home")
+        code = run_until(("rollback",), prefix, kill_at)
+        seen.append(ask(prefix))
+        if code == 0:
+            break
+        assert code == KILLED
+        assert main.main(["rollback", "--prefix", str(prefix)]) == 0
+        assert (ask(prefix), ask(prefix, "previous")) == ("zero", "one")
+        assert main.main(["rollback", "--prefix", str(prefix)]) == 0
+        assert (ask(prefix), ask(prefix, "previous")) == ("one", "zero")
+        assert not (prefix / ".rollback").is_symlink() and not (prefix / ".previous").is_symlink()
+    assert kill_at > 10
+    assert seen == sorted(seen) and set(seen) == {"one", "zero"}
+
+
+def test_a_kill_between_the_links_of_a_switch_leaves_a_version_to_go_back_to(
+    installed: Path, make: KitMaker, tmp_path: Path
+) -> None:
+    kit = make("two")
+    for within in ("/previous", "/.current.new", "/current", "/bin"):
+        prefix = copied(installed, tmp_path / "home")
+        assert install_until(kit, prefix, 1, within=within) == KILLED
+        assert ask(prefix) == "one"
+        assert versions.previous(prefix) is not None
+        assert main.main(["rollback", "--prefix", str(prefix)]) == 0
+        assert (ask(prefix), ask(prefix, "previous")) == ("zero", "one")

@@ -1,7 +1,8 @@
-"""The unit of a kit, with a stand-in for systemctl that starts the command of the unit's file."""
+"""The unit of a kit, with stand-ins for systemctl, which starts the command of the unit's file, and for loginctl."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,16 +11,42 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from kits import SYSTEMCTL, KitMaker, ask
 
-from edgetune.delivery.board import main, service
+from edgetune.delivery.board import main, service, sockets, versions
 from edgetune.delivery.board.kit import read_kit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
+
+
+# Tells the state of the process, and the file of a unit of the system's packages.
+SHOW = """\
+case "$*" in
+    *ActiveState*)
+        if [ -f process ] && kill -0 "$(cat process)" 2>/dev/null; then
+            printf 'ActiveState=active\\nMainPID=%s\\n' "$(cat process)"
+        else
+            printf 'ActiveState=activating\\nMainPID=0\\n'
+        fi ;;
+    *FragmentPath*ssh.service) echo "FragmentPath=$PWD/ssh.service" ;;
+    *FragmentPath*) echo FragmentPath= ;;
+esac
+"""
+# A user may let their own units linger if there is a file `allowed`.
+LOGINCTL = """\
+#!/bin/sh
+cd "$(dirname "$0")"
+case "$*" in
+    *show-user*) [ -f lingers ] && echo yes || echo no ;;
+    *enable-linger*) [ -f allowed ] && touch lingers ;;
+esac
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +59,15 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with systemctl for a user, the units that it knows and the calls that it got."""
     folder = tmp_path / "systemd"
     folder.mkdir()
-    (folder / "systemctl").write_text(SYSTEMCTL)
-    (folder / "systemctl").chmod(0o755)
+    for name, text in {"systemctl": SYSTEMCTL + SHOW, "loginctl": LOGINCTL}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "allowed").touch()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "units"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(service, "_READY_S", 5.0)
+    monkeypatch.setattr(sockets, "_ENDING_S", 1.0)
     yield folder
     with suppress(FileNotFoundError, ProcessLookupError):
         os.kill(int((folder / "process").read_text()), signal.SIGTERM)
@@ -61,10 +91,49 @@ def served(port: int) -> str:
 
 
 def calls(systemd: Path) -> list[str]:
-    """The calls of systemctl since the last time."""
+    """The calls of systemctl since the last time that change something."""
     found = (systemd / "calls").read_text().splitlines() if (systemd / "calls").exists() else []
     (systemd / "calls").unlink(missing_ok=True)
-    return found
+    return [call for call in found if " show " not in call]
+
+
+@contextmanager
+def other_server(port: int) -> Iterator[None]:
+    """A program that answers everything with 200, and is no unit."""
+
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", port), Ready) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def kit_with_golden(make: KitMaker, answer: str) -> Path:
+    """A kit with a golden answer, which the stand-in for the runtime does not give over HTTP."""
+    golden = {"prompt": "on", "answer": answer, "max_tokens": 1}
+    adapter = {"name": "command", "method": "lora", "shapes": {}, "files": {}, "base_fingerprint": "ab"}
+    base = {
+        **{"name": "base", "fingerprint": "ab", "architecture": "llama", "quantization": None, "parameters": 1},
+        **{"trained_context_length": 1, "layers": 1, "kv_bytes_per_token": 1, "tokenizer_sha256": ""},
+        **{"chat_template_sha256": "", "files": {}},
+    }
+    adapters = {"command": adapter | {"golden": {"gguf": golden}}}
+    manifest = {"schema": 2, "name": "home", "base": base, "adapters": adapters, "files": {}, "context_length": 1}
+    bundle = {"manifest.json": json.dumps(manifest).encode(), "answer.txt": answer.encode()}
+    out = make.folder / f"golden-{answer}"
+    make.write(bundle, out)
+    return out
 
 
 def test_the_unit_follows_the_versions_and_goes_with_them(
@@ -73,13 +142,13 @@ def test_the_unit_follows_the_versions_and_goes_with_them(
     prefix = tmp_path / "home"
     options = ("--prefix", prefix)
     assert run("install", make("one"), *options, "--service", "--port", port) == 0
-    restart = "--user restart edgetune-home"
-    assert calls(systemd) == ["--user daemon-reload", "--user enable --quiet edgetune-home", restart]
+    restart = ["--user stop edgetune-home", "--user restart edgetune-home"]
+    assert calls(systemd) == ["--user daemon-reload", "--user enable --quiet edgetune-home", *restart]
     assert served(port) == "one"
     assert run("install", make("one"), *options, "--service", "--port", port) == 0
     assert calls(systemd) == []
     assert run("install", make("two"), *options) == 0
-    assert calls(systemd) == [restart]
+    assert calls(systemd) == restart
     assert served(port) == "two"
     assert run("rollback", *options) == 0
     assert served(port) == "one"
@@ -102,12 +171,140 @@ def test_a_version_whose_unit_does_not_answer_is_left_again(
     assert going_back.startswith("edgetune-board: going back to version ")
     assert f"unit edgetune-home does not answer at http://127.0.0.1:{port}/readyz" in error
     assert (served(port), ask(prefix)) == ("two", "two")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        used = taken.getsockname()[1]
-        assert run("install", make("two"), "--prefix", prefix, "--service", "other", "--port", used) == 4
-    assert (served(port), ask(prefix)) == ("two", "two")
     assert run("rollback", "--prefix", prefix) == 0
     assert served(port) == "one"
+
+
+def test_a_version_whose_unit_gives_no_golden_answer_is_left_again(
+    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prefix = tmp_path / "home"
+    assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
+    kit = kit_with_golden(make, "two")
+    assert run("install", kit, "--prefix", prefix) == 4
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "unit edgetune-home: adapter command does not answer: HTTP Error 501" in error
+    assert error.endswith("; see journalctl --user -u edgetune-home")
+    assert (served(port), ask(prefix)) == ("one", "one")
+    assert run("uninstall", "--prefix", prefix) == 0
+    assert run("install", kit, "--prefix", prefix, "--service", "--port", port) == 4
+    assert list((systemd / "units/systemd/user").iterdir()) == []
+
+
+def test_a_switch_that_was_cut_off_before_the_unit_ran_is_undone_too(
+    make: KitMaker, systemd: Path, port: int, tmp_path: Path
+) -> None:
+    prefix = tmp_path / "home"
+    assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
+    mute = make("mute")
+    assert run("install", mute, "--prefix", prefix, "--no-activate") == 0
+    versions.switch(prefix, read_kit(mute).version)
+    assert run("install", mute, "--prefix", prefix) == 4
+    assert (served(port), ask(prefix)) == ("one", "one")
+
+
+def test_a_port_that_another_program_has_is_refused(
+    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prefix = tmp_path / "home"
+    assert run("install", make("two"), "--prefix", prefix, "--service", "--port", port) == 0
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        used = taken.getsockname()[1]
+    with other_server(used):
+        assert run("install", make("one"), "--prefix", prefix, "--service", "other", "--port", used) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert f"another program listens on port {used} of 127.0.0.1; choose another --port" in error
+    assert (served(port), ask(prefix)) == ("two", "two")
+    assert [path.stem for path in (systemd / "units/systemd/user").iterdir()] == ["edgetune-home"]
+
+
+def test_an_answer_of_another_program_does_not_make_the_unit_healthy(
+    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prefix = tmp_path / "home"
+    assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
+    assert run("healthy", "--prefix", prefix) == 0
+    stopped = int((systemd / "process").read_text())
+    os.kill(stopped, signal.SIGTERM)
+    sockets.require_free("127.0.0.1", port)
+    with other_server(port):
+        assert run("healthy", "--prefix", prefix) == 4
+        # Active, but it is not the unit that listens.
+        with subprocess.Popen(["sleep", "60"]) as sleeping:
+            (systemd / "process").write_text(str(sleeping.pid))
+            assert run("healthy", "--prefix", prefix) == 4
+            sleeping.kill()
+    assert "unit edgetune-home does not answer" in capfd.readouterr().err
+
+
+def test_a_unit_of_others_is_neither_replaced_nor_removed(
+    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    units, prefix, other = systemd / "units/systemd/user", tmp_path / "home", tmp_path / "other"
+    units.mkdir(parents=True)
+    foreign = units / "web.service"
+    foreign.write_text("[Service]\n")
+    (systemd / "ssh.service").touch()
+    for name, path in (("web", foreign), ("ssh", systemd / "ssh.service")):
+        assert run("install", make("one"), "--prefix", prefix, "--service", name, "--port", port) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.endswith(f"unit {name} exists and is not of {prefix}: {path}; choose another name: --service NAME")
+        assert not prefix.exists()
+    assert (foreign.read_text(), calls(systemd)) == ("[Service]\n", [])
+    foreign.unlink()
+    assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
+    assert run("install", make("two"), "--prefix", other, "--service", "--port", port) == 2
+    assert served(port) == "one"
+    assert run("install", make("two"), "--prefix", other) == 0
+    shutil.copy(prefix / "service.json", other / "service.json")
+    assert run("install", make("three"), "--prefix", other) == 2
+    assert ask(other) == "two"
+    capfd.readouterr()
+    assert run("uninstall", "--prefix", other) == 0
+    assert f"unit edgetune-home stays, as it is not of {other}" in capfd.readouterr().err
+    assert served(port) == "one"
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_a_user_is_told_if_the_unit_ends_with_their_session(
+    is_allowed: bool, make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if not is_allowed:
+        (systemd / "allowed").unlink()
+    words = ("install", make("one"), "--prefix", tmp_path / "home", "--service", "--port", port)
+    assert run(*words) == 0
+    assert (systemd / "lingers").exists() == is_allowed
+    told = [line for line in capfd.readouterr().err.splitlines() if "loginctl" in line]
+    assert len(told) == (0 if is_allowed else 1)
+    assert is_allowed or ("ends when you log out" in told[0] and "sudo loginctl enable-linger" in told[0])
+    assert run(*words, "--json") == 0
+    assert len(json.loads(capfd.readouterr().out)["warnings"]) == len(told)
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", '{"name": "a/b", "port": 1, "user": true}', '{"name": "home", "port": "1", "user": true}']
+)
+def test_damaged_settings_of_the_unit_are_said_and_count_as_none(
+    damage: str, make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prefix = tmp_path / "home"
+    unit = ("--service", "--port", port)
+    assert run("install", make("one"), "--prefix", prefix, *unit) == 0
+    settings = prefix / "service.json"
+    settings.write_text(damage)
+    capfd.readouterr()
+    assert run("install", make("two"), "--prefix", prefix) == 0
+    told = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
+    assert len(told) == 1 and f"{settings} is damaged" in told[0]
+    assert (ask(prefix), served(port)) == ("two", "one")
+    assert run("rollback", "--prefix", prefix) == 0
+    assert run("healthy", "--prefix", prefix) == 3
+    assert run("install", make("two"), "--prefix", prefix, *unit) == 0
+    assert served(port) == "two"
+    settings.write_text(damage)
+    assert run("list", "--prefix", prefix) == 0
+    assert run("uninstall", "--prefix", prefix) == 0
+    assert not prefix.exists()
 
 
 def test_a_server_that_others_can_reach_gets_a_key(

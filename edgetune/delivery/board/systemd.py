@@ -1,0 +1,95 @@
+"""Calls of systemd's service manager and of its login manager."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetune_runtime.errors import IncompatibleError
+
+from .sockets import listens
+
+_LOGINCTL_S = 20.0
+
+
+@dataclass(frozen=True)
+class Manager:
+    """The service manager of the system, or of this user."""
+
+    user: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where units are installed."""
+        if not self.user:
+            return Path("/etc/systemd/system")
+        return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "systemd/user")
+
+    def journal(self, name: str) -> str:
+        """The command that shows what a unit said."""
+        return f"journalctl {'--user ' if self.user else ''}-u {name}"
+
+    def call(self, *words: str) -> str:
+        """Run systemctl; its standard output. IncompatibleError if it fails or is missing."""
+        command = ["systemctl", *(["--user"] if self.user else []), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError as error:
+            raise IncompatibleError("this system has no systemctl", "install without --service") from error
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise IncompatibleError(f"{' '.join(command)} failed: {reason}", "install without --service")
+        return done.stdout
+
+    def file_of(self, name: str) -> Path | None:
+        """The file that defines the unit with this name or alias, in whatever folder; None if there is none."""
+        # A file that was put there since the last daemon-reload is not known to systemd.
+        own = self.folder / f"{name}.service"
+        shown = own if own.exists() else Path(self._shown(name, "FragmentPath").get("FragmentPath", ""))
+        return shown if shown.exists() and shown != Path() else None
+
+    def serves(self, name: str, port: int) -> bool:
+        """Whether the unit is active and its main process listens on the port.
+
+        What systemctl does not tell counts as fulfilled.
+        """
+        shown = self._shown(name, "ActiveState", "MainPID")
+        if shown.get("ActiveState", "active") != "active":
+            return False
+        pid = shown.get("MainPID", "")
+        return not pid.isdigit() or listens(int(pid), port)
+
+    def _shown(self, name: str, *properties: str) -> dict[str, str]:
+        text = self.call("show", f"--property={','.join(properties)}", f"{name}.service")
+        return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def user_name() -> str:
+    """The name of the user that this process belongs to."""
+    return pwd.getpwuid(os.getuid()).pw_name
+
+
+def lingers() -> bool:
+    """Let the units of this user run while they are not logged in; whether that is so now."""
+    if _lingers():
+        return True
+    _loginctl("--no-ask-password", "enable-linger", user_name())
+    return _lingers()
+
+
+def _lingers() -> bool:
+    shown = _loginctl("show-user", user_name(), "--property=Linger", "--value")
+    # It fails for a user without a session.
+    return shown == "yes" if shown else Path("/var/lib/systemd/linger", user_name()).exists()
+
+
+def _loginctl(*words: str) -> str:
+    """What loginctl prints; empty if it fails or is missing."""
+    try:
+        done = subprocess.run(["loginctl", *words], capture_output=True, text=True, check=False, timeout=_LOGINCTL_S)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,139 @@
+"""The golden answers that the board program asks a running server for, with the real server and tiny models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
+
+import pytest
+from edgetune_export.backends.onnx.encoder import EncoderSource
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import GoldenAnswer
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.golden import ask
+from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
+from runtime.encoders import write_encoder_bundle
+
+from edgetune.delivery.board import answers
+
+KEY = "0123456789abcdef"
+CHAT = ({"role": "user", "content": "turn on the light"},)
+TOOLS = ({"type": "function", "function": {"name": "turn_on", "parameters": {"type": "object", "properties": {}}}},)
+
+
+@contextmanager
+def served(bundle: Path, *options: str) -> Iterator[str]:
+    """The address of `edgetune-run serve` for a bundle."""
+    command = [sys.executable, "-I", "-m", "edgetune_runtime", "serve", str(bundle), "--port", "0", "--json", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield json.loads(process.stdout.readline())["url"]
+        finally:
+            process.terminate()
+
+
+def add_golden(bundle: Path, engine: str, prompts: dict[str, GoldenAnswer]) -> Path:
+    """Store what the runtime answers here."""
+    with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
+        found = {name: ask(runtime, name, golden) for name, golden in prompts.items()}
+    for name, golden in prompts.items():
+        raw = {"prompt": golden.prompt, "answer": found[name], "max_tokens": golden.max_tokens, "tools": golden.tools}
+        change_manifest(bundle, lambda manifest, name=name, raw=raw: manifest["adapters"][name].update(
+            golden={engine: raw}
+        ))  # fmt: skip
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a golden answer to a chat, a text, a chat with tools, and with labels."""
+    base = tiny_source("llama").path
+    adapters = {name: Adapter(low_rank(base, seed=seed)) for seed, name in enumerate(("chat", "text", "tools", "none"))}
+    adapters["label"] = Adapter(low_rank(base, seed=9), labels=("on", "off"))
+    bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "home", base, adapters, context_length=512)
+    prompts = {
+        "chat": GoldenAnswer(CHAT, "", 8),
+        "text": GoldenAnswer("turn on", "", 8),
+        "tools": GoldenAnswer(CHAT, "", 8, tools=TOOLS),
+        "label": GoldenAnswer(CHAT, "", 8),
+    }
+    return add_golden(bundle, "gguf", prompts)
+
+
+def test_a_server_of_the_bundle_gives_all_golden_answers(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(KEY)
+    asked = answers.questions(home, "gguf")
+    assert {question.adapter for question in asked} == {"chat", "text", "tools", "label"}
+    assert {question.adapter for question in asked if question.expected} == {"chat", "text"}
+    with served(home, "--api-key-file", str(tmp_path / "keys")) as url:
+        assert answers.is_ready(url)
+        answers.check(url, KEY, asked)
+        with pytest.raises(VerificationError, match="adapter chat does not answer: HTTP Error 401"):
+            answers.check(url, None, asked)
+        for question in asked[:2]:
+            with pytest.raises(VerificationError, match=f"adapter {question.adapter} answers .*, expected 'other'"):
+                answers.check(url, KEY, [replace(question, expected="other")])
+    assert not answers.is_ready(url)
+
+
+def test_a_server_of_another_bundle_fails(home: Path, tiny_source: Callable[[str], Any], tmp_path: Path) -> None:
+    base = tiny_source("llama").path
+    other = write_bundle(tmp_path / "other", base, {"other": Adapter(low_rank(base, seed=1))})
+    with served(other) as url, pytest.raises(VerificationError, match="adapter chat does not answer: HTTP Error 404"):
+        answers.check(url, None, answers.questions(home, "gguf"))
+
+
+def test_an_encoder_is_asked_for_a_vector(encoder_source: Callable[[str], EncoderSource], tmp_path: Path) -> None:
+    bundle = write_encoder_bundle(encoder_source("bert"), tmp_path / "encoder")
+    names = list(json.loads((bundle / "manifest.json").read_text())["adapters"])
+    add_golden(bundle, "onnx", {names[0]: GoldenAnswer(CHAT, "", 8), names[1]: GoldenAnswer("is it on", "", 8)})
+    asked = answers.questions(bundle, "onnx")
+    assert [question.path for question in asked] == ["/v1/embeddings"] * 2
+    with served(bundle, "--engine", "onnx") as url:
+        answers.check(url, None, asked)
+
+
+def test_a_manifest_of_another_version_has_no_questions(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text((home / "manifest.json").read_text().replace('"schema": 2', '"schema": 99'))
+    assert answers.questions(tmp_path, "gguf") == []
+
+
+class Busy(BaseHTTPRequestHandler):
+    """Has too many clients at first."""
+
+    refused: ClassVar[list[int]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200 if self.refused else 503)
+        self.end_headers()
+        if self.refused:
+            self.wfile.write(b'{"choices": [{"text": "on"}]}')
+        self.refused.append(503)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_busy_server_is_asked_again_and_no_proxy_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            question = answers.Question("one", "/v1/completions", {}, "on")
+            answers.check(f"http://127.0.0.1:{server.server_port}", None, [question])
+        finally:
+            server.shutdown()
+            thread.join()
+    assert len(Busy.refused) == 2
