@@ -20,7 +20,10 @@ from edgetune_runtime.wording import nearest
 
 FOLDER = Path(__file__).parent / "boards"
 _SIZED = re.compile(r"(?P<name>.+)-(?P<gib>\d+)gb")
-_SIMILAR_32_BIT = re.compile(r"(raspberry-?)?pi-?(zero(-?w)?|1|2)(-.*)?", re.IGNORECASE)
+_VENDOR = re.compile(r"raspberry-?(?=pi)")
+# Not the Zero 2 W, however it is written.
+_SIMILAR_32_BIT = re.compile(r"pi-?(zero(?!-?(w-?)?2)(-?w)?|1|2)(-.*)?")
+SYSTEMS = ("linux", "macos")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Board:
     is the time of a layer per token in addition to reading its weights; `adapter_module_us` is the time per token that
     one adapted module adds. `sources` has the source of each figure. `ram_sizes_mib` are the sizes that the board is
     sold with, if there are several. `kv_gb_per_s` is the rate at which attention reads keys and values, by default the
-    memory's.
+    memory's. `system` is one of `SYSTEMS`.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Board:
     sources: Mapping[str, str]
     ram_sizes_mib: tuple[int, ...] = ()
     kv_gb_per_s: float | None = None
+    system: str = "linux"
 
     @property
     def free_mb(self) -> float:
@@ -108,6 +112,11 @@ def load(name: str) -> Board:
     raise NotFoundError(f"no board {name!r}{_hint(name)}", f"choose one of: {', '.join(names())}{sizes}")
 
 
+def find(name: str) -> Board:
+    """The board of the file `name` if it ends in .toml, and otherwise the one called `name`; as `read` and `load`."""
+    return read(Path(name)) if name.endswith(".toml") else load(name)
+
+
 def read(path: Path) -> Board:
     """Read a board file; UsageError lists all its problems."""
     try:
@@ -124,9 +133,10 @@ def read(path: Path) -> Board:
 
 
 def _hint(name: str) -> str:
-    if _SIMILAR_32_BIT.fullmatch(name):
+    short = _VENDOR.sub("", name.lower())
+    if _SIMILAR_32_BIT.fullmatch(short):
         return " (only 64-bit boards are supported, and the first Pi boards have 32-bit processors)"
-    near = nearest(name, names_with_sizes())
+    near = nearest(short, names_with_sizes())
     return f" (did you mean {near!r}?)" if near else ""
 
 
@@ -163,6 +173,8 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
     numbers = [*_NUMBERS, *(key for key in ("kv_gb_per_s",) if key in raw)]
     problems += [f"{key} is {raw[key]!r}, not a positive number" for key in numbers if not _is_positive(raw[key])]
     problems += [f"{key} is not text" for key in ("title", "storage") if not isinstance(raw[key], str)]
+    if raw.get("system", SYSTEMS[0]) not in SYSTEMS:
+        problems.append(f"system is {raw['system']!r}, not one of: {', '.join(SYSTEMS)}")
     sets, sizes, sources = raw["instruction_sets"], raw.get("ram_sizes_mib", []), raw["sources"]
     if not isinstance(sets, list) or not all(isinstance(name, str) for name in sets):
         problems.append("instruction_sets is not a list of names")

@@ -9,7 +9,7 @@ from typing import Any
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
-from edgetune_runtime.sizing.needs import MB, Needs, kept_mb
+from edgetune_runtime.sizing.needs import MB, Needs, kept_mb, kv_bytes_per_token
 from edgetune_runtime.sizing.speed import speed_of
 
 from .boards import Board, load, names
@@ -49,15 +49,15 @@ def changes_for(
 ) -> list[Change]:
     """The changes that make it fit, each on top of those before it; all there are if they do not suffice.
 
-    With `header`, the base's, other quantizations are among them; `other` are the needs in another engine that the
-    bundle has files for. Empty if it fits as it is.
+    With `header`, the base's, other quantizations are among them, and keys and values that are in 8 bits already are
+    known; `other` are the needs in another engine that the bundle has files for. Empty if it fits as it is.
     """
     found: list[Change] = []
     first = needs
     before = kept_mb(needs, repacks=board.repacks)
     if before <= board.free_mb:
         return found
-    for step in (_engine(other), _states, _kv, _context, _quantization(header), _adapters):
+    for step in (_engine(other), _states, _kv(header), _context, _quantization(header), _adapters):
         for what, cost, changed in step(needs, board):
             after = kept_mb(changed, repacks=board.repacks)
             if after >= before:
@@ -101,11 +101,15 @@ def _states(needs: Needs, _board: Board) -> Step:
         yield f"limit saved states: --cache-mb {_STATES_MB}", cost, changed
 
 
-def _kv(needs: Needs, _board: Board) -> Step:
-    if needs.engine == gguf.NAME:
-        smaller = int(needs.kv_bytes_per_token * _KV_SHARE)
-        cost = "keys and values in 8 bits; not with prefix adapters"
-        yield "store keys and values in 8 bits: --kv q8_0", cost, replace(needs, kv_bytes_per_token=smaller)
+def _kv(header: GgufHeader | None) -> Callable[[Needs, Board], Step]:
+    def change(needs: Needs, _board: Board) -> Step:
+        is_f16 = header is None or needs.kv_bytes_per_token >= kv_bytes_per_token(header)
+        if needs.engine == gguf.NAME and is_f16:
+            smaller = int(needs.kv_bytes_per_token * _KV_SHARE)
+            cost = "keys and values in 8 bits; not with prefix adapters"
+            yield "store keys and values in 8 bits: --kv q8_0", cost, replace(needs, kv_bytes_per_token=smaller)
+
+    return change
 
 
 def _context(needs: Needs, board: Board) -> Step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ def board_file(bundle: Path | None = None, engine: str | None = None) -> str:
     of 32 bits, EdgetuneError if the system does not report its memory, and the errors of opening the bundle.
     """
     architecture = _ARCHITECTURES.get(platform.machine())
+    remedy = "use a 64-bit system on ARM (aarch64) or x86 (x86_64)"
     if architecture is None:
-        message = f"the processor is {platform.machine()}, which is not supported"
-        raise UsageError(message, "use a 64-bit system on ARM (aarch64) or x86 (x86_64)")
+        raise UsageError(f"the processor is {platform.machine()}, which is not supported", remedy)
+    # The machine is the kernel's: a 64-bit kernel may run a 32-bit system.
+    if struct.calcsize("P") < 8:
+        raise UsageError(f"this system has 32 bits on {platform.machine()}, which is not supported", remedy)
     total, free = memory().get("total_mb"), free_mb()
     if total is None or free is None:
         raise EdgetuneError("this system does not report its memory", "copy the file of a similar board instead")

@@ -18,6 +18,8 @@ DATA_PANEL = "Data"
 ENGINE_PANEL = "Engine"
 OUTPUT_PANEL = "Output"
 
+BOARD = "The board: see `edgetune devices list`; or a board file, such as one of `edgetune devices detect`."
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Settings = Annotated[
     list[str] | None,

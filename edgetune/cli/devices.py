@@ -18,10 +18,11 @@ from edgetune_runtime.sizing.needs import COSTS, with_options
 
 from edgetune import task_types
 
+from .arguments import BOARD
+
 app = typer.Typer(help="Show boards, and what fits on them.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
-BOARD = "The board: see `edgetune devices list`; or a board file, such as one of `edgetune devices detect`."
 RamMib = Annotated[
     int | None,
     typer.Option("--ram-mib", metavar="N", min=1, help="The board's memory in MiB (default: the listed one)."),
@@ -193,7 +194,7 @@ def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None)
 
 
 def _board(name: str, ram_mib: int | None) -> boards.Board:
-    board = boards.read(Path(name)) if name.endswith(".toml") else boards.load(name)
+    board = boards.find(name)
     return board if ram_mib is None else board.with_ram(ram_mib)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import OUTPUT_PANEL, AsJson, Quiet, print_json
+from .arguments import BOARD, OUTPUT_PANEL, AsJson, Quiet, print_json
 
 # The Python of current Raspberry Pi OS.
 _PYTHON = "3.13"
@@ -16,7 +16,7 @@ _PYTHON = "3.13"
 def kit(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
     *,
-    board: Annotated[str, typer.Option(metavar="NAME", help="The board: see `edgetune devices list`.")],
+    board: Annotated[str, typer.Option(metavar="NAME", help=BOARD)],
     out: Annotated[
         Path,
         typer.Option(

@@ -49,6 +49,35 @@ def test_a_32_bit_board_is_refused_with_the_reason(name: str) -> None:
         boards.load(name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pi-zero-2",
+        "pi-zero-2-w",
+        "pi-zero2w",
+        "pi-zero-w-2",
+        "Pi-Zero-2W",
+        "raspberry-pi-zero-2-w",
+        "raspberrypi-zero-2",
+    ],
+)
+def test_a_name_like_that_of_the_zero_2_w_is_not_taken_for_a_32_bit_board(name: str) -> None:
+    with pytest.raises(NotFoundError, match=rf"no board {name!r} \(did you mean 'pi-zero-2w'\?\)"):
+        boards.load(name)
+
+
+def test_the_vendors_name_does_not_hide_the_most_similar_board() -> None:
+    with pytest.raises(NotFoundError, match=r"did you mean 'pi-4'\?"):
+        boards.load("raspberry-pi-4b")
+
+
+def test_a_board_is_found_by_name_or_by_file(tmp_path: Path) -> None:
+    assert boards.find("pi-4-1gb") == boards.load("pi-4-1gb")
+    assert boards.find(str(_file(tmp_path))).name == "mine"
+    with pytest.raises(NotFoundError, match=r"no board file nowhere\.toml"):
+        boards.find("nowhere.toml")
+
+
 def test_a_size_of_memory_is_a_board_of_its_own() -> None:
     small, board = boards.load("pi-4-1gb"), boards.load("pi-4")
     assert (small.name, small.title, small.family) == ("pi-4-1gb", "Raspberry Pi 4 Model B, 1 GB", "pi-4")
@@ -93,6 +122,7 @@ def test_a_copied_board_file_is_a_board(tmp_path: Path) -> None:
         ({"cores": "cores = true", "ram_mib": 'ram_mib = "8"'}, "cores is True.*; ram_mib is '8', not a positive"),
         ({"ram_free_mib": "ram_free_mib = 9000"}, "ram_free_mib is 9000, not less than ram_mib 8192"),
         ({"instruction_sets": 'instruction_sets = "neon"'}, "instruction_sets is not a list of names"),
+        ({"cores": 'cores = 4\nsystem = "mac"'}, "system is 'mac', not one of: linux, macos"),
         ({"title": "title = "}, "mine.toml is not valid TOML"),
         ({"ram_sizes_mib": "ram_sizes_mib = [1000]"}, "ram_sizes_mib is not a list of multiples of 1024"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from edgetune_devices import boards, changes, fit
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
-from edgetune_runtime.sizing.needs import Needs, kept_mb
+from edgetune_runtime.sizing.needs import Needs, kept_mb, with_options
 
 ADAPTERS = {"command": fit.AdapterSize(5_000_000, 210), "reply": fit.AdapterSize(9_000_000, 210)}
 
@@ -49,6 +49,13 @@ def test_the_other_engine_costs_nothing_and_comes_first(header: GgufHeader) -> N
         "use the other engine: --engine gguf"
     ]
     assert all("engine" not in change.what for change in changes.changes_for(gguf, _with_free_mb(250), other=onnx))
+
+
+def test_keys_and_values_in_8_bits_are_not_halved_again(header: GgufHeader) -> None:
+    needs = fit.needs_of_header(header, context_length=2048, adapters=ADAPTERS)
+    for kv, proposed in (("f16", True), ("q8_0", False)):
+        found = changes.changes_for(with_options(needs, kv=kv), _with_free_mb(1), header=header)
+        assert any("--kv q8_0" in change.what for change in found) == proposed
 
 
 def test_each_change_adds_to_those_before_it_until_the_board_fits(header: GgufHeader) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import platform
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,13 @@ def test_the_board_file_of_this_machine_is_a_board(tmp_path: Path) -> None:
 def test_a_32_bit_system_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "armv7l")
     with pytest.raises(UsageError, match="the processor is armv7l, which is not supported; use a 64-bit system"):
+        detect.board_file()
+
+
+def test_a_32_bit_system_on_a_64_bit_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(struct, "calcsize", lambda _form: 4)
+    with pytest.raises(UsageError, match="this system has 32 bits on aarch64, which is not supported; use a 64-bit"):
         detect.board_file()
 
 

@@ -95,7 +95,9 @@ def problems(kit: Kit, board: Board, *, disk_mb: int) -> Iterator[Problem]:
         yield Problem(f"glibc is {board.glibc or 'missing'}, the kit's wheels need {kit.needs['glibc']}", remedy)
     if board.ram_mb < kit.needs["ram_mb"]:
         remedy = "see what fits: edgetune devices fit BUNDLE --device NAME"
-        yield Problem(f"the bundle needs {kit.needs['ram_mb']} MB of memory, this board has {board.ram_mb} MB", remedy)
+        yield Problem(
+            f"the bundle needs at least {kit.needs['ram_mb']} MB of memory, this board has {board.ram_mb} MB", remedy
+        )
     if board.disk_mb < disk_mb + _MARGIN_MB:
         remedy = "free some space, or choose another --prefix"
         yield Problem(f"the install needs {disk_mb + _MARGIN_MB} MB of disk, {board.disk_mb} MB are free", remedy)

@@ -153,7 +153,9 @@ def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, pro
         facts = probe(connection, where.name, where.prefix)
         if options.waits_healthy and options.unit is None and not facts.has_unit:
             raise NotFoundError(f"{target}: no unit is installed in {facts.prefix}", "add --service NAME")
-        made = kits.kit_for(facts.board_name(options.board), facts.python)
+        board = facts.board_name(options.board)
+        progress.say(f"{target}: {facts.ram_mib} MiB of memory, so the kit is the one for {board}")
+        made = kits.kit_for(board, facts.python)
         program = _send_program(connection, facts, made)
         with connection.holding(program.command("hold"), HELD):
             begin = time.monotonic()
@@ -166,6 +168,8 @@ def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, pro
             takes = " and its packages, which takes minutes on a small board" if is_first else ""
             progress.say(f"{target}: installing version {made.kit.version}{takes}")
             done = program.ask("install", incoming, *([] if options.unit is None else options.unit.words()))
+            for warning in done["warnings"]:
+                progress.say(f"{target}: {warning}")
             if options.waits_healthy:
                 connection.run(program.command("healthy"))
         return Deployed(target, done["version"], bool(done["changed"]), sent, seconds)

@@ -1,4 +1,4 @@
-"""What must be known of a board before anything is sent to it: processor, Python and the files of earlier deploys."""
+"""What must be known of a board before anything is sent to it: processor, memory, Python and earlier deploys."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ test -n "$prefix" || if test "$(id -u)" = 0; then prefix=/opt/edgetune/$name; el
 echo "prefix=$prefix"
 echo "machine=$(uname -m)"
 echo "bits=$(getconf LONG_BIT)"
+echo "memory=$(grep MemTotal: /proc/meminfo)"
 echo "model=$(tr -d '\\000' 2>/dev/null </proc/device-tree/model)"
 echo "python=$(python3 -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null)"
 echo "current=$(readlink "$prefix/current")"
@@ -42,31 +43,49 @@ _MODELS = (
     ("Orin Nano", "jetson-orin-nano"),
 )
 _X86_BOARD = "laptop"
+_KEPT_SHARE = 0.75
+"""Of its memory, a board reports at least this share: a Pi 4 with 1,024 MiB reports 909, less with a display."""
 
 
 @dataclass(frozen=True)
 class BoardFacts:
-    """Facts of a board; `current` is the version that runs there, `has_unit` whether a unit serves it."""
+    """Facts of a board; `current` is the version that runs there, `has_unit` whether a unit serves it.
+
+    `ram_mib` is the memory that the system reports, without what firmware and kernel keep.
+    """
 
     prefix: str
     machine: str
+    ram_mib: int
     model: str
     python: str
     current: str | None
     has_unit: bool
 
     def board_name(self, wanted: str | None) -> str:
-        """The board whose kit this one gets: `wanted`, or the one that its model names.
+        """The board whose kit this one gets: `wanted`, or the one that its model names, in the size of its memory.
 
-        UsageError if none is known, IncompatibleError if `wanted` has another processor.
+        `wanted` is kept if this board has as much memory or more. UsageError if none is known, IncompatibleError if
+        `wanted` has another processor, or if this board has less memory than any size of the board.
         """
-        if wanted is not None:
-            machine = platform_of(boards.load(wanted), self.python).machine
-            if machine != self.machine:
-                message = f"the board is {self.machine}, and --board {wanted} is {machine}"
-                raise IncompatibleError(message, "choose another --board, or leave it out")
-            return wanted
-        known = boards.names()
+        board = boards.load(self._named_by_model() if wanted is None else wanted)
+        machine = platform_of(board, self.python).machine
+        if machine != self.machine:
+            message = f"the board is {self.machine}, and --board {board.name} is {machine}"
+            raise IncompatibleError(message, "choose another --board, or leave it out")
+        if not board.ram_sizes_mib:
+            return board.name
+        sizes = [board.ram_mib]
+        if board.name == board.family:
+            sizes = [size for size in board.ram_sizes_mib if wanted is None or size <= board.ram_mib]
+        found = max((size for size in sizes if self.ram_mib >= size * _KEPT_SHARE), default=None)
+        if found is None:
+            message = f"the board has {self.ram_mib} MiB of memory, and {board.name} has {min(sizes)} MiB or more"
+            raise IncompatibleError(message, "give a similar board of this size with --board")
+        return board.name if found == board.ram_mib else f"{board.family}-{found // 1024}gb"
+
+    def _named_by_model(self) -> str:
+        known = [name for name in boards.names() if boards.load(name).system == "linux"]
         found = [name for pattern, name in _MODELS if re.search(pattern, self.model) and name in known]
         if found:
             return found[0]
@@ -88,6 +107,7 @@ def probe(connection: Connection, name: str, prefix: str | None) -> BoardFacts:
     return BoardFacts(
         prefix=facts["prefix"],
         machine=facts["machine"],
+        ram_mib=_memory_mib(facts["memory"]),
         model=facts["model"],
         python=facts["python"],
         current=facts["current"].rpartition("/")[2] or None,
@@ -97,7 +117,10 @@ def probe(connection: Connection, name: str, prefix: str | None) -> BoardFacts:
 
 def _check(connection: Connection, facts: Mapping[str, str]) -> None:
     where = str(connection.target)
-    missing = [key for key in ("prefix", "machine", "bits", "model", "python", "current", "unit") if key not in facts]
+    keys = ("prefix", "machine", "bits", "memory", "model", "python", "current", "unit")
+    missing = [key for key in keys if key not in facts]
+    if not missing and not _memory_mib(facts["memory"]):
+        missing = ["memory"]
     if missing:
         message = f"{where}: the board did not say its {', '.join(missing)}"
         raise IncompatibleError(message, "deploy needs Linux with sh, getconf and python3")
@@ -110,3 +133,9 @@ def _check(connection: Connection, facts: Mapping[str, str]) -> None:
         raise IncompatibleError(f"{where}: the board has no python3", remedy)
     if tuple(int(part) for part in re.findall(r"\d+", facts["python"])) < OLDEST_PYTHON:
         raise IncompatibleError(f"{where}: the board has Python {facts['python']}", remedy)
+
+
+def _memory_mib(line: str) -> int:
+    """The size in a line of /proc/meminfo; 0 if it has none."""
+    found = re.search(r"(\d+) kB", line)
+    return int(found[1]) // 1024 if found else 0

@@ -72,18 +72,22 @@ def make_kit(
 ) -> KitResult:
     """Write the kit of a bundle for a board to `out`, a folder, or a tar file if it ends in .tar.
 
-    `python` is the board's Python, a version or "system". `engine` is the bundle's first format if None. `wheel` is
-    a wheel of llama-cpp-python to use instead of building one; `earlier` are wheels of another kit for the same Python
-    and machine, which need not be downloaded. Raises NotFoundError for an unknown board,
-    IncompatibleError if the bundle does not fit on the board or there are no wheels for its Python, UnreachableError if
+    `board` is the name of a board or the path of a board file. `python` is the board's Python, a version or "system".
+    `engine` is the bundle's first format if None. `wheel` is a wheel of llama-cpp-python to use instead of building
+    one; `earlier` are wheels of another kit for the same Python and machine, which need not be downloaded. Raises
+    NotFoundError for an unknown board, IncompatibleError if the bundle does not fit on the board, if the board does
+    not run Linux or `wheel` does not run there, or if there are no wheels for its Python, UnreachableError if
     wheels cannot be downloaded.
     """
-    known = boards.load(board)
+    known = boards.find(board)
     platform = platform_of(known, python)
+    if wheel is not None:
+        wheels.require_wheel_of(wheels.LLAMA, wheel, platform)
     manifest = read_manifest(bundle)
     chosen = _engine(manifest, engine)
     output.check_destination(out)
-    ram_mb = _ram_mb(bundle, manifest, chosen, known)
+    needed_mb, kept_mb = _memory_mb(bundle, manifest, chosen, known)
+    limit_mb = min(_limit_mb(needed_mb), int(known.free_mb))
     if with_bundle:
         progress.say(f"checking the files of {manifest.name}")
         verify_files(bundle, manifest)
@@ -99,7 +103,16 @@ def make_kit(
         if with_bundle:
             contents |= {f"{BUNDLE_FOLDER}/{name}": resolve(bundle, name) for name in (*manifest.files, MANIFEST_NAME)}
         files = output.listed(contents)
-        described = describe(manifest.name, platform, files, found, board=known.name, engine=chosen, ram_mb=ram_mb)
+        described = describe(
+            manifest.name,
+            platform,
+            files,
+            found,
+            board=known.name,
+            engine=chosen,
+            ram_mb=math.ceil(kept_mb),
+            memory_max_mb=limit_mb,
+        )
         contents[KIT_NAME] = described
         contents[SUMS_NAME] = sums = output.sums(files, described)
         output.write(contents, out, f"{manifest.name}-{known.name}")
@@ -119,8 +132,13 @@ def describe(
     board: str,
     engine: str,
     ram_mb: int,
+    memory_max_mb: int | None = None,
 ) -> bytes:
-    """The bytes of kit.json."""
+    """The bytes of kit.json.
+
+    `ram_mb` is the memory that the bundle needs at least; `memory_max_mb` is the limit of its unit, by default that of
+    a bundle which needs no more.
+    """
     of_wheels = [f"{file.sha256} {file.path}\n" for file in files if file.path.startswith(f"{WHEELS_FOLDER}/")]
     manifest = next((file.sha256 for file in files if file.path == f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"), None)
     raw: Mapping[str, Any] = {
@@ -138,7 +156,7 @@ def describe(
         },
         "wheels": hashlib.sha256(f"{platform.python}\n{''.join(of_wheels)}".encode()).hexdigest()[:ID_LENGTH],
         "bundle": manifest,
-        "service": {"port": _PORT, "memory_max_mb": math.ceil((ram_mb + SERVER_MB) * _HEADROOM)},
+        "service": {"port": _PORT, "memory_max_mb": memory_max_mb or _limit_mb(ram_mb)},
         "files": [asdict(file) for file in files],
     }
     return (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode()
@@ -152,12 +170,22 @@ def _engine(manifest: Manifest, engine: str | None) -> str:
     return engine or formats[0]
 
 
-def _ram_mb(bundle: Path, manifest: Manifest, engine: str, board: boards.Board) -> int:
-    """The memory that the bundle needs in MB; IncompatibleError if the board has less."""
+def _memory_mb(bundle: Path, manifest: Manifest, engine: str, board: boards.Board) -> tuple[float, float]:
+    """The memory that the bundle needs in MB, and what of it the system cannot drop.
+
+    IncompatibleError if the board leaves less than the latter, as in `edgetune devices fit`.
+    """
     if task_types.load(manifest.task).offers("fit"):
-        return math.ceil(fit.require_fit(needs_of_bundle(bundle, engine=engine), board).needed_mb)
+        found = fit.require_fit(needs_of_bundle(bundle, engine=engine), board)
+        return found.needed_mb, found.kept_mb
     # There is no prediction: twice the files leaves room for activations and caches.
-    return math.ceil(2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb)
+    guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb
+    return guessed_mb, guessed_mb
+
+
+def _limit_mb(needed_mb: float) -> int:
+    """The memory limit of the unit, if the board leaves as much."""
+    return math.ceil((needed_mb + SERVER_MB) * _HEADROOM)
 
 
 def _own_wheels(platform: Platform, folder: Path, *, engine: str, wheel: Path | None, progress: Progress) -> list[Path]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edgetune_devices.boards import Board
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import IncompatibleError, UsageError
+from packaging.tags import Tag, compatible_tags, cpython_tags
 
 from edgetune.delivery.wheel.platforms import GLIBC
 
@@ -56,6 +57,14 @@ class Platform:
         for tag in (*tags, "manylinux2014"):
             yield from ("--platform", f"{tag}_{self.machine}")
 
+    def runs(self, tag: Tag) -> bool:
+        """Whether a wheel with this tag runs here, with whatever glibc: a kit's need of it is checked on the board."""
+        if not re.fullmatch(rf"any|(manylinux\w*|linux)_{self.machine}", tag.platform):
+            return False
+        interpreter, version = f"cp{self.python.replace('.', '')}", tuple(map(int, self.python.split(".")))
+        cpython = cpython_tags(version, [interpreter], [tag.platform])
+        return tag in {*cpython, *compatible_tags(version, interpreter, [tag.platform])}
+
     def markers(self) -> dict[str, str]:
         """The values of environment markers on the board."""
         return {
@@ -74,7 +83,13 @@ class Platform:
 
 
 def platform_of(board: Board, python: str) -> Platform:
-    """The platform of a board with Python `python`, a version or "system"; UsageError for a version that is too old."""
+    """The platform of a board with Python `python`, a version or "system".
+
+    UsageError for a version that is too old, IncompatibleError for a board without Linux.
+    """
+    if board.system != "linux":
+        message = f"{board.name} runs {board.system}, and kits are for Linux"
+        raise IncompatibleError(message, "choose another --board; on this one, install edgetune-runtime with pip")
     is_x86 = any(name.startswith("x86-64") for name in board.instruction_sets)
     chosen = SYSTEM_PYTHON if python == SYSTEM else python
     if not re.fullmatch(r"3\.\d{1,2}", chosen):

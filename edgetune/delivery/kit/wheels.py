@@ -75,6 +75,20 @@ def read_wheel(path: Path) -> Wheel:
         raise VerificationError(f"{path} is not a wheel: {error}", "download or build it again") from error
 
 
+def require_wheel_of(name: str, path: Path, platform: Platform) -> None:
+    """Raise IncompatibleError unless `path` is a wheel of `name` that runs on the platform.
+
+    VerificationError if it is no wheel.
+    """
+    wheel = read_wheel(path)
+    *_, tags = parse_wheel_filename(path.name)
+    if wheel.name != name:
+        raise IncompatibleError(f"{path.name} is a wheel of {wheel.name}", f"give one of {name}")
+    if not any(map(platform.runs, tags)):
+        message = f"{path.name} does not run with Python {platform.python} on {platform.name}"
+        raise IncompatibleError(message, f"give a wheel of {name} for this, or leave out --wheel to build one")
+
+
 def collect(
     extras: Sequence[str], platform: Platform, given: Sequence[Path], folder: Path, progress: Progress
 ) -> list[Wheel]:

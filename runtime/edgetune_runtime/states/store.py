@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from edgetune_runtime.errors import OutOfSpaceError
 SUFFIX = ".kv"
 KIND = "edgetune_state"
 """The kind of a state's file; see `checked_file`."""
+_ABANDONED_S = 600.0
+"""A temporary file that was not written to for this long is a killed writer's: writing a state takes seconds."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,13 +89,14 @@ class StateStore:
     def save(self, identity: Mapping[str, Any], state: memoryview, label: str, tokens: int) -> bool:
         """Save a state, evicting the least recently used ones if needed; returns whether it was saved.
 
-        `label` is a readable description.
+        Also deletes the temporary files that killed writers left. `label` is a readable description.
         """
         if len(state) > self._budget:
             _LOG.debug("did not save a state of %.1f MB: the limit is %.1f MB", len(state) / 1e6, self._budget / 1e6)
             return False
         path = self.path_of(identity)
         try:
+            self._drop_abandoned()
             self._evict(self._budget - len(state), path)
             write_checked(path, KIND, {"identity": identity, "label": label, "tokens": tokens}, state)
         except (OSError, OutOfSpaceError) as error:
@@ -107,11 +111,21 @@ class StateStore:
     def clear(self) -> int:
         """Delete all states and the temporary files of killed writers; returns the number of states."""
         entries = self.entries()
-        leftovers = self.folder.glob(f".*{SUFFIX}.tmp-*")
-        for path in [*(entry.path for entry in entries), *leftovers]:
+        for path in [*(entry.path for entry in entries), *self._temporaries()]:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         return len(entries)
+
+    def _temporaries(self) -> Iterator[Path]:
+        """The files of writers at work and of killed ones."""
+        return self.folder.glob(f".*{SUFFIX}.tmp-*")
+
+    def _drop_abandoned(self) -> None:
+        oldest = time.time() - _ABANDONED_S
+        for path in self._temporaries():
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink(missing_ok=True)
 
     def _entries(self) -> Iterator[StoredState]:
         for path in self.folder.glob(f"*{SUFFIX}"):

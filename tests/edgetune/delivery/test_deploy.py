@@ -270,7 +270,7 @@ def test_a_board_that_is_not_enough_gets_no_file(
         board.deploy(bundle, **changes)
     assert "\n" not in str(error.value)
     (program,) = (board.prefix / "files").iterdir()
-    assert program.stat().st_size < 100_000
+    assert program.stat().st_size < 200_000
 
 
 @pytest.mark.parametrize(
@@ -278,6 +278,7 @@ def test_a_board_that_is_not_enough_gets_no_file(
     [
         ("getconf", "32", "the system is 32-bit on x86_64; install a 64-bit system"),
         ("uname", "armv7l", "the system is 64-bit on armv7l; install a 64-bit system"),
+        ("grep", "", "the board did not say its memory; deploy needs Linux"),
         ("python3", "3.9", "the board has Python 3.9; install 3.11 or newer"),
         ("python3", "", "the board has no python3; install 3.11 or newer"),
     ],
@@ -295,22 +296,73 @@ def test_a_system_that_is_not_enough_is_named(
         stub.unlink()
 
 
+def _facts(machine: str, model: str, ram_mib: int) -> BoardFacts:
+    return BoardFacts("/opt/edgetune/home", machine, ram_mib, model, PYTHON, None, has_unit=False)
+
+
+PI_4 = "Raspberry Pi 4 Model B Rev 1.4"
+
+
 @pytest.mark.parametrize(
-    ("model", "machine", "name"),
+    ("model", "machine", "ram_mib", "name"),
     [
-        ("Raspberry Pi Zero 2 W Rev 1.0", "aarch64", "pi-zero-2w"),
-        ("Raspberry Pi 4 Model B Rev 1.4", "aarch64", "pi-4"),
-        ("Raspberry Pi 5 Model B Rev 1.0", "aarch64", "pi-5"),
-        ("", "x86_64", "laptop"),
+        ("Raspberry Pi Zero 2 W Rev 1.0", "aarch64", 417, "pi-zero-2w"),
+        (PI_4, "aarch64", 909, "pi-4-1gb"),
+        (PI_4, "aarch64", 1843, "pi-4-2gb"),
+        (PI_4, "aarch64", 2800, "pi-4-2gb"),
+        (PI_4, "aarch64", 3792, "pi-4"),
+        (PI_4, "aarch64", 7819, "pi-4-8gb"),
+        ("Raspberry Pi 5 Model B Rev 1.0", "aarch64", 8060, "pi-5"),
+        ("", "x86_64", 3900, "laptop"),
     ],
 )
-def test_a_board_is_known_by_its_model(model: str, machine: str, name: str) -> None:
-    facts = BoardFacts("/opt/edgetune/home", machine, model, PYTHON, None, has_unit=False)
-    assert facts.board_name(None) == name
+def test_a_board_is_known_by_its_model_and_memory(model: str, machine: str, ram_mib: int, name: str) -> None:
+    assert _facts(machine, model, ram_mib).board_name(None) == name
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ram_mib", "name"),
+    [("pi-4", 909, "pi-4-1gb"), ("pi-4", 7819, "pi-4"), ("pi-4-2gb", 3792, "pi-4-2gb"), ("pi-5-4gb", 3792, "pi-5-4gb")],
+)
+def test_a_board_that_is_named_has_no_more_memory_than_there_is(wanted: str, ram_mib: int, name: str) -> None:
+    assert _facts("aarch64", PI_4, ram_mib).board_name(wanted) == name
+
+
+@pytest.mark.parametrize(
+    ("wanted", "problem"),
+    [
+        ("pi-4-2gb", "the board has 909 MiB of memory, and pi-4-2gb has 2048 MiB or more"),
+        ("pi-5", "the board has 909 MiB of memory, and pi-5 has 2048 MiB or more; give a similar board of this size"),
+    ],
+)
+def test_a_board_with_less_memory_than_the_one_that_is_named_is_refused(wanted: str, problem: str) -> None:
+    with pytest.raises(IncompatibleError, match=problem):
+        _facts("aarch64", PI_4, 909).board_name(wanted)
+
+
+def test_the_kit_is_that_of_the_memory_which_the_board_reports(
+    board: Board, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(name: str, _python: str, _out: Path, _earlier: Sequence[Path]) -> None:
+        raise IncompatibleError(f"asked for {name}", "")
+
+    said = {"uname": "aarch64", "grep": "MemTotal:         931500 kB"}
+    stubs = [board.sshd.board_programs / name for name in said]
+    try:
+        for stub in stubs:
+            stub.write_text(f"#!/bin/sh\necho '{said[stub.name]}'\n")
+            stub.chmod(0o755)
+        kits = Kits(bundle, None, make, board.work / "kits")
+        with pytest.raises(IncompatibleError, match="asked for pi-4-1gb"):
+            deploy(board.target, board.where, kits, DeployOptions("pi-4"), Progress())
+    finally:
+        for stub in stubs:
+            stub.unlink()
+    assert "909 MiB of memory, so the kit is the one for pi-4-1gb" in capsys.readouterr().err
 
 
 def test_a_board_that_is_not_known_must_be_named() -> None:
-    facts = BoardFacts("/opt/edgetune/home", "aarch64", "Toaster 2", PYTHON, None, has_unit=False)
+    facts = _facts("aarch64", "Toaster 2", 3792)
     with pytest.raises(UsageError, match=r"model 'Toaster 2' is not known; give a similar one with --board: .*pi-4"):
         facts.board_name(None)
 

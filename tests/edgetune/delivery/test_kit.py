@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 import os
 import platform as this_machine
+import re
 import shutil
 import subprocess
 import sys
@@ -16,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_devices import boards
+from edgetune_devices import boards, fit
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.golden import ask
 from kits import PYTHON, KitMaker, install_sh
 from packaging.requirements import Requirement
+from packaging.tags import parse_tag
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from wheels import repack
 
 from edgetune.cli.main import main
+from edgetune.delivery.board.kit import read_kit
 from edgetune.delivery.kit import output
 from edgetune.delivery.kit.make import make_kit
 from edgetune.delivery.kit.platforms import Platform, platform_of
@@ -193,6 +197,8 @@ def test_the_list_of_parts_has_each_wheel_with_its_licence(kit_of: Callable[[str
         ({"python": "3.99"}, IncompatibleError, "for Python 3.99 on "),
         ({"engine": "torch"}, IncompatibleError, "no files for --engine torch"),
         ({"wheel": Path(__file__)}, VerificationError, "is not a wheel"),
+        ({"board": "apple-m1"}, IncompatibleError, "apple-m1 runs macos, and kits are for Linux"),
+        ({"board": "nowhere.toml"}, NotFoundError, "no board file nowhere.toml"),
     ],
 )
 def test_a_wrong_request_is_one_line(
@@ -203,6 +209,71 @@ def test_a_wrong_request_is_one_line(
     with pytest.raises(error, match=told):
         make_kit(home, options.pop("board"), tmp_path / "kit", progress=QUIET, **options)
     assert not (tmp_path / "kit").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "told"),
+    [
+        (LLAMA, "py3-none-win_amd64", "win_amd64.whl does not run with Python .* on linux-"),
+        (LLAMA, "cp310-cp310-linux_x86_64", "cp310-cp310-linux_x86_64.whl does not run with Python"),
+        ("h11", None, "h11-.* is a wheel of h11; give one of llama-cpp-python"),
+    ],
+)
+def test_a_wheel_that_the_board_cannot_use_is_one_line(
+    name: str, tag: str | None, told: str, home: Path, tmp_path: Path
+) -> None:
+    wheel = repack(name, tmp_path, tag)
+    with pytest.raises(IncompatibleError, match=told) as error:
+        make_kit(home, BOARD, tmp_path / "kit", python=PYTHON, wheel=wheel, progress=QUIET)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tag", "runs"),
+    [
+        ("py3-none-any", True),
+        ("py3-none-manylinux_2_36_aarch64", True),
+        ("cp313-cp313-manylinux2014_aarch64", True),
+        ("cp39-abi3-linux_aarch64", True),
+        ("cp312-cp312-linux_aarch64", False),
+        ("cp314-abi3-linux_aarch64", False),
+        ("py3-none-manylinux_2_36_x86_64", False),
+        ("py3-none-musllinux_1_2_aarch64", False),
+        ("py3-none-macosx_11_0_arm64", False),
+    ],
+)
+def test_a_wheel_runs_on_its_machine_and_python(tag: str, runs: bool) -> None:
+    (parsed,) = parse_tag(tag)
+    assert Platform("aarch64", "3.13").runs(parsed) == runs
+
+
+def board_file(folder: Path, free_mb: float) -> Path:
+    """A board like this machine that leaves `free_mb`."""
+    text = (boards.FOLDER / f"{BOARD}.toml").read_text(encoding="utf-8")
+    path = folder / "small.toml"
+    free = f"ram_free_mib = {math.ceil(free_mb * 1e6 / 2**20)}"
+    path.write_text(re.sub(r"^ram_free_mib = \d+", free, text, flags=re.MULTILINE), encoding="utf-8")
+    return path
+
+
+@pytest.mark.usefixtures("_offline")
+def test_a_board_file_is_a_board_and_the_unit_gets_what_it_leaves(home: Path, wheelhouse: Path, tmp_path: Path) -> None:
+    found = fit.fit(fit.needs_of_bundle(home, engine="gguf"), boards.load(BOARD))
+    path = board_file(tmp_path, found.kept_mb)
+    free_mb = boards.read(path).free_mb
+    assert found.kept_mb <= free_mb < found.needed_mb
+    assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path), "--no-bundle") == 0
+    kit = read_kit(tmp_path / "kit")
+    assert (kit.board, kit.needs["ram_mb"]) == ("small", math.ceil(found.kept_mb))
+    assert kit.service["memory_max_mb"] == int(free_mb)
+
+
+@pytest.mark.usefixtures("_offline")
+def test_a_bundle_that_devices_fit_refuses_gets_no_kit(home: Path, wheelhouse: Path, tmp_path: Path) -> None:
+    found = fit.fit(fit.needs_of_bundle(home, engine="gguf"), boards.load(BOARD))
+    path = board_file(tmp_path, found.kept_mb - 2)
+    assert not fit.fit(fit.needs_of_bundle(home, engine="gguf"), boards.read(path)).fits
+    assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path)) == IncompatibleError.exit_code
 
 
 def test_a_damaged_bundle_is_refused(home: Path, wheelhouse: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,18 @@ def test_clear_deletes_states_and_what_killed_writers_left_and_nothing_else(stor
     assert {entry.label for entry in store.entries()} == {"home", "damaged"}
     assert store.clear() == 2
     assert [path.name for path in store.folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_save_deletes_what_killed_writers_left_but_not_the_files_of_writers_at_work(store: StateStore) -> None:
+    store.folder.mkdir()
+    left, written = store.folder / ".abc.kv.tmp-1-1", store.folder / ".abd.kv.tmp-2-2"
+    for path in (left, written):
+        path.write_bytes(b"half")
+    hour_ago = time.time() - 3600
+    os.utime(left, (hour_ago, hour_ago))
+    assert store.save(identity("one"), STATE, "home", 7)
+    assert not left.exists()
+    assert written.exists()
 
 
 def test_the_folder_is_the_users_cache_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
