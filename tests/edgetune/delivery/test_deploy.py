@@ -255,7 +255,7 @@ def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
         ({"needs": {"instructions": ["amx"], "glibc": "2.0", "ram_mb": 1, "packages_mb": 1}}, "lacks amx"),
         (
             {"needs": {"instructions": [], "glibc": "2.0", "ram_mb": 10**7, "packages_mb": 1}},
-            "needs 10000000 MB of mem",
+            "needs at least 10000000 MB of mem",
         ),
         (
             {"wheels": "another", "needs": {"instructions": [], "glibc": "2.0", "ram_mb": 1, "packages_mb": 10**9}},

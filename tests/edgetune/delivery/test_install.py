@@ -230,7 +230,7 @@ def changed(**needs: object) -> Callable[[bytes], bytes]:
         ({"python": "3.99"}, "the kit's wheels are for Python 3.99"),
         ({"instructions": ["asimd2"]}, "this processor lacks asimd2"),
         ({"glibc": "2.999"}, "the kit's wheels need 2.999"),
-        ({"ram_mb": 10**9}, "the bundle needs 1000000000 MB of memory"),
+        ({"ram_mb": 10**9}, "the bundle needs at least 1000000000 MB of memory"),
         ({"packages_mb": 10**9, "wheels": "other"}, "of disk"),
         ({"schema": 99}, "has schema 99"),
         ({"name": "../home"}, "'../home' is no valid name"),
