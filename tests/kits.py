@@ -71,6 +71,12 @@ case "$*" in
     *restart*)
         eval "exec $(sed -n 's/^ExecStart=//p' units/systemd/user/*.service)" > /dev/null 2>&1 &
         echo $! > process ;;
+    *ActiveState*)
+        if [ -f process ] && kill -0 "$(cat process)" 2>/dev/null; then
+            printf 'ActiveState=active\\nMainPID=%s\\n' "$(cat process)"
+        else
+            printf 'ActiveState=activating\\nMainPID=0\\n'
+        fi ;;
 esac
 """
 """A stand-in for systemctl that starts the command of the unit's file, which is in `units` beside it."""

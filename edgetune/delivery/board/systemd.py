@@ -52,15 +52,9 @@ class Manager:
         return shown if shown.exists() and shown != Path() else None
 
     def serves(self, name: str, port: int) -> bool:
-        """Whether the unit is active and its main process listens on the port.
-
-        What systemctl does not tell counts as fulfilled.
-        """
+        """Whether the unit is active and its main process listens on the port."""
         shown = self._shown(name, "ActiveState", "MainPID")
-        if shown.get("ActiveState", "active") != "active":
-            return False
-        pid = shown.get("MainPID", "")
-        return not pid.isdigit() or listens(int(pid), port)
+        return shown.get("ActiveState") == "active" and listens(int(shown["MainPID"]), port)
 
     def _shown(self, name: str, *properties: str) -> dict[str, str]:
         text = self.call("show", f"--property={','.join(properties)}", f"{name}.service")

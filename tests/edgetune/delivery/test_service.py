@@ -25,15 +25,9 @@ from edgetune.delivery.board.kit import read_kit
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
 
 
-# Tells the state of the process, and the file of a unit of the system's packages.
+# Tells the file of a unit of the system's packages.
 SHOW = """\
 case "$*" in
-    *ActiveState*)
-        if [ -f process ] && kill -0 "$(cat process)" 2>/dev/null; then
-            printf 'ActiveState=active\\nMainPID=%s\\n' "$(cat process)"
-        else
-            printf 'ActiveState=activating\\nMainPID=0\\n'
-        fi ;;
     *FragmentPath*ssh.service) echo "FragmentPath=$PWD/ssh.service" ;;
     *FragmentPath*) echo FragmentPath= ;;
 esac
