@@ -126,7 +126,8 @@ class KitMaker:
         contents |= {f"{BUNDLE_FOLDER}/{name}": data for name, data in bundle.items()}
         contents |= {"board.pyz": board_program(), "install.sh": install_script(platform)}
         files = output.listed(contents)
-        described = change(describe("home", platform, files, found, board="laptop", engine="gguf", ram_mb=1))
+        sizes = {"ram_mb": 1, "memory_max_mb": 17}
+        described = change(describe("home", platform, files, found, board="laptop", engine="gguf", **sizes))
         contents |= {KIT_NAME: described, SUMS_NAME: output.sums(files, described)}
         output.write(contents, out, "home-laptop")
 

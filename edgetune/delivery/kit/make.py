@@ -87,7 +87,7 @@ def make_kit(
     chosen = _engine(manifest, engine)
     output.check_destination(out)
     needed_mb, kept_mb = _memory_mb(bundle, manifest, chosen, known)
-    limit_mb = min(_limit_mb(needed_mb), int(known.free_mb))
+    limit_mb = min(math.ceil((needed_mb + SERVER_MB) * _HEADROOM), int(known.free_mb))
     if with_bundle:
         progress.say(f"checking the files of {manifest.name}")
         verify_files(bundle, manifest)
@@ -132,12 +132,11 @@ def describe(
     board: str,
     engine: str,
     ram_mb: int,
-    memory_max_mb: int | None = None,
+    memory_max_mb: int,
 ) -> bytes:
     """The bytes of kit.json.
 
-    `ram_mb` is the memory that the bundle needs at least; `memory_max_mb` is the limit of its unit, by default that of
-    a bundle which needs no more.
+    `ram_mb` is the memory that the bundle needs at least, `memory_max_mb` the limit of its unit.
     """
     of_wheels = [f"{file.sha256} {file.path}\n" for file in files if file.path.startswith(f"{WHEELS_FOLDER}/")]
     manifest = next((file.sha256 for file in files if file.path == f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"), None)
@@ -156,7 +155,7 @@ def describe(
         },
         "wheels": hashlib.sha256(f"{platform.python}\n{''.join(of_wheels)}".encode()).hexdigest()[:ID_LENGTH],
         "bundle": manifest,
-        "service": {"port": _PORT, "memory_max_mb": memory_max_mb or _limit_mb(ram_mb)},
+        "service": {"port": _PORT, "memory_max_mb": memory_max_mb},
         "files": [asdict(file) for file in files],
     }
     return (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode()
@@ -181,11 +180,6 @@ def _memory_mb(bundle: Path, manifest: Manifest, engine: str, board: boards.Boar
     # There is no prediction: twice the files leaves room for activations and caches.
     guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb
     return guessed_mb, guessed_mb
-
-
-def _limit_mb(needed_mb: float) -> int:
-    """The memory limit of the unit, if the board leaves as much."""
-    return math.ceil((needed_mb + SERVER_MB) * _HEADROOM)
 
 
 def _own_wheels(platform: Platform, folder: Path, *, engine: str, wheel: Path | None, progress: Progress) -> list[Path]:

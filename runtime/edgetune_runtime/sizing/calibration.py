@@ -158,15 +158,11 @@ def read_calibration(path: Path, needs: Needs) -> Calibration:
 
     NotFoundError if there are none for the engine, UsageError for a file of another kind.
     """
-    engines = _read(path)["engines"]
-    if not engines.get(needs.engine):
-        remedy = (
-            f"measure them on the board: edgetune-run doctor BUNDLE --engine {needs.engine} --calibrate {path.name}"
-        )
-        raise NotFoundError(
-            f"{path} has no figures for {needs.engine}, only for {', '.join(engines) or 'none'}", remedy
-        )
-    found = engines[needs.engine]
+    engines, engine = _read(path)["engines"], needs.engine
+    found = engines.get(engine)
+    if not found:
+        remedy = f"measure them on the board: edgetune-run doctor BUNDLE --engine {engine} --calibrate {path.name}"
+        raise NotFoundError(f"{path} has no figures for {engine}, only for {', '.join(engines) or 'none'}", remedy)
     weights = needs.weights if needs.weights in found else next(iter(found))
     return Calibration(SpeedFigures(**found[weights]), weights)
 
