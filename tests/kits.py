@@ -13,6 +13,7 @@ from edgetune_runtime.bundle import MANIFEST_NAME, BaseEntry, FileEntry, Manifes
 from wheels import repack
 
 from edgetune.delivery.board.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEELS_FOLDER
+from edgetune.delivery.board.opening import DEFAULTS
 from edgetune.delivery.kit import output
 from edgetune.delivery.kit.archives import zip_bytes
 from edgetune.delivery.kit.make import describe
@@ -126,8 +127,8 @@ class KitMaker:
         contents |= {f"{BUNDLE_FOLDER}/{name}": data for name, data in bundle.items()}
         contents |= {"board.pyz": board_program(), "install.sh": install_script(platform)}
         files = output.listed(contents)
-        sizes = {"ram_mb": 1, "memory_max_mb": 17}
-        described = change(describe("home", platform, files, found, board="laptop", engine="gguf", **sizes))
+        given = {"opening": DEFAULTS, "ram_mb": 1, "memory_max_mb": 17}
+        described = change(describe("home", platform, files, found, board="laptop", engine="gguf", **given))
         contents |= {KIT_NAME: described, SUMS_NAME: output.sums(files, described)}
         output.write(contents, out, "home-laptop")
 

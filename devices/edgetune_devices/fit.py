@@ -116,8 +116,11 @@ def fit(needs: Needs, board: Board) -> Fit:
     )
 
 
-def require_fit(needs: Needs, board: Board) -> Fit:
-    """`fit`; IncompatibleError with the memory needed and free, and a remedy, if it does not fit."""
+def require_fit(needs: Needs, board: Board, remedy: str | None = None) -> Fit:
+    """`fit`; IncompatibleError with the memory needed and free, and a remedy, if it does not fit.
+
+    `remedy` takes the place of the one that changes a recipe.
+    """
     result = fit(needs, board)
     if not result.fits:
         largest = result.largest
@@ -125,7 +128,7 @@ def require_fit(needs: Needs, board: Board) -> Fit:
             f"needs {result.kept_mb:.0f} MB, but {board.name} leaves {result.available_mb:.0f} MB; "
             f"the largest part is {largest.name} with {largest.mb:.0f} MB"
         )
-        raise IncompatibleError(message, _remedy(needs, board, result))
+        raise IncompatibleError(message, remedy or _remedy(needs, board, result))
     return result
 
 

@@ -11,6 +11,8 @@ import typer
 from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 
+from edgetune.delivery.board.opening import Opening
+
 # Titles of the option groups in --help.
 RECIPE_PANEL = "Recipe overrides"
 BASE_PANEL = "Base"
@@ -37,6 +39,26 @@ AsJson = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.", rich_help_panel=OUTPUT_PANEL)]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Context length in tokens (default: the bundle's).", rich_help_panel=ENGINE_PANEL
+    ),
+]
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Data type of keys and values, as for `edgetune-run`: q8_0 halves them.",
+        rich_help_panel=ENGINE_PANEL,
+    ),
+]
+CacheMb = Annotated[
+    float | None,
+    typer.Option(
+        metavar="N", min=0, help="Memory for saved states, as for `edgetune-run`.", rich_help_panel=ENGINE_PANEL
+    ),
+]
 Targets = Annotated[
     str | None,
     typer.Option(metavar="A,B", help="Formats to write, such as gguf,onnx.", rich_help_panel=RECIPE_PANEL),
@@ -56,6 +78,13 @@ def targets_of(joined: str) -> list[str]:
         if error is not None:
             raise UsageError(f"--targets: {error.message}", error.remedy)
     return names
+
+
+def opening_of(engine: str | None, context_length: int | None, kv: str | None, cache_mb: float | None) -> Opening:
+    """How a board opens a bundle; UsageError for a data type of keys and values that the engine lacks."""
+    if kv not in (None, *(("f16", "q8_0") if engine != "onnx" else ("f32",))):
+        raise UsageError(f"no data type {kv!r} for keys and values", "give f16 or q8_0 with gguf, f32 with onnx")
+    return Opening(context_length, kv, cache_mb)
 
 
 def settings_of(settings: Sequence[str] | None) -> dict[str, str]:

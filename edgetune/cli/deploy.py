@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
-from .arguments import ENGINE_PANEL, AsJson, Quiet, print_json
+from .arguments import ENGINE_PANEL, AsJson, CacheMb, ContextLength, Kv, Quiet, opening_of, print_json
 
 if TYPE_CHECKING:
+    from edgetune.delivery.board.opening import Opening
     from edgetune.delivery.deploy.deploy import Outcome
     from edgetune.delivery.deploy.kits import Kits
     from edgetune.delivery.deploy.target import Target
@@ -70,7 +71,7 @@ def deploy_bundle(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The board: see `edgetune devices list` (default: what it says of itself).",
+            help="The board: see `edgetune devices list`, or a board file (default: what it says of itself).",
             rich_help_panel=BOARD_PANEL,
         ),
     ] = None,
@@ -80,6 +81,9 @@ def deploy_bundle(
             metavar="NAME", help="gguf or onnx (default: the bundle's first format).", rich_help_panel=ENGINE_PANEL
         ),
     ] = None,
+    context_length: ContextLength = None,
+    kv: Kv = None,
+    cache_mb: CacheMb = None,
     inventory: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Boards, one USER@HOST[:PORT] per line.", rich_help_panel=FLEET_PANEL),
@@ -119,7 +123,7 @@ def deploy_bundle(
     if service is None and (listen is not None or port is not None):
         raise UsageError("--listen and --port are those of a unit", "add --service NAME")
     if board is not None:
-        boards.load(board)
+        boards.find(board)
     where = Where(read_manifest(bundle).name, prefix)
     targets = [parse_target(host)] if host is not None else read_inventory(inventory or Path())
     act: Callable[[Target], Outcome]
@@ -128,7 +132,8 @@ def deploy_bundle(
     elif lists:
         act = partial(list_versions, where=where)
     else:
-        kits = _kits(bundle, engine, Progress(quiet=quiet))
+        opening = opening_of(engine, context_length, kv, cache_mb)
+        kits = _kits(bundle, engine, opening, Progress(quiet=quiet))
         # Boards of an inventory have one line each.
         progress = Progress(quiet=quiet or inventory is not None)
         unit = None if service is None else UnitOptions(service, listen, port)
@@ -144,16 +149,16 @@ def deploy_bundle(
     _run_on_all(targets, parallel, act, as_json=as_json)
 
 
-def _kits(bundle: Path, engine: str | None, progress: Progress) -> Kits:
+def _kits(bundle: Path, engine: str | None, opening: Opening, progress: Progress) -> Kits:
     import platformdirs  # noqa: PLC0415 - help needs none of it
 
     from edgetune.delivery.deploy.kits import Kits  # noqa: PLC0415
     from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415
 
     def make(board: str, python: str, out: Path, earlier: Sequence[Path]) -> None:
-        make_kit(bundle, board, out, python=python, engine=engine, progress=progress, earlier=earlier)
+        make_kit(bundle, board, out, python=python, engine=engine, opening=opening, progress=progress, earlier=earlier)
 
-    return Kits(bundle, engine, make, Path(platformdirs.user_cache_dir("edgetune")) / "kits")
+    return Kits(bundle, engine, make, Path(platformdirs.user_cache_dir("edgetune")) / "kits", opening)
 
 
 def _run_on_all(targets: Sequence[Target], parallel: int, act: Callable[[Target], Outcome], *, as_json: bool) -> None:

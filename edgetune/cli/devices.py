@@ -18,7 +18,7 @@ from edgetune_runtime.sizing.needs import COSTS, with_options
 
 from edgetune import task_types
 
-from .arguments import BOARD
+from .arguments import BOARD, ENGINE_PANEL, CacheMb, ContextLength, Kv, opening_of
 
 app = typer.Typer(help="Show boards, and what fits on them.", no_args_is_help=True)
 
@@ -71,21 +71,14 @@ def fit_target(
     device: Annotated[str, typer.Option("--device", metavar="NAME", help=BOARD)],
     ram_mib: RamMib = None,
     engine: Annotated[
-        str | None, typer.Option("--engine", metavar="NAME", help="gguf or onnx (default: the target's first format).")
-    ] = None,
-    context_length: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            "--context-length", metavar="N", min=1, help="Context length in tokens (default: the target's own)."
+            metavar="NAME", help="gguf or onnx (default: the target's first format).", rich_help_panel=ENGINE_PANEL
         ),
     ] = None,
-    kv: Annotated[
-        str | None, typer.Option("--kv", metavar="TYPE", help="As for `edgetune-run`: q8_0 halves keys and values.")
-    ] = None,
-    cache_mb: Annotated[
-        float | None,
-        typer.Option("--cache-mb", metavar="N", min=0, help="Memory for saved states, as for `edgetune-run`."),
-    ] = None,
+    context_length: ContextLength = None,
+    kv: Kv = None,
+    cache_mb: CacheMb = None,
     serve: Annotated[bool, typer.Option("--serve", help="Also count the memory of `edgetune-run serve`.")] = False,
     limit_mb: Annotated[
         float | None,
@@ -100,8 +93,7 @@ def fit_target(
     """Predict the memory and the speed of a bundle or recipe on a board, and what to change if it does not fit."""
     if engine is not None and engine not in COSTS:
         raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(COSTS)}")
-    if kv not in (None, *(("f16", "q8_0") if engine != "onnx" else ("f32",))):
-        raise UsageError(f"no data type {kv!r} for keys and values", "give f16 or q8_0 with gguf, f32 with onnx")
+    opening_of(engine, context_length, kv, cache_mb)
     board = _board(device, ram_mib)
     if limit_mb is not None:
         board = replace(board, ram_free_mib=min(board.ram_free_mib, int(limit_mb * 1e6 / 2**20)))

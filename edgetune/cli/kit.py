@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from .arguments import BOARD, OUTPUT_PANEL, AsJson, Quiet, print_json
+from .arguments import (
+    BOARD,
+    ENGINE_PANEL,
+    OUTPUT_PANEL,
+    AsJson,
+    CacheMb,
+    ContextLength,
+    Kv,
+    Quiet,
+    opening_of,
+    print_json,
+)
 
 # The Python of current Raspberry Pi OS.
 _PYTHON = "3.13"
@@ -28,8 +39,14 @@ def kit(
         typer.Option(metavar="VERSION", help="The board's Python; system: that of Raspberry Pi OS (/usr/bin/python3)."),
     ] = _PYTHON,
     engine: Annotated[
-        str | None, typer.Option(metavar="NAME", help="gguf or onnx (default: the bundle's first format).")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="gguf or onnx (default: the bundle's first format).", rich_help_panel=ENGINE_PANEL
+        ),
     ] = None,
+    context_length: ContextLength = None,
+    kv: Kv = None,
+    cache_mb: CacheMb = None,
     no_bundle: Annotated[bool, typer.Option("--no-bundle", help="Leave the bundle out.")] = False,
     wheel: Annotated[
         Path | None,
@@ -40,7 +57,8 @@ def kit(
 ) -> None:
     """Pack a bundle, the runtime and an installer for a board that has no network.
 
-    On the board, run `sh install.sh` in the kit's folder. The same bundle and versions give the same bytes.
+    On the board, run `sh install.sh` in the kit's folder. The same bundle and versions give the same bytes. With
+    --context-length, --kv and --cache-mb, the unit on the board opens the bundle so; they make a bundle fit.
     """
     from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415 - help needs none of it
     from edgetune.progress import Progress  # noqa: PLC0415
@@ -51,6 +69,7 @@ def kit(
         out,
         python=python,
         engine=engine,
+        opening=opening_of(engine, context_length, kv, cache_mb),
         with_bundle=not no_bundle,
         wheel=wheel,
         progress=Progress(quiet=quiet),

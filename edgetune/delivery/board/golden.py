@@ -28,7 +28,7 @@ def check(prefix: Path, kit: Kit) -> dict[str, Any] | None:
     command = [str(folder / "venv/bin/python"), "-I", "-m", "edgetune_runtime", "check", str(folder / BUNDLE_FOLDER)]
     try:
         done = subprocess.run(
-            [*command, "--engine", kit.engines[0], "--json", "--no-verify"],
+            [*command, "--engine", kit.engines[0], *kit.opening.words(), "--json", "--no-verify"],
             capture_output=True,
             text=True,
             check=False,

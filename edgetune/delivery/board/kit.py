@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from edgetune_runtime.errors import NotFoundError, VerificationError
 
+from .opening import Opening, parse_opening
+
 SCHEMA_VERSION = 1
 KIT_NAME = "kit.json"
 SUMS_NAME = "SHA256SUMS"
@@ -48,7 +50,7 @@ class Kit:
 
     `needs` has `instructions`, `glibc`, `ram_mb`, and `packages_mb`, the disk space of installed wheels. `wheels` is
     the id of the set of wheels; `bundle` the digest of the bundle's manifest, None without a bundle; `service` the
-    settings of the systemd unit.
+    settings of the systemd unit, `opening` how it and the check open the bundle.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Kit:
     wheels: str
     bundle: str | None
     service: Mapping[str, Any]
+    opening: Opening
     files: tuple[KitFile, ...]
     text: str
 
@@ -129,6 +132,7 @@ def parse_kit(text: str) -> Kit:
             wheels=_matching(_NAME, _field(raw, "wheels", str)),
             bundle=None if bundle is None else _matching(_DIGEST, bundle),
             service=_service(_field(raw, "service", dict)),
+            opening=parse_opening(raw.get("opening", {})),
             files=tuple(_file(entry) for entry in _field(raw, "files", list)),
             text=text,
         )

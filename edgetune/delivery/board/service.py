@@ -35,7 +35,7 @@ After=network.target
 
 [Service]
 Type=exec
-ExecStart={python} -I -m edgetune_runtime serve {path} --engine {engine} --host {host} --port {port}{keys} --warm
+ExecStart={python} -I -m edgetune_runtime serve {path} --engine {engine} --host {host} --port {port}{more} --warm
 WorkingDirectory=/
 Environment=EDGETUNE_CACHE=%C/{name}
 CacheDirectory={name}
@@ -123,6 +123,9 @@ class Service:
         if self.needs_key and not self.user:
             # Only root reads the file: systemd hands a copy to the unit's own account.
             sandbox += f"LoadCredential={KEYS_NAME}:{str(keys).replace('%', '%%')}\n"
+        more = kit.opening.words()
+        if self.needs_key:
+            more += ["--api-key-file", _escaped(keys) if self.user else f"%d/{KEYS_NAME}"]
         return _UNIT.format(
             bundle=kit.name,
             owner=_OWNER.format(prefix=prefix.absolute()),
@@ -131,7 +134,7 @@ class Service:
             engine=kit.engines[0],
             host=self.host,
             port=self.port,
-            keys=f" --api-key-file {_escaped(keys) if self.user else f'%d/{KEYS_NAME}'}" if self.needs_key else "",
+            more="".join(f" {word}" for word in more),
             name=self.name,
             memory_mb=kit.service["memory_max_mb"] * 10**6 // 2**20,
             sandbox=sandbox,

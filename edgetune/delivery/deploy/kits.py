@@ -7,15 +7,17 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
+from edgetune_devices import boards
 from edgetune_runtime import __version__
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import EdgetuneError
 
 from edgetune.delivery.board.kit import BUNDLE_FOLDER, PROGRAM_NAME, WHEELS_FOLDER, Kit, KitFile, read_kit
+from edgetune.delivery.board.opening import DEFAULTS, Opening
 from edgetune.delivery.board.store import check_file
 from edgetune.delivery.kit.program import board_program
 from edgetune.delivery.kit.runtime_wheel import runtime_wheel
@@ -48,14 +50,18 @@ class MadeKit:
 
 
 class Kits:
-    """The kits of one bundle, in the folder `cache`. `engine` is part of what a cached kit is found by.
+    """The kits of one bundle, in the folder `cache`.
 
+    `engine` and `opening`, with which `make` makes them, are part of what a cached kit is found by.
     Compares the bundle's files with their digests first, and raises what `read_manifest` and `verify_files` raise.
     """
 
-    def __init__(self, bundle: Path, engine: str | None, make: MakeKit, cache: Path) -> None:
+    def __init__(
+        self, bundle: Path, engine: str | None, make: MakeKit, cache: Path, opening: Opening = DEFAULTS
+    ) -> None:
         verify_files(bundle, read_manifest(bundle))
         self._bundle, self._engine, self._make, self._cache = bundle, engine, make, cache
+        self._opening = opening
         self._made: dict[tuple[str, str], MadeKit] = {}
         self._lock = threading.Lock()
 
@@ -71,7 +77,10 @@ class Kits:
         # Wheels have the versions that are installed here.
         installed = sorted((item.name, item.version) for item in distributions())
         wheels = key_of([__version__, self._engine, board, python, installed])[:16]
-        others = key_of([sha256_of(self._bundle / MANIFEST_NAME), board_program().hex(), runtime_wheel()[1].hex()])[:16]
+        code = [board_program().hex(), runtime_wheel()[1].hex()]
+        others = key_of(
+            [sha256_of(self._bundle / MANIFEST_NAME), asdict(boards.find(board)), self._opening.given, *code]
+        )[:16]
         folder = self._cache / f"{wheels}-{others}"
         kit = _cached(folder)
         if kit is None:

@@ -65,16 +65,18 @@ class BoardFacts:
     def board_name(self, wanted: str | None) -> str:
         """The board whose kit this one gets: `wanted`, or the one that its model names, in the size of its memory.
 
-        `wanted` is kept if this board has as much memory or more. UsageError if none is known, IncompatibleError if
-        `wanted` has another processor, or if this board has less memory than any size of the board.
+        `wanted` is kept if it is a board file, or if this board has as much memory or more. UsageError if none is
+        known, IncompatibleError if `wanted` has another processor, or if this board has less memory than any size of
+        the board.
         """
-        board = boards.load(self._named_by_model() if wanted is None else wanted)
+        named = self._named_by_model() if wanted is None else wanted
+        board = boards.find(named)
         machine = platform_of(board, self.python).machine
         if machine != self.machine:
             message = f"the board is {self.machine}, and --board {board.name} is {machine}"
             raise IncompatibleError(message, "choose another --board, or leave it out")
-        if not board.ram_sizes_mib:
-            return board.name
+        if not board.ram_sizes_mib or board.name != named:
+            return named
         sizes = [board.ram_mib]
         if board.name == board.family:
             sizes = [size for size in board.ram_sizes_mib if wanted is None or size <= board.ram_mib]

@@ -16,7 +16,7 @@ from edgetune_runtime import __version__
 from edgetune_runtime.bundle import GENERATION, MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, needs_of_bundle
+from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, needs_of_bundle, with_options
 
 from edgetune import task_types
 from edgetune.delivery.board.kit import (
@@ -30,6 +30,7 @@ from edgetune.delivery.board.kit import (
     KitFile,
     parse_kit,
 )
+from edgetune.delivery.board.opening import DEFAULTS, Opening
 from edgetune.delivery.wheel import llama_wheel
 from edgetune.progress import Progress
 
@@ -66,6 +67,7 @@ def make_kit(
     python: str,
     progress: Progress,
     engine: str | None = None,
+    opening: Opening = DEFAULTS,
     with_bundle: bool = True,
     wheel: Path | None = None,
     earlier: Sequence[Path] = (),
@@ -73,11 +75,11 @@ def make_kit(
     """Write the kit of a bundle for a board to `out`, a folder, or a tar file if it ends in .tar.
 
     `board` is the name of a board or the path of a board file. `python` is the board's Python, a version or "system".
-    `engine` is the bundle's first format if None. `wheel` is a wheel of llama-cpp-python to use instead of building
-    one; `earlier` are wheels of another kit for the same Python and machine, which need not be downloaded. Raises
-    NotFoundError for an unknown board, IncompatibleError if the bundle does not fit on the board, if the board does
-    not run Linux or `wheel` does not run there, or if there are no wheels for its Python, UnreachableError if
-    wheels cannot be downloaded.
+    `engine` is the bundle's first format if None, `opening` how the board opens the bundle. `wheel` is a wheel of
+    llama-cpp-python to use instead of building one; `earlier` are wheels of another kit for the same Python and
+    machine, which need not be downloaded. Raises NotFoundError for an unknown board, IncompatibleError if the bundle
+    does not fit on the board, if the board does not run Linux or `wheel` does not run there, or if there are no wheels
+    for its Python, UnreachableError if wheels cannot be downloaded.
     """
     known = boards.find(board)
     platform = platform_of(known, python)
@@ -86,7 +88,7 @@ def make_kit(
     manifest = read_manifest(bundle)
     chosen = _engine(manifest, engine)
     output.check_destination(out)
-    needed_mb, kept_mb = _memory_mb(bundle, manifest, chosen, known)
+    needed_mb, kept_mb = _memory_mb(bundle, manifest, chosen, known, opening=opening, device=board)
     limit_mb = min(math.ceil((needed_mb + SERVER_MB) * _HEADROOM), int(known.free_mb))
     if with_bundle:
         progress.say(f"checking the files of {manifest.name}")
@@ -99,7 +101,7 @@ def make_kit(
         contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{item.path.name}": item.path for item in found}
         contents[PROGRAM_NAME] = board_program()
         contents["install.sh"] = install_script(platform)
-        contents[sbom.NAME] = sbom.bill_of_materials(manifest.name, __version__, found).encode()
+        contents[sbom.NAME] = sbom.bill_of_materials(bundle, manifest, __version__, found).encode()
         if with_bundle:
             contents |= {f"{BUNDLE_FOLDER}/{name}": resolve(bundle, name) for name in (*manifest.files, MANIFEST_NAME)}
         files = output.listed(contents)
@@ -110,6 +112,7 @@ def make_kit(
             found,
             board=known.name,
             engine=chosen,
+            opening=opening,
             ram_mb=math.ceil(kept_mb),
             memory_max_mb=limit_mb,
         )
@@ -131,6 +134,7 @@ def describe(
     *,
     board: str,
     engine: str,
+    opening: Opening,
     ram_mb: int,
     memory_max_mb: int,
 ) -> bytes:
@@ -147,6 +151,7 @@ def describe(
         "machine": platform.machine,
         "python": platform.python,
         "engines": [engine],
+        "opening": opening.given,
         "needs": {
             "instructions": list(platform.instructions),
             "glibc": f"2.{max(wheel.glibc_minor for wheel in found)}",
@@ -169,13 +174,17 @@ def _engine(manifest: Manifest, engine: str | None) -> str:
     return engine or formats[0]
 
 
-def _memory_mb(bundle: Path, manifest: Manifest, engine: str, board: boards.Board) -> tuple[float, float]:
+def _memory_mb(
+    bundle: Path, manifest: Manifest, engine: str, board: boards.Board, *, opening: Opening, device: str
+) -> tuple[float, float]:
     """The memory that the bundle needs in MB, and what of it the system cannot drop.
 
-    IncompatibleError if the board leaves less than the latter, as in `edgetune devices fit`.
+    IncompatibleError if the board, which the user calls `device`, leaves less than the latter.
     """
     if task_types.load(manifest.task).offers("fit"):
-        found = fit.require_fit(needs_of_bundle(bundle, engine=engine), board)
+        needs = needs_of_bundle(bundle, context_length=opening.context_length, engine=engine)
+        remedy = f"see what to change, such as --cache-mb: edgetune devices fit {bundle} --device {device}"
+        found = fit.require_fit(with_options(needs, kv=opening.kv, cache_mb=opening.cache_mb), board, remedy)
         return found.needed_mb, found.kept_mb
     # There is no prediction: twice the files leaves room for activations and caches.
     guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb

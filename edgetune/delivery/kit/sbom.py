@@ -1,13 +1,17 @@
-"""The software bill of materials of a kit in CycloneDX: versions, digests and SPDX licences of its wheels."""
+"""The bill of materials of a kit in CycloneDX: versions, digests and SPDX licences of its wheels and its base."""
 
 from __future__ import annotations
 
 import json
 import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.bundle import Manifest, resolve, sha256_of
+from edgetune_runtime.engines import gguf
+from edgetune_runtime.formats.gguf_file import read_header
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
 from .wheels import Wheel
 
@@ -28,9 +32,10 @@ _SPDX = {
 _BSD = ("BSD", "BSD License")
 
 
-def bill_of_materials(name: str, version: str, wheels: Sequence[Wheel]) -> str:
-    """The text of sbom.cdx.json; without a time, so that the same wheels give the same text."""
-    components = [_component(wheel) for wheel in wheels]
+def bill_of_materials(bundle: Path, manifest: Manifest, version: str, wheels: Sequence[Wheel]) -> str:
+    """The text of sbom.cdx.json; without a time, so that the same bundle and wheels give the same text."""
+    components = [_base(bundle, manifest), *(_component(wheel) for wheel in wheels)]
+    name = manifest.name
     subject = {"type": "application", "bom-ref": name, "name": name, "version": version}
     raw = {
         "$schema": f"http://cyclonedx.org/schema/bom-{_SPEC_VERSION}.schema.json",
@@ -42,6 +47,32 @@ def bill_of_materials(name: str, version: str, wheels: Sequence[Wheel]) -> str:
         "components": components,
     }
     return json.dumps(raw, indent=2, sort_keys=True) + "\n"
+
+
+def _base(bundle: Path, manifest: Manifest) -> Mapping[str, Any]:
+    """The base model. Only the GGUF file of a base can state a licence."""
+    base = manifest.base
+    file = base.files.get(gguf.NAME)
+    stated = None if file is None else read_header(resolve(bundle, file)).metadata.get("general.license")
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": f"base:{base.name}",
+        "name": base.name,
+        "version": base.fingerprint,
+        "components": [
+            {"type": "file", "name": path, "hashes": [{"alg": "SHA-256", "content": manifest.files[path].sha256}]}
+            for path in base.files.values()
+        ],
+        "licenses": [_stated(str(stated))] if stated else [{"license": {"name": "see the base's source"}}],
+    }
+
+
+def _stated(licence: str) -> Mapping[str, Any]:
+    """A licence as a model states it, which need not be one of SPDX (such as `gemma`)."""
+    try:
+        return {"expression": canonicalize_license_expression(licence)}
+    except InvalidLicenseExpression:
+        return {"license": {"name": licence}}
 
 
 def _component(wheel: Wheel) -> Mapping[str, Any]:

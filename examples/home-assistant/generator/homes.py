@@ -14,8 +14,8 @@ from .templates import words
 
 PLACED = {
     "light": (0.85, 3), "switch": (0.3, 2), "fan": (0.25, 1), "cover": (0.35, 2), "climate": (0.3, 1),
-    "media_player": (0.3, 1), "sensor": (0.3, 2), "binary_sensor": (0.25, 1), "lock": (0.1, 1), "valve": (0.1, 2),
-    "vacuum": (0.12, 1),
+    "media_player": (0.3, 1), "sensor": (0.3, 2), "binary_sensor": (0.25, 1), "lock": (0.15, 1), "valve": (0.12, 2),
+    "vacuum": (0.15, 1),
 }  # fmt: skip
 """For each domain, the chance that an area has devices of it, and how many at most."""
 PLACELESS = {"todo": (0.75, 3), "scene": (0.4, 3), "script": (0.3, 2), "weather": (0.4, 1)}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edgetune_devices import boards
 from edgetune_runtime.bundle import MANIFEST_NAME, sha256_of
 from edgetune_runtime.errors import (
     BusyError,
@@ -326,6 +327,12 @@ def test_a_board_is_known_by_its_model_and_memory(model: str, machine: str, ram_
 )
 def test_a_board_that_is_named_has_no_more_memory_than_there_is(wanted: str, ram_mib: int, name: str) -> None:
     assert _facts("aarch64", PI_4, ram_mib).board_name(wanted) == name
+
+
+def test_a_board_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "shop.toml"
+    path.write_text((boards.FOLDER / "pi-4.toml").read_text())
+    assert _facts("aarch64", "Toaster 2", 909).board_name(str(path)) == str(path)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from edgetune_devices import boards, fit
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import GoldenAnswer
+from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.golden import ask
+from edgetune_runtime.sizing.needs import with_options
 from kits import PYTHON, KitMaker, install_sh
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
@@ -31,7 +33,8 @@ from wheels import repack
 
 from edgetune.cli.main import main
 from edgetune.delivery.board.kit import read_kit
-from edgetune.delivery.kit import output
+from edgetune.delivery.board.opening import Opening
+from edgetune.delivery.kit import output, sbom
 from edgetune.delivery.kit.make import make_kit
 from edgetune.delivery.kit.platforms import Platform, platform_of
 from edgetune.delivery.kit.runtime_wheel import runtime_wheel
@@ -179,12 +182,37 @@ def test_the_list_of_parts_has_each_wheel_with_its_licence(kit_of: Callable[[str
     kit = unpacked(kit_of("onnx"), tmp_path)
     raw = json.loads((kit / "sbom.cdx.json").read_text())
     found = {part["name"]: part for part in raw["components"]}
+    base = found.pop(json.loads((kit / "bundle/manifest.json").read_text())["base"]["name"])
+    assert (base["type"], len(base["components"])) == ("machine-learning-model", 2)
     assert len(found) == len(list((kit / "wheels").iterdir()))
     assert found["edgetune-runtime"]["licenses"] == [{"expression": "Apache-2.0"}]
     assert found["jinja2"]["licenses"] == [{"expression": "BSD-3-Clause"}]
     assert found["tokenizers"]["purl"].startswith("pkg:pypi/tokenizers@")
-    assert {part["name"] for part in raw["components"] if "expression" not in part["licenses"][0]} == set()
+    assert {part["name"] for part in found.values() if "expression" not in part["licenses"][0]} == set()
     assert "huggingface-hub" not in found and "protobuf" not in found
+
+
+@pytest.mark.parametrize(
+    ("stated", "listed"),
+    [
+        ("apache-2.0", {"expression": "Apache-2.0"}),
+        ("gemma", {"license": {"name": "gemma"}}),
+        (None, {"license": {"name": "see the base's source"}}),
+    ],
+)
+def test_the_base_has_the_licence_that_its_file_states(
+    stated: str | None, listed: dict[str, Any], tiny_source: Callable[[str], Any], tmp_path: Path
+) -> None:
+    bundle = write_bundle(tmp_path / "home", tiny_source("llama").path, {})
+    writer = gguf.GGUFWriter(bundle / "base/model.gguf", "llama")
+    if stated is not None:
+        writer.add_license(stated)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    raw = json.loads(sbom.bill_of_materials(bundle, read_manifest(bundle), "1", []))
+    assert [part["licenses"] for part in raw["components"]] == [[listed]]
 
 
 @pytest.mark.usefixtures("_offline")
@@ -274,6 +302,50 @@ def test_a_bundle_that_devices_fit_refuses_gets_no_kit(home: Path, wheelhouse: P
     path = board_file(tmp_path, found.kept_mb - 2)
     assert not fit.fit(fit.needs_of_bundle(home, engine="gguf"), boards.read(path)).fits
     assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path)) == IncompatibleError.exit_code
+
+
+@pytest.mark.usefixtures("_offline")
+def test_a_bundle_that_fits_with_other_options_is_opened_with_them(
+    home: Path, wheelhouse: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    board = boards.load(BOARD)
+    needs = fit.needs_of_bundle(home, context_length=64, engine="gguf")
+    kept_mb = fit.fit(with_options(needs, kv="q8_0", cache_mb=0.5), board).kept_mb
+    path = board_file(tmp_path, kept_mb)
+    assert fit.fit(fit.needs_of_bundle(home, engine="gguf"), board).kept_mb > boards.read(path).free_mb
+    assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path)) == IncompatibleError.exit_code
+    assert f"edgetune devices fit {home} --device {path}" in capfd.readouterr().err
+    options = ("--context-length", "64", "--kv", "q8_0", "--cache-mb", "0.5")
+    assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path), *options) == 0
+    kit = read_kit(tmp_path / "kit")
+    assert (kit.opening, kit.needs["ram_mb"]) == (Opening(64, "q8_0", 0.5), math.ceil(kept_mb))
+    assert tuple(kit.opening.words()) == options
+
+
+@pytest.mark.usefixtures("_offline")
+def test_golden_answers_are_asked_with_the_options_of_the_kit(home: Path, wheelhouse: Path, tmp_path: Path) -> None:
+    for length, fails in ((4, True), (64, False)):
+        assert make(home, tmp_path / "kit", wheelhouse, "--context-length", str(length)) == 0
+        done = install_sh(tmp_path / "kit", "--prefix", str(tmp_path / "board"), variables={"PIP_NO_INDEX": "1"})
+        assert bool(done.returncode) == fails, done.stderr
+        assert ("fails its check" if fails else "1 adapters answer as built") in done.stderr
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        {"kv": "f16 --host ::"},
+        {"cache_mb": "1"},
+        {"cache_mb": -1},
+        {"context_length": 0},
+        {"host": "0.0.0.0"},
+        [],
+    ],
+)
+def test_a_kit_with_other_options_is_damaged(opening: object, tmp_path: Path) -> None:
+    kit = KitMaker(tmp_path)("one", change=lambda text: json.dumps({**json.loads(text), "opening": opening}).encode())
+    with pytest.raises(VerificationError, match=r"kit\.json is damaged"):
+        read_kit(kit)
 
 
 def test_a_damaged_bundle_is_refused(home: Path, wheelhouse: Path, tmp_path: Path) -> None:

@@ -340,7 +340,8 @@ def test_a_wrong_unit_is_refused_before_anything_is_installed(
 @pytest.mark.parametrize("user", [True, False])
 def test_systemd_accepts_the_unit(user: bool, make: KitMaker, tmp_path: Path) -> None:
     prefix = tmp_path / "100% of a home"
-    kit = make("one")
+    opening = {"opening": {"context_length": 512, "kv": "q8_0", "cache_mb": 16.0}}
+    kit = make("one", change=lambda text: json.dumps({**json.loads(text), **opening}).encode())
     assert run("install", kit, "--prefix", prefix) == 0
     unit = tmp_path / "edgetune-home.service"
     unit.write_text(service.Service("edgetune-home", 8080, user, host="::").unit(prefix, read_kit(kit)))
@@ -350,3 +351,4 @@ def test_systemd_accepts_the_unit(user: bool, make: KitMaker, tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (0, "")
     limit_mib = read_kit(kit).service["memory_max_mb"] * 10**6 // 2**20
     assert f"\nMemoryMax={limit_mib}M\n" in unit.read_text()
+    assert " --context-length 512 --kv q8_0 --cache-mb 16.0 " in unit.read_text()
