@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from edgetune_devices import boards
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.formats.quantization import repacked_types
+from edgetune_runtime.sizing.calibration import Measured, figures_of, measure
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.needs import Needs, needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.speed import adapter_seconds, prefill_speed, speed_of, token_seconds
@@ -45,6 +49,8 @@ ENGINES = ("gguf", "onnx")
 QUANTIZATIONS = ("q8_0", "q4_k_m", "q4_0")
 CONTEXTS = (512, 1024, 2048)
 ADAPTERS = (0, 4, 16)
+TURNS = 3
+"""Measurements of the short and of the long prompt, whose medians are compared: the machine may be slow for a while."""
 CALIBRATED = "q4_0"
 WORDS = "lamp heater window kitchen garden music alarm morning evening quiet bright never always answer short plain"
 OWN = "own"
@@ -120,8 +126,6 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
     The calibration is that of the bundle itself after a short prompt, or of the bundle in `CALIBRATED`.
     """
-    from edgetune_runtime.sizing.calibration import Measured, figures_of
-
     context = max(CONTEXTS)
     rows: list[dict[str, Any]] = []
     busy = disturbance()
@@ -131,7 +135,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
             bundle = bundle_of(options.work, quantization, 4)
             needs = needs_of_bundle(bundle, context_length=context, engine=engine)
             found = _worker(options, "speed", bundle, engine, context)
-            short, long = (Measured(**row) for row in found["measured"])
+            short, long = (_median([Measured(**row) for row in rows]) for rows in found["measured"])
             calibrations = {OWN: figures_of(needs, short, options.threads)}
             if other is None:
                 other = calibrations[OWN]
@@ -145,6 +149,13 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
                     slower = seconds + adapter_seconds(needs.adapters[long.adapter], figures)
                     rows.append(case | {"adapter": True} | _compared(1 / slower, long.adapter_decode))
     return {"busy": busy, "rows": rows}
+
+
+def _median(found: Sequence[Measured]) -> Measured:
+    """The median of each speed."""
+    speeds = ("decode", "prefill", "adapter_decode", "long_decode")
+    taken = {name: [getattr(one, name) for one in found] for name in speeds}
+    return replace(found[0], **{name: statistics.median(values) for name, values in taken.items() if all(values)})
 
 
 def published(_options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -200,13 +211,10 @@ def peak(options: argparse.Namespace) -> dict[str, float]:
 
 
 def decode(options: argparse.Namespace) -> dict[str, Any]:
-    """Speed after a short and after a long prompt."""
-    from dataclasses import asdict
-
+    """Speed after a short and after a long prompt, several times in turn."""
     from edgetune_runtime import Runtime
-    from edgetune_runtime.sizing.calibration import measure
 
-    found = []
+    found: list[list[dict[str, Any]]] = [[], []]
     with Runtime.open(
         options.bundle,
         engine=options.engine,
@@ -215,8 +223,9 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
         disk_mb=0,
         contexts=1,
     ) as runtime:
-        for tokens in (128, options.context * 3 // 4):
-            found.append(asdict(measure(runtime, tokens)))
+        for _ in range(TURNS):
+            for rows, tokens in zip(found, (128, options.context * 3 // 4), strict=True):
+                rows.append(asdict(measure(runtime, tokens)))
     return {"measured": found}
 
 

@@ -32,7 +32,8 @@ def uninstall(prefix: Path, say: Say) -> None:
             (prefix / name).unlink(missing_ok=True)
         # The versions last: until they are gone, uninstall can be run again.
         for name in (store.FOLDER, venv.FOLDER, INCOMING, versions.FOLDER):
-            shutil.rmtree(prefix / name, ignore_errors=name == INCOMING)
+            if (prefix / name).is_dir():
+                shutil.rmtree(prefix / name)
         for name in ("lock", LOCK_NAME):
             (prefix / name).unlink(missing_ok=True)
     with suppress(OSError):

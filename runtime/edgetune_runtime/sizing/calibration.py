@@ -21,11 +21,12 @@ from .figures import SpeedFigures
 from .needs import Needs
 from .raw import read_bandwidth
 
-STEPS = 24
-PREFILLS = 3
+STEPS = 8
+ROUNDS = 3
+"""Everything is measured in turn, so that what slows the machine for a second does not slow one figure only."""
 KIND = "edgetune-calibration"
-_LONGEST, _LONGEST_S = 8 * CHUNK, 10
-"""A longer prompt shows what attention costs: at most so many tokens, and as many as take so many seconds."""
+_LONGEST, _LONGEST_S = 8 * CHUNK, 4
+"""A longer prompt shows what attention costs: at most so many tokens, and as many as take so many seconds per round."""
 _LEAST_LAYER_US = 1.0
 _LEAST_MODULE_US = 0.1
 
@@ -67,40 +68,33 @@ class Calibration:
 def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
     """Measure prefill of so many tokens, and some steps of the base and of the largest adapter.
 
-    Takes a second or two, and at most ten more for the base after a longer prompt.
+    Takes two seconds or three, and at most twelve more for the base after a longer prompt.
     """
-    loaded = loaded_bundle(runtime)
-    context, _ = loaded.context()
-    most = context.engine.capacity({}) - STEPS - 1
-    tokens = min(tokens, most)
-    prompt = _prompt(tokens)
-    with context.hold():
-        prefills = []
-        for _ in range(PREFILLS):
-            context.reset()
-            begin = time.perf_counter()
-            context.start({}, prompt)
-            prefills.append(time.perf_counter() - begin)
-        steps_s, prefill = _steps_s(context), tokens / statistics.median(prefills)
-        longer, long_s = min(most, _LONGEST, int(prefill * _LONGEST_S)), None
+    base, _ = loaded_bundle(runtime).context()
+    most = base.engine.capacity({}) - STEPS - 1
+    tokens, longer, name = min(tokens, most), 0, _slowest(runtime)
+    prefills_s: list[float] = []
+    steps_s: list[float] = []
+    long_s: list[float] = []
+    adapter_s: list[float] = []
+    for _ in range(ROUNDS):
+        prefill_s, times = _timed(runtime, None, tokens)
+        prefills_s.append(prefill_s)
+        steps_s += times
+        # The first round decides for all.
+        longer = longer or min(most, _LONGEST, int(tokens / prefills_s[0] * _LONGEST_S))
         if longer >= 2 * tokens:
-            context.start({}, _prompt(longer))
-            long_s = _steps_s(context)
-    name = _slowest(runtime)
-    adapter_s = None
-    if name is not None:
-        context, active = loaded.context(name)
-        with context.hold():
-            context.start(active, prompt)
-            adapter_s = _steps_s(context)
+            long_s += _timed(runtime, None, longer)[1]
+        if name is not None:
+            adapter_s += _timed(runtime, name, tokens)[1]
     return Measured(
-        decode=1 / steps_s,
-        prefill=prefill,
+        decode=1 / statistics.median(steps_s),
+        prefill=tokens / statistics.median(prefills_s),
         tokens=tokens + STEPS // 2,
         adapter=name,
-        adapter_decode=None if adapter_s is None else 1 / adapter_s,
+        adapter_decode=1 / statistics.median(adapter_s) if adapter_s else None,
         long_tokens=longer + STEPS // 2,
-        long_decode=None if long_s is None else 1 / long_s,
+        long_decode=1 / statistics.median(long_s) if long_s else None,
     )
 
 
@@ -205,11 +199,17 @@ def _slowest(runtime: Runtime) -> str | None:
     return max(names, key=lambda name: len(runtime.manifest.adapters[name].ranks), default=None)
 
 
-def _steps_s(context: Any) -> float:  # noqa: ANN401 - a Context
-    """Median seconds of a step of one token."""
-    times = []
-    for _ in range(STEPS):
+def _timed(runtime: Runtime, adapter: str | None, tokens: int) -> tuple[float, list[float]]:
+    """Seconds of a prefill of so many tokens, and of each of the steps of one token after it."""
+    steps_s = []
+    context, active = loaded_bundle(runtime).context(adapter)
+    with context.hold():
+        context.reset()
         begin = time.perf_counter()
-        context.extend([5])
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+        context.start(active, _prompt(tokens))
+        prefill_s = time.perf_counter() - begin
+        for _ in range(STEPS):
+            begin = time.perf_counter()
+            context.extend([5])
+            steps_s.append(time.perf_counter() - begin)
+    return prefill_s, steps_s

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from kits import KitMaker
 
-from edgetune.delivery.board import main, versions
+from edgetune.delivery.board import main, transfer, versions
 from edgetune.delivery.board.kit import read_kit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
@@ -36,7 +36,9 @@ def install_until(kit: Path, prefix: Path, kill_at: int, within: str = "") -> in
     return run_until(("install", str(kit)), prefix, kill_at, within)
 
 
-def run_until(words: Sequence[str], prefix: Path, kill_at: int, within: str = "") -> int:
+def run_until(
+    words: Sequence[str], prefix: Path, kill_at: int, within: str = "", stdin: Path = Path(os.devnull)
+) -> int:
     """Run a command in a child process, killed at write `kill_at` of those whose path has `within`; its exit code."""
     child = os.fork()
     if child:
@@ -54,6 +56,7 @@ def run_until(words: Sequence[str], prefix: Path, kill_at: int, within: str = ""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    sys.stdin = stdin.open(encoding="utf-8")
     sys.addaudithook(hook)
     os._exit(main.main([*words, "--prefix", str(prefix)]))
 
@@ -151,3 +154,42 @@ def test_a_kill_between_the_links_of_a_switch_leaves_a_version_to_go_back_to(
         assert versions.previous(prefix) is not None
         assert main.main(["rollback", "--prefix", str(prefix)]) == 0
         assert (ask(prefix), ask(prefix, "previous")) == ("zero", "one")
+
+
+def test_an_uninstall_that_is_killed_at_any_write_can_be_run_again(installed: Path, tmp_path: Path) -> None:
+    for kill_at in range(1, 200):
+        prefix = copied(installed, tmp_path / "home")
+        code = run_until(("uninstall",), prefix, kill_at)
+        if code == 0:
+            break
+        assert code == KILLED
+        # The last writes remove empty folders, after which nothing is installed.
+        again = main.main(["uninstall", "--prefix", str(prefix)])
+        assert again == 0 or not (prefix / versions.FOLDER).exists()
+        assert not any(path.is_file() for path in prefix.rglob("*") if path.name not in {"lock", transfer.LOCK_NAME})
+    assert kill_at > 20
+    assert not prefix.exists()
+
+
+def test_a_transfer_that_is_killed_at_any_write_is_continued(installed: Path, make: KitMaker, tmp_path: Path) -> None:
+    kit, stream = make("two"), tmp_path / "stream"
+    contents = {file.sha256: (kit / file.path).read_bytes() for file in read_kit(kit).version_files}
+
+    def receive(prefix: Path, kill_at: int) -> int:
+        """Send what the board lacks, as a deploy does."""
+        lacking = transfer.missing(prefix, read_kit(kit))
+        stream.write_bytes(b"".join(contents[digest][offset:] for digest, offset in lacking.items()))
+        words = [str(word) for digest, offset in lacking.items() for word in (digest, offset, len(contents[digest]))]
+        return run_until(("receive", *words), prefix, kill_at, stdin=stream)
+
+    for kill_at in range(1, 100):
+        prefix = copied(installed, tmp_path / "home")
+        code = receive(prefix, kill_at)
+        assert ask(prefix) == "one"
+        if code == 0:
+            break
+        assert code == KILLED
+        if transfer.missing(prefix, read_kit(kit)):
+            assert receive(prefix, 0) == 0
+        assert transfer.missing(prefix, read_kit(kit)) == {}
+    assert kill_at > 5
