@@ -24,7 +24,8 @@ from edgetune.delivery.kit.wheels import read_wheel
 PYTHON = ".".join(map(str, sys.version_info[:2]))
 # `check` and `serve` fail if the bundle says so.
 _RUNTIME = """\
-import http.server, pathlib, sys
+import http.server, pathlib, sys, time
+begin = time.monotonic()
 command, bundle = sys.argv[1], pathlib.Path(sys.argv[2])
 answer = (bundle / "answer.txt").read_text()
 if command == "check":
@@ -35,7 +36,8 @@ if command == "check":
 if command == "serve":
     class Ready(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
+            warm = answer != "slow" or time.monotonic() > begin + 4
+            self.send_response(200 if warm or self.path == "/healthz" else 503)
             self.end_headers()
             self.wfile.write(answer.encode())
     if answer != "mute":

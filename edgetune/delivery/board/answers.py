@@ -34,9 +34,18 @@ class Question:
 
 
 def is_ready(url: str) -> bool:
-    """Whether the server at this address says that it is ready."""
+    """Whether the server at this address says that it is ready, so that it has computed the states of its prompts."""
+    return _succeeds(f"{url}/readyz")
+
+
+def is_alive(url: str) -> bool:
+    """Whether the server at this address answers at all."""
+    return _succeeds(f"{url}/healthz")
+
+
+def _succeeds(url: str) -> bool:
     try:
-        with _DIRECT.open(f"{url}/readyz", timeout=_READY_S):
+        with _DIRECT.open(url, timeout=_READY_S):
             return True
     except (OSError, http.client.HTTPException):
         return False

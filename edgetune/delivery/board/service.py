@@ -24,7 +24,8 @@ SETTINGS_NAME = "service.json"
 KEYS_NAME = "keys"
 HERE = "127.0.0.1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_READY_S = 180.0
+_READY_S, _WARM_S = 180.0, 1800.0
+"""Seconds until a unit that does not answer has failed, and until one has that computes the states of its prompts."""
 _OWNER = "# Installed by edgetune for {prefix}"
 """The first line of a unit."""
 _UNIT = """\
@@ -189,11 +190,13 @@ class Service:
 
     def wait(self) -> None:
         """Wait until the unit itself answers; VerificationError if it does not."""
-        end = time.monotonic() + _READY_S
-        while time.monotonic() < end:
+        begin = heard = time.monotonic()
+        while time.monotonic() < min(heard + _READY_S, begin + _WARM_S):
             # Another program may have the port while the unit fails to start again and again.
-            if answers.is_ready(self.url) and self.manager.serves(self.name, self.port):
-                return
+            if answers.is_alive(self.url) and self.manager.serves(self.name, self.port):
+                heard = time.monotonic()
+                if answers.is_ready(self.url):
+                    return
             time.sleep(0.5)
         message = f"unit {self.name} does not answer at {self.url}/readyz"
         raise VerificationError(message, f"see {self.manager.journal(self.name)}")

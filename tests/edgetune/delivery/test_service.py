@@ -169,6 +169,17 @@ def test_a_version_whose_unit_does_not_answer_is_left_again(
     assert served(port) == "one"
 
 
+def test_a_unit_that_computes_the_states_of_its_prompts_is_waited_for(
+    make: KitMaker, systemd: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_READY_S", 2.0)
+    options = ("--prefix", tmp_path / "home", "--service", "--port", port)
+    assert run("install", make("slow"), *options) == 0
+    monkeypatch.setattr(service, "_WARM_S", 1.0)
+    assert run("uninstall", "--prefix", tmp_path / "home") == 0
+    assert run("install", make("slow"), *options) == 4
+
+
 def test_a_version_whose_unit_gives_no_golden_answer_is_left_again(
     make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

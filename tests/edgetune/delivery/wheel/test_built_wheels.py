@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import greedy
 import platformdirs
 import pytest
+from runtime.bundles import Adapter, low_rank, write_bundle
 
 from edgetune.delivery.wheel import PLATFORMS
 from edgetune.delivery.wheel.archive import LIBRARIES, wheel_name
@@ -26,6 +31,14 @@ VARIANTS = {
     "linux-x86_64": {"x64", "sse42", "sandybridge", "ivybridge", "piledriver", "haswell", "alderlake", "skylakex"}
     | {"cannonlake", "cascadelake", "icelake", "cooperlake", "zen4", "sapphirerapids"},
 }
+# Processors of qemu, which has no AVX-512, and the variant for each. numpy needs the instructions of the first.
+EMULATED = {"Nehalem": "sse42", "SandyBridge": "sandybridge", "IvyBridge": "ivybridge", "Haswell": "haswell"}
+QEMU = shutil.which("qemu-x86_64-static")
+SHOW_VARIANT = """\
+from edgetune_runtime.engines.gguf.ggml import cpu_backend
+from edgetune_runtime.engines.gguf.llama import library
+print(library().__file__, cpu_backend(library()).variant)
+"""
 # Machine numbers of the ELF format.
 ELF_MACHINES = {"linux-aarch64": 183, "linux-x86_64": 62}
 MOST_BYTES = 12_000_000
@@ -76,11 +89,33 @@ def test_the_built_wheel_of_this_platform_loads_its_backend(
     if name != f"linux-{platform.machine()}":
         pytest.skip(f"this machine is {platform.machine()}")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[4] / 'runtime'}")
-    program = """\
-from edgetune_runtime.engines.gguf.ggml import cpu_backend
-from edgetune_runtime.engines.gguf.llama import library
-print(library().__file__, cpu_backend(library()).variant)
-"""
-    place, variant = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    place, variant = subprocess.check_output([sys.executable, "-c", SHOW_VARIANT], text=True).split()
     assert place.startswith(str(tmp_path))
     assert variant in VARIANTS[name]
+
+
+@pytest.mark.skipif(QEMU is None, reason="qemu-x86_64-static is missing; Debian: apt install qemu-user-static")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this Python is not for x86-64")
+@pytest.mark.parametrize(("cpu", "variant"), EMULATED.items())
+@pytest.mark.parametrize("built", ["linux-x86_64"], indirect=True)
+def test_a_variant_answers_on_its_processor_as_here(
+    cpu: str,
+    variant: str,
+    built: tuple[str, dict[str, Path]],
+    tiny_source: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = tiny_source("llama")
+    bundle = write_bundle(tmp_path / "home", source.path, {"command": Adapter(low_rank(source.path, seed=1))})
+    ask = [sys.executable, greedy.__file__, str(bundle), "gguf", "12"]
+    here = json.loads(subprocess.check_output(ask, text=True))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[4] / 'runtime'}")
+    emulated = [str(QEMU), "-cpu", cpu]
+    found = subprocess.check_output([*emulated, sys.executable, "-c", SHOW_VARIANT], text=True).split()
+    assert (Path(found[0]).is_relative_to(tmp_path), found[1]) == (True, variant)
+    there = json.loads(subprocess.check_output([*emulated, *ask], text=True))
+    assert here.keys() == there.keys()
+    for name, answer in here.items():
+        difference = greedy.first_difference(answer, there[name])
+        assert difference is None or difference[1] < greedy.NEAR_NATS, name

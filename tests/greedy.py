@@ -1,8 +1,8 @@
 """Prints the greedy answers of a bundle's adapters and of its base, with the two likeliest tokens at each place.
 
-    python answers.py BUNDLE ENGINE TOKENS
+    python greedy.py BUNDLE ENGINE TOKENS
 
-The tests run it on the host and on the board. It needs the runtime alone.
+Tests run it on this machine and on emulated processors, and compare the two. It needs the runtime alone.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from edgetune_runtime import Runtime
 
 PROMPT = "turn on the light in the hall"
+NEAR_NATS = 0.3
+"""Log-probabilities of two tokens closer than this are a near tie: quantized activations round differently."""
 
 
 def main(bundle: str, engine: str, tokens: str) -> None:
@@ -28,6 +31,19 @@ def main(bundle: str, engine: str, tokens: str) -> None:
                 [each.token, [[other.token, other.logprob] for other in each.top]] for each in answer.logprobs or ()
             ]
     print(json.dumps(answers))
+
+
+def first_difference(here: list[Any], there: list[Any]) -> tuple[int, float] | None:
+    """Where two answers first differ, and how far apart the two tokens are, on the machine where they are further.
+
+    None if they do not differ; infinity if one machine does not have the other's token among its two likeliest.
+    """
+    for place, ((mine, my_top), (other, other_top)) in enumerate(zip(here, there, strict=False)):
+        if mine != other:
+            tops = (dict(map(tuple, my_top)), dict(map(tuple, other_top)))
+            gaps = [abs(top[mine] - top[other]) if {mine, other} <= top.keys() else float("inf") for top in tops]
+            return place, max(gaps)
+    return None
 
 
 if __name__ == "__main__":
