@@ -80,10 +80,15 @@ def targets_of(joined: str) -> list[str]:
     return names
 
 
-def opening_of(engine: str | None, context_length: int | None, kv: str | None, cache_mb: float | None) -> Opening:
-    """How a board opens a bundle; UsageError for a data type of keys and values that the engine lacks."""
+def check_kv(kv: str | None, engine: str | None) -> None:
+    """UsageError for a data type of keys and values that the engine lacks."""
     if kv not in (None, *(("f16", "q8_0") if engine != "onnx" else ("f32",))):
         raise UsageError(f"no data type {kv!r} for keys and values", "give f16 or q8_0 with gguf, f32 with onnx")
+
+
+def opening_of(engine: str | None, context_length: int | None, kv: str | None, cache_mb: float | None) -> Opening:
+    """How a board opens a bundle; UsageError as for `check_kv`."""
+    check_kv(kv, engine)
     return Opening(context_length, kv, cache_mb)
 
 

@@ -18,7 +18,7 @@ from edgetune_runtime.sizing.needs import COSTS, with_options
 
 from edgetune import task_types
 
-from .arguments import BOARD, ENGINE_PANEL, CacheMb, ContextLength, Kv, opening_of
+from .arguments import BOARD, ENGINE_PANEL, CacheMb, ContextLength, Kv, check_kv
 
 app = typer.Typer(help="Show boards, and what fits on them.", no_args_is_help=True)
 
@@ -93,7 +93,7 @@ def fit_target(
     """Predict the memory and the speed of a bundle or recipe on a board, and what to change if it does not fit."""
     if engine is not None and engine not in COSTS:
         raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(COSTS)}")
-    opening_of(engine, context_length, kv, cache_mb)
+    check_kv(kv, engine)
     board = _board(device, ram_mib)
     if limit_mb is not None:
         board = replace(board, ram_free_mib=min(board.ram_free_mib, int(limit_mb * 1e6 / 2**20)))

@@ -315,6 +315,8 @@ def test_a_bundle_that_fits_with_other_options_is_opened_with_them(
     assert fit.fit(fit.needs_of_bundle(home, engine="gguf"), board).kept_mb > boards.read(path).free_mb
     assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path)) == IncompatibleError.exit_code
     assert f"edgetune devices fit {home} --device {path}" in capfd.readouterr().err
+    assert make(home, tmp_path / "kit", wheelhouse, "--kv", "q3") == UsageError.exit_code
+    assert "no data type 'q3' for keys and values; give f16 or q8_0" in capfd.readouterr().err
     options = ("--context-length", "64", "--kv", "q8_0", "--cache-mb", "0.5")
     assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path), *options) == 0
     kit = read_kit(tmp_path / "kit")
