@@ -39,6 +39,12 @@ AsJson = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.", rich_help_panel=OUTPUT_PANEL)]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="gguf or onnx (default: the bundle's first format).", rich_help_panel=ENGINE_PANEL
+    ),
+]
 ContextLength = Annotated[
     int | None,
     typer.Option(

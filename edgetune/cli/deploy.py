@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
-from .arguments import ENGINE_PANEL, AsJson, CacheMb, ContextLength, Kv, Quiet, opening_of, print_json
+from .arguments import AsJson, CacheMb, ContextLength, Engine, Kv, Quiet, opening_of, print_json
 
 if TYPE_CHECKING:
     from edgetune.delivery.board.opening import Opening
@@ -75,12 +75,7 @@ def deploy_bundle(
             rich_help_panel=BOARD_PANEL,
         ),
     ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="gguf or onnx (default: the bundle's first format).", rich_help_panel=ENGINE_PANEL
-        ),
-    ] = None,
+    engine: Engine = None,
     context_length: ContextLength = None,
     kv: Kv = None,
     cache_mb: CacheMb = None,

@@ -18,7 +18,7 @@ from edgetune_runtime.sizing.needs import COSTS, with_options
 
 from edgetune import task_types
 
-from .arguments import BOARD, ENGINE_PANEL, CacheMb, ContextLength, Kv, check_kv
+from .arguments import BOARD, CacheMb, ContextLength, Engine, Kv, check_kv
 
 app = typer.Typer(help="Show boards, and what fits on them.", no_args_is_help=True)
 
@@ -70,12 +70,7 @@ def fit_target(
     *,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help=BOARD)],
     ram_mib: RamMib = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="gguf or onnx (default: the target's first format).", rich_help_panel=ENGINE_PANEL
-        ),
-    ] = None,
+    engine: Engine = None,
     context_length: ContextLength = None,
     kv: Kv = None,
     cache_mb: CacheMb = None,

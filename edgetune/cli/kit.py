@@ -9,11 +9,11 @@ import typer
 
 from .arguments import (
     BOARD,
-    ENGINE_PANEL,
     OUTPUT_PANEL,
     AsJson,
     CacheMb,
     ContextLength,
+    Engine,
     Kv,
     Quiet,
     opening_of,
@@ -38,12 +38,7 @@ def kit(
         str,
         typer.Option(metavar="VERSION", help="The board's Python; system: that of Raspberry Pi OS (/usr/bin/python3)."),
     ] = _PYTHON,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="gguf or onnx (default: the bundle's first format).", rich_help_panel=ENGINE_PANEL
-        ),
-    ] = None,
+    engine: Engine = None,
     context_length: ContextLength = None,
     kv: Kv = None,
     cache_mb: CacheMb = None,
@@ -57,8 +52,8 @@ def kit(
 ) -> None:
     """Pack a bundle, the runtime and an installer for a board that has no network.
 
-    On the board, run `sh install.sh` in the kit's folder. The same bundle and versions give the same bytes. With
-    --context-length, --kv and --cache-mb, the unit on the board opens the bundle so; they make a bundle fit.
+    On the board, run `sh install.sh` in the kit's folder. The same bundle and versions give the same bytes. The
+    board opens the bundle with --context-length, --kv and --cache-mb, which make one fit that does not otherwise.
     """
     from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415 - help needs none of it
     from edgetune.progress import Progress  # noqa: PLC0415
