@@ -135,7 +135,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
             bundle = bundle_of(options.work, quantization, 4)
             needs = needs_of_bundle(bundle, context_length=context, engine=engine)
             found = _worker(options, "speed", bundle, engine, context)
-            short, long = (_median([Measured(**row) for row in rows]) for rows in found["measured"])
+            short, long = (_median([Measured(**one) for one in turns]) for turns in found["measured"])
             calibrations = {OWN: figures_of(needs, short, options.threads)}
             if other is None:
                 other = calibrations[OWN]
@@ -224,8 +224,8 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
         contexts=1,
     ) as runtime:
         for _ in range(TURNS):
-            for rows, tokens in zip(found, (128, options.context * 3 // 4), strict=True):
-                rows.append(asdict(measure(runtime, tokens)))
+            for turns, tokens in zip(found, (128, options.context * 3 // 4), strict=True):
+                turns.append(asdict(measure(runtime, tokens)))
     return {"measured": found}
 
 

@@ -46,5 +46,18 @@ def first_difference(here: list[Any], there: list[Any]) -> tuple[int, float] | N
     return None
 
 
+def require_same(here: dict[str, Any], there: dict[str, Any], what: str) -> None:
+    """AssertionError if the answers of two machines differ by more than near ties, which are printed after `what`."""
+    assert here.keys() == there.keys()
+    for name, answer in here.items():
+        difference = first_difference(answer, there[name])
+        if difference is None:
+            assert len(answer) == len(there[name])
+            continue
+        place, gap = difference
+        print(f"{what}, {name}: token {place} differs: here {answer[place]}, there {there[name][place]}")
+        assert gap < NEAR_NATS
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])

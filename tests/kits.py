@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform as this_machine
 import subprocess
@@ -96,6 +97,11 @@ def write_bundle(folder: Path, answer: str) -> Path:
     manifest = Manifest(folder.name, base, {}, files, context_length=1)
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return folder
+
+
+def with_fields(**fields: object) -> Callable[[bytes], bytes]:
+    """A `change` of `KitMaker` that sets fields of kit.json."""
+    return lambda text: json.dumps({**json.loads(text), **fields}).encode()
 
 
 class KitMaker:

@@ -75,7 +75,8 @@ class BoardFacts:
         if machine != self.machine:
             message = f"the board is {self.machine}, and --board {board.name} is {machine}"
             raise IncompatibleError(message, "choose another --board, or leave it out")
-        if not board.ram_sizes_mib or board.name != named:
+        is_file = board.name != named
+        if is_file or not board.ram_sizes_mib:
             return named
         sizes = [board.ram_mib]
         if board.name == board.family:

@@ -63,21 +63,25 @@ def _base(bundle: Path, manifest: Manifest) -> Mapping[str, Any]:
             {"type": "file", "name": path, "hashes": [{"alg": "SHA-256", "content": manifest.files[path].sha256}]}
             for path in base.files.values()
         ],
-        "licenses": [_stated(str(stated))] if stated else [{"license": {"name": "see the base's source"}}],
+        "licenses": _licences(_spdx(str(stated)), str(stated)) if stated else _licences(None, "see the base's source"),
     }
 
 
-def _stated(licence: str) -> Mapping[str, Any]:
-    """A licence as a model states it, which need not be one of SPDX (such as `gemma`)."""
+def _spdx(licence: str) -> str | None:
+    """The SPDX expression of a licence as a model states it; None if SPDX does not know it (such as `gemma`)."""
     try:
-        return {"expression": canonicalize_license_expression(licence)}
+        return canonicalize_license_expression(licence)
     except InvalidLicenseExpression:
-        return {"license": {"name": licence}}
+        return None
+
+
+def _licences(expression: str | None, otherwise: str) -> list[Mapping[str, Any]]:
+    """The field `licenses` of a component: an SPDX expression, or a text where there is none."""
+    return [{"expression": expression} if expression else {"license": {"name": otherwise}}]
 
 
 def _component(wheel: Wheel) -> Mapping[str, Any]:
     version = wheel.metadata["Version"]
-    expression = license_of(wheel)
     purl = f"pkg:pypi/{wheel.name}@{version}"
     return {
         "type": "library",
@@ -86,7 +90,7 @@ def _component(wheel: Wheel) -> Mapping[str, Any]:
         "version": version,
         "purl": purl,
         "hashes": [{"alg": "SHA-256", "content": sha256_of(wheel.path)}],
-        "licenses": [{"expression": expression} if expression else {"license": {"name": "see the wheel"}}],
+        "licenses": _licences(license_of(wheel), "see the wheel"),
     }
 
 

@@ -72,7 +72,7 @@ def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
     """
     base, _ = loaded_bundle(runtime).context()
     most = base.engine.capacity({}) - STEPS - 1
-    tokens, longer, name = min(tokens, most), 0, _slowest(runtime)
+    tokens, name = min(tokens, most), _slowest(runtime)
     prefills_s: list[float] = []
     steps_s: list[float] = []
     long_s: list[float] = []
@@ -82,7 +82,7 @@ def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
         prefills_s.append(prefill_s)
         steps_s += times
         # The first round decides for all.
-        longer = longer or min(most, _LONGEST, int(tokens / prefills_s[0] * _LONGEST_S))
+        longer = min(most, _LONGEST, int(tokens / prefills_s[0] * _LONGEST_S))
         if longer >= 2 * tokens:
             long_s += _timed(runtime, None, longer)[1]
         if name is not None:

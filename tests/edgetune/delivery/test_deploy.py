@@ -23,7 +23,7 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, write_bundle
+from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, with_fields, write_bundle
 from sshd import Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
 
 from edgetune.cli.main import main
@@ -59,11 +59,8 @@ class Board:
     def kits(self, bundle: Path, **changes: object) -> Kits:
         """The kits of a bundle; `changes` go into kit.json."""
 
-        def change(text: bytes) -> bytes:
-            return json.dumps({**json.loads(text), **changes}).encode()
-
         def make(_board: str, _python: str, out: Path, _earlier: Sequence[Path]) -> None:
-            self.maker.write(contents(bundle), out, change=change)
+            self.maker.write(contents(bundle), out, change=with_fields(**changes))
 
         return Kits(bundle, json.dumps(changes), make, self.work / "kits")
 

@@ -25,7 +25,7 @@ from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.golden import ask
 from edgetune_runtime.sizing.needs import with_options
-from kits import PYTHON, KitMaker, install_sh
+from kits import PYTHON, KitMaker, install_sh, with_fields
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
@@ -345,7 +345,7 @@ def test_golden_answers_are_asked_with_the_options_of_the_kit(home: Path, wheelh
     ],
 )
 def test_a_kit_with_other_options_is_damaged(opening: object, tmp_path: Path) -> None:
-    kit = KitMaker(tmp_path)("one", change=lambda text: json.dumps({**json.loads(text), "opening": opening}).encode())
+    kit = KitMaker(tmp_path)("one", change=with_fields(opening=opening))
     with pytest.raises(VerificationError, match=r"kit\.json is damaged"):
         read_kit(kit)
 

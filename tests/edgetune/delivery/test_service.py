@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from kits import SYSTEMCTL, KitMaker, ask
+from kits import SYSTEMCTL, KitMaker, ask, with_fields
 
 from edgetune.delivery.board import main, service, sockets, versions
 from edgetune.delivery.board.kit import read_kit
@@ -351,8 +351,7 @@ def test_a_wrong_unit_is_refused_before_anything_is_installed(
 @pytest.mark.parametrize("user", [True, False])
 def test_systemd_accepts_the_unit(user: bool, make: KitMaker, tmp_path: Path) -> None:
     prefix = tmp_path / "100% of a home"
-    opening = {"opening": {"context_length": 512, "kv": "q8_0", "cache_mb": 16.0}}
-    kit = make("one", change=lambda text: json.dumps({**json.loads(text), **opening}).encode())
+    kit = make("one", change=with_fields(opening={"context_length": 512, "kv": "q8_0", "cache_mb": 16.0}))
     assert run("install", kit, "--prefix", prefix) == 0
     unit = tmp_path / "edgetune-home.service"
     unit.write_text(service.Service("edgetune-home", 8080, user, host="::").unit(prefix, read_kit(kit)))
