@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from .runtime import Runtime
 
 
 @dataclass(frozen=True)
-class _Comparison:
+class Comparison:
     """An adapter's golden answer and its answer on this machine; both None if the bundle has no golden answer."""
 
     golden: GoldenAnswer | None
@@ -20,9 +21,11 @@ class _Comparison:
 
     @property
     def is_different(self) -> bool:
+        """Whether the answers differ; False if there is no golden one."""
         return self.golden is not None and self.answer != self.golden.answer
 
     def to_json(self) -> dict[str, Any] | None:
+        """Both answers and the golden one's margin in nats as JSON values; None if there is no golden answer."""
         if self.golden is None:
             return None
         figures = {"expected": self.golden.answer, "answer": self.answer, "margin": self.golden.margin}
@@ -34,17 +37,24 @@ class _Comparison:
         return f"expected {self.golden.answer!r}, got {self.answer!r}" if self.is_different else "same"
 
 
+def compare(runtime: Runtime) -> Iterator[tuple[str, Comparison]]:
+    """Ask each adapter in turn; its name and how its answer compares. Raises what `generate` and `classify` raise."""
+    for name in runtime.adapters:
+        golden = runtime.manifest.adapter(name).golden.get(runtime.engine)
+        yield name, Comparison(golden, None if golden is None else ask(runtime, name, golden))
+
+
 def report(runtime: Runtime, *, as_json: bool) -> None:
     """Ask the golden prompt of each adapter, and print how the answers compare: a line per adapter, or one JSON object.
 
     Raises VerificationError that names the adapters whose answer differs, NotFoundError if no adapter has a golden
-    answer for this engine, and what `generate` and `classify` raise.
+    answer for this engine, and what `compare` raises.
     """
     found = {}
-    for name in runtime.adapters:
-        found[name] = _compare(runtime, name)
+    for name, comparison in compare(runtime):
+        found[name] = comparison
         if not as_json:
-            print(f"{name}\t{found[name]}", flush=True)
+            print(f"{name}\t{comparison}", flush=True)
     if as_json:
         print(json.dumps({name: item.to_json() for name, item in found.items()}, ensure_ascii=False))
     different = [name for name, item in found.items() if item.is_different]
@@ -56,11 +66,6 @@ def report(runtime: Runtime, *, as_json: bool) -> None:
         what = f"bundle {runtime.manifest.name!r} has no golden answer for {runtime.engine}"
         message = f"the files are intact, but {what}"
         raise NotFoundError(message, "build it again with this version, without golden: false")
-
-
-def _compare(runtime: Runtime, name: str) -> _Comparison:
-    golden = runtime.manifest.adapter(name).golden.get(runtime.engine)
-    return _Comparison(golden, None if golden is None else ask(runtime, name, golden))
 
 
 def ask(runtime: Runtime, adapter: str, golden: GoldenAnswer) -> str:

@@ -34,7 +34,7 @@ from edgetune.delivery.board.opening import DEFAULTS, Opening
 from edgetune.delivery.wheel import llama_wheel
 from edgetune.progress import Progress
 
-from . import output, sbom, wheels
+from . import output, rehearsal, sbom, wheels
 from .platforms import Platform, platform_of
 from .program import board_program, install_script
 from .runtime_wheel import runtime_wheel
@@ -79,7 +79,8 @@ def make_kit(
     llama-cpp-python to use instead of building one; `earlier` are wheels of another kit for the same Python and
     machine, which need not be downloaded. Raises NotFoundError for an unknown board, IncompatibleError if the bundle
     does not fit on the board, if the board does not run Linux or `wheel` does not run there, or if there are no wheels
-    for its Python, UnreachableError if wheels cannot be downloaded.
+    for its Python, VerificationError if a file of the bundle is damaged or an adapter answers differently with
+    `opening`, UnreachableError if wheels cannot be downloaded.
     """
     known = boards.find(board)
     platform = platform_of(known, python)
@@ -93,6 +94,7 @@ def make_kit(
     if with_bundle:
         progress.say(f"checking the files of {manifest.name}")
         verify_files(bundle, manifest)
+        rehearsal.require_golden(bundle, chosen, opening, progress)
     with tempfile.TemporaryDirectory() as folder:
         own = _own_wheels(platform, Path(folder), engine=chosen, wheel=wheel, progress=progress)
         # Requests to the server may ask for JSON or tools, also if no adapter has an output constraint.

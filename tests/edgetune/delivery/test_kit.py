@@ -34,7 +34,7 @@ from wheels import repack
 from edgetune.cli.main import main
 from edgetune.delivery.board.kit import read_kit
 from edgetune.delivery.board.opening import Opening
-from edgetune.delivery.kit import output, sbom
+from edgetune.delivery.kit import output, rehearsal, sbom
 from edgetune.delivery.kit.make import make_kit
 from edgetune.delivery.kit.platforms import Platform, platform_of
 from edgetune.delivery.kit.runtime_wheel import runtime_wheel
@@ -91,13 +91,27 @@ def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFac
     adapters = {"command": Adapter(low_rank(source.path, seed=1))}
     bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "home", source.path, adapters)
     add_onnx(bundle, source, adapters)
+    add_golden(bundle, ("gguf", "onnx"))
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def wide(wide_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose keys and values can be in q8_0."""
+    adapters = {"command": Adapter(low_rank(wide_gguf, seed=1))}
+    bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "wide", wide_gguf, adapters)
+    add_golden(bundle, ("gguf",))
+    return bundle
+
+
+def add_golden(bundle: Path, engines: tuple[str, ...]) -> None:
+    """Add the answers of this machine as golden ones."""
     question = GoldenAnswer(({"role": "user", "content": "turn on the light"},), "", 8)
     golden = {}
-    for engine in ("gguf", "onnx"):
+    for engine in engines:
         with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
             golden[engine] = {"prompt": question.prompt, "answer": ask(runtime, "command", question), "max_tokens": 8}
     change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(golden=golden))
-    return bundle
 
 
 def make(bundle: Path, out: Path, wheelhouse: Path, *options: str) -> int:
@@ -306,31 +320,49 @@ def test_a_bundle_that_devices_fit_refuses_gets_no_kit(home: Path, wheelhouse: P
 
 @pytest.mark.usefixtures("_offline")
 def test_a_bundle_that_fits_with_other_options_is_opened_with_them(
-    home: Path, wheelhouse: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    wide: Path, wheelhouse: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     board = boards.load(BOARD)
-    needs = fit.needs_of_bundle(home, context_length=64, engine="gguf")
+    needs = fit.needs_of_bundle(wide, context_length=64, engine="gguf")
     kept_mb = fit.fit(with_options(needs, kv="q8_0", cache_mb=0.5), board).kept_mb
     path = board_file(tmp_path, kept_mb)
-    assert fit.fit(fit.needs_of_bundle(home, engine="gguf"), board).kept_mb > boards.read(path).free_mb
-    assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path)) == IncompatibleError.exit_code
-    assert f"edgetune devices fit {home} --device {path}" in capfd.readouterr().err
-    assert make(home, tmp_path / "kit", wheelhouse, "--kv", "q3") == UsageError.exit_code
+    assert fit.fit(fit.needs_of_bundle(wide, engine="gguf"), board).kept_mb > boards.read(path).free_mb
+    assert make(wide, tmp_path / "kit", wheelhouse, "--board", str(path)) == IncompatibleError.exit_code
+    assert f"edgetune devices fit {wide} --device {path}" in capfd.readouterr().err
+    assert make(wide, tmp_path / "kit", wheelhouse, "--kv", "q3") == UsageError.exit_code
     assert "no data type 'q3' for keys and values; give f16 or q8_0" in capfd.readouterr().err
     options = ("--context-length", "64", "--kv", "q8_0", "--cache-mb", "0.5")
-    assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path), *options) == 0
+    assert make(wide, tmp_path / "kit", wheelhouse, "--board", str(path), *options) == 0
     kit = read_kit(tmp_path / "kit")
     assert (kit.opening, kit.needs["ram_mb"]) == (Opening(64, "q8_0", 0.5), math.ceil(kept_mb))
     assert tuple(kit.opening.words()) == options
 
 
 @pytest.mark.usefixtures("_offline")
-def test_golden_answers_are_asked_with_the_options_of_the_kit(home: Path, wheelhouse: Path, tmp_path: Path) -> None:
+def test_golden_answers_are_asked_with_the_options_of_the_kit(
+    home: Path, wheelhouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rehearsal, "require_golden", lambda *_: None)
     for length, fails in ((4, True), (64, False)):
         assert make(home, tmp_path / "kit", wheelhouse, "--context-length", str(length)) == 0
         done = install_sh(tmp_path / "kit", "--prefix", str(tmp_path / "board"), variables={"PIP_NO_INDEX": "1"})
         assert bool(done.returncode) == fails, done.stderr
         assert ("fails its check" if fails else "1 adapters answer as built") in done.stderr
+
+
+@pytest.mark.usefixtures("_offline")
+def test_options_with_which_an_adapter_answers_differently_are_refused_before_there_is_a_kit(
+    wide: Path, wheelhouse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(wide, tmp_path / "wide"))
+    change_manifest(copy, lambda raw: raw["adapters"]["command"]["golden"]["gguf"].update(answer="on"))
+    for options, told in (
+        (("--context-length", "4"), "with --context-length 4 a golden prompt does not fit: "),
+        (("--kv", "q8_0"), "with --kv q8_0 1 adapters answer differently than built: command: expected 'on', got "),
+    ):
+        assert make(copy, tmp_path / "kit", wheelhouse, *options) == VerificationError.exit_code
+        assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "kit").exists()
 
 
 @pytest.mark.parametrize(

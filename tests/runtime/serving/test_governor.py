@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgetune_export.backends.gguf.convert import convert_folder
 from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.base import Engine, Logits, StepStopped
@@ -20,7 +19,6 @@ from edgetune_runtime.serving.governor import AnswerUsage, Governor
 from edgetune_runtime.serving.limits import Limits, Stopped
 from edgetune_runtime.serving.turns import Turn
 from edgetune_runtime.threads.count import EVEN, UNEVEN
-from tiny import make_folder
 
 TRIES = 2000
 TOKENS = [5, 9, 4, 3] * 20
@@ -97,19 +95,17 @@ def test_a_step_ends_when_its_call_is_to_stop(engine: Engine, reason: str) -> No
 
 
 @pytest.fixture(scope="module")
-def wide_base(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base in q4_0 whose heads are wide enough for keys and values in q8_0."""
-    folder = tmp_path_factory.mktemp("wide")
-    wide = make_folder("llama", folder / "wide", tiny_folder("llama") / "tokenizer.model", hidden_size=128)
-    convert_folder(wide, folder / "f16.gguf", dtype="f16")
-    quantize_gguf(folder / "f16.gguf", folder / "q4_0.gguf", "q4_0")
-    return folder / "q4_0.gguf"
+def wide_q4_0(wide_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base in q4_0, which llama.cpp repacks."""
+    path = tmp_path_factory.mktemp("wide") / "q4_0.gguf"
+    quantize_gguf(wide_gguf, path, "q4_0")
+    return path
 
 
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
 @pytest.mark.parametrize("repack", [True, False])
-def test_any_number_of_threads_gives_the_same_bits(wide_base: Path, kv: str, repack: bool) -> None:
-    with closing(GgufEngine(wide_base, context_length=128, threads=4, kv=kv, repack=repack)) as engine:
+def test_any_number_of_threads_gives_the_same_bits(wide_q4_0: Path, kv: str, repack: bool) -> None:
+    with closing(GgufEngine(wide_q4_0, context_length=128, threads=4, kv=kv, repack=repack)) as engine:
         found = []
         for threads in (1, 2, 3, 4):
             engine.use_threads(threads)

@@ -207,18 +207,11 @@ def test_what_is_no_state_is_refused_and_the_engine_goes_on(llama: GgufEngine) -
     assert llama.decode([7]) == pytest.approx(expected, abs=CLOSE)
 
 
-def test_keys_and_values_in_8_bits_halve_a_state_and_change_little(
-    tiny_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    from edgetune_export.backends.gguf.convert import convert_folder  # noqa: PLC0415 - torch only where a test needs it
-    from tiny import make_folder  # noqa: PLC0415 - as above
-
-    folder = make_folder("llama", tmp_path / "wide", tiny_folder("llama") / "tokenizer.model", hidden_size=128)
-    base, tokens = tmp_path / "wide.gguf", list(range(20, 60))
-    convert_folder(folder, base, dtype="f16")
+def test_keys_and_values_in_8_bits_halve_a_state_and_change_little(wide_gguf: Path) -> None:
+    tokens = list(range(20, 60))
     with (
-        closing(GgufEngine(base, context_length=CONTEXT, threads=1)) as whole,
-        closing(GgufEngine(base, context_length=CONTEXT, threads=1, kv="q8_0")) as small,
+        closing(GgufEngine(wide_gguf, context_length=CONTEXT, threads=1)) as whole,
+        closing(GgufEngine(wide_gguf, context_length=CONTEXT, threads=1, kv="q8_0")) as small,
     ):
         expected, found = log_p(whole.decode(tokens)), log_p(small.decode(tokens))
         assert 0 < (np.exp(expected) * (expected - found)).sum() < 1e-3

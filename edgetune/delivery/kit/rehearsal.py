@@ -1,0 +1,32 @@
+"""Asks a bundle for its golden answers with the options that its board will use, before anything is sent there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgetune_runtime import Runtime
+from edgetune_runtime.errors import PromptTooLongError, VerificationError
+from edgetune_runtime.golden import compare
+
+from edgetune.delivery.board.opening import Opening
+from edgetune.progress import Progress
+
+
+def require_golden(bundle: Path, engine: str, opening: Opening, progress: Progress) -> None:
+    """Check that the adapters answer as built although the bundle is opened with other options than the build's.
+
+    A board would refuse the kit otherwise. Raises VerificationError that names the options and what differs.
+    """
+    if opening.context_length is None and opening.kv is None:
+        return
+    options = " ".join(opening.words())
+    progress.say(f"asking for golden answers with {options}")
+    try:
+        with Runtime.open(bundle, engine=engine, verify=False, disk_mb=0, contexts=1, **opening.given) as runtime:
+            different = [f"{name}: {found}" for name, found in compare(runtime) if found.is_different]
+    except PromptTooLongError as error:
+        message = f"with {options} a golden prompt does not fit: {error.message}"
+        raise VerificationError(message, "give a larger --context-length") from error
+    if different:
+        message = f"with {options} {len(different)} adapters answer differently than built: {different[0]}"
+        raise VerificationError(message, "leave --kv out, or see what it costs: edgetune evaluate --kv")
