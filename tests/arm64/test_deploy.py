@@ -25,6 +25,7 @@ from edgetune.progress import Progress
 
 CPU = "cortex-a72"
 PROMPT = "turn on the light in the hall"
+GOLDEN_TOKENS = 4
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +46,19 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def own_bundle(bundle: Path, engine: str, tmp_path: Path) -> Path:
-    """A copy of the bundle, with a golden answer of this machine if it has none."""
+    """A copy of the bundle with a short golden answer of its first adapter only, since each deploy asks for it."""
     copy = Path(shutil.copytree(bundle, tmp_path / "home"))
     with Runtime.open(copy, engine=engine, disk_mb=0) as runtime:
         name = next(iter(runtime.manifest.adapters))
-        question = GoldenAnswer(PROMPT, "", max_tokens=4)
-        golden = {engine: {"prompt": PROMPT, "answer": ask(runtime, name, question), "max_tokens": 4}}
+        answer = ask(runtime, name, GoldenAnswer(PROMPT, "", max_tokens=GOLDEN_TOKENS))
+    golden = {engine: {"prompt": PROMPT, "answer": answer, "max_tokens": GOLDEN_TOKENS}}
 
-    def add(raw: dict[str, Any]) -> None:
-        raw["adapters"][name]["golden"] = golden | raw["adapters"][name].get("golden", {})
+    def replace(raw: dict[str, Any]) -> None:
+        for adapter in raw["adapters"].values():
+            adapter.pop("golden", None)
+        raw["adapters"][name]["golden"] = golden
 
-    change_manifest(copy, add)
+    change_manifest(copy, replace)
     return copy
 
 
