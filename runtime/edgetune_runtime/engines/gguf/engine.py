@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgetune_runtime.engines.base import (
     Logits,
@@ -31,17 +30,15 @@ from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
 
 from .base import GgufBase, GgufTokenizer
+from .kv_cache import MAIN, KvCache
 from .llama import StopFlag, decode_batch, last_errors, library, make_context
 from .state import PrefixState, check_state, read_prefix
 from .tiles import compute
 from .tree import Continuation, ContinuationTree, groups
 
-__all__ = ["BRANCHES", "ENGINE", "MAIN", "GgufEngine", "GgufTokenizer"]
+__all__ = ["BRANCHES", "ENGINE", "GgufEngine", "GgufTokenizer"]
 
 T = TypeVar("T")
-
-MAIN = 0
-"""The main sequence; the others are branches of it while `score` runs."""
 
 BRANCHES = 32
 """Continuations scored in one pass. llama.cpp keeps a row of logits for each: 0.6 MB with a vocabulary of 150,000."""
@@ -116,9 +113,7 @@ class GgufEngine:
         self._free = weakref.finalize(self, llama.llama_free, self._context)
         self._stop = StopFlag(self._context)
         self._used_threads = threads
-        self._memory = llama.llama_get_memory(self._context)
-        self._window: int = llama.llama_model_n_swa(model)
-        self._cells: int = llama.llama_n_ctx(self._context)
+        self._cache = KvCache(self._context, model)
         self._batch: int = llama.llama_n_batch(self._context)
         self._outputs = min(BRANCHES, self._batch)
         self.tokenizer = base.vocabulary
@@ -218,8 +213,7 @@ class GgufEngine:
         if start < end == self._length:
             return keep
         self._last = None
-        can_trim = 0 < end <= self._length and self._has_window_before(end)
-        if can_trim and library().llama_memory_seq_rm(self._memory, MAIN, end, -1):
+        if 0 < end <= self._length and self._cache.truncate(end):
             self._length = end
         else:
             self._rewind()
@@ -275,25 +269,20 @@ class GgufEngine:
         wanted = sorted({tuple(tokens) for tokens in continuations})
         check_continuations(wanted, self._length, self.context_length, self.tokenizer.vocab_size)
         scores: dict[Continuation, float] = {}
-        for group in groups(wanted, BRANCHES, self._cells - self._length):
+        for group in groups(wanted, BRANCHES, self._cache.cells - self._length):
             scores.update(self._score_group(group))
         return [scores[tuple(tokens)] for tokens in continuations]
 
     def save_state(self) -> memoryview:
         """The keys and values of the sequence, for `restore_state` on the same base."""
-        llama = library()
-        size: int = llama.llama_state_seq_get_size(self._context, MAIN)
-        buffer = np.empty(size, np.uint8)
-        if llama.llama_state_seq_get_data(self._context, _pointer(buffer), size, MAIN) != size:
-            raise EdgetuneError(f"llama.cpp cannot save a state of {size} bytes: {last_errors()}")
-        return buffer.data
+        return self._cache.save()
 
     def restore_state(self, state: memoryview) -> None:
         """Replace the sequence by a saved one with the same prefix; decode at least one token before `score`."""
         self._last = None
         try:
             check_state(state, self.context_length)
-            self._set_state(state)
+            self._length = self._cache.restore(state)
         except VerificationError:
             self._rewind()
             raise
@@ -315,8 +304,8 @@ class GgufEngine:
             message = f"adapter {name!r} is a prefix, which works only with keys and values in f16, not {self._kv}"
             raise IncompatibleError(message, "open the bundle with kv f16")
         try:
-            self._set_state(prefix.data)
-            same = self.save_state() == prefix.data
+            self._cache.restore(prefix.data)
+            same = self._cache.save() == prefix.data
         except VerificationError:
             same = False
         finally:
@@ -329,28 +318,10 @@ class GgufEngine:
     def _rewind(self) -> None:
         """Drop the sequence and restore the active prefix, if any."""
         self._last = None
-        library().llama_memory_seq_rm(self._memory, MAIN, -1, -1)
+        self._cache.drop(0)
         self._length = 0
         if self._prefix:
-            self._set_state(self._prefixes[self._prefix].data)
-
-    def _set_state(self, state: bytes | memoryview) -> None:
-        """Replace the whole sequence with its prefix; VerificationError when llama.cpp refuses the state."""
-        llama = library()
-        llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
-        self._length = 0
-        last_errors()
-        pointer = _pointer(np.frombuffer(state, np.uint8))
-        if not llama.llama_state_seq_set_data(self._context, pointer, len(state), MAIN):
-            llama.llama_memory_seq_rm(self._memory, MAIN, -1, -1)
-            raise VerificationError(f"llama.cpp refused a saved state: {last_errors()}", "start without it")
-        self._length = llama.llama_memory_seq_pos_max(self._memory, MAIN) + 1
-
-    def _has_window_before(self, position: int) -> bool:
-        # For sliding-window layers, a saved state contains only the last window. If it were truncated to an earlier
-        # position, those layers would silently attend to fewer tokens than the model was trained on.
-        first: int = library().llama_memory_seq_pos_min(self._memory, MAIN)
-        return first <= max(0, position - self._window + 1)
+            self._length = self._cache.restore(self._prefixes[self._prefix].data)
 
     @contextmanager
     def _undoing_if_stopped(self) -> Iterator[None]:
@@ -359,7 +330,7 @@ class GgufEngine:
         try:
             yield
         except StepStopped:
-            library().llama_memory_seq_rm(self._memory, MAIN, length, -1)
+            self._cache.drop(length)
             self._length, self._last = length, None
             raise
 
@@ -369,7 +340,7 @@ class GgufEngine:
         try:
             self._submit(tokens, positions, [(MAIN,)] * len(tokens), outputs)
         except EdgetuneError:
-            library().llama_memory_seq_rm(self._memory, MAIN, self._length, -1)
+            self._cache.drop(self._length)
             raise
         self._length += len(tokens)
 
@@ -388,7 +359,7 @@ class GgufEngine:
             self._stop.clear()
             raise StepStopped
         if result == _CONTEXT_FULL:
-            message = f"all {self._cells} cells of the KV cache are in use"
+            message = f"all {self._cache.cells} cells of the KV cache are in use"
             raise UsageError(message, "open the bundle with a larger context_length")
         if result != 0:
             raise EdgetuneError(f"llama.cpp cannot decode {len(tokens)} tokens (error {result}): {last_errors()}")
@@ -403,30 +374,13 @@ class GgufEngine:
         tree = ContinuationTree(group)
         assert self._last is not None
         log_p = tree.steps_after([()], self._last[None])
-        with self._branched(len(group)):
+        with self._cache.branched(len(group)):
             for nodes in _parts(tree.nodes, self._outputs):
                 positions = [self._length + len(node) - 1 for node in nodes]
                 sequences = [tuple(MAIN + 1 + number for number in tree.branches[node]) for node in nodes]
                 self._submit([node[-1] for node in nodes], positions, sequences, [True] * len(nodes))
                 log_p |= tree.steps_after(nodes, self._view(len(nodes)))
         return tree.totals(log_p)
-
-    @contextmanager
-    def _branched(self, count: int) -> Iterator[None]:
-        """While the block runs, sequences 1 to `count` share all KV cells of the main sequence."""
-        llama = library()
-        branches = range(MAIN + 1, MAIN + 1 + count)
-        for branch in branches:
-            llama.llama_memory_seq_cp(self._memory, MAIN, branch, -1, -1)
-        try:
-            yield
-        finally:
-            for branch in branches:
-                llama.llama_memory_seq_rm(self._memory, branch, -1, -1)
-
-
-def _pointer(buffer: NDArray[np.uint8]) -> Any:  # noqa: ANN401 - a bare pointer
-    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
