@@ -35,8 +35,9 @@ from edgetune.objectives.example import Example
 from edgetune.progress import Progress
 from edgetune.recipe.parts import Columns, TrainingSpec
 from edgetune.tokenization import tokenize_rows
+from edgetune.training.hardware import DTYPES
 from edgetune.training.job import TrainingJob
-from edgetune.training.loop import DTYPES, train
+from edgetune.training.loop import train
 
 SYSTEM = "Turn the sentence into JSON with its intent and slots."
 BATCH_SIZE = 16

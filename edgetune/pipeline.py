@@ -28,8 +28,8 @@ from .result import BuildResult
 from .shipping.exported import BundleSpec, TrainedAdapter
 from .shipping.ship import ShippedAdapter, ship
 from .tasks import read_task
+from .training.hardware import processes
 from .training.jobs import train_all
-from .training.loop import processes
 from .training.precision import check_precision
 
 # Training rows per task for calibration, if the ONNX rounding method uses calibration.

@@ -65,7 +65,7 @@ def _collected(problems: list[EdgetuneError]) -> Iterator[None]:
 
 
 def _device() -> str:
-    from edgetune.training.loop import processes  # noqa: PLC0415 - torch, which nothing else here needs
+    from edgetune.training.hardware import processes  # noqa: PLC0415 - torch, which nothing else here needs
 
     return str(processes().device.type)
 

@@ -27,9 +27,9 @@ from edgetune.prepared import PlannedTraining, Prepared
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import Task
+from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
-from edgetune.training.loop import processes
 
 
 def prepare(

@@ -40,8 +40,8 @@ from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import DomainSpec
 from edgetune.shipping.verify import logits_of
+from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob, TrainResult
-from edgetune.training.loop import processes
 
 from .texts import Texts, split_windows, window_of
 

@@ -22,8 +22,8 @@ from edgetune.objectives.example import Example
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
+from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob, TrainResult
-from edgetune.training.loop import processes
 from edgetune.training.schedule import Schedule
 
 from .cost import Placement, busy, costs, describe, placements

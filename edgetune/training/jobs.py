@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from edgetune.progress import Progress
 
 from .duration import tokens_left
+from .hardware import DTYPES, precision_of, processes
 from .job import TrainingJob, TrainResult, finished
-from .loop import DTYPES, VALIDATION_ROWS, precision_of, processes, train
+from .loop import VALIDATION_ROWS, train
 from .plot import plot_training
 
 if TYPE_CHECKING:

@@ -17,31 +17,27 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError
 
-from edgetune.methods import Method
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.base import Batch, TrainingRow, row_length
 from edgetune.progress import Progress, Step
-from edgetune.recipe.parts import TrainingSpec
 
 from .checkpointing import checkpointed, layers_of
 from .duration import TimeTrial, tokens_left
 from .fused import fused
+from .hardware import precision_of
 from .job import Point, TrainingJob, TrainResult
 from .memory import PassPlan
 from .pass_sizes import pass_cost, passes_within, peak_memory_mb
-from .precision import require_int8
 from .schedule import Schedule, passes, plan
 from .step_threads import StepThreads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.float32}
-"""The dtype in which the base is loaded for each precision."""
 # Validation uses at most this many rows, so that validating on a large task does not cost more than training.
 VALIDATION_ROWS = 256
 # A killed run loses at most about this much work.
@@ -60,30 +56,6 @@ class _State:
     loss_tokens: int = 0
     row_tokens: int = 0
     seconds: float = 0.0
-
-
-def processes() -> PartialState:
-    """This process among those of the launcher; the first call sets the device of all training."""
-    # By default accelerate assumes that several processes mean several GPUs, even on a machine without one.
-    return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
-
-
-def precision_of(training: TrainingSpec, method: Method[Any]) -> str:
-    """The precision that the recipe sets; for `auto`, `bf16` if the hardware multiplies it fast, else `fp32`.
-
-    UsageError for int8 if the hardware or the method does not support it.
-    """
-    device = processes().device
-    if training.precision == "int8":
-        require_int8(method, device.type)
-    if training.precision != "auto":
-        return training.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    if device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return "bf16" if fast else "fp32"
-    return "fp32"
 
 
 def train(
