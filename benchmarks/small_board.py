@@ -37,7 +37,7 @@ from dataclasses import replace
 
 from edgetune_devices import boards, fit
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.sizing.needs import with_options
+from edgetune_runtime.sizing.options import with_options
 
 from benchmarks.cgroup import MemoryLimit, memory_limit
 from benchmarks.fit import WORDS

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Board:
     sustains, not the one in the data sheet. `compute_gflop_per_s` counts a multiply-add as two operations. `layer_us`
     is the time of a layer per token in addition to reading its weights; `adapter_module_us` is the time per token that
     one adapted module adds. `sources` has the source of each figure. `ram_sizes_mib` are the sizes that the board is
-    sold with, if there are several. `kv_gb_per_s` is the rate at which attention reads keys and values, by default the
+    sold with, if there are several, and `ram_free_by_size_mib` has the free memory of those that do not leave as much
+    less as they have less. `kv_gb_per_s` is the rate at which attention reads keys and values, by default the
     memory's. `system` is one of `SYSTEMS`.
     """
 
@@ -51,6 +52,7 @@ class Board:
     storage: str
     sources: Mapping[str, str]
     ram_sizes_mib: tuple[int, ...] = ()
+    ram_free_by_size_mib: Mapping[int, int] = field(default_factory=dict)
     kv_gb_per_s: float | None = None
     system: str = "linux"
 
@@ -78,15 +80,33 @@ class Board:
         return repacked_types(self.instruction_sets)
 
     def with_ram(self, ram_mib: int) -> Board:
-        """The same board with another amount of memory, of which the system needs as much as in the board's file.
+        """The same board with another amount of memory.
 
-        UsageError when the system would not fit.
+        The system needs as much as in the board's file, unless that gives another figure for this amount. UsageError
+        when the system would not fit.
         """
+        if ram_mib in self.ram_free_by_size_mib:
+            return replace(self, ram_mib=ram_mib, ram_free_mib=self.ram_free_by_size_mib[ram_mib])
         system_mib = self.ram_mib - self.ram_free_mib
         if ram_mib <= system_mib:
             remedy = f"give more than the {system_mib} MiB that the system of {self.name} uses"
             raise UsageError(f"a {self.name} with {ram_mib} MiB of RAM has nothing left for a model", remedy)
         return replace(self, ram_mib=ram_mib, ram_free_mib=ram_mib - system_mib)
+
+    def limited(self, limit_mb: float) -> Board:
+        """The same board for a process that may use at most so many MB (10^6 bytes), as in a container or a unit."""
+        return replace(self, ram_free_mib=min(self.ram_free_mib, int(limit_mb * 1e6 / 2**20)))
+
+    def sizes(self) -> list[Board]:
+        """The board of a file with each size of memory that it is sold with, called like pi-4-2gb."""
+        system_mib = self.ram_mib - self.ram_free_mib
+        held = (size for size in self.ram_sizes_mib if size > system_mib or size in self.ram_free_by_size_mib)
+        return [self._with_size(size) for size in held]
+
+    def _with_size(self, ram_mib: int) -> Board:
+        title, _, rest = self.title.partition(f"{self.ram_mib // 1024} GB")
+        name, title = f"{self.family}-{ram_mib // 1024}gb", f"{title}{ram_mib // 1024} GB{rest}"
+        return replace(self.with_ram(ram_mib), name=name, title=title)
 
 
 def names() -> list[str]:
@@ -96,7 +116,7 @@ def names() -> list[str]:
 
 def names_with_sizes() -> list[str]:
     """The names of all boards, each followed by those of its sizes of memory, such as pi-4-2gb."""
-    return [name for board in map(load, names()) for name in (board.name, *_sized_names(board))]
+    return [name for board in map(load, names()) for name in (board.name, *(size.name for size in board.sizes()))]
 
 
 def load(name: str) -> Board:
@@ -105,9 +125,9 @@ def load(name: str) -> Board:
         return read(FOLDER / f"{name}.toml")
     sized = _SIZED.fullmatch(name)
     if sized and sized["name"] in names():
-        board = load(sized["name"])
-        if int(sized["gib"]) * 1024 in board.ram_sizes_mib:
-            return replace(_with_size(board, int(sized["gib"]) * 1024), name=name)
+        found = next((size for size in load(sized["name"]).sizes() if size.name == name), None)
+        if found is not None:
+            return found
     sizes = "; boards with several sizes of memory are also called like pi-4-2gb"
     raise NotFoundError(f"no board {name!r}{_hint(name)}", f"choose one of: {', '.join(names())}{sizes}")
 
@@ -129,7 +149,8 @@ def read(path: Path) -> Board:
     if problems:
         raise UsageError(f"{path.name}: {'; '.join(problems)}", "see docs/boards.md")
     lists: dict[str, Any] = {key: tuple(raw[key]) for key in ("instruction_sets", "ram_sizes_mib") if key in raw}
-    return Board(name=path.stem, **{**raw, **lists})
+    free = {int(size): mib for size, mib in raw.get("ram_free_by_size_mib", {}).items()}
+    return Board(name=path.stem, **{**raw, **lists, "ram_free_by_size_mib": free})
 
 
 def _hint(name: str) -> str:
@@ -138,16 +159,6 @@ def _hint(name: str) -> str:
         return " (only 64-bit boards are supported, and the first Pi boards have 32-bit processors)"
     near = nearest(short, names_with_sizes())
     return f" (did you mean {near!r}?)" if near else ""
-
-
-def _sized_names(board: Board) -> list[str]:
-    return [f"{board.name}-{size // 1024}gb" for size in board.ram_sizes_mib]
-
-
-def _with_size(board: Board, ram_mib: int) -> Board:
-    sized = board.with_ram(ram_mib)
-    title, _, rest = board.title.partition(f"{board.ram_mib // 1024} GB")
-    return replace(sized, title=f"{title}{ram_mib // 1024} GB{rest}")
 
 
 _NUMBERS = (
@@ -163,7 +174,7 @@ _NUMBERS = (
 
 def _problems(raw: Mapping[str, Any]) -> list[str]:
     known = {f.name for f in fields(Board)} - {"name"}
-    needed = {f.name for f in fields(Board) if f.default is MISSING} - {"name"}
+    needed = {f.name for f in fields(Board) if f.default is f.default_factory is MISSING} - {"name"}
     problems = [f"{key} is missing" for key in sorted(needed - raw.keys())]
     for key in sorted(raw.keys() - known):
         near = nearest(key, known)
@@ -180,9 +191,13 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
         problems.append("instruction_sets is not a list of names")
     if not isinstance(sizes, list) or not all(_is_positive(size) and size % 1024 == 0 for size in sizes):
         problems.append("ram_sizes_mib is not a list of multiples of 1024")
+    free = raw.get("ram_free_by_size_mib", {})
+    if not isinstance(free, dict) or not all(size in map(str, sizes) and _is_positive(free[size]) for size in free):
+        problems.append("ram_free_by_size_mib does not give MiB for some of ram_sizes_mib")
     if not isinstance(sources, dict) or not all(isinstance(text, str) and text for text in sources.values()):
         return [*problems, "sources is not a table of strings"]
-    problems += [f"sources.{key} is missing" for key in ("instruction_sets", *numbers) if key not in sources]
+    sourced = ["instruction_sets", *numbers, *(key for key in ("ram_free_by_size_mib",) if key in raw)]
+    problems += [f"sources.{key} is missing" for key in sourced if key not in sources]
     if not problems and raw["ram_free_mib"] >= raw["ram_mib"]:
         problems.append(f"ram_free_mib is {raw['ram_free_mib']}, not less than ram_mib {raw['ram_mib']}")
     return problems

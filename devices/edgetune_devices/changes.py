@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgetune_runtime.engines import gguf
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
-from edgetune_runtime.sizing.needs import MB, Needs, kept_mb, kv_bytes_per_token
+from edgetune_runtime.sizing.figures import SpeedFigures
+from edgetune_runtime.sizing.needs import COSTS, MB, Needs, kept_mb
+from edgetune_runtime.sizing.options import kv_types, with_kv
 from edgetune_runtime.sizing.speed import speed_of
 
 from .boards import Board, load, names
@@ -18,18 +20,21 @@ from .needs import needs_of_header
 SHORTEST_CONTEXT = 256
 """A shorter context is not proposed: little more than a system prompt fits in it."""
 _STATES_MB = 16
-_KV_SHARE = 34 / 64  # q8_0 instead of f16
+_SMALL_KV = "q8_0"
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change: what it costs, the MB that it saves, and memory and speed with it and all changes before it."""
+    """One change: what it costs, the MB that it saves, and memory and speed with it and all changes before it.
+
+    The speed is None if nothing is known of it.
+    """
 
     what: str
     cost: str
     saves_mb: float
     needed_mb: float
-    adapter_tokens_per_s: float
+    adapter_tokens_per_s: float | None
     fits: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -39,36 +44,49 @@ class Change:
             "cost": self.cost,
             "saves_mb": round(self.saves_mb, 1),
             "needed_mb": round(self.needed_mb, 1),
-            "adapter_tokens_per_s": round(self.adapter_tokens_per_s, 1),
+            "adapter_tokens_per_s": None if self.adapter_tokens_per_s is None else round(self.adapter_tokens_per_s, 1),
             "fits": self.fits,
         }
 
 
 def changes_for(
-    needs: Needs, board: Board, *, header: GgufHeader | None = None, other: Needs | None = None
+    needs: Needs,
+    board: Board,
+    *,
+    header: GgufHeader | None = None,
+    other: Needs | None = None,
+    limit_mb: float | None = None,
+    figures: Mapping[str, SpeedFigures] | None = None,
 ) -> list[Change]:
     """The changes that make it fit, each on top of those before it; all there are if they do not suffice.
 
-    With `header`, the base's, other quantizations are among them, and keys and values that are in 8 bits already are
-    known; `other` are the needs in another engine that the bundle has files for. Empty if it fits as it is.
+    With `header`, the base's, other quantizations are among them; `other` are the needs in another engine that the
+    bundle has files for. `limit_mb` is a limit below what the board has free; `figures` are the board's by engine, the
+    same for all if None. Empty if it fits as it is.
     """
+    figures = dict.fromkeys(COSTS, board.speed) if figures is None else figures
+    whole, board = board, board if limit_mb is None else board.limited(limit_mb)
     found: list[Change] = []
     first = needs
     before = kept_mb(needs, repacks=board.repacks)
     if before <= board.free_mb:
         return found
-    for step in (_engine(other), _states, _kv(header), _context, _quantization(header), _adapters):
+    for step in (_engine(other), _states, _kv, _context, _quantization(header), _adapters):
         for what, cost, changed in step(needs, board):
             after = kept_mb(changed, repacks=board.repacks)
             if after >= before:
                 continue
             fits = after <= board.free_mb
-            found.append(Change(what, cost, before - after, after, speed_of(changed, board.speed).adapter, fits))
+            found.append(Change(what, cost, before - after, after, _speed(changed, figures), fits))
             needs, before = changed, after
             if fits:
                 return found
-    found.extend(_larger_board(first, board))
+    found.extend(_more_memory(first, whole, limit_mb, figures))
     return found
+
+
+def _speed(needs: Needs, figures: Mapping[str, SpeedFigures]) -> float | None:
+    return speed_of(needs, figures[needs.engine]).adapter if needs.engine in figures else None
 
 
 def longest_context(needs: Needs, board: Board) -> int:
@@ -101,15 +119,10 @@ def _states(needs: Needs, _board: Board) -> Step:
         yield f"limit saved states: --cache-mb {_STATES_MB}", cost, changed
 
 
-def _kv(header: GgufHeader | None) -> Callable[[Needs, Board], Step]:
-    def change(needs: Needs, _board: Board) -> Step:
-        is_f16 = header is None or needs.kv_bytes_per_token >= kv_bytes_per_token(header)
-        if needs.engine == gguf.NAME and is_f16:
-            smaller = int(needs.kv_bytes_per_token * _KV_SHARE)
-            cost = "keys and values in 8 bits; not with prefix adapters"
-            yield "store keys and values in 8 bits: --kv q8_0", cost, replace(needs, kv_bytes_per_token=smaller)
-
-    return change
+def _kv(needs: Needs, _board: Board) -> Step:
+    if needs.kv != _SMALL_KV and _SMALL_KV in kv_types(needs):
+        what = f"store keys and values in 8 bits: --kv {_SMALL_KV}"
+        yield what, "keys and values in 8 bits", with_kv(needs, _SMALL_KV)
 
 
 def _context(needs: Needs, board: Board) -> Step:
@@ -156,20 +169,22 @@ def _adapters(needs: Needs, _board: Board) -> Step:
         yield f"leave out adapter {name}", "that task", needs
 
 
-def _larger_board(needs: Needs, board: Board) -> Iterator[Change]:
-    """The same board with more memory, or else the smallest other one that fits."""
-    sizes = [load(f"{board.family}-{size // 1024}gb") for size in board.ram_sizes_mib]
+def _more_memory(
+    needs: Needs, board: Board, limit_mb: float | None, figures: Mapping[str, SpeedFigures]
+) -> Iterator[Change]:
+    """A higher limit, or the same board with more memory, or the smallest other one that fits."""
+    needed = kept_mb(needs, repacks=board.repacks)
+    limit = f"raise the limit: --limit-mb {math.ceil(needed)}" if limit_mb is not None and needed > limit_mb else ""
+    if limit and needed <= board.free_mb:
+        cost = "memory that other programs cannot have"
+        yield Change(limit, cost, 0.0, needed, _speed(needs, figures), fits=True)
+        return
+    sizes = (load(board.family) if board.family in names() else board).sizes()
     others = sorted(map(load, names()), key=lambda other: other.ram_free_mib)
     for other in [*sizes, *others]:
         needed = kept_mb(needs, repacks=other.repacks)
         if needed <= other.free_mb and other.ram_mib > board.ram_mib:
-            speed = speed_of(needs, other.speed).adapter
-            yield Change(
-                f"use a board with more memory: {other.name}",
-                "another board, no other change",
-                0.0,
-                needed,
-                speed,
-                fits=True,
-            )
+            what = f"use a board with more memory: {other.name}" + (f", and {limit}" if limit else "")
+            speed = _speed(needs, figures) if other.family == board.family else speed_of(needs, other.speed).adapter
+            yield Change(what, "another board, no other change", 0.0, needed, speed, fits=True)
             return

@@ -11,8 +11,6 @@ import typer
 from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 
-from edgetune.delivery.board.opening import Opening
-
 # Titles of the option groups in --help.
 RECIPE_PANEL = "Recipe overrides"
 BASE_PANEL = "Base"
@@ -84,18 +82,6 @@ def targets_of(joined: str) -> list[str]:
         if error is not None:
             raise UsageError(f"--targets: {error.message}", error.remedy)
     return names
-
-
-def check_kv(kv: str | None, engine: str | None) -> None:
-    """UsageError for a data type of keys and values that the engine lacks."""
-    if kv not in (None, *(("f16", "q8_0") if engine != "onnx" else ("f32",))):
-        raise UsageError(f"no data type {kv!r} for keys and values", "give f16 or q8_0 with gguf, f32 with onnx")
-
-
-def opening_of(engine: str | None, context_length: int | None, kv: str | None, cache_mb: float | None) -> Opening:
-    """How a board opens a bundle; UsageError as for `check_kv`."""
-    check_kv(kv, engine)
-    return Opening(context_length, kv, cache_mb)
 
 
 def settings_of(settings: Sequence[str] | None) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
-from .arguments import AsJson, CacheMb, ContextLength, Engine, Kv, Quiet, opening_of, print_json
+from .arguments import AsJson, CacheMb, ContextLength, Engine, Kv, Quiet, print_json
 
 if TYPE_CHECKING:
     from edgetune.delivery.board.opening import Opening
@@ -98,6 +98,7 @@ def deploy_bundle(
     from edgetune_devices import boards  # noqa: PLC0415 - help needs none of it
     from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415
 
+    from edgetune.delivery.board.opening import Opening  # noqa: PLC0415
     from edgetune.delivery.deploy.deploy import (  # noqa: PLC0415
         DeployOptions,
         UnitOptions,
@@ -127,8 +128,7 @@ def deploy_bundle(
     elif lists:
         act = partial(list_versions, where=where)
     else:
-        opening = opening_of(engine, context_length, kv, cache_mb)
-        kits = _kits(bundle, engine, opening, Progress(quiet=quiet))
+        kits = _kits(bundle, engine, Opening(context_length, kv, cache_mb), Progress(quiet=quiet))
         # Boards of an inventory have one line each.
         progress = Progress(quiet=quiet or inventory is not None)
         unit = None if service is None else UnitOptions(service, listen, port)
@@ -148,7 +148,10 @@ def _kits(bundle: Path, engine: str | None, opening: Opening, progress: Progress
     import platformdirs  # noqa: PLC0415 - help needs none of it
 
     from edgetune.delivery.deploy.kits import Kits  # noqa: PLC0415
-    from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415
+    from edgetune.delivery.kit.make import make_kit, needs_with  # noqa: PLC0415
+
+    if opening.kv is not None:
+        needs_with(bundle, engine, opening)  # fails, before a board is asked, if the bundle cannot have them
 
     def make(board: str, python: str, out: Path, earlier: Sequence[Path]) -> None:
         make_kit(bundle, board, out, python=python, engine=engine, opening=opening, progress=progress, earlier=earlier)

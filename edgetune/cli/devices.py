@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,14 +13,16 @@ import typer
 from edgetune_devices import boards, changes, detect, fit
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, resolve
 from edgetune_runtime.engines import gguf
-from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.sizing.calibration import read_calibration
-from edgetune_runtime.sizing.needs import COSTS, with_options
+from edgetune_runtime.sizing.figures import SpeedFigures
+from edgetune_runtime.sizing.needs import COSTS
+from edgetune_runtime.sizing.options import with_options
 
 from edgetune import task_types
 
-from .arguments import BOARD, CacheMb, ContextLength, Engine, Kv, check_kv
+from .arguments import BOARD, CacheMb, ContextLength, Engine, Kv
 
 app = typer.Typer(help="Show boards, and what fits on them.", no_args_is_help=True)
 
@@ -88,20 +92,16 @@ def fit_target(
     """Predict the memory and the speed of a bundle or recipe on a board, and what to change if it does not fit."""
     if engine is not None and engine not in COSTS:
         raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(COSTS)}")
-    check_kv(kv, engine)
     board = _board(device, ram_mib)
-    if limit_mb is not None:
-        board = replace(board, ram_free_mib=min(board.ram_free_mib, int(limit_mb * 1e6 / 2**20)))
     needs, header, other = _needs(target, context_length, engine)
     needs = with_options(needs, kv=kv, cache_mb=cache_mb, serves=serve)
     if other is not None:
         other = with_options(other, cache_mb=cache_mb, serves=serve)
-    if calibration is not None:
-        measured = read_calibration(calibration, needs)
-        board = replace(board, **asdict(measured.figures))
-        if caution := measured.caution(needs):
-            typer.echo(f"note: {caution}", err=True)
-    result, proposed = fit.fit(needs, board), changes.changes_for(needs, board, header=header, other=other)
+    figures = None if calibration is None else _calibrated(calibration, needs, other)
+    if figures is not None:
+        board = replace(board, **asdict(figures[needs.engine]))
+    result = fit.fit(needs, board if limit_mb is None else board.limited(limit_mb))
+    proposed = changes.changes_for(needs, board, header=header, other=other, limit_mb=limit_mb, figures=figures)
     if as_json:
         _print_json(result.to_json() | {"changes": [change.to_json() for change in proposed]})
         return
@@ -133,6 +133,18 @@ def detect_board(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     typer.echo(f"wrote {out}; use it with: edgetune devices fit TARGET --device {out}")
+
+
+def _calibrated(path: Path, needs: fit.Needs, other: fit.Needs | None) -> Mapping[str, SpeedFigures]:
+    """The figures of a calibration by engine; those of the other engine only if it has them."""
+    measured = read_calibration(path, needs)
+    if caution := measured.caution(needs):
+        typer.echo(f"note: {caution}", err=True)
+    figures = {needs.engine: measured.figures}
+    if other is not None:
+        with suppress(NotFoundError):
+            figures[other.engine] = read_calibration(path, other).figures
+    return figures
 
 
 Target = tuple[fit.Needs, GgufHeader | None, fit.Needs | None]
@@ -174,6 +186,9 @@ def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None)
         message = f"the size of base {recipe.base!r} is not known before it is downloaded"
         raise NotFoundError(message, "build the recipe, or give a .gguf file or a local folder as the base")
     quantization = bases.quantization_of(recipe)
+    if engine is not None and engine not in recipe.targets:
+        message = f"recipe {path} has no target {engine}"
+        raise IncompatibleError(message, f"choose one of: {', '.join(recipe.targets)}; or add it to targets")
     needs = plan.needs_of_recipe(recipe, header, quantization, engine)
     others = [name for name in recipe.targets if name in COSTS and name != needs.engine]
     other = plan.needs_of_recipe(recipe, header, quantization, others[0]) if others else None
@@ -200,7 +215,7 @@ def _row(change: changes.Change) -> tuple[str, ...]:
         change.what,
         f"-{change.saves_mb:.0f} MB" if change.saves_mb else "",
         f"needs {change.needed_mb:.0f} MB",
-        f"{change.adapter_tokens_per_s:.1f} tokens/s",
+        "" if change.adapter_tokens_per_s is None else f"{change.adapter_tokens_per_s:.1f} tokens/s",
         "fits" if change.fits else "",
         f"({change.cost})",
     )

@@ -16,7 +16,6 @@ from .arguments import (
     Engine,
     Kv,
     Quiet,
-    opening_of,
     print_json,
 )
 
@@ -55,7 +54,8 @@ def kit(
     On the board, run `sh install.sh` in the kit's folder. The same bundle and versions give the same bytes. The
     board opens the bundle with --context-length, --kv and --cache-mb, which make one fit that does not otherwise.
     """
-    from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415 - help needs none of it
+    from edgetune.delivery.board.opening import Opening  # noqa: PLC0415 - help needs none of it
+    from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415
     from edgetune.progress import Progress  # noqa: PLC0415
 
     result = make_kit(
@@ -64,7 +64,7 @@ def kit(
         out,
         python=python,
         engine=engine,
-        opening=opening_of(engine, context_length, kv, cache_mb),
+        opening=Opening(context_length, kv, cache_mb),
         with_bundle=not no_bundle,
         wheel=wheel,
         progress=Progress(quiet=quiet),

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import struct
-import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +23,6 @@ from .threads.machine import (
     free_mb,
     threads_for,
     throttling,
-    throttling_in,
     usable_cores,
 )
 
@@ -60,7 +57,6 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
     model.
     """
     quota = cpu_quota(root)
-    now, before = _throttled(root)
     found: dict[str, Any] = {
         "processor": processor(root),
         "board": _text(root / "proc/device-tree/model") or None,
@@ -75,8 +71,8 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
         "memory": memory(root),
         "clock": _clock(root),
         "temperature_c": _temperature(root),
-        "throttling": now,
-        "throttled_since_start": before,
+        "throttling": throttling(root),
+        "throttled_since_start": throttling(root, since_start=True),
         "busy": disturbance(root),
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "llama_cpp": _llama_cpp(),
@@ -162,20 +158,6 @@ def _temperature(root: Path) -> float | None:
     zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/temp"))
     texts = [_text(zone) for zone in zones]
     return max((int(text) / 1000 for text in texts if text.lstrip("-").isdigit()), default=None)
-
-
-def _throttled(root: Path) -> tuple[str | None, str | None]:
-    """Why the board throttles now, and why it did since its start: from /sys, or else from vcgencmd."""
-    now, before = throttling(root), throttling(root, since_start=True)
-    program = shutil.which("vcgencmd")
-    if now or before or root != ROOT or program is None:
-        return now, before
-    try:
-        text = subprocess.run([program, "get_throttled"], capture_output=True, text=True, timeout=5, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None, None
-    flags = text.strip().removeprefix("throttled=")
-    return throttling_in(flags), throttling_in(flags, since_start=True)
 
 
 def _text(path: Path) -> str:

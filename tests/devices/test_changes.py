@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,10 @@ from pathlib import Path
 import pytest
 from edgetune_devices import boards, changes, fit
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
-from edgetune_runtime.sizing.needs import Needs, kept_mb, with_options
+from edgetune_runtime.sizing.figures import SpeedFigures
+from edgetune_runtime.sizing.needs import Needs, kept_mb
+from edgetune_runtime.sizing.options import with_options
+from edgetune_runtime.sizing.speed import speed_of
 
 ADAPTERS = {"command": fit.AdapterSize(5_000_000, 210), "reply": fit.AdapterSize(9_000_000, 210)}
 
@@ -20,6 +24,7 @@ def header(tiny_gguf: Callable[[str], Path]) -> GgufHeader:
 def _needs(header: GgufHeader, **sizes: int) -> Needs:
     """The needs of a base as large as SmolLM2-135M, with two adapters."""
     needs = fit.needs_of_header(header, context_length=2048, quantization="q8_0", adapters=ADAPTERS)
+    needs = replace(needs, head_lengths=(64, 64))
     large = {"base_bytes": 145_000_000, "read_bytes": 145_000_000, "read_parameters": 134_000_000, "layers": 30}
     return replace(needs, **{**large, "kv_bytes_per_token": 23040, "vocabulary": 49152, **sizes})
 
@@ -52,10 +57,16 @@ def test_the_other_engine_costs_nothing_and_comes_first(header: GgufHeader) -> N
 
 
 def test_keys_and_values_in_8_bits_are_not_halved_again(header: GgufHeader) -> None:
-    needs = fit.needs_of_header(header, context_length=2048, adapters=ADAPTERS)
     for kv, proposed in (("f16", True), ("q8_0", False)):
-        found = changes.changes_for(with_options(needs, kv=kv), _with_free_mb(1), header=header)
+        found = changes.changes_for(with_options(_needs(header), kv=kv), _with_free_mb(1))
         assert any("--kv q8_0" in change.what for change in found) == proposed
+
+
+def test_keys_and_values_in_8_bits_are_proposed_only_where_llama_cpp_has_them(header: GgufHeader) -> None:
+    needs = _needs(header)
+    prefix = replace(needs, adapters={**needs.adapters, "prefix": fit.AdapterSize(5_000_000, 0, is_prefix=True)})
+    for other in (replace(needs, head_lengths=(80, 80)), prefix):
+        assert not any("--kv" in change.what for change in changes.changes_for(other, _with_free_mb(1)))
 
 
 def test_each_change_adds_to_those_before_it_until_the_board_fits(header: GgufHeader) -> None:
@@ -102,3 +113,29 @@ def test_a_larger_size_of_the_same_board_is_proposed_last(header: GgufHeader) ->
     last = changes.changes_for(huge, boards.load("pi-4-1gb"))[-1]
     assert (last.what, last.fits) == ("use a board with more memory: pi-4-4gb", True)
     assert last.needed_mb == pytest.approx(kept_mb(huge, repacks=()))
+
+
+def test_a_limit_is_raised_where_the_board_has_the_memory(header: GgufHeader) -> None:
+    needs, board = _needs(header, base_bytes=1_000_000_000), boards.load("pi-4")
+    last = changes.changes_for(needs, board, limit_mb=500)[-1]
+    needed = kept_mb(needs, repacks=())
+    assert (last.what, last.fits) == (f"raise the limit: --limit-mb {math.ceil(needed)}", True)
+    last = changes.changes_for(replace(needs, base_bytes=5_000_000_000), board, limit_mb=500)[-1]
+    needed += 4000
+    assert last.what == (f"use a board with more memory: pi-4-8gb, and raise the limit: --limit-mb {math.ceil(needed)}")
+
+
+def test_a_larger_size_is_proposed_for_a_copy_of_a_board_file(header: GgufHeader) -> None:
+    board = replace(boards.load("pi-4"), name="my-board")
+    last = changes.changes_for(_needs(header, base_bytes=5_000_000_000), board)[-1]
+    assert (last.what, last.fits) == ("use a board with more memory: my-board-8gb", True)
+
+
+def test_each_engine_has_the_speed_that_was_measured_with_it(header: GgufHeader) -> None:
+    gguf = _needs(header)
+    onnx = replace(gguf, engine="onnx", kv_bytes_per_token=46080)
+    board = _with_free_mb(kept_mb(gguf, repacks=()) + 5)
+    slow, fast = (SpeedFigures(speed, 100, 10, 10, speed) for speed in (1.0, 10.0))
+    for figures, known in (({"onnx": slow, "gguf": fast}, True), ({"onnx": slow}, False)):
+        (change,) = changes.changes_for(onnx, board, other=gguf, figures=figures)
+        assert change.adapter_tokens_per_s == (pytest.approx(speed_of(gguf, fast).adapter) if known else None)

@@ -106,6 +106,8 @@ def test_fit_of_a_recipe_on_a_folder_predicts_its_default_quantization(
     needs = fit.needs_of_header(read_header(tiny_gguf("llama")), context_length=1024, quantization="q8_0")
     weights = next(item["mb"] for item in figures["items"] if item["name"] == "base weights")
     assert weights == pytest.approx(needs.base_bytes / 1e6, abs=0.1)
+    with pytest.raises(IncompatibleError, match=r"recipe\.yaml has no target onnx; choose one of: gguf"):
+        _run("fit", tmp_path / "recipe.yaml", "--device", "pi-4", "--engine", "onnx")
 
 
 def test_needs_of_a_recipe_follow_its_methods_and_quantization(

@@ -316,6 +316,14 @@ def test_doctor_tries_a_bundle_and_keeps_what_it_measures(run: Run, bundle: Path
     assert re.fullmatch(r"the figures given, of \w+ weights", again["bundle"]["predicted_from"])
 
 
+def test_doctor_calibrates_nothing_that_is_refused(run: Run, bundle: Path, tmp_path: Path) -> None:
+    assert "refused" in json.loads(run("doctor", bundle, "--kv", "q5", "--json")[1])["bundle"]
+    code, _, err = run("doctor", bundle, "--kv", "q5", "--calibrate", tmp_path / "board.json")
+    assert (code, err.splitlines()[-1][:44]) == (2, "edgetune-run: gguf has no data type 'q5' for")
+    code, _, err = run("doctor", bundle, "--calibrate", tmp_path)
+    assert (code, err) == (2, f"edgetune-run: cannot write {tmp_path}; give a file in a folder that you may write to\n")
+
+
 def test_doctor_says_what_would_be_refused(run: Run, bundle: Path, tmp_path: Path) -> None:
     broken = tmp_path / "bundle"
     shutil.copytree(bundle, broken)

@@ -19,7 +19,8 @@ from edgetune_runtime.sizing.calibration import (
     write_calibration,
 )
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import AdapterSize, items_of, kept_mb, needed_mb, needs_of_bundle, with_options
+from edgetune_runtime.sizing.needs import AdapterSize, items_of, kept_mb, needed_mb, needs_of_bundle
+from edgetune_runtime.sizing.options import kv_types, with_kv, with_options
 from edgetune_runtime.sizing.raw import arithmetic, read_bandwidth
 from edgetune_runtime.sizing.speed import adapter_seconds, speed_of, token_seconds
 from edgetune_runtime.sizing.trial import try_bundle
@@ -62,13 +63,29 @@ def test_an_engine_that_the_bundle_has_no_files_for_is_refused(both: Path, tmp_p
 
 
 def test_options_change_keys_values_states_and_server(both: Path) -> None:
-    needs = needs_of_bundle(both)
+    needs = replace(needs_of_bundle(both), head_lengths=(64, 64))
     assert with_options(needs) == needs
     smaller = with_options(needs, kv="q8_0", cache_mb=0)
     assert smaller.kv_bytes_per_token == int(needs.kv_bytes_per_token * 34 / 64)
     assert smaller.state_bytes == 0 and needs.state_bytes > 0
     added = needed_mb(with_options(needs, serves=True), repacks=()) - needed_mb(needs, repacks=())
     assert added > 10
+
+
+def test_keys_and_values_that_the_engine_the_base_or_an_adapter_cannot_have_are_refused(both: Path) -> None:
+    gguf, onnx = needs_of_bundle(both, engine="gguf"), needs_of_bundle(both, engine="onnx")
+    with pytest.raises(UsageError, match="gguf has no data type 'q5' for keys and values; choose one of: f16, q8_0"):
+        with_kv(gguf, "q5")
+    with pytest.raises(UsageError, match=r"onnx has no data type 'q8_0' .*; choose one of: f32"):
+        with_kv(onnx, "q8_0")
+    with pytest.raises(IncompatibleError, match="cannot be q8_0: the base's heads have 16 numbers, not"):
+        with_kv(gguf, "q8_0")
+    prefix = replace(gguf, head_lengths=(64, 64), adapters={"tone": AdapterSize(1000, 0, is_prefix=True)})
+    with pytest.raises(IncompatibleError, match="cannot be q8_0: adapter tone is a prefix; use f16"):
+        with_kv(prefix, "q8_0")
+    for needs, types in ((gguf, ["f16"]), (onnx, ["f32"]), (prefix, ["f16"])):
+        assert kv_types(needs) == types
+        assert with_kv(needs, types[0]).kv_bytes_per_token == needs.kv_bytes_per_token
 
 
 def test_the_parts_are_named_and_empty_ones_left_out(both: Path) -> None:

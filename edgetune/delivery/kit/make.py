@@ -16,7 +16,8 @@ from edgetune_runtime import __version__
 from edgetune_runtime.bundle import GENERATION, MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, needs_of_bundle, with_options
+from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, Needs, needs_of_bundle
+from edgetune_runtime.sizing.options import with_options
 
 from edgetune import task_types
 from edgetune.delivery.board.kit import (
@@ -168,14 +169,6 @@ def describe(
     return (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _engine(manifest: Manifest, engine: str | None) -> str:
-    formats = list(manifest.base.files)
-    if engine is not None and engine not in formats:
-        message = f"bundle {manifest.name!r} has no files for --engine {engine}"
-        raise IncompatibleError(message, f"choose one of: {', '.join(formats)}; or build it with targets: [{engine}]")
-    return engine or formats[0]
-
-
 def _memory_mb(
     bundle: Path, manifest: Manifest, engine: str, board: boards.Board, *, opening: Opening, device: str
 ) -> tuple[float, float]:
@@ -183,14 +176,34 @@ def _memory_mb(
 
     IncompatibleError if the board, which the user calls `device`, leaves less than the latter.
     """
-    if task_types.load(manifest.task).offers("fit"):
-        needs = needs_of_bundle(bundle, context_length=opening.context_length, engine=engine)
-        remedy = f"see what to change, such as --cache-mb: edgetune devices fit {bundle} --device {device}"
-        found = fit.require_fit(with_options(needs, kv=opening.kv, cache_mb=opening.cache_mb), board, remedy)
-        return found.needed_mb, found.kept_mb
-    # There is no prediction: twice the files leaves room for activations and caches.
-    guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb
-    return guessed_mb, guessed_mb
+    needs = needs_with(bundle, engine, opening)
+    if needs is None:
+        # There is no prediction: twice the files leaves room for activations and caches.
+        guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb
+        return guessed_mb, guessed_mb
+    words = " ".join([str(bundle), "--device", device, "--engine", engine, *opening.words()])
+    found = fit.require_fit(needs, board, f"see what to change: edgetune devices fit {words}")
+    return found.needed_mb, found.kept_mb
+
+
+def needs_with(bundle: Path, engine: str | None, opening: Opening) -> Needs | None:
+    """The needs of a bundle that is opened so; None for a task of which they are not predicted.
+
+    `engine` is the bundle's first format if None. Raises what `with_options` raises.
+    """
+    manifest = read_manifest(bundle)
+    if not task_types.load(manifest.task).offers("fit"):
+        return None
+    needs = needs_of_bundle(bundle, context_length=opening.context_length, engine=_engine(manifest, engine))
+    return with_options(needs, kv=opening.kv, cache_mb=opening.cache_mb)
+
+
+def _engine(manifest: Manifest, engine: str | None) -> str:
+    formats = list(manifest.base.files)
+    if engine is not None and engine not in formats:
+        message = f"bundle {manifest.name!r} has no files for --engine {engine}"
+        raise IncompatibleError(message, f"choose one of: {', '.join(formats)}; or build it with targets: [{engine}]")
+    return engine or formats[0]
 
 
 def _own_wheels(platform: Platform, folder: Path, *, engine: str, wheel: Path | None, progress: Progress) -> list[Path]:

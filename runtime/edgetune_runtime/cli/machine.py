@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -73,6 +74,8 @@ def doctor(options: argparse.Namespace) -> None:
 
     if options.bundle is None and (options.calibrate or options.calibration):
         raise UsageError("--calibrate and --calibration need a bundle", "give the bundle's folder")
+    if options.calibrate is not None:
+        _require_writable(options.calibrate)
     manifest = None if options.bundle is None else read_manifest(options.bundle)
     found = examine(manifest)
     if manifest is not None:
@@ -85,21 +88,31 @@ def doctor(options: argparse.Namespace) -> None:
     print("\n".join(f"problem\t{problem}" for problem in problems) or "no problem found")
 
 
+def _require_writable(path: Path) -> None:
+    """UsageError unless a file can be written there, before minutes are spent on what it is to hold."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write {path}", "give a file in a folder that you may write to")
+
+
 def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any]) -> None:
     """Add to `found` what a trial of the bundle finds, and store what it measures."""
     from edgetune_runtime.sizing.calibration import read_calibration, write_calibration  # noqa: PLC0415
-    from edgetune_runtime.sizing.needs import needs_of_bundle, with_options  # noqa: PLC0415
+    from edgetune_runtime.sizing.needs import needs_of_bundle  # noqa: PLC0415
+    from edgetune_runtime.sizing.options import with_options  # noqa: PLC0415
     from edgetune_runtime.sizing.trial import try_bundle  # noqa: PLC0415
 
     needs = None
     if manifest.task == GENERATION:
         try:
             needs = needs_of_bundle(options.bundle, context_length=options.context_length, engine=options.engine)
+            needs = with_options(needs, kv=options.kv, cache_mb=options.cache_mb)
         except EdgetuneError as error:
+            if options.calibrate is not None:
+                raise
             found["bundle"]["refused"] = str(error)
             found["problems"].append(f"refused: {error}")
             return
-        needs = with_options(needs, kv=options.kv, cache_mb=options.cache_mb)
     known = None
     if options.calibration is not None and needs is not None:
         known = read_calibration(options.calibration, needs)

@@ -34,15 +34,16 @@ _HOT_LIBRARY_MB = 12.0
 
 @dataclass(frozen=True)
 class EngineCost:
-    """What an engine needs in addition to weights, keys and values; `kv_bytes` is the size of a number in these.
+    """What an engine needs in addition to weights, keys and values; `kv_types` are the data types of these.
 
+    The first of them is the default.
     `runtime_mb` is the resident memory of Python, the libraries and the runtime, after a few answers; of it,
     `libraries_mb` are mapped files, which the system can drop and read again.
     `vocabulary_bytes` is per token of the vocabulary. `maps_embedding`: the embedding stays mapped beside the weights
     that were rearranged. `scores_bytes` is per head and token of context in a batch, in addition to the mask.
     """
 
-    kv_bytes: int
+    kv_types: tuple[str, ...]
     runtime_mb: float
     libraries_mb: float
     vocabulary_bytes: int
@@ -50,22 +51,31 @@ class EngineCost:
     scores_bytes: int
     maps_embedding: bool
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of a number in keys and values of the default type."""
+        return int(TENSOR_TYPES[self.kv_types[0]].bytes_per_value)
+
 
 COSTS: Mapping[str, EngineCost] = {
     # Scores are f32, and f16 for the product with the values. Logits are kept in two buffers.
-    gguf.NAME: EngineCost(2, 65.0, 33.0, 350, 2 * (BRANCHES + 1), 4 + 2, maps_embedding=False),
-    onnx.NAME: EngineCost(4, 100.0, 67.0, 700, 2, 0, maps_embedding=True),
+    gguf.NAME: EngineCost(("f16", "q8_0"), 65.0, 33.0, 350, 2 * (BRANCHES + 1), 4 + 2, maps_embedding=False),
+    onnx.NAME: EngineCost(("f32",), 100.0, 67.0, 700, 2, 0, maps_embedding=True),
 }
 """By engine."""
 
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """Bytes of an adapter in memory, the modules that it changes, and whether it `is_mapped` from its file."""
+    """Bytes of an adapter in memory, the modules that it changes, and whether it `is_mapped` from its file.
+
+    A prefix needs keys and values in the engine's default data type.
+    """
 
     file_bytes: int
     modules: int
     is_mapped: bool = False
+    is_prefix: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,10 @@ class Needs:
     """Sizes that determine the memory and the speed of a base with its adapters in an engine.
 
     `read_bytes` and `read_parameters` count the weights read per token: all except an embedding that is not also the
-    output head. `kv_bytes_per_token` is in the engine's data type. `head_bytes` is the size of an output head that is
-    also the embedding, else 0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty
-    if they are unknown. `merged` maps each adapter that is a full model to the bytes of its file. `draft_bytes` is the
+    output head. `kv_bytes_per_token` is in the data type `kv`, None for the engine's default. `head_lengths` are those
+    of a key and a value of one head, if known. `head_bytes` is the size of an output head that is also the embedding,
+    else 0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty if they are unknown.
+    `merged` maps each adapter that is a full model to the bytes of its file. `draft_bytes` is the
     size of all draft tables; `constrained`: the answers of an adapter are held to a schema or a grammar.
     """
 
@@ -100,6 +111,8 @@ class Needs:
     constrained: bool = False
     states_limit_bytes: int = CACHE_BYTES
     serves: bool = False
+    kv: str | None = None
+    head_lengths: tuple[int, ...] = ()
 
     @property
     def cost(self) -> EngineCost:
@@ -225,15 +238,6 @@ def needs_of_bundle(bundle: Path, *, context_length: int | None = None, engine: 
     return replace(needs, **_adapters(manifest, engine))
 
 
-def with_options(needs: Needs, *, kv: str | None = None, cache_mb: float | None = None, serves: bool = False) -> Needs:
-    """The needs when a bundle is opened with these options, and served; None is the default of `Runtime.open`."""
-    per_token = needs.kv_bytes_per_token
-    if kv is not None:
-        per_token = int(per_token / needs.cost.kv_bytes * TENSOR_TYPES[kv].bytes_per_value)
-    limit = needs.states_limit_bytes if cache_mb is None else int(cache_mb * MB)
-    return replace(needs, kv_bytes_per_token=per_token, states_limit_bytes=limit, serves=serves)
-
-
 def needs_of_file(header: GgufHeader, *, context_length: int) -> Needs:
     """The needs of a base as its GGUF file is; IncompatibleError if the header lacks a size."""
     sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
@@ -275,6 +279,7 @@ def needs_of_sizes(
         head_bytes=sizes.get(head, 0) if tied else 0,
         main_type=main_type,
         head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
+        head_lengths=_head_lengths(header),
     )
 
 
@@ -283,13 +288,16 @@ def kv_bytes_per_token(header: GgufHeader) -> int:
 
     Sliding-window layers (Gemma 3) count in full: the engine keeps all positions (`swa_full`), so that it can truncate.
     """
-    heads = number(header, "attention.head_count_kv", total=True)
+    return number(header, "attention.head_count_kv", total=True) * sum(_head_lengths(header)) * 2
+
+
+def _head_lengths(header: GgufHeader) -> tuple[int, int]:
+    """The numbers in a key and in a value of one head."""
     queries = _metadata(header, "attention.head_count")
     queries = max(queries) if isinstance(queries, Sequence) else queries
     default = number(header, "embedding_length") // queries
-    key = int(header.metadata.get(f"{header.architecture}.attention.key_length", default))
-    value = int(header.metadata.get(f"{header.architecture}.attention.value_length", default))
-    return heads * (key + value) * 2
+    key, value = (header.metadata.get(f"{header.architecture}.attention.{n}_length", default) for n in ("key", "value"))
+    return int(key), int(value)
 
 
 def number(header: GgufHeader, key: str, *, total: bool = False) -> int:
@@ -313,7 +321,8 @@ def _adapters(manifest: Manifest, engine: str) -> dict[str, Any]:
             in_memory = 4 * sum(types.values()) if engine == onnx.NAME and types else file_bytes
             # Values in float16 are copied.
             is_mapped = engine == onnx.NAME and [*types] == ["f32"]
-            adapters[name] = AdapterSize(in_memory, len(entry.ranks), is_mapped)
+            is_prefix = entry.shapes.get(engine) == "prefix"
+            adapters[name] = AdapterSize(in_memory, len(entry.ranks), is_mapped, is_prefix)
         drafts += manifest.files[entry.draft].bytes if entry.draft else 0
     constrained = any(entry.output for entry in manifest.adapters.values())
     return {"adapters": adapters, "merged": merged, "draft_bytes": drafts, "constrained": constrained}

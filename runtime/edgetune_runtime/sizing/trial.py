@@ -9,7 +9,7 @@ from typing import Any
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.runtime import Runtime
-from edgetune_runtime.threads.machine import free_mb
+from edgetune_runtime.threads.machine import free_mb, own_mb
 
 from .calibration import Calibration, Measured, figures_of, measure
 from .figures import SpeedFigures
@@ -46,6 +46,8 @@ def try_bundle(
         needed = sum(item.mb for item in items)
         found["memory_mb"] = {item.name: round(item.mb, 1) for item in items} | {"needed": round(needed, 1)}
         kept = sum(item.mb - item.droppable_mb for item in items)
+        # What this process has of its own already is part of what the bundle needs.
+        free = None if free is None else free + own_mb()
         if free is not None and kept > free:
             remedy = "shorten --context-length, or limit saved states with --cache-mb"
             problems.append(f"the bundle needs about {kept:.0f} MB, and {free:.0f} MB are free: {remedy}")

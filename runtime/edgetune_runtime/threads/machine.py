@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -90,6 +92,11 @@ def peak_mb() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
+def own_mb() -> float:
+    """Resident memory of this process that is not of mapped files, in 10^6 bytes; 0 outside Linux."""
+    return _status_mb("RssAnon") or 0.0
+
+
 def _status_mb(key: str) -> float | None:
     """A size of this process in /proc, in 10^6 bytes; None outside Linux."""
     found = re.search(rf"^{key}:\s+(\d+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
@@ -120,16 +127,24 @@ def throttling(root: Path = ROOT, *, since_start: bool = False) -> str | None:
 
     None too where the board does not report it.
     """
-    flags = _read(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
-    return throttling_in(flags, since_start=since_start)
-
-
-def throttling_in(flags: str, *, since_start: bool = False) -> str | None:
-    """The reasons in flags of Raspberry Pi firmware, written in hexadecimal; None if there are none."""
+    flags = _read(root / "sys/devices/platform/soc/soc:firmware/get_throttled") or _vcgencmd_throttled(root)
+    # Flags of Raspberry Pi firmware, written in hexadecimal.
     bits = int(flags, 16) if re.fullmatch(r"(0x)?[0-9a-fA-F]+", flags) else 0
     # The flags of what happened since the start are the same, 16 bits further up.
     bits >>= 16 if since_start else 0
     return ", ".join(text for bit, text in _THROTTLED.items() if bits & bit) or None
+
+
+def _vcgencmd_throttled(root: Path) -> str:
+    """The flags that the firmware's own program prints; empty without it."""
+    program = shutil.which("vcgencmd")
+    if root != ROOT or program is None:
+        return ""
+    try:
+        done = subprocess.run([program, "get_throttled"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().removeprefix("throttled=")
 
 
 def disturbance(root: Path = ROOT) -> str | None:

@@ -24,7 +24,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.golden import ask
-from edgetune_runtime.sizing.needs import with_options
+from edgetune_runtime.sizing.options import with_options
 from kits import PYTHON, KitMaker, install_sh, with_fields
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
@@ -330,7 +330,7 @@ def test_a_bundle_that_fits_with_other_options_is_opened_with_them(
     assert make(wide, tmp_path / "kit", wheelhouse, "--board", str(path)) == IncompatibleError.exit_code
     assert f"edgetune devices fit {wide} --device {path}" in capfd.readouterr().err
     assert make(wide, tmp_path / "kit", wheelhouse, "--kv", "q3") == UsageError.exit_code
-    assert "no data type 'q3' for keys and values; give f16 or q8_0" in capfd.readouterr().err
+    assert "no data type 'q3' for keys and values; choose one of: f16, q8_0" in capfd.readouterr().err
     options = ("--context-length", "64", "--kv", "q8_0", "--cache-mb", "0.5")
     assert make(wide, tmp_path / "kit", wheelhouse, "--board", str(path), *options) == 0
     kit = read_kit(tmp_path / "kit")

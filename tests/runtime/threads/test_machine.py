@@ -102,6 +102,21 @@ def test_what_spoils_a_measurement_is_told_in_one_line(tmp_path: Path) -> None:
     assert told.endswith("cores; too little voltage, throttled")
 
 
+@pytest.mark.skipif(
+    Path("/sys/devices/platform/soc/soc:firmware/get_throttled").exists(), reason="the board itself reports it"
+)
+def test_flags_that_only_the_firmwares_own_program_prints_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "vcgencmd"
+    program.write_text('#!/bin/sh\n[ "$1" = get_throttled ] && echo throttled=0x50008\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert machine.throttling() == "throttled by heat"
+    assert machine.throttling(since_start=True) == "too little voltage, throttled"
+    assert (machine.disturbance() or "").endswith("throttled by heat")
+
+
 def test_no_more_threads_than_cores_are_taken() -> None:
     assert machine.threads_for(4096) == machine.cores_left()
     assert machine.threads_for(1) == 1
