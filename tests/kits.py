@@ -69,7 +69,7 @@ SYSTEMCTL = """\
 cd "$(dirname "$0")"
 echo "$*" >> calls
 case "$*" in
-    *stop* | *disable* | *restart*) [ ! -f process ] || kill "$(cat process)" || true ;;
+    *stop* | *disable* | *restart*) [ ! -f process ] || { kill "$(cat process)"; rm process; } ;;
 esac
 case "$*" in
     *restart*)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,9 +24,6 @@ def install(folder: Path, prefix: Path, *, unit: Service | None, activates: bool
     kit = read_kit(folder)
     if unit is not None:
         unit.require_own(prefix)
-    if os.geteuid() == 0:
-        # The account of the unit must be able to read what root installs.
-        os.umask(0o022)
     with locked(prefix):
         store = Store(prefix)
         check.require_fit(kit, prefix, disk_mb=mb_to_write(kit, prefix))
@@ -86,6 +82,11 @@ def _activate(prefix: Path, kit: Kit, unit: Service | None, say: Say) -> bool:
         _check_answers(prefix, kit, known, say)
     if changed:
         _switch(prefix, kit, unit, known, say)
+    elif unit is not None and not unit.is_active(prefix):
+        # It was stopped, or an install was killed while the unit did not run.
+        say(f"starting unit {unit.name}")
+        unit.start(prefix, kit)
+        changed = True
     versions.settle(prefix)
     # Also if nothing changed: the install before may have been cut off here.
     versions.sweep(prefix, say)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +34,10 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0 or the exit code of the error, which is printed to standard error in one line."""
     end_on_interrupt()
+    _end_in_order()
+    if os.geteuid() == 0:
+        # The account of the unit must be able to read what root installs.
+        os.umask(0o022)
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -48,6 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _end_in_order() -> None:
+    """Go on when the terminal is closed, and undo what is half done on SIGTERM as on Ctrl-C.
+
+    A unit that was stopped while a new version is asked must run again.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def _fail(error: EdgetuneError) -> int:
     print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
     return error.exit_code
@@ -61,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "run `edgetune-run serve` as a systemd unit: of the system for root, of the user for others"
     command.add_argument("--service", nargs="?", const="", metavar="NAME", help=text)
     text = "address that the unit listens on; others than this board's own need the key in PREFIX/keys"
-    command.add_argument("--host", default=service.HERE, metavar="IP", help=f"{text} (default: %(default)s)")
+    command.add_argument("--host", metavar="IP", help=f"{text} (default: {service.HERE})")
     command.add_argument("--port", type=int, metavar="N", help=f"port of the unit (default: the kit's, {_PORT})")
     command.add_argument("--no-activate", action="store_true", help="install only; the current version stays")
     command = _command(commands, "check", _check, "show what this board has, and what keeps a kit from running on it")
@@ -103,12 +119,13 @@ def _install(options: argparse.Namespace) -> None:
     kit = read_kit(options.kit)
     prefix = (options.prefix or default_prefix(kit.name)).absolute()
     unit = None
+    if options.service is None and (options.host is not None or options.port is not None):
+        raise UsageError("--host and --port are those of a unit", "add --service")
     if options.service is not None:
         if kit.bundle is None:
             raise UsageError("--service: the kit has no bundle to serve", "make a kit without --no-bundle")
-        unit = service.wanted(
-            options.service or f"edgetune-{kit.name}", options.host, options.port or kit.service["port"]
-        )
+        port = kit.service["port"] if options.port is None else options.port
+        unit = service.wanted(options.service or f"edgetune-{kit.name}", options.host or service.HERE, port)
     changed = install.install(options.kit, prefix, unit=unit, activates=not options.no_activate, say=_say)
     warnings = [] if unit is None else _unit_warnings(unit)
     if options.json:

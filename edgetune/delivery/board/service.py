@@ -158,9 +158,10 @@ class Service:
         self.require_own(prefix)
         if self.needs_key and not (prefix / KEYS_NAME).exists():
             write_text(prefix / KEYS_NAME, f"{secrets.token_hex(32)}\n", mode=0o600)
-        if write_text(self.unit_path, self.unit(prefix, kit)):
-            self.manager.call("daemon-reload")
-            self.manager.call("enable", "--quiet", self.name)
+        write_text(self.unit_path, self.unit(prefix, kit))
+        # Also if the text was there already: the install that wrote it may have been cut off here.
+        self.manager.call("daemon-reload")
+        self.manager.call("enable", "--quiet", self.name)
         # Stopped first, as then whoever has the port is not this unit.
         self.stop(prefix)
         sockets.require_free(self.host, self.port)
@@ -171,6 +172,10 @@ class Service:
         if _is_of(self.unit_path, prefix):
             self.manager.call("restart", self.name)
             self.wait()
+
+    def is_active(self, prefix: Path) -> bool:
+        """Whether the unit is that of `prefix` and runs."""
+        return _is_of(self.unit_path, prefix) and self.manager.is_active(self.name)
 
     def stop(self, prefix: Path) -> None:
         """Stop the unit; does nothing if it does not run, or is not that of `prefix`."""
@@ -267,8 +272,10 @@ def _is_of(path: Path, prefix: Path) -> bool:
     """Whether an install into `prefix` wrote this file of a unit."""
     if not path.is_file():
         return False
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return text.partition("\n")[0] == _OWNER.format(prefix=prefix.absolute())
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    start = _OWNER.format(prefix="")
+    # A home folder may be a link.
+    return first.startswith(start) and Path(first.removeprefix(start)).resolve() == prefix.resolve()
 
 
 def _protect_home(prefix: Path) -> str:

@@ -51,6 +51,10 @@ class Manager:
         shown = own if own.exists() else Path(self._shown(name, "FragmentPath").get("FragmentPath", ""))
         return shown if shown.exists() and shown != Path() else None
 
+    def is_active(self, name: str) -> bool:
+        """Whether the unit runs."""
+        return self._shown(name, "ActiveState").get("ActiveState") == "active"
+
     def serves(self, name: str, port: int) -> bool:
         """Whether the unit is active and its main process listens on the port."""
         shown = self._shown(name, "ActiveState", "MainPID")

@@ -21,6 +21,7 @@ from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import BusyError, UnreachableError, UsageError, VerificationError
 
 from . import check, venv
+from .durable import locked
 from .kit import Kit
 from .store import Store
 
@@ -120,10 +121,12 @@ def receive(store: Path, wanted: Part, source: IO[bytes]) -> None:
 def hold(prefix: Path, source: IO[bytes], out: IO[str]) -> None:
     """Hold the lock of deploys until `source` ends or is silent for STALLED_S; says HELD on `out` when it has it.
 
-    BusyError if another deploy holds it.
+    BusyError if another deploy holds it, or an install is at work, which would delete what is sent meanwhile.
     """
     prefix.mkdir(parents=True, exist_ok=True)
     with (prefix / LOCK_NAME).open("ab") as file, _locked(file, str(prefix)):
+        with locked(prefix):
+            pass
         print(HELD, file=out, flush=True)
         for _ in _parts(source, sys.maxsize):
             pass

@@ -15,6 +15,8 @@ from .versions import Say
 
 INCOMING = "incoming"
 """Folder in the prefix where a deploy puts the description of a kit."""
+# The versions last: until all are gone, uninstall can be run again.
+_FOLDERS = (store.FOLDER, venv.FOLDER, INCOMING, versions.FOLDER)
 
 
 def uninstall(prefix: Path, say: Say) -> None:
@@ -22,7 +24,7 @@ def uninstall(prefix: Path, say: Say) -> None:
 
     NotFoundError if nothing is installed there.
     """
-    if not (prefix / versions.FOLDER).is_dir():
+    if not any((prefix / name).is_dir() for name in _FOLDERS):
         raise NotFoundError(f"nothing is installed in {prefix}", "give the --prefix of the install")
     with locked(prefix):
         unit = service.installed(prefix, say)
@@ -30,12 +32,11 @@ def uninstall(prefix: Path, say: Say) -> None:
             say(f"unit {unit.name} stays, as it is not of {prefix}; if nobody needs it, delete {unit.unit_path}")
         for name in (*versions.LINKS, versions.RUN_SCRIPT, service.SETTINGS_NAME, service.KEYS_NAME):
             (prefix / name).unlink(missing_ok=True)
-        # The versions last: until they are gone, uninstall can be run again.
-        for name in (store.FOLDER, venv.FOLDER, INCOMING, versions.FOLDER):
+        for name in _FOLDERS:
             if (prefix / name).is_dir():
                 shutil.rmtree(prefix / name)
         for name in ("lock", LOCK_NAME):
             (prefix / name).unlink(missing_ok=True)
-    with suppress(OSError):
-        (prefix / versions.RUN_SCRIPT).parent.rmdir()
-        prefix.rmdir()
+    for folder in ((prefix / versions.RUN_SCRIPT).parent, prefix):
+        with suppress(OSError):
+            folder.rmdir()

@@ -68,6 +68,8 @@ def build(prefix: Path, kit: Kit, wheels: dict[str, Path]) -> None:
 
 def _call(command: list[str]) -> None:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHON"))}
+    # Without the settings of a pip.conf either.
+    clean["PIP_CONFIG_FILE"] = os.devnull
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]

@@ -200,7 +200,10 @@ def _discard_others(root: Path, kept: set[str]) -> None:
     for folder in [path for path in root.iterdir() if path.name not in kept]:
         # Renamed first: what is left if the deletion is interrupted must not pass for a whole folder.
         hidden = folder if folder.name.startswith(".") else folder.rename(_hidden(folder))
-        shutil.rmtree(hidden)
+        if hidden.is_dir():
+            shutil.rmtree(hidden)
+        else:
+            hidden.unlink()
 
 
 def _hidden(folder: Path) -> Path:

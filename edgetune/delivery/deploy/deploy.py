@@ -28,7 +28,11 @@ from .target import Target
 _MB = 10**6
 _CHUNK_BYTES = 1 << 18
 # Read by sh, whatever the login shell is. The name of the unfinished file is of its own for each sender.
-_PUT = 'mkdir -p "${1%/*}" && cat > "$1.$$.part" && chmod 444 "$1.$$.part" && mv -f "$1.$$.part" "$1"'
+# What root sends must be readable for the unit's account, whatever root's umask is.
+_PUT = (
+    '[ "$(id -u)" != 0 ] || umask 022; '
+    'mkdir -p "${1%/*}" && cat > "$1.$$.part" && chmod 444 "$1.$$.part" && mv -f "$1.$$.part" "$1"'
+)
 
 
 @dataclass(frozen=True)
@@ -65,18 +69,18 @@ class DeployOptions:
 
 @dataclass(frozen=True)
 class Deployed:
-    """What a deploy did on one board."""
+    """What a deploy did on one board, and what the user should know of its unit."""
 
     target: Target
     version: str
     changed: bool
     sent_bytes: int
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if not self.changed:
-            return f"{self.target}: version {self.version} was there already, {self._sent()}"
-        return f"{self.target}: version {self.version} is the current one, {self._sent()}"
+        state = "is the current one" if self.changed else "was there already"
+        return "; ".join([f"{self.target}: version {self.version} {state}, {self._sent()}", *self.warnings])
 
     def _sent(self) -> str:
         return f"{self.sent_bytes / _MB:.1f} MB sent in {self.seconds:.1f} s" if self.sent_bytes else "nothing sent"
@@ -84,7 +88,8 @@ class Deployed:
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
         figures = {"version": self.version, "changed": self.changed, "sent_bytes": self.sent_bytes}
-        return {"host": str(self.target), **figures, "seconds": round(self.seconds, 3)}
+        more = {"seconds": round(self.seconds, 3), "warnings": list(self.warnings)}
+        return {"host": str(self.target), **figures, **more}
 
 
 @dataclass(frozen=True)
@@ -168,11 +173,9 @@ def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, pro
             takes = " and its packages, which takes minutes on a small board" if is_first else ""
             progress.say(f"{target}: installing version {made.kit.version}{takes}")
             done = program.ask("install", incoming, *([] if options.unit is None else options.unit.words()))
-            for warning in done["warnings"]:
-                progress.say(f"{target}: {warning}")
             if options.waits_healthy:
                 connection.run(program.command("healthy"))
-        return Deployed(target, done["version"], bool(done["changed"]), sent, seconds)
+        return Deployed(target, done["version"], bool(done["changed"]), sent, seconds, tuple(done["warnings"]))
 
 
 def roll_back(target: Target, where: Where) -> RolledBack:

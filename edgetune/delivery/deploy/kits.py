@@ -75,7 +75,7 @@ class Kits:
     def _cached_or_made(self, board: str, python: str) -> MadeKit:
         """Kits have the digest of all that their wheels depend on in their name, then that of all else."""
         # Wheels have the versions that are installed here.
-        installed = sorted((item.name, item.version) for item in distributions())
+        installed = sorted((item.name, item.version) for item in distributions() if item.name is not None)
         wheels = key_of([__version__, self._engine, board, python, installed])[:16]
         code = [board_program().hex(), runtime_wheel()[1].hex()]
         others = key_of(
@@ -99,8 +99,9 @@ class Kits:
             shutil.rmtree(made / BUNDLE_FOLDER)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
-        kits = sorted(self._cache.glob("[!.]*"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in kits[_KEPT:]:
+        in_use = {made.folder for made in self._made.values()} | {folder}
+        kits = sorted(set(self._cache.glob("[!.]*")) - in_use, key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in kits[max(0, _KEPT - len(in_use)) :]:
             shutil.rmtree(old, ignore_errors=True)
         return kit
 

@@ -130,7 +130,8 @@ class Connection:
 
     @contextmanager
     def _started(self, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-        words = [*self._words, "--", self.target.host, shlex.join(command)]
+        # A login shell may print something without an end of line first.
+        words = [*self._words, "--", self.target.host, f"echo; {shlex.join(command)}"]
         pipe = subprocess.PIPE
         try:
             started = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe)

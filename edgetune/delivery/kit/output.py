@@ -34,6 +34,8 @@ def sums(files: list[KitFile], kit: bytes) -> bytes:
 
 def check_destination(out: Path) -> None:
     """UsageError if `out` exists and is neither a kit nor a tar file that may be replaced."""
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UsageError(f"--out {out} is the folder that you are in, or one above it", "give a folder of its own")
     if out.is_dir() and any(out.iterdir()) and not (out / KIT_NAME).is_file():
         raise UsageError(f"{out} exists and is not a kit", "choose another --out")
     if out.exists() and is_tar(out) != out.is_file():
@@ -61,7 +63,12 @@ def write(contents: Contents, out: Path, top: str) -> None:
             _write_folder(contents, temporary)
         if out.exists():
             out.rename(aside)
-        temporary.rename(out)
+        try:
+            temporary.rename(out)
+        except OSError:
+            if aside.exists():
+                aside.rename(out)
+            raise
         flush_to_disk(out.parent)
     finally:
         for folder in (temporary, aside):

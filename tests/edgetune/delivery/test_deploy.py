@@ -215,6 +215,15 @@ def test_the_kit_of_a_changed_bundle_gets_the_wheels_of_the_one_before(board: Bo
     assert calls[1]
 
 
+def test_kits_in_use_are_not_deleted_for_others(board: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.delivery.deploy.kits._KEPT", 1)
+    kits = board.kits(bundle)
+    made = [kits.kit_for(name, PYTHON) for name in ("laptop", "n100")]
+    assert all((kit.folder / "kit.json").is_file() for kit in made)
+    board.kits(write_bundle(bundle, "two")).kit_for("laptop", PYTHON)
+    assert not any(kit.folder.exists() for kit in made)
+
+
 def test_a_file_damaged_on_the_board_is_sent_again_for_all_versions(board: Board, bundle: Path) -> None:
     board.deploy(bundle)
     board.deploy(write_bundle(bundle, "two"))
@@ -403,10 +412,11 @@ def test_the_unit_of_a_board_answers_with_the_new_version(board: Board, bundle: 
 
 def test_a_login_shell_may_print_something(board: Board, bundle: Path) -> None:
     greeting = board.sshd.folder / ".bashrc"
-    greeting.write_text("echo welcome\n", encoding="utf-8")
     try:
-        first = board.deploy(bundle)
-        assert board.states() == [(first.version, "current")]
+        for answer, words in (("one", "echo welcome"), ("two", "printf welcome")):
+            greeting.write_text(f"{words}\n", encoding="utf-8")
+            deployed = board.deploy(write_bundle(bundle, answer))
+            assert board.states()[0] == (deployed.version, "current")
     finally:
         greeting.unlink()
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.errors import BusyError
-from kits import KitMaker, ask, install_sh
+from edgetune_runtime.errors import BusyError, NotFoundError
+from kits import PYTHON, KitMaker, ask, install_sh
 
 from edgetune.delivery.board import main, versions
 from edgetune.delivery.board.durable import locked
@@ -299,6 +299,39 @@ def test_uninstall_leaves_nothing_but_the_files_of_others(prefix: Path, kits: tu
     assert install_sh(kits[0], "uninstall", "--prefix", str(prefix)).returncode == 0
     assert names(prefix, ".") == {"notes"}
     assert install_sh(kits[0], "uninstall", "--prefix", str(prefix)).returncode == 3
+
+
+def test_uninstall_removes_what_a_deploy_that_was_cut_left(tmp_path: Path) -> None:
+    for folder in ("files", "incoming"):
+        (tmp_path / "home" / folder).mkdir(parents=True)
+    assert run("uninstall", "--prefix", tmp_path / "home") == 0
+    assert not (tmp_path / "home").exists()
+    assert run("uninstall", "--prefix", tmp_path / "home") == NotFoundError.exit_code
+
+
+def test_a_file_among_the_versions_keeps_no_install_from_its_end(prefix: Path, kits: tuple[Path, Path, Path]) -> None:
+    for folder in ("versions", "venvs"):
+        (prefix / folder / "notes.txt").touch()
+    assert run("install", kits[1], "--prefix", prefix) == 0
+    assert "notes.txt" not in names(prefix, "versions") | names(prefix, "venvs")
+
+
+def test_settings_of_pip_do_not_disturb(make: KitMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip/pip.conf").write_text("[install]\nuser = true\n")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert run("install", make("one"), "--prefix", tmp_path / "home") == 0
+    assert ask(tmp_path / "home") == "one"
+
+
+def test_another_python_can_still_uninstall(prefix: Path, kits: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    kit = Path(shutil.copytree(kits[0], tmp_path / "kit"))
+    script = (kit / "install.sh").read_text()
+    (kit / "install.sh").write_text(script.replace(PYTHON, "3.99"))
+    assert "no Python 3.99 here" in install_sh(kit, "--prefix", str(prefix)).stderr
+    assert install_sh(kit, "list", "--prefix", str(prefix)).stdout.count("current") == 1
+    assert install_sh(kit, "uninstall", "--prefix", str(prefix)).returncode == 0
+    assert not prefix.exists()
 
 
 def test_the_default_prefix_is_named_after_the_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

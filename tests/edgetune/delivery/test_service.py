@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,8 +21,8 @@ from threading import Thread
 import pytest
 from kits import SYSTEMCTL, KitMaker, ask, with_fields
 
-from edgetune.delivery.board import main, service, sockets, versions
-from edgetune.delivery.board.kit import read_kit
+from edgetune.delivery.board import check, golden, main, service, sockets, versions
+from edgetune.delivery.board.kit import Kit, read_kit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
 
@@ -136,8 +138,10 @@ def test_the_unit_follows_the_versions_and_goes_with_them(
     prefix = tmp_path / "home"
     options = ("--prefix", prefix)
     assert run("install", make("one"), *options, "--service", "--port", port) == 0
-    restart = ["--user stop edgetune-home", "--user restart edgetune-home"]
-    assert calls(systemd) == ["--user daemon-reload", "--user enable --quiet edgetune-home", *restart]
+    # An install that was killed may have written the unit and no more.
+    start = ["daemon-reload", "enable --quiet edgetune-home", "stop edgetune-home", "restart edgetune-home"]
+    restart = [f"--user {call}" for call in start]
+    assert calls(systemd) == restart
     assert served(port) == "one"
     assert run("install", make("one"), *options, "--service", "--port", port) == 0
     assert calls(systemd) == []
@@ -151,6 +155,64 @@ def test_the_unit_follows_the_versions_and_goes_with_them(
     assert run("uninstall", *options) == 0
     assert not unit.exists() and not prefix.exists()
     assert "--user disable --quiet --now edgetune-home" in calls(systemd)
+
+
+def test_an_install_that_changes_nothing_starts_a_unit_that_does_not_run(
+    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--prefix", tmp_path / "home")
+    assert run("install", make("one"), *options, "--service", "--port", port) == 0
+    service.Manager(user=True).call("stop", "edgetune-home")
+    with pytest.raises(OSError, match=r"refused|reset"):
+        served(port)
+    assert run("install", make("one"), *options) == 0
+    assert served(port) == "one"
+    assert capfd.readouterr().err.endswith("edgetune-board: starting unit edgetune-home\n")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGTERM])
+def test_a_unit_that_was_stopped_to_make_room_runs_again_after_a_signal(
+    make: KitMaker, systemd: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
+) -> None:
+    options = ("--prefix", tmp_path / "home")
+    assert run("install", make("one"), *options, "--service", "--port", port) == 0
+    two = make("two")
+    facts = check.examine(tmp_path)
+    monkeypatch.setattr(check, "examine", lambda _: replace(facts, available_mb=0))
+    asked = golden.check
+
+    def signalled(prefix: Path, kit: Kit) -> object:
+        with pytest.raises(OSError, match=r"refused|reset"):
+            served(port)
+        os.kill(os.getpid(), sent)
+        time.sleep(0.1)
+        return asked(prefix, kit)
+
+    monkeypatch.setattr(golden, "check", signalled)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        code = run("install", two, *options)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (code, served(port)) == ((0, "two") if sent == signal.SIGHUP else (130, "one"))
+
+
+def test_a_prefix_that_is_reached_through_a_link_is_the_same(
+    make: KitMaker, systemd: Path, port: int, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "home").symlink_to("disk")
+    assert run("install", make("one"), "--prefix", tmp_path / "home/app", "--service", "--port", port) == 0
+    assert run("uninstall", "--prefix", tmp_path / "disk/app") == 0
+    assert not (systemd / "units/systemd/user/edgetune-home.service").exists()
+
+
+def test_the_address_of_a_unit_needs_one(make: KitMaker, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for option in (("--host", "0.0.0.0"), ("--port", "80")):
+        assert run("install", make("one"), "--prefix", tmp_path / "home", *option) == 2
+        assert capfd.readouterr().err == "edgetune-board: --host and --port are those of a unit; add --service\n"
+    assert run("install", make("one"), "--prefix", tmp_path / "home", "--service", "--port", "0") == 2
 
 
 def test_a_version_whose_unit_does_not_answer_is_left_again(

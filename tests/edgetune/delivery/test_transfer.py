@@ -13,6 +13,7 @@ import pytest
 from edgetune_runtime.errors import BusyError, UnreachableError, UsageError, VerificationError
 
 from edgetune.delivery.board import transfer
+from edgetune.delivery.board.durable import locked
 
 DATA = bytes(range(256)) * 3000
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -122,6 +123,11 @@ def test_one_deploy_at_a_time(tmp_path: Path) -> None:
     with piped(b"") as other:
         transfer.hold(tmp_path, other, out)
     assert out.getvalue() == "held\nheld\n"
+
+
+def test_no_deploy_begins_while_an_install_is_at_work(tmp_path: Path) -> None:
+    with locked(tmp_path), piped(b"") as host, pytest.raises(BusyError, match="another install is using"):
+        transfer.hold(tmp_path, host, io.StringIO())
 
 
 def test_a_host_that_went_silent_does_not_keep_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
