@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space, require_space
+from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space, require_space, swap_in
 from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, read_manifest, sha256_of
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
@@ -41,7 +41,7 @@ def pack(work: Path, out: Path, manifest: Manifest, complete: Complete | None = 
             if complete is not None:
                 _write_manifest(temporary, complete(temporary, filled))
             _flush(temporary)
-            _swap_in(temporary, out)
+            swap_in(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return out
@@ -101,22 +101,6 @@ def _flush(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for path in (*(Path(root, name) for name in names), Path(root)):
             flush_to_disk(path)
-
-
-def _swap_in(temporary: Path, out: Path) -> None:
-    """Rename `temporary` to `out`; an existing bundle is deleted only after that."""
-    aside = out.with_name(f".{out.name}.old-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    if out.exists():
-        out.rename(aside)
-    try:
-        temporary.rename(out)
-    except BaseException:
-        if aside.exists():
-            aside.rename(out)
-        raise
-    flush_to_disk(out.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _clean_up(out: Path) -> None:

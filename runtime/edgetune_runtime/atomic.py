@@ -62,6 +62,22 @@ def require_space(out: Path, needed_bytes: int) -> None:
         raise OutOfSpaceError(message, _REMEDY)
 
 
+def swap_in(temporary: Path, out: Path) -> None:
+    """Rename the folder `temporary` to `out`; an existing one is deleted only after that, and stays if it fails."""
+    aside = out.with_name(f".{out.name}.old-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if out.exists():
+        out.rename(aside)
+    try:
+        temporary.rename(out)
+    except BaseException:
+        if aside.exists():
+            aside.rename(out)
+        raise
+    flush_to_disk(out.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def flush_to_disk(path: Path) -> None:
     """Flush a file, or a folder's entries, to disk. Does nothing for folders on Windows, which has no such call."""
     is_windows = os.name == "nt"

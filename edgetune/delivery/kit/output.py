@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space, replacing
+from edgetune_runtime.atomic import raising_out_of_space, replacing, swap_in
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import UsageError
 
@@ -57,22 +57,12 @@ def write(contents: Contents, out: Path, top: str) -> None:
             _write_tar(contents, temporary, top)
         return
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    aside = out.with_name(f".{out.name}.old-{os.getpid()}")
     try:
         with raising_out_of_space(out):
             _write_folder(contents, temporary)
-        if out.exists():
-            out.rename(aside)
-        try:
-            temporary.rename(out)
-        except OSError:
-            if aside.exists():
-                aside.rename(out)
-            raise
-        flush_to_disk(out.parent)
+        swap_in(temporary, out)
     finally:
-        for folder in (temporary, aside):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_folder(contents: Contents, folder: Path) -> None:
