@@ -34,8 +34,8 @@ class Board:
     sustains, not the one in the data sheet. `compute_gflop_per_s` counts a multiply-add as two operations. `layer_us`
     is the time of a layer per token in addition to reading its weights; `adapter_module_us` is the time per token that
     one adapted module adds. `sources` has the source of each figure. `ram_sizes_mib` are the sizes that the board is
-    sold with, if there are several, and `ram_free_by_size_mib` has the free memory of those that do not leave as much
-    less as they have less. `kv_gb_per_s` is the rate at which attention reads keys and values, by default the
+    sold with, if there are several; `ram_free_by_size_mib` has the free memory of those whose system needs another
+    amount than that of this one. `kv_gb_per_s` is the rate at which attention reads keys and values, by default the
     memory's. `system` is one of `SYSTEMS`.
     """
 
@@ -191,9 +191,11 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
         problems.append("instruction_sets is not a list of names")
     if not isinstance(sizes, list) or not all(_is_positive(size) and size % 1024 == 0 for size in sizes):
         problems.append("ram_sizes_mib is not a list of multiples of 1024")
+        sizes = []
     free = raw.get("ram_free_by_size_mib", {})
-    if not isinstance(free, dict) or not all(size in map(str, sizes) and _is_positive(free[size]) for size in free):
-        problems.append("ram_free_by_size_mib does not give MiB for some of ram_sizes_mib")
+    free = free if isinstance(free, dict) else {"": free}
+    if not all(size in map(str, sizes) and _is_positive(free[size]) and free[size] < int(size) for size in free):
+        problems.append("ram_free_by_size_mib does not give fewer MiB for some of ram_sizes_mib")
     if not isinstance(sources, dict) or not all(isinstance(text, str) and text for text in sources.values()):
         return [*problems, "sources is not a table of strings"]
     sourced = ["instruction_sets", *numbers, *(key for key in ("ram_free_by_size_mib",) if key in raw)]

@@ -122,7 +122,7 @@ def _states(needs: Needs, _board: Board) -> Step:
 def _kv(needs: Needs, _board: Board) -> Step:
     if needs.kv != _SMALL_KV and _SMALL_KV in kv_types(needs):
         what = f"store keys and values in 8 bits: --kv {_SMALL_KV}"
-        yield what, "keys and values in 8 bits", with_kv(needs, _SMALL_KV)
+        yield what, "slightly other answers", with_kv(needs, _SMALL_KV)
 
 
 def _context(needs: Needs, board: Board) -> Step:
@@ -173,18 +173,26 @@ def _more_memory(
     needs: Needs, board: Board, limit_mb: float | None, figures: Mapping[str, SpeedFigures]
 ) -> Iterator[Change]:
     """A higher limit, or the same board with more memory, or the smallest other one that fits."""
+    is_listed = board.family in names()
     needed = kept_mb(needs, repacks=board.repacks)
-    limit = f"raise the limit: --limit-mb {math.ceil(needed)}" if limit_mb is not None and needed > limit_mb else ""
+    limit = f"raise the limit: --limit-mb {_whole_mib(needed)}" if limit_mb is not None and needed > limit_mb else ""
     if limit and needed <= board.free_mb:
         cost = "memory that other programs cannot have"
         yield Change(limit, cost, 0.0, needed, _speed(needs, figures), fits=True)
         return
-    sizes = (load(board.family) if board.family in names() else board).sizes()
+    sizes = (load(board.family) if is_listed else board).sizes()
     others = sorted(map(load, names()), key=lambda other: other.ram_free_mib)
     for other in [*sizes, *others]:
         needed = kept_mb(needs, repacks=other.repacks)
         if needed <= other.free_mb and other.ram_mib > board.ram_mib:
-            what = f"use a board with more memory: {other.name}" + (f", and {limit}" if limit else "")
-            speed = _speed(needs, figures) if other.family == board.family else speed_of(needs, other.speed).adapter
+            is_same = other.family == board.family
+            named = other.name if is_listed or not is_same else f"--ram-mib {other.ram_mib}"
+            what = f"use a board with more memory: {named}" + (f", and {limit}" if limit else "")
+            speed = _speed(needs, figures) if is_same else speed_of(needs, other.speed).adapter
             yield Change(what, "another board, no other change", 0.0, needed, speed, fits=True)
             return
+
+
+def _whole_mib(mb: float) -> int:
+    """The least number of MB, 10^6 bytes, whose whole MiB, 2^20 bytes, are as many MB as these or more."""
+    return math.ceil(math.ceil(mb * 1e6 / 2**20) * 2**20 / 1e6)

@@ -62,6 +62,8 @@ def show(
     figures = asdict(board)
     sources = figures.pop("sources")
     figures["instruction_sets"] = ", ".join(board.instruction_sets)
+    free = board.ram_free_by_size_mib
+    figures["ram_free_by_size_mib"] = ", ".join(f"{free[size]} of {size}" for size in free) or "as for ram_mib"
     figures["ram_sizes_mib"] = ", ".join(map(str, board.ram_sizes_mib)) or "one size"
     _print_columns([(key, str(value)) for key, value in figures.items()])
     typer.echo("\nsources")

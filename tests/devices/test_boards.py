@@ -130,6 +130,12 @@ def test_a_copied_board_file_is_a_board(tmp_path: Path) -> None:
         ({"instruction_sets": 'instruction_sets = "neon"'}, "instruction_sets is not a list of names"),
         ({"cores": 'cores = 4\nsystem = "mac"'}, "system is 'mac', not one of: linux, macos"),
         ({"title": "title = "}, "mine.toml is not valid TOML"),
+        ({"ram_sizes_mib": "ram_sizes_mib = 1024"}, "ram_sizes_mib is not a list of multiples of 1024"),
+        ({"ram_sizes_mib": "ram_free_by_size_mib = 720"}, "ram_free_by_size_mib does not give fewer MiB"),
+        (
+            {"cores": "cores = 4\nram_free_by_size_mib = { 2048 = 3000 }"},
+            "ram_free_by_size_mib does not give fewer MiB",
+        ),
         ({"ram_sizes_mib": "ram_sizes_mib = [1000]"}, "ram_sizes_mib is not a list of multiples of 1024"),
     ],
 )

@@ -101,8 +101,8 @@ def _check_answers(prefix: Path, kit: Kit, running: Service | None, say: Say) ->
     if running is None or check.examine(prefix).available_mb >= kit.needs["ram_mb"]:
         answers = golden.check(prefix, kit)
     else:
-        running.stop(prefix)
         try:
+            running.stop(prefix)
             answers = golden.check(prefix, kit)
         except BaseException:
             running.resume(prefix)
@@ -118,12 +118,13 @@ def _switch(
     If it does not answer, or not as built, goes back to the version and the unit that ran, and raises.
     """
     links = _links_before(prefix, kit, known)
-    versions.switch(prefix, kit.version)
     if unit is None:
+        versions.switch(prefix, kit.version)
         return
-    say(f"starting unit {unit.name}")
     is_new = known is None or known.unit_path != unit.unit_path
     try:
+        versions.switch(prefix, kit.version)
+        say(f"starting unit {unit.name}")
         if known is not None and is_new:
             known.remove(prefix)
         unit.start(prefix, kit)

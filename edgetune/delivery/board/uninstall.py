@@ -15,6 +15,7 @@ from .versions import Say
 
 INCOMING = "incoming"
 """Folder in the prefix where a deploy puts the description of a kit."""
+_LOCKS = ("lock", LOCK_NAME)
 # The versions last: until all are gone, uninstall can be run again.
 _FOLDERS = (store.FOLDER, venv.FOLDER, INCOMING, versions.FOLDER)
 
@@ -22,9 +23,10 @@ _FOLDERS = (store.FOLDER, venv.FOLDER, INCOMING, versions.FOLDER)
 def uninstall(prefix: Path, say: Say) -> None:
     """Stop and remove the unit, then delete the versions; files of others in the prefix, and their unit, stay.
 
-    NotFoundError if nothing is installed there.
+    NotFoundError if nothing is installed there, and no deploy was cut off there.
     """
-    if not any((prefix / name).is_dir() for name in _FOLDERS):
+    is_ours = (prefix / versions.FOLDER).is_dir() or any((prefix / name).is_file() for name in _LOCKS)
+    if not is_ours:
         raise NotFoundError(f"nothing is installed in {prefix}", "give the --prefix of the install")
     with locked(prefix):
         unit = service.installed(prefix, say)
@@ -35,7 +37,7 @@ def uninstall(prefix: Path, say: Say) -> None:
         for name in _FOLDERS:
             if (prefix / name).is_dir():
                 shutil.rmtree(prefix / name)
-        for name in ("lock", LOCK_NAME):
+        for name in _LOCKS:
             (prefix / name).unlink(missing_ok=True)
     for folder in ((prefix / versions.RUN_SCRIPT).parent, prefix):
         with suppress(OSError):

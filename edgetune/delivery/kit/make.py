@@ -15,7 +15,7 @@ from edgetune_devices import boards, fit
 from edgetune_runtime import __version__
 from edgetune_runtime.bundle import GENERATION, MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
 from edgetune_runtime.engines import gguf
-from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, Needs, needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 
@@ -189,10 +189,14 @@ def _memory_mb(
 def needs_with(bundle: Path, engine: str | None, opening: Opening) -> Needs | None:
     """The needs of a bundle that is opened so; None for a task of which they are not predicted.
 
-    `engine` is the bundle's first format if None. Raises what `with_options` raises.
+    `engine` is the bundle's first format if None. Raises what `with_options` raises; UsageError for keys and values
+    of a bundle that has none.
     """
     manifest = read_manifest(bundle)
     if not task_types.load(manifest.task).offers("fit"):
+        if opening.kv is not None:
+            message = f"bundle {manifest.name!r} is for {manifest.task} and has no keys and values"
+            raise UsageError(message, "leave --kv out")
         return None
     needs = needs_of_bundle(bundle, context_length=opening.context_length, engine=_engine(manifest, engine))
     return with_options(needs, kv=opening.kv, cache_mb=opening.cache_mb)

@@ -33,7 +33,7 @@ def sums(files: list[KitFile], kit: bytes) -> bytes:
 
 
 def check_destination(out: Path) -> None:
-    """UsageError if `out` exists and is neither a kit nor a tar file that may be replaced."""
+    """UsageError if `out` exists and is neither a kit nor a tar file that may be replaced, or is the current folder."""
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(f"--out {out} is the folder that you are in, or one above it", "give a folder of its own")
     if out.is_dir() and any(out.iterdir()) and not (out / KIT_NAME).is_file():

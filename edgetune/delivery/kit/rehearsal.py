@@ -28,5 +28,7 @@ def require_golden(bundle: Path, engine: str, opening: Opening, progress: Progre
         message = f"with {options} a golden prompt does not fit: {error.message}"
         raise VerificationError(message, "give a larger --context-length") from error
     if different:
-        message = f"with {options} {len(different)} adapters answer differently than built: {different[0]}"
-        raise VerificationError(message, "leave --kv out, or see what it costs: edgetune evaluate --kv")
+        message = f"with {options} {len(different)} adapters answer differently than built: {', '.join(different)}"
+        longer = [] if opening.context_length is None else ["give a larger --context-length"]
+        finer = [] if opening.kv is None else ["leave --kv out, or see what it costs: edgetune evaluate --kv"]
+        raise VerificationError(message, "; or ".join([*longer, *finer]))

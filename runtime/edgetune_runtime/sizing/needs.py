@@ -34,9 +34,8 @@ _HOT_LIBRARY_MB = 12.0
 
 @dataclass(frozen=True)
 class EngineCost:
-    """What an engine needs in addition to weights, keys and values; `kv_types` are the data types of these.
+    """What an engine needs in addition to weights, keys and values; `kv_types`: the types of these, the default first.
 
-    The first of them is the default.
     `runtime_mb` is the resident memory of Python, the libraries and the runtime, after a few answers; of it,
     `libraries_mb` are mapped files, which the system can drop and read again.
     `vocabulary_bytes` is per token of the vocabulary. `maps_embedding`: the embedding stays mapped beside the weights

@@ -46,11 +46,11 @@ def try_bundle(
         needed = sum(item.mb for item in items)
         found["memory_mb"] = {item.name: round(item.mb, 1) for item in items} | {"needed": round(needed, 1)}
         kept = sum(item.mb - item.droppable_mb for item in items)
-        # What this process has of its own already is part of what the bundle needs.
-        free = None if free is None else free + own_mb()
-        if free is not None and kept > free:
+        # What this process has already is part of what the bundle needs.
+        own = own_mb()
+        if free is not None and kept > free + own:
             remedy = "shorten --context-length, or limit saved states with --cache-mb"
-            problems.append(f"the bundle needs about {kept:.0f} MB, and {free:.0f} MB are free: {remedy}")
+            problems.append(f"the bundle needs about {kept - own:.0f} MB more, and {free:.0f} MB are free: {remedy}")
     try:
         with open_runtime() as runtime:
             found |= {"engine": runtime.engine, "threads": runtime.threads}

@@ -14,7 +14,7 @@ import pytest
 from edgetune_runtime.errors import BusyError, NotFoundError
 from kits import PYTHON, KitMaker, ask, install_sh
 
-from edgetune.delivery.board import main, versions
+from edgetune.delivery.board import main, transfer, versions
 from edgetune.delivery.board.durable import locked
 from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, read_kit
 
@@ -304,6 +304,9 @@ def test_uninstall_leaves_nothing_but_the_files_of_others(prefix: Path, kits: tu
 def test_uninstall_removes_what_a_deploy_that_was_cut_left(tmp_path: Path) -> None:
     for folder in ("files", "incoming"):
         (tmp_path / "home" / folder).mkdir(parents=True)
+    # Those of another program.
+    assert run("uninstall", "--prefix", tmp_path / "home") == NotFoundError.exit_code
+    (tmp_path / "home" / transfer.LOCK_NAME).touch()
     assert run("uninstall", "--prefix", tmp_path / "home") == 0
     assert not (tmp_path / "home").exists()
     assert run("uninstall", "--prefix", tmp_path / "home") == NotFoundError.exit_code

@@ -20,6 +20,7 @@ from typing import Any
 import gguf
 import pytest
 from edgetune_devices import boards, fit
+from edgetune_export.backends.onnx.encoder import EncoderSource
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
@@ -29,6 +30,7 @@ from kits import PYTHON, KitMaker, install_sh, with_fields
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
+from runtime.encoders import write_encoder_bundle
 from wheels import repack
 
 from edgetune.cli.main import main
@@ -363,6 +365,15 @@ def test_options_with_which_an_adapter_answers_differently_are_refused_before_th
         assert make(copy, tmp_path / "kit", wheelhouse, *options) == VerificationError.exit_code
         assert told in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "kit").exists()
+
+
+def test_an_encoder_has_no_keys_and_values(
+    encoder_source: Callable[[str], EncoderSource], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = write_encoder_bundle(encoder_source("bert"), tmp_path / "encoder")
+    words = ("--board", BOARD, "--out", str(tmp_path / "kit"), "--kv", "f32")
+    assert main(["kit", str(bundle), *words]) == UsageError.exit_code
+    assert "is for text-classification and has no keys and values; leave --kv out" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
