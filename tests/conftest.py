@@ -79,15 +79,19 @@ def tiny_gguf(tiny_folder: Callable[[str], Path]) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def wide_gguf(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The f16 GGUF of a base with heads of 32 numbers, the block size of keys and values in q8_0."""
+def wide_gguf(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """`wide_gguf(width)`: the f16 GGUF of a tiny LLaMA of this width; a head has a quarter of it."""
     from edgetune_export.backends.gguf.convert import convert_folder  # noqa: PLC0415 - as above
     from tiny import make_folder  # noqa: PLC0415 - as above
 
-    folder = tmp_path_factory.mktemp("wide")
-    made = make_folder("llama", folder / "wide", tiny_folder("llama") / "tokenizer.model", hidden_size=128)
-    convert_folder(made, folder / "wide.gguf", dtype="f16")
-    return folder / "wide.gguf"
+    @cache
+    def make(width: int) -> Path:
+        folder = tmp_path_factory.mktemp("wide")
+        made = make_folder("llama", folder / "wide", tiny_folder("llama") / "tokenizer.model", hidden_size=width)
+        convert_folder(made, folder / "wide.gguf", dtype="f16")
+        return folder / "wide.gguf"
+
+    return make
 
 
 @pytest.fixture(scope="session")

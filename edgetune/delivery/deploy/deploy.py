@@ -87,9 +87,9 @@ class Deployed:
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
-        figures = {"version": self.version, "changed": self.changed, "sent_bytes": self.sent_bytes}
-        more = {"seconds": round(self.seconds, 3), "warnings": list(self.warnings)}
-        return {"host": str(self.target), **figures, **more}
+        figures: dict[str, Any] = {"version": self.version, "changed": self.changed, "sent_bytes": self.sent_bytes}
+        figures |= {"seconds": round(self.seconds, 3), "warnings": list(self.warnings)}
+        return {"host": str(self.target), **figures}
 
 
 @dataclass(frozen=True)

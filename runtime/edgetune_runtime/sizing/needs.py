@@ -58,8 +58,8 @@ class EngineCost:
 
 COSTS: Mapping[str, EngineCost] = {
     # Scores are f32, and f16 for the product with the values. Logits are kept in two buffers.
-    gguf.NAME: EngineCost(("f16", "q8_0"), 65.0, 33.0, 350, 2 * (BRANCHES + 1), 4 + 2, maps_embedding=False),
-    onnx.NAME: EngineCost(("f32",), 100.0, 67.0, 700, 2, 0, maps_embedding=True),
+    gguf.NAME: EngineCost(gguf.KV_TYPES, 65.0, 33.0, 350, 2 * (BRANCHES + 1), 4 + 2, maps_embedding=False),
+    onnx.NAME: EngineCost(onnx.KV_TYPES, 100.0, 67.0, 700, 2, 0, maps_embedding=True),
 }
 """By engine."""
 

@@ -98,10 +98,11 @@ def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def wide(wide_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide(wide_gguf: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose keys and values can be in q8_0."""
-    adapters = {"command": Adapter(low_rank(wide_gguf, seed=1))}
-    bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "wide", wide_gguf, adapters)
+    base = wide_gguf(128)
+    adapters = {"command": Adapter(low_rank(base, seed=1))}
+    bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "wide", base, adapters)
     add_golden(bundle, ("gguf",))
     return bundle
 

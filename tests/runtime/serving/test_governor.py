@@ -95,10 +95,10 @@ def test_a_step_ends_when_its_call_is_to_stop(engine: Engine, reason: str) -> No
 
 
 @pytest.fixture(scope="module")
-def wide_q4_0(wide_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base in q4_0, which llama.cpp repacks."""
+def wide_q4_0(wide_gguf: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in q4_0, which llama.cpp repacks, whose heads are wide enough for keys and values in q8_0."""
     path = tmp_path_factory.mktemp("wide") / "q4_0.gguf"
-    quantize_gguf(wide_gguf, path, "q4_0")
+    quantize_gguf(wide_gguf(128), path, "q4_0")
     return path
 
 

@@ -29,6 +29,7 @@ from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
 
+from . import KV_TYPES
 from .base import GgufBase, GgufTokenizer
 from .kv_cache import MAIN, KvCache
 from .llama import StopFlag, decode_batch, last_errors, library, make_context
@@ -66,7 +67,7 @@ class GgufEngine:
     """
 
     has_sequence: ClassVar[Literal[True]] = True
-    KV: ClassVar[tuple[str, ...]] = ("f16", "q8_0")
+    KV: ClassVar[tuple[str, ...]] = KV_TYPES
     BATCH_COST: ClassVar[Mapping[int, float]] = {
         2: 1.6,
         3: 2.1,

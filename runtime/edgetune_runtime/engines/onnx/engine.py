@@ -42,6 +42,7 @@ from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.states.cache import common_prefix
 from edgetune_runtime.threads.machine import threads_for
 
+from . import KV_TYPES
 from .config import read_config
 from .ort import library, open_session, run_options
 from .tokenizers import JsonTokenizer
@@ -74,7 +75,7 @@ class OnnxEngine:
     """
 
     has_sequence: ClassVar[Literal[True]] = True
-    KV: ClassVar[tuple[str, ...]] = ("f32",)
+    KV: ClassVar[tuple[str, ...]] = KV_TYPES
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 1.2, 4: 1.6, 8: 2.4, 16: 4.0}
     LOGITS_COST: ClassVar[Mapping[int, float]] = {}
     logits_excess = 0.0

@@ -11,13 +11,12 @@ from edgetune_export.adapters.fold import fold_peft, merge
 from edgetune_export.adapters.shapes import Delta, LowRank, Merged
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf.backend import write_adapter, write_merged
-from edgetune_export.backends.gguf.convert import convert_folder
 from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
-from tiny import ARCHITECTURES, make_folder
+from tiny import ARCHITECTURES
 from weights import weights_in
 
 FINGERPRINT = "0" * 64
@@ -28,12 +27,9 @@ def ones(rank: int, rows: int, columns: int, value: float = 0.1) -> Delta:
 
 
 @pytest.fixture(scope="module")
-def wide(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide(wide_gguf: Callable[[int], Path]) -> Path:
     """A tiny LLaMA whose columns K-quants can divide."""
-    folder = tmp_path_factory.mktemp("wide")
-    model = make_folder("llama", folder / "wide", tiny_folder("llama") / "tokenizer.model", hidden_size=256)
-    convert_folder(model, folder / "wide.gguf", dtype="f16")
-    return folder / "wide.gguf"
+    return wide_gguf(256)
 
 
 def random_adapter(base: Path, rank: int = 4, std: float = 0.1) -> LowRank:

@@ -207,11 +207,11 @@ def test_what_is_no_state_is_refused_and_the_engine_goes_on(llama: GgufEngine) -
     assert llama.decode([7]) == pytest.approx(expected, abs=CLOSE)
 
 
-def test_keys_and_values_in_8_bits_halve_a_state_and_change_little(wide_gguf: Path) -> None:
-    tokens = list(range(20, 60))
+def test_keys_and_values_in_8_bits_halve_a_state_and_change_little(wide_gguf: Callable[[int], Path]) -> None:
+    base, tokens = wide_gguf(128), list(range(20, 60))
     with (
-        closing(GgufEngine(wide_gguf, context_length=CONTEXT, threads=1)) as whole,
-        closing(GgufEngine(wide_gguf, context_length=CONTEXT, threads=1, kv="q8_0")) as small,
+        closing(GgufEngine(base, context_length=CONTEXT, threads=1)) as whole,
+        closing(GgufEngine(base, context_length=CONTEXT, threads=1, kv="q8_0")) as small,
     ):
         expected, found = log_p(whole.decode(tokens)), log_p(small.decode(tokens))
         assert 0 < (np.exp(expected) * (expected - found)).sum() < 1e-3
