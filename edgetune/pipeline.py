@@ -15,7 +15,7 @@ from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.text.chat import messages_for
-from edgetune_runtime.tools.prompts import prompt_text
+from edgetune_runtime.tools.prompts import prompt_tokens
 
 from . import bases, builders, methods
 from .bases import Base, trained_context_length
@@ -139,7 +139,7 @@ def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merge
     with closing(GgufTokenizer(base.path)) as tokenizer:
         rows = []
         for probe in PROBES:
-            rows.append(tokenizer.tokenize(prompt_text(tokenizer, messages_for(probe, system))))
+            rows.append(prompt_tokens(tokenizer, messages_for(probe, system)))
     lengths = [len(row) for row in rows]
     method = methods.of_folder(folder)
     asked = [TaskRow("built-in", messages=tuple(messages_for(probe, None))) for probe in PROBES]

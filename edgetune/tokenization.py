@@ -13,7 +13,7 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message, messages_for
 from edgetune_runtime.tools.definitions import ToolSet
-from edgetune_runtime.tools.prompts import prompt_text, support_of, turn_text
+from edgetune_runtime.tools.prompts import prompt_tokens, support_of, turn_text
 
 from .data import TaskRow
 from .objectives.example import Example
@@ -60,7 +60,7 @@ def _example(row: TaskRow, tokenizer: Tokenizer, system: str | None, loss_on: st
         return Example(tuple(tokens), (False, *[True] * (len(tokens) - 1)), 1)
     try:
         messages = messages_for(row.messages, system)
-        prompt = _prompt_tokens(messages, tokenizer, row.tools)
+        prompt = prompt_tokens(tokenizer, messages, row.tools)
         target = _target_tokens(_written(row.turn, tokenizer) if row.turn else row.completion or "", tokenizer)
         learned = [False] * len(prompt) + [True] * len(target)
         if loss_on == "all":
@@ -83,15 +83,11 @@ def _learn_earlier_turns(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _prompt_tokens(messages[:index], tokenizer, tools)
+        before = prompt_tokens(tokenizer, messages[:index], tools)
         target = _target_tokens(_written(message, tokenizer), tokenizer)
         start, end = len(before), len(before) + len(target)
         if prompt[:end] == before + target:
             learned[start:end] = [True] * len(target)
-
-
-def _prompt_tokens(messages: Sequence[Message], tokenizer: Tokenizer, tools: ToolSet | None) -> list[int]:
-    return tokenizer.tokenize(prompt_text(tokenizer, messages, tools))
 
 
 def _written(turn: Message, tokenizer: Tokenizer) -> str:

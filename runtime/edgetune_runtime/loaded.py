@@ -33,7 +33,7 @@ from .text.chat import Message, Prompt, messages_for
 from .tools.calls import CallReader
 from .tools.definitions import ToolSet
 from .tools.grammar import control_tokens, grammar_of, written_form
-from .tools.prompts import prompt_text, support_of
+from .tools.prompts import prompt_tokens, support_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def _system_in(messages: Sequence[Message]) -> str | None:
 
 
 def _tokens(tokenizer: Tokenizer, messages: Sequence[Message], form: AnswerForm) -> list[int]:
-    return tokenizer.tokenize(prompt_text(tokenizer, messages, form.tools, think=form.think))
+    return prompt_tokens(tokenizer, messages, form.tools, think=form.think)
 
 
 def _raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, capacity: int) -> list[int]:

@@ -12,7 +12,7 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.text.chat import messages_for, render
 from edgetune_runtime.tools.definitions import tool_set
-from edgetune_runtime.tools.prompts import prompt_text
+from edgetune_runtime.tools.prompts import prompt_tokens
 
 from edgetune.data import TaskRow, read_rows, split
 from edgetune.objectives.example import Example
@@ -400,7 +400,7 @@ def test_a_row_can_end_with_a_call_of_its_tools(write: Write, tokenizer: GgufTok
     assert json.loads(read.completion or "") == {"tool_calls": [{"name": "set_light", "arguments": {"on": True}}]}
     example = tokenize_one(read, tokenizer)
     assert example.prompt_tokens == tuple(
-        tokenizer.tokenize(prompt_text(tokenizer, messages_for(CALLING[:1], None), tool_set(TOOLS)))
+        prompt_tokens(tokenizer, messages_for(CALLING[:1], None), tool_set(TOOLS))
     )
     call = '<tool_call>\n{"name": "set_light", "arguments": {"on": true}}\n</tool_call>'
     assert text_of(learned_of(example)[:-1], tokenizer) == call

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.text.chat import Prompt
+from edgetune_runtime.text.controls import ControlTokens
 
 Logits = NDArray[np.float32]
 
@@ -28,10 +29,19 @@ class Tokenizer(Protocol):
     chat_template: str | None
     vocab_size: int
 
-    def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
-        """Token ids of `text`, with special tokens parsed, and with BOS first if the vocabulary asks for it.
+    @property
+    def controls(self) -> ControlTokens:
+        """The control tokens by their names."""
 
-        With `continues` the text follows other tokens: without BOS and without the leading space of SentencePiece.
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+
+    def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
+        """Token ids of `text`, with control tokens parsed, and with BOS first if the vocabulary asks for it.
+
+        Those that `controls.as_text` marked are not parsed. With `continues` the text follows other tokens: without BOS
+        and without the leading space of SentencePiece.
         """
 
     def piece(self, token: int) -> bytes:

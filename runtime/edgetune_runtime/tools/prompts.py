@@ -29,15 +29,24 @@ def support_of(tokenizer: Tokenizer) -> TemplateTools:
     return template_tools(tokenizer.chat_template, tokenizer.bos, tokenizer.eos)
 
 
+def prompt_tokens(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None = None, *, think: bool | None = None
+) -> list[int]:
+    """The tokens of a prompt of messages made by `messages_for`, up to where the answer begins.
+
+    What the template does not render is put into the messages' texts: the tools into the system prompt, calls into the
+    assistant's answers, and results into messages of the user. The names of control tokens in messages and tools are
+    only text, so that nobody can write the beginning of a turn into one. Same errors as `render`.
+    """
+    return tokenizer.tokenize(prompt_text(tokenizer, messages, tools, think=think))
+
+
 def prompt_text(
     tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None = None, *, think: bool | None = None
 ) -> str:
-    """The prompt of messages made by `messages_for`, up to where the answer begins.
-
-    What the template does not render is put into the messages' texts: the tools into the system prompt, calls into the
-    assistant's answers, and results into messages of the user. Same errors as `render`.
-    """
+    """The text that `prompt_tokens` tokenizes, with the marks of `ControlTokens`."""
     definitions = None if tools is None else tools.definitions
+    messages, definitions = tokenizer.controls.as_text((messages, definitions))
     if definitions is not None or any("tool_calls" in message or message["role"] == "tool" for message in messages):
         support = support_of(tokenizer)
         messages = _written(messages, definitions, support)

@@ -9,14 +9,18 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from edgetune_runtime.engines.piecewise import PiecewiseTokenizer
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.text.chat import render
+from edgetune_runtime.text.controls import ControlTokens
 
 from .ggml import load_backends
 from .log import LlamaLog
 
 _SPM_VOCABULARY = 1
+_UNKNOWN_OR_CONTROL = 1 | 8
+"""Bits of llama_token_attr: tokens that are parsed only where control tokens are."""
 _INSTALL = (
     'run: pip install "edgetune-runtime[gguf]", which needs a C++ compiler '
     "(Debian: apt install g++, macOS: xcode-select --install)"
@@ -152,7 +156,7 @@ def decode_batch(
     return result
 
 
-class Vocabulary:
+class Vocabulary(PiecewiseTokenizer):
     """The tokenizer of a loaded model."""
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - a bare pointer
@@ -180,8 +184,15 @@ class Vocabulary:
         eot: int = library().llama_vocab_eot(self._vocab)
         return self._eos if eot < 0 or (self._eos >= 0 and self.is_end(self._eos)) else eot
 
-    def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
-        """Token ids of `text`; see `Tokenizer.tokenize`."""
+    @cached_property
+    def controls(self) -> ControlTokens:
+        """The control tokens."""
+        self._check(0)
+        attributes = library().llama_vocab_get_attr
+        tokens = (token for token in range(self.vocab_size) if attributes(self._vocab, token) & _UNKNOWN_OR_CONTROL)
+        return ControlTokens(map(self._text, tokens))
+
+    def _tokenize(self, text: str, *, continues: bool) -> list[int]:
         if continues:
             return self._after_newline(text) if self._adds_space else self._raw(text)
         tokens = self._raw(text)

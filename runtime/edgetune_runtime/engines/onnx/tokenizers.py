@@ -9,7 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune_runtime.engines.piecewise import PiecewiseTokenizer
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.text.controls import ControlTokens
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _INSTALL = 'run: pip install "edgetune-runtime[onnx]"'
 
 
-class JsonTokenizer:
+class JsonTokenizer(PiecewiseTokenizer):
     """The tokenizer in a folder written by `edgetune_export.backends.onnx.tokenizer`; see `Tokenizer`.
 
     `end_tokens` end a generation; the first one is the end-of-turn token. NotFoundError when a file is missing,
@@ -49,6 +51,7 @@ class JsonTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token: b"" if found.special else found.content.encode() for token, found in added.items()}
         self._added |= dict.fromkeys(config["unused_tokens"], b"")
+        self._controls = ControlTokens(found.content for found in added.values() if found.special)
         self._sentencepiece = bool(getattr(self._tokenizer.model, "byte_fallback", False))
         self._newline = self._tokenizer.token_to_id("<0x0A>")
         self._adds_space = self._sentencepiece and any(
@@ -56,12 +59,16 @@ class JsonTokenizer:
         )
 
     @property
+    def controls(self) -> ControlTokens:
+        """The control tokens."""
+        return self._controls
+
+    @property
     def end_token(self) -> int:
         """The end-of-turn token, or the end-of-text token if there is none; -1 if there is neither."""
         return self._end_token
 
-    def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
-        """Token ids of `text`; see `Tokenizer.tokenize`."""
+    def _tokenize(self, text: str, *, continues: bool) -> list[int]:
         if continues:
             return self._after_newline(text) if self._adds_space else self._raw(text)
         tokens = self._raw(text)
