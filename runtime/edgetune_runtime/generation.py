@@ -16,6 +16,7 @@ from .engines.base import Logits
 from .serving.context import Context
 from .serving.jobs import PromptJob
 from .serving.limits import Limits, Stopped
+from .serving.merged import MergedPool
 from .serving.pool import Pool
 from .states.activation import Spans
 from .text.sampling import REPEAT_WINDOW, Sampler, Sampling, sampling_of
@@ -95,7 +96,7 @@ class Answer:
 class Call:
     """A prepared call: its pool and job, its system prompt, the time to prepare it, and the tokens carried over."""
 
-    pool: Pool
+    pool: Pool | MergedPool
     job: PromptJob
     system: str | None
     prepared_s: float

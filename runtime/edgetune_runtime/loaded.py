@@ -9,13 +9,15 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from .bundle import AdapterEntry, Manifest, resolve, verify_files
 from .decoding.constraint import Constraint
 from .decoding.drafts import DraftTable, read_table
 from .decoding.grammars import Grammars
+from .decoding.once import Once
 from .decoding.output import OutputSpec
 from .engines.base import Tokenizer
 from .errors import IncompatibleError, PromptTooLongError, UsageError, VerificationError
@@ -26,6 +28,7 @@ from .options import AnswerForm
 from .serving.classifier import Classifier
 from .serving.context import Context
 from .serving.jobs import PromptJob
+from .serving.merged import MergedModels, MergedPool
 from .serving.pool import Pool
 from .states.activation import join_spans
 from .states.cache import CALLS, common_prefix
@@ -54,11 +57,12 @@ class LoadedBundle:
         self.options = options
         self._running = running
         self._process = os.getpid()
-        self._merged: dict[str, Pool] = {}
+        self._merged = MergedModels(self._open_merged)
+        self._merged_pools: dict[str, MergedPool] = {}
         self._drafts: dict[str, DraftTable] = {}
         self._outputs: dict[str, OutputSpec] = {}
-        self._grammars: Grammars | None = None
-        self._lock = threading.Lock()
+        self._grammars: Once[Grammars] = Once(1)
+        self._is_closed = False
         self._fixed_lock = threading.Lock()
         self._fixed: dict[tuple[int, bytes], list[int]] = {}
 
@@ -87,7 +91,7 @@ class LoadedBundle:
         pool, active = self.pool(adapter)
         return pool.first, active
 
-    def pool(self, adapter: Adapters) -> tuple[Pool, dict[str, float]]:
+    def pool(self, adapter: Adapters) -> tuple[Pool | MergedPool, dict[str, float]]:
         """The pool that runs a call with these adapters, and their scales; same errors as `context`."""
         if not isinstance(self._running, Pool):
             message = f"bundle {self.manifest.name!r} only classifies text: it has no generation and no perplexity"
@@ -99,7 +103,7 @@ class LoadedBundle:
         if len(scales) > 1 or scales[merged[0]] != 1:
             message = f"adapter {merged[0]!r} is merged, so it cannot be scaled or added to others"
             raise IncompatibleError(message, "use it alone with scale 1")
-        return self._merged_pool(self.manifest.adapter(merged[0])), {}
+        return self._merged_pools[merged[0]], {}
 
     def call(
         self,
@@ -122,7 +126,7 @@ class LoadedBundle:
         own = self._system_of(first)
         system = carried.system if carried is not None else own
         form = AnswerForm() if form is None else form
-        begin, capacity = time.perf_counter(), pool.first.capacity(active)
+        begin, capacity = time.perf_counter(), pool.capacity(active)
         with pool.tokenizer() as tokenizer:
             if raw:
                 tokens, fixed, is_given = _raw_tokens(tokenizer, prompt, form, capacity), 0, False
@@ -135,7 +139,7 @@ class LoadedBundle:
                 is_shared = carried is None or given == own
                 fixed = self._fixed_tokens(pool, tokenizer, given, form, tokens) if is_shared else 0
             reader, held = (None, None) if form.tools is None else _calls(tokenizer, form.tools, form.output)
-        spans, kept = pool.first.spans(active, tokens), 0
+        spans, kept = pool.spans(active, tokens), 0
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
@@ -151,8 +155,10 @@ class LoadedBundle:
     def scales(self, adapter: Adapters) -> dict[str, float]:
         """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice.
 
-        All calls begin here, so UsageError too in a process that was forked since: its parent has the threads.
+        All calls begin here, so UsageError too after `close`, and in a process that was forked since: its parent has
+        the threads.
         """
+        self._check_open()
         if os.getpid() != self._process:
             message = "the bundle was opened before this process was forked"
             raise UsageError(message, "open it after the fork, or start processes by spawn")
@@ -180,6 +186,8 @@ class LoadedBundle:
             path = resolve(self.bundle, entry.draft)
             self._drafts[entry.name] = read_table(path, self.manifest.base.tokenizer_sha256)
         if self._is_merged(entry):
+            if isinstance(self._running, Pool):
+                self._merged_pools[entry.name] = MergedPool(entry.name, self._running, self._merged)
             return
         file = file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")
         if self.options.verify:
@@ -189,32 +197,36 @@ class LoadedBundle:
 
     def clear(self) -> None:
         """Drop all sequences and cached states, except those on disk."""
-        for pool in self._pools():
-            for context in pool.contexts:
+        self._check_open()
+        with self._pools() as pools:
+            for context in [context for pool in pools for context in pool.contexts]:
                 with context.hold():
                     context.clear()
 
     def drop_states(self, owner: str) -> None:
         """Drop the states of an owner, such as a closed session."""
-        for pool in self._pools():
-            pool.drop_states(owner)
+        with self._pools() as pools:
+            for pool in pools:
+                pool.drop_states(owner)
 
     def close(self) -> None:
         """Free the base and adapters after the calls of other threads end; a second call does nothing."""
-        for running in (self._running, *self._merged.values()):
-            running.close()
+        self._is_closed = True
+        self._merged.close()
+        self._running.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UsageError("the runtime is closed", "open the bundle again")
 
     def _constraint(self, output: OutputSpec) -> Constraint:
         """A constraint on the base's vocabulary, which merged models share and the first constrained call reads."""
         assert isinstance(self._running, Pool)
-        with self._lock:
-            if self._grammars is None:
-                with self._running.tokenizer() as tokenizer:
-                    self._grammars = Grammars(tokenizer)
-        return self._grammars.constraint(output)
+        with self._running.tokenizer() as tokenizer:
+            return self._grammars.get("", lambda: Grammars(tokenizer)).constraint(output)
 
     def _fixed_tokens(
-        self, pool: Pool, tokenizer: Tokenizer, system: str | None, form: AnswerForm, tokens: Sequence[int]
+        self, pool: Pool | MergedPool, tokenizer: Tokenizer, system: str | None, form: AnswerForm, tokens: Sequence[int]
     ) -> int:
         """How many first tokens all prompts with this system prompt and these tools have in common."""
         # A client may send prompts of any length, so only their digests are remembered.
@@ -236,21 +248,28 @@ class LoadedBundle:
     def _is_merged(self, entry: AdapterEntry) -> bool:
         return entry.shapes.get(self.options.engine) == "merged"
 
-    def _merged_pool(self, entry: AdapterEntry) -> Pool:
-        with self._lock:
-            if entry.name not in self._merged:
-                file = file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")
-                begin = time.perf_counter()
-                made = open_base(self.bundle, self.manifest, file, self.options)
-                elapsed_s = time.perf_counter() - begin
-                _LOG.info("loaded merged adapter %r in %.2f s", entry.name, elapsed_s)
-                self.options.emit(Event("loaded", entry.name, seconds=elapsed_s))
-                assert isinstance(made, Pool)
-                self._merged[entry.name] = made
-            return self._merged[entry.name]
+    def _open_merged(self, name: str) -> Pool:
+        entry = self.manifest.adapter(name)
+        file = file_of(entry.files, self.options.engine, f"adapter {name!r}")
+        begin = time.perf_counter()
+        made = open_base(self.bundle, self.manifest, file, self.options)
+        assert isinstance(made, Pool)
+        assert isinstance(self._running, Pool)
+        with self._running.tokenizer() as tokenizer:
+            if _described(made.first.engine.tokenizer) != _described(tokenizer):
+                made.close()
+                message = f"merged adapter {name!r} has another vocabulary or chat template than the base"
+                raise IncompatibleError(message, "build the bundle again")
+        elapsed_s = time.perf_counter() - begin
+        _LOG.info("loaded merged adapter %r in %.2f s", name, elapsed_s)
+        self.options.emit(Event("loaded", name, seconds=elapsed_s))
+        return made
 
-    def _pools(self) -> list[Pool]:
-        return [running for running in (self._running, *self._merged.values()) if isinstance(running, Pool)]
+    @contextmanager
+    def _pools(self) -> Iterator[list[Pool]]:
+        """The pools of all models that are open."""
+        with self._merged.use_opened() as models:
+            yield [*([self._running] if isinstance(self._running, Pool) else []), *models.values()]
 
 
 def _output_of(entry: AdapterEntry) -> OutputSpec:
@@ -259,6 +278,10 @@ def _output_of(entry: AdapterEntry) -> OutputSpec:
     except UsageError as error:
         message = f"adapter {entry.name!r} has an invalid output: {error.message}"
         raise VerificationError(message, "build the bundle again") from error
+
+
+def _described(tokenizer: Tokenizer) -> tuple[object, ...]:
+    return tokenizer.vocab_size, tokenizer.bos, tokenizer.eos, tokenizer.chat_template
 
 
 def _system_in(messages: Sequence[Message]) -> str | None:

@@ -14,6 +14,7 @@ from .errors import IncompatibleError, NotFoundError, UsageError, VerificationEr
 from .generation import Answer, Call, Carried, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .options import AnswerOptions, split_form
+from .serving.merged import MergedPool
 from .serving.pool import Pool
 from .states.cache import Key, SavedState
 from .states.store import KIND
@@ -147,7 +148,7 @@ class Session:
             self.history = [*messages, answer.message]
             self._last = Carried(outcome.tokens, call.job.spans, call.system)
 
-    def _pool(self) -> Pool:
+    def _pool(self) -> Pool | MergedPool:
         return self._loaded.pool(self.adapter)[0]
 
 

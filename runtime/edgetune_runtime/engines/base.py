@@ -111,7 +111,10 @@ class Engine(Protocol):
         """The tokenizer of the base."""
 
     def fork(self) -> Self:
-        """Another engine with its own sequence, on the same loaded base and adapters; close it before this one."""
+        """Another engine with its own sequence, on the same loaded base and adapters; close it before this one.
+
+        Both have this one's tokenizer, which closing the other one leaves open.
+        """
 
     def load_adapter(
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()

@@ -216,13 +216,10 @@ class Context:
         return live
 
     def close(self) -> None:
-        """Free the engine after the calls of other threads end; an open stream of this thread ends with an error."""
-        with self.shared.gate:
-            while self.holder not in (None, threading.get_ident()):
-                self.shared.gate.wait()
-            self.closed = True
-            self.shared.cache.clear()
-            self.engine.close()
+        """Free the engine. No other thread may hold the context; an open stream of this thread ends with an error."""
+        self.closed = True
+        self.shared.cache.clear()
+        self.engine.close()
 
     def check_open(self) -> None:
         """Raise UsageError if the context is closed."""

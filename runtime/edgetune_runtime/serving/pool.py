@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import BusyError, UsageError
+from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import SavedState
 
 from .context import Context
@@ -32,7 +33,8 @@ class Pool:
         self.limit = limit
         self._most_waiting = waiting
         self._waiting = 0
-        self._vocabulary = threading.Lock()
+        self._uses = 0
+        self._is_closed = False
 
     @property
     def contexts(self) -> list[Context]:
@@ -47,6 +49,7 @@ class Pool:
         """
         gate = self.first.shared.gate
         with gate:
+            self._check_open()
             context = self._take(job)
             if context is None:
                 if self._waiting >= self._most_waiting:
@@ -57,6 +60,7 @@ class Pool:
                     while context is None:
                         gate.wait(POLL_S)
                         job.check()
+                        self._check_open()
                         context = self._take(job)
                 finally:
                     self._waiting -= 1
@@ -65,10 +69,28 @@ class Pool:
 
     @contextmanager
     def tokenizer(self) -> Iterator[Tokenizer]:
-        """The base's tokenizer, locked so that no other thread frees it; UsageError if the pool is closed."""
-        with self._vocabulary:
-            self.first.check_open()
+        """The base's tokenizer, which `close` frees after the block; UsageError if the pool is closed.
+
+        Any number of threads may use it at the same time.
+        """
+        gate = self.first.shared.gate
+        with gate:
+            self._check_open()
+            self._uses += 1
+        try:
             yield self.first.engine.tokenizer
+        finally:
+            with gate:
+                self._uses -= 1
+                gate.notify_all()
+
+    def capacity(self, adapters: Mapping[str, float]) -> int:
+        """The number of tokens that fit in a context with these adapters, prompt and answer together."""
+        return self.first.capacity(adapters)
+
+    def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
+        """The adapters that are active in each span of these tokens."""
+        return self.first.spans(adapters, tokens)
 
     def saved(self, owner: str) -> SavedState | None:
         """The last state of an owner, from a context or from the cache."""
@@ -99,13 +121,25 @@ class Pool:
                     context.reset()
 
     def close(self) -> None:
-        """Close all contexts, the first one last, because the others use its base."""
-        for context in reversed(self._contexts[1:]):
-            context.close()
-        with self._vocabulary:
-            self.first.close()
+        """Free everything once no other thread runs a call or uses the tokenizer; a second call does nothing.
+
+        Calls that wait for a context and later ones raise UsageError. An open stream of this thread ends with an error.
+        """
+        gate, me = self.first.shared.gate, threading.get_ident()
+        with gate:
+            self._is_closed = True
+            gate.notify_all()
+            while self._uses or any(context.holder not in (None, me) for context in self._contexts):
+                gate.wait()
+            # The first one last, because the others use its base.
+            for context in reversed(self._contexts):
+                context.close()
         if self.first.shared.threads is not None:
             self.first.shared.threads.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UsageError("the runtime is closed", "open the bundle again")
 
     def _take(self, job: PromptJob) -> Context | None:
         """Give this thread a free context, or a new one if there are fewer than `limit`. Call it inside the gate."""

@@ -96,12 +96,13 @@ class GgufEngine:
     ) -> None:
         check_options(context_length, threads, batch)
         self._kv = check_kv(kv, self.KV, "llama.cpp")
+        self._is_fork = False
         self._begin(GgufBase(path, context_length, repack), context_length, threads or usable_cores(), batch)
 
     def fork(self) -> GgufEngine:
         """Another engine with its own sequence, on the same base and adapters."""
         other = object.__new__(GgufEngine)
-        other._kv = self._kv
+        other._kv, other._is_fork = self._kv, True
         other._begin(self._base, self.context_length, self._threads, self._batch)
         return other
 
@@ -292,7 +293,8 @@ class GgufEngine:
         """Free everything; a second call does nothing, and no other call may follow."""
         if self._free.alive:
             self._stop.clear()
-            self.tokenizer.close()
+            if not self._is_fork:
+                self.tokenizer.close()
             self._free()
             # The base is freed with its last reference.
             del self._base

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +173,17 @@ class Vocabulary(PiecewiseTokenizer):
         self._adds_bos = self._bos >= 0 and bool(llama.llama_vocab_get_add_bos(self._vocab))
         spm = llama.llama_vocab_type(self._vocab) == _SPM_VOCABULARY
         self._adds_space = spm and self.piece(self._raw("a")[0]).startswith(b" ")
+        self._end_token: int | None = None
 
-    @cached_property
+    @property
     def end_token(self) -> int:
         """The end-of-turn token, or the end-of-text token if there is none."""
+        # No cached_property, which in Python 3.11 holds a lock of all instances while it renders the template.
+        if self._end_token is None:
+            self._end_token = self._find_end_token()
+        return self._end_token
+
+    def _find_end_token(self) -> int:
         # llama.cpp guesses EOT from token texts and may return end-of-text instead; the chat template is reliable.
         for token in self._after_answer():
             if self.is_end(token):

@@ -108,11 +108,13 @@ class OnnxEngine:
         self._adapters: dict[str, Arrays] = {}
         self._prefixes: dict[str, Arrays] = {}
         self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
+        self._is_fork = False
         self._new_sequence()
 
     def fork(self) -> OnnxEngine:
         """Another engine with its own sequence, on the same session and adapters."""
         other = copy(self)
+        other._is_fork = True
         other._new_sequence()
         return other
 
@@ -282,7 +284,8 @@ class OnnxEngine:
 
     def close(self) -> None:
         """Free everything; a second call does nothing, and no other call may follow."""
-        self.tokenizer.close()
+        if not self._is_fork:
+            self.tokenizer.close()
         self._length, self._last = 0, None
         self._bindings.clear()
         self._adapters, self._prefixes = {}, {}

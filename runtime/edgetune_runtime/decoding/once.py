@@ -1,0 +1,54 @@
+"""Values that are made once per key, without a lock held meanwhile; the last used are kept."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Once(Generic[T]):
+    """The `keep` last used values by key. Thread-safe: calls with a key wait for the one that makes it, others do not.
+
+    An error is raised in all calls that waited for it, and not kept.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._futures: OrderedDict[Hashable, Future[T]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._futures)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of this key, by `make` where there is none."""
+        with self._lock:
+            future = self._futures.get(key)
+            is_maker = future is None
+            if future is None:
+                future = self._futures[key] = Future()
+            self._futures.move_to_end(key)
+            while len(self._futures) > self._keep:
+                self._futures.popitem(last=False)
+        if is_maker:
+            self._make(key, future, make)
+        return future.result()
+
+    def drop(self, key: Hashable) -> None:
+        """Have the next call make the value again."""
+        with self._lock:
+            self._futures.pop(key, None)
+
+    def _make(self, key: Hashable, future: Future[T], make: Callable[[], T]) -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            with self._lock:
+                if self._futures.get(key) is future:
+                    del self._futures[key]
+            future.set_exception(error)

@@ -1,0 +1,149 @@
+"""The models of merged adapters: each is opened when a call first needs it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.states.activation import Spans
+from edgetune_runtime.states.cache import SavedState
+
+from .context import Context
+from .jobs import PromptJob, go_on
+from .pool import Pool
+from .turns import POLL_S
+
+
+@dataclass
+class _Model:
+    pool: Pool
+    uses: int = 0
+
+
+class MergedModels:
+    """The opened models, by adapter; `open_model` opens one. Thread-safe.
+
+    No lock is held while a model is opened; one is opened at a time. Calls on models that are open do not wait.
+    """
+
+    def __init__(self, open_model: Callable[[str], Pool]) -> None:
+        self._open_model = open_model
+        self._changed = threading.Condition()
+        self._models: dict[str, _Model] = {}
+        self._is_opening = self._is_closed = False
+
+    @contextmanager
+    def use(self, name: str, check: Callable[[], None] = go_on) -> Iterator[Pool]:
+        """The model of an adapter, opened if it is not, and not closed for others until the block ends.
+
+        While it waits for another model to be opened, `check` may end that by raising. UsageError after `close`, and
+        the errors of `open_model`.
+        """
+        model = self._acquire(name, check)
+        try:
+            yield model.pool
+        finally:
+            self._release(model)
+
+    @contextmanager
+    def use_opened(self) -> Iterator[dict[str, Pool]]:
+        """The models that are open, by adapter, which are not closed for others until the block ends."""
+        with self._changed:
+            models = dict(self._models)
+            for model in models.values():
+                model.uses += 1
+        try:
+            yield {name: model.pool for name, model in models.items()}
+        finally:
+            for model in models.values():
+                self._release(model)
+
+    def close(self) -> None:
+        """Close all models after the calls of other threads end; no other is opened from now on."""
+        with self._changed:
+            self._is_closed = True
+            while self._is_opening:
+                self._changed.wait()
+            models = list(self._models.values())
+        for model in models:
+            model.pool.close()
+
+    def _acquire(self, name: str, check: Callable[[], None]) -> _Model:
+        with self._changed:
+            while True:
+                if self._is_closed:
+                    raise UsageError("the runtime is closed", "open the bundle again")
+                if name in self._models:
+                    self._models[name].uses += 1
+                    return self._models[name]
+                if not self._is_opening:
+                    break
+                self._changed.wait(POLL_S)
+                check()
+            self._is_opening = True
+        try:
+            model = _Model(self._open_model(name), uses=1)
+            with self._changed:
+                self._models[name] = model
+            return model
+        finally:
+            with self._changed:
+                self._is_opening = False
+                self._changed.notify_all()
+
+    def _release(self, model: _Model) -> None:
+        with self._changed:
+            model.uses -= 1
+            self._changed.notify_all()
+
+
+class MergedPool:
+    """The contexts of a merged adapter: those of its own model, with the tokenizer of the `base`."""
+
+    def __init__(self, name: str, base: Pool, models: MergedModels) -> None:
+        self._name, self._base, self._models = name, base, models
+
+    @property
+    def first(self) -> Context:
+        """The model's first context, for measurements that need no other model."""
+        with self._models.use(self._name) as pool:
+            return pool.first
+
+    @contextmanager
+    def lease(self, job: PromptJob) -> Iterator[Context]:
+        """As `Pool.lease`, on the model, which is opened if it is not."""
+        with self._models.use(self._name, job.check) as pool, pool.lease(job) as context:
+            yield context
+
+    @contextmanager
+    def tokenizer(self) -> Iterator[Tokenizer]:
+        """As `Pool.tokenizer`."""
+        with self._base.tokenizer() as tokenizer:
+            yield tokenizer
+
+    def capacity(self, adapters: Mapping[str, float]) -> int:
+        """As `Pool.capacity`."""
+        return self._base.capacity(adapters)
+
+    def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
+        """As `Pool.spans`."""
+        return self._base.spans(adapters, tokens)
+
+    def saved(self, owner: str) -> SavedState | None:
+        """As `Pool.saved`."""
+        with self._models.use(self._name) as pool:
+            return pool.saved(owner)
+
+    def identity_of(self, saved: SavedState) -> str:
+        """As `Pool.identity_of`."""
+        with self._models.use(self._name) as pool:
+            return pool.identity_of(saved)
+
+    def keep(self, saved: SavedState, owner: str) -> None:
+        """As `Pool.keep`."""
+        with self._models.use(self._name) as pool:
+            pool.keep(saved, owner)

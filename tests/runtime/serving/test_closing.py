@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import Runtime, UsageError
+from edgetune_runtime.decoding import grammars
+from edgetune_runtime.events import Event
+from edgetune_runtime.generation import Stream
+from edgetune_runtime.measuring import loaded_bundle
+
+PROMPT = "turn on the light"
+MOST_S = 30
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as threads:
+        yield threads
+
+
+@pytest.fixture(params=["gguf", "onnx"])
+def open_(request: pytest.FixtureRequest, both_of: Callable[[str], Path]) -> Iterator[Callable[..., Runtime]]:
+    """Opens the bundle with a merged adapter, in each engine."""
+    opened: list[Runtime] = []
+
+    def make(**options: Any) -> Runtime:  # noqa: ANN401 - those of Runtime.open
+        opened.append(Runtime.open(both_of("llama"), engine=request.param, disk_mb=0, **options))
+        return opened[-1]
+
+    yield make
+    for runtime in opened:
+        runtime.close()
+
+
+def is_waiting(future: Future[Any]) -> bool:
+    """Whether it has not ended after a while."""
+    with pytest.raises(NotYet):
+        future.result(0.2)
+    return True
+
+
+def test_a_text_that_is_tokenized_stops_no_other_call(
+    open_: Callable[..., Runtime], threads: ThreadPoolExecutor
+) -> None:
+    runtime = open_(contexts=2)
+    pool, _ = loaded_bundle(runtime).pool(None)
+    with pool.tokenizer():
+        for choices in (None, ["red", "green"]):
+            answer = threads.submit(runtime.generate, PROMPT, adapter="command", max_tokens=2, choices=choices)
+            assert answer.result(MOST_S).tokens
+
+
+def test_closing_waits_for_calls_and_for_texts_that_are_tokenized(
+    open_: Callable[..., Runtime], threads: ThreadPoolExecutor
+) -> None:
+    runtime = open_(contexts=2)
+    expected = runtime.generate(PROMPT, max_tokens=8).text
+    begun, go = threading.Semaphore(0), threading.Event()
+
+    def read(stream: Stream) -> str:
+        pieces = [next(stream)]
+        begun.release()
+        go.wait(MOST_S)
+        return "".join([*pieces, *stream])
+
+    def tokenize() -> list[int]:
+        with loaded_bundle(runtime).pool(None)[0].tokenizer() as tokenizer:
+            begun.release()
+            go.wait(MOST_S)
+            return tokenizer.tokenize(PROMPT)
+
+    # Two contexts: the second one is a fork, which is closed first.
+    running = [threads.submit(read, runtime.stream(PROMPT, max_tokens=8)) for _ in range(2)]
+    tokenizing = threads.submit(tokenize)
+    for _ in range(3):
+        assert begun.acquire(timeout=MOST_S)
+    waiting = threads.submit(runtime.generate, PROMPT)
+    closing = threads.submit(runtime.close)
+    assert is_waiting(closing)
+    with pytest.raises(UsageError, match="the runtime is closed"):
+        waiting.result(MOST_S)
+    go.set()
+    closing.result(MOST_S)
+    assert [future.result(MOST_S) for future in running] == [expected, expected]
+    assert tokenizing.result(MOST_S)
+
+
+def test_a_closed_fork_leaves_the_tokenizer_to_the_other_contexts(open_: Callable[..., Runtime]) -> None:
+    first = loaded_bundle(open_()).context()[0]
+    fork = first.engine.fork()
+    fork.close()
+    assert first.engine.tokenizer.tokenize(PROMPT)
+
+
+@pytest.mark.parametrize("adapter", [None, "command", "whole"])
+def test_a_closed_runtime_answers_with_no_adapter(
+    open_: Callable[..., Runtime], adapter: str | None, tmp_path: Path
+) -> None:
+    runtime = open_()
+    runtime.generate(PROMPT, adapter="whole", max_tokens=1)
+    stream, session = runtime.stream(PROMPT, adapter=adapter), runtime.session(adapter)
+    runtime.close()
+    calls: list[Callable[[], object]] = [
+        stream.read,
+        lambda: session.send(PROMPT),
+        lambda: session.save(tmp_path / "session"),
+        lambda: runtime.generate(PROMPT, adapter=adapter),
+        lambda: runtime.classify(PROMPT, ["red", "green"], adapter=adapter),
+        lambda: runtime.perplexity(PROMPT, adapter=adapter),
+        lambda: runtime.session(adapter),
+        runtime.warm,
+        runtime.clear_cache,
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="the runtime is closed"):
+            call()
+    session.close()
+    runtime.close()
+
+
+def test_a_model_that_is_loaded_stops_no_call_with_other_adapters_and_does_not_outlive_the_runtime(
+    both_of: Callable[[str], Path], threads: ThreadPoolExecutor
+) -> None:
+    loading, go = threading.Event(), threading.Event()
+
+    def on_event(event: Event) -> None:
+        if event.name == "whole":
+            loading.set()
+            go.wait(MOST_S)
+
+    runtime = Runtime.open(both_of("llama"), contexts=2, disk_mb=0, on_event=on_event)
+    merged = threads.submit(runtime.generate, PROMPT, adapter="whole", max_tokens=2)
+    assert loading.wait(MOST_S)
+    others = [threads.submit(runtime.generate, PROMPT, adapter="command", max_tokens=2, regex=r) for r in (None, "a*")]
+    assert all(other.result(MOST_S) for other in others)
+    closing = threads.submit(runtime.close)
+    assert is_waiting(closing)
+    go.set()
+    closing.result(MOST_S)
+    error = merged.exception(MOST_S)
+    assert error is None or "the runtime is closed" in str(error)
+    assert all(
+        context.closed for model in loaded_bundle(runtime)._merged._models.values() for context in model.pool.contexts
+    )
+
+
+def test_a_form_is_compiled_once_and_stops_no_call_with_another_form(
+    open_: Callable[..., Runtime], threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = open_(contexts=4)
+    compile_grammar, compiled, go = grammars.compile_grammar, [], threading.Event()
+
+    def compile_slowly(tokenizer: Any, grammar: str) -> tuple[Any, str]:  # noqa: ANN401 - llguidance's
+        compiled.append(grammar)
+        if "slow" in grammar:
+            go.wait(MOST_S)
+        return compile_grammar(tokenizer, grammar)
+
+    monkeypatch.setattr(grammars, "compile_grammar", compile_slowly)
+    slow = [threads.submit(runtime.generate, PROMPT, choices=["slow"], max_tokens=8) for _ in range(3)]
+    while not compiled:
+        time.sleep(0.01)
+    assert threads.submit(runtime.generate, PROMPT, choices=["red"], max_tokens=8).result(MOST_S).text == "red"
+    go.set()
+    assert [future.result(MOST_S).text for future in slow] == ["slow"] * 3
+    assert len(compiled) == 2
