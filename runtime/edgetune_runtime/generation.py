@@ -13,9 +13,9 @@ from .decoding.drafts import Drafter, DraftTable
 from .decoding.logprobs import LogprobRecord, TokenLogprob
 from .decoding.output import OutputSpec
 from .engines.base import Logits
+from .limits import Limits, Stopped
 from .serving.context import Context
 from .serving.jobs import PromptJob
-from .serving.limits import Limits, Stopped
 from .serving.merged import MergedPool
 from .serving.pool import Pool
 from .states.activation import Spans

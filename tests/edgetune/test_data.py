@@ -399,9 +399,7 @@ def test_a_row_can_end_with_a_call_of_its_tools(write: Write, tokenizer: GgufTok
     (read,) = read_rows(write(with_tools(CALLING)))
     assert json.loads(read.completion or "") == {"tool_calls": [{"name": "set_light", "arguments": {"on": True}}]}
     example = tokenize_one(read, tokenizer)
-    assert example.prompt_tokens == tuple(
-        prompt_tokens(tokenizer, messages_for(CALLING[:1], None), tool_set(TOOLS))
-    )
+    assert example.prompt_tokens == tuple(prompt_tokens(tokenizer, messages_for(CALLING[:1], None), tool_set(TOOLS)))
     call = '<tool_call>\n{"name": "set_light", "arguments": {"on": true}}\n</tool_call>'
     assert text_of(learned_of(example)[:-1], tokenizer) == call
     assert '"name": "set_light"' in text_of(example.prompt_tokens, tokenizer)

@@ -14,6 +14,7 @@ from edgetune_runtime.decoding.batch_cost import BatchCost
 from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.events import Event
+from edgetune_runtime.limits import Stopped, no_limits
 from edgetune_runtime.serving.governor import AnswerUsage
 from edgetune_runtime.states.activation import Spans, spans_of
 from edgetune_runtime.states.batches import CHUNK, batches, boundaries_of, common_boundary
@@ -21,8 +22,7 @@ from edgetune_runtime.states.cache import CALLS, GIVEN, PROMPTS, Active, Key, Sa
 from edgetune_runtime.states.store import digest_of
 from edgetune_runtime.threads.count import EVEN, UNEVEN, Kind
 
-from .jobs import PromptJob, Shared, Start, go_on
-from .limits import Stopped
+from .jobs import PromptJob, Shared, Start
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Context:
         self._capacity = engine.capacity({})
         self.holder: int | None = None
         self.closed = False
-        self._check: Callable[[], None] = go_on
+        self._check: Callable[[], None] = no_limits
         self.usage = AnswerUsage()
 
     @contextmanager
@@ -72,7 +72,7 @@ class Context:
             self.check_open()
             yield
         finally:
-            self._check = go_on
+            self._check = no_limits
             with self.shared.gate:
                 self.holder = None
                 self.shared.gate.notify_all()

@@ -8,16 +8,13 @@ from dataclasses import dataclass, field
 
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.events import Emit, ignore
+from edgetune_runtime.limits import no_limits
 from edgetune_runtime.serving.governor import Governor
 from edgetune_runtime.states.activation import Invocations, Spans
 from edgetune_runtime.states.cache import CALLS, StateCache
 from edgetune_runtime.states.prompts import SHORTEST, PromptStates
 from edgetune_runtime.states.sightings import Sightings
 from edgetune_runtime.threads.priority import ComputeThreads
-
-
-def go_on() -> None:
-    """The check of a call without limits."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class PromptJob:
     fixed: int = 0
     owner: str = CALLS
     is_given: bool = False
-    check: Callable[[], None] = go_on
+    check: Callable[[], None] = no_limits
 
     @property
     def is_worth_a_state(self) -> bool:

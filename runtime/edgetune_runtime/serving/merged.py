@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.limits import no_limits
 from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import SavedState
 
 from .context import Context
-from .jobs import PromptJob, go_on
+from .jobs import PromptJob
 from .pool import Pool
 from .turns import POLL_S
 
@@ -37,7 +38,7 @@ class MergedModels:
         self._is_opening = self._is_closed = False
 
     @contextmanager
-    def use(self, name: str, check: Callable[[], None] = go_on) -> Iterator[Pool]:
+    def use(self, name: str, check: Callable[[], None] = no_limits) -> Iterator[Pool]:
         """The model of an adapter, opened if it is not, and not closed for others until the block ends.
 
         While it waits for another model to be opened, `check` may end that by raising. UsageError after `close`, and

@@ -14,9 +14,9 @@ from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.base import Engine, Logits, StepStopped
 from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.limits import Limits, Stopped
 from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.governor import AnswerUsage, Governor
-from edgetune_runtime.serving.limits import Limits, Stopped
 from edgetune_runtime.serving.turns import Turn
 from edgetune_runtime.threads.count import EVEN, UNEVEN
 

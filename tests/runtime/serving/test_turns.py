@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from edgetune_runtime.serving.limits import Limits, Stopped
+from edgetune_runtime.limits import Limits, Stopped
 from edgetune_runtime.serving.turns import _RECENT_S, Turn, Turns
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from edgetune_runtime.errors import UsageError
+from .errors import UsageError
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the call ends with the text so far
@@ -14,6 +14,10 @@ class Stopped(Exception):  # noqa: N818 - not an error: the call ends with the t
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(reason)
+
+
+def no_limits() -> None:
+    """The check of a call without limits."""
 
 
 class Limits:
