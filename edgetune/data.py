@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.text.chat import Message, messages_for, text_of
-from edgetune_runtime.tools.definitions import ToolSet, tool_set
+from edgetune_runtime.tools.definitions import ToolSet, check_schemas, tool_set
 from edgetune_runtime.wording import nearest, suggestion
 
 from .recipe.parts import HUB_ID, Columns, is_hub_id
@@ -257,6 +257,8 @@ def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa:
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         turns = messages_for(given, None)
         offered = tool_set(json.loads(tools) if isinstance(tools, str) else tools)
+        if offered is not None:
+            check_schemas(offered)
     except UsageError as error:
         raise _BadRowError(error.message) from error
     except ValueError as error:

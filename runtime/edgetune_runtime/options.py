@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from .decoding.output import OutputSpec, output_of
+from .decoding.output import OutputSpec, spec_of
 from .errors import UsageError
 from .text.sampling import Sampling
 from .tools.definitions import Tools, ToolSet, tool_set
@@ -87,7 +87,7 @@ class AnswerForm:
 def split_form(options: Mapping[str, Any]) -> tuple[AnswerForm, dict[str, Any]]:
     """What constrains the answer among the options, and the other options.
 
-    Raises what `output_of` and `tool_set` do; UsageError for more than one constraint (other than tools with a schema),
+    Raises what `spec_of` and `tool_set` do; UsageError for more than one constraint (other than tools with a schema),
     or `free` with one.
     """
     own = (*_CONSTRAINTS, "free", "tools", "tool_choice", "think")
@@ -101,4 +101,4 @@ def split_form(options: Mapping[str, Any]) -> tuple[AnswerForm, dict[str, Any]]:
     think = options.get("think")
     if think is not None and not isinstance(think, bool):
         raise UsageError(f"think is {think!r}", "give True, False or None")
-    return AnswerForm(output_of(**given) if given else None, tools, is_free, think), others
+    return AnswerForm(spec_of(**given) if given else None, tools, is_free, think), others

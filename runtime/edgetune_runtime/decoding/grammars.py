@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.limits import no_limits
 
 from .constraint import Constraint
 from .library import compile_grammar, refusal
 from .once import Once
 from .output import OutputSpec
+from .trial import may_be_dear
 from .vocabulary import GrammarVocabulary
+
+_KEPT, _KEPT_DEAR = 16, 2
+"""Compiled forms. One that may be dear takes up to 64 MB, others a few MB, and their automata grow as they are used."""
 
 
 class Grammars:
-    """The forms of answers that calls on one base use, compiled; the `keep` last used are kept. Thread-safe.
+    """The forms of answers that calls on one base use, compiled; the last used are kept. Thread-safe.
 
     Reads the base's vocabulary: 0.11 s and 14 MB for 49,152 tokens, 0.75 s and 63 MB for 262,144 (one x86-64 core),
     most of it in llguidance with the GIL held, which cannot store the result. All answers of one form share the states
@@ -22,28 +28,34 @@ class Grammars:
     IncompatibleError when llguidance is not installed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, keep: int = 32) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._vocabulary = GrammarVocabulary(tokenizer)
-        self._compiled: Once[Any] = Once(keep)
+        self._cheap: Once[Any] = Once(_KEPT)
+        self._dear: Once[Any] = Once(_KEPT_DEAR)
 
-    def constraint(self, spec: OutputSpec) -> Constraint:
+    def constraint(self, spec: OutputSpec, check: Callable[[], None] = no_limits) -> Constraint:
         """One answer's constraint, at its beginning.
 
-        UsageError when the base has no tokens that fit, or the form cannot be used (see `output_of`).
+        UsageError when the base has no tokens that fit, or the form cannot be used (see `output_of`). Raises what
+        `check` does, which is called while the form is compiled.
         """
-        return Constraint(self._start(spec), self._vocabulary, lambda: self._restart(spec))
+        return Constraint(self._start(spec, check), self._vocabulary, lambda: self._restart(spec))
 
-    def _start(self, spec: OutputSpec) -> Any:  # noqa: ANN401 - llguidance's matcher
+    def _start(self, spec: OutputSpec, check: Callable[[], None] = no_limits) -> Any:  # noqa: ANN401 - a matcher
+        compiled = self._compiled(spec).get(spec.digest, lambda: self._compile(spec, check), check)
         # A copy shares the automaton.
-        return self._compiled.get(spec.digest, lambda: self._compile(spec)).deep_copy()
+        return compiled.deep_copy()
 
-    def _restart(self, spec: OutputSpec) -> Any:  # noqa: ANN401 - as above
+    def _restart(self, spec: OutputSpec) -> Any:  # noqa: ANN401 - llguidance's matcher
         """As `_start`, with an automaton that has no states of other answers."""
-        self._compiled.drop(spec.digest)
+        self._compiled(spec).drop(spec.digest)
         return self._start(spec)
 
-    def _compile(self, spec: OutputSpec) -> Any:  # noqa: ANN401 - as above
-        matcher, error = compile_grammar(self._vocabulary.handle, spec.grammar)
+    def _compiled(self, spec: OutputSpec) -> Once[Any]:
+        return self._dear if may_be_dear(spec.grammar) else self._cheap
+
+    def _compile(self, spec: OutputSpec, check: Callable[[], None]) -> Any:  # noqa: ANN401 - llguidance's matcher
+        matcher, error = compile_grammar(self._vocabulary.handle, spec.grammar, check)
         if error:
             raise refusal(spec.kind, spec.text, error)
         return matcher

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.limits import no_limits
+
+from .trial import TOO_DEAR, reason_against
 
 DEAD_END = "NoExtensionBias"
 """In llguidance's error where no token of the vocabulary goes on, and the answer may not end."""
@@ -27,6 +31,7 @@ _REMEDIES = {
     "too large": _SIMPLIFY,
     "too many": _SIMPLIFY,
     "fuel": _SIMPLIFY,
+    TOO_DEAR: _SIMPLIFY,
 }
 _NOISE = (
     re.compile(r"<(state|grammar|backtrace)>.*?</\1>|<non-verbose/>", re.DOTALL),
@@ -55,8 +60,18 @@ def byte_tokenizer() -> Any:  # noqa: ANN401 - of an optional module
     return library().LLTokenizer("byte")
 
 
-def compile_grammar(tokenizer: Any, grammar: str) -> tuple[Any, str]:  # noqa: ANN401 - of an optional module
-    """A matcher at the beginning of an answer, and why it cannot be used, or ''. It holds the GIL only at the end."""
+def compile_grammar(
+    tokenizer: Any,  # noqa: ANN401 - of an optional module
+    grammar: str,
+    check: Callable[[], None] = no_limits,
+) -> tuple[Any, str]:
+    """A matcher at the beginning of an answer, and why it cannot be used, or ''. It holds the GIL only at the end.
+
+    Raises what `check` does, which is called while a grammar that may be dear is tried in a child process.
+    """
+    reason = reason_against(grammar, check)
+    if reason and UNKNOWN_TOKEN not in reason:
+        return None, reason
     matcher = library().LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
     if matcher.is_error():
         return matcher, matcher.get_error()

@@ -5,16 +5,21 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Generic, TypeVar
 
+from edgetune_runtime.limits import Stopped, no_limits
+
 T = TypeVar("T")
+
+_CHECK_S = 0.05
 
 
 class Once(Generic[T]):
     """The `keep` last used values by key. Thread-safe: calls with a key wait for the one that makes it, others do not.
 
-    An error is raised in all calls that waited for it, and not kept.
+    An error is raised in all calls that waited for it, and not kept. If the call that makes the value is stopped, one
+    of those that wait makes it.
     """
 
     def __init__(self, keep: int) -> None:
@@ -25,8 +30,21 @@ class Once(Generic[T]):
     def __len__(self) -> int:
         return len(self._futures)
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value of this key, by `make` where there is none."""
+    def get(self, key: Hashable, make: Callable[[], T], check: Callable[[], None] = no_limits) -> T:
+        """The value of this key, by `make` where there is none. Raises what `check` does, also while it waits."""
+        while True:
+            future, is_maker = self._future(key)
+            if is_maker:
+                self._make(key, future, make)
+                return future.result()
+            while not future.done():
+                wait([future], _CHECK_S)
+                check()
+            if not isinstance(future.exception(), Stopped):
+                return future.result()
+
+    def _future(self, key: Hashable) -> tuple[Future[T], bool]:
+        """The value of this key, and whether this call has to make it."""
         with self._lock:
             future = self._futures.get(key)
             is_maker = future is None
@@ -35,9 +53,7 @@ class Once(Generic[T]):
             self._futures.move_to_end(key)
             while len(self._futures) > self._keep:
                 self._futures.popitem(last=False)
-        if is_maker:
-            self._make(key, future, make)
-        return future.result()
+        return future, is_maker
 
     def drop(self, key: Hashable) -> None:
         """Have the next call make the value again."""

@@ -18,6 +18,7 @@ from .library import UNKNOWN_TOKEN, byte_tokenizer, compile_grammar, library, on
 from .schema import check, closed
 
 KINDS = ("schema", "choices", "regex", "grammar")
+MAX_SCHEMA_CHARACTERS = 262_144
 _GIVE_SCHEMA = "give a JSON Schema or a pydantic model class"
 _RULE = re.compile(r"^[ \t]*[\w?!-]+[^:\n]*:", re.MULTILINE)
 SPACINGS: dict[str, dict[str, Any]] = {
@@ -104,7 +105,7 @@ class OutputSpec:
         return _checked(**stored)
 
 
-def output_of(
+def spec_of(
     *,
     schema: object = None,
     choices: Sequence[str] | None = None,
@@ -112,15 +113,23 @@ def output_of(
     grammar: str | None = None,
     spacing: str = "any",
 ) -> OutputSpec:
-    """What an answer may be, compiled once to see that it can be used.
+    """What an answer may be; its form is checked, but it is not compiled.
 
     Exactly one of `schema` (a JSON Schema as mapping or JSON text, or a pydantic model class), `choices` (texts),
     `regex` (for the whole answer) and `grammar` (Lark as llguidance reads it) is to be given. `spacing` says where JSON
     may have whitespace, see SPACINGS; a fixed spacing forces more tokens, but has to be that of the training data.
-    UsageError, in one line, for none or several of them, what llguidance cannot read or does not support, what is too
-    complex, and what no answer fits. IncompatibleError when llguidance is not installed.
+    UsageError, in one line, for none or several of them, and what is too large.
     """
-    spec = _checked(schema=schema, choices=choices, regex=regex, grammar=grammar, spacing=spacing)
+    return _checked(schema=schema, choices=choices, regex=regex, grammar=grammar, spacing=spacing)
+
+
+def output_of(**given: Any) -> OutputSpec:  # noqa: ANN401 - as `spec_of`
+    """As `spec_of`, compiled once to see that it can be used.
+
+    UsageError too for what llguidance cannot read or does not support, what is too complex, and what no answer fits.
+    IncompatibleError when llguidance is not installed.
+    """
+    spec = spec_of(**given)
     error = compile_grammar(byte_tokenizer(), spec.grammar)[1]
     # Which control tokens there are is known with a base only.
     if error and UNKNOWN_TOKEN not in error:
@@ -157,19 +166,23 @@ def _schema_text(value: Any) -> str:  # noqa: ANN401 - it is checked here
         if hasattr(value, "model_json_schema"):
             value = value.model_json_schema()
         elif isinstance(value, str):
-            value = json.loads(value)
+            value = json.loads(_bounded(value))
         elif isinstance(value, Mapping):
             value = dict(value)
         if not isinstance(value, dict):
-            raise UsageError(
-                f"schema is a {type(value).__name__}, no JSON object", "give a JSON Schema or a pydantic model class"
-            )
+            raise UsageError(f"schema is a {type(value).__name__}, no JSON object", _GIVE_SCHEMA)
+        text = _bounded(json.dumps(value, allow_nan=False))
         check(value)
-        return json.dumps(value, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
-        raise UsageError(
-            f"schema is no JSON: {one_line(str(error))}", "give a JSON Schema or a pydantic model class"
-        ) from error
+        raise UsageError(f"schema is no JSON: {one_line(str(error))}", _GIVE_SCHEMA) from error
+    return text
+
+
+def _bounded(schema: str) -> str:
+    if len(schema) > MAX_SCHEMA_CHARACTERS:
+        message = f"schema has {len(schema)} characters, and at most {MAX_SCHEMA_CHARACTERS} are allowed"
+        raise UsageError(message, "simplify it")
+    return schema
 
 
 def _choices_text(value: Any) -> str:  # noqa: ANN401 - it is checked here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 from edgetune_runtime.errors import UsageError
@@ -30,24 +31,29 @@ def closed(schema: Schema) -> Schema:
 
 
 def check(schema: Schema) -> None:
-    """UsageError for a schema of too many levels, or one that only an endless JSON fits."""
+    """UsageError for a schema of too many levels, or one that only an endless JSON fits. Takes time as it has parts."""
     seen: set[str] = set()
     pending: list[tuple[Any, int]] = [(schema, 1)]
     while pending:
         part, depth = pending.pop()
         if depth > MAX_DEPTH:
             raise UsageError(f"schema has more than {MAX_DEPTH} levels, references included", "simplify it")
+        _check_required(part)
         # The first child is looked at first, as in llguidance: a reference is followed where it occurs first.
         pending += [(child, depth + 1) for child in reversed(_children(part))]
         reference = part.get("$ref") if isinstance(part, dict) else None
         if isinstance(reference, str) and reference not in seen:
             seen.add(reference)
             pending.append((_target(reference, schema), depth + 1))
-    finite: set[str] = set()
-    while found := {name for name in seen - finite if _is_finite(_target(name, schema), finite)}:
-        finite |= found
-    if not _is_finite(schema, finite):
+    if not _is_finite(schema):
         raise UsageError("schema has a part that requires another like itself", "make the inner one optional")
+
+
+def _check_required(part: object) -> None:
+    required = part.get("required", []) if isinstance(part, dict) else []
+    # Draft 3 has a flag here, which llguidance ignores.
+    if isinstance(required, list) and not all(isinstance(name, str) for name in required):
+        raise UsageError(f"schema has required {str(required)[:80]}", "give a list of names")
 
 
 def _children(schema: object) -> list[Any]:
@@ -97,18 +103,48 @@ def _lists_all(schema: Schema) -> bool:
     return all(name in properties for name in required)
 
 
-def _is_finite(schema: Any, finite: set[str]) -> bool:  # noqa: ANN401 - any JSON
-    """Whether a finite JSON may fit, where it may for these references only."""
+def _is_finite(root: Schema) -> bool:
+    """Whether a finite JSON may fit.
+
+    A part may have one as soon as each of its requirements has an option that may, so these are found first, and each
+    requirement is counted off once.
+    """
+    open_requirements: dict[int, int] = {}
+    users: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    finite: list[int] = []
+    pending: list[Any] = [root]
+    while pending:
+        part = pending.pop()
+        if id(part) in open_requirements:
+            continue
+        requirements = _requirements(part, root)
+        open_requirements[id(part)] = len(requirements)
+        if not requirements:
+            finite.append(id(part))
+        for number, options in enumerate(requirements):
+            for option in options:
+                users[id(option)].append((id(part), number))
+            pending += options
+    counted: set[tuple[int, int]] = set()
+    while finite:
+        for requirement in users.pop(finite.pop(), ()):
+            if requirement not in counted:
+                counted.add(requirement)
+                user = requirement[0]
+                open_requirements[user] -= 1
+                if not open_requirements[user]:
+                    finite.append(user)
+    return not open_requirements[id(root)]
+
+
+def _requirements(schema: object, root: Schema) -> list[list[Any]]:
+    """What a JSON that fits the schema must fit too: for each requirement, the schemas of which one is enough."""
     if not isinstance(schema, dict):
-        return True
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference not in finite:
-        return False
-    for key in ("anyOf", "oneOf"):
-        options = schema.get(key)
-        if isinstance(options, list) and options and not any(_is_finite(one, finite) for one in options):
-            return False
-    return all(_is_finite(part, finite) for part in _needed(schema))
+        return []
+    found = [[part] for part in _needed(schema)]
+    if isinstance(schema.get("$ref"), str):
+        found.append([_target(schema["$ref"], root)])
+    return found + [options for key in ("anyOf", "oneOf") if isinstance(options := schema.get(key), list) and options]
 
 
 def _needed(schema: Schema) -> list[Any]:
@@ -116,7 +152,7 @@ def _needed(schema: Schema) -> list[Any]:
     parts = list(schema["allOf"]) if isinstance(schema.get("allOf"), list) else []
     properties, required = schema.get("properties"), schema.get("required")
     if schema.get("type") == "object" and isinstance(properties, dict) and isinstance(required, list):
-        parts += [value for name, value in properties.items() if name in required]
+        parts += [properties[name] for name in required if name in properties]
     if schema.get("type") == "array" and schema.get("minItems"):
         parts.append(schema.get("items"))
     return parts

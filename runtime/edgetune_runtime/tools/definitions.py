@@ -5,18 +5,23 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from edgetune_runtime.decoding.output import output_of
+from edgetune_runtime.decoding.output import output_of, spec_of
 from edgetune_runtime.decoding.schema import closed
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import suggestion
 
 MODES = ("auto", "none", "required")
 MOST_TOOLS = 128
+MOST_CHARACTERS = 131_072
+"""Of all definitions as JSON."""
+_MOST_KEPT = 8
+"""Lists of definitions that are kept: apps give the same ones with each call."""
 
 Tools = Sequence[Mapping[str, Any] | Callable[..., Any]]
 """Tools as an app gives them: definitions as in OpenAI's API, with or without the `function` around, or functions."""
@@ -62,8 +67,9 @@ class ToolSet:
 def tool_set(tools: Tools | None, choice: str | None = None) -> ToolSet | None:
     """The tools, checked; None where there are none.
 
-    UsageError, which names the tool, for a definition that cannot be used, and for a choice that is neither one of
-    MODES nor a tool. IncompatibleError when llguidance is not installed, or pydantic for functions.
+    UsageError, which names the tool, for a definition of another form, for too many or too long ones, and for a choice
+    that is neither one of MODES nor a tool. IncompatibleError when pydantic is not installed, for functions. Schemas
+    are compiled with the first answer; `check_schemas` does it before.
     """
     choice = "auto" if choice is None else choice
     if tools is None or (isinstance(tools, Sequence) and not tools):
@@ -79,6 +85,9 @@ def tool_set(tools: Tools | None, choice: str | None = None) -> ToolSet | None:
         text = json.dumps(given, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"tools are no JSON: {error}", _GIVE) from error
+    if len(text) > MOST_CHARACTERS:
+        message = f"the definitions of tools have {len(text)} characters, and at most {MOST_CHARACTERS} are allowed"
+        raise UsageError(message, "give fewer tools")
     found = _checked(text)
     names = [tool.name for tool in found]
     if choice not in MODES and choice not in names:
@@ -87,9 +96,19 @@ def tool_set(tools: Tools | None, choice: str | None = None) -> ToolSet | None:
     return ToolSet(definitions, choice, found)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_MOST_KEPT)
+def check_schemas(tools: ToolSet) -> None:
+    """Compile the schema of each tool alone.
+
+    UsageError, which names the tool, for one that cannot be used. IncompatibleError when llguidance is not installed.
+    """
+    for tool in tools.tools:
+        with _naming(tool.name):
+            output_of(schema=tool.schema)
+
+
+@lru_cache(maxsize=_MOST_KEPT)
 def _checked(text: str) -> tuple[Tool, ...]:
-    # Compiling the schemas takes milliseconds per tool, and apps give the same tools with each call.
     tools = tuple(_tool(number, tool) for number, tool in enumerate(json.loads(text), 1))
     names = [tool.name for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -116,11 +135,17 @@ def _tool(number: int, given: object) -> Tool:
     if _PLAIN.issuperset(schema):
         # Without properties, a function has no arguments.
         schema["properties"] = {}
+    with _naming(name):
+        spec_of(schema=schema)
+    return Tool(name, {"type": "function", "function": definition}, closed(schema))
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
     try:
-        output_of(schema=schema)
+        yield
     except UsageError as error:
         raise UsageError(f"the parameters of tool {name!r}: {error.message}", error.remedy) from error
-    return Tool(name, {"type": "function", "function": definition}, closed(schema))
 
 
 def _of_function(function: Callable[..., Any]) -> dict[str, Any]:

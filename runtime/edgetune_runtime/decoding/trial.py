@@ -1,0 +1,66 @@
+"""Compiles forms of answers that may be dear in a child process first, which has limits of time and memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from edgetune_runtime.child_process import run
+from edgetune_runtime.limits import no_limits
+
+from .once import Once
+
+MOST_CPU_S = 2
+MOST_MB = 64
+TOO_DEAR = "takes too long or too much memory"
+_MOST_S = 20.0
+"""Where other processes have the cores, CPU time takes longer."""
+_CHEAP_CHARACTERS = 8192
+_MAY_BE_DEAR = ("multipleOf", "allOf", "attern")
+"""llguidance limits its automata by states, but not what it does to see whether parts that hold at once exclude each
+other, or to count in numbers: the integers of `multipleOf: 999983` take 7 s and 400 MB."""
+_PROGRAM = Path(__file__).with_name("trial_child.py")
+
+_LOG = logging.getLogger(__name__)
+
+
+_reasons: Once[str] = Once(256)
+
+
+def may_be_dear(grammar: str) -> bool:
+    """Whether a grammar may take long to compile: it is large, or has what llguidance does not limit."""
+    return len(grammar) > _CHEAP_CHARACTERS or any(word in grammar for word in _MAY_BE_DEAR)
+
+
+def reason_against(grammar: str, check: Callable[[], None] = no_limits) -> str:
+    """llguidance's error for a grammar, or why it is too dear; '' if it can be compiled in this process.
+
+    What may be dear is compiled in a child process first. Raises what `check` does, which is called meanwhile.
+    """
+    if not may_be_dear(grammar) or not _has_python():
+        return ""
+    digest = hashlib.sha256(grammar.encode()).digest()
+    return _reasons.get(digest, lambda: _try(grammar, check), check)
+
+
+def _try(grammar: str, check: Callable[[], None]) -> str:
+    request = json.dumps({"grammar": grammar, "cpu_s": MOST_CPU_S, "bytes": MOST_MB * 10**6, "path": sys.path})
+    ended = run([sys.executable, "-I", "-B", str(_PROGRAM)], timeout_s=_MOST_S, given=request.encode(), check=check)
+    if ended.code == 0 and ended.timeout_s is None:
+        return ended.output.decode("utf-8", "replace")
+    _LOG.info("a form of answers is refused: compiling it in a child process %s", ended.how)
+    return f"it {TOO_DEAR}: more than {MOST_CPU_S} s or {MOST_MB} MB"
+
+
+@cache
+def _has_python() -> bool:
+    """Whether `sys.executable` is a Python: in an app that embeds or freezes one it is the app itself."""
+    if sys.executable and not getattr(sys, "frozen", False):
+        return True
+    _LOG.warning("forms of answers are compiled without limits: %r is not a Python", sys.executable)
+    return False
