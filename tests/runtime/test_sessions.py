@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
+from edgetune_runtime.events import Event
 from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.jobs import PromptJob
 
@@ -92,6 +95,37 @@ def test_a_closed_session_leaves_no_state(runtime: Runtime) -> None:
         runtime.generate("play", adapter="two", max_tokens=1)
         assert loaded_bundle(runtime).pool("one")[0].saved(owner) is not None
     assert loaded_bundle(runtime).pool("one")[0].saved(owner) is None
+
+
+@pytest.mark.parametrize("does", ["save", "close"])
+def test_a_session_whose_context_another_call_takes_keeps_to_its_own_conversation(
+    does: str, prompted_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    taken, ended = threading.Event(), threading.Event()
+
+    def on_event(event: Event) -> None:
+        if (event.kind, event.name) == ("switched", "two=0.5"):
+            # The state of the session is in the cache, and its context is about to belong to the call.
+            taken.set()
+            ended.wait(0.3)
+
+    with Runtime.open(prompted_of("llama"), contexts=1, disk_mb=0, on_event=on_event) as runtime:
+        session, pool = runtime.session("one"), loaded_bundle(runtime).pool("one")[0]
+        session.send(MESSAGES[0], max_tokens=4)
+        own = pool.saved(session._owner)
+        with ThreadPoolExecutor(1) as other:
+            call = other.submit(runtime.generate, MESSAGES[1], adapter="two", max_tokens=8)
+            assert taken.wait(30)
+            session.save(tmp_path / "saved") if does == "save" else session.close()
+            ended.set()
+            call.result(30)
+        if does == "close":
+            assert pool.saved(session._owner) is None
+            assert loaded_bundle(runtime).context()[0].tokens
+        else:
+            again = runtime.load_session(tmp_path / "saved")
+            assert own is not None
+            assert pool.saved(again._owner) == replace(own, ends=())
 
 
 def test_a_session_goes_on_in_another_process(runtime: Runtime, tmp_path: Path) -> None:

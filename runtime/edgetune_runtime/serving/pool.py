@@ -93,12 +93,10 @@ class Pool:
         return self.first.spans(adapters, tokens)
 
     def saved(self, owner: str) -> SavedState | None:
-        """The last state of an owner, from a context or from the cache."""
-        for context in self._contexts:
-            if context.owner == owner:
-                with context.hold():
-                    return context.saved()
-        return self.first.shared.cache.last(owner)
+        """The last state of an owner, from a context or from the cache; UsageError if the pool is closed."""
+        self._check_open()
+        states = [context.saved() for context in self._of_owner(owner)]
+        return states[0] if states else self.first.shared.cache.last(owner)
 
     def identity_of(self, saved: SavedState) -> str:
         """A digest of everything that determines a state, including engine and files."""
@@ -113,12 +111,13 @@ class Pool:
         self.first.engine.load_adapter(entry.name, path, fingerprint, entry.invocation)
 
     def drop_states(self, owner: str) -> None:
-        """Drop the states of an owner, in contexts and in the cache."""
+        """Drop the states of an owner, in contexts and in the cache; a closed pool has none."""
+        if self._is_closed:
+            return
+        for context in self._of_owner(owner):
+            context.reset()
+        # Last, because another call that takes the owner's context puts its state there.
         self.first.shared.cache.drop_states(owner)
-        for context in self._contexts:
-            if context.owner == owner:
-                with context.hold():
-                    context.reset()
 
     def close(self) -> None:
         """Free everything once no other thread runs a call or uses the tokenizer; a second call does nothing.
@@ -136,6 +135,15 @@ class Pool:
                 context.close()
         if self.first.shared.threads is not None:
             self.first.shared.threads.close()
+
+    def _of_owner(self, owner: str) -> Iterator[Context]:
+        """The contexts whose sequence is an owner's, each held while it is looked at."""
+        for context in self.contexts:
+            if context.owner == owner:
+                with context.hold():
+                    # A call that held it until now may have made it its own.
+                    if context.owner == owner:
+                        yield context
 
     def _check_open(self) -> None:
         if self._is_closed:
