@@ -21,7 +21,7 @@ from edgetune_runtime.decoding.constraint import Constraint
 from edgetune_runtime.errors import PromptTooLongError
 from edgetune_runtime.golden import ask, options_of
 from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.options import split_form
+from edgetune_runtime.options import split_options
 
 from edgetune.data import TaskRow
 from edgetune.progress import Progress
@@ -100,7 +100,7 @@ def _token_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> float:
     options = {**options_of(question), "logprobs": 0}
     answer = runtime.generate(question.prompt, adapter=name, **options)
     tokens = [logprob.token for logprob in answer.logprobs or ()]
-    form, _ = split_form(options)
+    _, form, _ = split_options(options)
     call = loaded_bundle(runtime).call(question.prompt, name, form=form, raw=options["raw"])
     has_ended = answer.stop_reason == "end"
     smallest = math.inf

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,7 +93,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Call:
-    """A prepared call: its pool and job, its system prompt, the time to prepare it, and the tokens carried over."""
+    """A prepared call: its pool and job, its system prompt, the time to prepare it, and the tokens carried over.
+
+    `stopped` is why it had to stop before it was prepared, if it had to; the job is then empty.
+    """
 
     pool: Pool | MergedPool
     job: PromptJob
@@ -105,6 +107,7 @@ class Call:
     output: OutputSpec | None = None
     constraint: Constraint | None = None
     reader: CallReader | None = None
+    stopped: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,19 +163,18 @@ class Stream(Iterator[str]):
 def generate(
     call: Call,
     outcome: Generation,
+    limits: Limits,
     *,
     sampling: Sampling | None = None,
-    deadline_s: float | None = None,
-    cancel: threading.Event | None = None,
     logprobs: int | None = None,
     **overrides: object,
 ) -> Generator[str, None, None]:
     """Yield the pieces of the answer while holding a context; put the whole answer into `outcome`.
 
-    Takes the options of `Runtime.generate`, which are checked immediately.
+    Takes the options of `Runtime.generate` without those of `split_options`; they are checked immediately.
     """
     record = None if logprobs is None else LogprobRecord(logprobs)
-    return _generate(call, sampling_of(sampling, overrides), Limits(deadline_s, cancel), record, outcome)
+    return _generate(call, sampling_of(sampling, overrides), limits, record, outcome)
 
 
 def _generate(
@@ -180,6 +182,8 @@ def _generate(
 ) -> Generator[str, None, None]:
     job = replace(call.job, check=limits.check)
     try:
+        if call.stopped:
+            raise Stopped(call.stopped)
         with call.pool.lease(job) as context:
             answering = _Answering(call, context, sampling, limits, record)
             yield from answering.pieces(job)

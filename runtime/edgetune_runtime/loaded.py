@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from .decoding.grammars import Grammars
 from .decoding.once import Once
 from .decoding.output import OutputSpec
 from .engines.base import Tokenizer
-from .errors import IncompatibleError, PromptTooLongError, UsageError, VerificationError
+from .errors import IncompatibleError, UsageError, VerificationError
 from .events import Event
 from .generation import Call, Carried
+from .limits import Stopped, no_limits
 from .opening import OpeningOptions, file_of, open_base
 from .options import AnswerForm
 from .serving.classifier import Classifier
@@ -34,9 +35,9 @@ from .states.activation import join_spans
 from .states.cache import CALLS, common_prefix
 from .text.chat import Message, Prompt, messages_for
 from .tools.calls import CallReader
-from .tools.definitions import ToolSet
+from .tools.definitions import ToolSet, check_schemas
 from .tools.grammar import control_tokens, grammar_of, written_form
-from .tools.prompts import prompt_tokens, support_of
+from .tools.prompts import prompt_tokens, support_of, tokens_within
 
 _LOG = logging.getLogger(__name__)
 
@@ -114,41 +115,41 @@ class LoadedBundle:
         carried: Carried | None = None,
         form: AnswerForm | None = None,
         raw: bool = False,
+        check: Callable[[], None] = no_limits,
     ) -> Call:
         """Prepare a call: its tokens, adapters, and the fixed part of its prompt; same errors as `generate`.
 
         `owner` owns the state that the call reuses and updates. The common prefix of the prompt and `carried` keeps its
         state, and the system prompt of `carried` replaces the adapter's. `form` constrains the answer. A `raw` prompt
-        is a text that is not rendered.
+        is a text that is not rendered. Where `check` raises Stopped meanwhile, the call does nothing but say so.
         """
-        pool, active = self.pool(adapter)
+        begin, (pool, active) = time.perf_counter(), self.pool(adapter)
         first = next(iter(self.scales(adapter)), None)
         own = self._system_of(first)
         system = carried.system if carried is not None else own
         form = AnswerForm() if form is None else form
-        begin, capacity = time.perf_counter(), pool.capacity(active)
-        with pool.tokenizer() as tokenizer:
-            if raw:
-                tokens, fixed, is_given = _raw_tokens(tokenizer, prompt, form, capacity), 0, False
-            else:
-                messages = messages_for(prompt, system)
-                tokens = _checked(_tokens(tokenizer, messages, form), capacity)
-                given = _system_in(messages)
-                is_given = given != own or form.tools is not None or form.think is not None
-                # Other adapters computed the beginning of a session that was carried over.
-                is_shared = carried is None or given == own
-                fixed = self._fixed_tokens(pool, tokenizer, given, form, tokens) if is_shared else 0
-            reader, held = (None, None) if form.tools is None else _calls(tokenizer, form.tools, form.output)
+        output = self._outputs.get(first) if form.is_adapters and first is not None else form.output
+        try:
+            with pool.tokenizer() as tokenizer:
+                if raw:
+                    tokens, fixed, is_given = _raw_tokens(tokenizer, prompt, form, pool.capacity(active)), 0, False
+                else:
+                    messages = messages_for(prompt, system)
+                    tokens = _tokens(tokenizer, messages, form, check, pool.capacity(active))
+                    given = _system_in(messages)
+                    is_given = given != own or form.tools is not None or form.think is not None
+                    # Other adapters computed the beginning of a session that was carried over.
+                    is_shared = carried is None or given == own
+                    fixed = self._fixed_tokens(pool, tokenizer, given, form, tokens, check=check) if is_shared else 0
+            reader, constraint = self._constraint(output, form.tools, check)
+        except Stopped as stopped:
+            job, prepared_s = PromptJob((), ()), time.perf_counter() - begin
+            return Call(pool, job, system, prepared_s, output=output, stopped=stopped.reason)
         spans, kept = pool.spans(active, tokens), 0
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
         drafts = self._drafts.get(first) if first is not None else None
-        output = form.output
-        if form.is_adapters and first is not None:
-            output = self._outputs.get(first)
-        held = held or output
-        constraint = None if held is None else self._constraint(held)
         job, prepared_s = PromptJob(tokens, spans, fixed, owner, is_given), time.perf_counter() - begin
         return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader)
 
@@ -219,14 +220,37 @@ class LoadedBundle:
         if self._is_closed:
             raise UsageError("the runtime is closed", "open the bundle again")
 
-    def _constraint(self, output: OutputSpec) -> Constraint:
-        """A constraint on the base's vocabulary, which merged models share and the first constrained call reads."""
+    def _constraint(
+        self, output: OutputSpec | None, tools: ToolSet | None, check: Callable[[], None]
+    ) -> tuple[CallReader | None, Constraint | None]:
+        """What reads the calls of tools in an answer, and what constrains it to them, or to `output`.
+
+        The constraint is on the base's vocabulary, which merged models share and the first constrained call reads.
+        """
+        if output is None and tools is None:
+            return None, None
         assert isinstance(self._running, Pool)
         with self._running.tokenizer() as tokenizer:
-            return self._grammars.get("", lambda: Grammars(tokenizer)).constraint(output)
+            reader, spec = (None, output) if tools is None else _calls(tokenizer, tools, output)
+            assert spec is not None
+            grammars = self._grammars.get("", lambda: Grammars(tokenizer))
+            try:
+                return reader, grammars.constraint(spec, check)
+            except UsageError:
+                if tools is not None:
+                    # That names the tool.
+                    check_schemas(tools)
+                raise
 
     def _fixed_tokens(
-        self, pool: Pool | MergedPool, tokenizer: Tokenizer, system: str | None, form: AnswerForm, tokens: Sequence[int]
+        self,
+        pool: Pool | MergedPool,
+        tokenizer: Tokenizer,
+        system: str | None,
+        form: AnswerForm,
+        tokens: Sequence[int],
+        *,
+        check: Callable[[], None],
     ) -> int:
         """How many first tokens all prompts with this system prompt and these tools have in common."""
         # A client may send prompts of any length, so only their digests are remembered.
@@ -234,7 +258,7 @@ class LoadedBundle:
         key = (id(pool), hashlib.sha256(json.dumps(texts).encode()).digest())
         known = self._fixed.get(key)
         if known is None:
-            one, *others = (_tokens(tokenizer, messages_for(probe, system), form) for probe in _PROBES)
+            one, *others = (_tokens(tokenizer, messages_for(probe, system), form, check) for probe in _PROBES)
             known = one[: min(common_prefix(one, other) for other in others)]
             with self._fixed_lock:
                 while len(self._fixed) >= _MOST_FIXED:
@@ -288,22 +312,27 @@ def _system_in(messages: Sequence[Message]) -> str | None:
     return messages[0]["content"] if messages[0]["role"] == "system" else None
 
 
-def _tokens(tokenizer: Tokenizer, messages: Sequence[Message], form: AnswerForm) -> list[int]:
-    return prompt_tokens(tokenizer, messages, form.tools, think=form.think)
+def _tokens(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    form: AnswerForm,
+    check: Callable[[], None],
+    most: int | None = None,
+) -> list[int]:
+    check()
+    return _not_empty(prompt_tokens(tokenizer, messages, form.tools, think=form.think, most=most))
 
 
-def _raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, capacity: int) -> list[int]:
+def _raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, most: int) -> list[int]:
     if not isinstance(prompt, str) or form.tools is not None:
         what = "messages" if form.tools is None else "tools"
         raise UsageError(f"a raw prompt has no {what}", "give a text, without tools, or leave raw out")
-    return _checked(tokenizer.tokenize(prompt), capacity)
+    return _not_empty(tokens_within(tokenizer, prompt, most))
 
 
-def _checked(tokens: list[int], capacity: int) -> list[int]:
-    if not 0 < len(tokens) <= capacity:
-        message = f"the prompt has {len(tokens)} tokens, the context allows 1 to {capacity}"
-        error = PromptTooLongError if tokens else UsageError
-        raise error(message, "change the prompt, or open the bundle with a larger context_length")
+def _not_empty(tokens: list[int]) -> list[int]:
+    if not tokens:
+        raise UsageError("the prompt has 0 tokens", "give a text that is not empty")
     return tokens
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 from .decoding.output import OutputSpec, spec_of
 from .errors import UsageError
+from .limits import Limits
 from .text.sampling import Sampling
 from .tools.definitions import Tools, ToolSet, tool_set
 
@@ -84,13 +85,14 @@ class AnswerForm:
         return self.output is None and self.tools is None and not self.free
 
 
-def split_form(options: Mapping[str, Any]) -> tuple[AnswerForm, dict[str, Any]]:
-    """What constrains the answer among the options, and the other options.
+def split_options(options: Mapping[str, Any]) -> tuple[Limits, AnswerForm, dict[str, Any]]:
+    """When the call must stop, whose time begins now; what constrains the answer; and the other options.
 
     Raises what `spec_of` and `tool_set` do; UsageError for more than one constraint (other than tools with a schema),
-    or `free` with one.
+    `free` with one, and what `Limits` refuses.
     """
-    own = (*_CONSTRAINTS, "free", "tools", "tool_choice", "think")
+    limits = Limits(options.get("deadline_s"), options.get("cancel"))
+    own = (*_CONSTRAINTS, "free", "tools", "tool_choice", "think", "deadline_s", "cancel")
     others = {key: value for key, value in options.items() if key not in own}
     tools = tool_set(options.get("tools"), options.get("tool_choice"))
     given = {key: options[key] for key in _CONSTRAINTS if options.get(key) is not None}
@@ -101,4 +103,4 @@ def split_form(options: Mapping[str, Any]) -> tuple[AnswerForm, dict[str, Any]]:
     think = options.get("think")
     if think is not None and not isinstance(think, bool):
         raise UsageError(f"think is {think!r}", "give True, False or None")
-    return AnswerForm(spec_of(**given) if given else None, tools, is_free, think), others
+    return limits, AnswerForm(spec_of(**given) if given else None, tools, is_free, think), others

@@ -19,7 +19,7 @@ from .events import Event, safely
 from .generation import Answer, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .opening import OpeningOptions, file_of, open_base
-from .options import AnswerForm, AnswerOptions, split_form
+from .options import AnswerForm, AnswerOptions, split_options
 from .scoring import most_likely, window_loss
 from .session import Session
 from .states.cache import name_of
@@ -205,9 +205,9 @@ class Runtime:
 
         Keeps a context until it ends or is closed.
         """
-        form, others = split_form(options)
-        call, outcome = self._loaded.call(prompt, adapter, form=form, raw=raw), Generation()
-        return Stream(generate(call, outcome, **others), outcome)
+        limits, form, others = split_options(options)
+        call, outcome = self._loaded.call(prompt, adapter, form=form, raw=raw, check=limits.check), Generation()
+        return Stream(generate(call, outcome, limits, **others), outcome)
 
     def session(self, adapter: Adapters = None) -> Session:
         """Start a conversation with these adapters; see `Session`."""

@@ -13,7 +13,7 @@ from .checked_file import read_checked, write_checked
 from .errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from .generation import Answer, Call, Carried, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
-from .options import AnswerOptions, split_form
+from .options import AnswerOptions, split_options
 from .serving.merged import MergedPool
 from .serving.pool import Pool
 from .states.cache import Key, SavedState
@@ -58,10 +58,12 @@ class Session:
         """Like `send`, but yields the text piece by piece. Only an answer read to its end is added to the history."""
         messages = [*self.history, *messages_for(message, None)]
         carried = self._last if self._carries else None
-        form, others = split_form(options)
-        call = self._loaded.call(messages, self.adapter, owner=self._owner, carried=carried, form=form)
+        limits, form, others = split_options(options)
+        call = self._loaded.call(
+            messages, self.adapter, owner=self._owner, carried=carried, form=form, check=limits.check
+        )
         outcome = Generation()
-        return Stream(self._recorded(messages, call, generate(call, outcome, **others), outcome), outcome)
+        return Stream(self._recorded(messages, call, generate(call, outcome, limits, **others), outcome), outcome)
 
     def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
         """Use other adapters from now on; NotFoundError for an unknown one, which changes nothing.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.errors import PromptTooLongError
 from edgetune_runtime.text.chat import Message, render
 
 from .definitions import ToolSet
@@ -21,6 +22,8 @@ You may call these functions:
 
 To call one, answer with its name and its arguments as JSON:
 {example}"""
+_USUAL_CHARACTERS = 16
+"""Of a token: the longest token of the vocabulary is looked up for texts that have more only."""
 _EXAMPLE = {"name": "NAME", "arguments": {"ARGUMENT": "VALUE"}, "id": "000000000"}
 
 
@@ -30,15 +33,35 @@ def support_of(tokenizer: Tokenizer) -> TemplateTools:
 
 
 def prompt_tokens(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None = None, *, think: bool | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: ToolSet | None = None,
+    *,
+    think: bool | None = None,
+    most: int | None = None,
 ) -> list[int]:
     """The tokens of a prompt of messages made by `messages_for`, up to where the answer begins.
 
     What the template does not render is put into the messages' texts: the tools into the system prompt, calls into the
     assistant's answers, and results into messages of the user. The names of control tokens in messages and tools are
-    only text, so that nobody can write the beginning of a turn into one. Same errors as `render`.
+    only text, so that nobody can write the beginning of a turn into one. Same errors as `render`, and with `most` as
+    `tokens_within`.
     """
-    return tokenizer.tokenize(prompt_text(tokenizer, messages, tools, think=think))
+    text = prompt_text(tokenizer, messages, tools, think=think)
+    return tokenizer.tokenize(text) if most is None else tokens_within(tokenizer, text, most)
+
+
+def tokens_within(tokenizer: Tokenizer, text: str, most: int) -> list[int]:
+    """The tokens of a text; PromptTooLongError for more than `most`, which a long text has without tokenizing it."""
+    least = len(text) // tokenizer.longest if len(text) > most * _USUAL_CHARACTERS else 0
+    if len(text) > most:
+        least = max(least, tokenizer.controls.count(text))
+    tokens = [] if least > most else tokenizer.tokenize(text)
+    count = max(least, len(tokens))
+    if count > most:
+        message = f"the prompt has {count} tokens, the context allows 1 to {most}"
+        raise PromptTooLongError(message, "change the prompt, or open the bundle with a larger context_length")
+    return tokens
 
 
 def prompt_text(

@@ -61,7 +61,7 @@ def fits(spec: OutputSpec, text: str) -> bool:
         ({"schema": nested(150)}, "recursion limit exceeded"),
         ({"schema": nested(300)}, "schema has more than 200 levels, references included; simplify it"),
         ({"schema": nested(900)}, "schema"),
-        ({"schema": chained(5000)}, "schema has more than 200 levels"),
+        ({"schema": chained(2000)}, "schema has more than 200 levels"),
         ({"choices": []}, r"choices are \[\]; give a list of texts"),
         ({"choices": "on"}, "choices are 'on'; give a list of texts"),
         ({"choices": ["on", 1]}, "give a list of texts"),

@@ -157,11 +157,11 @@ def test_a_form_is_compiled_once_and_stops_no_call_with_another_form(
     runtime = open_(contexts=4)
     compile_grammar, compiled, go = grammars.compile_grammar, [], threading.Event()
 
-    def compile_slowly(tokenizer: Any, grammar: str) -> tuple[Any, str]:  # noqa: ANN401 - llguidance's
+    def compile_slowly(tokenizer: Any, grammar: str, check: Any) -> tuple[Any, str]:  # noqa: ANN401 - llguidance's
         compiled.append(grammar)
         if "slow" in grammar:
             go.wait(MOST_S)
-        return compile_grammar(tokenizer, grammar)
+        return compile_grammar(tokenizer, grammar, check)
 
     monkeypatch.setattr(grammars, "compile_grammar", compile_slowly)
     slow = [threads.submit(runtime.generate, PROMPT, choices=["slow"], max_tokens=8) for _ in range(3)]

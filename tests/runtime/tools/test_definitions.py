@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import pytest
 from edgetune_runtime import UsageError
-from edgetune_runtime.tools.definitions import tool_set
+from edgetune_runtime.tools.definitions import check_schemas, tool_set
 
 LIGHT = {"name": "set_light", "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}}}
 
@@ -72,6 +72,6 @@ def test_no_tools_are_none() -> None:
 )
 def test_what_cannot_be_a_tool_is_refused_in_one_line(tools: Any, choice: str | None, told: str) -> None:  # noqa: ANN401
     with pytest.raises(UsageError) as raised:
-        tool_set(tools, choice)
+        check_schemas(tool_set(tools, choice))  # type: ignore[arg-type]
     assert told in str(raised.value)
     assert "\n" not in str(raised.value)

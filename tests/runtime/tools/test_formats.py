@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from edgetune_runtime.text.chat import messages_for
+from edgetune_runtime.text.controls import ControlTokens
 from edgetune_runtime.tools.calls import CallReader, ContentStream
 from edgetune_runtime.tools.definitions import tool_set
 from edgetune_runtime.tools.formats import HERMES, template_tools
@@ -48,6 +49,7 @@ class Template:
     chat_template: str | None
     bos: str = "<s>"
     eos: str = "</s>"
+    controls: ControlTokens = field(default_factory=lambda: ControlTokens(()))
 
 
 @pytest.mark.parametrize("family", WRITTEN)

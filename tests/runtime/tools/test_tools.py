@@ -11,7 +11,7 @@ import pytest
 from edgetune_runtime import Runtime, ToolCall, UsageError, cli
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.options import split_form
+from edgetune_runtime.options import split_options
 from edgetune_runtime.tools.calls import CallReader
 from edgetune_runtime.tools.formats import HERMES, CallFormat, Hole
 from jsonschema import validate
@@ -96,7 +96,7 @@ def tokens_of(written: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def auto(tools: list[dict[str, Any]], choice: str = "auto") -> Any:  # noqa: ANN401 - of a private module
-    return split_form({"tools": tools, "tool_choice": choice})[0]
+    return split_options({"tools": tools, "tool_choice": choice})[1]
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
@@ -242,7 +242,7 @@ def test_with_a_schema_an_answer_is_either_calls_or_json_that_fits(
 def test_with_a_schema_both_forms_can_begin_and_nothing_else(family: str, templated: Callable[[str], Runtime]) -> None:
     runtime = templated(TEMPLATES[family])
     tokenizer = loaded_bundle(runtime).context()[0].engine.tokenizer
-    form, _ = split_form({"tools": TOOLS, "schema": AREA})
+    _, form, _ = split_options({"tools": TOOLS, "schema": AREA})
     written = runtime.generate("light", tools=TOOLS, tool_choice="set_light", seed=1, **HOT).text
     for text, is_allowed in (
         (written, True),
@@ -266,7 +266,7 @@ def test_schemas_with_references_can_be_combined(family: str, templated: Callabl
         answer = runtime.generate("light", tools=tools, tool_choice=choice, schema=schema, seed=1, **HOT)
         found = answer.tool_calls[0].arguments if answer.tool_calls else answer.parsed
         assert found["room"] in {"hall", "attic"}
-    form, _ = split_form({"tools": tools, "schema": schema})
+    _, form, _ = split_options({"tools": tools, "schema": schema})
     tokenizer = loaded_bundle(runtime).context()[0].engine.tokenizer
     written = runtime.generate("light", tools=tools, tool_choice="lamp", seed=1, **HOT).text
     constraint = loaded_bundle(runtime).call("light", None, form=form).constraint
