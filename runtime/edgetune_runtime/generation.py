@@ -182,7 +182,10 @@ def _generate(
     try:
         with call.pool.lease(job) as context:
             answering = _Answering(call, context, sampling, limits, record)
-            yield from answering.pieces(job)
+            for piece in answering.pieces(job):
+                context.suspend()
+                yield piece
+                context.resume()
             outcome.answer, outcome.tokens = answering.answer(), list(context.tokens)
     except Stopped as stopped:
         timings = Timings(0.0, 0.0, 0.0, len(job.tokens), 0, call.carried)
