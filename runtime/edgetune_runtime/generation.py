@@ -189,7 +189,8 @@ def _generate(
             outcome.answer, outcome.tokens = answering.answer(), list(context.tokens)
     except Stopped as stopped:
         timings = Timings(0.0, 0.0, 0.0, len(job.tokens), 0, call.carried)
-        outcome.answer = Answer("", 0, timings, stopped.reason, logprobs=None if record is None else ())
+        logprobs = None if record is None else ()
+        outcome.answer = Answer("", 0, timings, stopped.reason, call.output, logprobs)
 
 
 class _Answering:
