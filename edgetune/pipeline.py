@@ -113,8 +113,8 @@ def export_trained(
     wanted = BundleSpec(out.name, context_length, targets=targets)
     builder = builders.load(GENERATION)
     shipped = ship(builder, found, adapters, work / "stage", out, wanted=wanted, progress=progress)
-    seconds = round(time.monotonic() - started, 1)
-    return BuildResult(out, {name: {**_figures(item), "seconds": seconds} for name, item in shipped.items()})
+    figures = {name: _figures(item) for name, item in shipped.items()}
+    return BuildResult(out, figures, seconds=round(time.monotonic() - started, 1))
 
 
 def _wanted(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:

@@ -40,6 +40,7 @@ def parameters_of(function: Callable[..., Any]) -> list[str]:
         ("pyproject.toml", "peft"),
         ("pyproject.toml", "transformers"),
         ("runtime/pyproject.toml", "llama-cpp-python"),
+        ("runtime/pyproject.toml", "uvicorn"),
     ],
 )
 def test_libraries_whose_private_parts_are_used_have_an_upper_cap(file: str, library: str) -> None:
@@ -230,3 +231,19 @@ def test_the_ggml_library_beside_llama_cpp_converts_rows() -> None:
         "ggml_fp16_to_fp32_row",
     )
     assert [name for name in functions if not hasattr(ggml, name)] == []
+
+
+def test_uvicorn_has_the_parts_of_its_server_and_of_its_h11_protocol_that_are_overridden() -> None:
+    import uvicorn  # noqa: PLC0415 - only the runtime's server needs it
+    from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle  # noqa: PLC0415
+
+    assert {"loop", "transport", "cycle"} <= {*names_in(H11Protocol.__init__)}
+    assert parameters_of(H11Protocol.connection_made) == ["self", "transport"]
+    assert parameters_of(H11Protocol.data_received) == ["self", "data"]
+    assert parameters_of(H11Protocol.connection_lost) == ["self", "exc"]
+    assert parameters_of(H11Protocol.pause_writing) == parameters_of(H11Protocol.resume_writing) == ["self"]
+    assert "response_complete" in names_in(RequestResponseCycle.__init__)
+    assert parameters_of(uvicorn.Server.startup) == ["self", "sockets"]
+    assert parameters_of(uvicorn.Server.capture_signals) == ["self"]
+    # The loop ends once this is set, and the connections are closed.
+    assert "should_exit" in names_in(uvicorn.Server.on_tick)

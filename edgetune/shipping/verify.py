@@ -175,7 +175,7 @@ def _base_parity(
     engine.activate({})
     parity = compare(plain, engine, _base_rows(adapters))
     progress.say(f"  {export.backend} base after switching back: {_said(parity)}")
-    check(parity, "base", export.weight_type)
+    check(parity, None, export.weight_type)
     return parity
 
 

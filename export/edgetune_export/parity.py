@@ -127,9 +127,9 @@ def greedy_agreement(trained: TrainedLogits, engine: Decoder, prompts: Sequence[
 
 
 def check(
-    parity: Parity, name: str, weight_type: str, *, dtype: str = "f16", merged: bool = False, error: float = 0.0
+    parity: Parity, name: str | None, weight_type: str, *, dtype: str = "f16", merged: bool = False, error: float = 0.0
 ) -> None:
-    """VerificationError unless the adapter `name` is within the tolerance of its base.
+    """VerificationError unless the adapter `name`, or the plain base for None, is within the tolerance of its base.
 
     `weight_type` is what `Backend.weight_type` returns; `dtype` is that of the adapter's file. The loosest tolerance
     applies to types that were not measured. `error` is the share of the trained change that a truncated adapter leaves
@@ -144,8 +144,9 @@ def check(
         limit = max(limit, table.get(dtype, loosest))
     # In this form NaN fails too.
     if not parity.kl <= limit:
+        what = "the plain base" if name is None else f"adapter {name!r}"
         message = (
-            f"adapter {name!r} does not match the trained model: mean KL {parity.kl:.2g} on {parity.tokens} tokens, "
+            f"{what} does not match the trained model: mean KL {parity.kl:.2g} on {parity.tokens} tokens, "
             f"expected at most {limit:.2g} on a {weight_type} base ({parity.top1:.0%} of top tokens agree)"
         )
         coarse = merged or weight_type == INT4

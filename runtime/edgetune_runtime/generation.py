@@ -186,11 +186,15 @@ def _generate(
             raise Stopped(call.stopped)
         with call.pool.lease(job) as context:
             answering = _Answering(call, context, sampling, limits, record)
-            yield from answering.pieces(job)
+            for piece in answering.pieces(job):
+                context.suspend()
+                yield piece
+                context.resume()
             outcome.answer, outcome.tokens = answering.answer(), list(context.tokens)
     except Stopped as stopped:
         timings = Timings(0.0, 0.0, 0.0, len(job.tokens), 0, call.carried)
-        outcome.answer = Answer("", 0, timings, stopped.reason, logprobs=None if record is None else ())
+        logprobs = None if record is None else ()
+        outcome.answer = Answer("", 0, timings, stopped.reason, call.output, logprobs)
 
 
 class _Answering:

@@ -24,12 +24,12 @@ from .errors import IncompatibleError, UsageError, VerificationError
 from .events import Event
 from .generation import Call, Carried
 from .limits import Stopped, no_limits
-from .opening import OpeningOptions, file_of, open_base
+from .opening import OpeningOptions, file_of, open_merged
 from .options import AnswerForm
 from .serving.classifier import Classifier
 from .serving.context import Context
 from .serving.jobs import PromptJob
-from .serving.merged import MergedModels, MergedPool
+from .serving.merged import MakeRoom, MergedModels, MergedPool
 from .serving.pool import Pool
 from .states.activation import join_spans
 from .states.cache import CALLS, common_prefix
@@ -58,7 +58,7 @@ class LoadedBundle:
         self.options = options
         self._running = running
         self._process = os.getpid()
-        self._merged = MergedModels(self._open_merged)
+        self._merged = MergedModels(self._open_merged, options.merged_mb)
         self._merged_pools: dict[str, MergedPool] = {}
         self._drafts: dict[str, DraftTable] = {}
         self._outputs: dict[str, OutputSpec] = {}
@@ -82,7 +82,7 @@ class LoadedBundle:
     def contexts(self) -> int:
         """Maximum number of calls that run at the same time."""
         # Those of a classifier need no context, and share the threads of one session.
-        return self._running.limit if isinstance(self._running, Pool) else 1
+        return self._running.places.limit if isinstance(self._running, Pool) else 1
 
     def context(self, adapter: Adapters = None) -> tuple[Context, dict[str, float]]:
         """The context that runs a call with these adapters, and their scales. For measurements, inside `Context.hold`.
@@ -200,9 +200,8 @@ class LoadedBundle:
         """Drop all sequences and cached states, except those on disk."""
         self._check_open()
         with self._pools() as pools:
-            for context in [context for pool in pools for context in pool.contexts]:
-                with context.hold():
-                    context.clear()
+            for pool in pools:
+                pool.clear()
 
     def drop_states(self, owner: str) -> None:
         """Drop the states of an owner, such as a closed session."""
@@ -213,8 +212,15 @@ class LoadedBundle:
     def close(self) -> None:
         """Free the base and adapters after the calls of other threads end; a second call does nothing."""
         self._is_closed = True
+        if isinstance(self._running, Pool):
+            self._running.places.close()
         self._merged.close()
         self._running.close()
+        if isinstance(self._running, Pool):
+            shared = self._running.first.shared
+            shared.cache.clear()
+            if shared.threads is not None:
+                shared.threads.close()
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -272,13 +278,13 @@ class LoadedBundle:
     def _is_merged(self, entry: AdapterEntry) -> bool:
         return entry.shapes.get(self.options.engine) == "merged"
 
-    def _open_merged(self, name: str) -> Pool:
+    def _open_merged(self, name: str, make_room: MakeRoom) -> Pool:
         entry = self.manifest.adapter(name)
         file = file_of(entry.files, self.options.engine, f"adapter {name!r}")
         begin = time.perf_counter()
-        made = open_base(self.bundle, self.manifest, file, self.options)
-        assert isinstance(made, Pool)
         assert isinstance(self._running, Pool)
+        base = self._running.first.shared
+        made = open_merged(self.bundle, self.manifest, file, self.options, base=base, make_room=make_room)
         with self._running.tokenizer() as tokenizer:
             if _described(made.first.engine.tokenizer) != _described(tokenizer):
                 made.close()

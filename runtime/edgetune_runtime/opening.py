@@ -7,19 +7,21 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from .bundle import STATES_FOLDER, Manifest, resolve, verify_files
-from .engines.base import Engine, EngineClass, LabelEngineClass
+from .engines.base import Engine, EngineClass, LabelEngineClass, check_kv
 from .errors import IncompatibleError, VerificationError
 from .events import Emit, ignore
+from .formats.quantization import TENSOR_TYPES
 from .serving.classifier import Classifier
 from .serving.context import Context
 from .serving.governor import Governor
 from .serving.jobs import Shared
+from .serving.places import Places
 from .serving.pool import Pool
 from .states.cache import StateCache
 from .states.prompts import PromptStates
@@ -55,6 +57,7 @@ class OpeningOptions:
     priority: str = NORMAL
     map_large_blocks: bool = False
     drafts: bool = True
+    merged_mb: float | None = None
     emit: Emit = ignore
 
 
@@ -67,30 +70,95 @@ def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
 
 
 def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions) -> Pool | Classifier:
-    """Check and load the base, or a merged model, that the bundle has in `file`; errors as those of `Runtime.open`."""
+    """Check and load the base that the bundle has in `file`; errors as those of `Runtime.open`."""
     if options.map_large_blocks:
         _map_large_blocks()
-    make, path, sha256 = options.make, resolve(bundle, file), manifest.files[file].sha256
-    if options.verify:
-        # The file itself first: which others belong to it is read from it.
-        verify_files(bundle, manifest, [file])
-    (_, *others), fingerprint = make.examine(path, sha256)
-    if options.verify:
-        root = bundle.resolve()
-        verify_files(bundle, manifest, [part.relative_to(root).as_posix() for part in others])
-    if file == manifest.base.files[options.engine] and fingerprint != manifest.base.fingerprint:
+    path, _, fingerprint = _checked(bundle, manifest, file, options)
+    if fingerprint != manifest.base.fingerprint:
         raise VerificationError(f"{file} is not the base that the adapters were made for", "build the bundle again")
-    # The manifest's figure is for the 2 bytes a number of GGUF.
-    needed_mb = manifest.base.kv_bytes_per_token / 2 * make.bytes_per_number * options.context_length / 1e6
-    free = free_mb()
-    if free is not None and needed_mb > free:
-        # Linux would kill the process instead.
-        message = f"a context of {options.context_length} tokens takes {needed_mb:.0f} MB, and {free:.0f} MB are free"
-        raise IncompatibleError(message, "open the bundle with a smaller context_length")
+    make = options.make
+    context_mb = _context_mb(manifest, options)
+    _check_free(context_mb, options)
     threads = compute_threads(options.priority)
     if not make.has_sequence:
         plain = partial(make, path, context_length=options.context_length, threads=options.threads)
         return Classifier(_loaded(plain, threads), threads)
+    running = _load(make, path, options, threads)
+    shared = Shared(
+        manifest.files[file].sha256,
+        int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes),
+        StateCache(options.cache_mb, options.emit),
+        Governor(running.threads, adjusts=running.adjusts_threads),
+        {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation},
+        _prompts(bundle, manifest, running, options),
+        # What is free now, with the weights and the first context in memory.
+        places=Places(options.contexts or _contexts(context_mb, free_mb()), options.waiting),
+        exact=options.exact,
+        threads=threads,
+        emit=options.emit,
+    )
+    return Pool(Context(running, shared))
+
+
+def open_merged(
+    bundle: Path,
+    manifest: Manifest,
+    file: str,
+    options: OpeningOptions,
+    *,
+    base: Shared,
+    make_room: Callable[[float], None],
+) -> Pool:
+    """Check and load the merged model in `file`, which shares with the base what the models of one runtime share.
+
+    `make_room` is called with the MB of its weights and of one context before it is loaded. Errors as `open_base`.
+    """
+    path, parts, _ = _checked(bundle, manifest, file, options)
+    context_mb = _context_mb(manifest, options)
+    make_room(sum(part.stat().st_size for part in parts) / 1e6 + context_mb)
+    _check_free(context_mb, options)
+    assert options.make.has_sequence
+    running = _load(options.make, path, options, base.threads)
+    prompts, governor = _prompts(bundle, manifest, running, options), base.governor.beside()
+    shared = replace(base, base=manifest.files[file].sha256, prompts=prompts, governor=governor)
+    return Pool(Context(running, shared))
+
+
+def _checked(
+    bundle: Path, manifest: Manifest, file: str, options: OpeningOptions
+) -> tuple[Path, list[Path], str | None]:
+    """The path of a model, all its files, and its fingerprint, after their digests were compared."""
+    path = resolve(bundle, file)
+    if options.verify:
+        # The file itself first: which others belong to it is read from it.
+        verify_files(bundle, manifest, [file])
+    parts, fingerprint = options.make.examine(path, manifest.files[file].sha256)
+    if options.verify:
+        root = bundle.resolve()
+        verify_files(bundle, manifest, [part.relative_to(root).as_posix() for part in parts[1:]])
+    return path, parts, fingerprint
+
+
+def _context_mb(manifest: Manifest, options: OpeningOptions) -> float:
+    """The memory of the keys and values of one context."""
+    make = options.make
+    bytes_per_number = make.bytes_per_number
+    if make.has_sequence:
+        check_kv(options.kv, make.KV, options.engine)
+        bytes_per_number = TENSOR_TYPES[options.kv or make.KV[0]].bytes_per_value
+    # The manifest's figure is for the 2 bytes a number of GGUF.
+    return manifest.base.kv_bytes_per_token / 2 * bytes_per_number * options.context_length / 1e6
+
+
+def _check_free(context_mb: float, options: OpeningOptions) -> None:
+    """Raise IncompatibleError unless a context fits in the free memory; Linux would kill the process instead."""
+    free = free_mb()
+    if free is not None and context_mb > free:
+        message = f"a context of {options.context_length} tokens takes {context_mb:.0f} MB, and {free:.0f} MB are free"
+        raise IncompatibleError(message, "open the bundle with a smaller context_length")
+
+
+def _load(make: EngineClass, path: Path, options: OpeningOptions, threads: ComputeThreads | None) -> Engine:
     load = partial(
         make,
         path,
@@ -99,24 +167,7 @@ def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptio
         kv=options.kv,
         repack=options.repack,
     )
-    running = _loaded(load, threads)
-    kv_bytes = int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes)
-    invocations = {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation}
-    cache, prompts = StateCache(options.cache_mb, options.emit), _prompts(bundle, manifest, running, options)
-    limit = options.contexts or _contexts(needed_mb, free)
-    governor = Governor(running.threads, adjusts=running.adjusts_threads)
-    shared = Shared(
-        sha256,
-        kv_bytes,
-        cache,
-        governor,
-        invocations,
-        prompts,
-        exact=options.exact,
-        threads=threads,
-        emit=options.emit,
-    )
-    return Pool(Context(running, shared), limit=limit, waiting=options.waiting)
+    return _loaded(load, threads)
 
 
 def _loaded(load: Callable[[], T], threads: ComputeThreads | None) -> T:
@@ -148,8 +199,8 @@ def _prompts(bundle: Path, manifest: Manifest, running: Engine, options: Opening
     return PromptStates(running.signatures, manifest.name, digests, options.store, store)
 
 
-def _contexts(needed_mb: float, free: float | None) -> int:
-    """How many contexts of this size a share of the free memory holds: at least one."""
+def _contexts(context_mb: float, free: float | None) -> int:
+    """How many contexts there may be: the first one, and those that fit in a share of the memory free beside it."""
     if free is None:
         return 1
-    return max(1, min(_MOST_CONTEXTS, int(free * _SHARE_OF_FREE / max(needed_mb, 1))))
+    return min(_MOST_CONTEXTS, 1 + int(free * _SHARE_OF_FREE / max(context_mb, 1)))

@@ -21,6 +21,7 @@ from .loaded import Adapters, LoadedBundle
 from .opening import OpeningOptions, file_of, open_base
 from .options import AnswerForm, AnswerOptions, split_options
 from .scoring import most_likely, window_loss
+from .serving.jobs import PromptJob
 from .session import Session
 from .states.cache import name_of
 from .states.store import StateStore, default_folder
@@ -62,6 +63,7 @@ class Runtime:
         priority: str = NORMAL,
         map_large_blocks: bool = False,
         drafts: bool = True,
+        merged_mb: float | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> Self:
         """Open a bundle: check its files, map the base and load the adapters.
@@ -71,8 +73,11 @@ class Runtime:
         and every state; with onnx only f32. With `repack`, llama.cpp reads the weights into memory in the layout that
         is fastest on this processor, instead of mapping the file, which processes can share; by default it does so
         where it has code for it (q4_0, q4_K, iq4_nl; not on a Pi 4). onnxruntime always repacks. `verify` compares
-        digests before anything is loaded; without it, only the structure of the files is checked. A merged adapter is
-        a full model, which is checked and mapped on first use.
+        digests before anything is loaded; without it, only the structure of the files is checked.
+
+        A merged adapter is a full model, which is checked and mapped on first use. Up to `merged_mb` of memory is used
+        for such models, each with one context; by default what is free. When the next one does not fit, those that no
+        call uses are closed, the least recently used first, and opened again by the next call that needs them.
 
         Up to `cache_mb` of memory (10^6 bytes) is used for states: of each adapter's fixed prompt, of sessions, and the
         last one of each set of adapters, so that switching back does not recompute the prompt. States of fixed prompts
@@ -82,9 +87,10 @@ class Runtime:
         whole chunks of 128 tokens. Without it, a call reuses all tokens of the common prefix, as a session does with
         its own state; rounding may then decide a near tie between two tokens differently.
 
-        Up to `contexts` calls run at the same time, each in its own context, which is created when first needed; by
-        default as many as fit in a quarter of the free memory, at most 4. Up to `waiting` more calls wait; the next one
-        raises BusyError.
+        Up to `contexts` calls run at the same time, with whatever adapters, each in its own context, which is created
+        when first needed; by default one, and more if they fit in a quarter of the memory that is free beside it, at
+        most 4. If there is no memory for one of them after all, a warning is logged, and calls wait for those that
+        there are. Up to `waiting` more calls wait; the next one raises BusyError.
 
         With gguf, fewer threads than `threads` compute while other processes use the cores; this changes no answer.
         `priority` is the priority of the compute threads, on Linux: normal, low (below the threads of normal processes)
@@ -111,6 +117,8 @@ class Runtime:
         if context_length is not None and not 2 <= context_length <= trained:
             remedy = f"give 2 to {trained}, the context length that the base was trained for"
             raise UsageError(f"context_length is {context_length}", remedy)
+        if merged_mb is not None and not merged_mb >= 0:
+            raise UsageError(f"merged_mb is {merged_mb}", "give a number of at least 0")
         if (contexts is not None and contexts < 1) or waiting < 0:
             message = f"contexts is {contexts} and waiting is {waiting}"
             raise UsageError(message, "give contexts of at least 1 and waiting of at least 0")
@@ -133,6 +141,7 @@ class Runtime:
             priority=priority,
             map_large_blocks=map_large_blocks,
             drafts=drafts,
+            merged_mb=merged_mb,
             emit=safely(on_event),
         )
         loaded = LoadedBundle(bundle, manifest, open_base(bundle, manifest, file, options), options)
@@ -267,13 +276,14 @@ class Runtime:
 
         A text longer than the context is split into windows that overlap by one token.
         """
-        context, adapters = self._loaded.context(adapter)
-        with context.hold():
-            capacity = context.capacity(adapters)
-            tokens = context.engine.tokenizer.tokenize(text)
-            if len(tokens) < 2:
-                raise UsageError(f"a text of {len(tokens)} tokens has no perplexity", "give a longer text")
-            starts = range(0, len(tokens) - 1, capacity - 1)
+        pool, adapters = self._loaded.pool(adapter)
+        capacity = pool.capacity(adapters)
+        with pool.tokenizer() as tokenizer:
+            tokens = tokenizer.tokenize(text)
+        if len(tokens) < 2:
+            raise UsageError(f"a text of {len(tokens)} tokens has no perplexity", "give a longer text")
+        starts = range(0, len(tokens) - 1, capacity - 1)
+        with pool.lease(PromptJob(tokens[:1], pool.spans(adapters, tokens[:1]))) as context:
             total = math.fsum(window_loss(context, adapters, tokens[start : start + capacity]) for start in starts)
         return total, len(tokens) - 1
 

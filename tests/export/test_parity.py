@@ -97,6 +97,12 @@ def test_a_divergence_past_the_tolerance_names_adapter_and_amount(kl: float) -> 
         check(Parity(kl=kl, top1=0.9, greedy=2, rows=2, tokens=64), "command", "q4_1")
 
 
+def test_a_plain_base_past_the_tolerance_is_no_adapter() -> None:
+    with pytest.raises(VerificationError, match="the plain base does not match the trained model") as caught:
+        check(Parity(kl=0.5, top1=0.9, greedy=0, rows=2, tokens=64), None, "q4_1")
+    assert "adapter" not in str(caught.value)
+
+
 @pytest.mark.parametrize("quantization", [*TOLERANCE_KL, "iq3_s"])
 def test_a_divergence_within_the_tolerance_passes(quantization: str) -> None:
     kl = TOLERANCE_KL.get(quantization, 0.03)

@@ -9,14 +9,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from edgetune_export.adapters.fold import merge
 from edgetune_export.backends.base import Source
+from edgetune_export.backends.gguf.backend import write_merged
 from edgetune_export.backends.onnx.encoder import EncoderSource
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.formats.gguf_file import read_header
-from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
+from runtime.bundles import Adapter, add_onnx, change_manifest, folded, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
 from runtime.tools.templates import CONTROLS
+from weights import weights_in
 
 SYSTEM = "answer in one word"
 LONG_PROMPTS = ("answer in one word and play " * 2, "turn on the warm light in the hall " * 2)
@@ -72,6 +75,21 @@ def prompted_of(
         return bundle
 
     return make
+
+
+@pytest.fixture(scope="session")
+def merged_bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of both formats with `one` (a long system prompt), and the merged models `whole` and `other`."""
+    source, root = tiny_source("llama"), tmp_path_factory.mktemp("merged")
+    adapters = {"one": Adapter(low_rank(source.path, seed=1), system=LONG_PROMPTS[0])}
+    merged = {}
+    for seed, name in enumerate(("whole", "other"), 5):
+        merged[name] = root / f"{name}.gguf"
+        tuned = folded(source.path, low_rank(source.path, seed))
+        write_merged(merge(tuned, weights_in(source.path)), source, merged[name])
+    bundle = write_bundle(root / "home", source.path, adapters, merged)
+    add_onnx(bundle, source, adapters)
+    return bundle
 
 
 def adapters_of(base: Path) -> dict[str, Adapter]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,18 @@ def test_what_the_schema_forces_takes_no_steps(opened: Runtime) -> None:
     answer = opened.generate("play", adapter="one", schema=SCHEMA, max_tokens=120)
     assert answer.timings.forced > 3
     assert answer.timings.tokens_per_step > 1.5
+
+
+def test_an_answer_that_ended_before_its_first_token_does_not_parse(opened: Runtime) -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    limits: tuple[dict[str, Any], ...] = ({"deadline_s": 1e-6}, {"cancel": cancelled})
+    for limit in limits:
+        for schema in (SCHEMA, Command):
+            answer = opened.generate("play", adapter="one", schema=schema, **limit)
+            assert (answer.text, answer.tokens) == ("", 0)
+            with pytest.raises(VerificationError, match="does not parse"):
+                _ = answer.parsed
 
 
 def test_a_pydantic_model_gives_its_objects(opened: Runtime) -> None:

@@ -23,6 +23,8 @@ from edgetune_runtime.states.store import digest_of
 from edgetune_runtime.threads.count import EVEN, UNEVEN, Kind
 
 from .jobs import PromptJob, Shared, Start
+from .places import Holder, Patience
+from .turns import POLL_S
 
 T = TypeVar("T")
 
@@ -47,35 +49,48 @@ class Context:
         self.owner = CALLS
         self._fixed = 0
         self._capacity = engine.capacity({})
-        self.holder: int | None = None
+        self.holder: Holder | None = None
         self.closed = False
         self._check: Callable[[], None] = no_limits
         self.usage = AnswerUsage()
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Lock the context for this thread; UsageError when this thread has a stream open, as it would wait forever."""
-        gate = self.shared.gate
-        with gate:
-            if self.holder == threading.get_ident():
-                raise UsageError("a stream of this thread is still open", "read it to its end or close it first")
-            while self.holder is not None:
-                gate.wait()
-            self.holder = threading.get_ident()
-        with self.held():
-            yield
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """The rest of `hold` once `holder` is set; unlocks at the end."""
+        """Lock the context; UsageError when a stream that this thread went on with last has it (see `Patience`)."""
+        self.acquire()
         try:
             self.check_open()
             yield
         finally:
-            self._check = no_limits
-            with self.shared.gate:
-                self.holder = None
-                self.shared.gate.notify_all()
+            self.release()
+
+    def acquire(self) -> None:
+        """Wait until nothing else holds the context, and hold it; `release` must follow. Same errors as `hold`."""
+        patience = Patience()
+        with self.shared.places.gate:
+            while self.holder is not None:
+                patience.check([self.holder])
+                self.shared.places.gate.wait(POLL_S)
+            self.holder = Holder()
+
+    def release(self) -> None:
+        """Let others hold the context."""
+        self._check = no_limits
+        with self.shared.places.gate:
+            self.holder = None
+            self.shared.places.gate.notify_all()
+
+    def suspend(self) -> None:
+        """Leave the context to a stream whose reader has a piece now, and goes on on any thread."""
+        assert self.holder is not None
+        self.holder.is_suspended = True
+
+    def resume(self) -> None:
+        """Go on with the stream, on this thread; UsageError if the context was closed meanwhile."""
+        with self.shared.places.gate:
+            self.check_open()
+            assert self.holder is not None
+            self.holder.thread, self.holder.is_suspended = threading.get_ident(), False
 
     def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
         """The adapters that are active in each span of these tokens."""
@@ -215,10 +230,10 @@ class Context:
             live = common_boundary(self._ends, boundaries, live)
         return live
 
-    def close(self) -> None:
-        """Free the engine. No other thread may hold the context; an open stream of this thread ends with an error."""
+    def retire(self) -> None:
+        """Keep the state of the sequence in the cache, and free the context. Nothing may hold it."""
+        self._save()
         self.closed = True
-        self.shared.cache.clear()
         self.engine.close()
 
     def check_open(self) -> None:

@@ -67,9 +67,10 @@ class Governor:
     stop.
     """
 
-    def __init__(self, most: int, *, adjusts: bool) -> None:
+    def __init__(self, most: int, *, adjusts: bool, turns: Turns | None = None) -> None:
+        self._most = most
         self._count = ThreadCount(most, adjusts=adjusts)
-        self._turns = Turns(most, shares=adjusts)
+        self._turns = turns or Turns(most, shares=adjusts)
         self._adjusts = adjusts
         self._lock = threading.Lock()
         self._used = -_IDLE_S
@@ -78,6 +79,10 @@ class Governor:
     def threads(self) -> int:
         """Threads of the next step of a call alone."""
         return self._count.threads
+
+    def beside(self) -> Governor:
+        """The governor of another model, whose steps take their turns with those of this one's model."""
+        return Governor(self._most, adjusts=self._adjusts, turns=self._turns)
 
     def is_slow(self, usage: AnswerUsage) -> bool:
         """Whether an answer's steps lacked cores or were much slower than the fastest ones so far."""

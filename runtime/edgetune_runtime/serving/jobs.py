@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,8 @@ from edgetune_runtime.states.cache import CALLS, StateCache
 from edgetune_runtime.states.prompts import SHORTEST, PromptStates
 from edgetune_runtime.states.sightings import Sightings
 from edgetune_runtime.threads.priority import ComputeThreads
+
+from .places import Places
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ class PromptJob:
 
 @dataclass(frozen=True)
 class Shared:
-    """What the contexts on one base share: its fingerprint, the cached states and the governor.
+    """What the contexts on one base share: its fingerprint, the cached states, the governor and the places of calls.
+
+    The models of one runtime share the cached states, the places, and the turns of their governors.
 
     `invocations` are the tokens that activate some of the adapters. With `exact`, a call reuses the states of others
     only where computing them would give the same bits; a session always reuses all of its own state. Steps run on
-    `threads` if given, else on the caller's thread. `gate` guards which thread holds which context. `emit` is told of
-    switches.
+    `threads` if given, else on the caller's thread. `emit` is told of switches.
     """
 
     base: str
@@ -66,7 +68,7 @@ class Shared:
     invocations: Invocations = field(default_factory=dict)
     prompts: PromptStates | None = None
     sightings: Sightings = field(default_factory=Sightings)
-    gate: threading.Condition = field(default_factory=threading.Condition)
+    places: Places = field(default_factory=Places)
     exact: bool = True
     threads: ComputeThreads | None = None
     emit: Emit = ignore

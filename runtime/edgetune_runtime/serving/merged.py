@@ -1,8 +1,10 @@
-"""The models of merged adapters: each is opened when a call first needs it."""
+"""The models of merged adapters: each is opened when a call needs it, and closed when others need the memory."""
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,29 +14,39 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.limits import no_limits
 from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import SavedState
+from edgetune_runtime.threads.machine import free_mb
 
 from .context import Context
 from .jobs import PromptJob
 from .pool import Pool
 from .turns import POLL_S
 
+_LOG = logging.getLogger(__name__)
+
+MakeRoom = Callable[[float], None]
+"""Makes room for a model of so many MB, just before it is loaded."""
+
 
 @dataclass
 class _Model:
     pool: Pool
+    mb: float
     uses: int = 0
 
 
 class MergedModels:
     """The opened models, by adapter; `open_model` opens one. Thread-safe.
 
-    No lock is held while a model is opened; one is opened at a time. Calls on models that are open do not wait.
+    Before a model is opened, those that no call uses are closed until it fits, the least recently used first: together
+    they take at most `limit_mb`, by default what memory is free. Models that are in use stay. No lock is held while a
+    model is opened; one is opened at a time. Calls on models that are open do not wait.
     """
 
-    def __init__(self, open_model: Callable[[str], Pool]) -> None:
+    def __init__(self, open_model: Callable[[str, MakeRoom], Pool], limit_mb: float | None) -> None:
         self._open_model = open_model
+        self._limit_mb = limit_mb
         self._changed = threading.Condition()
-        self._models: dict[str, _Model] = {}
+        self._models: OrderedDict[str, _Model] = OrderedDict()
         self._is_opening = self._is_closed = False
 
     @contextmanager
@@ -79,6 +91,7 @@ class MergedModels:
                 if self._is_closed:
                     raise UsageError("the runtime is closed", "open the bundle again")
                 if name in self._models:
+                    self._models.move_to_end(name)
                     self._models[name].uses += 1
                     return self._models[name]
                 if not self._is_opening:
@@ -87,14 +100,42 @@ class MergedModels:
                 check()
             self._is_opening = True
         try:
-            model = _Model(self._open_model(name), uses=1)
-            with self._changed:
-                self._models[name] = model
-            return model
+            return self._open(name)
         finally:
             with self._changed:
                 self._is_opening = False
                 self._changed.notify_all()
+
+    def _open(self, name: str) -> _Model:
+        needed_mb = 0.0
+
+        def make_room(mb: float) -> None:
+            nonlocal needed_mb
+            needed_mb = mb
+            while not self._fits(mb) and self._close_unused():
+                pass
+
+        model = _Model(self._open_model(name, make_room), needed_mb, uses=1)
+        with self._changed:
+            self._models[name] = model
+        return model
+
+    def _fits(self, mb: float) -> bool:
+        if self._limit_mb is not None:
+            return sum(model.mb for model in list(self._models.values())) + mb <= self._limit_mb
+        free = free_mb()
+        return free is None or mb <= free
+
+    def _close_unused(self) -> bool:
+        """Close the least recently used model that no call uses; False if there is none."""
+        with self._changed:
+            name = next((name for name, model in self._models.items() if not model.uses), None)
+            if name is None:
+                return False
+            model = self._models.pop(name)
+        model.pool.close()
+        _LOG.info("closed merged adapter %r, which no call uses, for lack of memory", name)
+        return True
 
     def _release(self, model: _Model) -> None:
         with self._changed:
@@ -117,7 +158,11 @@ class MergedPool:
     @contextmanager
     def lease(self, job: PromptJob) -> Iterator[Context]:
         """As `Pool.lease`, on the model, which is opened if it is not."""
-        with self._models.use(self._name, job.check) as pool, pool.lease(job) as context:
+        with (
+            self._base.places.enter(job.check) as holder,
+            self._models.use(self._name, job.check) as pool,
+            pool.take(job, holder) as context,
+        ):
             yield context
 
     @contextmanager

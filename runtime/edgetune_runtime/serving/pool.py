@@ -3,69 +3,61 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.engines.base import Tokenizer
-from edgetune_runtime.errors import BusyError, UsageError
+from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import SavedState
 
 from .context import Context
 from .jobs import PromptJob
+from .places import Holder, Patience
 from .turns import POLL_S
 
 _LOG = logging.getLogger(__name__)
 
 
 class Pool:
-    """Up to `limit` contexts on one base; a new one is created when all others are in use.
+    """The contexts on one base; a new one is created when all others are in use and `places` allows it.
 
-    Up to `waiting` calls wait for a free context; the next one raises BusyError.
+    Thread-safe.
     """
 
-    def __init__(self, first: Context, *, limit: int = 1, waiting: int = 0) -> None:
+    def __init__(self, first: Context) -> None:
         self.first = first
+        self.places = first.shared.places
         self._contexts = [first]
-        self.limit = limit
-        self._most_waiting = waiting
-        self._waiting = 0
         self._uses = 0
         self._is_closed = False
 
     @property
     def contexts(self) -> list[Context]:
-        """The contexts created so far."""
-        return list(self._contexts)
+        """The contexts that there are."""
+        return [context for context in self._contexts if not context.closed]
 
     @contextmanager
     def lease(self, job: PromptJob) -> Iterator[Context]:
         """Lease the free context with the longest reusable prefix; wait if none is free, until `job.check` raises.
 
-        UsageError when it would wait for streams of this thread; BusyError when too many calls are already waiting.
+        Same errors as `Places.enter`: so a thread that has a stream open may wait for the streams of others, but not
+        for its own. Any thread may go on with a stream: its own are those that it went on with last, and that no other
+        thread has gone on with for `PATIENCE_S` since.
         """
-        gate = self.first.shared.gate
-        with gate:
-            self._check_open()
-            context = self._take(job)
-            if context is None:
-                if self._waiting >= self._most_waiting:
-                    message = f"{self._waiting} calls are already waiting for one of {len(self._contexts)} contexts"
-                    raise BusyError(message, "try again later, or open the bundle with more contexts or more waiting")
-                self._waiting += 1
-                try:
-                    while context is None:
-                        gate.wait(POLL_S)
-                        job.check()
-                        self._check_open()
-                        context = self._take(job)
-                finally:
-                    self._waiting -= 1
-        with context.held():
+        with self.places.enter(job.check) as holder, self.take(job, holder) as context:
             yield context
+
+    @contextmanager
+    def take(self, job: PromptJob, holder: Holder) -> Iterator[Context]:
+        """The rest of `lease`, for a call that has a place."""
+        context = self._acquire(job, holder)
+        try:
+            yield context
+        finally:
+            context.release()
 
     @contextmanager
     def tokenizer(self) -> Iterator[Tokenizer]:
@@ -73,16 +65,15 @@ class Pool:
 
         Any number of threads may use it at the same time.
         """
-        gate = self.first.shared.gate
-        with gate:
+        with self.places.gate:
             self._check_open()
             self._uses += 1
         try:
             yield self.first.engine.tokenizer
         finally:
-            with gate:
+            with self.places.gate:
                 self._uses -= 1
-                gate.notify_all()
+                self.places.gate.notify_all()
 
     def capacity(self, adapters: Mapping[str, float]) -> int:
         """The number of tokens that fit in a context with these adapters, prompt and answer together."""
@@ -95,8 +86,8 @@ class Pool:
     def saved(self, owner: str) -> SavedState | None:
         """The last state of an owner, from a context or from the cache; UsageError if the pool is closed."""
         self._check_open()
-        states = [context.saved() for context in self._of_owner(owner)]
-        return states[0] if states else self.first.shared.cache.last(owner)
+        states = [context.saved() for context in self._held(owner)]
+        return states[0] if states else self.first.shared.cache.last(owner, self.first.shared.base)
 
     def identity_of(self, saved: SavedState) -> str:
         """A digest of everything that determines a state, including engine and files."""
@@ -114,53 +105,89 @@ class Pool:
         """Drop the states of an owner, in contexts and in the cache; a closed pool has none."""
         if self._is_closed:
             return
-        for context in self._of_owner(owner):
+        for context in self._held(owner):
             context.reset()
         # Last, because another call that takes the owner's context puts its state there.
         self.first.shared.cache.drop_states(owner)
 
+    def clear(self) -> None:
+        """Drop all sequences and cached states, except those on disk."""
+        self._check_open()
+        for context in self._held():
+            context.clear()
+
     def close(self) -> None:
         """Free everything once no other thread runs a call or uses the tokenizer; a second call does nothing.
 
-        Calls that wait for a context and later ones raise UsageError. An open stream of this thread ends with an error.
+        Calls that wait for a context and later ones raise UsageError. A stream that this thread went on with last ends
+        with an error.
         """
-        gate, me = self.first.shared.gate, threading.get_ident()
+        gate = self.places.gate
         with gate:
             self._is_closed = True
             gate.notify_all()
-            while self._uses or any(context.holder not in (None, me) for context in self._contexts):
+            while self._uses or any(_is_in_use(context) for context in self.contexts):
                 gate.wait()
-            # The first one last, because the others use its base.
-            for context in reversed(self._contexts):
-                context.close()
-        if self.first.shared.threads is not None:
-            self.first.shared.threads.close()
+            contexts, self._contexts = self.contexts, [self.first]
+            for context in contexts:
+                context.closed = True
+            self.places.forks = [fork for fork in self.places.forks if fork not in contexts]
+        # The first one last, because the others use its base.
+        for context in reversed(contexts):
+            context.engine.close()
 
-    def _of_owner(self, owner: str) -> Iterator[Context]:
-        """The contexts whose sequence is an owner's, each held while it is looked at."""
+    def _acquire(self, job: PromptJob, holder: Holder) -> Context:
+        """A free context, held, or a new one. Calls that hold it for a moment make even a call with a place wait."""
+        gate, patience = self.places.gate, Patience()
+        while True:
+            with gate:
+                self._check_open()
+                contexts = self._contexts = self.contexts
+                free = [context for context in contexts if context.holder is None]
+                if free:
+                    context = max(free, key=lambda context: context.reusable_tokens(job))
+                    context.holder = holder
+                    return context
+                makes_one = self.places.may_fork()
+                if not makes_one:
+                    patience.check(context.holder for context in contexts if context.holder is not None)
+                    gate.wait(POLL_S)
+            if makes_one:
+                self._fork()
+            job.check()
+
+    def _fork(self) -> None:
+        """Make a context, without the gate; if there is no memory for it, calls wait for those that there are."""
+        try:
+            fork = self.first.fork()
+        except (EdgetuneError, MemoryError) as error:
+            with self.places.gate:
+                self.places.fork_failed(error)
+            return
+        with self.places.gate:
+            self._contexts.append(fork)
+            self.places.forked(fork)
+            _LOG.debug("created context %d of its model", len(self._contexts))
+
+    def _held(self, owner: str | None = None) -> Iterator[Context]:
+        """The contexts, or those whose sequence is an owner's, each held while it is looked at."""
         for context in self.contexts:
-            if context.owner == owner:
-                with context.hold():
-                    # A call that held it until now may have made it its own.
-                    if context.owner == owner:
+            if owner in (None, context.owner):
+                context.acquire()
+                try:
+                    # A call that held it until now may have made it its own, or another model needed its memory.
+                    if not context.closed and owner in (None, context.owner):
                         yield context
+                finally:
+                    context.release()
 
     def _check_open(self) -> None:
+        self.places.check_open()
         if self._is_closed:
             raise UsageError("the runtime is closed", "open the bundle again")
 
-    def _take(self, job: PromptJob) -> Context | None:
-        """Give this thread a free context, or a new one if there are fewer than `limit`. Call it inside the gate."""
-        free = [context for context in self._contexts if context.holder is None]
-        if not free:
-            if len(self._contexts) < self.limit:
-                free = [self.first.fork()]
-                self._contexts += free
-                _LOG.debug("created context %d of at most %d", len(self._contexts), self.limit)
-            elif all(context.holder == threading.get_ident() for context in self._contexts):
-                raise UsageError("a stream of this thread is still open", "read it to its end or close it first")
-            else:
-                return None
-        context = max(free, key=lambda context: context.reusable_tokens(job))
-        context.holder = threading.get_ident()
-        return context
+
+def _is_in_use(context: Context) -> bool:
+    """Whether a call holds the context, other than a suspended stream of this thread."""
+    holder = context.holder
+    return holder is not None and not (holder.is_suspended and holder.is_of_this_thread)

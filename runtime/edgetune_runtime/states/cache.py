@@ -20,8 +20,8 @@ from .batches import common_boundary
 Active = tuple[tuple[str, float], ...]
 """Adapters with their scales, sorted by name."""
 
-Slot = tuple[str, tuple[Active, ...], tuple[int, ...]]
-"""The owner of a state, its sets of adapters, and the tokens of a fixed prompt; the cache has one state per slot."""
+Slot = tuple[str, str, tuple[Active, ...], tuple[int, ...]]
+"""The owner of a state, its base, its sets of adapters, and the tokens of a fixed prompt; a slot has one state."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -99,11 +99,12 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _slot(key: Key, owner: str, tokens: Sequence[int]) -> Slot:
-    return owner, tuple(active for _, active in key.spans), tuple(tokens) if owner in _SHARED else ()
+    return owner, key.base, tuple(active for _, active in key.spans), tuple(tokens) if owner in _SHARED else ()
 
 
 class StateCache:
-    """Saved states of up to `budget_mb` (10^6 bytes) in total: for each owner, the last state of each set of adapters.
+    """Saved states of up to `budget_mb` (10^6 bytes) in total: for each owner, the last state of each set of adapters
+    on each base.
 
     An owner can reuse its own states and those of fixed prompts, of which there may be several per set of adapters. Two
     states whose adapters differ only in the token where they become active count as the same set. Thread-safe.
@@ -140,10 +141,10 @@ class StateCache:
                     return saved.state
         return None
 
-    def last(self, owner: str) -> SavedState | None:
-        """The most recently used state of an owner."""
+    def last(self, owner: str, base: str) -> SavedState | None:
+        """The most recently used state of an owner on a base."""
         with self._lock:
-            return next((saved for slot, saved in reversed(self._states.items()) if slot[0] == owner), None)
+            return next((saved for slot, saved in reversed(self._states.items()) if slot[:2] == (owner, base)), None)
 
     def best(
         self, key: Key, tokens: Sequence[int], owner: str = CALLS, boundaries: Sequence[int] | None = None

@@ -379,7 +379,11 @@ def test_export_bundles_peft_folders_without_training(
     code, told, _ = run(
         "export", "--base", tiny_gguf("llama"), *flags, "--system", "second=Hi.", "--out", out, "--json"
     )
-    assert (code, list(json.loads(told)["adapters"])) == (0, ["adapter", "second"])
+    found = json.loads(told)
+    assert (code, list(found["adapters"])) == (0, ["adapter", "second"])
+    # One figure for all of it: nothing is trained, and nothing was measured for each adapter.
+    assert found["seconds"] > 0
+    assert not any("seconds" in figures for figures in found["adapters"].values())
     with Runtime.open(out, context_length=96) as runtime, Runtime.open(built[0]) as original:
         assert runtime.manifest.adapters["second"].system == "Hi."
         told = runtime.generate("play", adapter="adapter", max_tokens=8).text

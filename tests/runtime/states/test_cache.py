@@ -137,7 +137,7 @@ def test_an_owner_sees_its_own_states_and_fixed_prompts_alone() -> None:
     assert cache.prompt(ADAPTED, [1, 2]) == state("prompt")
     assert cache.prompt(ADAPTED, [1, 2, 3]) is cache.prompt(key("base", {}), [1, 2]) is None
     cache.drop_states("one")
-    assert (cache.best(ADAPTED, [1, 2, 3], "one")[1], cache.last("one")) == (2, None)
+    assert (cache.best(ADAPTED, [1, 2, 3], "one")[1], cache.last("one", "base")) == (2, None)
 
 
 def test_what_calls_leave_goes_before_prompts_and_sessions() -> None:
@@ -150,7 +150,7 @@ def test_what_calls_leave_goes_before_prompts_and_sessions() -> None:
     assert cache.best(ADAPTED, [1, 2, 3], "session")[1] == 2
     # A call's own leaves no room to itself.
     cache.put(saved(key("base", {"b": 1}), [1], size(10)))
-    assert (cache.bytes, cache.last("")) == (30, None)
+    assert (cache.bytes, cache.last("", "base")) == (30, None)
 
 
 def test_what_others_left_is_reused_up_to_where_its_batches_ended_at_the_same_places() -> None:

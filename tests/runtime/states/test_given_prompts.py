@@ -114,7 +114,7 @@ def test_a_given_prompt_is_evicted_before_a_kept_one_until_it_is_kept_too() -> N
     cache.put(saved(3), PROMPTS)
     assert cache.bytes == 30
     cache.put(saved(5), CALLS)
-    assert cache.last(CALLS) is None
+    assert cache.last(CALLS, "base") is None
     cache.put(saved(6), GIVEN)
     assert [cache.prompt(key, [number]) is not None for number in (1, 3, 4, 6)] == [True, True, False, True]
 

@@ -1,0 +1,154 @@
+"""The places of a runtime's calls: how many run at the same time, over all its models, and how many wait."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from edgetune_runtime.errors import BusyError, UsageError
+
+from .turns import POLL_S
+
+PATIENCE_S = 2.0
+"""How long a call waits for streams that its own thread went on with last: another thread may go on with them."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class Holder:
+    """A call or a measurement that has a place or a context, and the thread that went on with it last.
+
+    A stream is suspended while its reader has a piece; any thread may go on with it.
+    """
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.is_suspended = False
+
+    @property
+    def is_of_this_thread(self) -> bool:
+        """Whether this thread went on with it last."""
+        return self.thread == threading.get_ident()
+
+
+class Fork(Protocol):
+    """A context beside the first one of its model."""
+
+    holder: Holder | None
+
+    def retire(self) -> None:
+        """Keep the state of the sequence in the cache, and free the context."""
+
+
+class Patience:
+    """Ends a wait for streams of the waiting thread itself, which would last forever."""
+
+    def __init__(self) -> None:
+        self._since_s = time.monotonic()
+
+    def check(self, holders: Iterable[Holder]) -> None:
+        """Raise UsageError if for `PATIENCE_S` all holders have been streams that this thread went on with last."""
+        now_s = time.monotonic()
+        if not all(holder.is_of_this_thread for holder in list(holders)):
+            self._since_s = now_s
+        elif now_s - self._since_s >= PATIENCE_S:
+            raise UsageError("a stream of this thread is still open", "read it to its end or close it first")
+
+
+class Places:
+    """Lets up to `limit` calls run at the same time, whatever their models; up to `waiting` more wait.
+
+    Each model has a first context; `forks` are those beside them, up to `limit` - 1 in total. `gate` guards all of it,
+    and who holds which context; it is held for moments only.
+    """
+
+    def __init__(self, limit: int = 1, waiting: int = 0) -> None:
+        self.gate = threading.Condition()
+        self.limit = limit
+        self.forks: list[Fork] = []
+        self._most_waiting, self._waiting = waiting, 0
+        self._running: set[Holder] = set()
+        self._is_forking = self._is_closed = False
+
+    @contextmanager
+    def enter(self, check: Callable[[], None]) -> Iterator[Holder]:
+        """Wait for a place, until `check` raises, and leave it at the end.
+
+        BusyError when too many calls are already waiting. UsageError when it would wait for streams of this thread
+        alone, or the runtime is closed.
+        """
+        with self.gate:
+            self.check_open()
+            if len(self._running) >= self.limit:
+                self._wait(check)
+            holder = Holder()
+            self._running.add(holder)
+        try:
+            yield holder
+        finally:
+            with self.gate:
+                self._running.discard(holder)
+                self.gate.notify_all()
+
+    def may_fork(self) -> bool:
+        """Whether a context may be made beside a first one; ends with `forked` or `fork_failed`. Call it in the gate.
+
+        For this, an idle one is freed if need be: that of another model, as a call takes those of its own.
+        """
+        if self._is_forking or (len(self.forks) >= self.limit - 1 and not self._retire_idle()):
+            return False
+        self._is_forking = True
+        return True
+
+    def forked(self, fork: Fork) -> None:
+        """Count the context that `may_fork` allowed. Call it in the gate."""
+        self.forks.append(fork)
+        self._is_forking = False
+        self.gate.notify_all()
+
+    def fork_failed(self, error: Exception) -> None:
+        """Lower the limit to the contexts that there are, unless an idle one can be freed. Call it in the gate."""
+        self._is_forking = False
+        if not self._retire_idle():
+            self.limit = len(self.forks) + 1
+            _LOG.warning("from now on at most %d calls run at the same time: %s", self.limit, error)
+        self.gate.notify_all()
+
+    def close(self) -> None:
+        """Refuse all calls from now on, also those that wait."""
+        with self.gate:
+            self._is_closed = True
+            self.gate.notify_all()
+
+    def check_open(self) -> None:
+        """Raise UsageError after `close`."""
+        if self._is_closed:
+            raise UsageError("the runtime is closed", "open the bundle again")
+
+    def _wait(self, check: Callable[[], None]) -> None:
+        others = any(not holder.is_of_this_thread for holder in list(self._running))
+        if others and self._waiting >= self._most_waiting:
+            message = f"{self._waiting} calls are already waiting for one of {self.limit} contexts"
+            raise BusyError(message, "try again later, or open the bundle with more contexts or more waiting")
+        patience = Patience()
+        self._waiting += 1
+        try:
+            while len(self._running) >= self.limit:
+                patience.check(self._running)
+                self.gate.wait(POLL_S)
+                check()
+                self.check_open()
+        finally:
+            self._waiting -= 1
+
+    def _retire_idle(self) -> bool:
+        idle = next((fork for fork in self.forks if fork.holder is None), None)
+        if idle is None:
+            return False
+        idle.retire()
+        self.forks.remove(idle)
+        return True
