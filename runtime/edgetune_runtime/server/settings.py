@@ -13,8 +13,9 @@ class Limits:
 
     A request body has at most `body_bytes`, an answer at most `answer_tokens` tokens, and one request asks for at most
     `answers` answers. Up to `waiting` requests wait for others. A request takes at most `request_s` seconds, waiting
-    included. A client that sends or reads nothing for `client_s` seconds while it should is disconnected, and at most
-    `connections` are open at once. A stopping server gives running answers `grace_s` seconds.
+    included. A client that sends or reads nothing for `client_s` seconds while it should is disconnected. At most
+    `connections` are open at once, `connections_per_address` of them from one address. A stopping server gives running
+    answers `grace_s` seconds.
     """
 
     body_bytes: int = 2_000_000
@@ -24,6 +25,7 @@ class Limits:
     request_s: float = 300.0
     client_s: float = 20.0
     connections: int = 256
+    connections_per_address: int = 64
     grace_s: float = 20.0
 
 
