@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 
+_LONGEST = 2000
 _MOST = 5
 _WINDOW_S = 10.0
 
@@ -15,7 +16,7 @@ class LineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """The line; control characters could write to a terminal, and line breaks could forge other messages."""
-        text = super().formatMessage(record)
+        text = super().formatMessage(record)[:_LONGEST]
         return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 

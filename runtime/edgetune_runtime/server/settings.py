@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from dataclasses import dataclass, field
+
+_HOST = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+(?:%[\w.~%-]+)?)\]|(?P<name>[^:\[\]]*))(?::[0-9]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,9 @@ def is_loopback(address: str) -> bool:
 
 
 def _host_of(header: str) -> str:
-    """A Host header without its port and the brackets of an IPv6 address."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.partition(":")[0].lower()
+    """A Host header without its port and the brackets of an IPv6 address; empty if it is none."""
+    found = _HOST.fullmatch(header)
+    return "" if found is None else (found["ipv6"] or found["name"]).lower()
 
 
 def _is_address(name: str) -> bool:
