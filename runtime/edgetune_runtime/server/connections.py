@@ -31,6 +31,7 @@ class Connections:
 
     def __init__(self, most: int, most_per_address: int) -> None:
         self._most, self._most_per_address = most, most_per_address
+        self._open: set[Connection] = set()
         self._counts: Counter[str] = Counter()
         # In the order in which they began to wait.
         self._waiting: dict[Connection, None] = {}
@@ -44,24 +45,29 @@ class Connections:
         if client != _LOOPBACK and self._counts[client] >= self._most_per_address:
             has_room = self._close_one([other for other in self._waiting if other.client == client])
         else:
-            has_room = self._counts.total() < self._most or self._close_one(list(self._waiting))
+            has_room = len(self._open) < self._most or self._close_one(list(self._waiting))
         if not has_room:
             return None
         connection = Connection(client, close)
+        self._open.add(connection)
         self._counts[client] += 1
         self._waiting[connection] = None
         return connection
 
     def wait(self, connection: Connection) -> None:
         """The connection waits for its client to send or to read, from now on or still."""
-        self._waiting.setdefault(connection)
+        if connection in self._open:
+            self._waiting.setdefault(connection)
 
     def answer(self, connection: Connection) -> None:
         """The connection stays open until it waits again."""
         self._waiting.pop(connection, None)
 
     def leave(self, connection: Connection) -> None:
-        """The connection is closed."""
+        """The connection is closed; a second call does nothing."""
+        if connection not in self._open:
+            return
+        self._open.remove(connection)
         self._waiting.pop(connection, None)
         self._counts[connection.client] -= 1
         if not self._counts[connection.client]:

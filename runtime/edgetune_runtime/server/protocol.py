@@ -87,7 +87,9 @@ def protocol(limits: Limits) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel(self._arriving)
             self._cancel(self._stalled)
-            self._leave()
+            if self._counted is not None:
+                connections, connection = self._counted
+                connections.leave(connection)
             super().connection_lost(exc)
 
         def _is_admitted(self) -> bool:
@@ -116,14 +118,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             else:
                 connections.wait(connection)
 
-        def _leave(self) -> None:
-            if self._counted is not None:
-                connections, connection = self._counted
-                self._counted = None
-                connections.leave(connection)
-
         def _make_room(self) -> None:
-            self._counted = None
             _LOG.info("closed a connection that waited for its client, to make room for another one")
             self.transport.abort()
 
