@@ -225,3 +225,7 @@ def _make_states(bundle: Path, engines: Iterable[str], progress: Progress) -> No
         with Runtime.open(bundle, engine=engine, verify=False, contexts=1, **options) as runtime:
             tokens = runtime.warm()
         progress.say(f"  {engine}: states of {', '.join(f'{name} ({count} tokens)' for name, count in tokens.items())}")
+    # The runtime keeps its own states private, and whoever may read a bundle needs these.
+    folder = bundle / STATES_FOLDER
+    for path in (folder, *folder.glob("*")):
+        path.chmod(0o755 if path == folder else 0o644)

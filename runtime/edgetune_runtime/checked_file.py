@@ -6,6 +6,7 @@ Reading returns None for a file that is damaged or of another kind.
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,11 +31,15 @@ class CheckedFile:
 
 
 def write_checked(path: Path, kind: str, about: Mapping[str, Any], data: memoryview) -> None:
-    """Write a file atomically; OutOfSpaceError if the disk is full, OSError if it cannot be written."""
+    """Write a file atomically that only this user can read; OutOfSpaceError if the disk is full, or OSError."""
     head = {kind: VERSION, "bytes": len(data), "crc32": zlib.crc32(data), "about": about}
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb", opener=_open_private) as file:
         file.write(json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         file.write(data)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def read_checked(path: Path, kind: str) -> CheckedFile | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import threading
 import time
@@ -45,6 +44,8 @@ Adapters = str | Mapping[str, float] | None
 
 _PROBES = ("A", "7", "\n", "é", "(")
 """Messages without a common prefix: the common prefix of their prompts is the fixed part."""
+_LARGEST_SCALE = 1000
+"""Engines compute in float32, and far larger scales would give no numbers."""
 _MOST_FIXED = 256
 """Fixed parts that are remembered; apps may give other tools with each call."""
 
@@ -173,8 +174,9 @@ class LoadedBundle:
             raise UsageError(f"adapter is {adapter!r}", "give a name, {name: scale}, or None for the base")
         for name, scale in adapter.items():
             self.manifest.adapter(name)
-            if not isinstance(scale, int | float) or not math.isfinite(scale):
-                raise UsageError(f"adapter {name!r} has scale {scale!r}", "give a finite number")
+            if not isinstance(scale, int | float) or not abs(scale) <= _LARGEST_SCALE:
+                remedy = f"give a number from -{_LARGEST_SCALE} to {_LARGEST_SCALE}"
+                raise UsageError(f"adapter {name!r} has scale {scale!r}", remedy)
         return {name: float(scale) for name, scale in adapter.items()}
 
     def load(self, entry: AdapterEntry) -> None:

@@ -33,6 +33,7 @@ _LOG = logging.getLogger(__name__)
 
 CACHE_MB = 128
 DISK_MB = 512
+DISK_MB_PER_DAY = 512
 
 
 class Runtime:
@@ -57,6 +58,7 @@ class Runtime:
         exact: bool = True,
         cache_mb: float = CACHE_MB,
         disk_mb: float = DISK_MB,
+        disk_mb_per_day: float = DISK_MB_PER_DAY,
         cache_folder: str | Path | None = None,
         contexts: int | None = None,
         waiting: int = 64,
@@ -81,7 +83,8 @@ class Runtime:
 
         Up to `cache_mb` of memory (10^6 bytes) is used for states: of each adapter's fixed prompt, of sessions, and the
         last one of each set of adapters, so that switching back does not recompute the prompt. States of fixed prompts
-        are also saved in `cache_folder` (default: `store.default_folder`), up to `disk_mb`; 0 saves none.
+        are also saved in `cache_folder` (default: `store.default_folder`), up to `disk_mb`; 0 saves none. Calls write
+        up to `disk_mb_per_day` to it, and with 0 only `warm` does.
 
         With `exact`, a call gives the same answer, bit for bit, as with a cold cache: it reuses only fixed prompts and
         whole chunks of 128 tokens. Without it, a call reuses all tokens of the common prefix, as a session does with
@@ -135,7 +138,7 @@ class Runtime:
             verify=verify,
             exact=exact,
             cache_mb=cache_mb,
-            store=StateStore(Path(cache_folder or default_folder()), disk_mb) if disk_mb > 0 else None,
+            store=StateStore(Path(cache_folder or default_folder()), disk_mb, disk_mb_per_day) if disk_mb > 0 else None,
             contexts=contexts,
             waiting=waiting,
             priority=priority,
@@ -307,7 +310,7 @@ class Runtime:
             if call.job.is_worth_a_state:
                 begin = time.perf_counter()
                 # The state is wanted at once, also that of tools, which calls bring along.
-                job = replace(call.job, is_given=False)
+                job = replace(call.job, is_given=False, is_warmed=True)
                 with call.pool.lease(job) as context:
                     reused = context.run(job).reused
                 name, count, elapsed_s = _name_of(choice), call.job.fixed, time.perf_counter() - begin

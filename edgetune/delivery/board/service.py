@@ -26,6 +26,8 @@ HERE = "127.0.0.1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _READY_S, _WARM_S = 180.0, 1800.0
 """Seconds until a unit that does not answer has failed, and until one has that computes the states of its prompts."""
+_STATES = ("--warm", "--disk-mb-per-day", "0")
+"""Calls write no states: a client that sends other prompts again and again would wear out an SD card."""
 _OWNER = "# Installed by edgetune for {prefix}"
 """The first line of a unit."""
 _UNIT = """\
@@ -36,13 +38,15 @@ After=network.target
 
 [Service]
 Type=exec
-ExecStart={python} -I -m edgetune_runtime serve {path} --engine {engine} --host {host} --port {port}{more} --warm
+ExecStart={python} -I -m edgetune_runtime serve {path} --engine {engine} --host {host} --port {port}{more}
 WorkingDirectory=/
 Environment=EDGETUNE_CACHE=%C/{name}
 CacheDirectory={name}
+CacheDirectoryMode=0700
 Restart=on-failure
 RestartSec=5
 MemoryMax={memory_mb}M
+LimitNOFILE=4096
 OOMPolicy=stop
 UMask=0077
 NoNewPrivileges=yes
@@ -124,7 +128,7 @@ class Service:
         if self.needs_key and not self.user:
             # Only root reads the file: systemd hands a copy to the unit's own account.
             sandbox += f"LoadCredential={KEYS_NAME}:{str(keys).replace('%', '%%')}\n"
-        more = kit.opening.words()
+        more = [*kit.opening.words(), *_STATES]
         if self.needs_key:
             more += ["--api-key-file", _escaped(keys) if self.user else f"%d/{KEYS_NAME}"]
         return _UNIT.format(

@@ -21,7 +21,10 @@ from edgetune_runtime.server import command as server
 from edgetune_runtime.voice import command as wyoming
 
 from . import answers, machine
+from .log_lines import LineFormatter, RateFilter
 from .options import add_cache_folder, add_form, add_opening, add_sampling, add_tools, open_runtime
+
+_LOGGERS = ("edgetune_runtime", "uvicorn.error", "asyncio")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,20 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _logging(*, debug: bool) -> Iterator[None]:
-    """Write edgetune's own warnings, or with `debug` all log messages, to standard error while the block runs."""
-    logger, handler = logging.getLogger("edgetune_runtime"), logging.StreamHandler()
+    """Write warnings of edgetune and its servers, or with `debug` all log messages, to standard error in the block."""
+    loggers, handler = [logging.getLogger(name) for name in _LOGGERS], logging.StreamHandler()
     if not debug:
         # What matters in these logs is raised as an error.
         handler.addFilter(lambda record: not record.name.endswith(("llama_cpp", "onnxruntime")))
-    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
-    before = logger.level
-    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
-    logger.addHandler(handler)
+    handler.addFilter(RateFilter())
+    handler.setFormatter(LineFormatter(f"{PROGRAM}: %(levelname)s: %(message)s"))
+    before = loggers[0].level
+    loggers[0].setLevel(logging.DEBUG if debug else logging.WARNING)
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+        for logger in loggers:
+            logger.removeHandler(handler)
+        loggers[0].setLevel(before)
 
 
 def _fail(error: EdgetuneError, *, debug: bool) -> int:

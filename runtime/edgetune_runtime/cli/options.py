@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,8 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     text = "memory for prompt states in MB (default: 128)"
     group.add_argument("--cache-mb", type=float, metavar="N", help=text)
     add_cache_folder(group)
+    text = "most MB per day that calls write to that folder; with 0 only `warm` and `--warm` do (default: 512)"
+    group.add_argument("--disk-mb-per-day", type=float, metavar="N", help=text)
     text = "decode token by token, without drafts from the adapter's draft table"
     group.add_argument("--no-drafts", action="store_true", help=text)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
@@ -85,10 +88,11 @@ def add_opening(command: argparse.ArgumentParser) -> None:
 def open_runtime(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 - those of `Runtime.open`
     """The bundle of the command line, opened with its options and `more` of `Runtime.open`."""
     # numpy and the engine are loaded only when a command needs them.
-    from edgetune_runtime.runtime import CACHE_MB, Runtime  # noqa: PLC0415
+    from edgetune_runtime.runtime import CACHE_MB, DISK_MB_PER_DAY, Runtime  # noqa: PLC0415
 
-    if options.cache_mb is not None and options.cache_mb < 0:
-        raise UsageError(f"--cache-mb is {options.cache_mb:g}", "give 0 or more")
+    for flag, value in (("--cache-mb", options.cache_mb), ("--disk-mb-per-day", options.disk_mb_per_day)):
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"{flag} is {value:g}", "give 0 or more")
     return Runtime.open(
         options.bundle,
         engine=options.engine,
@@ -99,6 +103,7 @@ def open_runtime(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: 
         priority=options.priority,
         verify=not options.no_verify,
         cache_mb=CACHE_MB if options.cache_mb is None else options.cache_mb,
+        disk_mb_per_day=DISK_MB_PER_DAY if options.disk_mb_per_day is None else options.disk_mb_per_day,
         cache_folder=options.cache_folder,
         map_large_blocks=True,
         drafts=not options.no_drafts,

@@ -6,12 +6,13 @@ import socket
 
 from edgetune_runtime.errors import UsageError
 
+from .accepting import Listener
 from .settings import is_loopback
 
 _LAST_PORT = 65_535
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> Listener:
     """A listening socket; UsageError for a host or a port that cannot be had."""
     if not 0 <= port <= _LAST_PORT:
         # The system would take another port without a word.
@@ -22,7 +23,7 @@ def bind(host: str, port: int) -> socket.socket:
             # `localhost` has two addresses, and more clients try the one of IPv4.
             key=lambda found: found[0] != socket.AF_INET,
         )
-        return socket.create_server(address[:2], family=family)
+        return Listener(socket.create_server(address[:2], family=family))
     except OSError as error:
         message = f"cannot listen on {host}, port {port}: {error.strerror}"
         raise UsageError(message, "choose another --host or --port; port 0 takes a free one") from error

@@ -29,6 +29,7 @@ _LIMITS = {
     "request_s": "most seconds for a request, waiting included",
     "client_s": "seconds after which a client is dropped that sends no request or does not read its answer",
     "connections": "most open connections",
+    "connections_per_address": "most open connections from one IP address, apart from this machine's",
     "grace_s": "seconds that running answers have to finish when the server stops",
 }
 

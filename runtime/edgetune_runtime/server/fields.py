@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import json
-import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
+
 from .problems import RequestError
+
+_DEEPEST = 128
+"""Levels of objects and lists; code that walks them calls itself for each."""
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"')
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LEVELS = np.zeros(128, np.int8)
+_LEVELS[[ord("["), ord("{")]] = 1
+_LEVELS[[ord("]"), ord("}")]] = -1
+_INTEGER_BITS = 63
 
 
 def read_object(data: bytes) -> Mapping[str, Any]:
-    """The JSON object in a request body; RequestError for anything else."""
+    """The JSON object in a request body, as UTF-8; RequestError for anything else."""
     try:
-        value = json.loads(data, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        text = data.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         message = f"the body is not JSON: {error}" if data else "the body is empty"
         raise RequestError(message, "send a JSON object") from error
+    except ValueError as error:
+        raise RequestError("a number in the body has thousands of digits", "send a smaller number") from error
     if not isinstance(value, dict):
         raise RequestError(f"the body is a JSON {_kind_of(value)}", "send a JSON object")
+    if _depth(text) > _DEEPEST:
+        raise RequestError(f"the body has more than {_DEEPEST} levels of lists and objects", "send fewer levels")
+    if _SURROGATE.search(text):
+        _require_whole_characters(value)
     return value
 
 
@@ -52,12 +71,14 @@ class Fields:
         return value
 
     def integer(self, name: str) -> int | None:
-        """A whole number; 3.0 counts as one, as clients in JavaScript send it."""
+        """A whole number of 64 bits; 3.0 counts as one, as clients in JavaScript send it."""
         value = self.values.get(name)
         if isinstance(value, float) and value.is_integer():
-            return int(value)
+            value = int(value)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             self.refuse(name, "a whole number")
+        if value is not None and value.bit_length() > _INTEGER_BITS:
+            self.refuse(name, "a smaller number")
         return value
 
     def number(self, name: str) -> float | None:
@@ -65,8 +86,10 @@ class Fields:
         value = self.values.get(name)
         if value is None:
             return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             self.refuse(name, "a number")
+        if not abs(value) <= sys.float_info.max:
+            self.refuse(name, "a smaller number")
         return value
 
     def texts(self, name: str) -> list[str]:
@@ -132,4 +155,19 @@ def _kind_of(value: object) -> str:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+    raise RequestError(f"the body is not JSON: {name} is not a JSON number", "send a JSON object")
+
+
+def _depth(text: str) -> int:
+    """Levels of lists and objects in valid JSON."""
+    outside = np.frombuffer(_STRING.sub("", text).encode("ascii"), np.uint8)
+    return int(np.cumsum(_LEVELS[outside], dtype=np.int32).max(initial=0))
+
+
+def _require_whole_characters(value: object) -> None:
+    """RequestError for half a surrogate pair, which stands for no character and cannot be sent back."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        found = str(error.object)[error.start]
+        raise RequestError(f"{found!a} in the body is half a character", "send whole characters") from error

@@ -1,4 +1,4 @@
-"""Middleware that checks who sends a request (Host, Origin, key) before anything reads it, and CORS."""
+"""Middleware that checks a request's head (Host, Origin, key, length) before anything reads its body, and CORS."""
 
 from __future__ import annotations
 
@@ -35,9 +35,13 @@ class Guard:
         origin = headers.get("origin")
         is_foreign = origin is not None and not _is_own(origin, headers.get("host", ""))
         try:
+            _check_length(scope["http_version"], headers)
             self._check(scope["path"], scope["method"], headers, origin if is_foreign else None)
         except RequestError as error:
             response = error_response(error, scope["path"])
+            if error.status == 400:
+                # Where the request ends is uncertain, so what comes next may not be a request.
+                response.headers["Connection"] = "close"
             await response(scope, receive, _with_cors(send, origin) if self._is_listed(origin) else send)
             return
         if origin is None or not is_foreign:
@@ -70,6 +74,13 @@ class Guard:
         # Each comparison takes the same time wherever the keys differ, and all keys are compared.
         found = [hmac.compare_digest(given, digest) for digest in self._digests]
         return scheme.lower() == "bearer" and any(found)
+
+
+def _check_length(http_version: str, headers: Headers) -> None:
+    """RequestError if a proxy before the server may see another end of the request (request smuggling)."""
+    if "transfer-encoding" in headers and ("content-length" in headers or http_version == "1.0"):
+        other = "Content-Length" if "content-length" in headers else "HTTP/1.0"
+        raise RequestError(f"the request has Transfer-Encoding and {other}", "send one of them")
 
 
 def _digest(key: str) -> bytes:

@@ -1,9 +1,8 @@
-"""The HTTP server around the application: its connections' timeouts, and how it stops."""
+"""The HTTP server around the application, and how it stops."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import socket
 import threading
@@ -12,14 +11,15 @@ from contextlib import contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .protocol import protocol
 from .settings import Limits
 
-_LOG = logging.getLogger(__name__)
 _EXTRA_S = 5
 """Seconds after the last answer in which the connections can still be told how it ended."""
 _POLL_S = 0.02
+_BACKLOG = 64
+"""Connections that are accepted before the first of them is counted."""
 
 
 class Server(uvicorn.Server):
@@ -42,7 +42,7 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
-            http=_protocol(limits),
+            http=protocol(limits),
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=limits.connections,
+            backlog=_BACKLOG,
             timeout_graceful_shutdown=_EXTRA_S,
         )
         super().__init__(config)
@@ -100,51 +100,3 @@ class Server(uvicorn.Server):
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
-
-
-def _protocol(limits: Limits) -> type[H11Protocol]:
-    class Protocol(H11Protocol):
-        """HTTP on one connection, which is closed when the client sends or reads nothing for too long."""
-
-        _arriving: asyncio.TimerHandle | None = None
-        _stalled: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            super().connection_made(transport)  # type: ignore[arg-type]  # it is a Transport, as for uvicorn
-            self._expect_request()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._cancel(self._arriving)
-                self._arriving = None
-            elif self._arriving is None:
-                self._expect_request()
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._cancel(self._stalled)
-            self._stalled = self.loop.call_later(limits.client_s, self._drop, "it does not read its answer")
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._cancel(self._stalled)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._cancel(self._arriving)
-            self._cancel(self._stalled)
-            super().connection_lost(exc)
-
-        def _expect_request(self) -> None:
-            self._arriving = self.loop.call_later(limits.client_s, self._drop, "its request does not arrive")
-
-        def _drop(self, reason: str) -> None:
-            _LOG.info("dropped a client after %g s: %s", limits.client_s, reason)
-            # `close` would wait until the client has read everything.
-            self.transport.abort()
-
-        def _cancel(self, timer: asyncio.TimerHandle | None) -> None:
-            if timer is not None:
-                timer.cancel()
-
-    return Protocol

@@ -22,6 +22,8 @@ _LOG = logging.getLogger(__name__)
 
 OPENAI_PREFIX = "/v1/"
 RETRY_AFTER_S = 1
+_LONGEST = 1000
+"""Characters of an error's text, which may repeat what the client sent."""
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -72,10 +74,10 @@ def status_of(error: EdgetuneError) -> int:
 
 def body_of(error: EdgetuneError, path: str) -> Mapping[str, Any]:
     """The JSON of an error in the shape of the API that `path` belongs to."""
-    text = " ".join(str(error).split())
+    text = _shortened(" ".join(str(error).split()))
     if not path.startswith(OPENAI_PREFIX):
         return {"error": text}
-    param = error.param if isinstance(error, RequestError) else None
+    param = _shortened(error.param) if isinstance(error, RequestError) and error.param else None
     kind = _KINDS.get(status_of(error), "server_error")
     return {"error": {"message": text, "type": kind, "param": param, "code": _code_of(error)}}
 
@@ -97,7 +99,13 @@ def json_response(body: object, status: int = 200, headers: Mapping[str, str] | 
 
 def dump(body: object) -> bytes:
     """JSON on one line, as UTF-8."""
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    # A model may write half a surrogate pair into the arguments of a call.
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+def _shortened(text: str) -> str:
+    """The beginning, and the end with the remedy."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 
 
 def _code_of(error: EdgetuneError) -> str | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from dataclasses import dataclass, field
+
+_HOST = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+(?:%[\w.~%-]+)?)\]|(?P<name>[^:\[\]]*))(?::[0-9]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -13,8 +16,9 @@ class Limits:
 
     A request body has at most `body_bytes`, an answer at most `answer_tokens` tokens, and one request asks for at most
     `answers` answers. Up to `waiting` requests wait for others. A request takes at most `request_s` seconds, waiting
-    included. A client that sends or reads nothing for `client_s` seconds while it should is disconnected, and at most
-    `connections` are open at once. A stopping server gives running answers `grace_s` seconds.
+    included. A client that sends or reads nothing for `client_s` seconds while it should is disconnected. At most
+    `connections` are open at once, `connections_per_address` of them from one address. A stopping server gives running
+    answers `grace_s` seconds.
     """
 
     body_bytes: int = 2_000_000
@@ -24,6 +28,7 @@ class Limits:
     request_s: float = 300.0
     client_s: float = 20.0
     connections: int = 256
+    connections_per_address: int = 64
     grace_s: float = 20.0
 
 
@@ -58,10 +63,9 @@ def is_loopback(address: str) -> bool:
 
 
 def _host_of(header: str) -> str:
-    """A Host header without its port and the brackets of an IPv6 address."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.partition(":")[0].lower()
+    """A Host header without its port and the brackets of an IPv6 address; empty if it is none."""
+    found = _HOST.fullmatch(header)
+    return "" if found is None else (found["ipv6"] or found["name"]).lower()
 
 
 def _is_address(name: str) -> bool:

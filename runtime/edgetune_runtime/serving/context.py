@@ -340,7 +340,7 @@ class Context:
         key, tokens = key.until(job.fixed), tuple(job.tokens[: job.fixed])
         ends = tuple(end for end in self._ends if end <= job.fixed)
         if (state := self.shared.cache.prompt(key, tokens)) is not None:
-            self._keep(SavedState(key, tokens, state, ends), PROMPTS)
+            self._keep(SavedState(key, tokens, state, ends), PROMPTS, job)
             return reused
         if job.fixed not in ends:
             return reused
@@ -348,18 +348,18 @@ class Context:
         kept = self.engine.truncate(job.fixed)
         self.tokens, self._ends = self.tokens[:kept], [end for end in ends if end <= kept]
         if kept == job.fixed:
-            self._keep(SavedState(key, tokens, self.engine.save_state(), ends), PROMPTS)
+            self._keep(SavedState(key, tokens, self.engine.save_state(), ends), PROMPTS, job)
         return kept
 
     def _keep_prompt(self, key: Key, job: PromptJob, owner: str) -> None:
         state = self.engine.save_state()
-        self._keep(SavedState(key.until(job.fixed), tuple(self.tokens), state, tuple(self._ends)), owner)
+        self._keep(SavedState(key.until(job.fixed), tuple(self.tokens), state, tuple(self._ends)), owner, job)
 
-    def _keep(self, saved: SavedState, owner: str) -> None:
+    def _keep(self, saved: SavedState, owner: str, job: PromptJob) -> None:
         """Keep the state of a fixed part in memory, and on disk unless it may not come again."""
         self.shared.cache.put(saved, owner)
         if self.shared.prompts is not None and owner == PROMPTS:
-            self.shared.prompts.save(saved.key, saved.tokens, saved.state)
+            self.shared.prompts.save(saved.key, saved.tokens, saved.state, is_warmed=job.is_warmed)
 
     def _activate(self, adapters: Mapping[str, float]) -> int:
         """Switch to these adapters; returns the time in ns."""

@@ -33,7 +33,8 @@ class PromptJob:
 
     The first `fixed` tokens are the part of the prompt that other calls have too. From sequences that do not
     belong to `owner`, only the fixed part is reused. If that part `is_given`, it came with the call and may not come
-    again: its state is kept on disk from the second such call on. `check` is called before each chunk and ends the work
+    again: its state is kept on disk from the second such call on. If it `is_warmed`, it is computed ahead of calls, and
+    its state is always kept on disk. `check` is called before each chunk and ends the work
     by raising.
     """
 
@@ -42,6 +43,7 @@ class PromptJob:
     fixed: int = 0
     owner: str = CALLS
     is_given: bool = False
+    is_warmed: bool = False
     check: Callable[[], None] = no_limits
 
     @property

@@ -41,11 +41,12 @@ class PromptStates:
                 return state
         return None
 
-    def save(self, key: Key, tokens: Sequence[int], state: memoryview) -> None:
-        """Save a state to disk, if there is a folder for it."""
+    def save(self, key: Key, tokens: Sequence[int], state: memoryview, *, is_warmed: bool = False) -> None:
+        """Save a state to disk, if there is a folder for it; see `StateStore.save`."""
         if self.store is not None:
             names = " ".join(name if scale == 1 else f"{name}={scale:g}" for name, scale in key.spans[-1][1])
-            self.store.save(self.identity(key, tokens), state, f"{self.bundle}: {names or 'base'}", len(tokens))
+            label = f"{self.bundle}: {names or 'base'}"
+            self.store.save(self.identity(key, tokens), state, label, len(tokens), is_warmed=is_warmed)
 
     def drop(self, key: Key, tokens: Sequence[int]) -> None:
         """Delete a state that the engine refused."""

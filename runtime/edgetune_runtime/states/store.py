@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,11 +18,15 @@ from typing import Any
 from edgetune_runtime.checked_file import read_about, read_checked, write_checked
 from edgetune_runtime.errors import OutOfSpaceError
 
+from .daily import DailyBudget
+
 SUFFIX = ".kv"
 KIND = "edgetune_state"
 """The kind of a state's file; see `checked_file`."""
 _ABANDONED_S = 600.0
 """A temporary file that was not written to for this long is a killed writer's: writing a state takes seconds."""
+_VARIABLE = "EDGETUNE_CACHE"
+_PRIVATE, _OTHERS, _WRITABLE = 0o700, 0o077, 0o022
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +45,7 @@ class StoredState:
 
 def default_folder() -> Path:
     """The default folder for states: `$EDGETUNE_CACHE`, else edgetune/states in the user's cache folder."""
-    given = os.environ.get("EDGETUNE_CACHE")
+    given = os.environ.get(_VARIABLE)
     if given:
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetune" / "states"
@@ -55,11 +61,14 @@ class StateStore:
 
     With a budget of 0 it is read-only. Read and write errors are not raised, because a state can always be recomputed:
     an unreadable state counts as missing, and one that cannot be written is skipped.
+
+    Calls write up to `mb_per_day`: whoever sends other prompts again and again would wear out an SD card.
     """
 
-    def __init__(self, folder: Path, budget_mb: float) -> None:
+    def __init__(self, folder: Path, budget_mb: float, mb_per_day: float = math.inf) -> None:
         self.folder = folder
         self._budget = int(budget_mb * 1e6)
+        self._daily = DailyBudget(folder, mb_per_day * 1e6)
 
     def path_of(self, identity: Mapping[str, Any]) -> Path:
         """The file of the state with this identity: everything that determines the state, as JSON values."""
@@ -86,18 +95,31 @@ class StateStore:
             with contextlib.suppress(OSError):
                 self.path_of(identity).unlink(missing_ok=True)
 
-    def save(self, identity: Mapping[str, Any], state: memoryview, label: str, tokens: int) -> bool:
-        """Save a state, evicting the least recently used ones if needed; returns whether it was saved.
+    def save(
+        self, identity: Mapping[str, Any], state: memoryview, label: str, tokens: int, *, is_warmed: bool = False
+    ) -> bool:
+        """Save a state, evicting the least recently used ones if needed; returns whether it is on disk.
 
-        Also deletes the temporary files that killed writers left. `label` is a readable description.
+        Also deletes the temporary files that killed writers left. `label` is a readable description. States that
+        `is_warmed` says were computed ahead of calls do not count as written by calls.
         """
         if len(state) > self._budget:
             _LOG.debug("did not save a state of %.1f MB: the limit is %.1f MB", len(state) / 1e6, self._budget / 1e6)
             return False
         path = self.path_of(identity)
+        if path.exists():
+            # What determines a state is in its name, so it is the same.
+            return True
         try:
+            if not is_warmed and not self._daily.admits(len(state)):
+                _LOG.debug("did not save a state of %.1f MB: calls wrote enough today", len(state) / 1e6)
+                return False
+            self._make_folder()
             self._drop_abandoned()
             self._evict(self._budget - len(state), path)
+            if not is_warmed:
+                # Before, as a write that fails wears the disk too.
+                self._daily.count(len(state))
             write_checked(path, KIND, {"identity": identity, "label": label, "tokens": tokens}, state)
         except (OSError, OutOfSpaceError) as error:
             _LOG.warning("cannot save a state to disk: %s", error)
@@ -115,6 +137,15 @@ class StateStore:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         return len(entries)
+
+    def _make_folder(self) -> None:
+        """Make the folder for this user only. One that was there keeps its rights, unless it is the default one."""
+        self.folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+        rights = stat.S_IMODE(self.folder.stat().st_mode)
+        if rights & _OTHERS and not os.environ.get(_VARIABLE) and self.folder == default_folder():
+            self.folder.chmod(_PRIVATE)
+        elif rights & _WRITABLE:
+            _LOG.warning("others can write to %s, and what they write is read as states: use chmod go-w", self.folder)
 
     def _temporaries(self) -> Iterator[Path]:
         """The files of writers at work and of killed ones."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 
 REPEAT_WINDOW = 64
 """Number of last tokens that `repeat_penalty` applies to."""
+_MOST_STOPS, _LONGEST_STOP = 64, 256
+"""Stop texts, which are looked for after each token, and characters of one."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,26 @@ class Sampling:
             (_is_integer(self.top_k) and self.top_k >= 0, "top_k", "an integer of at least 0"),
             (_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1"),
             (_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number from 0 to 1"),
-            (_is_number(self.repeat_penalty) and self.repeat_penalty > 0, "repeat_penalty", "a number above 0"),
+            # With much larger or smaller ones, logits in float32 would be infinite.
+            (
+                _is_number(self.repeat_penalty) and 0.01 <= self.repeat_penalty <= 100,
+                "repeat_penalty",
+                "a number from 0.01 to 100",
+            ),
             (self.seed is None or (_is_integer(self.seed) and self.seed >= 0), "seed", "an integer of at least 0"),
-            (all(isinstance(text, str) and text for text in self.stop), "stop", "a list of texts that are not empty"),
+            (
+                len(self.stop) <= _MOST_STOPS
+                and all(isinstance(text, str) and 0 < len(text) <= _LONGEST_STOP for text in self.stop),
+                "stop",
+                f"a list of up to {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters",
+            ),
             (_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "an integer of at least 1"),
         )
-        wrong = [f"{name} {getattr(self, name)!r} is not {wanted}" for is_valid, name, wanted in rules if not is_valid]
+        wrong = [
+            f"{name} {reprlib.repr(getattr(self, name))} is not {wanted}"
+            for is_valid, name, wanted in rules
+            if not is_valid
+        ]
         if wrong:
             raise UsageError(f"sampling: {', '.join(wrong)}", "correct these values")
 
@@ -67,12 +84,19 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
 
     def next(self, logits: NDArray[np.float32], recent: Sequence[int]) -> int:
-        """Sample the next token from logits of shape [vocab]; repeat_penalty applies to the `recent` tokens."""
+        """Sample the next token from logits of shape [vocab]; repeat_penalty applies to the `recent` tokens.
+
+        IncompatibleError if no token is the most likely one.
+        """
         sampling = self._sampling
         if sampling.repeat_penalty != 1.0 and recent:
             logits = _penalize(logits, recent[-REPEAT_WINDOW:], sampling.repeat_penalty)
+        best = int(logits.argmax())
+        if not np.isfinite(logits[best]):
+            message = f"the model computed {logits[best]} in place of a number"
+            raise IncompatibleError(message, "use smaller scales, or check the bundle: edgetune-run check BUNDLE")
         if sampling.temperature == 0.0:
-            return int(logits.argmax())
+            return best
         order = top_tokens(logits, sampling.top_k)
         chosen = logits[order].astype(np.float64)
         probabilities = _softmax(chosen)
@@ -81,7 +105,7 @@ class Sampler:
             kept = int(np.searchsorted(probabilities.cumsum(), sampling.top_p)) + 1
             order, chosen, probabilities = order[:kept], chosen[:kept], probabilities[:kept]
         kept = int((probabilities >= sampling.min_p * probabilities[0]).sum())
-        return int(self._random.choice(order[:kept], p=_softmax(chosen[:kept] / sampling.temperature)))
+        return int(self._random.choice(order[:kept], p=_softmax(chosen[:kept], float(sampling.temperature))))
 
 
 def top_tokens(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
@@ -99,14 +123,16 @@ def _penalize(logits: NDArray[np.float32], recent: Sequence[int], penalty: float
     return logits
 
 
-def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    weights = np.exp(values - values.max())
+def _softmax(values: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:
+    # The most likely token has weight 1 at every temperature; those of others may be too small for a number.
+    with np.errstate(over="ignore"):
+        weights = np.exp((values - values.max()) / temperature)
     normalized: NDArray[np.float64] = weights / weights.sum()
     return normalized
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_integer(value: object) -> bool:

@@ -9,38 +9,43 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from wyoming.asr import Transcript
-from wyoming.event import Event
+from wyoming.event import Event, async_read_event, async_write_event
 from wyoming.handle import Handled, HandledChunk, HandledStart, HandledStop, NotHandled
 from wyoming.info import Attribution, Describe, HandleModel, HandleProgram, Info
 from wyoming.ping import Ping, Pong
-from wyoming.server import AsyncEventHandler
 
 from edgetune_runtime import __version__
 from edgetune_runtime.asynchronous import AsyncRuntime
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.runtime import Runtime
+from edgetune_runtime.server.accepting import connections_within_files
+from edgetune_runtime.server.connections import Connections
+from edgetune_runtime.server.settings import Limits
 
 _LOG = logging.getLogger(__name__)
 
 MOST_BYTES = 1 << 16
 """Size of the largest event that is read: a transcript is short, and no audio is wanted."""
+_BACKLOG = 64
+"""Connections that are accepted before the first of them is counted."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What answers: a runtime, one of its adapters (None: the base), and limits per answer."""
+    """What answers: a runtime, one of its adapters (None: the base), and limits per answer and of connections."""
 
     runtime: AsyncRuntime
     adapter: str | None
     languages: tuple[str, ...]
     max_tokens: int
     deadline_s: float
+    limits: Limits = field(default_factory=Limits)
 
     def info(self) -> Info:
         """What a client is told about the service."""
@@ -76,21 +81,39 @@ def serve(
 
 async def run(service: Service, listening: socket.socket, ready: Callable[[], None]) -> None:
     """Answer clients until the task is cancelled."""
-    connections: set[asyncio.Task[None]] = set()
+    limits, tasks = service.limits, set[asyncio.Task[None]]()
+    connections = Connections(connections_within_files(limits.connections), limits.connections_per_address)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
+        task, peer = asyncio.current_task(), writer.get_extra_info("peername")
         assert task is not None
-        connections.add(task)
+        abort = writer.transport.abort
+        # A client that has gone already has no address.
+        connection = connections.admit(peer[0], abort) if peer else None
+        if connection is None:
+            abort()
+            return
+        tasks.add(task)
+        client = Client(service, reader, writer)
         try:
-            await Connection(service, reader, writer).run()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            # The client left, or sent what is no event: the library does not check the fields of one.
+            async for event in client.events():
+                connections.answer(connection)
+                await client.answer(event)
+                connections.wait(connection)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # The client left, is too slow, or sent what is no event: the library does not check the fields of one.
             _LOG.info("a connection ended: %s", error)
         finally:
-            connections.discard(task)
+            connections.wait(connection)
+            writer.close()
+            with suppress(OSError):
+                async with asyncio.timeout(limits.client_s):
+                    await writer.wait_closed()
+            abort()
+            connections.leave(connection)
+            tasks.discard(task)
 
-    server = await asyncio.start_server(connected, sock=listening, limit=MOST_BYTES)
+    server = await asyncio.start_server(connected, sock=listening, limit=MOST_BYTES, backlog=_BACKLOG)
     serving = asyncio.current_task()
     assert serving is not None
     # Not on Windows, and not outside the main thread.
@@ -101,28 +124,40 @@ async def run(service: Service, listening: socket.socket, ready: Callable[[], No
         await server.serve_forever()
     finally:
         server.close()
-        for task in connections:
+        for task in tasks:
             task.cancel()
 
 
-class Connection(AsyncEventHandler):
+class Client:
     """One client."""
 
     def __init__(self, service: Service, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # The library reads as many bytes as an event announces.
         reader.readexactly = partial(_read_exactly, reader.readexactly)  # type: ignore[method-assign]
-        super().__init__(reader, writer)
-        self._service = service
+        self._service, self._reader, self._writer = service, reader, writer
 
-    async def handle_event(self, event: Event) -> bool:
-        """Answer a transcript, a question about the service, or a ping; ignore other events."""
+    async def events(self) -> AsyncIterator[Event]:
+        """What the client sends; TimeoutError if the first event does not arrive in time."""
+        limit_s: float | None = self._service.limits.client_s
+        while True:
+            async with asyncio.timeout(limit_s):
+                event = await async_read_event(self._reader)
+            if event is None:
+                return
+            yield event
+            limit_s = None
+
+    async def answer(self, event: Event) -> None:
+        """Answer a transcript, a question about the service, or a ping; ignore other events.
+
+        TimeoutError if the client does not read the answer.
+        """
         if Transcript.is_type(event.type):
             await self._answer(Transcript.from_event(event))
         elif Describe.is_type(event.type):
-            await self.write_event(self._service.info().event())
+            await self._send(self._service.info().event())
         elif Ping.is_type(event.type):
-            await self.write_event(Pong(text=Ping.from_event(event).text).event())
-        return True
+            await self._send(Pong(text=Ping.from_event(event).text).event())
 
     async def _answer(self, asked: Transcript) -> None:
         """Send the answer piece by piece, then whole, for clients that do not read pieces."""
@@ -131,16 +166,20 @@ class Connection(AsyncEventHandler):
             async with service.runtime.stream(
                 asked.text, adapter=service.adapter, max_tokens=service.max_tokens, deadline_s=service.deadline_s
             ) as stream:
-                await self.write_event(HandledStart(context=asked.context).event())
+                await self._send(HandledStart(context=asked.context).event())
                 async for piece in stream:
-                    await self.write_event(HandledChunk(text=piece).event())
+                    await self._send(HandledChunk(text=piece).event())
                 answer = stream.answer
             assert answer is not None
-            await self.write_event(Handled(text=answer.text, context=asked.context).event())
-            await self.write_event(HandledStop().event())
+            await self._send(Handled(text=answer.text, context=asked.context).event())
+            await self._send(HandledStop().event())
         except EdgetuneError as error:
             _LOG.warning("a transcript was not answered: %s", error)
-            await self.write_event(NotHandled(text=str(error), context=asked.context).event())
+            await self._send(NotHandled(text=str(error), context=asked.context).event())
+
+    async def _send(self, event: Event) -> None:
+        async with asyncio.timeout(self._service.limits.client_s):
+            await async_write_event(event, self._writer)
 
 
 async def _read_exactly(read: Callable[[int], Awaitable[bytes]], count: int) -> bytes:

@@ -418,4 +418,5 @@ def test_systemd_accepts_the_unit(user: bool, make: KitMaker, tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (0, "")
     limit_mib = read_kit(kit).service["memory_max_mb"] * 10**6 // 2**20
     assert f"\nMemoryMax={limit_mib}M\n" in unit.read_text()
-    assert " --context-length 512 --kv q8_0 --cache-mb 16.0 " in unit.read_text()
+    assert "\nLimitNOFILE=4096\n" in unit.read_text()
+    assert " --context-length 512 --kv q8_0 --cache-mb 16.0 --warm --disk-mb-per-day 0 " in unit.read_text()

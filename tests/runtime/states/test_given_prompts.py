@@ -100,6 +100,20 @@ def test_prompts_that_come_once_write_nothing_and_leave_the_adapters_own_states(
         assert runtime.generate("stop", adapter="two", max_tokens=1).timings.reused_tokens == own > 16
 
 
+def test_calls_write_nothing_to_disk_without_a_daily_budget_but_warm_does(open_: Open, tmp_path: Path) -> None:
+    with open_(disk_mb_per_day=0) as runtime:
+        for number in range(3):
+            for _ in range(3):
+                ask(runtime, f"it is {number} now " + SYSTEMS[0], "play")
+            runtime.generate("play", adapter={"two": 1 + number / 8}, max_tokens=1)
+        assert ask(runtime, "it is 2 now " + SYSTEMS[0], "play")[1] > 16
+        assert stored(tmp_path) == 0
+        warmed = runtime.warm(["one"])
+        assert stored(tmp_path) == len(warmed) == 1
+    with open_(disk_mb_per_day=0) as again:
+        assert again.generate("play", adapter="one", max_tokens=1).timings.reused_tokens == warmed["one"]
+
+
 def test_a_given_prompt_is_evicted_before_a_kept_one_until_it_is_kept_too() -> None:
     def saved(*tokens: int) -> SavedState:
         return SavedState(key_of("base", [(0, {})]), tokens, memoryview(bytes(10)))

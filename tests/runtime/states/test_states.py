@@ -191,6 +191,7 @@ def test_a_state_that_the_engine_refuses_is_made_again(
         identity = prompts.identity(key, call.job.tokens[: call.job.fixed])
     store = StateStore(tmp_path / "states", 1)
     assert store.path_of(identity) == path
+    store.drop(identity)
     # Whole by its checksum, and yet no state.
     store.save(identity, memoryview(bytes(1000)), "home: one", 3)
     with open_(engine) as runtime:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import os
+import stat
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from edgetune_runtime.checked_file import read_about, read_checked, write_checked
+from edgetune_runtime.states.daily import COUNT_NAME
 from edgetune_runtime.states.store import KIND, StateStore, default_folder
 
 STATE = memoryview(bytes(range(256)) * 40)
@@ -127,3 +130,72 @@ def test_an_empty_state_is_one(tmp_path: Path) -> None:
     found = read_checked(tmp_path / "file", KIND)
     assert found is not None
     assert (found.about, bytes(found.data)) == ({"a": "é"}, b"")
+
+
+SIZE_MB = len(STATE) / 1e6
+
+
+def files(folder: Path) -> int:
+    return len(list(folder.glob("*.kv")))
+
+
+def test_calls_write_only_so_much_per_day_also_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(name: str) -> bool:
+        return StateStore(tmp_path, 1, 2.5 * SIZE_MB).save(identity(name), STATE, name, 7)
+
+    assert [save(name) for name in "abcd"] == [True, True, False, False]
+    # What is there already is not written again.
+    before = StateStore(tmp_path, 1).path_of(identity("a")).stat()
+    assert save("a")
+    assert StateStore(tmp_path, 1).path_of(identity("a")).stat() == before
+    StateStore(tmp_path, 1).clear()
+    assert not save("a")
+    tomorrow_s = time.time() + 86_400
+    monkeypatch.setattr(time, "time", lambda: tomorrow_s)
+    assert [save(name) for name in "abc"] == [True, True, False]
+
+
+def test_states_computed_ahead_are_written_however_many_calls_there_were(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "states", 1, 0)
+    assert not store.save(identity("a"), STATE, "a", 7)
+    assert not (tmp_path / "states").exists()
+    for name in "abc":
+        assert store.save(identity(name), STATE, name, 7, is_warmed=True)
+    assert files(store.folder) == 3
+    assert not store.save(identity("d"), STATE, "d", 7)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"edgetune_written":1,"about":{"day":[],"bytes":"x"}}\n'])
+def test_a_damaged_count_is_begun_again(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / COUNT_NAME).write_bytes(damage)
+    store = StateStore(tmp_path, 1, 1.5 * SIZE_MB)
+    assert [store.save(identity(name), STATE, name, 7) for name in "ab"] == [True, False]
+
+
+def rights(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other rights")
+def test_states_are_for_their_user_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("EDGETUNE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for folder in (tmp_path / "new", default_folder()):
+        store = StateStore(folder, 1)
+        if folder == default_folder():
+            folder.mkdir(mode=0o755, parents=True)
+            folder.chmod(0o755)
+        assert store.save(identity("a"), STATE, "a", 7)
+        assert rights(folder) == 0o700
+        assert {rights(path) for path in folder.iterdir()} == {0o600}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other rights")
+def test_a_folder_of_the_users_own_choice_keeps_its_rights_and_others_that_can_write_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for mode in (0o750, 0o777):
+        tmp_path.chmod(mode)
+        assert StateStore(tmp_path, 1).save(identity(str(mode)), STATE, "a", 7)
+        assert rights(tmp_path) == mode
+        assert ("others can write to" in caplog.text) == (mode == 0o777)

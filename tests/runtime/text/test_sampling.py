@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from edgetune_runtime import Sampling, UsageError
+from edgetune_runtime import IncompatibleError, Sampling, UsageError
 from edgetune_runtime.text.sampling import Sampler
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], np.float32))
@@ -84,3 +84,41 @@ def test_values_of_a_wrong_kind_are_refused(wrong: dict[str, object]) -> None:
 
 def test_one_stop_text_may_stand_alone() -> None:
     assert Sampling(stop="END").stop == Sampling(stop=["END"]).stop == ("END",)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-30, 1e308, 10**300])
+def test_every_temperature_above_0_draws_a_token(temperature: float) -> None:
+    assert set(drawn(**{**OPEN, "temperature": temperature}, count=20)) <= set(range(5))
+    if temperature < 1:
+        assert set(drawn(**{**OPEN, "temperature": temperature}, count=20)) == {0}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 10**400},
+        {"repeat_penalty": 1e-300},
+        {"repeat_penalty": 1e300},
+        {"stop": [str(number) for number in range(150_000)]},
+        {"stop": "x" * 257},
+    ],
+)
+def test_values_that_floats_or_time_do_not_allow_are_refused_in_a_short_line(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError) as caught:
+        Sampling(**wrong)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_one_clear_error(value: float, temperature: float) -> None:
+    logits = LOGITS.copy()
+    logits[2] = value
+    with pytest.raises(IncompatibleError, match="in place of a number"):
+        drawn(logits, temperature=temperature)
+
+
+def test_tokens_that_a_constraint_excludes_are_not_drawn() -> None:
+    logits = LOGITS.copy()
+    logits[[0, 1]] = -np.inf
+    assert set(drawn(logits, **{**OPEN, "temperature": 1e3})) == {2, 3, 4}

@@ -16,6 +16,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.asynchronous import AsyncRuntime
 from edgetune_runtime.cli import main
 from edgetune_runtime.server.binding import bind
+from edgetune_runtime.server.settings import Limits
 from edgetune_runtime.voice.service import MOST_BYTES, Service, run
 from wyoming.asr import Transcript
 from wyoming.client import AsyncClient
@@ -27,11 +28,13 @@ from wyoming.ping import Ping, Pong
 Ask = Callable[[str], Awaitable[None]]
 
 
-def asked(runtime: Runtime, ask: Ask) -> None:
+def asked(runtime: Runtime, ask: Ask, **limits: float) -> None:
     """Run `ask(uri)` while the service runs with the first adapter."""
 
     async def both() -> None:
-        service = Service(AsyncRuntime(runtime), runtime.adapters[0], ("en",), max_tokens=12, deadline_s=20)
+        service = Service(
+            AsyncRuntime(runtime), runtime.adapters[0], ("en",), max_tokens=12, deadline_s=20, limits=Limits(**limits)
+        )  # type: ignore[arg-type]
         with bind("127.0.0.1", 0) as listening:
             serving = asyncio.create_task(run(service, listening, lambda: None))
             try:
@@ -103,6 +106,8 @@ def test_a_prompt_that_does_not_fit_is_not_handled_and_says_why(runtime: Runtime
         json.dumps({"type": "transcript", "data_length": 10 * MOST_BYTES}).encode() + b"\n",
         json.dumps({"type": "audio-chunk", "payload_length": 10 * MOST_BYTES}).encode() + b"\n",
         b"x" * (3 * MOST_BYTES),
+        b"[" * (MOST_BYTES // 2) + b"\n",
+        b'{"type": "ping", "data": {"text": "\\ud800"}}\n',
         b"[]\n",
         b'{"type": "transcript"}\n',
         b'{"type": "transcript", "data": {"text": 7}}\n',
@@ -121,6 +126,56 @@ def test_what_is_no_event_ends_its_connection_and_no_other(runtime: Runtime, dat
             await events(client, "handled-stop")
 
     asked(runtime, ask)
+
+
+def test_idle_clients_make_room_for_others(runtime: Runtime) -> None:
+    async def ask(uri: str) -> None:
+        port = int(uri.rpartition(":")[2])
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        async with AsyncClient.from_uri(uri) as client:
+            await client.write_event(Transcript("turn on the light").event())
+            await events(client, "handled-stop")
+        closed = 0
+        for reader, writer in idle:
+            with suppress(TimeoutError, ConnectionError):
+                async with asyncio.timeout(0.05):
+                    closed += await reader.read() == b""
+            writer.close()
+        assert closed >= 16
+
+    asked(runtime, ask, connections=4)
+
+
+def test_a_client_is_dropped_that_sends_no_event_in_time_but_not_one_that_was_answered(runtime: Runtime) -> None:
+    async def ask(uri: str) -> None:
+        async with AsyncClient.from_uri(uri) as client:
+            await client.write_event(Ping().event())
+            await events(client, "pong")
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(uri.rpartition(":")[2]))
+            writer.write(b'{"type": ')
+            async with asyncio.timeout(5):
+                with suppress(ConnectionError):
+                    assert await reader.read() == b""
+            writer.close()
+            await asyncio.sleep(0.3)
+            await client.write_event(Ping().event())
+            await events(client, "pong")
+
+    asked(runtime, ask, client_s=0.2)
+
+
+def test_a_client_that_does_not_read_is_dropped(runtime: Runtime) -> None:
+    async def ask(uri: str) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(uri.rpartition(":")[2]), limit=1)
+        ping = json.dumps({"type": "ping", "data": {"text": "x" * 60_000}}).encode() + b"\n"
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(20):
+                while True:
+                    writer.write(ping)
+                    await writer.drain()
+        writer.close()
+
+    asked(runtime, ask, client_s=0.3)
 
 
 @pytest.mark.parametrize(

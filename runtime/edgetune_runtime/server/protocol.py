@@ -1,0 +1,152 @@
+"""HTTP on one connection: it is counted, has timeouts, and gives way to others while it waits for its client."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import h11
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from edgetune_runtime.errors import BusyError
+
+from .accepting import connections_within_files
+from .connections import Connection, Connections
+from .problems import error_response
+from .settings import Limits, is_loopback
+
+_LOG = logging.getLogger(__name__)
+_MOST_CHECKS = 8
+"""Connections of this machine beyond the limit that can ask whether the server is well."""
+_CHECKS = frozenset({"/healthz", "/readyz"})
+_PART_BYTES = 1 << 14
+"""h11 checks the size of a request's head only between the parts that it gets."""
+_REFUSED = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+def protocol(limits: Limits) -> type[H11Protocol]:
+    """The protocol of a server's connections, which are counted together."""
+    most = connections_within_files(limits.connections)
+    everyone = Connections(most, limits.connections_per_address)
+    checks = Connections(_MOST_CHECKS, _MOST_CHECKS)
+
+    class Protocol(H11Protocol):
+        """A connection, which is closed when the client sends or reads nothing for too long."""
+
+        _arriving: asyncio.TimerHandle | None = None
+        _stalled: asyncio.TimerHandle | None = None
+        _counted: tuple[Connections, Connection] | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)  # type: ignore[arg-type]  # it is a Transport, as for uvicorn
+            if self._is_admitted():
+                self._expect_request()
+            else:
+                self.transport.write(_REFUSED)
+                self.transport.close()
+
+        def data_received(self, data: bytes) -> None:
+            for begin in range(0, len(data), _PART_BYTES):
+                if not self.transport.is_closing():
+                    super().data_received(data[begin : begin + _PART_BYTES])
+            if self.cycle is not None and not self.cycle.response_complete:
+                if self.conn.trailing_data[0]:
+                    # A client with requests ready for ever (pipelining) would never give way.
+                    self.cycle.keep_alive = False
+                self._cancel(self._arriving)
+                self._arriving = None
+            elif self._arriving is None:
+                self._expect_request()
+            self._count()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._count()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._cancel(self._stalled)
+            self._stalled = self.loop.call_later(limits.client_s, self._drop, "it does not read its answer")
+            self._count()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._cancel(self._stalled)
+            self._stalled = None
+            self._count()
+
+        def send_400_response(self, msg: str) -> None:
+            # What is no HTTP may also come after a request that is answered already.
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                super().send_400_response(msg)
+            else:
+                self.transport.abort()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._cancel(self._arriving)
+            self._cancel(self._stalled)
+            if self._counted is not None:
+                connections, connection = self._counted
+                connections.leave(connection)
+            super().connection_lost(exc)
+
+        def _is_admitted(self) -> bool:
+            # A client that has gone already has no address.
+            address = None if self.client is None else self.client[0]
+            if address is None:
+                return False
+            if self._is_admitted_by(everyone, address):
+                return True
+            self.app = _checks_only(self.app, most)
+            return is_loopback(address) and self._is_admitted_by(checks, address)
+
+        def _is_admitted_by(self, connections: Connections, address: str) -> bool:
+            connection = connections.admit(address, self._make_room)
+            self._counted = None if connection is None else (connections, connection)
+            return connection is not None
+
+        def _count(self) -> None:
+            if self._counted is None:
+                return
+            connections, connection = self._counted
+            cycle = self.cycle
+            is_asked = cycle is not None and not cycle.response_complete and not cycle.more_body
+            if is_asked and self._stalled is None:
+                connections.answer(connection)
+            else:
+                connections.wait(connection)
+
+        def _make_room(self) -> None:
+            _LOG.info("closed a connection that waited for its client, to make room for another one")
+            self.transport.abort()
+
+        def _expect_request(self) -> None:
+            self._arriving = self.loop.call_later(limits.client_s, self._drop, "its request does not arrive")
+
+        def _drop(self, reason: str) -> None:
+            _LOG.info("dropped a client after %g s: %s", limits.client_s, reason)
+            # `close` would wait until the client has read everything.
+            self.transport.abort()
+
+        def _cancel(self, timer: asyncio.TimerHandle | None) -> None:
+            if timer is not None:
+                timer.cancel()
+
+    return Protocol
+
+
+def _checks_only(app: Any, most: int) -> ASGIApp:  # noqa: ANN401 - as uvicorn calls it
+    """The application for a connection beyond the limit."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in _CHECKS:
+            await app(scope, receive, send)
+            return
+        error = BusyError(f"all {most} connections are in use", "try again later")
+        response = error_response(error, scope["path"])
+        response.headers["Connection"] = "close"
+        await response(scope, receive, send)
+
+    return answer
