@@ -1,0 +1,106 @@
+"""Runs a child process with a time limit, keeps the end of what it writes, and says in words how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO
+
+_MOST_BYTES = 1 << 20
+"""Kept of each stream: of what a child writes without end, only the end stays in memory."""
+_LINE_CHARACTERS = 300
+_CLOSING_S = 10.0
+"""For the end of a process that has closed its output."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended: its exit code, or minus the number of a signal; killed after `timeout_s`, if not None."""
+
+    code: int
+    output: bytes
+    errors: bytes
+    timeout_s: float | None = None
+
+    @property
+    def how(self) -> str:
+        """The end in words, such as "was ended by SIGABRT"."""
+        if self.timeout_s is not None:
+            return f"was killed after {self.timeout_s:.0f} s"
+        if self.code >= 0:
+            return f"ended with exit code {self.code}"
+        try:
+            return f"was ended by {signal.Signals(-self.code).name}"
+        except ValueError:
+            return f"was ended by signal {-self.code}"
+
+    @property
+    def last_line(self) -> str:
+        """The last line of standard error that is not empty, shortened, without control characters; or nothing."""
+        lines = [line for line in self.errors.decode("utf-8", "replace").splitlines() if line.strip()]
+        return printable(lines[-1].strip() if lines else "")[-_LINE_CHARACTERS:]
+
+
+def printable(text: str) -> str:
+    """The text with spaces in place of control characters, which a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def run(
+    command: Sequence[str], *, timeout_s: float, given: bytes = b"", environment: Mapping[str, str] | None = None
+) -> Ended:
+    """Run `command` with `given` as its standard input; kills it, and what it started, after `timeout_s`.
+
+    OSError if it cannot be started.
+    """
+    pipe = subprocess.PIPE
+    # Its own session, so that Ctrl-C and a kill of the group reach this process and that one apart.
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True)
+    assert child.stdin and child.stdout and child.stderr
+    output, errors = bytearray(), bytearray()
+    readers = [_reader(child.stdout, output), _reader(child.stderr, errors)]
+    timed_out = False
+    try:
+        with suppress(OSError), child.stdin:
+            child.stdin.write(given)
+        # Waiting for the process itself would poll.
+        readers[0].join(timeout_s)
+        timed_out = readers[0].is_alive()
+        if not timed_out:
+            child.wait(_CLOSING_S)
+    except subprocess.TimeoutExpired:
+        timed_out = True
+    finally:
+        if timed_out or child.returncode is None:
+            _kill(child)
+    for reader in readers:
+        # What the child started may have left the group and still hold the pipe.
+        reader.join(_CLOSING_S)
+    return Ended(child.returncode, bytes(output), bytes(errors), timeout_s if timed_out else None)
+
+
+def _reader(stream: IO[bytes], kept: bytearray) -> threading.Thread:
+    def read() -> None:
+        with stream:
+            while block := stream.read1(1 << 16):  # type: ignore[attr-defined]
+                kept.extend(block)
+                del kept[:-_MOST_BYTES]
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child and its group."""
+    with suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(child.pid, signal.SIGKILL)
+        else:
+            child.kill()
+    child.wait()
