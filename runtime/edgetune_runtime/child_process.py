@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
@@ -51,16 +51,14 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def run(
-    command: Sequence[str], *, timeout_s: float, given: bytes = b"", environment: Mapping[str, str] | None = None
-) -> Ended:
+def run(command: Sequence[str], *, timeout_s: float, given: bytes = b"") -> Ended:
     """Run `command` with `given` as its standard input; kills it, and what it started, after `timeout_s`.
 
     OSError if it cannot be started.
     """
     pipe = subprocess.PIPE
     # Its own session, so that Ctrl-C and a kill of the group reach this process and that one apart.
-    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True)
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     assert child.stdin and child.stdout and child.stderr
     output, errors = bytearray(), bytearray()
     readers = [_reader(child.stdout, output), _reader(child.stderr, errors)]

@@ -43,10 +43,11 @@ class _Capabilities(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a process may allocate, without mapped files, and how many seconds it may take."""
+    """What a process may allocate, without mapped files, how long it may take, and the size of files that it writes."""
 
     memory_bytes: int
     time_s: float
+    file_bytes: int = 0
 
 
 def limits_of(manifest: Manifest, context_length: int) -> Limits:
@@ -62,10 +63,12 @@ def limits_of(manifest: Manifest, context_length: int) -> Limits:
 def confine(limits: Limits) -> None:
     """Confine this process for the rest of its life. Call it before there are other threads.
 
-    It can then allocate no more memory than the limit, and compute for its time on each core. It can write no files and
-    has no network, and it ends with the thread that started it. Root becomes `nobody` with the right to read all files,
-    but stays root in a container that has no such right to give.
+    It can then allocate no more memory than the limit, and compute for its time on each core. It has no network, and
+    ends with the thread that started it. Root becomes `nobody` with the right to read all files, but stays root in a
+    container that has no such right to give.
     """
+    # numpy's threads would take memory, and an abort of llama.cpp would start a debugger.
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         # Where memory is short, the kernel ends this process first.
@@ -88,7 +91,7 @@ def confine(limits: Limits) -> None:
             resource.RLIMIT_DATA: limits.memory_bytes,
             resource.RLIMIT_CPU: int(limits.time_s * (os.cpu_count() or 1)),
             resource.RLIMIT_NOFILE: _OPEN_FILES,
-            resource.RLIMIT_FSIZE: 0,
+            resource.RLIMIT_FSIZE: limits.file_bytes,
             resource.RLIMIT_CORE: 0,
         }
         for name, limit in figures.items():

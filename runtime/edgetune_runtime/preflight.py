@@ -96,11 +96,9 @@ def _ended(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Ended |
         "limits": asdict(limits),
         "options": {name: getattr(options, name) for name in OPTIONS},
     }
-    # A child that aborts must not start a debugger, and its threads of numpy would take memory.
-    environment = os.environ | {"GGML_NO_BACKTRACE": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-I", "-B", "-c", _START, *sys.path]
     try:
-        return run(command, timeout_s=limits.time_s, given=json.dumps(request).encode(), environment=environment)
+        return run(command, timeout_s=limits.time_s, given=json.dumps(request).encode())
     except OSError as error:
         _LOG.warning("cannot check %s in a child process: %s", bundle, error)
         return None

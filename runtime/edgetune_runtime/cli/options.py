@@ -79,6 +79,8 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     add_cache_folder(group)
     text = "decode token by token, without drafts from the adapter's draft table"
     group.add_argument("--no-drafts", action="store_true", help=text)
+    text = "do not open a new bundle in a child process first, which turns a crash into an error"
+    group.add_argument("--no-preflight", action="store_true", help=text)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
 
 
@@ -102,7 +104,7 @@ def open_runtime(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: 
         cache_folder=options.cache_folder,
         map_large_blocks=True,
         drafts=not options.no_drafts,
-        **more,
+        **{"preflight": not options.no_preflight, **more},
     )
 
 
