@@ -25,13 +25,18 @@ from edgetune.delivery.kit.wheels import read_wheel
 PYTHON = ".".join(map(str, sys.version_info[:2]))
 # `check` and `serve` fail if the bundle says so.
 _RUNTIME = """\
-import http.server, pathlib, sys, time
+import http.server, os, pathlib, sys, time
 begin = time.monotonic()
 command, bundle = sys.argv[1], pathlib.Path(sys.argv[2])
 answer = (bundle / "answer.txt").read_text()
 if command == "check":
     if answer == "wrong":
         sys.exit("edgetune-run: 1 of 1 adapters answer differently; report it")
+    if answer == "crash":
+        print("x.cpp:7: GGML_ASSERT(n > 0) failed", file=sys.stderr, flush=True)
+        os.abort()
+    if "--confined" not in sys.argv:
+        sys.exit("edgetune-run: this must not run as root")
     print('{"command": {"same": true}}' if answer != "unknown" else "")
     sys.exit(3 if answer == "unknown" else 0)
 if command == "serve":

@@ -61,13 +61,15 @@ class BundleMeasurement:
     def score(self, target: str) -> Evaluation:
         """The adapter's score on the device's engine."""
         self.progress.say(f"scoring on {target}")
-        with Runtime.open(self.bundle, engine=target, disk_mb=0) as runtime:
+        with Runtime.open(self.bundle, engine=target, disk_mb=0, preflight=False) as runtime:
             return score(runtime, self.task, self.rows, self.progress)
 
     def on_engine(self, target: str, scored: Evaluation, merged: MergedSpeed | None) -> EngineFigures:
         """All figures of the adapter on an engine: the given scores, and speeds measured here."""
         self.progress.say(f"timing {target}")
-        timed = bench.measure(partial(Runtime.open, self.bundle, engine=target, disk_mb=0), lambda _: None)
+        timed = bench.measure(
+            partial(Runtime.open, self.bundle, engine=target, disk_mb=0, preflight=False), lambda _: None
+        )
         shape, speed = self.entry.shapes[target], timed["decode_tokens_per_s"]
         own, is_merged = speed["adapters"][self.task], shape == Merged.shape
         slow, busy = _load_in(timed)

@@ -46,7 +46,7 @@ def with_golden(bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdap
     for engine in manifest.base.files:
         for names in _groups(manifest, engine, rows):
             options: dict[str, Any] = {"context_length": length, "cache_mb": 0, "disk_mb": 0, "contexts": 1}
-            with Runtime.open(bundle, engine=engine, verify=False, **options) as runtime:
+            with Runtime.open(bundle, engine=engine, verify=False, preflight=False, **options) as runtime:
                 for name in names:
                     golden = _golden(runtime, name, rows[name])
                     if golden is None:

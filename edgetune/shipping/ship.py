@@ -222,7 +222,7 @@ def _make_states(bundle: Path, engines: Iterable[str], progress: Progress) -> No
     """Compute the states of the fixed prompts with the runtime, and add them to the bundle."""
     for engine in engines:
         options: dict[str, Any] = {"cache_mb": 0, "disk_mb": sys.maxsize / 1e6, "cache_folder": bundle / STATES_FOLDER}
-        with Runtime.open(bundle, engine=engine, verify=False, contexts=1, **options) as runtime:
+        with Runtime.open(bundle, engine=engine, verify=False, preflight=False, contexts=1, **options) as runtime:
             tokens = runtime.warm()
         progress.say(f"  {engine}: states of {', '.join(f'{name} ({count} tokens)' for name, count in tokens.items())}")
     # The runtime keeps its own states private, and whoever may read a bundle needs these.

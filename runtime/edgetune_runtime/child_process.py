@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import IO
 
 from .limits import no_limits
@@ -20,6 +24,8 @@ _LINE_CHARACTERS = 300
 _CHECK_S = 0.05
 _CLOSING_S = 10.0
 """For the end of a process that has closed its output."""
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,21 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
+@cache
+def has_python() -> bool:
+    """Whether `sys.executable` is a Python: an embedded or frozen one is the app itself. Logs a warning once if not."""
+    is_python = Path(sys.executable or "").name.lower().startswith(("python", "pypy"))
+    if is_python and not getattr(sys, "frozen", False):
+        return True
+    _LOG.warning("nothing is checked in child processes: %r is not a Python", sys.executable)
+    return False
+
+
 def run(
     command: Sequence[str],
     *,
     timeout_s: float,
     given: bytes = b"",
-    environment: Mapping[str, str] | None = None,
     check: Callable[[], None] = no_limits,
 ) -> Ended:
     """Run `command` with `given` as its standard input; kills it, and what it started, after `timeout_s`.
@@ -69,7 +84,7 @@ def run(
     """
     pipe = subprocess.PIPE
     # Its own session, so that Ctrl-C and a kill of the group reach this process and that one apart.
-    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True)
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     assert child.stdin and child.stdout and child.stderr
     output, errors = bytearray(), bytearray()
     readers = [_reader(child.stdout, output), _reader(child.stderr, errors)]

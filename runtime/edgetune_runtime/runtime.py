@@ -20,6 +20,7 @@ from .generation import Answer, Generation, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .opening import OpeningOptions, file_of, open_base
 from .options import AnswerForm, AnswerOptions, split_options
+from .preflight import require_opens
 from .scoring import most_likely, window_loss
 from .serving.jobs import PromptJob
 from .session import Session
@@ -66,6 +67,7 @@ class Runtime:
         map_large_blocks: bool = False,
         drafts: bool = True,
         merged_mb: float | None = None,
+        preflight: bool = True,
         on_event: Callable[[Event], None] | None = None,
     ) -> Self:
         """Open a bundle: check its files, map the base and load the adapters.
@@ -107,6 +109,10 @@ class Runtime:
         With `drafts`, tokens are drafted from the adapter's draft table and from the prompt, and verified several per
         step (speculative decoding). This changes no answer, except that rounding may decide a near tie differently.
 
+        With `preflight`, a bundle that was not opened before on this machine is first opened in a child process, with
+        limits of memory and time and, on Linux, without network: a crash of native code is then a VerificationError.
+        That a bundle passed is remembered in `cache_folder`. EDGETUNE_PREFLIGHT=0 in the environment turns it off.
+
         `on_event` is called with each `Event`, on the thread of the call and while it holds its context: it must be
         quick and must not call the runtime. Its errors are logged.
 
@@ -147,6 +153,8 @@ class Runtime:
             merged_mb=merged_mb,
             emit=safely(on_event),
         )
+        if preflight:
+            require_opens(bundle, manifest, options, Path(cache_folder or default_folder()))
         loaded = LoadedBundle(bundle, manifest, open_base(bundle, manifest, file, options), options)
         try:
             for entry in manifest.adapters.values():

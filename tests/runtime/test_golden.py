@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -66,6 +68,18 @@ def test_the_same_answers_are_no_error(golden: Path, checked: Checked, engine: s
     assert (code, err, list(told)) == (0, "", ["command", "tone", "whole"])
     assert told["command"]["expected"] == told["command"]["answer"] != ""
     assert (told["command"]["margin"], told["command"]["same"]) == (0.5, True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_confined_check_gives_the_same_answers(golden: Path, engine: str, tmp_path: Path) -> None:
+    # Confined for the rest of its life, so in a process of its own, whose output goes to a file.
+    command = [sys.executable, "-m", "edgetune_runtime", "check", str(golden), "--engine", engine, "--confined"]
+    with (tmp_path / "out").open("wb") as out:
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+    text = (tmp_path / "out").read_text(encoding="utf-8")
+    assert (done.returncode, text) == (0, "command\tsame\ntone\tsame\nwhole\tsame\n")
+    # onnxruntime may complain that it cannot store an identifier.
+    assert "edgetune" not in done.stderr
 
 
 @pytest.mark.parametrize("engine", ENGINES)

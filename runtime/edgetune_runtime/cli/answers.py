@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
+from edgetune_runtime.confinement import confine, limits_of
 from edgetune_runtime.conversation import Conversation, adapter_choice, show
 from edgetune_runtime.formats.quantization import describe
 
 from .options import answer_options, open_runtime, prompt_of
+
+_CONFINED_S = 3600.0
+_REPORT_BYTES = 1 << 20
 
 
 def info(options: argparse.Namespace) -> None:
@@ -65,10 +71,20 @@ def chat(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """`check`: compare golden answers of the build with those of this machine."""
-    from edgetune_runtime.golden import report  # noqa: PLC0415 - see open_runtime
+    more = _confined(options) if options.confined else {}
+    from edgetune_runtime.golden import report  # noqa: PLC0415 - see open_runtime, and it starts threads
 
-    with open_runtime(options) as runtime:
+    with open_runtime(options, **more) as runtime:
         report(runtime, as_json=options.json)
+
+
+def _confined(options: argparse.Namespace) -> dict[str, Any]:
+    """Confine this process; the options of `Runtime.open` that go with it."""
+    manifest = read_manifest(options.bundle)
+    limits = limits_of(manifest, options.context_length or manifest.context_length)
+    # Long answers of many adapters, and a report that goes to a file.
+    confine(replace(limits, time_s=_CONFINED_S, file_bytes=_REPORT_BYTES))
+    return {"contexts": 1, "disk_mb": 0, "preflight": False}
 
 
 def warm(options: argparse.Namespace) -> None:

@@ -82,6 +82,8 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--disk-mb-per-day", type=float, metavar="N", help=text)
     text = "decode token by token, without drafts from the adapter's draft table"
     group.add_argument("--no-drafts", action="store_true", help=text)
+    text = "do not open a new bundle in a child process first, which turns a crash into an error"
+    group.add_argument("--no-preflight", action="store_true", help=text)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
 
 
@@ -107,7 +109,7 @@ def open_runtime(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: 
         cache_folder=options.cache_folder,
         map_large_blocks=True,
         drafts=not options.no_drafts,
-        **more,
+        **{"preflight": not options.no_preflight, **more},
     )
 
 

@@ -7,10 +7,9 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
-from edgetune_runtime.child_process import run
+from edgetune_runtime.child_process import has_python, run
 from edgetune_runtime.limits import no_limits
 
 from .once import Once
@@ -42,7 +41,7 @@ def reason_against(grammar: str, check: Callable[[], None] = no_limits) -> str:
 
     What may be dear is compiled in a child process first. Raises what `check` does, which is called meanwhile.
     """
-    if not may_be_dear(grammar) or not _has_python():
+    if not may_be_dear(grammar) or not has_python():
         return ""
     digest = hashlib.sha256(grammar.encode()).digest()
     return _reasons.get(digest, lambda: _try(grammar, check), check)
@@ -55,12 +54,3 @@ def _try(grammar: str, check: Callable[[], None]) -> str:
         return ended.output.decode("utf-8", "replace")
     _LOG.info("a form of answers is refused: compiling it in a child process %s", ended.how)
     return f"it {TOO_DEAR}: more than {MOST_CPU_S} s or {MOST_MB} MB"
-
-
-@cache
-def _has_python() -> bool:
-    """Whether `sys.executable` is a Python: in an app that embeds or freezes one it is the app itself."""
-    if sys.executable and not getattr(sys, "frozen", False):
-        return True
-    _LOG.warning("forms of answers are compiled without limits: %r is not a Python", sys.executable)
-    return False

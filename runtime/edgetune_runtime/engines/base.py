@@ -235,6 +235,9 @@ class EngineClass(Protocol):
     def examine(self, path: Path, sha256: str) -> tuple[list[Path], str | None]:
         """All files of the base at `path`, which has the digest `sha256` and is listed first; and the fingerprint."""
 
+    def library_version(self) -> str:
+        """Name and version of the native library."""
+
 
 class LabelEngineClass(Protocol):
     """As `EngineClass`, for engines without a sequence and a KV cache."""
@@ -246,6 +249,9 @@ class LabelEngineClass(Protocol):
         """Load the base at `path`; `context_length` is in tokens."""
 
     def examine(self, path: Path, sha256: str) -> tuple[list[Path], str | None]:
+        """As that of `EngineClass`."""
+
+    def library_version(self) -> str:
         """As that of `EngineClass`."""
 
 

@@ -133,6 +133,18 @@ def test_a_version_that_answers_differently_does_not_become_the_current_one(
     assert len(names(prefix, "versions")) == 2
 
 
+def test_a_version_that_crashes_does_not_become_the_current_one(
+    prefix: Path, make: KitMaker, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kit = make("crash")
+    assert run("install", kit, "--prefix", prefix) == 4
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"edgetune-board: version {read_kit(kit).version} fails its check: it was ended by SIGABRT: "
+        "x.cpp:7: GGML_ASSERT(n > 0) failed; the version before still runs"
+    )
+    assert ask(prefix) == "one"
+
+
 def test_a_bundle_without_golden_answers_is_installed_and_says_so(
     prefix: Path, make: KitMaker, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,7 +144,12 @@ class GgufEngine:
     def signatures(self) -> tuple[str, ...]:
         """The library, its version, the weights' layout and the KV data type; then the same with the other layout."""
         layouts = ("repacked", "mapped") if self._base.repacked else ("mapped", "repacked")
-        return tuple(f"llama-cpp-python {library().__version__}, {layout}, {self._kv}" for layout in layouts)
+        return tuple(f"{self.library_version()}, {layout}, {self._kv}" for layout in layouts)
+
+    @staticmethod
+    def library_version() -> str:
+        """llama-cpp-python and its version."""
+        return f"llama-cpp-python {library().__version__}"
 
     @staticmethod
     def examine(path: Path, sha256: str) -> tuple[list[Path], str | None]:

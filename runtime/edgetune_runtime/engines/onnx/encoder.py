@@ -28,7 +28,7 @@ from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 from .engine import model_version
-from .ort import open_session
+from .ort import library, open_session
 from .tokenizers import load_tokenizer
 
 HEAD_WEIGHT, HEAD_BIAS = "classifier.weight", "classifier.bias"
@@ -78,6 +78,11 @@ class EncoderEngine:
         self.threads = threads_for(threads)
         self._session: Any = open_session(path, self.threads)
         self._adapters: dict[str, Arrays] = {}
+
+    @staticmethod
+    def library_version() -> str:
+        """onnxruntime and its version."""
+        return f"onnxruntime {library().__version__}"
 
     @staticmethod
     def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:

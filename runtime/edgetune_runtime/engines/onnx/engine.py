@@ -139,7 +139,12 @@ class OnnxEngine:
     @property
     def signatures(self) -> tuple[str, ...]:
         """The library, its version, and the KV data type."""
-        return (f"onnxruntime {library().__version__}, f32",)
+        return (f"{self.library_version()}, f32",)
+
+    @staticmethod
+    def library_version() -> str:
+        """onnxruntime and its version."""
+        return f"onnxruntime {library().__version__}"
 
     @staticmethod
     def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:

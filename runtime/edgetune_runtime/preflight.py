@@ -1,0 +1,135 @@
+"""Opens an unknown bundle in a child process with limits before this process does: an abort becomes an error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import engines, errors
+from .atomic import replacing
+from .bundle import Manifest, resolve
+from .child_process import Ended, has_python, printable, run
+from .confinement import limits_of
+from .errors import EdgetuneError, OutOfSpaceError, VerificationError
+
+if TYPE_CHECKING:
+    from .opening import OpeningOptions
+
+VARIABLE = "EDGETUNE_PREFLIGHT"
+"""0 turns the check off for all processes that inherit it."""
+FOLDER = "checked"
+"""Folder in the cache folder with an empty file for each bundle that passed."""
+STEP, ERROR, DONE = "step", "error", "done"
+"""Keys of the lines that the child writes, each a JSON object."""
+OPTIONS = ("engine", "threads", "context_length", "kv", "repack", "verify", "priority")
+"""Options of opening that the child is given."""
+_MOST_REMEMBERED = 64
+# Files of the app's own folder must not replace modules, so the child has this process' path, and no other.
+_START = f"import sys; sys.path[:] = sys.argv[1:]; from {__package__}.preflight_child import main; main()"
+_REMEDY = "do not use this bundle, or report it"
+
+_LOG = logging.getLogger(__name__)
+
+
+def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions, folder: Path) -> None:
+    """Open the bundle in a child process, unless it is remembered in `folder` that it passed; remember that it does.
+
+    Raises the error of opening it, and VerificationError if the child crashes, hangs, or exceeds its limits. Logs a
+    warning, and does nothing, if this process cannot start a Python.
+    """
+    if os.environ.get(VARIABLE) == "0":
+        return
+    passed = folder / FOLDER / _digest_of(bundle, manifest, options)
+    if passed.exists():
+        return
+    _LOG.debug("opening %s in a child process first", bundle)
+    ended = _ended(bundle, manifest, options)
+    if ended is None:
+        return
+    lines = _lines(ended.output)
+    found = {key: value for line in lines for key, value in line.items()}
+    if ERROR in found:
+        raise _error(found[ERROR])
+    if STEP not in found:
+        # Nothing of the bundle was read yet.
+        _LOG.warning("cannot check %s in a child process: %s, %s", bundle, ended.how, ended.last_line)
+        return
+    if ended.code or ended.timeout_s is not None or DONE not in found:
+        reason = f" ({ended.last_line})" if ended.last_line else ""
+        message = f"bundle {bundle} cannot be opened safely: while {found[STEP]}, a child process {ended.how}{reason}"
+        raise VerificationError(printable(message), _REMEDY)
+    _remember(passed)
+
+
+def _digest_of(bundle: Path, manifest: Manifest, options: OpeningOptions) -> str:
+    """A digest of everything that determines what native code reads and does; the manifest has those of the files."""
+    # Not imported, because the package imports everything.
+    own = sys.modules[__package__].__version__
+    versions = (own, options.make.library_version(), platform.machine())
+    opening = (options.engine, options.context_length, options.kv, options.repack)
+    found: list[object] = [versions, opening, manifest.to_json()]
+    if not options.verify:
+        # Then the files may be others than those of the manifest.
+        states = [resolve(bundle, name).stat() for name in manifest.files if resolve(bundle, name).exists()]
+        found += [(state.st_dev, state.st_ino, state.st_size, state.st_ctime_ns) for state in states]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _ended(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Ended | None:
+    """How the child ended; None, with a warning in the log, if there is none."""
+    if not has_python():
+        return None
+    limits = limits_of(manifest, options.context_length)
+    request = {
+        "bundle": str(bundle.absolute()),
+        "engines": list(engines.__path__),
+        "limits": asdict(limits),
+        "options": {name: getattr(options, name) for name in OPTIONS},
+    }
+    command = [sys.executable, "-I", "-B", "-c", _START, *sys.path]
+    try:
+        return run(command, timeout_s=limits.time_s, given=json.dumps(request).encode())
+    except OSError as error:
+        _LOG.warning("cannot check %s in a child process: %s", bundle, error)
+        return None
+
+
+def _lines(output: bytes) -> list[Mapping[str, Any]]:
+    """The child's own lines, among what libraries may have written."""
+    found = []
+    for line in output.splitlines():
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict)]
+
+
+def _error(raw: Any) -> EdgetuneError:  # noqa: ANN401 - JSON
+    """The error that the child had."""
+    name, message, remedy = (printable(str(part)) for part in raw)
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, EdgetuneError):
+        return kind(message, remedy)
+    return EdgetuneError(message, remedy)
+
+
+def _remember(passed: Path) -> None:
+    """Create the file, and delete the oldest ones; a warning in the log if that is not possible."""
+    try:
+        for folder in (passed.parents[1], passed.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with replacing(passed) as temporary:
+            temporary.touch(mode=0o600)
+        others = sorted(passed.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in others[_MOST_REMEMBERED:]:
+            path.unlink(missing_ok=True)
+    except (OSError, OutOfSpaceError) as error:
+        _LOG.warning("cannot remember that a bundle was checked, so it is checked at each start: %s", error)
