@@ -264,7 +264,9 @@ def test_pip_reads_the_copies_that_were_compared(prefix: Path, make: KitMaker, t
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\necho > "{kit / wheel.path}"\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    code = "import sys; from edgetune.delivery.board.main import main; sys.executable = sys.argv.pop(1); sys.exit(main())"
+    code = (
+        "import sys; from edgetune.delivery.board.main import main; sys.executable = sys.argv.pop(1); sys.exit(main())"
+    )
     words = [sys.executable, "-c", code, str(python), "install", str(kit), "--prefix", str(prefix)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
