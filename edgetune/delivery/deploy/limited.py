@@ -51,7 +51,7 @@ class LimitedProcess:
     def wait_for(self, line: bytes) -> bool:
         """Wait until it prints a line; it may then take any time until `finish`. False if it ends without it."""
         with self._printed:
-            self._printed.wait_for(lambda: self._has(line) or self._is_closed)
+            self._printed.wait_for(lambda: self._has(line) or self._is_closed or self.exceeded)
             found = self._has(line)
         if found:
             self._deadline = None
@@ -77,7 +77,7 @@ class LimitedProcess:
 
     def _has(self, line: bytes) -> bool:
         """Whether it printed the line lately."""
-        return line in (found.strip() for found in self._out[-_TAIL_BYTES:].splitlines())
+        return line in [found.strip() for found in bytes(self._out[-_TAIL_BYTES:]).splitlines()]
 
     def _read(self, stream: IO[bytes], found: bytearray) -> None:
         while data := stream.read1(_CHUNK_BYTES):  # type: ignore[attr-defined]
@@ -100,5 +100,8 @@ class LimitedProcess:
                 return
 
     def _exceed(self, what: str) -> None:
-        self.exceeded = self.exceeded or what
+        # Before its end, which others wait for.
+        with self._printed:
+            self.exceeded = self.exceeded or what
+            self._printed.notify_all()
         self._process.kill()

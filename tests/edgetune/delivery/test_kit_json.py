@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from edgetune_runtime.errors import VerificationError
@@ -93,7 +92,7 @@ def refused(text: str, **fields: object) -> str:
         *(("files", [{**FILE, "path": path}]) for path in PATHS),
     ],
 )
-def test_a_wrong_field_is_one_line(text: str, field: str, value: Any) -> None:
+def test_a_wrong_field_is_one_line(text: str, field: str, value: object) -> None:
     refused(text, **{field: value})
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from edgetune_runtime.errors import (
@@ -219,7 +218,7 @@ def test_a_board_gets_no_use_of_the_users_keys(sshd: Sshd, monkeypatch: pytest.M
         (partial(replies.missing, sizes={}), None),
     ],
 )
-def test_a_reply_of_another_form_is_refused(parse: Callable[[Any], Any], value: Any) -> None:
+def test_a_reply_of_another_form_is_refused(parse: Callable[[object], object], value: object) -> None:
     with pytest.raises(ValueError):
         parse(value)
 
