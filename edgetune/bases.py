@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import re
 from collections.abc import Mapping
 from contextlib import redirect_stderr
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export import architectures
 from edgetune_export.backends.gguf.convert import check_folder, convert_folder
 from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_export.hf_folder import read_config
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
 from edgetune_runtime.wording import first_of, nearest
@@ -172,8 +172,8 @@ def load_torch(base: Base, dtype: torch.dtype, *, mapped: Path | None = None) ->
 def encoder_type(folder: Path) -> str | None:
     """The model_type of a Hugging Face folder if it is an encoder, else None."""
     try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        model_type = read_config(folder).get("model_type")
+    except EdgetuneError:
         return None
     return model_type if model_type in ENCODER_TYPES else None
 

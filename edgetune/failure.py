@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 from edgetune_runtime.errors import CancelledError, EdgetuneError, OutOfSpaceError, UsageError
+from edgetune_runtime.wording import printable
 
 PROGRAM = "edgetune"
 # The base class of all command-line errors; Typer exports only this subclass.
@@ -33,7 +34,7 @@ def fail(error: BaseException) -> int:
     reported = _reported(error)
     # Several problems of one file are one line each.
     for line in str(reported).splitlines():
-        print(f"{PROGRAM}: {line}", file=sys.stderr)
+        print(f"{PROGRAM}: {printable(line)}", file=sys.stderr)
     return reported.exit_code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from edgetune_export.architectures.base import ENTRIES
 from edgetune_export.architectures.layout import name_map
 from edgetune_export.backends.gguf.convert import check_folder
+from edgetune_export.hf_folder import read_config
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
@@ -29,7 +31,7 @@ def predict_header(folder: Path) -> GgufHeader:
     VerificationError if a file is damaged.
     """
     architecture = check_folder(folder).gguf
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     metadata: dict[str, Any] = {"general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": config[name] for name, key in ENTRIES.items() if config.get(name) is not None}
     metadata.setdefault(f"{architecture}.attention.head_count_kv", config.get("num_attention_heads"))
@@ -55,6 +57,8 @@ def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
             head: Mapping[str, Any] = json.loads(opened.read(min(length, file.stat().st_size)))
             if opened.tell() != 8 + length:
                 raise ValueError("the file is truncated")
-        yield from ((name, entry["shape"]) for name, entry in head.items() if name != "__metadata__")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, entry in head.items():
+            if name != "__metadata__":
+                yield name, [operator.index(size) for size in entry["shape"]]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise VerificationError(f"{file} is not a .safetensors file", "download the model again") from error

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.delivery.deploy.ssh import Connection
+from edgetune.delivery.deploy.ssh import SHORT_S, Connection
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 SSH = shutil.which("ssh")
@@ -100,8 +100,8 @@ def cut_in_the_middle(store: Path) -> Iterator[None]:
     """Kill the ssh clients of the block once the board has a part of a large file in `store`."""
     whole = Connection.run
 
-    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
-        return whole(self, command, cutting(data) if "receive" in command else data)
+    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = (), *, limit_s: float = SHORT_S) -> str:
+        return whole(self, command, cutting(data) if "receive" in command else data, limit_s=limit_s)
 
     def cutting(chunks: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in chunks:

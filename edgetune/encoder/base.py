@@ -8,13 +8,14 @@ transformers below 5.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune_export.adapters.fold import CONFIG_NAME as ADAPTER_CONFIG
+from edgetune_export.hf_folder import read_config
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.wording import first_of
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 
 _SAVE_AGAIN = "save it with save_pretrained of transformers"
+# The config must not choose the attention: it may name a kernel to download.
+_FROM_FOLDER: Mapping[str, Any] = {
+    "trust_remote_code": False,
+    "local_files_only": True,
+    "attn_implementation": "sdpa",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ def describe(recipe: Recipe) -> str | None:
         return None
     folder = _locate(recipe)
     architecture = _checked(recipe.base, folder)
-    bases.check_context(recipe, _trained_context_length(_read_config(folder), folder))
+    bases.check_context(recipe, _trained_context_length(read_config(folder), folder))
     return architecture
 
 
@@ -70,7 +77,7 @@ def resolve(recipe: Recipe) -> EncoderBase:
     """
     folder = _locate(recipe)
     architecture = _checked(recipe.base, folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     fingerprint = sha256_of(folder / WEIGHTS)
     known = bases.ENCODERS.get(recipe.base)
     if known is not None and known.sha256 != fingerprint:
@@ -93,8 +100,10 @@ def load_torch(base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
         # transformers shows a progress bar of its own, even on a pipe.
         with redirect_stderr(io.StringIO()):
             model: PreTrainedModel
-            model, info = AutoModel.from_pretrained(base.folder, dtype=dtype, output_loading_info=True)
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+            model, info = AutoModel.from_pretrained(
+                base.folder, dtype=dtype, output_loading_info=True, use_safetensors=True, **_FROM_FOLDER
+            )
+    except (ImportError, ValueError, KeyError, RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise IncompatibleError(f"transformers cannot load base {base.name!r}: {reason}", _SAVE_AGAIN) from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
@@ -118,8 +127,11 @@ def _checked(name: str, folder: Path) -> str:
         raise _no_encoder(name, "it is a file of a base that writes text")
     architecture = bases.encoder_type(folder)
     if architecture is None:
-        model_type = _read_config(folder).get("model_type")
+        model_type = read_config(folder).get("model_type")
         raise _no_encoder(name, f"its model_type is {model_type!r}")
+    if (folder / ADAPTER_CONFIG).exists():
+        message = f"base {name!r} has an {ADAPTER_CONFIG}, an adapter that transformers would load with it"
+        raise IncompatibleError(message, "merge it with PEFT's merge_and_unload(), and save the result")
     for file in (WEIGHTS, TOKENIZER):
         if not (folder / file).is_file():
             raise NotFoundError(f"base {name!r} has no {file} in {folder}", f"{_SAVE_AGAIN}, with its fast tokenizer")
@@ -134,26 +146,13 @@ def _no_encoder(name: str, why: str) -> IncompatibleError:
     )
 
 
-def _read_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{folder} has no config.json", "give a Hugging Face model folder") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise VerificationError(f"{path} is not JSON: {error}", "get the model again") from error
-    if not isinstance(config, dict):
-        raise VerificationError(f"{path} holds no JSON object", "get the model again")
-    return config
-
-
 def _sizes(folder: Path) -> tuple[int, int]:
     """The hidden size and the number of layers."""
     from optimum.utils import NormalizedConfigManager  # noqa: PLC0415 - only where something is built
     from transformers import AutoConfig  # noqa: PLC0415 - as above
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **_FROM_FOLDER)
         normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
         return int(normalized.hidden_size), int(normalized.num_layers)
     # transformers raises classes of its validators for what cannot be.

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable
 
 from .errors import IncompatibleError, NotFoundError, VerificationError
 
@@ -176,6 +176,7 @@ def read_manifest(bundle: Path) -> Manifest:
         remedy = "build the bundle again" if raw["schema"] < SCHEMA_VERSION else "update edgetune-runtime"
         raise VerificationError(message, remedy)
     manifest = _parse(raw, path)
+    _check_names(manifest, path)
     _check_references(manifest, path)
     return manifest
 
@@ -253,6 +254,18 @@ def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - type hints have n
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _check_names(manifest: Manifest, path: Path) -> None:
+    """Names reach terminals, logs and paths, so they have no control characters."""
+    base, adapters = manifest.base, manifest.adapters
+    names = [manifest.name, base.name, base.architecture, *base.files, *manifest.files, *adapters]
+    for adapter in adapters.values():
+        names += [adapter.name, adapter.method, adapter.metric, *adapter.files]
+    for name in names:
+        if name != printable(name):
+            message = f"{path} has the name {name[:80]!r}, with characters that control a terminal"
+            raise VerificationError(message, "do not use this bundle")
 
 
 def _check_references(manifest: Manifest, path: Path) -> None:

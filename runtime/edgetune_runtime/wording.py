@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 COPY_FILE_AGAIN = "build or copy the file again"
 COPY_BUNDLE_AGAIN = "build or copy the bundle again"
+
+# C0 and C1, ends of lines, changes of the writing direction, and halves of characters.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` with a space for each character that could control a terminal."""
+    return _CONTROL.sub(" ", text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -93,12 +93,18 @@ def test_another_schema_is_refused_with_what_to_do(schema: int, remedy: str, cop
         lambda raw: raw["base"]["files"].update(gguf="../model.gguf"),
         lambda raw: raw["base"]["files"].update(gguf="/etc/passwd"),
         lambda raw: raw["files"].update({"..\\x": {"sha256": "", "bytes": 0}}),
+        lambda raw: raw["files"].update({"base/\0": {"sha256": "", "bytes": 0}}),
+        lambda raw: raw.update(name="home\x1b[2J"),
+        lambda raw: raw["base"].update(name="base\x9b2J"),
+        lambda raw: raw["adapters"]["tone"].update(name="tone\n"),
+        lambda raw: raw["adapters"]["tone"].update(method="\u202elora"),
     ],
 )
 def test_a_manifest_with_a_wrong_part_is_damaged(change: Change, copy: Path) -> None:
     rewrite(copy, change)
-    with pytest.raises(VerificationError):
+    with pytest.raises(VerificationError) as caught:
         read_manifest(copy)
+    assert str(caught.value).isprintable()
 
 
 def test_an_adapter_of_another_base_is_incompatible(copy: Path) -> None:

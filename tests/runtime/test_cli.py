@@ -48,6 +48,19 @@ def test_info_tells_the_manifest(run: Run, bundle: Path) -> None:
     assert "M parameters, f16, " in out
 
 
+def test_nothing_in_a_manifest_controls_the_terminal(run: Run, bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    raw = json.loads((copy / "manifest.json").read_text())
+    raw["base"] |= {"quantization": "\x1b[2J", "values_by_type": {"gguf": {"\x1b]0;title\x07": 1}}}
+    (copy / "manifest.json").write_text(json.dumps(raw))
+    code, out, err = run("info", copy)
+    assert (code, err) == (0, "") and all(line.isprintable() for line in out.splitlines())
+    raw["name"] = "\x1b[2J"
+    (copy / "manifest.json").write_text(json.dumps(raw))
+    code, out, err = run("info", copy)
+    assert (code, out) == (4, "") and err.removesuffix("\n").isprintable()
+
+
 def test_a_damaged_state_is_a_warning_and_debug_shows_the_log(
     run: Run, prompted_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -31,8 +31,7 @@ def install(folder: Path, prefix: Path, *, unit: Service | None, activates: bool
         changed = False
         if not venv.is_complete(prefix, kit.wheels):
             say("checking the wheels and making the virtual environment")
-            wheels = venv.check_wheels(kit, folder, store)
-            venv.build(prefix, kit, wheels)
+            venv.build(prefix, kit, folder)
             changed = True
         say("checking the bundle's files")
         for file in kit.version_files:
@@ -165,8 +164,10 @@ def _go_back(
 def mb_to_write(kit: Kit, prefix: Path) -> int:
     """The disk space that installing the kit takes, in MB (10^6 bytes)."""
     store = Store(prefix)
-    packages_mb = 0 if venv.is_complete(prefix, kit.wheels) else int(kit.needs["packages_mb"])
-    return packages_mb + sum(file.bytes for file in kit.version_files if not store.has(file)) // 10**6
+    has_packages = venv.is_complete(prefix, kit.wheels)
+    files = (*kit.version_files, *(() if has_packages else kit.wheel_files))
+    packages_mb = 0 if has_packages else int(kit.needs["packages_mb"])
+    return packages_mb + sum(file.bytes for file in files if not store.has(file)) // 10**6
 
 
 def _check_others(kit: Kit, folder: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from edgetune_runtime.bundle import MANIFEST_NAME
 from edgetune_runtime.errors import NotFoundError, VerificationError
 
 from .opening import Opening, parse_opening
@@ -25,7 +26,16 @@ ID_LENGTH = 16
 COPY_AGAIN = "copy the kit again"
 
 _DIGEST = re.compile("[0-9a-f]{64}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_WORD = re.compile(r"[a-z0-9_]{1,60}")
+_VERSION = re.compile(r"\d{1,3}\.\d{1,3}", re.ASCII)
+# Without control characters, of which a terminal or a unit's file would make something else.
+_LINE = re.compile(r"[^\0-\x1f\x7f-\x9f\u2028\u2029]{1,200}")
+# pip would take a leading - for an option.
+_WHEEL = re.compile(rf"{WHEELS_FOLDER}/[A-Za-z0-9_][A-Za-z0-9_.!+-]{{0,199}}\.whl")
+_MOST_MB, _MOST_BYTES = 10**9, 10**15
+_MOST_TEXT_BYTES = 10**7
 
 T = TypeVar("T")
 
@@ -113,6 +123,13 @@ def read_installed(version: Path) -> Kit:
     return kit
 
 
+def wheels_id(python: str, files: Iterable[KitFile]) -> str:
+    """The id of an environment: the first digits of the digest of the Python version and of all wheels' digests."""
+    wheels = sorted((file.path, file.sha256) for file in files if file.path.startswith(f"{WHEELS_FOLDER}/"))
+    text = "".join(f"{sha256} {path}\n" for path, sha256 in wheels)
+    return hashlib.sha256(f"{python}\n{text}".encode()).hexdigest()[:ID_LENGTH]
+
+
 def parse_kit(text: str) -> Kit:
     """The kit described by the text of a kit.json; VerificationError if it is damaged or of another version."""
     try:
@@ -121,57 +138,85 @@ def parse_kit(text: str) -> Kit:
         if schema != SCHEMA_VERSION:
             message = f"{KIT_NAME} has schema {schema}, this program reads {SCHEMA_VERSION}"
             raise VerificationError(message, "make the kit again")
-        bundle = raw.get("bundle")
         kit = Kit(
-            name=_matching(_NAME, _field(raw, "name", str)),
-            board=_field(raw, "board", str),
-            machine=_field(raw, "machine", str),
-            python=_field(raw, "python", str),
-            engines=tuple(map(str, _field(raw, "engines", list))),
+            name=_text_of(raw, "name", _NAME),
+            board=_text_of(raw, "board", _LINE),
+            machine=_text_of(raw, "machine", _WORD),
+            python=_text_of(raw, "python", _VERSION),
+            engines=_words(raw, "engines"),
             needs=_needs(_field(raw, "needs", dict)),
-            wheels=_matching(_NAME, _field(raw, "wheels", str)),
-            bundle=None if bundle is None else _matching(_DIGEST, bundle),
+            wheels=_text_of(raw, "wheels", _ID),
+            bundle=None if raw.get("bundle") is None else _text_of(raw, "bundle", _DIGEST),
             service=_service(_field(raw, "service", dict)),
             opening=parse_opening(raw.get("opening", {})),
             files=tuple(_file(entry) for entry in _field(raw, "files", list)),
             text=text,
         )
+        _check_consistent(kit)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise VerificationError(f"{KIT_NAME} is damaged: {error}", COPY_AGAIN) from error
     return kit
 
 
+def _check_consistent(kit: Kit) -> None:
+    """ValueError unless the fields agree: an environment belongs to the wheels that are listed."""
+    digests = {file.path: file.sha256 for file in kit.files}
+    if len(digests) != len(kit.files):
+        raise ValueError("it lists a file twice")
+    if not kit.engines:
+        raise ValueError("it has no engine")
+    if kit.wheels != wheels_id(kit.python, kit.files):
+        raise ValueError(f"wheels is {kit.wheels}, which is not the id of the listed wheels")
+    if kit.bundle != digests.get(f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"):
+        raise ValueError(f"bundle is {kit.bundle}, which is not the digest of the listed manifest")
+
+
 def _needs(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    instructions = [str(name) for name in _field(raw, "instructions", list)]
-    numbers = {key: _field(raw, key, int) for key in ("ram_mb", "packages_mb")}
-    return {"instructions": instructions, "glibc": _field(raw, "glibc", str), **numbers}
+    numbers = {key: _number(raw, key, _MOST_MB) for key in ("ram_mb", "packages_mb")}
+    return {"instructions": _words(raw, "instructions"), "glibc": _text_of(raw, "glibc", _VERSION), **numbers}
 
 
 def _service(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {key: _field(raw, key, int) for key in ("port", "memory_max_mb")}
+    found = {"port": _number(raw, "port", 65535), "memory_max_mb": _number(raw, "memory_max_mb", _MOST_MB)}
+    if 0 in found.values():
+        raise ValueError(f"service is {found}")
+    return found
 
 
 def _file(raw: Mapping[str, Any]) -> KitFile:
-    path = _field(raw, "path", str)
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or {"..", "."} & set(path.split("/")) or "\\" in path or "\n" in path or not pure.name:
-        raise ValueError(f"it names {path!r}, which is outside the kit")
-    size = _field(raw, "bytes", int)
-    if size < 0:
-        raise ValueError(f"{path} has {size} bytes")
-    return KitFile(path, _matching(_DIGEST, _field(raw, "sha256", str)), size)
+    path = _text_of(raw, "path", _LINE)
+    parts = path.split("/")
+    known = _WHEEL.fullmatch(path) or (parts[0] == BUNDLE_FOLDER and len(parts) > 1) or _NAME.fullmatch(path)
+    if not known or {"", ".", ".."} & set(parts) or "\\" in path or path in (KIT_NAME, SUMS_NAME):
+        raise ValueError(f"it names {path!r}, which is outside the kit, or no file of one")
+    return KitFile(path, _text_of(raw, "sha256", _DIGEST), _number(raw, "bytes", _MOST_BYTES))
+
+
+def _words(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    return tuple(_matching(_WORD, key, value) for value in _field(raw, key, list))
+
+
+def _text_of(raw: Mapping[str, Any], key: str, pattern: re.Pattern[str]) -> str:
+    return _matching(pattern, key, raw.get(key))
+
+
+def _matching(pattern: re.Pattern[str], key: str, value: object) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ValueError(f"{key} is {str(value)[:80]!r}")
+    return value
+
+
+def _number(raw: Mapping[str, Any], key: str, most: int) -> int:
+    value = _field(raw, key, int)
+    if not 0 <= value <= most:
+        raise ValueError(f"{key} is {str(value)[:80]}")
+    return value
 
 
 def _field(raw: Mapping[str, Any], key: str, kind: type[T]) -> T:
     value = raw.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{key} is {str(value)[:80]!r}")
-    return value
-
-
-def _matching(pattern: re.Pattern[str], value: str) -> str:
-    if not pattern.fullmatch(value):
-        raise ValueError(f"{value[:80]!r} is no valid name or digest")
     return value
 
 
@@ -187,7 +232,11 @@ def _sums(text: str) -> dict[str, str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode()
+        with path.open("rb") as file:
+            data = file.read(_MOST_TEXT_BYTES + 1)
+        if len(data) > _MOST_TEXT_BYTES:
+            raise VerificationError(f"{path} has more than {_MOST_TEXT_BYTES} bytes", COPY_AGAIN)
+        return data.decode()
     except (FileNotFoundError, NotADirectoryError) as error:
         remedy = "give the folder of a kit that `edgetune kit` wrote"
         raise NotFoundError(f"{path.parent} is not a kit: it has no {path.name}", remedy) from error

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
+from edgetune_runtime.wording import printable
 
 from . import check, golden, install, service, systemd, transfer, uninstall, versions
 from .kit import KIT_NAME, parse_kit, read_kit
@@ -65,7 +66,7 @@ def _end_in_order() -> None:
 
 
 def _fail(error: EdgetuneError) -> int:
-    print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{PROGRAM}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return error.exit_code
 
 
@@ -254,7 +255,7 @@ def _report(options: argparse.Namespace, version: str, *, changed: bool) -> None
 def _say(text: str) -> None:
     # Nobody may be there to read it: an install goes on when the connection of a deploy is lost.
     with suppress(OSError):
-        print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+        print(f"{PROGRAM}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _print(value: object) -> None:

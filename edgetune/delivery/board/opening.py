@@ -36,10 +36,10 @@ def parse_opening(raw: Mapping[str, Any]) -> Opening:
     """The options in a kit.json; TypeError or ValueError if they are none."""
     opening = Opening(**raw)
     length, kv, cache = opening.context_length, opening.kv, opening.cache_mb
-    if not (length is None or (type(length) is int and length > 0)):
-        raise ValueError(f"context_length is {length!r}")
+    if not (length is None or (type(length) is int and 0 < length < 2**31)):
+        raise ValueError(f"context_length is {str(length)[:80]!r}")
     if not (kv is None or (isinstance(kv, str) and _TYPE.fullmatch(kv))):
-        raise ValueError(f"kv is {kv!r}")
+        raise ValueError(f"kv is {str(kv)[:80]!r}")
     if not (cache is None or (type(cache) in {int, float} and 0 <= cache < math.inf)):
-        raise ValueError(f"cache_mb is {cache!r}")
+        raise ValueError(f"cache_mb is {str(cache)[:80]!r}")
     return opening

@@ -50,6 +50,11 @@ class Store:
             temporary.chmod(0o444)
         flush_to_disk(self.folder)
 
+    def discard(self, files: Iterable[KitFile]) -> None:
+        """Delete these files."""
+        for file in files:
+            self.path(file.sha256).unlink(missing_ok=True)
+
     def sweep(self, kept: Iterable[str]) -> None:
         """Delete all files but those with the digests in `kept`."""
         keep = set(kept)

@@ -12,7 +12,7 @@ from edgetune_runtime.errors import IncompatibleError, NotFoundError
 
 from .durable import write_text
 from .kit import COPY_AGAIN, Kit
-from .store import Store, check_file
+from .store import Store
 
 FOLDER = "venvs"
 _MARK = "complete"
@@ -31,39 +31,36 @@ def is_complete(prefix: Path, wheels: str) -> bool:
     return (folder / _MARK).is_file() and (folder / "bin/python").exists()
 
 
-def check_wheels(kit: Kit, folder: Path, store: Store) -> dict[str, Path]:
-    """Name and path of each wheel, in the kit's folder or else in the store, after comparing its digest."""
-    found = {}
-    for file in kit.wheel_files:
-        path = folder / file.path if (folder / file.path).is_file() else store.path(file.sha256)
-        check_file(path, file)
-        found[file.name] = path
-    return found
+def build(prefix: Path, kit: Kit, folder: Path) -> None:
+    """Install the wheels of a kit into a new environment at its final place, and mark it when it is on disk.
 
-
-def build(prefix: Path, kit: Kit, wheels: dict[str, Path]) -> None:
-    """Install the wheels into a new environment at its final place, and mark it when it is on disk.
-
-    The kit brings pip, as Debian's Python has none. An incomplete environment is built anew.
+    The wheels are copied from the kit's `folder` to the store, where nobody else writes, and compared with their
+    digests there; errors as those of `Store.put`. The kit brings pip, as Debian's Python has none. An incomplete
+    environment is built anew.
     """
-    folder = path_of(prefix, kit.wheels)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(exist_ok=True)
-    _call([sys.executable, "-I", "-m", "venv", "--without-pip", str(folder)])
-    links = folder / _WHEELS
+    store = Store(prefix)
+    for file in kit.wheel_files:
+        store.put(file, folder)
+    environment = path_of(prefix, kit.wheels)
+    shutil.rmtree(environment, ignore_errors=True)
+    environment.parent.mkdir(exist_ok=True)
+    _call([sys.executable, "-I", "-m", "venv", "--without-pip", str(environment)])
+    links = environment / _WHEELS
     links.mkdir()
-    for name, path in wheels.items():
+    for file in kit.wheel_files:
         # pip reads name and version from the file's name, which the store does not have.
-        (links / name).symlink_to(path.resolve())
-    pip = next((name for name in wheels if name.startswith("pip-")), None)
+        (links / file.name).symlink_to(store.path(file.sha256).resolve())
+    names = [file.name for file in kit.wheel_files]
+    pip = next((name for name in names if name.startswith("pip-")), None)
     if pip is None:
         raise NotFoundError("the kit has no wheel of pip", COPY_AGAIN)
-    others = [str(links / name) for name in wheels if name != pip]
-    _call([str(folder / "bin/python"), str(links / pip / "pip"), *_PIP, *others])
+    others = [str(links / name) for name in names if name != pip]
+    _call([str(environment / "bin/python"), str(links / pip / "pip"), *_PIP, *others])
     shutil.rmtree(links)
     # One call: thousands of files, each flushed by itself, take minutes on an SD card.
     os.sync()
-    write_text(folder / _MARK, f"{kit.wheels}\n")
+    write_text(environment / _MARK, f"{kit.wheels}\n")
+    store.discard(kit.wheel_files)
 
 
 def _call(command: list[str]) -> None:

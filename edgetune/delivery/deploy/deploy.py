@@ -8,25 +8,33 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError
 
 from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, KitFile
 from edgetune.delivery.board.transfer import HELD
 from edgetune.progress import Progress, Step
 
+from . import replies
 from .kits import Kits, MadeKit
 from .probe import BoardFacts, probe
-from .ssh import Connection
+from .ssh import SHORT_S, Connection
 from .target import Target
+
+T = TypeVar("T")
 
 _MB = 10**6
 _CHUNK_BYTES = 1 << 18
+_RECEIVE_S = 1800.0
+"""More than a slow board needs to write a large file to disk and to read it again."""
+_LONG_S = 7200.0
+"""More than the board program itself waits for packages, golden answers and a unit that computes its states."""
 # Read by sh, whatever the login shell is. The name of the unfinished file is of its own for each sender.
 # What root sends must be readable for the unit's account, whatever root's umask is.
 _PUT = (
@@ -136,13 +144,14 @@ class _Program:
     def command(self, name: str, *words: str) -> list[str]:
         return ["python3", "-I", self.path, name, *words, "--prefix", self.prefix]
 
-    def ask(self, name: str, *words: str) -> Any:  # noqa: ANN401 - JSON
-        """The JSON that a command prints in its last line; a login shell may print others before."""
-        text = self.connection.run([*self.command(name, *words), "--json"])
+    def ask(self, name: str, *words: str, parse: Callable[[Any], T], limit_s: float = SHORT_S) -> T:
+        """The JSON that a command prints in its last line, checked; a login shell may print others before."""
+        text = self.connection.run([*self.command(name, *words), "--json"], limit_s=limit_s)
+        last = text.rpartition("\n")[2]
         try:
-            return json.loads(text.rstrip().rpartition("\n")[2])
-        except ValueError as error:
-            message = f"{self.connection.target}: the board program answered {text[:80]!r} to {name}"
+            return parse(json.loads(last))
+        except (ValueError, RecursionError) as error:
+            message = f"{self.connection.target}: the board program answered {last[:80]!r} to {name}"
             raise EdgetuneError(message, "see what its login shell prints") from error
 
 
@@ -166,28 +175,35 @@ def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, pro
             begin = time.monotonic()
             incoming = f"{facts.prefix}/incoming"
             sent = sum(_put(connection, made.folder / name, f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
-            missing = program.ask("have", incoming)
+            sizes = {file.sha256: file.bytes for file in made.kit.files}
+            missing = program.ask("have", incoming, parse=partial(replies.missing, sizes=sizes), limit_s=_LONG_S)
             sent += _send_files(program, made, missing, progress)
             seconds = time.monotonic() - begin
             is_first = any(file.sha256 in missing for file in made.kit.wheel_files)
             takes = " and its packages, which takes minutes on a small board" if is_first else ""
             progress.say(f"{target}: installing version {made.kit.version}{takes}")
-            done = program.ask("install", incoming, *([] if options.unit is None else options.unit.words()))
+            words = [] if options.unit is None else options.unit.words()
+            version, changed, warnings = program.ask(
+                "install", incoming, *words, parse=replies.installed, limit_s=_LONG_S
+            )
+            if version != made.kit.version:
+                message = f"{target}: the board installed version {version}, not {made.kit.version}"
+                raise VerificationError(message, "run the command again")
             if options.waits_healthy:
-                connection.run(program.command("healthy"))
-        return Deployed(target, done["version"], bool(done["changed"]), sent, seconds, tuple(done["warnings"]))
+                connection.run(program.command("healthy"), limit_s=_LONG_S)
+        return Deployed(target, version, changed, sent, seconds, warnings)
 
 
 def roll_back(target: Target, where: Where) -> RolledBack:
     """Make the version before the current one on a board; NotFoundError if there is none."""
     with Connection(target) as connection:
-        return RolledBack(target, _installed(connection, where).ask("rollback")["version"])
+        return RolledBack(target, _installed(connection, where).ask("rollback", parse=replies.version, limit_s=_LONG_S))
 
 
 def list_versions(target: Target, where: Where) -> Versions:
     """The versions on a board; NotFoundError if the bundle is not installed there."""
     with Connection(target) as connection:
-        return Versions(target, _installed(connection, where).ask("list"))
+        return Versions(target, _installed(connection, where).ask("list", parse=replies.versions))
 
 
 def _installed(connection: Connection, where: Where) -> _Program:
@@ -223,17 +239,13 @@ def _put(connection: Connection, path: Path, remote: str) -> int:
 def _send_files(program: _Program, made: MadeKit, missing: Mapping[str, int], progress: Progress) -> int:
     """Send the rest of the files that the board lacks; the number of bytes sent."""
     files = {file.sha256: file for file in made.kit.files}
-    unknown = missing.keys() - files.keys()
-    if unknown:
-        message = f"{program.connection.target}: the board asks for a file that the kit does not have"
-        raise EdgetuneError(message, "run the command again")
     if not missing:
         return 0
     parts = [(files[digest], offset) for digest, offset in missing.items()]
     total = sum(file.bytes - offset for file, offset in parts)
     words = [word for file, offset in parts for word in (file.sha256, str(offset), str(file.bytes))]
     with progress.step(f"{program.connection.target}: sending MB", max(1, round(total / _MB))) as step:
-        program.connection.run(program.command("receive", *words), _read(made, parts, step))
+        program.connection.run(program.command("receive", *words), _read(made, parts, step), limit_s=_RECEIVE_S)
     return total
 
 

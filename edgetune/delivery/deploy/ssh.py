@@ -10,17 +10,21 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO
 
 from edgetune_runtime.errors import EdgetuneError, UnreachableError, VerificationError
+from edgetune_runtime.wording import printable
 
+from .limited import LimitedProcess
 from .target import Target
 
+SHORT_S = 120.0
+"""Seconds for a command that has little to do."""
 _SIGN_OF_LIFE_S = 10.0
 # What the board program puts before its errors.
 _PROGRAM = "edgetune-board: "
 # ssh's own exit code, when it cannot connect or lost the connection.
 _SSH_FAILED = 255
+_MOST_PROBLEM_BYTES = 10_000
 _OPTIONS = (
     "BatchMode=yes",
     "ClearAllForwardings=yes",
@@ -32,6 +36,9 @@ _OPTIONS = (
     # Ends the shared connection by itself if this process is killed.
     "ControlPersist=60",
     "RemoteCommand=none",
+    # A board must not use the keys or the screen of whoever deploys to it.
+    "ForwardAgent=no",
+    "ForwardX11=no",
 )
 # What ssh says on standard error, the problem in words, and the remedy; {ssh} is a command to try by hand.
 _REASONS: tuple[tuple[str, type[EdgetuneError], str, str], ...] = (
@@ -95,58 +102,60 @@ class Connection:
             subprocess.run(command, capture_output=True, check=False, timeout=10)
         self._folder.cleanup()
 
-    def run(self, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
-        """Run a command with `data` on its standard input; its standard output, which must be short."""
-        with self._started(command) as process:
+    def run(self, command: Sequence[str], data: Iterable[bytes] = (), *, limit_s: float = SHORT_S) -> str:
+        """Run a command with `data` on its standard input; its standard output, without control characters.
+
+        The command is killed `limit_s` after it took the last of its input, and when it prints more than 1 MB.
+        """
+        with self._started(command, limit_s) as process:
             # Why a command stopped reading is in its exit code.
             with contextlib.suppress(BrokenPipeError):
                 for part in data:
-                    _pipe(process.stdin).write(part)
-            out, problems = process.communicate()
-        return self._checked(process.returncode, out, problems)
+                    process.write(part)
+            return self._result(process)
 
     @contextmanager
-    def holding(self, command: Sequence[str], ready: str) -> Iterator[None]:
+    def holding(self, command: Sequence[str], ready: str, *, limit_s: float = SHORT_S) -> Iterator[None]:
         """Run a command that says the line `ready` when it is, and end its standard input when the block ends.
 
-        Until then the command gets a byte every few seconds, as a sign of life.
+        Until then the command gets a byte every few seconds, as a sign of life. `limit_s` is for each of the two.
         """
-        with self._started(command) as process:
+        with self._started(command, limit_s) as process:
             # A login shell may print something first.
-            if not any(line.decode(errors="replace").strip() == ready for line in _pipe(process.stdout)):
-                out, problems = process.communicate()
-                self._checked(process.returncode, out, problems)
+            if not process.wait_for(ready.encode()):
+                self._result(process)
                 raise EdgetuneError(f"{self.target}: {command[0]} ended without {ready!r}", "run the command again")
             ended = threading.Event()
-            alive = threading.Thread(target=_keep_alive, args=(_pipe(process.stdin), ended), daemon=True)
+            alive = threading.Thread(target=_keep_alive, args=(process, ended), daemon=True)
             alive.start()
             try:
                 yield
             finally:
                 ended.set()
                 alive.join()
-                with contextlib.suppress(BrokenPipeError):
-                    process.communicate()
+                process.finish()
 
     @contextmanager
-    def _started(self, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    def _started(self, command: Sequence[str], limit_s: float) -> Iterator[LimitedProcess]:
         # A login shell may print something without an end of line first.
         words = [*self._words, "--", self.target.host, f"echo; {shlex.join(command)}"]
-        pipe = subprocess.PIPE
         try:
-            started = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe)
+            process = LimitedProcess(words, limit_s)
         except FileNotFoundError as error:
             raise UnreachableError("ssh is not installed", "Debian: apt install openssh-client") from error
-        with started as process:
-            try:
-                yield process
-            except BaseException:
-                process.kill()
-                raise
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
-    def _checked(self, code: int, out: bytes, problems: bytes) -> str:
-        """The output of a command that ended with `code`, or its error."""
-        text = _printable(problems)
+    def _result(self, process: LimitedProcess) -> str:
+        """The output of a command that ends, or its error."""
+        code, out, problems = process.finish()
+        text = _printable(problems[-_MOST_PROBLEM_BYTES:])
+        if process.exceeded:
+            message = f"{self.target}: a command on the board {process.exceeded}"
+            raise UnreachableError(message, "see what its login shell prints, and what keeps it busy")
         # A negative code is a signal that ended ssh.
         if code == _SSH_FAILED or code < 0:
             raise self._lost(text)
@@ -154,7 +163,7 @@ class Connection:
             # Lines before the error say what the command was doing.
             last = (text.splitlines() or [f"a command ended with exit code {code}"])[-1]
             raise _class_of(code)(f"{self.target}: {last.removeprefix(_PROGRAM)}")
-        return out.decode(errors="replace")
+        return _printable(out)
 
     def _lost(self, text: str) -> EdgetuneError:
         target = self.target
@@ -172,12 +181,11 @@ class Connection:
         return UnreachableError(f"{target}: the connection was lost{said}", "run the command again, it resumes")
 
 
-def _keep_alive(stream: IO[bytes], ended: threading.Event) -> None:
+def _keep_alive(process: LimitedProcess, ended: threading.Event) -> None:
     # The next command reports a lost connection.
     with contextlib.suppress(BrokenPipeError):
         while not ended.wait(_SIGN_OF_LIFE_S):
-            stream.write(b"\n")
-            stream.flush()
+            process.write(b"\n")
 
 
 def _class_of(code: int) -> type[EdgetuneError]:
@@ -186,13 +194,7 @@ def _class_of(code: int) -> type[EdgetuneError]:
     return next((cls for cls in named if cls.exit_code == code), EdgetuneError)
 
 
-def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
-    assert stream is not None
-    return stream
-
-
 def _printable(data: bytes) -> str:
     """Text of the board that cannot control the terminal, without empty lines."""
-    lines = data.decode(errors="replace").splitlines()
-    clean = ("".join(char if char.isprintable() else " " for char in line).strip() for line in lines)
-    return "\n".join(line for line in clean if line)
+    lines = (printable(line).strip() for line in data.decode(errors="replace").split("\n"))
+    return "\n".join(line for line in lines if line)

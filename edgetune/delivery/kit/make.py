@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
@@ -22,7 +21,6 @@ from edgetune_runtime.sizing.options import with_options
 from edgetune import task_types
 from edgetune.delivery.board.kit import (
     BUNDLE_FOLDER,
-    ID_LENGTH,
     KIT_NAME,
     PROGRAM_NAME,
     SCHEMA_VERSION,
@@ -30,6 +28,7 @@ from edgetune.delivery.board.kit import (
     WHEELS_FOLDER,
     KitFile,
     parse_kit,
+    wheels_id,
 )
 from edgetune.delivery.board.opening import DEFAULTS, Opening
 from edgetune.delivery.wheel import llama_wheel
@@ -145,7 +144,6 @@ def describe(
 
     `ram_mb` is the memory that the bundle needs at least, `memory_max_mb` the limit of its unit.
     """
-    of_wheels = [f"{file.sha256} {file.path}\n" for file in files if file.path.startswith(f"{WHEELS_FOLDER}/")]
     manifest = next((file.sha256 for file in files if file.path == f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"), None)
     raw: Mapping[str, Any] = {
         "schema": SCHEMA_VERSION,
@@ -161,7 +159,7 @@ def describe(
             "ram_mb": ram_mb,
             "packages_mb": math.ceil(sum(wheel.installed_bytes for wheel in found) / 1e6),
         },
-        "wheels": hashlib.sha256(f"{platform.python}\n{''.join(of_wheels)}".encode()).hexdigest()[:ID_LENGTH],
+        "wheels": wheels_id(platform.python, files),
         "bundle": manifest,
         "service": {"port": _PORT, "memory_max_mb": memory_max_mb},
         "files": [asdict(file) for file in files],

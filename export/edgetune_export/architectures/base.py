@@ -25,13 +25,13 @@ ENTRIES = {
 class Architecture:
     """An architecture of decoders. The defaults are those of LLaMA.
 
-    `gguf` is the name in GGUF files, `model_types` the names in config.json, `rms_norm` the class of its norms in
-    transformers, which multiply by their weights plus `norm_offset`; GGUF files contain the sum.
+    `gguf` is the name in GGUF files, `model_types` the names in config.json, `class_prefix` the start of its classes'
+    names in transformers. Norms multiply by their weights plus `norm_offset`; GGUF files contain the sum.
     """
 
     gguf: str
     model_types: tuple[str, ...]
-    rms_norm: str
+    class_prefix: str
     norm_offset: float = 0.0
     norms_per_layer: int = 2
     """Norms of a layer over vectors of the model's width."""
@@ -45,6 +45,16 @@ class Architecture:
     """Whether transformers can read the config from a GGUF file's metadata."""
     refusals: Mapping[str, str] = field(default_factory=dict)
     """Formats that do not support such a base, with the reason."""
+
+    @property
+    def model_class(self) -> str:
+        """The class in transformers, which config.json names in `architectures`."""
+        return f"{self.class_prefix}ForCausalLM"
+
+    @property
+    def rms_norm(self) -> str:
+        """The class of its norms in transformers."""
+        return f"{self.class_prefix}RMSNorm"
 
     def check_formats(self, formats: Sequence[str]) -> None:
         """IncompatibleError if one of the formats does not support such a base."""

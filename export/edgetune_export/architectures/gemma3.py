@@ -39,5 +39,5 @@ class _Gemma3(Architecture):
 
 
 ARCHITECTURE = _Gemma3(
-    "gemma3", ("gemma3_text",), "Gemma3RMSNorm", norm_offset=1.0, norms_per_layer=4, norms_queries_and_keys=True
+    "gemma3", ("gemma3_text",), "Gemma3", norm_offset=1.0, norms_per_layer=4, norms_queries_and_keys=True
 )

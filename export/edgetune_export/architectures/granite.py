@@ -28,4 +28,4 @@ class _Granite(Architecture):
         return float(config.logits_scaling)
 
 
-ARCHITECTURE = _Granite("granite", ("granite",), "GraniteRMSNorm", interleaves_rows=True, transformers_reads_gguf=False)
+ARCHITECTURE = _Granite("granite", ("granite",), "Granite", interleaves_rows=True, transformers_reads_gguf=False)

@@ -6,4 +6,4 @@ from dataclasses import replace
 
 from . import llama
 
-ARCHITECTURE = replace(llama.ARCHITECTURE, model_types=("mistral",), rms_norm="MistralRMSNorm")
+ARCHITECTURE = replace(llama.ARCHITECTURE, model_types=("mistral",), class_prefix="Mistral")

@@ -23,7 +23,7 @@ class _Olmo2(Architecture):
 ARCHITECTURE = _Olmo2(
     "olmo2",
     ("olmo2",),
-    "Olmo2RMSNorm",
+    "Olmo2",
     norms_queries_and_keys=True,
     transformers_reads_gguf=False,
     refusals={"onnx": "onnxruntime-genai's builder does not support it"},

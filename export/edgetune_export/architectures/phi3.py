@@ -35,4 +35,4 @@ class _Phi3(Architecture):
         return IncompatibleError(message, "use one with a context of 4k, such as Phi-3-mini-4k-instruct")
 
 
-ARCHITECTURE = _Phi3("phi3", ("phi3",), "Phi3RMSNorm", fuses_projections=True)
+ARCHITECTURE = _Phi3("phi3", ("phi3",), "Phi3", fuses_projections=True)

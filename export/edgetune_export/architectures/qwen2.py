@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from .base import Architecture
 
-ARCHITECTURE = Architecture("qwen2", ("qwen2",), "Qwen2RMSNorm")
+ARCHITECTURE = Architecture("qwen2", ("qwen2",), "Qwen2")

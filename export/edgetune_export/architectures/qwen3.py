@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from .base import Architecture
 
-ARCHITECTURE = Architecture("qwen3", ("qwen3",), "Qwen3RMSNorm", norms_queries_and_keys=True)
+ARCHITECTURE = Architecture("qwen3", ("qwen3",), "Qwen3", norms_queries_and_keys=True)

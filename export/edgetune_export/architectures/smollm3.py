@@ -15,7 +15,7 @@ _WITHOUT_ROTATION = 4
 class _SmolLM3(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
         """GGUF files store neither layers without rotary embedding nor sliding windows; llama.cpp assumes defaults."""
-        layers = int(config.get("num_hidden_layers", 0))
+        layers = int(config.get("num_hidden_layers") or 0)
         usual = [int(self.rotates(layer)) for layer in range(layers)]
         given = config.get("no_rope_layers")
         if (given or usual)[:layers] != usual or config.get("use_sliding_window"):
@@ -31,4 +31,4 @@ class _SmolLM3(Architecture):
         return (layer + 1) % _WITHOUT_ROTATION != 0
 
 
-ARCHITECTURE = _SmolLM3("smollm3", ("smollm3",), "SmolLM3RMSNorm", interleaves_rows=True, transformers_reads_gguf=False)
+ARCHITECTURE = _SmolLM3("smollm3", ("smollm3",), "SmolLM3", interleaves_rows=True, transformers_reads_gguf=False)

@@ -12,6 +12,7 @@ from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
 from edgetune_runtime.confinement import confine, limits_of
 from edgetune_runtime.conversation import Conversation, adapter_choice, show
 from edgetune_runtime.formats.quantization import describe
+from edgetune_runtime.wording import printable
 
 from .options import answer_options, open_runtime, prompt_of
 
@@ -28,13 +29,16 @@ def info(options: argparse.Namespace) -> None:
         print(manifest.to_json(), end="")
         return
     base = manifest.base
-    print(f"bundle    {manifest.name}, {_size(manifest, manifest.files)}, context {manifest.context_length} tokens")
     types = next(iter(base.values_by_type.values()), {})
     weights = f"{base.parameters / 1e6:.0f} M parameters, {describe(base.quantization, types)}"
-    print(f"base      {base.name}: {base.architecture}, {weights}, {_size(manifest, base.files.values())}")
+    lines = [
+        f"bundle    {manifest.name}, {_size(manifest, manifest.files)}, context {manifest.context_length} tokens",
+        f"base      {base.name}: {base.architecture}, {weights}, {_size(manifest, base.files.values())}",
+    ]
     for entry in manifest.adapters.values():
         shapes = " and ".join(dict.fromkeys(entry.shapes.values()))
-        print(f"adapter   {entry.name}: {entry.method}, {shapes}, {_size(manifest, entry.files.values())}")
+        lines.append(f"adapter   {entry.name}: {entry.method}, {shapes}, {_size(manifest, entry.files.values())}")
+    print("\n".join(map(printable, lines)))
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> str:
@@ -59,7 +63,7 @@ def classify(options: argparse.Namespace) -> None:
         print(json.dumps({"label": label, "scores": scores}, ensure_ascii=False))
         return
     for name in sorted(scores, key=scores.__getitem__, reverse=True):
-        print(f"{name}\t{scores[name]:.4f}")
+        print(f"{printable(name)}\t{scores[name]:.4f}")
 
 
 def chat(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from edgetune_runtime.bundle import GENERATION, Manifest, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 from edgetune_runtime.formats.quantization import repacked_types
+from edgetune_runtime.wording import printable
 
 from .options import open_runtime
 
@@ -29,7 +30,7 @@ def list_states(options: argparse.Namespace) -> None:
         print(json.dumps(rows, ensure_ascii=False))
         return
     for entry in entries:
-        print(f"{entry.label}\t{entry.tokens} tokens\t{entry.bytes / 1e6:.1f} MB\t{entry.engine}")
+        print(f"{printable(entry.label)}\t{entry.tokens} tokens\t{entry.bytes / 1e6:.1f} MB\t{entry.engine}")
     print(
         f"{len(entries)} states, {sum(entry.bytes for entry in entries) / 1e6:.1f} MB in {store.folder}",
         file=sys.stderr,

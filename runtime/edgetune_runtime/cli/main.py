@@ -19,6 +19,7 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError, UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
 from edgetune_runtime.server import command as server
 from edgetune_runtime.voice import command as wyoming
+from edgetune_runtime.wording import printable
 
 from . import answers, machine
 from .log_lines import LineFormatter, RateFilter
@@ -81,7 +82,7 @@ def _logging(*, debug: bool) -> Iterator[None]:
 def _fail(error: EdgetuneError, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{PROGRAM}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return error.exit_code
 
 

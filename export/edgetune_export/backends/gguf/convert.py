@@ -7,48 +7,69 @@ llama-cpp-python, so pip downloads that of the installed version once; the conve
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 
 from edgetune_export import architectures
 from edgetune_export.architectures import Architecture
+from edgetune_export.architectures.base import ENTRIES
+from edgetune_export.hf_folder import CONFIG_NAME, entries, read_config
 
 from .source import download_source
 
 SCRIPT = "convert_hf_to_gguf.py"
 # The parts of vendor/llama.cpp that the converter needs.
 PARTS = (SCRIPT, "conversion", "gguf-py/gguf", "LICENSE")
+_PROGRAM = Path(__file__).with_name("run_converter.py")
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+_MOST_LAYERS = 1024
 
 
 def check_folder(folder: Path) -> Architecture:
     """The architecture of a Hugging Face model folder, before any work is done.
 
     Raises NotFoundError if the folder has no model, VerificationError if its config.json is damaged and
-    IncompatibleError if the architecture is not supported.
+    IncompatibleError if the architecture is not supported, or if the folder brings code of its own.
     """
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        remedy = "use a Hugging Face model folder, a .gguf file or a hub id"
-        raise NotFoundError(f"{folder} has no config.json", remedy)
+    config, path = read_config(folder), folder / CONFIG_NAME
+    if not isinstance(config.get("model_type"), str):
+        raise VerificationError(f"{path} has no model_type", "download the model again")
+    architecture = architectures.of_model_type(config["model_type"], str(folder))
+    _check_sizes(config, path)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        model_type = str(config["model_type"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise VerificationError(f"{config_path} has no model_type", "download the model again") from error
-    architecture = architectures.of_model_type(model_type, str(folder))
-    architecture.check_config(config)
+        architecture.check_config(config)
+    except (ValueError, TypeError) as error:
+        raise VerificationError(f"{path} is damaged: {error}", "download the model again") from error
     if not any(folder.glob("*.safetensors")):
         remedy = "save the model with save_pretrained, not as a pickle"
         raise NotFoundError(f"{folder} has no .safetensors file", remedy)
+    _check_class(config, path, architecture.model_class)
     return architecture
+
+
+def _check_class(config: Mapping[str, Any], path: Path, model_class: str) -> None:
+    """The converter goes by the class that config.json or a config within it names, whatever the model_type is."""
+    found = [value for key, value in entries(config) if key == "architectures"]
+    wrong = next((value for value in found or [None] if value != [model_class]), [model_class])
+    if wrong != [model_class]:
+        message = f"{path} has architectures {str(wrong)[:80]!r}; a {config['model_type']} has [{model_class!r}]"
+        raise IncompatibleError(message, "save the model with save_pretrained of transformers")
+
+
+def _check_sizes(config: Mapping[str, Any], path: Path) -> None:
+    for key in ENTRIES:
+        value, most = config.get(key), _MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+        if not (value is None or (type(value) is int and 0 < value <= most)):
+            raise VerificationError(f"{path} has {key} {str(value)[:80]!r}", "download the model again")
 
 
 def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: Path | None = None) -> None:
@@ -58,10 +79,15 @@ def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: P
     """
     check_folder(folder)
     script = find_converter(converter)
-    command = [sys.executable, str(script), str(folder), "--outfile", str(out), "--outtype", dtype]
+    # -P: none of the working folder's modules, or of those beside the program.
+    command = [sys.executable, "-P", str(_PROGRAM), str(script), str(folder)]
+    command += ["--outfile", str(out), "--outtype", dtype]
     # An empty entry would mean the working folder.
     path = os.pathsep.join(filter(None, [str(script.parent / "gguf-py"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    environment = {**os.environ, **_OFFLINE, "PYTHONPATH": path}
+    done = subprocess.run(
+        command, capture_output=True, stdin=subprocess.DEVNULL, text=True, env=environment, check=False
+    )
     if done.returncode != 0 or not out.is_file():
         out.unlink(missing_ok=True)
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -3,14 +3,18 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edgetune_export import architectures
-from edgetune_export.backends.gguf import source
+from edgetune_export.backends.gguf import run_converter, source
 from edgetune_export.backends.gguf.convert import SCRIPT, check_folder, convert_folder, find_converter
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
@@ -115,15 +119,19 @@ def test_a_converter_that_cannot_be_had_is_an_error_and_leaves_nothing(
     ("files", "error", "message"),
     [
         ({}, NotFoundError, "has no config.json; use a Hugging Face model folder"),
-        ({"config.json": "{"}, VerificationError, "has no model_type"),
-        ({"config.json": "[]"}, VerificationError, "has no model_type"),
+        ({"config.json": "{"}, VerificationError, "is not JSON"),
+        ({"config.json": "[" * 100_000}, VerificationError, "is not JSON"),
+        ({"config.json": "[]"}, VerificationError, "is not a JSON object"),
         ({"config.json": "{}"}, VerificationError, "has no model_type"),
         ({"config.json": '{"model_type": "gpt2"}', "model.safetensors": ""}, IncompatibleError, "architecture 'gpt2'"),
+        ({"config.json": '{"model_type": ["llama"]}'}, VerificationError, "has no model_type"),
+        ({"config.json": '{"model_type": "phi3", "rope_scaling": "long"}'}, VerificationError, "is damaged"),
         (
-            {"config.json": '{"model_type": ["llama"]}'},
-            IncompatibleError,
-            "is not supported; use a base with one",
+            {"config.json": '{"model_type": "smollm3", "num_hidden_layers": 1e9}'},
+            VerificationError,
+            "num_hidden_layers",
         ),
+        ({"config.json": '{"model_type": "smollm3", "num_hidden_layers": 100000000}'}, VerificationError, "num_hidden"),
         ({"config.json": LONG}, IncompatibleError, "a Phi with scaled or partial rotary embeddings"),
         ({"config.json": NO_ROTATION}, IncompatibleError, "other no_rope_layers than SmolLM3-3B"),
         ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, NotFoundError, "no .safetensors file"),
@@ -141,6 +149,66 @@ def test_a_folder_that_cannot_be_converted_is_refused_before_any_work(
     assert not out.exists()
 
 
+def write_code(folder: Path, **changes: dict[str, Any]) -> Path:
+    """Change JSON files of a folder, and give it a class of its own; the returned file appears when that is run."""
+    marker = folder / "ran"
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n", encoding="utf-8")
+    for name, change in changes.items():
+        path = folder / f"{name}.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps({**found, **change}), encoding="utf-8")
+    return marker
+
+
+OWN_TOKENIZER = {"auto_map": {"AutoTokenizer": ["own.Own", None]}}
+OWN_CONFIG = {"auto_map": {"AutoConfig": "own.Own"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": OWN_CONFIG}, "config.json has auto_map"),
+        ({"tokenizer_config": OWN_TOKENIZER}, "tokenizer_config.json has auto_map"),
+        ({"config": {"text_config": [OWN_CONFIG]}}, "config.json has auto_map"),
+        ({"config": {"configuration_files": ["config.4.0.json"]}}, "config.json has configuration_files"),
+        ({"config": {"architectures": ["DreamModel"]}}, "has architectures \"['DreamModel']\"; a llama has"),
+        ({"config": {"architectures": ["Qwen2ForCausalLM"]}}, "a llama has ['LlamaForCausalLM']"),
+        ({"config": {"architectures": ["LlamaForCausalLM", "DreamModel"]}}, "has architectures"),
+        ({"config": {"architectures": None}}, "has architectures 'None'"),
+        ({"config": {"thinker_config": {"text_config": {"architectures": ["DreamModel"]}}}}, "has architectures"),
+    ],
+)
+def test_a_folder_that_brings_code_or_another_class_is_refused(
+    changes: dict[str, Any], message: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "base")
+    marker = write_code(folder, **changes)
+    assert_refused(IncompatibleError, message, lambda: convert_folder(folder, tmp_path / "out.gguf"))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("model_class", "tokenizer_class"), [("DreamModel", "Own"), ("LlamaForCausalLM", "HybridDNATokenizer")]
+)
+def test_the_converter_runs_no_code_of_a_folder(
+    model_class: str, tokenizer_class: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "base")
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    settings = {"tokenizer_class": tokenizer_class, **OWN_TOKENIZER}
+    marker = write_code(folder, config={"architectures": [model_class]}, tokenizer_config=settings)
+    script = find_converter()
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    # The script alone does: it passes trust_remote_code=True for these classes.
+    for command, runs_code in (([str(script)], True), ([run_converter.__file__, str(script)], False)):
+        words = [sys.executable, *command, str(folder), "--outfile", str(tmp_path / "out.gguf")]
+        done = subprocess.run(words, capture_output=True, env=environment, stdin=subprocess.DEVNULL, check=False)
+        assert done.returncode != 0
+        assert marker.exists() == runs_code, done.stderr.decode()
+        marker.unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_supported_folders_are_told_by_their_gguf_architecture(
     arch: str, tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
@@ -154,8 +222,7 @@ def test_a_folder_that_llama_cpp_refuses_gives_its_last_words(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_folder("llama"), tmp_path / "broken")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}), encoding="utf-8")
+    (folder / "tokenizer.model").write_bytes(b"no model")
     out = tmp_path / "out.gguf"
-    assert_refused(IncompatibleError, "NoSuchModel", lambda: convert_folder(folder, out))
+    assert_refused(IncompatibleError, "ModelProto", lambda: convert_folder(folder, out))
     assert not out.exists()

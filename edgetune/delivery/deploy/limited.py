@@ -1,0 +1,107 @@
+"""A child process with limits on its time and on what it prints, which may come from a hostile board."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import IO
+
+MOST_BYTES = 10**6
+_CHUNK_BYTES = 1 << 16
+_TAIL_BYTES = 1000
+_LOOK_EVERY_S = 0.2
+_REST_S = 5.0
+"""For what is still on its way when the process ends."""
+
+
+class LimitedProcess:
+    """A program that is killed when it prints more than MOST_BYTES on one of its outputs, or takes too long.
+
+    `limit_s` are the seconds that it may take to end after it took the last of its input.
+    """
+
+    def __init__(self, words: Sequence[str], limit_s: float) -> None:
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe)
+        self.exceeded = ""
+        """What it did too much of, if it was killed for it."""
+        self._limit_s = limit_s
+        self._deadline: float | None = time.monotonic() + limit_s
+        self._printed = threading.Condition()
+        self._is_closed = False
+        self._ended = threading.Event()
+        self._out, self._problems = bytearray(), bytearray()
+        streams = ((self._process.stdout, self._out), (self._process.stderr, self._problems))
+        self._readers = [threading.Thread(target=self._read, args=each, daemon=True) for each in streams]
+        for thread in (*self._readers, threading.Thread(target=self._watch, daemon=True)):
+            thread.start()
+
+    def write(self, data: bytes) -> None:
+        """Give it input; BrokenPipeError if it takes no more."""
+        stream = self._process.stdin
+        assert stream is not None
+        stream.write(data)
+        stream.flush()
+        if self._deadline is not None:
+            self._deadline = time.monotonic() + self._limit_s
+
+    def wait_for(self, line: bytes) -> bool:
+        """Wait until it prints a line; it may then take any time until `finish`. False if it ends without it."""
+        with self._printed:
+            self._printed.wait_for(lambda: self._has(line) or self._is_closed or self.exceeded)
+            found = self._has(line)
+        if found:
+            self._deadline = None
+        return found
+
+    def finish(self) -> tuple[int, bytes, bytes]:
+        """End its input and wait for its end: the exit code, and what it printed on both outputs."""
+        self._deadline = time.monotonic() + self._limit_s
+        with suppress(BrokenPipeError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        code = self._process.wait()
+        self._ended.set()
+        for thread in self._readers:
+            # The process of a shared connection keeps the outputs of one that was killed open.
+            thread.join(_REST_S if code >= 0 else 0)
+        return code, bytes(self._out), bytes(self._problems)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self.finish()
+
+    def _has(self, line: bytes) -> bool:
+        """Whether it printed the line lately."""
+        return line in [found.strip() for found in bytes(self._out[-_TAIL_BYTES:]).splitlines()]
+
+    def _read(self, stream: IO[bytes], found: bytearray) -> None:
+        while data := stream.read1(_CHUNK_BYTES):  # type: ignore[attr-defined]
+            with self._printed:
+                found += data[: MOST_BYTES - len(found)]
+                self._printed.notify_all()
+            if len(found) >= MOST_BYTES:
+                self._exceed(f"printed more than {MOST_BYTES // 10**6} MB")
+                break
+        stream.close()
+        with self._printed:
+            self._is_closed = True
+            self._printed.notify_all()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_LOOK_EVERY_S):
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                self._exceed(f"did not end in {self._limit_s:.0f} s")
+                return
+
+    def _exceed(self, what: str) -> None:
+        # Before its end, which others wait for.
+        with self._printed:
+            self.exceeded = self.exceeded or what
+            self._printed.notify_all()
+        self._process.kill()

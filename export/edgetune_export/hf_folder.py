@@ -1,0 +1,63 @@
+"""Reads the config.json of a Hugging Face folder, and refuses a folder that brings code of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+
+CONFIG_NAME = "config.json"
+_SETTINGS = "*config*.json"
+"""The files that transformers takes settings from."""
+_REFUSED = {
+    "auto_map": "which makes transformers run Python files of the folder",
+    "configuration_files": "which makes transformers read another file instead",
+}
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The contents of config.json.
+
+    Raises NotFoundError if there is none, VerificationError if it is not a JSON object, and IncompatibleError if one of
+    the folder's settings names code to run, or another file to read instead.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        remedy = "use a Hugging Face model folder, a .gguf file or a hub id"
+        raise NotFoundError(f"{folder} has no {CONFIG_NAME}", remedy)
+    for other in sorted(folder.glob(_SETTINGS)):
+        if other.is_file():
+            _refuse_code(other, _read(other))
+    config = _read(path)
+    if not isinstance(config, dict):
+        raise VerificationError(f"{path} is not a JSON object", "download the model again")
+    return config
+
+
+def entries(value: object) -> Iterator[tuple[str, Any]]:
+    """All keys of a JSON value with what they have, also of the objects within it."""
+    pending = [value]
+    while pending:
+        found = pending.pop()
+        if isinstance(found, dict):
+            yield from found.items()
+            pending += found.values()
+        elif isinstance(found, list):
+            pending += found
+
+
+def _refuse_code(path: Path, settings: object) -> None:
+    for key, _ in entries(settings):
+        if key in _REFUSED:
+            remedy = "use a model that transformers supports without code from its folder"
+            raise IncompatibleError(f"{path} has {key}, {_REFUSED[key]}", remedy)
+
+
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise VerificationError(f"{path} is not JSON: {error}", "download the model again") from error
