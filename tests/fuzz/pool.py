@@ -1,0 +1,138 @@
+"""Runs cases in worker processes, and replaces one that a case ends or that does not answer in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .forms.raw import Edit
+from .worker import WORK
+
+CASE_S = 10.0
+START_S = 120.0
+CASES_PER_WORKER = 1000
+"""A worker is replaced after so many cases, so that memory that native code loses does not add up."""
+_TESTS = Path(__file__).parents[1]
+_VARIABLES = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0", "GGML_NO_BACKTRACE": "1"}
+_TELLING = re.compile(r"ASSERT|what\(\)|panicked|terminate called")
+_VARYING = re.compile(r"0x[0-9a-f]+|\d+|/\S+/")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case; `kind` is opened or refused, or else names a finding, of which `cause` groups equal ones."""
+
+    kind: str
+    cause: str = ""
+    text: str = ""
+
+    @property
+    def is_finding(self) -> bool:
+        """Whether the file did what no file may do."""
+        return self.kind not in ("opened", "refused")
+
+
+class Worker:
+    """A worker process for one kind of file."""
+
+    def __init__(self, kind: str, seeds: Path) -> None:
+        self._kind, self._seeds = kind, seeds
+        self._process: subprocess.Popen[str] | None = None
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in `close`
+        self._work = tempfile.TemporaryDirectory(prefix="fuzz-")
+        self._count = 0
+
+    def run(self, edits: list[Edit]) -> Outcome:
+        """Open the file with these edits."""
+        if self._count >= CASES_PER_WORKER:
+            self._end()
+        if self._process is None:
+            self._start()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._count += 1
+        self._process.stdin.write(json.dumps(edits) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer(CASE_S)
+        if answer is None:
+            return self._hanging()
+        if answer["outcome"].startswith(("SIG", "exit")):
+            outcome = self._crash(answer["outcome"])
+            self._expect_ready()
+            return outcome
+        return Outcome(answer["outcome"], answer.get("cause", ""), answer.get("text", ""))
+
+    def close(self) -> None:
+        """End the process."""
+        self._end()
+        self._errors.close()
+        self._work.cleanup()
+
+    def _start(self) -> None:
+        path = os.pathsep.join(filter(None, [str(_TESTS), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-X", "faulthandler", "-m", "fuzz.worker", self._kind, str(self._seeds)]
+        environment = {**os.environ, **_VARIABLES, WORK: self._work.name, "PYTHONPATH": path}
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        self._count = 0
+        self._expect_ready()
+
+    def _expect_ready(self) -> None:
+        answer = self._answer(START_S)
+        if answer != {"outcome": "ready"}:
+            raise RuntimeError(f"the worker for {self._kind} does not open the valid file: {self._said()[-5:]}")
+
+    def _answer(self, seconds: float) -> Any:  # noqa: ANN401 - the worker's JSON
+        assert self._process is not None
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            return None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def _hanging(self) -> Outcome:
+        """Where the case that does not end is, and end it."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGABRT)
+        self._process.wait()
+        outcome = self._crash("timeout")
+        self._end()
+        return outcome
+
+    def _crash(self, name: str) -> Outcome:
+        """What native code said last, and where Python called it."""
+        lines = self._said()
+        start = next((place for place, line in enumerate(lines) if line.startswith("Current thread")), len(lines))
+        frames = [line.strip() for line in lines[start:] if line.lstrip().startswith("File ")]
+        own = next((frame for frame in frames if "edgetune" in frame), (frames or [""])[0])
+        said = [line for line in lines[:start] if not line.startswith((" ", "Fatal Python", "Thread"))]
+        told = next((line for line in said if _TELLING.search(line)), ([""] + said)[-1])
+        return Outcome(name, _VARYING.sub("*", f"{told[:150]} {own}"), told[:300])
+
+    def _said(self) -> list[str]:
+        self._errors.seek(0)
+        return [line for line in self._errors.read().splitlines() if line.strip()]
+
+    def _end(self) -> None:
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
+            self._process = None
