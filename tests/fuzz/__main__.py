@@ -43,7 +43,9 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="run one case, and print its edits and its outcome")
     parser.add_argument("--seed", type=int, default=1, help="seed of all cases (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("build/fuzz"), help="folder for findings (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/fuzz"), help="folder for findings (default: %(default)s)"
+    )
     options = parser.parse_args()
     seeds = (options.out / "seeds").resolve()
     if not seeds.is_dir():

@@ -17,6 +17,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import MANIFEST_NAME
 from edgetune_runtime.cli.main import make_parser
 
+from . import fragments
 from .forms.gguf_file import GgufForm, read
 from .forms.json_file import Checked, Json, Safetensors
 from .forms.protobuf import Protobuf
@@ -26,18 +27,6 @@ from .names import ADAPTERS, KIT, LORA, MODEL, ONNX, PEFT, PLAIN, PREFIX, QUESTI
 
 Open = Callable[[bytes], None]
 """Opens a changed file, as an app does; it may raise an EdgetuneError and no other error."""
-_RECIPE_PARTS = (
-    "&a ", "*a", "&a [*a, *a]", "<<: *a", "!!python/object:os.system ", "!!int ", "{", "}", "[", "]", ": ", "- ", "\n",
-    "\n  ", "\t", "---\n", "null", "~", "1e999", ".nan", "-.inf", "0x7fffffffffffffff", "99999999999999999999", "-1",
-    "yes", "''", '"\\x1b[2J"', "'\\0'", "2026-01-01", "[" * 500, "../../..", "(a+)+$", "%YAML 1.1\n", "? ", "| ", "> ",
-)  # fmt: skip
-_TEMPLATE_PARTS = (
-    "{{ ", " }}", "{% ", " %}", "{% for a in range(99999) %}", "{% endfor %}", "{% if ", "{% endif %}", "{% set x = ", "1//0",
-    "1/0", "'a'*10**10", "messages", "messages*99999", "range(10**12)", "loop", "self", "x.__class__.__mro__", "|tojson",
-    "|join", "|center(10**10)", "|indent(10**9)", "'%1000000000d'|format(1)", "raise_exception('\\n\\x1b')", "strftime_now('%Y')",
-    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{% include 'x' %}", "namespace()", "[[1]*9999]*9999", "2**10**9",
-    "<|im_end|>", "{#", "undefined.x.y", "m['content'][0]", "{% generation %}", "lipsum(10**7)", "cycler(1)", "~",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -212,14 +201,16 @@ KINDS = {
     "state": Kind(STATES, Checked(), _state, _only_state),
     "session": Kind(SESSION, Checked(), _session),
     "manifest": Kind(f"{ADAPTERS}/{MANIFEST_NAME}", Json(), _manifest),
-    "template": Kind(f"{PLAIN}/base/model.gguf", Text(_TEMPLATE_PARTS), _template, _template_of),
+    "template": Kind(f"{PLAIN}/base/model.gguf", Text(fragments.TEMPLATE), _template, _template_of),
     "kit": Kind(KIT, Json(), _kit),
     "peft-config": Kind(f"{PEFT}/adapter_config.json", Json(), partial(_peft, "adapter_config.json")),
-    "peft-weights": Kind(f"{PEFT}/adapter_model.safetensors", Safetensors(), partial(_peft, "adapter_model.safetensors")),
+    "peft-weights": Kind(
+        f"{PEFT}/adapter_model.safetensors", Safetensors(), partial(_peft, "adapter_model.safetensors")
+    ),
     "model-config": Kind(f"{MODEL}/config.json", Json(), partial(_model, "config.json")),
     "model-weights": Kind(f"{MODEL}/model.safetensors", Safetensors(), partial(_model, "model.safetensors")),
-    "recipe": Kind(RECIPE, Text(_RECIPE_PARTS), _recipe),
-}  # fmt: skip
+    "recipe": Kind(RECIPE, Text(fragments.RECIPE), _recipe),
+}
 
 
 def opener(name: str, seeds: Path, work: Path) -> tuple[bytes, Open]:

@@ -18,19 +18,26 @@ from typing import Any
 from .forms.raw import Edit
 from .worker import WORK
 
+TIMEOUT = "timeout"
 CASE_S = 10.0
 START_S = 120.0
 CASES_PER_WORKER = 1000
 """A worker is replaced after so many cases, so that memory that native code loses does not add up."""
 _TESTS = Path(__file__).parents[1]
-_VARIABLES = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0", "GGML_NO_BACKTRACE": "1"}
+_VARIABLES = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RUST_BACKTRACE": "0",
+    "GGML_NO_BACKTRACE": "1",
+}
 _TELLING = re.compile(r"ASSERT|what\(\)|panicked|terminate called")
 _VARYING = re.compile(r"0x[0-9a-f]+|\d+|/\S+/")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case; `kind` is opened or refused, or else names a finding, of which `cause` groups equal ones."""
+    """What became of a case: `kind` is opened, refused, or names a finding, of which `cause` groups equal ones."""
 
     kind: str
     cause: str = ""
@@ -112,18 +119,21 @@ class Worker:
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGABRT)
         self._process.wait()
-        outcome = self._crash("timeout")
+        outcome = self._crash(TIMEOUT)
         self._end()
         return outcome
 
     def _crash(self, name: str) -> Outcome:
         """What native code said last, and where Python called it."""
         lines = self._said()
-        start = next((place for place, line in enumerate(lines) if line.startswith("Current thread")), len(lines))
+        threads = [place for place, line in enumerate(lines) if line.startswith(("Thread", "Current thread"))]
+        current = [place for place in threads if lines[place].startswith("Current")]
+        # The last one is the main thread, which waits for what hangs.
+        start = [*(threads[-1:] if name == TIMEOUT else current or threads), len(lines)][0]
         frames = [line.strip() for line in lines[start:] if line.lstrip().startswith("File ")]
         own = next((frame for frame in frames if "edgetune" in frame), (frames or [""])[0])
         said = [line for line in lines[:start] if not line.startswith((" ", "Fatal Python", "Thread"))]
-        told = next((line for line in said if _TELLING.search(line)), ([""] + said)[-1])
+        told = next((line for line in said if _TELLING.search(line)), ["", *said][-1])
         return Outcome(name, _VARYING.sub("*", f"{told[:150]} {own}"), told[:300])
 
     def _said(self) -> list[str]:

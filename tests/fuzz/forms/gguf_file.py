@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 from collections.abc import Sequence
@@ -14,23 +15,75 @@ from .raw import Edit, byte_edit, with_bytes
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
 _OTHER_KEYS = {
-    "split.count": 2, "split.no": 1, "general.alignment": 64, "tokenizer.ggml.precompiled_charsmap": [[0, [255, 255, 255]]],
-    "{a}.expert_count": 8, "{a}.expert_used_count": 8, "{a}.vocab_size": 10**6, "{a}.attention.sliding_window": 1,
-    "{a}.attention.key_length": 7, "{a}.attention.value_length": 0, "{a}.rope.dimension_count": 3,
-    "{a}.rope.scaling.factor": float("nan"), "{a}.rope.scaling.type": "yarn", "{a}.attention.causal": False,
-    "{a}.pooling_type": 9, "{a}.leading_dense_block_count": 1, "{a}.attention.clamp_kqv": float("inf"),
-    "{a}.logit_scale": float("nan"), "{a}.rope.freq_base": 0.0, "{a}.attention.layer_norm_rms_epsilon": float("nan"),
-    "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.seperator_token_id": 10**6, "tokenizer.ggml.eot_token_id": -1,
-    "tokenizer.ggml.unknown_token_id": 2**31, "tokenizer.ggml.padding_token_id": 400, "tokenizer.ggml.mask_token_id": 1,
-    "adapter.alora.invocation_tokens": [[4, [10**9]]], "general.quantization_version": 99, "general.file_type": 9999,
-}  # fmt: skip
+    "split.count": 2,
+    "split.no": 1,
+    "general.alignment": 64,
+    "tokenizer.ggml.precompiled_charsmap": [[0, [255, 255, 255]]],
+    "{a}.expert_count": 8,
+    "{a}.expert_used_count": 8,
+    "{a}.vocab_size": 10**6,
+    "{a}.attention.sliding_window": 1,
+    "{a}.attention.key_length": 7,
+    "{a}.attention.value_length": 0,
+    "{a}.rope.dimension_count": 3,
+    "{a}.rope.scaling.factor": float("nan"),
+    "{a}.rope.scaling.type": "yarn",
+    "{a}.attention.causal": False,
+    "{a}.pooling_type": 9,
+    "{a}.leading_dense_block_count": 1,
+    "{a}.attention.clamp_kqv": float("inf"),
+    "{a}.logit_scale": float("nan"),
+    "{a}.rope.freq_base": 0.0,
+    "{a}.attention.layer_norm_rms_epsilon": float("nan"),
+    "tokenizer.ggml.add_bos_token": True,
+    "tokenizer.ggml.seperator_token_id": 10**6,
+    "tokenizer.ggml.eot_token_id": -1,
+    "tokenizer.ggml.unknown_token_id": 2**31,
+    "tokenizer.ggml.padding_token_id": 400,
+    "tokenizer.ggml.mask_token_id": 1,
+    "adapter.alora.invocation_tokens": [[4, [10**9]]],
+    "general.quantization_version": 99,
+    "general.file_type": 9999,
+}
 """Keys that a file may have besides its own; an array is [[type, values]]."""
 _NAMES = (
-    "llama", "llama4", "qwen2", "qwen2moe", "qwen3", "gemma", "gemma2", "gemma3", "mamba", "rwkv6", "bert", "t5", "gpt2", "phi3",
-    "deepseek2", "olmo2", "bpe", "spm", "wpm", "ugm", "none", "default", "linear", "yarn", "longrope", "llama-bpe", "lora",
-    "adapter", "model", "control_vector", "f32",
-)  # fmt: skip
-_TEMPLATES = ("{{ 1//0 }}", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a'*10**10 }}")
+    "llama",
+    "llama4",
+    "qwen2",
+    "qwen2moe",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "mamba",
+    "rwkv6",
+    "bert",
+    "t5",
+    "gpt2",
+    "phi3",
+    "deepseek2",
+    "olmo2",
+    "bpe",
+    "spm",
+    "wpm",
+    "ugm",
+    "none",
+    "default",
+    "linear",
+    "yarn",
+    "longrope",
+    "llama-bpe",
+    "lora",
+    "adapter",
+    "model",
+    "control_vector",
+    "f32",
+)
+_TEMPLATES = (
+    "{{ 1//0 }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'a'*10**10 }}",
+)
 
 
 @dataclass
@@ -78,7 +131,12 @@ def _edit(file: Gguf, rng: random.Random) -> Edit:
     if what < 0.45:
         key, value = rng.choice([*_OTHER_KEYS.items()])
         return ["value", key.replace("{a}", architecture), *_typed(value)]
-    key, kind, value = rng.choice(file.metadata)
+    return _metadata_edit(file, rng)
+
+
+def _metadata_edit(file: Gguf, rng: random.Random) -> Edit:
+    arrays = [item for item in file.metadata if item[1] == _ARRAY]
+    key, kind, value = rng.choice(arrays if arrays and rng.random() < 0.35 else file.metadata)
     change = rng.choice(("value", "value", "value", "value", "type", "drop", "twice", "key"))
     if change in ("drop", "twice"):
         return [change, key]
@@ -124,7 +182,11 @@ def _tensor_edit(file: Gguf, rng: random.Random) -> Edit:
     if change in ("drop", "twice"):
         return [f"{change}_tensor", name]
     if change == "name":
-        return ["name", name, rng.choice((*WORDS, *(other[0] for other in file.tensors), "rope_freqs.weight", "output.weight"))]
+        return [
+            "name",
+            name,
+            rng.choice((*WORDS, *(other[0] for other in file.tensors), "rope_freqs.weight", "output.weight")),
+        ]
     if change == "tensor_type":
         return ["tensor_type", name, rng.choice((0, 1, 2, 3, 6, 7, 8, 10, 12, 16, 24, 26, 28, 30, 34, 39, 40, 2**31))]
     if change == "offset":
@@ -134,7 +196,9 @@ def _tensor_edit(file: Gguf, rng: random.Random) -> Edit:
     how = rng.choice(("one", "one", "swap", "more", "fewer"))
     if how == "one":
         place = rng.randrange(len(changed))
-        changed[place] = rng.choice((*numbers, changed[place] + 1, changed[place] - 1, changed[place] * 2, changed[place] // 2))
+        changed[place] = rng.choice(
+            (*numbers, changed[place] + 1, changed[place] - 1, changed[place] * 2, changed[place] // 2)
+        )
     elif how == "swap":
         changed.reverse()
     elif how == "more":
@@ -212,7 +276,9 @@ _CHANGES = {
     "offset": lambda *given: _set("tensors", 3, *given),
     "drop_tensor": lambda *given: _drop("tensors", *given),
     "twice_tensor": lambda *given: _twice("tensors", *given),
-    **{name: (lambda *given, name=name: _array(name, *given)) for name in ("item", "length", "item_type", "item_count")},
+    **{
+        name: (lambda *given, name=name: _array(name, *given)) for name in ("item", "length", "item_type", "item_count")
+    },
 }
 
 
@@ -285,7 +351,7 @@ def _number(code: str, value: Any) -> bytes:  # noqa: ANN401 - a number, or what
             return struct.pack(f"<{code}", float(value))
         except OverflowError:
             return struct.pack(f"<{code}", float("inf"))
-    number = int(value) if value == value and abs(value) != float("inf") else 0
+    number = int(value) if math.isfinite(value) else 0
     size = struct.calcsize(code)
     return (number & ((1 << 8 * size) - 1)).to_bytes(size, "little")
 

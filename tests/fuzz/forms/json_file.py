@@ -111,7 +111,11 @@ def _edit(value: object, paths: Sequence[Path], rng: random.Random) -> Edit:
     if kind == "near":
         number = _at(value, path)
         if isinstance(number, int | float):
-            return ["set", path, rng.choice((-number, number + 1, number - 1, number * 1000, float(number), str(number)))]
+            return [
+                "set",
+                path,
+                rng.choice((-number, number + 1, number - 1, number * 1000, float(number), str(number))),
+            ]
     if kind in ("nest", "long"):
         return [kind, path, rng.choice((100, 900, 20_000) if kind == "nest" else (1000, 200_000))]
     keys = [path for path in paths if path and isinstance(path[-1], str)]

@@ -10,9 +10,11 @@ from typing import Any
 from .raw import Edit, byte_edit, with_bytes
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_SIZES = {_FIXED64: 8, _FIXED32: 4}
+_MAX_DEPTH = 8
 _NUMBERS = (0, 1, 2, 3, 6, 7, 10, 16, 255, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 _TEXTS = ("", "\0", "ai.onnx", "com.microsoft", "ai.onnx.ml", "location", "../../etc/passwd", "If", "Loop", "Scan")
-_OPERATORS = ("ConstantOfShape", "Expand", "Tile", "Pad", "Range", "Resize", "Einsum", "NonZero", "Unique", "TopK", "Gather")
+_OPERATORS = ("ConstantOfShape", "Expand", "Tile", "Pad", "Range", "Resize", "Einsum", "NonZero", "Unique", "TopK")
 Path = list[int]
 """Indexes: of a field in the file's message, of a field in that field, and so on."""
 
@@ -47,7 +49,6 @@ class Protobuf:
 
 
 def _edit(known: Sequence[tuple[Path, Field]], rng: random.Random) -> Edit:
-    # Small fields, as most of a graph's fields are in the same few structures.
     path, chosen = rng.choice(known)
     if chosen.wire == _VARINT and rng.random() < 0.8:
         near = (chosen.value + 1, max(chosen.value - 1, 0), chosen.value * 1024)
@@ -100,16 +101,15 @@ def parsed(data: bytes, depth: int = 0) -> list[Field] | None:
                 value, place = _varint(data, place)
                 fields.append(Field(number, wire, value))
                 continue
-            size, place = (8 if wire == _FIXED64 else 4, place) if wire in (_FIXED64, _FIXED32) else _varint(data, place)
-            if wire not in (_FIXED64, _BYTES, _FIXED32) or place + size > len(data):
+            if wire == _BYTES:
+                size, place = _varint(data, place)
+            else:
+                size = _SIZES.get(wire, len(data))
+            if place + size > len(data):
                 return None
             value, place = data[place : place + size], place + size
-            inner = None
-            if wire == _BYTES and size and depth < 8 and not value.isascii():
-                inner = parsed(value, depth + 1)
-            elif wire == _BYTES and size and depth < 8 and not _is_text(value):
-                inner = parsed(value, depth + 1)
-            fields.append(Field(number, wire, value, inner or []))
+            may_be_message = wire == _BYTES and size and depth < _MAX_DEPTH and not _is_text(value)
+            fields.append(Field(number, wire, value, (parsed(value, depth + 1) if may_be_message else None) or []))
     except IndexError:
         return None
     return fields
