@@ -4,7 +4,8 @@
     make fuzz ARGS="--kind gguf-base --case 123"
 
 Case N of a kind and a seed has the same edits in every run. A finding is a JSON line in OUT/KIND.jsonl with its
-edits, of which those are left out that it does not need; tests/corpus has the findings of earlier runs.
+edits; the first one of a cause only has those that it needs. `contained` are files that would do harm if no child
+process opened the bundle first. tests/corpus has the findings of earlier runs, which `make test` opens.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from . import corpus
 from .forms.raw import Edit
 from .kinds import KINDS
-from .pool import Outcome, Worker
+from .pool import CONTAINED, Outcome, Worker
 from .seeds import make_seeds
 
 CASES = 10_000
@@ -46,6 +49,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("build/fuzz"), help="folder for findings (default: %(default)s)"
     )
+    parser.add_argument("--keep", action="store_true", help="add the first finding of each cause to tests/corpus")
     options = parser.parse_args()
     seeds = (options.out / "seeds").resolve()
     if not seeds.is_dir():
@@ -60,11 +64,11 @@ def run_case(options: argparse.Namespace, seeds: Path) -> int:
     """Run one case, and keep its changed file."""
     (kind,) = options.kind
     edits = edits_of(kind, seeds, options.seed, options.case)
-    with closing(Worker(kind, seeds)) as worker:
-        outcome = worker.run(edits)
+    with closing(Runner(kind, seeds)) as runner:
+        outcome = runner.run(edits)
     changed = options.out / f"{kind}-{options.case}"
     changed.write_bytes(KINDS[kind].form.applied(valid_file(kind, seeds), edits))
-    print(json.dumps({"edits": edits, "outcome": outcome.kind, "cause": outcome.cause, "text": outcome.text}, indent=1))
+    print(json.dumps({**asdict(outcome), "edits": edits}, indent=1))
     print(f"the changed file is {changed}", file=sys.stderr)
     return int(outcome.is_finding)
 
@@ -76,42 +80,45 @@ def run_kind(kind: str, options: argparse.Namespace, seeds: Path) -> int:
     outcomes: Counter[str] = Counter()
     causes: Counter[tuple[str, str]] = Counter()
     with (options.out / f"{kind}.jsonl").open("w", encoding="utf-8") as file:
-        for finding in _findings(kind, cases, options, seeds, outcomes):
-            cause = (finding["outcome"], finding["cause"])
+        for line in _lines(kind, cases, options, seeds, outcomes):
+            cause = (line["outcome"], line["cause"])
             causes[cause] += 1
             if causes[cause] <= _SAME_CAUSE:
-                file.write(json.dumps(finding) + "\n")
+                file.write(json.dumps(line) + "\n")
                 file.flush()
+            if options.keep and causes[cause] == 1:
+                corpus.add(kind, line["cause"], line["edits"])
     rate = len(cases) / (time.monotonic() - begin)
     counts = ", ".join(f"{count} {name}" for name, count in outcomes.most_common())
     print(f"{kind}: {len(cases)} cases, {rate:.0f} per second: {counts}", flush=True)
     for (outcome, cause), count in causes.most_common():
         print(f"    {count} x {outcome}: {cause}", flush=True)
-    return sum(causes.values())
+    return sum(count for (outcome, _), count in causes.items() if outcome != CONTAINED)
 
 
-def _findings(
+def _lines(
     kind: str, cases: Iterable[int], options: argparse.Namespace, seeds: Path, outcomes: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """The findings of the cases, the first of each cause without the edits that it does not need."""
-    known: set[tuple[str, str]] = set()
+    """A line for each case that is not just opened or refused; the first of a cause only has the edits it needs."""
+    known: set[str] = set()
     left = iter(cases)
     found: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
 
     def run_cases() -> None:
         try:
-            with closing(Worker(kind, seeds)) as worker:
+            with closing(Runner(kind, seeds)) as runner:
                 # `next` of a range's iterator is atomic.
                 while (case := next(left, None)) is not None:
                     edits = edits_of(kind, seeds, options.seed, case)
-                    outcome = worker.run(edits)
+                    outcome = runner.run(edits)
                     outcomes[outcome.kind] += 1
-                    if outcome.is_finding:
-                        cause = (outcome.kind, outcome.cause)
-                        if cause not in known:
-                            known.add(cause)
-                            edits = smallest(worker, edits, outcome)
-                        found.put(finding(kind, options.seed, case, outcome, edits))
+                    if outcome.is_finding or outcome.kind == CONTAINED:
+                        if outcome.cause not in known:
+                            known.add(outcome.cause)
+                            edits = runner.smallest(edits, outcome)
+                        number = {"kind": kind, "seed": options.seed, "case": case, "generator": GENERATOR}
+                        names = {"outcome": outcome.kind, "cause": outcome.cause, "text": outcome.text}
+                        found.put({**number, **names, "edits": edits})
             found.put(None)
         except BaseException as error:
             found.put(error)
@@ -128,19 +135,31 @@ def _findings(
         thread.join()
 
 
-def finding(kind: str, seed: int, case: int, outcome: Outcome, edits: list[Edit]) -> dict[str, Any]:
-    """The line of a finding."""
-    number = {"kind": kind, "seed": seed, "case": case, "generator": GENERATOR}
-    return {**number, "outcome": outcome.kind, "cause": outcome.cause, "text": outcome.text, "edits": edits}
+class Runner:
+    """Runs cases of a kind in a worker, and those that do harm there again in one that is guarded."""
 
+    def __init__(self, kind: str, seeds: Path) -> None:
+        self._worker, self._guarded = Worker(kind, seeds), Worker(kind, seeds, is_guarded=True)
 
-def smallest(worker: Worker, edits: list[Edit], outcome: Outcome) -> list[Edit]:
-    """The edits without those that the outcome does not need."""
-    for edit in list(edits):
-        fewer = [other for other in edits if other is not edit]
-        if fewer and worker.run(fewer).kind == outcome.kind:
-            edits = fewer
-    return edits
+    def run(self, edits: list[Edit]) -> Outcome:
+        """What becomes of a file with these edits."""
+        outcome = self._worker.run(edits)
+        if outcome.is_finding and not self._guarded.run(edits).is_finding:
+            return replace(outcome, kind=CONTAINED, text=f"{outcome.kind}: {outcome.text}")
+        return outcome
+
+    def smallest(self, edits: list[Edit], outcome: Outcome) -> list[Edit]:
+        """The edits without those that the outcome does not need."""
+        for edit in list(edits):
+            fewer = [other for other in edits if other is not edit]
+            if fewer and self._worker.run(fewer).cause == outcome.cause:
+                edits = fewer
+        return edits
+
+    def close(self) -> None:
+        """End the workers."""
+        self._worker.close()
+        self._guarded.close()
 
 
 def edits_of(kind: str, seeds: Path, seed: int, case: int) -> list[Edit]:

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from .forms.raw import Edit
-from .worker import WORK
+from .worker import READY, WORK
 
 TIMEOUT = "timeout"
 CASE_S = 10.0
+GUARDED_CASE_S = 60.0
+"""For a case that ends a child process by its own limit of time."""
 START_S = 120.0
+_ABORT_S = 10.0
 CASES_PER_WORKER = 1000
 """A worker is replaced after so many cases, so that memory that native code loses does not add up."""
 _TESTS = Path(__file__).parents[1]
@@ -32,12 +35,17 @@ _VARIABLES = {
     "GGML_NO_BACKTRACE": "1",
 }
 _TELLING = re.compile(r"ASSERT|what\(\)|panicked|terminate called")
+_PYTHON = (" ", "Fatal Python", "Thread", "Current thread", "Extension modules")
 _VARYING = re.compile(r"0x[0-9a-f]+|\d+|/\S+/")
+
+
+CONTAINED = "contained"
+"""What ends a worker, or hangs or raises in it, but is an error of one line where a child process opens it first."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case: `kind` is opened, refused, or names a finding, of which `cause` groups equal ones."""
+    """What became of a case: `kind` is opened, refused, contained, or names a finding; `cause` groups equal ones."""
 
     kind: str
     cause: str = ""
@@ -46,18 +54,22 @@ class Outcome:
     @property
     def is_finding(self) -> bool:
         """Whether the file did what no file may do."""
-        return self.kind not in ("opened", "refused")
+        return self.kind not in ("opened", "refused", CONTAINED)
 
 
 class Worker:
-    """A worker process for one kind of file."""
+    """A worker process for one kind of file.
 
-    def __init__(self, kind: str, seeds: Path) -> None:
-        self._kind, self._seeds = kind, seeds
+    It opens bundles without their check in a child process, which takes a second and would hide what the file does,
+    unless it `is_guarded`, as an app is.
+    """
+
+    def __init__(self, kind: str, seeds: Path, *, is_guarded: bool = False) -> None:
+        self._kind, self._seeds, self._is_guarded = kind, seeds, is_guarded
         self._process: subprocess.Popen[str] | None = None
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in `close`
         self._work = tempfile.TemporaryDirectory(prefix="fuzz-")
-        self._count = 0
+        self._count = self._fork = 0
 
     def run(self, edits: list[Edit]) -> Outcome:
         """Open the file with these edits."""
@@ -70,7 +82,7 @@ class Worker:
         self._count += 1
         self._process.stdin.write(json.dumps(edits) + "\n")
         self._process.stdin.flush()
-        answer = self._answer(CASE_S)
+        answer = self._answer(GUARDED_CASE_S if self._is_guarded else CASE_S)
         if answer is None:
             return self._hanging()
         if answer["outcome"].startswith(("SIG", "exit")):
@@ -89,6 +101,7 @@ class Worker:
         path = os.pathsep.join(filter(None, [str(_TESTS), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-X", "faulthandler", "-m", "fuzz.worker", self._kind, str(self._seeds)]
         environment = {**os.environ, **_VARIABLES, WORK: self._work.name, "PYTHONPATH": path}
+        environment |= {"EDGETUNE_CACHE": f"{self._work.name}/cache", "EDGETUNE_PREFLIGHT": str(int(self._is_guarded))}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -103,8 +116,9 @@ class Worker:
 
     def _expect_ready(self) -> None:
         answer = self._answer(START_S)
-        if answer != {"outcome": "ready"}:
+        if answer is None or answer["outcome"] != READY:
             raise RuntimeError(f"the worker for {self._kind} does not open the valid file: {self._said()[-5:]}")
+        self._fork = answer["pid"]
 
     def _answer(self, seconds: float) -> Any:  # noqa: ANN401 - the worker's JSON
         assert self._process is not None
@@ -116,11 +130,12 @@ class Worker:
 
     def _hanging(self) -> Outcome:
         """Where the case that does not end is, and end it."""
-        assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGABRT)
-        self._process.wait()
+        os.kill(self._fork, signal.SIGABRT)
+        if self._answer(_ABORT_S) is None:
+            self._end()
+            return Outcome(TIMEOUT)
         outcome = self._crash(TIMEOUT)
-        self._end()
+        self._expect_ready()
         return outcome
 
     def _crash(self, name: str) -> Outcome:
@@ -132,7 +147,7 @@ class Worker:
         start = [*(threads[-1:] if name == TIMEOUT else current or threads), len(lines)][0]
         frames = [line.strip() for line in lines[start:] if line.lstrip().startswith("File ")]
         own = next((frame for frame in frames if "edgetune" in frame), (frames or [""])[0])
-        said = [line for line in lines[:start] if not line.startswith((" ", "Fatal Python", "Thread"))]
+        said = [line for line in lines[:start] if not line.startswith(_PYTHON)]
         told = next((line for line in said if _TELLING.search(line)), ["", *said][-1])
         return Outcome(name, _VARYING.sub("*", f"{told[:150]} {own}"), told[:300])
 

@@ -9,10 +9,13 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+READY = "ready"
+"""The first outcome of a fork, with its process id."""
 WORK = "EDGETUNE_FUZZ_WORK"
 """Variable with the folder for copies of the seeds."""
 LIBRARIES = {
@@ -64,7 +67,7 @@ def _run_cases(kind: str, seeds: Path, answers: TextIO) -> None:
         valid, open_changed = opener(kind, seeds, Path(work))
         open_changed(valid)
         _limit_memory()
-        _say({"outcome": "ready"}, answers)
+        _say({"outcome": READY, "pid": os.getpid()}, answers)
         # Without a buffer, in which the next fork's cases would be.
         while line := _line():
             edits = json.loads(line)
@@ -92,7 +95,7 @@ def _line() -> bytes:
     return bytes(data)
 
 
-def _say(answer: dict[str, str], answers: TextIO) -> None:
+def _say(answer: Mapping[str, object], answers: TextIO) -> None:
     print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -104,7 +107,8 @@ def _outcome(open_changed: Any, changed: bytes, kind: str) -> dict[str, str]:  #
     except EdgetuneError as error:
         text = str(error)
         if "\x1b" in text or ("\n" in text and kind not in SAME_LINE_KINDS):
-            return {"outcome": "not one plain line", "cause": repr(text)[:200]}
+            cause = f"{_where(error)}: {type(error).__name__}"
+            return {"outcome": "not one plain line", "cause": cause, "text": repr(text)[:200]}
         return {"outcome": "refused", "cause": text[:200]}
     except (Exception, SystemExit) as error:
         return {"outcome": "raised", "cause": f"{_where(error)}: {type(error).__name__}", "text": str(error)[:200]}
