@@ -6,7 +6,7 @@ BUNDLE := build/smart-home
 DATA := examples/smart-home/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full demo-with-recipe check fast test test-arm64 test-systemd dist docs clean
+.PHONY: help setup demo demo-full demo-with-recipe check fast test fuzz test-arm64 test-systemd dist docs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ fast: setup  ## Run the tests without network and training, in less than 90 s
 test: check  ## Run all checks and tests, as CI does
 	@echo "== pytest"
 	@$(BIN)/pytest
+
+fuzz: setup  ## Open 10,000 mutations of each kind of file, in about two hours; ARGS="--kind kit --case 7" runs one
+	@PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 
 test-arm64: setup  ## Run a bundle on emulated arm64 boards, on Debian as root; not part of `make test`
 	@$(BIN)/python tools/install.py $(VENV)/install.log --editable '.[wheel]'

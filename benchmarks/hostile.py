@@ -1,0 +1,195 @@
+"""Attack a bundle's server, and open hostile copies of the bundle: does another client get its answer, does it live on?
+
+    edgetune build examples/smart-home/quick.yaml --out build/smart-home
+    python benchmarks/hostile.py build/smart-home --json build/hostile.json
+    python benchmarks/hostile.py build/smart-home --only references --only split
+
+Each attack gets a server of its own with short limits, and while it runs, another client with an address of its own
+asks a short question and for the server's health. Each hostile file is opened by `edgetune-run` in a copy of the
+bundle. The exit code is 1 if any attack misses a target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [str(ROOT), str(ROOT / "tests"), *(place for place in sys.path if Path(place) != ROOT / "benchmarks")]
+
+from edgetune_runtime.bundle import read_manifest
+
+from benchmarks import hostile_bundles, hostile_connections, hostile_files, hostile_requests, hostile_schemas
+from benchmarks.hostile_attack import WRONG, Attack, Replies
+from benchmarks.hostile_server import Names, OtherClient, Server, serving
+from benchmarks.machine import this_machine
+
+# The targets of every attack.
+OTHER_WAIT_S = 5.0
+"""The longest wait of another client for a short answer."""
+REQUEST_S = 10.0
+"""The longest time of a request whose limit is 5 s."""
+GROWTH_MB = 150.0
+"""Growth of the server's memory at its peak, with its helper processes."""
+LOG_BYTES = 100_000
+BODY_BYTES = 2000
+"""Length of an error, which is one line of JSON."""
+SETTLE_S = 1.0
+"""After an attack, in which the other client still asks, and memory comes back."""
+
+ATTACKS = [*hostile_schemas.ATTACKS, *hostile_requests.ATTACKS, *hostile_connections.ATTACKS]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an attack did to its server: the attacker's statuses and time, the other client's, memory, log, states."""
+
+    name: str
+    item: str
+    does: str
+    attacker: Mapping[str, int]
+    attacker_s: float
+    other: Mapping[str, int]
+    other_s: float
+    lives: bool
+    before_mb: float
+    after_mb: float
+    peak_mb: float
+    log_bytes: int
+    states_mb: float
+    missed: Sequence[str]
+
+
+def main() -> int:
+    """Run the attacks, and write the figures; 1 if any target is missed."""
+    parser = argparse.ArgumentParser(description="Attack a bundle's server, and open hostile copies of the bundle.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--only", action="append", metavar="NAME", help="one attack; may be repeated (default: all)")
+    parser.add_argument("--item", action="append", metavar="N", help="the attacks of this item; may be repeated")
+    parser.add_argument("--engine", default="gguf", help="engine of the server (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--list", action="store_true", help="only list the attacks")
+    options = parser.parse_args()
+    attacks = [attack for attack in ATTACKS if _is_chosen(attack, options)]
+    files = [attack for attack in hostile_bundles.ATTACKS if _is_chosen(attack, options)]
+    if options.list:
+        print("\n".join(f"{attack.item:3} {attack.name:26} {attack.does}" for attack in [*attacks, *files]))
+        return 0
+    if not attacks and not files:
+        parser.error(f"no attack {', '.join(options.only or options.item)}; see --list")
+    manifest = read_manifest(options.bundle)
+    names = Names(manifest.name, tuple(manifest.adapters))
+    results = []
+    for attack in attacks:
+        results.append(measure(attack, options.bundle, names, options.engine))
+        print(f"{attack.name}: {', '.join(results[-1].missed) or 'ok'}", file=sys.stderr)
+    opened = hostile_files.run_all(options.bundle, files, GROWTH_MB) if files else []
+    if options.json:
+        found = {"requests": [asdict(result) for result in results], "files": [result.to_json() for result in opened]}
+        text = json.dumps({"machine": this_machine(), **found}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    print(table(results, opened))
+    return int(any(result.missed for result in [*results, *opened]))
+
+
+def measure(attack: Attack, bundle: Path, names: Names, engine: str) -> Result:
+    """Run an attack while another client asks."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        options = ["--engine", engine, *attack.options]
+        with serving(bundle, names, work, options, attack.open_files) as server:
+            before_mb, log_before = server.resident_mb, server.log.stat().st_size
+            other = OtherClient(server.target.port, names.base)
+            other.start()
+            begin = time.monotonic()
+            replies = attack.run(server.target)
+            attacker_s = time.monotonic() - begin
+            time.sleep(SETTLE_S)
+            other.end()
+            log_bytes = server.log.stat().st_size - log_before
+            states_mb = sum(path.stat().st_size for path in (work / "states").glob("*")) / 1e6
+            return Result(
+                name=attack.name,
+                item=attack.item,
+                does=attack.does,
+                attacker=Counter(str(reply.status) for reply in replies),
+                attacker_s=round(attacker_s, 2),
+                other=other.statuses,
+                other_s=round(other.longest_s, 2),
+                lives=server.lives,
+                before_mb=round(before_mb, 1),
+                after_mb=round(server.resident_mb, 1),
+                peak_mb=round(server.peak_mb, 1),
+                log_bytes=log_bytes,
+                states_mb=round(states_mb, 1),
+                missed=missed(replies, other, server, before_mb, log_bytes),
+            )
+
+
+def missed(replies: Replies, other: OtherClient, server: Server, before_mb: float, log_bytes: int) -> list[str]:
+    """The targets that an attack missed."""
+    statuses = Counter(str(reply.status) for reply in replies)
+    seconds = [reply.seconds for reply in replies]
+    errors = [reply.body for reply in replies if isinstance(reply.status, int) and reply.status >= 400]
+    checks = {
+        f"other waits {other.longest_s:.1f} s": other.longest_s > OTHER_WAIT_S,
+        f"other gets {', '.join(sorted(set(other.statuses) - {'200'}))}": set(other.statuses) != {"200"},
+        f"request of {max(seconds):.1f} s": max(seconds) > REQUEST_S,
+        "process ends": not server.lives,
+        f"+{server.peak_mb - before_mb:.0f} MB": server.peak_mb - before_mb > GROWTH_MB,
+        f"log of {log_bytes / 1e6:.1f} MB": log_bytes > LOG_BYTES,
+        f"{statuses['500']} x 500": "500" in statuses,
+        "error of many lines": any(b"\n" in body.strip() for body in errors),
+        "error of many bytes": any(len(body) > BODY_BYTES for body in errors),
+        **{status.removeprefix(WRONG): True for status in statuses if status.startswith(WRONG)},
+    }
+    return [what for what, is_missed in checks.items() if is_missed]
+
+
+def table(results: Sequence[Result], opened: Sequence[hostile_files.FileResult]) -> str:
+    """The figures as Markdown."""
+    lines = []
+    if results:
+        lines += [
+            "| item | attack | attacker | s | other's longest wait | before, after, peak MB | missed |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+    for result in results:
+        statuses = ", ".join(f"{count} x {status}" for status, count in result.attacker.items())
+        memory = f"{result.before_mb:.0f}, {result.after_mb:.0f}, {result.peak_mb:.0f}"
+        cells = [result.item, result.does, statuses, f"{result.attacker_s:.1f}", f"{result.other_s:.2f} s", memory]
+        lines.append(_row([*cells, "; ".join(result.missed)]))
+    if opened:
+        lines += [
+            "",
+            "| item | file | exit code | s | peak MB | error | missed |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+    for file in opened:
+        cells = [file.item, file.does, str(file.code), f"{file.seconds:.1f}", f"{file.peak_mb:.0f}", file.error[:90]]
+        lines.append(_row([*cells, "; ".join(file.missed)]))
+    failed = sum(bool(result.missed) for result in [*results, *opened])
+    return "\n".join([*lines, "", f"{failed} of {len(results) + len(opened)} attacks miss a target"])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |"
+
+
+def _is_chosen(attack: Any, options: argparse.Namespace) -> bool:  # noqa: ANN401 - an attack of either kind
+    if options.only or options.item:
+        return attack.name in (options.only or ()) or attack.item in (options.item or ())
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

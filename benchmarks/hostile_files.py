@@ -1,0 +1,142 @@
+"""Opens changed copies of a bundle with `edgetune-run`, and records how the command ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.bundle import read_manifest
+
+from benchmarks.hostile_server import MEMORY_MB, limit_process
+
+LONGEST_S = 10.0
+STATES = "states"
+"""Folder of the saved states, beside the copy of the bundle."""
+_OUTPUT_BYTES = 100_000
+
+
+@dataclass(frozen=True)
+class FileAttack:
+    """A change of a copy of a bundle, and the command that opens it.
+
+    `must` is `refuse` or `open` if the command must do that; else it may do either, without any harm.
+    """
+
+    name: str
+    item: str
+    does: str
+    change: Callable[[Path], object]
+    words: Sequence[str] = ("generate", "BUNDLE", "--prompt", "hi", "--max-tokens", "4")
+    engine: str = "gguf"
+    must: str = ""
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """What the command did: its exit code (negative for a signal, None if it did not end), time, memory and errors."""
+
+    name: str
+    item: str
+    does: str
+    code: int | None
+    seconds: float
+    peak_mb: float
+    error: str
+    missed: Sequence[str]
+
+    def to_json(self) -> Mapping[str, Any]:
+        """The result as JSON values."""
+        return asdict(self)
+
+
+def run_all(bundle: Path, attacks: Sequence[FileAttack], growth_mb: float) -> list[FileResult]:
+    """The results of the attacks for whose engine the bundle has files; memory may grow by `growth_mb`."""
+    engines = read_manifest(bundle).base.files
+    attacks = [attack for attack in attacks if attack.engine in engines]
+    unchanged = {
+        engine: _run(bundle, FileAttack("unchanged", "", "nothing", lambda _: None, engine=engine), float("inf"))
+        for engine in {attack.engine for attack in attacks}
+    }
+    results = list(unchanged.values())
+    for attack in attacks:
+        results.append(_run(bundle, attack, unchanged[attack.engine].peak_mb + growth_mb))
+        print(f"{attack.name}: {', '.join(results[-1].missed) or 'ok'}", file=sys.stderr)
+    return results
+
+
+def _run(bundle: Path, attack: FileAttack, most_mb: float) -> FileResult:
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        # Links, as a base may be large: a change replaces a file and never writes to it.
+        copy = Path(shutil.copytree(bundle, work / "bundle", copy_function=_link))
+        attack.change(copy)
+        adapter = next(iter(read_manifest(bundle).adapters), "")
+        words = [{"BUNDLE": str(copy), "ADAPTER": adapter}.get(word, word) for word in attack.words]
+        if words[0] == "generate":
+            words += ["--engine", attack.engine]
+        code, seconds, peak_mb, out, errors = _ended(words, work)
+    lines = [line for line in errors.splitlines() if line.strip()]
+    checks = {
+        "hangs": code is None,
+        "aborts": code is not None and code < 0,
+        "slow": seconds > LONGEST_S,
+        "lines": len(lines) > 1 or (bool(code) and not lines),
+        "unexpected": "unexpected" in errors or "Traceback" in errors,
+        "control characters": "\x1b" in out + errors,
+        "memory": peak_mb > most_mb,
+        "opened": attack.must == "refuse" and code == 0,
+        "refused": attack.must == "open" and code not in (0, None),
+    }
+    missed = [what for what, is_missed in checks.items() if is_missed]
+    error = (lines or [""])[-1][:300]
+    return FileResult(attack.name, attack.item, attack.does, code, round(seconds, 2), round(peak_mb, 1), error, missed)
+
+
+def _ended(words: Sequence[str], work: Path) -> tuple[int | None, float, float, str, str]:
+    """Run edgetune-run, or end it: its code, seconds, peak of memory in MB, output and errors."""
+    environment = {**os.environ, "EDGETUNE_CACHE": str(work / STATES)}
+    begin = time.monotonic()
+    with (work / "out").open("w+b") as out, (work / "errors").open("w+b") as errors:
+        command = [sys.executable, "-m", "edgetune_runtime", *words]
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment, start_new_session=True
+        )
+        limit_process(process.pid, MEMORY_MB)
+        peak_mb = 0.0
+        while process.poll() is None and time.monotonic() - begin < LONGEST_S + 5:
+            peak_mb = max(peak_mb, _peak_mb(process.pid))
+            time.sleep(0.02)
+        code = process.poll()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        seconds = time.monotonic() - begin
+        texts = []
+        for file in (out, errors):
+            file.seek(0)
+            texts.append(file.read(_OUTPUT_BYTES).decode("utf-8", "replace"))
+    return code, seconds, peak_mb, texts[0], texts[1]
+
+
+def _peak_mb(pid: int) -> float:
+    with suppress(OSError, IndexError, ValueError):
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        return int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    return 0.0
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

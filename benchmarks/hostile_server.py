@@ -1,0 +1,263 @@
+"""A server under attack: its process with its memory and log, an attacker's connections, and another client's waits."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+OPTIONS = (
+    "--max-request-s", "5", "--max-client-s", "5", "--max-connections", "64", "--max-waiting", "8",
+    "--max-grace-s", "1", "--contexts", "2",
+)  # fmt: skip
+"""Short limits, so that an attack that they end takes seconds."""
+MEMORY_MB = 4000
+"""Address space of the server: what asks for more aborts it, and not another process of this machine."""
+ANSWER_S = 30.0
+"""An attacker's patience: well beyond the limit of a request."""
+OTHER_ADDRESS = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+"""The other client's own address, as limits may be per address."""
+_SAMPLE_S = 0.05
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a request got: its HTTP status, or why there is none, the body, and the seconds until its end."""
+
+    status: int | str
+    body: bytes
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Names:
+    """The models of the bundle: its base, and its adapters."""
+
+    base: str
+    adapters: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an attacker sees of the server."""
+
+    port: int
+    names: Names
+
+    def post(self, path: str, body: Mapping[str, Any] | bytes, *, seconds: float = ANSWER_S) -> Reply:
+        """Send a body to a path, and wait for the answer."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return request(self.port, "POST", path, data, seconds=seconds)
+
+    def chat(self, text: str = "hi", **fields: object) -> Reply:
+        """Ask the base over OpenAI's API."""
+        return self.post("/v1/chat/completions", chat_body(self.names.base, text, **fields))
+
+    def at_once(self, count: int, path: str, body: Mapping[str, Any]) -> list[Reply]:
+        """The same request, many times at once."""
+        replies: list[Reply] = []
+        threads = [threading.Thread(target=lambda: replies.append(self.post(path, body))) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return replies
+
+    def leave(self, path: str, body: Mapping[str, Any], *, after_s: float = 0.3) -> Reply:
+        """Send a body, and disconnect before the answer."""
+        return self.post(path, body, seconds=after_s)
+
+    def connect(self) -> socket.socket:
+        """A connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=ANSWER_S)
+
+    def raw(self, data: bytes, *, seconds: float = ANSWER_S) -> Reply:
+        """Send bytes as they are, and read until the server closes the connection."""
+        begin, received, status = time.monotonic(), b"", "no answer"
+        try:
+            with self.connect() as connection:
+                connection.settimeout(seconds)
+                connection.sendall(data)
+                while part := connection.recv(65536):
+                    received += part
+        except OSError as error:
+            status = type(error).__name__
+        first, _, rest = received.partition(b"\r\n")
+        words = first.split()
+        found: int | str = int(words[1]) if len(words) > 1 and words[1].isdigit() else status
+        return Reply(found, rest.partition(b"\r\n\r\n")[2], time.monotonic() - begin)
+
+
+def chat_body(model: str, text: str, **fields: object) -> dict[str, Any]:
+    """A short question in OpenAI's form."""
+    return {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, **fields}
+
+
+def request(port: int, method: str, path: str, data: bytes | None, *, seconds: float, address: str = "") -> Reply:
+    """One request on a connection of its own."""
+    begin = time.monotonic()
+    source = (address, 0) if address else None
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds, source_address=source)
+    try:
+        connection.request(method, path, data, {"Content-Type": "application/json"} if data is not None else {})
+        response = connection.getresponse()
+        # A client that waits for each byte would wait forever for one that sends them slowly.
+        body = response.read(4_000_000)
+        return Reply(response.status, body, time.monotonic() - begin)
+    except (OSError, http.client.HTTPException) as error:
+        return Reply(type(error).__name__, b"", time.monotonic() - begin)
+    finally:
+        connection.close()
+
+
+class OtherClient(threading.Thread):
+    """Asks a short question and for the server's health in a loop, and records the waits."""
+
+    def __init__(self, port: int, model: str) -> None:
+        super().__init__(daemon=True)
+        self.longest_s = 0.0
+        self.statuses: Counter[str] = Counter()
+        self._port, self._ends = port, threading.Event()
+        self._body = json.dumps(chat_body(model, "good morning")).encode()
+
+    def run(self) -> None:
+        """Ask until `end`."""
+        while not self._ends.is_set():
+            self._ask("POST", "/v1/chat/completions", self._body)
+            self._ask("GET", "/healthz", None)
+            self._ends.wait(0.05)
+
+    def end(self) -> None:
+        """Wait for the last answer."""
+        self._ends.set()
+        self.join(2 * ANSWER_S)
+
+    def _ask(self, method: str, path: str, data: bytes | None) -> None:
+        reply = request(self._port, method, path, data, seconds=ANSWER_S, address=OTHER_ADDRESS)
+        self.longest_s = max(self.longest_s, reply.seconds)
+        self.statuses[str(reply.status)] += 1
+
+
+@dataclass
+class Server:
+    """The process of a server; its memory includes that of its helper processes."""
+
+    process: subprocess.Popen[str]
+    target: Target
+    log: Path
+    peak_mb: float = 0.0
+    _ends: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def resident_mb(self) -> float:
+        """Resident memory in MB (10^6 bytes)."""
+        return sum(_resident_bytes(pid) for pid in _tree(self.process.pid)) / 1e6
+
+    @property
+    def lives(self) -> bool:
+        """Whether the process still runs."""
+        return self.process.poll() is None
+
+    def watch(self) -> None:
+        """Record the peak of the memory until the end."""
+        while not self._ends.wait(_SAMPLE_S):
+            self.peak_mb = max(self.peak_mb, self.resident_mb)
+
+    def end(self) -> None:
+        """End the process and its helpers."""
+        self._ends.set()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+@contextmanager
+def serving(bundle: Path, names: Names, work: Path, options: Sequence[str], open_files: int) -> Iterator[Server]:
+    """A server for the bundle with short limits, which has answered a question of each kind once."""
+    log = work / "server.log"
+    command = [
+        sys.executable,
+        "-m",
+        "edgetune_runtime",
+        "serve",
+        str(bundle),
+        "--port",
+        "0",
+        "--json",
+        *OPTIONS,
+        *options,
+    ]
+
+    environment = {**os.environ, "EDGETUNE_CACHE": str(work / "states")}
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
+        )
+    limit_process(process.pid, MEMORY_MB, open_files)
+    server: Server | None = None
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the server does not start: {log.read_text(errors='replace')[-500:]}")
+        port = int(json.loads(line)["url"].rpartition(":")[2])
+        server = Server(process, Target(port, names), log)
+        _warm(server.target)
+        threading.Thread(target=server.watch, daemon=True).start()
+        yield server
+    finally:
+        if server is not None:
+            server.end()
+        else:
+            process.kill()
+            process.communicate()
+
+
+def limit_process(pid: int, memory_mb: int, open_files: int | None = None) -> None:
+    """Limit the address space and the open files of a process that has just started, and of those that it starts."""
+    resource.prlimit(pid, resource.RLIMIT_AS, (memory_mb * 10**6,) * 2)
+    resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+    if open_files is not None:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (open_files, open_files))
+
+
+def _warm(target: Target) -> None:
+    """Ask once for what stays in memory after its first use."""
+    for name in (target.names.base, *target.names.adapters):
+        target.post("/v1/chat/completions", chat_body(name, "hi"))
+    target.chat(response_format=schema_format({"type": "boolean"}))
+
+
+def schema_format(schema: object) -> dict[str, Any]:
+    """OpenAI's `response_format` of a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
+def _tree(root: int) -> list[int]:
+    """The process and those that it started."""
+    found = [root]
+    for pid in found:
+        with suppress(OSError):
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                found += map(int, (task / "children").read_text(encoding="ascii").split())
+    return found
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0

@@ -1,0 +1,220 @@
+"""The kinds of files: which seed each mutates, the form of its edits, and how the product opens the changed file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import MANIFEST_NAME
+from edgetune_runtime.cli.main import make_parser
+
+from . import fragments
+from .forms.gguf_file import GgufForm, read
+from .forms.json_file import Checked, Json, Safetensors
+from .forms.protobuf import Protobuf
+from .forms.raw import Bytes, Form
+from .forms.text import Text
+from .names import ADAPTERS, KIT, LORA, MODEL, ONNX, PEFT, PLAIN, PREFIX, QUESTION, RECIPE, SESSION, STATES
+
+Open = Callable[[bytes], None]
+"""Opens a changed file, as an app does; it may raise an EdgetuneError and no other error."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: `seed` is its path below the folder of seeds; `opener` gets a private copy of that folder."""
+
+    seed: str
+    form: Form
+    opener: Callable[[Path], Open]
+    read: Callable[[Path], bytes] = field(default=Path.read_bytes)
+
+
+def _answer(bundle: Path, adapter: str | None = None, **opening: Any) -> None:  # noqa: ANN401 - of `Runtime.open`
+    with Runtime.open(bundle, contexts=1, **{"threads": 1, "disk_mb": 0, **opening}) as runtime:
+        runtime.generate(QUESTION, adapter=adapter, max_tokens=3)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Put a new file there: a runtime that is still open may have mapped the old one."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
+def _in_bundle(bundle: str, file: str, adapter: str | None, folder: Path) -> Open:
+    """Opens a bundle with a changed file, whose digest is in the manifest."""
+    root = folder / bundle
+    manifest = json.loads((root / MANIFEST_NAME).read_text(encoding="utf-8"))
+
+    def open_changed(data: bytes) -> None:
+        _replace(root / file, data)
+        digest = hashlib.sha256(data).hexdigest()
+        manifest["files"][file] = {"sha256": digest, "bytes": len(data)}
+        if file == manifest["base"]["files"].get("gguf"):
+            manifest["base"]["fingerprint"] = digest
+        (root / MANIFEST_NAME).write_text(json.dumps(manifest), encoding="utf-8")
+        _answer(root, adapter)
+
+    return open_changed
+
+
+def _manifest(folder: Path) -> Open:
+    root = folder / ADAPTERS
+    info = make_parser().parse_args(["info", str(root)])
+
+    def open_changed(data: bytes) -> None:
+        _replace(root / MANIFEST_NAME, data)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            info.run(info)
+        if "\x1b" in out.getvalue():
+            raise AssertionError("info prints control characters")
+        with Runtime.open(root, contexts=1, disk_mb=0) as runtime:
+            for name in (None, *runtime.adapters):
+                runtime.generate(QUESTION, adapter=name, max_tokens=3)
+
+    return open_changed
+
+
+def _template(folder: Path) -> Open:
+    base = f"{PLAIN}/base/model.gguf"
+    valid, form = (folder / base).read_bytes(), GgufForm()
+    opened = _in_bundle(PLAIN, "base/model.gguf", None, folder)
+
+    def open_changed(data: bytes) -> None:
+        text = data.decode("utf-8", "surrogateescape")
+        opened(form.applied(valid, [["value", "tokenizer.chat_template", 8, text]]))
+
+    return open_changed
+
+
+def _template_of(base: Path) -> bytes:
+    """The chat template in a base."""
+    values = {key: value for key, _, value in read(base.read_bytes()).metadata}
+    return str(values["tokenizer.chat_template"]).encode()
+
+
+def _state(folder: Path) -> Open:
+    (state,) = (folder / STATES).glob("*.kv")
+
+    def open_changed(data: bytes) -> None:
+        _replace(state, data)
+        _answer(folder / ADAPTERS, LORA, cache_folder=folder / STATES, disk_mb=100)
+
+    return open_changed
+
+
+def _only_state(states: Path) -> bytes:
+    (state,) = states.glob("*.kv")
+    return state.read_bytes()
+
+
+def _session(folder: Path) -> Open:
+    file = folder / SESSION
+
+    def open_changed(data: bytes) -> None:
+        _replace(file, data)
+        with Runtime.open(folder / ADAPTERS, contexts=1, threads=1, disk_mb=0) as runtime:
+            runtime.load_session(file).send(QUESTION, max_tokens=3)
+
+    return open_changed
+
+
+def _kit(folder: Path) -> Open:
+    from edgetune.delivery.board.kit import parse_kit  # noqa: PLC0415 - each worker imports what its kind needs
+
+    def open_changed(data: bytes) -> None:
+        with contextlib.suppress(UnicodeDecodeError):
+            parse_kit(data.decode())
+
+    return open_changed
+
+
+def _peft(file: str, folder: Path) -> Open:
+    import torch  # noqa: PLC0415 - as above
+
+    from edgetune import bases, methods  # noqa: PLC0415
+    from edgetune.methods.common.base import Checkpoint  # noqa: PLC0415
+    from edgetune.progress import Progress  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    gguf = folder / PLAIN / "base/model.gguf"
+    quiet = Progress(quiet=True)
+    base = bases.resolve(str(gguf), folder=folder, quantization=None, work=folder, progress=quiet, converter=None)
+    model = bases.load_torch(base, torch.float32)
+
+    def open_changed(data: bytes) -> None:
+        _replace(folder / PEFT / file, data)
+        method = methods.of_folder(folder / PEFT)
+        options = method.options()
+        shape = methods.shape_for(method, options, "gguf", ("low_rank", "prefix", "merged"), merged=False)
+        method.fold(Checkpoint("a", folder / PEFT, model, options), shape)
+
+    return open_changed
+
+
+def _model(file: str, folder: Path) -> Open:
+    from edgetune_export import architectures  # noqa: PLC0415 - as above
+
+    from edgetune.folder_header import predict_header  # noqa: PLC0415
+
+    def open_changed(data: bytes) -> None:
+        _replace(folder / MODEL / file, data)
+        architectures.of(predict_header(folder / MODEL))
+
+    return open_changed
+
+
+def _recipe(folder: Path) -> Open:
+    from edgetune.recipe.model import load_recipe  # noqa: PLC0415 - as above
+
+    def open_changed(data: bytes) -> None:
+        _replace(folder / RECIPE, data)
+        load_recipe(folder / RECIPE)
+
+    return open_changed
+
+
+def _bundle_kind(bundle: str, file: str, form: Form, adapter: str | None = None) -> Kind:
+    return Kind(f"{bundle}/{file}", form, partial(_in_bundle, bundle, file, adapter))
+
+
+_GRAPH = "base/onnx"
+KINDS = {
+    "gguf-adapter": _bundle_kind(ADAPTERS, f"adapters/{LORA}/adapter.gguf", GgufForm(), LORA),
+    "gguf-prefix": _bundle_kind(ADAPTERS, f"adapters/{PREFIX}/prefix.gguf", GgufForm(), PREFIX),
+    "gguf-base": _bundle_kind(PLAIN, "base/model.gguf", GgufForm()),
+    "onnx-graph": _bundle_kind(ONNX, f"{_GRAPH}/model.onnx", Protobuf(), LORA),
+    "onnx-adapter": _bundle_kind(ONNX, f"adapters/{LORA}/adapter.onnx_adapter", Bytes(), LORA),
+    "tokenizer": _bundle_kind(ONNX, f"{_GRAPH}/tokenizer.json", Json(), LORA),
+    "tokenizer-config": _bundle_kind(ONNX, f"{_GRAPH}/tokenizer_config.json", Json(), LORA),
+    "onnx-config": _bundle_kind(ONNX, f"{_GRAPH}/genai_config.json", Json(), LORA),
+    "draft": _bundle_kind(ADAPTERS, f"adapters/{LORA}/draft.bin", Checked(), LORA),
+    "state": Kind(STATES, Checked(), _state, _only_state),
+    "session": Kind(SESSION, Checked(), _session),
+    "manifest": Kind(f"{ADAPTERS}/{MANIFEST_NAME}", Json(), _manifest),
+    "template": Kind(f"{PLAIN}/base/model.gguf", Text(fragments.TEMPLATE), _template, _template_of),
+    "kit": Kind(KIT, Json(), _kit),
+    "peft-config": Kind(f"{PEFT}/adapter_config.json", Json(), partial(_peft, "adapter_config.json")),
+    "peft-weights": Kind(
+        f"{PEFT}/adapter_model.safetensors", Safetensors(), partial(_peft, "adapter_model.safetensors")
+    ),
+    "model-config": Kind(f"{MODEL}/config.json", Json(), partial(_model, "config.json")),
+    "model-weights": Kind(f"{MODEL}/model.safetensors", Safetensors(), partial(_model, "model.safetensors")),
+    "recipe": Kind(RECIPE, Text(fragments.RECIPE), _recipe),
+}
+
+
+def opener(name: str, seeds: Path, work: Path) -> tuple[bytes, Open]:
+    """The valid file of a kind, and what opens a changed one in `work`, which gets a copy of the seeds."""
+    kind = KINDS[name]
+    shutil.copytree(seeds, work, dirs_exist_ok=True)
+    return kind.read(seeds / kind.seed), kind.opener(work)

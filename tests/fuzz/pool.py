@@ -1,0 +1,163 @@
+"""Runs cases in worker processes, and replaces one that a case ends or that does not answer in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .forms.raw import Edit
+from .worker import READY, WORK
+
+TIMEOUT = "timeout"
+CASE_S = 10.0
+GUARDED_CASE_S = 60.0
+"""For a case that ends a child process by its own limit of time."""
+START_S = 120.0
+_ABORT_S = 10.0
+CASES_PER_WORKER = 1000
+"""A worker is replaced after so many cases, so that memory that native code loses does not add up."""
+_TESTS = Path(__file__).parents[1]
+_VARIABLES = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RUST_BACKTRACE": "0",
+    "GGML_NO_BACKTRACE": "1",
+}
+_TELLING = re.compile(r"ASSERT|what\(\)|panicked|terminate called")
+_PYTHON = (" ", "Fatal Python", "Thread", "Current thread", "Extension modules")
+_VARYING = re.compile(r"0x[0-9a-f]+|\d+|/\S+/")
+
+
+CONTAINED = "contained"
+"""What ends a worker, or hangs or raises in it, but is an error of one line where a child process opens it first."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case: `kind` is opened, refused, contained, or names a finding; `cause` groups equal ones."""
+
+    kind: str
+    cause: str = ""
+    text: str = ""
+
+    @property
+    def is_finding(self) -> bool:
+        """Whether the file did what no file may do."""
+        return self.kind not in ("opened", "refused", CONTAINED)
+
+
+class Worker:
+    """A worker process for one kind of file.
+
+    It opens bundles without their check in a child process, which takes a second and would hide what the file does,
+    unless it `is_guarded`, as an app is.
+    """
+
+    def __init__(self, kind: str, seeds: Path, *, is_guarded: bool = False) -> None:
+        self._kind, self._seeds, self._is_guarded = kind, seeds, is_guarded
+        self._process: subprocess.Popen[str] | None = None
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in `close`
+        self._work = tempfile.TemporaryDirectory(prefix="fuzz-")
+        self._count = self._fork = 0
+
+    def run(self, edits: list[Edit]) -> Outcome:
+        """Open the file with these edits."""
+        if self._count >= CASES_PER_WORKER:
+            self._end()
+        if self._process is None:
+            self._start()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._count += 1
+        self._process.stdin.write(json.dumps(edits) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer(GUARDED_CASE_S if self._is_guarded else CASE_S)
+        if answer is None:
+            return self._hanging()
+        if answer["outcome"].startswith(("SIG", "exit")):
+            outcome = self._crash(answer["outcome"])
+            self._expect_ready()
+            return outcome
+        return Outcome(answer["outcome"], answer.get("cause", ""), answer.get("text", ""))
+
+    def close(self) -> None:
+        """End the process."""
+        self._end()
+        self._errors.close()
+        self._work.cleanup()
+
+    def _start(self) -> None:
+        path = os.pathsep.join(filter(None, [str(_TESTS), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-X", "faulthandler", "-m", "fuzz.worker", self._kind, str(self._seeds)]
+        environment = {**os.environ, **_VARIABLES, WORK: self._work.name, "PYTHONPATH": path}
+        environment |= {"EDGETUNE_CACHE": f"{self._work.name}/cache", "EDGETUNE_PREFLIGHT": str(int(self._is_guarded))}
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        self._count = 0
+        self._expect_ready()
+
+    def _expect_ready(self) -> None:
+        answer = self._answer(START_S)
+        if answer is None or answer["outcome"] != READY:
+            raise RuntimeError(f"the worker for {self._kind} does not open the valid file: {self._said()[-5:]}")
+        self._fork = answer["pid"]
+
+    def _answer(self, seconds: float) -> Any:  # noqa: ANN401 - the worker's JSON
+        assert self._process is not None
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            return None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def _hanging(self) -> Outcome:
+        """Where the case that does not end is, and end it."""
+        os.kill(self._fork, signal.SIGABRT)
+        if self._answer(_ABORT_S) is None:
+            self._end()
+            return Outcome(TIMEOUT)
+        outcome = self._crash(TIMEOUT)
+        self._expect_ready()
+        return outcome
+
+    def _crash(self, name: str) -> Outcome:
+        """What native code said last, and where Python called it."""
+        lines = self._said()
+        threads = [place for place, line in enumerate(lines) if line.startswith(("Thread", "Current thread"))]
+        current = [place for place in threads if lines[place].startswith("Current")]
+        # The last one is the main thread, which waits for what hangs.
+        start = [*(threads[-1:] if name == TIMEOUT else current or threads), len(lines)][0]
+        frames = [line.strip() for line in lines[start:] if line.lstrip().startswith("File ")]
+        own = next((frame for frame in frames if "edgetune" in frame), (frames or [""])[0])
+        said = [line for line in lines[:start] if not line.startswith(_PYTHON)]
+        told = next((line for line in said if _TELLING.search(line)), ["", *said][-1])
+        return Outcome(name, _VARYING.sub("*", f"{told[:150]} {own}"), told[:300])
+
+    def _said(self) -> list[str]:
+        self._errors.seek(0)
+        return [line for line in self._errors.read().splitlines() if line.strip()]
+
+    def _end(self) -> None:
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
+            self._process = None

@@ -1,0 +1,139 @@
+"""Makes the valid files that are mutated: tiny bundles in both formats, and each other kind of file that is read."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from edgetune_export.adapters.shapes import Prefix
+from edgetune_export.backends.base import Source
+from edgetune_export.backends.gguf.prefix import write_prefix
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import AdapterEntry, read_manifest, sha256_of
+from edgetune_runtime.decoding.drafts import DRAFT_FILE, DraftTable, write_table
+from edgetune_runtime.formats.gguf_file import cache_shape, read_header
+from kits import KitMaker
+from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle, write_manifest
+
+from .names import ADAPTERS, KIT, LORA, MODEL, ONNX, PEFT, PLAIN, PREFIX, QUESTION, RECIPE, SESSION, STATES
+
+SYSTEM = "answer in one word and play " * 6
+_RECIPE = """\
+name: home
+base: smollm2-135m
+device: pi-4
+context_length: 512
+training: {epochs: 2, learning_rate: 1e-3}
+adapters:
+  command:
+    data: {train: rows.jsonl, held_out: 0.1}
+    system: Home command to JSON.
+    method: {name: lora, r: 16, alpha: 32, target_modules: [q_proj, v_proj]}
+    output: auto
+"""
+
+
+def make_seeds(folder: Path) -> Path:
+    """Write all files to `folder`, which must not exist, from a tiny base made for it."""
+    import torch  # noqa: PLC0415 - seconds, which `make fuzz` with seeds that are there does not need
+    from edgetune_export.backends.gguf.convert import convert_folder  # noqa: PLC0415
+    from tiny import make_folder, make_tokenizer  # noqa: PLC0415
+
+    from edgetune.bases import Base, load_torch  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        model = make_folder("llama", work / "llama", make_tokenizer(work))
+        path = work / "llama.gguf"
+        convert_folder(model, path, dtype="f16")
+        base = Base("llama", path, sha256_of(path), read_header(path))
+        source = Source(path, base.fingerprint, load_torch(base, torch.float32), work / "onnx")
+        return write_seeds(folder, source, model)
+
+
+def write_seeds(folder: Path, source: Source, model: Path) -> Path:
+    """Write all files to `folder`, which must not exist; `model` is the Hugging Face folder of the base `source`."""
+    work = folder.with_name(f".{folder.name}.part")
+    work.mkdir(parents=True)
+    write_bundle(work / PLAIN, source.path, {})
+    adapters = {LORA: Adapter(low_rank(source.path, seed=1), system=SYSTEM)}
+    write_bundle(work / ADAPTERS, source.path, adapters)
+    _add_parts(work / ADAPTERS, source)
+    _onnx_bundle(work / ONNX, source, adapters)
+    _states(work)
+    (work / KIT).write_text(_kit(), encoding="utf-8")
+    _peft(work / PEFT, source)
+    _copy(model, work / MODEL)
+    (work / RECIPE).write_text(_RECIPE, encoding="utf-8")
+    work.rename(folder)
+    return folder
+
+
+def _add_parts(bundle: Path, source: Source) -> None:
+    """Give the bundle an adapter that is a prefix, and the LoRA a draft table."""
+    manifest = read_manifest(bundle)
+    base = bundle / manifest.base.files["gguf"]
+    file = f"adapters/{PREFIX}/prefix.gguf"
+    (bundle / file).parent.mkdir()
+    write_prefix(_prefix(base), base, bundle / file, dtype="f16", base_fingerprint=source.fingerprint)
+    draft = f"adapters/{LORA}/{DRAFT_FILE}"
+    entries = {number * 7919: (number % 300, 0.5) for number in range(1, 40)}
+    write_table(bundle / draft, DraftTable.of(entries, [0.5] * 6, manifest.base.tokenizer_sha256))
+    lora = replace(manifest.adapters[LORA], draft=draft, labels=("red", "green"))
+    prefix = AdapterEntry(
+        PREFIX, "prefix", {"gguf": "prefix"}, {"gguf": file}, manifest.base.fingerprint, prefix_tokens=3
+    )
+    write_manifest(bundle, manifest.base, {LORA: lora, PREFIX: prefix})
+
+
+def _prefix(base: Path) -> Prefix:
+    shape = cache_shape(read_header(base))
+    size = (shape.layers, shape.heads, 3, shape.key_size)
+    keys, values = np.random.default_rng(3).normal(0, 1, (2, *size)).astype(np.float32)
+    return Prefix(PREFIX, "prefix", keys, values)
+
+
+def _onnx_bundle(bundle: Path, source: Source, adapters: Mapping[str, Adapter]) -> None:
+    """The LoRA in ONNX, without the GGUF files that the graph was made from."""
+    write_bundle(bundle, source.path, adapters)
+    add_onnx(bundle, source, adapters)
+    manifest = read_manifest(bundle)
+    for file in (manifest.base.files["gguf"], *(entry.files["gguf"] for entry in manifest.adapters.values())):
+        (bundle / file).unlink()
+    entries = {
+        name: replace(entry, files={"onnx": entry.files["onnx"]}, shapes={"onnx": entry.shapes["onnx"]})
+        for name, entry in manifest.adapters.items()
+    }
+    write_manifest(bundle, replace(manifest.base, files={"onnx": manifest.base.files["onnx"]}), entries)
+
+
+def _states(work: Path) -> None:
+    """The saved state of the LoRA's prompt, and a session."""
+    with Runtime.open(work / ADAPTERS, contexts=1, cache_folder=work / STATES) as runtime:
+        runtime.warm([LORA])
+        session = runtime.session(LORA)
+        session.send(QUESTION, max_tokens=4)
+        session.save(work / SESSION)
+
+
+def _kit() -> str:
+    with tempfile.TemporaryDirectory() as name:
+        return (KitMaker(Path(name))("answer") / KIT).read_text(encoding="utf-8")
+
+
+def _peft(out: Path, source: Source) -> None:
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - slow to import
+
+    model = source.model
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    tuned.save_pretrained(out)
+    tuned.unload()
+
+
+def _copy(model: Path, out: Path) -> None:
+    out.mkdir()
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
+        (out / name).write_bytes((model / name).read_bytes())

@@ -1,0 +1,136 @@
+"""A child process that opens changed files of one kind: a JSON line per case in, a JSON line per outcome out."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TextIO
+
+READY = "ready"
+"""The first outcome of a fork, with its process id."""
+WORK = "EDGETUNE_FUZZ_WORK"
+"""Variable with the folder for copies of the seeds."""
+LIBRARIES = {
+    "gguf": ("llama_cpp",),
+    "template": ("llama_cpp",),
+    "manifest": ("llama_cpp",),
+    "state": ("llama_cpp",),
+    "session": ("llama_cpp",),
+    "draft": ("llama_cpp",),
+    "onnx": ("onnxruntime", "tokenizers"),
+    "tokenizer": ("onnxruntime", "tokenizers"),
+    "recipe": ("edgetune.recipe.model",),
+    "model": ("edgetune.folder_header",),
+    "peft": ("peft", "edgetune.methods"),
+}
+MEMORY_BYTES = 1_500_000_000
+"""Address space that a case may add to what the worker has after its first file."""
+SAME_LINE_KINDS = {"recipe"}
+"""Kinds whose errors list all problems, one per line."""
+
+
+def main() -> None:
+    """Open the files of the kind in the first argument, with the seeds in the folder of the second one.
+
+    A fork does it, as libraries are slow to import: when a case has ended it, that is the outcome, and the next fork
+    goes on.
+    """
+    kind, seeds = sys.argv[1], Path(sys.argv[2])
+    # What libraries print is not an outcome.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import_libraries(kind)
+    while True:
+        fork = os.fork()
+        if not fork:
+            _run_cases(kind, seeds, answers)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+        if code == 0:
+            break
+        _say({"outcome": signal.Signals(-code).name if code < 0 else f"exit {code}"}, answers)
+
+
+def _run_cases(kind: str, seeds: Path, answers: TextIO) -> None:
+    from .kinds import KINDS, opener  # noqa: PLC0415 - after standard output is out of the way
+
+    # Not in the fork's memory alone: a fork that a case ends cannot remove it.
+    with tempfile.TemporaryDirectory(dir=os.environ[WORK]) as work:
+        valid, open_changed = opener(kind, seeds, Path(work))
+        open_changed(valid)
+        _limit_memory()
+        _say({"outcome": READY, "pid": os.getpid()}, answers)
+        # Without a buffer, in which the next fork's cases would be.
+        while line := _line():
+            edits = json.loads(line)
+            os.lseek(2, 0, os.SEEK_SET)
+            os.ftruncate(2, 0)
+            changed = KINDS[kind].form.applied(valid, edits)
+            _say(_outcome(open_changed, changed, kind), answers)
+
+
+def import_libraries(kind: str) -> None:
+    """Import what opening a file of this kind needs, without starting threads."""
+    from . import kinds  # noqa: F401, PLC0415 - as above
+
+    for name in LIBRARIES.get(kind.partition("-")[0], ()):
+        import_module(name)
+
+
+def _line() -> bytes:
+    data = bytearray()
+    while not data.endswith(b"\n"):
+        read = os.read(0, 1)
+        if not read:
+            return b""
+        data += read
+    return bytes(data)
+
+
+def _say(answer: Mapping[str, object], answers: TextIO) -> None:
+    print(json.dumps(answer), file=answers, flush=True)
+
+
+def _outcome(open_changed: Any, changed: bytes, kind: str) -> dict[str, str]:  # noqa: ANN401 - `kinds.Open`
+    from edgetune_runtime.errors import EdgetuneError  # noqa: PLC0415 - as above
+
+    try:
+        open_changed(changed)
+    except EdgetuneError as error:
+        text = str(error)
+        if "\x1b" in text or ("\n" in text and kind not in SAME_LINE_KINDS):
+            cause = f"{_where(error)}: {type(error).__name__}"
+            return {"outcome": "not one plain line", "cause": cause, "text": repr(text)[:200]}
+        return {"outcome": "refused", "cause": text[:200]}
+    except (Exception, SystemExit) as error:
+        return {"outcome": "raised", "cause": f"{_where(error)}: {type(error).__name__}", "text": str(error)[:200]}
+    return {"outcome": "opened"}
+
+
+def _where(error: BaseException) -> str:
+    """The last line of edgetune's own code that raised the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "edgetune" in frame.filename and "site-packages" not in frame.filename]
+    frame = (own or frames)[-1]
+    return f"{Path(frame.filename).name}:{frame.name}" if frames else "?"
+
+
+def _limit_memory() -> None:
+    if sys.platform != "linux":
+        return
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limit = pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+if __name__ == "__main__":
+    main()

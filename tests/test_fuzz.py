@@ -1,0 +1,42 @@
+"""Mutations of each kind of file: `make fuzz` with a few cases, and the files of tests/corpus."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from edgetune_export.backends.base import Source
+from fuzz import corpus
+from fuzz.kinds import KINDS
+from fuzz.pool import Worker
+from fuzz.seeds import write_seeds
+
+CASES = 3
+
+
+@pytest.fixture(scope="session")
+def seeds(
+    tiny_source: Callable[[str], Source], tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder with the valid files."""
+    folder = tmp_path_factory.mktemp("fuzz") / "seeds"
+    return write_seeds(folder, tiny_source("llama"), tiny_folder("llama"))
+
+
+@pytest.mark.parametrize("kind", corpus.kinds())
+def test_a_file_that_once_did_harm_is_opened_or_refused_in_one_line(kind: str, seeds: Path) -> None:
+    with closing(Worker(kind, seeds, is_guarded=True)) as worker:
+        outcomes = {entry.cause: worker.run(list(entry.edits)) for entry in corpus.entries(kind)}
+    assert {cause: outcome for cause, outcome in outcomes.items() if outcome.is_finding} == {}
+
+
+def test_fuzzing_runs_cases_of_every_kind(seeds: Path) -> None:
+    command = [sys.executable, "-m", "fuzz", "--cases", str(CASES), "--out", str(seeds.parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
+    assert [line.partition(":")[0] for line in done.stdout.splitlines() if not line.startswith(" ")] == [*KINDS]
