@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from edgetune_runtime.generation import Answer
 from edgetune_runtime.loaded import Adapters
 from edgetune_runtime.text.chat import Prompt
+
+ARRIVED: ContextVar[float] = ContextVar("ARRIVED")
+"""When the request that is being answered arrived: its time begins before its body is read."""
 
 
 @dataclass(frozen=True)
@@ -26,4 +30,4 @@ class AnswerRequest:
     options: dict[str, Any] = field(default_factory=dict)
     count: int = 1
     finish: Callable[[Answer], Answer] | None = None
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float = field(default_factory=lambda: ARRIVED.get(time.monotonic()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,23 +26,30 @@ from . import (
     responses_requests,
 )
 from .answering import Answering
-from .connection import read_json, until_disconnect
+from .connection import BodyReader, until_disconnect
 from .counted import Counted
 from .guard import Guard
+from .large_bodies import LargeBodies
 from .metrics import CONTENT_TYPE
 from .problems import RequestError, body_of, error_response, json_response
-from .settings import Access
+from .settings import Access, Limits
 from .streaming import EVENTS, NDJSON, LineResponse
 
+T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def application(answering: Answering, access: Access) -> ASGIApp:
     """The application that answers with `answering` whoever `access` allows."""
-    routes = [*_common(answering), *_OpenAI(answering).routes(), *_Ollama(answering).routes()]
+    bodies = BodyReader(answering.limits)
+    routes = [*_common(answering), *_OpenAI(answering, bodies).routes(), *_Ollama(answering, bodies).routes()]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Counted, metrics=answering.metrics), Middleware(Guard, access=access)],
+        middleware=[
+            Middleware(Counted, metrics=answering.metrics),
+            Middleware(Guard, access=access),
+            Middleware(LargeBodies),
+        ],
         exception_handlers={HTTPException: _http_error},
     )
 
@@ -64,11 +71,13 @@ def _common(answering: Answering) -> list[Route]:
 class _Api:
     """The routes of one API."""
 
-    def __init__(self, answering: Answering) -> None:
+    def __init__(self, answering: Answering, bodies: BodyReader) -> None:
         self._answering, self._models, self._limits = answering, answering.models, answering.limits
+        self._bodies = bodies
 
-    async def _read(self, request: Request) -> Any:  # noqa: ANN401 - any JSON object
-        return await read_json(request, self._limits)
+    async def _read(self, request: Request, parse: Callable[..., T], *limits: Limits) -> T:
+        """What `parse` makes of the body, with the models of the bundle and `limits`."""
+        return await self._bodies.read(request, lambda body: parse(body, self._models, *limits))
 
 
 class _OpenAI(_Api):
@@ -90,15 +99,15 @@ class _OpenAI(_Api):
         return json_response(openai_answers.model_object(self._models, info))
 
     async def _chat(self, request: Request) -> Response:
-        wanted = openai_requests.chat_request(await self._read(request), self._models, self._limits)
+        wanted = await self._read(request, openai_requests.chat_request, self._limits)
         return await self._answer(request, openai_answers.Reply(wanted, openai_answers.ChatShape(wanted.most_calls)))
 
     async def _complete(self, request: Request) -> Response:
-        wanted = openai_requests.completion_request(await self._read(request), self._models, self._limits)
+        wanted = await self._read(request, openai_requests.completion_request, self._limits)
         return await self._answer(request, openai_answers.Reply(wanted, openai_answers.CompletionShape()))
 
     async def _respond(self, request: Request) -> Response:
-        wanted = responses_requests.responses_request(await self._read(request), self._models, self._limits)
+        wanted = await self._read(request, responses_requests.responses_request, self._limits)
         reply = responses_answers.Reply(wanted)
         if wanted.chat.streams:
             return self._stream(request, reply.events(self._answering))
@@ -106,9 +115,7 @@ class _OpenAI(_Api):
         return json_response(reply.whole(answer))
 
     async def _embed(self, request: Request) -> Response:
-        body = await self._read(request)
-        model, texts = openai_requests.embedding_request(body, self._models)
-        as_base64 = openai_requests.is_base64(body)
+        model, texts, as_base64 = await self._read(request, openai_requests.embedding_request)
         vectors, tokens = await until_disconnect(request.receive, self._answering.embeddings(texts))
         return json_response(openai_answers.embedding_list(model, vectors, tokens, as_base64=as_base64))
 
@@ -150,12 +157,12 @@ class _Ollama(_Api):
         return json_response(ollama_answers.loaded_list(self._models, length))
 
     async def _show(self, request: Request) -> Response:
-        info = self._models.info(ollama_requests.model_name(await self._read(request)))
+        info = self._models.info(await self._bodies.read(request, ollama_requests.model_name))
         length = self._answering.runtime.context_length
         return json_response(ollama_answers.model_facts(self._models, info, length))
 
     async def _pull(self, request: Request) -> Response:
-        body = await self._read(request)
+        body = await self._bodies.read(request, dict)
         self._models.adapters(ollama_requests.model_name(body))
         if body.get("stream") is False:
             return json_response({"status": "success"})
@@ -163,20 +170,20 @@ class _Ollama(_Api):
         return Response(b"".join(lines), media_type=NDJSON)
 
     async def _chat(self, request: Request) -> Response:
-        wanted = ollama_requests.chat_request(await self._read(request), self._models, self._limits)
+        wanted = await self._read(request, ollama_requests.chat_request, self._limits)
         return await self._answer(request, ollama_answers.Reply(wanted, is_chat=True))
 
     async def _generate(self, request: Request) -> Response:
-        wanted = ollama_requests.generate_request(await self._read(request), self._models, self._limits)
+        wanted = await self._read(request, ollama_requests.generate_request, self._limits)
         return await self._answer(request, ollama_answers.Reply(wanted, is_chat=False))
 
     async def _embed(self, request: Request) -> Response:
-        model, texts = ollama_requests.embed_request(await self._read(request), self._models)
+        model, texts = await self._read(request, ollama_requests.embed_request)
         vectors, tokens = await until_disconnect(request.receive, self._answering.embeddings(texts))
         return json_response({"model": model, "embeddings": vectors, "prompt_eval_count": tokens})
 
     async def _embed_one(self, request: Request) -> Response:
-        text = ollama_requests.old_embed_request(await self._read(request), self._models)
+        text = await self._read(request, ollama_requests.old_embed_request)
         (vector,), _ = await until_disconnect(request.receive, self._answering.embeddings([text]))
         return json_response({"embedding": vector})
 

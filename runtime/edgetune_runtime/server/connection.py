@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
 from .fields import read_object
+from .large_bodies import LARGE_BYTES
 from .problems import ClientGoneError, RequestError
 from .settings import Limits
 
 T = TypeVar("T")
 
+_MOST_VALUES = 100_000
+"""In a body, counted by its commas and opening brackets, also those in texts."""
 
-async def read_json(request: Request, limits: Limits) -> Mapping[str, Any]:
-    """The JSON object in a request's body; RequestError if it is none, too large or too slow."""
+
+class BodyReader:
+    """Reads the bodies of requests. Large ones are parsed one after another, beside the event loop."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._parsing = asyncio.Semaphore(1)
+
+    async def read(self, request: Request, parse: Callable[[Mapping[str, Any]], T]) -> T:
+        """What `parse` makes of the JSON object in a request's body.
+
+        RequestError if it is none, too large or too slow; ClientGoneError if the client disconnects.
+        """
+        data = await _read(request, self._limits)
+        if len(data) <= LARGE_BYTES:
+            return parse(read_object(data))
+        if sum(data.count(sign) for sign in (b",", b"[", b"{")) > _MOST_VALUES:
+            raise RequestError(f"the body has more than {_MOST_VALUES} values", "send fewer")
+        async with self._parsing:
+            return await until_disconnect(request.receive, asyncio.to_thread(lambda: parse(read_object(data))))
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limits.body_bytes:
         raise _too_large(limits)
@@ -33,7 +57,7 @@ async def read_json(request: Request, limits: Limits) -> Mapping[str, Any]:
         raise RequestError(message, "send it faster", status=408) from error
     except ClientDisconnect as error:
         raise ClientGoneError from error
-    return read_object(bytes(data))
+    return bytes(data)
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

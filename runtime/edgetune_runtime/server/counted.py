@@ -7,6 +7,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .answer_request import ARRIVED
 from .metrics import Metrics
 from .problems import ClientGoneError, error_response, failure
 
@@ -31,6 +32,7 @@ class Counted:
         status = GONE
         has_started = False
         begin_s = time.monotonic()
+        ARRIVED.set(begin_s)
 
         async def counting(message: Message) -> None:
             nonlocal status, has_started

@@ -60,8 +60,8 @@ def completion_request(body: Mapping[str, Any], models: Models, limits: Limits) 
     return _request(fields, models, limits, prompts, options)
 
 
-def embedding_request(body: Mapping[str, Any], models: Models) -> tuple[str, list[str]]:
-    """The model and the texts in a body of /v1/embeddings."""
+def embedding_request(body: Mapping[str, Any], models: Models) -> tuple[str, list[str], bool]:
+    """The model and the texts in a body of /v1/embeddings, and whether it asks for vectors in base64."""
     fields = Fields(body)
     model = fields.needed_text("model")
     models.info(model)
@@ -69,12 +69,8 @@ def embedding_request(body: Mapping[str, Any], models: Models) -> tuple[str, lis
     texts = fields.texts("input")
     if not texts:
         fields.refuse("input", "a string or a list of strings")
-    return model, texts
-
-
-def is_base64(body: Mapping[str, Any]) -> bool:
-    """Whether a body of /v1/embeddings asks for vectors in base64, as OpenAI's own client does."""
-    return Fields(body).choice("encoding_format", ("float", "base64")) == "base64"
+    # OpenAI's own client asks for base64.
+    return model, texts, fields.choice("encoding_format", ("float", "base64")) == "base64"
 
 
 def _request(

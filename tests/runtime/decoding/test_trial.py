@@ -1,0 +1,97 @@
+"""Forms of answers that take long, or much memory, to compile."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+from edgetune_runtime import UsageError
+from edgetune_runtime.decoding import trial
+from edgetune_runtime.decoding.output import output_of, spec_of
+from edgetune_runtime.limits import Stopped
+
+DEAR: list[dict[str, Any]] = [
+    {"type": "integer", "multipleOf": 999983},
+    {"type": "integer", "multipleOf": 99999989},
+    {"type": "string", "allOf": [{"pattern": f".*x{{{n}}}y.*"} for n in range(1, 15)]},
+    {"allOf": [{"type": "integer", "multipleOf": number} for number in (97, 89, 83)]},
+]
+
+
+@pytest.mark.parametrize("schema", DEAR, ids=str)
+def test_a_form_that_is_too_dear_is_refused_without_its_cost_here(schema: dict[str, Any]) -> None:
+    begin = resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(UsageError, match="takes too long or too much memory: more than 2 s or 64 MB; simplify it"):
+        output_of(schema=schema)
+    end = resource.getrusage(resource.RUSAGE_SELF)
+    assert end.ru_utime - begin.ru_utime < 1
+    if sys.platform == "linux":
+        assert (end.ru_maxrss - begin.ru_maxrss) * 1024 < 50e6
+
+
+def test_a_refusal_is_remembered() -> None:
+    grammar = spec_of(schema=DEAR[0]).grammar
+    assert trial.reason_against(grammar)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    assert trial.reason_against(grammar)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime == children
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "integer", "multipleOf": 5}, "35"),
+        ({"type": "string", "pattern": "^a+b$"}, '"aab"'),
+        ({"enum": [f"value {n}" for n in range(2000)]}, '"value 1999"'),
+    ],
+)
+def test_what_only_might_be_dear_is_compiled_here_after_its_trial(schema: dict[str, Any], text: str) -> None:
+    spec = output_of(schema=schema)
+    assert trial.may_be_dear(spec.grammar)
+    assert spec.accepts(text)
+
+
+def test_an_error_of_the_trial_is_that_of_the_compiler() -> None:
+    with pytest.raises(UsageError, match=r"repetition operator missing expression"):
+        output_of(schema={"type": "string", "pattern": "a(+b"})
+
+
+def test_a_call_that_must_stop_ends_its_trial_and_others_make_it_again() -> None:
+    grammar = spec_of(schema={"type": "integer", "multipleOf": 900001 + os.getpid() % 1000}).grammar
+    started = threading.Event()
+
+    def stop() -> None:
+        started.set()
+        if time.monotonic() > begin + 0.1:
+            raise Stopped("deadline")
+
+    def try_to_the_end() -> None:
+        started.wait()
+        reasons.append(trial.reason_against(grammar))
+
+    reasons: list[str] = []
+    begin = time.monotonic()
+    other = threading.Thread(target=try_to_the_end)
+    other.start()
+    with pytest.raises(Stopped):
+        trial.reason_against(grammar, stop)
+    other.join()
+    assert trial.TOO_DEAR in reasons[0]
+
+
+def test_references_in_reverse_order_are_checked_in_linear_time() -> None:
+    count = 5000
+    parts = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(count)}
+    root = {"anyOf": [{"$ref": f"#/$defs/d{n}"} for n in range(count, -1, -1)]}
+    schema = {**root, "$defs": {**parts, f"d{count}": {"type": "null"}}}
+    assert len(json.dumps(schema)) < 262_144 * 2
+    begin = time.process_time()
+    with pytest.raises(UsageError):
+        spec_of(schema=schema)
+    assert time.process_time() - begin < 2
