@@ -6,9 +6,8 @@ import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,13 @@ import numpy as np
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.base import Logits
-from edgetune_runtime.generation import Call
 from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.session import Session
 from edgetune_runtime.text.chat import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runtime.fresh import STEPS, Fresh, greedy
 
-STEPS = 4
-TIE = 0.05
-"""A lead in logits below which rounding may choose another token (see CLOSE in the engine's tests)."""
 CHOICES: tuple[Any, ...] = (None, "one", "two", {"one": 0.5}, {"one": 1.0, "two": 1.0})
 PROMPTS = ("turn on the light", "turn on the light in the hall", "stop", "play " * 30)
 
@@ -40,51 +36,6 @@ ACTIONS = st.one_of(
 )
 
 
-def greedy(call: Call) -> list[Logits]:
-    """The logits that a call's greedy answer is chosen from, those after the whole answer included."""
-    with call.pool.lease(call.job) as context:
-        rows = [context.run(call.job).logits]
-        while len(rows) < STEPS and not context.engine.tokenizer.is_end(token := int(rows[-1].argmax())):
-            rows.append(context.extend([token])[0].copy())
-    return rows
-
-
-class Fresh:
-    """What a runtime that knows nothing answers."""
-
-    def __init__(self, bundle: Path, engine: str) -> None:
-        self._runtime = Runtime.open(bundle, engine=engine, cache_mb=0, disk_mb=0, contexts=1)
-        self._greedy = cache(self._greedy_of)
-
-    def greedy(self, messages: Sequence[Message], choice: int) -> list[Logits]:
-        """The logits that its answer is chosen from."""
-        return self._greedy(tuple((m["role"], m["content"]) for m in messages), choice)
-
-    def agrees(self, text: str, messages: Sequence[Message], choice: int) -> bool:
-        """Whether a text is this runtime's answer, up to where that met a tie."""
-        tokenizer, pieces, is_whole = loaded_bundle(self._runtime).context()[0].engine.tokenizer, b"", True
-        for logits in self.greedy(messages, choice):
-            second, first = np.partition(logits, -2)[-2:]
-            token = int(logits.argmax())
-            is_whole = is_whole and first - second >= TIE
-            if not is_whole or tokenizer.is_end(token):
-                break
-            pieces += tokenizer.piece(token)
-        expected = pieces.decode("utf-8", "replace")
-        return text == expected if is_whole else text.startswith(expected.rstrip("\N{REPLACEMENT CHARACTER}"))
-
-    def close(self) -> None:
-        self._runtime.close()
-
-    def _greedy_of(self, messages: tuple[tuple[str, str], ...], choice: int) -> list[Logits]:
-        self._runtime.clear_cache()
-        return greedy(
-            loaded_bundle(self._runtime).call(
-                [{"role": role, "content": text} for role, text in messages], CHOICES[choice]
-            )
-        )
-
-
 @pytest.fixture(scope="module")
 def fresh_of(prompted_of: Callable[[str], Path]) -> Any:  # noqa: ANN401 - a generator fixture
     """`fresh_of(engine)`: what a runtime of that engine answers that knows nothing."""
@@ -92,7 +43,7 @@ def fresh_of(prompted_of: Callable[[str], Path]) -> Any:  # noqa: ANN401 - a gen
 
     def make(engine: str) -> Fresh:
         if engine not in made:
-            made[engine] = Fresh(prompted_of("llama"), engine)
+            made[engine] = Fresh(prompted_of("llama"), engine, CHOICES)
         return made[engine]
 
     yield make

@@ -292,8 +292,10 @@ class OnnxEngine:
         if not self._is_fork:
             self.tokenizer.close()
         self._length, self._last = 0, None
+        # A binding keeps the session, and with it the mapped weights.
         self._bindings.clear()
-        self._adapters, self._prefixes = {}, {}
+        self._binding = _Binding(None, {})
+        self._adapters, self._prefixes, self._loaded = {}, {}, {}
         self._session = None
         self._buffers = {}
 
