@@ -124,6 +124,7 @@ def test_states_ship_with_the_bundle_and_are_found_there_whatever_the_weights(
     manifest = read_manifest(tmp_path / "home")
     verify_files(tmp_path / "home", manifest)
     states = [name for name in manifest.files if name.startswith("states/")]
+    assert all((tmp_path / "home" / name).stat().st_mode & 0o044 == 0o044 for name in (*states, "states"))
     for repack in (False, True):
         with Runtime.open(tmp_path / "home", disk_mb=0, repack=repack) as runtime:
             fixed = {name: loaded_bundle(runtime).call("?", name).job for name in (None, *runtime.adapters)}

@@ -23,7 +23,30 @@ _MOST_CHECKS = 8
 _CHECKS = frozenset({"/healthz", "/readyz"})
 _PART_BYTES = 1 << 14
 """h11 checks the size of a request's head only between the parts that it gets."""
+_MOST_CHUNKS = 2000
+_MOST_HEADERS = 100
+_LINGER_S = 2.0
+"""Seconds in which a client can read why it was refused while it still sends."""
 _REFUSED = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class BoundedConnection(h11.Connection):
+    """Reads requests with a limited number of headers and chunks, as each takes as long to read as a short request."""
+
+    _chunks = 0
+
+    def next_event(self) -> Any:  # noqa: ANN401 - as h11
+        """The next part of a request; RemoteProtocolError for what is no HTTP, or has too many parts."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = 0
+            if len(event.headers) > _MOST_HEADERS:
+                raise h11.RemoteProtocolError(f"more than {_MOST_HEADERS} headers")
+        elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
+            if self._chunks > _MOST_CHUNKS:
+                raise h11.RemoteProtocolError(f"more than {_MOST_CHUNKS} chunks")
+        return event
 
 
 def protocol(limits: Limits) -> type[H11Protocol]:
@@ -38,6 +61,11 @@ def protocol(limits: Limits) -> type[H11Protocol]:
         _arriving: asyncio.TimerHandle | None = None
         _stalled: asyncio.TimerHandle | None = None
         _counted: tuple[Connections, Connection] | None = None
+        _lingers: asyncio.TimerHandle | None = None
+
+        def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as uvicorn calls it
+            super().__init__(*args, **options)
+            self.conn = BoundedConnection(h11.SERVER, _PART_BYTES)
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)  # type: ignore[arg-type]  # it is a Transport, as for uvicorn
@@ -48,6 +76,8 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                 self.transport.close()
 
         def data_received(self, data: bytes) -> None:
+            if self._lingers is not None:
+                return
             for begin in range(0, len(data), _PART_BYTES):
                 if not self.transport.is_closing():
                     super().data_received(data[begin : begin + _PART_BYTES])
@@ -62,6 +92,10 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             self._count()
 
         def on_response_complete(self) -> None:
+            if self.cycle.more_body and not self.transport.is_closing():
+                # The request was refused, so the rest of its body is not worth reading.
+                self.transport.write_eof()
+                self._lingers = self.loop.call_later(_LINGER_S, self.transport.abort)
             super().on_response_complete()
             self._count()
 
@@ -87,6 +121,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel(self._arriving)
             self._cancel(self._stalled)
+            self._cancel(self._lingers)
             if self._counted is not None:
                 connections, connection = self._counted
                 connections.leave(connection)

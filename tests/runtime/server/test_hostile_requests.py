@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import time
+from contextlib import suppress
 
 import pytest
 from edgetune_runtime.server.settings import Access, Limits
@@ -25,18 +26,17 @@ def deep(levels: int) -> str:
 
 
 def ask(server: Running, data: bytes, more: bytes = b"") -> bytes:
-    """What the server sends until it closes the connection or is silent for a second."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=1) as client:
-        received = b""
-        try:
-            client.sendall(data)
-            received = client.recv(1 << 16)
+    """What the server sends for `data`, and then for `more`, until it closes the connection or is silent for 1 s."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=1) as client, suppress(OSError):
+        client.sendall(data)
+        if more:
+            with suppress(TimeoutError):
+                received = client.recv(1 << 16)
             client.sendall(more)
-            while part := client.recv(1 << 16):
-                received += part
-        except (TimeoutError, ConnectionError):
-            pass
-        return received
+        while part := client.recv(1 << 16):
+            received += part
+    return received
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,7 @@ def test_a_host_with_a_port_or_a_zone_is_one(host: str, server: Running) -> None
         (b"GET http://evil.example/healthz HTTP/1.1\r\nHost: localhost\r\n", 404),
         (b"CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n", 404),
         (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + b"a:\r\n" * 60_000, 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + b"a:\r\n" * 100, 400),
         (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 250_000 + b"\r\n", 400),
         (b"G\xc3\xa9T /healthz HTTP/1.1\r\nHost: localhost\r\n", 400),
     ],
@@ -172,6 +173,16 @@ def test_what_is_no_http_after_an_answer_ends_the_connection_without_a_traceback
         received = ask(server, head, b"ZZZZ\r\n")
     assert received.startswith(b"HTTP/1.1 401 ")
     assert [record for record in caplog.records if record.exc_info] == []
+
+
+def test_a_body_of_tiny_chunks_is_refused_with_and_without_a_key(start: Start) -> None:
+    server = start(access=Access(keys=("k" * 20,)))
+    head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n%b\r\n"
+    for key, status in ((b"", 401), (b"Authorization: Bearer " + b"k" * 20 + b"\r\n", 400)):
+        begin = time.monotonic()
+        received = ask(server, head % key, b"1\r\n \r\n" * 100_000)
+        assert b"HTTP/1.1 %d " % status in received
+        assert time.monotonic() - begin < 5
 
 
 def test_a_body_that_never_ends_after_an_answer_is_cut_off(start: Start) -> None:
