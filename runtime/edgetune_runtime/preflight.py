@@ -36,7 +36,7 @@ OPTIONS = ("engine", "threads", "context_length", "kv", "repack", "verify", "pri
 _MOST_REMEMBERED = 64
 # Files of the app's own folder must not replace modules, so the child has this process' path, and no other.
 _START = f"import sys; sys.path[:] = sys.argv[1:]; from {__package__}.preflight_child import main; main()"
-_REMEDY = "do not use this bundle, or report it"
+_REMEDY = "free some memory if it is short, or do not use this bundle"
 
 _LOG = logging.getLogger(__name__)
 

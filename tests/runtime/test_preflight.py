@@ -101,7 +101,7 @@ def test_an_abort_of_native_code_is_one_line(toy: Callable[[str], Path]) -> None
     assert isinstance(error, VerificationError)
     assert str(error) == (
         f"bundle {home} cannot be opened safely: while opening it, a child process was ended by SIGABRT "
-        "(x.cpp:7:  [2JGGML_ASSERT(n > 0) failed); do not use this bundle, or report it"
+        "(x.cpp:7:  [2JGGML_ASSERT(n > 0) failed); free some memory if it is short, or do not use this bundle"
     )
     assert not remembered()
 

@@ -28,6 +28,7 @@ _READY_S, _WARM_S = 180.0, 1800.0
 """Seconds until a unit that does not answer has failed, and until one has that computes the states of its prompts."""
 _OWNER = "# Installed by edgetune for {prefix}"
 """The first line of a unit."""
+# No preflight: the version was asked for golden answers in a confined process, and the memory is measured for one.
 _UNIT = """\
 {owner}
 [Unit]
@@ -38,7 +39,7 @@ After=network.target
 Type=exec
 ExecStart={python} -I -m edgetune_runtime serve {path} --engine {engine} --host {host} --port {port}{more} --warm
 WorkingDirectory=/
-Environment=EDGETUNE_CACHE=%C/{name}
+Environment=EDGETUNE_CACHE=%C/{name} EDGETUNE_PREFLIGHT=0
 CacheDirectory={name}
 Restart=on-failure
 RestartSec=5
