@@ -112,6 +112,8 @@ def serving(bundle: Path, site: Path, engine: str, limit: MemoryLimit) -> Iterat
     command += ["--context-length", str(CONTEXT), "--cache-mb", str(CACHE_MB), "--contexts", "1", "--no-repack"]
     places = [str(site), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))]
     environment = {**os.environ, "PYTHONPATH": ":".join(places), "EDGETUNE_CACHE": str(site.parent / "states")}
+    # As in a unit: the limit is for one process.
+    environment |= {"EDGETUNE_PREFLIGHT": "0"}
     join = f'echo $$ > {limit.procs} && exec "$@"'
     process = subprocess.Popen(
         ["sh", "-c", join, "sh", *command],

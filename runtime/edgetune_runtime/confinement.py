@@ -19,9 +19,9 @@ from .threads.machine import free_mb
 _COPIES = 4
 """An engine may have a file twice while it repacks weights; the rest is for buffers that grow with it."""
 _SPARE_BYTES = 1_000_000_000
-"""For Python, the libraries, the stacks of threads, and what an engine computes with."""
-_LEAST_S = 60.0
-_BYTES_PER_S = 1e6
+"""For Python, the libraries, and what is allocated but never used, such as most of the stacks of threads."""
+_LEAST_S, MOST_S = 60, 3600
+_BYTES_PER_S = 1_000_000
 """Of the slowest disk and processor: a bundle has a second more for each of these."""
 _OPEN_FILES = 256
 # Numbers of Linux: sched.h, prctl.h and capability.h.
@@ -51,13 +51,13 @@ class Limits:
 
 
 def limits_of(manifest: Manifest, context_length: int) -> Limits:
-    """What opening a bundle and answering in one context takes at most, within the free memory."""
+    """What opening a bundle and answering in one context takes at most; what grows with it, within the free memory."""
     file_bytes = sum(entry.bytes for entry in manifest.files.values())
-    memory_bytes = _COPIES * (file_bytes + manifest.base.kv_bytes_per_token * context_length) + _SPARE_BYTES
+    grows_bytes = _COPIES * (file_bytes + manifest.base.kv_bytes_per_token * context_length)
     free = free_mb()
     if free is not None:
-        memory_bytes = min(memory_bytes, int(free * 1e6))
-    return Limits(memory_bytes, _LEAST_S + file_bytes / _BYTES_PER_S)
+        grows_bytes = min(grows_bytes, int(free * 1e6))
+    return Limits(grows_bytes + _SPARE_BYTES, float(min(_LEAST_S + file_bytes // _BYTES_PER_S, MOST_S)))
 
 
 def confine(limits: Limits) -> None:
@@ -97,7 +97,7 @@ def confine(limits: Limits) -> None:
         for name, limit in figures.items():
             _, most = resource.getrlimit(name)
             lowest = limit if most == resource.RLIM_INFINITY else min(limit, most)
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, OverflowError):
                 resource.setrlimit(name, (lowest, lowest))
 
 

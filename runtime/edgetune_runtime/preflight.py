@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Mapping
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -33,41 +33,56 @@ STEP, ERROR, DONE = "step", "error", "done"
 OPTIONS = ("engine", "threads", "context_length", "kv", "repack", "verify", "priority")
 """Options of opening that the child is given."""
 _MOST_REMEMBERED = 64
+_CHARACTERS = 2000
 # Files of the app's own folder must not replace modules, so the child has this process' path, and no other.
 _START = f"import sys; sys.path[:] = sys.argv[1:]; from {__package__}.preflight_child import main; main()"
-_REMEDY = "do not use this bundle, or report it"
+_REMEDY = "free some memory if it is short, or do not use this bundle"
 
 _LOG = logging.getLogger(__name__)
 
 
-def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions, folder: Path) -> None:
-    """Open the bundle in a child process, unless it is remembered in `folder` that it passed; remember that it does.
+def require_opens(
+    bundle: Path, manifest: Manifest, options: OpeningOptions, cache_folder: str | Path | None = None
+) -> None:
+    """Open the bundle in a child process, unless it is remembered in the cache folder that it passed; remember it.
 
     Raises the error of opening it, and VerificationError if the child crashes, hangs, or exceeds its limits. Logs a
     warning, and does nothing, if this process cannot start a Python.
     """
     if os.environ.get(VARIABLE) == "0":
         return
-    passed = folder / FOLDER / _digest_of(bundle, manifest, options)
-    if passed.exists():
-        return
-    _LOG.debug("opening %s in a child process first", bundle)
+    digest = _digest_of(bundle, manifest, options)
+    # An account without a home has no cache folder; the folder of another one cannot be read.
+    with suppress(RuntimeError, OSError):
+        if _place(cache_folder, digest).exists():
+            return
+    begin = time.perf_counter()
     ended = _ended(bundle, manifest, options)
     if ended is None:
         return
-    lines = _lines(ended.output)
-    found = {key: value for line in lines for key, value in line.items()}
-    if ERROR in found:
+    found = _found(ended.output)
+    if isinstance(found.get(ERROR), dict):
         raise _error(found[ERROR])
     if STEP not in found:
         # Nothing of the bundle was read yet.
-        _LOG.warning("cannot check %s in a child process: %s, %s", bundle, ended.how, ended.last_line)
+        _LOG.warning("cannot check %s in a child process: it %s (%s)", bundle, ended.how, ended.last_line)
         return
     if ended.code or ended.timeout_s is not None or DONE not in found:
         reason = f" ({ended.last_line})" if ended.last_line else ""
         message = f"bundle {bundle} cannot be opened safely: while {found[STEP]}, a child process {ended.how}{reason}"
         raise VerificationError(printable(message), _REMEDY)
-    _remember(passed)
+    _LOG.info("checked %s in a child process in %.2f s", bundle, time.perf_counter() - begin)
+    try:
+        _remember(_place(cache_folder, digest))
+    except (RuntimeError, OSError, OutOfSpaceError) as error:
+        _LOG.warning("cannot remember that a bundle was checked, so it is checked at each start: %s", error)
+
+
+def _place(cache_folder: str | Path | None, digest: str) -> Path:
+    # It imports numpy, which the child must not do before it is confined.
+    from .states.store import default_folder  # noqa: PLC0415
+
+    return Path(cache_folder or default_folder()) / FOLDER / digest
 
 
 def _digest_of(bundle: Path, manifest: Manifest, options: OpeningOptions) -> str:
@@ -81,7 +96,7 @@ def _digest_of(bundle: Path, manifest: Manifest, options: OpeningOptions) -> str
         # Then the files may be others than those of the manifest.
         states = [resolve(bundle, name).stat() for name in manifest.files if resolve(bundle, name).exists()]
         found += [(state.st_dev, state.st_ino, state.st_size, state.st_ctime_ns) for state in states]
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(found, default=int).encode()).hexdigest()
 
 
 def _ended(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Ended | None:
@@ -97,24 +112,25 @@ def _ended(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Ended |
     }
     command = [sys.executable, "-I", "-B", "-c", _START, *sys.path]
     try:
-        return run(command, timeout_s=limits.time_s, given=json.dumps(request).encode())
+        # Numbers may be numpy's.
+        return run(command, timeout_s=limits.time_s, given=json.dumps(request, default=int).encode())
     except OSError as error:
         _LOG.warning("cannot check %s in a child process: %s", bundle, error)
         return None
 
 
-def _lines(output: bytes) -> list[Mapping[str, Any]]:
-    """The child's own lines, among what libraries may have written."""
-    found = []
+def _found(output: bytes) -> dict[str, Any]:
+    """The last values that the child wrote under each key."""
+    found: dict[str, Any] = {}
     for line in output.splitlines():
-        with suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [value for value in found if isinstance(value, dict)]
+        with suppress(ValueError, RecursionError, TypeError):
+            found |= json.loads(line)
+    return found
 
 
 def _error(raw: Any) -> EdgetuneError:  # noqa: ANN401 - JSON
-    """The error that the child had."""
-    name, message, remedy = (printable(str(part)) for part in raw)
+    """The error that the child had, which is no more to be trusted than the bundle."""
+    name, message, remedy = (printable(str(raw.get(key)))[:_CHARACTERS] for key in ("name", "message", "remedy"))
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, EdgetuneError):
         return kind(message, remedy)
@@ -122,14 +138,11 @@ def _error(raw: Any) -> EdgetuneError:  # noqa: ANN401 - JSON
 
 
 def _remember(passed: Path) -> None:
-    """Create the file, and delete the oldest ones; a warning in the log if that is not possible."""
-    try:
-        for folder in (passed.parents[1], passed.parent):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with replacing(passed) as temporary:
-            temporary.touch(mode=0o600)
-        others = sorted(passed.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in others[_MOST_REMEMBERED:]:
-            path.unlink(missing_ok=True)
-    except (OSError, OutOfSpaceError) as error:
-        _LOG.warning("cannot remember that a bundle was checked, so it is checked at each start: %s", error)
+    """Create the file, and delete the oldest ones."""
+    for folder in (passed.parents[1], passed.parent):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with replacing(passed) as temporary:
+        temporary.touch(mode=0o600)
+    others = sorted(passed.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in others[_MOST_REMEMBERED:]:
+        path.unlink(missing_ok=True)

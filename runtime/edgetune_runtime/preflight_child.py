@@ -53,7 +53,7 @@ def _open(bundle: str, options: Mapping[str, Any], write: Write) -> None:
         runtime = opened()
     except EdgetuneError as error:
         name = next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
-        write(ERROR, [name, error.message, error.remedy])
+        write(ERROR, {"name": name, "message": error.message, "remedy": error.remedy})
         return
     adapters = runtime.manifest.adapters.values()
     merged = [entry.name for entry in adapters if entry.shapes.get(runtime.engine) == "merged"]

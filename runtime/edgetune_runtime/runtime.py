@@ -111,7 +111,8 @@ class Runtime:
 
         With `preflight`, a bundle that was not opened before on this machine is first opened in a child process, with
         limits of memory and time and, on Linux, without network: a crash of native code is then a VerificationError.
-        That a bundle passed is remembered in `cache_folder`. EDGETUNE_PREFLIGHT=0 in the environment turns it off.
+        That a bundle passed is remembered in `cache_folder`, also with `disk_mb` 0. EDGETUNE_PREFLIGHT=0 in the
+        environment turns it off.
 
         `on_event` is called with each `Event`, on the thread of the call and while it holds its context: it must be
         quick and must not call the runtime. Its errors are logged.
@@ -154,7 +155,7 @@ class Runtime:
             emit=safely(on_event),
         )
         if preflight:
-            require_opens(bundle, manifest, options, Path(cache_folder or default_folder()))
+            require_opens(bundle, manifest, options, cache_folder)
         loaded = LoadedBundle(bundle, manifest, open_base(bundle, manifest, file, options), options)
         try:
             for entry in manifest.adapters.values():

@@ -82,4 +82,5 @@ def test_limits_are_those_of_the_files_and_the_context_within_the_free_memory(mo
     monkeypatch.setattr(confinement, "free_mb", lambda: None)
     assert limits(10**8, 10**4) == Limits(1_440_000_000, 160.0)
     monkeypatch.setattr(confinement, "free_mb", lambda: 500.0)
-    assert limits(10**8, 10**4).memory_bytes == limits(10**15, 10**15).memory_bytes == 500_000_000
+    assert limits(10**8, 10**4).memory_bytes == 1_440_000_000
+    assert limits(10**400, 10**400) == Limits(1_500_000_000, 3600.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_an_abort_of_native_code_is_one_line(toy: Callable[[str], Path]) -> None
     assert isinstance(error, VerificationError)
     assert str(error) == (
         f"bundle {home} cannot be opened safely: while opening it, a child process was ended by SIGABRT "
-        "(x.cpp:7:  [2JGGML_ASSERT(n > 0) failed); do not use this bundle, or report it"
+        "(x.cpp:7:  [2JGGML_ASSERT(n > 0) failed); free some memory if it is short, or do not use this bundle"
     )
     assert not remembered()
 
@@ -131,6 +132,14 @@ def test_the_child_can_write_no_files_and_keeps_no_rights(toy: Callable[[str], P
     rights = "raise UsageError(Path('/proc/self/status').read_text().split('CapEff:')[1].split()[0])"
     # The right to read, as root; a container may keep root as it is.
     assert int(error_of(toy(rights)).message, 16) in ({0x4, _own_rights()} if os.geteuid() == 0 else {0})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as above")
+def test_no_library_starts_threads_before_the_child_is_confined() -> None:
+    code = (
+        "import sys, edgetune_runtime.preflight_child; print(*{'numpy', 'llama_cpp', 'onnxruntime'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def _own_rights() -> int:

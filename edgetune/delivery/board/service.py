@@ -30,6 +30,7 @@ _STATES = ("--warm", "--disk-mb-per-day", "0")
 """Calls write no states: a client that sends other prompts again and again would wear out an SD card."""
 _OWNER = "# Installed by edgetune for {prefix}"
 """The first line of a unit."""
+# No preflight: the version was asked for golden answers in a confined process, and the memory is measured for one.
 _UNIT = """\
 {owner}
 [Unit]
@@ -40,7 +41,7 @@ After=network.target
 Type=exec
 ExecStart={python} -I -m edgetune_runtime serve {path} --engine {engine} --host {host} --port {port}{more}
 WorkingDirectory=/
-Environment=EDGETUNE_CACHE=%C/{name}
+Environment=EDGETUNE_CACHE=%C/{name} EDGETUNE_PREFLIGHT=0
 CacheDirectory={name}
 CacheDirectoryMode=0700
 Restart=on-failure

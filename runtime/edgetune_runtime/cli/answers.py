@@ -9,14 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
-from edgetune_runtime.confinement import confine, limits_of
+from edgetune_runtime.confinement import MOST_S, confine, limits_of
 from edgetune_runtime.conversation import Conversation, adapter_choice, show
 from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.wording import printable
 
 from .options import answer_options, open_runtime, prompt_of
 
-_CONFINED_S = 3600.0
 _REPORT_BYTES = 1 << 20
 
 
@@ -87,7 +86,7 @@ def _confined(options: argparse.Namespace) -> dict[str, Any]:
     manifest = read_manifest(options.bundle)
     limits = limits_of(manifest, options.context_length or manifest.context_length)
     # Long answers of many adapters, and a report that goes to a file.
-    confine(replace(limits, time_s=_CONFINED_S, file_bytes=_REPORT_BYTES))
+    confine(replace(limits, time_s=MOST_S, file_bytes=_REPORT_BYTES))
     return {"contexts": 1, "disk_mb": 0, "preflight": False}
 
 

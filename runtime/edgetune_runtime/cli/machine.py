@@ -61,7 +61,17 @@ def bench(options: argparse.Namespace) -> None:
                 figures["ttft_ms"]["restored"] = restored_ms(runtime)
                 name, engine = runtime.adapters[0], runtime.engine
             command = [sys.executable, "-m", "edgetune_runtime", "generate", str(options.bundle), "--prompt", "?"]
-            command += ["--adapter", name, "--engine", engine, "--max-tokens", "1", "--cache-folder", folder]
+            command += [
+                "--adapter",
+                name,
+                "--engine",
+                engine,
+                "--max-tokens",
+                "1",
+                "--cache-folder",
+                folder,
+                "--no-preflight",
+            ]
             command += [] if options.threads is None else ["--threads", str(options.threads)]
             command += [] if options.kv is None else ["--kv", options.kv]
             command += [] if options.repack is None else ["--repack" if options.repack else "--no-repack"]
