@@ -10,12 +10,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
+from edgetune_export.adapters.patterns import matching, of_key
 from edgetune_runtime.errors import UsageError
 from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
 
 from .common.base import trainable
 from .common.lora_checkpoint import LoraCheckpoint
-from .common.peft import ALL_LINEAR, TargetOptions, check_targets, lora_config, matches
+from .common.peft import ALL_LINEAR, TargetOptions, check_targets, lora_config
 
 if TYPE_CHECKING:
     import torch
@@ -136,8 +137,10 @@ class Lora(LoraCheckpoint[LoraOptions]):
 def _check_patterns(adapted: set[str], options: LoraOptions) -> None:
     names = sorted({name.rpartition(".")[2] for name in adapted})
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(options, key):
-            if not any(matches(pattern, name) for name in adapted):
+        patterns = list(getattr(options, key))
+        found = matching([of_key(pattern) for pattern in patterns], sorted(adapted), key)
+        for pattern, matched in zip(patterns, found, strict=True):
+            if not matched:
                 remedy = f"use one of {', '.join(names)}, or a regular expression that matches full module names"
                 raise UsageError(f"{key} {pattern!r} matches no adapted module", remedy)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from edgetune_runtime.wording import nearest
 from pydantic import AliasChoices, Field
 
 from .base import Checkpoint, Method, MethodOptions, O
+from .peft_folder import check_peft_folder
 
 if TYPE_CHECKING:
     import torch
@@ -119,13 +119,17 @@ def peft_model(checkpoint: Checkpoint) -> Iterator[PeftModel]:
 
 
 def load_peft(checkpoint: Checkpoint) -> PeftModel:
-    """PEFT's model of the checkpoint on the base, in eval mode. Raises IncompatibleError if PEFT cannot load it."""
+    """PEFT's model of the checkpoint on the base, in eval mode.
+
+    Raises IncompatibleError if PEFT cannot load it, and what `check_peft_folder` raises.
+    """
     from peft import PeftModel  # noqa: PLC0415 - slow to import
 
+    check_peft_folder(checkpoint.folder, checkpoint.base)
     try:
         model = PeftModel.from_pretrained(checkpoint.base, str(checkpoint.folder))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise IncompatibleError(f"PEFT cannot load {checkpoint.folder}: {reason}", "save the adapter again") from error
     return model.eval()
 
@@ -233,11 +237,3 @@ def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) 
             raise UsageError(f"the base has no module {target!r}", remedy)
         adapted |= matched
     return adapted
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether `pattern` matches `name` as in PEFT's get_pattern_key; False for an invalid regular expression."""
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    except re.error:
-        return False

@@ -22,6 +22,7 @@ from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundEr
 from edgetune_runtime.wording import first_of
 from safetensors import SafetensorError, deserialize
 
+from .patterns import matching, of_key
 from .shapes import Delta, Floats, LowRank, Merged
 
 CONFIG_NAME = "adapter_config.json"
@@ -55,18 +56,17 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 @dataclass(frozen=True)
 class _Scaling:
-    """The part of adapter_config.json that sets each module's rank and scaling."""
+    """The part of adapter_config.json that sets rank and scaling; `ranks` and `alphas` are those of single modules."""
 
     r: int
     alpha: float
     rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
 
     def of(self, module: str) -> tuple[int, float]:
         """Rank and scaling that PEFT uses for a module, by its name in the trained model."""
-        rank = self.rank_pattern.get(_pattern_of(self.rank_pattern, module), self.r)
-        alpha = self.alpha_pattern.get(_pattern_of(self.alpha_pattern, module), self.alpha)
+        rank, alpha = self.ranks.get(module, self.r), self.alphas.get(module, self.alpha)
         return rank, alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
@@ -76,11 +76,11 @@ def fold_peft(folder: Path, name: str, method: str = "lora") -> LowRank:
     Raises NotFoundError if a file is missing, VerificationError if files are damaged or contradict each other, and
     IncompatibleError, with a remedy, for options that a GGUF LoRA does not support.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     _refuse_unsupported(config, name)
-    config_scaling = _read_scaling(config, folder / CONFIG_NAME)
     invocation = _read_invocation(config, folder / CONFIG_NAME)
     pairs = _pair(_read_tensors(folder), name)
+    config_scaling = _read_scaling(config, folder / CONFIG_NAME, list(pairs))
     modules: dict[str, Delta] = {}
     problems: list[str] = []
     for module, (a, b) in pairs.items():
@@ -117,7 +117,8 @@ def merge(adapter: LowRank, weight_of: Callable[[str], Floats], scale: float = 1
     return Merged(adapter.name, adapter.method, parameters)
 
 
-def _read_config(folder: Path) -> Mapping[str, Any]:
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The contents of adapter_config.json; NotFoundError if there is none, VerificationError if it is damaged."""
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -147,7 +148,7 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
     _raise_all(IncompatibleError, what, problems, f"or {_MERGE}")
 
 
-def _read_scaling(config: Mapping[str, Any], path: Path) -> _Scaling:
+def _read_scaling(config: Mapping[str, Any], path: Path, modules: Sequence[str]) -> _Scaling:
     problems: list[str] = []
 
     def number(key: str, value: object, kind: type[int] | type[float]) -> None:
@@ -158,7 +159,7 @@ def _read_scaling(config: Mapping[str, Any], path: Path) -> _Scaling:
 
     number("r", config.get("r"), int)
     number("lora_alpha", config.get("lora_alpha"), float)
-    patterns: dict[str, dict[str, Any]] = {}
+    values: dict[str, dict[str, Any]] = {}
     for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict):
@@ -166,12 +167,15 @@ def _read_scaling(config: Mapping[str, Any], path: Path) -> _Scaling:
             pattern = {}
         for expression, value in pattern.items():
             number(f"{key}.{expression}", value, kind)
-            if not _compiles(expression):
-                problems.append(f"{key}.{expression} is not a regular expression")
-        patterns[key] = pattern
+        found = matching([of_key(expression) for expression in pattern], modules, f"{key} in {path}")
+        wrong = (expression for expression, names in zip(pattern, found, strict=True) if names is None)
+        problems += [f"{key}.{expression} is not a regular expression" for expression in wrong]
+        # Like PEFT's get_pattern_key: the first match wins.
+        by_module = zip(reversed(pattern.values()), reversed(found), strict=True)
+        values[key] = {name: value for value, names in by_module for name in names or ()}
     _raise_all(VerificationError, f"{path} is damaged", problems, _SAVE_AGAIN)
     rslora = bool(config.get("use_rslora"))
-    return _Scaling(config["r"], config["lora_alpha"], rslora, patterns["rank_pattern"], patterns["alpha_pattern"])
+    return _Scaling(config["r"], config["lora_alpha"], rslora, values["rank_pattern"], values["alpha_pattern"])
 
 
 def _read_invocation(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
@@ -181,29 +185,21 @@ def _read_invocation(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def _compiles(expression: str) -> bool:
-    try:
-        re.compile(rf"(.*\.)?({expression})$")
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
-def _pattern_of(patterns: Mapping[str, Any], module: str) -> str:
-    # Like PEFT's get_pattern_key (peft/utils/other.py), which needs torch to import: the first match wins.
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+def find_weights(folder: Path) -> Path:
+    """The file of the adapter's weights. NotFoundError if there is none, IncompatibleError if it is a pickle."""
+    path = folder / WEIGHTS_NAME
+    if path.is_file():
+        return path
+    if (folder / "adapter_model.bin").exists():
+        message = f"{folder} has adapter_model.bin, a pickle, which can run code when it is loaded"
+        raise IncompatibleError(message, "save it as safetensors: save_pretrained(…, safe_serialization=True)")
+    raise NotFoundError(f"{folder} has no {WEIGHTS_NAME}", _SAVE_AGAIN)
 
 
 def _read_tensors(folder: Path) -> dict[str, Floats]:
-    path = folder / WEIGHTS_NAME
+    path = find_weights(folder)
     try:
         raw = cast(Any, deserialize)(path.read_bytes())
-    except FileNotFoundError as error:
-        if (folder / "adapter_model.bin").exists():
-            message = f"{folder} has adapter_model.bin, a pickle, which can run code when it is loaded"
-            remedy = "save it as safetensors: save_pretrained(…, safe_serialization=True)"
-            raise IncompatibleError(message, remedy) from error
-        raise NotFoundError(f"{folder} has no {WEIGHTS_NAME}", _SAVE_AGAIN) from error
     except SafetensorError as error:
         raise VerificationError(f"{path} is not a safetensors file: {error}", _SAVE_AGAIN) from error
     return {key: _decode(key, value, path) for key, value in raw}

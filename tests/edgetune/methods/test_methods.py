@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from edgetune_runtime.errors import UsageError
+from edgetune_export.adapters import patterns
+from edgetune_runtime.errors import IncompatibleError, UsageError
 from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from tiny import make_model
@@ -84,6 +85,12 @@ def test_names_that_the_base_lacks_are_refused() -> None:
     assert "rank_pattern 'q_porj' matches no adapted module" in refused(rank_pattern={"q_porj": 4})
     assert "alpha_pattern 'layers.7.q_proj' matches no adapted module" in refused(alpha_pattern={"layers.7.q_proj": 4})
     assert "alpha_pattern '(' matches no adapted module" in refused(alpha_pattern={"(": 4})
+
+
+def test_a_pattern_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "LIMIT_S", 1.0)
+    with pytest.raises(IncompatibleError, match=r"rank_pattern takes more than 1 s; write module names"):
+        attach(rank_pattern={r"(\w|.)*!": 4})
 
 
 def test_lora_plus_gives_b_its_own_learning_rate() -> None:

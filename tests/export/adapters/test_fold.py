@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from edgetune_export.adapters import patterns
 from edgetune_export.adapters.fold import CONFIG_NAME, WEIGHTS_NAME, fold_peft, merge
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 
@@ -204,6 +205,15 @@ def test_numbers_that_cannot_be_are_named(tmp_path: Path, config: dict[str, Any]
     ((key, _),) = config.items()
     with pytest.raises(VerificationError, match=key):
         fold_peft(write_folder(tmp_path / "peft", **config), "command")
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_never_ends_is_refused(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "LIMIT_S", 1.0)
+    folder = write_folder(tmp_path / "peft", **{key: {r"(\w|.)*!": 4}})
+    with pytest.raises(IncompatibleError, match=rf"{key} in .* takes more than 1 s; write module names") as caught:
+        fold_peft(folder, "command")
+    assert "\n" not in str(caught.value)
 
 
 def damaged(**changes: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -1,0 +1,51 @@
+"""Matches regular expressions from files in a child process with a time limit, as some never end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from edgetune_runtime.errors import IncompatibleError
+
+LIMIT_S = 5.0
+"""Seconds for all expressions of one file."""
+_PROGRAM = """
+import json, re, sys
+expressions, names, method = json.load(sys.stdin)
+found = []
+for expression in expressions:
+    try:
+        match = getattr(re.compile(expression), method)
+    except (re.error, RecursionError, OverflowError):
+        found.append(None)
+    else:
+        found.append([number for number, name in enumerate(names) if match(name)])
+json.dump(found, sys.stdout)
+"""
+
+
+def of_key(key: str) -> str:
+    """The expression with which PEFT matches a key of rank_pattern and alpha_pattern (peft/utils/other.py)."""
+    return rf"(.*\.)?({key})$"
+
+
+def matching(
+    expressions: Sequence[str], names: Sequence[str], what: str, *, whole: bool = False
+) -> list[set[str] | None]:
+    """The names that begin with a match of each expression, or are one; None for what is no regular expression.
+
+    IncompatibleError, which says `what` the expressions are, if that takes more than LIMIT_S.
+    """
+    if not expressions:
+        return []
+    command = [sys.executable, "-I", "-S", "-c", _PROGRAM]
+    text = json.dumps([list(expressions), list(names), "fullmatch" if whole else "match"])
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        message = f"matching the regular expressions of {what} takes more than {LIMIT_S:.0f} s"
+        raise IncompatibleError(message, "write module names in their place") from error
+    found: list[list[int] | None] = json.loads(done.stdout)
+    return [None if numbers is None else {names[number] for number in numbers} for numbers in found]
