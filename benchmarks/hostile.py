@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -79,6 +80,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--list", action="store_true", help="only list the attacks")
     options = parser.parse_args()
+    # So that a server does not outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     attacks = [attack for attack in ATTACKS if _is_chosen(attack, options)]
     files = [attack for attack in hostile_bundles.ATTACKS if _is_chosen(attack, options)]
     if options.list:
@@ -121,9 +124,9 @@ def measure(attack: Attack, bundle: Path, names: Names, engine: str) -> Result:
                 name=attack.name,
                 item=attack.item,
                 does=attack.does,
-                attacker=Counter(str(reply.status) for reply in replies),
+                attacker=dict(Counter(str(reply.status) for reply in replies)),
                 attacker_s=round(attacker_s, 2),
-                other=other.statuses,
+                other=dict(other.statuses),
                 other_s=round(other.longest_s, 2),
                 lives=server.lives,
                 before_mb=round(before_mb, 1),

@@ -52,11 +52,10 @@ def _properties(count: int) -> object:
 
 
 def tools_of(size: int, mark: str = "") -> list[dict[str, Any]]:
-    """Definitions of tools of about `size` bytes; `mark` makes them different from others."""
-    parameters = {"type": "object", "properties": {f"{mark}p{n}": {"type": "string"} for n in range(20)}}
-    tool = {"type": "function", "function": {"name": "tool0", "description": "x" * 200, "parameters": parameters}}
-    count = size // len(json.dumps(tool))
-    return [{"type": "function", "function": {**tool["function"], "name": f"tool{n}"}} for n in range(count)]  # type: ignore[dict-item]
+    """100 tools of together about `size` bytes, of many small objects; `mark` makes them different from others."""
+    examples = [{"a": 0}] * (size // 100 // len('{"a": 0}, '))
+    parameters = {"type": "object", "properties": {f"{mark}p": {"type": "string", "examples": examples}}}
+    return [{"type": "function", "function": {"name": f"tool{n}", "parameters": parameters}} for n in range(100)]
 
 
 def _tool_lists(target: Target) -> Replies:

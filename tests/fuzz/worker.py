@@ -110,7 +110,8 @@ def _outcome(open_changed: Any, changed: bytes, kind: str) -> dict[str, str]:  #
             cause = f"{_where(error)}: {type(error).__name__}"
             return {"outcome": "not one plain line", "cause": cause, "text": repr(text)[:200]}
         return {"outcome": "refused", "cause": text[:200]}
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        # Also SystemExit, and PanicException of libraries in Rust, which is no Exception.
         return {"outcome": "raised", "cause": f"{_where(error)}: {type(error).__name__}", "text": str(error)[:200]}
     return {"outcome": "opened"}
 
