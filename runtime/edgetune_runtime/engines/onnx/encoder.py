@@ -29,7 +29,7 @@ from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 from .engine import model_version
 from .ort import library, open_session
-from .tokenizers import load_tokenizer
+from .tokenizers import encode, load_tokenizer
 
 HEAD_WEIGHT, HEAD_BIAS = "classifier.weight", "classifier.bias"
 """Inputs of a head: weight [hidden, labels] and bias [labels], without labels unless they are given."""
@@ -37,6 +37,9 @@ LOGITS, POOLED = "logits", "pooled"
 """Outputs: logits [batch, labels], and the pooled last layer [batch, hidden] that they are computed from."""
 TRAINED_CONTEXT_LENGTH = "edgetune.trained_context_length"
 """Key of the graph's metadata: the tokens that the base was trained for."""
+
+_MOST_CHARACTERS = 256
+"""Per token of the context: a longer text is not tokenized. Tokenizers may drop accents, so it is no exact bound."""
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -52,8 +55,7 @@ class EncoderTokenizer:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`."""
-        tokens: list[int] = self._tokenizer.encode(text.encode("utf-8", "replace").decode()).ids
-        return tokens
+        return encode(self._tokenizer, text, adds_special_tokens=True)
 
 
 class EncoderEngine:
@@ -111,11 +113,15 @@ class EncoderEngine:
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt's text; UsageError when it does not fit in the context or is a conversation."""
-        tokens = self.tokenizer.tokenize(text_of(prompt))
+        text, remedy = text_of(prompt), "shorten the prompt, or open the bundle with a larger context_length"
+        if len(text) > self.context_length * _MOST_CHARACTERS:
+            message = f"the prompt has {len(text)} characters, and the context holds {self.context_length} tokens"
+            raise PromptTooLongError(message, remedy)
+        tokens = self.tokenizer.tokenize(text)
         if not 0 < len(tokens) <= self.context_length:
             message = f"the prompt has {len(tokens)} tokens, the context holds 1 to {self.context_length}"
             error = PromptTooLongError if tokens else UsageError
-            raise error(message, "shorten the prompt, or open the bundle with a larger context_length")
+            raise error(message, remedy)
         return tokens
 
     def logits(self, tokens: Sequence[int], name: str, scale: float = 1.0) -> Logits:

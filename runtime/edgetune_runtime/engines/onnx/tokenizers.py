@@ -23,6 +23,7 @@ SPACE = "\u2581"
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _PRINTABLE = frozenset([*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)])
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_SHORT = 10_000
 _INSTALL = 'run: pip install "edgetune-runtime[onnx]"'
 
 
@@ -112,9 +113,7 @@ class JsonTokenizer(PiecewiseTokenizer):
 
     def _raw(self, text: str) -> list[int]:
         self._check(0)
-        valid = text.encode("utf-8", "replace").decode()
-        tokens: list[int] = self._tokenizer.encode(valid, add_special_tokens=False).ids
-        return tokens
+        return encode(self._tokenizer, text, adds_special_tokens=False)
 
     def _after_newline(self, text: str) -> list[int]:
         # The tokenizer always adds a space before the first word, but not after a newline.
@@ -127,6 +126,18 @@ class JsonTokenizer(PiecewiseTokenizer):
         if not 0 <= token < self.vocab_size:
             message = f"no token {token} in a vocabulary of {self.vocab_size}"
             raise UsageError(message, "use the tokenizer of this base")
+
+
+def encode(tokenizer: tokenizers.Tokenizer, text: str, *, adds_special_tokens: bool) -> list[int]:
+    """Token ids of a text. Other threads run meanwhile."""
+    valid = text.encode("utf-8", "replace").decode()
+    if len(valid) <= _SHORT:
+        tokens: list[int] = tokenizer.encode(valid, add_special_tokens=adds_special_tokens).ids
+    else:
+        # `encode` holds the GIL, which takes seconds for 1 MB.
+        (found,) = tokenizer.encode_batch([valid], add_special_tokens=adds_special_tokens)
+        tokens = found.ids
+    return tokens
 
 
 def byte_character(byte: int) -> str:
