@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from .bundle import AdapterEntry, Manifest, resolve, verify_files
-from .decoding.constraint import Constraint
 from .decoding.drafts import DraftTable, read_table
-from .decoding.grammars import Grammars
-from .decoding.once import Once
 from .decoding.output import OutputSpec
 from .engines.base import Tokenizer
 from .errors import IncompatibleError, UsageError, VerificationError
@@ -25,6 +19,7 @@ from .generation import Call, Carried
 from .limits import Stopped, no_limits
 from .opening import OpeningOptions, file_of, open_merged
 from .options import AnswerForm
+from .preparing import Constraints, FixedParts, chat_tokens, raw_tokens
 from .serving.classifier import Classifier
 from .serving.context import Context
 from .serving.jobs import PromptJob
@@ -33,21 +28,13 @@ from .serving.pool import Pool
 from .states.activation import join_spans
 from .states.cache import CALLS, common_prefix
 from .text.chat import Message, Prompt, messages_for
-from .tools.calls import CallReader
-from .tools.definitions import ToolSet, check_schemas
-from .tools.grammar import control_tokens, grammar_of, written_form
-from .tools.prompts import prompt_tokens, support_of, tokens_within
 
 _LOG = logging.getLogger(__name__)
 
 Adapters = str | Mapping[str, float] | None
 
-_PROBES = ("A", "7", "\n", "é", "(")
-"""Messages without a common prefix: the common prefix of their prompts is the fixed part."""
 _LARGEST_SCALE = 1000
 """Engines compute in float32, and far larger scales would give no numbers."""
-_MOST_FIXED = 256
-"""Fixed parts that are remembered; apps may give other tools with each call."""
 
 
 class LoadedBundle:
@@ -63,10 +50,9 @@ class LoadedBundle:
         self._merged_pools: dict[str, MergedPool] = {}
         self._drafts: dict[str, DraftTable] = {}
         self._outputs: dict[str, OutputSpec] = {}
-        self._grammars: Once[Grammars] = Once(1)
+        self._constraints = Constraints()
         self._is_closed = False
-        self._fixed_lock = threading.Lock()
-        self._fixed: dict[tuple[int, bytes], list[int]] = {}
+        self._fixed = FixedParts()
 
     @property
     def classifier(self) -> Classifier | None:
@@ -133,16 +119,19 @@ class LoadedBundle:
         try:
             with pool.tokenizer() as tokenizer:
                 if raw:
-                    tokens, fixed, is_given = _raw_tokens(tokenizer, prompt, form, pool.capacity(active)), 0, False
+                    tokens, fixed, is_given = raw_tokens(tokenizer, prompt, form, pool.capacity(active)), 0, False
                 else:
                     messages = messages_for(prompt, system)
-                    tokens = _tokens(tokenizer, messages, form, check, pool.capacity(active))
+                    tokens = chat_tokens(tokenizer, messages, form, check, pool.capacity(active))
                     given = _system_in(messages)
                     is_given = given != own or form.tools is not None or form.think is not None
                     # Other adapters computed the beginning of a session that was carried over.
                     is_shared = carried is None or given == own
-                    fixed = self._fixed_tokens(pool, tokenizer, given, form, tokens, check=check) if is_shared else 0
-            reader, constraint = self._constraint(output, form.tools, check)
+                    fixed = 0
+                    if is_shared:
+                        fixed = self._fixed.count(tokenizer, id(pool), given, form, tokens=tokens, check=check)
+                # Merged models have the base's vocabulary.
+                reader, constraint = self._constraints.of(tokenizer, output, form.tools, check)
         except Stopped as stopped:
             job, prepared_s = PromptJob((), ()), time.perf_counter() - begin
             return Call(pool, job, system, prepared_s, output=output, stopped=stopped.reason)
@@ -228,52 +217,6 @@ class LoadedBundle:
         if self._is_closed:
             raise UsageError("the runtime is closed", "open the bundle again")
 
-    def _constraint(
-        self, output: OutputSpec | None, tools: ToolSet | None, check: Callable[[], None]
-    ) -> tuple[CallReader | None, Constraint | None]:
-        """What reads the calls of tools in an answer, and what constrains it to them, or to `output`.
-
-        The constraint is on the base's vocabulary, which merged models share and the first constrained call reads.
-        """
-        if output is None and tools is None:
-            return None, None
-        assert isinstance(self._running, Pool)
-        with self._running.tokenizer() as tokenizer:
-            reader, spec = (None, output) if tools is None else _calls(tokenizer, tools, output)
-            assert spec is not None
-            grammars = self._grammars.get("", lambda: Grammars(tokenizer))
-            try:
-                return reader, grammars.constraint(spec, check)
-            except UsageError:
-                if tools is not None:
-                    # That names the tool.
-                    check_schemas(tools)
-                raise
-
-    def _fixed_tokens(
-        self,
-        pool: Pool | MergedPool,
-        tokenizer: Tokenizer,
-        system: str | None,
-        form: AnswerForm,
-        tokens: Sequence[int],
-        *,
-        check: Callable[[], None],
-    ) -> int:
-        """How many first tokens all prompts with this system prompt and these tools have in common."""
-        # A client may send prompts of any length, so only their digests are remembered.
-        texts = [system, None if form.tools is None else form.tools.text, form.think]
-        key = (id(pool), hashlib.sha256(json.dumps(texts).encode()).digest())
-        known = self._fixed.get(key)
-        if known is None:
-            one, *others = (_tokens(tokenizer, messages_for(probe, system), form, check) for probe in _PROBES)
-            known = one[: min(common_prefix(one, other) for other in others)]
-            with self._fixed_lock:
-                while len(self._fixed) >= _MOST_FIXED:
-                    del self._fixed[next(iter(self._fixed))]
-                self._fixed[key] = known
-        return len(known) if len(known) < len(tokens) and tokens[: len(known)] == known else 0
-
     def _system_of(self, first: str | None) -> str | None:
         return self.manifest.adapter(first).system if first is not None else None
 
@@ -318,38 +261,3 @@ def _described(tokenizer: Tokenizer) -> tuple[object, ...]:
 
 def _system_in(messages: Sequence[Message]) -> str | None:
     return messages[0]["content"] if messages[0]["role"] == "system" else None
-
-
-def _tokens(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    form: AnswerForm,
-    check: Callable[[], None],
-    most: int | None = None,
-) -> list[int]:
-    check()
-    return _not_empty(prompt_tokens(tokenizer, messages, form.tools, think=form.think, most=most))
-
-
-def _raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, most: int) -> list[int]:
-    if not isinstance(prompt, str) or form.tools is not None:
-        what = "messages" if form.tools is None else "tools"
-        raise UsageError(f"a raw prompt has no {what}", "give a text, without tools, or leave raw out")
-    return _not_empty(tokens_within(tokenizer, prompt, most))
-
-
-def _not_empty(tokens: list[int]) -> list[int]:
-    if not tokens:
-        raise UsageError("the prompt has 0 tokens", "give a text that is not empty")
-    return tokens
-
-
-def _calls(tokenizer: Tokenizer, tools: ToolSet, output: OutputSpec | None) -> tuple[CallReader | None, OutputSpec]:
-    """What reads the calls of an answer, and what holds it to them, or to `output` where it has none."""
-    template = support_of(tokenizer).format
-    controls = control_tokens(template, tokenizer)
-    form = written_form(template, controls, tokenizer)
-    marks = {token: name.encode() for name, token in controls.items()}
-    names = None if output is None else frozenset(tool.name for tool in tools.offered)
-    reader = None if tools.choice == "none" else CallReader(form, marks, names)
-    return reader, grammar_of(tools, form, controls, output)

@@ -130,9 +130,9 @@ def test_the_vocabulary_is_read_by_the_first_constrained_call_or_by_warm(formed:
     for read in (lambda runtime: runtime.warm(["one"]), lambda runtime: runtime.generate("play", regex="a")):
         with Runtime.open(formed, disk_mb=0) as runtime:
             runtime.generate("play", adapter="one", max_tokens=2, free=True)
-            assert not len(runtime._loaded._grammars)
+            assert not len(runtime._loaded._constraints._grammars)
             read(runtime)
-            assert len(runtime._loaded._grammars)
+            assert len(runtime._loaded._constraints._grammars)
 
 
 def test_the_command_prints_what_an_answer_stands_for(

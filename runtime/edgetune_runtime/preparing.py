@@ -1,0 +1,126 @@
+"""Prepares what a call needs before its first token: the prompt's tokens, its fixed part, the answer's constraint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+
+from .decoding.constraint import Constraint
+from .decoding.grammars import Grammars
+from .decoding.once import Once
+from .decoding.output import OutputSpec
+from .decoding.trial import TOO_DEAR
+from .engines.base import Tokenizer
+from .errors import UsageError
+from .options import AnswerForm
+from .states.cache import common_prefix
+from .text.chat import Message, Prompt, messages_for
+from .tools.calls import CallReader
+from .tools.definitions import ToolSet, check_schemas
+from .tools.grammar import control_tokens, grammar_of, written_form
+from .tools.prompts import prompt_tokens, support_of, tokens_within
+
+_PROBES = ("A", "7", "\n", "é", "(")
+"""Messages without a common prefix: the common prefix of their prompts is the fixed part."""
+_MOST_FIXED = 256
+"""Fixed parts that are remembered; apps may give other tools with each call."""
+
+Check = Callable[[], None]
+"""Ends the work by raising; called before each part of it."""
+
+
+class FixedParts:
+    """The first tokens that all prompts with one system prompt and tools have in common. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[tuple[int, bytes], array[int]] = {}
+
+    def count(
+        self,
+        tokenizer: Tokenizer,
+        model: int,
+        system: str | None,
+        form: AnswerForm,
+        *,
+        tokens: Sequence[int],
+        check: Check,
+    ) -> int:
+        """How many of the tokens of a prompt for this model are fixed."""
+        # A client may send prompts of any length, so only their digests are remembered.
+        texts = [system, None if form.tools is None else form.tools.text, form.think]
+        key = (model, hashlib.sha256(json.dumps(texts).encode()).digest())
+        known = self._known.get(key)
+        if known is None:
+            one, *others = (chat_tokens(tokenizer, messages_for(probe, system), form, check) for probe in _PROBES)
+            known = array("i", one[: min(common_prefix(one, other) for other in others)])
+            with self._lock:
+                while len(self._known) >= _MOST_FIXED:
+                    del self._known[next(iter(self._known))]
+                self._known[key] = known
+        return len(known) if len(known) < len(tokens) and array("i", tokens[: len(known)]) == known else 0
+
+
+class Constraints:
+    """Constraints on the vocabulary of one base, which the first of them reads. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._grammars: Once[Grammars] = Once(1)
+
+    def of(
+        self, tokenizer: Tokenizer, output: OutputSpec | None, tools: ToolSet | None, check: Check
+    ) -> tuple[CallReader | None, Constraint | None]:
+        """What reads the calls of tools in an answer, and what constrains it to them, or to `output`."""
+        if tools is not None:
+            reader, spec = _calls(tokenizer, tools, output)
+        elif output is not None:
+            reader, spec = None, output
+        else:
+            return None, None
+        grammars = self._grammars.get("", lambda: Grammars(tokenizer))
+        try:
+            return reader, grammars.constraint(spec, check)
+        except UsageError as error:
+            if tools is None:
+                raise
+            if TOO_DEAR not in error.message:
+                # That names the tool.
+                check_schemas(tools)
+            reason = error.message.rpartition(" cannot be used: ")[2]
+            raise UsageError(f"the parameters of the tools cannot be used: {reason}", error.remedy) from error
+
+
+def chat_tokens(
+    tokenizer: Tokenizer, messages: Sequence[Message], form: AnswerForm, check: Check, most: int | None = None
+) -> list[int]:
+    """The tokens of messages made by `messages_for`. PromptTooLongError for more than `most`."""
+    check()
+    return _not_empty(prompt_tokens(tokenizer, messages, form.tools, think=form.think, most=most))
+
+
+def raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, most: int) -> list[int]:
+    """The tokens of a text that is not rendered. PromptTooLongError for more than `most`."""
+    if not isinstance(prompt, str) or form.tools is not None:
+        what = "messages" if form.tools is None else "tools"
+        raise UsageError(f"a raw prompt has no {what}", "give a text, without tools, or leave raw out")
+    return _not_empty(tokens_within(tokenizer, prompt, most))
+
+
+def _not_empty(tokens: list[int]) -> list[int]:
+    if not tokens:
+        raise UsageError("the prompt has 0 tokens", "give a text that is not empty")
+    return tokens
+
+
+def _calls(tokenizer: Tokenizer, tools: ToolSet, output: OutputSpec | None) -> tuple[CallReader | None, OutputSpec]:
+    """What reads the calls of an answer, and what holds it to them, or to `output` where it has none."""
+    template = support_of(tokenizer).format
+    controls = control_tokens(template, tokenizer)
+    form = written_form(template, controls, tokenizer)
+    marks = {token: name.encode() for name, token in controls.items()}
+    names = None if output is None else frozenset(tool.name for tool in tools.offered)
+    reader = None if tools.choice == "none" else CallReader(form, marks, names)
+    return reader, grammar_of(tools, form, controls, output)
