@@ -15,7 +15,9 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
 
 Loc = tuple[str | int, ...]
 """Path of a value in a document: keys and list indexes."""
@@ -25,6 +27,8 @@ ModelAt = Callable[[Loc, dict[str, Any]], type[BaseModel] | None]
 """Returns the model that validates the mapping at a path of these values; None if its keys are not fixed."""
 
 MAX_SHOWN = 60
+MOST_BYTES, MOST_DEPTH, MOST_ALIASES, MOST_VALUES = 250_000, 50, 100, 100_000
+"""Of a recipe."""
 RENAMED = {"quantize": "quantization", "quantize_merged": "merged_quantization"}
 """Former keys and what they are called now."""
 PLAIN = {
@@ -74,15 +78,21 @@ def read_document(path: Path) -> Document:
     Raises NotFoundError if the file is missing, and UsageError with file and line if it is something else.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        text = data.decode("utf-8-sig")
     except FileNotFoundError as error:
         raise NotFoundError(f"no recipe {path}", "write one with `edgetune init`") from error
     except IsADirectoryError as error:
         raise UsageError(f"{path} is a folder", "give the recipe file in it") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text at byte {error.start}", "save it as UTF-8") from error
+    if len(data) > MOST_BYTES:
+        raise UsageError(f"{path} has more than {MOST_BYTES} bytes", "see the template of `edgetune init`")
+    lines: dict[Loc, int] = {}
     try:
-        root = YAML().load(StringIO(text))
+        root = _parse(text)
+        values = _plain(root, (), lines)
     except YAMLError as error:
         raise UsageError(f"{path}:{_yaml_problem(error)}") from error
     except RecursionError as error:
@@ -90,8 +100,6 @@ def read_document(path: Path) -> Document:
     if not isinstance(root, dict):
         what = "is empty" if root is None else "is not a mapping of keys to values"
         raise UsageError(f"{path}:1: the recipe {what}", "see the template of `edgetune init`")
-    lines: dict[Loc, int] = {}
-    values = _plain(root, (), lines)
     return Document(path, values, lines)
 
 
@@ -112,8 +120,8 @@ def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) 
     for other in other_names(last, model_at(tuple(parents), values)):
         node.pop(other, None)
     try:
-        node[last] = _plain(YAML().load(StringIO(value)), (), {}) if isinstance(value, str) else value
-    except YAMLError:
+        node[last] = _plain(_parse(value), (), {}) if isinstance(value, str) else value
+    except (YAMLError, RecursionError):
         return f"--set {key}: {value!r} is not valid YAML; put strings with special characters in quotes"
     return None
 
@@ -173,6 +181,34 @@ def other_names(key: str, model: type[BaseModel] | None) -> list[str]:
     return []
 
 
+class _Composer(Composer):
+    """Ends early at a text that has many aliases or is nested deeply, which take time and memory without end."""
+
+    _aliases = _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 - ruamel carries no types
+        self._aliases += self.parser.check_event(AliasEvent)
+        self._depth += 1
+        if self._aliases > MOST_ALIASES:
+            raise YAMLError(f"more than {MOST_ALIASES} aliases; write their values instead")
+        if self._depth > MOST_DEPTH:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+def _parse(text: str) -> Plain:
+    """The values of a YAML text as ruamel has them; YAMLError for a text that is none, RecursionError for depth."""
+    yaml = YAML()
+    yaml.Composer = _Composer
+    try:
+        return yaml.load(StringIO(text))
+    except (ValueError, OverflowError) as error:
+        # Of numbers and dates.
+        raise YAMLError(str(error)) from error
+
+
 def _plain(node: Plain, loc: Loc, lines: dict[Loc, int]) -> Plain:
     """ruamel's values as plain Python ones; records the line of each key and item in `lines`."""
     if isinstance(node, TaggedScalar):
@@ -180,6 +216,8 @@ def _plain(node: Plain, loc: Loc, lines: dict[Loc, int]) -> Plain:
     if isinstance(node, CommentedMap | CommentedSeq):
         for part, position in (node.lc.data or {}).items():
             lines[(*loc, part)] = position[0] + 1
+        if len(lines) > MOST_VALUES:
+            raise YAMLError(f"more than {MOST_VALUES} values; use fewer aliases")
     if isinstance(node, dict):
         return {key: _plain(value, (*loc, key), lines) for key, value in node.items()}
     if isinstance(node, list):

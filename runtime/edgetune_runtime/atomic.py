@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from .errors import OutOfSpaceError
 
+_RENAME_EXCHANGE = 2  # linux/fs.h
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = "free some space or choose another folder"
 
@@ -63,7 +66,14 @@ def require_space(out: Path, needed_bytes: int) -> None:
 
 
 def swap_in(temporary: Path, out: Path) -> None:
-    """Rename the folder `temporary` to `out`; an existing one is deleted only after that, and stays if it fails."""
+    """Rename the folder `temporary` to `out`; an existing one is deleted only after that, and stays if it fails.
+
+    Where the file system can exchange two folders, `out` exists at any moment, also when this process is killed.
+    """
+    if out.exists() and _exchange(temporary, out):
+        flush_to_disk(out.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
     aside = out.with_name(f".{out.name}.old-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     if out.exists():
@@ -76,6 +86,15 @@ def swap_in(temporary: Path, out: Path) -> None:
         raise
     flush_to_disk(out.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two paths in one step; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here = -100  # AT_FDCWD: relative paths start at the current folder
+    return call is not None and call(here, os.fsencode(first), here, os.fsencode(second), _RENAME_EXCHANGE) == 0
 
 
 def flush_to_disk(path: Path) -> None:

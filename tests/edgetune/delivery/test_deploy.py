@@ -32,7 +32,7 @@ from edgetune.delivery.board.transfer import HELD
 from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.kits import Kits
 from edgetune.delivery.deploy.probe import BoardFacts
-from edgetune.delivery.deploy.ssh import Connection
+from edgetune.delivery.deploy.ssh import SHORT_S, Connection
 from edgetune.delivery.deploy.target import Target, parse_target
 from edgetune.progress import Progress
 
@@ -271,12 +271,12 @@ def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
     ],
 )
 def test_a_board_that_is_not_enough_gets_no_file(
-    board: Board, bundle: Path, changes: dict[str, Any], problem: str
+    bare: Board, bundle: Path, changes: dict[str, Any], problem: str
 ) -> None:
-    with pytest.raises(IncompatibleError, match=rf"^{board.sshd.target}: .*{problem}.*; ") as error:
-        board.deploy(bundle, **changes)
+    with pytest.raises(IncompatibleError, match=rf"^{bare.sshd.target}: .*{problem}.*; ") as error:
+        bare.deploy(bundle, **changes)
     assert "\n" not in str(error.value)
-    (program,) = (board.prefix / "files").iterdir()
+    (program,) = (bare.prefix / "files").iterdir()
     assert program.stat().st_size < 200_000
 
 
@@ -431,10 +431,10 @@ def test_an_install_goes_on_when_the_connection_is_lost(
             time.sleep(0.005)
         cut_ssh()
 
-    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = ()) -> str:
+    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = (), *, limit_s: float = SHORT_S) -> str:
         if "install" in command:
             threading.Thread(target=cut_when_installing).start()
-        return whole(self, command, data)
+        return whole(self, command, data, limit_s=limit_s)
 
     monkeypatch.setattr(Connection, "run", run)
     with pytest.raises(UnreachableError, match="connection was lost"):

@@ -316,6 +316,14 @@ def test_a_python_that_the_kit_has_no_wheels_for_is_refused_by_the_script(
     assert "Python 3.8.1" in done.stderr and "--python" in done.stderr
 
 
+def test_the_script_finds_its_folder_with_a_cdpath(kits: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    kit, prefix = kits[0], tmp_path / "home"
+    command = ["sh", f"{kit.name}/install.sh", "check", "--prefix", str(prefix), "--json"]
+    environment = {**os.environ, "CDPATH": str(kit.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=kit.parent, env=environment)
+    assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)["problems"] == []
+
+
 def test_a_system_of_32_bits_is_refused_by_the_script(kits: tuple[Path, Path, Path], tmp_path: Path) -> None:
     getconf = tmp_path / "getconf"
     getconf.write_text("#!/bin/sh\necho 32\n")

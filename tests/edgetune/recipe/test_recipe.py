@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,26 @@ def test_yaml_anchors_may_share_settings(write: Write) -> None:
     recipe = load_recipe(write(text))
     training = recipe.training.under(recipe.adapters["intent"].training)
     assert (training.epochs, training.seed) == (2, 4)
+
+
+ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (f"a0: &a0 [lol]\n{ALIASES}", "more than 100000 values; use fewer aliases"),
+        (f"a: &a [lol]\nb: [{'*a, ' * 101}]", "more than 100 aliases; write their values instead"),
+        (f"a: {'[' * 10_000}", "is nested too deeply"),
+        (f"a: {'9' * 5000}", "not YAML"),
+        (f"a: {'x' * 250_000}", "has more than 250000 bytes"),
+    ],
+)
+def test_a_recipe_of_any_size_is_refused_in_one_line(write: Write, text: str, problem: str) -> None:
+    begin = time.monotonic()
+    (line,) = problems_of(write(text))
+    assert problem in line and len(line) < 300
+    assert time.monotonic() < begin + 20
 
 
 def test_the_template_is_a_valid_recipe_whose_data_forms_are_read(write: Write, tmp_path: Path) -> None:
