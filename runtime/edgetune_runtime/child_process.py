@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ _MOST_BYTES = 1 << 20
 """Kept of each stream: of what a child writes without end, only the end stays in memory."""
 _LINE_CHARACTERS = 300
 _CHECK_S = 0.05
+_FOLDERS = re.compile(r"\S*/(?=[^/\s]+:\d+: )")
+"""Of the source file that an assertion names: those of the machine that compiled it."""
 _CLOSING_S = 10.0
 """For the end of a process that has closed its output."""
 
@@ -53,7 +56,7 @@ class Ended:
     def last_line(self) -> str:
         """The last line of standard error that is not empty, shortened, without control characters; or nothing."""
         lines = [line for line in self.errors.decode("utf-8", "replace").splitlines() if line.strip()]
-        return printable(lines[-1].strip() if lines else "")[-_LINE_CHARACTERS:]
+        return printable(_FOLDERS.sub("", lines[-1].strip() if lines else ""))[-_LINE_CHARACTERS:]
 
 
 def printable(text: str) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .runtime import Runtime
 
 _PROMPT = "A"
-_MOST_TOKENS = 32
+_MOST_TOKENS = 16
 """The end of a prompt, which has the invocation of an activated LoRA; a whole system prompt takes a board seconds."""
 
 Write = Callable[[str, object], None]
