@@ -59,7 +59,7 @@ def _validate(name: str, does: str, change: Callable[[Path], object]) -> FileAtt
 ATTACKS: Sequence[FileAttack] = (
     _validate("alias-bomb", "a recipe of 9^9 aliases", _bomb),
     _validate("recipe-deep", "a recipe 20,000 levels deep", _deep),
-    _export("rank-pattern", "a rank_pattern that never ends", rank_pattern={r"(\w+\.?)+!": 2}),
+    _export("rank-pattern", "a rank_pattern that never ends", rank_pattern={r"((\w|\w)+\.*)*!": 2}),
     _export("rank-huge", "a rank of 10^12", r=10**12),
-    _export("targets-pattern", "target_modules that never end", target_modules=r"(\w+\.?)+!"),
+    _export("targets-pattern", "target_modules that never end", target_modules=r"((\w|\w)+\.*)*!"),
 )
