@@ -59,7 +59,7 @@ class Target:
 
     def post(self, path: str, body: Mapping[str, Any] | bytes, *, seconds: float = ANSWER_S) -> Reply:
         """Send a body to a path, and wait for the answer."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        data = body if isinstance(body, bytes) else json.dumps(body, separators=(",", ":")).encode()
         return request(self.port, "POST", path, data, seconds=seconds)
 
     def chat(self, text: str = "hi", /, **fields: object) -> Reply:
