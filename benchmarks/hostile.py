@@ -29,7 +29,14 @@ sys.path[:] = [str(ROOT), str(ROOT / "tests"), *(place for place in sys.path if 
 
 from edgetune_runtime.bundle import read_manifest
 
-from benchmarks import hostile_bundles, hostile_connections, hostile_files, hostile_requests, hostile_schemas
+from benchmarks import (
+    hostile_bundles,
+    hostile_connections,
+    hostile_files,
+    hostile_host,
+    hostile_requests,
+    hostile_schemas,
+)
 from benchmarks.hostile_attack import WRONG, Attack, Replies
 from benchmarks.hostile_server import Names, OtherClient, Server, serving
 from benchmarks.machine import this_machine
@@ -47,6 +54,7 @@ BODY_BYTES = 2000
 SETTLE_S = 1.0
 """After an attack, in which the other client still asks, and memory comes back."""
 
+FILES = [*hostile_bundles.ATTACKS, *hostile_host.ATTACKS]
 ATTACKS = [*hostile_schemas.ATTACKS, *hostile_requests.ATTACKS, *hostile_connections.ATTACKS]
 
 
@@ -83,7 +91,7 @@ def main() -> int:
     # So that a server does not outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     attacks = [attack for attack in ATTACKS if _is_chosen(attack, options)]
-    files = [attack for attack in hostile_bundles.ATTACKS if _is_chosen(attack, options)]
+    files = [attack for attack in FILES if _is_chosen(attack, options)]
     if options.list:
         print("\n".join(f"{attack.item:3} {attack.name:26} {attack.does}" for attack in [*attacks, *files]))
         return 0

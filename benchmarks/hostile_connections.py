@@ -70,13 +70,12 @@ def _unread(target: Target) -> Replies:
 
 
 def _both_lengths(target: Target) -> Replies:
-    """A length and chunks: what follows the one may be a second request to a proxy that reads the other."""
-    inner = f"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1:{target.port}\r\n\r\n".encode()
-    chunks = b"2\r\n{}\r\n0\r\n\r\n" + inner
-    head = _head(
-        target, "Content-Type: application/json", f"Content-Length: {len(chunks)}", "Transfer-Encoding: chunked"
-    )
-    return [target.raw(head + chunks)]
+    """A length and chunks: a proxy that reads the one takes the rest for a request that this server does not see."""
+    data = _body(target)
+    chunks = f"{len(data):x}\r\n".encode() + data + b"\r\n0\r\n\r\n"
+    lengths = (f"Content-Length: {len(chunks)}", "Transfer-Encoding: chunked")
+    reply = target.raw(_head(target, "Content-Type: application/json", *lengths) + chunks)
+    return [reply, Reply(f"{WRONG}accepted both" if reply.status == 200 else "refused", b"", 0.0)]
 
 
 def _lengths(target: Target) -> Replies:

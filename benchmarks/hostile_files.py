@@ -1,4 +1,4 @@
-"""Opens changed copies of a bundle with `edgetune-run`, and records how the command ends."""
+"""Opens changed copies of a bundle with `edgetune-run`, or `edgetune`, and records how the command ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OUTPUT_BYTES = 100_000
 
 @dataclass(frozen=True)
 class FileAttack:
-    """A change of a copy of a bundle, and the command that opens it.
+    """A change of a copy of a bundle, and the command that opens it, of `edgetune_runtime` or another `program`.
 
     `must` is `refuse` or `open` if the command must do that; else it may do either, without any harm.
     """
@@ -39,6 +39,8 @@ class FileAttack:
     words: Sequence[str] = ("generate", "BUNDLE", "--prompt", "hi", "--max-tokens", "4")
     engine: str = "gguf"
     must: str = ""
+    program: str = "edgetune_runtime"
+    longest_s: float = LONGEST_S
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ def run_all(bundle: Path, attacks: Sequence[FileAttack], growth_mb: float) -> li
     }
     results = list(unchanged.values())
     for attack in attacks:
-        results.append(_run(bundle, attack, unchanged[attack.engine].peak_mb + growth_mb))
+        is_runtime = attack.program == "edgetune_runtime"
+        most_mb = unchanged[attack.engine].peak_mb + growth_mb if is_runtime else MEMORY_MB
+        results.append(_run(bundle, attack, most_mb))
         print(f"{attack.name}: {', '.join(results[-1].missed) or 'ok'}", file=sys.stderr)
     return results
 
@@ -80,16 +84,20 @@ def _run(bundle: Path, attack: FileAttack, most_mb: float) -> FileResult:
         # Links, as a base may be large: a change replaces a file and never writes to it.
         copy = Path(shutil.copytree(bundle, work / "bundle", copy_function=_link))
         attack.change(copy)
-        adapter = next(iter(read_manifest(bundle).adapters), "")
-        words = [{"BUNDLE": str(copy), "ADAPTER": adapter}.get(word, word) for word in attack.words]
+        manifest = read_manifest(bundle)
+        base = str(bundle / manifest.base.files[attack.engine])
+        adapter = next(iter(manifest.adapters), "")
+        known = {"BUNDLE": str(copy), "ADAPTER": adapter, "BASE": base, "WORK": folder}
+        words = [_filled(word, known) for word in attack.words]
         if words[0] == "generate":
             words += ["--engine", attack.engine]
-        code, seconds, peak_mb, out, errors = _ended(words, work)
+        command = [sys.executable, "-m", attack.program, *words]
+        code, seconds, peak_mb, out, errors = _ended(command, work, attack.longest_s)
     lines = [line for line in errors.splitlines() if line.strip()]
     checks = {
         "hangs": code is None,
         "aborts": code is not None and code < 0,
-        "slow": seconds > LONGEST_S,
+        "slow": seconds > attack.longest_s,
         "lines": len(lines) > 1 or (bool(code) and not lines),
         "unexpected": "unexpected" in errors or "Traceback" in errors,
         "control characters": "\x1b" in out + errors,
@@ -102,18 +110,23 @@ def _run(bundle: Path, attack: FileAttack, most_mb: float) -> FileResult:
     return FileResult(attack.name, attack.item, attack.does, code, round(seconds, 2), round(peak_mb, 1), error, missed)
 
 
-def _ended(words: Sequence[str], work: Path) -> tuple[int | None, float, float, str, str]:
-    """Run edgetune-run, or end it: its code, seconds, peak of memory in MB, output and errors."""
+def _filled(word: str, known: Mapping[str, str]) -> str:
+    for name, value in known.items():
+        word = word.replace(name, value)
+    return word
+
+
+def _ended(command: Sequence[str], work: Path, longest_s: float) -> tuple[int | None, float, float, str, str]:
+    """Run a command, or end it: its code, seconds, peak of memory in MB, output and errors."""
     environment = {**os.environ, "EDGETUNE_CACHE": str(work / STATES)}
     begin = time.monotonic()
     with (work / "out").open("w+b") as out, (work / "errors").open("w+b") as errors:
-        command = [sys.executable, "-m", "edgetune_runtime", *words]
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment, start_new_session=True
         )
         limit_process(process.pid, MEMORY_MB)
         peak_mb = 0.0
-        while process.poll() is None and time.monotonic() - begin < LONGEST_S + 5:
+        while process.poll() is None and time.monotonic() - begin < longest_s + 5:
             peak_mb = max(peak_mb, _peak_mb(process.pid))
             time.sleep(0.02)
         code = process.poll()

@@ -106,7 +106,7 @@ def _contexts(target: Target) -> Replies:
 
 
 def _disconnects(target: Target) -> Replies:
-    body = chat_body(target.names.base, _long("play ", 4000), max_tokens=1000)
+    body = chat_body(target.names.base, _long("play ", 1000), max_tokens=1000)
     return [target.leave(_PATHS[0], body) for _ in range(20)]
 
 
@@ -203,7 +203,7 @@ MESSAGES: Sequence[Attack] = (
     _messages(
         "messages-roles",
         "6",
-        "40,000 messages of both roles",
+        "36,000 messages of both roles",
         [*chain.from_iterable([_USER, _message("assistant", "b")] for _ in range(18_000))],
     ),
     _messages("arguments-deep", "6", "arguments of a call 100,000 levels deep", [_USER, _call(_deep(100_000)), _USER]),
@@ -222,7 +222,7 @@ MESSAGES: Sequence[Attack] = (
     _messages(
         "tool-calls",
         "6",
-        "50,000 calls in a message",
+        "18,000 calls in a message",
         [_USER, _message("assistant", "", tool_calls=_call("{}")["tool_calls"] * 18_000), _USER],
     ),
     _messages(

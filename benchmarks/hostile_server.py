@@ -59,10 +59,10 @@ class Target:
 
     def post(self, path: str, body: Mapping[str, Any] | bytes, *, seconds: float = ANSWER_S) -> Reply:
         """Send a body to a path, and wait for the answer."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        data = body if isinstance(body, bytes) else json.dumps(body, separators=(",", ":")).encode()
         return request(self.port, "POST", path, data, seconds=seconds)
 
-    def chat(self, text: str = "hi", **fields: object) -> Reply:
+    def chat(self, text: str = "hi", /, **fields: object) -> Reply:
         """Ask the base over OpenAI's API."""
         return self.post("/v1/chat/completions", chat_body(self.names.base, text, **fields))
 
@@ -101,7 +101,7 @@ class Target:
         return Reply(found, rest.partition(b"\r\n\r\n")[2], time.monotonic() - begin)
 
 
-def chat_body(model: str, text: str, **fields: object) -> dict[str, Any]:
+def chat_body(model: str, text: str, /, **fields: object) -> dict[str, Any]:
     """A short question in OpenAI's form."""
     return {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, **fields}
 

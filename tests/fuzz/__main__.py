@@ -91,8 +91,8 @@ def run_kind(kind: str, options: argparse.Namespace, seeds: Path) -> int:
     rate = len(cases) / (time.monotonic() - begin)
     counts = ", ".join(f"{count} {name}" for name, count in outcomes.most_common())
     print(f"{kind}: {len(cases)} cases, {rate:.0f} per second: {counts}", flush=True)
-    for (outcome, cause), count in causes.most_common():
-        print(f"    {count} x {outcome}: {cause}", flush=True)
+    for (outcome, what), count in causes.most_common():
+        print(f"    {count} x {outcome}: {what}", flush=True)
     return sum(count for (outcome, _), count in causes.items() if outcome != CONTAINED)
 
 

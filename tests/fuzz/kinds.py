@@ -133,7 +133,11 @@ def _kit(folder: Path) -> Open:
 
     def open_changed(data: bytes) -> None:
         with contextlib.suppress(UnicodeDecodeError):
-            parse_kit(data.decode())
+            kit = parse_kit(data.decode())
+            # They become lines of a system unit, arguments and paths.
+            texts = (kit.board, kit.machine, kit.python, *kit.engines, *(file.path for file in kit.files))
+            if not all(text.isprintable() for text in texts):
+                raise AssertionError("a kit has control characters")
 
     return open_changed
 
@@ -156,7 +160,11 @@ def _peft(file: str, folder: Path) -> Open:
         method = methods.of_folder(folder / PEFT)
         options = method.options()
         shape = methods.shape_for(method, options, "gguf", ("low_rank", "prefix", "merged"), merged=False)
-        method.fold(Checkpoint("a", folder / PEFT, model, options), shape)
+        checkpoint = Checkpoint("a", folder / PEFT, model, options)
+        method.fold(checkpoint, shape)
+        # For the comparison with torch.
+        with method.loaded(checkpoint):
+            pass
 
     return open_changed
 

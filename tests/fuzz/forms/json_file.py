@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .raw import Edit, byte_edit, with_bytes
@@ -141,38 +141,31 @@ def _at(value: Any, path: Path) -> Any:  # noqa: ANN401 - any JSON
 
 
 def _parent(box: Any, path: Path) -> Any:  # noqa: ANN401 - any JSON
+    """The object or list in which the last key of a path is, or may be put; None if there is none."""
     try:
         parent = _at(box, path[:-1])
-        parent[path[-1]]
     except (KeyError, IndexError, TypeError):
         return None
-    return parent if isinstance(parent, dict | list) else None
+    is_place = isinstance(parent, list) and path[-1] in range(len(parent))
+    return parent if is_place or isinstance(parent, dict) else None
 
 
 def _set(box: Any, path: Path, value: object) -> None:  # noqa: ANN401 - any JSON
     parent = _parent(box, path)
-    if parent is None:
-        parent = _parent([box], [0, *path[:-1]])
-        parent = None if parent is None else parent[path[-2]] if len(path) > 1 else parent
-    if isinstance(parent, dict) or (isinstance(parent, list) and isinstance(path[-1], int) and path[-1] < len(parent)):
+    if parent is not None:
         parent[path[-1]] = value
 
 
 def _drop(box: Any, path: Path) -> None:  # noqa: ANN401 - any JSON
     parent = _parent(box, path)
-    if parent is not None and len(path) > 1:
+    if parent is not None and parent is not box and (isinstance(parent, list) or path[-1] in parent):
         del parent[path[-1]]
 
 
 def _rename(box: Any, path: Path, name: str) -> None:  # noqa: ANN401 - any JSON
     parent = _parent(box, path)
-    if isinstance(parent, dict):
+    if isinstance(parent, dict) and path[-1] in parent:
         parent[name] = parent.pop(path[-1])
-
-
-class _Nested:
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
 
 
 def _nest(box: Any, path: Path, depth: int) -> None:  # noqa: ANN401 - any JSON
@@ -183,7 +176,13 @@ def _long(box: Any, path: Path, length: int) -> None:  # noqa: ANN401 - any JSON
     _set(box, path, "a" * length)
 
 
-_CHANGES = {"set": _set, "drop": _drop, "rename": _rename, "nest": _nest, "long": _long}
+_CHANGES: Mapping[str, Callable[..., None]] = {
+    "set": _set,
+    "drop": _drop,
+    "rename": _rename,
+    "nest": _nest,
+    "long": _long,
+}
 
 
 def _dumped(value: object) -> str:

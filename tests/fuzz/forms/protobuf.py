@@ -107,9 +107,10 @@ def parsed(data: bytes, depth: int = 0) -> list[Field] | None:
                 size = _SIZES.get(wire, len(data))
             if place + size > len(data):
                 return None
-            value, place = data[place : place + size], place + size
-            may_be_message = wire == _BYTES and size and depth < _MAX_DEPTH and not _is_text(value)
-            fields.append(Field(number, wire, value, (parsed(value, depth + 1) if may_be_message else None) or []))
+            content, place = data[place : place + size], place + size
+            may_be_message = wire == _BYTES and size and depth < _MAX_DEPTH and not _is_text(content)
+            inner = parsed(content, depth + 1) if may_be_message else None
+            fields.append(Field(number, wire, content, inner or []))
     except IndexError:
         return None
     return fields
