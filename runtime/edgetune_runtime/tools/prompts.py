@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edgetune_runtime.engines.base import Tokenizer
@@ -30,12 +30,17 @@ def support_of(tokenizer: Tokenizer) -> TemplateTools:
 
 
 def prompt_text(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None = None, *, think: bool | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: ToolSet | None = None,
+    *,
+    think: bool | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> str:
     """The prompt of messages made by `messages_for`, up to where the answer begins.
 
     What the template does not render is put into the messages' texts: the tools into the system prompt, calls into the
-    assistant's answers, and results into messages of the user. Same errors as `render`.
+    assistant's answers, and results into messages of the user. `check` and the errors are those of `render`.
     """
     definitions = None if tools is None else tools.definitions
     if definitions is not None or any("tool_calls" in message or message["role"] == "tool" for message in messages):
@@ -43,7 +48,16 @@ def prompt_text(
         messages = _written(messages, definitions, support)
         definitions = definitions if support.renders_tools else None
     template, bos, eos = tokenizer.chat_template, tokenizer.bos, tokenizer.eos
-    return render(template, messages, add_generation_prompt=True, bos=bos, eos=eos, tools=definitions, think=think)
+    return render(
+        template,
+        messages,
+        add_generation_prompt=True,
+        bos=bos,
+        eos=eos,
+        tools=definitions,
+        think=think,
+        check=check,
+    )
 
 
 def turn_text(content: str, calls: Sequence[Mapping[str, Any]], form: CallFormat) -> str:
