@@ -70,7 +70,7 @@ def render(
     compiled = _compile(template)
     from .templates import Budget, LimitError, rendered  # noqa: PLC0415 - a third of the start-up time
 
-    budget = Budget(_size(messages) + _size(tools), check)
+    budget = Budget([messages, tools], check)
     try:
         return rendered(
             compiled,
@@ -91,15 +91,6 @@ def render(
             raise
         message = f"the chat template of the base refused the messages: {_reason(error)}"
         raise UsageError(message, "change their roles or order") from error
-
-
-def _size(value: object) -> int:
-    """The characters of the texts in a JSON value."""
-    if isinstance(value, Mapping):
-        return sum(_size(key) + _size(item) for key, item in value.items())
-    if isinstance(value, str):
-        return len(value)
-    return sum(map(_size, value)) if isinstance(value, list | tuple) else 1
 
 
 def _reason(error: Exception) -> str:

@@ -54,10 +54,14 @@ class LimitError(jinja2.TemplateRuntimeError):
 
 
 class Budget:
-    """What one rendering may still do; `check` ends it by raising, with an exception that it keeps in `stopped`."""
+    """What one rendering of `given` values may still do.
 
-    def __init__(self, given: int, check: Callable[[], None]) -> None:
-        self._left = _MOST_WORK + _WORK_PER_CHARACTER * given
+    `check` ends it by raising, with an exception that is kept in `stopped`.
+    """
+
+    def __init__(self, given: object, check: Callable[[], None]) -> None:
+        self._given = given
+        self._left = _MOST_WORK
         self._next_look = self._left
         self._end = time.monotonic() + LONGEST_S
         self._check = check
@@ -71,6 +75,10 @@ class Budget:
             self._look()
 
     def _look(self) -> None:
+        if self._left < 0:
+            # Most messages need no more than the work that all may do.
+            self._left += _WORK_PER_CHARACTER * _characters(self._given)
+            self._given = None
         self._next_look = self._left - _WORK_PER_LOOK
         if self._left < 0:
             raise LimitError("it makes too many steps or too much text")
@@ -110,7 +118,7 @@ class Budget:
     def refuse_growth(self, text: Any, others: Iterable[Any]) -> None:  # noqa: ANN401 - as above
         """LimitError if a function that makes a text longer could exceed the budget: at most their sizes multiplied."""
         factor = 1 + sum(map(self._size, others))
-        if (isinstance(text, str) and _DIGITS.search(text)) or self._size(text) * factor > self._left:
+        if (isinstance(text, str) and _DIGITS.search(text)) or self._size(text) * factor > max(self._left, _MOST_WORK):
             raise LimitError("it makes too much text at once")
 
     def _size(self, value: object) -> int:
@@ -132,6 +140,15 @@ class Budget:
 
     def __exit__(self, *_error: object) -> None:
         self._depth -= 1
+
+
+def _characters(value: object) -> int:
+    """The characters of the texts in a JSON value."""
+    if isinstance(value, Mapping):
+        return sum(_characters(key) + _characters(item) for key, item in value.items())
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0
 
 
 _BUDGET: ContextVar[Budget] = ContextVar("budget")
