@@ -20,6 +20,7 @@ from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_export.hf_folder import read_config
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
 from edgetune_runtime.wording import first_of, nearest
@@ -100,7 +101,7 @@ def resolve(
         check_folder(source)
         quantization = quantization or DEFAULT
         return _base(name, _converted(source, quantization, work, progress, converter), quantization)
-    architectures.of(read_header(source), name)
+    _checked_header(source, name)
     base = _base(name, source)
     if name in ALIASES and base.fingerprint != ALIASES[name].sha256:
         message = f"{source} is not the file that base {name!r} refers to: its sha256 is {base.fingerprint}"
@@ -123,7 +124,7 @@ def header_of(recipe: Recipe) -> GgufHeader:
     """
     _refuse_encoder(recipe.base, recipe.folder)
     source = locate(recipe.base, recipe.folder)
-    header = predict_header(source) if source.is_dir() else read_header(source)
+    header = predict_header(source) if source.is_dir() else _checked_header(source, recipe.base)
     architectures.of(header, recipe.base).check_formats(recipe.targets)
     return header
 
@@ -206,6 +207,14 @@ def locate(name: str, folder: Path, aliases: Mapping[str, PackagedBase] = ALIASE
     hint = f"did you mean {near!r}? Or " if near else ""
     remedy = f"{hint}use one of {', '.join(aliases)}, a .gguf file, a Hugging Face folder or a hub id owner/name"
     raise NotFoundError(f"no base {name!r}", remedy)
+
+
+def _checked_header(source: Path, name: str) -> GgufHeader:
+    """The header of a GGUF file that was given as base `name`; errors as in `architectures.of` and `check_base`."""
+    header = read_header(source)
+    architectures.of(header, name)
+    check_base(header, source)
+    return header
 
 
 def _base(name: str, path: Path, quantization: str | None = None) -> Base:

@@ -6,12 +6,14 @@ Reading returns None for a file that is damaged or of another kind.
 from __future__ import annotations
 
 import json
+import math
 import os
+import stat
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -42,25 +44,50 @@ def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def read_checked(path: Path, kind: str) -> CheckedFile | None:
-    """Read a file of `write_checked`; None if it is missing, damaged or of another kind."""
+def read_checked(
+    path: Path, kind: str, *, most_bytes: float = math.inf, follows_links: bool = True
+) -> CheckedFile | None:
+    """Read a file of `write_checked`; None if it is missing, damaged, larger, of another kind or no regular file."""
     try:
-        with path.open("rb") as file:
-            head = json.loads(file.readline(_LONGEST_LINE))
-            if head[kind] != VERSION or path.stat().st_size != file.tell() + head["bytes"]:
+        with _opened(path, follows_links) as file:
+            head = _head(file, kind)
+            size = head["bytes"]
+            if type(size) is not int or size > most_bytes or os.fstat(file.fileno()).st_size != file.tell() + size:
                 return None
-            data = np.fromfile(file, np.uint8, head["bytes"]).data
+            data = np.fromfile(file, np.uint8, size).data
         return CheckedFile(head["about"], data) if zlib.crc32(data) == head["crc32"] else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except _UNREADABLE:
         return None
 
 
 def read_about(path: Path, kind: str) -> Mapping[str, Any] | None:
-    """The facts of a file, without reading its bytes; None if it is missing or of another kind."""
+    """The facts of a file, without reading its bytes; None if it is missing, of another kind or no regular file."""
     try:
-        with path.open("rb") as file:
-            head = json.loads(file.readline(_LONGEST_LINE))
-        about: Mapping[str, Any] = head["about"]
-        return about if isinstance(about, dict) and head[kind] == VERSION else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        with _opened(path, follows_links=False) as file:
+            about: Mapping[str, Any] = _head(file, kind)["about"]
+            return about
+    except _UNREADABLE:
         return None
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError)
+
+
+def _opened(path: Path, follows_links: bool) -> BinaryIO:
+    """The regular file at `path`, opened for reading; OSError for anything else, such as a pipe without a writer."""
+    # Windows has no such files, and no such flags but the first.
+    flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags |= 0 if follows_links else getattr(os, "O_NOFOLLOW", 0)
+    file = os.fdopen(os.open(path, os.O_RDONLY | flags), "rb")
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(f"{path} is not a regular file")
+
+
+def _head(file: BinaryIO, kind: str) -> dict[str, Any]:
+    """The first line; ValueError if it is not one of `write_checked`."""
+    head: dict[str, Any] = json.loads(file.readline(_LONGEST_LINE))
+    if head[kind] != VERSION or not isinstance(head["about"], dict):
+        raise ValueError(f"it is not a file of kind {kind}")
+    return head

@@ -97,8 +97,7 @@ def chat_tokens(
     tokenizer: Tokenizer, messages: Sequence[Message], form: AnswerForm, check: Check, most: int | None = None
 ) -> list[int]:
     """The tokens of messages made by `messages_for`. PromptTooLongError for more than `most`."""
-    check()
-    return _not_empty(prompt_tokens(tokenizer, messages, form.tools, think=form.think, most=most))
+    return _not_empty(prompt_tokens(tokenizer, messages, form.tools, think=form.think, most=most, check=check))
 
 
 def raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, most: int) -> list[int]:

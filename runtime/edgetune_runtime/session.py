@@ -124,7 +124,7 @@ class Session:
                     pool.keep(saved, session._owner)
                 else:
                     _LOG.warning("dropped the state in %s: it was made with other files or another engine", path)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise VerificationError(f"{path} is not a saved session: {error}", "save the session again") from error
         return session
 

@@ -118,8 +118,9 @@ class CacheShape:
 def read_header(path: Path) -> GgufHeader:
     """Read a GGUF file's metadata and tensor table, and check that all tensors are inside the file.
 
-    Raises NotFoundError when there is no such file, and VerificationError for a wrong magic, a truncated file,
-    duplicate names, unknown types, invalid sizes, or tensors that overlap or extend past the end.
+    Raises NotFoundError when there is no such file, IncompatibleError for a part of a split file, and
+    VerificationError for a wrong magic, a truncated file, duplicate names, unknown types, invalid sizes, or tensors
+    that overlap or extend past the end.
     """
     try:
         with path.open("rb") as file:
@@ -296,14 +297,24 @@ class _Reader:
         value_types: dict[str, int] = {}
         for _ in range(key_count):
             key = self._string()
-            if not key or key in metadata:
-                raise self._damaged(f"has the key {key!r} twice" if key else "has an empty key")
+            # llama.cpp reads a key up to a NUL, and so another one than what is checked here.
+            if not key or "\0" in key or key in metadata:
+                raise self._damaged(f"has the key {key[:80]!r}, which is empty, invalid or repeated")
             value_types[key] = self._unsigned(4)
             metadata[key] = self._value(value_types[key])
         alignment = metadata.get("general.alignment", 32)
         if value_types.get("general.alignment", _UINT32) != _UINT32 or alignment <= 0 or alignment & (alignment - 1):
             raise self._damaged(f"has alignment {alignment!r}, which is not a power of two")
+        self._refuse_split(metadata)
         return GgufHeader(metadata, self._tensors(tensor_count, alignment), value_types)
+
+    def _refuse_split(self, metadata: Mapping[str, Any]) -> None:
+        """Refuse a part of a split file: llama.cpp would load the other parts, which no digest covers."""
+        # llama-gguf-split leaves a count of 0 in the files that it merges.
+        parts = metadata.get("split.count", 0)
+        if parts != 0:
+            message = f"{self._path} is one of {str(parts)[:80]} parts of a split GGUF file"
+            raise IncompatibleError(message, "merge the parts with llama-gguf-split --merge")
 
     def _tensors(self, count: int, alignment: int) -> dict[str, TensorInfo]:
         places: dict[str, tuple[tuple[int, ...], int, int]] = {}

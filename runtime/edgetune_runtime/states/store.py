@@ -77,8 +77,8 @@ class StateStore:
     def load(self, identity: Mapping[str, Any]) -> memoryview | None:
         """The state with exactly this identity, marked as recently used; a damaged file is deleted."""
         path = self.path_of(identity)
-        found = read_checked(path, KIND)
-        if found is None and not path.exists():
+        found = read_checked(path, KIND, most_bytes=self._budget or math.inf, follows_links=False)
+        if found is None and not os.path.lexists(path):
             return None
         if found is None or found.about.get("identity") != json.loads(json.dumps(identity)):
             _LOG.warning("dropped a saved state that is damaged or does not match its file name: %s", path)
@@ -161,13 +161,13 @@ class StateStore:
     def _entries(self) -> Iterator[StoredState]:
         for path in self.folder.glob(f"*{SUFFIX}"):
             about = read_about(path, KIND)
-            with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
-                status = path.stat()
-                if about is None:
-                    yield StoredState(path, "damaged", 0, "", status.st_size, 0.0)
-                    continue
-                label, engine = str(about["label"]), str(about["identity"]["engine"])
-                yield StoredState(path, label, int(about["tokens"]), engine, status.st_size, status.st_mtime)
+            with contextlib.suppress(OSError):
+                status = path.lstat()
+                match about:
+                    case {"label": str(label), "tokens": int(tokens), "identity": {"engine": str(engine)}}:
+                        yield StoredState(path, label, tokens, engine, status.st_size, status.st_mtime)
+                    case _:
+                        yield StoredState(path, "damaged", 0, "", status.st_size, 0.0)
 
     def _evict(self, left: int, path: Path) -> None:
         """Delete the least recently used states until all except `path` take at most `left` bytes."""
@@ -177,4 +177,5 @@ class StateStore:
             oldest = entries.pop()
             total -= oldest.bytes
             _LOG.debug("evicted %s: %s, %d tokens", oldest.path, oldest.label, oldest.tokens)
-            oldest.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                oldest.path.unlink(missing_ok=True)

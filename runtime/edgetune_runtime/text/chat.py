@@ -1,14 +1,14 @@
-"""Render chat messages with the model's chat template, as transformers does, in a sandbox."""
+"""Render chat messages with the model's chat template, as transformers does."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.limits import no_limits
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -56,21 +56,26 @@ def render(
     eos: str = "",
     tools: Sequence[Mapping[str, Any]] | None = None,
     think: bool | None = None,
+    check: Callable[[], None] = no_limits,
 ) -> str:
     """Render the prompt; without a template, join the contents with newlines.
 
     The template gets `tools` and the messages' calls as they are: see `tools.prompts` for templates that ignore them.
-    If `think` is given, it is the template's `enable_thinking`.
+    If `think` is given, it is the template's `enable_thinking`. `check` is called at each step of the template, and
+    ends it by raising.
 
-    UsageError when the template refuses the messages, IncompatibleError when the template is invalid.
+    UsageError when the template refuses the messages, IncompatibleError when it is invalid or exceeds a limit.
     """
     if template is None:
         return "\n".join(message["content"] for message in messages)
     compiled = _compile(template)
-    from jinja2 import TemplateError  # noqa: PLC0415 - a third of the start-up time; needed only with a template
+    from .templates import Budget, LimitError, rendered  # noqa: PLC0415 - a third of the start-up time
 
+    budget = Budget([messages, tools], check)
     try:
-        return compiled.render(
+        return rendered(
+            compiled,
+            budget,
             messages=[dict(message) for message in messages],
             tools=None if tools is None else list(tools),
             documents=None,
@@ -79,9 +84,18 @@ def render(
             eos_token=eos,
             **({} if think is None else {"enable_thinking": think}),
         )
-    except (TemplateError, TypeError, ValueError) as error:
-        message = f"the chat template of the base refused the messages: {error}"
+    except LimitError as error:
+        message = f"the chat template of the base exceeds a limit: {error}"
+        raise IncompatibleError(message, "shorten the messages, or use a base with another chat template") from error
+    except Exception as error:  # a template can raise anything that an operator or a filter raises
+        if error is budget.stopped:
+            raise
+        message = f"the chat template of the base refused the messages: {_reason(error)}"
         raise UsageError(message, "change their roles or order") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{error}".split())[:300] or type(error).__name__
 
 
 def _message(number: int, message: object) -> dict[str, Any]:
@@ -162,44 +176,12 @@ def _answered(result: Message, waiting: Sequence[dict[str, Any]]) -> dict[str, A
 @lru_cache(maxsize=16)
 def _compile(template: str) -> Template:
     try:
-        import jinja2.ext  # noqa: PLC0415 - see render
-        from jinja2.nodes import Node  # noqa: PLC0415
-        from jinja2.parser import Parser  # noqa: PLC0415
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+        from .templates import compiled  # noqa: PLC0415 - see render
     except ImportError as error:
         message = "chat templates need jinja2, which is not installed"
         raise IncompatibleError(message, "run: pip install jinja2") from error
-
-    class Generation(jinja2.ext.Extension):
-        # The tag marks the assistant's text for training tools; rendering outputs its body.
-        tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
-
-        def parse(self, parser: Parser) -> list[Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        message = f"the chat template of the base is invalid: {error}"
+        return compiled(template)
+    except Exception as error:  # Python's parser has errors of its own
+        message = f"the chat template of the base is invalid: {_reason(error)}"
         raise IncompatibleError(message, "use a base with a valid chat template") from error
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's built-in filter escapes HTML, which would change the prompt.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

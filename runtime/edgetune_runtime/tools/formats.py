@@ -10,7 +10,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any
 
-from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message, render
 
 SEPARATORS = {"spaced": (", ", ": "), "compact": (",", ":")}
@@ -118,7 +118,7 @@ _MENTIONED = {
 
 @lru_cache(maxsize=16)
 def template_tools(template: str | None, bos: str, eos: str) -> TemplateTools:
-    """What this chat template does with tools.
+    """What this chat template does with tools; IncompatibleError if it is invalid or exceeds a limit.
 
     A template that renders the tools but neither renders nor names a format that is known here counts as one that does
     not know tools: its messages get the tools and calls as text in the format HERMES.
@@ -148,11 +148,11 @@ class _Probe:
     eos: str
 
     def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """The rendered messages; '' if the template refuses them."""
+        """The rendered messages; '' if the template refuses them. IncompatibleError if it cannot be rendered."""
         bos, eos = self.bos, self.eos
         try:
             return render(self.template, messages, add_generation_prompt=prompt, bos=bos, eos=eos, tools=_TOOLS)
-        except EdgetuneError:
+        except UsageError:
             return ""
 
     def called(self, count: int) -> Message:

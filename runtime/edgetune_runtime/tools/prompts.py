@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import PromptTooLongError
+from edgetune_runtime.limits import no_limits
 from edgetune_runtime.text.chat import Message, render
 
 from .definitions import ToolSet
@@ -39,15 +40,16 @@ def prompt_tokens(
     *,
     think: bool | None = None,
     most: int | None = None,
+    check: Callable[[], None] = no_limits,
 ) -> list[int]:
     """The tokens of a prompt of messages made by `messages_for`, up to where the answer begins.
 
     What the template does not render is put into the messages' texts: the tools into the system prompt, calls into the
     assistant's answers, and results into messages of the user. The names of control tokens in messages and tools are
-    only text, so that nobody can write the beginning of a turn into one. Same errors as `render`, and with `most` as
-    `tokens_within`.
+    only text, so that nobody can write the beginning of a turn into one. `check` and the errors are those of `render`,
+    and with `most` of `tokens_within` too.
     """
-    text = prompt_text(tokenizer, messages, tools, think=think)
+    text = prompt_text(tokenizer, messages, tools, think=think, check=check)
     return tokenizer.tokenize(text) if most is None else tokens_within(tokenizer, text, most)
 
 
@@ -65,7 +67,12 @@ def tokens_within(tokenizer: Tokenizer, text: str, most: int) -> list[int]:
 
 
 def prompt_text(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: ToolSet | None = None, *, think: bool | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: ToolSet | None = None,
+    *,
+    think: bool | None = None,
+    check: Callable[[], None] = no_limits,
 ) -> str:
     """The text that `prompt_tokens` tokenizes, with the marks of `ControlTokens`."""
     definitions = None if tools is None else tools.definitions
@@ -75,7 +82,16 @@ def prompt_text(
         messages = _written(messages, definitions, support)
         definitions = definitions if support.renders_tools else None
     template, bos, eos = tokenizer.chat_template, tokenizer.bos, tokenizer.eos
-    return render(template, messages, add_generation_prompt=True, bos=bos, eos=eos, tools=definitions, think=think)
+    return render(
+        template,
+        messages,
+        add_generation_prompt=True,
+        bos=bos,
+        eos=eos,
+        tools=definitions,
+        think=think,
+        check=check,
+    )
 
 
 def turn_text(content: str, calls: Sequence[Mapping[str, Any]], form: CallFormat) -> str:

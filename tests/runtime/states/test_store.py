@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 import os
 import stat
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,73 @@ def test_a_damaged_file_is_dropped(store: StateStore, place: int) -> None:
     path.write_bytes(data)
     assert store.load(identity("one")) is None
     assert not path.exists()
+
+
+def head_of(path: Path) -> dict[str, object]:
+    return json.loads(path.read_bytes().partition(b"\n")[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"about": []},
+        {"about": {}},
+        {"about": {"identity": []}},
+        {"bytes": 10**30},
+        {"bytes": 1e400},
+        {"bytes": -1},
+        {"bytes": True},
+        {"crc32": None},
+        {"about": {"identity": {"engine": 1}, "label": [], "tokens": 1e400}},
+    ],
+)
+def test_a_file_with_another_head_is_dropped_and_does_not_keep_others_from_being_saved(
+    store: StateStore, change: dict[str, object]
+) -> None:
+    store.save(identity("one"), STATE, "home", 7)
+    path = store.path_of(identity("one"))
+    path.write_bytes(json.dumps(head_of(path) | change).encode() + b"\n" + bytes(STATE))
+    assert [entry.label for entry in store.entries()] in (["damaged"], ["home"])
+    assert store.load(identity("one")) is None
+    assert not path.exists()
+    assert store.save(identity("one"), STATE, "home", 7)
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_link(path: Path) -> None:
+    path.with_suffix(".other").write_bytes(path.with_suffix(".copy").read_bytes())
+    path.symlink_to(path.with_suffix(".other"))
+
+
+def make_sparse(path: Path) -> None:
+    data = path.with_suffix(".copy").read_bytes()
+    head = json.loads(data.partition(b"\n")[0]) | {"bytes": 1 << 42}
+    with path.open("wb") as file:
+        file.write(json.dumps(head).encode() + b"\n")
+        file.truncate(file.tell() + (1 << 42))
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_link, make_sparse])
+def test_what_is_no_regular_file_of_its_size_is_deleted(store: StateStore, make: Callable[[Path], None]) -> None:
+    store.save(identity("one"), STATE, "home", 7)
+    path = store.path_of(identity("one"))
+    path.rename(path.with_suffix(".copy"))
+    make(path)
+    assert store.load(identity("one")) is None
+    assert not os.path.lexists(path)
+    assert store.save(identity("one"), STATE, "home", 7)
+    assert store.load(identity("one")) == STATE
+
+
+def test_a_folder_or_a_device_under_a_states_name_counts_as_missing(store: StateStore) -> None:
+    store.path_of(identity("one")).mkdir(parents=True)
+    assert store.load(identity("one")) is None
+    assert not store.save(identity("one"), STATE, "home", 7)
+    assert store.save(identity("two"), STATE, "home", 7)
+    assert read_checked(Path("/dev/zero"), KIND) is None
 
 
 def test_a_cut_off_file_is_dropped(store: StateStore) -> None:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.engines.gguf.llama import Vocabulary, library, load_model
 from edgetune_runtime.engines.onnx.tokenizers import SPACE, JsonTokenizer, byte_character
 from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -66,6 +66,7 @@ def write_tokenizer(base: Path, folder: Path) -> None:
     IncompatibleError for a vocabulary type or a pre-tokenizer without an equivalent in the `tokenizers` library.
     """
     header = read_header(base)
+    check_base(header, base)
     _check_kind(header)
     with _opened(base) as (vocabulary, pointer):
         tokens = _tokens(vocabulary, pointer)
@@ -131,17 +132,6 @@ def _check_kind(header: GgufHeader) -> None:
         raise IncompatibleError(f"ONNX bundles do not support tokenizers of model {kind!r}", _REMEDY)
     if kind == "gpt2":
         _splits(header)
-    else:
-        _check_bytes(header)
-
-
-def _check_bytes(header: GgufHeader) -> None:
-    # Without them llama.cpp aborts the process at the first text without a token.
-    tokens, kinds = (header.metadata.get(f"tokenizer.ggml.{key}", ()) for key in ("tokens", "token_type"))
-    found = {token for token, kind in zip(tokens, kinds, strict=False) if kind == gguf.TokenType.BYTE}
-    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in found]
-    if missing:
-        raise IncompatibleError(f"ONNX bundles need a token for each byte, but {missing[0]:#04x} has none", _REMEDY)
 
 
 def _splits(header: GgufHeader) -> tuple[str, ...]:

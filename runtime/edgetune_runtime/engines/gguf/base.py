@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.engines.base import check_context_length
+from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
 from .llama import Vocabulary, library, load_model
@@ -21,7 +22,7 @@ class GgufTokenizer(Vocabulary):
     """The tokenizer of a GGUF file, loaded without its weights."""
 
     def __init__(self, path: Path) -> None:
-        read_header(path)
+        check_base(read_header(path), path)
         model = load_model(path, vocabulary_only=True)
         self._free = weakref.finalize(self, library().llama_model_free, model)
         super().__init__(model)
@@ -37,6 +38,7 @@ class GgufBase:
 
     def __init__(self, path: Path, context_length: int, repack: bool | None) -> None:
         self.header = read_header(path)
+        check_base(self.header, path)
         self.repacked = _can_repack(self.header) if repack is None else repack
         self.model = load_model(path, vocabulary_only=False, repack=self.repacked)
         self.adapters: dict[str, Any] = {}

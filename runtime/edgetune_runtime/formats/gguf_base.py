@@ -1,0 +1,256 @@
+"""The list of what a GGUF base may contain: architectures, hyperparameters with their bounds, and tokenizers.
+
+llama.cpp aborts the process at a value that it does not expect, reads keys that no file of a supported architecture
+has, and reads strings only up to a NUL. Standard library only.
+
+Sources, in llama.cpp: `load_hparams` and `load_tensors` in llama-model.cpp, models/*.cpp, llama-vocab.cpp, and for the
+keys that files have, its converter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.wording import first_of
+
+from .gguf_file import GgufHeader
+
+_Number = int | float
+_LAYERS = 512
+_HEAD_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class _Between:
+    """Numbers from `low` to `high`, of the type of `low`; NaN is none of them."""
+
+    low: _Number
+    high: _Number
+
+    def __contains__(self, value: object) -> bool:
+        return type(value) is type(self.low) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{'a whole number' if isinstance(self.low, int) else 'a number'} from {self.low} to {self.high}"
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """An array with a flag for each layer, or a number."""
+
+    number: _Between
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, tuple):
+            return len(value) <= _LAYERS and all(type(item) in (bool, int) and item in (0, 1) for item in value)
+        return value in self.number
+
+    def __str__(self) -> str:
+        return f"{self.number}, or 0 or 1 for each layer"
+
+
+Allowed = _Between | _Flags | Sequence[Any]
+
+_FACTOR, _ROPE_FACTOR = _Between(1e-6, 1e6), _Between(0.0, 1e6)
+_WINDOW, _EPSILON = _Between(0, 1 << 24), _Between(1e-12, 0.1)
+_COMMON: Mapping[str, Allowed] = {
+    "vocab_size": _Between(1, 1 << 20),
+    "context_length": _Between(1, 1 << 24),
+    "embedding_length": _Between(1, 1 << 16),
+    "block_count": _Between(1, _LAYERS),
+    "feed_forward_length": _Between(1, 1 << 20),
+    "attention.head_count": _Between(1, 1 << 10),
+    "attention.head_count_kv": _Between(1, 1 << 10),
+    "attention.key_length": _Between(1, _HEAD_SIZE),
+    "attention.value_length": _Between(1, _HEAD_SIZE),
+    "attention.layer_norm_epsilon": _EPSILON,
+    "attention.layer_norm_rms_epsilon": _EPSILON,
+    "attention.causal": (True,),
+    "attention.sliding_window": _WINDOW,
+    "rope.dimension_count": _Between(2, _HEAD_SIZE),
+    "rope.freq_base": _Between(1.0, 1e12),
+    "rope.scale_linear": _ROPE_FACTOR,
+    "rope.scaling.type": ("none", "linear", "yarn", "longrope"),
+    "rope.scaling.factor": _ROPE_FACTOR,
+    "rope.scaling.attn_factor": _FACTOR,
+    "rope.scaling.original_context_length": _Between(1, 1 << 24),
+    "rope.scaling.finetuned": (True, False),
+    "rope.scaling.yarn_log_multiplier": _ROPE_FACTOR,
+    "rope.scaling.yarn_ext_factor": _Between(-1.0, 1e6),
+    "rope.scaling.yarn_attn_factor": _Between(-1.0, 1e6),
+    "rope.scaling.yarn_beta_fast": _ROPE_FACTOR,
+    "rope.scaling.yarn_beta_slow": _ROPE_FACTOR,
+    # No supported architecture has experts, or is an encoder.
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_group_count": (0,),
+    "expert_group_used_count": (0,),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    # Only a description: files of the first LLaMA have it.
+    "tensor_data_layout": ("Meta AI original pth",),
+}
+_REQUIRED = (
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
+_SLIDING: Mapping[str, Allowed] = {
+    "attention.sliding_window_pattern": _Flags(_WINDOW),
+    "rope.freq_base_swa": _Between(1.0, 1e12),
+}
+
+ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3": {
+        **_SLIDING,
+        "final_logit_softcapping": _Between(0.0, 1e6),
+        "attn_logit_softcapping": _Between(0.0, 1e6),
+    },
+    "smollm3": {},
+    "granite": {
+        "logit_scale": _FACTOR,
+        "residual_scale": _FACTOR,
+        "embedding_scale": _FACTOR,
+        "attention.scale": _FACTOR,
+    },
+    "olmo2": _SLIDING,
+    "phi3": {},
+}
+"""The supported architectures, by their names in GGUF files, with the hyperparameters that only they have."""
+
+_SENTENCEPIECE, _BYTE_LEVEL = "llama", "gpt2"
+_ABORTS_AT_SPACES = "whitespace"
+_MOST_TOKENS = 1 << 20
+_TOKEN_TYPES = frozenset(range(7))
+_TOKENIZER_KEYS = re.compile(
+    r"chat_templates?(\..*)?|huggingface\.json|rwkv\.world"
+    r"|ggml\.(model|pre|tokens|token_type|token_type_count|scores|merges|added_tokens|suppress_tokens"
+    r"|precompiled_charsmap|add_\w+|remove_extra_whitespaces|normalizer\.\w+|\w+_token_ids?)"
+)
+_BLOCK = re.compile(r"blk\.([0-9]+)\.")
+_NOT_OF_WEIGHTS = frozenset(("q8_1", "q8_k", "f64", "i64", "i32", "i16", "i8"))
+"""Types that no weight has; vectors are f32."""
+
+
+def check_base(header: GgufHeader, path: Path) -> None:
+    """Check that llama.cpp can load this base safely, from the header of the file at `path`.
+
+    IncompatibleError for an architecture that is not supported; VerificationError, with up to three problems, for a
+    hyperparameter, a tensor type or a tokenizer that no file of this architecture has, or that do not fit together.
+    """
+    if header.architecture not in ARCHITECTURES:
+        message = f"{path} has the architecture {header.architecture[:80]!r}, which is not supported"
+        raise IncompatibleError(message, f"use a base with one of: {', '.join(ARCHITECTURES)}")
+    # Checks of how values fit together read them, so they follow the checks of each value.
+    checks = (_wrong_hyperparameters, _wrong_tokenizer, _wrong_shapes)
+    problems = next(filter(None, (list(check(header)) for check in checks)), [])
+    if problems:
+        message = f"{path} is not a base that llama.cpp can load safely: {first_of(problems)}"
+        raise VerificationError(message, "copy the file again, or convert the base again with llama.cpp's converter")
+
+
+def _wrong_hyperparameters(header: GgufHeader) -> Iterator[str]:
+    own = f"{header.architecture}."
+    allowed = {**_COMMON, **ARCHITECTURES[header.architecture]}
+    for key in _REQUIRED:
+        if own + key not in header.metadata:
+            yield f"it has no {own}{key}"
+    for key, value in header.metadata.items():
+        if not key.startswith(own):
+            continue
+        bounds = allowed.get(key.removeprefix(own))
+        if bounds is None:
+            yield f"it has {key[:80]}, which {header.architecture} bases do not have"
+        elif value not in bounds:
+            wanted = f"one of {', '.join(map(str, bounds))}" if isinstance(bounds, tuple) else bounds
+            yield f"{key} is {str(value)[:80]!r}, not {wanted}"
+
+
+def _wrong_shapes(header: GgufHeader) -> Iterator[str]:
+    """Where hyperparameters and tensors contradict each other; llama.cpp itself compares all other shapes."""
+    own: dict[str, Any] = {key: header.metadata.get(f"{header.architecture}.{key}") for key in _COMMON}
+    layers, width, heads = own["block_count"], own["embedding_length"], own["attention.head_count"]
+    kv_heads = own["attention.head_count_kv"] or heads
+    size = own["attention.key_length"] or width // heads
+    rotated = own["rope.dimension_count"] or size
+    tokens = len(header.metadata["tokenizer.ggml.tokens"])
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or embedding.shape != (width, tokens):
+        found = "no token_embd.weight" if embedding is None else f"token_embd.weight of shape {embedding.shape}"
+        yield f"it has {found} for {tokens} tokens and {header.architecture}.embedding_length {width}"
+    if own["vocab_size"] not in (None, tokens):
+        yield f"{header.architecture}.vocab_size is {own['vocab_size']}, but there are {tokens} tokens"
+    if {match[1] for match in map(_BLOCK.match, header.tensors) if match} != set(map(str, range(layers))):
+        yield f"its blk.N tensors are not those of {header.architecture}.block_count {layers}"
+    if heads % kv_heads or size != (own["attention.value_length"] or width // heads):
+        yield f"{heads} heads do not share {kv_heads} heads of keys and values of the same size"
+    if rotated % 2 or rotated > size:
+        yield f"{header.architecture}.rope.dimension_count {rotated} does not fit heads of size {size}"
+    sizes = {"attn_q": heads, "attn_k": kv_heads, "attn_v": kv_heads, "attn_qkv": heads + 2 * kv_heads}
+    for tensor in header.tensors.values():
+        kind = tensor.name.split(".")[-2] if tensor.name.endswith(".weight") and "." in tensor.name else ""
+        if tensor.type.name in _NOT_OF_WEIGHTS or (len(tensor.shape) == 1 and tensor.type.name != "f32"):
+            yield f"{tensor.name[:80]} is stored as {tensor.type.name}"
+        if kind in sizes and tensor.shape[-1] != sizes[kind] * size:
+            yield f"{tensor.name[:80]} of shape {tensor.shape} is not that of {sizes[kind]} heads of size {size}"
+
+
+def _wrong_tokenizer(header: GgufHeader) -> Iterator[str]:
+    metadata = header.metadata
+    for key in metadata:
+        if key.startswith("tokenizer.") and not _TOKENIZER_KEYS.fullmatch(key.removeprefix("tokenizer.")):
+            yield f"it has {key[:80]}, which tokenizers do not have"
+    tokens: Any = metadata.get("tokenizer.ggml.tokens")
+    if not _is_array(tokens, str) or not 0 < len(tokens) <= _MOST_TOKENS:
+        yield "it has no list of tokens"
+        return
+    # As llama.cpp reads them.
+    texts = {token.partition("\0")[0] or f"[EMPTY_{number}]" for number, token in enumerate(tokens)}
+    if len(texts) != len(tokens):
+        yield f"{len(tokens) - len(texts)} of its tokens are there twice"
+    yield from _wrong_kind(metadata, texts)
+    scores, types = (metadata.get(f"tokenizer.ggml.{key}", ()) for key in ("scores", "token_type"))
+    if scores != () and not (_is_array(scores, float, len(tokens)) and all(map(math.isfinite, scores))):
+        yield f"its scores are not finite numbers for {len(tokens)} tokens"
+    if types != () and not (_is_array(types, int, len(tokens)) and _TOKEN_TYPES.issuperset(types)):
+        yield f"its token types are not numbers from 0 to 6 for {len(tokens)} tokens"
+    ids = _Between(0, len(tokens) - 1)
+    for key, value in metadata.items():
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and value not in ids:
+            yield f"{key} is {str(value)[:80]}, which is none of its {len(tokens)} tokens"
+
+
+def _wrong_kind(metadata: Mapping[str, Any], texts: set[str]) -> Iterator[str]:
+    """What a tokenizer of its kind lacks."""
+    kind, merges = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.merges", ())
+    if kind not in (_SENTENCEPIECE, _BYTE_LEVEL):
+        yield f"tokenizer.ggml.model is {str(kind)[:80]!r}, not one of {_SENTENCEPIECE}, {_BYTE_LEVEL}"
+    if kind == _BYTE_LEVEL and metadata.get("tokenizer.ggml.pre") == _ABORTS_AT_SPACES:
+        yield f"its pre-tokenizer is {_ABORTS_AT_SPACES!r}, which byte-level tokenizers do not have"
+    # llama.cpp aborts the process at the first text without a token.
+    missing = [byte for byte in range(256) if kind == _SENTENCEPIECE and f"<0x{byte:02X}>" not in texts]
+    if missing:
+        yield f"its SentencePiece tokenizer has no token for byte {missing[0]:#04x}"
+    if not _is_array(merges, str) or (kind == _BYTE_LEVEL and not merges):
+        yield "it has no list of merges"
+    elif wrong := [merge for merge in merges if merge.find(" ", 1) < 1]:
+        yield f"it has the merge {wrong[0][:80]!r}, which is not two texts"
+
+
+def _is_array(values: object, kind: type, length: int | None = None) -> bool:
+    """Whether it is an array of this kind, and length if one is given; all its values have the type of the first."""
+    if not isinstance(values, tuple) or len(values) != (len(values) if length is None else length):
+        return False
+    return not values or type(values[0]) is kind
