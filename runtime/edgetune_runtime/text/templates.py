@@ -38,10 +38,8 @@ _LARGEST = 1000
 _LARGEST_BITS = 4096
 _DIGITS = re.compile(r"\d{5}")
 
-_GROWING = frozenset(
-    ("batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "round")
-    + ("slice", "tojson", "translate", "zfill")
-)
+_GROWING_METHODS = {"center", "expandtabs", "format", "format_map", "join", "ljust", "replace", "rjust", "translate"}
+_GROWING = _GROWING_METHODS | {"batch", "indent", "round", "slice", "tojson", "zfill"}
 """Filters and methods of texts whose result can be much longer than what they are given."""
 _FOR_PAGES = ("forceescape", "pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 """Filters that no chat template has a use for, some of them slow for some texts."""
@@ -265,7 +263,7 @@ def _environment() -> _Environment:
     environment.filters["tojson"] = _to_json
     for name in _FOR_PAGES:
         del environment.filters[name]
-    for table, grows in ((environment.filters, _GROWING), (environment.tests, frozenset[str]())):
+    for table, grows in ((environment.filters, _GROWING), (environment.tests, set[str]())):
         functions: dict[str, Any] = dict(table)
         table.update({name: _counted(function, name in grows) for name, function in functions.items()})
     environment.filters |= {_STEP: _step, _MADE: _made, _JOINED: _joined}
