@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from .limits import no_limits
+from .wording import printable
 
 _MOST_BYTES = 1 << 20
 """Kept of each stream: of what a child writes without end, only the end stays in memory."""
@@ -57,11 +58,6 @@ class Ended:
         """The last line of standard error that is not empty, shortened, without control characters; or nothing."""
         lines = [line for line in self.errors.decode("utf-8", "replace").splitlines() if line.strip()]
         return printable(_FOLDERS.sub("", lines[-1].strip() if lines else ""))[-_LINE_CHARACTERS:]
-
-
-def printable(text: str) -> str:
-    """The text with spaces in place of control characters, which a terminal would obey."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 @cache

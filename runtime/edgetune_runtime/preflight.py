@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from . import engines, errors
 from .atomic import replacing
 from .bundle import Manifest, resolve
-from .child_process import Ended, has_python, printable, run
+from .child_process import Ended, has_python, run
 from .confinement import limits_of
 from .errors import EdgetuneError, OutOfSpaceError, VerificationError
+from .wording import printable
 
 if TYPE_CHECKING:
     from .opening import OpeningOptions

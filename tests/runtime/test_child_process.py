@@ -6,7 +6,8 @@ import time
 
 import pytest
 from edgetune_runtime import child_process
-from edgetune_runtime.child_process import Ended, printable
+from edgetune_runtime.child_process import Ended
+from edgetune_runtime.wording import printable
 
 
 def run(code: str, **options: object) -> Ended:
