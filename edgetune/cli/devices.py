@@ -19,6 +19,7 @@ from edgetune_runtime.sizing.calibration import read_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.needs import COSTS
 from edgetune_runtime.sizing.options import with_options
+from edgetune_runtime.wording import printable
 
 from edgetune import task_types
 
@@ -230,4 +231,5 @@ def _print_json(value: object) -> None:
 def _print_columns(rows: list[Any]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
+        typer.echo(printable(line).rstrip())

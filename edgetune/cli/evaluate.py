@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from edgetune_runtime.wording import printable
 
 from .arguments import DATA_PANEL, ENGINE_PANEL, OUTPUT_PANEL, AsJson, Quiet, print_json
 
@@ -83,5 +84,5 @@ def _print_evaluation(result: Evaluation, show: int) -> None:
 
 
 def _shortened(text: str) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 1]}…"

@@ -19,6 +19,7 @@ import typer
 from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
+from edgetune_runtime.wording import printable
 
 from edgetune.failure import PROGRAM, drop_output, fail
 
@@ -273,9 +274,10 @@ def validate(
     warnings = [("warning", text) for text in (found["needs"] or {}).get("warnings", ())]
     for key, value in (*found.items(), *warnings):
         text = value["summary"] if isinstance(value, dict) else value
-        print(f"{key:<14}{text if text is not None else '-'}")
+        print(printable(f"{key:<14}{text if text is not None else '-'}"))
     for name, adapter in adapters.items():
-        print(f"{'adapter':<14}{name}: {', '.join(f'{key} {value}' for key, value in adapter.items())}")
+        figures = ", ".join(f"{key} {value}" for key, value in adapter.items())
+        print(printable(f"{'adapter':<14}{name}: {figures}"))
 
 
 @app.command("methods", cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)

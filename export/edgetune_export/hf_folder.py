@@ -30,8 +30,8 @@ def read_config(folder: Path) -> Mapping[str, Any]:
         raise NotFoundError(f"{folder} has no {CONFIG_NAME}", remedy)
     for other in sorted(folder.glob(_SETTINGS)):
         if other.is_file():
-            _refuse_code(other, _read(other))
-    config = _read(path)
+            _refuse_code(other, read_json(other))
+    config = read_json(path)
     if not isinstance(config, dict):
         raise VerificationError(f"{path} is not a JSON object", "download the model again")
     return config
@@ -56,7 +56,8 @@ def _refuse_code(path: Path, settings: object) -> None:
             raise IncompatibleError(f"{path} has {key}, {_REFUSED[key]}", remedy)
 
 
-def _read(path: Path) -> object:
+def read_json(path: Path) -> object:
+    """The JSON in a file; VerificationError if it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -39,6 +39,14 @@ def test_show_gives_every_figure_and_its_source() -> None:
     assert all(source in text for source in board.sources.values())
 
 
+def test_a_board_file_cannot_control_the_terminal(tmp_path: Path) -> None:
+    text = (boards.FOLDER / "pi-5.toml").read_text(encoding="utf-8")
+    path = tmp_path / "own.toml"
+    path.write_text(text.replace('title = "', 'title = "\\u001b]0;title\\u0007\\u009b2J', 1), encoding="utf-8")
+    shown = _run("show", path)
+    assert "title" in shown and all(line.isprintable() for line in shown.splitlines())
+
+
 def test_show_takes_another_size_of_memory() -> None:
     assert json.loads(_run("show", "pi-4", "--ram-mib", "8192", "--json"))["ram_mib"] == 8192
 

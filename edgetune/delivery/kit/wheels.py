@@ -166,7 +166,7 @@ def _pip_download(requirements: Sequence[str], platform: Platform, folder: Path)
     if not any(distributions(name=_PIP)):
         raise IncompatibleError("pip is not installed here", "run: python -m ensurepip")
     options = ("--quiet", "--no-deps", "--disable-pip-version-check", "--dest", str(folder))
-    command = [sys.executable, "-m", _PIP, "download", *options, *platform.pip_options(), *requirements]
+    command = [sys.executable, "-P", "-m", _PIP, "download", *options, *platform.pip_options(), *requirements]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return

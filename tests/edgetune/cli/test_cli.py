@@ -208,6 +208,12 @@ def test_validate_refuses_a_context_that_the_base_does_not_support(run: Run, rec
     assert "context_length is 100000" in err and "set it to at most 512" in err
 
 
+def test_an_error_cannot_control_the_terminal(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("evaluate", tmp_path / "\x1b]0;title\x07\x9b2J", "--data", "rows.jsonl")
+    assert (code, out) == (3, "")
+    assert "title" in err and err.removesuffix("\n").isprintable()
+
+
 def test_validate_tells_the_problems_of_all_adapters_at_once(run: Run, recipe: Path) -> None:
     (recipe.parent / "reply.jsonl").unlink()
     write_rows(recipe.parent / "tone.jsonl", [*LABELED, {"text": "stop", "label": "wram"}])

@@ -22,7 +22,7 @@ from edgetune_runtime.errors import IncompatibleError, NotFoundError, Verificati
 from edgetune_export import architectures
 from edgetune_export.architectures import Architecture
 from edgetune_export.architectures.base import ENTRIES
-from edgetune_export.hf_folder import CONFIG_NAME, entries, read_config
+from edgetune_export.hf_folder import CONFIG_NAME, entries, read_config, read_json
 
 from .source import download_source
 
@@ -49,11 +49,24 @@ def check_folder(folder: Path) -> Architecture:
         architecture.check_config(config)
     except (ValueError, TypeError) as error:
         raise VerificationError(f"{path} is damaged: {error}", "download the model again") from error
-    if not any(folder.glob("*.safetensors")):
-        remedy = "save the model with save_pretrained, not as a pickle"
-        raise NotFoundError(f"{folder} has no .safetensors file", remedy)
+    _check_weights(folder)
     _check_class(config, path, architecture.model_class)
     return architecture
+
+
+def _check_weights(folder: Path) -> None:
+    """Without such files the converter would read pickles; it follows the index wherever that leads."""
+    names = {path.name for path in folder.glob("model*.safetensors")}
+    if not names:
+        remedy = "save the model with save_pretrained, not as a pickle"
+        raise NotFoundError(f"{folder} has no .safetensors file of a model", remedy)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weights = dict(entries(read_json(index))).get("weight_map")
+        files = set(map(str, weights.values())) if isinstance(weights, dict) else {str(weights)}
+        if files - names:
+            message = f"{index} names {min(files - names)[:80]!r}, which is no .safetensors file of the folder"
+            raise VerificationError(message, "download the model again")
 
 
 def _check_class(config: Mapping[str, Any], path: Path, model_class: str) -> None:

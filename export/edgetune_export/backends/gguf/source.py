@@ -20,7 +20,8 @@ def download_source(version: str, folder: Path, alternative: str = "") -> Path:
     is what to do then, other than repairing the connection.
     """
     requirement = f"llama-cpp-python=={version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    # -P: a pip.py in the working folder is not pip.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
     command += ["--no-binary", "llama-cpp-python", requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = list(folder.glob("*.tar.gz"))

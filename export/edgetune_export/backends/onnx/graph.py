@@ -86,7 +86,7 @@ def run_builder(folder: Path, out: Path) -> None:
 
     `folder` need not have the model's matrices; the graph names them but has no values for them.
     """
-    command = [sys.executable, "-m", "edgetune_export.backends.onnx.structure"]
+    command = [sys.executable, "-P", "-m", "edgetune_export.backends.onnx.structure"]
     # KV caches of the window's size would not allow shorter contexts, or dropping tokens.
     options = ["--extra_options", "fuse_mlp_gate_up=true", "windowed_kv_cache=false", "hf_token=false"]
     paths = ["-i", str(folder), "-o", str(out), "-c", str(out / "cache")]

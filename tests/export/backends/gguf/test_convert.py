@@ -22,6 +22,9 @@ from tiny import ARCHITECTURES
 
 VERSION = importlib.metadata.version("llama-cpp-python")
 LONG = '{"model_type": "phi3", "rope_scaling": {"type": "longrope", "long_factor": [1.5]}}'
+LLAMA = '{"model_type": "llama"}'
+INDEX = "model.safetensors.index.json"
+ELSEWHERE = '{"weight_map": {"a": "../x.safetensors", "b": "model.safetensors"}}'
 NO_ROTATION = '{"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 1]}'
 # A build backend without dependencies, as pip asks a source distribution for its metadata.
 BACKEND = f"""\
@@ -97,6 +100,19 @@ def test_the_converter_is_fetched_once_and_kept(index: Path, monkeypatch: pytest
     assert find_converter() == script
 
 
+def test_modules_in_the_working_folder_are_not_run(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(source.SDIST_SHA256, VERSION, raising=False)
+    put_sdist(index)
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "pip.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(work)
+    assert find_converter().is_file()
+    assert [path.name for path in work.iterdir()] == ["pip.py"]
+
+
 @pytest.mark.parametrize(
     ("given", "known", "error", "message"),
     [
@@ -134,7 +150,10 @@ def test_a_converter_that_cannot_be_had_is_an_error_and_leaves_nothing(
         ({"config.json": '{"model_type": "smollm3", "num_hidden_layers": 100000000}'}, VerificationError, "num_hidden"),
         ({"config.json": LONG}, IncompatibleError, "a Phi with scaled or partial rotary embeddings"),
         ({"config.json": NO_ROTATION}, IncompatibleError, "other no_rope_layers than SmolLM3-3B"),
-        ({"config.json": '{"model_type": "llama"}', "pytorch_model.bin": ""}, NotFoundError, "no .safetensors file"),
+        ({"config.json": LLAMA, "pytorch_model.bin": ""}, NotFoundError, "no .safetensors file"),
+        ({"config.json": LLAMA, "pytorch_model.bin": "", "x.safetensors": ""}, NotFoundError, "no .safetensors file"),
+        ({"config.json": LLAMA, "model.safetensors": "", INDEX: ELSEWHERE}, VerificationError, "names '../x.safe"),
+        ({"config.json": LLAMA, "model.safetensors": "", INDEX: "[]"}, VerificationError, "names 'None'"),
     ],
 )
 def test_a_folder_that_cannot_be_converted_is_refused_before_any_work(
