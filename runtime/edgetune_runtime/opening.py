@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from .bundle import STATES_FOLDER, Manifest, resolve, verify_files
+from .bundle import STATES_FOLDER, Manifest, resolve, unchanged, verify_files
 from .engines.base import Engine, EngineClass, LabelEngineClass
 from .errors import IncompatibleError, VerificationError
 from .events import Emit, ignore
@@ -68,6 +68,11 @@ def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
 
 def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions) -> Pool | Classifier:
     """Check and load the base, or a merged model, that the bundle has in `file`; errors as those of `Runtime.open`."""
+    with unchanged(bundle, manifest.files if options.verify else ()):
+        return _opened(bundle, manifest, file, options)
+
+
+def _opened(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions) -> Pool | Classifier:
     if options.map_large_blocks:
         _map_large_blocks()
     make, path, sha256 = options.make, resolve(bundle, file), manifest.files[file].sha256

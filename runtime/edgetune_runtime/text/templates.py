@@ -38,10 +38,10 @@ _LARGEST = 1000
 _LARGEST_BITS = 4096
 _DIGITS = re.compile(r"\d{5}")
 
-_GROWING = frozenset(
-    "batch center expandtabs format format_map indent join ljust replace rjust round slice tojson translate zfill"
-    .split()
-)
+_GROWING = frozenset((
+    "batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust",
+    "replace", "rjust", "round", "slice", "tojson", "translate", "zfill",
+))  # fmt: skip
 """Filters and methods of texts whose result can be much longer than what they are given."""
 _FOR_PAGES = ("forceescape", "pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 """Filters that no chat template has a use for, some of them slow for some texts."""
@@ -180,7 +180,8 @@ class _Counting(NodeTransformer):
         literals = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(literals), _STEP), lineno=node.lineno))
-        return node
+        changed: nodes.Node = node
+        return changed
 
     visit_For = visit_Macro = visit_CallBlock = visit_Block = _stepping  # noqa: N815 - jinja2's names
 
@@ -227,7 +228,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset("+*%-/") | {"**", "//"}
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, B902, N805 - jinja2's
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, N805 - jinja2's
         """Call a function, method or macro of a template."""
         budget = _BUDGET.get()
         budget.spend()
@@ -265,15 +266,17 @@ def _environment() -> _Environment:
     environment.filters["tojson"] = _to_json
     for name in _FOR_PAGES:
         del environment.filters[name]
-    for table, grows in ((environment.filters, _GROWING), (environment.tests, frozenset[str]())):
-        table.update({name: _counted(function, name in grows) for name, function in table.items()})
+    for name, function in environment.filters.items():
+        environment.filters[name] = _counted(function, grows=name in _GROWING)
+    for name, function in environment.tests.items():
+        environment.tests[name] = _counted(function, grows=False)
     environment.filters |= {_STEP: _step, _MADE: _made, _JOINED: _joined}
     del environment.globals["lipsum"]
     environment.globals |= {"namespace": _Namespace, "raise_exception": _raise, "strftime_now": _now}
     return environment
 
 
-def _counted(function: Callable[..., Any], grows: bool) -> Callable[..., Any]:
+def _counted(function: Any, *, grows: bool) -> Callable[..., Any]:  # noqa: ANN401 - as above
     """The filter or test, counting what it makes."""
     passed = int(hasattr(function, "jinja_pass_arg"))
 

@@ -23,9 +23,10 @@ ENDLESS = {
     "texts that double": "{% set n = namespace(v='a') %}{% for i in range(99) %}{% set n.v = n.v ~ n.v %}{% endfor %}",
     "sums that double": "{% set n = namespace(v='a') %}{% for i in range(99) %}{% set n.v = n.v + n.v %}{% endfor %}",
     "lists that double": "{% set n = namespace(v=[1]) %}{% for i in range(99) %}{% set n.v = n.v + n.v %}{% endfor %}",
-    "nested lists": "{% set n = namespace(v=[]) %}{% for i in range(99) %}{% set n.v = [n.v, n.v] %}{% endfor %}{{ n.v }}",
-    "nested items": "{% set n = namespace(v={}) %}{% for i in range(99) %}{% set n.v = dict(a=n.v.items(), b=n.v.items()) %}"
-    "{% endfor %}{{ n.v }}",
+    "nested lists": "{% set n = namespace(v=[]) %}{% for i in range(99) %}{% set n.v = [n.v, n.v] %}{% endfor %}"
+    "{{ n.v }}",
+    "nested items": "{% set n = namespace(v={}) %}{% for i in range(99) %}"
+    "{% set n.v = dict(a=n.v.items(), b=n.v.items()) %}{% endfor %}{{ n.v }}",
     "nested arguments": "{% set n = namespace(v=()) %}{% macro f() %}{% set n.v = varargs %}{% endmacro %}"
     "{% for i in range(99) %}{{ f(n.v, n.v) }}{% endfor %}{{ n.v }}",
     "blocks that double": "{% set n = namespace(v='aa') %}{% for i in range(99) %}"
@@ -108,6 +109,4 @@ def test_filters_get_what_they_get_in_jinja2() -> None:
         "{{ range(5) | batch(2) | list }}|{{ namespace(a=1) }}|{{ loop is defined }}"
     )
     text = render(template, MESSAGES, add_generation_prompt=True)
-    assert text == (
-        "||1,2| a |x\n  y|1.2|7|aaa|[1, 2]|a1None|[('a', 2)]|[[0, 1], [2, 3], [4]]|<Namespace>|False"
-    )
+    assert text == ("||1,2| a |x\n  y|1.2|7|aaa|[1, 2]|a1None|[('a', 2)]|[[0, 1], [2, 3], [4]]|<Namespace>|False")

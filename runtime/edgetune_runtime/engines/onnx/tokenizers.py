@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.formats.tokenizer_json import check_tokenizer
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 if TYPE_CHECKING:
@@ -106,7 +108,8 @@ class JsonTokenizer:
     def _raw(self, text: str) -> list[int]:
         self._check(0)
         valid = text.encode("utf-8", "replace").decode()
-        tokens: list[int] = self._tokenizer.encode(valid, add_special_tokens=False).ids
+        with panics_as_errors("the tokenizer of the base fails"):
+            tokens: list[int] = self._tokenizer.encode(valid, add_special_tokens=False).ids
         return tokens
 
     def _after_newline(self, text: str) -> list[int]:
@@ -128,16 +131,30 @@ def byte_character(byte: int) -> str:
 
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """Load a `tokenizer.json`; same errors as `JsonTokenizer`."""
+    """Load a `tokenizer.json` so that it neither pads nor truncates; same errors as `JsonTokenizer`."""
     try:
         from tokenizers import Tokenizer  # noqa: PLC0415 - optional
     except ImportError as error:
         raise IncompatibleError("ONNX bundles need tokenizers, which is not installed", _INSTALL) from error
     text = _read(path)
+    check_tokenizer(text, path)
+    with panics_as_errors(f"{path} is not a tokenizer"):
+        tokenizer = Tokenizer.from_str(text)
+        # Many such files of encoders do so by default.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+
+@contextmanager
+def panics_as_errors(what: str) -> Iterator[None]:
+    """Turn all that the library raises into a VerificationError: plain Exceptions, and panics, which are none."""
     try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
-        raise VerificationError(f"{path} is not a tokenizer: {error}", COPY_BUNDLE_AGAIN) from error
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise VerificationError(f"{what}: {' '.join(str(error).split())[:300]}", COPY_BUNDLE_AGAIN) from error
 
 
 def _config(path: Path) -> dict[str, Any]:
