@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from types import UnionType
@@ -26,6 +27,7 @@ SHAPES = ("low_rank", "prefix", "tensors", "merged")
 GENERATION = "text-generation"
 CLASSIFICATION = "text-classification"
 TASKS = (GENERATION, CLASSIFICATION)
+_LONGEST_MANIFEST = 1 << 26
 
 
 T = TypeVar("T")
@@ -160,6 +162,8 @@ def read_manifest(bundle: Path) -> Manifest:
     schema or names paths outside the bundle, and IncompatibleError when an adapter was trained on another base.
     """
     path = bundle / MANIFEST_NAME
+    if path.exists() and (not path.is_file() or path.stat().st_size > _LONGEST_MANIFEST):
+        raise VerificationError(f"{path} is no regular file of up to {_LONGEST_MANIFEST} bytes", COPY_BUNDLE_AGAIN)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -196,6 +200,28 @@ def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None =
             raise VerificationError(message, COPY_BUNDLE_AGAIN)
         if sha256_of(path) != entry.sha256:
             raise VerificationError(f"{name} does not match its digest in the manifest", COPY_BUNDLE_AGAIN)
+
+
+@contextmanager
+def unchanged(bundle: Path, names: Iterable[str]) -> Iterator[None]:
+    """VerificationError if one of the files is another one, or was written to, by the end of the block.
+
+    The engines open files by their paths, also those that were compared with their digests before.
+    """
+    before = {name: _identity(bundle / name) for name in names}
+    yield
+    for name, identity in before.items():
+        if _identity(bundle / name) != identity:
+            raise VerificationError(f"{name} was changed while bundle {bundle} was opened", "open the bundle again")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What differs between two files, and of one file after it was written to or renamed; None for a missing file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def resolve(bundle: Path, name: str) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .bundle import AdapterEntry, Manifest, resolve, verify_files
+from .bundle import AdapterEntry, Manifest, resolve, unchanged, verify_files
 from .decoding.drafts import DraftTable, read_table
 from .decoding.output import OutputSpec
 from .engines.base import Tokenizer
@@ -182,10 +182,11 @@ class LoadedBundle:
                 self._merged_pools[entry.name] = MergedPool(entry.name, self._running, self._merged)
             return
         file = file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")
-        if self.options.verify:
-            verify_files(self.bundle, self.manifest, [file])
         path, fingerprint = resolve(self.bundle, file), self.manifest.base.fingerprint
-        self._running.load(entry, path, fingerprint)
+        with unchanged(self.bundle, [file] if self.options.verify else ()):
+            if self.options.verify:
+                verify_files(self.bundle, self.manifest, [file])
+            self._running.load(entry, path, fingerprint)
 
     def clear(self) -> None:
         """Drop all sequences and cached states, except those on disk."""

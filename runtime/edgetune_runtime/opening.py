@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from .bundle import STATES_FOLDER, Manifest, resolve, verify_files
+from .bundle import STATES_FOLDER, Manifest, resolve, unchanged, verify_files
 from .engines.base import Engine, EngineClass, LabelEngineClass, check_kv
 from .errors import IncompatibleError, VerificationError
 from .events import Emit, ignore
@@ -71,6 +71,11 @@ def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
 
 def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions) -> Pool | Classifier:
     """Check and load the base that the bundle has in `file`; errors as those of `Runtime.open`."""
+    with unchanged(bundle, manifest.files if options.verify else ()):
+        return _open_base(bundle, manifest, file, options)
+
+
+def _open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions) -> Pool | Classifier:
     if options.map_large_blocks:
         _map_large_blocks()
     path, _, fingerprint = _checked(bundle, manifest, file, options)
@@ -113,15 +118,16 @@ def open_merged(
 
     `make_room` is called with the MB of its weights and of one context before it is loaded. Errors as `open_base`.
     """
-    path, parts, _ = _checked(bundle, manifest, file, options)
-    context_mb = _context_mb(manifest, options)
-    make_room(sum(part.stat().st_size for part in parts) / 1e6 + context_mb)
-    _check_free(context_mb, options)
-    assert options.make.has_sequence
-    running = _load(options.make, path, options, base.threads)
-    prompts, governor = _prompts(bundle, manifest, running, options), base.governor.beside()
-    shared = replace(base, base=manifest.files[file].sha256, prompts=prompts, governor=governor)
-    return Pool(Context(running, shared))
+    with unchanged(bundle, manifest.files if options.verify else ()):
+        path, parts, _ = _checked(bundle, manifest, file, options)
+        context_mb = _context_mb(manifest, options)
+        make_room(sum(part.stat().st_size for part in parts) / 1e6 + context_mb)
+        _check_free(context_mb, options)
+        assert options.make.has_sequence
+        running = _load(options.make, path, options, base.threads)
+        prompts, governor = _prompts(bundle, manifest, running, options), base.governor.beside()
+        shared = replace(base, base=manifest.files[file].sha256, prompts=prompts, governor=governor)
+        return Pool(Context(running, shared))
 
 
 def _checked(

@@ -115,7 +115,9 @@ class Session:
             if base != loaded.manifest.base.fingerprint:
                 message = f"{path} is a session on another base than the one in bundle {loaded.manifest.name!r}"
                 raise IncompatibleError(message, "open the bundle that it was saved with")
-            session = cls(loaded, adapter, history)
+            if not isinstance(adapter, str | dict | None):
+                raise TypeError(f"its adapter is {adapter!r}")
+            session = cls(loaded, adapter, messages_for(history, None) if history else ())
             pool = session._pool()
             session._carries, session._last = bool(conversation["carries"]), _carried_of(conversation["last"])
             if state is not None:
@@ -124,7 +126,7 @@ class Session:
                     pool.keep(saved, session._owner)
                 else:
                     _LOG.warning("dropped the state in %s: it was made with other files or another engine", path)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UsageError) as error:
             raise VerificationError(f"{path} is not a saved session: {error}", "save the session again") from error
         return session
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,15 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, VerificationError
-from edgetune_runtime.bundle import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest, resolve, verify_files
+from edgetune_runtime.bundle import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Manifest,
+    read_manifest,
+    resolve,
+    unchanged,
+    verify_files,
+)
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -140,3 +149,40 @@ def test_a_link_that_leads_outside_is_refused(copy: Path, tmp_path: Path) -> Non
     (copy / "base/model.gguf").symlink_to(outside)
     with pytest.raises(VerificationError, match="outside"):
         resolve(copy, "base/model.gguf")
+
+
+def overwrite(path: Path) -> None:
+    status = path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replace_and_put_back(path: Path) -> None:
+    path.rename(path.with_suffix(".aside"))
+    path.write_bytes(b"other")
+    path.with_suffix(".aside").replace(path)
+
+
+def link_to_another(path: Path) -> None:
+    other = Path(shutil.copy2(path, path.with_suffix(".other")))
+    path.unlink()
+    path.symlink_to(other)
+
+
+@pytest.mark.parametrize("change", [overwrite, replace_and_put_back, link_to_another, Path.unlink])
+def test_a_file_that_changes_while_it_is_opened_is_noticed(change: Callable[[Path], object], copy: Path) -> None:
+    names = read_manifest(copy).files
+    with unchanged(copy, names):
+        (copy / "base/model.gguf").read_bytes()
+    with pytest.raises(VerificationError, match=r"base/model\.gguf was changed"), unchanged(copy, names):
+        change(copy / "base/model.gguf")
+
+
+def test_a_manifest_that_is_a_pipe_or_larger_than_any_is_refused(copy: Path) -> None:
+    os.truncate(copy / MANIFEST_NAME, 1 << 40)
+    with pytest.raises(VerificationError, match="no regular file"):
+        read_manifest(copy)
+    (copy / MANIFEST_NAME).unlink()
+    os.mkfifo(copy / MANIFEST_NAME)
+    with pytest.raises(VerificationError, match="no regular file"):
+        read_manifest(copy)

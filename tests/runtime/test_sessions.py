@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -179,6 +181,22 @@ def test_files_that_are_no_sessions_are_refused(
         (tmp_path / "spoiled").write_bytes(spoiled)
         with pytest.raises(VerificationError, match="not a saved session"):
             runtime.load_session(tmp_path / "spoiled")
+    head, _, state = data.partition(b"\n")
+    for key, value in (
+        ("history", 5),
+        ("history", [5]),
+        ("history", [{}]),
+        ("adapter", 7),
+        ("last", {"tokens": [1e400]}),
+    ):
+        changed = json.loads(head)
+        changed["about"]["conversation"][key] = value
+        (tmp_path / "spoiled").write_bytes(json.dumps(changed).encode() + b"\n" + state)
+        with pytest.raises(VerificationError, match="not a saved session"):
+            runtime.load_session(tmp_path / "spoiled")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(VerificationError, match="not a saved session"):
+        runtime.load_session(tmp_path / "pipe")
     with Runtime.open(prompted_of("qwen2"), disk_mb=0) as other, pytest.raises(IncompatibleError, match="another base"):
         other.load_session(tmp_path / "saved")
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -123,6 +124,8 @@ def read_header(path: Path) -> GgufHeader:
     that overlap or extend past the end.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise VerificationError(f"{path} is not a regular file", "give the .gguf file itself")
         with path.open("rb") as file:
             return _Reader(file, path).header()
     except FileNotFoundError as error:

@@ -178,7 +178,8 @@ class _Counting(NodeTransformer):
         literals = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(literals), _STEP), lineno=node.lineno))
-        return node
+        changed: nodes.Node = node
+        return changed
 
     visit_For = visit_Macro = visit_CallBlock = visit_Block = _stepping  # noqa: N815 - jinja2's names
 
@@ -263,16 +264,17 @@ def _environment() -> _Environment:
     environment.filters["tojson"] = _to_json
     for name in _FOR_PAGES:
         del environment.filters[name]
-    for table, grows in ((environment.filters, _GROWING), (environment.tests, set[str]())):
-        functions: dict[str, Any] = dict(table)
-        table.update({name: _counted(function, name in grows) for name, function in functions.items()})
+    for name, function in environment.filters.items():
+        environment.filters[name] = _counted(function, grows=name in _GROWING)
+    for name, function in environment.tests.items():
+        environment.tests[name] = _counted(function, grows=False)
     environment.filters |= {_STEP: _step, _MADE: _made, _JOINED: _joined}
     del environment.globals["lipsum"]
     environment.globals |= {"namespace": _Namespace, "raise_exception": _raise, "strftime_now": _now}
     return environment
 
 
-def _counted(function: Callable[..., Any], grows: bool) -> Callable[..., Any]:
+def _counted(function: Any, *, grows: bool) -> Callable[..., Any]:  # noqa: ANN401 - as above
     """The filter or test, counting what it makes."""
     passed = int(hasattr(function, "jinja_pass_arg"))
 

@@ -26,8 +26,7 @@ ENDLESS = {
     "nested lists": "{% set n = namespace(v=[]) %}{% for i in range(99) %}{% set n.v = [n.v, n.v] %}{% endfor %}"
     "{{ n.v }}",
     "nested items": "{% set n = namespace(v={}) %}{% for i in range(99) %}"
-    "{% set n.v = dict(a=n.v.items(), b=n.v.items()) %}"
-    "{% endfor %}{{ n.v }}",
+    "{% set n.v = dict(a=n.v.items(), b=n.v.items()) %}{% endfor %}{{ n.v }}",
     "nested arguments": "{% set n = namespace(v=()) %}{% macro f() %}{% set n.v = varargs %}{% endmacro %}"
     "{% for i in range(99) %}{{ f(n.v, n.v) }}{% endfor %}{{ n.v }}",
     "blocks that double": "{% set n = namespace(v='aa') %}{% for i in range(99) %}"

@@ -23,6 +23,7 @@ from edgetune_runtime.errors import (
 )
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
+from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
@@ -49,9 +50,6 @@ class EncoderTokenizer:
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = load_tokenizer(path)
-        # Many such files pad and truncate by default.
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`."""
@@ -72,6 +70,7 @@ class EncoderEngine:
     def __init__(self, path: Path, *, context_length: int, threads: int | None = None) -> None:
         check_options(context_length, threads, 1)
         header = read_onnx(path)
+        check_operators(header, path)
         self._hidden = _hidden_size(header, path)
         check_context_length(context_length, _trained_context_length(header, path))
         self.context_length = context_length

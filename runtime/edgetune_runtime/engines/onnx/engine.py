@@ -36,6 +36,7 @@ from edgetune_runtime.engines.base import (
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.formats.onnx_file import check_adapter_arrays, read_onnx, slots_of
+from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.formats.onnx_prefix import check_prefix_arrays, is_past, past_inputs
 from edgetune_runtime.formats.onnx_tensors import check_tensor_arrays, is_tensor, summed, tensor_slots_of
 from edgetune_runtime.states.batches import CHUNK
@@ -97,6 +98,7 @@ class OnnxEngine:
         self.context_length = context_length
         self._batch = batch
         header = read_onnx(path)
+        check_operators(header, path)
         config = read_config(path.with_name("genai_config.json"))
         check_context_length(context_length, config.trained_context_length)
         self._slots, self._tensor_slots, self._past = slots_of(header), tensor_slots_of(header), past_inputs(header)

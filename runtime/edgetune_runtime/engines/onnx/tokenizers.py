@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.engines.piecewise import PiecewiseTokenizer
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.formats.tokenizer_json import check_tokenizer
 from edgetune_runtime.text.controls import ControlTokens
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
@@ -131,12 +133,13 @@ class JsonTokenizer(PiecewiseTokenizer):
 def encode(tokenizer: tokenizers.Tokenizer, text: str, *, adds_special_tokens: bool) -> list[int]:
     """Token ids of a text. Other threads run meanwhile."""
     valid = text.encode("utf-8", "replace").decode()
-    if len(valid) <= _SHORT:
-        tokens: list[int] = tokenizer.encode(valid, add_special_tokens=adds_special_tokens).ids
-    else:
-        # `encode` holds the GIL, which takes seconds for 1 MB.
-        (found,) = tokenizer.encode_batch([valid], add_special_tokens=adds_special_tokens)
-        tokens = found.ids
+    with panics_as_errors("the tokenizer of the base fails"):
+        if len(valid) <= _SHORT:
+            found = tokenizer.encode(valid, add_special_tokens=adds_special_tokens)
+        else:
+            # `encode` holds the GIL, which takes seconds for 1 MB.
+            (found,) = tokenizer.encode_batch([valid], add_special_tokens=adds_special_tokens)
+    tokens: list[int] = found.ids
     return tokens
 
 
@@ -146,16 +149,30 @@ def byte_character(byte: int) -> str:
 
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """Load a `tokenizer.json`; same errors as `JsonTokenizer`."""
+    """Load a `tokenizer.json` so that it neither pads nor truncates; same errors as `JsonTokenizer`."""
     try:
         from tokenizers import Tokenizer  # noqa: PLC0415 - optional
     except ImportError as error:
         raise IncompatibleError("ONNX bundles need tokenizers, which is not installed", _INSTALL) from error
     text = _read(path)
+    check_tokenizer(text, path)
+    with panics_as_errors(f"{path} is not a tokenizer"):
+        tokenizer = Tokenizer.from_str(text)
+        # Many such files of encoders do so by default.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+
+@contextmanager
+def panics_as_errors(what: str) -> Iterator[None]:
+    """Turn all that the library raises into a VerificationError: plain Exceptions, and panics, which are none."""
     try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
-        raise VerificationError(f"{path} is not a tokenizer: {error}", COPY_BUNDLE_AGAIN) from error
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise VerificationError(f"{what}: {' '.join(str(error).split())[:300]}", COPY_BUNDLE_AGAIN) from error
 
 
 def _config(path: Path) -> dict[str, Any]:
