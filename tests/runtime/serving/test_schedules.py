@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ MOST_S = 20
 """After so long a thread counts as hanging."""
 BLOCKED_S = 0.02
 """After so long the next action begins beside one that has not ended."""
+SWITCH_S = 0.003
+"""How long a switch is held up, in the middle of which the context belongs to the call before it."""
 CHOICES = (None, "one", "whole", "other")
 PROMPTS = ("turn on the light", "turn on the light in the hall", "stop")
 FORM = ["red", "green", "warm light"]
@@ -45,7 +48,11 @@ ACTIONS = st.one_of(
     st.tuples(st.just("clear")),
     st.tuples(st.just("close")),
 )
-SCHEDULES = st.lists(st.tuples(st.integers(0, THREADS - 1), ACTIONS), min_size=4, max_size=16)
+SCHEDULES = st.lists(st.tuples(st.integers(0, THREADS - 1), ACTIONS, st.booleans()), min_size=4, max_size=16)
+"""Threads with their actions, and whether the next one waits for the end of this one."""
+
+
+Schedule = list[tuple[int, tuple[Any, ...], bool]]
 
 
 @dataclass
@@ -96,12 +103,17 @@ class Run:
                 self.errors.append(error)
             ended.set()
 
-    def finish(self) -> None:
-        """Read all streams to their ends."""
-        for slot in self.slots:
-            with slot.lock, self._expected():
-                while slot.stream is not None:
-                    self._read_on(slot)
+    def finish(self, workers: list[threading.Thread]) -> None:
+        """Read all streams to their ends, also those that the threads still open, until all threads have ended."""
+        is_over = False
+        while not is_over:
+            # The last round is after the end of all of them.
+            is_over = not any(worker.is_alive() for worker in workers)
+            for slot in self.slots:
+                with slot.lock, self._expected():
+                    while slot.stream is not None:
+                        self._read_on(slot)
+            time.sleep(0 if is_over else 0.01)
 
     @contextmanager
     def _expected(self) -> Iterator[None]:
@@ -191,27 +203,23 @@ class Run:
         self.told.append(Told(messages, choice, text, is_whole, has_form))
 
 
-def run(runtime: Runtime, folder: Path, schedule: list[tuple[int, tuple[Any, ...]]]) -> Run:
-    """Let each thread do its actions: the next one begins when the one before it has ended, or seems to wait."""
+def run(runtime: Runtime, folder: Path, schedule: Schedule) -> Run:
+    """Let each thread do its actions, in this order: side by side, or after one another unless one seems to wait."""
     going = Run(runtime, folder)
     queues: list[queue.Queue[Any]] = [queue.Queue() for _ in range(THREADS)]
     workers = [threading.Thread(target=going.work, args=item, daemon=True) for item in enumerate(queues)]
     for worker in workers:
         worker.start()
-    for number, action in schedule:
+    for number, action, waits in schedule:
         ended = threading.Event()
         queues[number].put((action, ended))
-        ended.wait(BLOCKED_S)
+        ended.wait(BLOCKED_S if waits else 0)
     for actions in queues:
         actions.put(None)
-    while any(worker.is_alive() for worker in workers):
-        finisher = threading.Thread(target=going.finish, daemon=True)
-        finisher.start()
-        for thread in (finisher, *workers):
-            thread.join(MOST_S)
-        assert not finisher.is_alive(), "a stream hangs"
-        assert not any(worker.is_alive() for worker in workers), "a thread hangs"
-    going.finish()
+    finisher = threading.Thread(target=going.finish, args=(workers,), daemon=True)
+    finisher.start()
+    finisher.join(MOST_S)
+    assert not finisher.is_alive(), "a thread hangs"
     return going
 
 
@@ -233,18 +241,20 @@ def fresh_of(merged_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.mark.parametrize("engine", ["gguf", "onnx"])
 @pytest.mark.parametrize("merged_mb", [None, 0])
-@given(schedule=SCHEDULES)
+@given(contexts=st.integers(1, 2), schedule=SCHEDULES)
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_no_schedule_changes_an_answer_hangs_or_leaves_anything(
     engine: str,
     merged_mb: float | None,
-    schedule: list[tuple[int, tuple[Any, ...]]],
+    contexts: int,
+    schedule: Schedule,
     merged_bundle: Path,
     fresh_of: Callable[[str], Fresh],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     fresh, folder = fresh_of(engine), tmp_path_factory.mktemp("schedule")
-    options: dict[str, Any] = {"contexts": 2, "cache_mb": 0.5, "cache_folder": folder / "states"}
+    options: dict[str, Any] = {"contexts": contexts, "cache_mb": 0.5, "cache_folder": folder / "states"}
+    options["on_event"] = lambda event: time.sleep(SWITCH_S if event.kind == "switched" else 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(places, "PATIENCE_S", 0.05)
         runtime = Runtime.open(merged_bundle, engine=engine, merged_mb=merged_mb, **options)
