@@ -13,6 +13,10 @@ _LOG = logging.getLogger(__name__)
 _OTHER_FILES = 192
 """Files of the bundle, and connections that are accepted before those that make room for them are closed."""
 _PAUSE_S = 0.01
+_QUEUE = 1024
+"""Connections that the system holds until they are accepted; the client of one more tries again a second later."""
+BACKLOG = 64
+"""Connections that asyncio accepts before it counts the first of them."""
 
 
 class Listener(socket.socket):
@@ -24,6 +28,10 @@ class Listener(socket.socket):
     def __init__(self, listening: socket.socket) -> None:
         super().__init__(fileno=listening.detach())
         self._spare: int | None = _spare()
+
+    def listen(self, backlog: int = _QUEUE, /) -> None:
+        """Listen with a long queue, whatever the backlog: asyncio's is also how many it accepts at a time."""
+        super().listen(max(backlog, _QUEUE))
 
     def accept(self) -> tuple[socket.socket, object]:
         """The next connection; BlockingIOError if there is none, or none could be accepted."""

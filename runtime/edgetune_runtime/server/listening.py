@@ -12,14 +12,13 @@ from contextlib import contextmanager, suppress
 import uvicorn
 from starlette.types import ASGIApp
 
+from .accepting import BACKLOG
 from .protocol import protocol
 from .settings import Limits
 
 _EXTRA_S = 5
 """Seconds after the last answer in which the connections can still be told how it ended."""
 _POLL_S = 0.02
-_BACKLOG = 64
-"""Connections that are accepted before the first of them is counted."""
 
 
 class Server(uvicorn.Server):
@@ -50,7 +49,7 @@ class Server(uvicorn.Server):
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            backlog=_BACKLOG,
+            backlog=BACKLOG,
             timeout_graceful_shutdown=_EXTRA_S,
         )
         super().__init__(config)

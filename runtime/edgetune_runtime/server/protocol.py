@@ -82,7 +82,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                 if not self.transport.is_closing():
                     super().data_received(data[begin : begin + _PART_BYTES])
             if self.cycle is not None and not self.cycle.response_complete:
-                if self.conn.trailing_data[0]:
+                if not self.cycle.more_body and self.conn.trailing_data[0]:
                     # A client with requests ready for ever (pipelining) would never give way.
                     self.cycle.keep_alive = False
                 self._cancel(self._arriving)

@@ -24,7 +24,7 @@ from edgetune_runtime import __version__
 from edgetune_runtime.asynchronous import AsyncRuntime
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.runtime import Runtime
-from edgetune_runtime.server.accepting import connections_within_files
+from edgetune_runtime.server.accepting import BACKLOG, connections_within_files
 from edgetune_runtime.server.connections import Connections
 from edgetune_runtime.server.settings import Limits
 
@@ -32,8 +32,6 @@ _LOG = logging.getLogger(__name__)
 
 MOST_BYTES = 1 << 16
 """Size of the largest event that is read: a transcript is short, and no audio is wanted."""
-_BACKLOG = 64
-"""Connections that are accepted before the first of them is counted."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ async def run(service: Service, listening: socket.socket, ready: Callable[[], No
             connections.leave(connection)
             tasks.discard(task)
 
-    server = await asyncio.start_server(connected, sock=listening, limit=MOST_BYTES, backlog=_BACKLOG)
+    server = await asyncio.start_server(connected, sock=listening, limit=MOST_BYTES, backlog=BACKLOG)
     serving = asyncio.current_task()
     assert serving is not None
     # Not on Windows, and not outside the main thread.

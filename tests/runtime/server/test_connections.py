@@ -133,6 +133,14 @@ def test_clients_that_keep_the_server_waiting_keep_nobody_out(sent: bytes, start
             assert sum(map(is_closed, clients)) >= 40 - 12
 
 
+def test_many_at_once_are_accepted_before_they_try_again(start: Start) -> None:
+    server = start()
+    begin = time.monotonic()
+    with idle(server, 300):
+        # The system drops what its queue has no room for, and the client tries again after 1 s, then 2 s.
+        assert time.monotonic() - begin < 2
+
+
 def test_a_client_that_stops_reading_makes_room(start: Start) -> None:
     server = start(**LONG, limits=Limits(connections=1), send_buffer=8192)
     data = json.dumps(body(stream=True, max_tokens=490, n=8)).encode()
