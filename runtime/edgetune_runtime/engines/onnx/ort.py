@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,12 @@ _INSTALL = 'run: pip install --upgrade "edgetune-runtime[onnx]"'
 
 @cache
 def library() -> Any:  # noqa: ANN401 - a module without types
-    """The onnxruntime module, which logs to `logging`; IncompatibleError when it is missing or too old."""
+    """The onnxruntime module, which logs to `logging`; IncompatibleError when it is missing or too old.
+
+    Since 1.29 it sends figures of models and the machine to Microsoft unless ORT_DISABLE_TELEMETRY is set before it is
+    imported; here it is, unless the user has set it.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime  # noqa: PLC0415 - heavy and optional
     except ImportError as error:
