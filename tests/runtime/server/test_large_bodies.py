@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import time
@@ -74,6 +75,12 @@ def test_the_time_of_a_request_begins_with_its_first_byte(start: Start) -> None:
         client.sendall(data[10:])
         assert b" 200 " in client.recv(1000)
         assert time.monotonic() - begin < 3
+
+
+def test_a_compressed_body_is_refused(start: Start) -> None:
+    headers = {"Content-Encoding": "gzip"}
+    response = httpx.post(f"{start().url}/v1/chat/completions", content=gzip.compress(b"{}"), headers=headers)
+    assert (response.status_code, response.json()["error"]["type"]) == (415, "invalid_request_error")
 
 
 def test_few_large_bodies_are_there_at_once(start: Start) -> None:
