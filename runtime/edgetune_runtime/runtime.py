@@ -224,7 +224,9 @@ class Runtime:
     ) -> Stream:
         """Like `generate`, but yields the text piece by piece, without tool calls.
 
-        Keeps a context until it ends or is closed.
+        Keeps a context until it ends or is closed. Any thread may go on with it, one at a time. A call waits for a free
+        context, but not for streams that its own thread went on with last: if for 2 s no other thread does, it raises
+        UsageError.
         """
         limits, form, others = split_options(options)
         call, outcome = self._loaded.call(prompt, adapter, form=form, raw=raw, check=limits.check), Generation()
@@ -333,7 +335,11 @@ class Runtime:
         self._loaded.clear()
 
     def close(self) -> None:
-        """Free the base and adapters after the calls of other threads end; a second call does nothing."""
+        """Free the base and adapters after the calls of other threads end; a second call does nothing.
+
+        Calls that wait for a context, and all later ones, raise UsageError; so does a stream that this thread went on
+        with last.
+        """
         self._loaded.close()
 
     def __enter__(self) -> Self:

@@ -30,7 +30,7 @@ MOST_S = 20
 """After so long a thread counts as hanging."""
 BLOCKED_S = 0.02
 """After so long the next action begins beside one that has not ended."""
-SWITCH_S = 0.003
+SWITCH_S = 0.015
 """How long a switch is held up, in the middle of which the context belongs to the call before it."""
 CHOICES = (None, "one", "whole", "other")
 PROMPTS = ("turn on the light", "turn on the light in the hall", "stop")
