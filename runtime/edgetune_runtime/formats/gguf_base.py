@@ -150,12 +150,20 @@ def check_base(header: GgufHeader, path: Path) -> None:
     IncompatibleError for an architecture that is not supported; VerificationError, with up to three problems, for a
     hyperparameter, a tensor type or a tokenizer that no file of this architecture has, or that do not fit together.
     """
+    check_vocabulary(header, path)
+    _refuse(list(_wrong_hyperparameters(header)), path)
+    _refuse(list(_wrong_shapes(header)), path)
+
+
+def check_vocabulary(header: GgufHeader, path: Path) -> None:
+    """Check that llama.cpp can load the tokenizer of this base safely; errors as in `check_base`."""
     if header.architecture not in ARCHITECTURES:
         message = f"{path} has the architecture {header.architecture[:80]!r}, which is not supported"
         raise IncompatibleError(message, f"use a base with one of: {', '.join(ARCHITECTURES)}")
-    # Checks of how values fit together read them, so they follow the checks of each value.
-    checks = (_wrong_hyperparameters, _wrong_tokenizer, _wrong_shapes)
-    problems = next(filter(None, (list(check(header)) for check in checks)), [])
+    _refuse(list(_wrong_tokenizer(header)), path)
+
+
+def _refuse(problems: list[str], path: Path) -> None:
     if problems:
         message = f"{path} is not a base that llama.cpp can load safely: {first_of(problems)}"
         raise VerificationError(message, "copy the file again, or convert the base again with llama.cpp's converter")
@@ -243,8 +251,8 @@ def _wrong_kind(metadata: Mapping[str, Any], texts: set[str]) -> Iterator[str]:
     missing = [byte for byte in range(256) if kind == _SENTENCEPIECE and f"<0x{byte:02X}>" not in texts]
     if missing:
         yield f"its SentencePiece tokenizer has no token for byte {missing[0]:#04x}"
-    if not _is_array(merges, str) or (kind == _BYTE_LEVEL and not merges):
-        yield "it has no list of merges"
+    if not _is_array(merges, str):
+        yield "its merges are no list of texts"
     elif wrong := [merge for merge in merges if merge.find(" ", 1) < 1]:
         yield f"it has the merge {wrong[0][:80]!r}, which is not two texts"
 

@@ -25,7 +25,7 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.engines.gguf.llama import Vocabulary, library, load_model
 from edgetune_runtime.engines.onnx.tokenizers import SPACE, JsonTokenizer, byte_character
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_base import check_base
+from edgetune_runtime.formats.gguf_base import check_vocabulary
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.tokenizer_json import DEFAULT, DIGIT, GPT2, LLAMA3, QWEN2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -61,8 +61,8 @@ def write_tokenizer(base: Path, folder: Path) -> None:
     IncompatibleError for a vocabulary type or a pre-tokenizer without an equivalent in the `tokenizers` library.
     """
     header = read_header(base)
-    check_base(header, base)
     _check_kind(header)
+    check_vocabulary(header, base)
     with _opened(base) as (vocabulary, pointer):
         tokens = _tokens(vocabulary, pointer)
         adds_bos = bool(library().llama_vocab_get_add_bos(pointer)) and vocabulary.bos != ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.engines.base import check_context_length
-from edgetune_runtime.formats.gguf_base import check_base
+from edgetune_runtime.formats.gguf_base import check_base, check_vocabulary
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
 from .llama import Vocabulary, library, load_model
@@ -22,7 +22,7 @@ class GgufTokenizer(Vocabulary):
     """The tokenizer of a GGUF file, loaded without its weights."""
 
     def __init__(self, path: Path) -> None:
-        check_base(read_header(path), path)
+        check_vocabulary(read_header(path), path)
         model = load_model(path, vocabulary_only=True)
         self._free = weakref.finalize(self, library().llama_model_free, model)
         super().__init__(model)

@@ -55,7 +55,7 @@ def last_errors() -> str:
 
 
 def load_model(path: Path, *, vocabulary_only: bool, repack: bool = False) -> Any:  # noqa: ANN401 - a bare pointer
-    """Map a GGUF file that `check_base` has checked; with `repack`, read it into memory, repacked for this processor.
+    """Map a GGUF file that `gguf_base` has checked; with `repack`, read it into memory, repacked for this processor.
 
     VerificationError if llama.cpp refuses the file. The caller must free the model.
     """

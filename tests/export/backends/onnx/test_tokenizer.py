@@ -11,7 +11,7 @@ import pytest
 from edgetune_export.backends.onnx.tokenizer import differences, end_tokens, write_tokenizer
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.engines.onnx.tokenizers import JsonTokenizer
-from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -211,5 +211,5 @@ def test_an_unknown_kind_is_refused_by_name(model: str, pre: str | None, named: 
 def test_a_vocabulary_without_bytes_is_refused(tmp_path: Path) -> None:
     tokens = ["<unk>", "<s>", "</s>", "<0x0A>", "a"]
     path = write_vocabulary(tmp_path / "base.gguf", tokens, kinds=[2, 3, 3, 6, 1], model="llama")
-    with pytest.raises(IncompatibleError, match="0x00 has none"):
+    with pytest.raises(VerificationError, match="no token for byte 0x00"):
         write_tokenizer(path, tmp_path)
