@@ -165,13 +165,20 @@ def _special(make: Callable[[Path], object]) -> Callable[[Bundle], None]:
 
 
 def _states(change: Callable[[Path], object]) -> Callable[[Bundle], None]:
-    """Saves the states of all fixed prompts, and changes each file."""
+    """Gives the adapters prompts that are long enough for a state, saves their states, and changes each file."""
 
     def run(bundle: Bundle) -> None:
+        manifest = _manifest(bundle)
+        for number, adapter in enumerate(manifest["adapters"].values()):
+            adapter["system"] = f"{number} " + "answer in one word and play " * 20
+        _save(bundle, manifest)
         states = bundle.parent / STATES
         command = [sys.executable, "-m", "edgetune_runtime", "warm", str(bundle), "--cache-folder", str(states)]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
-        for path in states.glob("*.kv"):
+        saved = [*states.glob("*.kv")]
+        if not saved:
+            raise RuntimeError(f"no state of {bundle} was saved")
+        for path in saved:
             change(path)
 
     return run
@@ -262,7 +269,7 @@ ATTACKS: Sequence[FileAttack] = (
     FileAttack("division", "12", "a chat template with 1//0", _template("{{ 1//0 }}")),
     FileAttack("recursion", "12", "a chat template that calls itself", _template(_RECURSION)),
     FileAttack("long-text", "12", "a chat template with 'a'*10**10", _template("{{ 'a'*10**10 }}")),
-    FileAttack("power", "12", "a chat template with 9**9**9", _template("{{ 9**9**9 }}")),
+    FileAttack("power", "12", "a chat template with 2**(10**10)", _template("{{ 2**(10**10) }}")),
     FileAttack("center", "12", "a chat template with center(10**10)", _template("{{ 'a'|center(10**10) }}")),
     FileAttack("lora-alpha", "11", "an alpha that is NaN", _adapter([["value", _LORA, _FLOAT32, float("nan")]])),
     FileAttack("lora-counts", "11", "a LoRA with 2^62 tensors", _adapter([["count", 0, 2**62]])),
