@@ -4,7 +4,7 @@ import time
 
 import pytest
 from edgetune_runtime import EdgetuneError, IncompatibleError, UsageError
-from edgetune_runtime.serving.limits import Stopped
+from edgetune_runtime.limits import Stopped
 from edgetune_runtime.text import templates
 from edgetune_runtime.text.chat import render
 
