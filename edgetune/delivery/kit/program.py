@@ -14,7 +14,7 @@ from edgetune.templates import environment_of
 from .archives import zip_bytes
 from .platforms import Platform
 
-RUNTIME_MODULES = ("atomic", "bundle", "child_process", "errors", "interrupts", "wording")
+RUNTIME_MODULES = ("atomic", "bundle", "child_process", "errors", "interrupts", "limits", "wording")
 """The modules of the runtime that the program uses; they import nothing but the standard library and each other."""
 _MAIN = """\
 import sys
