@@ -382,7 +382,7 @@ def test_a_server_that_others_can_reach_gets_a_key(
     assert f"clients need the key in {keys}" in capfd.readouterr().out
     assert (len(keys.read_text().strip()), keys.stat().st_mode & 0o777) == (64, 0o600)
     unit = (systemd / "units/systemd/user/edgetune-home.service").read_text()
-    assert f'--host 0.0.0.0 --port {port} --api-key-file "{keys}"' in unit
+    assert f'--host 0.0.0.0 --port {port} --warm --disk-mb-per-day 0 --api-key-file "{keys}"' in unit
     before = keys.read_text()
     assert run("install", make("two"), *options, "--host", "0.0.0.0") == 0
     assert keys.read_text() == before
