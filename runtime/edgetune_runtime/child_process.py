@@ -66,7 +66,7 @@ def has_python() -> bool:
     is_python = Path(sys.executable or "").name.lower().startswith(("python", "pypy"))
     if is_python and not getattr(sys, "frozen", False):
         return True
-    _LOG.warning("nothing is checked in child processes: %r is not a Python", sys.executable)
+    _LOG.warning("bundles and schemas are not tried in a child process first: %r is not a Python", sys.executable)
     return False
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgetune_runtime import EdgetuneError, Runtime, VerificationError, confinement, engines, preflight
+from edgetune_runtime import EdgetuneError, Runtime, VerificationError, child_process, confinement, engines, preflight
 from edgetune_runtime.states.store import default_folder
 from runtime.bundles import change_manifest
 
@@ -47,7 +47,7 @@ NOT_A_PYTHON = "/nowhere/python3"
 @pytest.fixture(autouse=True)
 def _on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(preflight.VARIABLE)
-    preflight._has_python.cache_clear()
+    child_process.has_python.cache_clear()
 
 
 @pytest.fixture
@@ -93,7 +93,8 @@ def remembered() -> list[Path]:
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == preflight.__name__]
+    names = (preflight.__name__, child_process.__name__)
+    return [record.getMessage() for record in caplog.records if record.name in names]
 
 
 def test_an_abort_of_native_code_is_one_line(toy: Callable[[str], Path]) -> None:
