@@ -28,8 +28,9 @@ from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
+from .arrays import Arrays
 from .engine import model_version
-from .ort import library, open_session
+from .ort import graph_error, library, open_session
 from .tokenizers import encode, load_tokenizer
 
 HEAD_WEIGHT, HEAD_BIAS = "classifier.weight", "classifier.bias"
@@ -41,8 +42,6 @@ TRAINED_CONTEXT_LENGTH = "edgetune.trained_context_length"
 
 _MOST_CHARACTERS = 256
 """Per token of the context: a longer text is not tokenized. Tokenizers may drop accents, so it is no exact bound."""
-
-Arrays = Mapping[str, NDArray[np.float32]]
 
 
 class EncoderTokenizer:
@@ -148,7 +147,11 @@ class EncoderEngine:
             raise UsageError("the runtime is closed", "open the bundle again")
         ids = np.array([tokens], np.int64)
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), **adapter}
-        return np.asarray(session.run([output], inputs)[0][0], np.float32)
+        try:
+            (found,) = session.run([output], inputs)
+        except Exception as error:
+            raise graph_error(error) from error
+        return np.asarray(found[0], np.float32)
 
 
 def _scaled(adapter: Arrays, scale: float) -> Arrays:

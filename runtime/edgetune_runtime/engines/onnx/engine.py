@@ -38,17 +38,16 @@ from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.formats.onnx_file import check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.formats.onnx_prefix import check_prefix_arrays, is_past, past_inputs
-from edgetune_runtime.formats.onnx_tensors import check_tensor_arrays, is_tensor, summed, tensor_slots_of
+from edgetune_runtime.formats.onnx_tensors import check_tensor_arrays, is_tensor, tensor_slots_of
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.states.cache import common_prefix
 from edgetune_runtime.threads.machine import threads_for
 
 from . import KV_TYPES
+from .arrays import Arrays, sum_of_adapters
 from .config import read_config
-from .ort import library, open_session, run_options
+from .ort import graph_error, library, open_session, run_options
 from .tokenizers import JsonTokenizer
-
-Arrays = Mapping[str, NDArray[np.float32]]
 
 _BINDINGS = 32
 """Number of adapter sets whose bindings are cached; a set of several adapters also caches the summed tensors."""
@@ -309,8 +308,11 @@ class OnnxEngine:
         """The binding of a set of adapters, made on first use and kept in an LRU cache."""
         key = tuple(adapters.items())
         if key not in self._bindings:
-            tensors = _sum([(self._adapters[name], scale) for name, scale in key])
-            self._bindings[key] = _Binding(self._bind(tensors), tensors)
+            tensors = sum_of_adapters([(self._adapters[name], scale) for name, scale in key])
+            try:
+                self._bindings[key] = _Binding(self._bind(tensors), tensors)
+            except Exception as error:
+                raise graph_error(error) from error
             if len(self._bindings) > _BINDINGS:
                 self._bindings.popitem(last=False)
         self._bindings.move_to_end(key)
@@ -368,29 +370,13 @@ class OnnxEngine:
         except Exception as error:  # onnxruntime's exceptions have no other common base class
             if self._options.terminate:
                 raise StepStopped from error
-            raise
+            raise graph_error(error) from error
         self._length = total
 
 
 def model_version(fingerprint: str) -> int:
     """The model version in an adapter file: the first 28 bits of the base's fingerprint, in a 32-bit field."""
     return int(fingerprint[:7], 16)
-
-
-def _sum(parts: Sequence[tuple[Arrays, float]]) -> Arrays:
-    """The tensors of the sum of several adapters: low-rank factors concatenated, with each scale in B."""
-    if len(parts) == 1 and parts[0][1] == 1:
-        return parts[0][0]
-    tensors: dict[str, NDArray[np.float32]] = {}
-    for name in {name: None for arrays, _ in parts for name in arrays}:
-        own = [(arrays[name], scale) for arrays, scale in parts if name in arrays]
-        if is_tensor(name):
-            tensors[name] = summed(name, own)
-            continue
-        is_b = name.endswith(".lora_B.weight")
-        scaled = [array * np.float32(scale) if is_b else array for array, scale in own]
-        tensors[name] = np.ascontiguousarray(np.concatenate(scaled, axis=0 if is_b else 1), np.float32)
-    return tensors
 
 
 def _buffers(session: Any, context_length: int, head_size: int) -> dict[str, NDArray[np.float32]]:  # noqa: ANN401 - as above

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable
 
 OLDEST = (1, 31)
 """The version that onnxruntime-genai, whose builder makes the graphs, needs. Older operators may lack 8-bit weights."""
@@ -58,6 +59,12 @@ def _has_callback(ort: Any) -> bool:  # noqa: ANN401 - as above; onnxruntime 1.3
 
 def _log(severity: int, _category: str, _session: str, place: str, message: str) -> None:
     _LOG.log(_LEVELS[severity], "%s: %s", place, message)
+
+
+def graph_error(error: Exception) -> VerificationError:
+    """The error for what onnxruntime raises while it computes a graph: RuntimeError, and classes of its own."""
+    reason = printable(" ".join(str(error).split()))[:300]
+    return VerificationError(f"the graph of the base fails: {reason}", COPY_BUNDLE_AGAIN)
 
 
 def open_session(path: Path, threads: int) -> Any:  # noqa: ANN401 - an InferenceSession
