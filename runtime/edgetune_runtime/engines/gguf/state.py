@@ -90,6 +90,8 @@ def _end_of_cache(state: memoryview, offset: int, context_length: int) -> int:
                 _, size = struct.unpack_from("<iQ", state, offset)
                 rows = 1
             offset += 12 + size * rows * count
+            if offset > len(state):
+                raise ValueError("layers")
     return offset
 
 
