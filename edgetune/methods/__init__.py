@@ -39,7 +39,7 @@ def of_folder(folder: Path) -> Method[Any]:
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         config = None
     if isinstance(config, dict):
         for name in names():

@@ -204,8 +204,8 @@ def _parse(text: str) -> Plain:
     yaml.Composer = _Composer
     try:
         return yaml.load(StringIO(text))
-    except (ValueError, OverflowError) as error:
-        # Of numbers and dates.
+    except (ValueError, OverflowError, IndexError, TypeError) as error:
+        # Of numbers and dates, of tags without a value, and of keys that are no values.
         raise YAMLError(str(error)) from error
 
 

@@ -14,19 +14,26 @@ EdgetuneError                1
 
 from __future__ import annotations
 
+from .wording import printable
+
 
 class EdgetuneError(Exception):
     """Base class of all errors that edgetune raises on purpose.
 
-    `message` names the wrong value, `remedy` says what to do; `str()` gives both in one line.
+    `message` names the wrong value, `remedy` says what to do; `str()` gives both in one line, or a line for each of
+    several problems. Control characters become spaces, as values may come from hostile files.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        self.message = message
-        self.remedy = remedy
-        super().__init__(f"{message}; {remedy}" if remedy else message)
+        self.message = _lines(message)
+        self.remedy = _lines(remedy)
+        super().__init__(f"{self.message}; {self.remedy}" if remedy else self.message)
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
 
 
 class UsageError(EdgetuneError):

@@ -201,7 +201,8 @@ def _read_tensors(folder: Path) -> dict[str, Floats]:
     try:
         raw = cast(Any, deserialize)(path.read_bytes())
     except SafetensorError as error:
-        raise VerificationError(f"{path} is not a safetensors file: {error}", _SAVE_AGAIN) from error
+        reason = " ".join(str(error).split())
+        raise VerificationError(f"{path} is not a safetensors file: {reason}", _SAVE_AGAIN) from error
     return {key: _decode(key, value, path) for key, value in raw}
 
 

@@ -97,7 +97,7 @@ def read_table(path: Path, tokenizer_sha256: str) -> DraftTable:
             raise ValueError(f"it has {len(found.data)} bytes for {count} entries")
         keys, tokens = found.data[: 8 * count].cast("Q"), found.data[8 * count : 12 * count].cast("I")
         confidences = found.data[12 * count :]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise VerificationError(f"{path} is not a draft table: {error}", COPY_BUNDLE_AGAIN) from error
     if made_for != tokenizer_sha256:
         raise IncompatibleError(f"{path} is the draft table of another tokenizer", "build the bundle again")

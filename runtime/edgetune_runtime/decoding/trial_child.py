@@ -42,4 +42,5 @@ def _limit(cpu_s: int, memory_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
 
 
-main()
+if __name__ == "__main__":
+    main()

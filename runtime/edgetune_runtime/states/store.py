@@ -107,7 +107,7 @@ class StateStore:
             _LOG.debug("did not save a state of %.1f MB: the limit is %.1f MB", len(state) / 1e6, self._budget / 1e6)
             return False
         path = self.path_of(identity)
-        if path.exists():
+        if path.is_file() and not path.is_symlink():
             # What determines a state is in its name, so it is the same.
             return True
         try:

@@ -19,6 +19,7 @@ from edgetune_runtime.generation import Stream
 from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving import places
 from edgetune_runtime.session import Session
+from edgetune_runtime.states.daily import COUNT_NAME
 from edgetune_runtime.states.store import KIND
 from edgetune_runtime.text.chat import Message
 from hypothesis import HealthCheck, given, settings
@@ -286,4 +287,5 @@ def _check_closed(runtime: Runtime, folder: Path) -> None:
     maps = Path("/proc/self/maps")
     if maps.exists():
         assert str(runtime.bundle.resolve()) not in maps.read_text()
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".session", ".kv"}
+    left = {path.suffix or path.name for path in folder.rglob("*") if path.is_file()}
+    assert left <= {".session", ".kv", COUNT_NAME}
