@@ -42,7 +42,8 @@ def predict_header(folder: Path) -> GgufHeader:
     for file in sorted(folder.glob("*.safetensors")):
         for name, shape in _shapes(file):
             shapes[known.get_name(name, try_suffixes=(".weight", ".bias")) or name] = tuple(reversed(shape))
-    start = HEADER_BYTES_PER_TOKEN * shapes.get("token_embd.weight", (0, 0))[1]
+    # A damaged file may have a matrix of fewer dimensions.
+    start = HEADER_BYTES_PER_TOKEN * sum(shapes.get("token_embd.weight", ())[1:2])
     return GgufHeader(
         metadata, {name: TensorInfo(name, shape, _F16, start, 2 * math.prod(shape)) for name, shape in shapes.items()}
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 from edgetune_runtime.errors import NotFoundError, VerificationError
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
+_LONGEST_CONTEXT, _LARGEST_HEAD = 1 << 24, 2048
+
 
 @dataclass(frozen=True)
 class OnnxConfig:
@@ -25,9 +27,12 @@ def read_config(path: Path) -> OnnxConfig:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
         ends = model["eos_token_id"]
         end_tokens = tuple(int(token) for token in (ends if isinstance(ends, list) else [ends]))
-        return OnnxConfig(int(model["context_length"]), int(model["decoder"]["head_size"]), end_tokens)
+        context_length, head_size = int(model["context_length"]), int(model["decoder"]["head_size"])
+        if not (0 < context_length <= _LONGEST_CONTEXT and 0 < head_size <= _LARGEST_HEAD):
+            raise ValueError(f"a context of {context_length} tokens and heads of size {head_size}")
+        return OnnxConfig(context_length, head_size, end_tokens)
     except FileNotFoundError as error:
         raise NotFoundError(f"{path} is missing", COPY_BUNDLE_AGAIN) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         message = f"{path} is not a genai_config.json as onnxruntime-genai's builder writes it: {error}"
         raise VerificationError(message, "build the bundle again") from error

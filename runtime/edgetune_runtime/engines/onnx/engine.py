@@ -382,7 +382,10 @@ def model_version(fingerprint: str) -> int:
 def _buffers(session: Any, context_length: int, head_size: int) -> dict[str, NDArray[np.float32]]:  # noqa: ANN401 - as above
     """A buffer [heads, context, head size] for each input with past keys or values."""
     inputs = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
-    return {value.name: np.zeros((int(value.shape[1]), context_length, head_size), np.float32) for value in inputs}
+    try:
+        return {value.name: np.zeros((int(value.shape[1]), context_length, head_size), np.float32) for value in inputs}
+    except (MemoryError, ValueError) as error:
+        raise VerificationError(f"the graph of the base has keys and values of no usable size: {error}") from error
 
 
 def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401 - as above
