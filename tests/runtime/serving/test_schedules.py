@@ -243,7 +243,7 @@ def fresh_of(merged_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.mark.parametrize("engine", ["gguf", "onnx"])
 @pytest.mark.parametrize("merged_mb", [None, 0])
 @given(contexts=st.integers(1, 2), schedule=SCHEDULES)
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_no_schedule_changes_an_answer_hangs_or_leaves_anything(
     engine: str,
     merged_mb: float | None,
