@@ -163,7 +163,7 @@ class Server:
 
     @property
     def resident_mb(self) -> float:
-        """Resident memory in MB (10^6 bytes)."""
+        """Resident memory (PSS) in MB (10^6 bytes)."""
         return sum(_resident_bytes(pid) for pid in _tree(self.process.pid)) / 1e6
 
     @property
@@ -257,7 +257,9 @@ def _tree(root: int) -> list[int]:
 
 
 def _resident_bytes(pid: int) -> int:
+    """Resident memory, with a share of what it shares: a child shares all with its parent until it starts a program."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
-    except (OSError, IndexError):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    except (OSError, StopIteration):
         return 0
