@@ -314,7 +314,8 @@ class _Reader:
     def _refuse_split(self, metadata: Mapping[str, Any]) -> None:
         """Refuse a part of a split file: llama.cpp would load the other parts, which no digest covers."""
         # llama-gguf-split leaves a count of 0 in the files that it merges.
-        parts = metadata.get("split.count", 0)
+        is_part = any(key.startswith("split.") for key in metadata)
+        parts = metadata.get("split.count", "several" if is_part else 0)
         if parts != 0:
             message = f"{self._path} is one of {str(parts)[:80]} parts of a split GGUF file"
             raise IncompatibleError(message, "merge the parts with llama-gguf-split --merge")
