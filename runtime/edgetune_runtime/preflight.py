@@ -20,7 +20,6 @@ from .bundle import Manifest, resolve
 from .child_process import Ended, has_python, run
 from .confinement import limits_of
 from .errors import EdgetuneError, OutOfSpaceError, VerificationError
-from .wording import printable
 
 if TYPE_CHECKING:
     from .opening import OpeningOptions
@@ -71,7 +70,7 @@ def require_opens(
     if ended.code or ended.timeout_s is not None or DONE not in found:
         reason = f" ({ended.last_line})" if ended.last_line else ""
         message = f"bundle {bundle} cannot be opened safely: while {found[STEP]}, a child process {ended.how}{reason}"
-        raise VerificationError(printable(message), _REMEDY)
+        raise VerificationError(message, _REMEDY)
     _LOG.info("checked %s in a child process in %.2f s", bundle, time.perf_counter() - begin)
     try:
         _remember(_place(cache_folder, digest))
@@ -131,7 +130,7 @@ def _found(output: bytes) -> dict[str, Any]:
 
 def _error(raw: Any) -> EdgetuneError:  # noqa: ANN401 - JSON
     """The error that the child had, which is no more to be trusted than the bundle."""
-    name, message, remedy = (printable(str(raw.get(key)))[:_CHARACTERS] for key in ("name", "message", "remedy"))
+    name, message, remedy = (str(raw.get(key))[:_CHARACTERS] for key in ("name", "message", "remedy"))
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, EdgetuneError):
         return kind(message, remedy)

@@ -3,8 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from edgetune_runtime.decoding import grammars
 from edgetune_runtime.events import Event
 from edgetune_runtime.generation import Stream
 from edgetune_runtime.measuring import loaded_bundle
+from runtime.serving.waiting import is_waiting, opening
 
 PROMPT = "turn on the light"
 MOST_S = 30
@@ -28,22 +28,8 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 @pytest.fixture(params=["gguf", "onnx"])
 def open_(request: pytest.FixtureRequest, both_of: Callable[[str], Path]) -> Iterator[Callable[..., Runtime]]:
     """Opens the bundle with a merged adapter, in each engine."""
-    opened: list[Runtime] = []
-
-    def make(**options: Any) -> Runtime:  # noqa: ANN401 - those of Runtime.open
-        opened.append(Runtime.open(both_of("llama"), engine=request.param, disk_mb=0, **options))
-        return opened[-1]
-
-    yield make
-    for runtime in opened:
-        runtime.close()
-
-
-def is_waiting(future: Future[Any]) -> bool:
-    """Whether it has not ended after a while."""
-    with pytest.raises(NotYet):
-        future.result(0.2)
-    return True
+    with opening(both_of("llama"), request.param) as make:
+        yield make
 
 
 def test_a_text_that_is_tokenized_stops_no_other_call(

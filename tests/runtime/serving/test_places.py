@@ -4,10 +4,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from edgetune_runtime import IncompatibleError, Runtime, UsageError
@@ -18,6 +16,7 @@ from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.places import PATIENCE_S
 from edgetune_runtime.threads.machine import free_mb
 from runtime.bundles import change_manifest, write_bundle
+from runtime.serving.waiting import is_waiting, opening
 
 PROMPT = "turn on the light"
 MOST_S = 30
@@ -33,22 +32,8 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 @pytest.fixture(params=["gguf", "onnx"])
 def open_(request: pytest.FixtureRequest, merged_bundle: Path) -> Iterator[Callable[..., Runtime]]:
     """Opens the bundle with two merged adapters, in each engine."""
-    opened: list[Runtime] = []
-
-    def make(**options: Any) -> Runtime:  # noqa: ANN401 - those of Runtime.open
-        opened.append(Runtime.open(merged_bundle, engine=request.param, disk_mb=0, **options))
-        return opened[-1]
-
-    yield make
-    for runtime in opened:
-        runtime.close()
-
-
-def is_waiting(future: Future[Any]) -> bool:
-    """Whether it has not ended after a while."""
-    with pytest.raises(NotYet):
-        future.result(0.2)
-    return True
+    with opening(merged_bundle, request.param) as make:
+        yield make
 
 
 def contexts_of(runtime: Runtime) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, VerificationError
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 OLDEST = (1, 31)
 """The version that onnxruntime-genai, whose builder makes the graphs, needs. Older operators may lack 8-bit weights."""
@@ -63,7 +63,7 @@ def _log(severity: int, _category: str, _session: str, place: str, message: str)
 
 def graph_error(error: Exception) -> VerificationError:
     """The error for what onnxruntime raises while it computes a graph: RuntimeError, and classes of its own."""
-    reason = printable(" ".join(str(error).split()))[:300]
+    reason = " ".join(str(error).split())[:300]
     return VerificationError(f"the graph of the base fails: {reason}", COPY_BUNDLE_AGAIN)
 
 
