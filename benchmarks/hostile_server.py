@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import resource
@@ -95,10 +96,23 @@ class Target:
                     received += part
         except OSError as error:
             status = type(error).__name__
-        first, _, rest = received.partition(b"\r\n")
-        words = first.split()
-        found: int | str = int(words[1]) if len(words) > 1 and words[1].isdigit() else status
-        return Reply(found, rest.partition(b"\r\n\r\n")[2], time.monotonic() - begin)
+        with suppress(http.client.HTTPException):
+            # What is no answer, or ends too early, keeps the status of the connection.
+            response = http.client.HTTPResponse(_Received(received))
+            response.begin()
+            return Reply(response.status, response.read(), time.monotonic() - begin)
+        return Reply(status, b"", time.monotonic() - begin)
+
+
+class _Received:
+    """A connection's bytes as http.client reads them."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def makefile(self, _mode: str) -> io.BytesIO:
+        """The bytes as a file."""
+        return io.BytesIO(self._data)
 
 
 def chat_body(model: str, text: str, /, **fields: object) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from .settings import is_loopback
 
 _NETWORK_BITS = 64
 """One IPv6 client may use all addresses of its network."""
-_LOOPBACK = "loopback"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,7 @@ class Connections:
         `close` is called when it has to make room for another one.
         """
         client = _client_of(address)
-        if client != _LOOPBACK and self._counts[client] >= self._most_per_address:
+        if not is_loopback(address) and self._counts[client] >= self._most_per_address:
             has_room = self._close_one([other for other in self._waiting if other.client == client])
         else:
             has_room = len(self._open) < self._most or self._close_one(list(self._waiting))
@@ -84,7 +83,5 @@ class Connections:
 
 def _client_of(address: str) -> str:
     """What connections of one client have in common: their IPv4 address, or their IPv6 network."""
-    if is_loopback(address):
-        return _LOOPBACK
     parsed = ipaddress.ip_address(address.partition("%")[0])
     return str(parsed if parsed.version == 4 else ipaddress.ip_network((int(parsed), _NETWORK_BITS), strict=False))

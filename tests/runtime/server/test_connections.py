@@ -95,6 +95,14 @@ def test_addresses_of_one_ipv6_network_are_one_client_and_this_machine_has_no_sh
     assert opened.closed == [0]
 
 
+def test_of_this_machines_addresses_the_one_with_most_connections_makes_room() -> None:
+    opened = Opened(4, 1)
+    opened.open("127.0.0.2")
+    for _ in range(6):
+        assert opened.open(HERE) is not None
+    assert 0 not in opened.closed
+
+
 @contextmanager
 def idle(server: Running, count: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
     with ExitStack() as stack:
