@@ -146,8 +146,8 @@ class Manifest:
     def adapter(self, name: str) -> AdapterEntry:
         """The adapter called `name`; NotFoundError lists the adapters of the bundle."""
         if name not in self.adapters:
-            known = ", ".join(self.adapters) or "none"
-            raise NotFoundError(f"no adapter {name!r} in bundle {self.name!r}", f"choose one of: {known}")
+            names = ", ".join(self.adapters) or "none"
+            raise NotFoundError(f"no adapter {name!r} in bundle {self.name!r}", f"choose one of: {names}")
         return self.adapters[name]
 
     def to_json(self) -> str:

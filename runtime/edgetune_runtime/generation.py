@@ -13,7 +13,7 @@ from .decoding.drafts import Drafter, DraftTable
 from .decoding.logprobs import LogprobRecord, TokenLogprob
 from .decoding.output import OutputSpec
 from .engines.base import Logits
-from .limits import Limits, Stopped
+from .limits import CallLimits, Stopped
 from .serving.context import Context
 from .serving.jobs import PromptJob
 from .serving.merged import MergedPool
@@ -23,7 +23,7 @@ from .text.sampling import REPEAT_WINDOW, Sampler, Sampling, sampling_of
 from .text.stream import TextStream
 from .tools.calls import CallReader, ToolCall
 
-_MOST_HELD = 64
+_MAX_HELD = 64
 """Forced tokens whose log-probabilities are computed in one step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
 
@@ -112,7 +112,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Carried:
+class CarriedState:
     """Tokens whose state is carried over unchanged: the adapters that computed each span, and the system prompt."""
 
     tokens: Sequence[int]
@@ -121,7 +121,7 @@ class Carried:
 
 
 @dataclass
-class Generation:
+class Outcome:
     """The result of a generation: the answer, and the tokens of the context's state.
 
     Separate from the stream, so that deleting the stream ends the generation.
@@ -137,7 +137,7 @@ class Stream(Iterator[str]):
     `close`, and leaving its `with` block, end the answer early.
     """
 
-    def __init__(self, pieces: Generator[str, None, None], outcome: Generation) -> None:
+    def __init__(self, pieces: Generator[str, None, None], outcome: Outcome) -> None:
         self._pieces = pieces
         self._outcome = outcome
 
@@ -171,8 +171,8 @@ class Stream(Iterator[str]):
 
 def generate(
     call: Call,
-    outcome: Generation,
-    limits: Limits,
+    outcome: Outcome,
+    limits: CallLimits,
     *,
     sampling: Sampling | None = None,
     logprobs: int | None = None,
@@ -187,7 +187,7 @@ def generate(
 
 
 def _generate(
-    call: Call, sampling: Sampling, limits: Limits, record: LogprobRecord | None, outcome: Generation
+    call: Call, sampling: Sampling, limits: CallLimits, record: LogprobRecord | None, outcome: Outcome
 ) -> Generator[str, None, None]:
     job = replace(call.job, check=limits.check)
     try:
@@ -210,7 +210,7 @@ class _Answering:
     """The state of an answer that is being generated."""
 
     def __init__(
-        self, call: Call, context: Context, sampling: Sampling, limits: Limits, record: LogprobRecord | None
+        self, call: Call, context: Context, sampling: Sampling, limits: CallLimits, record: LogprobRecord | None
     ) -> None:
         self._call, self._context, self._sampling, self._limits = call, context, sampling, limits
         self._sampler, self._text = Sampler(sampling), TextStream(sampling.stop)
@@ -298,11 +298,11 @@ class _Answering:
         The last chosen token and the forced ones are not computed yet: they are pending. Where log-probabilities are
         recorded, the forced ones are held back until the next step gives theirs.
         """
-        known = len(self._context.tokens) - len(draft)
+        computed = len(self._context.tokens) - len(draft)
         chosen: list[int] = []
         self._hits = 0
         for row, drafted in zip(rows, [*draft, None], strict=True):
-            token = self._token(row, known + len(chosen))
+            token = self._token(row, computed + len(chosen))
             if token is None:
                 self._pending, self._reason_at_end = [], "dead_end"
                 break
@@ -315,7 +315,7 @@ class _Answering:
             self._hits += 1
         self._drafted += len(draft)
         self._accepted += self._hits
-        forced = self._forced_after(known + len(chosen))
+        forced = self._forced_after(computed + len(chosen))
         self._pending = self._pending + forced
         if self._drafter is not None:
             self._drafter.add(chosen + forced)
@@ -325,14 +325,14 @@ class _Answering:
         self._held = forced
         return chosen
 
-    def _forced_after(self, known: int) -> list[int]:
-        """Accept the forced tokens after `known` ones of prompt and answer, as many as the answer has room for."""
+    def _forced_after(self, length: int) -> list[int]:
+        """Accept the forced tokens after `length` ones of prompt and answer, as many as the answer has room for."""
         if self._constraint is None or not self._pending or self._is_end(self._pending[0]):
             return []
-        room = len(self._call.job.tokens) + self._most - known
+        room = len(self._call.job.tokens) + self._most - length
         if self._record is not None:
             # Tokens that are held back are computed, so the last one of a full context cannot be among them.
-            room = min(room - 1, _MOST_HELD)
+            room = min(room - 1, _MAX_HELD)
         forced = self._constraint.forced()[: max(0, room)]
         self._constraint.accept(*forced)
         self._forced += len(forced)

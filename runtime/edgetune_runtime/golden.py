@@ -50,19 +50,19 @@ def report(runtime: Runtime, *, as_json: bool) -> None:
     Raises VerificationError that names the adapters whose answer differs, NotFoundError if no adapter has a golden
     answer for this engine, and what `compare` raises.
     """
-    found = {}
+    comparisons = {}
     for name, comparison in compare(runtime):
-        found[name] = comparison
+        comparisons[name] = comparison
         if not as_json:
             print(f"{name}\t{comparison}", flush=True)
     if as_json:
-        print(json.dumps({name: item.to_json() for name, item in found.items()}, ensure_ascii=False))
-    different = [name for name, item in found.items() if item.is_different]
+        print(json.dumps({name: item.to_json() for name, item in comparisons.items()}, ensure_ascii=False))
+    different = [name for name, item in comparisons.items() if item.is_different]
     if different:
-        message = f"{len(different)} of {len(found)} adapters answer differently with {runtime.engine}"
+        message = f"{len(different)} of {len(comparisons)} adapters answer differently with {runtime.engine}"
         remedy = "compare the margins (--json) and try another engine, or report it as a bug"
         raise VerificationError(f"{message}: {', '.join(different)}", remedy)
-    if all(item.golden is None for item in found.values()):
+    if all(item.golden is None for item in comparisons.values()):
         what = f"bundle {runtime.manifest.name!r} has no golden answer for {runtime.engine}"
         message = f"the files are intact, but {what}"
         raise NotFoundError(message, "build it again with this version, without golden: false")

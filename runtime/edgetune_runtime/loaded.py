@@ -15,7 +15,7 @@ from .decoding.output import OutputSpec
 from .engines.base import Tokenizer
 from .errors import IncompatibleError, UsageError, VerificationError
 from .events import Event
-from .generation import Call, Carried
+from .generation import Call, CarriedState
 from .limits import Stopped, no_limits
 from .opening import open_merged
 from .opening_options import OpeningOptions, file_of
@@ -100,7 +100,7 @@ class LoadedBundle:
         adapter: Adapters,
         *,
         owner: str = CALLS,
-        carried: Carried | None = None,
+        carried: CarriedState | None = None,
         form: AnswerForm | None = None,
         raw: bool = False,
         check: Callable[[], None] = no_limits,
@@ -120,12 +120,16 @@ class LoadedBundle:
         try:
             with pool.tokenizer() as tokenizer:
                 if raw:
-                    tokens, fixed, is_given = raw_tokens(tokenizer, prompt, form, pool.capacity(active)), 0, False
+                    tokens, fixed, comes_with_call = (
+                        raw_tokens(tokenizer, prompt, form, pool.capacity(active)),
+                        0,
+                        False,
+                    )
                 else:
                     messages = messages_for(prompt, system)
                     tokens = chat_tokens(tokenizer, messages, form, check, pool.capacity(active))
                     given = _system_in(messages)
-                    is_given = given != own or form.tools is not None or form.think is not None
+                    comes_with_call = given != own or form.tools is not None or form.think is not None
                     # Other adapters computed the beginning of a session that was carried over.
                     is_shared = carried is None or given == own
                     fixed = 0
@@ -141,7 +145,7 @@ class LoadedBundle:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
         drafts = self._drafts.get(first) if first is not None else None
-        job, prepared_s = PromptJob(tokens, spans, fixed, owner, is_given), time.perf_counter() - begin
+        job, prepared_s = PromptJob(tokens, spans, fixed, owner, comes_with_call), time.perf_counter() - begin
         return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:

@@ -18,7 +18,7 @@ from .opening_options import OpeningOptions
 from .runtime import Runtime
 from .serving.context import Context
 from .serving.governor import Governor
-from .serving.jobs import Shared
+from .serving.jobs import SharedResources
 from .serving.pool import Pool
 from .states.cache import StateCache
 
@@ -32,5 +32,5 @@ def runtime_around(engine: Engine, bundle: Path, manifest: Manifest, name: str) 
     """A runtime on an existing engine, called `name`, without a state cache; closing it closes the engine."""
     options = OpeningOptions(name, engine.context_length, engine.threads, verify=False)
     governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
-    shared = Shared(manifest.base.fingerprint, manifest.base.kv_bytes_per_token, StateCache(0), governor)
+    shared = SharedResources(manifest.base.fingerprint, manifest.base.kv_bytes_per_token, StateCache(0), governor)
     return Runtime(LoadedBundle(bundle, manifest, Pool(Context(engine, shared)), options))

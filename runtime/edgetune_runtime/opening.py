@@ -1,4 +1,4 @@
-"""Opens a bundle: checks its files, loads the base within the free memory, and finds the places of its states."""
+"""Opens a bundle: checks its files, loads the base within the free memory, and opens the stores of its states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .opening_options import OpeningOptions, context_mb
 from .serving.classifier import Classifier
 from .serving.context import Context
 from .serving.governor import Governor
-from .serving.jobs import Shared
+from .serving.jobs import SharedResources
 from .serving.places import Places
 from .serving.pool import Pool
 from .states.cache import StateCache
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 _M_MMAP_THRESHOLD = -3
 
-_MOST_CONTEXTS = 4
+_MAX_CONTEXTS = 4
 _SHARE_OF_FREE = 0.25
 """Share of the free memory that additional contexts may use."""
 
@@ -63,7 +63,7 @@ def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Poo
     if options.disk_mb > 0:
         folder = Path(options.cache_folder or default_folder())
         store = StateStore(folder, options.disk_mb, options.disk_mb_per_day)
-    shared = Shared(
+    shared = SharedResources(
         manifest.files[file].sha256,
         int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes),
         StateCache(options.cache_mb, options.emit),
@@ -85,7 +85,7 @@ def open_merged(
     file: str,
     options: OpeningOptions,
     *,
-    base: Shared,
+    base: SharedResources,
     make_room: Callable[[float], None],
 ) -> Pool:
     """Check and load the merged model in `file`, which shares with the base what the models of one runtime share.
@@ -174,4 +174,4 @@ def _contexts(needed_mb: float, free: float | None) -> int:
     """How many contexts there may be: the first one, and those that fit in a share of the memory free beside it."""
     if free is None:
         return 1
-    return min(_MOST_CONTEXTS, 1 + int(free * _SHARE_OF_FREE / max(needed_mb, 1)))
+    return min(_MAX_CONTEXTS, 1 + int(free * _SHARE_OF_FREE / max(needed_mb, 1)))

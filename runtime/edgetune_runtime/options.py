@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from .decoding.output import OutputSpec, spec_of
 from .errors import UsageError
-from .limits import Limits
+from .limits import CallLimits
 from .text.sampling import Sampling
 from .tools.definitions import Tools, ToolSet, tool_set
 
@@ -85,13 +85,13 @@ class AnswerForm:
         return self.output is None and self.tools is None and not self.unconstrained
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[Limits, AnswerForm, dict[str, Any]]:
+def split_options(options: Mapping[str, Any]) -> tuple[CallLimits, AnswerForm, dict[str, Any]]:
     """When the call must stop, whose time begins now; what constrains the answer; and the other options.
 
     Raises what `spec_of` and `tool_set` do; UsageError for more than one constraint (other than tools with a schema),
-    `unconstrained` with one, and what `Limits` refuses.
+    `unconstrained` with one, and what `CallLimits` refuses.
     """
-    limits = Limits(options.get("deadline_s"), options.get("cancel"))
+    limits = CallLimits(options.get("deadline_s"), options.get("cancel"))
     own = (*_CONSTRAINTS, "unconstrained", "tools", "tool_choice", "think", "deadline_s", "cancel")
     others = {key: value for key, value in options.items() if key not in own}
     tools = tool_set(options.get("tools"), options.get("tool_choice"))

@@ -14,7 +14,7 @@ from typing import Self, Unpack
 from .bundle import read_manifest
 from .errors import UsageError
 from .events import Event
-from .generation import Answer, Generation, Stream, generate
+from .generation import Answer, Outcome, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .opening import open_base
 from .opening_options import RuntimeOptions, decide
@@ -123,7 +123,7 @@ class Runtime:
         UsageError.
         """
         limits, form, others = split_options(options)
-        call, outcome = self._loaded.call(prompt, adapter, form=form, raw=raw, check=limits.check), Generation()
+        call, outcome = self._loaded.call(prompt, adapter, form=form, raw=raw, check=limits.check), Outcome()
         return Stream(generate(call, outcome, limits, **others), outcome)
 
     def session(self, adapter: Adapters = None) -> Session:
@@ -219,7 +219,7 @@ class Runtime:
             if call.job.is_worth_a_state:
                 begin = time.perf_counter()
                 # The state is wanted at once, also that of tools, which calls bring along.
-                job = replace(call.job, is_given=False, is_warmed=True)
+                job = replace(call.job, comes_with_call=False, is_warmed=True)
                 with call.pool.lease(job) as context:
                     reused = context.run(job).reused
                 name, count, elapsed_s = _name_of(choice), call.job.fixed, time.perf_counter() - begin

@@ -18,16 +18,16 @@ def printable(text: str) -> str:
     return _CONTROL.sub(" ", text)
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is probably a misspelling of."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that `name` is probably a misspelling of."""
+    near = difflib.get_close_matches(name, list(names), n=1)
     return near[0] if near else None
 
 
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """The remedy for an unknown name: the known name that is most similar, or else all known names."""
-    near = nearest(name, known)
-    return f"did you mean {near!r}?" if near else f"choose one of: {', '.join(known)}"
+def suggestion(name: str, names: Sequence[str]) -> str:
+    """The remedy for an unknown name: the most similar one of `names`, or else all of them."""
+    near = nearest(name, names)
+    return f"did you mean {near!r}?" if near else f"choose one of: {', '.join(names)}"
 
 
 def first_of(items: Sequence[str], most: int = 3, separator: str = "; ") -> str:

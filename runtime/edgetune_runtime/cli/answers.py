@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
-from edgetune_runtime.confinement import MOST_S, confine, limits_of
+from edgetune_runtime.confinement import MAX_S, confine, limits_of
 from edgetune_runtime.conversation import Conversation, adapter_choice, show
 from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.opening_options import OpeningOptions, context_mb, decide
@@ -46,10 +46,10 @@ def info(options: argparse.Namespace) -> None:
 def _described(manifest: Manifest, opening: OpeningOptions) -> str:
     """What is decided of the options of opening a bundle."""
     threads = f"{opening.threads} thread{'s' if opening.threads > 1 else ''}"
-    found = f"engine {opening.engine}, {threads} ({opening.priority}), context {opening.context_length} tokens"
+    text = f"engine {opening.engine}, {threads} ({opening.priority}), context {opening.context_length} tokens"
     if opening.kv is None:
-        return found
-    return f"{found}, KV cache {opening.kv}, {context_mb(manifest, opening):.1f} MB each"
+        return text
+    return f"{text}, KV cache {opening.kv}, {context_mb(manifest, opening):.1f} MB each"
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> str:
@@ -98,7 +98,7 @@ def _confined(options: argparse.Namespace) -> dict[str, Any]:
     manifest = read_manifest(options.bundle)
     limits = limits_of(manifest, options.context_length or manifest.context_length)
     # Long answers of many adapters, and a report that goes to a file.
-    confine(replace(limits, time_s=MOST_S, file_bytes=_REPORT_BYTES))
+    confine(replace(limits, time_s=MAX_S, file_bytes=_REPORT_BYTES))
     return {"contexts": 1, "disk_mb": 0, "preflight": False}
 
 

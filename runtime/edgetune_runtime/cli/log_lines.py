@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 _LONGEST = 2000
-_MOST = 5
+_MAX = 5
 _WINDOW_S = 10.0
 
 
@@ -37,10 +37,10 @@ class RateFilter(logging.Filter):
             return True
         now_s, kind = time.monotonic(), record.msg if isinstance(record.msg, str) else type(record.msg)
         if now_s > self._begin_s + _WINDOW_S:
-            left_out = sum(count - _MOST for count in self._counts.values() if count > _MOST)
+            left_out = sum(count - _MAX for count in self._counts.values() if count > _MAX)
             self._begin_s = now_s
             self._counts.clear()
             if left_out:
                 record.msg, record.args = f"{record.getMessage()} ({left_out} earlier messages were left out)", ()
         self._counts[kind] += 1
-        return self._counts[kind] <= _MOST
+        return self._counts[kind] <= _MAX

@@ -88,14 +88,14 @@ def doctor(options: argparse.Namespace) -> None:
     if options.calibrate is not None:
         _require_writable(options.calibrate)
     manifest = None if options.bundle is None else read_manifest(options.bundle)
-    found = examine(manifest)
+    report = examine(manifest)
     if manifest is not None:
-        _try(options, manifest, found)
+        _try(options, manifest, report)
     if options.json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(report, ensure_ascii=False))
         return
-    problems = found.pop("problems")
-    print("\n".join(_lines(found)))
+    problems = report.pop("problems")
+    print("\n".join(_lines(report)))
     print("\n".join(f"problem\t{problem}" for problem in problems) or "no problem found")
 
 
@@ -106,8 +106,8 @@ def _require_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}", "give a file in a folder that you may write to")
 
 
-def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any]) -> None:
-    """Add to `found` what a trial of the bundle finds, and store what it measures."""
+def _try(options: argparse.Namespace, manifest: Manifest, report: dict[str, Any]) -> None:
+    """Add to `report` what a trial of the bundle finds, and store what it measures."""
     from edgetune_runtime.sizing.calibration import read_calibration, write_calibration  # noqa: PLC0415
     from edgetune_runtime.sizing.needs import needs_of_bundle  # noqa: PLC0415
     from edgetune_runtime.sizing.options import with_options  # noqa: PLC0415
@@ -121,24 +121,24 @@ def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any])
         except EdgetuneError as error:
             if options.calibrate is not None:
                 raise
-            found["bundle"]["refused"] = str(error)
-            found["problems"].append(f"refused: {error}")
+            report["bundle"]["refused"] = str(error)
+            report["problems"].append(f"refused: {error}")
             return
-    known = None
+    calibration = None
     if options.calibration is not None and needs is not None:
-        known = read_calibration(options.calibration, needs)
-    repacks = frozenset() if options.repack is False else repacked_types(found["instructions"])
-    trial = try_bundle(lambda: open_runtime(options, disk_mb=0), needs, known=known, repacks=repacks)
-    found["bundle"] |= trial.found
-    found["problems"] += trial.problems
+        calibration = read_calibration(options.calibration, needs)
+    repacks = frozenset() if options.repack is False else repacked_types(report["instructions"])
+    trial = try_bundle(lambda: open_runtime(options, disk_mb=0), needs, known=calibration, repacks=repacks)
+    report["bundle"] |= trial.found
+    report["problems"] += trial.problems
     if options.calibrate is None:
         return
     if trial.figures is None or needs is None:
         reason = trial.found.get("refused") or "it is not a bundle for text generation"
         raise IncompatibleError(f"nothing to calibrate with: {reason}", "give a bundle that runs here")
-    machine = {"processor": found["processor"], "board": found["board"], "threads": trial.found["threads"]}
+    machine = {"processor": report["processor"], "board": report["board"], "threads": trial.found["threads"]}
     write_calibration(options.calibrate, needs, trial.figures, machine)
-    found["calibration"] = str(options.calibrate)
+    report["calibration"] = str(options.calibrate)
 
 
 def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The options that commands share, and what they stand for: an open runtime, a prompt, a form of the answer."""
+"""The options that commands share, and what they are parsed into: an open runtime, a prompt, answer options."""
 
 from __future__ import annotations
 
@@ -132,14 +132,14 @@ def prompt_of(options: argparse.Namespace) -> str:
 def answer_options(options: argparse.Namespace) -> dict[str, Any]:
     """The answer options on the command line; the others have the defaults of `AnswerOptions`."""
     given = vars(options)
-    found: dict[str, Any] = {name: given[name] for name in (*SAMPLING, "stop", "logprobs") if name in given}
-    if "logprobs" in found and not options.json:
+    answer: dict[str, Any] = {name: given[name] for name in (*SAMPLING, "stop", "logprobs") if name in given}
+    if "logprobs" in answer and not options.json:
         raise UsageError("--logprobs is given without --json", "add --json")
     files = {name: _read(given[name]) for name in ("schema", "grammar") if given[name] is not None}
     choices = {} if options.choices is None else {"choices": [text.strip() for text in options.choices.split(",")]}
     tools = {} if given.get("tools") is None else {"tools": _read_json(options.tools)}
-    found |= {"tool_choice": given.get("tool_choice"), "regex": options.regex, "unconstrained": options.unconstrained}
-    return {**found, **files, **choices, **tools}
+    answer |= {"tool_choice": given.get("tool_choice"), "regex": options.regex, "unconstrained": options.unconstrained}
+    return {**answer, **files, **choices, **tools}
 
 
 def _read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON

@@ -49,7 +49,7 @@ def library() -> Any:  # noqa: ANN401 - an optional module
     try:
         import llguidance  # noqa: PLC0415 - optional
     except ImportError as error:
-        message = "answers held to a schema, choices, a regex or a grammar need llguidance, which is not installed"
+        message = "output constraints need llguidance, which is not installed"
         raise IncompatibleError(message, _INSTALL) from error
     return llguidance
 

@@ -1,4 +1,4 @@
-"""What an answer may be: a JSON schema, a list of choices, a regular expression or a grammar, checked by llguidance."""
+"""The specification of an output constraint: a JSON schema, choices, a regular expression or a grammar."""
 
 from __future__ import annotations
 
@@ -141,8 +141,8 @@ def _checked(*, spacing: object = "any", **given: object) -> OutputSpec:
     """The spec of the one form that is given, its shape checked, not compiled."""
     kinds = [kind for kind, value in given.items() if value is not None]
     if len(kinds) != 1:
-        found = " and ".join(kinds) or "nothing"
-        raise UsageError(f"{found} is given for the output", f"give exactly one of {', '.join(KINDS)}")
+        names = " and ".join(kinds) or "nothing"
+        raise UsageError(f"{names} is given for the output", f"give exactly one of {', '.join(KINDS)}")
     (kind,) = kinds
     value = given[kind]
     if spacing not in SPACINGS:

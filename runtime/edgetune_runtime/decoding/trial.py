@@ -1,4 +1,4 @@
-"""Compiles forms of answers that may be dear in a child process first, which has limits of time and memory."""
+"""Compiles output constraints that may be expensive in a child process first, with limits of time and memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from edgetune_runtime.child_process import has_python, run
 from edgetune_runtime.limits import no_limits
 
-from .once import Once
+from .once import SingleFlightCache
 
-MOST_CPU_S = 2
-MOST_MB = 64
+MAX_CPU_S = 2
+MAX_MB = 64
 TOO_DEAR = "takes too long or too much memory"
-_MOST_S = 20.0
+_MAX_S = 20.0
 """Where other processes have the cores, CPU time takes longer."""
 _CHEAP_CHARACTERS = 8192
 _MAY_BE_DEAR = ("multipleOf", "allOf", "attern")
@@ -28,7 +28,7 @@ _PROGRAM = Path(__file__).with_name("trial_child.py")
 _LOG = logging.getLogger(__name__)
 
 
-_reasons: Once[str] = Once(256)
+_reasons: SingleFlightCache[str] = SingleFlightCache(256)
 
 
 def may_be_dear(grammar: str) -> bool:
@@ -48,9 +48,9 @@ def reason_against(grammar: str, check: Callable[[], None] = no_limits) -> str:
 
 
 def _try(grammar: str, check: Callable[[], None]) -> str:
-    request = json.dumps({"grammar": grammar, "cpu_s": MOST_CPU_S, "bytes": MOST_MB * 10**6, "path": sys.path})
-    ended = run([sys.executable, "-I", "-B", str(_PROGRAM)], timeout_s=_MOST_S, given=request.encode(), check=check)
+    request = json.dumps({"grammar": grammar, "cpu_s": MAX_CPU_S, "bytes": MAX_MB * 10**6, "path": sys.path})
+    ended = run([sys.executable, "-I", "-B", str(_PROGRAM)], timeout_s=_MAX_S, stdin=request.encode(), check=check)
     if ended.code == 0 and ended.timeout_s is None:
         return ended.output.decode("utf-8", "replace")
-    _LOG.info("a form of answers is refused: compiling it in a child process %s", ended.how)
-    return f"it {TOO_DEAR}: more than {MOST_CPU_S} s or {MOST_MB} MB"
+    _LOG.info("an output constraint is refused: compiling it in a child process %s", ended.how)
+    return f"it {TOO_DEAR}: more than {MAX_CPU_S} s or {MAX_MB} MB"

@@ -1,4 +1,4 @@
-"""A base's tokens as llguidance reads them: the bytes of each, the end tokens, and the base's own tokenization."""
+"""A base's vocabulary for llguidance: the bytes of each token, the end tokens, and the base's own tokenization."""
 
 from __future__ import annotations
 

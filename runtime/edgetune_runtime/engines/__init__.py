@@ -31,10 +31,10 @@ def check_name(name: str) -> None:
 
 def check_kv(name: str, kv: str | None) -> str:
     """The data type of an engine's KV cache, by default its first one; UsageError for one that it does not have."""
-    known: tuple[str, ...] = _ENGINES.load(name).KV_TYPES
-    if kv is not None and kv not in known:
-        raise UsageError(f"{name} has no KV cache of type {kv!r}", f"choose one of: {', '.join(known)}")
-    return kv or known[0]
+    types: tuple[str, ...] = _ENGINES.load(name).KV_TYPES
+    if kv is not None and kv not in types:
+        raise UsageError(f"{name} has no KV cache of type {kv!r}", f"choose one of: {', '.join(types)}")
+    return kv or types[0]
 
 
 @overload
@@ -49,5 +49,5 @@ def load(name: str, task: str = GENERATION) -> EngineClass | LabelEngineClass:
     modules = _ENGINES.load(name).ENGINES
     if task not in modules:
         raise IncompatibleError(f"engine {name!r} does not run {task}", f"use it for: {', '.join(modules)}")
-    found: EngineClass | LabelEngineClass = _ENGINES.load(name, modules[task]).ENGINE
-    return found
+    engine_class: EngineClass | LabelEngineClass = _ENGINES.load(name, modules[task]).ENGINE
+    return engine_class

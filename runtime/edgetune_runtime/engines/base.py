@@ -298,14 +298,14 @@ def check_scales(adapters: Mapping[str, float], loaded: Container[str]) -> None:
 
 def prefix_among(adapters: Mapping[str, float], prefixes: Container[str]) -> str | None:
     """The active prefix among the adapters; None if there is none. UsageError for two, or a scale other than 0 or 1."""
-    found = [name for name, scale in adapters.items() if name in prefixes and scale != 0]
-    if len(found) > 1:
-        message = f"adapters {found[0]!r} and {found[1]!r} are both prefixes, and a sequence can have only one"
+    active = [name for name, scale in adapters.items() if name in prefixes and scale != 0]
+    if len(active) > 1:
+        message = f"adapters {active[0]!r} and {active[1]!r} are both prefixes, and a sequence can have only one"
         raise UsageError(message, "use one of them")
-    if found and adapters[found[0]] != 1:
-        message = f"adapter {found[0]!r} is a prefix, which cannot be scaled by {adapters[found[0]]:g}"
+    if active and adapters[active[0]] != 1:
+        message = f"adapter {active[0]!r} is a prefix, which cannot be scaled by {adapters[active[0]]:g}"
         raise UsageError(message, "use it with scale 1")
-    return found[0] if found else None
+    return active[0] if active else None
 
 
 def check_prefix_fits(name: str, tokens: int, context_length: int) -> None:

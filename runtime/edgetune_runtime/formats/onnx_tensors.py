@@ -49,17 +49,17 @@ def tensor_slots_of(header: OnnxHeader) -> dict[str, Shape]:
     All are float32: a scaling [width], a bottleneck [in, rank], [rank], [rank, out] and [out]. VerificationError names
     the slots without an input or a default, and those with shapes that do not fit together.
     """
-    found: dict[str, Shape] = {}
+    slots: dict[str, Shape] = {}
     problems = []
     for slot, parts in _grouped(header.inputs).items():
         shapes = _slot_shapes(header, slot, parts)
         if shapes is None:
             problems.append(f"{slot[:80]!r}")
         else:
-            found |= shapes
+            slots |= shapes
     if problems:
         raise VerificationError(f"the graph's adapter slots are damaged: {first_of(problems)}", COPY_FILE_AGAIN)
-    return found
+    return slots
 
 
 def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, Shape], name: str) -> None:

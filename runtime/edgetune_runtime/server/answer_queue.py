@@ -1,4 +1,4 @@
-"""First come, first served: how many answers are computed at once, and how many requests wait."""
+"""A queue of requests, first come first served, with limits on how many run and how many wait."""
 
 from __future__ import annotations
 

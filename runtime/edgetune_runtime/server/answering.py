@@ -20,10 +20,10 @@ from .metrics import Metrics
 from .models import Models, base_name
 from .problems import RequestError
 from .rewriting import Rewriter
-from .settings import Limits
+from .settings import ServerLimits
 
 _LOG = logging.getLogger(__name__)
-_MOST_TEXTS = 2048
+_MAX_TEXTS = 2048
 """Texts in one request for embeddings, as in OpenAI's API."""
 
 
@@ -39,7 +39,7 @@ class Piece:
 class Answering:
     """Answers requests with one runtime. `rewriters` add models of their own."""
 
-    def __init__(self, runtime: AsyncRuntime, limits: Limits, rewriters: Sequence[Rewriter] = ()) -> None:
+    def __init__(self, runtime: AsyncRuntime, limits: ServerLimits, rewriters: Sequence[Rewriter] = ()) -> None:
         self.runtime, self.limits = runtime, limits
         self.models = Models(runtime.manifest, runtime.engine, [rewriter.name for rewriter in rewriters])
         self._rewriters = {rewriter.name: rewriter for rewriter in rewriters}
@@ -75,8 +75,8 @@ class Answering:
         Raises UsageError for a bundle without an encoder, RequestError for too many texts and if they take too long,
         and BusyError for too long a queue and a server that stops.
         """
-        if len(texts) > _MOST_TEXTS:
-            remedy = f"send at most {_MOST_TEXTS} per request"
+        if len(texts) > _MAX_TEXTS:
+            remedy = f"send at most {_MAX_TEXTS} per request"
             raise RequestError(f"input has {len(texts)} texts", remedy, param="input")
         limit_s, vectors, tokens = self.limits.request_s, list[list[float]](), 0
         end_s = time.monotonic() + limit_s

@@ -1,4 +1,4 @@
-"""Open connections, of which there are at most so many in all and from one address: the idle ones make room."""
+"""Limits the open connections, in total and per address; connections that wait for their client make room."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ GONE = 499
 _LOGGED = 200
 
 
-class Counted:
+class MetricsMiddleware:
     """Counts each request; it has to be the first middleware."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

@@ -72,8 +72,8 @@ class Guard:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = _digest(key.strip())
         # Each comparison takes the same time wherever the keys differ, and all keys are compared.
-        found = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(found)
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
 
 
 def _check_length(http_version: str, headers: Headers) -> None:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from .accepting import BACKLOG
 from .protocol import protocol
-from .settings import Limits
+from .settings import ServerLimits
 
 _EXTRA_S = 5
 """Seconds after the last answer in which the connections can still be told how it ended."""
@@ -32,7 +32,7 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         app: ASGIApp,
-        limits: Limits,
+        limits: ServerLimits,
         *,
         ready: Callable[[], None],
         stopping: Callable[[], None],

@@ -1,4 +1,4 @@
-"""Answers of the runtime in, the JSON of OpenAI's API out."""
+"""Writes answers as the JSON of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -111,10 +111,10 @@ Shape = ChatShape | CompletionShape
 
 
 @dataclass(frozen=True)
-class Reply:
+class OpenAIReply:
     """What all parts of one reply have in common."""
 
-    wanted: OpenAIRequest
+    request: OpenAIRequest
     shape: Shape
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -122,13 +122,16 @@ class Reply:
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The reply to a request that is not streamed."""
         choices = [self.shape.choice(index, answer) for index, answer in enumerate(answers)]
-        return self._head(self.shape.object) | {"choices": choices, **_facts(answers, self.wanted.request.count)}
+        return self._head(self.shape.object) | {
+            "choices": choices,
+            **_facts(answers, self.request.answer_request.count),
+        }
 
     async def events(self, answering: Answering) -> AsyncGenerator[bytes, None]:
         """The reply to a streamed request, as server-sent events."""
         answers: list[Answer] = []
         begun = -1
-        async with aclosing(answering.pieces(self.wanted.request)) as pieces:
+        async with aclosing(answering.pieces(self.request.answer_request)) as pieces:
             async for piece in pieces:
                 if piece.index > begun:
                     begun = piece.index
@@ -140,8 +143,10 @@ class Reply:
                     answers.append(piece.answer)
                     for part in self.shape.end(piece.index, piece.answer):
                         yield self._event(part)
-        if self.wanted.includes_usage:
-            yield event(self._head(self.shape.chunk) | {"choices": [], **_facts(answers, self.wanted.request.count)})
+        if self.request.includes_usage:
+            yield event(
+                self._head(self.shape.chunk) | {"choices": [], **_facts(answers, self.request.answer_request.count)}
+            )
         yield b"data: [DONE]\n\n"
 
     def _event(self, choice: dict[str, Any]) -> bytes:
@@ -149,7 +154,7 @@ class Reply:
 
     def _head(self, kind: str) -> dict[str, Any]:
         identity = f"{self.shape.prefix}{self.id}"
-        return {"id": identity, "object": kind, "created": self.created, "model": self.wanted.request.model}
+        return {"id": identity, "object": kind, "created": self.created, "model": self.request.answer_request.model}
 
 
 def event(body: object) -> bytes:
@@ -175,8 +180,8 @@ def model_object(models: Models, info: ModelInfo) -> dict[str, Any]:
 
 def embedding_list(model: str, vectors: Sequence[Sequence[float]], tokens: int, *, as_base64: bool) -> dict[str, Any]:
     """The reply to /v1/embeddings."""
-    found = [_base64(vector) if as_base64 else vector for vector in vectors]
-    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(found)]
+    encoded = [_base64(vector) if as_base64 else vector for vector in vectors]
+    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(encoded)]
     return {
         "object": "list",
         "data": data,

@@ -1,4 +1,4 @@
-"""HTTP on one connection: it is counted, has timeouts, and gives way to others while it waits for its client."""
+"""HTTP on one connection: limits, timeouts, and the count of connections that wait for their client."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from edgetune_runtime.errors import BusyError
 from .accepting import connections_within_files
 from .connections import Connection, Connections
 from .problems import error_response
-from .settings import Limits, is_loopback
+from .settings import ServerLimits, is_loopback
 
 _LOG = logging.getLogger(__name__)
-_MOST_CHECKS = 8
+_MAX_CHECKS = 8
 """Connections of this machine beyond the limit that can ask whether the server is well."""
 _CHECKS = frozenset({"/healthz", "/readyz"})
 _PART_BYTES = 1 << 14
 """h11 checks the size of a request's head only between the parts that it gets."""
-_MOST_CHUNKS = 2000
-_MOST_HEADERS = 100
+_MAX_CHUNKS = 2000
+_MAX_HEADERS = 100
 _LINGER_S = 2.0
 """Seconds in which a client can read why it was refused while it still sends."""
 _REFUSED = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -40,20 +40,20 @@ class BoundedConnection(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._chunks = 0
-            if len(event.headers) > _MOST_HEADERS:
-                raise h11.RemoteProtocolError(f"more than {_MOST_HEADERS} headers")
+            if len(event.headers) > _MAX_HEADERS:
+                raise h11.RemoteProtocolError(f"more than {_MAX_HEADERS} headers")
         elif isinstance(event, h11.Data):
             self._chunks += event.chunk_start
-            if self._chunks > _MOST_CHUNKS:
-                raise h11.RemoteProtocolError(f"more than {_MOST_CHUNKS} chunks")
+            if self._chunks > _MAX_CHUNKS:
+                raise h11.RemoteProtocolError(f"more than {_MAX_CHUNKS} chunks")
         return event
 
 
-def protocol(limits: Limits) -> type[H11Protocol]:
+def protocol(limits: ServerLimits) -> type[H11Protocol]:
     """The protocol of a server's connections, which are counted together."""
     most = connections_within_files(limits.connections)
     everyone = Connections(most, limits.connections_per_address)
-    checks = Connections(_MOST_CHECKS, _MOST_CHECKS)
+    checks = Connections(_MAX_CHECKS, _MAX_CHECKS)
 
     class Protocol(H11Protocol):
         """A connection, which is closed when the client sends or reads nothing for too long."""

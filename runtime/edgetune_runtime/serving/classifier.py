@@ -1,4 +1,4 @@
-"""Scores of labels for a prompt, from an engine without a sequence."""
+"""Scores the labels of a prompt with an engine without a sequence."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Classifier:
         """The logit of each label from the adapter's head; UsageError for an unknown label."""
         unknown = [label for label in labels if label not in entry.labels]
         if unknown:
-            known = ", ".join(entry.labels)
-            raise UsageError(f"adapter {entry.name!r} has no label {unknown[0]!r}", f"choose one of: {known}")
+            names = ", ".join(entry.labels)
+            raise UsageError(f"adapter {entry.name!r} has no label {unknown[0]!r}", f"choose one of: {names}")
         logits = self._run(partial(self.engine.logits, self.engine.tokens_of(prompt), entry.name, scale))
         return [float(logits[entry.labels.index(label)]) for label in labels]
 

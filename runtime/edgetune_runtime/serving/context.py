@@ -18,11 +18,11 @@ from edgetune_runtime.limits import Stopped, no_limits
 from edgetune_runtime.serving.governor import AnswerUsage
 from edgetune_runtime.states.activation import Spans, spans_of
 from edgetune_runtime.states.batches import CHUNK, batches, boundaries_of, common_boundary
-from edgetune_runtime.states.cache import CALLS, GIVEN, PROMPTS, Active, Key, SavedState, key_of, name_of, reusable
+from edgetune_runtime.states.cache import CALLS, FROM_CALL, PROMPTS, Active, Key, SavedState, key_of, name_of, reusable
 from edgetune_runtime.states.store import digest_of
-from edgetune_runtime.threads.count import EVEN, UNEVEN, Kind
+from edgetune_runtime.threads.count import DECODE, PREFILL, Kind
 
-from .jobs import PromptJob, Shared, Start
+from .jobs import PrefillResult, PromptJob, SharedResources
 from .places import Holder, Patience
 from .turns import POLL_S
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 _AGAIN = 2
 """How often a fixed part that comes with calls has to be seen for its state to be saved on disk."""
-_MOST_DECODED = 16
+_MAX_DECODED = 16
 """Tokens of a step that decodes; more are a part of a prompt."""
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _LOG = logging.getLogger(__name__)
 class Context:
     """An engine with its current sequence, and what it shares with other contexts. Use it only inside `hold`."""
 
-    def __init__(self, engine: Engine, shared: Shared) -> None:
+    def __init__(self, engine: Engine, shared: SharedResources) -> None:
         self.engine = engine
         self.batch_cost = BatchCost(engine.BATCH_COST, engine.LOGITS_COST, engine.logits_excess)
         self.shared = shared
@@ -96,11 +96,11 @@ class Context:
         """The adapters that are active in each span of these tokens."""
         return spans_of(adapters, self.shared.invocations, tokens)
 
-    def start(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Start:
+    def start(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> PrefillResult:
         """Switch to these adapters and prefill the tokens, except for a cached prefix."""
         return self.run(PromptJob(tokens, self.spans(adapters, tokens)))
 
-    def run(self, job: PromptJob) -> Start:
+    def run(self, job: PromptJob) -> PrefillResult:
         """Prefill the job's prompt, except for a cached prefix, and reset `usage`.
 
         Raises Stopped when the job's `check` does; the tokens computed until then stay in the sequence.
@@ -118,17 +118,17 @@ class Context:
         for begin, end in batches(reused, len(job.tokens), boundaries):
             job.check()
             with self._resetting():
-                if active != (wanted := _active_at(key, begin)):
-                    switch_ns += self._activate(wanted)
-                    active = wanted
+                if active != (next_active := _active_at(key, begin)):
+                    switch_ns += self._activate(next_active)
+                    active = next_active
                 logits = self._step(end - begin, partial(self.engine.decode, job.tokens[begin:end]))
                 self.tokens = list(job.tokens[:end])
                 if begin == _last(self._ends) and end in boundaries:
                     self._ends.append(end)
                 if keeps and end == job.fixed:
-                    self._keep_prompt(key, job, GIVEN if seen == 1 else PROMPTS)
+                    self._keep_prompt(key, job, FROM_CALL if seen == 1 else PROMPTS)
         assert logits is not None
-        return Start(logits, reused, switch_ns / 1e3)
+        return PrefillResult(logits, reused, switch_ns / 1e3)
 
     def walk(self, adapters: Mapping[str, float], tokens: Sequence[int], rows: int) -> Iterator[Logits]:
         """Like `start`, but yields the logits after each token, at most `rows` at a time."""
@@ -150,8 +150,8 @@ class Context:
         self.check_open()
         decode = partial(self.engine.decode_all, tokens, last=last)
         with self._resetting():
-            if len(tokens) <= _MOST_DECODED:
-                logits = self._step(self.batch_cost.of(len(tokens)), decode, kind=EVEN)
+            if len(tokens) <= _MAX_DECODED:
+                logits = self._step(self.batch_cost.of(len(tokens)), decode, kind=DECODE)
             else:
                 logits = self._step(len(tokens), decode)
             self.tokens.extend(tokens)
@@ -241,7 +241,7 @@ class Context:
         if self.closed:
             raise UsageError("the runtime is closed", "open the bundle again")
 
-    def _step(self, tokens: float, compute: Callable[[], T], *, kind: Kind = UNEVEN) -> T:
+    def _step(self, tokens: float, compute: Callable[[], T], *, kind: Kind = PREFILL) -> T:
         threads = self.shared.threads
         run = compute if threads is None else partial(threads.run, compute)
         return self.shared.governor.step(self.engine, tokens, run, self._check, self.usage, kind=kind)
@@ -265,7 +265,7 @@ class Context:
         """
         live = self._reusable_tokens(key, job, boundaries)
         # Look up before saving, which may evict the state.
-        found, cached = self.shared.cache.best(key, job.tokens, job.owner, boundaries if self.shared.exact else None)
+        best, cached = self.shared.cache.best(key, job.tokens, job.owner, boundaries if self.shared.exact else None)
         if (key, job.owner) != (self._key, self.owner):
             self._save()
         # Activate first: changing the prefix drops the sequence, and a state is restored after its own prefix.
@@ -276,8 +276,8 @@ class Context:
             self.shared.emit(Event("switched", name_of(active), seconds=switch_ns / 1e9))
         self._key, self.owner, self._capacity = key, job.owner, self.engine.capacity(active)
         self._fixed = job.fixed
-        if found is not None and cached > live:
-            live = cached if self._restored(found.state, found.ends) else 0
+        if best is not None and cached > live:
+            live = cached if self._restored(best.state, best.ends) else 0
         keep = self.engine.truncate(min(live, len(job.tokens) - 1))
         if keep < job.fixed and self._keeps(job):
             keep = self._restore_prompt(key, job, boundaries, keep)
@@ -331,7 +331,7 @@ class Context:
 
     def _seen(self, key: Key, job: PromptJob) -> int:
         """How often a fixed part that came with calls was seen; 0 for the adapter's own, which is always kept."""
-        if not job.is_given or not job.is_worth_a_state:
+        if not job.comes_with_call or not job.is_worth_a_state:
             return 0
         return self.shared.sightings.count(key.until(job.fixed), job.tokens[: job.fixed])
 

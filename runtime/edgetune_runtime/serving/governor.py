@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from edgetune_runtime.engines.base import Engine, StepStopped
-from edgetune_runtime.threads.count import EVEN, FULL_SHARE, SHARED, UNEVEN, Kind, ThreadCount, Usage
+from edgetune_runtime.threads.count import DECODE, FULL_SHARE, PREFILL, SHARED, Kind, ThreadCount, Usage
 from edgetune_runtime.threads.watch import WATCH
 
 from .turns import Turn, Turns
@@ -86,13 +86,13 @@ class Governor:
 
     def is_slow(self, usage: AnswerUsage) -> bool:
         """Whether an answer's steps lacked cores or were much slower than the fastest ones so far."""
-        decode, best_s = usage.decode, self._count.best_s(EVEN)
+        decode, best_s = usage.decode, self._count.best_s(DECODE)
         is_late = decode.steps >= _SLOW_STEPS and decode.token_s > _SLOW_FACTOR * best_s > 0
         return usage.all.share < _SLOW_SHARE or is_late
 
     def chunk(self, most: int) -> int:
         """Tokens of a prompt per step: `most`, or half, a quarter … of it when steps are slow."""
-        token_s, tokens = self._count.recent_s(UNEVEN), most
+        token_s, tokens = self._count.recent_s(PREFILL), most
         while tokens > _SMALLEST_CHUNK and tokens * token_s > _CHUNK_S:
             tokens //= 2
         return tokens
@@ -105,7 +105,7 @@ class Governor:
         check: Callable[[], None],
         usage: AnswerUsage,
         *,
-        kind: Kind = UNEVEN,
+        kind: Kind = PREFILL,
     ) -> T:
         """Wait for a turn and compute one step, again if it stalls.
 
@@ -168,7 +168,7 @@ class Governor:
                 self._count.record(tokens, wall_s, cpu_s / turn.threads * self._count.threads, SHARED)
                 return
             usage.all.add(tokens, wall_s, cpu_s, self._count.limit)
-            if kind == EVEN:
+            if kind == DECODE:
                 usage.decode.add(tokens, wall_s, cpu_s, self._count.limit)
             self._count.record(tokens, wall_s, cpu_s, kind)
 

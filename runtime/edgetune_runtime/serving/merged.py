@@ -1,4 +1,4 @@
-"""The models of merged adapters: each is opened when a call needs it, and closed when others need the memory."""
+"""Opens the models of merged adapters on demand, and closes unused ones when memory is short."""
 
 from __future__ import annotations
 

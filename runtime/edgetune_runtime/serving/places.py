@@ -1,4 +1,4 @@
-"""The places of a runtime's calls: how many run at the same time, over all its models, and how many wait."""
+"""Limits how many calls run and how many wait at the same time, over all models of a runtime."""
 
 from __future__ import annotations
 

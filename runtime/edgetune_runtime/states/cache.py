@@ -29,10 +29,10 @@ CALLS = ""
 """Owner of the states of calls without a session: the last state of each set of adapters."""
 PROMPTS = "prompts"
 """Owner of the states of fixed prompts, which all owners may reuse."""
-GIVEN = "given"
+FROM_CALL = "from call"
 """Owner of the states of fixed prompts that came with one call so far: reused by all, and evicted before others."""
 
-_SHARED = (PROMPTS, GIVEN)
+_SHARED = (PROMPTS, FROM_CALL)
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ def key_of(base: str, spans: Iterable[tuple[int, Mapping[str, float]]]) -> Key:
 
     The order of adapters, adapters of scale 0, empty spans, and spans that change nothing make no difference.
     """
-    found: list[tuple[int, Active]] = []
+    merged: list[tuple[int, Active]] = []
     for start, adapters in spans:
         active = tuple(sorted((name, float(scale)) for name, scale in adapters.items() if scale != 0))
-        if found and found[-1][0] >= start:
-            found.pop()
-        if not found or found[-1][1] != active:
-            found.append((start, active))
-    return Key(base, tuple(found))
+        if merged and merged[-1][0] >= start:
+            merged.pop()
+        if not merged or merged[-1][1] != active:
+            merged.append((start, active))
+    return Key(base, tuple(merged))
 
 
 def name_of(adapters: Mapping[str, float]) -> str:
@@ -78,9 +78,9 @@ def name_of(adapters: Mapping[str, float]) -> str:
     return " ".join(f"{name}={scale:g}" for name, scale in adapters.items()) or "base"
 
 
-def reusable(state: tuple[Key, Sequence[int]], wanted: tuple[Key, Sequence[int]]) -> int:
-    """The length of the prefix that a state has in common with the wanted one, each given as key and tokens."""
-    (key, tokens), (other, others) = state, wanted
+def reusable(state: tuple[Key, Sequence[int]], prompt: tuple[Key, Sequence[int]]) -> int:
+    """The length of the prefix that a state has in common with a prompt, each given as key and tokens."""
+    (key, tokens), (other, others) = state, prompt
     if key.base != other.base:
         return 0
     shared = common_prefix(tokens, others)
@@ -126,7 +126,7 @@ class StateCache:
         with self._lock:
             self._drop(slot)
             if owner == PROMPTS:
-                self._drop(_slot(saved.key, GIVEN, saved.tokens))
+                self._drop(_slot(saved.key, FROM_CALL, saved.tokens))
             if self._evict(len(saved.state), owner):
                 self._states[slot] = saved
                 self.bytes += len(saved.state)
@@ -189,9 +189,9 @@ class StateCache:
         """
         order = [slot for slot in self._states if slot[0] == CALLS]
         if owner != CALLS:
-            order += [slot for slot in self._states if slot[0] == GIVEN]
-        if owner not in (CALLS, GIVEN):
-            order += [slot for slot in self._states if slot[0] not in (CALLS, GIVEN)]
+            order += [slot for slot in self._states if slot[0] == FROM_CALL]
+        if owner not in (CALLS, FROM_CALL):
+            order += [slot for slot in self._states if slot[0] not in (CALLS, FROM_CALL)]
         for slot in order:
             if self.bytes + size <= self._budget:
                 break

@@ -100,23 +100,23 @@ def _reason(error: Exception) -> str:
 
 def _message(number: int, message: object) -> dict[str, Any]:
     """The message with a content of text and calls with objects as arguments."""
-    found = dict(message) if isinstance(message, Mapping) else {}
-    calls = found.pop("tool_calls", None)
-    content = _text_of_parts(found.get("content"))
+    result = dict(message) if isinstance(message, Mapping) else {}
+    calls = result.pop("tool_calls", None)
+    content = _text_of_parts(result.get("content"))
     if calls and content is None:
         content = ""
-    if not isinstance(found.get("role"), str) or not isinstance(content, str):
+    if not isinstance(result.get("role"), str) or not isinstance(content, str):
         raise UsageError(f"message {number} is {message!r}", 'give {"role": TEXT, "content": TEXT}')
-    found["content"] = content
+    result["content"] = content
     if calls:
-        if found["role"] != "assistant":
+        if result["role"] != "assistant":
             raise UsageError(
-                f"message {number} has tool_calls, but its role is {found['role']!r}", "use role assistant"
+                f"message {number} has tool_calls, but its role is {result['role']!r}", "use role assistant"
             )
         if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
             raise UsageError(f"message {number} has tool_calls of type {type(calls).__name__}", "give a list")
-        found["tool_calls"] = [_call(number, call) for call in calls]
-    return found
+        result["tool_calls"] = [_call(number, call) for call in calls]
+    return result
 
 
 def _text_of_parts(content: object) -> object:
@@ -144,8 +144,8 @@ def _call(number: int, call: object) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         message = f"message {number} calls {name!r} with arguments {function.get('arguments')!r}"
         raise UsageError(message, "give an object, or its JSON")
-    found = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
-    return found if call.get("id") is None else {"id": str(call["id"]), **found}
+    result = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+    return result if call.get("id") is None else {"id": str(call["id"]), **result}
 
 
 def _pair_ids(messages: Sequence[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
-MOST_THREADS = 8
+MAX_THREADS = 8
 """More threads than this lose more in synchronization than they gain."""
 
 _SAMPLES, _SAMPLE_S = 10, 0.01
@@ -37,7 +37,7 @@ def usable_cores(root: Path = ROOT) -> int:
     At least 1 and at most 8. A quota of 1.5 cores gives one thread, as a second one would be stopped half of the time.
     """
     fast = len(_performance_cores(_affinity(), root))
-    return min(fast, cores_left(root), MOST_THREADS)
+    return min(fast, cores_left(root), MAX_THREADS)
 
 
 def cores_left(root: Path = ROOT) -> int:
@@ -56,8 +56,8 @@ def others_running(root: Path = ROOT) -> int | None:
 
     None if the system does not report it. Includes this process's other threads if they are not idle.
     """
-    found = re.match(r"\S+ \S+ \S+ (\d+)/", _read(root / "proc/loadavg"))
-    return max(0, int(found[1]) - 1) if found else None
+    match = re.match(r"\S+ \S+ \S+ (\d+)/", _read(root / "proc/loadavg"))
+    return max(0, int(match[1]) - 1) if match else None
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
@@ -81,9 +81,9 @@ def resident_mb() -> float | None:
 def peak_mb() -> float | None:
     """Peak resident memory of this process in 10^6 bytes; None on Windows."""
     # On Linux, ru_maxrss is that of the parent if it was larger when it started this process.
-    found = _status_mb("VmHWM")
-    if found is not None:
-        return found
+    peak = _status_mb("VmHWM")
+    if peak is not None:
+        return peak
     try:
         import resource  # noqa: PLC0415 - missing on Windows
     except ImportError:
@@ -99,8 +99,8 @@ def own_mb() -> float:
 
 def _status_mb(key: str) -> float | None:
     """A size of this process in /proc, in 10^6 bytes; None outside Linux."""
-    found = re.search(rf"^{key}:\s+(\d+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
-    return int(found[1]) * 1024 / 1e6 if found else None
+    match = re.search(rf"^{key}:\s+(\d+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
+    return int(match[1]) * 1024 / 1e6 if match else None
 
 
 def free_mb(root: Path = ROOT) -> float | None:
@@ -112,8 +112,8 @@ def free_mb(root: Path = ROOT) -> float | None:
     free = [int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("MemAvailable")]
     for folder in _cgroups("memory", root):
         # Above memory.high (MemoryHigh of a systemd unit) the kernel slows the process down to reclaim memory.
-        found = [_number(_read(folder / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
-        limit = min((number for number in found if number is not None), default=None)
+        limits = [_number(_read(folder / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        limit = min((number for number in limits if number is not None), default=None)
         used = _number(_read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes"))
         if limit is not None and used is not None:
             # Cached file pages count as used, but are reclaimed when memory is needed.
@@ -158,8 +158,8 @@ def disturbance(root: Path = ROOT) -> str | None:
         time.sleep(_SAMPLE_S)
     running = sorted(looks)[_SAMPLES // 2]
     threads = f"{running} other running thread{'s' if running > 1 else ''} on {os.cpu_count() or 1} cores"
-    found = [threads if running else None, throttling(root)]
-    return "; ".join(reason for reason in found if reason) or None
+    reasons = [threads if running else None, throttling(root)]
+    return "; ".join(reason for reason in reasons if reason) or None
 
 
 def _affinity() -> set[int]:

@@ -1,4 +1,4 @@
-"""Threads that compute for others, with lower priority if other processes are to run first."""
+"""Compute threads with a priority: normal, low or idle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from edgetune_runtime.errors import UsageError
 
-from .machine import MOST_THREADS
+from .machine import MAX_THREADS
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def compute_threads(priority: str) -> ComputeThreads | None:
     if sys.platform != "linux":
         message = f"priority {priority!r} is supported on Linux only"
         raise UsageError(message, "leave it out, or lower the priority of the whole process")
-    return ComputeThreads(priority, MOST_THREADS)
+    return ComputeThreads(priority, MAX_THREADS)
 
 
 def _lower(priority: str) -> None:

@@ -47,7 +47,7 @@ BRANCHES = 32
 _CONTEXT_FULL, _STOPPED = 1, 2
 _MEASURED_OUTPUT_SHARE = 0.21
 """That of SmolLM2-135M."""
-_MOST_CHOICES = 256
+_MAX_CHOICES = 256
 
 
 class _Choice(NamedTuple):
@@ -173,8 +173,8 @@ class GgufEngine:
             return
         check_adapter(header, self._base.header, name)
         if invocation_of(header, name) != tuple(invocation):
-            found, expected = invocation_of(header, name), tuple(invocation)
-            message = f"adapter {name!r} has the invocation tokens {found}, the manifest has {expected}"
+            actual, expected = invocation_of(header, name), tuple(invocation)
+            message = f"adapter {name!r} has the invocation tokens {actual}, the manifest has {expected}"
             raise IncompatibleError(message, "build the bundle again")
         last_errors()
         adapter = library().llama_adapter_lora_init(self._base.model, os.fsencode(path))
@@ -188,12 +188,12 @@ class GgufEngine:
 
         Keeps the sequence, unless the prefix changes. UsageError for two prefixes or a scaled prefix.
         """
-        wanted = tuple(adapters.items())
-        choice = self._choices.get(wanted)
+        key = tuple(adapters.items())
+        choice = self._choices.get(key)
         if choice is None:
-            if len(self._choices) >= _MOST_CHOICES:
+            if len(self._choices) >= _MAX_CHOICES:
                 self._choices.clear()
-            choice = self._choices[wanted] = self._choice_of(adapters)
+            choice = self._choices[key] = self._choice_of(adapters)
         self._switch(self._context, choice.pointers, len(choice.scales), choice.scales)
         if choice.prefix != self._prefix:
             self._prefix = choice.prefix
@@ -271,10 +271,10 @@ class GgufEngine:
         """
         if self._last is None:
             raise UsageError("there are no logits to score continuations with", "decode at least one token first")
-        wanted = sorted({tuple(tokens) for tokens in continuations})
-        check_continuations(wanted, self._length, self.context_length, self.tokenizer.vocab_size)
+        ordered = sorted({tuple(tokens) for tokens in continuations})
+        check_continuations(ordered, self._length, self.context_length, self.tokenizer.vocab_size)
         scores: dict[Continuation, float] = {}
-        for group in groups(wanted, BRANCHES, self._cache.cells - self._length):
+        for group in groups(ordered, BRANCHES, self._cache.cells - self._length):
             scores.update(self._score_group(group))
         return [scores[tuple(tokens)] for tokens in continuations]
 
