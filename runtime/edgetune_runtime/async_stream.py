@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
 from typing import Self
 
 from .errors import UsageError
 from .generation import Answer, Stream
+from .wording import CLOSED
 
 _AHEAD = 16
 """Pieces that are computed before they are read, so that decoding does not wait for a reader that keeps up."""
@@ -28,7 +28,7 @@ class StreamThreads:
     def start(self, open_stream: OpenStream, cancel: threading.Event | None) -> _StreamThread:
         """Start reading a stream; UsageError after `close`."""
         if self._closed:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
         thread = _StreamThread(open_stream, cancel)
         self.running.add(thread)
         thread.ended.add_done_callback(lambda _: self.running.discard(thread))
@@ -91,9 +91,7 @@ class AsyncStream(AsyncIterator[str]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self.aclose()
 
     def __del__(self) -> None:

@@ -121,6 +121,10 @@ class AdapterEntry:
     golden: Mapping[str, GoldenAnswer] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    def is_merged(self, engine: str) -> bool:
+        """Whether the adapter is a full model for this engine."""
+        return self.shapes.get(engine) == "merged"
+
 
 @dataclass(frozen=True)
 class Manifest:

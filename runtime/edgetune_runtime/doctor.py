@@ -21,6 +21,7 @@ from .threads.machine import (
     cpu_quota,
     disturbance,
     free_mb,
+    read_text,
     threads_for,
     throttling,
     usable_cores,
@@ -59,7 +60,7 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
     quota = cpu_quota(root)
     facts: dict[str, Any] = {
         "processor": processor(root),
-        "board": _text(root / "proc/device-tree/model") or None,
+        "board": read_text(root / "proc/device-tree/model") or None,
         "system": {
             "machine": platform.machine(),
             "bits": 8 * struct.calcsize("P"),
@@ -84,7 +85,7 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
 
 def processor(root: Path = ROOT) -> str:
     """The processor's name; on ARM boards, which report none, the name of the board."""
-    lines = (root / "proc/cpuinfo").read_text().splitlines() if (root / "proc/cpuinfo").exists() else []
+    lines = read_text(root / "proc/cpuinfo").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "model\t"))]
     named = next((name for name in names if not name.isdigit()), "")
     is_arm = platform.machine() in ("aarch64", "arm64")
@@ -93,14 +94,14 @@ def processor(root: Path = ROOT) -> str:
 
 def instructions(root: Path = ROOT) -> list[str]:
     """The instruction sets of the processor that the engines have faster code for; empty if it does not report any."""
-    lines = _text(root / "proc/cpuinfo").splitlines()
+    lines = read_text(root / "proc/cpuinfo").splitlines()
     flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
     return [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
 
 
 def memory(root: Path = ROOT) -> dict[str, float]:
     """Total memory and swap, total and used, in MB (10^6 bytes); empty if the system does not report it."""
-    sizes = re.findall(r"^(MemTotal|SwapTotal|SwapFree): +(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    sizes = re.findall(r"^(MemTotal|SwapTotal|SwapFree): +(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE)
     mb = {name: int(kib) * 1024 / 1e6 for name, kib in sizes}
     if "MemTotal" not in mb:
         return {}
@@ -136,7 +137,7 @@ def _clock(root: Path) -> dict[str, Any]:
     """Frequency governor and MHz of the first core; empty where the system does not report them."""
     clock: dict[str, Any] = {}
     for key, name in (("governor", "scaling_governor"), ("mhz", "scaling_cur_freq"), ("most_mhz", "cpuinfo_max_freq")):
-        text = _text(root / _CLOCK / name)
+        text = read_text(root / _CLOCK / name)
         if text:
             clock[key] = int(text) / 1000 if text.isdigit() else text
     return clock
@@ -156,15 +157,8 @@ def _llama_cpp() -> dict[str, str] | None:
 def _temperature(root: Path) -> float | None:
     """The highest temperature that a sensor of the processor reports, in °C."""
     zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/temp"))
-    texts = [_text(zone) for zone in zones]
+    texts = [read_text(zone) for zone in zones]
     return max((int(text) / 1000 for text in texts if text.lstrip("-").isdigit()), default=None)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
-    except OSError:
-        return ""
 
 
 def _version(name: str) -> str | None:

@@ -29,6 +29,7 @@ from .serving.pool import Pool
 from .states.activation import join_spans
 from .states.cache import CALLS, common_prefix
 from .text.chat import Message, Prompt, messages_for
+from .wording import CLOSED
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class LoadedBundle:
             message = f"bundle {self.manifest.name!r} only classifies text: it has no generation and no perplexity"
             raise UsageError(message, "use classify")
         scales = self.scales(adapter)
-        merged = [name for name in scales if self._is_merged(self.manifest.adapter(name))]
+        merged = [name for name in scales if self.manifest.adapter(name).is_merged(self.options.engine)]
         if not merged:
             return self._running, scales
         if len(scales) > 1 or scales[merged[0]] != 1:
@@ -163,7 +164,7 @@ class LoadedBundle:
         if isinstance(adapter, str):
             entry = self.manifest.adapter(adapter)
             # The weights of a merged model include its scale.
-            return {adapter: 1.0 if self._is_merged(entry) else entry.scale}
+            return {adapter: 1.0 if entry.is_merged(self.options.engine) else entry.scale}
         if not isinstance(adapter, Mapping):
             raise UsageError(f"adapter is {adapter!r}", "give a name, {name: scale}, or None for the base")
         for name, scale in adapter.items():
@@ -182,7 +183,7 @@ class LoadedBundle:
                 verify_files(self.bundle, self.manifest, [entry.draft])
             path = resolve(self.bundle, entry.draft)
             self._drafts[entry.name] = read_table(path, self.manifest.base.tokenizer_sha256)
-        if self._is_merged(entry):
+        if entry.is_merged(self.options.engine):
             if isinstance(self._running, Pool):
                 self._merged_pools[entry.name] = MergedPool(entry.name, self._running, self._merged)
             return
@@ -221,13 +222,10 @@ class LoadedBundle:
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
 
     def _system_of(self, first: str | None) -> str | None:
         return self.manifest.adapter(first).system if first is not None else None
-
-    def _is_merged(self, entry: AdapterEntry) -> bool:
-        return entry.shapes.get(self.options.engine) == "merged"
 
     def _open_merged(self, name: str, make_room: MakeRoom) -> Pool:
         entry = self.manifest.adapter(name)

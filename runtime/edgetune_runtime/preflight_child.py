@@ -56,7 +56,7 @@ def _open(bundle: str, options: Mapping[str, Any], write: Write) -> None:
         write(ERROR, {"name": name, "message": error.message, "remedy": error.remedy})
         return
     adapters = runtime.manifest.adapters.values()
-    merged = [entry.name for entry in adapters if entry.shapes.get(runtime.engine) == "merged"]
+    merged = [entry.name for entry in adapters if entry.is_merged(runtime.engine)]
     with runtime:
         _compute(runtime, None, write)
         for name in runtime.adapters:

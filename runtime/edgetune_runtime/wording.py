@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 COPY_FILE_AGAIN = "build or copy the file again"
 COPY_BUNDLE_AGAIN = "build or copy the bundle again"
+CLOSED = ("the runtime is closed", "open the bundle again")
+"""Message and remedy of the UsageError after `close`."""
 
 # C0 and C1, ends of lines, changes of the writing direction, and halves of characters.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

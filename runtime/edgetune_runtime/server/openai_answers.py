@@ -122,10 +122,7 @@ class OpenAIReply:
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The reply to a request that is not streamed."""
         choices = [self.shape.choice(index, answer) for index, answer in enumerate(answers)]
-        return self._head(self.shape.object) | {
-            "choices": choices,
-            **_facts(answers, self.request.answer_request.count),
-        }
+        return self._head(self.shape.object) | {"choices": choices, **self._facts(answers)}
 
     async def events(self, answering: Answering) -> AsyncGenerator[bytes, None]:
         """The reply to a streamed request, as server-sent events."""
@@ -144,10 +141,25 @@ class OpenAIReply:
                     for part in self.shape.end(piece.index, piece.answer):
                         yield self._event(part)
         if self.request.includes_usage:
-            yield event(
-                self._head(self.shape.chunk) | {"choices": [], **_facts(answers, self.request.answer_request.count)}
-            )
+            yield event(self._head(self.shape.chunk) | {"choices": [], **self._facts(answers)})
         yield b"data: [DONE]\n\n"
+
+    def _facts(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The usage, and the timings of the last answer, which OpenAI's API does not have.
+
+        The answers to one prompt count its tokens once.
+        """
+        count = self.request.answer_request.count
+        prompt = sum(answer.timings.prompt_tokens for answer in answers[::count])
+        reused = sum(answer.timings.reused_tokens for answer in answers[::count])
+        made = sum(answer.tokens for answer in answers)
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": reused},
+        }
+        return {"usage": usage, "timings": asdict(answers[-1].timings)}
 
     def _event(self, choice: dict[str, Any]) -> bytes:
         return event(self._head(self.shape.chunk) | {"choices": [choice]})
@@ -193,23 +205,6 @@ def embedding_list(model: str, vectors: Sequence[Sequence[float]], tokens: int, 
 def finish_reason(answer: Answer) -> str:
     """Why an answer ended."""
     return _FINISH.get(answer.stop_reason, "length")
-
-
-def _facts(answers: Sequence[Answer], count: int) -> dict[str, Any]:
-    """The usage, and the timings of the last answer, which OpenAI's API does not have.
-
-    `count` answers have the same prompt, which counts once.
-    """
-    prompt = sum(answer.timings.prompt_tokens for answer in answers[::count])
-    reused = sum(answer.timings.reused_tokens for answer in answers[::count])
-    made = sum(answer.tokens for answer in answers)
-    usage = {
-        "prompt_tokens": prompt,
-        "completion_tokens": made,
-        "total_tokens": prompt + made,
-        "prompt_tokens_details": {"cached_tokens": reused},
-    }
-    return {"usage": usage, "timings": asdict(answers[-1].timings)}
 
 
 def arguments_of(call: ToolCall) -> str:

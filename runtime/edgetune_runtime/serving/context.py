@@ -21,6 +21,7 @@ from edgetune_runtime.states.batches import CHUNK, batches, boundaries_of, commo
 from edgetune_runtime.states.cache import CALLS, FROM_CALL, PROMPTS, Active, Key, SavedState, key_of, name_of, reusable
 from edgetune_runtime.states.store import digest_of
 from edgetune_runtime.threads.count import DECODE, PREFILL, Kind
+from edgetune_runtime.wording import CLOSED
 
 from .jobs import PrefillResult, PromptJob, SharedResources
 from .places import Holder, Patience
@@ -239,7 +240,7 @@ class Context:
     def check_open(self) -> None:
         """Raise UsageError if the context is closed."""
         if self.closed:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
 
     def _step(self, tokens: float, compute: Callable[[], T], *, kind: Kind = PREFILL) -> T:
         threads = self.shared.threads

@@ -15,6 +15,7 @@ from edgetune_runtime.limits import no_limits
 from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import SavedState
 from edgetune_runtime.threads.machine import free_mb
+from edgetune_runtime.wording import CLOSED
 
 from .context import Context
 from .jobs import PromptJob
@@ -89,7 +90,7 @@ class MergedModels:
         with self._changed:
             while True:
                 if self._is_closed:
-                    raise UsageError("the runtime is closed", "open the bundle again")
+                    raise UsageError(*CLOSED)
                 if name in self._models:
                     self._models.move_to_end(name)
                     self._models[name].uses += 1

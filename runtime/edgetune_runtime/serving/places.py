@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from edgetune_runtime.errors import BusyError, UsageError
+from edgetune_runtime.wording import CLOSED
 
 from .turns import POLL_S
 
@@ -127,7 +128,7 @@ class Places:
     def check_open(self) -> None:
         """Raise UsageError after `close`."""
         if self._is_closed:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
 
     def _wait(self, check: Callable[[], None]) -> None:
         others = any(not holder.is_of_this_thread for holder in list(self._running))

@@ -12,6 +12,7 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import SavedState
+from edgetune_runtime.wording import CLOSED
 
 from .context import Context
 from .jobs import PromptJob
@@ -184,7 +185,7 @@ class Pool:
     def _check_open(self) -> None:
         self.places.check_open()
         if self._is_closed:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
 
 
 def _is_in_use(context: Context) -> bool:

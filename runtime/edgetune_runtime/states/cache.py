@@ -122,14 +122,21 @@ class StateCache:
 
     def put(self, saved: SavedState, owner: str = CALLS) -> None:
         """Cache a state in place of the owner's last state with the same adapters, evicting others if needed."""
-        slot = _slot(saved.key, owner, saved.tokens)
+        slot, size = _slot(saved.key, owner, saved.tokens), len(saved.state)
         with self._lock:
             self._drop(slot)
             if owner == PROMPTS:
                 self._drop(_slot(saved.key, FROM_CALL, saved.tokens))
-            if self._evict(len(saved.state), owner):
+            evicted = self._evict(size, owner)
+            if self.bytes + size <= self._budget:
                 self._states[slot] = saved
-                self.bytes += len(saved.state)
+                self.bytes += size
+        # Without the lock: the app's callback may take long.
+        for other in evicted:
+            count, other_size = len(other.tokens), len(other.state)
+            _LOG.debug("evicted a state of %d tokens, %.1f MB", count, other_size / 1e6)
+            name = name_of(dict(other.key.spans[-1][1]))
+            self._emit(Event("evicted", name, tokens=count, bytes=other_size))
 
     def prompt(self, key: Key, tokens: Sequence[int]) -> memoryview | None:
         """The state of exactly this fixed prompt, marked as recently used; None if there is none."""
@@ -181,8 +188,8 @@ class StateCache:
             self._states.clear()
             self.bytes = 0
 
-    def _evict(self, size: int, owner: str) -> bool:
-        """Evict the least recently used states until `size` bytes fit; returns whether they fit.
+    def _evict(self, size: int, owner: str) -> list[SavedState]:
+        """Evict the least recently used states until `size` bytes fit, if they can; returns the evicted ones.
 
         States of calls are evicted first, then those of prompts that may not come again. Neither evicts others: they
         are the cheapest to recompute.
@@ -192,15 +199,13 @@ class StateCache:
             order += [slot for slot in self._states if slot[0] == FROM_CALL]
         if owner not in (CALLS, FROM_CALL):
             order += [slot for slot in self._states if slot[0] not in (CALLS, FROM_CALL)]
+        evicted = []
         for slot in order:
             if self.bytes + size <= self._budget:
                 break
-            evicted = self._states[slot]
-            _LOG.debug("evicted a state of %d tokens, %.1f MB", len(evicted.tokens), len(evicted.state) / 1e6)
+            evicted.append(self._states[slot])
             self._drop(slot)
-            name, tokens = name_of(dict(evicted.key.spans[-1][1])), len(evicted.tokens)
-            self._emit(Event("evicted", name, tokens=tokens, bytes=len(evicted.state)))
-        return self.bytes + size <= self._budget
+        return evicted
 
     def _drop(self, slot: Slot) -> None:
         dropped = self._states.pop(slot, None)

@@ -26,7 +26,7 @@ from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays,
 from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+from edgetune_runtime.wording import CLOSED, COPY_BUNDLE_AGAIN
 
 from .arrays import Arrays
 from .engine import model_version
@@ -143,7 +143,7 @@ class EncoderEngine:
         # Another thread may close the engine: this call keeps its session.
         session = self._session
         if session is None:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
         ids = np.array([tokens], np.int64)
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), **adapter}
         try:
