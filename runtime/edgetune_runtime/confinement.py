@@ -95,8 +95,8 @@ def confine(limits: ProcessLimits) -> None:
             resource.RLIMIT_CORE: 0,
         }
         for name, limit in figures.items():
-            _, most = resource.getrlimit(name)
-            lowest = limit if most == resource.RLIM_INFINITY else min(limit, most)
+            _, hard_limit = resource.getrlimit(name)
+            lowest = limit if hard_limit == resource.RLIM_INFINITY else min(limit, hard_limit)
             with suppress(OSError, ValueError, OverflowError):
                 resource.setrlimit(name, (lowest, lowest))
 

@@ -230,7 +230,7 @@ class _Answering:
         tick = time.perf_counter()
         self._start = context.run(job)
         # To continue, the last token must fit too.
-        self._most = min(self._sampling.max_tokens, context.max_tokens - len(job.tokens) + 1)
+        self._max_tokens = min(self._sampling.max_tokens, context.max_tokens - len(job.tokens) + 1)
         if self._call.drafts is not None:
             self._drafter = Drafter(self._call.drafts, list(job.tokens))
         chosen = self._choose(self._start.logits[None], [])
@@ -326,7 +326,7 @@ class _Answering:
         """Accept the forced tokens after `length` ones of prompt and answer, as many as the answer has room for."""
         if self._constraint is None or not self._pending or self._is_end(self._pending[0]):
             return []
-        room = len(self._call.job.tokens) + self._most - length
+        room = len(self._call.job.tokens) + self._max_tokens - length
         if self._record is not None:
             # Tokens that are held back are computed, so the last one of a full context cannot be among them.
             room = min(room - 1, _MAX_HELD)
@@ -357,7 +357,7 @@ class _Answering:
         if self._drafter is None:
             return [], []
         # A step gives one token more than its draft.
-        draft, chances = self._drafter.propose(self._most - self._count - len(self._held) - 1)
+        draft, chances = self._drafter.propose(self._max_tokens - self._count - len(self._held) - 1)
         if self._constraint is not None:
             draft = draft[: self._constraint.valid_prefix(draft)]
         count = self._context.batch_cost.worthwhile(chances[: len(draft)], len(self._pending))
@@ -392,4 +392,4 @@ class _Answering:
     def _reason_to_stop(self) -> str:
         if self._text.stopped:
             return "stop"
-        return "length" if self._count == self._most else self._limits.reason()
+        return "length" if self._count == self._max_tokens else self._limits.reason()

@@ -94,18 +94,20 @@ class Constraints:
 
 
 def chat_tokens(
-    tokenizer: Tokenizer, messages: Sequence[Message], form: AnswerForm, check: Check, most: int | None = None
+    tokenizer: Tokenizer, messages: Sequence[Message], form: AnswerForm, check: Check, max_tokens: int | None = None
 ) -> list[int]:
-    """The tokens of messages made by `messages_for`. PromptTooLongError for more than `most`."""
-    return _not_empty(prompt_tokens(tokenizer, messages, form.tools, think=form.think, most=most, check=check))
+    """The tokens of messages made by `messages_for`. PromptTooLongError for more than `max_tokens`."""
+    return _not_empty(
+        prompt_tokens(tokenizer, messages, form.tools, think=form.think, max_tokens=max_tokens, check=check)
+    )
 
 
-def raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, most: int) -> list[int]:
-    """The tokens of a text that is not rendered. PromptTooLongError for more than `most`."""
+def raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, max_tokens: int) -> list[int]:
+    """The tokens of a text that is not rendered. PromptTooLongError for more than `max_tokens`."""
     if not isinstance(prompt, str) or form.tools is not None:
         what = "messages" if form.tools is None else "tools"
         raise UsageError(f"a raw prompt has no {what}", "give a text, without tools, or leave raw out")
-    return _not_empty(tokens_within(tokenizer, prompt, most))
+    return _not_empty(tokens_within(tokenizer, prompt, max_tokens))
 
 
 def _not_empty(tokens: list[int]) -> list[int]:

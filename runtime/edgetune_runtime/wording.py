@@ -32,7 +32,7 @@ def suggestion(name: str, names: Sequence[str]) -> str:
     return f"did you mean {near!r}?" if near else f"choose one of: {', '.join(names)}"
 
 
-def first_of(items: Sequence[str], most: int = 3, separator: str = "; ") -> str:
+def first_of(items: Sequence[str], max_items: int = 3, separator: str = "; ") -> str:
     """The first items, and the number of the others."""
-    more = len(items) - most
-    return separator.join(items[:most]) + (f" and {more} more" if more > 0 else "")
+    more = len(items) - max_items
+    return separator.join(items[:max_items]) + (f" and {more} more" if more > 0 else "")

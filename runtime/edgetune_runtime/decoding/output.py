@@ -199,9 +199,9 @@ def _choices_text(value: Any) -> str:  # noqa: ANN401 - it is checked here
 
 def _check_lark(text: str) -> None:
     # llguidance overflows the stack where some 2,000 rules, or 600 references in schemas, lead from one to the next.
-    for what, count, most in (("rules", len(_RULE.findall(text)), 500), ("references", text.count('"$ref"'), 200)):
-        if count > most:
-            raise UsageError(f"grammar has {count} {what}", f"give at most {most}")
+    for what, count, max_count in (("rules", len(_RULE.findall(text)), 500), ("references", text.count('"$ref"'), 200)):
+        if count > max_count:
+            raise UsageError(f"grammar has {count} {what}", f"give at most {max_count}")
 
 
 def _lark_of(choices: Sequence[str]) -> str:

@@ -11,10 +11,10 @@ from edgetune_runtime.errors import BusyError
 
 
 class AnswerQueue:
-    """Lets `places` requests run at once and up to `most_waiting` wait; BusyError for one more, or when it stops."""
+    """Lets `places` requests run at once and up to `max_waiting` wait; BusyError for one more, or when it stops."""
 
-    def __init__(self, places: int, most_waiting: int) -> None:
-        self.places, self._most_waiting = places, most_waiting
+    def __init__(self, places: int, max_waiting: int) -> None:
+        self.places, self._max_waiting = places, max_waiting
         self._waiting: deque[asyncio.Future[None]] = deque()
         self.running = 0
         self.stopping = False
@@ -47,7 +47,7 @@ class AnswerQueue:
                 turn.set_exception(_stopping())
 
     async def _wait(self, limit_s: float) -> None:
-        if len(self._waiting) >= self._most_waiting:
+        if len(self._waiting) >= self._max_waiting:
             raise BusyError(f"{len(self._waiting)} requests are already waiting", "try again later")
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)

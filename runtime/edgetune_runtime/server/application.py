@@ -101,7 +101,7 @@ class _OpenAI(_Api):
     async def _chat(self, request: Request) -> Response:
         parsed = await self._read(request, openai_requests.chat_request, self._limits)
         return await self._answer(
-            request, openai_answers.OpenAIReply(parsed, openai_answers.ChatShape(parsed.most_calls))
+            request, openai_answers.OpenAIReply(parsed, openai_answers.ChatShape(parsed.max_calls))
         )
 
     async def _complete(self, request: Request) -> Response:

@@ -22,14 +22,14 @@ class Connection:
 
 
 class Connections:
-    """Lets up to `most` connections be open, and up to `most_per_address` of them from one address.
+    """Lets up to `max_connections` connections be open, and up to `max_per_address` of them from one address.
 
     This machine's own addresses have no limit of their own, because a reverse proxy brings everyone's requests. Where
     there is no room, the connection is closed that has waited longest for its client, of the client with most of them.
     """
 
-    def __init__(self, most: int, most_per_address: int) -> None:
-        self._most, self._most_per_address = most, most_per_address
+    def __init__(self, max_connections: int, max_per_address: int) -> None:
+        self._max_connections, self._max_per_address = max_connections, max_per_address
         self._open: set[Connection] = set()
         self._counts: Counter[str] = Counter()
         # In the order in which they began to wait.
@@ -41,10 +41,10 @@ class Connections:
         `close` is called when it has to make room for another one.
         """
         client = _client_of(address)
-        if not is_loopback(address) and self._counts[client] >= self._most_per_address:
+        if not is_loopback(address) and self._counts[client] >= self._max_per_address:
             has_room = self._close_one([other for other in self._waiting if other.client == client])
         else:
-            has_room = len(self._open) < self._most or self._close_one(list(self._waiting))
+            has_room = len(self._open) < self._max_connections or self._close_one(list(self._waiting))
         if not has_room:
             return None
         connection = Connection(client, close)

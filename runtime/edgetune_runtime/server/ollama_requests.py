@@ -106,9 +106,10 @@ def _options(options: Fields, limits: ServerLimits) -> dict[str, Any]:
         answer_options["seed"] = seed
     if stop := options.texts("stop"):
         answer_options["stop"] = stop
-    most = options.integer("num_predict")
+    requested = options.integer("num_predict")
     # Negative numbers stand for no limit.
-    answer_options["max_tokens"] = limits.answer_tokens if most is None or most < 0 else min(most, limits.answer_tokens)
+    bounded = requested if requested is not None and requested >= 0 else limits.answer_tokens
+    answer_options["max_tokens"] = min(bounded, limits.answer_tokens)
     return answer_options
 
 

@@ -28,9 +28,9 @@ _FINISH = {"end": "stop", "stop": "stop"}
 
 @dataclass(frozen=True)
 class ChatShape:
-    """The shape of /v1/chat/completions, with at most `most_calls` tool calls per answer."""
+    """The shape of /v1/chat/completions, with at most `max_calls` tool calls per answer."""
 
-    most_calls: int | None = None
+    max_calls: int | None = None
     object: str = "chat.completion"
     chunk: str = "chat.completion.chunk"
     prefix: str = "chatcmpl-"
@@ -67,7 +67,7 @@ class ChatShape:
         return {"logprobs": logprobs, "finish_reason": "tool_calls" if answer.tool_calls else finish_reason(answer)}
 
     def _calls(self, answer: Answer) -> list[dict[str, Any]]:
-        return [_call(call) for call in answer.tool_calls[: self.most_calls]]
+        return [_call(call) for call in answer.tool_calls[: self.max_calls]]
 
 
 @dataclass(frozen=True)

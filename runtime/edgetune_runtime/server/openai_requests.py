@@ -28,7 +28,7 @@ class OpenAIRequest:
     answer_request: AnswerRequest
     streams: bool = False
     includes_usage: bool = False
-    most_calls: int | None = None
+    max_calls: int | None = None
 
 
 def chat_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OpenAIRequest:
@@ -44,7 +44,7 @@ def chat_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) 
     if fields.text("reasoning_effort") == "none":
         options["think"] = False
     request = _request(fields, models, limits, [messages], options)
-    return request if fields.flag("parallel_tool_calls", default=True) else replace(request, most_calls=1)
+    return request if fields.flag("parallel_tool_calls", default=True) else replace(request, max_calls=1)
 
 
 def completion_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OpenAIRequest:
@@ -96,9 +96,9 @@ def _options(fields: Fields, limits: ServerLimits) -> dict[str, Any]:
             options[name] = number
     if stop := fields.texts("stop"):
         options["stop"] = stop
-    most = fields.integer("max_completion_tokens")
-    most = fields.integer("max_tokens") if most is None else most
-    options["max_tokens"] = limits.answer_tokens if most is None else min(most, limits.answer_tokens)
+    max_tokens = fields.integer("max_completion_tokens")
+    max_tokens = fields.integer("max_tokens") if max_tokens is None else max_tokens
+    options["max_tokens"] = limits.answer_tokens if max_tokens is None else min(max_tokens, limits.answer_tokens)
     return options
 
 

@@ -51,8 +51,8 @@ class BoundedConnection(h11.Connection):
 
 def protocol(limits: ServerLimits) -> type[H11Protocol]:
     """The protocol of a server's connections, which are counted together."""
-    most = connections_within_files(limits.connections)
-    everyone = Connections(most, limits.connections_per_address)
+    max_connections = connections_within_files(limits.connections)
+    everyone = Connections(max_connections, limits.connections_per_address)
     checks = Connections(_MAX_CHECKS, _MAX_CHECKS)
 
     class Protocol(H11Protocol):
@@ -134,7 +134,7 @@ def protocol(limits: ServerLimits) -> type[H11Protocol]:
                 return False
             if self._is_admitted_by(everyone, address):
                 return True
-            self.app = _checks_only(self.app, most)
+            self.app = _checks_only(self.app, max_connections)
             return is_loopback(address) and self._is_admitted_by(checks, address)
 
         def _is_admitted_by(self, connections: Connections, address: str) -> bool:
@@ -172,14 +172,14 @@ def protocol(limits: ServerLimits) -> type[H11Protocol]:
     return Protocol
 
 
-def _checks_only(app: Any, most: int) -> ASGIApp:  # noqa: ANN401 - as uvicorn calls it
+def _checks_only(app: Any, max_connections: int) -> ASGIApp:  # noqa: ANN401 - as uvicorn calls it
     """The application for a connection beyond the limit."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in _CHECKS:
             await app(scope, receive, send)
             return
-        error = BusyError(f"all {most} connections are in use", "try again later")
+        error = BusyError(f"all {max_connections} connections are in use", "try again later")
         response = error_response(error, scope["path"])
         response.headers["Connection"] = "close"
         await response(scope, receive, send)

@@ -144,7 +144,7 @@ class ResponsesReply:
                 "name": call.name,
                 "arguments": arguments_of(call),
             }
-            for number, call in enumerate(answer.tool_calls[: self.request.chat.most_calls])
+            for number, call in enumerate(answer.tool_calls[: self.request.chat.max_calls])
         ]
 
 

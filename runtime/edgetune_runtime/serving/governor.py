@@ -61,16 +61,16 @@ class Clock:
 
 
 class Governor:
-    """Runs the steps of the engines on one base with at most `most` threads together.
+    """Runs the steps of the engines on one base with at most `max_threads` threads together.
 
     With `adjusts=False` a step has all threads, one step runs at a time, and it is stopped only when its call should
     stop.
     """
 
-    def __init__(self, most: int, *, adjusts: bool, turns: Turns | None = None) -> None:
-        self._most = most
-        self._count = ThreadCount(most, adjusts=adjusts)
-        self._turns = turns or Turns(most, shares=adjusts)
+    def __init__(self, max_threads: int, *, adjusts: bool, turns: Turns | None = None) -> None:
+        self._max_threads = max_threads
+        self._count = ThreadCount(max_threads, adjusts=adjusts)
+        self._turns = turns or Turns(max_threads, shares=adjusts)
         self._adjusts = adjusts
         self._lock = threading.Lock()
         self._used = -_IDLE_S
@@ -82,7 +82,7 @@ class Governor:
 
     def beside(self) -> Governor:
         """The governor of another model, whose steps take their turns with those of this one's model."""
-        return Governor(self._most, adjusts=self._adjusts, turns=self._turns)
+        return Governor(self._max_threads, adjusts=self._adjusts, turns=self._turns)
 
     def is_slow(self, usage: AnswerUsage) -> bool:
         """Whether an answer's steps lacked cores or were much slower than the fastest ones so far."""
@@ -90,9 +90,9 @@ class Governor:
         is_late = decode.steps >= _SLOW_STEPS and decode.token_s > _SLOW_FACTOR * best_s > 0
         return usage.all.share < _SLOW_SHARE or is_late
 
-    def chunk(self, most: int) -> int:
-        """Tokens of a prompt per step: `most`, or half, a quarter … of it when steps are slow."""
-        token_s, tokens = self._count.recent_s(PREFILL), most
+    def chunk(self, max_tokens: int) -> int:
+        """Tokens of a prompt per step: `max_tokens`, or half, a quarter … of it when steps are slow."""
+        token_s, tokens = self._count.recent_s(PREFILL), max_tokens
         while tokens > _SMALLEST_CHUNK and tokens * token_s > _CHUNK_S:
             tokens //= 2
         return tokens

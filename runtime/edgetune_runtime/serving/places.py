@@ -61,17 +61,17 @@ class Patience:
 
 
 class Places:
-    """Lets up to `limit` calls run at the same time, whatever their models; up to `waiting` more wait.
+    """Lets up to `limit` calls run at the same time, whatever their models; up to `max_waiting` more wait.
 
     Each model has a first context; `forks` are those beside them, up to `limit` - 1 in total. `gate` guards all of it,
     and who holds which context; it is held for moments only.
     """
 
-    def __init__(self, limit: int = 1, waiting: int = 0) -> None:
+    def __init__(self, limit: int = 1, max_waiting: int = 0) -> None:
         self.gate = threading.Condition()
         self.limit = limit
         self.forks: list[Fork] = []
-        self._most_waiting, self._waiting = waiting, 0
+        self._max_waiting, self._waiting = max_waiting, 0
         self._running: set[Holder] = set()
         self._is_forking = self._is_closed = False
 
@@ -132,7 +132,7 @@ class Places:
 
     def _wait(self, check: Callable[[], None]) -> None:
         others = any(not holder.is_of_this_thread for holder in list(self._running))
-        if others and self._waiting >= self._most_waiting:
+        if others and self._waiting >= self._max_waiting:
             message = f"{self._waiting} calls are already waiting for one of {self.limit} contexts"
             raise BusyError(message, "try again later, or open the bundle with more contexts or more waiting")
         patience = Patience()

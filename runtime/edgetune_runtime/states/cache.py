@@ -162,19 +162,19 @@ class StateCache:
         up to the last boundary in common.
         """
         with self._lock:
-            best, most = None, 0
+            best, longest = None, 0
             for slot, saved in self._states.items():
                 if slot[0] not in (owner, *_SHARED):
                     continue
                 reused = reusable((saved.key, saved.tokens), (key, tokens))
                 if boundaries is not None and slot[0] in (CALLS, *_SHARED):
                     reused = common_boundary(saved.ends, boundaries, reused)
-                if reused > most:
-                    best, most = slot, reused
+                if reused > longest:
+                    best, longest = slot, reused
             if best is None:
                 return None, 0
             self._states.move_to_end(best)
-            return self._states[best], most
+            return self._states[best], longest
 
     def drop_states(self, owner: str) -> None:
         """Drop all states of an owner."""

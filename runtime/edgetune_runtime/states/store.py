@@ -77,7 +77,7 @@ class StateStore:
     def load(self, identity: Mapping[str, Any]) -> memoryview | None:
         """The state with exactly this identity, marked as recently used; a damaged file is deleted."""
         path = self.path_of(identity)
-        stored = read_checked(path, KIND, most_bytes=self._budget or math.inf, follows_links=False)
+        stored = read_checked(path, KIND, max_bytes=self._budget or math.inf, follows_links=False)
         if stored is None and not os.path.lexists(path):
             return None
         if stored is None or stored.about.get("identity") != json.loads(json.dumps(identity)):

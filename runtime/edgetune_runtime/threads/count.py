@@ -68,7 +68,7 @@ class _Trial:
 
 
 class ThreadCount:
-    """The number of compute `threads`, limited by `most` and by the available cores (`limit`).
+    """The number of compute `threads`, limited by `max_threads` and by the available cores (`limit`).
 
     A window of measurements has at least `window_steps` steps, or fewer if the threads lack cores. A number of threads
     that did not help is tried again after `first_hold_s`, doubled each time up to `longest_hold_s`. With
@@ -77,14 +77,14 @@ class ThreadCount:
 
     def __init__(
         self,
-        most: int,
+        max_threads: int,
         *,
         adjusts: bool = True,
         window_steps: int = 4,
         first_hold_s: float = 0.1,
         longest_hold_s: float = 4.0,
     ) -> None:
-        self.most = self.threads = self.limit = most
+        self.max_threads = self.threads = self.limit = max_threads
         self._adjusts = adjusts
         self._window_steps = window_steps
         self._first_hold_s, self._longest_hold_s = first_hold_s, longest_hold_s
@@ -100,7 +100,7 @@ class ThreadCount:
     def start_over(self) -> None:
         """Start again with as many threads as there are free cores, as a first guess."""
         left, others = cores_left(), _others()
-        self.limit = min(self.most, left)
+        self.limit = min(self.max_threads, left)
         self.threads = self.limit if others is None else max(1, min(self.limit, left - others))
         self._window, self._trial = Usage(), None
         self._reset_holds()

@@ -175,8 +175,8 @@ def _performance_cores(cores: set[int], root: Path) -> set[int]:
     if None in capacity.values():
         fast = _core_list(read_text(root / "sys/devices/cpu_core/cpus")) & cores
         return fast or cores
-    most = max(value or 0 for value in capacity.values())
-    return {core for core, value in capacity.items() if (value or 0) >= _PERFORMANCE * most}
+    highest = max(value or 0 for value in capacity.values())
+    return {core for core, value in capacity.items() if (value or 0) >= _PERFORMANCE * highest}
 
 
 def _core_list(text: str) -> set[int]:

@@ -22,10 +22,10 @@ _NICER = 10
 
 
 class ComputeThreads:
-    """Runs functions on up to `most` threads of its own; threads that they start inherit the priority."""
+    """Runs functions on up to `max_threads` threads of its own; threads that they start inherit the priority."""
 
-    def __init__(self, priority: str, most: int = 1) -> None:
-        self._executor = ThreadPoolExecutor(most, "edgetune-compute", _lower, (priority,))
+    def __init__(self, priority: str, max_threads: int = 1) -> None:
+        self._executor = ThreadPoolExecutor(max_threads, "edgetune-compute", _lower, (priority,))
 
     def run(self, compute: Callable[[], T]) -> T:
         """Run `compute` on one of the threads; returns or raises what it does."""
