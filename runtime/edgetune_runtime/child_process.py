@@ -43,7 +43,7 @@ class ProcessResult:
 
     @property
     def how(self) -> str:
-        """The end in words, such as "was ended by SIGABRT"."""
+        """How it ended, as a phrase such as "was ended by SIGABRT"."""
         if self.timeout_s is not None:
             return f"was killed after {self.timeout_s:.0f} s"
         if self.code >= 0:

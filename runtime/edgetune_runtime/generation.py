@@ -213,7 +213,7 @@ class _Answering:
         self._sampler, self._text = Sampler(sampling), TextStream(sampling.stop)
         self._constraint, self._reader = call.constraint, call.reader
         self._content = None if call.reader is None else call.reader.stream()
-        # Control tokens stand for no text, but calls may begin with one.
+        # Control tokens have no text, but calls may begin with one.
         self._marks = {} if call.reader is None else call.reader.marks
         self._drafter: Drafter | None = None
         self._record = record

@@ -12,7 +12,7 @@ from .decoding.constraint import Constraint
 from .decoding.grammars import Grammars
 from .decoding.once import SingleFlightCache
 from .decoding.output import OutputSpec
-from .decoding.trial import TOO_DEAR
+from .decoding.trial import TOO_EXPENSIVE
 from .engines.base import Tokenizer
 from .errors import UsageError
 from .options import AnswerForm
@@ -86,7 +86,7 @@ class Constraints:
         except UsageError as error:
             if tools is None:
                 raise
-            if TOO_DEAR not in error.message:
+            if TOO_EXPENSIVE not in error.message:
                 # That names the tool.
                 check_schemas(tools)
             reason = error.message.rpartition(" cannot be used: ")[2]

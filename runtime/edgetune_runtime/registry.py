@@ -1,4 +1,4 @@
-"""Finds the modules of a package by listing its folder: each is one thing, such as an engine, under its own name."""
+"""Finds plugins by listing the modules of a package: each module is one, such as an engine, under its own name."""
 
 from __future__ import annotations
 

@@ -117,8 +117,8 @@ class Runtime:
     ) -> Stream:
         """Like `generate`, but yields the text piece by piece, without tool calls.
 
-        Keeps a context until it ends or is closed. Any thread may go on with it, one at a time. A call waits for a free
-        context, but not for streams that its own thread went on with last: if for 2 s no other thread does, it raises
+        Keeps a context until it ends or is closed. Any thread may read from it, one at a time. A call waits for a free
+        context, but not for streams that its own thread read last: if for 2 s no other thread reads them, it raises
         UsageError.
         """
         limits, form, others = split_options(options)
@@ -217,7 +217,7 @@ class Runtime:
             call = self._loaded.call("?", choice, form=form)
             if call.job.is_worth_a_state:
                 begin = time.perf_counter()
-                # The state is wanted at once, also that of tools, which calls bring along.
+                # Saved now, also the state of tools, which come with calls.
                 job = replace(call.job, comes_with_call=False, is_warmed=True)
                 with call.pool.lease(job) as context:
                     reused = context.run(job).reused

@@ -21,7 +21,7 @@ class LineFormatter(logging.Formatter):
 
 
 class RateFilter(logging.Filter):
-    """Lets through 5 warnings and errors of each kind per 10 s, and tells how many it left out.
+    """Lets through 5 warnings and errors of each kind per 10 s, and reports how many it left out.
 
     Clients can cause some of them as often as they like, which would fill a disk. Debug messages are not limited.
     """

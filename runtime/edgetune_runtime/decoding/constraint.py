@@ -55,7 +55,7 @@ class Constraint:
     def mask(self, logits: Logits) -> Logits | None:
         """A copy of the logits [vocab] with minus infinity for every token that may not come next.
 
-        None behind an end token, and at a dead end: no token of the vocabulary goes on, and the answer may not end.
+        None after an end token, and at a dead end: no token of the vocabulary fits, and the answer may not end.
         """
         if not self._fill_bits():
             return None

@@ -79,7 +79,7 @@ class OutputSpec:
         return bool(matcher.consume_tokens(list(text.encode())) and matcher.is_accepting())
 
     def parse(self, text: str) -> Any:  # noqa: ANN401 - whatever the schema describes
-        """The object that an answer stands for: JSON, or an instance of `model`, for a schema; else the text itself.
+        """The parsed answer: JSON, or an instance of `model`, for a schema; else the text itself.
 
         VerificationError when the text is no such JSON, as that of an answer that ended early, or `model` refuses it.
         """

@@ -72,7 +72,7 @@ def _children(schema: object) -> list[Any]:
 
 
 def _combines(schema: object) -> bool:
-    """Whether the schema, or one in it, is made of several that hold at once."""
+    """Whether the schema, or one in it, combines several that must all hold."""
     if not isinstance(schema, dict):
         return False
     here = "allOf" in schema or ("properties" in schema and not _COMBINING.isdisjoint(schema))

@@ -15,7 +15,7 @@ _NETWORK_BITS = 64
 
 @dataclass(frozen=True, eq=False)
 class Connection:
-    """An open connection: whose it is, and how to close it at once."""
+    """An open connection: its client, and the function that closes it."""
 
     client: str
     close: Callable[[], None]

@@ -13,7 +13,7 @@ from .problems import RequestError, error_response
 from .settings import Access
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
-"""Paths that need no key: they tell nothing about the bundle, or load a page that asks for the key."""
+"""Paths that need no key: they reveal nothing about the bundle, or load a page that asks for the key."""
 
 _METHODS = "GET, POST, HEAD, OPTIONS"
 _CORS_AGE_S = 600

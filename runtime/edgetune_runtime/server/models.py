@@ -90,7 +90,7 @@ class Models:
         return name, self._given(fields)
 
     def adapters(self, name: str) -> Adapters:
-        """The adapters that a model's name stands for; RequestError (404) if there is no such model."""
+        """The adapters of a model name; RequestError (404) if there is no such model."""
         plain_name = base_name(name)
         if plain_name in self.manifest.adapters:
             return plain_name

@@ -97,17 +97,17 @@ def _request(
 
 
 def _options(options: Fields, limits: ServerLimits) -> dict[str, Any]:
-    """Those that have a meaning here. Others, such as `num_ctx` or `num_gpu`, are settings of the server."""
+    """The options that apply here. Others, such as `num_ctx` or `num_gpu`, are settings of the server."""
     answer_options: dict[str, Any] = {name: value for name in _NUMBERS if (value := options.number(name)) is not None}
     if (top_k := options.integer("top_k")) is not None:
         answer_options["top_k"] = top_k
-    # A negative seed stands for a random one.
+    # A negative seed means a random one.
     if (seed := options.integer("seed")) is not None and seed >= 0:
         answer_options["seed"] = seed
     if stop := options.texts("stop"):
         answer_options["stop"] = stop
     requested = options.integer("num_predict")
-    # Negative numbers stand for no limit.
+    # Negative numbers mean no limit.
     bounded = requested if requested is not None and requested >= 0 else limits.answer_tokens
     answer_options["max_tokens"] = min(bounded, limits.answer_tokens)
     return answer_options
@@ -132,7 +132,7 @@ def _think(fields: Fields, model: str) -> dict[str, Any]:
 
 
 def _seconds(fields: Fields) -> float | None:
-    """`keep_alive`, which is checked only: the bundle stays loaded. 0 for what stands for unloading."""
+    """`keep_alive`, which is only checked, as the bundle stays loaded; 0 if it asks to unload the model."""
     value = fields.values.get("keep_alive")
     if isinstance(value, str):
         if not _DURATION.fullmatch(value):

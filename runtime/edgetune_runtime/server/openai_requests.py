@@ -23,7 +23,7 @@ _UNSUPPORTED = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {},
 
 @dataclass(frozen=True)
 class OpenAIRequest:
-    """A request for answers, and how they are sent: streamed, with usage, with at most so many tool calls."""
+    """A request for answers, and how they are sent: streamed, with usage, and with at most `max_calls` tool calls."""
 
     answer_request: AnswerRequest
     streams: bool = False
@@ -118,7 +118,7 @@ def _tools(fields: Fields) -> dict[str, Any]:
 
 
 def _response_format(fields: Fields) -> dict[str, Any]:
-    """The output constraint that `response_format` stands for; `text` leaves the adapter's own."""
+    """The output constraint of `response_format`; `text` keeps the adapter's own."""
     response_format = fields.mapping("response_format")
     kind = None if response_format is None else response_format.choice("type", ("text", "json_object", "json_schema"))
     if response_format is None or kind in (None, "text"):

@@ -36,7 +36,7 @@ class BoundedConnection(h11.Connection):
     _chunks = 0
 
     def next_event(self) -> Any:  # noqa: ANN401 - as h11
-        """The next part of a request; RemoteProtocolError for what is no HTTP, or has too many parts."""
+        """The next part of a request; RemoteProtocolError if it is not HTTP or has too many parts."""
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._chunks = 0
@@ -83,7 +83,7 @@ def protocol(limits: ServerLimits) -> type[H11Protocol]:
                     super().data_received(data[begin : begin + _PART_BYTES])
             if self.cycle is not None and not self.cycle.response_complete:
                 if not self.cycle.more_body and self.conn.trailing_data[0]:
-                    # A client with requests ready for ever (pipelining) would never give way.
+                    # A client that pipelines requests without end would never let others in.
                     self.cycle.keep_alive = False
                 self._cancel(self._arriving)
                 self._arriving = None
@@ -112,7 +112,7 @@ def protocol(limits: ServerLimits) -> type[H11Protocol]:
             self._count()
 
         def send_400_response(self, msg: str) -> None:
-            # What is no HTTP may also come after a request that is answered already.
+            # Bytes that are not HTTP may also follow a request that is already answered.
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 super().send_400_response(msg)
             else:

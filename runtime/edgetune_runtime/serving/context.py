@@ -57,7 +57,7 @@ class Context:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Lock the context; UsageError when a stream that this thread went on with last has it (see `Patience`)."""
+        """Lock the context; UsageError when a stream that this thread read last has it (see `Patience`)."""
         self.acquire()
         try:
             self.check_open()
@@ -82,7 +82,7 @@ class Context:
             self.shared.places.gate.notify_all()
 
     def suspend(self) -> None:
-        """Leave the context to a stream whose reader has a piece now, and goes on on any thread."""
+        """Suspend the stream that holds the context while its reader has a piece; any thread may resume it."""
         assert self.holder is not None
         self.holder.is_suspended = True
 

@@ -30,7 +30,7 @@ _IDLE_S = 0.5
 _CHUNK_S, _SMALLEST_CHUNK = 0.25, 16
 """Longest time for a prompt chunk whose size may vary, and the smallest chunk in tokens."""
 _SLOW_SHARE, _SLOW_FACTOR, _SLOW_STEPS = 0.75, 2.0, 4
-"""An answer is slow if it got less than this share of its cores, or if its decode steps, at least so many, took this
+"""An answer is slow if it got less than this share of its cores, or if its decode steps (at least this many) took this
 factor of the shortest time so far."""
 
 

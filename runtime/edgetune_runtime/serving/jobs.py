@@ -60,7 +60,7 @@ class SharedResources:
 
     `invocations` are the tokens that activate some of the adapters. With `exact`, a call reuses the states of others
     only where computing them would give the same bits; a session always reuses all of its own state. Steps run on
-    `threads` if given, else on the caller's thread. `emit` is told of switches.
+    `threads` if given, else on the caller's thread. `emit` receives switches.
     """
 
     base: str

@@ -25,7 +25,7 @@ from .turns import POLL_S
 _LOG = logging.getLogger(__name__)
 
 MakeRoom = Callable[[float], None]
-"""Makes room for a model of so many MB, just before it is loaded."""
+"""Makes room for a model of this size in MB, just before it is loaded."""
 
 
 @dataclass

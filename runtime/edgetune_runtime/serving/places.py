@@ -15,15 +15,15 @@ from edgetune_runtime.wording import CLOSED
 from .turns import POLL_S
 
 PATIENCE_S = 2.0
-"""How long a call waits for streams that its own thread went on with last: another thread may go on with them."""
+"""How long a call waits for streams that its own thread read last: another thread may read them on."""
 
 _LOG = logging.getLogger(__name__)
 
 
 class Holder:
-    """A call or a measurement that has a place or a context, and the thread that went on with it last.
+    """A call or a measurement that has a place or a context, and the thread that used it last.
 
-    A stream is suspended while its reader has a piece; any thread may go on with it.
+    A stream is suspended while its reader has a piece; any thread may read on.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Holder:
 
     @property
     def is_of_this_thread(self) -> bool:
-        """Whether this thread went on with it last."""
+        """Whether this thread used it last."""
         return self.thread == threading.get_ident()
 
 
@@ -52,7 +52,7 @@ class Patience:
         self._since_s = time.monotonic()
 
     def check(self, holders: Iterable[Holder]) -> None:
-        """Raise UsageError if for `PATIENCE_S` all holders have been streams that this thread went on with last."""
+        """Raise UsageError if for `PATIENCE_S` all holders have been streams that this thread read last."""
         now_s = time.monotonic()
         if not all(holder.is_of_this_thread for holder in list(holders)):
             self._since_s = now_s

@@ -45,7 +45,7 @@ class Pool:
         """Lease the free context with the longest reusable prefix; wait if none is free, until `job.check` raises.
 
         Same errors as `Places.enter`: so a thread that has a stream open may wait for the streams of others, but not
-        for its own. Any thread may go on with a stream: its own are those that it went on with last, and that no other
+        for its own. Any thread may read a stream: its own are those that it read last, and that no other
         thread has gone on with for `PATIENCE_S` since.
         """
         with self.places.enter(job.check) as holder, self.take(job, holder) as context:
@@ -120,7 +120,7 @@ class Pool:
     def close(self) -> None:
         """Free everything once no other thread runs a call or uses the tokenizer; a second call does nothing.
 
-        Calls that wait for a context and later ones raise UsageError. A stream that this thread went on with last ends
+        Calls that wait for a context and later ones raise UsageError. A stream that this thread read last ends
         with an error.
         """
         gate = self.places.gate

@@ -10,7 +10,7 @@ from typing import Any
 from edgetune_runtime.errors import UsageError
 
 MARK = "\ufdd0"
-"""Stands behind the first character of a control token's name that is only text: a code point of no character."""
+"""Inserted after the first character of a control token's name that is only text: a code point of no character."""
 
 _MAX_AT_ONCE = 256
 _AT_ONCE = 16
@@ -32,7 +32,7 @@ class ControlTokens:
         self._name, self._beginning = re.compile(name), re.compile(rf"(?=({name}))(.)", re.DOTALL)
 
     def as_text(self, value: Any) -> Any:  # noqa: ANN401 - any JSON
-        """A copy of texts, or of lists and mappings of them, in which a control token's name stands for itself.
+        """A copy of texts, or of lists and mappings of them, in which a control token's name is only text.
 
         Its tokens are then those of its letters, see `pieces`. UsageError for more levels than Python can follow.
         """
@@ -46,7 +46,7 @@ class ControlTokens:
         return len(self._found(text)) + text.count(MARK)
 
     def pieces(self, text: str) -> list[str]:
-        """The parts of a text to tokenize one after another: one, unless it has marks or is dear to tokenize."""
+        """The parts of a text to tokenize one after another: one, unless it has marks or is expensive to tokenize."""
         parts = text.split(MARK)
         if len(text) > _LONGEST_RUN:
             parts = [short for part in parts for short in _without_long_runs(part)]

@@ -67,7 +67,7 @@ class Budget:
         self.stopped: Exception | None = None
 
     def spend(self, work: int = _STEP_WORK) -> None:
-        """Count work, such as a step or characters, and look now and then whether to go on."""
+        """Count work, such as a step or characters, and check now and then whether it may continue."""
         self._left -= work
         if self._left < self._next_look:
             self._look()

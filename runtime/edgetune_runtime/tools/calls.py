@@ -125,7 +125,7 @@ class CallsOrJson:
             return piece
         self._held += piece
         begun, marker = self._held.lstrip(), self._reader.form.marker
-        # Without a marker, calls are JSON too, and only the whole answer tells.
+        # Without a marker, calls are JSON too, and only the whole answer shows which it is.
         self._is_json = bool(marker and begun) and not begun.startswith(marker[: len(begun)])
         return self._held if self._is_json else ""
 

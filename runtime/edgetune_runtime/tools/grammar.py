@@ -20,7 +20,7 @@ _ID = "/[A-Za-z0-9]{9}/"
 
 
 def control_tokens(form: CallFormat, tokenizer: Tokenizer) -> dict[str, int]:
-    """The control tokens in a format, which stand for no text of their own, by their names."""
+    """The control tokens in a format, which have no text of their own, by their names."""
     literals = [form.begin, form.between or "", form.end, *(part for part in form.parts if isinstance(part, str))]
     tokens = {}
     for name in _NAMED.findall("\n".join(literals)):

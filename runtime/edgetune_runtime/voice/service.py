@@ -31,7 +31,7 @@ from edgetune_runtime.server.settings import ServerLimits
 _LOG = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 16
-"""Size of the largest event that is read: a transcript is short, and no audio is wanted."""
+"""Size of the largest event that is read: a transcript is short, and audio is not read."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class WyomingService:
     limits: ServerLimits = field(default_factory=ServerLimits)
 
     def info(self) -> Info:
-        """What a client is told about the service."""
+        """The description of the service for clients."""
         name = self.runtime.manifest.name
         source = Attribution(name="edgetune", url="")
         model = HandleModel(
@@ -102,7 +102,7 @@ async def run(service: WyomingService, listening: socket.socket, ready: Callable
                 await client.answer(event)
                 connections.wait(connection)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            # The client left, is too slow, or sent what is no event: the library does not check the fields of one.
+            # The client left, is too slow, or sent no valid event, as the library does not check the fields of one.
             _LOG.info("a connection ended: %s", error)
         finally:
             connections.wait(connection)

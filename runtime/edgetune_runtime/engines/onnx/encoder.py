@@ -1,7 +1,7 @@
 """Computes the logits of an adapter's labels with an ONNX encoder: one forward pass on plain onnxruntime.
 
 The graph pools an encoder's last layer and has slots for the adapters' low-rank updates and for their heads. An adapter
-is a set of inputs of a run, so switching is passing others, and several threads may run at once.
+is a set of inputs of a run, so switching means passing others, and several threads may run at the same time.
 """
 
 from __future__ import annotations

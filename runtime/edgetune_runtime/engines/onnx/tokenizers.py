@@ -110,7 +110,7 @@ class JsonTokenizer(PiecewiseTokenizer):
         self.vocab_size = 0
 
     def _decoded(self, text: str) -> bytes:
-        """The bytes that a token's text in the vocabulary stands for."""
+        """The bytes of a token, from its text in the vocabulary."""
         return _sentencepiece_bytes(text) if self._sentencepiece else _byte_level_bytes(text)
 
     def _raw(self, text: str) -> list[int]:
@@ -212,7 +212,7 @@ def _byte_level_bytes(text: str) -> bytes:
     try:
         return bytes(map(table.__getitem__, text))
     except KeyError:
-        # llama.cpp's output for a character that does not stand for a byte.
+        # llama.cpp's output for a character that encodes no byte.
         unknown = (f"[UNK_BYTE_0x{character.encode().hex()}{text}]".encode() for character in text)
         return b"".join(
             bytes([table[one]]) if one in table else other for one, other in zip(text, unknown, strict=True)
