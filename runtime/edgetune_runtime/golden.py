@@ -13,7 +13,7 @@ from .runtime import Runtime
 
 
 @dataclass(frozen=True)
-class Comparison:
+class GoldenComparison:
     """An adapter's golden answer and its answer on this machine; both None if the bundle has no golden answer."""
 
     golden: GoldenAnswer | None
@@ -37,11 +37,11 @@ class Comparison:
         return f"expected {self.golden.answer!r}, got {self.answer!r}" if self.is_different else "same"
 
 
-def compare(runtime: Runtime) -> Iterator[tuple[str, Comparison]]:
+def compare(runtime: Runtime) -> Iterator[tuple[str, GoldenComparison]]:
     """Ask each adapter in turn; its name and how its answer compares. Raises what `generate` and `classify` raise."""
     for name in runtime.adapters:
         golden = runtime.manifest.adapter(name).golden.get(runtime.engine)
-        yield name, Comparison(golden, None if golden is None else ask(runtime, name, golden))
+        yield name, GoldenComparison(golden, None if golden is None else ask(runtime, name, golden))
 
 
 def report(runtime: Runtime, *, as_json: bool) -> None:

@@ -34,6 +34,7 @@ from .wording import CLOSED
 _LOG = logging.getLogger(__name__)
 
 Adapters = str | Mapping[str, float] | None
+"""An adapter by name, adapters with their scales, or None for the plain base."""
 
 _LARGEST_SCALE = 1000
 """Engines compute in float32, and far larger scales would give no numbers."""

@@ -20,6 +20,7 @@ from .states.store import KIND
 from .text.chat import Message, Prompt, messages_for
 
 Carry = Literal["recompute", "reuse"]
+"""What becomes of the state when a session changes adapters; see `Session.use`."""
 
 _LOG = logging.getLogger(__name__)
 _STOPPED = ("deadline", "cancelled")

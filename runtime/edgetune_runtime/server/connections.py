@@ -14,7 +14,7 @@ _NETWORK_BITS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Connection:
+class ClientConnection:
     """An open connection: its client, and the function that closes it."""
 
     client: str
@@ -30,12 +30,12 @@ class Connections:
 
     def __init__(self, max_connections: int, max_per_address: int) -> None:
         self._max_connections, self._max_per_address = max_connections, max_per_address
-        self._open: set[Connection] = set()
+        self._open: set[ClientConnection] = set()
         self._counts: Counter[str] = Counter()
         # In the order in which they began to wait.
-        self._waiting: dict[Connection, None] = {}
+        self._waiting: dict[ClientConnection, None] = {}
 
-    def admit(self, address: str, close: Callable[[], None]) -> Connection | None:
+    def admit(self, address: str, close: Callable[[], None]) -> ClientConnection | None:
         """Count a new connection, which waits for its client; None if there is no room.
 
         `close` is called when it has to make room for another one.
@@ -47,22 +47,22 @@ class Connections:
             has_room = len(self._open) < self._max_connections or self._close_one(list(self._waiting))
         if not has_room:
             return None
-        connection = Connection(client, close)
+        connection = ClientConnection(client, close)
         self._open.add(connection)
         self._counts[client] += 1
         self._waiting[connection] = None
         return connection
 
-    def wait(self, connection: Connection) -> None:
+    def wait(self, connection: ClientConnection) -> None:
         """The connection waits for its client to send or to read, from now on or still."""
         if connection in self._open:
             self._waiting.setdefault(connection)
 
-    def answer(self, connection: Connection) -> None:
+    def answer(self, connection: ClientConnection) -> None:
         """The connection stays open until it waits again."""
         self._waiting.pop(connection, None)
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: ClientConnection) -> None:
         """The connection is closed; a second call does nothing."""
         if connection not in self._open:
             return
@@ -72,7 +72,7 @@ class Connections:
         if not self._counts[connection.client]:
             del self._counts[connection.client]
 
-    def _close_one(self, candidates: list[Connection]) -> bool:
+    def _close_one(self, candidates: list[ClientConnection]) -> bool:
         if not candidates:
             return False
         connection = max(candidates, key=lambda candidate: self._counts[candidate.client])

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from edgetune_runtime.errors import BusyError
 
 from .accepting import connections_within_files
-from .connections import Connection, Connections
+from .connections import ClientConnection, Connections
 from .problems import error_response
 from .settings import ServerLimits, is_loopback
 
@@ -60,7 +60,7 @@ def protocol(limits: ServerLimits) -> type[H11Protocol]:
 
         _arriving: asyncio.TimerHandle | None = None
         _stalled: asyncio.TimerHandle | None = None
-        _counted: tuple[Connections, Connection] | None = None
+        _counted: tuple[Connections, ClientConnection] | None = None
         _lingers: asyncio.TimerHandle | None = None
 
         def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as uvicorn calls it

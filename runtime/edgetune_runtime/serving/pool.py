@@ -46,7 +46,7 @@ class Pool:
 
         Same errors as `Places.enter`: so a thread that has a stream open may wait for the streams of others, but not
         for its own. Any thread may read a stream: its own are those that it read last, and that no other
-        thread has gone on with for `PATIENCE_S` since.
+        thread has read for `PATIENCE_S` since.
         """
         with self.places.enter(job.check) as holder, self.take(job, holder) as context:
             yield context

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 """A message as in OpenAI's API: `role` and `content`, and where they apply `tool_calls`, `tool_call_id` and `name`."""
 Prompt = str | Sequence[Message]
+"""A text of the user, or chat messages."""
 
 
 def messages_for(prompt: Prompt, system: str | None) -> list[Message]:

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from edgetune_runtime.server.accepting import connections_within_files
 from edgetune_runtime.server.binding import bind
-from edgetune_runtime.server.connections import Connection, Connections
+from edgetune_runtime.server.connections import ClientConnection, Connections
 from edgetune_runtime.server.settings import Access, ServerLimits
 from runtime.server.conftest import Running, Start
 from runtime.server.test_limits import LONG, body, post, streaming
@@ -33,7 +33,7 @@ class Opened:
         self.closed: list[int] = []
         self._count = 0
 
-    def open(self, address: str) -> Connection | None:
+    def open(self, address: str) -> ClientConnection | None:
         number = self._count
         self._count += 1
         return self.connections.admit(address, lambda: self.closed.append(number))
