@@ -60,20 +60,10 @@ def bench(options: argparse.Namespace) -> None:
             with open_runtime(options) as runtime:
                 figures["ttft_ms"]["restored"] = restored_ms(runtime)
                 name, engine = runtime.adapters[0], runtime.engine
-            command = [sys.executable, "-m", "edgetune_runtime", "generate", str(options.bundle), "--prompt", "?"]
-            command += [
-                "--adapter",
-                name,
-                "--engine",
-                engine,
-                "--max-tokens",
-                "1",
-                "--cache-folder",
-                folder,
-                "--no-preflight",
-            ]
-            command += [] if options.threads is None else ["--threads", str(options.threads)]
-            command += [] if options.kv is None else ["--kv", options.kv]
+            command = [sys.executable, "-m", "edgetune_runtime", "generate", str(options.bundle), "--no-preflight"]
+            flags = {"prompt": "?", "adapter": name, "engine": engine, "max-tokens": 1, "cache-folder": folder}
+            flags |= {name: value for name in ("threads", "kv") if (value := getattr(options, name)) is not None}
+            command += [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
             command += [] if options.repack is None else ["--repack" if options.repack else "--no-repack"]
             figures["start_ms"] = start_ms(command)
     print(json.dumps(figures) if options.json else "\n".join(_lines(figures)))

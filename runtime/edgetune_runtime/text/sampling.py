@@ -99,13 +99,13 @@ class Sampler:
             return best
         order = top_tokens(logits, sampling.top_k)
         chosen = logits[order].astype(np.float64)
-        probabilities = _softmax(chosen)
+        probabilities = softmax(chosen)
         if sampling.top_p < 1.0:
             # Include the token that makes the sum reach top_p.
             kept = int(np.searchsorted(probabilities.cumsum(), sampling.top_p)) + 1
             order, chosen, probabilities = order[:kept], chosen[:kept], probabilities[:kept]
         kept = int((probabilities >= sampling.min_p * probabilities[0]).sum())
-        return int(self._random.choice(order[:kept], p=_softmax(chosen[:kept], float(sampling.temperature))))
+        return int(self._random.choice(order[:kept], p=softmax(chosen[:kept], float(sampling.temperature))))
 
 
 def top_tokens(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
@@ -123,7 +123,8 @@ def _penalize(logits: NDArray[np.float32], recent: Sequence[int], penalty: float
     return logits
 
 
-def _softmax(values: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:
+def softmax(values: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:
+    """Probabilities from logits, or from log-probabilities up to a constant."""
     # The most likely token has weight 1 at every temperature; those of others may be too small for a number.
     with np.errstate(over="ignore"):
         weights = np.exp((values - values.max()) / temperature)
