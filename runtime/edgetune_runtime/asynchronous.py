@@ -84,8 +84,8 @@ class AsyncRuntime:
     ) -> AsyncStream:
         """Like `generate`, but yields the text piece by piece; errors are raised by the first read."""
 
-        def open_stream(given: AnswerOptions) -> Stream:
-            return self.runtime.stream(prompt, adapter=adapter, raw=raw, **given)
+        def open_stream(answer_options: AnswerOptions) -> Stream:
+            return self.runtime.stream(prompt, adapter=adapter, raw=raw, **answer_options)
 
         return _stream(self._threads, open_stream, options)
 
@@ -157,7 +157,7 @@ class AsyncSession:
 
     def stream(self, message: Prompt, **options: Unpack[AnswerOptions]) -> AsyncStream:
         """Like `send`, but yields the text piece by piece; see `Session.stream`."""
-        return _stream(self._threads, lambda given: self._session.stream(message, **given), options)
+        return _stream(self._threads, lambda answer_options: self._session.stream(message, **answer_options), options)
 
     async def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
         """Use other adapters from now on; see `Session.use`."""

@@ -135,9 +135,9 @@ def adapter_choice(runtime: Runtime, choices: Sequence[str]) -> str | dict[str, 
     """The adapters of `--adapter` or `/use`: None, a single name, or a mapping of names to scales."""
     scales: dict[str, float] = {}
     for choice in choices:
-        name, given, scale = choice.partition("=")
+        name, equals, scale = choice.partition("=")
         try:
-            scales[name] = float(scale) if given else runtime.manifest.adapter(name).scale
+            scales[name] = float(scale) if equals else runtime.manifest.adapter(name).scale
         except ValueError as error:
             message = f"scale {scale!r} of adapter {name!r} is not a number"
             raise UsageError(message, "give NAME or NAME=SCALE") from error

@@ -130,13 +130,13 @@ class LoadedBundle:
                 else:
                     messages = messages_for(prompt, system)
                     tokens = chat_tokens(tokenizer, messages, form, check, pool.capacity(active))
-                    given = _system_in(messages)
-                    comes_with_call = given != own or form.tools is not None or form.think is not None
+                    system_text = _system_in(messages)
+                    comes_with_call = system_text != own or form.tools is not None or form.think is not None
                     # Other adapters computed the beginning of a session that was carried over.
-                    is_shared = carried is None or given == own
+                    is_shared = carried is None or system_text == own
                     fixed = 0
                     if is_shared:
-                        fixed = self._fixed.count(tokenizer, id(pool), given, form, tokens=tokens, check=check)
+                        fixed = self._fixed.count(tokenizer, id(pool), system_text, form, tokens=tokens, check=check)
                 # Merged models have the base's vocabulary.
                 reader, constraint = self._constraints.of(tokenizer, output, form.tools, check)
         except Stopped as stopped:

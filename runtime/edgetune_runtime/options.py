@@ -95,12 +95,12 @@ def split_options(options: Mapping[str, Any]) -> tuple[CallLimits, AnswerForm, d
     own = (*_CONSTRAINTS, "unconstrained", "tools", "tool_choice", "think", "deadline_s", "cancel")
     others = {key: value for key, value in options.items() if key not in own}
     tools = tool_set(options.get("tools"), options.get("tool_choice"))
-    given = {key: options[key] for key in _CONSTRAINTS if options.get(key) is not None}
+    constraints = {key: options[key] for key in _CONSTRAINTS if options.get(key) is not None}
     unconstrained = bool(options.get("unconstrained", False))
-    kinds = [*(["unconstrained"] if unconstrained else []), *(["tools"] if tools is not None else []), *given]
+    kinds = [*(["unconstrained"] if unconstrained else []), *(["tools"] if tools is not None else []), *constraints]
     if len(kinds) > 1 and kinds[0] in ("unconstrained", "tools") and kinds != ["tools", "schema"]:
         raise UsageError(f"{kinds[0]} and {kinds[1]} are both given", "give one of them")
     think = options.get("think")
     if think is not None and not isinstance(think, bool):
         raise UsageError(f"think is {think!r}", "give True, False or None")
-    return limits, AnswerForm(spec_of(**given) if given else None, tools, unconstrained, think), others
+    return limits, AnswerForm(spec_of(**constraints) if constraints else None, tools, unconstrained, think), others

@@ -131,14 +131,14 @@ def prompt_of(options: argparse.Namespace) -> str:
 
 def answer_options(options: argparse.Namespace) -> dict[str, Any]:
     """The answer options on the command line; the others have the defaults of `AnswerOptions`."""
-    given = vars(options)
-    answer: dict[str, Any] = {name: given[name] for name in (*SAMPLING, "stop", "logprobs") if name in given}
+    values = vars(options)
+    answer: dict[str, Any] = {name: values[name] for name in (*SAMPLING, "stop", "logprobs") if name in values}
     if "logprobs" in answer and not options.json:
         raise UsageError("--logprobs is given without --json", "add --json")
-    files = {name: _read(given[name]) for name in ("schema", "grammar") if given[name] is not None}
+    files = {name: _read(values[name]) for name in ("schema", "grammar") if values[name] is not None}
     choices = {} if options.choices is None else {"choices": [text.strip() for text in options.choices.split(",")]}
-    tools = {} if given.get("tools") is None else {"tools": _read_json(options.tools)}
-    answer |= {"tool_choice": given.get("tool_choice"), "regex": options.regex, "unconstrained": options.unconstrained}
+    tools = {} if values.get("tools") is None else {"tools": _read_json(options.tools)}
+    answer |= {"tool_choice": values.get("tool_choice"), "regex": options.regex, "unconstrained": options.unconstrained}
     return {**answer, **files, **choices, **tools}
 
 

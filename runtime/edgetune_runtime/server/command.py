@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     if not access.keys and not options.no_api_key and can_be_reached(options.host):
         message = f"others can reach {options.host}, and no key is set"
         raise UsageError(message, "give --api-key-file FILE, or --no-api-key to let everyone use the server")
-    rewriters = [Rewriter.load(given, options.app_dir.resolve()) for given in options.rewrite]
+    rewriters = [Rewriter.load(spec, options.app_dir.resolve()) for spec in options.rewrite]
     with bind(options.host, options.port) as listening, open_bundle(contexts=options.contexts) as runtime:
         url = url_of(listening)
 
@@ -128,8 +128,8 @@ def _keys(path: Path | None) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _origins(given: list[str]) -> list[str]:
-    for origin in given:
+def _origins(origins: list[str]) -> list[str]:
+    for origin in origins:
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise UsageError(f"origin {origin!r} is no scheme and host", "give one such as https://example.org")
-    return given
+    return origins

@@ -137,8 +137,8 @@ class Fields:
     def refuse(self, name: str, expected: str) -> NoReturn:
         """Raise RequestError: the member called `name` is not what is expected."""
         path, value = self._path_of(name), self.values.get(name)
-        given = "missing" if value is None else _shortened(value)
-        raise RequestError(f"{path} is {given}", f"give {expected}", param=path)
+        actual = "missing" if value is None else _shortened(value)
+        raise RequestError(f"{path} is {actual}", f"give {expected}", param=path)
 
     def _path_of(self, name: str) -> str:
         return f"{self._path}.{name}" if self._path else name

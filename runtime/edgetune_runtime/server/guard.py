@@ -70,9 +70,9 @@ class Guard:
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip())
+        sent = _digest(key.strip())
         # Each comparison takes the same time wherever the keys differ, and all keys are compared.
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        matches = [hmac.compare_digest(sent, digest) for digest in self._digests]
         return scheme.lower() == "bearer" and any(matches)
 
 

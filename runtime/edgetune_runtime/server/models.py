@@ -108,15 +108,16 @@ class Models:
         value = fields.values["adapters"]
         if isinstance(value, dict):
             scales = Fields(value, "adapters")
-            given = {name: scales.number(name) for name in value}
+            scale_by_name = {name: scales.number(name) for name in value}
         else:
-            given = dict.fromkeys(fields.texts("adapters"))
-        for name in given:
+            scale_by_name = dict.fromkeys(fields.texts("adapters"))
+        for name in scale_by_name:
             if name not in self.manifest.adapters:
                 names = ", ".join(self.manifest.adapters) or "none"
                 raise RequestError(f"no adapter {name!r}", f"choose from: {names}", status=404, param="adapters")
         return {
-            name: self.manifest.adapters[name].scale if scale is None else scale for name, scale in given.items()
+            name: self.manifest.adapters[name].scale if scale is None else scale
+            for name, scale in scale_by_name.items()
         } or None
 
     def _scale(self, text: str, name: str) -> float:

@@ -125,8 +125,8 @@ def _response_format(fields: Fields) -> dict[str, Any]:
         return {}
     if kind == "json_object":
         return {"schema": ANY_OBJECT}
-    given = response_format.mapping("json_schema")
-    schema = None if given is None else given.mapping("schema")
+    json_schema = response_format.mapping("json_schema")
+    schema = None if json_schema is None else json_schema.mapping("schema")
     if schema is None:
         path = "response_format.json_schema.schema"
         raise RequestError(f"{path} is missing", "give a JSON Schema", param=path)

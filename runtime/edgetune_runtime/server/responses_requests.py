@@ -51,9 +51,9 @@ def responses_request(body: Mapping[str, Any], models: Models, limits: ServerLim
 
 
 def _messages(fields: Fields) -> list[dict[str, Any]]:
-    given = fields.values.get("input")
-    if isinstance(given, str):
-        messages = [{"role": "user", "content": given}]
+    value = fields.values.get("input")
+    if isinstance(value, str):
+        messages = [{"role": "user", "content": value}]
     else:
         messages = []
         for item in fields.objects("input"):

@@ -67,16 +67,16 @@ class Rewriter:
     function: Rewrite
 
     @classmethod
-    def load(cls, given: str, folder: Path) -> Rewriter:
+    def load(cls, spec: str, folder: Path) -> Rewriter:
         """The function that NAME=MODULE:FUNCTION names; modules are also looked for in `folder`.
 
         Raises UsageError for another form, and for a module or function that cannot be loaded.
         """
-        name, equals, place = given.partition("=")
+        name, equals, place = spec.partition("=")
         module, colon, function = place.partition(":")
         if not (name and equals and module and colon and function):
             raise UsageError(
-                f"--rewrite {given!r} is not {_FORM}", f"give {_FORM}, such as assist=assist.prompt:rewrite"
+                f"--rewrite {spec!r} is not {_FORM}", f"give {_FORM}, such as assist=assist.prompt:rewrite"
             )
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
@@ -84,9 +84,9 @@ class Rewriter:
             rewrite = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, SyntaxError) as error:
             remedy = f"check the name, and that --app-dir (now {folder}) is the folder that has {module}"
-            raise UsageError(f"--rewrite {given!r} cannot be loaded: {error}", remedy) from error
+            raise UsageError(f"--rewrite {spec!r} cannot be loaded: {error}", remedy) from error
         if not callable(rewrite):
-            raise UsageError(f"--rewrite {given!r} is no function", "name a function of messages and tools")
+            raise UsageError(f"--rewrite {spec!r} is no function", "name a function of messages and tools")
         return cls(name, rewrite)
 
     async def rewrite(self, request: AnswerRequest) -> AnswerRequest:

@@ -45,9 +45,9 @@ class StoredState:
 
 def default_folder() -> Path:
     """The default folder for states: `$EDGETUNE_CACHE`, else edgetune/states in the user's cache folder."""
-    given = os.environ.get(_VARIABLE)
-    if given:
-        return Path(given)
+    folder = os.environ.get(_VARIABLE)
+    if folder:
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetune" / "states"
 
 

@@ -28,10 +28,10 @@ def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
 
     UsageError, with the number of the message, for no messages or one that is not of this form.
     """
-    given: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if not given:
+    prompt_messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not prompt_messages:
         raise UsageError("the list of messages is empty", "give at least one message")
-    messages = [_message(number, message) for number, message in enumerate(given, 1)]
+    messages = [_message(number, message) for number, message in enumerate(prompt_messages, 1)]
     _pair_ids(messages)
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})

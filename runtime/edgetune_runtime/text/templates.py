@@ -280,13 +280,13 @@ def _counted(function: Any, *, grows: bool) -> Callable[..., Any]:  # noqa: ANN4
 
     @functools.wraps(function)
     def counting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of a template
-        budget, given = _BUDGET.get(), list(args)
+        budget, values = _BUDGET.get(), list(args)
         budget.spend()
         if grows:
-            if isinstance(given[passed], Iterator):
-                given[passed] = budget.made(list(given[passed]))
-            budget.refuse_growth(given[passed], [*given[passed + 1 :], *kwargs.values()])
-        return budget.made(function(*given, **kwargs))
+            if isinstance(values[passed], Iterator):
+                values[passed] = budget.made(list(values[passed]))
+            budget.refuse_growth(values[passed], [*values[passed + 1 :], *kwargs.values()])
+        return budget.made(function(*values, **kwargs))
 
     return counting
 

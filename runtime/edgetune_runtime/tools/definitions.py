@@ -80,9 +80,9 @@ def tool_set(tools: Tools | None, choice: str | None = None) -> ToolSet | None:
         raise UsageError(f"tools is {type(tools).__name__}, not a list", "give a list of tools")
     if len(tools) > MAX_TOOLS:
         raise UsageError(f"{len(tools)} tools are given", f"give at most {MAX_TOOLS}")
-    given = [_of_function(tool) if callable(tool) else tool for tool in tools]
+    plain = [_of_function(tool) if callable(tool) else tool for tool in tools]
     try:
-        text = json.dumps(given, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"tools are no JSON: {error}", _GIVE) from error
     if len(text) > MAX_CHARACTERS:
@@ -117,8 +117,8 @@ def _checked(text: str) -> tuple[Tool, ...]:
     return tools
 
 
-def _tool(number: int, given: object) -> Tool:
-    function = given.get("function", given) if isinstance(given, dict) else None
+def _tool(number: int, value: object) -> Tool:
+    function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UsageError(f"tool {number} has no name", _GIVE)
     name, parameters = function["name"], function.get("parameters") or {}
