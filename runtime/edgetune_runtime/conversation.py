@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .errors import NotFoundError, UsageError, VerificationError
+from .states.cache import name_of
 
 if TYPE_CHECKING:
     from .decoding.logprobs import TokenLogprob
@@ -85,9 +86,7 @@ class Conversation:
         return self._sessions[self._name()]
 
     def _name(self) -> str:
-        if self._adapters is None or isinstance(self._adapters, str):
-            return self._adapters or "base"
-        return " ".join(f"{name}={scale:g}" for name, scale in self._adapters.items())
+        return name_of(self._adapters)
 
     def _say(self, text: str) -> None:
         # Standard output is reserved for answers.

@@ -221,7 +221,7 @@ class Runtime:
                 job = replace(call.job, comes_with_call=False, is_warmed=True)
                 with call.pool.lease(job) as context:
                     reused = context.run(job).reused
-                name, count, elapsed_s = _name_of(choice), call.job.fixed, time.perf_counter() - begin
+                name, count, elapsed_s = name_of(choice), call.job.fixed, time.perf_counter() - begin
                 _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", name, count, reused, elapsed_s * 1e3)
                 self._loaded.options.emit(Event("warmed", name, seconds=elapsed_s, tokens=count))
                 tokens[name] = count
@@ -244,7 +244,3 @@ class Runtime:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
-
-
-def _name_of(adapter: Adapters) -> str:
-    return name_of(adapter or {}) if not isinstance(adapter, str) else adapter

@@ -73,9 +73,11 @@ def key_of(base: str, spans: Iterable[tuple[int, Mapping[str, float]]]) -> Key:
     return Key(base, tuple(merged))
 
 
-def name_of(adapters: Mapping[str, float]) -> str:
-    """Adapters with their scales as one name; `base` for none."""
-    return " ".join(f"{name}={scale:g}" for name, scale in adapters.items()) or "base"
+def name_of(adapters: str | Mapping[str, float] | None) -> str:
+    """Adapters as one name, with their scales if they have any; `base` for none."""
+    if isinstance(adapters, str):
+        return adapters
+    return " ".join(f"{name}={scale:g}" for name, scale in (adapters or {}).items()) or "base"
 
 
 def reusable(state: tuple[Key, Sequence[int]], prompt: tuple[Key, Sequence[int]]) -> int:
