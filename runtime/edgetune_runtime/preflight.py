@@ -50,10 +50,10 @@ def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions) -> 
     digest = _digest_of(bundle, manifest, options)
     # An account without a home has no cache folder; the folder of another one cannot be read.
     with suppress(RuntimeError, OSError):
-        if _place(options.cache_folder, digest).exists():
+        if _marker_path(options.cache_folder, digest).exists():
             return
     begin = time.perf_counter()
-    ended = _ended(bundle, manifest, options)
+    ended = _run_child(bundle, manifest, options)
     if ended is None:
         return
     report = _last_values(ended.output)
@@ -69,12 +69,13 @@ def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions) -> 
         raise VerificationError(message, _REMEDY)
     _LOG.info("checked %s in a child process in %.2f s", bundle, time.perf_counter() - begin)
     try:
-        _remember(_place(options.cache_folder, digest))
+        _remember(_marker_path(options.cache_folder, digest))
     except (RuntimeError, OSError, OutOfSpaceError) as error:
         _LOG.warning("cannot remember that a bundle was checked, so it is checked at each start: %s", error)
 
 
-def _place(cache_folder: str | Path | None, digest: str) -> Path:
+def _marker_path(cache_folder: str | Path | None, digest: str) -> Path:
+    """The empty file that says that a bundle passed."""
     # It imports numpy, which the child must not do before it is confined.
     from .states.store import default_folder  # noqa: PLC0415
 
@@ -95,7 +96,7 @@ def _digest_of(bundle: Path, manifest: Manifest, options: OpeningOptions) -> str
     return hashlib.sha256(json.dumps(identity, default=int).encode()).hexdigest()
 
 
-def _ended(bundle: Path, manifest: Manifest, options: OpeningOptions) -> ProcessResult | None:
+def _run_child(bundle: Path, manifest: Manifest, options: OpeningOptions) -> ProcessResult | None:
     """How the child ended; None, with a warning in the log, if there is none."""
     if not has_python():
         return None

@@ -44,10 +44,10 @@ def reason_against(grammar: str, check: Callable[[], None] = no_limits) -> str:
     if not may_be_expensive(grammar) or not has_python():
         return ""
     digest = hashlib.sha256(grammar.encode()).digest()
-    return _reasons.get(digest, lambda: _try(grammar, check), check)
+    return _reasons.get(digest, lambda: _compile_in_child(grammar, check), check)
 
 
-def _try(grammar: str, check: Callable[[], None]) -> str:
+def _compile_in_child(grammar: str, check: Callable[[], None]) -> str:
     request = json.dumps({"grammar": grammar, "cpu_s": MAX_CPU_S, "bytes": MAX_MB * 10**6, "path": sys.path})
     ended = run([sys.executable, "-I", "-B", str(_PROGRAM)], timeout_s=_MAX_S, stdin=request.encode(), check=check)
     if ended.code == 0 and ended.timeout_s is None:

@@ -108,7 +108,7 @@ class Context:
         """
         self._check, self.usage = job.check, AnswerUsage()
         key = key_of(self.shared.base, job.spans)
-        boundaries, keeps, seen = self._places(key, job), self._keeps(job), self._seen(key, job)
+        boundaries, keeps, seen = self._boundaries(key, job), self._keeps(job), self._seen(key, job)
         with self._resetting():
             reused, switch_ns = self._begin(key, job, boundaries)
             if keeps and seen == _AGAIN and reused >= job.fixed:
@@ -217,7 +217,7 @@ class Context:
     def reusable_tokens(self, job: PromptJob) -> int:
         """The length of the prefix of the current sequence that this job may reuse."""
         key = key_of(self.shared.base, job.spans)
-        return self._reusable_tokens(key, job, self._places(key, job))
+        return self._reusable_tokens(key, job, self._boundaries(key, job))
 
     def _reusable_tokens(self, key: Key, job: PromptJob, boundaries: Sequence[int]) -> int:
         if self._key is None:
@@ -285,7 +285,7 @@ class Context:
         self.tokens, self._ends = list(job.tokens[:keep]), [end for end in self._ends if end <= keep]
         return keep, switch_ns
 
-    def _places(self, key: Key, job: PromptJob) -> list[int]:
+    def _boundaries(self, key: Key, job: PromptJob) -> list[int]:
         """Where the job's tokens are split into batches. If exact, this is the same with a warm or a cold cache."""
         cuts = [start for start, _ in key.spans]
         rows = CHUNK if self.shared.exact else self.shared.governor.chunk(CHUNK)
