@@ -32,7 +32,7 @@ from edgetune.cli.validate import check
 from edgetune.encoder import base as encoder_base
 from edgetune.encoder import verify as encoder_verify
 from edgetune.encoder.objective import load_head, logits_of
-from edgetune.evaluate import evaluate
+from edgetune.evaluation import evaluate
 from edgetune.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import load_recipe
