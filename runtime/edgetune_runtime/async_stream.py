@@ -137,16 +137,13 @@ class _StreamThread:
 
     def _run(self) -> None:
         try:
-            stream = self._open(self._cancel)
-            try:
+            with self._open(self._cancel) as stream:
                 for piece in stream:
                     self._room.acquire()
                     if self._abandoned or not self._tell(self._pieces.put_nowait, piece):
                         break
                 if not self._abandoned:
                     self.answer = stream.answer
-            finally:
-                stream.close()
         except BaseException as error:
             self._error = error
         self._tell(self._finish)

@@ -73,12 +73,11 @@ class Conversation:
             self._say(f"{PROGRAM}: no command {command!r}; /help lists the commands")
 
     def _answer(self, text: str) -> None:
-        stream = self._session().stream(text, **self._sampling)
-        try:
-            show(stream, as_json=self._as_json)
-        except KeyboardInterrupt:
-            stream.close()
-            print()
+        with self._session().stream(text, **self._sampling) as stream:
+            try:
+                show(stream, as_json=self._as_json)
+            except KeyboardInterrupt:
+                print()
 
     def _session(self) -> Session:
         if self._name() not in self._sessions:

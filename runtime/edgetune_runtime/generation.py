@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from .decoding.constraint import Constraint
 from .decoding.drafts import Drafter, DraftTable
@@ -133,7 +134,7 @@ class Generation:
 class Stream(Iterator[str]):
     """Iterator over the pieces of an answer without its tool calls; afterwards `answer` has all of it.
 
-    `close` ends the answer early.
+    `close`, and leaving its `with` block, end the answer early.
     """
 
     def __init__(self, pieces: Generator[str, None, None], outcome: Generation) -> None:
@@ -158,6 +159,14 @@ class Stream(Iterator[str]):
     def close(self) -> None:
         """Stop generating and let other calls run."""
         self._pieces.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def generate(

@@ -17,7 +17,8 @@ from .errors import IncompatibleError, UsageError, VerificationError
 from .events import Event
 from .generation import Call, Carried
 from .limits import Stopped, no_limits
-from .opening import OpeningOptions, file_of, open_merged
+from .opening import open_merged
+from .opening_options import OpeningOptions, file_of
 from .options import AnswerForm
 from .preparing import Constraints, FixedParts, chat_tokens, raw_tokens
 from .serving.classifier import Classifier

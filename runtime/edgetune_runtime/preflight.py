@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import engines, errors
 from .atomic import replacing
@@ -20,9 +20,7 @@ from .bundle import Manifest, resolve
 from .child_process import Ended, has_python, run
 from .confinement import limits_of
 from .errors import EdgetuneError, OutOfSpaceError, VerificationError
-
-if TYPE_CHECKING:
-    from .opening import OpeningOptions
+from .opening_options import OpeningOptions
 
 VARIABLE = "EDGETUNE_PREFLIGHT"
 """0 turns the check off for all processes that inherit it."""
@@ -41,9 +39,7 @@ _REMEDY = "free some memory if it is short, or do not use this bundle"
 _LOG = logging.getLogger(__name__)
 
 
-def require_opens(
-    bundle: Path, manifest: Manifest, options: OpeningOptions, cache_folder: str | Path | None = None
-) -> None:
+def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions) -> None:
     """Open the bundle in a child process, unless it is remembered in the cache folder that it passed; remember it.
 
     Raises the error of opening it, and VerificationError if the child crashes, hangs, or exceeds its limits. Logs a
@@ -54,7 +50,7 @@ def require_opens(
     digest = _digest_of(bundle, manifest, options)
     # An account without a home has no cache folder; the folder of another one cannot be read.
     with suppress(RuntimeError, OSError):
-        if _place(cache_folder, digest).exists():
+        if _place(options.cache_folder, digest).exists():
             return
     begin = time.perf_counter()
     ended = _ended(bundle, manifest, options)
@@ -73,7 +69,7 @@ def require_opens(
         raise VerificationError(message, _REMEDY)
     _LOG.info("checked %s in a child process in %.2f s", bundle, time.perf_counter() - begin)
     try:
-        _remember(_place(cache_folder, digest))
+        _remember(_place(options.cache_folder, digest))
     except (RuntimeError, OSError, OutOfSpaceError) as error:
         _LOG.warning("cannot remember that a bundle was checked, so it is checked at each start: %s", error)
 
@@ -89,7 +85,7 @@ def _digest_of(bundle: Path, manifest: Manifest, options: OpeningOptions) -> str
     """A digest of everything that determines what native code reads and does; the manifest has those of the files."""
     # Not imported, because the package imports everything.
     own = sys.modules[__package__].__version__
-    versions = (own, options.make.library_version(), platform.machine())
+    versions = (own, engines.load(options.engine, manifest.task).library_version(), platform.machine())
     opening = (options.engine, options.context_length, options.kv, options.repack)
     found: list[object] = [versions, opening, manifest.to_json()]
     if not options.verify:

@@ -1,8 +1,10 @@
-"""Scores from logits: the probability of each label, and the loss of a text."""
+"""Scores from logits: the probability of each label, and the negative log-likelihood of a text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,11 +15,30 @@ _ROWS = 64
 """Rows of logits per step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
 
-def most_likely(labels: Sequence[str], scores: Sequence[float]) -> tuple[str, dict[str, float]]:
+class Classification(NamedTuple):
+    """The most likely label, and the probability of each label."""
+
+    label: str
+    probabilities: dict[str, float]
+
+
+class NegativeLogLikelihood(NamedTuple):
+    """The sum of the negative log-likelihoods of a text's tokens in nats, and the number of these tokens."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean per token."""
+        return math.exp(self.nats / self.tokens)
+
+
+def most_likely(labels: Sequence[str], scores: Sequence[float]) -> Classification:
     """The label with the highest score (a log probability, up to a constant), and the probability of each."""
     weights = np.exp(np.asarray(scores, np.float64) - max(scores))
     probabilities = dict(zip(labels, (weights / weights.sum()).tolist(), strict=True))
-    return max(probabilities, key=probabilities.__getitem__), probabilities
+    return Classification(max(probabilities, key=probabilities.__getitem__), probabilities)
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:

@@ -19,6 +19,7 @@ ENGINES = """
 from edgetune_runtime.bundle import GENERATION
 
 ENGINES = {GENERATION: "engine"}
+KV_TYPES = ("f16",)
 """
 ENGINE = """
 import os

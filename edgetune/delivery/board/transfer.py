@@ -18,10 +18,11 @@ from typing import IO
 
 from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import BusyError, UnreachableError, UsageError, VerificationError
+from edgetune_runtime.errors import BusyError, UsageError, VerificationError
 
 from . import check, venv
 from .durable import locked
+from .errors import UnreachableError
 from .kit import Kit
 from .store import Store
 

@@ -11,8 +11,10 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from edgetune_runtime.errors import EdgetuneError, UnreachableError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, VerificationError
 from edgetune_runtime.wording import printable
+
+from edgetune.delivery.board.errors import UnreachableError
 
 from .limited import LimitedProcess
 from .target import Target
@@ -190,8 +192,8 @@ def _keep_alive(process: LimitedProcess, ended: threading.Event) -> None:
 
 def _class_of(code: int) -> type[EdgetuneError]:
     """The class of errors with this exit code."""
-    named = (cls for cls in EdgetuneError.__subclasses__() if cls.__module__ == EdgetuneError.__module__)
-    return next((cls for cls in named if cls.exit_code == code), EdgetuneError)
+    own = (cls for cls in EdgetuneError.__subclasses__() if "exit_code" in vars(cls))
+    return next((cls for cls in own if cls.exit_code == code), EdgetuneError)
 
 
 def _printable(data: bytes) -> str:

@@ -13,10 +13,11 @@ from email.message import Message
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from edgetune_runtime.errors import IncompatibleError, UnreachableError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
+from edgetune.delivery.board.errors import UnreachableError
 from edgetune.progress import Progress
 
 from .platforms import Platform

@@ -1,11 +1,14 @@
-"""The engines: one folder per format, whose ENGINES maps each task to the module that defines the class as ENGINE."""
+"""The engines: one folder per format, whose ENGINES maps each task to the module that defines the class as ENGINE.
+
+KV_TYPES of a folder that generates text lists the data types that keys and values can have, the default first.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, overload
 
 from edgetune_runtime.bundle import GENERATION
-from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.registry import Registry
 
 if TYPE_CHECKING:
@@ -24,6 +27,14 @@ def check_name(name: str) -> None:
     error = _ENGINES.unknown(name)
     if error is not None:
         raise error
+
+
+def check_kv(name: str, kv: str | None) -> str:
+    """The data type of an engine's KV cache, by default its first one; UsageError for one that it does not have."""
+    known: tuple[str, ...] = _ENGINES.load(name).KV_TYPES
+    if kv is not None and kv not in known:
+        raise UsageError(f"{name} has no KV cache of type {kv!r}", f"choose one of: {', '.join(known)}")
+    return kv or known[0]
 
 
 @overload

@@ -83,9 +83,9 @@ class Answering:
         async with self.queue.place(limit_s, CLIENT.get()):
             for text in texts:
                 self._check(end_s, f"{len(vectors)} of {len(texts)} texts were embedded within {limit_s:g} s")
-                vector, count = await self.runtime.embed(text)
-                vectors.append(_normalized(vector))
-                tokens += count
+                embedding = await self.runtime.embed(text)
+                vectors.append(_normalized(embedding.vector))
+                tokens += embedding.tokens
         return vectors, tokens
 
     async def warm(self) -> None:

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.engines.base import LabelEngine, Logits
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.threads.priority import ComputeThreads
+
+
+class Embedding(NamedTuple):
+    """The pooled last layer for a text, and the text's number of tokens."""
+
+    vector: list[float]
+    tokens: int
 
 
 class Classifier:
@@ -36,10 +44,10 @@ class Classifier:
         logits = self._run(partial(self.engine.logits, self.engine.tokens_of(prompt), entry.name, scale))
         return [float(logits[entry.labels.index(label)]) for label in labels]
 
-    def embedding(self, text: str) -> tuple[list[float], int]:
-        """The plain base's pooled last layer for a text, and its number of tokens."""
+    def embedding(self, text: str) -> Embedding:
+        """The plain base's pooled last layer for a text."""
         tokens = self.engine.tokens_of(text)
-        return [float(value) for value in self._run(partial(self.engine.pooled, tokens))], len(tokens)
+        return Embedding(self._run(partial(self.engine.pooled, tokens)).tolist(), len(tokens))
 
     def close(self) -> None:
         """Free everything after running calls end; a second call does nothing, others raise UsageError."""

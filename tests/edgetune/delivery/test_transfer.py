@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from edgetune_runtime.errors import BusyError, UnreachableError, UsageError, VerificationError
+from edgetune_runtime.errors import BusyError, UsageError, VerificationError
 
 from edgetune.delivery.board import transfer
 from edgetune.delivery.board.durable import locked
+from edgetune.delivery.board.errors import UnreachableError
 
 DATA = bytes(range(256)) * 3000
 DIGEST = hashlib.sha256(DATA).hexdigest()

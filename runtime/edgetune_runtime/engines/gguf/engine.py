@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from edgetune_runtime.engines import check_kv
 from edgetune_runtime.engines.base import (
     Logits,
     StepStopped,
     check_continuations,
-    check_kv,
     check_options,
     check_prefix_fits,
     check_scales,
@@ -29,7 +29,7 @@ from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
 
-from . import KV_TYPES
+from . import NAME
 from .base import GgufBase, GgufTokenizer
 from .kv_cache import MAIN, KvCache
 from .llama import StopFlag, decode_batch, last_errors, library, make_context
@@ -67,7 +67,6 @@ class GgufEngine:
     """
 
     has_sequence: ClassVar[Literal[True]] = True
-    KV: ClassVar[tuple[str, ...]] = KV_TYPES
     BATCH_COST: ClassVar[Mapping[int, float]] = {
         2: 1.6,
         3: 2.1,
@@ -81,7 +80,6 @@ class GgufEngine:
     }
     # Measured on SmolLM2-135M and Gemma 3 270M, whose vocabulary has more than half of the parameters.
     LOGITS_COST: ClassVar[Mapping[int, float]] = {2: 2.2, 3: 2.8, 4: 3.3, 6: 5.3, 8: 3.9, 12: 4.4, 16: 5.0}
-    bytes_per_number: ClassVar[float] = 2
     adjusts_threads = True
 
     def __init__(
@@ -95,7 +93,7 @@ class GgufEngine:
         repack: bool | None = None,
     ) -> None:
         check_options(context_length, threads, batch)
-        self._kv = check_kv(kv, self.KV, "llama.cpp")
+        self._kv = check_kv(NAME, kv)
         self._is_fork = False
         self._begin(GgufBase(path, context_length, repack), context_length, threads or usable_cores(), batch)
 

@@ -64,7 +64,6 @@ class EncoderEngine:
     """
 
     has_sequence: ClassVar[Literal[False]] = False
-    bytes_per_number: ClassVar[float] = 4
 
     def __init__(self, path: Path, *, context_length: int, threads: int | None = None) -> None:
         check_options(context_length, threads, 1)
