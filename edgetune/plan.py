@@ -80,7 +80,7 @@ def _adapter_size(recipe: Recipe, name: str, header: GgufHeader, engine: str) ->
     spec, shape = recipe.adapters[name], _shape(recipe, name)
     method, options = methods.load(spec.method.name), spec.method.options
     if shape == "prefix":
-        bytes_per_token = fit.kv_bytes_per_token(header) // 2 * COSTS[engine].kv_bytes
+        bytes_per_token = fit.kv_values_per_token(header) * COSTS[engine].kv_bytes
         return fit.AdapterSize(method.prefix_tokens(options) * bytes_per_token, 0, is_prefix=True)
     if shape == "tensors":
         # A few vectors or small networks: negligible compared to the base.

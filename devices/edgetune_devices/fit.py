@@ -13,7 +13,7 @@ from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
-from edgetune_runtime.sizing.needs import AdapterSize, Item, Needs, items_of, kv_bytes_per_token, needs_of_bundle
+from edgetune_runtime.sizing.needs import AdapterSize, Item, Needs, items_of, kv_values_per_token, needs_of_bundle
 from edgetune_runtime.sizing.speed import speed_of
 
 from .boards import Board
@@ -29,7 +29,7 @@ __all__ = [
     "choose",
     "estimate_needs",
     "fit",
-    "kv_bytes_per_token",
+    "kv_values_per_token",
     "lora_size",
     "needs_of_bundle",
     "needs_of_header",

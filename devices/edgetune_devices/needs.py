@@ -74,7 +74,7 @@ def estimate_needs(
     parameters: int,
     bits_per_weight: float,
     layers: int,
-    kv_bytes_per_token: int,
+    kv_values_per_token: int,
     context_length: int,
     adapter_bytes: int = 0,
     adapter_modules: int = 0,
@@ -97,7 +97,7 @@ def estimate_needs(
         embedding_length=width,
         feed_forward_length=3 * width,
         vocabulary=vocabulary,
-        kv_bytes_per_token=kv_bytes_per_token,
+        kv_values_per_token=kv_values_per_token,
         context_length=context_length,
         adapters={"adapters": AdapterSize(adapter_bytes, adapter_modules)} if adapter_bytes else {},
     )

@@ -65,7 +65,7 @@ def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Poo
         store = StateStore(folder, options.disk_mb, options.disk_mb_per_day)
     shared = SharedResources(
         manifest.files[file].sha256,
-        int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes),
+        int(manifest.base.kv_values_per_token * running.kv_bytes),
         StateCache(options.cache_mb, options.emit),
         Governor(running.threads, adjusts=running.adjusts_threads),
         {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation},

@@ -147,7 +147,7 @@ def decide(manifest: Manifest, **options: Unpack[RuntimeOptions]) -> OpeningOpti
     if requested is not None and threads < requested:
         _LOG.warning("threads=%d, but only %d cores are available", requested, threads)
     # An encoder's base has no keys and values.
-    has_cache = manifest.base.kv_bytes_per_token > 0
+    has_cache = manifest.base.kv_values_per_token > 0
     decided: dict[str, Any] = {
         "engine": engine,
         "threads": threads,
@@ -161,9 +161,8 @@ def context_mb(manifest: Manifest, options: OpeningOptions) -> float:
     """The memory of the keys and values of one context."""
     if options.kv is None:
         return 0.0
-    # The manifest's figure is for the 2 bytes a number of GGUF.
-    values_per_token = manifest.base.kv_bytes_per_token / 2
-    return values_per_token * TENSOR_TYPES[options.kv].bytes_per_value * options.context_length / 1e6
+    values = manifest.base.kv_values_per_token * options.context_length
+    return values * TENSOR_TYPES[options.kv].bytes_per_value / 1e6
 
 
 def file_of(files: Mapping[str, str], engine: str, what: str) -> str:

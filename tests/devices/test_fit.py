@@ -67,7 +67,7 @@ def _smollm2() -> Path:
 
 
 @pytest.mark.parametrize("arch", TINY)
-def test_kv_bytes_per_token_are_those_that_the_engine_saves(tiny_gguf: Callable[[str], Path], arch: str) -> None:
+def test_kv_values_per_token_are_those_that_the_engine_saves(tiny_gguf: Callable[[str], Path], arch: str) -> None:
     engine = GgufEngine(tiny_gguf(arch), context_length=256, threads=1)
     try:
         engine.decode([5])
@@ -79,13 +79,13 @@ def test_kv_bytes_per_token_are_those_that_the_engine_saves(tiny_gguf: Callable[
         engine.close()
     # Each cell has a position, a count of sequences and a sequence; sliding-window layers have cells of their own.
     cell_bytes = 24 if arch == "gemma3" else 12
-    assert grown == 10 * (fit.kv_bytes_per_token(read_header(tiny_gguf(arch))) + cell_bytes)
+    assert grown == 10 * (2 * fit.kv_values_per_token(read_header(tiny_gguf(arch))) + cell_bytes)
 
 
-def test_kv_bytes_of_layers_that_differ_are_summed() -> None:
+def test_keys_and_values_of_layers_that_differ_are_summed() -> None:
     metadata = {**QWEN_0_5B.metadata, "llama.attention.head_count_kv": (2,) * 20 + (1,) * 4}
     header = replace(QWEN_0_5B, metadata=metadata)
-    assert fit.kv_bytes_per_token(header) == 44 * 128 * 2
+    assert fit.kv_values_per_token(header) == 44 * 128
 
 
 @pytest.mark.parametrize("arch", TINY)
@@ -196,7 +196,7 @@ def test_an_adapter_costs_memory_and_speed() -> None:
     plain = fit.fit(fit.needs_of_header(header, context_length=512), board)
     result = fit.fit(fit.needs_of_header(header, context_length=512, adapters={"command": size}), board)
     assert size.modules == 210
-    states_mb = 2 * 256 * fit.kv_bytes_per_token(header) / fit.MB
+    states_mb = 2 * 256 * 2 * fit.kv_values_per_token(header) / fit.MB
     assert result.needed_mb - plain.needed_mb == pytest.approx(size.file_bytes / fit.MB + states_mb)
     assert result.decode_tokens_per_s == plain.decode_tokens_per_s
     assert result.adapter_tokens_per_s / plain.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
@@ -240,7 +240,7 @@ def test_a_rough_estimate_is_near_that_from_the_header() -> None:
         parameters=494_000_000,
         bits_per_weight=8.5,
         layers=24,
-        kv_bytes_per_token=fit.kv_bytes_per_token(QWEN_0_5B),
+        kv_values_per_token=fit.kv_values_per_token(QWEN_0_5B),
         context_length=1024,
         vocabulary=151936,
     )

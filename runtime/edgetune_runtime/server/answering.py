@@ -15,7 +15,7 @@ from edgetune_runtime.generation import Answer
 from edgetune_runtime.text.chat import Prompt
 
 from .answer_queue import AnswerQueue
-from .answer_request import AnswerRequest
+from .answer_request import CLIENT, AnswerRequest
 from .metrics import Metrics
 from .models import Models, base_name
 from .problems import RequestError
@@ -54,7 +54,7 @@ class Answering:
         Raises what `Runtime.generate` does, and BusyError for too long a queue and a server that stops.
         """
         index = 0
-        async with self.queue.place(self._seconds_left(request)):
+        async with self.queue.place(self._seconds_left(request), CLIENT.get()):
             if rewriter := self._rewriters.get(base_name(request.model)):
                 request = await rewriter.rewrite(request)
             for prompt in request.prompts:
@@ -80,7 +80,7 @@ class Answering:
             raise RequestError(f"input has {len(texts)} texts", remedy, param="input")
         limit_s, vectors, tokens = self.limits.request_s, list[list[float]](), 0
         end_s = time.monotonic() + limit_s
-        async with self.queue.place(limit_s):
+        async with self.queue.place(limit_s, CLIENT.get()):
             for text in texts:
                 self._check(end_s, f"{len(vectors)} of {len(texts)} texts were embedded within {limit_s:g} s")
                 embedding = await self.runtime.embed(text)

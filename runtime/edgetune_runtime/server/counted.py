@@ -7,7 +7,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .answer_request import ARRIVED
+from .answer_request import ARRIVED, CLIENT
 from .metrics import Metrics
 from .problems import ClientGoneError, error_response, failure
 
@@ -33,6 +33,7 @@ class MetricsMiddleware:
         has_started = False
         begin_s = time.monotonic()
         ARRIVED.set(begin_s)
+        CLIENT.set((scope.get("client") or [""])[0])
 
         async def counting(message: Message) -> None:
             nonlocal status, has_started

@@ -15,7 +15,7 @@ from edgetune_runtime.measuring import loaded_bundle
 from runtime.bundles import Adapter, low_rank, write_bundle
 
 from edgetune import metrics
-from edgetune.evaluate import Evaluation, evaluate
+from edgetune.evaluation import Evaluation, evaluate
 from edgetune.progress import Progress
 
 SYSTEM = "answer in one word"
