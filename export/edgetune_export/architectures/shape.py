@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
-from edgetune_runtime.sizing.needs import kv_values_per_token
+from edgetune_runtime.sizing.needs import kv_values_per_token, number
 
 from . import of
 from .base import OUTPUT_LAYER
@@ -55,11 +55,9 @@ class BaseShape:
     @classmethod
     def of_header(cls, header: GgufHeader) -> BaseShape:
         """The shape of a GGUF base; IncompatibleError if layers lack a module or differ in their heads."""
-        arch, cache = header.architecture, cache_shape(header)
-        lengths = header.metadata[f"{arch}.feed_forward_length"]
-        queries = int(header.metadata[f"{arch}.attention.head_count"]) * cache.key_size
+        architecture, cache = of(header), cache_shape(header)
+        queries = number(header, "attention.head_count") * cache.key_size
         keys = cache.heads * cache.key_size
-        architecture = of(header)
         per_head = queries + keys if architecture.norms_queries_and_keys else 0
         modules = linear_modules(header)
         output_layer = modules.pop(OUTPUT_LAYER)
@@ -74,7 +72,7 @@ class BaseShape:
         return cls(
             modules=tuple(modules.values()),
             output_layer=output_layer,
-            intermediate=max(lengths) if isinstance(lengths, tuple) else int(lengths),
+            intermediate=number(header, "feed_forward_length"),
             queries=queries,
             keys=keys,
             norms=output_layer.columns * architecture.norms_per_layer + per_head,
