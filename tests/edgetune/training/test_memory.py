@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from edgetune_export.architectures.shape import BaseShape, SizedModule
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import CancelledError, UsageError
 from tiny import ARCHITECTURES, make_model
-from trainings import Listening, job
+from trainings import Listening, Stopping, job
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgetune import methods
@@ -18,7 +18,15 @@ from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.training.checkpointing import LayerCost, layer_cost, layers_of
 from edgetune.training.loop import train
-from edgetune.training.memory import MOST_TOKENS, PassCost, measured, plan_passes, predicted, training_need
+from edgetune.training.memory import (
+    MOST_TOKENS,
+    PassCost,
+    measured,
+    plan_passes,
+    predicted,
+    saved_states_mb,
+    training_need,
+)
 
 # 10 layers that keep 0.1 MB per token together, of which their inputs are 0.01 MB; the loss takes 50 MB.
 COST = PassCost(10, 1e5, 1e3, 0.0, 5e7)
@@ -163,6 +171,15 @@ def test_int8_takes_two_bytes_more_for_each_weight_of_the_layers() -> None:
     weights = 2 * (2 * 192 * 192 + 2 * 192 * 64 + 3 * 192 * 512)
     assert int8.least_mb - fp32.least_mb == pytest.approx(2 * weights / 1e6)
     assert int8.planned_mb - fp32.planned_mb == pytest.approx(2 * weights / 1e6)
+
+
+def test_a_saved_state_has_the_size_that_is_predicted(tmp_path: Path) -> None:
+    with pytest.raises(CancelledError):
+        train(make_model("llama", 384), job("lora", {"r": 64}), tmp_path, Stopping(5))
+    (file,) = tmp_path.glob("state.pt")
+    trained = sum(values.numel() for values in torch.load(file, weights_only=True)["weights"].values())
+    # Beside it the next one is written.
+    assert 2 * file.stat().st_size == pytest.approx(saved_states_mb(trained) * 1e6, rel=0.05)
 
 
 def test_a_training_keeps_to_its_limit_and_says_so(tmp_path: Path) -> None:
