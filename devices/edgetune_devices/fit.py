@@ -18,7 +18,7 @@ from edgetune_runtime.sizing.speed import speed_of
 
 from .boards import Board
 from .changes import SHORTEST_CONTEXT, longest_context
-from .needs import estimate_needs, lora_size, needs_of_header
+from .needs import estimate_needs, needs_of_header
 
 __all__ = [
     "AdapterSize",
@@ -30,7 +30,6 @@ __all__ = [
     "estimate_needs",
     "fit",
     "kv_values_per_token",
-    "lora_size",
     "needs_of_bundle",
     "needs_of_header",
     "require_fit",

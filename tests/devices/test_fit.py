@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 from edgetune_devices import boards, fit
-from edgetune_export.adapters.fold import fold_peft
-from edgetune_export.backends.gguf.backend import write_adapter
 from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
@@ -191,11 +189,10 @@ def test_an_embedding_is_counted_twice_where_it_is_also_a_repacked_head() -> Non
 
 def test_an_adapter_costs_memory_and_speed() -> None:
     header = read_header(_smollm2())
-    size = fit.lora_size(header, 16)
+    size = fit.AdapterSize(9_768_960, 210)
     board = boards.load("laptop")
     plain = fit.fit(fit.needs_of_header(header, context_length=512), board)
     result = fit.fit(fit.needs_of_header(header, context_length=512, adapters={"command": size}), board)
-    assert size.modules == 210
     states_mb = 2 * 256 * 2 * fit.kv_values_per_token(header) / fit.MB
     assert result.needed_mb - plain.needed_mb == pytest.approx(size.file_bytes / fit.MB + states_mb)
     assert result.decode_tokens_per_s == plain.decode_tokens_per_s
@@ -205,33 +202,6 @@ def test_an_adapter_costs_memory_and_speed() -> None:
 def test_the_figures_of_the_runtime_are_its_own_defaults() -> None:
     assert inspect.signature(GgufEngine).parameters["batch"].default == CHUNK
     assert inspect.signature(Runtime.open).parameters["cache_mb"].default * 1e6 == CACHE_BYTES
-
-
-@pytest.mark.parametrize(("rank", "targets"), [(8, "all-linear"), (16, ["q_proj", "v_proj"]), (4, ["mlp.gate_proj"])])
-def test_lora_size_is_that_of_the_written_file(
-    tiny_folder: Callable[[str], Path],
-    tiny_gguf: Callable[[str], Path],
-    tmp_path: Path,
-    rank: int,
-    targets: str | list[str],
-) -> None:
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - torch only in the test that needs it
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - as above
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
-    get_peft_model(model, LoraConfig(r=rank, target_modules=targets)).save_pretrained(tmp_path / "peft")
-    out = tmp_path / "adapter.gguf"
-    write_adapter(fold_peft(tmp_path / "peft", "a"), tiny_gguf("llama"), out, dtype="f16", base_fingerprint="0" * 64)
-    size = fit.lora_size(read_header(tiny_gguf("llama")), rank, targets)
-    written = read_header(out)
-    assert size.modules == len(written.tensors) // 2
-    assert size.file_bytes == sum(tensor.nbytes for tensor in written.tensors.values())
-
-
-def test_a_single_target_module_may_be_written_as_text(tiny_gguf: Callable[[str], Path]) -> None:
-    header = read_header(tiny_gguf("llama"))
-    assert fit.lora_size(header, 4, "q_proj") == fit.lora_size(header, 4, ["q_proj"])
-    assert fit.lora_size(header, 4, "q_proj").modules == 2
 
 
 def test_a_rough_estimate_is_near_that_from_the_header() -> None:
