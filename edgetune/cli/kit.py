@@ -41,7 +41,6 @@ def kit(
     context_length: ContextLength = None,
     kv: Kv = None,
     cache_mb: CacheMb = None,
-    no_bundle: Annotated[bool, typer.Option("--no-bundle", help="Leave the bundle out.")] = False,
     wheel: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A wheel of llama-cpp-python for the board (default: built here)."),
@@ -65,7 +64,6 @@ def kit(
         python=python,
         engine=engine,
         opening=Opening(context_length, kv, cache_mb),
-        with_bundle=not no_bundle,
         wheel=wheel,
         progress=Progress(quiet=quiet),
     )

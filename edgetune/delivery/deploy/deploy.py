@@ -14,20 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError
 
-from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, KitFile
+from edgetune.delivery.board.kit import KIT_NAME, PROGRAM_NAME, SUMS_NAME, KitFile
 from edgetune.delivery.board.transfer import HELD
+from edgetune.delivery.kit import output
+from edgetune.delivery.kit.make import AssembledKit
 from edgetune.progress import Progress, Step
 
 from . import replies
-from .kits import Kits, MadeKit
 from .probe import BoardFacts, probe
 from .ssh import SHORT_S, Connection
 from .target import Target
 
 T = TypeVar("T")
+Assemble = Callable[[str, str], AssembledKit]
+"""Makes the kit of a bundle for a board and a Python version, such as 3.13."""
 
 _MB = 10**6
 _CHUNK_BYTES = 1 << 18
@@ -155,12 +157,13 @@ class _Program:
             raise EdgetuneError(message, "see what its login shell prints") from error
 
 
-def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, progress: Progress) -> Deployed:
-    """Make the bundle of `kits` the current version on a board.
+def deploy(target: Target, where: Where, assemble: Assemble, options: DeployOptions, progress: Progress) -> Deployed:
+    """Make a bundle the current version on a board.
 
     Raises UnreachableError when the board cannot be reached or the connection is lost, IncompatibleError when the board
     cannot run the kit, BusyError while another deploy is at work, OutOfSpaceError when its disk is full, and
-    VerificationError when a file or an answer is wrong. The version before runs on, and the next deploy resumes.
+    VerificationError when a file or an answer is wrong; and what `assemble` raises. The version before runs on, and the
+    next deploy resumes.
     """
     with Connection(target) as connection:
         progress.say(f"{target}: checking the board")
@@ -169,12 +172,12 @@ def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, pro
             raise NotFoundError(f"{target}: no unit is installed in {facts.prefix}", "add --service NAME")
         board = facts.board_name(options.board)
         progress.say(f"{target}: {facts.ram_mib} MiB of memory, so the kit is the one for {board}")
-        made = kits.kit_for(board, facts.python)
+        made = assemble(board, facts.python)
         program = _send_program(connection, facts, made)
         with connection.holding(program.command("hold"), HELD):
             begin = time.monotonic()
             incoming = f"{facts.prefix}/incoming"
-            sent = sum(_put(connection, made.folder / name, f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
+            sent = sum(_put(connection, made.contents[name], f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
             sizes = {file.sha256: file.bytes for file in made.kit.files}
             missing = program.ask("have", incoming, parse=partial(replies.missing, sizes=sizes), limit_s=_LONG_S)
             sent += _send_files(program, made, missing, progress)
@@ -214,11 +217,11 @@ def _installed(connection: Connection, where: Where) -> _Program:
     return _Program(connection, f"{facts.prefix}/current/board.pyz", facts.prefix)
 
 
-def _send_program(connection: Connection, facts: BoardFacts, made: MadeKit) -> _Program:
+def _send_program(connection: Connection, facts: BoardFacts, made: AssembledKit) -> _Program:
     """Put the board program into the store by its digest, where it is never written to again."""
     path = f"{facts.prefix}/files/{made.program.sha256}"
     try:
-        _put(connection, made.path_of(made.program), path)
+        _put(connection, made.contents[PROGRAM_NAME], path)
     except EdgetuneError as error:
         if type(error) is not EdgetuneError:
             raise
@@ -226,17 +229,17 @@ def _send_program(connection: Connection, facts: BoardFacts, made: MadeKit) -> _
     return _Program(connection, path, facts.prefix)
 
 
-def _put(connection: Connection, path: Path, remote: str) -> int:
+def _put(connection: Connection, source: Path | bytes, remote: str) -> int:
     """Send a small file unless it is there already; the number of bytes sent."""
-    found = connection.run(["sh", "-c", 'sha256sum < "$1" 2>/dev/null; true', "sh", remote])
-    if sha256_of(path) in found:
+    digest = connection.run(["sh", "-c", 'sha256sum < "$1" 2>/dev/null; true', "sh", remote])
+    if output.digest_of(source) in digest:
         return 0
-    data = path.read_bytes()
-    connection.run(["sh", "-c", _PUT, "sh", remote], [data])
-    return len(data)
+    with output.opened(source) as file:
+        connection.run(["sh", "-c", _PUT, "sh", remote], file)
+    return output.size_of(source)
 
 
-def _send_files(program: _Program, made: MadeKit, missing: Mapping[str, int], progress: Progress) -> int:
+def _send_files(program: _Program, made: AssembledKit, missing: Mapping[str, int], progress: Progress) -> int:
     """Send the rest of the files that the board lacks; the number of bytes sent."""
     files = {file.sha256: file for file in made.kit.files}
     if not missing:
@@ -249,11 +252,11 @@ def _send_files(program: _Program, made: MadeKit, missing: Mapping[str, int], pr
     return total
 
 
-def _read(made: MadeKit, parts: Sequence[tuple[KitFile, int]], step: Step) -> Iterator[bytes]:
+def _read(made: AssembledKit, parts: Sequence[tuple[KitFile, int]], step: Step) -> Iterator[bytes]:
     """The bytes of the files from their offsets on; reports the rate as they are taken."""
     begin, sent = time.monotonic(), 0
     for file, offset in parts:
-        with made.path_of(file).open("rb") as source:
+        with output.opened(made.contents[file.path]) as source:
             source.seek(offset)
             while data := source.read(_CHUNK_BYTES):
                 yield data

@@ -11,7 +11,7 @@ from edgetune_devices import boards
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
 from edgetune.delivery.board.service import SETTINGS_NAME
-from edgetune.delivery.kit.platforms import platform_of
+from edgetune.delivery.kit.target_python import target_python
 
 from .ssh import Connection
 
@@ -82,7 +82,7 @@ class BoardFacts:
         """
         named = self._named_by_model() if wanted is None else wanted
         board = boards.find(named)
-        machine = platform_of(board, self.python).machine
+        machine = target_python(board, self.python).machine
         if machine != self.machine:
             message = f"the board is {self.machine}, and --board {board.name} is {machine}"
             raise IncompatibleError(message, "choose another --board, or leave it out")
