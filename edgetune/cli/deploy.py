@@ -36,7 +36,7 @@ def deploy_bundle(
         bool,
         typer.Option(
             "--wait-healthy",
-            help="Fail unless the unit answers, also if nothing was new.",
+            help="Fail if the board has no unit (an install waits until its unit answers).",
             rich_help_panel=BOARD_PANEL,
         ),
     ] = False,

@@ -35,7 +35,7 @@ def kit(
     ],
     python: Annotated[
         str,
-        typer.Option(metavar="VERSION", help="The board's Python; system: that of Raspberry Pi OS (/usr/bin/python3)."),
+        typer.Option(metavar="VERSION", help="The board's Python."),
     ] = _PYTHON,
     engine: Engine = None,
     context_length: ContextLength = None,
@@ -67,9 +67,10 @@ def kit(
         wheel=wheel,
         progress=Progress(quiet=quiet),
     )
+    figures = {"path": str(out), **result.to_json()}
     if as_json:
-        print_json(result.to_json())
+        print_json(figures)
         return
-    runtime_mb = (result.bytes - result.bundle_bytes) / 1e6
-    print(f"version {result.version}: {runtime_mb:.1f} MB, and {result.bundle_bytes / 1e6:.1f} MB of the bundle")
-    print(result.path)
+    runtime_mb, bundle_mb = (figures["bytes"] - figures["bundle_bytes"]) / 1e6, figures["bundle_bytes"] / 1e6
+    print(f"version {figures['version']}: {runtime_mb:.1f} MB, and {bundle_mb:.1f} MB of the bundle")
+    print(out)

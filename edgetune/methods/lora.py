@@ -1,4 +1,4 @@
-"""LoRA and its common variants (rsLoRA, LoRA+, rank and alpha per module), through PEFT.
+"""LoRA, with rsLoRA, LoRA+ and rank and alpha per module as options, through PEFT.
 
 LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+: Hayou et al. 2024,
 arXiv:2402.12354.
@@ -14,7 +14,7 @@ from edgetune_export.adapters.patterns import matching, of_key
 from edgetune_runtime.errors import UsageError
 from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
 
-from .common.base import trainable
+from .common.base import trainable, with_defaults
 from .common.lora_checkpoint import LoraCheckpoint
 from .common.peft import ALL_LINEAR, TargetOptions, check_targets, lora_config
 
@@ -138,11 +138,30 @@ def _check_patterns(adapted: set[str], options: LoraOptions) -> None:
     names = sorted({name.rpartition(".")[2] for name in adapted})
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = list(getattr(options, key))
-        found = matching([of_key(pattern) for pattern in patterns], sorted(adapted), key)
-        for pattern, matched in zip(patterns, found, strict=True):
+        modules = matching([of_key(pattern) for pattern in patterns], sorted(adapted), key)
+        for pattern, matched in zip(patterns, modules, strict=True):
             if not matched:
                 remedy = f"use one of {', '.join(names)}, or a regular expression that matches full module names"
                 raise UsageError(f"{key} {pattern!r} matches no adapted module", remedy)
 
 
+class RsLora(Lora):
+    """LoRA whose update keeps its size at high ranks: use it for ranks of 32 and more."""
+
+    variant = "rslora"
+    options = with_defaults(LoraOptions, use_rslora=True, lora_alpha=8)
+    # Its checkpoints are loaded as lora.
+    peft_type = ""
+
+
+class LoraPlus(Lora):
+    """LoRA that learns in fewer steps: use it when you can afford few epochs only."""
+
+    variant = "loraplus"
+    options = with_defaults(LoraOptions, loraplus_lr_ratio=16.0, learning_rate_factor=0.2)
+    # Its checkpoints are loaded as lora.
+    peft_type = ""
+
+
 METHOD = Lora()
+VARIANTS = (RsLora(), LoraPlus())

@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
 
 from edgetune.delivery.board.kit import KIT_NAME, PROGRAM_NAME, SUMS_NAME, KitFile
-from edgetune.delivery.board.transfer import HELD
+from edgetune.delivery.board.transfer import LACKING
 from edgetune.delivery.kit import output
 from edgetune.delivery.kit.make import AssembledKit
-from edgetune.progress import Progress, Step
+from edgetune.progress import Progress
 
 from . import replies
 from .probe import BoardFacts, probe
@@ -33,8 +33,6 @@ Assemble = Callable[[str, str], AssembledKit]
 
 _MB = 10**6
 _CHUNK_BYTES = 1 << 18
-_RECEIVE_S = 1800.0
-"""More than a slow board needs to write a large file to disk and to read it again."""
 _LONG_S = 7200.0
 """More than the board program itself waits for packages, golden answers and a unit that computes its states."""
 # Read by sh, whatever the login shell is. The name of the unfinished file is of its own for each sender.
@@ -70,7 +68,10 @@ class UnitOptions:
 
 @dataclass(frozen=True)
 class DeployOptions:
-    """`board` is None to go by the board's own model, `unit` to leave its unit as it is."""
+    """`board` is None to go by the board's own model, `unit` to leave its unit as it is.
+
+    An install waits until the unit answers, if there is one; with `waits_healthy` there must be one.
+    """
 
     board: str | None = None
     unit: UnitOptions | None = None
@@ -125,8 +126,8 @@ class Versions:
     versions: Sequence[Mapping[str, Any]]
 
     def __str__(self) -> str:
-        found = (f"{item['version']} {item['state']}".rstrip() for item in self.versions)
-        return f"{self.target}: {', '.join(found)}"
+        versions = (f"{item['version']} {item['state']}".rstrip() for item in self.versions)
+        return f"{self.target}: {', '.join(versions)}"
 
     def to_json(self) -> dict[str, Any]:
         """The versions as JSON values."""
@@ -149,11 +150,14 @@ class _Program:
     def ask(self, name: str, *words: str, parse: Callable[[Any], T], limit_s: float = SHORT_S) -> T:
         """The JSON that a command prints in its last line, checked; a login shell may print others before."""
         text = self.connection.run([*self.command(name, *words), "--json"], limit_s=limit_s)
-        last = text.rpartition("\n")[2]
+        return self.parsed(text.rpartition("\n")[2], parse)
+
+    def parsed(self, line: str, parse: Callable[[Any], T]) -> T:
+        """The JSON in a line of the board program, checked; EdgetuneError if it is of another form."""
         try:
-            return parse(json.loads(last))
+            return parse(json.loads(line))
         except (ValueError, RecursionError) as error:
-            message = f"{self.connection.target}: the board program answered {last[:80]!r} to {name}"
+            message = f"{self.connection.target}: the board program answered {line[:80]!r}"
             raise EdgetuneError(message, "see what its login shell prints") from error
 
 
@@ -174,27 +178,14 @@ def deploy(target: Target, where: Where, assemble: Assemble, options: DeployOpti
         progress.say(f"{target}: {facts.ram_mib} MiB of memory, so the kit is the one for {board}")
         made = assemble(board, facts.python)
         program = _send_program(connection, facts, made)
-        with connection.holding(program.command("hold"), HELD):
-            begin = time.monotonic()
-            incoming = f"{facts.prefix}/incoming"
-            sent = sum(_put(connection, made.contents[name], f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
-            sizes = {file.sha256: file.bytes for file in made.kit.files}
-            missing = program.ask("have", incoming, parse=partial(replies.missing, sizes=sizes), limit_s=_LONG_S)
-            sent += _send_files(program, made, missing, progress)
-            seconds = time.monotonic() - begin
-            is_first = any(file.sha256 in missing for file in made.kit.wheel_files)
-            takes = " and its packages, which takes minutes on a small board" if is_first else ""
-            progress.say(f"{target}: installing version {made.kit.version}{takes}")
-            words = [] if options.unit is None else options.unit.words()
-            version, changed, warnings = program.ask(
-                "install", incoming, *words, parse=replies.installed, limit_s=_LONG_S
-            )
-            if version != made.kit.version:
-                message = f"{target}: the board installed version {version}, not {made.kit.version}"
-                raise VerificationError(message, "run the command again")
-            if options.waits_healthy:
-                connection.run(program.command("healthy"), limit_s=_LONG_S)
-        return Deployed(target, version, changed, sent, seconds, warnings)
+        sending = _Sending(program, made, progress)
+        incoming = f"{facts.prefix}/incoming"
+        sent = sum(_put(connection, made.contents[name], f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
+        words = ["--receive", made.kit.version, *([] if options.unit is None else options.unit.words()), "--json"]
+        command = program.command("install", incoming, *words)
+        text = connection.converse(command, LACKING, sending.files, limit_s=_LONG_S)
+        _, changed, warnings = program.parsed(text.rpartition("\n")[2], replies.installed)
+        return Deployed(target, made.kit.version, changed, sent + sending.sent_bytes, sending.seconds, warnings)
 
 
 def roll_back(target: Target, where: Where) -> RolledBack:
@@ -239,27 +230,37 @@ def _put(connection: Connection, source: Path | bytes, remote: str) -> int:
     return output.size_of(source)
 
 
-def _send_files(program: _Program, made: AssembledKit, missing: Mapping[str, int], progress: Progress) -> int:
-    """Send the rest of the files that the board lacks; the number of bytes sent."""
-    files = {file.sha256: file for file in made.kit.files}
-    if not missing:
-        return 0
-    parts = [(files[digest], offset) for digest, offset in missing.items()]
-    total = sum(file.bytes - offset for file, offset in parts)
-    words = [word for file, offset in parts for word in (file.sha256, str(offset), str(file.bytes))]
-    with progress.step(f"{program.connection.target}: sending MB", max(1, round(total / _MB))) as step:
-        program.connection.run(program.command("receive", *words), _read(made, parts, step), limit_s=_RECEIVE_S)
-    return total
+class _Sending:
+    """Sends the files of a kit that a board lacks; `sent_bytes` and `seconds` are those of the transfer."""
 
+    def __init__(self, program: _Program, made: AssembledKit, progress: Progress) -> None:
+        self._program, self._made, self._progress = program, made, progress
+        self._target = program.connection.target
+        self.sent_bytes, self.seconds = 0, 0.0
 
-def _read(made: AssembledKit, parts: Sequence[tuple[KitFile, int]], step: Step) -> Iterator[bytes]:
-    """The bytes of the files from their offsets on; reports the rate as they are taken."""
-    begin, sent = time.monotonic(), 0
-    for file, offset in parts:
-        with output.opened(made.contents[file.path]) as source:
+    def files(self, lacking: str) -> Iterator[bytes]:
+        """The rest of each file, in the order of the board's list."""
+        kit = self._made.kit
+        files = {file.sha256: file for file in kit.files}
+        sizes = {digest: file.bytes for digest, file in files.items()}
+        offsets = self._program.parsed(lacking, partial(replies.missing, sizes=sizes))
+        total = sum(sizes[digest] - offset for digest, offset in offsets.items())
+        begin = time.monotonic()
+        if offsets:
+            with self._progress.step(f"{self._target}: sending MB", max(1, round(total / _MB))) as step:
+                for digest, offset in offsets.items():
+                    for data in self._rest_of(files[digest], offset):
+                        yield data
+                        self.sent_bytes += len(data)
+                        self.seconds = time.monotonic() - begin
+                        rate = self.sent_bytes / _MB / max(self.seconds, 1e-3)
+                        step.update(f"{rate:.1f} MB/s, {files[digest].name}", self.sent_bytes // _MB)
+        is_first = any(file.sha256 in offsets for file in kit.wheel_files)
+        packages = " and its packages, which takes minutes on a small board" if is_first else ""
+        self._progress.say(f"{self._target}: installing version {kit.version}{packages}")
+
+    def _rest_of(self, file: KitFile, offset: int) -> Iterator[bytes]:
+        with output.opened(self._made.contents[file.path]) as source:
             source.seek(offset)
             while data := source.read(_CHUNK_BYTES):
                 yield data
-                sent += len(data)
-                rate = sent / _MB / max(time.monotonic() - begin, 1e-3)
-                step.update(f"{rate:.1f} MB/s, {file.name}", sent // _MB)

@@ -58,20 +58,14 @@ class AssembledKit:
         """The board program."""
         return next(file for file in self.kit.files if file.path == PROGRAM_NAME)
 
-
-@dataclass(frozen=True)
-class KitResult:
-    """A kit that was written; sizes in bytes. `version` is its id on the board."""
-
-    path: Path
-    version: str
-    bytes: int
-    bundle_bytes: int
-    wheels: tuple[str, ...]
-
     def to_json(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        return {**asdict(self), "path": str(self.path)}
+        """Version id, wheels, and sizes in bytes, as JSON values."""
+        return {
+            "version": self.kit.version,
+            "bytes": sum(map(output.size_of, self.contents.values())),
+            "bundle_bytes": sum(file.bytes for file in self.kit.bundle_files),
+            "wheels": [file.name for file in self.kit.wheel_files],
+        }
 
 
 def make_kit(
@@ -84,7 +78,7 @@ def make_kit(
     engine: str | None = None,
     opening: Opening = DEFAULTS,
     wheel: Path | None = None,
-) -> KitResult:
+) -> AssembledKit:
     """Write the kit of a bundle for a board to `out`, a folder, or a tar file if it ends in .tar.
 
     Raises UsageError if `out` is something else, and what `assemble` raises.
@@ -92,10 +86,7 @@ def make_kit(
     output.check_destination(out)
     made = assemble(bundle, board, python=python, progress=progress, engine=engine, opening=opening, wheel=wheel)
     output.write(made.contents, out, f"{made.kit.name}-{made.kit.board}")
-    kit, described = made.kit, (KIT_NAME, SUMS_NAME)
-    total = sum(file.bytes for file in kit.files) + sum(output.size_of(made.contents[name]) for name in described)
-    bundle_bytes = sum(file.bytes for file in kit.bundle_files)
-    return KitResult(out, kit.version, total, bundle_bytes, tuple(file.name for file in kit.wheel_files))
+    return made
 
 
 def assemble(
@@ -110,7 +101,7 @@ def assemble(
 ) -> AssembledKit:
     """The kit of a bundle for a board; its large files stay in the bundle and in the cache of wheels.
 
-    `board` is the name of a board or the path of a board file. `python` is the board's Python, a version or "system".
+    `board` is the name of a board or the path of a board file. `python` is the board's Python, such as 3.13.
     `engine` is the bundle's first format if None, `opening` how the board opens the bundle. `wheel` is a wheel of
     llama-cpp-python to use instead of building one. Raises NotFoundError for an unknown board, IncompatibleError if the
     bundle does not fit on the board, if the board does not run Linux or `wheel` does not run there, or if there are no

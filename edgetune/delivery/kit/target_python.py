@@ -12,7 +12,6 @@ from packaging.tags import Tag, compatible_tags, cpython_tags
 
 from edgetune.delivery.wheel.platforms import GLIBC
 
-SYSTEM = "system"
 SYSTEM_PYTHON = "3.13"
 """The Python of Raspberry Pi OS that is based on Debian 13; older systems have 3.11."""
 _OLDEST_GLIBC_MINOR = 17
@@ -25,14 +24,10 @@ _INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class TargetPython:
-    """A machine as `uname -m` names it, and a Python version such as 3.13.
-
-    With `system_python` the kit uses /usr/bin/python3, and otherwise the first fitting Python in PATH.
-    """
+    """A machine as `uname -m` names it, and a Python version such as 3.13."""
 
     machine: str
     python: str
-    system_python: bool = False
 
     @property
     def platform(self) -> str:
@@ -83,7 +78,7 @@ class TargetPython:
 
 
 def target_python(board: Board, python: str) -> TargetPython:
-    """The Python of a board; `python` is a version or "system".
+    """The Python of a board in the version `python`.
 
     UsageError for a version that is too old, IncompatibleError for a board without Linux.
     """
@@ -91,9 +86,8 @@ def target_python(board: Board, python: str) -> TargetPython:
         message = f"{board.name} runs {board.system}, and kits are for Linux"
         raise IncompatibleError(message, "choose another --board; on this one, install edgetune-runtime with pip")
     is_x86 = any(name.startswith("x86-64") for name in board.instruction_sets)
-    version = SYSTEM_PYTHON if python == SYSTEM else python
-    if not re.fullmatch(r"3\.\d{1,2}", version):
-        raise UsageError(f"--python {python!r} is no version", f"write one such as {SYSTEM_PYTHON}, or {SYSTEM}")
-    if int(version.partition(".")[2]) < 11:
+    if not re.fullmatch(r"3\.\d{1,2}", python):
+        raise UsageError(f"--python {python!r} is no version", f"write one such as {SYSTEM_PYTHON}")
+    if int(python.partition(".")[2]) < 11:
         raise UsageError(f"--python {python}: edgetune-runtime needs Python 3.11 or newer", f"use {SYSTEM_PYTHON}")
-    return TargetPython("x86_64" if is_x86 else "aarch64", version, system_python=python == SYSTEM)
+    return TargetPython("x86_64" if is_x86 else "aarch64", python)

@@ -226,14 +226,14 @@ def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) 
     linear = {name for name, module in base.named_modules() if type(module).__name__ == "Linear"}
     if target_modules == ALL_LINEAR:
         return linear
-    known = sorted({name.rpartition(".")[2] for name in linear})
+    names = sorted({name.rpartition(".")[2] for name in linear})
     adapted: set[str] = set()
     for target in as_names(target_modules):
         matched = {name for name in linear if name == target or name.endswith(f".{target}")}
         if not matched:
-            near = nearest(target, known)
+            near = nearest(target, names)
             hint = f"did you mean {near!r}? Or " if near else ""
-            remedy = f"{hint}set target_modules to all-linear, or to some of {', '.join(known)}"
+            remedy = f"{hint}set target_modules to all-linear, or to some of {', '.join(names)}"
             raise UsageError(f"the base has no module {target!r}", remedy)
         adapted |= matched
     return adapted

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,16 @@ from edgetune_runtime.errors import (
     VerificationError,
 )
 from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, with_fields, write_bundle
-from sshd import Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
+from sshd import Answer, Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
 
 from edgetune.cli.main import main
+from edgetune.delivery.board.durable import locked
 from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME
-from edgetune.delivery.board.transfer import HELD
 from edgetune.delivery.deploy.deploy import Assemble, Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.probe import BoardFacts
-from edgetune.delivery.deploy.ssh import SHORT_S, Connection
+from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target
 from edgetune.delivery.kit.make import AssembledKit
-from edgetune.delivery.kit.program import board_program
 from edgetune.progress import Progress
 
 pytestmark = needs_sshd
@@ -152,18 +151,12 @@ def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(board: Board, bu
         board.deploy(bundle)
     assert board.states() == [(first.version, "current")]
     assert ask(board.prefix) == "one"
-    wait_for(lambda: not is_locked(board.prefix / "deploy.lock"))
+    wait_for(lambda: not is_locked(board.prefix / "lock"))
     assert 0 < part.stat().st_size < len(data)
     second = board.deploy(bundle)
     assert second.sent_bytes < len(data)
     assert (board.prefix / "current/bundle/large").read_bytes() == data
     assert board.states() == [(second.version, "current"), (first.version, "previous")]
-
-
-def _is_held(path: Path) -> bool:
-    """Whether another process holds the lock, seen without taking it."""
-    held = Path("/proc/locks").read_text(encoding="utf-8")
-    return path.exists() and f":{path.stat().st_ino} " in held
 
 
 def is_locked(path: Path) -> bool:
@@ -207,11 +200,7 @@ def test_another_answer_than_the_golden_one_keeps_the_old_version(board: Board, 
 
 
 def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
-    program = board.work / "board.pyz"
-    program.write_bytes(board_program())
-    hold = ["python3", str(program), "hold", "--prefix", str(board.prefix)]
-    problem = f"another deploy is writing to {board.prefix}; wait for it to end"
-    with Connection(board.target) as other, other.holding(hold, HELD), pytest.raises(BusyError, match=problem):
+    with locked(board.prefix), pytest.raises(BusyError, match=f"another install is using {board.prefix}"):
         board.deploy(bundle)
     assert board.deploy(bundle).changed
 
@@ -384,22 +373,25 @@ def test_a_login_shell_may_print_something(board: Board, bundle: Path) -> None:
 def test_an_install_goes_on_when_the_connection_is_lost(
     board: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Connection.run
+    whole = Connection.converse
+    digests = {file.sha256 for file in board.assemble(bundle)("laptop", PYTHON).kit.version_files}
 
     def cut_when_installing() -> None:
-        while not _is_held(board.prefix / "lock"):
+        while not digests <= {path.name for path in (board.prefix / "files").iterdir()}:
             time.sleep(0.005)
         cut_ssh()
 
-    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = (), *, limit_s: float = SHORT_S) -> str:
-        if "install" in command:
+    def converse(self: Connection, command: Sequence[str], start: str, answer: Answer, *, limit_s: float) -> str:
+        def answer_and_cut(lacking: str) -> Iterator[bytes]:
+            yield from answer(lacking)
             threading.Thread(target=cut_when_installing).start()
-        return whole(self, command, data, limit_s=limit_s)
 
-    monkeypatch.setattr(Connection, "run", run)
+        return whole(self, command, start, answer_and_cut, limit_s=limit_s)
+
+    monkeypatch.setattr(Connection, "converse", converse)
     with pytest.raises(UnreachableError, match="connection was lost"):
         board.deploy(bundle)
-    monkeypatch.setattr(Connection, "run", whole)
+    monkeypatch.setattr(Connection, "converse", whole)
     wait_for((board.prefix / "current").exists)
     wait_for(lambda: not is_locked(board.prefix / "lock"))
     again = board.deploy(bundle)
