@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from edgetune_export.adapters.patterns import matching, of_key
 from edgetune_runtime.errors import UsageError
-from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from .common.base import trainable, with_defaults
 from .common.lora_checkpoint import LoraCheckpoint
-from .common.peft import ALL_LINEAR, TargetOptions, check_targets, lora_config
+from .common.peft import ALL_LINEAR, Alpha, Dropout, Rank, TargetOptions, check_targets, lora_config
 
 if TYPE_CHECKING:
     import torch
@@ -50,21 +50,12 @@ class LoraOptions(TargetOptions):
     max_decode_overhead: Share = Field(
         0.1, description="Share of decode speed that the adapter may cost, such as 10% or 0.1; used by auto only."
     )
-    r: PositiveInt = Field(16, validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")
-    lora_alpha: float = Field(
-        32,
-        gt=0,
-        validation_alias=AliasChoices("lora_alpha", "alpha"),
-        description="The update is scaled by alpha / r (with use_rslora: alpha / sqrt(r)).",
+    r: Rank = 16
+    lora_alpha: Alpha = 32
+    lora_dropout: Dropout = 0.0
+    use_rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(r) instead of alpha / r, which is more stable for high ranks."
     )
-    lora_dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        validation_alias=AliasChoices("lora_dropout", "dropout"),
-        description="Dropout rate of the adapter's inputs.",
-    )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r), which is more stable for high ranks.")
     rank_pattern: dict[str, PositiveInt] = Field(
         default_factory=dict, description="Ranks of single modules, by module name or regular expression."
     )

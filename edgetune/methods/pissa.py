@@ -13,11 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from pydantic import AliasChoices, Field, PositiveInt
-
 from .common.base import rate_factor
 from .common.lora_checkpoint import LoraCheckpoint
-from .common.peft import Dropout, TargetOptions, check_targets, lora_config
+from .common.peft import Alpha, Dropout, Rank, TargetOptions, check_targets, lora_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -27,10 +25,8 @@ if TYPE_CHECKING:
 class InitializedOptions(TargetOptions):
     """Options of a LoRA that is initialized from the base's weights. In the bundle it has twice the rank."""
 
-    r: PositiveInt = Field(8, validation_alias=AliasChoices("r", "rank"), description="Rank in training.")
-    lora_alpha: float = Field(
-        8, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update is scaled by alpha / r."
-    )
+    r: Rank = 8
+    lora_alpha: Alpha = 8
     lora_dropout: Dropout = 0.0
     learning_rate_factor: float = rate_factor(0.2)
 

@@ -14,7 +14,7 @@ import numpy as np
 from edgetune_export.adapters.shapes import Delta, Floats, Folded, LowRank, Merged
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import nearest
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, PositiveInt
 
 from .base import Checkpoint, Method, MethodOptions, O
 from .peft_folder import check_peft_folder
@@ -28,6 +28,17 @@ ALL_LINEAR = "all-linear"
 _ADAPTER = "default"
 
 
+Rank = Annotated[PositiveInt, Field(validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")]
+"""The option `r`."""
+Alpha = Annotated[
+    float,
+    Field(
+        gt=0,
+        validation_alias=AliasChoices("lora_alpha", "alpha"),
+        description="The update is scaled by alpha / r.",
+    ),
+]
+"""The option `lora_alpha`."""
 Dropout = Annotated[
     float,
     Field(
