@@ -14,8 +14,8 @@ import pytest
 from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError
 from kits import PYTHON, KitMaker, ask, install_sh
 
-from edgetune.delivery.board import main, transfer, versions
-from edgetune.delivery.board.durable import locked
+from edgetune.delivery.board import main, versions
+from edgetune.delivery.board.durable import LOCK_NAME, locked
 from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit, wheels_id
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
@@ -345,7 +345,7 @@ def test_uninstall_removes_what_a_deploy_that_was_cut_left(tmp_path: Path) -> No
         (tmp_path / "home" / folder).mkdir(parents=True)
     # Those of another program.
     assert run("uninstall", "--prefix", tmp_path / "home") == NotFoundError.exit_code
-    (tmp_path / "home" / transfer.LOCK_NAME).touch()
+    (tmp_path / "home" / LOCK_NAME).touch()
     assert run("uninstall", "--prefix", tmp_path / "home") == 0
     assert not (tmp_path / "home").exists()
     assert run("uninstall", "--prefix", tmp_path / "home") == NotFoundError.exit_code

@@ -294,6 +294,7 @@ def test_an_answer_of_another_program_does_not_make_the_unit_healthy(
     stopped = int((systemd / "process").read_text())
     os.kill(stopped, signal.SIGTERM)
     sockets.require_free("127.0.0.1", port)
+    (systemd / "process").unlink()
     with other_server(port):
         assert run("install", kit, "--prefix", prefix) == 2
         # Active, but it is not the unit that listens.
