@@ -24,14 +24,18 @@ def shapes_in(
     }
 
 
-def check_shapes(recipe: Recipe) -> None:
-    """Raise IncompatibleError that names an adapter whose method does not work with a target or a scale."""
+def shapes_of(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """The shapes of each adapter; IncompatibleError names one whose method does not work with a target or a scale."""
+    shapes = {}
     for name, spec in recipe.adapters.items():
         method = methods.load(spec.method.name)
         try:
-            shapes_in(recipe.targets, method.name, spec.method.options, merged=spec.merged)
+            shapes[name] = shapes_in(
+                recipe.targets, method.name, spec.method.options, merged=spec.merged, task=recipe.task
+            )
         except IncompatibleError as error:
             raise IncompatibleError(f"adapter {name!r}: {error.message}", error.remedy) from error
         if spec.scale != 1.0 and not method.takes_scale:
             message = f"adapter {name!r}: what {method.name} trains has no scale"
             raise IncompatibleError(message, "leave scale out")
+    return shapes
