@@ -153,7 +153,8 @@ def _plan_peft(name: str, folder: Path, targets: tuple[str, ...], system: str | 
     method = methods.of_folder(folder)
     options = method.options()
     shapes = shapes_in(targets, method.name, options, merged=merged)
-    return AdapterPlan(name, method.name, options, shapes, system=system, merged=merged)
+    dtypes = {target: backends.format_of(target).adapter_dtypes[0] for target in targets}
+    return AdapterPlan(name, method.name, options, shapes, dtypes, system=system, merged=merged)
 
 
 def _from_peft_folder(plan: AdapterPlan, folder: Path, base: Base) -> TrainedAdapter:

@@ -95,7 +95,7 @@ def _compare_tasks(
         first[task.name] = _answers(engine, task)
         agreement = _agreement(_trained(model, task), first[task.name])
         progress.say(f"  {task.name}: {_said(agreement)}")
-        _check(agreement, task, rounded=rounded or task.plan.dtype_in(export.backend) != "f32")
+        _check(agreement, task, rounded=rounded or task.plan.dtypes[export.backend] != "f32")
         found[task.name] = asdict(agreement)
     for task in tasks:
         again = zip(first[task.name], _answers(engine, task), strict=True)

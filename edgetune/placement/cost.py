@@ -150,7 +150,7 @@ class _Bench:
 
     def __init__(self, base: Base, recipe: Recipe, plan: AdapterPlan, folder: Path) -> None:
         self.base, self.target, self.threads = base, recipe.targets[0], recipe.threads
-        self.dtype = plan.dtype_in(self.target)
+        self.dtype = plan.dtypes[self.target]
         # The method of rounding does not change the speed.
         self.onnx = OnnxOptions(recipe.onnx.weights)
         self._backend = backends.load(self.target)

@@ -2,68 +2,62 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from edgetune_devices import fit
 from edgetune_export import backends
-from edgetune_runtime.engines import gguf
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.formats.quantization import TENSOR_TYPES
-from edgetune_runtime.sizing.needs import COSTS
 
 from edgetune import methods
 from edgetune.methods import Method, MethodOptions
 from edgetune.methods.common.peft import ALL_LINEAR, TargetOptions
 from edgetune.methods.lora import AUTO
-from edgetune.recipe.parts import AdapterSpec
+from edgetune.recipe.model import Recipe
 
 from .records import AdapterPlan
 
 _FLOAT = 4
 
 
-def plan_adapter(
-    name: str, spec: AdapterSpec, shapes: Mapping[str, str], header: GgufHeader | None, weights: str
-) -> AdapterPlan:
-    """The plan of one adapter without its data; `weights` are those of the recipe's `onnx`."""
-    method, options = methods.load(spec.method.name), spec.method.options
-    dtypes = {target: spec.dtype_in(target) for target in shapes}
+def plan_adapter(recipe: Recipe, name: str, shapes: Mapping[str, str], header: GgufHeader | None) -> AdapterPlan:
+    """The plan of one adapter of the recipe, without its data."""
+    spec = recipe.adapters[name]
+    method = methods.load(spec.method.name)
+    dtypes = {target: getattr(spec, backends.format_of(target).dtype_key) for target in backends.names()}
     planned = AdapterPlan(
         name=name,
-        method=method.name,
-        options=options,
+        method=spec.method.name,
+        options=spec.method.options,
         shapes=shapes,
         dtypes=dtypes,
-        target_modules=_modules_of(options),
-        rank=method.shipped_rank(options),
         scale=spec.scale,
         system=spec.system,
         merged=spec.merged,
         metric=spec.metric,
         labels=spec.labels or (),
-        output=None if spec.output is None else spec.output.spec,
         drafts=spec.draft,
         golden=spec.golden,
     )
-    return planned if header is None else _with_sizes(planned, method, header, weights)
+    return _with_options(planned, spec.method.options, method, header, recipe.onnx.weights)
 
 
 def with_options(planned: AdapterPlan, options: MethodOptions, header: GgufHeader, weights: str) -> AdapterPlan:
-    """The plan with other options, such as chosen modules, and the sizes that follow from them."""
-    method = methods.load(planned.method)
-    planned = replace(planned, options=options, target_modules=_modules_of(options), rank=method.shipped_rank(options))
-    return _with_sizes(planned, method, header, weights)
+    """The plan with other options, such as chosen modules, and the sizes that follow from them.
+
+    `weights` are those of the recipe's `onnx`.
+    """
+    return _with_options(planned, options, methods.load(planned.method), header, weights)
 
 
-def _modules_of(options: MethodOptions) -> str | tuple[str, ...] | None:
-    return options.target_modules if isinstance(options, TargetOptions) else None
-
-
-def _with_sizes(planned: AdapterPlan, method: Method[Any], header: GgufHeader, weights: str) -> AdapterPlan:
-    """The plan with the numbers of modules, values and trained parameters, and the approximate size of each file."""
+def _with_options(
+    planned: AdapterPlan, options: MethodOptions, method: Method[Any], header: GgufHeader | None, weights: str
+) -> AdapterPlan:
+    targets = options.target_modules if isinstance(options, TargetOptions) else None
+    planned = replace(planned, options=options, target_modules=targets, rank=method.shipped_rank(options))
+    if header is None:
+        return planned
     # Of modules that are still to be chosen, the most.
     targets = ALL_LINEAR if planned.target_modules in (None, AUTO) else planned.target_modules
     low_rank = fit.lora_size(header, planned.rank, targets or ALL_LINEAR, dtype="f32")
@@ -92,18 +86,3 @@ def _trained_share(method: Method[Any], options: MethodOptions, header: GgufHead
         return 0
     layers = int(header.metadata[f"{header.architecture}.block_count"])
     return header.parameters * min(layers, getattr(options, "layers", layers)) // layers
-
-
-def memory_size(planned: AdapterPlan, engine: str, shape: str) -> fit.AdapterSize | None:
-    """Memory of an adapter in an engine in addition to the base; None if it is merged."""
-    if shape == "merged":
-        return None
-    if shape == "tensors":
-        # A few vectors or small networks: negligible compared to the base.
-        return fit.AdapterSize(0, 0)
-    if shape == "prefix":
-        return fit.AdapterSize(planned.values * COSTS[engine].kv_bytes, 0, is_prefix=True)
-    # In other engines than llama.cpp, the factors are f32 in memory, whatever their file has.
-    dtype = planned.dtype_in(engine) if engine == gguf.NAME else "f32"
-    size = math.ceil(planned.values * TENSOR_TYPES[dtype].bytes_per_value)
-    return fit.AdapterSize(int(size * backends.format_of(engine).adapter_factor), planned.modules)

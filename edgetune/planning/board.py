@@ -2,34 +2,74 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from edgetune_devices import boards, fit
+from edgetune_export import backends
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.sizing.needs import COSTS
 
-from edgetune import bases
+from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
 
-from .adapters import memory_size
 from .records import AdapterPlan, BoardPlan, BuildPlan
 
 Adapters = Mapping[str, AdapterPlan]
 
 
-def choose_for(recipe: Recipe, adapters: Adapters, header: GgufHeader) -> fit.BoardChoice | None:
-    """Choose settings for the recipe's board where the recipe leaves them unset; None if it sets no board.
+@dataclass(frozen=True)
+class Settings:
+    """The recipe with the settings for its base and its board, the size of the base's GGUF file, and the prediction.
 
-    `header` is that of the base before quantization. Raises IncompatibleError if the bundle cannot fit, so a build
-    fails before training.
+    `quantization` None: the base's file ships unchanged.
     """
-    if recipe.device is None:
-        return None
+
+    recipe: Recipe
+    quantization: str | None
+    gguf_bytes: int | None = None
+    board: BoardPlan | None = None
+
+
+def choose_settings(
+    recipe: Recipe, adapters: Adapters, source: BaseSource | None, quantization: str | None
+) -> Settings:
+    """Choose the settings that the recipe leaves unset: for its board if it sets one, within what the base supports.
+
+    `quantization` is that of the base if no board chooses one. Raises IncompatibleError if the bundle cannot fit on the
+    board, so a build fails before training.
+    """
+    if source is None:
+        return Settings(recipe, quantization)
+    choice = None
+    if recipe.device is not None and source.header is not None:
+        choice = _choose(recipe, adapters, source.header, quantization)
+        chosen = {"threads": choice.threads, "context_length": choice.context_length}
+        recipe = recipe.model_copy(update={**chosen, "quantization": choice.quantization})
+        quantization = choice.quantization
+    # The default may be more than the base supports.
+    length = min(recipe.context_length, source.trained_context_length)
+    recipe = recipe.model_copy(update={"context_length": length})
+    if source.header is None:
+        return Settings(recipe, quantization)
+    engines = dict.fromkeys((gguf.NAME, *(target for target in recipe.targets if target in COSTS)))
+    needs = {engine: bundle_needs(recipe, adapters, source.header, quantization, engine) for engine in engines}
+    size = needs[gguf.NAME].base_bytes
+    if choice is None:
+        return Settings(recipe, quantization, size)
+    board = boards.load(str(recipe.device))
+    fits = [fit.fit(needs[target], board) for target in recipe.targets if target in needs]
+    return Settings(recipe, quantization, size, BoardPlan(board.name, choice.reason, tuple(fits)))
+
+
+def _choose(recipe: Recipe, adapters: Adapters, header: GgufHeader, quantization: str | None) -> fit.BoardChoice:
     engine = _engine(recipe)
     sizes, merged = _sizes(recipe, adapters, engine)
     return fit.choose(
-        boards.load(recipe.device),
+        boards.load(str(recipe.device)),
         header,
         adapters=sizes,
         merged=merged,
@@ -38,7 +78,7 @@ def choose_for(recipe: Recipe, adapters: Adapters, header: GgufHeader) -> fit.Bo
         quantization=recipe.quantization,
         context_length=recipe.context_length if "context_length" in recipe.model_fields_set else None,
         threads=recipe.threads,
-        requantize=bases.quantization_of(recipe) is not None,
+        requantize=quantization is not None,
     )
 
 
@@ -62,18 +102,6 @@ def bundle_needs(
     )
 
 
-def engines_of(recipe: Recipe) -> list[str]:
-    """The engines whose needs are known: that of GGUF, from which all formats are made, and those of the targets."""
-    return list(dict.fromkeys((gguf.NAME, *(target for target in recipe.targets if target in COSTS))))
-
-
-def plan_board(recipe: Recipe, choice: fit.BoardChoice, needs: Mapping[str, fit.Needs]) -> BoardPlan:
-    """The prediction for the recipe's board; `needs` are by engine."""
-    board = boards.load(str(recipe.device))
-    engines = [target for target in recipe.targets if target in needs] or [gguf.NAME]
-    return BoardPlan(board.name, choice.reason, tuple(fit.fit(needs[engine], board) for engine in engines))
-
-
 def check_fit(plan: BuildPlan, header: GgufHeader) -> None:
     """IncompatibleError if the bundle of a base file with this header does not fit on the recipe's board."""
     if plan.recipe.device is not None:
@@ -89,8 +117,23 @@ def _engine(recipe: Recipe) -> str:
 def _sizes(recipe: Recipe, adapters: Adapters, engine: str) -> tuple[dict[str, fit.AdapterSize], list[str]]:
     """The memory of the adapters in an engine, and the names of those that are merged models in it."""
     target = engine if engine in recipe.targets else recipe.targets[0]
-    sizes = {name: memory_size(adapter, engine, adapter.shapes[target]) for name, adapter in adapters.items()}
+    sizes = {name: _memory(adapter, engine, adapter.shapes[target]) for name, adapter in adapters.items()}
     return (
         {name: size for name, size in sizes.items() if size is not None},
         [name for name, size in sizes.items() if size is None],
     )
+
+
+def _memory(planned: AdapterPlan, engine: str, shape: str) -> fit.AdapterSize | None:
+    """Memory of an adapter in an engine in addition to the base; None if it is merged."""
+    if shape == "merged":
+        return None
+    if shape == "tensors":
+        # A few vectors or small networks: negligible compared to the base.
+        return fit.AdapterSize(0, 0)
+    if shape == "prefix":
+        return fit.AdapterSize(planned.values * COSTS[engine].kv_bytes, 0, is_prefix=True)
+    # In other engines than llama.cpp, the factors are f32 in memory, whatever their file has.
+    dtype = planned.dtypes[engine] if engine == gguf.NAME else "f32"
+    size = math.ceil(planned.values * TENSOR_TYPES[dtype].bytes_per_value)
+    return fit.AdapterSize(int(size * backends.format_of(engine).adapter_factor), planned.modules)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-from edgetune_devices import fit
 from edgetune_runtime.decoding.output import OutputSpec
-from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.quantization import FLOATS
 
@@ -17,7 +14,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.tasks import Task, Texts
 
 from .adapters import plan_adapter
-from .board import bundle_needs, choose_for, engines_of, plan_board
+from .board import Settings, choose_settings
 from .needs import plan_rows, report
 from .records import BasePlan, BuildPlan, Room
 
@@ -34,18 +31,9 @@ def plan_bundle(recipe: Recipe, source: BaseSource | None, shapes: Shapes) -> Bu
     header = None if source is None else source.header
     if source is not None:
         _check_lengths(recipe, source.trained_context_length)
-    adapters = {
-        name: plan_adapter(name, spec, shapes[name], header, recipe.onnx.weights)
-        for name, spec in recipe.adapters.items()
-    }
-    choice = None if header is None else choose_for(recipe, adapters, header)
-    quantization = quantization_of(recipe) if choice is None else choice.quantization
-    recipe = _with_choices(recipe, source, choice)
-    if source is None or header is None:
-        return BuildPlan(recipe, source, _plan_base(recipe, source, quantization), adapters)
-    needs = {engine: bundle_needs(recipe, adapters, header, quantization, engine) for engine in engines_of(recipe)}
-    base = replace(_plan_base(recipe, source, quantization), gguf_bytes=needs[gguf.NAME].base_bytes)
-    return BuildPlan(recipe, source, base, adapters, None if choice is None else plan_board(recipe, choice, needs))
+    adapters = {name: plan_adapter(recipe, name, shapes[name], header) for name in recipe.adapters}
+    settings = choose_settings(recipe, adapters, source, quantization_of(recipe))
+    return BuildPlan(settings.recipe, source, _plan_base(settings, source), adapters, settings.board)
 
 
 def plan_data(
@@ -66,6 +54,7 @@ def plan_data(
             metric=task.metric,
             labels=task.labels,
             output=outputs[task.name],
+            training=task.training,
             rows=plan_rows(task),
         )
         for task in tasks
@@ -85,30 +74,18 @@ def _check_lengths(recipe: Recipe, trained: int) -> None:
         raise UsageError(message, f"set it to at most {trained}")
 
 
-def _with_choices(recipe: Recipe, source: BaseSource | None, choice: fit.BoardChoice | None) -> Recipe:
-    """The recipe with the choices for its board, and a context that its base supports."""
-    if source is None:
-        return recipe
-    chosen: dict[str, Any] = {}
-    if choice is not None:
-        chosen = {"quantization": choice.quantization, "threads": choice.threads}
-    length = recipe.context_length if choice is None else choice.context_length
-    # The default may be more than the base supports.
-    chosen["context_length"] = min(length, source.trained_context_length)
-    return recipe.model_copy(update=chosen)
-
-
-def _plan_base(recipe: Recipe, source: BaseSource | None, quantization: str | None) -> BasePlan:
+def _plan_base(settings: Settings, source: BaseSource | None) -> BasePlan:
+    recipe, quantization = settings.recipe, settings.quantization
     steps = _steps(source, quantization) + (["continue pretraining"] if recipe.domain is not None else [])
+    base = BasePlan(recipe.base, quantization, tuple(steps))
     if source is None:
-        return BasePlan(recipe.base, quantization, tuple(steps))
-    return BasePlan(
-        source.name,
-        quantization,
-        tuple(steps),
-        source.architecture,
-        source.trained_context_length,
-        None if source.header is None else source.header.parameters,
+        return base
+    return replace(
+        base,
+        architecture=source.architecture,
+        trained_context_length=source.trained_context_length,
+        parameters=None if source.header is None else source.header.parameters,
+        gguf_bytes=settings.gguf_bytes,
     )
 
 

@@ -152,18 +152,17 @@ def _training_mb(plan: BuildPlan, header: GgufHeader) -> tuple[float, float]:
     """The memory of the largest training run: with the smallest forward passes, and with the largest useful ones."""
     recipe, shape = plan.recipe, BaseShape.of_header(header)
     needs = []
-    for name, adapter in plan.adapters.items():
+    for adapter in plan.adapters.values():
         if adapter.rows is None or not adapter.rows.train:
             continue
-        training = recipe.training.under(recipe.adapters[name].training)
         needs.append(
             training_need(
                 shape,
                 methods.load(adapter.method),
                 adapter.options,
                 longest_row=min(recipe.context_length, adapter.rows.longest_tokens),
-                batch_tokens=math.ceil(adapter.rows.mean_tokens * training.batch_size),
-                precision=_precision(training),
+                batch_tokens=math.ceil(adapter.rows.mean_tokens * adapter.training.batch_size),
+                precision=_precision(adapter.training),
             )
         )
     if recipe.domain is not None:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_devices.fit import Fit
-from edgetune_export import backends
 from edgetune_runtime.decoding.output import OutputSpec
 
 from edgetune.bases import BaseSource
 from edgetune.methods import MethodOptions
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import TrainingSpec
 from edgetune.tasks import Task, Texts
 
+# What the recipe has of an adapter.
+_IN_RECIPE = ("name", "options", "training")
 # What the manifest has in the entry of an adapter.
 _IN_ENTRY = ("method", "shapes", "scale", "system", "metric", "labels", "output")
 
@@ -84,15 +86,12 @@ class AdapterPlan:
     output: OutputSpec | None = None
     drafts: bool = False
     golden: bool = True
+    training: TrainingSpec = field(default_factory=TrainingSpec)
     rows: RowsPlan | None = None
 
-    def dtype_in(self, target: str) -> str:
-        """The data type of the adapter's file in a format, by default the format's default."""
-        return self.dtypes.get(target, backends.format_of(target).adapter_dtypes[0])
-
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON values, without the name, and without the method's options, which the recipe has."""
-        values = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("name", "options")}
+        """The plan as JSON values, without the name, and without the options, which the recipe has."""
+        values = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in _IN_RECIPE}
         modules = self.target_modules
         return {
             **values,

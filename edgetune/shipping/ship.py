@@ -163,7 +163,7 @@ class _Stage:
     def _write(self, target: str, folded: Adapter, adapter: TrainedAdapter, base: Path) -> WrittenAdapter:
         backend = self.backends[target]
         out = self._folder(adapter) / backend.ADAPTER_FILE
-        dtype = adapter.plan.dtype_in(target)
+        dtype = adapter.plan.dtypes[target]
         backend.write_adapter(folded, base, out, dtype=dtype, base_fingerprint=self.source.fingerprint)
         written = WrittenAdapter(out, backend.values_by_type(out))
         if isinstance(folded, LowRank):

@@ -102,7 +102,7 @@ def _adapter_parity(
         parity,
         adapter.name,
         written.weight_type or export.weight_type,
-        dtype=adapter.plan.dtype_in(export.backend),
+        dtype=adapter.plan.dtypes[export.backend],
         merged=adapter.plan.shapes[export.backend] == Merged.shape,
         error=written.error,
     )

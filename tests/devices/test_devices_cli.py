@@ -12,9 +12,10 @@ from edgetune_runtime.sizing.calibration import write_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
 from typer.testing import CliRunner
 
+from edgetune.bases import BaseSource, quantization_of
 from edgetune.cli.devices import app
 from edgetune.planning.adapters import plan_adapter
-from edgetune.planning.board import bundle_needs, choose_for
+from edgetune.planning.board import Settings, bundle_needs, choose_settings
 from edgetune.planning.records import AdapterPlan
 from edgetune.recipe.model import Recipe, load_recipe
 from edgetune.targets import shapes_of
@@ -123,15 +124,16 @@ def test_fit_of_a_recipe_on_a_folder_predicts_its_default_quantization(
 
 def _planned(recipe: Recipe, header: GgufHeader) -> dict[str, AdapterPlan]:
     shapes = shapes_of(recipe)
-    return {name: plan_adapter(name, spec, shapes[name], header, "auto") for name, spec in recipe.adapters.items()}
+    return {name: plan_adapter(recipe, name, shapes[name], header) for name in recipe.adapters}
 
 
 def _needs(recipe: Recipe, header: GgufHeader, quantization: str | None) -> fit.Needs:
     return bundle_needs(recipe, _planned(recipe, header), header, quantization)
 
 
-def _choice(recipe: Recipe, header: GgufHeader) -> fit.BoardChoice | None:
-    return choose_for(recipe, _planned(recipe, header), header)
+def _settings(recipe: Recipe, header: GgufHeader) -> Settings:
+    source = BaseSource("base", Path("base"), "llama", 512, is_folder=True, header=header)
+    return choose_settings(recipe, _planned(recipe, header), source, quantization_of(recipe))
 
 
 def test_needs_of_a_recipe_follow_its_methods_and_quantization(
@@ -149,15 +151,15 @@ def test_needs_of_a_recipe_follow_its_methods_and_quantization(
 
 def test_a_board_chooses_only_what_the_recipe_leaves_unset(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     header = read_header(tiny_gguf("llama"))
-    assert _choice(_recipe(tmp_path), header) is None
-    free = _choice(_recipe(tmp_path, "device: pi-4\n"), header)
-    assert free is not None and (free.quantization, free.context_length, free.threads) == ("q8_0", 1024, 4)
+    assert _settings(_recipe(tmp_path), header).board is None
+    free = _settings(_recipe(tmp_path, "device: pi-4\n"), header)
+    assert (free.quantization, free.recipe.context_length, free.recipe.threads) == ("q8_0", 512, 4)
     written = "device: pi-4\nquantization: q4_0\ncontext_length: 64\nthreads: 2\n"
-    bound = _choice(_recipe(tmp_path, written), header)
-    assert bound is not None and (bound.quantization, bound.context_length, bound.threads) == ("q4_0", 64, 2)
+    bound = _settings(_recipe(tmp_path, written), header)
+    assert (bound.quantization, bound.recipe.context_length, bound.recipe.threads) == ("q4_0", 64, 2)
 
 
 def test_a_recipe_that_cannot_fit_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, "device: pi-zero-2w\ncontext_length: 2000000\n")
     with pytest.raises(IncompatibleError, match=r"pi-zero-2w leaves 305 MB; .*; set context_length to"):
-        _choice(recipe, read_header(tiny_gguf("llama")))
+        _settings(recipe, read_header(tiny_gguf("llama")))

@@ -49,8 +49,7 @@ def recipe_of(folder: Path, base: Path, budget: object, rank: int = 2, **keys: o
 
 
 def planned(recipe: Recipe, base: Base) -> AdapterPlan:
-    shapes = shapes_of(recipe)["command"]
-    return plan_adapter("command", recipe.adapters["command"], shapes, base.header, recipe.onnx.weights)
+    return plan_adapter(recipe, "command", shapes_of(recipe)["command"], base.header)
 
 
 def tried(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
