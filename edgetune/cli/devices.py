@@ -187,6 +187,7 @@ def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None)
     recipe = load_recipe(path, {"context_length": context_length} if context_length else {})
     task_types.load(recipe.task).check_offers("fit", path)
     builder = builders.load(recipe.task)
+    # The settings for the recipe's own board may be others.
     plan = plan_bundle(recipe.model_copy(update={"device": None}), builder.find(recipe), builder.shapes(recipe))
     header = None if plan.source is None else plan.source.header
     if header is None:

@@ -59,23 +59,23 @@ def _with_options(
     if header is None:
         return planned
     # Of modules that are still to be chosen, the most.
-    targets = ALL_LINEAR if planned.target_modules in (None, AUTO) else planned.target_modules
-    low_rank = fit.lora_size(header, planned.rank, targets or ALL_LINEAR, dtype="f32")
+    most = ALL_LINEAR if targets is None or targets == AUTO else targets
+    low_rank = fit.lora_size(header, planned.rank, most, dtype="f32")
     # Keys and values of a token in f16 have two bytes each.
-    prefix = method.prefix_tokens(planned.options) * fit.kv_bytes_per_token(header) // 2
+    prefix = method.prefix_tokens(options) * fit.kv_bytes_per_token(header) // 2
     values = prefix or low_rank.file_bytes // _FLOAT
     sizes = {}
     for target, shape in planned.shapes.items():
-        found = backends.format_of(target)
+        written = backends.format_of(target)
         if shape == "merged":
-            sizes[target] = int(found.merged_bytes(header.parameters, weights))
+            sizes[target] = int(written.merged_bytes(header.parameters, weights))
         elif shape != "tensors":
-            sizes[target] = int(found.adapter_bytes(values, planned.dtypes[target]))
+            sizes[target] = int(written.adapter_bytes(values, planned.dtypes[target]))
     return replace(
         planned,
         modules=low_rank.modules if planned.rank else 0,
         values=values,
-        trainable_parameters=_trained_share(method, planned.options, header) or values,
+        trainable_parameters=_trained_share(method, options, header) or values or None,
         bytes_by_format=sizes,
     )
 

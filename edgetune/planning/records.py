@@ -63,8 +63,8 @@ class AdapterPlan:
     rank of at most `rank`. `modules` counts them over all layers, `values` the numbers of the exported factors or
     prefix. `drafts` and `golden`: ship a draft table, and a golden answer.
 
-    Without the base's header, `trainable_parameters` is None and sizes are 0 or missing; without its data, `rows` is
-    None, and `metric`, `labels` and `output` lack what the rows decide.
+    `trainable_parameters` is None for small vectors and networks. Without the base's header, it and all sizes are
+    missing; without the data, `rows` is None, and `metric`, `labels` and `output` lack what the rows decide.
     """
 
     name: str
