@@ -13,10 +13,8 @@ from .recipe.parts import MethodSpec
 
 
 def shipped_values(spec: MethodSpec, shape: str, base: BaseShape) -> int:
-    """Numbers in the adapter's file, folded into `shape`; a full model has those of the base."""
+    """Numbers in the adapter's file, folded into a `shape` other than merged."""
     method, options = methods.load(spec.name), spec.options
-    if shape == "merged":
-        return base.parameters
     if shape == "prefix":
         return method.prefix_tokens(options) * base.kv_values_per_token
     if shape == "tensors":
@@ -26,10 +24,8 @@ def shipped_values(spec: MethodSpec, shape: str, base: BaseShape) -> int:
     return sum(rank * module.values_per_rank for rank, module in zip(ranks, modules, strict=True))
 
 
-def size_in_memory(spec: MethodSpec, shape: str, base: BaseShape, engine: str, *, dtype: str) -> AdapterSize | None:
-    """The memory of an adapter beside the base in `engine`, from a file of `dtype`; None if it is a full model."""
-    if shape == "merged":
-        return None
+def size_in_memory(spec: MethodSpec, shape: str, base: BaseShape, engine: str, *, dtype: str) -> AdapterSize:
+    """The memory of an adapter beside the base in `engine`, from a file of `dtype`."""
     values = shipped_values(spec, shape, base)
     if shape == "prefix":
         return AdapterSize(values * COSTS[engine].kv_bytes, 0, is_prefix=True)

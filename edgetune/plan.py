@@ -69,11 +69,11 @@ def _engine(recipe: Recipe) -> str:
 
 def _adapter_sizes(recipe: Recipe, header: GgufHeader, engine: str) -> dict[str, fit.AdapterSize]:
     base = BaseShape.of_header(header)
-    sizes = {
-        name: size_in_memory(spec.method, _shape(recipe, name), base, engine, dtype=spec.dtype)
+    return {
+        name: size_in_memory(spec.method, shape, base, engine, dtype=spec.dtype)
         for name, spec in recipe.adapters.items()
+        if (shape := _shape(recipe, name)) != "merged"
     }
-    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def _merged(recipe: Recipe) -> list[str]:

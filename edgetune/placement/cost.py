@@ -133,7 +133,6 @@ def _predicted(placement: Placement, spec: AdapterSpec, header: GgufHeader, reci
     assert isinstance(options, LoraOptions)
     method = spec.method.model_copy(update={"options": options.placed(placement.target_modules, placement.r)})
     size = size_in_memory(method, "low_rank", BaseShape.of_header(header), gguf.NAME, dtype=spec.dtype)
-    assert size is not None
     needs = fit.needs_of_header(header, context_length=recipe.context_length, adapters={"adapter": size})
     found = fit.fit(needs, boards.load(recipe.device))
     return 1 - found.adapter_tokens_per_s / found.decode_tokens_per_s
