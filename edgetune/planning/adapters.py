@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from edgetune_devices import fit
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.sizing.needs import COSTS
 
 from edgetune import methods
-from edgetune.adapter_sizes import shipped_values, size_in_memory
-from edgetune.methods import MethodOptions
+from edgetune.methods import Method, MethodOptions
 from edgetune.methods.common.peft import TargetOptions
 from edgetune.recipe.model import Recipe
 
@@ -50,27 +51,47 @@ def with_options(planned: AdapterPlan, options: MethodOptions, base: BaseShape |
     planned = replace(planned, options=options, target_modules=targets, rank=getattr(options, "r", 0))
     if base is None:
         return planned
+    modules, shapes = method.trained_modules(base, options), planned.shapes
+    adapter_shapes = [shape for shape in dict.fromkeys(shapes.values()) if shape != "merged"]
+    values = {shape: shipped_values(method, options, shape, base) for shape in adapter_shapes}
     sizes = {}
-    for target, shape in planned.shapes.items():
+    for target, shape in shapes.items():
         written = backends.format_of(target)
         if shape == "merged":
             sizes[target] = int(written.merged_bytes(base.parameters, weights))
         else:
-            values = shipped_values(method, options, shape, base)
-            sizes[target] = int(written.adapter_bytes(values, planned.dtypes[target], shape))
-    first = next(iter(planned.shapes.values()))
-    memory = {
-        engine: size_in_memory(
-            method, options, planned.shapes.get(engine, first), base, engine, dtype=planned.dtypes[gguf.NAME]
-        )
-        for engine in COSTS
-    }
-    modules = method.trained_modules(base, options)
+            sizes[target] = int(written.adapter_bytes(values[shape], planned.dtypes[target], shape))
+    # In an engine whose format is not exported, the shape of the first one counts.
+    in_engine = {engine: shapes.get(engine, next(iter(shapes.values()))) for engine in COSTS}
     return replace(
         planned,
         modules=len(modules),
         rank=max(method.shipped_ranks(modules, options), default=0),
         trainable_parameters=method.trained_parameters(base, options),
         bytes_by_format=sizes,
-        memory=memory,
+        memory={
+            engine: size_in_memory(values[shape], shape, len(modules), engine, dtype=planned.dtypes[gguf.NAME])
+            for engine, shape in in_engine.items()
+            if shape != "merged"
+        },
     )
+
+
+def shipped_values(method: Method[Any], options: MethodOptions, shape: str, base: BaseShape) -> int:
+    """Numbers in the adapter's file, folded into a `shape` other than merged."""
+    if shape == "prefix":
+        return method.prefix_tokens(options) * base.kv_values_per_token
+    if shape == "tensors":
+        return method.trained_parameters(base, options)
+    modules = method.trained_modules(base, options)
+    ranks = method.shipped_ranks(modules, options)
+    return sum(rank * module.values_per_rank for rank, module in zip(ranks, modules, strict=True))
+
+
+def size_in_memory(values: int, shape: str, modules: int, engine: str, *, dtype: str) -> fit.AdapterSize:
+    """The memory of an adapter beside the base in `engine`, from a GGUF file of `dtype`."""
+    if shape == "prefix":
+        return fit.AdapterSize(values * COSTS[engine].kv_bytes, 0, is_prefix=True)
+    # In other engines than llama.cpp, the factors are f32 in memory, whatever their file has.
+    size = backends.format_of(engine).adapter_bytes(values, dtype if engine == gguf.NAME else "f32", shape)
+    return fit.AdapterSize(int(size), modules if shape == "low_rank" else 0)

@@ -113,8 +113,5 @@ def _engine(recipe: Recipe) -> str:
 
 def _sizes(adapters: Adapters, engine: str) -> tuple[dict[str, fit.AdapterSize], list[str]]:
     """The memory of the adapters in an engine, and the names of those that are merged models in it."""
-    sizes = {name: adapter.memory[engine] for name, adapter in adapters.items()}
-    return (
-        {name: size for name, size in sizes.items() if size is not None},
-        [name for name, size in sizes.items() if size is None],
-    )
+    sizes = {name: adapter.memory[engine] for name, adapter in adapters.items() if engine in adapter.memory}
+    return sizes, [name for name in adapters if name not in sizes]

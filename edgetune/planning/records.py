@@ -61,7 +61,7 @@ class AdapterPlan:
 
     `target_modules` is None for a method that does not tune linear modules; with `auto` the build chooses them and a
     rank of at most `rank`, the highest one in the files. `modules` counts them over all layers. `memory` is by engine,
-    None for a merged model. `drafts` and `golden`: ship a draft table, and a golden answer.
+    without those where it is a merged model. `drafts` and `golden`: ship a draft table, and a golden answer.
 
     Without the base's header, `trainable_parameters` is None and all sizes are missing; without the data, `rows` is
     None, and `metric`, `labels` and `output` lack what the rows decide.
@@ -77,7 +77,7 @@ class AdapterPlan:
     modules: int = 0
     trainable_parameters: int | None = None
     bytes_by_format: Mapping[str, int] = field(default_factory=dict)
-    memory: Mapping[str, AdapterSize | None] = field(default_factory=dict)
+    memory: Mapping[str, AdapterSize] = field(default_factory=dict)
     scale: float = 1.0
     system: str | None = None
     merged: bool = False

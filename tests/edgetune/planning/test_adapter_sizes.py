@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edgetune_devices.fit import AdapterSize
 from edgetune_export import backends
 from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.adapters.shapes import Prefix
@@ -14,13 +15,20 @@ from edgetune_runtime.formats.gguf_file import read_header
 from tiny import FINGERPRINT, make_model
 
 from edgetune import methods
-from edgetune.adapter_sizes import shipped_values, size_in_memory
 from edgetune.methods import Method, MethodOptions
+from edgetune.planning.adapters import shipped_values, size_in_memory
 
 
 def lora(**options: Any) -> tuple[Method[Any], MethodOptions]:  # noqa: ANN401 - options of the method
     method = methods.load("lora")
     return method, method.options.model_validate(options)
+
+
+def size_of(
+    method: Method[Any], options: MethodOptions, shape: str, base: BaseShape, engine: str
+) -> AdapterSize:
+    modules = len(method.trained_modules(base, options))
+    return size_in_memory(shipped_values(method, options, shape, base), shape, modules, engine, dtype="f16")
 
 
 @pytest.mark.parametrize(
@@ -43,8 +51,7 @@ def test_the_size_of_a_lora_is_that_of_the_written_file(
     method.save(method.attach(make_model(arch, shape.vocabulary), chosen, 1), tmp_path / "peft")
     out = tmp_path / "adapter.gguf"
     write_adapter(fold_peft(tmp_path / "peft", "a"), base, out, dtype="f16", base_fingerprint=FINGERPRINT)
-    size, written = size_in_memory(method, chosen, "low_rank", shape, "gguf", dtype="f16"), read_header(out)
-    assert size is not None
+    size, written = size_of(method, chosen, "low_rank", shape, "gguf"), read_header(out)
     assert size.modules == len(written.tensors) // 2
     assert size.file_bytes == sum(tensor.nbytes for tensor in written.tensors.values())
 
@@ -52,10 +59,9 @@ def test_the_size_of_a_lora_is_that_of_the_written_file(
 def test_a_single_target_module_may_be_written_as_text(tiny_gguf: Callable[[str], Path]) -> None:
     shape = BaseShape.of_header(read_header(tiny_gguf("llama")))
     text, names = (
-        size_in_memory(*lora(target_modules=targets), "low_rank", shape, "gguf", dtype="f16")
-        for targets in ("q_proj", ("q_proj",))
+        size_of(*lora(target_modules=targets), "low_rank", shape, "gguf") for targets in ("q_proj", ("q_proj",))
     )
-    assert text == names and text is not None
+    assert text == names
     assert text.modules == 2
 
 
@@ -72,8 +78,7 @@ def test_modules_still_to_be_chosen_count_as_all_but_the_output_layer(tiny_gguf:
 def test_each_engine_holds_an_adapter_in_its_own_types(tiny_gguf: Callable[[str], Path]) -> None:
     shape = BaseShape.of_header(read_header(tiny_gguf("llama")))
     values = shipped_values(*lora(), "low_rank", shape)
-    in_gguf, in_onnx = (size_in_memory(*lora(), "low_rank", shape, name, dtype="f16") for name in ("gguf", "onnx"))
-    assert in_gguf is not None and in_onnx is not None
+    in_gguf, in_onnx = (size_of(*lora(), "low_rank", shape, name) for name in ("gguf", "onnx"))
     assert (in_gguf.file_bytes, in_onnx.file_bytes) == (
         2 * values,
         4 * values * backends.format_of("onnx").adapter_factor,
@@ -81,7 +86,5 @@ def test_each_engine_holds_an_adapter_in_its_own_types(tiny_gguf: Callable[[str]
     method = methods.load("prefix")
     prefix = method.options.model_validate({"num_virtual_tokens": 5})
     for engine, width in (("gguf", 2), ("onnx", 4)):
-        size = size_in_memory(method, prefix, Prefix.shape, shape, engine, dtype="f16")
-        assert size is not None
-        assert (size.file_bytes, size.modules, size.is_prefix) == (5 * 2 * 2 * 32 * width, 0, True)
-    assert size_in_memory(*lora(), "merged", shape, "gguf", dtype="f16") is None
+        size = size_of(method, prefix, Prefix.shape, shape, engine)
+            assert (size.file_bytes, size.modules, size.is_prefix) == (5 * 2 * 2 * 32 * width, 0, True)
