@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveInt
@@ -46,6 +47,7 @@ class Oft(DenseMethod):
         )
 
 
+@cache
 def _rotations(columns: int, size: int) -> int:
     """The values above the diagonal of all blocks; a size that does not divide the columns is changed as PEFT does."""
     block = min((width for width in range(1, columns + 1) if columns % width == 0), key=lambda width: abs(width - size))

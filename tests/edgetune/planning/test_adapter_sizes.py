@@ -24,9 +24,7 @@ def lora(**options: Any) -> tuple[Method[Any], MethodOptions]:  # noqa: ANN401 -
     return method, method.options.model_validate(options)
 
 
-def size_of(
-    method: Method[Any], options: MethodOptions, shape: str, base: BaseShape, engine: str
-) -> AdapterSize:
+def size_of(method: Method[Any], options: MethodOptions, shape: str, base: BaseShape, engine: str) -> AdapterSize:
     modules = len(method.trained_modules(base, options))
     return size_in_memory(shipped_values(method, options, shape, base), shape, modules, engine, dtype="f16")
 
@@ -87,4 +85,4 @@ def test_each_engine_holds_an_adapter_in_its_own_types(tiny_gguf: Callable[[str]
     prefix = method.options.model_validate({"num_virtual_tokens": 5})
     for engine, width in (("gguf", 2), ("onnx", 4)):
         size = size_of(method, prefix, Prefix.shape, shape, engine)
-            assert (size.file_bytes, size.modules, size.is_prefix) == (5 * 2 * 2 * 32 * width, 0, True)
+        assert (size.file_bytes, size.modules, size.is_prefix) == (5 * 2 * 2 * 32 * width, 0, True)
