@@ -93,10 +93,6 @@ class Lora(LoraCheckpoint[LoraOptions]):
         plain = not config.get("use_dora") and not config.get("alora_invocation_tokens")
         return super().wrote(config) and plain
 
-    def shipped_rank(self, options: LoraOptions) -> int:
-        """The highest of `r` and of the patterns."""
-        return max([options.r, *options.rank_pattern.values()])
-
     def shipped_ranks(self, modules: Sequence[SizedModule], options: LoraOptions) -> list[int]:
         """That of the first pattern that matches a module, else `r`."""
         names = [module.name for module in modules]

@@ -107,7 +107,8 @@ def costs(
     target runs random adapters and the plain base in turn; the figures are kept in `folder`.
     """
     if recipe.device is not None:
-        return {placement: _predicted(placement, plan, base.header, recipe) for placement in candidates}
+        shape = BaseShape.of_header(base.header)
+        return {placement: _predicted(placement, plan, shape, base.header, recipe) for placement in candidates}
     bench = _Bench(base, recipe, plan, folder)
     known = bench.read()
     missing = [placement for placement in candidates if placement.key not in known]
@@ -127,10 +128,10 @@ def busy(plan: AdapterPlan, base: Base, recipe: Recipe, folder: Path) -> str | N
     return f"costs varied by {spread:.0%}" if spread > _MOST_SPREAD else None
 
 
-def _predicted(placement: Placement, plan: AdapterPlan, header: GgufHeader, recipe: Recipe) -> float:
+def _predicted(placement: Placement, plan: AdapterPlan, base: BaseShape, header: GgufHeader, recipe: Recipe) -> float:
     assert recipe.device is not None and isinstance(plan.options, LoraOptions)
     options = plan.options.placed(placement.target_modules, placement.r)
-    placed = with_options(plan, options, header, recipe.onnx.weights)
+    placed = with_options(plan, options, base, recipe.onnx.weights)
     predicted = fit.fit(bundle_needs(recipe, {plan.name: placed}, header, None), boards.load(recipe.device))
     return 1 - predicted.adapter_tokens_per_s / predicted.decode_tokens_per_s
 

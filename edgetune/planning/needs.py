@@ -11,7 +11,6 @@ from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.format import PROCESS_MB
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
-from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.threads import machine
 
 from edgetune import methods
@@ -29,18 +28,18 @@ _FLOAT = 4
 _CHARACTERS = 3
 
 
-def report(plan: BuildPlan, header: GgufHeader, room: Room) -> NeedsReport:
+def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
     """What the build needs and what is free.
 
     Raises OutOfSpaceError or IncompatibleError, with what would fit instead, if the build cannot work.
     """
-    needs = needs_of(plan, header)
+    needs = needs_of(plan, base)
     return NeedsReport(needs, room, tuple(check(plan.recipe, needs, room)))
 
 
-def needs_of(plan: BuildPlan, header: GgufHeader) -> BuildNeeds:
+def needs_of(plan: BuildPlan, base: BaseShape) -> BuildNeeds:
     """What the build needs, whose adapters have `rows`; a high estimate."""
-    recipe, parameters = plan.recipe, header.parameters
+    recipe, parameters = plan.recipe, base.parameters
     whole_mb, base_mb = parameters * _FLOAT / 1e6, (plan.base.gguf_bytes or 0) / 1e6
     formats, weights = {target: backends.format_of(target) for target in recipe.targets}, recipe.onnx.weights
     by_target = [
@@ -54,7 +53,7 @@ def needs_of(plan: BuildPlan, header: GgufHeader) -> BuildNeeds:
     bundle = sum(by_target)
     staged = bundle - base_mb * any(found.links_base for found in formats.values())
     at_a_time = (saved_states_mb(max(trained, default=0)), staged + bundle)
-    min_mb, training_mb = _training_mb(plan, header)
+    min_mb, training_mb = _training_mb(plan, base)
     export_mb = max(found.export_mb(base_mb * 1e6, parameters, weights) for found in formats.values())
     return BuildNeeds(
         parameters=parameters,
@@ -146,16 +145,16 @@ def _memory_remedy(free_mb: float) -> str:
     return f"close other programs{fits}"
 
 
-def _training_mb(plan: BuildPlan, header: GgufHeader) -> tuple[float, float]:
+def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
     """The memory of the largest training run: with the smallest forward passes, and with the largest useful ones."""
-    recipe, shape = plan.recipe, BaseShape.of_header(header)
+    recipe = plan.recipe
     needs = []
     for adapter in plan.adapters.values():
         if adapter.rows is None or not adapter.rows.train:
             continue
         needs.append(
             training_need(
-                shape,
+                base,
                 methods.load(adapter.method),
                 adapter.options,
                 longest_row=min(recipe.context_length, adapter.rows.longest_tokens),
@@ -168,7 +167,7 @@ def _training_mb(plan: BuildPlan, header: GgufHeader) -> tuple[float, float]:
         method = recipe.domain.method
         sizes = {"longest_row": window, "batch_tokens": window * training.batch_size}
         kind = methods.load(method.name)
-        needs.append(training_need(shape, kind, method.options, **sizes, precision=_precision(training)))
+        needs.append(training_need(base, kind, method.options, **sizes, precision=_precision(training)))
     min_mb, most_mb = max(need.least_mb for need in needs), max(need.planned_mb for need in needs)
     limit_mb = recipe.training.memory_mb
     return min_mb, most_mb if limit_mb is None else max(min_mb, min(most_mb, limit_mb))

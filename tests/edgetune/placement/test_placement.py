@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from edgetune_devices import boards, fit
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import UsageError
@@ -49,7 +50,7 @@ def recipe_of(folder: Path, base: Path, budget: object, rank: int = 2, **keys: o
 
 
 def planned(recipe: Recipe, base: Base) -> AdapterPlan:
-    return plan_adapter(recipe, "command", shapes_of(recipe)["command"], base.header)
+    return plan_adapter(recipe, "command", shapes_of(recipe)["command"], BaseShape.of_header(base.header))
 
 
 def tried(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
