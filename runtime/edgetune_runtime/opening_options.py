@@ -17,6 +17,7 @@ from .events import Emit, Event, safely
 from .formats.quantization import TENSOR_TYPES
 from .threads.machine import threads_for
 from .threads.priority import NORMAL
+from .wording import suggestion
 
 _LOG = logging.getLogger(__name__)
 
@@ -137,6 +138,10 @@ def decide(manifest: Manifest, **options: Unpack[RuntimeOptions]) -> OpeningOpti
 
     Raises UsageError for invalid options, IncompatibleError if the base has no file for the engine.
     """
+    names = tuple(RuntimeOptions.__annotations__)
+    unknown = next((name for name in options if name not in names), None)
+    if unknown is not None:
+        raise UsageError(f"Runtime.open has no option {unknown!r}", suggestion(unknown, names))
     _check_numbers(manifest, options)
     engine = options.get("engine") or next(iter(manifest.base.files), gguf.NAME)
     engines.check_name(engine)

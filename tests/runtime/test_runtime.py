@@ -407,6 +407,11 @@ def test_an_unknown_engine_is_told_with_the_nearest_one(bundle: Path) -> None:
         Runtime.open(bundle, engine="onxx")
 
 
+def test_an_unknown_option_of_opening_is_refused_with_the_nearest_one(bundle: Path) -> None:
+    with pytest.raises(UsageError, match=r"Runtime\.open has no option 'thread'; did you mean 'threads'"):
+        Runtime.open(bundle, thread=1)
+
+
 @pytest.mark.parametrize("options", [{"context_length": 0}, {"context_length": 513}, {"threads": -1}, {"threads": 0}])
 def test_options_that_cannot_be_are_refused(bundle: Path, options: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
