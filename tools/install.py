@@ -3,9 +3,9 @@
     python tools/install.py LOG [arguments of pip install]
 
 Standard library only, for every Python version that edgetune supports. If a local project among the arguments needs
-llama-cpp-python, one pip compiles it, without the libraries for images and for llama.cpp's own programs, while another
-installs the project's other requirements. The last pip installs the arguments, repeats what the other could not do,
-and reports its errors. The output goes to the file LOG; if pip fails, it is also printed, and the exit code is pip's.
+llama-cpp-python, it is installed first, without the libraries for images and for llama.cpp's own programs. While it
+compiles, another pip downloads the rest; what that one cannot do, the last pip does and reports. The output goes to the
+file LOG; if pip fails, it is also printed, and the exit code is pip's.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-import tomllib
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
 from typing import Self
@@ -34,7 +35,8 @@ STEPS = (
     (re.compile(r"\[ *(?P<done>\d+)%\] "), "compiling llama.cpp, {done} %"),
     (re.compile(r"Installing collected packages"), "unpacking the packages"),
 )
-LLAMA = "llama-cpp-python"
+# Python compiles what is imported, a small part, by itself.
+INSTALL = ("install", "--no-compile")
 # llama.cpp's own build, in place of llama-cpp-python's, which always builds the libraries for images and programs too.
 LLAMA_SETTINGS = {
     "cmake.source-dir": "vendor/llama.cpp",
@@ -50,13 +52,12 @@ LLAMA_SETTINGS = {
 
 
 class Pip:
-    """A running `pip install` that appends its output to a file; leaving its `with` block stops it."""
+    """A running pip that appends its output to a file; leaving its `with` block stops it."""
 
     def __init__(self, log: Path, *arguments: str) -> None:
         self.step = "starting pip"
-        # --verbose includes the output of the compiler. Python compiles what is imported, a small part, by itself.
-        options = ("--verbose", "--progress-bar", "off", "--no-compile")
-        command = [sys.executable, "-m", "pip", "install", *options, *arguments]
+        # --verbose includes the output of the compiler.
+        command = [sys.executable, "-m", "pip", "--verbose", "--no-input", *arguments, "--progress-bar=off"]
         # A group of its own, so that the compilers that pip starts can be stopped with it.
         self._process = subprocess.Popen(
             command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, encoding="utf-8", errors="replace", process_group=0
@@ -99,29 +100,14 @@ def step_of(line: str) -> str | None:
     return None
 
 
-def requirements(argument: str) -> list[str]:
-    """All requirements of the local project `FOLDER[extras]`; none if the argument names no local project."""
-    folder, _, extras = argument.rstrip("]").partition("[")
-    file = Path(folder, "pyproject.toml")
-    if not file.is_file():
-        return []
-    content = tomllib.loads(file.read_text(encoding="utf-8"))
-    project = content["project"]
-    hook = content["tool"]["hatch"].get("metadata", {}).get("hooks", {}).get("custom", {})
-    found = [*project.get("dependencies", []), *hook.get("dependencies", [])]
-    for extra in filter(None, extras.split(",")):
-        for requirement in project["optional-dependencies"][extra]:
-            is_own_extra = requirement.startswith(f"{project['name']}[")
-            found += requirements(folder + requirement.removeprefix(project["name"])) if is_own_extra else [requirement]
-    return found
-
-
-def follow(start_s: float, *pips: Pip) -> int:
-    """Print every ten seconds what `pips` do until the first one ends; returns its exit code."""
-    while (code := pips[0].wait(REPORT_EVERY_S)) is None:
-        steps = "; ".join(pip.step for pip in pips if pip.wait(0) is None)
-        print(f"{elapsed(start_s)}  {steps}", flush=True)
-    return code
+def llama_requirement(arguments: Iterable[str]) -> str | None:
+    """The requirement on llama-cpp-python of a local project `FOLDER[extras]` among the arguments, if there is one."""
+    for argument in arguments:
+        file = Path(argument.partition("[")[0], "pyproject.toml")
+        found = re.search('"(llama-cpp-python[^"]*)"', file.read_text(encoding="utf-8")) if file.is_file() else None
+        if found:
+            return found[1]
+    return None
 
 
 def elapsed(start_s: float) -> str:
@@ -130,23 +116,43 @@ def elapsed(start_s: float) -> str:
     return f"{minutes:3d}:{seconds:02d}"
 
 
+def compile_llama(log: Path, start_s: float, requirement: str, arguments: Sequence[str]) -> int:
+    """Install llama-cpp-python and, while it compiles, download what the arguments need; returns pip's exit code."""
+    settings = [f"--config-settings={name}={value}" for name, value in LLAMA_SETTINGS.items()]
+    with ExitStack() as stack:
+        compiling = stack.enter_context(Pip(log, *INSTALL, "--no-deps", *settings, requirement))
+        pips = [compiling]
+        while (code := compiling.wait(REPORT_EVERY_S)) is None:
+            if len(pips) == 1 and compiling.step.startswith("compiling"):
+                # The files stay in pip's cache.
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                projects = [argument for argument in arguments if argument != "--editable"]
+                pips.append(
+                    stack.enter_context(
+                        Pip(log.with_suffix(".downloads.log"), "download", f"--dest={folder}", *projects)
+                    )
+                )
+            report(start_s, *pips)
+        while code == 0 and pips[-1].wait(REPORT_EVERY_S) is None:
+            report(start_s, pips[-1])
+    return code
+
+
 def install(log: Path, start_s: float, *arguments: str) -> int:
     """Run `pip install` with these arguments, after llama.cpp if they need it; returns pip's exit code."""
-    needed = [requirement for argument in arguments for requirement in requirements(argument)]
-    llama = [requirement for requirement in needed if requirement.startswith(LLAMA)]
-    if llama:
-        settings = [f"--config-settings={name}={value}" for name, value in LLAMA_SETTINGS.items()]
-        others = [requirement for requirement in needed if requirement not in llama]
-        with (
-            Pip(log, "--no-deps", *settings, *llama) as compiling,
-            Pip(log.with_suffix(".downloads.log"), *others) as downloading,
-        ):
-            code = follow(start_s, compiling, downloading)
-            if code != 0:
-                return code
-            follow(start_s, downloading)
-    with Pip(log, *arguments) as pip:
-        return follow(start_s, pip)
+    requirement = llama_requirement(arguments)
+    if requirement and (code := compile_llama(log, start_s, requirement, arguments)) != 0:
+        return code
+    with Pip(log, *INSTALL, *arguments) as pip:
+        while (code := pip.wait(REPORT_EVERY_S)) is None:
+            report(start_s, pip)
+        return code
+
+
+def report(start_s: float, *pips: Pip) -> None:
+    """Print what the running ones of these do."""
+    steps = "; ".join(pip.step for pip in pips if pip.wait(0) is None)
+    print(f"{elapsed(start_s)}  {steps}", flush=True)
 
 
 def main(log_path: str, *arguments: str) -> int:
