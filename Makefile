@@ -54,13 +54,13 @@ check: setup docs  ## Run ruff, mypy and import-linter, and build the documentat
 	@echo "== import-linter"
 	@$(BIN)/lint-imports
 
-fast: setup  ## Run the tests without network and training, in less than 90 s
-	@echo "== tests without models"
-	@$(BIN)/pytest -m "not model"
+fast: setup  ## Run the tests without network, training and boards, in less than 90 s
+	@echo "== fast tests"
+	@$(BIN)/pytest -m "not model and not slow"
 
 test: check fast  ## Run all checks and tests, as CI does
-	@echo "== tests with models"
-	@$(BIN)/pytest -m model
+	@echo "== all other tests"
+	@$(BIN)/pytest -m "model or slow"
 
 fuzz: setup  ## Open 10,000 mutations of each kind of file, in about two hours; ARGS="--kind kit --case 7" runs one
 	@PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
