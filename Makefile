@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml runtime/pyproject.toml
 		{ echo "edgetune needs Python 3.11 or newer; this is $$($(PYTHON) --version). Run: make PYTHON=python3.12 …"; exit 5; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 		{ echo "llama-cpp-python needs a C++ compiler. Debian: apt install g++ make; macOS: xcode-select --install"; exit 5; }
-	@echo "== installing into $(VENV): on two cores 2 to 4 minutes if llama.cpp has to be compiled, else about 1"
+	@echo "== installing into $(VENV): pip compiles llama.cpp if it has no wheel of it, in 3.5 minutes of CPU time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python tools/install.py $(VENV)/install.log --editable './runtime[gguf,onnx,structured,server,wyoming]' --editable '.[demo]'
