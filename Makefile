@@ -11,17 +11,23 @@ DATA := examples/smart-home/data
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/ready  ## Create .venv and install both distributions in it
+setup: $(VENV)/ready  ## Create .venv, and install both distributions and the tools of developers in it
 
-$(VENV)/ready: pyproject.toml runtime/pyproject.toml
+# What `make demo` needs.
+$(VENV)/installed: pyproject.toml runtime/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "edgetune needs Python 3.11 or newer; this is $$($(PYTHON) --version). Run: make PYTHON=python3.12 …"; exit 5; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 		{ echo "llama-cpp-python needs a C++ compiler. Debian: apt install g++ make; macOS: xcode-select --install"; exit 5; }
-	@echo "== installing into $(VENV): on two cores 5 to 9 minutes if llama.cpp has to be compiled, else about 1.5"
+	@echo "== installing into $(VENV): pip compiles llama.cpp if it has no wheel of it, in 3.5 minutes of CPU time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python tools/install.py $(VENV)/install.log --editable './runtime[gguf,onnx,structured,server,wyoming]' --editable '.[demo,dev]'
+	@$(BIN)/python tools/install.py $(VENV)/install.log --editable './runtime[gguf,onnx,structured,server,wyoming]' --editable '.[demo]'
+	@touch $@
+
+$(VENV)/ready: $(VENV)/installed
+	@echo "== adding the tools for tests, checks and documentation"
+	@$(BIN)/python tools/install.py $(VENV)/install.log --editable '.[demo,dev]'
 	@touch $@
 
 demo: RECIPE := examples/smart-home/quick.yaml
@@ -31,9 +37,9 @@ demo-full: RECIPE := examples/smart-home/recipe.yaml
 demo-full: BUNDLE := build/smart-home-full
 demo-full: demo-with-recipe  ## The same with the full recipe: more than twice as long, and better answers
 
-demo-with-recipe: setup
+demo-with-recipe: $(VENV)/installed
 	@echo "== building $(BUNDLE) from $(RECIPE): three adapters on one 135M base, for llama.cpp and onnxruntime"
-	@$(BIN)/edgetune build $(RECIPE) --out $(BUNDLE)
+	@$(BIN)/edgetune build $(RECIPE) --out $(BUNDLE) $(ARGS)
 	@echo "== one prompt, each engine, each adapter"
 	@$(BIN)/python examples/smart-home/switch.py $(BUNDLE)
 	@echo "== the app: intent, then command or reply"
@@ -48,19 +54,20 @@ check: setup docs  ## Run ruff, mypy and import-linter, and build the documentat
 	@echo "== import-linter"
 	@$(BIN)/lint-imports
 
-fast: setup  ## Run the tests without network and training, in less than 90 s
-	@$(BIN)/pytest -m "not model"
+fast: setup  ## Run the tests without network, training and boards, in less than 90 s
+	@echo "== fast tests"
+	@$(BIN)/pytest -m "not model and not slow"
 
-test: check  ## Run all checks and tests, as CI does
-	@echo "== pytest"
-	@$(BIN)/pytest
+test: check fast  ## Run all checks and tests, as CI does
+	@echo "== all other tests"
+	@$(BIN)/pytest -m "model or slow"
 
 fuzz: setup  ## Open 10,000 mutations of each kind of file, in about two hours; ARGS="--kind kit --case 7" runs one
 	@PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 
 test-arm64: setup  ## Run a bundle on emulated arm64 boards, on Debian as root; not part of `make test`
 	@$(BIN)/python tools/install.py $(VENV)/install.log --editable '.[wheel]'
-	@$(BIN)/pytest -v -s tests/arm64
+	@$(BIN)/pytest -v -s tests/arm64 $(ARGS)
 
 test-systemd: setup  ## Run a kit's unit in a booted Debian, on Debian as root; not part of `make test`
 	@$(BIN)/pytest -v tests/systemd

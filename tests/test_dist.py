@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from edgetune_runtime import __version__
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 (TEMPLATE,) = (ROOT / "edgetune").rglob("template_recipe.yaml")
 # The packages of each distribution, by the folder of its pyproject.toml.

@@ -1,22 +1,31 @@
-"""Run pip install, and print every ten seconds what it is doing and the elapsed time.
+"""Run pip install, llama.cpp's compiler beside its downloads, and print every ten seconds what is being done.
 
     python tools/install.py LOG [arguments of pip install]
 
-Standard library only, for every Python version that edgetune supports. pip's output goes to the file LOG; if pip fails,
-it is also printed, and the exit code is pip's.
+Standard library only, for every Python version that edgetune supports. If a local project among the arguments needs
+llama-cpp-python, it is installed first, without the libraries for images and for llama.cpp's own programs. While it
+compiles, another pip downloads the rest; what that one cannot do, the last pip does and reports. The output goes to the
+file LOG; if pip fails, it is also printed, and the exit code is pip's.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT
+from typing import Self
 
 REPORT_EVERY_S = 10
+STOP_WITHIN_S = 10
 # Output of pip and of llama.cpp's build at the start of a step, and the text that is printed for the step.
 STEPS = (
     (re.compile(r"Collecting (?P<what>[\w.-]+)"), "finding and downloading packages: {what}"),
@@ -26,33 +35,60 @@ STEPS = (
     (re.compile(r"\[ *(?P<done>\d+)%\] "), "compiling llama.cpp, {done} %"),
     (re.compile(r"Installing collected packages"), "unpacking the packages"),
 )
+# Python compiles what is imported, a small part, by itself.
+INSTALL = ("install", "--no-compile")
+# llama.cpp's own build, in place of llama-cpp-python's, which always builds the libraries for images and programs too.
+LLAMA_SETTINGS = {
+    "cmake.source-dir": "vendor/llama.cpp",
+    "wheel.install-dir": "llama_cpp",
+    "cmake.define.BUILD_SHARED_LIBS": "ON",
+    "cmake.define.LLAMA_BUILD_COMMON": "OFF",
+    "cmake.define.LLAMA_BUILD_APP": "OFF",
+    "cmake.define.CMAKE_INSTALL_LIBDIR": "lib",
+    "cmake.define.CMAKE_INSTALL_RPATH": "@loader_path" if sys.platform == "darwin" else "$ORIGIN",
+    # A wheel has no symbolic links: a library under three names would be there three times.
+    "cmake.define.CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
+}
 
 
-class Log:
-    """Writes pip's output to a file and tracks the current step."""
+class Pip:
+    """A running pip that appends its output to a file; leaving its `with` block stops it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, log: Path, *arguments: str) -> None:
         self.step = "starting pip"
-        self.has_ended = threading.Event()
-        self._start_s = time.monotonic()
+        # --verbose includes the output of the compiler.
+        command = [sys.executable, "-m", "pip", "--verbose", "--no-input", *arguments, "--progress-bar=off"]
+        # A group of its own, so that the compilers that pip starts can be stopped with it.
+        self._process = subprocess.Popen(
+            command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, encoding="utf-8", errors="replace", process_group=0
+        )
+        # Not Thread.join: after a Ctrl-C within it, the thread counts as ended.
+        self._has_ended = threading.Event()
+        threading.Thread(target=self._read, args=(log,), daemon=True).start()
 
-    def write(self, lines: Iterable[str]) -> None:
-        """Write `lines` to the file and update the step."""
-        with self.path.open("a", encoding="utf-8", errors="replace") as file:
-            for line in lines:
+    def _read(self, log: Path) -> None:
+        assert self._process.stdout is not None
+        with log.open("a", encoding="utf-8", errors="replace") as file:
+            for line in self._process.stdout:
                 file.write(line)
                 self.step = step_of(line) or self.step
+        self._has_ended.set()
 
-    def report(self) -> None:
-        """Print the step every ten seconds until pip ends."""
-        while not self.has_ended.wait(REPORT_EVERY_S):
-            print(f"{self.elapsed()}  {self.step}", flush=True)
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit code; None if pip still runs after this time."""
+        return self._process.wait() if self._has_ended.wait(timeout_s) else None
 
-    def elapsed(self) -> str:
-        """Minutes and seconds since the start."""
-        minutes, seconds = divmod(round(time.monotonic() - self._start_s), 60)
-        return f"{minutes:3d}:{seconds:02d}"
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.wait(0) is None:
+            # As Ctrl-C does, so that pip removes its temporary folders.
+            os.killpg(self._process.pid, signal.SIGINT)
+            self.wait(STOP_WITHIN_S)
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def step_of(line: str) -> str | None:
@@ -64,30 +100,79 @@ def step_of(line: str) -> str | None:
     return None
 
 
+def llama_requirement(arguments: Iterable[str]) -> str | None:
+    """The requirement on llama-cpp-python of a local project `FOLDER[extras]` among the arguments, if there is one."""
+    for argument in arguments:
+        file = Path(argument.partition("[")[0], "pyproject.toml")
+        found = re.search('"(llama-cpp-python[^"]*)"', file.read_text(encoding="utf-8")) if file.is_file() else None
+        if found:
+            return found[1]
+    return None
+
+
+def elapsed(start_s: float) -> str:
+    """Minutes and seconds since the start."""
+    minutes, seconds = divmod(round(time.monotonic() - start_s), 60)
+    return f"{minutes:3d}:{seconds:02d}"
+
+
+def compile_llama(log: Path, start_s: float, requirement: str, arguments: Sequence[str]) -> int:
+    """Install llama-cpp-python and, while it compiles, download what the arguments need; returns pip's exit code."""
+    settings = [f"--config-settings={name}={value}" for name, value in LLAMA_SETTINGS.items()]
+    with ExitStack() as stack:
+        compiling = stack.enter_context(Pip(log, *INSTALL, "--no-deps", *settings, requirement))
+        pips = [compiling]
+        while (code := compiling.wait(REPORT_EVERY_S)) is None:
+            if len(pips) == 1 and compiling.step.startswith("compiling"):
+                # The files stay in pip's cache.
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                projects = [argument for argument in arguments if argument != "--editable"]
+                pips.append(
+                    stack.enter_context(
+                        Pip(log.with_suffix(".downloads.log"), "download", f"--dest={folder}", *projects)
+                    )
+                )
+            report(start_s, *pips)
+        while code == 0 and pips[-1].wait(REPORT_EVERY_S) is None:
+            report(start_s, pips[-1])
+    return code
+
+
+def install(log: Path, start_s: float, *arguments: str) -> int:
+    """Run `pip install` with these arguments, after llama.cpp if they need it; returns pip's exit code."""
+    requirement = llama_requirement(arguments)
+    if requirement and (code := compile_llama(log, start_s, requirement, arguments)) != 0:
+        return code
+    with Pip(log, *INSTALL, *arguments) as pip:
+        while (code := pip.wait(REPORT_EVERY_S)) is None:
+            report(start_s, pip)
+        return code
+
+
+def report(start_s: float, *pips: Pip) -> None:
+    """Print what the running ones of these do."""
+    steps = "; ".join(pip.step for pip in pips if pip.wait(0) is None)
+    print(f"{elapsed(start_s)}  {steps}", flush=True)
+
+
 def main(log_path: str, *arguments: str) -> int:
-    """Run `pip install` with these arguments."""
-    log = Log(Path(log_path))
-    log.path.write_text("", encoding="utf-8")
-    # --verbose includes the output of the compiler.
-    command = [sys.executable, "-m", "pip", "install", "--verbose", "--progress-bar", "off", *arguments]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
-    ) as pip:
-        assert pip.stdout is not None
-        reporter = threading.Thread(target=log.report, daemon=True)
-        reporter.start()
-        log.write(pip.stdout)
-    log.has_ended.set()
-    reporter.join()
-    if pip.returncode != 0:
-        print(log.path.read_text(encoding="utf-8"), file=sys.stderr)
-        print(f"pip failed after {log.elapsed().strip()}; its output is above and in {log.path}", file=sys.stderr)
+    """Run `pip install` with these arguments and report how it ended; returns pip's exit code."""
+    start_s = time.monotonic()
+    log = Path(log_path)
+    log.write_text("", encoding="utf-8")
+    code = install(log, start_s, *arguments)
+    if code == 0:
+        print(f"{elapsed(start_s)}  done")
     else:
-        print(f"{log.elapsed()}  done")
-    return int(pip.returncode)
+        print(log.read_text(encoding="utf-8"), file=sys.stderr)
+        print(f"pip failed after {elapsed(start_s).strip()}; its output is above and in {log}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
+    # Both end the `with` blocks, and these the compilers. A shell starts what is in the background with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         sys.exit(main(*sys.argv[1:]))
     except KeyboardInterrupt:

@@ -157,6 +157,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
 @pytest.mark.parametrize("weights", ["mapped", "repacked"])
 def test_predicted_memory_is_within_a_tenth_of_what_a_run_takes(weights: str, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def homes() -> list[Home]:
     return [load_home(EXAMPLE / "home.yaml"), *(invent(rng) for _ in range(6))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(7))
 def test_a_row_is_what_the_request_of_home_assistant_becomes_and_its_answer_fits_the_schema(number: int) -> None:
     home = homes()[number]
@@ -92,6 +93,7 @@ def test_the_answers_of_all_rows_fit_the_schema_of_the_adapter() -> None:
         assert schema.accepts(row["completion"]), row
 
 
+@pytest.mark.slow
 def test_every_tool_and_every_kind_of_answer_is_in_the_rows() -> None:
     found: set[str] = set()
     for row in islice(rows("tools", load_home(EXAMPLE / "home.yaml"), 0.3, training=True), 2500):

@@ -133,7 +133,9 @@ def test_the_shell_completes_commands_and_options() -> None:
         asked = {"_EDGETUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         done = subprocess.run(EDGETUNE, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
         assert sorted(done.stdout.split()) == expected
-    script = subprocess.run([*EDGETUNE, "--show-completion", "bash"], capture_output=True, text=True, check=True)
+    # The command prints the script for the shell that runs it, here bash, as a second command follows.
+    in_bash = ["bash", "-c", f"{shlex.join(EDGETUNE)} --show-completion && exit"]
+    script = subprocess.run(in_bash, capture_output=True, text=True, check=True)
     assert "complete -o default -F _edgetune_completion edgetune" in script.stdout
 
 

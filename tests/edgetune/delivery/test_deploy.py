@@ -30,6 +30,8 @@ from edgetune.delivery.deploy.target import Target, parse_target
 from edgetune.delivery.kit.make import AssembledKit
 from edgetune.progress import Progress
 
+pytestmark = pytest.mark.slow
+
 pytestmark = needs_sshd
 
 

@@ -37,6 +37,8 @@ QEMU = shutil.which("qemu-x86_64-static")
 SHOW_VARIANT = """\
 from edgetune_runtime.engines.gguf.ggml import cpu_backend
 from edgetune_runtime.engines.gguf.llama import library
+
+pytestmark = pytest.mark.slow
 print(library().__file__, cpu_backend(library()).variant)
 """
 # Machine numbers of the ELF format.

@@ -125,6 +125,7 @@ def test_what_belongs_to_the_vocabulary_is_kept(name: str, pair: Callable[[str],
     assert written.chat_template == ours.chat_template
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "default", None])
 @given(texts=st.lists(TEXTS, max_size=5))
 @settings(quick, max_examples=40)
