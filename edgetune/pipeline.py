@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from .data import TaskRow
 from .prepared import Prepared
 from .progress import Progress
 from .recipe.model import Recipe
-from .result import BuildResult
+from .result import Build
 from .shipping.exported import BundleSpec, TrainedAdapter
 from .shipping.ship import ShippedAdapter, ship
-from .tasks import read_task
+from .tasks import Task, read_task
 from .training.hardware import processes
 from .training.jobs import train_all
 from .training.precision import check_precision
+from .work_folder import clear, locked, work_folder
 
 # Training rows per task for calibration, if the ONNX rounding method uses calibration.
 CALIBRATION_ROWS = 16
@@ -43,11 +44,13 @@ PROBES = (
 )
 
 
-def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None) -> BuildResult | None:
+def build(
+    recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None, resume: bool = True
+) -> Build:
     """Train the adapters, export, check parity and pack `out`; intermediate files are in `<out>.work`.
 
-    A stopped build resumes. With several processes under a launcher, all train and the first one does the rest; the
-    others return None. Raises EdgetuneError; `out` is then unchanged.
+    A stopped build resumes, unless `resume` is False. With several processes under a launcher, all train and the first
+    one does the rest. Raises EdgetuneError, also if another build uses `<out>.work`; `out` is then unchanged.
     """
     state = processes()
     if not state.is_main_process:
@@ -57,12 +60,28 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
     builder.check_methods(recipe)
     check_precision(recipe, lambda: state.device.type)
     tasks = [read_task(name, recipe) for name in recipe.adapters]
+    work = work_folder(out)
+    with locked(work) if state.is_main_process else nullcontext():
+        with state.main_process_first():
+            if state.is_main_process and not resume:
+                clear(work)
+        return _built(builder, recipe, tasks, out, progress, converter)
+
+
+def _built(
+    builder: Builder[Any],
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    out: Path,
+    progress: Progress,
+    converter: Path | None,
+) -> Build:
     prepared = builder.prepare(recipe, tasks, out, progress, converter)
-    base, work = prepared.base, out.with_name(f"{out.name}.work")
+    base, work = prepared.base, work_folder(out)
     load = partial(builder.load_torch, base)
     results = train_all([item.job for item in prepared.trainings], base.name, load, work / "train", progress)
-    if not state.is_main_process:
-        return None
+    if not processes().is_main_process:
+        return Build(out)
     adapters = {
         item.job.name: builder.trained(item, results[item.job.name], work / "train") for item in prepared.trainings
     }
@@ -77,8 +96,9 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
         }
         for item in prepared.trainings
     }
+    losses = {name: result.history for name, result in results.items()}
     prompts = {task.name: task.sample_prompt for task in tasks}
-    return BuildResult(out, figures, prepared.domain, base, adapters, prompts)
+    return Build(out, figures, losses, prepared.domain, base, adapters, prompts)
 
 
 def export_trained(
@@ -92,29 +112,30 @@ def export_trained(
     targets: tuple[str, ...] = (backends.DEFAULT,),
     progress: Progress,
     converter: Path | None = None,
-) -> BuildResult:
+) -> Build:
     """Bundle PEFT folders trained elsewhere with their base; parity is checked on built-in prompts."""
     check_destination(out)
     started = time.monotonic()
     defaults = Recipe.model_fields
-    work = out.with_name(f"{out.name}.work")
-    found = bases.resolve(
-        base,
-        folder=Path(),
-        quantization=quantization,
-        work=work / "base",
-        progress=progress,
-        converter=converter,
-    )
-    architectures.of(found.header).check_formats(targets)
-    prompts = systems or {}
-    adapters = [_elsewhere(name, folder, prompts.get(name), found, merged=merged) for name, folder in folders.items()]
-    context_length = min(defaults["context_length"].default, trained_context_length(found.header))
-    wanted = BundleSpec(out.name, context_length, targets=targets)
-    builder = builders.load(GENERATION)
-    shipped = ship(builder, found, adapters, work / "stage", out, wanted=wanted, progress=progress)
+    work = work_folder(out)
+    with locked(work):
+        found = bases.resolve(
+            base,
+            folder=Path(),
+            quantization=quantization,
+            work=work / "base",
+            progress=progress,
+            converter=converter,
+        )
+        architectures.of(found.header).check_formats(targets)
+        prompts = systems or {}
+        adapters = [_elsewhere(name, path, prompts.get(name), found, merged=merged) for name, path in folders.items()]
+        context_length = min(defaults["context_length"].default, trained_context_length(found.header))
+        wanted = BundleSpec(out.name, context_length, targets=targets)
+        builder = builders.load(GENERATION)
+        shipped = ship(builder, found, adapters, work / "stage", out, wanted=wanted, progress=progress)
     figures = {name: _figures(item) for name, item in shipped.items()}
-    return BuildResult(out, figures, seconds=round(time.monotonic() - started, 1))
+    return Build(out, figures, seconds=round(time.monotonic() - started, 1))
 
 
 def _wanted(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:

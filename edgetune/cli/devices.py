@@ -180,9 +180,9 @@ def _needs(target: Path, context_length: int | None, engine: str | None) -> Targ
 
 def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None) -> Target:
     from edgetune import bases, plan  # noqa: PLC0415 - the other commands need neither recipes nor bases
-    from edgetune.recipe.model import load_recipe  # noqa: PLC0415 - as above
+    from edgetune.recipe.model import Recipe  # noqa: PLC0415 - as above
 
-    recipe = load_recipe(path, {"context_length": context_length} if context_length else {})
+    recipe = Recipe.from_file(path, {"context_length": context_length} if context_length else {})
     task_types.load(recipe.task).check_offers("fit", path)
     header = bases.describe(recipe)
     if header is None:

@@ -48,7 +48,7 @@ from .grouped_help import GroupedCommand, GroupedGroup
 
 if TYPE_CHECKING:
     from edgetune.recipe.model import Recipe
-    from edgetune.result import BuildResult
+    from edgetune.result import Build
 
 # Set by the script of --install-completion when a shell asks for completions.
 COMPLETION_VARIABLE = "_EDGETUNE_COMPLETE"
@@ -329,17 +329,17 @@ app.add_typer(devices_cli.app, name="devices", rich_help_panel=MEASUREMENT_COMMA
 
 def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any]) -> Recipe:
     """The recipe with the flags applied; `training` overrides all adapters, also those that set their own values."""
-    from edgetune.recipe.model import load_recipe  # noqa: PLC0415 - help needs no pydantic
+    from edgetune.recipe.model import Recipe  # noqa: PLC0415 - help needs no pydantic
 
     changes = {**{f"training.{key}": value for key, value in training.items()}, **overrides}
-    recipe = load_recipe(path, changes)
+    recipe = Recipe.from_file(path, changes)
     own = {
         f"adapters.{name}.training.{key}": value
         for name, spec in recipe.adapters.items()
         for key, value in training.items()
         if key in spec.training.model_fields_set
     }
-    return load_recipe(path, {**own, **changes}) if own else recipe
+    return Recipe.from_file(path, {**own, **changes}) if own else recipe
 
 
 def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
@@ -379,7 +379,7 @@ def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
     print(result["bundle"])
 
 
-def _print_next(recipe: Recipe, result: BuildResult) -> None:
+def _print_next(recipe: Recipe, result: Build) -> None:
     from .next_commands import next_commands  # noqa: PLC0415 - help needs none of it
 
     # On standard error, so that the bundle's path stays the last line of standard output.

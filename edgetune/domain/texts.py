@@ -14,6 +14,7 @@ from edgetune.bases import trained_context_length
 from edgetune.data import read_rows, read_text
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.rows import Rows
 
 PLAIN_SUFFIX = ".txt"
 
@@ -42,8 +43,8 @@ def read_texts(recipe: Recipe) -> Texts | None:
     return Texts(_texts(data.train), None if data.validation is None else _texts(data.validation))
 
 
-def _texts(source: str) -> list[str]:
-    path = Path(source)
+def _texts(source: str | Rows) -> list[str]:
+    path = Path(str(source))
     if path.suffix.lower() == PLAIN_SUFFIX and path.is_file():
         text = read_text(path)
         if not text.strip():

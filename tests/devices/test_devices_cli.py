@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from edgetune import plan
 from edgetune.cli.devices import app
-from edgetune.recipe.model import Recipe, load_recipe
+from edgetune.recipe.model import Recipe
 
 
 def _run(*arguments: str | Path) -> str:
@@ -103,7 +103,7 @@ def _recipe(folder: Path, extra: str = "", adapter: str = "", base: str = "base"
     text = f"name: home\nbase: {base}\n{extra}adapters:\n  intent:\n    data: {{train: rows.jsonl}}\n{adapter}"
     path = folder / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
-    return load_recipe(path)
+    return Recipe.from_file(path)
 
 
 def test_fit_of_a_recipe_on_a_folder_predicts_its_default_quantization(

@@ -20,7 +20,7 @@ from edgetune.pipeline import build
 from edgetune.placement.cost import costs, placements
 from edgetune.plan import needs_of_recipe
 from edgetune.progress import Progress
-from edgetune.recipe.model import Recipe, load_recipe
+from edgetune.recipe.model import Recipe
 
 QUIET = Progress(quiet=True)
 ROWS = [{"prompt": f"turn on the light {number}", "completion": "reply on"} for number in range(10)]
@@ -51,8 +51,7 @@ def tried(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def figures_of(recipe: Recipe, out: Path, progress: Progress = QUIET) -> Mapping[str, Any]:
     result = build(recipe, out, progress=progress)
-    assert result is not None
-    return result.adapters["command"]
+    return result.figures["command"]
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +234,6 @@ def test_auto_is_refused_where_it_means_nothing(top: str, adapter: str, message:
     ]
     (tmp_path / "recipe.yaml").write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        load_recipe(tmp_path / "recipe.yaml")
+        Recipe.from_file(tmp_path / "recipe.yaml")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
