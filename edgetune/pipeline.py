@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from .recipe.model import Recipe
 from .result import Build
 from .shipping.exported import BundleSpec, TrainedAdapter
 from .shipping.ship import ShippedAdapter, ship
-from .tasks import Task, read_task
+from .tasks import read_task
 from .training.hardware import processes
 from .training.jobs import train_all
 from .training.precision import check_precision
@@ -65,18 +65,11 @@ def build(
         with state.main_process_first():
             if state.is_main_process and not resume:
                 clear(work)
-        return _built(builder, recipe, tasks, out, progress, converter)
+        prepared = builder.prepare(recipe, tasks, out, progress, converter)
+        return _built(prepared, builder, out, progress)
 
 
-def _built(
-    builder: Builder[Any],
-    recipe: Recipe,
-    tasks: Sequence[Task],
-    out: Path,
-    progress: Progress,
-    converter: Path | None,
-) -> Build:
-    prepared = builder.prepare(recipe, tasks, out, progress, converter)
+def _built(prepared: Prepared[Any], builder: Builder[Any], out: Path, progress: Progress) -> Build:
     base, work = prepared.base, work_folder(out)
     load = partial(builder.load_torch, base)
     results = train_all([item.job for item in prepared.trainings], base.name, load, work / "train", progress)
@@ -97,7 +90,7 @@ def _built(
         for item in prepared.trainings
     }
     losses = {name: result.history for name, result in results.items()}
-    prompts = {task.name: task.sample_prompt for task in tasks}
+    prompts = {item.task.name: item.task.sample_prompt for item in prepared.trainings}
     return Build(out, figures, losses, prepared.domain, base, adapters, prompts)
 
 

@@ -36,10 +36,6 @@ class ProgressEvent:
 OnProgress = Callable[[ProgressEvent], None]
 
 
-def ignore(_: ProgressEvent) -> None:
-    """Show nothing."""
-
-
 class Step:
     """A step with a known number of parts; call `update` after each part. Losses can be set before it."""
 

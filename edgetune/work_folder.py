@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgetune_runtime.errors import UsageError
@@ -22,7 +22,7 @@ def work_folder(out: Path) -> Path:
 def locked(folder: Path) -> Iterator[None]:
     """Create the folder, and hold its lock in the block; the system releases the lock of a process that ends.
 
-    Raises UsageError if another build holds it.
+    A folder that is still empty at the end is deleted. Raises UsageError if another build holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK)
@@ -34,6 +34,10 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if all(path.name == _LOCK for path in folder.iterdir()):
+            with suppress(OSError):  # another build may be about to start
+                (folder / _LOCK).unlink()
+                folder.rmdir()
         lock.release()
 
 

@@ -238,7 +238,7 @@ def _key(trial: Trial, fingerprint: str) -> str:
     """A digest of the version, the base, the resolved recipe and the data files."""
     recipe = trial.one_task
     data = recipe.adapters[trial.task].data
-    sources = [source for source in (data.train, data.validation, trial.data) if source is not None]
+    sources = [str(source) for source in (data.train, data.validation, trial.data) if source is not None]
     files = {source: sha256_of(Path(source)) if Path(source).is_file() else source for source in sources}
     state = [version("edgetune"), fingerprint, recipe.resolved(), trial.rows, files]
     return key_of(state)

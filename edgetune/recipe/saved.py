@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .model import Recipe
+from .parts import AdapterSpec, DomainSpec
 from .rows import Rows
 
 
@@ -18,8 +20,11 @@ def save_recipe(recipe: Recipe, folder: Path) -> Path:
     base = recipe.folder / Path(recipe.base).expanduser()
     if base.exists():
         values["base"] = str(base.absolute())
+    parts: list[tuple[dict[str, Any], AdapterSpec | DomainSpec]]
     parts = [(values["adapters"][name], spec) for name, spec in recipe.adapters.items()]
-    for part, spec in (*parts, *([(values["domain"], recipe.domain)] if recipe.domain else [])):
+    if recipe.domain is not None:
+        parts.append((values["domain"], recipe.domain))
+    for part, spec in parts:
         for key in ("train", "validation"):
             source = getattr(spec.data, key)
             if source is not None:
