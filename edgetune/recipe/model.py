@@ -39,7 +39,7 @@ from .parts import (
     TrainingSpec,
 )
 from .problems import Document, Loc, explain, override, read_document, value_at
-from .rows import in_python
+from .rows import plain_recipe
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -106,7 +106,7 @@ class Recipe(RecipePart):
 
         Raises UsageError with all problems, one per line, or with the number of a row that cannot be read.
         """
-        return _validated(Document(in_python(values)), Path(folder), {})
+        return _validated(Document(plain_recipe(values)), Path(folder), {})
 
     @property
     def folder(self) -> Path:

@@ -63,7 +63,7 @@ class Rows:
         return f"{len(self.lines)} rows from memory, sha256 {hashlib.sha256(self.text.encode()).hexdigest()[:12]}"
 
 
-def in_python(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a recipe written in Python, with plain values, and `Rows` where it has rows."""
     if not isinstance(values, Mapping):
         raise UsageError(f"{shown(values)} is not a recipe", "give a Recipe, the path of a recipe file, or a mapping")
