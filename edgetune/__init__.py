@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgetune_runtime.errors import EdgetuneError
 
-    from .api import build, compare, evaluate, export
+    from .api import build, compare, evaluate, export, plan
     from .comparison.comparison import Comparison
     from .evaluation import Evaluation, ScoredRow
+    from .planning.records import BuildPlan
     from .progress import ProgressEvent
     from .recipe.model import Recipe
     from .result import Build
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Build",
+    "BuildPlan",
     "Comparison",
     "EdgetuneError",
     "Evaluation",
@@ -34,11 +36,13 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "plan",
 ]
 
 # Loaded on first use: most of them need numpy, pydantic or torch.
 _LAZY = {
     "Build": "edgetune.result",
+    "BuildPlan": "edgetune.planning.records",
     "Comparison": "edgetune.comparison.comparison",
     "EdgetuneError": "edgetune_runtime.errors",
     "Evaluation": "edgetune.evaluation",
@@ -50,6 +54,7 @@ _LAZY = {
     "compare": "edgetune.api",
     "evaluate": "edgetune.api",
     "export": "edgetune.api",
+    "plan": "edgetune.api",
 }
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .comparison.comparison import Comparison
     from .comparison.sweep import Run
     from .evaluation import Evaluation
+    from .planning.records import BuildPlan
     from .result import Build
 
 AnyRecipe = Recipe | Mapping[str, Any] | str | os.PathLike[str]
@@ -30,6 +31,17 @@ ENGINES = ("local", "ray")
 """Where the trials of a comparison can run."""
 AnyRows = Any
 """A file, a hub id, or rows: a list or iterator of mappings, a pandas DataFrame or a datasets.Dataset."""
+
+
+def plan(recipe: AnyRecipe, out: str | Path | None = None) -> BuildPlan:
+    """Plan a build: its base, adapters and sizes, the memory and disk that it needs, and what the board will do.
+
+    Reads the header of the base and all rows, downloads and trains nothing. `out` is where the bundle would be built,
+    by default `build/NAME`. Raises one EdgetuneError for all problems of the recipe, its base and its rows.
+    """
+    from .builders.plan import plan_build  # noqa: PLC0415 - numpy and the formats
+
+    return plan_build(_recipe(recipe), None if out is None else Path(out)).plan
 
 
 def build(

@@ -8,23 +8,24 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export import architectures
-from edgetune_export.backends.gguf.convert import check_folder, convert_folder
+from edgetune_export.backends.gguf.convert import convert_folder
 from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_export.hf_folder import read_config
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
 from edgetune_runtime.wording import first_of, nearest
 
+from edgetune import task_types
 from edgetune.digests import key_of
 
 from .folder_header import predict_header
@@ -85,53 +86,72 @@ class Base:
     domain: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class BaseSource:
+    """A base before the build changes it: its name in the recipe, its file or folder, and what is read of it.
+
+    `header` is that of the file, predicted for a folder, and None for an encoder. `trained_context_length` is in
+    tokens.
+    """
+
+    name: str
+    path: Path
+    architecture: str
+    trained_context_length: int
+    is_folder: bool = True
+    header: GgufHeader | None = None
+
+
+def find(recipe: Recipe, *, download: bool = False) -> BaseSource | None:
+    """The recipe's base, whose header is read, or predicted for a folder; converts nothing.
+
+    None if it must be downloaded first, unless `download`. Raises the errors of `resolve` that can be found without
+    conversion, and IncompatibleError for a target that does not support the base.
+    """
+    if not (download or _is_gguf(recipe.base) or is_at_hand(recipe.base, recipe.folder)):
+        return None
+    return _source(recipe.base, recipe.folder, recipe.targets)
+
+
 def resolve(
     name: str, *, folder: Path, quantization: str | None, work: Path, progress: Progress, converter: Path | None
 ) -> Base:
-    """Find or make the base `name`; relative paths start at `folder`, converted and quantized bases are in `work`.
-
-    `quantization` None leaves a GGUF file unchanged and quantizes other bases to `DEFAULT`.
+    """Find and make the base `name`; relative paths start at `folder`. See `make`.
 
     Raises NotFoundError if there is no such base, IncompatibleError, before any work, if its architecture is not
     supported, VerificationError if a file is damaged.
     """
-    _refuse_encoder(name, folder)
-    source = locate(name, folder)
-    if source.is_dir():
-        check_folder(source)
+    return make(_source(name, folder), quantization, work=work, progress=progress, converter=converter)
+
+
+def make(
+    source: BaseSource, quantization: str | None, *, work: Path, progress: Progress, converter: Path | None
+) -> Base:
+    """The GGUF file that ships; converted and quantized bases are in `work`.
+
+    `quantization` None leaves a GGUF file unchanged and quantizes other bases to `DEFAULT`.
+    """
+    name, path = source.name, source.path
+    if source.is_folder:
         quantization = quantization or DEFAULT
-        return _base(name, _converted(source, quantization, work, progress, converter), quantization)
-    _checked_header(source, name)
-    base = _base(name, source)
-    if name in ALIASES and base.fingerprint != ALIASES[name].sha256:
-        message = f"{source} is not the file that base {name!r} refers to: its sha256 is {base.fingerprint}"
+        return _base(name, _converted(path, quantization, work, progress, converter), quantization)
+    fingerprint = sha256_of(path)
+    if name in ALIASES and fingerprint != ALIASES[name].sha256:
+        message = f"{path} is not the file that base {name!r} refers to: its sha256 is {fingerprint}"
         raise VerificationError(message, f"reinstall {ALIASES[name].package}, or use the path of a .gguf file")
     if quantization is None:
-        return base
-    return _base(name, _requantized(source, base.fingerprint, quantization, work, progress), quantization)
-
-
-def describe(recipe: Recipe) -> GgufHeader | None:
-    """`header_of` the recipe, or None if the base must be downloaded first."""
-    return header_of(recipe) if _is_gguf(recipe.base) or is_at_hand(recipe.base, recipe.folder) else None
-
-
-def header_of(recipe: Recipe) -> GgufHeader:
-    """The header of a recipe's base before quantization, predicted for a folder; downloads a hub id, converts nothing.
-
-    Raises the errors of `resolve` that can be found without conversion, and IncompatibleError for a target that does
-    not support the base.
-    """
-    _refuse_encoder(recipe.base, recipe.folder)
-    source = locate(recipe.base, recipe.folder)
-    header = predict_header(source) if source.is_dir() else _checked_header(source, recipe.base)
-    architectures.of(header, recipe.base).check_formats(recipe.targets)
-    return header
+        assert source.header is not None
+        return Base(name, path, fingerprint, source.header)
+    return _base(name, _requantized(path, fingerprint, quantization, work, progress), quantization)
 
 
 def quantization_of(recipe: Recipe) -> str | None:
-    """The quantization of the recipe's base if no board chooses one; None for a GGUF file that ships unchanged."""
-    return recipe.quantization or (None if _is_gguf(recipe.base) else DEFAULT)
+    """The quantization of the recipe's base if no board chooses one.
+
+    None for a GGUF file that ships unchanged, and for an encoder.
+    """
+    ships_unchanged = _is_gguf(recipe.base) or "quantization" in task_types.load(recipe.task).refused_keys
+    return recipe.quantization or (None if ships_unchanged else DEFAULT)
 
 
 def trained_context_length(header: GgufHeader) -> int:
@@ -209,12 +229,15 @@ def locate(name: str, folder: Path, aliases: Mapping[str, PackagedBase] = ALIASE
     raise NotFoundError(f"no base {name!r}", remedy)
 
 
-def _checked_header(source: Path, name: str) -> GgufHeader:
-    """The header of a GGUF file that was given as base `name`; errors as in `architectures.of` and `check_base`."""
-    header = read_header(source)
-    architectures.of(header, name)
-    check_base(header, source)
-    return header
+def _source(name: str, folder: Path, targets: Sequence[str] = ()) -> BaseSource:
+    """The base `name` and its header; errors as in `find`, `architectures.of` and `check_base`."""
+    _refuse_encoder(name, folder)
+    path = locate(name, folder)
+    header = predict_header(path) if path.is_dir() else read_header(path)
+    architectures.of(header, name).check_formats(targets)
+    if not path.is_dir():
+        check_base(header, path)
+    return BaseSource(name, path, header.architecture, trained_context_length(header), path.is_dir(), header)
 
 
 def _base(name: str, path: Path, quantization: str | None = None) -> Base:
@@ -287,10 +310,3 @@ def _key_of_folder(folder: Path) -> str:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     state = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return key_of(state)[:12]
-
-
-def check_context(recipe: Recipe, trained: int) -> None:
-    """UsageError if the recipe sets a context_length above `trained`, the tokens that its base was trained for."""
-    if recipe.context_length > trained and "context_length" in recipe.model_fields_set:
-        message = f"context_length is {recipe.context_length}, but {recipe.base!r} supports at most {trained} tokens"
-        raise UsageError(message, f"set it to at most {trained}")

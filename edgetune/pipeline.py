@@ -12,7 +12,7 @@ from typing import Any
 from edgetune_export import architectures, backends
 from edgetune_export.backends.base import OnnxOptions
 from edgetune_export.pack import check_destination
-from edgetune_runtime.bundle import GENERATION
+from edgetune_runtime.bundle import GENERATION, Manifest
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.text.chat import messages_for
 from edgetune_runtime.tools.prompts import prompt_tokens
@@ -20,17 +20,17 @@ from edgetune_runtime.tools.prompts import prompt_tokens
 from . import bases, builders, methods
 from .bases import Base, trained_context_length
 from .builders import Builder
+from .builders.plan import plan_build, with_download
 from .data import TaskRow
-from .prepared import Prepared
+from .planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from .progress import Progress
 from .recipe.model import Recipe
 from .result import Build
-from .shipping.exported import BundleSpec, TrainedAdapter
-from .shipping.ship import ShippedAdapter, ship
-from .tasks import read_task
+from .shipping.exported import BundleSpec, Prepared, TrainedAdapter
+from .shipping.ship import ship
+from .targets import shapes_in
 from .training.hardware import processes
 from .training.jobs import train_all
-from .training.precision import check_precision
 from .work_folder import clear, locked, work_folder
 
 # Training rows per task for calibration, if the ONNX rounding method uses calibration.
@@ -56,41 +56,41 @@ def build(
     if not state.is_main_process:
         progress = Progress(quiet=True)
     check_destination(out)
-    builder = builders.load(recipe.task)
-    builder.check_methods(recipe)
-    check_precision(recipe, lambda: state.device.type)
-    tasks = [read_task(name, recipe) for name in recipe.adapters]
+    planned = plan_build(recipe, out)
+    if planned.plan.source is None:
+        with state.main_process_first():
+            planned = with_download(planned, recipe, out)
+    _say_plan(planned.plan, progress)
     work = work_folder(out)
     with locked(work) if state.is_main_process else nullcontext():
         with state.main_process_first():
             if state.is_main_process and not resume:
                 clear(work)
-        prepared = builder.prepare(recipe, tasks, out, progress, converter)
-        return _built(prepared, builder, out, progress)
+        return _built(planned, out, progress, converter)
 
 
-def _built(prepared: Prepared[Any], builder: Builder[Any], out: Path, progress: Progress) -> Build:
-    base, work = prepared.base, work_folder(out)
+def _built(planned: PlannedBuild, out: Path, progress: Progress, converter: Path | None) -> Build:
+    builder, work = builders.load(planned.plan.recipe.task), work_folder(out)
+    prepared = builder.prepare(planned, work, progress, converter)
+    base, items = prepared.base, {item.plan.name: item for item in prepared.adapters}
     load = partial(builder.load_torch, base)
-    results = train_all([item.job for item in prepared.trainings], base.name, load, work / "train", progress)
+    results = train_all([item.job for item in items.values()], base.name, load, work / "train", progress)
     if not processes().is_main_process:
         return Build(out)
-    adapters = {
-        item.job.name: builder.trained(item, results[item.job.name], work / "train") for item in prepared.trainings
-    }
-    wanted = _wanted(prepared, builder)
-    shipped = ship(builder, base, list(adapters.values()), work / "stage", out, wanted=wanted, progress=progress)
+    adapters = {name: builder.trained(item, results[name], work / "train") for name, item in items.items()}
+    spec = _spec_of(prepared, builder)
+    manifest = ship(builder, base, list(adapters.values()), work / "stage", out, spec=spec, progress=progress)
     figures = {
-        item.job.name: {
-            **item.figures(results[item.job.name]),
-            **_figures(shipped[item.job.name]),
+        name: {
+            **item.figures(results[name]),
+            **_figures(manifest, name),
             "rows_too_long": item.too_long.count,
-            "plot": str(work / "train" / item.job.name / "training.png"),
+            "plot": str(work / "train" / name / "training.png"),
         }
-        for item in prepared.trainings
+        for name, item in items.items()
     }
     losses = {name: result.history for name, result in results.items()}
-    prompts = {item.task.name: item.task.sample_prompt for item in prepared.trainings}
+    prompts = {task.name: task.sample_prompt for task in planned.tasks}
     return Build(out, figures, losses, prepared.domain, base, adapters, prompts)
 
 
@@ -112,7 +112,7 @@ def export_trained(
     defaults = Recipe.model_fields
     work = work_folder(out)
     with locked(work):
-        found = bases.resolve(
+        resolved = bases.resolve(
             base,
             folder=Path(),
             quantization=quantization,
@@ -120,21 +120,34 @@ def export_trained(
             progress=progress,
             converter=converter,
         )
-        architectures.of(found.header).check_formats(targets)
+        architectures.of(resolved.header).check_formats(targets)
         prompts = systems or {}
-        adapters = [_elsewhere(name, path, prompts.get(name), found, merged=merged) for name, path in folders.items()]
-        context_length = min(defaults["context_length"].default, trained_context_length(found.header))
-        wanted = BundleSpec(out.name, context_length, targets=targets)
+        adapters = [
+            _from_peft_folder(_plan_peft(name, folder, targets, prompts.get(name), merged=merged), folder, resolved)
+            for name, folder in folders.items()
+        ]
+        context_length = min(defaults["context_length"].default, trained_context_length(resolved.header))
+        spec = BundleSpec(out.name, context_length, targets=targets)
         builder = builders.load(GENERATION)
-        shipped = ship(builder, found, adapters, work / "stage", out, wanted=wanted, progress=progress)
-    figures = {name: _figures(item) for name, item in shipped.items()}
+        manifest = ship(builder, resolved, adapters, work / "stage", out, spec=spec, progress=progress)
+    figures = {name: _figures(manifest, name) for name in folders}
     return Build(out, figures, seconds=round(time.monotonic() - started, 1))
 
 
-def _wanted(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
+def _say_plan(plan: BuildPlan, progress: Progress) -> None:
+    """Report what the build needs, and why it has the settings that it has."""
+    if plan.needs is not None:
+        progress.say(f"needs {plan.needs.summary}")
+        for warning in plan.needs.warnings:
+            progress.say(f"warning: {warning}")
+    if plan.board is not None:
+        progress.say(f"{plan.recipe.device}: {plan.board.reason}")
+
+
+def _spec_of(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
     """The settings of the bundle; the first training rows of each task are for calibration."""
-    recipe = prepared.recipe
-    rows = [row.tokens for item in prepared.trainings for row in item.job.train[:CALIBRATION_ROWS]]
+    recipe = prepared.plan.recipe
+    rows = [row.tokens for item in prepared.adapters for row in item.job.train[:CALIBRATION_ROWS]]
     calibration = tuple(map(tuple, rows)) if recipe.onnx.method == "gptq" else ()
     return BundleSpec(
         recipe.name,
@@ -146,30 +159,29 @@ def _wanted(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
         ships_states=recipe.states == "ship" and builder.keeps_states,
         warms=recipe.states == "start" and builder.keeps_states,
         recipe=recipe.resolved(),
+        plan=prepared.plan.for_manifest(),
     )
 
 
-def _elsewhere(name: str, folder: Path, system: str | None, base: Base, *, merged: bool) -> TrainedAdapter:
-    with closing(GgufTokenizer(base.path)) as tokenizer:
-        rows = []
-        for probe in PROBES:
-            rows.append(prompt_tokens(tokenizer, messages_for(probe, system)))
-    lengths = [len(row) for row in rows]
+def _plan_peft(name: str, folder: Path, targets: tuple[str, ...], system: str | None, *, merged: bool) -> AdapterPlan:
+    """The plan of an adapter that was trained elsewhere."""
     method = methods.of_folder(folder)
+    options = method.options()
+    shapes = shapes_in(targets, method.name, options, merged=merged)
+    dtypes = {target: backends.format_of(target).adapter_dtypes[0] for target in targets}
+    return AdapterPlan(name, method.name, options, shapes, dtypes, system=system, merged=merged)
+
+
+def _from_peft_folder(plan: AdapterPlan, folder: Path, base: Base) -> TrainedAdapter:
+    """The adapter in a folder saved by PEFT, with built-in prompts for the parity check."""
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        rows = [prompt_tokens(tokenizer, messages_for(probe, plan.system)) for probe in PROBES]
     asked = [TaskRow("built-in", messages=tuple(messages_for(probe, None))) for probe in PROBES]
-    return TrainedAdapter(
-        name,
-        folder,
-        method.name,
-        method.options(),
-        rows,
-        lengths,
-        system=system,
-        merged=merged,
-        golden_rows=asked,
-    )
+    return TrainedAdapter(plan, folder, rows, [len(row) for row in rows], golden_rows=asked)
 
 
-def _figures(shipped: ShippedAdapter) -> dict[str, Any]:
-    parity = shipped.entry.parity
-    return {"parity": next(iter(parity.values())), "parity_by_target": parity, "bytes": shipped.bytes}
+def _figures(manifest: Manifest, name: str) -> dict[str, Any]:
+    """Parity of an adapter, and the size of its files."""
+    parity, folder = manifest.adapters[name].parity, f"adapters/{name}/"
+    size = sum(entry.bytes for file, entry in manifest.files.items() if file.startswith(folder))
+    return {"parity": next(iter(parity.values())), "parity_by_target": parity, "bytes": size}

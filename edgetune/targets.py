@@ -17,21 +17,23 @@ def shapes_in(
     targets: Sequence[str], method: str, options: MethodOptions, *, merged: bool = False, task: str = GENERATION
 ) -> dict[str, str]:
     """The shape of a method in each target; IncompatibleError names a target that supports none of its shapes."""
-    found = methods.load(method)
+    loaded = methods.load(method)
     return {
-        target: methods.shape_for(found, options, target, backends.load(target, task).SHAPES, merged=merged)
+        target: methods.shape_for(loaded, options, target, backends.load(target, task).SHAPES, merged=merged)
         for target in targets
     }
 
 
-def check_shapes(recipe: Recipe) -> None:
-    """Raise IncompatibleError that names an adapter whose method does not work with a target or a scale."""
+def shapes_of(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """The shapes of each adapter; IncompatibleError names one whose method does not work with a target or a scale."""
+    shapes = {}
     for name, spec in recipe.adapters.items():
-        method = methods.load(spec.method.name)
+        method, options = spec.method.name, spec.method.options
         try:
-            shapes_in(recipe.targets, method.name, spec.method.options, merged=spec.merged)
+            shapes[name] = shapes_in(recipe.targets, method, options, merged=spec.merged, task=recipe.task)
         except IncompatibleError as error:
             raise IncompatibleError(f"adapter {name!r}: {error.message}", error.remedy) from error
-        if spec.scale != 1.0 and not method.takes_scale:
-            message = f"adapter {name!r}: what {method.name} trains has no scale"
+        if spec.scale != 1.0 and not methods.load(method).takes_scale:
+            message = f"adapter {name!r}: what {method} trains has no scale"
             raise IncompatibleError(message, "leave scale out")
+    return shapes

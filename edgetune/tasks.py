@@ -1,21 +1,25 @@
-"""Reads the data of a task: rows for training and validation, labels and metric. No torch."""
+"""Reads the data of a recipe: rows, labels and metric of each task, and the text of its domain. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.errors import UsageError
 
 from edgetune.objectives.example import Example
 
 from . import task_types
-from .data import TaskRow, read_rows, split
+from .data import TaskRow, read_rows, read_text, split
 from .metrics import metric_for
 from .recipe.model import Recipe
 from .recipe.parts import AdapterSpec, Metric, TrainingSpec
+from .recipe.rows import Rows
 from .tokenization import TooLong, tokenize_rows
 
+PLAIN_SUFFIX = ".txt"
 _SAMPLE_CHARACTERS = 80
 _ANY_PROMPT = "hello"
 
@@ -66,3 +70,42 @@ def read_task(name: str, recipe: Recipe) -> Task:
     else:
         validation = read_rows(spec.data.validation, spec.data.columns, labels=labels or None)
     return Task(name, spec, training, train, validation, labels, metric)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a domain; without `validation`, the end of the training text is held out."""
+
+    train: Sequence[str]
+    validation: Sequence[str] | None = None
+
+    def __str__(self) -> str:
+        """The amount of text."""
+        amount = f"{sum(map(len, self.train))} characters of text"
+        return amount if self.validation is None else f"{amount}, {sum(map(len, self.validation))} for validation"
+
+
+def read_texts(recipe: Recipe) -> Texts | None:
+    """The texts of the recipe's domain; None if it has none.
+
+    Raises what `read_rows` raises, and UsageError for an empty file or rows that are not plain text.
+    """
+    if recipe.domain is None:
+        return None
+    data = recipe.domain.data
+    return Texts(_texts(data.train), None if data.validation is None else _texts(data.validation))
+
+
+def _texts(source: str | Rows) -> list[str]:
+    path = Path(str(source))
+    if path.suffix.lower() == PLAIN_SUFFIX and path.is_file():
+        text = read_text(path)
+        if not text.strip():
+            raise UsageError(f"{source} is empty", "add text to it")
+        return [text]
+    texts = []
+    for row in read_rows(source):
+        if row.text is None:
+            raise UsageError(f"{row.where}: not plain text", "use rows with only text, or a .txt file")
+        texts.append(row.text)
+    return texts

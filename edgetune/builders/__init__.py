@@ -6,8 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from edgetune import task_types
-
-from .base import Builder
+from edgetune.shipping.builder import Builder
 
 __all__ = ["Builder", "load"]
 

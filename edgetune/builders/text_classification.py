@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgetune_export.adapters.shapes import Folded, Head, LowRank
 from edgetune_export.backends.base import OnnxOptions, Source
@@ -13,15 +13,15 @@ from edgetune_runtime.bundle import CLASSIFICATION, BaseEntry, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
 from edgetune import methods
+from edgetune.bases import BaseSource
 from edgetune.encoder import base as encoder
 from edgetune.encoder.base import TOKENIZER, EncoderBase
-from edgetune.prepared import PlannedTraining, Prepared
+from edgetune.planning.records import BuildPlan, PlannedBuild
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.shipping.exported import Checked, ExportedFormat, TrainedAdapter
+from edgetune.shipping.builder import Builder
+from edgetune.shipping.exported import ExportedFormat, ParityReport, Prepared, PreparedAdapter, TrainedAdapter
 from edgetune.tasks import Task
-
-from .base import Builder
 
 if TYPE_CHECKING:
     import torch
@@ -38,52 +38,46 @@ class TextClassification(Builder[EncoderBase]):
 
     task = CLASSIFICATION
 
-    def check_methods(self, recipe: Recipe) -> None:
-        """Raise IncompatibleError that names an adapter whose method does not work with encoders."""
+    def find(self, recipe: Recipe, *, download: bool = False) -> BaseSource | None:
+        """The folder of the encoder."""
+        return encoder.find(recipe, download=download)
+
+    def shapes(self, recipe: Recipe) -> dict[str, dict[str, str]]:
+        """Low rank in each format; IncompatibleError names an adapter whose method does not work with encoders."""
         for name, spec in recipe.adapters.items():
             method = methods.load(spec.method.name)
             if LowRank.shape not in method.shapes(spec.method.options) or not method.takes_encoders:
                 message = f"adapter {name!r}: {method.name} does not work with encoders"
                 raise IncompatibleError(message, "use another method, such as lora")
+        return {name: dict.fromkeys(recipe.targets, LowRank.shape) for name in recipe.adapters}
 
-    def describe(self, recipe: Recipe) -> dict[str, Any]:
-        """The base's `architecture`."""
-        return {"architecture": encoder.describe(recipe)}
+    def make_base(self, plan: BuildPlan, work: Path, progress: Progress, converter: Path | None) -> EncoderBase:
+        """The encoder with its sizes."""
+        assert plan.source is not None
+        return encoder.make(plan.source)
 
-    def needs(self, recipe: Recipe, tasks: Sequence[Task], out: Path) -> dict[str, Any] | None:
-        """None, because encoders are small."""
-        return None
-
-    def resolve(
-        self, recipe: Recipe, work: Path, progress: Progress, converter: Path | None
-    ) -> tuple[EncoderBase, Recipe]:
-        """The base, and the recipe with a context_length that the base supports."""
-        base = encoder.resolve(recipe)
-        length = min(recipe.context_length, base.trained_context_length)
-        return base, recipe.model_copy(update={"context_length": length})
-
-    def plan(
-        self, tasks: Sequence[Task], base: EncoderBase, recipe: Recipe, progress: Progress
-    ) -> list[PlannedTraining]:
+    def jobs(
+        self, plan: BuildPlan, tasks: Sequence[Task], base: EncoderBase, progress: Progress
+    ) -> list[PreparedAdapter]:
         """A training job per task, tokenized for the base; reports rows that are too long."""
-        from edgetune.encoder.prepare import plan_trainings  # noqa: PLC0415 - torch
+        from edgetune.encoder.prepare import training_jobs  # noqa: PLC0415 - torch
 
-        return plan_trainings(tasks, base, recipe.context_length, progress)
+        return training_jobs(plan, tasks, base, progress)
 
     def prepare(
-        self, recipe: Recipe, tasks: Sequence[Task], out: Path, progress: Progress, converter: Path | None
+        self, planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None
     ) -> Prepared[EncoderBase]:
         """First raises UsageError for a task with fewer than two labels."""
-        for task in tasks:
+        for task in planned.tasks:
             if len(task.labels) < 2:
-                found = ", ".join(map(repr, task.labels)) or "none"
-                message = f"adapter {task.name!r} needs rows of at least 2 labels to tell apart, there is: {found}"
+                labels = ", ".join(map(repr, task.labels)) or "none"
+                message = f"adapter {task.name!r} needs rows of at least 2 labels to tell apart, there is: {labels}"
                 raise UsageError(message, "give rows of text and label")
-        return super().prepare(recipe, tasks, out, progress, converter)
+        return super().prepare(planned, work, progress, converter)
 
-    def trained(self, planned: PlannedTraining, result: TrainResult, work: Path) -> TrainedAdapter:
+    def trained(self, prepared: PreparedAdapter, result: TrainResult, work: Path) -> TrainedAdapter:
         """The adapter trained in `work`, with rows for the parity check."""
-        return planned.trained(result, work, [row.tokens for row in planned.job.validation[:PARITY_ROWS]])
+        return prepared.trained(result, work, [row.tokens for row in prepared.job.validation[:PARITY_ROWS]])
 
     def load_torch(self, base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
         """Load the weights of the base's folder."""
@@ -129,7 +123,7 @@ class TextClassification(Builder[EncoderBase]):
         adapters: Sequence[TrainedAdapter],
         exports: Sequence[ExportedFormat],
         progress: Progress,
-    ) -> Checked:
+    ) -> ParityReport:
         """Compare the logits of the labels, and the pooled layer of the plain base."""
         from edgetune.encoder.verify import verify  # noqa: PLC0415 - torch
 

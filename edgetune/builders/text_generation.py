@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgetune_devices.fit import kv_bytes_per_token
 from edgetune_export import backends
@@ -13,20 +13,25 @@ from edgetune_runtime.bundle import GENERATION, BaseEntry
 from edgetune_runtime.formats.gguf_file import digest_of_chat_template, digest_of_tokenizer
 from edgetune_runtime.threads import machine
 
-from edgetune import bases, plan
-from edgetune import needs as build_needs
-from edgetune.bases import Base, check_context, trained_context_length
+from edgetune import bases
+from edgetune.bases import Base, BaseSource, trained_context_length
 from edgetune.data import TaskRow
-from edgetune.domain.texts import window_of
-from edgetune.prepared import PlannedTraining, Prepared
+from edgetune.planning.records import BuildPlan, PlannedBuild
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.shipping.exported import BundleSpec, Checked, ExportedFormat, Figures, TrainedAdapter
+from edgetune.shipping.builder import Builder
+from edgetune.shipping.exported import (
+    BundleSpec,
+    ExportedFormat,
+    Figures,
+    ParityReport,
+    Prepared,
+    PreparedAdapter,
+    TrainedAdapter,
+)
 from edgetune.shipping.verify import compare_formats, verify
-from edgetune.targets import check_shapes
+from edgetune.targets import shapes_of
 from edgetune.tasks import Task
-
-from .base import Builder
 
 if TYPE_CHECKING:
     import torch
@@ -48,64 +53,52 @@ class TextGeneration(Builder[Base]):
     packages = ("llama-cpp-python",)
     keeps_states = True
 
-    def check_methods(self, recipe: Recipe) -> None:
-        """Raise IncompatibleError that names an adapter whose method does not work with a target or a scale."""
-        check_shapes(recipe)
+    def find(self, recipe: Recipe, *, download: bool = False) -> BaseSource | None:
+        """The GGUF file, or the Hugging Face folder to convert."""
+        return bases.find(recipe, download=download)
 
-    def describe(self, recipe: Recipe) -> dict[str, Any]:
-        """The base's `architecture` and the choices for the `board`."""
-        header = bases.describe(recipe)
-        if header is None:
-            return {"board": recipe.device}
-        check_context(recipe, trained_context_length(header))
-        window_of(recipe, header)
-        chosen = plan.choose_for(recipe, header)
-        return {"architecture": header.architecture, "board": None if chosen is None else chosen.reason}
+    def shapes(self, recipe: Recipe) -> dict[str, dict[str, str]]:
+        """The shape of each adapter in each format."""
+        return shapes_of(recipe)
 
-    def needs(self, recipe: Recipe, tasks: Sequence[Task], out: Path) -> dict[str, Any] | None:
-        """Memory and disk space for building `out`; None if the base must be downloaded first."""
-        return build_needs.told(recipe, tasks, build_needs.header_of(recipe), out)
+    def make_base(self, plan: BuildPlan, work: Path, progress: Progress, converter: Path | None) -> Base:
+        """The base, converted and quantized in `work`."""
+        from edgetune.decoder.prepare import make_base  # noqa: PLC0415 - torch
 
-    def resolve(self, recipe: Recipe, work: Path, progress: Progress, converter: Path | None) -> tuple[Base, Recipe]:
-        """The base, converted and quantized in `work`, and the recipe with the choices for its board."""
-        from edgetune.decoder.prepare import resolve  # noqa: PLC0415 - torch
+        return make_base(plan, work, progress, converter)
 
-        return resolve(recipe, work, progress, converter)
-
-    def plan(self, tasks: Sequence[Task], base: Base, recipe: Recipe, progress: Progress) -> list[PlannedTraining]:
+    def jobs(self, plan: BuildPlan, tasks: Sequence[Task], base: Base, progress: Progress) -> list[PreparedAdapter]:
         """A training job per task, tokenized for the base; reports rows that are too long."""
-        from edgetune.decoder.prepare import plan_trainings  # noqa: PLC0415 - torch
+        from edgetune.decoder.prepare import training_jobs  # noqa: PLC0415 - torch
 
-        return plan_trainings(tasks, base, recipe.context_length, progress)
+        return training_jobs(plan, tasks, base, progress)
 
-    def prepare(
-        self, recipe: Recipe, tasks: Sequence[Task], out: Path, progress: Progress, converter: Path | None
-    ) -> Prepared[Base]:
-        """Also reports what the build needs, runs continued pretraining, and chooses target modules."""
+    def prepare(self, planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> Prepared[Base]:
+        """Also runs continued pretraining, makes draft tables, and chooses target modules."""
         from edgetune.decoder.prepare import prepare  # noqa: PLC0415 - torch
 
-        return prepare(recipe, tasks, out, progress, converter)
+        return prepare(planned, work, progress, converter)
 
-    def trained(self, planned: PlannedTraining, result: TrainResult, work: Path) -> TrainedAdapter:
+    def trained(self, prepared: PreparedAdapter, result: TrainResult, work: Path) -> TrainedAdapter:
         """The adapter trained in `work`, with rows and texts for the parity check."""
-        probes = planned.job.validation[:PARITY_ROWS]
-        return planned.trained(
+        probes = prepared.job.validation[:PARITY_ROWS]
+        return prepared.trained(
             result,
             work,
             [example.tokens for example in probes],
             prompt_lengths=[example.prompt_length for example in probes],
-            texts=[text for row in planned.task.validation[:TEXT_ROWS] for text in _texts(row)],
+            texts=[text for row in prepared.task.validation[:TEXT_ROWS] for text in _texts(row)],
         )
 
     def load_torch(self, base: Base, dtype: torch.dtype) -> PreTrainedModel:
         """Load the dequantized weights of the base's file."""
         return bases.load_torch(base, dtype)
 
-    def load_for_export(self, base: Base, wanted: BundleSpec, folder: Path, progress: Progress) -> PreTrainedModel:
+    def load_for_export(self, base: Base, spec: BundleSpec, folder: Path, progress: Progress) -> PreTrainedModel:
         """Load the base in float32; if memory is short, map its weights from a file in `folder`."""
         import torch  # noqa: PLC0415 - only for exports
 
-        return bases.load_torch(base, torch.float32, mapped=_file_to_map(base, wanted, folder, progress))
+        return bases.load_torch(base, torch.float32, mapped=_file_to_map(base, spec, folder, progress))
 
     def source(self, base: Base, model: PreTrainedModel, work: Path, onnx: OnnxOptions) -> Source:
         """The base's file for backends."""
@@ -136,7 +129,7 @@ class TextGeneration(Builder[Base]):
         adapters: Sequence[TrainedAdapter],
         exports: Sequence[ExportedFormat],
         progress: Progress,
-    ) -> Checked:
+    ) -> ParityReport:
         """Compare logits after every token, greedy answers and tokenizers."""
         return verify(base, model, adapters, exports, progress)
 
@@ -147,11 +140,11 @@ class TextGeneration(Builder[Base]):
         return compare_formats(adapters, exports, progress)
 
 
-def _file_to_map(base: Base, wanted: BundleSpec, folder: Path, progress: Progress) -> Path | None:
+def _file_to_map(base: Base, spec: BundleSpec, folder: Path, progress: Progress) -> Path | None:
     """The file to map the base's weights from, because memory is short; None if it is not."""
     weights_mb, free_mb = base.header.parameters * 4 / 1e6, machine.free_mb()
-    sizes = base.path.stat().st_size, base.header.parameters, wanted.onnx.weights
-    needed_mb = weights_mb + max(backends.format_of(target).export_mb(*sizes) for target in wanted.targets)
+    sizes = base.path.stat().st_size, base.header.parameters, spec.onnx.weights
+    needed_mb = weights_mb + max(backends.format_of(target).export_mb(*sizes) for target in spec.targets)
     if free_mb is None or free_mb >= needed_mb:
         return None
     progress.say(f"mapping the base's weights from disk, because only {free_mb:,.0f} MB of memory are free")

@@ -40,6 +40,10 @@ AsJson = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.", rich_help_panel=OUTPUT_PANEL)]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="OUT", help="The bundle's folder (default: build/NAME).", rich_help_panel=OUTPUT_PANEL),
+]
 Engine = Annotated[
     str | None,
     typer.Option(

@@ -179,23 +179,27 @@ def _needs(target: Path, context_length: int | None, engine: str | None) -> Targ
 
 
 def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None) -> Target:
-    from edgetune import bases, plan  # noqa: PLC0415 - the other commands need neither recipes nor bases
+    from edgetune import builders  # noqa: PLC0415 - the other commands need neither recipes nor bases
+    from edgetune.planning.board import bundle_needs  # noqa: PLC0415 - as above
+    from edgetune.planning.build import plan_bundle  # noqa: PLC0415 - as above
     from edgetune.recipe.model import Recipe  # noqa: PLC0415 - as above
 
     recipe = Recipe.from_file(path, {"context_length": context_length} if context_length else {})
     task_types.load(recipe.task).check_offers("fit", path)
-    header = bases.describe(recipe)
+    builder = builders.load(recipe.task)
+    # The settings for the recipe's own board may be others.
+    plan = plan_bundle(recipe.model_copy(update={"device": None}), builder.find(recipe), builder.shapes(recipe))
+    header = None if plan.source is None else plan.source.header
     if header is None:
         message = f"the size of base {recipe.base!r} is not known before it is downloaded"
         raise NotFoundError(message, "build the recipe, or give a .gguf file or a local folder as the base")
-    quantization = bases.quantization_of(recipe)
     if engine is not None and engine not in recipe.targets:
         message = f"recipe {path} has no target {engine}"
         raise IncompatibleError(message, f"choose one of: {', '.join(recipe.targets)}; or add it to targets")
-    needs = plan.needs_of_recipe(recipe, header, quantization, engine)
+    known = plan.recipe, plan.adapters, header, plan.base.quantization
+    needs = bundle_needs(*known, engine)
     others = [name for name in recipe.targets if name in COSTS and name != needs.engine]
-    other = plan.needs_of_recipe(recipe, header, quantization, others[0]) if others else None
-    return needs, header, other
+    return needs, header, bundle_needs(*known, others[0]) if others else None
 
 
 def _board(name: str, ram_mib: int | None) -> boards.Board:

@@ -19,7 +19,6 @@ import typer
 from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
-from edgetune_runtime.wording import printable
 
 import edgetune
 from edgetune.failure import PROGRAM, drop_output, fail
@@ -29,6 +28,7 @@ from . import deploy as deploy_cli
 from . import devices as devices_cli
 from . import evaluate as evaluate_cli
 from . import kit as kit_cli
+from . import plan as plan_cli
 from . import report as report_cli
 from . import wheel as wheel_cli
 from .arguments import (
@@ -36,6 +36,7 @@ from .arguments import (
     OUTPUT_PANEL,
     RECIPE_PANEL,
     AsJson,
+    Out,
     Quiet,
     RecipePath,
     Settings,
@@ -88,11 +89,6 @@ Quantization = Annotated[
         help="Quantization of the base (default: a .gguf file unchanged, otherwise q8_0).",
         rich_help_panel=BASE_PANEL,
     ),
-]
-
-Out = Annotated[
-    Path | None,
-    typer.Option(metavar="OUT", help="The bundle's folder (default: build/NAME).", rich_help_panel=OUTPUT_PANEL),
 ]
 
 
@@ -232,43 +228,6 @@ def export(
     _print_build(result.to_json(), as_json=as_json)
 
 
-@app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
-def validate(
-    recipe: RecipePath,
-    *,
-    out: Out = None,
-    trial: Annotated[bool, typer.Option("--trial", help="Train ten steps to estimate the build time.")] = False,
-    settings: Settings = None,
-    as_json: AsJson = False,
-) -> None:
-    """Check a recipe, its base and its data.
-
-    Reads the base's header and all rows of the data, and checks that the rows keep to their output constraints, that
-    the bundle fits on the board, and that this machine has enough memory and disk to build it.
-    """
-    from .validate import check  # noqa: PLC0415 - help needs none of it
-
-    loaded = _load(recipe, settings_of(settings), {})
-    found = check(loaded, out)
-    if trial:
-        from edgetune.progress import Progress  # noqa: PLC0415
-
-        from . import trial as time_trial  # noqa: PLC0415 - torch
-
-        found["trial"] = time_trial.run(loaded, out or loaded.default_out, Progress(quiet=as_json))
-    if as_json:
-        print_json(found)
-        return
-    adapters = found.pop("adapters")
-    warnings = [("warning", text) for text in (found["needs"] or {}).get("warnings", ())]
-    for key, value in (*found.items(), *warnings):
-        text = value["summary"] if isinstance(value, dict) else value
-        print(printable(f"{key:<14}{text if text is not None else '-'}"))
-    for name, adapter in adapters.items():
-        figures = ", ".join(f"{key} {value}" for key, value in adapter.items())
-        print(printable(f"{'adapter':<14}{name}: {figures}"))
-
-
 @app.command("methods", cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
 def list_methods(*, as_json: AsJson = False) -> None:
     """List the tuning methods.
@@ -307,6 +266,8 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
+app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)(plan_cli.validate)
+app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)(plan_cli.plan)
 app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(evaluate_cli.evaluate)
 app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)(report_cli.report)
 app.command("deploy", cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)(deploy_cli.deploy_bundle)

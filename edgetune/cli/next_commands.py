@@ -17,7 +17,7 @@ def next_commands(recipe: Recipe, result: Build) -> list[str]:
     `fit` is left out for tasks without a prediction for boards.
     """
     name, spec = next(iter(recipe.adapters.items()))
-    command = "classify" if result.trained[name].labels else "generate"
+    command = "classify" if result.trained[name].plan.labels else "generate"
     run = [command, result.bundle, "--adapter", name, "--prompt", result.prompts[name]]
     data = spec.data.validation or spec.data.train
     score = ["edgetune", "evaluate", result.bundle, "--adapter", name, "--data", data]

@@ -9,28 +9,33 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgetune import builders, task_types
+from edgetune.builders.plan import with_download
 from edgetune.methods.common.peft import ALL_LINEAR
 from edgetune.methods.lora import LoraOptions
+from edgetune.planning.records import PlannedBuild
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.tasks import read_task
 from edgetune.training.duration import TRIAL_STEPS, duration, tokens_left
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 from edgetune.training.loop import VALIDATION_ROWS
+from edgetune.work_folder import locked, work_folder
 
 
-def run(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
+def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) -> dict[str, Any]:
     """Train ten steps; returns `tokens_per_s`, `training_s` (seconds, all adapters at this speed) and a `summary`.
 
     A converted or quantized base stays in `<out>.work` for the build of `out`; nothing else is left. Raises what a
     build raises, and UsageError for a task without a trial.
     """
     task_types.load(recipe.task).check_offers("trial", "--trial")
-    tasks = [read_task(name, recipe) for name in recipe.adapters]
-    builder = builders.load(recipe.task)
-    base, recipe = builder.resolve(recipe, out.with_name(f"{out.name}.work"), progress, None)
-    jobs = [item.job for item in builder.plan(tasks, base, recipe, progress)]
+    if planned.plan.source is None:
+        planned = with_download(planned, recipe, out)
+    builder, plan = builders.load(recipe.task), planned.plan
+    work = work_folder(out)
+    with locked(work):
+        base = builder.make_base(plan, work, progress, None)
+    jobs = [item.job for item in builder.jobs(plan, planned.tasks, base, progress)]
     with TemporaryDirectory() as folder:
         load = partial(builder.load_torch, base)
         result = train_all([_short(jobs[0])], base.name, load, Path(folder), progress, plots=False)[jobs[0].name]

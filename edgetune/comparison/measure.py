@@ -115,7 +115,7 @@ class TorchMeasurement:
     @property
     def method(self) -> methods.Method[Any]:
         """The method that trained it."""
-        return methods.load(self.trained.method)
+        return methods.load(self.trained.plan.method)
 
     def score(self, answers: Sequence[str]) -> Evaluation:
         """The checkpoint's score with greedy decoding; `answers` are guesses that save time, such as the device's."""
@@ -134,7 +134,7 @@ class TorchMeasurement:
         The merged model is written only for this measurement and deleted afterwards.
         """
         measured, backend = self.measured, backends.load(target)
-        shapes = {*self.method.shapes(self.trained.options)} & {*backend.SHAPES}
+        shapes = {*self.method.shapes(self.trained.plan.options)} & {*backend.SHAPES}
         if measured.entry.shapes[target] == Merged.shape or Merged.shape not in shapes:
             return None
         measured.progress.say(f"timing a merged model in {target}")

@@ -11,10 +11,12 @@ from pathlib import Path
 from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
 
-from edgetune import bases, plan
+from edgetune import bases
 from edgetune.data import read_rows
+from edgetune.planning.build import plan_bundle
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.targets import shapes_of
 from edgetune.tasks import read_task
 
 from .comparison import Comparison
@@ -86,19 +88,16 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
     task = read_task(request.task, recipe)
     if request.data is not None:
         read_rows(request.data, task.spec.data.columns, labels=task.labels or None)
-    choice = plan.choose_for(recipe, bases.header_of(recipe))
-    if choice is not None and choice.quantization is not None:
+    source = bases.find(recipe, download=True)
+    assert source is not None
+    quantization = bases.quantization_of(recipe)
+    if recipe.device is not None and quantization is not None:
+        quantization = plan_bundle(recipe, source, shapes_of(recipe)).base.quantization
         # All trials get the same base, and a folder is converted once.
-        request = replace(request, settings={**request.settings, "quantization": choice.quantization})
-        recipe = recipe.model_copy(update={"quantization": choice.quantization})
-    base = bases.resolve(
-        recipe.base,
-        folder=recipe.folder,
-        quantization=recipe.quantization,
-        work=request.out / "shared" / "base",
-        progress=progress,
-        converter=None,
-    )
+        request = replace(request, settings={**request.settings, "quantization": quantization})
+        recipe = recipe.model_copy(update={"quantization": quantization})
+    work = request.out / "shared" / "base"
+    base = bases.make(source, quantization, work=work, progress=progress, converter=None)
     return recipe, trials_of(request, recipe, base.fingerprint)
 
 

@@ -40,10 +40,11 @@ from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import DomainSpec
 from edgetune.shipping.verify import logits_of
+from edgetune.tasks import Texts
 from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob, TrainResult
 
-from .texts import Texts, split_windows, window_of
+from .texts import split_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +92,7 @@ def _check_writable(header: GgufHeader) -> None:
 def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> TrainingJob[Example]:
     kind, training = methods.load(spec.method.name), recipe.training.under(spec.training)
     with closing(GgufTokenizer(base.path)) as tokenizer:
-        length = window_of(recipe, base.header)
+        length = spec.window or recipe.context_length
         train, validation = split_windows(texts, tokenizer, length, spec.data.held_out)
         options = kind.prepared(spec.method.options, tokenizer, (*train, *validation))
     tokens = sum(len(window.tokens) for window in validation)

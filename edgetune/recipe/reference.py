@@ -32,9 +32,11 @@ relative to the recipe. `edgetune schema` prints a JSON schema, which lets an ed
 
 `edgetune validate` also reports, without loading the model, what a build will need and what is free on this machine:
 memory for training and export, and disk space at `--out` (by default `build/NAME`); in `--json` this is the key
-`needs`. `validate` ends with exit code 6 if the bundle does not fit on the disk and with 5 if the base's weights do not
-fit in memory, and says what would fit; a build makes the same checks before any work. If space is tight, it warns. If
-memory is short, training uses smaller forward passes. For a base that is not downloaded yet, only the build can tell.
+`needs`. `edgetune plan RECIPE` also shows what the build will do: the base's conversion, each adapter's modules, shapes
+and sizes, and the speed on the board; both commands print the same JSON. They end with exit code 6 if the bundle does
+not fit on the disk and with 5 if the base's weights do not fit in memory, and say what would fit; a build makes the
+same checks before any work. If space is tight, they warn. If memory is short, training uses smaller forward passes. For
+a base that is not downloaded yet, the plan has what is known without it, and the build completes it after the download.
 `--trial` trains ten steps of the first adapter and estimates the time of all trainings; a build reports the same
 estimate after its first ten steps.
 

@@ -1,25 +1,32 @@
-"""The types of an export: what is wanted, was trained and was written, and the parity found."""
+"""The types of a build after its plan: adapters as prepared, trained and written, formats as exported."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from edgetune_export import backends
 from edgetune_export.backends.base import OnnxOptions
 from edgetune_runtime.decoding.drafts import DraftTable
-from edgetune_runtime.decoding.output import OutputSpec
 
 from edgetune import methods
 from edgetune.data import TaskRow
+from edgetune.planning.records import AdapterPlan, BuildPlan
+from edgetune.tasks import Task
+from edgetune.tokenization import TooLong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from edgetune.training.job import TrainingJob, TrainResult
+
 Figures = Mapping[str, float]
 """Parity by figure, such as `kl` and `top1`, as in the manifest."""
+
+# Validation rows per task from which the golden answer is chosen.
+GOLDEN_ROWS = 8
 
 
 class BuildBase(Protocol):
@@ -38,9 +45,12 @@ class BuildBase(Protocol):
         """The sha256 of that file."""
 
 
+B = TypeVar("B", bound=BuildBase)
+
+
 @dataclass(frozen=True)
 class BundleSpec:
-    """The bundle to write: its name, its defaults, its formats, and the recipe that it stores."""
+    """The bundle to write: its name, its defaults, its formats, and the recipe and the plan that it stores."""
 
     name: str
     context_length: int
@@ -51,47 +61,90 @@ class BundleSpec:
     ships_states: bool = False
     warms: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PreparedAdapter:
+    """An adapter before its training: its plan and rows, its training job, and the rows left out of it.
+
+    `draft` is its draft table, `choices` are figures of settings that the build has chosen.
+    """
+
+    plan: AdapterPlan
+    task: Task
+    job: TrainingJob[Any]
+    too_long: TooLong
+    draft: DraftTable | None = None
+    choices: Mapping[str, Any] = field(default_factory=dict)
+
+    def figures(self, result: TrainResult) -> dict[str, Any]:
+        """The figures of the result and of the choices, as JSON values."""
+        return {**result.figures(), **self.choices}
+
+    def trained(
+        self,
+        result: TrainResult,
+        work: Path,
+        probes: Sequence[Sequence[int]],
+        *,
+        prompt_lengths: Sequence[int] = (),
+        texts: Sequence[str] = (),
+    ) -> TrainedAdapter:
+        """The adapter trained in `work`; the parity check uses `probes` and `texts`."""
+        return TrainedAdapter(
+            self.plan,
+            work / self.plan.name / "adapter",
+            probes,
+            prompt_lengths=prompt_lengths,
+            texts=texts,
+            draft=self.draft,
+            golden_rows=self.task.validation[:GOLDEN_ROWS] if self.plan.golden else (),
+            training={**self.figures(result), "history": result.curve()},
+        )
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[B]):
+    """The base, the plan with all choices, and the adapters; `domain` has the figures of continued pretraining."""
+
+    base: B
+    plan: BuildPlan
+    adapters: Sequence[PreparedAdapter]
+    domain: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """A trained adapter to export.
+    """A trained adapter to export, with its plan.
 
-    `folder` is what `method` wrote. `probes` are token rows for the parity check; the first of them, up to their
-    `prompt_lengths`, are also answered. `texts` are texts of the task for comparing tokenizers. `output` constrains the
-    adapter's answers, and `draft` is its draft table. The golden answer is to one of `golden_rows`.
+    `folder` is what its method wrote. `probes` are token rows for the parity check; the first of them, up to their
+    `prompt_lengths`, are also answered. `texts` are texts of the task for comparing tokenizers. The golden answer is to
+    one of `golden_rows`. `training` are figures for the manifest.
     """
 
-    name: str
+    plan: AdapterPlan
     folder: Path
-    method: str
-    options: methods.MethodOptions
     probes: Sequence[Sequence[int]]
     prompt_lengths: Sequence[int] = ()
-    scale: float = 1.0
-    system: str | None = None
-    metric: str = "exact"
-    labels: tuple[str, ...] = ()
-    merged: bool = False
-    dtypes: Mapping[str, str] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
     texts: Sequence[str] = ()
-    output: OutputSpec | None = None
     draft: DraftTable | None = None
     golden_rows: Sequence[TaskRow] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
 
-    def dtype_in(self, target: str) -> str:
-        """The data type of the adapter's file in a format, by default the format's default."""
-        return self.dtypes.get(target, backends.format_of(target).adapter_dtypes[0])
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.plan.name
 
     def checkpoint(self, base: PreTrainedModel) -> methods.Checkpoint:
         """The trained checkpoint with its base in float32."""
-        return methods.Checkpoint(self.name, self.folder, base, self.options, self.scale)
+        return methods.Checkpoint(self.name, self.folder, base, self.plan.options, self.plan.scale)
 
 
 @dataclass(frozen=True)
 class WrittenAdapter:
-    """The file of an adapter, its shape, and its number of values in each type.
+    """The file of an adapter in one format, and its number of values in each type.
 
     `error` is the share of the trained change that the file leaves out, `invocation` the tokens that activate it, and
     `prefix_tokens` the number of positions that it occupies. A merged model has the `quantization` that was requested
@@ -99,7 +152,6 @@ class WrittenAdapter:
     """
 
     file: Path
-    shape: str
     values_by_type: Mapping[str, int]
     error: float = 0.0
     invocation: tuple[int, ...] = ()
@@ -123,7 +175,7 @@ class ExportedFormat:
 
 
 @dataclass(frozen=True)
-class Checked:
+class ParityReport:
     """Parity of the base by format, and of the adapters by format and name."""
 
     base: Mapping[str, Figures]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Adapter, Folded, LowRank, Merged, Prefix
@@ -20,17 +20,16 @@ from edgetune_export.backends.base import Source
 from edgetune_export.merged import source_of_merged
 from edgetune_export.pack import pack
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, Manifest
+from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, Manifest, read_manifest
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, write_table
 
 from edgetune.progress import Progress
 from edgetune.report.facts import facts_of
 from edgetune.report.render import card
-from edgetune.targets import shapes_in
 from edgetune.training.allocator import give_back_freed_memory
 
-from .exported import BuildBase, BundleSpec, Checked, ExportedFormat, TrainedAdapter, WrittenAdapter
-from .exporter import Exporter
+from .builder import Builder
+from .exported import B, BuildBase, BundleSpec, ExportedFormat, ParityReport, TrainedAdapter, WrittenAdapter
 from .golden import with_golden
 from .manifest import adapter_entry, manifest_of
 
@@ -40,28 +39,20 @@ CARD_NAME = "README.md"
 _LARGE_BYTES = 50_000_000
 """For bases larger than this, freeing memory early is worth the time."""
 
-B = TypeVar("B", bound=BuildBase)
-
-
-@dataclass(frozen=True)
-class ShippedAdapter:
-    """An adapter in the bundle: its manifest entry, and the size of its files in bytes."""
-
-    entry: AdapterEntry
-    bytes: int
-
 
 def ship(
-    exporter: Exporter[B],
+    builder: Builder[B],
     base: B,
     adapters: Sequence[TrainedAdapter],
     work: Path,
     out: Path,
     *,
-    wanted: BundleSpec,
+    spec: BundleSpec,
     progress: Progress,
-) -> dict[str, ShippedAdapter]:
+) -> Manifest:
     """Export `adapters`, compare each with the trained one, and pack the bundle `out`; `work` is overwritten.
+
+    Returns the manifest of the bundle.
 
     Raises VerificationError that names an adapter that differs from the trained one, and the errors of fold, the
     backends and pack. On an error nothing is written to `out`.
@@ -69,34 +60,33 @@ def ship(
     shutil.rmtree(work, ignore_errors=True)
     # Training has just freed the base; do not keep it in memory while the next copy loads.
     _give_back(base)
-    model = exporter.load_for_export(base, wanted, work / "way", progress)
-    source = exporter.source(base, model, work / "way", wanted.onnx)
-    stage = _Stage(work, source, adapters, exporter, wanted, progress)
+    model = builder.load_for_export(base, spec, work / "intermediate", progress)
+    source = builder.source(base, model, work / "intermediate", spec.onnx)
+    stage = _Stage(work, source, adapters, builder, spec, progress)
     exports = []
-    for target in wanted.targets:
+    for target in spec.targets:
         progress.say(f"writing {target}")
         exports.append(stage.export(target))
         _give_back(base)
     progress.say("comparing the exported files with the trained model")
-    checked = exporter.verify(base, model, adapters, exports, progress)
-    entry = exporter.base_entry(base, source, {export.backend: stage.name_of(export.base) for export in exports})
+    parity = builder.verify(base, model, adapters, exports, progress)
+    entry = builder.base_entry(base, source, {export.backend: stage.name_of(export.base) for export in exports})
     # The next comparison loads two engines at a time.
     stage.source = replace(source, model=None)
     del model, source
     _give_back(base)
-    between = exporter.compare_formats(adapters, exports, progress)
+    between = builder.compare_formats(adapters, exports, progress)
     types = {export.backend: export.values_by_type for export in exports}
-    shipped = stage.shipped(exports, checked)
     manifest = manifest_of(
-        wanted,
-        replace(entry, values_by_type=types, parity={**checked.base, **between}),
-        {name: item.entry for name, item in shipped.items()},
+        spec,
+        replace(entry, values_by_type=types, parity={**parity.base, **between}),
+        stage.entries(exports, parity),
         stage.packages(),
-        task=exporter.task,
+        task=builder.task,
     )
-    pack(work, out, manifest, partial(_complete, adapters=adapters, wanted=wanted, progress=progress))
+    pack(work, out, manifest, partial(_complete, adapters=adapters, spec=spec, progress=progress))
     shutil.rmtree(work, ignore_errors=True)
-    return shipped
+    return read_manifest(out)
 
 
 def _give_back(base: BuildBase) -> None:
@@ -114,20 +104,16 @@ class _Stage:
     work: Path
     source: Source
     adapters: Sequence[TrainedAdapter]
-    exporter: Exporter[Any]
-    wanted: BundleSpec
+    builder: Builder[Any]
+    spec: BundleSpec
     progress: Progress
 
     def __post_init__(self) -> None:
         """Fold all adapters except merged models, which are folded when they are written."""
-        targets, task = self.wanted.targets, self.exporter.task
-        self.backends = {target: backends.load(target, task) for target in targets}
-        self.shapes = {
-            a.name: shapes_in(targets, a.method, a.options, merged=a.merged, task=task) for a in self.adapters
-        }
+        self.backends = {target: backends.load(target, self.builder.task) for target in self.spec.targets}
         self.folded: dict[tuple[str, str], Adapter] = {}
         for adapter in self.adapters:
-            for shape in dict.fromkeys(self.shapes[adapter.name].values()):
+            for shape in dict.fromkeys(adapter.plan.shapes.values()):
                 if shape != Merged.shape:
                     folded = self._fold(adapter, shape)
                     assert not isinstance(folded, Merged)
@@ -136,7 +122,7 @@ class _Stage:
     def export(self, target: str) -> ExportedFormat:
         """Write the base and all adapters in one format."""
         backend = self.backends[target]
-        shapes = {adapter.name: self.shapes[adapter.name][target] for adapter in self.adapters}
+        shapes = {adapter.name: adapter.plan.shapes[target] for adapter in self.adapters}
         beside = {name: self.folded[name, shape] for name, shape in shapes.items() if shape != Merged.shape}
         base = backend.write_base(self.source, self.work / "base", list(beside.values()))
         written = {}
@@ -147,18 +133,16 @@ class _Stage:
                 written[adapter.name] = self._write(target, beside[adapter.name], adapter, base)
         return ExportedFormat(target, base, backend.values_by_type(base), written, backend.weight_type(self.source))
 
-    def shipped(self, exports: Sequence[ExportedFormat], checked: Checked) -> dict[str, ShippedAdapter]:
-        """The manifest entry and size of each adapter."""
-        shipped: dict[str, ShippedAdapter] = {}
+    def entries(self, exports: Sequence[ExportedFormat], parity: ParityReport) -> dict[str, AdapterEntry]:
+        """The manifest entry of each adapter; writes the draft tables."""
+        entries = {}
         for adapter in self.adapters:
             folded = [item for (name, _), item in self.folded.items() if name == adapter.name]
             draft = self._write_draft(adapter)
-            entry = adapter_entry(
-                adapter, folded, exports, checked, fingerprint=self.source.fingerprint, stage=self.work, draft=draft
+            entries[adapter.name] = adapter_entry(
+                adapter, folded, exports, parity, fingerprint=self.source.fingerprint, stage=self.work, draft=draft
             )
-            size = sum(path.stat().st_size for path in self._folder(adapter).rglob("*") if path.is_file())
-            shipped[adapter.name] = ShippedAdapter(entry, size)
-        return shipped
+        return entries
 
     def _write_draft(self, adapter: TrainedAdapter) -> Path | None:
         if adapter.draft is None:
@@ -173,46 +157,46 @@ class _Stage:
 
     def packages(self) -> list[str]:
         """The packages of the task and of the formats."""
-        found = [*self.exporter.packages, *(name for backend in self.backends.values() for name in backend.PACKAGES)]
+        found = [*self.builder.packages, *(name for backend in self.backends.values() for name in backend.PACKAGES)]
         return list(dict.fromkeys(found))
 
     def _write(self, target: str, folded: Adapter, adapter: TrainedAdapter, base: Path) -> WrittenAdapter:
         backend = self.backends[target]
         out = self._folder(adapter) / backend.ADAPTER_FILE
-        dtype = adapter.dtype_in(target)
+        dtype = adapter.plan.dtypes[target]
         backend.write_adapter(folded, base, out, dtype=dtype, base_fingerprint=self.source.fingerprint)
-        written = WrittenAdapter(out, folded.shape, backend.values_by_type(out))
+        written = WrittenAdapter(out, backend.values_by_type(out))
         if isinstance(folded, LowRank):
             return replace(written, error=folded.error, invocation=folded.invocation)
         return replace(written, prefix_tokens=folded.tokens) if isinstance(folded, Prefix) else written
 
     def _write_merged(self, target: str, adapter: TrainedAdapter) -> WrittenAdapter:
         backend = self.backends[target]
-        source = source_of_merged(self.source, self.wanted.merged_quantization)
+        source = source_of_merged(self.source, self.spec.merged_quantization)
         weight_type = backend.weight_type(source)
-        if not adapter.merged or source is not self.source:
-            what = f"{target} holds {adapter.method} as a whole model, in {weight_type}"
+        if not adapter.plan.merged or source is not self.source:
+            what = f"{target} holds {adapter.plan.method} as a whole model, in {weight_type}"
             self.progress.say(f"  {adapter.name}: {what}, {source.path.stat().st_size / 1e6:.0f} MB")
         merged, out = self._fold(adapter, Merged.shape), self._folder(adapter) / backend.MODEL_FILE
         assert isinstance(merged, Merged)
         backend.write_merged(merged, source, out)
         values = backend.values_by_type(out)
-        return WrittenAdapter(out, Merged.shape, values, quantization=source.quantization, weight_type=weight_type)
+        return WrittenAdapter(out, values, quantization=source.quantization, weight_type=weight_type)
 
     def _fold(self, adapter: TrainedAdapter, shape: str) -> Folded:
         assert self.source.model is not None
-        return self.exporter.fold(adapter, self.source.model, shape)
+        return self.builder.fold(adapter, self.source.model, shape)
 
     def _folder(self, adapter: TrainedAdapter) -> Path:
         return self.work / "adapters" / adapter.name
 
 
 def _complete(
-    bundle: Path, manifest: Manifest, *, adapters: Sequence[TrainedAdapter], wanted: BundleSpec, progress: Progress
+    bundle: Path, manifest: Manifest, *, adapters: Sequence[TrainedAdapter], spec: BundleSpec, progress: Progress
 ) -> Manifest:
     """Add what the runtime computes from a bundle's files (golden answers, states), and the model card."""
     manifest = with_golden(bundle, manifest, adapters, progress)
-    if wanted.ships_states:
+    if spec.ships_states:
         _make_states(bundle, manifest.base.files, progress)
     (bundle / CARD_NAME).write_text(card(facts_of(bundle, manifest)), encoding="utf-8")
     return manifest

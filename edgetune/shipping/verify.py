@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from edgetune_export import architectures
-from edgetune_export.adapters.shapes import Floats
+from edgetune_export.adapters.shapes import Floats, Merged
 from edgetune_export.parity import Decoder, Parity, Rows, check, compare
 from edgetune_export.parity import TrainedLogits as Model
 from edgetune_runtime import engines
@@ -21,8 +21,8 @@ from edgetune import methods
 from edgetune.bases import Base, trained_context_length
 from edgetune.progress import Progress
 
-from .exported import Checked, ExportedFormat, Figures, TrainedAdapter
-from .gated import Gated
+from .activated_lora import ActivatedLoraEngine
+from .exported import ExportedFormat, Figures, ParityReport, TrainedAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ def verify(
     adapters: Sequence[TrainedAdapter],
     exports: Sequence[ExportedFormat],
     progress: Progress,
-) -> Checked:
+) -> ParityReport:
     """Run every adapter in torch and in each backend's engine on the same tokens, the base last, after switching back.
 
     `model` is the base in float32. Raises VerificationError that names the first adapter, or the base, whose difference
@@ -82,7 +82,7 @@ def verify(
             }
             plain = _remembered(model, model, known[None])
             bases[export.backend] = asdict(_base_parity(plain, adapters, export, engine, progress))
-    return Checked(bases, checked)
+    return ParityReport(bases, checked)
 
 
 def _adapter_parity(
@@ -95,15 +95,15 @@ def _adapter_parity(
     progress: Progress,
 ) -> Parity:
     written = export.adapters[adapter.name]
-    with methods.load(adapter.method).loaded(adapter.checkpoint(model)) as tuned:
+    with methods.load(adapter.plan.method).loaded(adapter.checkpoint(model)) as tuned:
         parity = _parity(_remembered(model, tuned, known), adapter, export, engine)
     progress.say(f"  {export.backend} {adapter.name}: {_said(parity)}")
     check(
         parity,
         adapter.name,
         written.weight_type or export.weight_type,
-        dtype=adapter.dtype_in(export.backend),
-        merged=written.shape == "merged",
+        dtype=adapter.plan.dtypes[export.backend],
+        merged=adapter.plan.shapes[export.backend] == Merged.shape,
         error=written.error,
     )
     return parity
@@ -180,14 +180,16 @@ def _base_parity(
 
 
 def _parity(trained: Model, adapter: TrainedAdapter, export: ExportedFormat, engine: Engine) -> Parity:
-    written, active = export.adapters[adapter.name], {adapter.name: adapter.scale}
-    if written.shape == "merged":
+    written, active = export.adapters[adapter.name], {adapter.name: adapter.plan.scale}
+    if adapter.plan.shapes[export.backend] == Merged.shape:
         with _engine(export.backend, written.file, engine.context_length) as merged:
             return _compare(trained, adapter, merged, engine.context_length)
     engine.load_adapter(adapter.name, written.file, invocation=written.invocation)
     engine.activate(active)
-    gated = Gated(engine, active, {adapter.name: written.invocation})
-    return _compare(trained, adapter, gated if written.invocation else engine, engine.capacity(active))
+    decoder: Decoder = engine
+    if written.invocation:
+        decoder = ActivatedLoraEngine(engine, active, {adapter.name: written.invocation})
+    return _compare(trained, adapter, decoder, engine.capacity(active))
 
 
 def _compare(trained: Model, adapter: TrainedAdapter, engine: Decoder, capacity: int) -> Parity:

@@ -107,9 +107,9 @@ def compare(
         _require_same_shape(expected, exported)
         for start in range(0, len(tokens), _POSITIONS):
             part = slice(start, start + _POSITIONS)
-            mine, its = expected[part], exported[part]
-            nats += float(divergence(mine, its).sum())
-            same += int((mine.argmax(-1) == its.argmax(-1)).sum())
+            expected_part, exported_part = expected[part], exported[part]
+            nats += float(divergence(expected_part, exported_part).sum())
+            same += int((expected_part.argmax(-1) == exported_part.argmax(-1)).sum())
         count += len(tokens)
     if count == 0:
         raise UsageError("there are no tokens to compare the exported adapter on", "add validation rows")

@@ -127,7 +127,8 @@ class Manifest:
     """The contents of manifest.json. `context_length` (tokens) and `threads` are the defaults of `Runtime.open`.
 
     `task` is text-generation, or text-classification for an encoder with a classification head per adapter. With
-    `warms`, a server computes the states of all fixed prompts when it starts.
+    `warms`, a server computes the states of all fixed prompts when it starts. `plan` has the decisions and predictions
+    of the build that are nowhere else in the manifest; it is empty for exports of adapters trained elsewhere.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Manifest:
     context_length: int
     threads: int | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
     task: str = GENERATION

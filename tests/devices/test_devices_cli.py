@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 from edgetune_devices import boards, fit
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError
-from edgetune_runtime.formats.gguf_file import read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.sizing.calibration import write_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
 from typer.testing import CliRunner
 
-from edgetune import plan
+from edgetune.bases import BaseSource, quantization_of
 from edgetune.cli.devices import app
+from edgetune.planning.adapters import plan_adapter
+from edgetune.planning.board import Settings, bundle_needs, choose_settings
+from edgetune.planning.records import AdapterPlan
 from edgetune.recipe.model import Recipe
+from edgetune.targets import shapes_of
 
 
 def _run(*arguments: str | Path) -> str:
@@ -118,30 +122,44 @@ def test_fit_of_a_recipe_on_a_folder_predicts_its_default_quantization(
         _run("fit", tmp_path / "recipe.yaml", "--device", "pi-4", "--engine", "onnx")
 
 
+def _planned(recipe: Recipe, header: GgufHeader) -> dict[str, AdapterPlan]:
+    shapes = shapes_of(recipe)
+    return {name: plan_adapter(recipe, name, shapes[name], header) for name in recipe.adapters}
+
+
+def _needs(recipe: Recipe, header: GgufHeader, quantization: str | None) -> fit.Needs:
+    return bundle_needs(recipe, _planned(recipe, header), header, quantization)
+
+
+def _settings(recipe: Recipe, header: GgufHeader) -> Settings:
+    source = BaseSource("base", Path("base"), "llama", 512, is_folder=True, header=header)
+    return choose_settings(recipe, _planned(recipe, header), source, quantization_of(recipe))
+
+
 def test_needs_of_a_recipe_follow_its_methods_and_quantization(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     header = read_header(tiny_gguf("llama"))
     written = "quantization: q8_0\n"
-    small = plan.needs_of_recipe(_recipe(tmp_path, written, adapter="    method: {name: lora, r: 4}\n"), header, "q8_0")
-    large = plan.needs_of_recipe(_recipe(tmp_path, written, adapter="    method: {name: lora, r: 8}\n"), header, None)
+    small = _needs(_recipe(tmp_path, written, adapter="    method: {name: lora, r: 4}\n"), header, "q8_0")
+    large = _needs(_recipe(tmp_path, written, adapter="    method: {name: lora, r: 8}\n"), header, None)
     assert large.adapters["intent"].file_bytes == 2 * small.adapters["intent"].file_bytes
     assert large.base_bytes > small.base_bytes
-    merged = plan.needs_of_recipe(_recipe(tmp_path, adapter="    merged: true\n"), header, None)
+    merged = _needs(_recipe(tmp_path, adapter="    merged: true\n"), header, None)
     assert merged.merged == {"intent": merged.base_bytes} and not merged.adapters
 
 
 def test_a_board_chooses_only_what_the_recipe_leaves_unset(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     header = read_header(tiny_gguf("llama"))
-    assert plan.choose_for(_recipe(tmp_path), header) is None
-    free = plan.choose_for(_recipe(tmp_path, "device: pi-4\n"), header)
-    assert free is not None and (free.quantization, free.context_length, free.threads) == ("q8_0", 1024, 4)
+    assert _settings(_recipe(tmp_path), header).board is None
+    free = _settings(_recipe(tmp_path, "device: pi-4\n"), header)
+    assert (free.quantization, free.recipe.context_length, free.recipe.threads) == ("q8_0", 512, 4)
     written = "device: pi-4\nquantization: q4_0\ncontext_length: 64\nthreads: 2\n"
-    bound = plan.choose_for(_recipe(tmp_path, written), header)
-    assert bound is not None and (bound.quantization, bound.context_length, bound.threads) == ("q4_0", 64, 2)
+    bound = _settings(_recipe(tmp_path, written), header)
+    assert (bound.quantization, bound.recipe.context_length, bound.recipe.threads) == ("q4_0", 64, 2)
 
 
 def test_a_recipe_that_cannot_fit_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, "device: pi-zero-2w\ncontext_length: 2000000\n")
     with pytest.raises(IncompatibleError, match=r"pi-zero-2w leaves 305 MB; .*; set context_length to"):
-        plan.choose_for(recipe, read_header(tiny_gguf("llama")))
+        _settings(recipe, read_header(tiny_gguf("llama")))

@@ -25,12 +25,14 @@ SIGNATURES = {
     "evaluate": "(bundle, data, adapter=None, *, limit=None, engine=None, kv=None, on_progress=None)",
     "export": "(base, adapters, out, *, quantization=None, systems=None, merged=False, targets=('gguf',), "
     "converter=None, on_progress=None)",
+    "plan": "(recipe, out=None)",
     "Recipe.from_file": "(path, settings=None)",
     "Recipe.from_dict": "(values, folder='')",
     "Build.open": "(self, **options)",
 }
 FIELDS = {
     "Build": ["bundle", "figures", "losses", "domain", "base", "trained", "prompts", "seconds"],
+    "BuildPlan": ["recipe", "source", "base", "adapters", "board", "domain", "needs"],
     "Comparison": ["task", "base", "metric", "rows", "outcomes", "recommended"],
     "Evaluation": ["score", "metric", "rows", "too_long", "details"],
     "Point": ["step", "epoch", "train_loss", "val_loss", "learning_rate"],
@@ -101,6 +103,14 @@ def test_importing_brings_nothing_but_the_standard_library_and_names_bring_no_to
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="builds"):
         _ = edgetune.builds
+
+
+def test_plan_takes_rows_in_memory_and_leaves_nothing(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    plan = edgetune.plan(recipe_of(tiny_gguf("llama")), tmp_path / "home")
+    rows = plan.adapters["reply"].rows
+    assert rows is not None and (rows.train, rows.validation) == (8, 2)
+    assert plan.needs is not None and plan.base.steps == ()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +240,9 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
 
 def test_compare_takes_rows_in_memory(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     events, recipe = Recorder(), recipe_of(tiny_gguf("llama"), max_steps=2, evals=1)
-    result = edgetune.compare(recipe, "reply", ["lora"], tmp_path / "out", ranks=[2], data=ROWS[:2], on_progress=events)
+    result = edgetune.comparison(
+        recipe, "reply", ["lora"], tmp_path / "out", ranks=[2], data=ROWS[:2], on_progress=events
+    )
     assert [(outcome.name, outcome.status) for outcome in result.outcomes] == [("lora-r2", "done")]
     assert result.rows == 2
     assert any(event.message.startswith("trial 1 of 1: lora-r2") for event in events.events)

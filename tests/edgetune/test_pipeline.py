@@ -21,7 +21,8 @@ from trainings import Listening, build_in_two_processes
 from transformers import AutoModelForCausalLM
 
 from edgetune.bases import Base
-from edgetune.decoder.prepare import resolve
+from edgetune.builders.plan import plan_build
+from edgetune.decoder.prepare import make_base
 from edgetune.pipeline import build, export_trained
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -146,7 +147,10 @@ def test_the_figures_tell_training_and_parity(built: Built) -> None:
 
 
 def test_the_manifest_says_what_is_in_the_bundle(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
-    adapters = built.manifest.adapters
+    adapters, plan = built.manifest.adapters, built.manifest.plan
+    assert {name: item["target_modules"] for name, item in plan["adapters"].items()}["plain"] == "all-linear"
+    assert plan["adapters"]["plain"]["trainable_parameters"] == adapters["plain"].training["trainable_parameters"]
+    assert plan["needs"]["training_mb"] > 0 and "free_disk_mb" not in plan["needs"]
     assert built.manifest.base.fingerprint == sha256_of(tiny_gguf("llama"))
     # The default of 1024 gives way to what the base was trained for.
     assert built.manifest.context_length == 512
@@ -244,13 +248,14 @@ def test_a_folder_is_converted_and_quantized_once_to_what_its_board_picks(
         tmp_path / "w",
         Listening(),
     )
-    base, picked = resolve(recipe, work, listening, None)
-    assert (picked.quantization, base.quantization, picked.threads) == ("q4_0", "q4_0", 4)
+    plan = plan_build(recipe).plan
+    base = make_base(plan, work, listening, None)
+    assert (plan.recipe.quantization, base.quantization, plan.recipe.threads) == ("q4_0", "q4_0", 4)
     name = tiny_folder("llama").name
-    assert listening.lines[1:] == [f"converting {name} to GGUF", f"quantizing {name} to q4_0"]
+    assert listening.lines == [f"converting {name} to GGUF", f"quantizing {name} to q4_0"]
     assert [path.name for path in (work / "base").iterdir()] == [base.path.name]
     # With a converter that does not exist, only what is kept can be taken.
-    assert resolve(recipe, work, QUIET, tmp_path / "no converter") == (base, picked)
+    assert make_base(plan, work, QUIET, tmp_path / "no converter") == base
 
 
 def test_a_folder_that_its_board_cannot_hold_is_refused_before_it_is_converted(
@@ -258,8 +263,8 @@ def test_a_folder_that_its_board_cannot_hold_is_refused_before_it_is_converted(
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_folder("llama"), device=slow_board(ram_free_mib=40))
     with pytest.raises(IncompatibleError, match="slow leaves 42 MB"):
-        resolve(recipe, tmp_path / "work", QUIET, None)
-    assert not (tmp_path / "work").exists()
+        build(recipe, tmp_path / "home", progress=QUIET)
+    assert not (tmp_path / "home.work").exists()
 
 
 def test_two_processes_train_and_the_first_one_ships(

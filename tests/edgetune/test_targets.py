@@ -8,7 +8,7 @@ from edgetune_runtime.errors import IncompatibleError
 
 from edgetune import methods
 from edgetune.recipe.model import Recipe
-from edgetune.targets import check_shapes, shapes_in
+from edgetune.targets import shapes_in, shapes_of
 
 
 def recipe_of(folder: Path, method: str, **spec: object) -> Recipe:
@@ -44,13 +44,13 @@ def test_a_merged_adapter_is_a_whole_model_in_each_format() -> None:
 
 def test_a_pair_that_cannot_be_expressed_is_refused_with_the_adapter_and_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="adapter 'lights': ") as refused:
-        check_shapes(recipe_of(tmp_path, "bottleneck"))
+        shapes_of(recipe_of(tmp_path, "bottleneck"))
     assert "gguf" in refused.value.message
     assert refused.value.remedy
-    check_shapes(recipe_of(tmp_path, "bottleneck", targets=["onnx"]))
+    shapes_of(recipe_of(tmp_path, "bottleneck", targets=["onnx"]))
 
 
 def test_a_scale_is_refused_where_there_is_nothing_to_scale(tmp_path: Path) -> None:
-    check_shapes(recipe_of(tmp_path, "lora", scale=0.5))
+    shapes_of(recipe_of(tmp_path, "lora", scale=0.5))
     with pytest.raises(IncompatibleError, match="what full trains has no scale"):
-        check_shapes(recipe_of(tmp_path, "full", scale=0.5))
+        shapes_of(recipe_of(tmp_path, "full", scale=0.5))

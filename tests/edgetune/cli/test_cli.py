@@ -164,7 +164,7 @@ def test_a_wrong_command_line_is_one_line(run: Run, arguments: tuple[str, ...], 
 
 def test_help_and_validate_need_no_torch(recipe: Path) -> None:
     slow = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib")
-    for arguments in (["--help"], ["validate", str(recipe)]):
+    for arguments in (["--help"], ["validate", str(recipe)], ["plan", str(recipe)]):
         probe = f"import sys; from edgetune.cli.main import main; code = main({arguments}); "
         probe += f"sys.exit(code or [name for name in {slow} if name in sys.modules])"
         done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
@@ -190,16 +190,43 @@ def test_validate_tells_base_board_and_rows(run: Run, recipe: Path) -> None:
     code, out, err = run("validate", recipe, "--set", "device=pi-4", "--json")
     found = json.loads(out)
     assert (code, err) == (0, "")
-    assert (found["name"], found["architecture"]) == ("home", "llama")
-    assert "fits on pi-4" in found["board"]
-    assert found["adapters"] == {
-        "reply": {"metric": "exact", "train": 7, "validation": 2},
-        "tone": {"metric": "label", "train": 8, "validation": 1, "labels": 2},
-    }
+    assert (found["name"], found["base"]["architecture"]) == ("home", "llama")
+    assert "fits on pi-4" in found["board"]["reason"]
+    data = {name: (plan["metric"], plan["rows"]["train"], plan["labels"]) for name, plan in found["adapters"].items()}
+    assert data == {"reply": ("exact", 7, []), "tone": ("label", 8, ["red", "warm"])}
     assert found["needs"]["memory_mb"] > 0 and found["needs"]["disk_mb"] > 0
     lines = run("validate", recipe)[1].splitlines()
     assert any(line.startswith("needs         memory about ") for line in lines)
     assert lines[-1] == "adapter       tone: metric label, train 8, validation 1, labels 2"
+
+
+def test_plan_shows_what_a_build_will_do(run: Run, recipe: Path) -> None:
+    code, out, err = run("plan", recipe, "--set", "device=pi-4", "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert found == json.loads(run("validate", recipe, "--set", "device=pi-4", "--json")[1]) | {"needs": found["needs"]}
+    assert (found["threads"], found["context_length"], found["formats"]) == (4, 512, ["gguf"])
+    assert found["base"]["steps"] == ["requantize to q8_0"]
+    (fit,) = found["board"]["fits"]
+    assert fit["fits"] and fit["adapter_tokens_per_s"] > 0
+    reply = found["adapters"]["reply"]
+    assert (reply["shapes"], reply["target_modules"]) == ({"gguf": "low_rank"}, "all-linear")
+    assert reply["bytes_by_format"]["gguf"] == 2 * reply["trainable_parameters"] > 0
+    code, out, _ = run("plan", recipe)
+    assert code == 0
+    for word in ("as they are", "all-linear, rank", "low_rank", "2 labels", "7 + 2"):
+        assert word in out
+
+
+def test_a_plan_says_what_it_knows_of_a_base_to_download(run: Run, recipe: Path) -> None:
+    code, out, err = run("plan", recipe, "--set", "base=nobody/nothing")
+    assert (code, err) == (0, "")
+    assert "not known before the base is downloaded" in out
+    assert "download, convert to GGUF, quantize to q8_0" in out
+    assert "7 + 2" in out
+    found = json.loads(run("plan", recipe, "--set", "base=nobody/nothing", "--json")[1])
+    assert (found["needs"], found["board"], found["base"]["parameters"]) == (None, None, None)
+    assert found["adapters"]["reply"]["trainable_parameters"] is None
 
 
 def test_validate_refuses_a_context_that_the_base_does_not_support(run: Run, recipe: Path) -> None:

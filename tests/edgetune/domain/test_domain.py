@@ -19,8 +19,8 @@ from edgetune_runtime.errors import CancelledError, NotFoundError, UsageError, V
 from tiny import WORDS
 from trainings import Listening, Stopping, build_in_two_processes
 
+from edgetune.builders.plan import plan_build
 from edgetune.cli.main import main
-from edgetune.cli.validate import check
 from edgetune.domain.continued import why_worse
 from edgetune.domain.texts import Texts, split_windows, windows_of
 from edgetune.pipeline import build
@@ -296,11 +296,11 @@ def test_adapters_whose_rows_do_not_fit_are_told_before_the_base_is_trained(
 def test_validate_reads_the_texts(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"))
     size = len((tmp_path / "plays.txt").read_text(encoding="utf-8"))
-    assert check(recipe)["domain"].startswith(f"{size} characters of text, ")
-    assert "domain" not in check(recipe_of(tmp_path, tiny_gguf("llama"), None))
+    assert str(plan_build(recipe).plan.domain).startswith(f"{size} characters of text, ")
+    assert plan_build(recipe_of(tmp_path, tiny_gguf("llama"), None)).plan.domain is None
     (tmp_path / "plays.txt").unlink()
     with pytest.raises(NotFoundError, match=r"no data file .*plays\.txt"):
-        check(recipe)
+        plan_build(recipe)
 
 
 @pytest.mark.parametrize(

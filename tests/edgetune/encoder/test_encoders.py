@@ -27,8 +27,8 @@ from tiny import load_encoder
 from trainings import Listening, Stopping
 
 from edgetune.bases import resolve as resolve_decoder
+from edgetune.builders.plan import plan_build
 from edgetune.cli.main import main
-from edgetune.cli.validate import check
 from edgetune.encoder import base as encoder_base
 from edgetune.encoder import verify as encoder_verify
 from edgetune.encoder.objective import load_head, logits_of
@@ -70,6 +70,12 @@ class Built:
     bundle: Path
     result: Build
     manifest: Manifest
+
+
+def encoder_of(recipe: Recipe) -> encoder_base.EncoderBase:
+    source = encoder_base.find(recipe)
+    assert source is not None
+    return encoder_base.make(source)
 
 
 def write_recipe(folder: Path, base: Path | str, **keys: object) -> Path:
@@ -241,7 +247,7 @@ def test_a_base_that_writes_text_is_refused_by_name(
 ) -> None:
     for base in ("smollm2-135m", tiny_gguf("llama"), tiny_folder("llama")):
         recipe = Recipe.from_file(write_recipe(tmp_path, base))
-        for run in (check, lambda recipe: build(recipe, tmp_path / "out", progress=QUIET)):
+        for run in (plan_build, lambda recipe: build(recipe, tmp_path / "out", progress=QUIET)):
             with pytest.raises(IncompatibleError, match="is no encoder for task: text-classification") as caught:
                 run(recipe)
             assert str(base) in caught.value.message
@@ -253,7 +259,7 @@ def test_an_encoder_is_refused_where_text_is_to_be_written(built: Built, tmp_pat
         resolve_decoder(str(built.base), quantization=None, progress=QUIET, converter=None, **places)
     for base in (built.base, "all-minilm-l6-v2"):
         with pytest.raises(IncompatibleError, match="set task: text-classification"):
-            check(Recipe.from_file(write_recipe(tmp_path, base, task="text-generation")))
+            plan_build(Recipe.from_file(write_recipe(tmp_path, base, task="text-generation")))
 
 
 def test_a_base_without_its_files_is_refused(built: Built, tmp_path: Path) -> None:
@@ -261,12 +267,12 @@ def test_a_base_without_its_files_is_refused(built: Built, tmp_path: Path) -> No
         folder = Path(shutil.copytree(built.base, tmp_path / f"no-{file}"))
         (folder / file).unlink()
         with pytest.raises(error, match=f"has no {file}"):
-            encoder_base.resolve(Recipe.from_file(write_recipe(tmp_path, folder)))
+            encoder_of(Recipe.from_file(write_recipe(tmp_path, folder)))
     damaged = Path(shutil.copytree(built.base, tmp_path / "damaged"))
     weights = load_file(damaged / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
-    base = encoder_base.resolve(Recipe.from_file(write_recipe(tmp_path, damaged)))
+    base = encoder_of(Recipe.from_file(write_recipe(tmp_path, damaged)))
     with pytest.raises(IncompatibleError, match=r"no weights for encoder.layer.1.output.dense.weight"):
         encoder_base.load_torch(base, torch.float32)
 
@@ -288,9 +294,8 @@ def test_an_encoder_that_brings_code_or_an_adapter_is_refused(
     found = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps({**found, **settings}))
     recipe = Recipe.from_file(write_recipe(tmp_path, folder))
-    for run in (encoder_base.describe, encoder_base.resolve):
-        with pytest.raises(IncompatibleError, match=message):
-            run(recipe)
+    with pytest.raises(IncompatibleError, match=message):
+        encoder_base.find(recipe)
     assert not (tmp_path / "ran").exists()
 
 
@@ -300,7 +305,7 @@ def test_the_config_of_an_encoder_names_no_kernel_to_download(
     folder = Path(shutil.copytree(tiny_encoder("bert"), tmp_path / "base"))
     found = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**found, "attn_implementation": "owner/attention"}))
-    base = encoder_base.resolve(Recipe.from_file(write_recipe(tmp_path, folder)))
+    base = encoder_of(Recipe.from_file(write_recipe(tmp_path, folder)))
     assert encoder_base.load_torch(base, torch.float32).config._attn_implementation == "sdpa"
 
 
@@ -311,7 +316,7 @@ def test_an_alias_stands_for_one_file_of_weights(built: Built, tmp_path: Path, m
     recipe = Recipe.from_file(write_recipe(tmp_path, "all-minilm-l6-v2"))
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(VerificationError, match="is not the file that base 'all-minilm-l6-v2' stands for"):
-        encoder_base.resolve(recipe)
+        encoder_of(recipe)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +353,7 @@ def test_a_context_beyond_the_bases_positions_is_refused(built: Built, tmp_path:
 
 def test_sizes_have_one_name_for_all_architectures(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
     for arch, layers, length in (("bert", 2, 64), ("distilbert", 1, 64), ("electra", 1, 64), ("roberta", 1, 64)):
-        base = encoder_base.resolve(Recipe.from_file(write_recipe(tmp_path, tiny_encoder(arch))))
+        base = encoder_of(Recipe.from_file(write_recipe(tmp_path, tiny_encoder(arch))))
         assert (base.architecture, base.layers, base.hidden_size, base.trained_context_length) == (
             arch,
             layers,
@@ -367,7 +372,7 @@ def test_the_command_line_validates_and_tells_what_fits_nowhere(
 ) -> None:
     assert main(["validate", str(built.recipe), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["architecture"], found["adapters"]["place"]["labels"]) == ("bert", 3)
+    assert (found["base"]["architecture"], len(found["adapters"]["place"]["labels"])) == ("bert", 3)
     for target in (built.recipe, built.bundle):
         assert main(["devices", "fit", str(target), "--device", "pi-4"]) == 2
         assert "there are no predictions for encoders on boards" in capsys.readouterr().err

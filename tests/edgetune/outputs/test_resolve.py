@@ -8,8 +8,8 @@ import pytest
 from edgetune_runtime.errors import UsageError
 from trainings import Listening
 
-from edgetune.cli.validate import check
-from edgetune.outputs.resolve import output_of_task
+from edgetune.builders.plan import plan_build
+from edgetune.outputs.resolve import output_of_task, write_inferred
 from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 
@@ -27,7 +27,10 @@ def recipe_of(folder: Path, output: object, rows: list[dict[str, Any]] = ROWS) -
 def resolved(folder: Path, output: object, rows: list[dict[str, Any]] = ROWS) -> tuple[Any, list[str]]:
     progress = Listening()
     task = read_task("light", recipe_of(folder, output, rows))
-    return output_of_task(task, folder / "output", progress), progress.lines
+    found = output_of_task(task)
+    if output == "auto":
+        write_inferred("light", found, folder / "output", progress)
+    return found, progress.lines
 
 
 def test_auto_infers_a_constraint_and_writes_it_down(tmp_path: Path) -> None:
@@ -57,7 +60,7 @@ def test_a_given_constraint_is_checked_against_all_rows(tmp_path: Path, output: 
     with pytest.raises(UsageError, match=message):
         resolved(tmp_path, output, wrong)
     with pytest.raises(UsageError, match=message):
-        check(recipe_of(tmp_path, output, wrong))
+        plan_build(recipe_of(tmp_path, output, wrong))
 
 
 @pytest.mark.parametrize(

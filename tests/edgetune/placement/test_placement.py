@@ -18,9 +18,12 @@ from edgetune import methods
 from edgetune.bases import Base
 from edgetune.pipeline import build
 from edgetune.placement.cost import costs, placements
-from edgetune.plan import needs_of_recipe
+from edgetune.planning.adapters import plan_adapter
+from edgetune.planning.board import bundle_needs
+from edgetune.planning.records import AdapterPlan
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.targets import shapes_of
 
 QUIET = Progress(quiet=True)
 ROWS = [{"prompt": f"turn on the light {number}", "completion": "reply on"} for number in range(10)]
@@ -43,6 +46,10 @@ def recipe_of(folder: Path, base: Path, budget: object, rank: int = 2, **keys: o
     adapters = {"command": {"method": method, "data": {"train": "rows.jsonl", "held_out": 0.2}}}
     values = {"name": "home", "base": str(base), "training": TRAINING, "adapters": adapters, **keys}
     return Recipe.model_validate(values, context={"folder": folder})
+
+
+def planned(recipe: Recipe, base: Base) -> AdapterPlan:
+    return plan_adapter(recipe, "command", shapes_of(recipe)["command"], base.header)
 
 
 def tried(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -151,10 +158,10 @@ def test_a_boards_model_tells_the_costs_without_an_engine(tiny_base: Callable[[s
     base, progress = tiny_base("llama"), Listening()
     recipe = recipe_of(tmp_path, base.path, "10%", device="pi-5")
     wanted = placements(16)
-    found = costs(wanted, recipe.adapters["command"], base, recipe, folder=tmp_path / "none", progress=progress)
+    found = costs(wanted, planned(recipe, base), base, recipe, folder=tmp_path / "none", progress=progress)
     cost = {placement.key: share for placement, share in found.items()}
     assert cost["o_proj-r4"] < cost["o_proj-r8"] < cost["o_proj-r16"] < cost["attention-r4"] < cost["all-linear-r4"] < 1
-    board, needs = boards.load("pi-5"), needs_of_recipe(recipe, base.header, None)
+    board, needs = boards.load("pi-5"), bundle_needs(recipe, {}, base.header, None)
     size = fit.lora_size(base.header, 8, ["v_proj"])
     predicted = fit.fit(replace(needs, adapters={"command": size}), board)
     assert cost["v_proj-r8"] == 1 - predicted.adapter_tokens_per_s / predicted.decode_tokens_per_s
@@ -167,7 +174,8 @@ def test_onnx_is_measured_on_graphs_of_the_placements_own(
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), "100%", targets=["onnx"])
     wanted = [placement for placement in placements(1) if placement.target_modules == ("v_proj",)]
-    found = costs(wanted, recipe.adapters["command"], tiny_base("llama"), recipe, folder=tmp_path, progress=QUIET)
+    base = tiny_base("llama")
+    found = costs(wanted, planned(recipe, base), base, recipe, folder=tmp_path, progress=QUIET)
     assert set(found) == set(wanted)
     assert all(0 <= cost < 1 for cost in found.values())
     assert not (tmp_path / "bench").exists()
@@ -177,7 +185,7 @@ def test_a_single_placement_that_fits_needs_no_trial(tiny_base: Callable[[str], 
     base = tiny_base("llama")
     keys: dict[str, Any] = {"rank": 1, "device": "pi-5", "context_length": 64}
     recipe = recipe_of(tmp_path, base.path, "100%", **keys)
-    cost = costs(placements(1), recipe.adapters["command"], base, recipe, folder=tmp_path, progress=QUIET)
+    cost = costs(placements(1), planned(recipe, base), base, recipe, folder=tmp_path, progress=QUIET)
     cheapest, next_one = sorted(placements(1), key=cost.__getitem__)[:2]
     between = (cost[cheapest] + cost[next_one]) / 2
     progress = Listening()
@@ -196,7 +204,9 @@ def test_a_board_is_asked_for_room_for_the_largest_placement(tiny_base: Callable
     spec = auto.adapters["command"]
     method = spec.method.model_copy(update={"options": methods.load("lora").options(r=2)})
     whole = auto.model_copy(update={"adapters": {"command": spec.model_copy(update={"method": method})}})
-    sizes = [needs_of_recipe(recipe, base.header, None).adapters for recipe in (auto, whole)]
+    sizes = [
+        bundle_needs(recipe, {"command": planned(recipe, base)}, base.header, None).adapters for recipe in (auto, whole)
+    ]
     assert sizes[0] == sizes[1]
     assert sizes[0]["command"].modules == 14
 

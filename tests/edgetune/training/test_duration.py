@@ -11,6 +11,7 @@ from edgetune_runtime.errors import UsageError
 from trainings import Listening, job
 
 from edgetune.bases import Base, load_torch
+from edgetune.builders.plan import plan_build
 from edgetune.cli import trial
 from edgetune.recipe.model import Recipe
 from edgetune.training.duration import TRIAL_STEPS, TimeTrial, duration, tokens_left
@@ -81,7 +82,7 @@ def test_a_training_says_how_long_it_takes(tiny_base: Callable[[str], Base], tmp
 
 def test_a_trial_tells_speed_and_time_and_leaves_nothing(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"))
-    found = trial.run(recipe, tmp_path / "home", Listening())
+    found = trial.run(recipe, plan_build(recipe), tmp_path / "home", Listening())
     assert found["tokens_per_s"] > 0 and found["training_s"] >= 0
     assert re.fullmatch(r"training takes about .+ at the \d+ tokens/s of command", found["summary"])
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -90,4 +91,4 @@ def test_a_trial_tells_speed_and_time_and_leaves_nothing(tiny_gguf: Callable[[st
 def test_an_encoder_has_no_trial(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_encoder("bert"), task="text-classification", targets=["onnx"])
     with pytest.raises(UsageError, match="--trial does not work for task text-classification"):
-        trial.run(recipe, tmp_path / "home", Listening())
+        trial.run(recipe, plan_build(recipe), tmp_path / "home", Listening())

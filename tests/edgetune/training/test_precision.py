@@ -9,7 +9,7 @@ import pytest
 from edgetune_runtime.errors import UsageError
 
 from edgetune import methods
-from edgetune.cli.validate import check
+from edgetune.builders.plan import plan_build
 from edgetune.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -49,7 +49,7 @@ def test_validate_and_build_refuse_it_for_what_trains_the_base(
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), "full")
     tell: list[Callable[[], Any]] = [
-        lambda: check(recipe),
+        lambda: plan_build(recipe),
         lambda: build(recipe, tmp_path / "out", progress=Progress(quiet=True)),
     ]
     for run in tell:
@@ -65,6 +65,6 @@ def test_a_domain_has_a_precision_of_its_own(tiny_gguf: Callable[[str], Path], t
     domain = {"data": {"train": "text.txt"}}
     keys = {"quantization": "q8_0", "context_length": 64}
     with pytest.raises(UsageError, match=r"^domain.training.precision is int8, but full trains the base's own"):
-        check(recipe_of(tmp_path, tiny_gguf("llama"), "lora", domain=domain, **keys))
+        plan_build(recipe_of(tmp_path, tiny_gguf("llama"), "lora", domain=domain, **keys))
     own = {**domain, "training": {"precision": "fp32"}}
-    assert check(recipe_of(tmp_path, tiny_gguf("llama"), "lora", domain=own, **keys))["needs"]["memory_mb"] > 0
+    assert plan_build(recipe_of(tmp_path, tiny_gguf("llama"), "lora", domain=own, **keys)).plan.needs is not None

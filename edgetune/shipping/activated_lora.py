@@ -9,7 +9,7 @@ from edgetune_runtime.engines.base import Engine, Logits, Tokenizer
 from edgetune_runtime.states.activation import Invocations, spans_of
 
 
-class Gated:
+class ActivatedLoraEngine:
     """An engine for the parity check that applies adapters in spans, as the runtime does (see `activation.spans_of`).
 
     The first call after `truncate(0)` must contain the invocation.

@@ -12,26 +12,26 @@ from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpace
 from edgetune_runtime.formats.gguf_file import read_header
 from tiny import ARCHITECTURES
 
-from edgetune import needs as build_needs
-from edgetune.cli.validate import check
+from edgetune import bases
+from edgetune.builders.plan import plan_build
 from edgetune.folder_header import predict_header
-from edgetune.needs import BuildNeeds, Room
 from edgetune.pipeline import build
+from edgetune.planning import needs as build_needs
+from edgetune.planning.records import BuildNeeds, NeedsReport, Room
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.tasks import read_task
 
 NEEDS = BuildNeeds(
     parameters=1_700_000_000,
     weights_mb=6800,
     training_mb=12000,
-    least_training_mb=8000,
+    min_training_mb=8000,
     export_mb=15000,
-    least_export_mb=8200,
+    min_export_mb=8200,
     bundle_mb=2000,
     disk_mb=20000,
-    least_disk_mb=3000,
-    others_mb=900,
+    min_disk_mb=3000,
+    extra_formats_mb=900,
 )
 PLENTY = Room(Path("/data"), 64000.0, 500000.0)
 
@@ -46,9 +46,9 @@ def recipe_of(folder: Path, base: Path, method: object = "lora", **keys: object)
 
 
 def needs_of(recipe: Recipe) -> BuildNeeds:
-    header = build_needs.header_of(recipe)
-    assert header is not None
-    return build_needs.of_recipe(recipe, [read_task(name, recipe) for name in recipe.adapters], header)
+    report = plan_build(recipe).plan.needs
+    assert report is not None
+    return report.needs
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -66,9 +66,9 @@ def test_a_format_that_cannot_hold_the_architecture_is_refused(
     tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     for base in (tiny_folder("olmo2"), tiny_gguf("olmo2")):
-        assert build_needs.header_of(recipe_of(tmp_path, base)) is not None
+        assert bases.find(recipe_of(tmp_path, base)) is not None
         with pytest.raises(IncompatibleError, match=r"onnx does not support .* .olmo2.: .*; remove that"):
-            build_needs.header_of(recipe_of(tmp_path, base, targets=["gguf", "onnx"]))
+            bases.find(recipe_of(tmp_path, base, targets=["gguf", "onnx"]))
 
 
 def test_a_damaged_folder_is_told(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -89,22 +89,22 @@ def test_the_needs_of_a_folder_are_those_of_its_file(
     assert of_folder == replace(
         of_file,
         export_mb=pytest.approx(of_file.export_mb, abs=0.1),
-        least_export_mb=pytest.approx(of_file.least_export_mb, abs=0.1),
+        min_export_mb=pytest.approx(of_file.min_export_mb, abs=0.1),
         bundle_mb=pytest.approx(of_file.bundle_mb, abs=0.1),
         disk_mb=pytest.approx(of_file.disk_mb, abs=0.2),
-        least_disk_mb=pytest.approx(of_file.least_disk_mb, abs=0.2),
-        others_mb=pytest.approx(of_file.others_mb, abs=0.1),
+        min_disk_mb=pytest.approx(of_file.min_disk_mb, abs=0.2),
+        extra_formats_mb=pytest.approx(of_file.extra_formats_mb, abs=0.1),
     )
 
 
 def test_needs_follow_from_what_the_recipe_asks_for(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base = tiny_gguf("llama")
     lora = needs_of(recipe_of(tmp_path, base))
-    assert lora.others_mb == 0
+    assert lora.extra_formats_mb == 0
     assert lora.bundle_mb == pytest.approx(base.stat().st_size / 1e6, rel=0.5)
     both = needs_of(recipe_of(tmp_path, base, targets=["gguf", "onnx"]))
-    assert both.bundle_mb == pytest.approx(lora.bundle_mb + both.others_mb)
-    assert both.disk_mb > both.least_disk_mb > both.bundle_mb > lora.bundle_mb
+    assert both.bundle_mb == pytest.approx(lora.bundle_mb + both.extra_formats_mb)
+    assert both.disk_mb > both.min_disk_mb > both.bundle_mb > lora.bundle_mb
     assert both.export_mb > lora.export_mb
     full, last = (needs_of(recipe_of(tmp_path, base, {"name": name, **options})) for name, options in TRAINS_BASE)
     assert full.training_mb > last.training_mb > lora.weights_mb
@@ -118,7 +118,6 @@ TRAINS_BASE: list[tuple[str, dict[str, int]]] = [("full", {}), ("last_layers", {
 def test_the_bundle_is_about_as_large_as_predicted(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"))
     result = build(recipe, tmp_path / "home", progress=Progress(quiet=True))
-    assert result is not None
     size = sum(path.stat().st_size for path in result.bundle.rglob("*") if path.is_file())
     assert needs_of(recipe).bundle_mb * 1e6 == pytest.approx(size, rel=0.2)
     left = sum(path.stat().st_size for path in tmp_path.glob("home.work/**/*") if path.is_file())
@@ -177,12 +176,12 @@ def test_what_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path], tmp_pat
 
 
 def test_validate_tells_the_needs(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    found = check(recipe_of(tmp_path, tiny_gguf("llama")), tmp_path / "home")["needs"]
+    found = plan_build(recipe_of(tmp_path, tiny_gguf("llama")), tmp_path / "home").plan.to_json()["needs"]
     for key in ("memory_mb", "training_mb", "export_mb", "disk_mb", "bundle_mb", "free_disk_mb"):
         assert isinstance(found[key], int) and found[key] > 0, key
     assert found["summary"].startswith("memory about ")
     assert json.loads(json.dumps(found)) == found
-    assert check(recipe_of(tmp_path, Path("nobody/nothing")))["needs"] is None
+    assert plan_build(recipe_of(tmp_path, Path("nobody/nothing"))).plan.needs is None
 
 
 def test_a_build_tells_its_needs_first(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -202,12 +201,12 @@ def test_a_build_tells_its_needs_first(tiny_folder: Callable[[str], Path], tmp_p
 def test_the_memory_limit_of_the_recipe_counts(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base, long = tiny_gguf("llama"), {"batch_size": 4000, "max_steps": 4}
     free, limited = (needs_of(recipe_of(tmp_path, base, training=long | limit)) for limit in ({}, {"memory_mb": 1_000}))
-    assert free.training_mb > free.least_training_mb == limited.least_training_mb
-    assert limited.training_mb == max(limited.least_training_mb, min(1_000, free.training_mb))
+    assert free.training_mb > free.min_training_mb == limited.min_training_mb
+    assert limited.training_mb == max(limited.min_training_mb, min(1_000, free.training_mb))
 
 
 def test_numbers_are_rounded_up() -> None:
-    text = build_needs.describe(replace(NEEDS, bundle_mb=0.2), replace(PLENTY, memory_mb=None))
+    text = NeedsReport(replace(NEEDS, bundle_mb=0.2), replace(PLENTY, memory_mb=None)).summary
     assert "the bundle 1 MB of it" in text
     assert math.isclose(NEEDS.memory_mb, 15000)
 

@@ -1,0 +1,101 @@
+"""Plans a build from its recipe, the base's header and the rows of its data; pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.quantization import FLOATS
+
+from edgetune.bases import BaseSource, quantization_of
+from edgetune.recipe.model import Recipe
+from edgetune.tasks import Task, Texts
+
+from .adapters import plan_adapter
+from .board import Settings, choose_settings
+from .needs import plan_rows, report
+from .records import BasePlan, BuildPlan, Room
+
+Shapes = Mapping[str, Mapping[str, str]]
+"""The shape of each adapter in each format."""
+
+
+def plan_bundle(recipe: Recipe, source: BaseSource | None, shapes: Shapes) -> BuildPlan:
+    """The plan without the data: the base, the settings that recipe and board choose, the adapters and their sizes.
+
+    `source` None: the base must be downloaded first, and all that depends on its header is missing. Raises UsageError
+    for a context that the base does not support, IncompatibleError if the bundle cannot fit on the recipe's board.
+    """
+    header = None if source is None else source.header
+    if source is not None:
+        _check_lengths(recipe, source.trained_context_length)
+    adapters = {name: plan_adapter(recipe, name, shapes[name], header) for name in recipe.adapters}
+    settings = choose_settings(recipe, adapters, source, quantization_of(recipe))
+    return BuildPlan(settings.recipe, source, _plan_base(settings, source), adapters, settings.board)
+
+
+def plan_data(
+    plan: BuildPlan,
+    tasks: Sequence[Task],
+    outputs: Mapping[str, OutputSpec | None],
+    texts: Texts | None,
+    room: Room,
+) -> BuildPlan:
+    """The plan with what the rows decide, and what the build needs of the `room` of this machine.
+
+    `outputs` are the output constraints of the tasks, `texts` those of continued pretraining. Raises the errors of
+    `needs.check`.
+    """
+    adapters = {
+        task.name: replace(
+            plan.adapters[task.name],
+            metric=task.metric,
+            labels=task.labels,
+            output=outputs[task.name],
+            training=task.training,
+            rows=plan_rows(task),
+        )
+        for task in tasks
+    }
+    plan = replace(plan, adapters=adapters, domain=None if texts is None else str(texts))
+    header = None if plan.source is None else plan.source.header
+    return plan if header is None else replace(plan, needs=report(plan, header, room))
+
+
+def _check_lengths(recipe: Recipe, trained: int) -> None:
+    """UsageError if the recipe sets a context or a window above `trained`, the tokens that its base was trained for."""
+    if recipe.context_length > trained and "context_length" in recipe.model_fields_set:
+        message = f"context_length is {recipe.context_length}, but {recipe.base!r} supports at most {trained} tokens"
+        raise UsageError(message, f"set it to at most {trained}")
+    if recipe.domain is not None and recipe.domain.window is not None and recipe.domain.window > trained:
+        message = f"domain.window is {recipe.domain.window}, but {recipe.base!r} was trained for {trained} tokens"
+        raise UsageError(message, f"set it to at most {trained}")
+
+
+def _plan_base(settings: Settings, source: BaseSource | None) -> BasePlan:
+    recipe, quantization = settings.recipe, settings.quantization
+    steps = _steps(source, quantization) + (["continue pretraining"] if recipe.domain is not None else [])
+    base = BasePlan(recipe.base, quantization, tuple(steps))
+    if source is None:
+        return base
+    return replace(
+        base,
+        architecture=source.architecture,
+        trained_context_length=source.trained_context_length,
+        parameters=None if source.header is None else source.header.parameters,
+        gguf_bytes=settings.gguf_bytes,
+    )
+
+
+def _steps(source: BaseSource | None, quantization: str | None) -> list[str]:
+    """What the build does with the base before training."""
+    steps = [] if source is not None else ["download"]
+    if quantization is None:
+        return steps
+    if source is not None and not source.is_folder:
+        return [*steps, f"requantize to {quantization}"]
+    if quantization in FLOATS:
+        return [*steps, f"convert to GGUF {quantization}"]
+    return [*steps, "convert to GGUF", f"quantize to {quantization}"]

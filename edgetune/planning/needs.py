@@ -1,0 +1,193 @@
+"""Memory and disk space that a build needs, and what this machine has free; MB are 10^6 bytes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgetune_export import backends
+from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.threads import machine
+
+from edgetune import methods
+from edgetune.data import TaskRow
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import TrainingSpec
+from edgetune.tasks import Task
+from edgetune.training.memory import BaseShape, training_need
+from edgetune.training.schedule import Schedule
+from edgetune.work_folder import work_folder
+
+from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
+
+# Python with torch, transformers and the engines: measured with builds of 135M and 506M parameters, without weights.
+_PROCESS_MB = 700.0
+_FLOAT = 4
+# Characters per token, a low estimate.
+_CHARACTERS = 3
+# In a saved training state: the parameter, its best value and two moments; the old state stays until the new is whole.
+_STATE_BYTES = 2 * 4 * _FLOAT
+
+
+def report(plan: BuildPlan, header: GgufHeader, room: Room) -> NeedsReport:
+    """What the build needs and what is free.
+
+    Raises OutOfSpaceError or IncompatibleError, with what would fit instead, if the build cannot work.
+    """
+    needs = needs_of(plan, header)
+    return NeedsReport(needs, room, tuple(check(plan.recipe, needs, room)))
+
+
+def needs_of(plan: BuildPlan, header: GgufHeader) -> BuildNeeds:
+    """What the build needs, whose adapters have `rows`; a high estimate."""
+    recipe, parameters = plan.recipe, header.parameters
+    whole_mb, base_mb = parameters * _FLOAT / 1e6, (plan.base.gguf_bytes or 0) / 1e6
+    formats, weights = {target: backends.format_of(target) for target in recipe.targets}, recipe.onnx.weights
+    by_target = [
+        found.base_bytes(base_mb * 1e6, parameters, weights) / 1e6
+        + sum(adapter.bytes_by_format.get(target, 0) for adapter in plan.adapters.values()) / 1e6
+        for target, found in formats.items()
+    ]
+    trained = [adapter.trainable_parameters or 0 for adapter in plan.adapters.values()]
+    # In the work folder: a requantized base, one after continued pretraining, and the trained parameters.
+    kept = base_mb * ((plan.base.quantization is not None) + (recipe.domain is not None)) + sum(trained) * _FLOAT / 1e6
+    bundle = sum(by_target)
+    staged = bundle - base_mb * any(found.links_base for found in formats.values())
+    at_a_time = (max(trained, default=0) * _STATE_BYTES / 1e6, staged + bundle)
+    min_mb, training_mb = _training_mb(plan, header)
+    export_mb = max(found.export_mb(base_mb * 1e6, parameters, weights) for found in formats.values())
+    return BuildNeeds(
+        parameters=parameters,
+        weights_mb=whole_mb,
+        training_mb=training_mb,
+        min_training_mb=min_mb,
+        export_mb=whole_mb + export_mb,
+        min_export_mb=export_mb,
+        bundle_mb=bundle,
+        disk_mb=kept + max(at_a_time),
+        min_disk_mb=staged + bundle,
+        extra_formats_mb=sum(by_target[1:]),
+    )
+
+
+def plan_rows(task: Task) -> RowsPlan:
+    """The data of a task: its numbers of rows, their lengths and the optimizer steps."""
+    lengths = [_tokens(row, task.spec.system) for row in task.train]
+    steps = Schedule(len(lengths), task.training).steps if lengths else 0
+    mean = sum(lengths) / max(1, len(lengths))
+    return RowsPlan(len(lengths), len(task.validation), max(lengths, default=0), mean, steps)
+
+
+def room_for(out: Path) -> Room:
+    """The free memory and disk space for building `out`, which need not exist yet."""
+    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
+    left = sum(path.stat().st_size for path in _files(work_folder(out)))
+    return Room(folder, machine.free_mb(), (shutil.disk_usage(folder).free + left) / 1e6)
+
+
+def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
+    """Warnings if memory or disk may be too small for `needs`, each with the remedy.
+
+    Raises OutOfSpaceError, IncompatibleError or UsageError, with what would fit instead, if they are too small.
+    """
+    _refuse_disk(recipe, needs, room)
+    warnings = []
+    is_mapped = room.memory_mb is not None and room.memory_mb < needs.export_mb
+    disk_mb = needs.disk_mb + (needs.weights_mb if is_mapped else 0)
+    if room.disk_mb < disk_mb:
+        what = f"building takes up to {mb(disk_mb)} of disk, and {room.folder} has {mb(room.disk_mb)} free"
+        warnings.append(f"{what}; {_disk_remedy(recipe, needs, disk_mb - room.disk_mb)}")
+    limit_mb = recipe.training.memory_mb
+    if limit_mb is not None and limit_mb < needs.min_training_mb:
+        warnings.append(_refused_limit(limit_mb, needs))
+    if room.memory_mb is None:
+        return warnings
+    if room.memory_mb < needs.weights_mb:
+        message = (
+            f"base {recipe.base!r} of {needs.parameters / 1e6:,.0f}M parameters takes at least {mb(needs.weights_mb)} "
+            f"of memory in float32, and {mb(room.memory_mb)} are free"
+        )
+        raise IncompatibleError(message, _memory_remedy(room.memory_mb))
+    if room.memory_mb < needs.min_memory_mb:
+        part = "training" if needs.min_training_mb >= needs.min_export_mb else "export"
+        what = f"{part} takes about {mb(needs.min_memory_mb)} of memory, and {mb(room.memory_mb)} are free"
+        warnings.append(f"{what}; {_memory_remedy(room.memory_mb)}")
+    return warnings
+
+
+def _refused_limit(limit_mb: int, needs: BuildNeeds) -> str:
+    """A warning about a memory limit that is too small; UsageError if even the weights do not fit."""
+    what = f"training.memory_mb is {limit_mb:,}, and training takes at least about {mb(needs.min_training_mb)}"
+    remedy = f"set it to {math.ceil(needs.min_training_mb):,} or more, or leave it out"
+    # Weights in bf16 take half.
+    if limit_mb < needs.weights_mb / 2:
+        raise UsageError(what, remedy)
+    return f"{what}; {remedy}"
+
+
+def _refuse_disk(recipe: Recipe, needs: BuildNeeds, room: Room) -> None:
+    if room.disk_mb >= needs.min_disk_mb:
+        return
+    message = f"building takes at least {mb(needs.min_disk_mb)} of disk, and {room.folder} has {mb(room.disk_mb)} free"
+    raise OutOfSpaceError(message, _disk_remedy(recipe, needs, needs.min_disk_mb - room.disk_mb))
+
+
+def _disk_remedy(recipe: Recipe, needs: BuildNeeds, missing_mb: float) -> str:
+    less = ""
+    if len(recipe.targets) > 1:
+        less = f", or build targets: [{recipe.targets[0]}] alone, whose bundle is {mb(needs.extra_formats_mb)} smaller"
+    return f"free {mb(math.ceil(missing_mb))} or choose another --out{less}"
+
+
+def _memory_remedy(free_mb: float) -> str:
+    most = (free_mb - _PROCESS_MB) * 1e6 / _FLOAT / 1e6
+    fits = f", or choose a base of at most {most:,.0f}M parameters" if most >= 1 else ""
+    return f"close other programs{fits}"
+
+
+def _training_mb(plan: BuildPlan, header: GgufHeader) -> tuple[float, float]:
+    """The memory of the largest training run: with the smallest forward passes, and with the largest useful ones."""
+    recipe, shape = plan.recipe, BaseShape.of_header(header)
+    needs = []
+    for adapter in plan.adapters.values():
+        if adapter.rows is None or not adapter.rows.train:
+            continue
+        needs.append(
+            training_need(
+                shape,
+                methods.load(adapter.method),
+                adapter.options,
+                longest_row=min(recipe.context_length, adapter.rows.longest_tokens),
+                batch_tokens=math.ceil(adapter.rows.mean_tokens * adapter.training.batch_size),
+                precision=_precision(adapter.training),
+            )
+        )
+    if recipe.domain is not None:
+        window, training = recipe.domain.window or recipe.context_length, recipe.training.under(recipe.domain.training)
+        method = recipe.domain.method
+        sizes = {"longest_row": window, "batch_tokens": window * training.batch_size}
+        kind = methods.load(method.name)
+        needs.append(training_need(shape, kind, method.options, **sizes, precision=_precision(training)))
+    min_mb, most_mb = max(need.least_mb for need in needs), max(need.planned_mb for need in needs)
+    limit_mb = recipe.training.memory_mb
+    return min_mb, most_mb if limit_mb is None else max(min_mb, min(most_mb, limit_mb))
+
+
+def _precision(training: TrainingSpec) -> str:
+    """`fp32` unless the recipe says otherwise: only torch knows which formats the hardware computes fast."""
+    return "fp32" if training.precision == "auto" else training.precision
+
+
+def _tokens(row: TaskRow, system: str | None) -> int:
+    """A high estimate of the tokens of a row."""
+    tools = None if row.tools is None else row.tools.text
+    texts = (system, tools, row.text, row.completion, *(message["content"] for message in row.messages or ()))
+    return math.ceil(sum(len(text) for text in texts if text) / _CHARACTERS)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files in a folder and its subfolders, without following links; none if the folder does not exist."""
+    return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())

@@ -1,0 +1,267 @@
+"""The records of a plan: the base, each adapter, the board, what the build needs, and the build as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edgetune_devices.fit import Fit
+from edgetune_runtime.decoding.output import OutputSpec
+
+from edgetune.bases import BaseSource
+from edgetune.methods import MethodOptions
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import TrainingSpec
+from edgetune.tasks import Task, Texts
+
+# What the recipe has of an adapter.
+_IN_RECIPE = ("name", "options", "training")
+# What the manifest has in the entry of an adapter.
+_IN_ENTRY = ("method", "shapes", "scale", "system", "metric", "labels", "output")
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """The base and what the build does with it, such as `("convert", "quantize to q8_0")`.
+
+    `quantization` None: the file ships unchanged. `parameters` and `gguf_bytes`, the size of its GGUF file in the
+    bundle, are None for an encoder, and like `architecture` and `trained_context_length` (tokens) for a base that must
+    be downloaded first.
+    """
+
+    name: str
+    quantization: str | None
+    steps: tuple[str, ...] = ()
+    architecture: str | None = None
+    trained_context_length: int | None = None
+    parameters: int | None = None
+    gguf_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class RowsPlan:
+    """The data of an adapter: numbers of rows, and optimizer steps.
+
+    `longest_tokens` and `mean_tokens` are high estimates of the tokens of a training row.
+    """
+
+    train: int
+    validation: int
+    longest_tokens: int
+    mean_tokens: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What is decided about an adapter before it is trained; `shapes` and `dtypes` are by format.
+
+    `target_modules` is None for a method that does not tune linear modules; with `auto` the build chooses them and a
+    rank of at most `rank`. `modules` counts them over all layers, `values` the numbers of the exported factors or
+    prefix. `drafts` and `golden`: ship a draft table, and a golden answer.
+
+    `trainable_parameters` is None for small vectors and networks. Without the base's header, it and all sizes are
+    missing; without the data, `rows` is None, and `metric`, `labels` and `output` lack what the rows decide.
+    """
+
+    name: str
+    method: str
+    options: MethodOptions
+    shapes: Mapping[str, str] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    target_modules: str | tuple[str, ...] | None = None
+    rank: int = 0
+    modules: int = 0
+    values: int = 0
+    trainable_parameters: int | None = None
+    bytes_by_format: Mapping[str, int] = field(default_factory=dict)
+    scale: float = 1.0
+    system: str | None = None
+    merged: bool = False
+    metric: str = "exact"
+    labels: tuple[str, ...] = ()
+    output: OutputSpec | None = None
+    drafts: bool = False
+    golden: bool = True
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    rows: RowsPlan | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values, without the name, and without the options, which the recipe has."""
+        values = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in _IN_RECIPE}
+        modules = self.target_modules
+        return {
+            **values,
+            "target_modules": list(modules) if isinstance(modules, tuple) else modules,
+            "labels": list(self.labels),
+            "output": None if self.output is None else self.output.kind,
+            "rows": None if self.rows is None else asdict(self.rows),
+        }
+
+
+@dataclass(frozen=True)
+class BoardPlan:
+    """Why the settings were chosen for the recipe's board, and the prediction for it in each engine."""
+
+    name: str
+    reason: str
+    fits: tuple[Fit, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {"name": self.name, "reason": self.reason, "fits": [fit.to_json() for fit in self.fits]}
+
+
+@dataclass(frozen=True)
+class BuildNeeds:
+    """What a build needs, in 10^6 bytes.
+
+    Memory: `training_mb` and `export_mb`; at least `min_training_mb` with the smallest forward passes, and
+    `min_export_mb` with the base's float32 weights, `weights_mb`, mapped from disk.
+
+    Disk: up to `disk_mb` at a time, of which the bundle is `bundle_mb`; at least `min_disk_mb`. `extra_formats_mb` is
+    the part of the bundle that all formats but the first add.
+    """
+
+    parameters: int
+    weights_mb: float
+    training_mb: float
+    min_training_mb: float
+    export_mb: float
+    min_export_mb: float
+    bundle_mb: float
+    disk_mb: float
+    min_disk_mb: float
+    extra_formats_mb: float
+
+    @property
+    def memory_mb(self) -> float:
+        """The memory of the largest stage."""
+        return max(self.training_mb, self.export_mb)
+
+    @property
+    def min_memory_mb(self) -> float:
+        """The memory of the largest stage where memory is short."""
+        return max(self.min_training_mb, self.min_export_mb)
+
+    def to_json(self) -> dict[str, int]:
+        """The figures as JSON values, in whole MB."""
+        return {key: math.ceil(value) for key, value in {"memory_mb": self.memory_mb, **asdict(self)}.items()}
+
+
+@dataclass(frozen=True)
+class Room:
+    """Free memory (None if the system does not report it) and free disk space of `folder`, in 10^6 bytes.
+
+    The work folder of an earlier build of the same bundle counts as free, because it is reused.
+    """
+
+    folder: Path
+    memory_mb: float | None
+    disk_mb: float
+
+
+@dataclass(frozen=True)
+class NeedsReport:
+    """What a build needs, what this machine has free, and warnings where that is little."""
+
+    needs: BuildNeeds
+    room: Room
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """What is needed and what is free, in one line."""
+        needs, room = self.needs, self.room
+        free = "" if room.memory_mb is None else f" ({mb(room.memory_mb)} free)"
+        less = ""
+        if needs.min_training_mb < needs.training_mb:
+            less = f" ({mb(needs.min_training_mb)} with the smallest forward passes)"
+        return (
+            f"memory about {mb(needs.training_mb)} for training{less} and {mb(needs.export_mb)} for export{free}; "
+            f"disk up to {mb(needs.disk_mb)}, the bundle {mb(needs.bundle_mb)} of it ({mb(room.disk_mb)} free)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values, in whole MB."""
+        room = self.room
+        return {
+            "summary": self.summary,
+            **self.needs.to_json(),
+            "free_memory_mb": None if room.memory_mb is None else math.ceil(room.memory_mb),
+            "free_disk_mb": math.ceil(room.disk_mb),
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything that a build decides or predicts before any work.
+
+    `recipe` has the choices for the board. `source` is the base that was found, None if it must be downloaded first;
+    then, and for encoders, there are no `board` and no `needs`. `domain` describes the text of continued pretraining.
+    """
+
+    recipe: Recipe
+    source: BaseSource | None
+    base: BasePlan
+    adapters: Mapping[str, AdapterPlan]
+    board: BoardPlan | None = None
+    domain: str | None = None
+    needs: NeedsReport | None = None
+
+    def with_adapters(self, adapters: Mapping[str, AdapterPlan]) -> BuildPlan:
+        """The plan with these adapters, and with the options of their methods in the recipe."""
+        specs = {
+            name: spec.model_copy(update={"method": spec.method.model_copy(update={"options": adapters[name].options})})
+            for name, spec in self.recipe.adapters.items()
+        }
+        return replace(self, adapters=dict(adapters), recipe=self.recipe.model_copy(update={"adapters": specs}))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values, with what is free on this machine."""
+        recipe = self.recipe
+        return {
+            "name": recipe.name,
+            "task": recipe.task,
+            "base": {**asdict(self.base), "steps": list(self.base.steps)},
+            "formats": list(recipe.targets),
+            "context_length": recipe.context_length,
+            "threads": recipe.threads,
+            "board": None if self.board is None else self.board.to_json(),
+            "domain": self.domain,
+            "adapters": {name: adapter.to_json() for name, adapter in self.adapters.items()},
+            "needs": None if self.needs is None else self.needs.to_json(),
+        }
+
+    def for_manifest(self) -> dict[str, Any]:
+        """The decisions and predictions that the rest of the manifest lacks, without those about this machine."""
+        values = self.to_json()
+        adapters = {
+            name: {key: value for key, value in adapter.items() if key not in _IN_ENTRY}
+            for name, adapter in values["adapters"].items()
+        }
+        needs = None if self.needs is None else self.needs.needs.to_json()
+        return {key: values[key] for key in ("formats", "board", "domain")} | {
+            "steps": values["base"]["steps"],
+            "gguf_bytes": self.base.gguf_bytes,
+            "adapters": adapters,
+            "needs": needs,
+        }
+
+
+@dataclass(frozen=True)
+class PlannedBuild:
+    """A plan with the data that it was made from: the rows of each task, and the texts of continued pretraining."""
+
+    plan: BuildPlan
+    tasks: Sequence[Task]
+    texts: Texts | None = None
+
+
+def mb(value: float) -> str:
+    """A size as text, rounded up to whole MB."""
+    return f"{math.ceil(value):,} MB"

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from edgetune_runtime.errors import NotFoundError
+
+from edgetune import builders, methods
+from edgetune.builders.plan import plan_build
+from edgetune.planning.adapters import with_options
+from edgetune.planning.build import plan_bundle
+from edgetune.planning.records import BuildPlan
+from edgetune.recipe.model import Recipe
+
+
+def recipe_of(folder: Path, base: Path | str, method: object = "lora", **keys: object) -> Recipe:
+    rows = [{"prompt": f"turn on the light {number}", "completion": f"reply {number % 2}"} for number in range(20)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    adapters = {"command": {"method": method, "output": "auto", "data": {"train": "rows.jsonl", "held_out": 0.2}}}
+    values = {"name": "home", "base": str(base), "adapters": adapters, **keys}
+    return Recipe.model_validate(values, context={"folder": folder})
+
+
+def bundle_of(recipe: Recipe) -> BuildPlan:
+    builder = builders.load(recipe.task)
+    return plan_bundle(recipe, builder.find(recipe), builder.shapes(recipe))
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [({}, ["convert to GGUF", "quantize to q8_0"]), ({"quantization": "f16"}, ["convert to GGUF f16"])],
+)
+def test_a_plan_says_what_becomes_of_a_folder(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, keys: dict[str, str], steps: list[str]
+) -> None:
+    base = bundle_of(recipe_of(tmp_path, tiny_folder("llama"), **keys)).base
+    assert list(base.steps) == steps
+    assert (base.architecture, base.trained_context_length) == ("llama", 512)
+
+
+def test_a_file_ships_unchanged_or_is_requantized(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    base = tiny_gguf("llama")
+    unchanged, smaller = (bundle_of(recipe_of(tmp_path, base, quantization=name)).base for name in (None, "q4_0"))
+    assert (unchanged.steps, unchanged.gguf_bytes) == ((), pytest.approx(base.stat().st_size, rel=0.01))
+    assert smaller.steps == ("requantize to q4_0",) and (smaller.gguf_bytes or 0) < (unchanged.gguf_bytes or 0)
+
+
+def test_a_plan_without_data_has_shapes_and_sizes_by_format(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), {"name": "lora", "r": 4}, targets=["gguf", "onnx"])
+    (tmp_path / "rows.jsonl").unlink()
+    adapter = bundle_of(recipe).adapters["command"]
+    assert (adapter.rank, adapter.modules, adapter.rows) == (4, 14, None)
+    assert adapter.shapes == {"gguf": "low_rank", "onnx": "low_rank"}
+    assert 0 < adapter.bytes_by_format["gguf"] < adapter.bytes_by_format["onnx"]
+
+
+def test_chosen_modules_change_the_sizes(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    plan = bundle_of(recipe_of(tmp_path, tiny_gguf("llama"), {"name": "lora", "r": 8, "target_modules": "auto"}))
+    assert plan.source is not None and plan.source.header is not None
+    auto, options = plan.adapters["command"], methods.load("lora").options(r=2, target_modules=("o_proj",))
+    chosen = with_options(auto, options, plan.source.header, "auto")
+    assert (auto.target_modules, auto.rank, chosen.target_modules, chosen.rank) == ("auto", 8, ("o_proj",), 2)
+    assert chosen.modules == 2 and 20 * chosen.values < auto.values
+    completed = plan.with_adapters({"command": chosen})
+    assert completed.recipe.adapters["command"].method.options == options
+
+
+def test_the_rows_decide_metric_output_and_steps(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    planned = plan_build(recipe_of(tmp_path, tiny_gguf("llama"), training={"epochs": 2, "batch_size": 8}))
+    adapter = planned.plan.adapters["command"]
+    assert adapter.output is not None and adapter.output.kind == "choices"
+    assert adapter.rows is not None
+    assert (adapter.metric, adapter.rows.train, adapter.rows.validation, adapter.rows.steps) == ("exact", 16, 4, 4)
+    assert adapter.rows.longest_tokens >= adapter.rows.mean_tokens > 0
+    assert [len(task.train) for task in planned.tasks] == [16]
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tmp_path / "none.gguf", "bottleneck")
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(NotFoundError) as raised:
+        plan_build(recipe)
+    lines = str(raised.value).splitlines()
+    assert [word in line for word, line in zip(("no base", "bottleneck", "no data file"), lines, strict=True)] == [
+        True,
+        True,
+        True,
+    ]
+
+
+def test_the_manifest_stores_no_path_and_nothing_of_this_machine(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    stored = json.dumps(plan_build(recipe_of(tmp_path, tiny_gguf("llama")), tmp_path / "home").plan.for_manifest())
+    assert str(tmp_path) not in stored and str(tiny_gguf("llama").parent) not in stored
+    assert "free_" not in stored and '"trainable_parameters"' in stored
