@@ -73,7 +73,7 @@ def compare(
     with a method's name applies only to that method: --set lora.target_modules=q_proj, --set full.training.epochs=1.
     An interrupted comparison resumes where it stopped.
     """
-    comparison = edgetune.comparison(
+    comparison = edgetune.compare(
         recipe,
         task,
         names_of(methods),
