@@ -60,7 +60,7 @@ _LAZY = {
 
 if not TYPE_CHECKING:
     # Hidden from type checkers, which would take it for every name that does not exist.
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
         if name not in _LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(_LAZY[name]), name)
