@@ -240,9 +240,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
 
 def test_compare_takes_rows_in_memory(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     events, recipe = Recorder(), recipe_of(tiny_gguf("llama"), max_steps=2, evals=1)
-    result = edgetune.compare(
-        recipe, "reply", ["lora"], tmp_path / "out", ranks=[2], data=ROWS[:2], on_progress=events
-    )
+    result = edgetune.compare(recipe, "reply", ["lora"], tmp_path / "out", ranks=[2], data=ROWS[:2], on_progress=events)
     assert [(outcome.name, outcome.status) for outcome in result.outcomes] == [("lora-r2", "done")]
     assert result.rows == 2
     assert any(event.message.startswith("trial 1 of 1: lora-r2") for event in events.events)
