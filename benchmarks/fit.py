@@ -177,7 +177,7 @@ def _predicted(row: dict[str, Any], model: dict[str, Any]) -> float:
         embedding_length=1,
         feed_forward_length=1,
         vocabulary=1,
-        kv_bytes_per_token=model["kv_bytes_per_token"],
+        kv_values_per_token=model["kv_values_per_token"],
         context_length=row.get("tokens", 128),
     )
     figures = boards.load(row["board"]).speed

@@ -11,10 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export import architectures
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.gguf.convert import convert_folder
 from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_export.hf_folder import read_config
@@ -100,6 +102,11 @@ class BaseSource:
     trained_context_length: int
     is_folder: bool = True
     header: GgufHeader | None = None
+
+    @cached_property
+    def shape(self) -> BaseShape | None:
+        """The sizes in the header; IncompatibleError if layers lack a module or differ in their heads."""
+        return None if self.header is None else BaseShape.of_header(self.header)
 
 
 def find(recipe: Recipe, *, download: bool = False) -> BaseSource | None:

@@ -12,6 +12,7 @@ from .common.dense import DenseMethod, DenseOptions
 from .common.peft import peft_targets, task_type
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import BaseShape
     from peft import BOFTConfig
     from transformers import PreTrainedModel
 
@@ -29,6 +30,13 @@ class Boft(DenseMethod):
 
     options = BoftOptions
     peft_type = "BOFT"
+
+    def trained_parameters(self, base: BaseShape, options: BoftOptions) -> int:
+        """The blocks of each factor, and a scale per output; without its CUDA extension, PEFT takes one factor."""
+        return sum(
+            options.boft_n_butterfly_factor * options.boft_block_size * module.columns + module.rows
+            for module in self.trained_modules(base, options)
+        )
 
     def config(self, base: PreTrainedModel, options: BoftOptions, steps: int) -> BOFTConfig:
         """PEFT's configuration."""

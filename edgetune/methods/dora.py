@@ -11,6 +11,7 @@ from .common.dense import DenseMethod, DenseOptions
 from .common.peft import Dropout, lora_config
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import BaseShape
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
@@ -34,6 +35,10 @@ class Dora(DenseMethod):
     def wrote(self, config: Mapping[str, Any]) -> bool:
         """A LoRA with use_dora."""
         return super().wrote(config) and bool(config.get("use_dora"))
+
+    def trained_parameters(self, base: BaseShape, options: DoraOptions) -> int:
+        """Both factors, and the magnitude of each output."""
+        return sum(options.r * m.values_per_rank + m.rows for m in self.trained_modules(base, options))
 
     def config(self, base: PreTrainedModel, options: DoraOptions, steps: int) -> LoraConfig:
         """PEFT's configuration."""

@@ -7,7 +7,7 @@ arXiv:2402.12354.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from edgetune_export.adapters.patterns import matching, of_key
@@ -16,15 +16,13 @@ from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_va
 
 from .common.base import trainable
 from .common.lora_checkpoint import LoraCheckpoint
-from .common.peft import ALL_LINEAR, TargetOptions, check_targets, lora_config
+from .common.peft import ALL_LINEAR, AUTO, TargetOptions, check_targets, lora_config
 
 if TYPE_CHECKING:
     import torch
+    from edgetune_export.architectures.shape import BaseShape, SizedModule
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
-
-
-AUTO = "auto"
 
 
 def _share(value: object) -> object:
@@ -104,9 +102,20 @@ class Lora(LoraCheckpoint[LoraOptions]):
         plain = not config.get("use_dora") and not config.get("alora_invocation_tokens")
         return super().wrote(config) and plain
 
-    def shipped_rank(self, options: LoraOptions) -> int:
-        """The highest rank of any module."""
-        return max([options.r, *options.rank_pattern.values()])
+    def shipped_ranks(self, modules: Sequence[SizedModule], options: LoraOptions) -> list[int]:
+        """That of the first pattern that matches a module, else `r`."""
+        names = [module.name for module in modules]
+        matched = matching([of_key(pattern) for pattern in options.rank_pattern], names, "rank_pattern")
+        ranks = dict.fromkeys(names, options.r)
+        for rank, found in reversed([*zip(options.rank_pattern.values(), matched, strict=True)]):
+            ranks |= dict.fromkeys(found or (), rank)
+        return list(ranks.values())
+
+    def trained_parameters(self, base: BaseShape, options: LoraOptions) -> int:
+        """Both factors of each module."""
+        modules = self.trained_modules(base, options)
+        ranks = self.shipped_ranks(modules, options)
+        return sum(rank * module.values_per_rank for rank, module in zip(ranks, modules, strict=True))
 
     def attach(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> PeftModel:
         """Add LoRA modules in float32 to `base`. Raises UsageError if a target module or pattern matches nothing."""

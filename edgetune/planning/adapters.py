@@ -1,4 +1,4 @@
-"""Plans the adapters of a recipe: their modules, parameters and files, from the base's header alone."""
+"""Plans the adapters of a recipe: their modules, parameters, files and memory, from the base's shape alone."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from typing import Any
 
 from edgetune_devices import fit
 from edgetune_export import backends
-from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_export.architectures.shape import BaseShape
+from edgetune_runtime.engines import gguf
+from edgetune_runtime.sizing.needs import COSTS
 
 from edgetune import methods
 from edgetune.methods import Method, MethodOptions
-from edgetune.methods.common.peft import ALL_LINEAR, TargetOptions
-from edgetune.methods.lora import AUTO
+from edgetune.methods.common.peft import TargetOptions
 from edgetune.recipe.model import Recipe
 
 from .records import AdapterPlan
 
-_FLOAT = 4
 
-
-def plan_adapter(recipe: Recipe, name: str, shapes: Mapping[str, str], header: GgufHeader | None) -> AdapterPlan:
+def plan_adapter(recipe: Recipe, name: str, shapes: Mapping[str, str], base: BaseShape | None) -> AdapterPlan:
     """The plan of one adapter of the recipe, without its data."""
     spec = recipe.adapters[name]
-    method = methods.load(spec.method.name)
     dtypes = {target: getattr(spec, backends.format_of(target).dtype_key) for target in backends.names()}
     planned = AdapterPlan(
         name=name,
@@ -40,49 +38,60 @@ def plan_adapter(recipe: Recipe, name: str, shapes: Mapping[str, str], header: G
         drafts=spec.draft,
         golden=spec.golden,
     )
-    return _with_options(planned, spec.method.options, method, header, recipe.onnx.weights)
+    return with_options(planned, spec.method.options, base, recipe.onnx.weights)
 
 
-def with_options(planned: AdapterPlan, options: MethodOptions, header: GgufHeader, weights: str) -> AdapterPlan:
+def with_options(planned: AdapterPlan, options: MethodOptions, base: BaseShape | None, weights: str) -> AdapterPlan:
     """The plan with other options, such as chosen modules, and the sizes that follow from them.
 
     `weights` are those of the recipe's `onnx`.
     """
-    return _with_options(planned, options, methods.load(planned.method), header, weights)
-
-
-def _with_options(
-    planned: AdapterPlan, options: MethodOptions, method: Method[Any], header: GgufHeader | None, weights: str
-) -> AdapterPlan:
+    method = methods.load(planned.method)
     targets = options.target_modules if isinstance(options, TargetOptions) else None
-    planned = replace(planned, options=options, target_modules=targets, rank=method.shipped_rank(options))
-    if header is None:
+    planned = replace(planned, options=options, target_modules=targets, rank=getattr(options, "r", 0))
+    if base is None:
         return planned
-    # Of modules that are still to be chosen, the most.
-    most = ALL_LINEAR if targets is None or targets == AUTO else targets
-    low_rank = fit.lora_size(header, planned.rank, most, dtype="f32")
-    # Keys and values of a token in f16 have two bytes each.
-    prefix = method.prefix_tokens(options) * fit.kv_bytes_per_token(header) // 2
-    values = prefix or low_rank.file_bytes // _FLOAT
+    modules, shapes = method.trained_modules(base, options), planned.shapes
+    adapter_shapes = [shape for shape in dict.fromkeys(shapes.values()) if shape != "merged"]
+    values = {shape: shipped_values(method, options, shape, base) for shape in adapter_shapes}
     sizes = {}
-    for target, shape in planned.shapes.items():
+    for target, shape in shapes.items():
         written = backends.format_of(target)
         if shape == "merged":
-            sizes[target] = int(written.merged_bytes(header.parameters, weights))
-        elif shape != "tensors":
-            sizes[target] = int(written.adapter_bytes(values, planned.dtypes[target]))
+            sizes[target] = int(written.merged_bytes(base.parameters, weights))
+        else:
+            sizes[target] = int(written.adapter_bytes(values[shape], planned.dtypes[target], shape))
+    # In an engine whose format is not exported, the shape of the first one counts.
+    in_engine = {engine: shapes.get(engine, next(iter(shapes.values()))) for engine in COSTS}
     return replace(
         planned,
-        modules=low_rank.modules if planned.rank else 0,
-        values=values,
-        trainable_parameters=_trained_share(method, options, header) or values or None,
+        modules=len(modules),
+        rank=max(method.shipped_ranks(modules, options), default=0),
+        trainable_parameters=method.trained_parameters(base, options),
         bytes_by_format=sizes,
+        memory={
+            engine: size_in_memory(values[shape], shape, len(modules), engine, dtype=planned.dtypes[gguf.NAME])
+            for engine, shape in in_engine.items()
+            if shape != "merged"
+        },
     )
 
 
-def _trained_share(method: Method[Any], options: MethodOptions, header: GgufHeader) -> int:
-    """Number of the base's own parameters that the method trains."""
-    if not method.trains_base:
-        return 0
-    layers = int(header.metadata[f"{header.architecture}.block_count"])
-    return header.parameters * min(layers, getattr(options, "layers", layers)) // layers
+def shipped_values(method: Method[Any], options: MethodOptions, shape: str, base: BaseShape) -> int:
+    """Numbers in the adapter's file, folded into a `shape` other than merged."""
+    if shape == "prefix":
+        return method.prefix_tokens(options) * base.kv_values_per_token
+    if shape == "tensors":
+        return method.trained_parameters(base, options)
+    modules = method.trained_modules(base, options)
+    ranks = method.shipped_ranks(modules, options)
+    return sum(rank * module.values_per_rank for rank, module in zip(ranks, modules, strict=True))
+
+
+def size_in_memory(values: int, shape: str, modules: int, engine: str, *, dtype: str) -> fit.AdapterSize:
+    """The memory of an adapter beside the base in `engine`, from a GGUF file of `dtype`."""
+    if shape == "prefix":
+        return fit.AdapterSize(values * COSTS[engine].kv_bytes, 0, is_prefix=True)
+    # In other engines than llama.cpp, the factors are f32 in memory, whatever their file has.
+    size = backends.format_of(engine).adapter_bytes(values, dtype if engine == gguf.NAME else "f32", shape)
+    return fit.AdapterSize(int(size), modules if shape == "low_rank" else 0)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgetune_devices import boards, fit
-from edgetune_export import backends
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.sizing.needs import COSTS
 
 from edgetune.bases import BaseSource
@@ -67,7 +64,7 @@ def choose_settings(
 
 def _choose(recipe: Recipe, adapters: Adapters, header: GgufHeader, quantization: str | None) -> fit.BoardChoice:
     engine = _engine(recipe)
-    sizes, merged = _sizes(recipe, adapters, engine)
+    sizes, merged = _sizes(adapters, engine)
     return fit.choose(
         boards.load(str(recipe.device)),
         header,
@@ -90,7 +87,7 @@ def bundle_needs(
     `quantization` None: the file with this header ships unchanged.
     """
     engine = engine or _engine(recipe)
-    sizes, merged = _sizes(recipe, adapters, engine)
+    sizes, merged = _sizes(adapters, engine)
     return fit.needs_of_header(
         header,
         context_length=recipe.context_length,
@@ -114,26 +111,7 @@ def _engine(recipe: Recipe) -> str:
     return recipe.targets[0] if recipe.targets[0] in COSTS else gguf.NAME
 
 
-def _sizes(recipe: Recipe, adapters: Adapters, engine: str) -> tuple[dict[str, fit.AdapterSize], list[str]]:
+def _sizes(adapters: Adapters, engine: str) -> tuple[dict[str, fit.AdapterSize], list[str]]:
     """The memory of the adapters in an engine, and the names of those that are merged models in it."""
-    target = engine if engine in recipe.targets else recipe.targets[0]
-    sizes = {name: _memory(adapter, engine, adapter.shapes[target]) for name, adapter in adapters.items()}
-    return (
-        {name: size for name, size in sizes.items() if size is not None},
-        [name for name, size in sizes.items() if size is None],
-    )
-
-
-def _memory(planned: AdapterPlan, engine: str, shape: str) -> fit.AdapterSize | None:
-    """Memory of an adapter in an engine in addition to the base; None if it is merged."""
-    if shape == "merged":
-        return None
-    if shape == "tensors":
-        # A few vectors or small networks: negligible compared to the base.
-        return fit.AdapterSize(0, 0)
-    if shape == "prefix":
-        return fit.AdapterSize(planned.values * COSTS[engine].kv_bytes, 0, is_prefix=True)
-    # In other engines than llama.cpp, the factors are f32 in memory, whatever their file has.
-    dtype = planned.dtypes[engine] if engine == gguf.NAME else "f32"
-    size = math.ceil(planned.values * TENSOR_TYPES[dtype].bytes_per_value)
-    return fit.AdapterSize(int(size * backends.format_of(engine).adapter_factor), planned.modules)
+    sizes = {name: adapter.memory[engine] for name, adapter in adapters.items() if engine in adapter.memory}
+    return sizes, [name for name in adapters if name not in sizes]

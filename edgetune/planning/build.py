@@ -28,10 +28,10 @@ def plan_bundle(recipe: Recipe, source: BaseSource | None, shapes: Shapes) -> Bu
     `source` None: the base must be downloaded first, and all that depends on its header is missing. Raises UsageError
     for a context that the base does not support, IncompatibleError if the bundle cannot fit on the recipe's board.
     """
-    header = None if source is None else source.header
     if source is not None:
         _check_lengths(recipe, source.trained_context_length)
-    adapters = {name: plan_adapter(recipe, name, shapes[name], header) for name in recipe.adapters}
+    base = None if source is None else source.shape
+    adapters = {name: plan_adapter(recipe, name, shapes[name], base) for name in recipe.adapters}
     settings = choose_settings(recipe, adapters, source, quantization_of(recipe))
     return BuildPlan(settings.recipe, source, _plan_base(settings, source), adapters, settings.board)
 
@@ -60,8 +60,8 @@ def plan_data(
         for task in tasks
     }
     plan = replace(plan, adapters=adapters, domain=None if texts is None else str(texts))
-    header = None if plan.source is None else plan.source.header
-    return plan if header is None else replace(plan, needs=report(plan, header, room))
+    base = None if plan.source is None else plan.source.shape
+    return plan if base is None else replace(plan, needs=report(plan, base, room))
 
 
 def _check_lengths(recipe: Recipe, trained: int) -> None:

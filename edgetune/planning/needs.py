@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgetune_export import backends
+from edgetune_export.architectures.shape import BaseShape
+from edgetune_export.backends.format import PROCESS_MB
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
-from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.threads import machine
 
 from edgetune import methods
@@ -17,33 +18,29 @@ from edgetune.data import TaskRow
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
 from edgetune.tasks import Task
-from edgetune.training.memory import BaseShape, training_need
+from edgetune.training.memory import saved_states_mb, training_need
 from edgetune.training.schedule import Schedule
 from edgetune.work_folder import work_folder
 
 from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
 
-# Python with torch, transformers and the engines: measured with builds of 135M and 506M parameters, without weights.
-_PROCESS_MB = 700.0
 _FLOAT = 4
 # Characters per token, a low estimate.
 _CHARACTERS = 3
-# In a saved training state: the parameter, its best value and two moments; the old state stays until the new is whole.
-_STATE_BYTES = 2 * 4 * _FLOAT
 
 
-def report(plan: BuildPlan, header: GgufHeader, room: Room) -> NeedsReport:
+def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
     """What the build needs and what is free.
 
     Raises OutOfSpaceError or IncompatibleError, with what would fit instead, if the build cannot work.
     """
-    needs = needs_of(plan, header)
+    needs = needs_of(plan, base)
     return NeedsReport(needs, room, tuple(check(plan.recipe, needs, room)))
 
 
-def needs_of(plan: BuildPlan, header: GgufHeader) -> BuildNeeds:
+def needs_of(plan: BuildPlan, base: BaseShape) -> BuildNeeds:
     """What the build needs, whose adapters have `rows`; a high estimate."""
-    recipe, parameters = plan.recipe, header.parameters
+    recipe, parameters = plan.recipe, base.parameters
     whole_mb, base_mb = parameters * _FLOAT / 1e6, (plan.base.gguf_bytes or 0) / 1e6
     formats, weights = {target: backends.format_of(target) for target in recipe.targets}, recipe.onnx.weights
     by_target = [
@@ -56,8 +53,8 @@ def needs_of(plan: BuildPlan, header: GgufHeader) -> BuildNeeds:
     kept = base_mb * ((plan.base.quantization is not None) + (recipe.domain is not None)) + sum(trained) * _FLOAT / 1e6
     bundle = sum(by_target)
     staged = bundle - base_mb * any(found.links_base for found in formats.values())
-    at_a_time = (max(trained, default=0) * _STATE_BYTES / 1e6, staged + bundle)
-    min_mb, training_mb = _training_mb(plan, header)
+    at_a_time = (saved_states_mb(max(trained, default=0)), staged + bundle)
+    min_mb, training_mb = _training_mb(plan, base)
     export_mb = max(found.export_mb(base_mb * 1e6, parameters, weights) for found in formats.values())
     return BuildNeeds(
         parameters=parameters,
@@ -143,21 +140,21 @@ def _disk_remedy(recipe: Recipe, needs: BuildNeeds, missing_mb: float) -> str:
 
 
 def _memory_remedy(free_mb: float) -> str:
-    most = (free_mb - _PROCESS_MB) * 1e6 / _FLOAT / 1e6
+    most = (free_mb - PROCESS_MB) * 1e6 / _FLOAT / 1e6
     fits = f", or choose a base of at most {most:,.0f}M parameters" if most >= 1 else ""
     return f"close other programs{fits}"
 
 
-def _training_mb(plan: BuildPlan, header: GgufHeader) -> tuple[float, float]:
+def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
     """The memory of the largest training run: with the smallest forward passes, and with the largest useful ones."""
-    recipe, shape = plan.recipe, BaseShape.of_header(header)
+    recipe = plan.recipe
     needs = []
     for adapter in plan.adapters.values():
         if adapter.rows is None or not adapter.rows.train:
             continue
         needs.append(
             training_need(
-                shape,
+                base,
                 methods.load(adapter.method),
                 adapter.options,
                 longest_row=min(recipe.context_length, adapter.rows.longest_tokens),
@@ -170,7 +167,7 @@ def _training_mb(plan: BuildPlan, header: GgufHeader) -> tuple[float, float]:
         method = recipe.domain.method
         sizes = {"longest_row": window, "batch_tokens": window * training.batch_size}
         kind = methods.load(method.name)
-        needs.append(training_need(shape, kind, method.options, **sizes, precision=_precision(training)))
+        needs.append(training_need(base, kind, method.options, **sizes, precision=_precision(training)))
     min_mb, most_mb = max(need.least_mb for need in needs), max(need.planned_mb for need in needs)
     limit_mb = recipe.training.memory_mb
     return min_mb, most_mb if limit_mb is None else max(min_mb, min(most_mb, limit_mb))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgetune_devices.fit import Fit
+from edgetune_devices.fit import AdapterSize, Fit
 from edgetune_runtime.decoding.output import OutputSpec
 
 from edgetune.bases import BaseSource
@@ -17,8 +17,8 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
 from edgetune.tasks import Task, Texts
 
-# What the recipe has of an adapter.
-_IN_RECIPE = ("name", "options", "training")
+# What the recipe has of an adapter, and what `BoardPlan` sums up.
+_LEFT_OUT = ("name", "options", "training", "memory")
 # What the manifest has in the entry of an adapter.
 _IN_ENTRY = ("method", "shapes", "scale", "system", "metric", "labels", "output")
 
@@ -60,11 +60,11 @@ class AdapterPlan:
     """What is decided about an adapter before it is trained; `shapes` and `dtypes` are by format.
 
     `target_modules` is None for a method that does not tune linear modules; with `auto` the build chooses them and a
-    rank of at most `rank`. `modules` counts them over all layers, `values` the numbers of the exported factors or
-    prefix. `drafts` and `golden`: ship a draft table, and a golden answer.
+    rank of at most `rank`, the highest one in the files. `modules` counts them over all layers. `memory` is by engine,
+    without those where it is a merged model. `drafts` and `golden`: ship a draft table, and a golden answer.
 
-    `trainable_parameters` is None for small vectors and networks. Without the base's header, it and all sizes are
-    missing; without the data, `rows` is None, and `metric`, `labels` and `output` lack what the rows decide.
+    Without the base's header, `trainable_parameters` is None and all sizes are missing; without the data, `rows` is
+    None, and `metric`, `labels` and `output` lack what the rows decide.
     """
 
     name: str
@@ -75,9 +75,9 @@ class AdapterPlan:
     target_modules: str | tuple[str, ...] | None = None
     rank: int = 0
     modules: int = 0
-    values: int = 0
     trainable_parameters: int | None = None
     bytes_by_format: Mapping[str, int] = field(default_factory=dict)
+    memory: Mapping[str, AdapterSize] = field(default_factory=dict)
     scale: float = 1.0
     system: str | None = None
     merged: bool = False
@@ -91,7 +91,7 @@ class AdapterPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, without the name, and without the options, which the recipe has."""
-        values = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in _IN_RECIPE}
+        values = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in _LEFT_OUT}
         modules = self.target_modules
         return {
             **values,

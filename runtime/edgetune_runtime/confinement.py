@@ -18,6 +18,8 @@ from .threads.machine import free_mb
 
 _COPIES = 4
 """An engine may have a file twice while it repacks weights; the rest is for buffers that grow with it."""
+_KV_BYTES = 4
+"""Of a number in keys and values: f32, the widest type of any engine."""
 _SPARE_BYTES = 1_000_000_000
 """For Python, the libraries, and what is allocated but never used, such as most of the stacks of threads."""
 _LEAST_S, MOST_S = 60, 3600
@@ -53,7 +55,8 @@ class Limits:
 def limits_of(manifest: Manifest, context_length: int) -> Limits:
     """What opening a bundle and answering in one context takes at most; what grows with it, within the free memory."""
     file_bytes = sum(entry.bytes for entry in manifest.files.values())
-    grows_bytes = _COPIES * (file_bytes + manifest.base.kv_bytes_per_token * context_length)
+    kv_bytes = _KV_BYTES * manifest.base.kv_values_per_token * context_length
+    grows_bytes = _COPIES * (file_bytes + kv_bytes)
     free = free_mb()
     if free is not None:
         grows_bytes = min(grows_bytes, int(free * 1e6))

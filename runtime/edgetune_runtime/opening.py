@@ -91,7 +91,7 @@ def _open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOpti
     running = _load(make, path, options, threads)
     shared = Shared(
         manifest.files[file].sha256,
-        int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes),
+        int(manifest.base.kv_values_per_token * running.kv_bytes),
         StateCache(options.cache_mb, options.emit),
         Governor(running.threads, adjusts=running.adjusts_threads),
         {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation},
@@ -152,8 +152,7 @@ def _context_mb(manifest: Manifest, options: OpeningOptions) -> float:
     if make.has_sequence:
         check_kv(options.kv, make.KV, options.engine)
         bytes_per_number = TENSOR_TYPES[options.kv or make.KV[0]].bytes_per_value
-    # The manifest's figure is for the 2 bytes a number of GGUF.
-    return manifest.base.kv_bytes_per_token / 2 * bytes_per_number * options.context_length / 1e6
+    return manifest.base.kv_values_per_token * bytes_per_number * options.context_length / 1e6
 
 
 def _check_free(context_mb: float, options: OpeningOptions) -> None:

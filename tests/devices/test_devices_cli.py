@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_devices import boards, fit
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.sizing.calibration import write_calibration
@@ -123,8 +124,8 @@ def test_fit_of_a_recipe_on_a_folder_predicts_its_default_quantization(
 
 
 def _planned(recipe: Recipe, header: GgufHeader) -> dict[str, AdapterPlan]:
-    shapes = shapes_of(recipe)
-    return {name: plan_adapter(recipe, name, shapes[name], header) for name in recipe.adapters}
+    shapes, base = shapes_of(recipe), BaseShape.of_header(header)
+    return {name: plan_adapter(recipe, name, shapes[name], base) for name in recipe.adapters}
 
 
 def _needs(recipe: Recipe, header: GgufHeader, quantization: str | None) -> fit.Needs:

@@ -74,7 +74,7 @@ def test_root_becomes_an_account_that_may_only_read(tmp_path: Path) -> None:
 
 
 def limits(file_bytes: int, context_length: int) -> Limits:
-    base = BaseEntry("", "", "llama", None, 1, 100, 1, 1000, "", "", {"gguf": "base"})
+    base = BaseEntry("", "", "llama", None, 1, 100, 1, 250, "", "", {"gguf": "base"})
     return limits_of(Manifest("home", base, {}, {"base": FileEntry("", file_bytes)}, 100), context_length)
 
 

@@ -395,7 +395,7 @@ def test_a_backend_that_the_bundle_lacks_is_refused(copy: Path) -> None:
 
 
 def test_a_context_that_the_memory_cannot_hold_is_refused_before_linux_kills(copy: Path) -> None:
-    change_manifest(copy, lambda raw: raw["base"].update(kv_bytes_per_token=10**13))
+    change_manifest(copy, lambda raw: raw["base"].update(kv_values_per_token=10**13))
     with pytest.raises(IncompatibleError, match="MB are free"):
         Runtime.open(copy)
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     import torch
     from edgetune_export.adapters.shapes import Folded
+    from edgetune_export.architectures.shape import BaseShape, SizedModule
     from edgetune_runtime.engines.base import Tokenizer
     from transformers import PreTrainedModel
 
@@ -55,7 +56,7 @@ class Method(ABC, Generic[O]):
 
     `peft_type`: the type that PEFT writes into adapter_config.json. `trains_base`: training changes the base's own
     weights, which are float32 then, so the base cannot be used again. `takes_scale`: the adapter can be scaled.
-    `takes_encoders`: the method can tune encoders.
+    `takes_encoders`: the method can tune encoders. `adds_parameters`: what it trains is not part of the base.
     """
 
     options: ClassVar[type[MethodOptions]]
@@ -63,6 +64,7 @@ class Method(ABC, Generic[O]):
     peft_type: ClassVar[str] = ""
     takes_scale: ClassVar[bool] = False
     takes_encoders: ClassVar[bool] = False
+    adds_parameters: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -72,6 +74,10 @@ class Method(ABC, Generic[O]):
     @abstractmethod
     def shapes(self, options: O) -> tuple[str, ...]:
         """The shapes it can be folded into, best first."""
+
+    @abstractmethod
+    def trained_parameters(self, base: BaseShape, options: O) -> int:
+        """How many parameters training changes, exactly; with modules still to be chosen, the most."""
 
     @abstractmethod
     def attach(self, base: PreTrainedModel, options: O, steps: int) -> torch.nn.Module:
@@ -119,8 +125,20 @@ class Method(ABC, Generic[O]):
         """Number of context positions that the adapter uses."""
         return 0
 
+    def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
+        """The linear modules that keep their inputs in training, because what is trained reads them."""
+        return []
+
+    def trained_layers(self, base: BaseShape, options: O) -> int:
+        """Number of last layers that gradients reach; the layers before them keep nothing in training."""
+        return base.layers
+
+    def shipped_ranks(self, modules: Sequence[SizedModule], options: O) -> list[int]:
+        """The highest rank that each module can have after folding to low_rank."""
+        return [self.shipped_rank(options)] * len(modules)
+
     def shipped_rank(self, options: O) -> int:
-        """The highest rank after folding, used to predict file sizes; 0 for shapes other than low_rank."""
+        """The highest rank after folding; 0 for shapes other than low_rank."""
         return 0
 
     def parameter_groups(self, model: torch.nn.Module, options: O, learning_rate: float) -> list[dict[str, Any]]:
@@ -141,6 +159,11 @@ class Method(ABC, Generic[O]):
 
     def restore(self, model: torch.nn.Module, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
+
+
+def dense_parameters(inputs: int, outputs: int) -> int:
+    """Parameters of a linear layer with a bias."""
+    return (inputs + 1) * outputs
 
 
 def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

@@ -18,6 +18,7 @@ from .lora_checkpoint import LoraCheckpoint
 from .peft import Dropout, TargetOptions, check_targets, lora_config
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import BaseShape
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
@@ -44,6 +45,10 @@ class Initialized(LoraCheckpoint[InitializedOptions]):
     def shipped_rank(self, options: InitializedOptions) -> int:
         """The rank of the trained update plus that of its initialization."""
         return 2 * options.r
+
+    def trained_parameters(self, base: BaseShape, options: InitializedOptions) -> int:
+        """Both factors of each module."""
+        return sum(options.r * module.values_per_rank for module in self.trained_modules(base, options))
 
     def attach(self, base: PreTrainedModel, options: InitializedOptions, steps: int) -> PeftModel:
         """Add LoRA modules to `base` and subtract their initial product from its weights; `model.start` keeps it."""

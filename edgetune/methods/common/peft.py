@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from edgetune_export.adapters.shapes import Delta, Floats, Folded, LowRank, Merged
+from edgetune_export.architectures.base import OUTPUT_LAYER
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import nearest
 from pydantic import AliasChoices, Field
@@ -21,10 +22,13 @@ from .peft_folder import check_peft_folder
 
 if TYPE_CHECKING:
     import torch
+    from edgetune_export.architectures.shape import BaseShape, SizedModule
     from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
+AUTO = "auto"
+"""Modules that the build chooses."""
 _ADAPTER = "default"
 
 
@@ -49,7 +53,13 @@ class TargetOptions(MethodOptions):
 
 
 class PeftMethod(Method[O]):
-    """A PEFT method; `config` selects which."""
+    """A PEFT method that changes linear modules; `config` selects which method."""
+
+    def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
+        """The target modules."""
+        assert isinstance(options, TargetOptions)
+        modules = (*base.modules, base.output_layer)
+        return [module for module in modules if is_target(module.name, options.target_modules)]
 
     @abstractmethod
     def config(self, base: PreTrainedModel, options: O, steps: int) -> PeftConfig:
@@ -221,6 +231,13 @@ def task_type(base: PreTrainedModel) -> str | None:
     return "CAUSAL_LM" if base.can_generate() else None
 
 
+def is_target(module: str, target_modules: str | tuple[str, ...]) -> bool:
+    """Whether PEFT adapts the linear module of this name; for all-linear, each but the output layer."""
+    if target_modules in (ALL_LINEAR, AUTO):
+        return module != OUTPUT_LAYER
+    return any(module == target or module.endswith(f".{target}") for target in as_names(target_modules))
+
+
 def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) -> set[str]:
     """The names of the linear modules selected by `target_modules`. Raises UsageError for one that the base lacks."""
     linear = {name for name, module in base.named_modules() if type(module).__name__ == "Linear"}
@@ -229,7 +246,7 @@ def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) 
     known = sorted({name.rpartition(".")[2] for name in linear})
     adapted: set[str] = set()
     for target in as_names(target_modules):
-        matched = {name for name in linear if name == target or name.endswith(f".{target}")}
+        matched = {name for name in linear if is_target(name, (target,))}
         if not matched:
             near = nearest(target, known)
             hint = f"did you mean {near!r}? Or " if near else ""

@@ -121,7 +121,7 @@ def kit_with_golden(make: KitMaker, answer: str) -> Path:
     adapter = {"name": "command", "method": "lora", "shapes": {}, "files": {}, "base_fingerprint": "ab"}
     base = {
         **{"name": "base", "fingerprint": "ab", "architecture": "llama", "quantization": None, "parameters": 1},
-        **{"trained_context_length": 1, "layers": 1, "kv_bytes_per_token": 1, "tokenizer_sha256": ""},
+        **{"trained_context_length": 1, "layers": 1, "kv_values_per_token": 1, "tokenizer_sha256": ""},
         **{"chat_template_sha256": "", "files": {}},
     }
     adapters = {"command": adapter | {"golden": {"gguf": golden}}}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from edgetune_devices import boards, fit
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import UsageError
@@ -17,7 +18,7 @@ from trainings import Listening
 from edgetune import methods
 from edgetune.bases import Base
 from edgetune.pipeline import build
-from edgetune.placement.cost import costs, placements
+from edgetune.placement.cost import ATTENTION, MLP, costs, placements
 from edgetune.planning.adapters import plan_adapter
 from edgetune.planning.board import bundle_needs
 from edgetune.planning.records import AdapterPlan
@@ -49,7 +50,7 @@ def recipe_of(folder: Path, base: Path, budget: object, rank: int = 2, **keys: o
 
 
 def planned(recipe: Recipe, base: Base) -> AdapterPlan:
-    return plan_adapter(recipe, "command", shapes_of(recipe)["command"], base.header)
+    return plan_adapter(recipe, "command", shapes_of(recipe)["command"], BaseShape.of_header(base.header))
 
 
 def tried(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -83,7 +84,7 @@ def test_the_placement_with_the_least_trial_loss_is_chosen(built: Built) -> None
 
 def test_what_was_chosen_is_trained_and_runs(built: Built) -> None:
     chosen, entry = built.figures["placement"], read_manifest(built.bundle).adapters["command"]
-    names = placements(2)[-1].names if chosen["target_modules"] == "all-linear" else chosen["target_modules"]
+    names = (*ATTENTION, *MLP) if chosen["target_modules"] == "all-linear" else chosen["target_modules"]
     assert {module.rpartition(".")[2] for module in entry.ranks} == set(names)
     assert set(entry.ranks.values()) == {chosen["r"]}
     assert entry.training["placement"] == chosen
@@ -162,7 +163,8 @@ def test_a_boards_model_tells_the_costs_without_an_engine(tiny_base: Callable[[s
     cost = {placement.key: share for placement, share in found.items()}
     assert cost["o_proj-r4"] < cost["o_proj-r8"] < cost["o_proj-r16"] < cost["attention-r4"] < cost["all-linear-r4"] < 1
     board, needs = boards.load("pi-5"), bundle_needs(recipe, {}, base.header, None)
-    size = fit.lora_size(base.header, 8, ["v_proj"])
+    rank_8 = 8 * (64 + 32)
+    size = fit.AdapterSize(2 * 2 * rank_8, 2)
     predicted = fit.fit(replace(needs, adapters={"command": size}), board)
     assert cost["v_proj-r8"] == 1 - predicted.adapter_tokens_per_s / predicted.decode_tokens_per_s
     assert progress.lines == []
