@@ -188,7 +188,7 @@ def peak(options: argparse.Namespace) -> dict[str, float]:
     """Peak resident memory of this process after prompts for the base and for the adapters."""
     from edgetune_runtime import Runtime
     from edgetune_runtime.measuring import loaded_bundle
-    from edgetune_runtime.runtime import CACHE_MB
+    from edgetune_runtime.opening_options import CACHE_MB
 
     with Runtime.open(
         options.bundle,

@@ -127,16 +127,16 @@ def _size(width: int, options: BottleneckOptions) -> int:
 
 def _places(base: PreTrainedModel, kind: str) -> dict[str, Literal["output", "input"]]:
     """The names of the base's blocks that get a bottleneck, and whether it reads their output or input."""
-    wanted = _PLACES[kind]
-    found = {}
+    sides = _PLACES[kind]
+    places = {}
     for name, _ in base.named_modules():
         match = re.fullmatch(r"(?:.+\.)?layers\.\d+\.(\w+)", name)
-        if match and match[1] in wanted:
-            found[name] = wanted[match[1]]
-    if not found:
-        message = f"{type(base).__name__} has no {' or '.join(wanted)} in its layers for a bottleneck"
+        if match and match[1] in sides:
+            places[name] = sides[match[1]]
+    if not places:
+        message = f"{type(base).__name__} has no {' or '.join(sides)} in its layers for a bottleneck"
         raise UsageError(message, "use another method, such as lora")
-    return found
+    return places
 
 
 def _read(folder: Path) -> tuple[BottleneckOptions, dict[str, Bottleneck]]:

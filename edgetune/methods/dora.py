@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import AliasChoices, Field, PositiveInt
-
 from .common.dense import DenseMethod, DenseOptions
-from .common.peft import Dropout, lora_config
+from .common.peft import Alpha, Dropout, Rank, lora_config
 
 if TYPE_CHECKING:
     from edgetune_export.architectures.shape import BaseShape
@@ -19,10 +17,8 @@ if TYPE_CHECKING:
 class DoraOptions(DenseOptions):
     """Options of DoRA, named as in PEFT."""
 
-    r: PositiveInt = Field(16, validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")
-    lora_alpha: float = Field(
-        32, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update is scaled by alpha / r."
-    )
+    r: Rank = 16
+    lora_alpha: Alpha = 32
     lora_dropout: Dropout = 0.0
 
 

@@ -122,6 +122,10 @@ class AdapterEntry:
     golden: Mapping[str, GoldenAnswer] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    def is_merged(self, engine: str) -> bool:
+        """Whether the adapter is a full model for this engine."""
+        return self.shapes.get(engine) == "merged"
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -149,8 +153,8 @@ class Manifest:
     def adapter(self, name: str) -> AdapterEntry:
         """The adapter called `name`; NotFoundError lists the adapters of the bundle."""
         if name not in self.adapters:
-            known = ", ".join(self.adapters) or "none"
-            raise NotFoundError(f"no adapter {name!r} in bundle {self.name!r}", f"choose one of: {known}")
+            names = ", ".join(self.adapters) or "none"
+            raise NotFoundError(f"no adapter {name!r} in bundle {self.name!r}", f"choose one of: {names}")
         return self.adapters[name]
 
     def to_json(self) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from edgetune.objectives.base import Objective
     from edgetune.objectives.example import Example
+
+
+P = TypeVar("P", bound="MethodOptions")
 
 
 def rate_factor(default: float, note: str = "") -> Any:  # noqa: ANN401 - as pydantic types a field
@@ -34,6 +38,15 @@ class MethodOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     learning_rate_factor: float = rate_factor(1.0)
+
+
+def with_defaults(options: type[P], **defaults: object) -> type[P]:
+    """The options with other defaults."""
+    fields = {name: copy(options.model_fields[name]) for name in defaults}
+    for name, default in defaults.items():
+        fields[name].default = default
+    types: dict[str, Any] = {name: (field.annotation, field) for name, field in fields.items()}
+    return create_model(options.__name__, __base__=options, __doc__=options.__doc__, **types)
 
 
 O = TypeVar("O", bound=MethodOptions)  # noqa: E741 - the options of one method
@@ -57,6 +70,7 @@ class Method(ABC, Generic[O]):
     `peft_type`: the type that PEFT writes into adapter_config.json. `trains_base`: training changes the base's own
     weights, which are float32 then, so the base cannot be used again. `takes_scale`: the adapter can be scaled.
     `takes_encoders`: the method can tune encoders. `adds_parameters`: what it trains is not part of the base.
+    `variant`: the name of a method that is another one with other defaults, in the file of that one.
     """
 
     options: ClassVar[type[MethodOptions]]
@@ -65,11 +79,12 @@ class Method(ABC, Generic[O]):
     takes_scale: ClassVar[bool] = False
     takes_encoders: ClassVar[bool] = False
     adds_parameters: ClassVar[bool] = True
+    variant: ClassVar[str] = ""
 
     @property
     def name(self) -> str:
-        """The method's name, which is the name of its file."""
-        return type(self).__module__.rpartition(".")[2]
+        """The method's name, which is the name of its file unless it is a variant."""
+        return self.variant or type(self).__module__.rpartition(".")[2]
 
     @abstractmethod
     def shapes(self, options: O) -> tuple[str, ...]:

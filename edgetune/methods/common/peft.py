@@ -15,7 +15,7 @@ from edgetune_export.adapters.shapes import Delta, Floats, Folded, LowRank, Merg
 from edgetune_export.architectures.base import OUTPUT_LAYER
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import nearest
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, PositiveInt
 
 from .base import Checkpoint, Method, MethodOptions, O
 from .peft_folder import check_peft_folder
@@ -32,6 +32,17 @@ AUTO = "auto"
 _ADAPTER = "default"
 
 
+Rank = Annotated[PositiveInt, Field(validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")]
+"""The option `r`."""
+Alpha = Annotated[
+    float,
+    Field(
+        gt=0,
+        validation_alias=AliasChoices("lora_alpha", "alpha"),
+        description="The update is scaled by alpha / r.",
+    ),
+]
+"""The option `lora_alpha`."""
 Dropout = Annotated[
     float,
     Field(
@@ -243,14 +254,14 @@ def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) 
     linear = {name for name, module in base.named_modules() if type(module).__name__ == "Linear"}
     if target_modules == ALL_LINEAR:
         return linear
-    known = sorted({name.rpartition(".")[2] for name in linear})
+    names = sorted({name.rpartition(".")[2] for name in linear})
     adapted: set[str] = set()
     for target in as_names(target_modules):
         matched = {name for name in linear if is_target(name, (target,))}
         if not matched:
-            near = nearest(target, known)
+            near = nearest(target, names)
             hint = f"did you mean {near!r}? Or " if near else ""
-            remedy = f"{hint}set target_modules to all-linear, or to some of {', '.join(known)}"
+            remedy = f"{hint}set target_modules to all-linear, or to some of {', '.join(names)}"
             raise UsageError(f"the base has no module {target!r}", remedy)
         adapted |= matched
     return adapted

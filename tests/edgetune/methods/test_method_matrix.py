@@ -48,7 +48,6 @@ PREFIX = {"gguf": "prefix", "onnx": "prefix"}
 TABLE: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "adalora": (LOW_RANK, {"target_r": 2, "init_r": 4}),
     "alora": (LOW_RANK, {"r": 4, "invocation_tokens": HEADER}),
-    "boft": (MERGED, {"boft_block_size": 4}),
     "bottleneck": ({"onnx": "tensors"}, {"bottleneck_size": 4}),
     "cartridge": (PREFIX, {"num_virtual_tokens": 4}),
     "dora": (MERGED, {"r": 4}),
