@@ -35,7 +35,7 @@ from benchmarks.decoding_setups import MARGINS, PLAIN, SETUPS, Place, Prompt, Ti
 from benchmarks.machine import this_machine
 from edgetune.data import TaskRow
 from edgetune.outputs.infer import infer
-from edgetune.recipe.model import load_recipe
+from edgetune.recipe.model import Recipe
 from edgetune.tasks import Task, read_task
 
 
@@ -153,7 +153,7 @@ def _split(pair: str) -> tuple[Path, Path]:
 
 
 def _task(pair: str, adapter: str) -> Task:
-    return read_task(adapter, load_recipe(_split(pair)[1]))
+    return read_task(adapter, Recipe.from_file(_split(pair)[1]))
 
 
 def _constraint(pair: str, adapter: str) -> OutputSpec | None:

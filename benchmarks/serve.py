@@ -40,7 +40,7 @@ from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.text.chat import messages_for, render
 
 from benchmarks.machine import this_machine
-from edgetune.recipe.model import load_recipe
+from edgetune.recipe.model import Recipe
 from edgetune.tasks import read_task
 
 MOST_TOKENS = 48
@@ -120,7 +120,7 @@ def main() -> None:
 
 def asks_of(options: argparse.Namespace) -> list[Ask]:
     """Rows of all adapters in turn."""
-    recipe = load_recipe(options.recipe)
+    recipe = Recipe.from_file(options.recipe)
     rows = {name: read_task(name, recipe).validation[: options.rows] for name in recipe.adapters}
     return [
         Ask(name, str(row[place].messages[-1]["content"] if row[place].messages else row[place].text))

@@ -19,7 +19,7 @@ from typing import Any
 from edgetune.evaluation import Evaluation, evaluate
 from edgetune.pipeline import build
 from edgetune.progress import Progress
-from edgetune.recipe.model import load_recipe
+from edgetune.recipe.model import Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 TRAINING_ROWS = {"snips": 3000, "banking77": None}
@@ -35,12 +35,12 @@ def main() -> None:
     options = parser.parse_args()
     progress = Progress()
     rows = sample(options.data / "train.jsonl", TRAINING_ROWS[options.task], options.out)
-    recipe = load_recipe(
+    recipe = Recipe.from_file(
         RECIPES / f"{options.task}.yaml", {f"adapters.{options.task}.data.train": json.dumps(str(rows.resolve()))}
     )
     started = time.monotonic()
     built = build(recipe, options.out, progress=progress)
-    assert built is not None, "run it in one process"
+    assert built.figures, "run it in one process"
     build_s = time.monotonic() - started
     name, limit = TEST[options.task]
     result = evaluate(options.out, options.task, options.data / name, limit=limit, progress=progress)

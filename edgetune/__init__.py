@@ -1,1 +1,70 @@
-"""edgetune: one small adapter per task on one quantized base, from a recipe to a bundle."""
+"""Train one small adapter per task on one quantized base, and ship them to small boards as GGUF or ONNX.
+
+build = edgetune.build("recipe.yaml")
+with build.open() as runtime:
+    print(runtime.generate("turn off the lamp in the hall", adapter="command").text)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgetune_runtime.errors import EdgetuneError
+
+    from .api import build, compare, evaluate, export, plan
+    from .comparison.comparison import Comparison
+    from .evaluation import Evaluation, ScoredRow
+    from .planning.records import BuildPlan
+    from .progress import ProgressEvent
+    from .recipe.model import Recipe
+    from .result import Build
+    from .training.job import Point
+
+__all__ = [
+    "Build",
+    "BuildPlan",
+    "Comparison",
+    "EdgetuneError",
+    "Evaluation",
+    "Point",
+    "ProgressEvent",
+    "Recipe",
+    "ScoredRow",
+    "build",
+    "compare",
+    "evaluate",
+    "export",
+    "plan",
+]
+
+# Loaded on first use: most of them need numpy, pydantic or torch.
+_LAZY = {
+    "Build": "edgetune.result",
+    "BuildPlan": "edgetune.planning.records",
+    "Comparison": "edgetune.comparison.comparison",
+    "EdgetuneError": "edgetune_runtime.errors",
+    "Evaluation": "edgetune.evaluation",
+    "Point": "edgetune.training.job",
+    "ProgressEvent": "edgetune.progress",
+    "Recipe": "edgetune.recipe.model",
+    "ScoredRow": "edgetune.evaluation",
+    "build": "edgetune.api",
+    "compare": "edgetune.api",
+    "evaluate": "edgetune.api",
+    "export": "edgetune.api",
+    "plan": "edgetune.api",
+}
+
+
+if not TYPE_CHECKING:
+    # Hidden from type checkers, which would take it for every name that does not exist.
+    def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -7,7 +7,7 @@ import difflib
 import io
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from edgetune_runtime.tools.definitions import ToolSet, check_schemas, tool_set
 from edgetune_runtime.wording import nearest, suggestion
 
 from .recipe.parts import HUB_ID, Columns, is_hub_id
+from .recipe.rows import Rows, with_label_names
 
 MAX_ERRORS = 20
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -49,8 +50,10 @@ class _BadRowError(Exception):
     """The reason why a row cannot be used."""
 
 
-def read_rows(source: str, columns: Columns | None = None, *, labels: Sequence[str] | None = None) -> list[TaskRow]:
-    """Read the rows of a JSONL, CSV or TSV file, or of a hub id; each row's form is detected from its keys.
+def read_rows(
+    source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
+) -> list[TaskRow]:
+    """Read rows from memory, a JSONL, CSV or TSV file, or a hub id; each row's form is detected from its keys.
 
     Raises NotFoundError if there is no such file or data set, UsageError if it is empty, of an unknown type or has bad
     rows. The error lists up to 20 bad rows with their line and reason.
@@ -116,13 +119,16 @@ def labelled_text(row: TaskRow) -> str:
         raise UsageError(f"{row.where}: {error.message}", "use rows of text and label") from error
 
 
-def _entries(source: str) -> Iterator[tuple[str, Any]]:
+def _entries(source: str | Rows) -> Iterator[tuple[str, Any]]:
     """Where each entry of `source` is, and its values, or a _BadRowError instead of the values."""
+    if isinstance(source, Rows):
+        return _json_lines(f"{source} row ", source.lines)
     path = Path(source)
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix in JSONL_SUFFIXES:
-            return _json_lines(source, read_text(path))
+            # Not splitlines(): it also splits at U+2028, which JSON strings may contain.
+            return _json_lines(f"{source}:", read_text(path).split("\n"))
         if suffix in DELIMITERS:
             return _table_rows(source, read_text(path), DELIMITERS[suffix])
         raise UsageError(f"{source} has an unknown file type", "use a .jsonl, .csv or .tsv file, or a hub id")
@@ -145,9 +151,9 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path}:{line}: not UTF-8 text at byte {error.start}", "save the file as UTF-8") from error
 
 
-def _json_lines(source: str, text: str) -> Iterator[tuple[str, Any]]:
-    # Not splitlines(): it also splits at U+2028, which JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), 1):
+def _json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The values of each line that is not empty, at `place` with the line's number."""
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -156,7 +162,7 @@ def _json_lines(source: str, text: str) -> Iterator[tuple[str, Any]]:
             values = _BadRowError(f"not JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
             values = _BadRowError(f"not JSON: {error}")
-        yield f"{source}:{number}", values
+        yield f"{place}{number}", values
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -200,16 +206,8 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
         reason = " ".join(str(error).split())[:200]
         remedy = "check the id, the network and your token; if it is a file, add its suffix"
         raise NotFoundError(f"cannot load {source} from the hub: {reason}", remedy) from error
-    labels = {column: feature.int2str for column, feature in loaded.features.items() if hasattr(feature, "int2str")}
-    for number, values in enumerate(loaded, 1):
-        yield f"{source}:{number}", {column: _named(value, labels.get(column)) for column, value in values.items()}
-
-
-def _named(value: object, name_of: Callable[[int], str] | None) -> object:
-    """The name of a label's number; None for numbers below 0, which mean no label."""
-    if name_of is None or not isinstance(value, int):
-        return value
-    return name_of(value) if value >= 0 else None
+    for number, values in enumerate(with_label_names(loaded), 1):
+        yield f"{source}:{number}", values
 
 
 def _row(where: str, values: object, columns: Columns | None, labels: Sequence[str] | None) -> TaskRow:

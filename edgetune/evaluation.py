@@ -22,6 +22,7 @@ from . import metrics
 from .data import TaskRow, labelled_text, read_rows, said
 from .progress import Progress, Step
 from .recipe.parts import Columns, Metric
+from .recipe.rows import Rows
 from .tokenization import tokenize_rows
 
 # Answers may be this much longer than the longest reference: a worse model writes more, but needs a limit.
@@ -79,14 +80,14 @@ class _Task:
 def evaluate(
     bundle: Path,
     adapter: str | None,
-    data: str | Path,
+    data: str | Path | Rows,
     *,
     limit: int | None = None,
     engine: str | None = None,
     kv: str | None = None,
     progress: Progress,
 ) -> Evaluation:
-    """Score `adapter` (None: the plain base) on the rows of `data`, a file or a hub id, with the adapter's metric.
+    """Score `adapter` (None: the plain base) on the rows of `data`, which may be a file or a hub id, with its metric.
 
     The columns are those from the adapter's training; a file with prompt and completion, or text and label, works too.
     At most `limit` rows are scored, spread evenly over the file, which may be sorted. Answers are greedy. With labels,
@@ -97,7 +98,8 @@ def evaluate(
     """
     with Runtime.open(bundle, engine=engine, kv=kv, disk_mb=0) as runtime:
         entry = runtime.manifest.adapter(adapter) if adapter is not None else None
-        rows = spread(_read(str(data), _columns(runtime, adapter), entry), limit)
+        source = str(data) if isinstance(data, Path) else data
+        rows = spread(_read(source, _columns(runtime, adapter), entry), limit)
         return score(runtime, adapter, rows, progress)
 
 
@@ -178,7 +180,7 @@ def _detail(row: TaskRow, answer: str, score: float) -> ScoredRow:
     return ScoredRow(row.where, prompt, row.completion or "", answer, score)
 
 
-def _read(source: str, columns: Columns | None, entry: AdapterEntry | None) -> list[TaskRow]:
+def _read(source: str | Rows, columns: Columns | None, entry: AdapterEntry | None) -> list[TaskRow]:
     """The rows read with the adapter's columns; if that fails, by their keys, if these give prompt rows."""
     labels = entry.labels if entry is not None and entry.metric == "label" and entry.labels else None
     try:

@@ -47,7 +47,7 @@ def _reported(error: BaseException) -> EdgetuneError:
     if isinstance(error, EdgetuneError):
         return error
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return CancelledError("interrupted")
+        return CancelledError(str(error) or "interrupted")
     if isinstance(error, _CommandLineError):
         return _wrong_command_line(error)
     if isinstance(error, OSError) and error.filename is not None:

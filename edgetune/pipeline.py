@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,16 @@ from .bases import Base, trained_context_length
 from .builders import Builder
 from .builders.plan import plan_build, with_download
 from .data import TaskRow
-from .planning.records import AdapterPlan, BuildPlan
+from .planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from .progress import Progress
 from .recipe.model import Recipe
-from .result import BuildResult
+from .result import Build
 from .shipping.exported import BundleSpec, Prepared, TrainedAdapter
 from .shipping.ship import ship
 from .targets import shapes_in
 from .training.hardware import processes
 from .training.jobs import train_all
+from .work_folder import clear, locked, work_folder
 
 # Training rows per task for calibration, if the ONNX rounding method uses calibration.
 CALIBRATION_ROWS = 16
@@ -43,11 +44,13 @@ PROBES = (
 )
 
 
-def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None) -> BuildResult | None:
+def build(
+    recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None, resume: bool = True
+) -> Build:
     """Train the adapters, export, check parity and pack `out`; intermediate files are in `<out>.work`.
 
-    A stopped build resumes. With several processes under a launcher, all train and the first one does the rest; the
-    others return None. Raises EdgetuneError; `out` is then unchanged.
+    A stopped build resumes, unless `resume` is False. With several processes under a launcher, all train and the first
+    one does the rest. Raises EdgetuneError, also if another build uses `<out>.work`; `out` is then unchanged.
     """
     state = processes()
     if not state.is_main_process:
@@ -58,13 +61,22 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
         with state.main_process_first():
             planned = with_download(planned, recipe, out)
     _say_plan(planned.plan, progress)
-    builder, work = builders.load(recipe.task), out.with_name(f"{out.name}.work")
+    work = work_folder(out)
+    with locked(work) if state.is_main_process else nullcontext():
+        with state.main_process_first():
+            if state.is_main_process and not resume:
+                clear(work)
+        return _built(planned, out, progress, converter)
+
+
+def _built(planned: PlannedBuild, out: Path, progress: Progress, converter: Path | None) -> Build:
+    builder, work = builders.load(planned.plan.recipe.task), work_folder(out)
     prepared = builder.prepare(planned, work, progress, converter)
     base, items = prepared.base, {item.plan.name: item for item in prepared.adapters}
     load = partial(builder.load_torch, base)
     results = train_all([item.job for item in items.values()], base.name, load, work / "train", progress)
-    if not state.is_main_process:
-        return None
+    if not processes().is_main_process:
+        return Build(out)
     adapters = {name: builder.trained(item, results[name], work / "train") for name, item in items.items()}
     spec = _spec_of(prepared, builder)
     manifest = ship(builder, base, list(adapters.values()), work / "stage", out, spec=spec, progress=progress)
@@ -77,8 +89,9 @@ def build(recipe: Recipe, out: Path, *, progress: Progress, converter: Path | No
         }
         for name, item in items.items()
     }
+    losses = {name: result.history for name, result in results.items()}
     prompts = {task.name: task.sample_prompt for task in planned.tasks}
-    return BuildResult(out, figures, prepared.domain, base, adapters, prompts)
+    return Build(out, figures, losses, prepared.domain, base, adapters, prompts)
 
 
 def export_trained(
@@ -92,31 +105,33 @@ def export_trained(
     targets: tuple[str, ...] = (backends.DEFAULT,),
     progress: Progress,
     converter: Path | None = None,
-) -> BuildResult:
+) -> Build:
     """Bundle PEFT folders trained elsewhere with their base; parity is checked on built-in prompts."""
     check_destination(out)
     started = time.monotonic()
     defaults = Recipe.model_fields
-    work = out.with_name(f"{out.name}.work")
-    resolved = bases.resolve(
-        base,
-        folder=Path(),
-        quantization=quantization,
-        work=work / "base",
-        progress=progress,
-        converter=converter,
-    )
-    architectures.of(resolved.header).check_formats(targets)
-    prompts = systems or {}
-    adapters = [
-        _from_peft_folder(_plan_peft(name, folder, targets, prompts.get(name), merged=merged), folder, resolved)
-        for name, folder in folders.items()
-    ]
-    context_length = min(defaults["context_length"].default, trained_context_length(resolved.header))
-    spec = BundleSpec(out.name, context_length, targets=targets)
-    manifest = ship(builders.load(GENERATION), resolved, adapters, work / "stage", out, spec=spec, progress=progress)
+    work = work_folder(out)
+    with locked(work):
+        resolved = bases.resolve(
+            base,
+            folder=Path(),
+            quantization=quantization,
+            work=work / "base",
+            progress=progress,
+            converter=converter,
+        )
+        architectures.of(resolved.header).check_formats(targets)
+        prompts = systems or {}
+        adapters = [
+            _from_peft_folder(_plan_peft(name, folder, targets, prompts.get(name), merged=merged), folder, resolved)
+            for name, folder in folders.items()
+        ]
+        context_length = min(defaults["context_length"].default, trained_context_length(resolved.header))
+        spec = BundleSpec(out.name, context_length, targets=targets)
+        builder = builders.load(GENERATION)
+        manifest = ship(builder, resolved, adapters, work / "stage", out, spec=spec, progress=progress)
     figures = {name: _figures(manifest, name) for name in folders}
-    return BuildResult(out, figures, seconds=round(time.monotonic() - started, 1))
+    return Build(out, figures, seconds=round(time.monotonic() - started, 1))
 
 
 def _say_plan(plan: BuildPlan, progress: Progress) -> None:

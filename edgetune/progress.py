@@ -1,22 +1,46 @@
-"""Progress on standard error: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal, one updating line in a notebook, plain lines elsewhere, or a callback."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from edgetune_runtime.wording import printable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
-# Seconds between plain lines of a running step.
+# Seconds between plain lines of a running step, and between updates of a notebook's line.
 _LINE_EVERY_S = 10.0
+_UPDATE_EVERY_S = 0.2
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """What a running build, export, evaluation or comparison reports: a message, or the position in a step.
+
+    `step` is the name of the step, such as `training command`, of which `done` of `total` parts are done; it is empty
+    for a message alone. During training, the losses are the latest ones, means over the learned predictions in nats.
+    """
+
+    message: str = ""
+    step: str = ""
+    done: int = 0
+    total: int = 0
+    train_loss: float | None = None
+    val_loss: float | None = None
+
+
+OnProgress = Callable[[ProgressEvent], None]
 
 
 class Step:
-    """A step with a known number of parts; call `update` after each part."""
+    """A step with a known number of parts; call `update` after each part. Losses can be set before it."""
+
+    train_loss: float | None = None
+    val_loss: float | None = None
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.done = label, total, 0
@@ -26,11 +50,13 @@ class Step:
         self.done = self.done + 1 if done is None else done
 
 
-class _PlainStep(Step):
-    def __init__(self, label: str, total: int, console: Console) -> None:
+class _LineStep(Step):
+    """Shows a line with the time left every `every_s` seconds."""
+
+    def __init__(self, label: str, total: int, show: Callable[[str], object], every_s: float) -> None:
         super().__init__(label, total)
-        self._console, self._start = console, time.monotonic()
-        self._printed, self._first = self._start, 0
+        self._show, self._every_s, self._start = show, every_s, time.monotonic()
+        self._shown, self._first = self._start, 0
 
     def update(self, note: str = "", done: int | None = None) -> None:
         jumped = done is not None and done > self.done + 1
@@ -38,11 +64,11 @@ class _PlainStep(Step):
         if jumped:
             self._first = self.done
         now = time.monotonic()
-        if now - self._printed < _LINE_EVERY_S or self.done == self._first:
+        if now - self._shown < self._every_s or self.done == self._first:
             return
-        self._printed = now
+        self._shown = now
         left_s = (now - self._start) / (self.done - self._first) * (self.total - self.done)
-        self._console.print(f"{self.label}: {self.done}/{self.total} {note}, {left_s:.0f} s left")
+        self._show(f"{self.label}: {self.done}/{self.total} {note}, {left_s:.0f} s left")
 
 
 class _BarStep(Step):
@@ -56,26 +82,69 @@ class _BarStep(Step):
         self._bar.update(self._task, completed=self.done, note=note)
 
 
-class Progress:
-    """Reports progress on standard error; prints nothing if `quiet`."""
+class _EventStep(Step):
+    def __init__(self, label: str, total: int, on_progress: OnProgress) -> None:
+        super().__init__(label, total)
+        self._on_progress = on_progress
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def update(self, note: str = "", done: int | None = None) -> None:
+        super().update(note, done)
+        self._on_progress(
+            ProgressEvent(note, self.label, self.done, self.total, train_loss=self.train_loss, val_loss=self.val_loss)
+        )
+
+
+class Progress:
+    """Reports progress to `on_progress`, or without it on standard error; prints nothing if `quiet`.
+
+    What `on_progress` raises ends the work.
+    """
+
+    def __init__(self, on_progress: OnProgress | None = None, *, quiet: bool = False) -> None:
+        self._on_progress = on_progress
         # Rich would parse [brackets] as markup and rows.jsonl:100: as an emoji.
         self._console = Console(stderr=True, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self._console.print(printable(text))
+        if self._on_progress is not None:
+            self._on_progress(ProgressEvent(printable(text)))
+        else:
+            self._console.print(printable(text))
 
     @contextmanager
     def step(self, label: str, total: int) -> Iterator[Step]:
         """Show a step of `total` parts while the block runs."""
-        if not self._console.is_terminal or self._console.quiet:
-            yield _PlainStep(label, total, self._console)
-            return
-        label_column, note_column = (
-            TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}")
-        )
-        columns = (label_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column)
-        with RichBar(*columns, console=self._console, transient=True) as bar:
-            yield _BarStep(label, total, bar)
+        if self._on_progress is not None:
+            yield _EventStep(label, total, self._on_progress)
+        elif self._console.is_jupyter and not self._console.quiet:
+            with _updating_line() as show:
+                yield _LineStep(label, total, show, _UPDATE_EVERY_S)
+        elif not self._console.is_terminal or self._console.quiet:
+            yield _LineStep(label, total, self._console.print, _LINE_EVERY_S)
+        else:
+            label_column, note_column = (
+                TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}")
+            )
+            columns = (label_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column)
+            with RichBar(*columns, console=self._console, transient=True) as bar:
+                yield _BarStep(label, total, bar)
+
+
+@contextmanager
+def _updating_line() -> Iterator[Callable[[str], object]]:
+    """A line below a notebook's cell that each text replaces; it is empty at the end.
+
+    Not rich's bar, which needs the package ipywidgets there.
+    """
+    from IPython.display import display  # noqa: PLC0415 - only in notebooks
+
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def show(text: str) -> None:
+        handle.update({"text/plain": text}, raw=True)
+
+    try:
+        yield show
+    finally:
+        show("")

@@ -16,6 +16,7 @@ from .data import TaskRow, read_rows, read_text, split
 from .metrics import metric_for
 from .recipe.model import Recipe
 from .recipe.parts import AdapterSpec, Metric, TrainingSpec
+from .recipe.rows import Rows
 from .tokenization import TooLong, tokenize_rows
 
 PLAIN_SUFFIX = ".txt"
@@ -95,8 +96,8 @@ def read_texts(recipe: Recipe) -> Texts | None:
     return Texts(_texts(data.train), None if data.validation is None else _texts(data.validation))
 
 
-def _texts(source: str) -> list[str]:
-    path = Path(source)
+def _texts(source: str | Rows) -> list[str]:
+    path = Path(str(source))
     if path.suffix.lower() == PLAIN_SUFFIX and path.is_file():
         text = read_text(path)
         if not text.strip():

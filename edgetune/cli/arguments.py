@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgetune.progress import OnProgress
 
 # Titles of the option groups in --help.
 RECIPE_PANEL = "Recipe overrides"
@@ -71,6 +74,11 @@ Targets = Annotated[
     str | None,
     typer.Option(metavar="A,B", help="Formats to write, such as gguf,onnx.", rich_help_panel=RECIPE_PANEL),
 ]
+
+
+def shown_unless(quiet: bool) -> OnProgress | None:
+    """What gets the progress of a command: nothing with --quiet, otherwise standard error."""
+    return (lambda _: None) if quiet else None
 
 
 def names_of(joined: str) -> list[str]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import UsageError
 
+import edgetune
+
 from .arguments import (
     DATA_PANEL,
     ENGINE_PANEL,
@@ -22,15 +24,13 @@ from .arguments import (
     names_of,
     print_json,
     settings_of,
+    shown_unless,
     targets_of,
 )
 
 if TYPE_CHECKING:
     from edgetune.comparison.columns import Column
-    from edgetune.comparison.comparison import Comparison
-    from edgetune.comparison.sweep import Run
 
-ENGINES = ("local", "ray")
 # Width for the widest table, in characters, without a terminal.
 WIDTH = 140
 
@@ -63,7 +63,7 @@ def compare(
         typer.Option(
             metavar="NAME", help="Where trials run: local, or ray for a Ray cluster.", rich_help_panel=ENGINE_PANEL
         ),
-    ] = ENGINES[0],
+    ] = "local",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -73,22 +73,19 @@ def compare(
     with a method's name applies only to that method: --set lora.target_modules=q_proj, --set full.training.epochs=1.
     An interrupted comparison resumes where it stopped.
     """
-    from edgetune.comparison import sweep  # noqa: PLC0415 - help needs none of it
-    from edgetune.comparison.grid import Request  # noqa: PLC0415
-    from edgetune.progress import Progress  # noqa: PLC0415
-
-    request = Request(
-        recipe=recipe,
-        task=task,
-        methods=names_of(methods),
-        out=out,
+    comparison = edgetune.compare(
+        recipe,
+        task,
+        names_of(methods),
+        out,
         ranks=_ranks(ranks),
         targets=None if targets is None else targets_of(targets),
         settings=settings_of(settings),
         data=data,
         rows=rows,
+        engine=engine,
+        on_progress=shown_unless(quiet),
     )
-    comparison = sweep.compare(request, _run(engine), Progress(quiet=quiet))
     if as_json:
         print_json(comparison.to_json())
     else:
@@ -102,20 +99,8 @@ def _ranks(joined: str | None) -> list[int]:
         raise UsageError(f"--ranks: {joined!r} is not a list of whole numbers", "write it as --ranks 4,16") from error
 
 
-def _run(engine: str) -> Run:
-    if engine not in ENGINES:
-        raise UsageError(f"--engine: no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
-    if engine == "ray":
-        from edgetune.comparison.ray_engine import run_on_ray  # noqa: PLC0415 - needs the extra ray
-
-        return run_on_ray
-    from edgetune.comparison.process import run_here  # noqa: PLC0415 - help needs none of it
-
-    return run_here
-
-
-def _print_tables(comparison: Comparison, out: Path) -> None:
-    from edgetune.comparison.columns import (  # noqa: PLC0415 - as above
+def _print_tables(comparison: edgetune.Comparison, out: Path) -> None:
+    from edgetune.comparison.columns import (  # noqa: PLC0415 - help needs none of it
         ON_ENGINE,
         PLACEMENTS,
         TRAINING,

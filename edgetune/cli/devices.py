@@ -182,9 +182,9 @@ def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None)
     from edgetune import builders  # noqa: PLC0415 - the other commands need neither recipes nor bases
     from edgetune.planning.board import bundle_needs  # noqa: PLC0415 - as above
     from edgetune.planning.build import plan_bundle  # noqa: PLC0415 - as above
-    from edgetune.recipe.model import load_recipe  # noqa: PLC0415 - as above
+    from edgetune.recipe.model import Recipe  # noqa: PLC0415 - as above
 
-    recipe = load_recipe(path, {"context_length": context_length} if context_length else {})
+    recipe = Recipe.from_file(path, {"context_length": context_length} if context_length else {})
     task_types.load(recipe.task).check_offers("fit", path)
     builder = builders.load(recipe.task)
     # The settings for the recipe's own board may be others.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from edgetune_runtime.wording import printable
 
-from .arguments import DATA_PANEL, ENGINE_PANEL, OUTPUT_PANEL, AsJson, Quiet, print_json
+import edgetune
 
-if TYPE_CHECKING:
-    from edgetune.evaluation import Evaluation
+from .arguments import DATA_PANEL, ENGINE_PANEL, OUTPUT_PANEL, AsJson, Quiet, print_json, shown_unless
 
 MAX_SHOWN = 300
 
@@ -63,17 +62,15 @@ def evaluate(
 
     The runtime answers the rows, as on the board; the answers are scored with the metric of the adapter's task.
     """
-    from edgetune.evaluation import evaluate as run  # noqa: PLC0415 - numpy and the engine
-    from edgetune.progress import Progress  # noqa: PLC0415
-
-    result = run(bundle, adapter, data, limit=limit, engine=engine, kv=kv, progress=Progress(quiet=quiet))
+    on_progress = shown_unless(quiet)
+    result = edgetune.evaluate(bundle, data, adapter, limit=limit, engine=engine, kv=kv, on_progress=on_progress)
     if as_json:
         print_json(result.to_json())
     else:
         _print_evaluation(result, show)
 
 
-def _print_evaluation(result: Evaluation, show: int) -> None:
+def _print_evaluation(result: edgetune.Evaluation, show: int) -> None:
     left_out = f", {result.too_long} more too long" if result.too_long else ""
     print(f"{result.metric} {result.score:.4g} on {result.rows} rows{left_out}")
     wrong = [] if result.metric == "perplexity" else [row for row in result.details if row.score < 1]

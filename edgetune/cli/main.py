@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
 
+import edgetune
 from edgetune.failure import PROGRAM, drop_output, fail
 
 from . import compare as compare_cli
@@ -43,13 +44,10 @@ from .arguments import (
     pairs_of,
     print_json,
     settings_of,
+    shown_unless,
     targets_of,
 )
 from .grouped_help import GroupedCommand, GroupedGroup
-
-if TYPE_CHECKING:
-    from edgetune.recipe.model import Recipe
-    from edgetune.result import BuildResult
 
 # Set by the script of --install-completion when a shell asks for completions.
 COMPLETION_VARIABLE = "_EDGETUNE_COMPLETE"
@@ -172,9 +170,6 @@ def build(
     Exports the adapters with their base and checks that the exported files match the trained model. An interrupted
     build resumes where it stopped.
     """
-    from edgetune import pipeline  # noqa: PLC0415 - torch
-    from edgetune.progress import Progress  # noqa: PLC0415
-
     texts = {"base": base, "quantization": quantization, "device": device}
     # Values are parsed as YAML; JSON quotes keep them strings.
     overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
@@ -182,8 +177,8 @@ def build(
         overrides["targets"] = targets_of(targets)
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
     loaded = _load(recipe, overrides | settings_of(settings), training)
-    result = pipeline.build(loaded, out or loaded.default_out, progress=Progress(quiet=quiet), converter=converter)
-    if result is not None:
+    result = edgetune.build(loaded, out, shown_unless(quiet), converter=converter)
+    if result.figures:
         _print_build(result.to_json(), as_json=as_json)
         if not (as_json or quiet):
             _print_next(loaded, result)
@@ -219,22 +214,16 @@ def export(
     """
     folders = _parse_adapters(adapters)
     prompts = pairs_of(systems or (), "--system", "NAME=TEXT")
-    unknown = next((name for name in prompts if name not in folders), None)
-    if unknown is not None:
-        raise UsageError(f"--system: no adapter {unknown!r}", f"choose one of: {', '.join(folders)}")
-    from edgetune import pipeline  # noqa: PLC0415 - torch
-    from edgetune.progress import Progress  # noqa: PLC0415
-
-    result = pipeline.export_trained(
+    result = edgetune.export(
         base,
         folders,
         out,
         quantization=quantization,
         systems=prompts,
         merged=merged,
-        targets=(backends.DEFAULT,) if targets is None else tuple(targets_of(targets)),
-        progress=Progress(quiet=quiet),
+        targets=(backends.DEFAULT,) if targets is None else targets_of(targets),
         converter=converter,
+        on_progress=shown_unless(quiet),
     )
     _print_build(result.to_json(), as_json=as_json)
 
@@ -288,32 +277,25 @@ app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(compare_cl
 app.add_typer(devices_cli.app, name="devices", rich_help_panel=MEASUREMENT_COMMANDS)
 
 
-def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any]) -> Recipe:
+def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any]) -> edgetune.Recipe:
     """The recipe with the flags applied; `training` overrides all adapters, also those that set their own values."""
-    from edgetune.recipe.model import load_recipe  # noqa: PLC0415 - help needs no pydantic
-
     changes = {**{f"training.{key}": value for key, value in training.items()}, **overrides}
-    recipe = load_recipe(path, changes)
+    recipe = edgetune.Recipe.from_file(path, changes)
     own = {
         f"adapters.{name}.training.{key}": value
         for name, spec in recipe.adapters.items()
         for key, value in training.items()
         if key in spec.training.model_fields_set
     }
-    return load_recipe(path, {**own, **changes}) if own else recipe
+    return edgetune.Recipe.from_file(path, {**own, **changes}) if own else recipe
 
 
 def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
-    from edgetune.recipe.parts import NAME_PATTERN  # noqa: PLC0415 - help needs no pydantic
-
     folders: dict[str, Path] = {}
     for text in texts:
         name, given, folder = text.partition("=")
         if not given or Path(text).is_dir():
             name, folder = Path(text).resolve().name, text
-        if not NAME_PATTERN.fullmatch(name):
-            message = f"--adapter {text!r}: the name {name!r} may contain only a-z, 0-9, _ and -"
-            raise UsageError(message, "write --adapter NAME=DIR")
         if name in folders:
             raise UsageError(f"--adapter {text!r}: the name {name!r} is used twice", "write --adapter NAME=DIR")
         folders[name] = Path(folder)
@@ -340,7 +322,7 @@ def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
     print(result["bundle"])
 
 
-def _print_next(recipe: Recipe, result: BuildResult) -> None:
+def _print_next(recipe: edgetune.Recipe, result: edgetune.Build) -> None:
     from .next_commands import next_commands  # noqa: PLC0415 - help needs none of it
 
     # On standard error, so that the bundle's path stays the last line of standard output.

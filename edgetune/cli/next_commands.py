@@ -6,12 +6,12 @@ import shlex
 
 from edgetune import task_types
 from edgetune.recipe.model import Recipe
-from edgetune.result import BuildResult
+from edgetune.result import Build
 
 _BOARD = "pi-5"
 
 
-def next_commands(recipe: Recipe, result: BuildResult) -> list[str]:
+def next_commands(recipe: Recipe, result: Build) -> list[str]:
     """Shell commands for the bundle just built, ready to copy, for its first adapter and a prompt of its task.
 
     `fit` is left out for tasks without a prediction for boards.

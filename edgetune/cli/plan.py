@@ -61,9 +61,9 @@ def _planned(
 ) -> tuple[BuildPlan, dict[str, Any]]:
     """The plan, and its JSON values, with those of a trial."""
     from edgetune.builders.plan import plan_build  # noqa: PLC0415 - help needs none of it
-    from edgetune.recipe.model import load_recipe  # noqa: PLC0415 - as above
+    from edgetune.recipe.model import Recipe  # noqa: PLC0415 - as above
 
-    loaded = load_recipe(recipe, settings_of(settings))
+    loaded = Recipe.from_file(recipe, settings_of(settings))
     planned = plan_build(loaded, out)
     figures = planned.plan.to_json()
     if trial:

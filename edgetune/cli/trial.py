@@ -19,6 +19,7 @@ from edgetune.training.duration import TRIAL_STEPS, duration, tokens_left
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 from edgetune.training.loop import VALIDATION_ROWS
+from edgetune.work_folder import locked, work_folder
 
 
 def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) -> dict[str, Any]:
@@ -31,7 +32,9 @@ def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) ->
     if planned.plan.source is None:
         planned = with_download(planned, recipe, out)
     builder, plan = builders.load(recipe.task), planned.plan
-    base = builder.make_base(plan, out.with_name(f"{out.name}.work"), progress, None)
+    work = work_folder(out)
+    with locked(work):
+        base = builder.make_base(plan, work, progress, None)
     jobs = [item.job for item in builder.jobs(plan, planned.tasks, base, progress)]
     with TemporaryDirectory() as folder:
         load = partial(builder.load_torch, base)

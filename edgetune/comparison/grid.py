@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from edgetune import methods, task_types
 from edgetune.digests import key_of
-from edgetune.recipe.model import Recipe, load_recipe
+from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import MethodSpec
 from edgetune.targets import shapes_in
 
@@ -78,7 +78,7 @@ class Trial:
     @cached_property
     def one_task(self) -> Recipe:
         """The recipe of this trial."""
-        return _one_task(load_recipe(self.recipe, self.overrides), self.task)
+        return _one_task(Recipe.from_file(self.recipe, self.overrides), self.task)
 
     @property
     def is_refused(self) -> bool:
@@ -99,7 +99,7 @@ def recipe_of(request: Request) -> Recipe:
     """The recipe reduced to the requested task and formats; UsageError for unknown names and invalid ranks."""
     _check_lists(request)
     common, _ = _split(request)
-    recipe = load_recipe(request.recipe, common)
+    recipe = Recipe.from_file(request.recipe, common)
     if request.task not in recipe.adapters:
         raise UsageError(f"--task: no task {request.task!r}", suggestion(request.task, list(recipe.adapters)))
     task_types.load(recipe.task).check_offers("compare", f"recipe {request.recipe}")
@@ -146,7 +146,7 @@ def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fing
         **{f"{prefix}.{key}": value for key, value in training.items()},
         **{f"{prefix}.method.{key}": value for key, value in options.items()},
     }
-    loaded = _one_task(load_recipe(request.recipe, overrides), request.task)
+    loaded = _one_task(Recipe.from_file(request.recipe, overrides), request.task)
     spec = loaded.adapters[request.task].method
     key = _rank_key(type(spec.options).model_fields)
     used_rank = None if key is None else getattr(spec.options, key)
@@ -238,7 +238,7 @@ def _key(trial: Trial, fingerprint: str) -> str:
     """A digest of the version, the base, the resolved recipe and the data files."""
     recipe = trial.one_task
     data = recipe.adapters[trial.task].data
-    sources = [source for source in (data.train, data.validation, trial.data) if source is not None]
+    sources = [str(source) for source in (data.train, data.validation, trial.data) if source is not None]
     files = {source: sha256_of(Path(source)) if Path(source).is_file() else source for source in sources}
     state = [version("edgetune"), fingerprint, recipe.resolved(), trial.rows, files]
     return key_of(state)

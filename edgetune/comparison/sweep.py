@@ -55,6 +55,12 @@ def compare(request: Request, run: Run, progress: Progress) -> Comparison:
     return comparison
 
 
+def check_folder(out: Path) -> None:
+    """UsageError if `out` is something else than a folder."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is not a folder", "choose another --out")
+
+
 def write(comparison: Comparison, out: Path) -> None:
     """Write compare.json, the plots and the page."""
     from .page import page  # noqa: PLC0415 - matplotlib is slow to import
@@ -77,8 +83,7 @@ def summary(outcome: TrialResult) -> str:
 
 def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]]:
     """The recipe and the trials, after checking the request and its data; prepares the base once for all trials."""
-    if request.out.exists() and not request.out.is_dir():
-        raise UsageError(f"{request.out} is not a folder", "choose another --out")
+    check_folder(request.out)
     recipe = recipe_of(request)
     task = read_task(request.task, recipe)
     if request.data is not None:

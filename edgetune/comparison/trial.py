@@ -41,7 +41,6 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     if trial.data is not None:
         rows = read_rows(trial.data, task.spec.data.columns, labels=task.labels or None)
     built = build(recipe, bundle, progress=progress)
-    assert built is not None
     measured = BundleMeasurement(bundle, trial.task, spread(rows, trial.rows), progress)
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
@@ -56,14 +55,14 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
         method=trial.method,
         rank=trial.rank,
         status="done",
-        training=_training(built.adapters[trial.task], work / "train" / trial.task / "log.jsonl"),
+        training=_training(built.figures[trial.task], work / "train" / trial.task / "log.jsonl"),
         metric=first.metric,
         rows=first.rows,
         torch_score=of_torch.score,
         engines={t: measured.on_engine(t, evaluation, merged[t]) for t, evaluation in scored.items()},
         refused=trial.refused,
         board=_board(recipe, bundle),
-        placement=built.adapters[trial.task].get("placement"),
+        placement=built.figures[trial.task].get("placement"),
     )
 
 

@@ -20,6 +20,7 @@ from edgetune.recipe.parts import TrainingSpec
 from edgetune.tasks import Task
 from edgetune.training.memory import saved_states_mb, training_need
 from edgetune.training.schedule import Schedule
+from edgetune.work_folder import work_folder
 
 from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
 
@@ -80,8 +81,7 @@ def plan_rows(task: Task) -> RowsPlan:
 def room_for(out: Path) -> Room:
     """The free memory and disk space for building `out`, which need not exist yet."""
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
-    work = out.with_name(f"{out.name}.work")
-    left = sum(path.stat().st_size for path in _files(work))
+    left = sum(path.stat().st_size for path in _files(work_folder(out)))
     return Room(folder, machine.free_mb(), (shutil.disk_usage(folder).free + left) / 1e6)
 
 

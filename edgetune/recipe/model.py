@@ -38,7 +38,8 @@ from .parts import (
     Text,
     TrainingSpec,
 )
-from .problems import Loc, explain, override, read_document, value_at
+from .problems import Document, Loc, explain, override, read_document, value_at
+from .rows import plain_recipe
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -83,6 +84,29 @@ class Recipe(RecipePart):
     """The tasks, one adapter each, by name (a-z, 0-9, _ and -)."""
 
     _folder: Path = PrivateAttr(default=Path())
+
+    @classmethod
+    def from_file(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
+        """Read and validate a recipe file; paths in it are relative to its folder.
+
+        `settings` maps dotted keys, such as `adapters.command.method.r`, to values that replace those in the file;
+        texts are parsed as YAML.
+
+        Raises NotFoundError if the file does not exist, and UsageError with all problems, one per line.
+        """
+        document = read_document(Path(path))
+        return _validated(document, Path(path).parent, settings or {})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], folder: str | Path = "") -> Recipe:
+        """Validate a recipe that is written in Python, with the keys of a recipe file; paths are relative to `folder`.
+
+        `train` and `validation` can also be rows: a list or iterator of mappings, a pandas DataFrame or a
+        datasets.Dataset. They are read once, here.
+
+        Raises UsageError with all problems, one per line, or with the number of a row that cannot be read.
+        """
+        return _validated(Document(plain_recipe(values)), Path(folder), {})
 
     @property
     def folder(self) -> Path:
@@ -184,22 +208,13 @@ def _task_of(info: ValidationInfo) -> str:
     return str(info.data.get("task", GENERATION))
 
 
-def load_recipe(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read and validate the recipe at `path`.
-
-    `overrides` maps dotted keys, such as `adapters.command.method.r`, to values that replace those in the file; strings
-    are parsed as YAML. Data paths in the result are relative to the working directory.
-
-    Raises NotFoundError if the file does not exist, and UsageError with all problems, one per line.
-    """
-    document = read_document(Path(path))
+def _validated(document: Document, folder: Path, settings: Mapping[str, Any]) -> Recipe:
     values = copy.deepcopy(document.values)
-    changes = overrides or {}
-    problems = [problem for key, value in changes.items() if (problem := override(values, key, value, _model_at))]
+    problems = [problem for key, value in settings.items() if (problem := override(values, key, value, _model_at))]
     try:
-        recipe = Recipe.model_validate(values, context={"folder": document.path.parent})
+        recipe = Recipe.model_validate(values, context={"folder": folder})
     except ValidationError as error:
-        problems += explain(error, values, document, changes, _model_at)
+        problems += explain(error, values, document, settings, _model_at)
     if problems:
         raise UsageError("\n".join(problems))
     return recipe

@@ -18,9 +18,13 @@ from pydantic import (
     PlainSerializer,
     PositiveFloat,
     PositiveInt,
+    SerializationInfo,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_serializer,
     model_validator,
@@ -32,6 +36,7 @@ from edgetune.task_types import TaskType
 
 from .output import OutputOption
 from .problems import other_names, shown
+from .rows import Rows
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
@@ -104,17 +109,27 @@ class TrainingSpec(RecipePart):
     """Number format of the base's weights in training. auto: bf16 if the hardware computes it fast, otherwise fp32.
     int8: 1.2 to 1.6 times as fast as fp32 on x86 CPUs without bf16 arithmetic, but with a higher loss, because products
     with frozen weights are rounded; it uses 6 bytes per weight instead of 4, and validation stays in fp32."""
-    memory_mb: PositiveInt | None = Field(default=None, exclude=True)
+    memory_mb: PositiveInt | None = None
     """Memory limit of the training process in MB; on a GPU, the limit of GPU memory. null: all free memory. Forward
     passes are made small enough for the limit, with activation checkpointing if a single row does not fit; the result
     is the same."""
+
+    @model_serializer(mode="wrap")
+    def _values(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """All values; without `memory_mb`, which no result depends on, as JSON for keys and manifests."""
+        values: dict[str, Any] = dump(self)
+        return {key: value for key, value in values.items() if key != "memory_mb" or info.mode == "python"}
 
     def under(self, own: TrainingSpec) -> TrainingSpec:
         """These options, overridden by those that are set in `own`."""
         return self.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
-OwnTraining = Annotated[TrainingSpec, PlainSerializer(lambda own: own.model_dump(mode="json", exclude_unset=True))]
+def _set_values(own: TrainingSpec, info: SerializationInfo) -> dict[str, Any]:
+    return own.model_dump(mode=info.mode, exclude_unset=True)
+
+
+OwnTraining = Annotated[TrainingSpec, PlainSerializer(_set_values)]
 """Training options that override those of the recipe; unset ones stay unset."""
 
 
@@ -124,16 +139,27 @@ def is_hub_id(source: str) -> bool:
     return match is not None and not SUFFIX.search(match["id"])
 
 
-def _beside_the_recipe(value: str, info: ValidationInfo) -> str:
+def _beside_the_recipe(value: object, text: ValidatorFunctionWrapHandler, info: ValidationInfo) -> str | Rows:
+    if isinstance(value, Rows):
+        return value
+    source: str = text(value)
     folder: Path | None = (info.context or {}).get("folder")
     if folder is None:
-        return value
-    path = folder / Path(value).expanduser()
-    return value if is_hub_id(value) and not path.exists() else str(path)
+        return source
+    path = folder / Path(source).expanduser()
+    return source if is_hub_id(source) and not path.exists() else str(path)
 
 
-Data = Annotated[Text, AfterValidator(_beside_the_recipe)]
-"""A data file or a hub id."""
+def _without_rows(source: str | Rows) -> str:
+    return source.summary if isinstance(source, Rows) else source
+
+
+if TYPE_CHECKING:
+    Data = str | Rows
+else:
+    # Only Python code can give rows, so schema and messages know texts alone.
+    Data = Annotated[Text, WrapValidator(_beside_the_recipe), PlainSerializer(_without_rows)]
+    """A data file, a hub id, or rows from memory."""
 
 
 class Columns(RecipePart):
@@ -197,8 +223,8 @@ class MethodSpec(RecipePart):
         return {"name": name, "options": methods.load(name).options.model_validate(options, context=info.context)}
 
     @model_serializer
-    def _as_written(self) -> dict[str, Any]:
-        return {"name": self.name, **self.options.model_dump(mode="json")}
+    def _as_written(self, info: SerializationInfo) -> dict[str, Any]:
+        return {"name": self.name, **self.options.model_dump(mode="json", exclude_unset=info.exclude_unset)}
 
     @property
     def is_auto(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -59,17 +59,21 @@ PLAIN = {
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML mapping as plain values; `lines` maps the path of each key and list item to its line, counted from 1."""
+    """A recipe as plain values; for a YAML file, `lines` has the line of each key and list item, counted from 1."""
 
-    path: Path
     values: dict[str, Any]
-    lines: Mapping[Loc, int]
+    path: Path | None = None
+    lines: Mapping[Loc, int] = field(default_factory=dict)
 
     def line(self, loc: Loc) -> int:
         """The line of `loc`, or of its nearest parent that is in the file."""
         while loc and loc not in self.lines:
             loc = loc[:-1]
         return self.lines.get(loc, 1)
+
+    def place(self, line: int) -> str:
+        """The beginning of a message about a line."""
+        return "recipe: " if self.path is None else f"{self.path}:{line}: "
 
 
 def read_document(path: Path) -> Document:
@@ -100,7 +104,7 @@ def read_document(path: Path) -> Document:
     if not isinstance(root, dict):
         what = "is empty" if root is None else "is not a mapping of keys to values"
         raise UsageError(f"{path}:1: the recipe {what}", "see the template of `edgetune init`")
-    return Document(path, values, lines)
+    return Document(values, path, lines)
 
 
 def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) -> str | None:
@@ -144,7 +148,7 @@ def explain(
     for loc, what in found.items():
         flag = next((key for key in flags if loc[: len(key)] == key), None)
         line = 0 if flag is not None else document.line(loc)
-        place = flags[flag] if flag is not None else f"{document.path}:{line}: "
+        place = flags[flag] if flag is not None else document.place(line)
         name = "" if loc == flag else f"{'.'.join(map(str, loc))}: "
         lines.append((line, f"{place}{name}{what}"))
     return [text for _, text in sorted(lines, key=lambda line: line[0])]
@@ -175,9 +179,9 @@ def value_at(loc: Loc, values: Plain) -> Plain:
 
 def other_names(key: str, model: type[BaseModel] | None) -> list[str]:
     """The other names (aliases) of the option called `key`."""
-    for field in model.model_fields.values() if model is not None else ():
-        if isinstance(field.validation_alias, AliasChoices) and key in field.validation_alias.choices:
-            return [str(choice) for choice in field.validation_alias.choices if choice != key]
+    for option in model.model_fields.values() if model is not None else ():
+        if isinstance(option.validation_alias, AliasChoices) and key in option.validation_alias.choices:
+            return [str(choice) for choice in option.validation_alias.choices if choice != key]
     return []
 
 

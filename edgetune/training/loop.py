@@ -173,9 +173,11 @@ class _Run:
             if (estimate := trial.step(tokens, time.monotonic())) is not None:
                 say(estimate)
             self.state.seconds = before + time.monotonic() - started
-            note = f"loss {self.state.loss_sum / max(1, self.state.loss_tokens):.3f}, {self._speed():.0f} tokens/s"
+            progress.train_loss = self.state.loss_sum / max(1, self.state.loss_tokens)
+            note = f"loss {progress.train_loss:.3f}, {self._speed():.0f} tokens/s"
             if self._is_validation_due():
                 point = self._validate()
+                progress.val_loss = point.val_loss
                 note = f"validation loss {point.val_loss:.3f}, {self._speed():.0f} tokens/s"
                 self.save()
             elif time.monotonic() - self._saved > _SAVE_EVERY_S:

@@ -18,7 +18,7 @@ from edgetune.cli.devices import app
 from edgetune.planning.adapters import plan_adapter
 from edgetune.planning.board import Settings, bundle_needs, choose_settings
 from edgetune.planning.records import AdapterPlan
-from edgetune.recipe.model import Recipe, load_recipe
+from edgetune.recipe.model import Recipe
 from edgetune.targets import shapes_of
 
 
@@ -108,7 +108,7 @@ def _recipe(folder: Path, extra: str = "", adapter: str = "", base: str = "base"
     text = f"name: home\nbase: {base}\n{extra}adapters:\n  intent:\n    data: {{train: rows.jsonl}}\n{adapter}"
     path = folder / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
-    return load_recipe(path)
+    return Recipe.from_file(path)
 
 
 def test_fit_of_a_recipe_on_a_folder_predicts_its_default_quantization(

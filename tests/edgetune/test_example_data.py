@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgetune.data import TaskRow, read_rows
-from edgetune.recipe.model import load_recipe
+from edgetune.recipe.model import Recipe
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smart-home"
 SIZES = {"command": (600, 100, 100), "intent": (600, 100, 100), "reply": (400, 60, 60)}
@@ -32,7 +32,7 @@ NUMBERS = {
     "temperature": (10, 30),
     "minutes": (1, 120),
 }
-RECIPE = load_recipe(EXAMPLE / "recipe.yaml")
+RECIPE = Recipe.from_file(EXAMPLE / "recipe.yaml")
 
 
 def rows(task: str, split: str) -> list[TaskRow]:

@@ -27,7 +27,7 @@ from edgetune.pipeline import build, export_trained
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.output import OutputOption
-from edgetune.result import BuildResult
+from edgetune.result import Build
 
 QUIET = Progress(quiet=True)
 QUESTIONS = [f"turn on the light {number}" for number in range(10)]
@@ -53,7 +53,7 @@ class Built:
     """A bundle of the three adapters, with what its build returned."""
 
     bundle: Path
-    result: BuildResult
+    result: Build
     manifest: Manifest
 
     @property
@@ -82,7 +82,6 @@ def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("built")
     recipe = recipe_of(folder, tiny_gguf("llama"), ("plain", "scaled", "whole"))
     result = build(recipe, folder / "home", progress=QUIET)
-    assert result is not None
     return Built(folder / "home", result, read_manifest(folder / "home"))
 
 
@@ -169,7 +168,7 @@ def test_the_manifest_says_what_is_in_the_bundle(built: Built, tiny_gguf: Callab
     ranks = {module.rpartition(".")[2]: rank for module, rank in adapters["scaled"].ranks.items()}
     assert (ranks["q_proj"], ranks["down_proj"], ranks["v_proj"]) == (2, 9, 4)
     for name, entry in adapters.items():
-        figures = built.result.adapters[name]
+        figures = built.result.figures[name]
         assert entry.parity["gguf"] == figures["parity"]
         assert entry.training["val_loss"] == figures["val_loss"]
     assert str(built.bundle.parent) not in (built.bundle / "manifest.json").read_text(encoding="utf-8")
@@ -220,7 +219,6 @@ def test_one_training_ships_in_both_formats(tmp_path: Path, tiny_gguf: Callable[
     listening = Listening()
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q4_0", targets=["gguf", "onnx"])
     result = build(recipe, tmp_path / "home", progress=listening)
-    assert result is not None
     manifest = read_manifest(tmp_path / "home")
     assert manifest.base.quantization == manifest.recipe["quantization"] == "q4_0"
     types = manifest.base.values_by_type
@@ -233,7 +231,7 @@ def test_one_training_ships_in_both_formats(tmp_path: Path, tiny_gguf: Callable[
     assert set(manifest.base.files) == set(manifest.adapters["plain"].files) == {"gguf", "onnx"}
     assert set(manifest.base.parity) == {"gguf", "onnx", "gguf/onnx"}
     assert manifest.base.parity["gguf/onnx"]["kl"] < 0.01
-    assert set(result.adapters["scaled"]["parity_by_target"]) == {"gguf", "onnx"}
+    assert set(result.figures["scaled"]["parity_by_target"]) == {"gguf", "onnx"}
     assert not [line for line in listening.lines if "warning" in line]
     answers = []
     for engine in ("gguf", "onnx"):
@@ -275,7 +273,7 @@ def test_two_processes_train_and_the_first_one_ships(
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("plain",), context_length=256)
     (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe.resolved(), "base": recipe.base}), encoding="utf-8")
     figures = build_in_two_processes(tmp_path / "recipe.yaml", tmp_path / "home")["adapters"]["plain"]
-    assert figures["val_loss"] == pytest.approx(built.result.adapters["plain"]["val_loss"], rel=1e-3)
+    assert figures["val_loss"] == pytest.approx(built.result.figures["plain"]["val_loss"], rel=1e-3)
     assert read_manifest(tmp_path / "home").adapters["plain"].parity["gguf"]["kl"] < 1e-4
 
 
@@ -311,9 +309,9 @@ def test_a_folder_that_peft_saved_is_bundled(
     result = export_trained(
         str(base.path), folders, tmp_path / "home", systems={"second": "play"}, merged=merged, progress=QUIET
     )
-    assert list(result.adapters) == ["first", "second"]
+    assert list(result.figures) == ["first", "second"]
     limit = (parity.TOLERANCE_KL_MERGED if merged else parity.TOLERANCE_KL)["f16"]
-    assert all(figures["parity"]["kl"] <= limit for figures in result.adapters.values())
+    assert all(figures["parity"]["kl"] <= limit for figures in result.figures.values())
     entries = read_manifest(tmp_path / "home").adapters
     assert {shape for entry in entries.values() for shape in entry.shapes.values()} == {
         "merged" if merged else "low_rank"
@@ -359,8 +357,7 @@ def test_a_bundle_has_the_output_constraint_and_the_draft_table_of_its_task(
     (tmp_path / "plain.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     plain = recipe.adapters["plain"].model_copy(update={"output": OutputOption.model_validate("auto")})
     built = build(recipe.model_copy(update={"adapters": {"plain": plain}}), tmp_path / "home", progress=QUIET)
-    assert built is not None
-    assert built.adapters["plain"]["draft_tokens_per_step"] > 1.1
+    assert built.figures["plain"]["draft_tokens_per_step"] > 1.1
     entry = read_manifest(tmp_path / "home").adapter("plain")
     assert entry.draft == "adapters/plain/draft.bin"
     assert entry.output is not None

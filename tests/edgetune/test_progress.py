@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from edgetune import progress
-from edgetune.progress import Progress
+from edgetune.progress import Progress, ProgressEvent
 
 
 class Clock:
@@ -78,3 +78,19 @@ def test_a_terminal_gets_a_bar_on_standard_error(
     assert out == ""
     for part in ("training [reply]", "3/4", "loss [0.5]"):
         assert part in err
+
+
+def test_a_callback_gets_events_in_place_of_output(capsys: pytest.CaptureFixture[str]) -> None:
+    events: list[ProgressEvent] = []
+    shown = Progress(events.append)
+    shown.say("loading\x1b the base")
+    with shown.step("training reply", 4) as step:
+        step.train_loss = 0.5
+        step.update("loss 0.5")
+        step.update("resumed", 3)
+    assert events == [
+        ProgressEvent("loading  the base"),
+        ProgressEvent("loss 0.5", "training reply", 1, 4, train_loss=0.5),
+        ProgressEvent("resumed", "training reply", 3, 4, train_loss=0.5),
+    ]
+    assert capsys.readouterr() == ("", "")

@@ -7,7 +7,7 @@ import yaml
 from edgetune_runtime.errors import IncompatibleError
 
 from edgetune import methods
-from edgetune.recipe.model import Recipe, load_recipe
+from edgetune.recipe.model import Recipe
 from edgetune.targets import shapes_in, shapes_of
 
 
@@ -17,7 +17,7 @@ def recipe_of(folder: Path, method: str, **spec: object) -> Recipe:
     values["adapters"] = {"lights": {"data": {"train": "rows.jsonl"}, "method": method, **spec}}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
-    return load_recipe(path)
+    return Recipe.from_file(path)
 
 
 def shapes(method: str, *, merged: bool = False) -> dict[str, str]:

@@ -12,7 +12,7 @@ from runtime.bundles import Adapter, low_rank, write_bundle
 
 from edgetune.pipeline import build
 from edgetune.progress import Progress
-from edgetune.recipe.model import load_recipe
+from edgetune.recipe.model import Recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ORDERS = {
@@ -57,7 +57,7 @@ def home_bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempP
         "adapters": {name: {**adapter, "method": method} for name, adapter in adapters.items()},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    assert build(load_recipe(folder / "recipe.yaml"), folder / "home", progress=Progress(quiet=True)) is not None
+    assert build(Recipe.from_file(folder / "recipe.yaml"), folder / "home", progress=Progress(quiet=True)) is not None
     return folder / "home"
 
 

@@ -16,12 +16,12 @@ from edgetune_runtime import Runtime
 from examples.conftest import EXAMPLES
 
 from edgetune.cli.main import main
-from edgetune.recipe.model import load_recipe
+from edgetune.recipe.model import Recipe
 
 TRIAGE = EXAMPLES / "triage"
 DATA = TRIAGE / "data"
 SPLITS = ("train", "test")
-LABELS = load_recipe(TRIAGE / "sort.yaml").adapters["topic"].labels
+LABELS = Recipe.from_file(TRIAGE / "sort.yaml").adapters["topic"].labels
 TOPICS = {"what is the time": "hours", "set the heat": "booking", "open the blind": "price", "play red warm": "spam"}
 
 

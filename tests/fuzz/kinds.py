@@ -182,11 +182,11 @@ def _model(file: str, folder: Path) -> Open:
 
 
 def _recipe(folder: Path) -> Open:
-    from edgetune.recipe.model import load_recipe  # noqa: PLC0415 - as above
+    from edgetune.recipe.model import Recipe  # noqa: PLC0415 - as above
 
     def open_changed(data: bytes) -> None:
         _replace(folder / RECIPE, data)
-        load_recipe(folder / RECIPE)
+        Recipe.from_file(folder / RECIPE)
 
     return open_changed
 

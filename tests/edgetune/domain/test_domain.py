@@ -25,8 +25,8 @@ from edgetune.domain.continued import why_worse
 from edgetune.domain.texts import Texts, split_windows, windows_of
 from edgetune.pipeline import build
 from edgetune.progress import Progress
-from edgetune.recipe.model import Recipe, load_recipe
-from edgetune.result import BuildResult
+from edgetune.recipe.model import Recipe
+from edgetune.result import Build
 
 QUIET = Progress(quiet=True)
 WINDOW = 32
@@ -74,7 +74,7 @@ class Built:
     """A bundle on a continued base, with what its build returned and said."""
 
     bundle: Path
-    result: BuildResult
+    result: Build
     manifest: Manifest
     lines: list[str]
 
@@ -87,7 +87,6 @@ class Built:
 def built_in(folder: Path, recipe: Recipe) -> Built:
     listening = Listening()
     result = build(recipe, folder / "home", progress=listening)
-    assert result is not None
     return Built(folder / "home", result, read_manifest(folder / "home"), listening.lines)
 
 
@@ -335,7 +334,7 @@ def test_problems_of_the_key_have_their_line(
     path = tmp_path / "recipe.yaml"
     path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items()), encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        load_recipe(path)
+        Recipe.from_file(path)
     line = 1 + list(values).index("domain")
     assert f"{path}:{line}: {problem}" in str(caught.value)
 

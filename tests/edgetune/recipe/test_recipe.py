@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from edgetune import methods
 from edgetune.data import read_rows
-from edgetune.recipe.model import TEMPLATE, Recipe, json_schema, load_recipe
+from edgetune.recipe.model import TEMPLATE, Recipe, json_schema
 from edgetune.recipe.parts import is_hub_id
 from edgetune.recipe.reference import reference
 
@@ -48,12 +48,12 @@ def write(tmp_path: Path) -> Write:
 
 def problems_of(path: Path, overrides: Mapping[str, Any] | None = None) -> list[str]:
     with pytest.raises(UsageError) as caught:
-        load_recipe(path, overrides)
+        Recipe.from_file(path, overrides)
     return str(caught.value).replace(f"{path}:", "").splitlines()
 
 
 def test_defaults_fill_what_a_recipe_leaves_out(write: Write) -> None:
-    recipe = load_recipe(write(GOOD))
+    recipe = Recipe.from_file(write(GOOD))
     command = recipe.adapters["command"]
     assert recipe.targets == ("gguf",)
     assert recipe.training.learning_rate == 0.001
@@ -63,19 +63,19 @@ def test_defaults_fill_what_a_recipe_leaves_out(write: Write) -> None:
 
 
 def test_other_names_of_options_are_taken(write: Write) -> None:
-    options = load_recipe(write(GOOD)).adapters["intent"].method.options.model_dump()
+    options = Recipe.from_file(write(GOOD)).adapters["intent"].method.options.model_dump()
     assert (options["r"], options["lora_alpha"]) == (8, 16)
 
 
 def test_an_adapters_training_goes_over_the_recipes(write: Write) -> None:
-    recipe = load_recipe(write(GOOD))
+    recipe = Recipe.from_file(write(GOOD))
     assert recipe.training.under(recipe.adapters["command"].training).epochs == 2
     own = recipe.training.under(recipe.adapters["intent"].training)
     assert (own.epochs, own.learning_rate, own.batch_size) == (5, 0.001, 16)
 
 
 def test_data_paths_start_from_the_recipe_and_hub_ids_stay(write: Write, tmp_path: Path) -> None:
-    recipe = load_recipe(write(GOOD))
+    recipe = Recipe.from_file(write(GOOD))
     assert recipe.folder == tmp_path
     assert recipe.adapters["command"].data.train == str(tmp_path / "data/command.jsonl")
     assert recipe.adapters["intent"].data.train == "owner/intents"
@@ -85,7 +85,7 @@ def test_data_paths_start_from_the_recipe_and_hub_ids_stay(write: Write, tmp_pat
 def test_a_file_without_suffix_beside_the_recipe_is_no_hub_id(write: Write, tmp_path: Path) -> None:
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "intents").write_text("{}")
-    assert load_recipe(write(GOOD)).adapters["intent"].data.train == str(tmp_path / "owner/intents")
+    assert Recipe.from_file(write(GOOD)).adapters["intent"].data.train == str(tmp_path / "owner/intents")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_hub_id_is_told_from_a_path(source: str, expected: bool) -> None:
 
 
 def test_a_recipe_cannot_be_changed(write: Write) -> None:
-    recipe = load_recipe(write(GOOD))
+    recipe = Recipe.from_file(write(GOOD))
     with pytest.raises(ValidationError):
         recipe.name = "other"
 
@@ -115,7 +115,7 @@ def test_the_resolved_recipe_makes_the_same_recipe_and_names_no_folder_of_this_m
     write: Write, tmp_path: Path
 ) -> None:
     base = tmp_path.parent / "elsewhere" / "base.gguf"
-    resolved = load_recipe(write(GOOD), {"base": str(base)}).resolved()
+    resolved = Recipe.from_file(write(GOOD), {"base": str(base)}).resolved()
     text = json.dumps(resolved)
     assert str(tmp_path.parent) not in text
     assert resolved["base"] == "base.gguf"
@@ -219,9 +219,9 @@ def test_overrides_replace_the_files_values(write: Write) -> None:
         "adapters.command.data.columns": "{prompt: q, completion: [a, b]}",
     }
     with pytest.raises(UsageError, match="null is not a mapping"):
-        load_recipe(write(GOOD), overrides)
+        Recipe.from_file(write(GOOD), overrides)
     del overrides["adapters.intent.training"]
-    recipe = load_recipe(write(GOOD), overrides)
+    recipe = Recipe.from_file(write(GOOD), overrides)
     assert recipe.training.epochs == 1
     assert [spec.method.options.model_dump()["r"] for spec in recipe.adapters.values()] == [4, 4]
     assert recipe.device == "pi-5"
@@ -254,21 +254,21 @@ def test_a_file_that_is_no_recipe_is_refused_with_its_line(write: Write, text: s
 
 def test_a_missing_recipe_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="edgetune init"):
-        load_recipe(tmp_path / "recipe.yaml")
+        Recipe.from_file(tmp_path / "recipe.yaml")
     with pytest.raises(UsageError, match="is a folder"):
-        load_recipe(tmp_path)
+        Recipe.from_file(tmp_path)
 
 
 def test_a_recipe_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"name: caf\xe9\n")
     with pytest.raises(UsageError, match="not UTF-8 text at byte 9"):
-        load_recipe(path)
+        Recipe.from_file(path)
 
 
 def test_yaml_anchors_may_share_settings(write: Write) -> None:
     text = GOOD.replace("training: {epochs: 2", "training: &t {epochs: 2").replace("{epochs: 5}", "{<<: *t, seed: 4}")
-    recipe = load_recipe(write(text))
+    recipe = Recipe.from_file(write(text))
     training = recipe.training.under(recipe.adapters["intent"].training)
     assert (training.epochs, training.seed) == (2, 4)
 
@@ -294,7 +294,7 @@ def test_a_recipe_of_any_size_is_refused_in_one_line(write: Write, text: str, pr
 
 
 def test_the_template_is_a_valid_recipe_whose_data_forms_are_read(write: Write, tmp_path: Path) -> None:
-    recipe = load_recipe(write(TEMPLATE))
+    recipe = Recipe.from_file(write(TEMPLATE))
     (tmp_path / "data").mkdir()
     examples = [line.strip("# ") for line in TEMPLATE.splitlines() if line.strip().startswith("#   {")]
     Path(recipe.adapters["command"].data.train).write_text("\n".join(examples), encoding="utf-8")

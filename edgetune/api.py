@@ -1,0 +1,218 @@
+"""The Python API: the commands of `edgetune` as functions, whose modules are imported when they are called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetune_export import backends
+from edgetune_runtime.errors import CancelledError, UsageError
+from edgetune_runtime.wording import suggestion
+
+from .progress import OnProgress, Progress
+from .recipe.model import Recipe
+from .recipe.parts import NAME_PATTERN
+from .recipe.rows import Rows
+from .recipe.saved import save_recipe, save_source
+
+if TYPE_CHECKING:
+    from .comparison.comparison import Comparison
+    from .comparison.sweep import Run
+    from .evaluation import Evaluation
+    from .planning.records import BuildPlan
+    from .result import Build
+
+AnyRecipe = Recipe | Mapping[str, Any] | str | os.PathLike[str]
+"""A recipe, its keys and values, or the path of a recipe file."""
+ENGINES = ("local", "ray")
+"""Where the trials of a comparison can run."""
+AnyRows = Any
+"""A file, a hub id, or rows: a list or iterator of mappings, a pandas DataFrame or a datasets.Dataset."""
+
+
+def plan(recipe: AnyRecipe, out: str | Path | None = None) -> BuildPlan:
+    """Plan a build: its base, adapters and sizes, the memory and disk that it needs, and what the board will do.
+
+    Reads the header of the base and all rows, downloads and trains nothing. `out` is where the bundle would be built,
+    by default `build/NAME`. Raises one EdgetuneError for all problems of the recipe, its base and its rows.
+    """
+    from .builders.plan import plan_build  # noqa: PLC0415 - numpy and the formats
+
+    return plan_build(_recipe(recipe), None if out is None else Path(out)).plan
+
+
+def build(
+    recipe: AnyRecipe,
+    out: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+    resume: bool = True,
+    *,
+    converter: str | Path | None = None,
+) -> Build:
+    """Train the adapters of a recipe, export them with their base, compare with the trained model, and pack a bundle.
+
+    `out` is the bundle's folder, by default `build/NAME`; intermediate files are in `<out>.work`. A build that was
+    interrupted, or whose process died, resumes from there; with `resume=False` it starts again. `converter` is a
+    llama.cpp checkout to convert the base with, by default one that pip downloads.
+
+    Raises KeyboardInterrupt for Ctrl-C, after the training was saved; EdgetuneError if the recipe, its base or its rows
+    cannot be built, if another build uses `<out>.work`, and if an exported file does not match the trained model. `out`
+    is then unchanged.
+    """
+    from . import pipeline  # noqa: PLC0415 - torch
+
+    loaded = _recipe(recipe)
+    folder = loaded.default_out if out is None else Path(out)
+    with _interruptible():
+        progress, checkout = Progress(on_progress), None if converter is None else Path(converter)
+        return pipeline.build(loaded, folder, progress=progress, converter=checkout, resume=resume)
+
+
+def export(
+    base: str | Path,
+    adapters: Mapping[str, str | Path],
+    out: str | Path,
+    *,
+    quantization: str | None = None,
+    systems: Mapping[str, str] | None = None,
+    merged: bool = False,
+    targets: Sequence[str] = (backends.DEFAULT,),
+    converter: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Build:
+    """Pack a bundle from adapters trained elsewhere: folders saved by PEFT, by name, that were trained on `base`.
+
+    `systems` has system prompts by the adapters' names. `quantization` is that of the base, by default a .gguf file
+    unchanged and otherwise q8_0; with `merged`, each adapter is merged into a full model.
+
+    Raises EdgetuneError if an adapter does not belong to the base or its exported file does not match it.
+    """
+    for name in adapters:
+        if not NAME_PATTERN.fullmatch(name):
+            message = f"adapters: the name {name!r} may contain only a-z, 0-9, _ and -"
+            raise UsageError(message, "choose another name for the folder")
+    unknown = next((name for name in systems or () if name not in adapters), None)
+    if unknown is not None:
+        raise UsageError(f"systems: no adapter {unknown!r}", suggestion(unknown, list(adapters)))
+    for target in targets:
+        if (error := backends.unknown(target)) is not None:
+            raise error
+    from . import pipeline  # noqa: PLC0415 - torch
+
+    with _interruptible():
+        return pipeline.export_trained(
+            str(base),
+            {name: Path(folder) for name, folder in adapters.items()},
+            Path(out),
+            quantization=quantization,
+            systems=systems,
+            merged=merged,
+            targets=tuple(targets),
+            progress=Progress(on_progress),
+            converter=None if converter is None else Path(converter),
+        )
+
+
+def evaluate(
+    bundle: str | Path,
+    data: AnyRows,
+    adapter: str | None = None,
+    *,
+    limit: int | None = None,
+    engine: str | None = None,
+    kv: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Evaluation:
+    """Score an adapter of a bundle (None: the base without one) on rows, which the runtime answers as on the board.
+
+    `data` is a file, a hub id or rows, in a form of the training data. At most `limit` rows are scored, spread evenly.
+    `engine` and `kv` are those of `edgetune_runtime.Runtime.open`.
+
+    Raises EdgetuneError if the bundle has no such adapter, and for rows that its metric cannot score.
+    """
+    from . import evaluation  # noqa: PLC0415 - numpy and the engines
+
+    rows = _source("data", data)
+    return evaluation.evaluate(
+        Path(bundle), adapter, rows, limit=limit, engine=engine, kv=kv, progress=Progress(on_progress)
+    )
+
+
+def compare(
+    recipe: AnyRecipe,
+    task: str,
+    methods: Sequence[str],
+    out: str | Path,
+    *,
+    ranks: Sequence[int] = (),
+    targets: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    data: AnyRows = None,
+    rows: int = 100,
+    engine: str = "local",
+    on_progress: OnProgress | None = None,
+) -> Comparison:
+    """Train, export and measure each method, at each rank, on one task of a recipe, and recommend one.
+
+    `out` gets the trials, which resume after an interruption, tables and plots. Keys of `settings` are dotted keys of
+    the recipe; those that begin with a method's name apply only to that method. At most `rows` rows of `data`, by
+    default the task's validation rows, are scored. `engine` is where trials run: local, or ray for a Ray cluster.
+
+    Raises KeyboardInterrupt for Ctrl-C, with finished trials kept; EdgetuneError for a wrong request, and if no trial
+    succeeded.
+    """
+    from .comparison.grid import Request  # noqa: PLC0415 - numpy and torch
+    from .comparison.sweep import check_folder  # noqa: PLC0415
+    from .comparison.sweep import compare as run  # noqa: PLC0415
+
+    folder = Path(out)
+    check_folder(folder)
+    # Each trial is a process, which reads files.
+    saved = folder / "recipe"
+    request = Request(
+        recipe=Path(recipe) if isinstance(recipe, str | os.PathLike) else save_recipe(_recipe(recipe), saved),
+        task=task,
+        methods=methods,
+        out=folder,
+        ranks=ranks,
+        targets=targets,
+        settings=settings or {},
+        data=None if data is None else save_source(_source("data", data), saved),
+        rows=rows,
+    )
+    with _interruptible():
+        return run(request, _runner(engine), Progress(on_progress))
+
+
+def _recipe(recipe: AnyRecipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.from_file(Path(recipe)) if isinstance(recipe, str | os.PathLike) else Recipe.from_dict(recipe)
+
+
+def _source(name: str, data: AnyRows) -> str | Rows:
+    return os.fspath(data) if isinstance(data, str | os.PathLike) else Rows.of(name, data)
+
+
+def _runner(engine: str) -> Run:
+    if engine not in ENGINES:
+        raise UsageError(f"--engine: no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
+    if engine == "ray":
+        from .comparison.ray_engine import run_on_ray  # noqa: PLC0415 - needs the extra ray
+
+        return run_on_ray
+    from .comparison.process import run_here  # noqa: PLC0415 - as above
+
+    return run_here
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt, with the same message, for work that the user stopped and that was saved."""
+    try:
+        yield
+    except CancelledError as error:
+        raise KeyboardInterrupt(str(error)) from error

@@ -1,0 +1,50 @@
+"""The folder `<out>.work` with the intermediate files of a build, which one process writes at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from edgetune_runtime.errors import UsageError
+from filelock import FileLock, Timeout
+
+_LOCK = "lock"
+
+
+def work_folder(out: Path) -> Path:
+    """The work folder of the bundle `out`."""
+    return out.with_name(f"{out.name}.work")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create the folder, and hold its lock in the block; the system releases the lock of a process that ends.
+
+    A folder that is still empty at the end is deleted. Raises UsageError if another build holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        message = f"another build is using {folder}"
+        raise UsageError(message, "wait until it has ended, or choose another folder for the bundle") from error
+    try:
+        yield
+    finally:
+        if all(path.name == _LOCK for path in folder.iterdir()):
+            with suppress(OSError):  # another build may be about to start
+                (folder / _LOCK).unlink()
+                folder.rmdir()
+        lock.release()
+
+
+def clear(folder: Path) -> None:
+    """Delete what an earlier build left in the folder."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
