@@ -93,6 +93,7 @@ def _write(target: Path, files: Sequence[Path], base: str | None, *, name: str |
     from edgetune.proposal.recipe import DEFAULT_BASE, recipe_for  # noqa: PLC0415
     from edgetune.recipe.model import TEMPLATE, TEMPLATE_DATA  # noqa: PLC0415
 
+    target.parent.mkdir(parents=True, exist_ok=True)
     text = recipe_for(files, base=base or DEFAULT_BASE, path=target, name=name).text if files else TEMPLATE
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

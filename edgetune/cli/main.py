@@ -195,7 +195,7 @@ def build(
     if result is not None:
         _print_build(result.to_json(), as_json=as_json)
         if not (as_json or quiet):
-            _print_next(loaded, result)
+            _print_next(path, loaded, result)
 
 
 @app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
@@ -370,13 +370,13 @@ def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
     print(result["bundle"])
 
 
-def _print_next(recipe: Recipe, result: BuildResult) -> None:
+def _print_next(path: Path, recipe: Recipe, result: BuildResult) -> None:
     from .next_commands import next_commands  # noqa: PLC0415 - help needs none of it
 
     # On standard error, so that the bundle's path stays the last line of standard output.
     sys.stdout.flush()
     print("\nRun it, score it, write a report, and check whether it fits on a board:", file=sys.stderr)
-    print("\n".join(f"  {command}" for command in next_commands(recipe, result)), file=sys.stderr)
+    print("\n".join(f"  {command}" for command in next_commands(path, recipe, result)), file=sys.stderr)
 
 
 def _cell(values: Any, path: str, form: str) -> str:  # noqa: ANN401 - JSON values

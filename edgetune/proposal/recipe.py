@@ -28,6 +28,7 @@ DEFAULT_BASE = "smollm2-135m"
 _REASONS = {
     DEFAULT_BASE: "135 million parameters in 92 MB, for any board; a larger base answers better and more slowly"
 }
+_USEFUL_ROWS = 100
 # Of the rows, those with the most characters are tokenized.
 _LONGEST_ROWS = 100
 # Where the tokenizer is not at hand: a low estimate for English, and what chat templates add.
@@ -70,14 +71,15 @@ def recipe_for(
 ) -> ProposedRecipe:
     """A recipe with one task per file, to be written to `path`; its paths are relative to that file's folder.
 
-    At most 8 MB of each file are read. Raises UsageError or NotFoundError for files that cannot be used, and what
-    `bases.describe` does for the base.
+    The folder must exist. At most 8 MB of each file are read. Raises UsageError or NotFoundError for files that cannot
+    be used, and what `bases.describe` does for the base.
     """
     folder = path.parent
     tasks = [_task(found, folder) for found in tasks_of([Path(file) for file in files])]
+    is_path = base not in bases.ALIASES and Path(base).exists()
     choices = [
         Choice("name", name or default_name(files)),
-        Choice("base", _relative(Path(base), folder) if Path(base).exists() else base, _REASONS.get(base, "")),
+        Choice("base", _as_written(Path(base), folder) if is_path else base, _REASONS.get(base, "")),
         *(choice for task in tasks for choice in task.choices),
     ]
     draft = Recipe.model_validate(values_of(choices), context={"folder": folder})
@@ -93,9 +95,9 @@ def _task(files: TaskFiles, folder: Path) -> _ProposedTask:
     form = form_of(files.train, sample.values)
     columns = None if form.columns is None else Columns.model_validate(form.columns)
     rows = rows_of(str(files.train), sample.entries, columns)
-    choices = [Choice("data.train", _relative(files.train, folder), _about_file(files, sample))]
+    choices = [Choice("data.train", _as_written(files.train, folder), _about_file(files, sample))]
     if files.validation is not None:
-        choices.append(Choice("data.validation", _relative(files.validation, folder)))
+        choices.append(Choice("data.validation", _as_written(files.validation, folder)))
     else:
         split(rows, 0.5, 0)  # raises an error if all rows have the same prompt
     if form.columns is not None:
@@ -109,8 +111,9 @@ def _task(files: TaskFiles, folder: Path) -> _ProposedTask:
 
 
 def _about_file(files: TaskFiles, sample: Sample) -> str:
+    few = "; a useful task needs some hundred" if sample.rows < _USEFUL_ROWS else ""
     score = f"; {files.test.name} is for `edgetune evaluate`" if files.test is not None else ""
-    return f"{sample}{score}"
+    return f"{sample}{few}{score}"
 
 
 def _context_length(draft: Recipe, tasks: Sequence[_ProposedTask]) -> Choice:
@@ -164,5 +167,7 @@ def _introduction(recipe: Recipe, tasks: Sequence[_ProposedTask], path: Path) ->
     return "\n".join(map(printable, lines))
 
 
-def _relative(path: Path, folder: Path) -> str:
-    return os.path.relpath(path.resolve(), folder.resolve())
+def _as_written(path: Path, folder: Path) -> str:
+    """A path as the recipe in `folder` names it: relative to it, or as given if it is absolute and elsewhere."""
+    is_elsewhere = path.is_absolute() and not path.resolve().is_relative_to(folder.resolve())
+    return str(path) if is_elsewhere else os.path.relpath(path.resolve(), folder.resolve())

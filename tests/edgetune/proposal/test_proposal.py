@@ -251,3 +251,11 @@ def test_texts_of_users_are_quoted_as_yaml_needs(write: Write, propose: Make) ->
     labels = ("yes", "no: maybe", "# 0", "é\u2028", "null", "😀", "1")
     rows = [{"a: #b": f"text {n}", "c\n- d": labels[n % 7]} for n in range(70)]
     assert propose(write("t.jsonl", rows)).adapters["t"].labels == tuple(sorted(labels))
+
+
+def test_the_tutorial_shows_what_init_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[3] / "docs/tutorials/your-own-data.md").read_text(encoding="utf-8")
+    rows, recipe = re.findall(r"```(?:json|yaml)\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("timer.jsonl").write_text(rows, encoding="utf-8")
+    assert recipe_for(["timer.jsonl"]).text == recipe
