@@ -131,12 +131,14 @@ def _score(evaluation: Evaluation, source: str) -> Score:
     return replace(
         score,
         points=[row.score for row in rows],
-        best=[_answer(row) for row in best[:SHOWN_ANSWERS]],
-        worst=[_answer(row) for row in worst[:SHOWN_ANSWERS]],
+        best=_shown(best),
+        worst=_shown(worst),
     )
 
 
-def _answer(row: ScoredRow) -> Answer:
+def _shown(rows: Sequence[ScoredRow]) -> list[Answer]:
+    """The first answers to different prompts."""
     from edgetune.report.facts import Answer  # noqa: PLC0415 - as above
 
-    return Answer(shortened(row.prompt), shortened(row.answer), row.score, shortened(row.reference))
+    first = list({row.prompt: row for row in reversed(rows)}.values())[::-1][:SHOWN_ANSWERS]
+    return [Answer(shortened(row.prompt), shortened(row.answer), shortened(row.reference)) for row in first]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -46,20 +46,19 @@ def text_of(choices: Sequence[Choice], introduction: str) -> str:
     open_sections: list[str] = []
     for choice in choices:
         *sections, key = choice.key.split(".")
-        same = sum(1 for one, other in zip(sections, open_sections, strict=False) if one == other)
+        same = next(
+            (depth for depth, name in enumerate(sections) if [name] != open_sections[depth : depth + 1]), len(sections)
+        )
         # A blank line before each key at the top, and between adapters.
         if not sections or same < min(len(open_sections) or 1, 2):
             lines.append("")
         lines += [f"{'  ' * depth}{name}:" for depth, name in enumerate(sections) if depth >= same]
         open_sections = sections
         indent = "  " * len(sections)
-        lines += [f"{indent}# {line}" for line in _wrapped(choice.reason, _WIDTH - len(indent))]
+        reason = textwrap.wrap(printable(choice.reason), _WIDTH - len(indent), break_long_words=False)
+        lines += [f"{indent}# {line}" for line in reason]
         lines.append(f"{indent}{key}: {_in_yaml(choice.value)}")
     return "\n".join(lines) + "\n"
-
-
-def _wrapped(reason: str, width: int) -> Iterator[str]:
-    yield from textwrap.wrap(printable(reason), width, break_long_words=False, break_on_hyphens=False)
 
 
 def _in_yaml(value: object) -> str:

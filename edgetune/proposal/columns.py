@@ -23,8 +23,9 @@ _ANSWERS = (
     "completion", *_LABELS[:1], "answer", "output", "response", "reply", "target", "assistant", *_LABELS[1:],
     "command", "call", "summary", "translation", "expected", "result",
 )  # fmt: skip
+_GENERIC = ("completion", "label", "answer", "output", "response", "target", "assistant", "expected", "result", "class")
 _TOOLS = ("tools", "functions")
-_SYSTEM = ("system", "instruction")
+_SYSTEM = ("system", "system_prompt", "instruction")
 # Columns about the rows, which are neither prompt nor answer.
 _OTHERS = (
     "id", "index", "idx", "uuid", "key", "no", "number", "split", "fold", "date", "time", "timestamp", "created", "url",
@@ -109,9 +110,8 @@ def form_of(path: Path, values: Sequence[Mapping[str, Any]]) -> RowForm:
         )
     answers, how = _answers_of([column for column in candidates if column is not prompt])
     if not answers:
-        is_named = prompt.name == "text"
-        columns_ = None if is_named else {"text": prompt.name}
-        return RowForm(columns_, f"{prompt.name} is the only column of text, so all of it is learned")
+        reason = f"{prompt.name} is the only column of text, so all of it is learned"
+        return RowForm(None if prompt.name == "text" else {"text": prompt.name}, reason)
     names = [column.name for column in answers]
     answer = names[0] if len(names) == 1 else names
     unused = [column for column in columns if column not in (prompt, *answers)]
@@ -153,14 +153,12 @@ def _holds_messages(path: Path, column: _Column) -> bool:
 
 
 def _conversation(column: _Column, columns: Sequence[_Column]) -> RowForm:
-    tools = next((other.name for other in columns if other.name.lower() in _TOOLS), "tools")
-    has_tools = any(other.name == tools for other in columns)
-    reason = f"{column.name} has conversations, whose last message is the answer" + (
-        f"; {tools} has the tools" * has_tools
-    )
-    if (column.name, tools) == ("messages", "tools"):
+    tools = next((other.name for other in columns if other.name.lower() in _TOOLS), None)
+    reason = f"{column.name} has conversations, whose last message is the answer"
+    reason += f", and {tools} their tools" if tools else ""
+    if column.name == "messages" and tools in (None, "tools"):
         return RowForm(None, reason)
-    return RowForm({"messages": column.name, **({"tools": tools} if tools != "tools" else {})}, reason)
+    return RowForm({"messages": column.name, **({"tools": tools} if tools else {})}, reason)
 
 
 def _is_other(column: _Column) -> bool:
@@ -168,13 +166,8 @@ def _is_other(column: _Column) -> bool:
     if column.rank(_ANSWERS) is not None:
         return False
     is_named = bool(column.parts) and column.parts[-1] in _OTHERS
-    return is_named or column.is_constant or (not column.is_text and _counts(column))
-
-
-def _counts(column: _Column) -> bool:
-    return column.distinct == column.rows and all(
-        isinstance(value, int) or _is_number(value) for value in column.values
-    )
+    counts = not column.is_text and column.distinct == column.rows
+    return is_named or column.is_constant or counts
 
 
 def _prompt_of(columns: Sequence[_Column]) -> _Column | None:
@@ -200,10 +193,8 @@ def _answers_of(columns: Sequence[_Column]) -> tuple[list[_Column], str]:
     if len(left) < 2:
         return left, ", as the only column left"
     if all(column.mean_length <= _SHORT_CHARACTERS for column in left):
-        return (
-            left,
-            " as one JSON object, because no column is named like an answer; remove those that are not part of it",
-        )
+        how = " as one JSON object, because no column is named like an answer; remove those that are not part of it"
+        return left, how
     return [max(left, key=lambda column: column.mean_length)], ", because its values are the longest"
 
 
@@ -215,20 +206,8 @@ def _standard_of(names: Set[str]) -> tuple[str, str] | None:
 
 
 def _noun(answers: Sequence[_Column]) -> str:
-    generic = {
-        "completion",
-        "label",
-        "answer",
-        "output",
-        "response",
-        "target",
-        "assistant",
-        "expected",
-        "result",
-        "class",
-    }
     name = " ".join(answers[0].parts) if len(answers) == 1 else ""
-    return "" if name in generic else name
+    return "" if name in _GENERIC else name
 
 
 def _is_number(text: object) -> bool:

@@ -35,7 +35,6 @@ class TaskFiles:
 class Sample:
     """The first entries of a data file, as `data.entries` gives them, and about how many the whole file has."""
 
-    path: Path
     entries: Sequence[tuple[str, Any]]
     rows: int
     is_whole: bool
@@ -99,7 +98,7 @@ def read_sample(path: Path) -> Sample:
             raise
     if not found:
         raise UsageError(f"{path} has no rows", "add at least two rows")
-    return Sample(path, found, len(found) if is_whole else round(len(found) * size / SAMPLE_BYTES), is_whole)
+    return Sample(found, len(found) if is_whole else round(len(found) * size / SAMPLE_BYTES), is_whole)
 
 
 def _name_and_role(path: Path) -> tuple[str, str]:

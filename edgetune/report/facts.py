@@ -22,11 +22,10 @@ MB = 10**6
 
 @dataclass(frozen=True)
 class Answer:
-    """A row's prompt, the answer, its score between 0 and 1, and the expected answer; "" where none is known."""
+    """A row's prompt, the answer, and the expected answer, "" where none is known."""
 
     prompt: str
     text: str
-    score: float = 1.0
     expected: str = ""
 
 
