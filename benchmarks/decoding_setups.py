@@ -92,7 +92,7 @@ def edgetune(
 
     @contextmanager
     def opened(place: Place) -> Iterator[Answering]:
-        options: dict[str, Any] = {"free": True}
+        options: dict[str, Any] = {"unconstrained": True}
         if constrained and place.spec is not None:
             is_json = place.spec.kind in {"schema", "choices"}
             options = {place.spec.kind: json.loads(place.spec.text) if is_json else place.spec.text}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -89,8 +88,7 @@ def _recipe(options: argparse.Namespace, folder: Path) -> Recipe:
 def _perplexity(bundle: Path, engine: str, text: str) -> float:
     """Perplexity of the text with the bundle's plain base."""
     with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
-        nats, tokens = runtime.perplexity(text)
-    return math.exp(nats / tokens)
+        return runtime.perplexity(text)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def _predicted(row: dict[str, Any], model: dict[str, Any]) -> float:
         embedding_length=1,
         feed_forward_length=1,
         vocabulary=1,
-        kv_bytes_per_token=model["kv_bytes_per_token"],
+        kv_values_per_token=model["kv_values_per_token"],
         context_length=row.get("tokens", 128),
     )
     figures = boards.load(row["board"]).speed
@@ -188,7 +188,7 @@ def peak(options: argparse.Namespace) -> dict[str, float]:
     """Peak resident memory of this process after prompts for the base and for the adapters."""
     from edgetune_runtime import Runtime
     from edgetune_runtime.measuring import loaded_bundle
-    from edgetune_runtime.runtime import CACHE_MB
+    from edgetune_runtime.opening_options import CACHE_MB
 
     with Runtime.open(
         options.bundle,

@@ -58,7 +58,7 @@ def make_bundle(out: Path, work: Path, quantization: str, adapters: int) -> Path
         parameters=134_515_008,
         trained_context_length=bases.trained_context_length(header),
         layers=30,
-        kv_bytes_per_token=30 * 2 * 3 * 64 * 2,
+        kv_values_per_token=30 * 2 * 3 * 64,
         tokenizer_sha256=digest_of_tokenizer(header),
         chat_template_sha256=digest_of_chat_template(header),
         files={"gguf": "base/model.gguf", "onnx": f"base/{onnx.MODEL_FILE}"},

@@ -325,8 +325,8 @@ ATTACKS: Sequence[FileAttack] = (
     FileAttack(
         "kv-bytes",
         "11",
-        "kv_bytes_per_token -1",
-        _change_manifest(lambda raw: raw["base"].update(kv_bytes_per_token=-1)),
+        "kv_values_per_token -1",
+        _change_manifest(lambda raw: raw["base"].update(kv_values_per_token=-1)),
     ),
     FileAttack(
         "manifest-deep",

@@ -77,7 +77,7 @@ def _responses_schema(target: Target) -> Replies:
 
 
 def _gone(target: Target) -> Replies:
-    """Senders of a dear schema that have gone."""
+    """Senders of a expensive schema that have gone."""
     body = chat_body(target.names.base, "hi", response_format=schema_format(reversed_references(4000)))
     return [target.leave("/v1/chat/completions", body) for _ in range(3)]
 

@@ -119,9 +119,7 @@ class Decoding:
 def install(bundle: Path, board: Board) -> str:
     """Install the bundle's kit on the board; returns the path of its Python there."""
     kit = board.shared / "kit"
-    make_kit(
-        bundle, "pi-4", kit, python="3.13", engine="gguf", with_bundle=True, wheel=None, progress=Progress(quiet=True)
-    )
+    make_kit(bundle, "pi-4", kit, python="3.13", engine="gguf", progress=Progress(quiet=True))
     board.run("sh", f"{SHARED}/kit/install.sh", "--prefix", f"{SHARED}/edgetune", cpu="cortex-a72")
     return f"{SHARED}/edgetune/current/venv/bin/python"
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgetune.evaluate import Evaluation, evaluate
+from edgetune.evaluation import Evaluation, evaluate
 from edgetune.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import load_recipe

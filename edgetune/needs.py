@@ -14,27 +14,24 @@ from typing import Any
 
 from edgetune_devices import fit
 from edgetune_export import backends
+from edgetune_export.architectures.shape import BaseShape
+from edgetune_export.backends.format import PROCESS_MB
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.threads import machine
 
 from . import bases, methods
+from .adapter_sizes import shipped_values
 from .data import TaskRow
-from .methods.common.peft import ALL_LINEAR, TargetOptions
-from .methods.lora import AUTO
 from .recipe.model import Recipe
-from .recipe.parts import AdapterSpec, TrainingSpec
+from .recipe.parts import TrainingSpec
 from .targets import shapes_in
 from .tasks import Task
-from .training.memory import BaseShape, training_need
+from .training.memory import saved_states_mb, training_need
 
-# Python with torch, transformers and the engines: measured with builds of 135M and 506M parameters, without weights.
-_PROCESS_MB = 700.0
 _FLOAT = 4
 # Characters per token, a low estimate.
 _CHARACTERS = 3
-# In a saved training state: the parameter, its best value and two moments; the old state stays until the new is whole.
-_STATE_BYTES = 2 * 4 * _FLOAT
 
 
 @dataclass(frozen=True)
@@ -106,16 +103,18 @@ def of_recipe(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> Buil
     """What building `recipe` with these tasks needs, for the base with this header; a high estimate."""
     parameters = header.parameters
     whole_mb = parameters * _FLOAT / 1e6
-    bundle, others_mb = _bundle_mb(recipe, header)
-    trained = [_trainable(spec, header, parameters) for spec in recipe.adapters.values()]
+    shape = BaseShape.of_header(header)
+    bundle, others_mb = _bundle_mb(recipe, header, shape)
+    chosen = [spec.method for spec in recipe.adapters.values()]
+    trained = [methods.load(spec.name).trained_parameters(shape, spec.options) for spec in chosen]
     requantized = bases.quantization_of(recipe) is not None
     base_mb = _base_bytes(recipe, header) / 1e6
     # In the work folder: a requantized base, one after continued pretraining, and the trained parameters.
     kept = base_mb * (requantized + (recipe.domain is not None)) + sum(trained) * _FLOAT / 1e6
     formats = [backends.format_of(target) for target in recipe.targets]
     staged = bundle - base_mb * any(found.links_base for found in formats)
-    at_a_time = (max(trained, default=0) * _STATE_BYTES / 1e6, staged + bundle)
-    least_mb, training_mb = _training_mb(recipe, tasks, header)
+    at_a_time = (saved_states_mb(max(trained, default=0)), staged + bundle)
+    least_mb, training_mb = _training_mb(recipe, tasks, shape)
     export_mb = max(found.export_mb(base_mb * 1e6, parameters, recipe.onnx.weights) for found in formats)
     return BuildNeeds(
         parameters=parameters,
@@ -216,14 +215,13 @@ def _disk_remedy(recipe: Recipe, needs: BuildNeeds, missing_mb: float) -> str:
 
 
 def _memory_remedy(free_mb: float) -> str:
-    most = (free_mb - _PROCESS_MB) * 1e6 / _FLOAT / 1e6
+    most = (free_mb - PROCESS_MB) * 1e6 / _FLOAT / 1e6
     fits = f", or choose a base of at most {most:,.0f}M parameters" if most >= 1 else ""
     return f"close other programs{fits}"
 
 
-def _training_mb(recipe: Recipe, tasks: Sequence[Task], header: GgufHeader) -> tuple[float, float]:
+def _training_mb(recipe: Recipe, tasks: Sequence[Task], shape: BaseShape) -> tuple[float, float]:
     """The memory of the largest training run: with the smallest forward passes, and with the largest useful ones."""
-    shape = BaseShape.of_header(header)
     needs = [
         training_need(
             shape,
@@ -259,7 +257,7 @@ def _tokens(row: TaskRow, system: str | None) -> int:
     return math.ceil(sum(len(text) for text in texts if text) / _CHARACTERS)
 
 
-def _bundle_mb(recipe: Recipe, header: GgufHeader) -> tuple[float, float]:
+def _bundle_mb(recipe: Recipe, header: GgufHeader, base: BaseShape) -> tuple[float, float]:
     """The size of the bundle, and the part that all formats but the first add."""
     base_bytes = _base_bytes(recipe, header)
     parameters = header.parameters
@@ -271,8 +269,8 @@ def _bundle_mb(recipe: Recipe, header: GgufHeader) -> tuple[float, float]:
             shape = shapes_in((target,), spec.method.name, spec.method.options, merged=spec.merged)[target]
             if shape == "merged":
                 size += found.merged_bytes(parameters, weights)
-            elif shape == "low_rank":
-                size += found.adapter_bytes(_trainable(spec, header, parameters), spec.dtype_in(target))
+            else:
+                size += found.adapter_bytes(shipped_values(spec.method, shape, base), spec.dtype_in(target), shape)
         by_target.append(size / 1e6)
     return sum(by_target), sum(by_target[1:])
 
@@ -281,18 +279,6 @@ def _base_bytes(recipe: Recipe, header: GgufHeader) -> int:
     """The size of the base's GGUF file in the bundle; the board may choose a smaller one."""
     quantization = bases.quantization_of(recipe)
     return fit.needs_of_header(header, context_length=recipe.context_length, quantization=quantization).base_bytes
-
-
-def _trainable(spec: AdapterSpec, header: GgufHeader, parameters: int) -> int:
-    """Approximate number of parameters that an adapter trains; 0 if negligible next to the base."""
-    method, options = methods.load(spec.method.name), spec.method.options
-    if method.trains_base:
-        layers = int(header.metadata[f"{header.architecture}.block_count"])
-        return parameters * min(layers, getattr(options, "layers", layers)) // layers
-    targets = options.target_modules if isinstance(options, TargetOptions) else ALL_LINEAR
-    # Of modules that are still to be chosen, the most.
-    targets = ALL_LINEAR if targets == AUTO else targets
-    return fit.lora_size(header, method.shipped_rank(options), targets, dtype="f32").file_bytes // _FLOAT
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from edgetune_devices import boards, fit
-from edgetune_export import backends
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.sizing.needs import COSTS
 
-from . import bases, methods
-from .methods.common.peft import ALL_LINEAR, TargetOptions
-from .methods.lora import AUTO
+from . import bases
+from .adapter_sizes import size_in_memory
 from .recipe.model import Recipe
 from .targets import shapes_in
 
@@ -71,30 +68,12 @@ def _engine(recipe: Recipe) -> str:
 
 
 def _adapter_sizes(recipe: Recipe, header: GgufHeader, engine: str) -> dict[str, fit.AdapterSize]:
-    sizes = {name: _adapter_size(recipe, name, header, engine) for name in recipe.adapters}
+    base = BaseShape.of_header(header)
+    sizes = {
+        name: size_in_memory(spec.method, _shape(recipe, name), base, engine, dtype=spec.dtype)
+        for name, spec in recipe.adapters.items()
+    }
     return {name: size for name, size in sizes.items() if size is not None}
-
-
-def _adapter_size(recipe: Recipe, name: str, header: GgufHeader, engine: str) -> fit.AdapterSize | None:
-    """Memory of an adapter in addition to the base; None if it is merged."""
-    spec, shape = recipe.adapters[name], _shape(recipe, name)
-    method, options = methods.load(spec.method.name), spec.method.options
-    if shape == "prefix":
-        bytes_per_token = fit.kv_bytes_per_token(header) // 2 * COSTS[engine].kv_bytes
-        return fit.AdapterSize(method.prefix_tokens(options) * bytes_per_token, 0, is_prefix=True)
-    if shape == "tensors":
-        # A few vectors or small networks: negligible compared to the base.
-        return fit.AdapterSize(0, 0)
-    if shape == "merged":
-        return None
-    targets = options.target_modules if isinstance(options, TargetOptions) else ALL_LINEAR
-    if targets == AUTO:
-        # The largest set that may be chosen.
-        targets = ALL_LINEAR
-    # In other engines than llama.cpp, the factors are f32 in memory, whatever their file has.
-    dtype = spec.dtype if engine == gguf.NAME else "f32"
-    size = fit.lora_size(header, method.shipped_rank(options), targets, dtype=dtype)
-    return replace(size, file_bytes=int(size.file_bytes * backends.format_of(engine).adapter_factor))
 
 
 def _merged(recipe: Recipe) -> list[str]:

@@ -25,7 +25,7 @@ def main(bundle: str, engine: str, tokens: str) -> None:
     with Runtime.open(Path(bundle), engine=engine, threads=1, disk_mb=0, drafts=False) as runtime:
         for name in (None, *runtime.adapters):
             answer = runtime.generate(
-                PROMPT, adapter=name, max_tokens=int(tokens), temperature=0, logprobs=2, free=True
+                PROMPT, adapter=name, max_tokens=int(tokens), temperature=0, logprobs=2, unconstrained=True
             )
             answers[name or "base"] = [
                 [each.token, [[other.token, other.logprob] for other in each.top]] for each in answer.logprobs or ()

@@ -13,14 +13,14 @@ from pathlib import Path
 from edgetune_runtime.bundle import MANIFEST_NAME, BaseEntry, FileEntry, Manifest, sha256_of
 from wheels import repack
 
-from edgetune.delivery.board.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEELS_FOLDER
+from edgetune.delivery.board.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEELS_FOLDER, parse_kit
 from edgetune.delivery.board.opening import DEFAULTS
 from edgetune.delivery.kit import output
-from edgetune.delivery.kit.archives import zip_bytes
-from edgetune.delivery.kit.make import describe
-from edgetune.delivery.kit.platforms import Platform
+from edgetune.delivery.kit.make import AssembledKit, with_description
 from edgetune.delivery.kit.program import board_program, install_script
+from edgetune.delivery.kit.target_python import TargetPython
 from edgetune.delivery.kit.wheels import read_wheel
+from edgetune.delivery.wheel.wheel_file import zip_bytes
 
 PYTHON = ".".join(map(str, sys.version_info[:2]))
 # `check` and `serve` fail if the bundle says so.
@@ -134,16 +134,25 @@ class KitMaker:
         change: Callable[[bytes], bytes] = lambda text: text,
     ) -> None:
         """Write a kit with these files of a bundle to `out`."""
+        output.write(self._contents(bundle, runtime, change), out, "home-laptop")
+
+    def assembled(self, bundle: output.Contents, change: Callable[[bytes], bytes]) -> AssembledKit:
+        """A kit with these files of a bundle that is not written."""
+        contents = self._contents(bundle, "1", change)
+        described = contents[KIT_NAME]
+        assert isinstance(described, bytes)
+        return AssembledKit(parse_kit(described.decode()), contents)
+
+    def _contents(self, bundle: output.Contents, runtime: str, change: Callable[[bytes], bytes]) -> output.Contents:
         found = [read_wheel(path) for path in (self.pip, stand_in(self.folder, runtime))]
-        platform = Platform(this_machine.machine(), PYTHON)
+        target = TargetPython(this_machine.machine(), PYTHON)
         contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{wheel.path.name}": wheel.path for wheel in found}
         contents |= {f"{BUNDLE_FOLDER}/{name}": data for name, data in bundle.items()}
-        contents |= {"board.pyz": board_program(), "install.sh": install_script(platform)}
-        files = output.listed(contents)
+        contents |= {"board.pyz": board_program(), "install.sh": install_script(target)}
         given = {"opening": DEFAULTS, "ram_mb": 1, "memory_max_mb": 17}
-        described = change(describe("home", platform, files, found, board="laptop", engine="gguf", **given))
-        contents |= {KIT_NAME: described, SUMS_NAME: output.sums(files, described)}
-        output.write(contents, out, "home-laptop")
+        kit = with_description(contents, "home", target, found, board="laptop", engine="gguf", **given).kit
+        described = change(kit.text.encode())
+        return contents | {KIT_NAME: described, SUMS_NAME: output.sums(list(kit.files), described)}
 
 
 def install_sh(kit: Path, *words: str, variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

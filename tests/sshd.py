@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.delivery.deploy.ssh import SHORT_S, Connection
+from edgetune.delivery.deploy.ssh import Connection
+
+Answer = Callable[[str], Iterable[bytes]]
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 SSH = shutil.which("ssh")
@@ -98,10 +100,10 @@ def _clients() -> list[int]:
 @contextmanager
 def cut_in_the_middle(store: Path) -> Iterator[None]:
     """Kill the ssh clients of the block once the board has a part of a large file in `store`."""
-    whole = Connection.run
+    whole = Connection.converse
 
-    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = (), *, limit_s: float = SHORT_S) -> str:
-        return whole(self, command, cutting(data) if "receive" in command else data, limit_s=limit_s)
+    def converse(self: Connection, command: Sequence[str], start: str, answer: Answer, *, limit_s: float) -> str:
+        return whole(self, command, start, lambda text: cutting(answer(text)), limit_s=limit_s)
 
     def cutting(chunks: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
@@ -112,7 +114,7 @@ def cut_in_the_middle(store: Path) -> Iterator[None]:
                 cut_ssh()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Connection, "run", run)
+        patch.setattr(Connection, "converse", converse)
         yield
 
 

@@ -128,7 +128,7 @@ def test_wheel_holds_the_packages_and_the_license(name: str, built: dict[str, Bu
     assert {path for path in found if not path.startswith(info)} == sources
     assert {f"{package.name}/py.typed" for package in packages(name)} <= sources
     if name == "edgetune":
-        templates = {TEMPLATE.relative_to(ROOT).as_posix(), "edgetune/compare/page.html.jinja"}
+        templates = {TEMPLATE.relative_to(ROOT).as_posix(), "edgetune/comparison/page.html.jinja"}
         assert {*templates, "edgetune_devices/boards/pi-4.toml"} <= sources
 
 

@@ -13,12 +13,12 @@ from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
-from edgetune_runtime.sizing.needs import AdapterSize, Item, Needs, items_of, kv_bytes_per_token, needs_of_bundle
+from edgetune_runtime.sizing.needs import AdapterSize, Item, Needs, items_of, kv_values_per_token, needs_of_bundle
 from edgetune_runtime.sizing.speed import speed_of
 
 from .boards import Board
 from .changes import SHORTEST_CONTEXT, longest_context
-from .needs import estimate_needs, lora_size, needs_of_header
+from .needs import estimate_needs, needs_of_header
 
 __all__ = [
     "AdapterSize",
@@ -29,8 +29,7 @@ __all__ = [
     "choose",
     "estimate_needs",
     "fit",
-    "kv_bytes_per_token",
-    "lora_size",
+    "kv_values_per_token",
     "needs_of_bundle",
     "needs_of_header",
     "require_fit",

@@ -1,9 +1,8 @@
-"""The needs of a base after quantization, and of adapters before training, from a header or from sizes alone."""
+"""The needs of a base after quantization, from a header or from sizes alone."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -18,16 +17,6 @@ from edgetune_runtime.formats.quantization import (
 )
 from edgetune_runtime.sizing.needs import AdapterSize, Needs, needs_of_sizes, number
 
-_MODULES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _HEAD_WIDTH = 64
 # A scale in f32 for each block of 32 weights.
 _ONNX_SCALE_BITS = 1
@@ -74,7 +63,7 @@ def estimate_needs(
     parameters: int,
     bits_per_weight: float,
     layers: int,
-    kv_bytes_per_token: int,
+    kv_values_per_token: int,
     context_length: int,
     adapter_bytes: int = 0,
     adapter_modules: int = 0,
@@ -97,39 +86,10 @@ def estimate_needs(
         embedding_length=width,
         feed_forward_length=3 * width,
         vocabulary=vocabulary,
-        kv_bytes_per_token=kv_bytes_per_token,
+        kv_values_per_token=kv_values_per_token,
         context_length=context_length,
         adapters={"adapters": AdapterSize(adapter_bytes, adapter_modules)} if adapter_bytes else {},
     )
-
-
-def lora_size(
-    header: GgufHeader, rank: int, targets: Sequence[str] | str = "all-linear", *, dtype: str = "f16"
-) -> AdapterSize:
-    """The size of a LoRA adapter before it is trained; `targets` is PEFT's target_modules, `dtype` that of its file."""
-    tensors = [tensor for tensor in header.tensors.values() if _is_target(_module_name(tensor.name, header), targets)]
-    values = rank * sum(columns + rows for columns, rows in (t.shape for t in tensors))
-    return AdapterSize(math.ceil(values * TENSOR_TYPES[dtype].bytes_per_value), len(tensors))
-
-
-def _module_name(tensor_name: str, header: GgufHeader) -> str | None:
-    """The Hugging Face name of the linear module with this tensor; None for other tensors."""
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor_name)
-    if match is None or match[2] not in _MODULES:
-        return None
-    if match[2] == "ffn_up" and f"blk.{match[1]}.ffn_gate.weight" not in header.tensors:
-        # Gate and up are one matrix.
-        return f"model.layers.{match[1]}.mlp.gate_up_proj"
-    return f"model.layers.{match[1]}.{_MODULES[match[2]]}"
-
-
-def _is_target(module: str | None, targets: Sequence[str] | str) -> bool:
-    if module is None:
-        return False
-    if targets == "all-linear":
-        return True
-    names = (targets,) if isinstance(targets, str) else targets
-    return any(module == target or module.endswith(f".{target}") for target in names)
 
 
 def _sizes(header: GgufHeader, quantization: Quantization | None, engine: str) -> dict[str, int]:

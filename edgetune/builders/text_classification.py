@@ -116,7 +116,7 @@ class TextClassification(Builder[EncoderBase]):
             parameters=sum(parameter.numel() for parameter in source.model.parameters()),
             trained_context_length=base.trained_context_length,
             layers=base.layers,
-            kv_bytes_per_token=0,
+            kv_values_per_token=0,
             tokenizer_sha256=sha256_of(base.folder / TOKENIZER),
             chat_template_sha256="",
             files=files,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune_devices.fit import kv_bytes_per_token
+from edgetune_devices.fit import kv_values_per_token
 from edgetune_export import backends
 from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_runtime.bundle import GENERATION, BaseEntry
@@ -122,7 +122,7 @@ class TextGeneration(Builder[Base]):
             parameters=base.header.parameters,
             trained_context_length=trained_context_length(base.header),
             layers=int(metadata[f"{arch}.block_count"]),
-            kv_bytes_per_token=kv_bytes_per_token(base.header),
+            kv_values_per_token=kv_values_per_token(base.header),
             tokenizer_sha256=digest_of_tokenizer(base.header),
             chat_template_sha256=digest_of_chat_template(base.header),
             files=files,

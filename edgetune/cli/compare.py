@@ -26,9 +26,9 @@ from .arguments import (
 )
 
 if TYPE_CHECKING:
-    from edgetune.compare.columns import Column
-    from edgetune.compare.comparison import Comparison
-    from edgetune.compare.sweep import Run
+    from edgetune.comparison.columns import Column
+    from edgetune.comparison.comparison import Comparison
+    from edgetune.comparison.sweep import Run
 
 ENGINES = ("local", "ray")
 # Width for the widest table, in characters, without a terminal.
@@ -73,8 +73,8 @@ def compare(
     with a method's name applies only to that method: --set lora.target_modules=q_proj, --set full.training.epochs=1.
     An interrupted comparison resumes where it stopped.
     """
-    from edgetune.compare import sweep  # noqa: PLC0415 - help needs none of it
-    from edgetune.compare.grid import Request  # noqa: PLC0415
+    from edgetune.comparison import sweep  # noqa: PLC0415 - help needs none of it
+    from edgetune.comparison.grid import Request  # noqa: PLC0415
     from edgetune.progress import Progress  # noqa: PLC0415
 
     request = Request(
@@ -106,16 +106,16 @@ def _run(engine: str) -> Run:
     if engine not in ENGINES:
         raise UsageError(f"--engine: no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
     if engine == "ray":
-        from edgetune.compare.ray_engine import run_on_ray  # noqa: PLC0415 - needs the extra ray
+        from edgetune.comparison.ray_engine import run_on_ray  # noqa: PLC0415 - needs the extra ray
 
         return run_on_ray
-    from edgetune.compare.process import run_here  # noqa: PLC0415 - help needs none of it
+    from edgetune.comparison.process import run_here  # noqa: PLC0415 - help needs none of it
 
     return run_here
 
 
 def _print_tables(comparison: Comparison, out: Path) -> None:
-    from edgetune.compare.columns import (  # noqa: PLC0415 - as above
+    from edgetune.comparison.columns import (  # noqa: PLC0415 - as above
         ON_ENGINE,
         PLACEMENTS,
         TRAINING,
@@ -145,7 +145,7 @@ def _print_table(columns: Sequence[Column], rows: Iterable[tuple[str, ...]]) -> 
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    from edgetune.compare.columns import TEXT_COLUMNS  # noqa: PLC0415
+    from edgetune.comparison.columns import TEXT_COLUMNS  # noqa: PLC0415
 
     table = Table(box=box.SIMPLE, pad_edge=False)
     for column in columns:

@@ -14,9 +14,9 @@ from .arguments import AsJson, CacheMb, ContextLength, Engine, Kv, Quiet, print_
 
 if TYPE_CHECKING:
     from edgetune.delivery.board.opening import Opening
-    from edgetune.delivery.deploy.deploy import Outcome
-    from edgetune.delivery.deploy.kits import Kits
+    from edgetune.delivery.deploy.deploy import Assemble, Outcome
     from edgetune.delivery.deploy.target import Target
+    from edgetune.delivery.kit.make import AssembledKit
     from edgetune.progress import Progress
 
 # Titles of the option groups in --help.
@@ -36,7 +36,7 @@ def deploy_bundle(
         bool,
         typer.Option(
             "--wait-healthy",
-            help="Fail unless the unit answers, also if nothing was new.",
+            help="Fail if the board has no unit (an install waits until its unit answers).",
             rich_help_panel=BOARD_PANEL,
         ),
     ] = False,
@@ -128,12 +128,12 @@ def deploy_bundle(
     elif lists:
         act = partial(list_versions, where=where)
     else:
-        kits = _kits(bundle, engine, Opening(context_length, kv, cache_mb), Progress(quiet=quiet))
+        assemble = _assembler(bundle, engine, Opening(context_length, kv, cache_mb), Progress(quiet=quiet))
         # Boards of an inventory have one line each.
         progress = Progress(quiet=quiet or inventory is not None)
         unit = None if service is None else UnitOptions(service, listen, port)
         options = DeployOptions(board, unit, waits_healthy=wait_healthy)
-        act = partial(deploy, where=where, kits=kits, options=options, progress=progress)
+        act = partial(deploy, where=where, assemble=assemble, options=options, progress=progress)
     if host is not None:
         outcome = act(targets[0])
         if as_json:
@@ -144,19 +144,21 @@ def deploy_bundle(
     _run_on_all(targets, parallel, act, as_json=as_json)
 
 
-def _kits(bundle: Path, engine: str | None, opening: Opening, progress: Progress) -> Kits:
-    import platformdirs  # noqa: PLC0415 - help needs none of it
+def _assembler(bundle: Path, engine: str | None, opening: Opening, progress: Progress) -> Assemble:
+    """Makes the kit of a board and a Python once, also if several boards ask for it at the same time."""
+    from edgetune_runtime.decoding.once import SingleFlightCache  # noqa: PLC0415 - help needs none of it
 
-    from edgetune.delivery.deploy.kits import Kits  # noqa: PLC0415
-    from edgetune.delivery.kit.make import make_kit, needs_with  # noqa: PLC0415
+    from edgetune.delivery.kit.make import assemble, needs_with  # noqa: PLC0415
 
     if opening.kv is not None:
         needs_with(bundle, engine, opening)  # fails, before a board is asked, if the bundle cannot have them
+    kits = SingleFlightCache["AssembledKit"](keep=64)
 
-    def make(board: str, python: str, out: Path, earlier: Sequence[Path]) -> None:
-        make_kit(bundle, board, out, python=python, engine=engine, opening=opening, progress=progress, earlier=earlier)
+    def kit_for(board: str, python: str) -> AssembledKit:
+        make = partial(assemble, bundle, board, python=python, engine=engine, opening=opening, progress=progress)
+        return kits.get((board, python), make)
 
-    return Kits(bundle, engine, make, Path(platformdirs.user_cache_dir("edgetune")) / "kits", opening)
+    return kit_for
 
 
 def _run_on_all(targets: Sequence[Target], parallel: int, act: Callable[[Target], Outcome], *, as_json: bool) -> None:

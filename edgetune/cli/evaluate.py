@@ -11,7 +11,7 @@ from edgetune_runtime.wording import printable
 from .arguments import DATA_PANEL, ENGINE_PANEL, OUTPUT_PANEL, AsJson, Quiet, print_json
 
 if TYPE_CHECKING:
-    from edgetune.evaluate import Evaluation
+    from edgetune.evaluation import Evaluation
 
 MAX_SHOWN = 300
 
@@ -63,7 +63,7 @@ def evaluate(
 
     The runtime answers the rows, as on the board; the answers are scored with the metric of the adapter's task.
     """
-    from edgetune.evaluate import evaluate as run  # noqa: PLC0415 - numpy and the engine
+    from edgetune.evaluation import evaluate as run  # noqa: PLC0415 - numpy and the engine
     from edgetune.progress import Progress  # noqa: PLC0415
 
     result = run(bundle, adapter, data, limit=limit, engine=engine, kv=kv, progress=Progress(quiet=quiet))

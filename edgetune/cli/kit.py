@@ -35,13 +35,12 @@ def kit(
     ],
     python: Annotated[
         str,
-        typer.Option(metavar="VERSION", help="The board's Python; system: that of Raspberry Pi OS (/usr/bin/python3)."),
+        typer.Option(metavar="VERSION", help="The board's Python."),
     ] = _PYTHON,
     engine: Engine = None,
     context_length: ContextLength = None,
     kv: Kv = None,
     cache_mb: CacheMb = None,
-    no_bundle: Annotated[bool, typer.Option("--no-bundle", help="Leave the bundle out.")] = False,
     wheel: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A wheel of llama-cpp-python for the board (default: built here)."),
@@ -65,13 +64,13 @@ def kit(
         python=python,
         engine=engine,
         opening=Opening(context_length, kv, cache_mb),
-        with_bundle=not no_bundle,
         wheel=wheel,
         progress=Progress(quiet=quiet),
     )
+    figures = {"path": str(out), **result.to_json()}
     if as_json:
-        print_json(result.to_json())
+        print_json(figures)
         return
-    runtime_mb = (result.bytes - result.bundle_bytes) / 1e6
-    print(f"version {result.version}: {runtime_mb:.1f} MB, and {result.bundle_bytes / 1e6:.1f} MB of the bundle")
-    print(result.path)
+    runtime_mb, bundle_mb = (figures["bytes"] - figures["bundle_bytes"]) / 1e6, figures["bundle_bytes"] / 1e6
+    print(f"version {figures['version']}: {runtime_mb:.1f} MB, and {bundle_mb:.1f} MB of the bundle")
+    print(out)

@@ -16,7 +16,7 @@ from .evaluate import shortened
 if TYPE_CHECKING:
     from edgetune_runtime.bundle import Manifest
 
-    from edgetune.evaluate import Evaluation, ScoredRow
+    from edgetune.evaluation import Evaluation, ScoredRow
     from edgetune.progress import Progress
     from edgetune.report.facts import Answer, Score
 
@@ -85,7 +85,7 @@ def _answered(
     from edgetune_runtime import Runtime  # noqa: PLC0415 - as above
     from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415
 
-    from edgetune.evaluate import evaluate, score, spread  # noqa: PLC0415
+    from edgetune.evaluation import evaluate, score, spread  # noqa: PLC0415
     from edgetune.recipe.model import load_recipe  # noqa: PLC0415
     from edgetune.tasks import read_task  # noqa: PLC0415
 

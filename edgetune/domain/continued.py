@@ -34,7 +34,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune import bases, methods
 from edgetune.bases import Base
 from edgetune.digests import key_of
-from edgetune.evaluate import spread
+from edgetune.evaluation import spread
 from edgetune.objectives.example import Example
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe

@@ -1,35 +1,43 @@
-"""Tuning methods, one file per method; the file name is the method's name."""
+"""Tuning methods, one file per method; the file name is the method's name, and a variant is in its method's file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.registry import Registry
+from edgetune_runtime.wording import suggestion
 
 from .common.base import Checkpoint, Method, MethodOptions
 
 __all__ = ["Checkpoint", "Method", "MethodOptions", "load", "names", "of_folder", "shape_for", "unknown"]
 
-_METHODS = Registry(__name__, "method", shared=("common",))
+_FILES = Registry(__name__, "method", shared=("common",))
+_VARIANTS = {"rslora": "lora", "loraplus": "lora", "olora": "pissa"}
+"""Methods that are another one with other defaults, and the file of that one."""
 
 
 def names() -> list[str]:
-    """The names of all methods, from the files of this package."""
-    return _METHODS.names()
+    """The names of all methods, from the files of this package, and of their variants."""
+    return sorted([*_FILES.names(), *_VARIANTS])
 
 
 def unknown(name: str) -> UsageError | None:
     """What is wrong with a name that no method has, to be raised; else None."""
-    return _METHODS.unknown(name)
+    return None if name in names() else UsageError(f"no method {name!r}", suggestion(name, names()))
 
 
 def load(name: str) -> Method[Any]:
     """The method called `name`. Raises UsageError, which suggests known names, if there is none."""
-    return cast("Method[Any]", _METHODS.load(name).METHOD)
+    error = unknown(name)
+    if error is not None:
+        raise error
+    module = _FILES.load(_VARIANTS.get(name, name))
+    methods: list[Method[Any]] = [module.METHOD, *getattr(module, "VARIANTS", ())]
+    return next(method for method in methods if method.name == name)
 
 
 def of_folder(folder: Path) -> Method[Any]:

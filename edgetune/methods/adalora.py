@@ -14,6 +14,7 @@ from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_
 
 if TYPE_CHECKING:
     import torch
+    from edgetune_export.architectures.shape import BaseShape
     from peft import AdaLoraConfig, PeftModel
     from transformers import PreTrainedModel
 
@@ -47,6 +48,10 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
     def shipped_rank(self, options: AdaLoraOptions) -> int:
         """The initial rank, which some modules may keep."""
         return max(options.init_r, options.target_r)
+
+    def trained_parameters(self, base: BaseShape, options: AdaLoraOptions) -> int:
+        """Both factors and the values between them."""
+        return sum((m.values_per_rank + 1) * self.shipped_rank(options) for m in self.trained_modules(base, options))
 
     def config(self, base: PreTrainedModel, options: AdaLoraOptions, steps: int) -> AdaLoraConfig:
         """PEFT's configuration."""

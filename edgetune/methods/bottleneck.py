@@ -22,10 +22,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from .common.base import Checkpoint, Method, MethodOptions
+from .common.base import Checkpoint, Method, MethodOptions, dense_parameters
 
 if TYPE_CHECKING:
     import torch
+    from edgetune_export.architectures.shape import BaseShape
     from transformers import PreTrainedModel
 
     from .common.bottleneck import Bottlenecked
@@ -69,12 +70,18 @@ class BottleneckMethod(Method[BottleneckOptions]):
         """The networks' weights; they cannot be expressed as a change of the base's weights."""
         return (Tensors.shape,)
 
+    def trained_parameters(self, base: BaseShape, options: BottleneckOptions) -> int:
+        """Both layers of each network, with their biases."""
+        size = _size(base.hidden, options)
+        network = dense_parameters(base.hidden, size) + dense_parameters(size, base.hidden)
+        return base.layers * len(_PLACES[options.kind]) * network
+
     def attach(self, base: PreTrainedModel, options: BottleneckOptions, steps: int) -> Bottlenecked:
         """Hook bottlenecks, which add 0 at first, onto `base`. Raises UsageError if it has no such blocks."""
         from .common.bottleneck import Bottlenecked, BottleneckModule  # noqa: PLC0415 - torch only when training
 
         width = base.config.hidden_size
-        size = options.bottleneck_size or max(1, int(width // options.reduction_factor))
+        size = _size(width, options)
         activation, scaling = options.non_linearity, options.scaling
         places = _places(base, options.kind)
         parts = {block: BottleneckModule(width, size, activation, reads, scaling) for block, reads in places.items()}
@@ -113,18 +120,23 @@ class BottleneckMethod(Method[BottleneckOptions]):
         return Tensors(checkpoint.name, self.name, bottlenecks=bottlenecks)
 
 
+def _size(width: int, options: BottleneckOptions) -> int:
+    """The hidden size of a bottleneck for a base of this width."""
+    return options.bottleneck_size or max(1, int(width // options.reduction_factor))
+
+
 def _places(base: PreTrainedModel, kind: str) -> dict[str, Literal["output", "input"]]:
     """The names of the base's blocks that get a bottleneck, and whether it reads their output or input."""
-    wanted = _PLACES[kind]
-    found = {}
+    sides = _PLACES[kind]
+    places = {}
     for name, _ in base.named_modules():
         match = re.fullmatch(r"(?:.+\.)?layers\.\d+\.(\w+)", name)
-        if match and match[1] in wanted:
-            found[name] = wanted[match[1]]
-    if not found:
-        message = f"{type(base).__name__} has no {' or '.join(wanted)} in its layers for a bottleneck"
+        if match and match[1] in sides:
+            places[name] = sides[match[1]]
+    if not places:
+        message = f"{type(base).__name__} has no {' or '.join(sides)} in its layers for a bottleneck"
         raise UsageError(message, "use another method, such as lora")
-    return found
+    return places
 
 
 def _read(folder: Path) -> tuple[BottleneckOptions, dict[str, Bottleneck]]:

@@ -15,6 +15,7 @@ from edgetune.methods.common.base import rate_factor
 from .common.prompt import BeginOptions, CacheMethod
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import BaseShape
     from edgetune_runtime.engines.base import Tokenizer
     from peft import CartridgeConfig, PeftModel
     from transformers import PreTrainedModel
@@ -72,6 +73,10 @@ class Cartridge(CacheMethod[CartridgeOptions]):
 
     options = CartridgeOptions
     peft_type = "CARTRIDGE"
+
+    def trained_parameters(self, base: BaseShape, options: CartridgeOptions) -> int:
+        """The keys and values of the tokens that are not frozen."""
+        return (options.num_virtual_tokens - options.num_frozen_tokens) * base.kv_values_per_token
 
     def config(self, base: PreTrainedModel, options: CartridgeOptions) -> CartridgeConfig:
         """PEFT's configuration."""

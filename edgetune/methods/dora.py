@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import AliasChoices, Field, PositiveInt
-
 from .common.dense import DenseMethod, DenseOptions
-from .common.peft import Dropout, lora_config
+from .common.peft import Alpha, Dropout, Rank, lora_config
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import BaseShape
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
@@ -18,10 +17,8 @@ if TYPE_CHECKING:
 class DoraOptions(DenseOptions):
     """Options of DoRA, named as in PEFT."""
 
-    r: PositiveInt = Field(16, validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")
-    lora_alpha: float = Field(
-        32, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="The update is scaled by alpha / r."
-    )
+    r: Rank = 16
+    lora_alpha: Alpha = 32
     lora_dropout: Dropout = 0.0
 
 
@@ -34,6 +31,10 @@ class Dora(DenseMethod):
     def wrote(self, config: Mapping[str, Any]) -> bool:
         """A LoRA with use_dora."""
         return super().wrote(config) and bool(config.get("use_dora"))
+
+    def trained_parameters(self, base: BaseShape, options: DoraOptions) -> int:
+        """Both factors, and the magnitude of each output."""
+        return sum(options.r * m.values_per_rank + m.rows for m in self.trained_modules(base, options))
 
     def config(self, base: PreTrainedModel, options: DoraOptions, steps: int) -> LoraConfig:
         """PEFT's configuration."""

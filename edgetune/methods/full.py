@@ -18,6 +18,7 @@ from .common.peft import array, no_grad
 
 if TYPE_CHECKING:
     import torch
+    from edgetune_export.architectures.shape import BaseShape, SizedModule
     from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
@@ -33,10 +34,20 @@ class OwnWeights(Method[O]):
     """A method that trains parameters of the base itself: those that `chosen` returns."""
 
     trains_base = True
+    adds_parameters = False
 
     def shapes(self, options: O) -> tuple[str, ...]:
         """A full model."""
         return ("merged",)
+
+    def trained_parameters(self, base: BaseShape, options: O) -> int:
+        """All parameters of the base."""
+        return base.parameters
+
+    def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
+        """Those of the layers that gradients reach."""
+        count = len(base.modules) // base.layers * self.trained_layers(base, options)
+        return list(base.modules[-count:])
 
     def chosen(self, base: PreTrainedModel, options: O) -> set[str]:
         """Names of the parameters to train."""

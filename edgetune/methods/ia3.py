@@ -25,6 +25,7 @@ from .common.peft import (
     array,
     as_names,
     check_targets,
+    is_target,
     merged_weights,
     no_grad,
     peft_model,
@@ -35,6 +36,7 @@ from .common.peft import (
 
 if TYPE_CHECKING:
     import torch
+    from edgetune_export.architectures.shape import BaseShape
     from peft import IA3Config, PeftModel
     from transformers import PreTrainedModel
 
@@ -66,6 +68,13 @@ class Ia3(PeftMethod[Ia3Options]):
         """Add factors of 1 in float32 to `base`. Raises UsageError if the base lacks a module."""
         check_targets(base, options.feedforward_modules)
         return super().attach(base, options, steps)
+
+    def trained_parameters(self, base: BaseShape, options: Ia3Options) -> int:
+        """A factor per input of feed-forward modules, and per output of others."""
+        return sum(
+            module.columns if is_target(module.name, options.feedforward_modules) else module.rows
+            for module in self.trained_modules(base, options)
+        )
 
     def config(self, base: PreTrainedModel, options: Ia3Options, steps: int) -> IA3Config:
         """PEFT's configuration."""

@@ -14,6 +14,7 @@ from .common.base import MethodOptions
 from .full import OwnWeights
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import BaseShape
     from transformers import PreTrainedModel
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -30,6 +31,14 @@ class LastLayers(OwnWeights[LastLayersOptions]):
     """The last layers are trained: use it instead of full fine-tuning when training memory is short."""
 
     options = LastLayersOptions
+
+    def trained_layers(self, base: BaseShape, options: LastLayersOptions) -> int:
+        """The last layers."""
+        return min(options.layers, base.layers)
+
+    def trained_parameters(self, base: BaseShape, options: LastLayersOptions) -> int:
+        """Those of the last layers and the final norm."""
+        return sum(base.parameters_by_layer[-self.trained_layers(base, options) :]) + base.hidden
 
     def chosen(self, base: PreTrainedModel, options: LastLayersOptions) -> set[str]:
         """The parameters of the last layers and of the final norm."""

@@ -10,6 +10,7 @@ from pydantic import AliasChoices, Field, PositiveInt
 from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import BaseShape
     from peft import LoHaConfig
     from transformers import PreTrainedModel
 
@@ -30,6 +31,10 @@ class LoHa(WeightMethod[LoHaOptions]):
     def shipped_rank(self, options: LoHaOptions) -> int:
         """r², the rank of the element-wise product."""
         return options.r**2
+
+    def trained_parameters(self, base: BaseShape, options: LoHaOptions) -> int:
+        """The factors of both matrices."""
+        return sum(2 * options.r * module.values_per_rank for module in self.trained_modules(base, options))
 
     def config(self, base: PreTrainedModel, options: LoHaOptions, steps: int) -> LoHaConfig:
         """PEFT's configuration."""

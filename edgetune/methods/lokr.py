@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export.adapters.shapes import Delta
@@ -12,6 +13,7 @@ from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_
 
 if TYPE_CHECKING:
     import torch
+    from edgetune_export.architectures.shape import BaseShape, SizedModule
     from peft import LoKrConfig
     from transformers import PreTrainedModel
 
@@ -33,6 +35,10 @@ class LoKr(WeightMethod[LoKrOptions]):
     def shipped_rank(self, options: LoKrOptions) -> int:
         """The rank of the larger factor times the size of the smaller one."""
         return options.r * options.decompose_factor
+
+    def trained_parameters(self, base: BaseShape, options: LoKrOptions) -> int:
+        """The smaller factor, and the larger one as a product if that has fewer numbers."""
+        return sum(_values(module, options) for module in self.trained_modules(base, options))
 
     def config(self, base: PreTrainedModel, options: LoKrOptions, steps: int) -> LoKrConfig:
         """PEFT's configuration."""
@@ -57,6 +63,21 @@ class LoKr(WeightMethod[LoKrOptions]):
             raise IncompatibleError(message, "lower r or decompose_factor, or set merged: true")
         (name,) = layer.active_adapters
         return Delta(array(a), array(b * layer.scaling[name]))
+
+
+def _values(module: SizedModule, options: LoKrOptions) -> int:
+    """Numbers in a module's two factors, which are as large as PEFT makes them."""
+    small_rows, small_columns = (_smaller(size, options.decompose_factor) for size in (module.rows, module.columns))
+    rows, columns = module.rows // small_rows, module.columns // small_columns
+    large = options.r * (rows + columns) if options.r < max(rows, columns) / 2 else rows * columns
+    return small_rows * small_columns + large
+
+
+def _smaller(size: int, most: int) -> int:
+    """The size of the smaller factor: `most`, or the largest divisor below it and the square root."""
+    if size % most == 0:
+        return most
+    return max(divisor for divisor in range(1, min(most, math.isqrt(size)) + 1) if size % divisor == 0)
 
 
 def _pair(layer: Any, which: str) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - as above

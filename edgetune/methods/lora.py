@@ -1,4 +1,4 @@
-"""LoRA and its common variants (rsLoRA, LoRA+, rank and alpha per module), through PEFT.
+"""LoRA, with rsLoRA, LoRA+ and rank and alpha per module as options, through PEFT.
 
 LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+: Hayou et al. 2024,
 arXiv:2402.12354.
@@ -7,24 +7,22 @@ arXiv:2402.12354.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from edgetune_export.adapters.patterns import matching, of_key
 from edgetune_runtime.errors import UsageError
-from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from .common.base import trainable
+from .common.base import trainable, with_defaults
 from .common.lora_checkpoint import LoraCheckpoint
-from .common.peft import ALL_LINEAR, TargetOptions, check_targets, lora_config
+from .common.peft import ALL_LINEAR, AUTO, Alpha, Dropout, Rank, TargetOptions, check_targets, lora_config
 
 if TYPE_CHECKING:
     import torch
+    from edgetune_export.architectures.shape import BaseShape, SizedModule
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
-
-
-AUTO = "auto"
 
 
 def _share(value: object) -> object:
@@ -50,21 +48,12 @@ class LoraOptions(TargetOptions):
     max_decode_overhead: Share = Field(
         0.1, description="Share of decode speed that the adapter may cost, such as 10% or 0.1; used by auto only."
     )
-    r: PositiveInt = Field(16, validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")
-    lora_alpha: float = Field(
-        32,
-        gt=0,
-        validation_alias=AliasChoices("lora_alpha", "alpha"),
-        description="The update is scaled by alpha / r (with use_rslora: alpha / sqrt(r)).",
+    r: Rank = 16
+    lora_alpha: Alpha = 32
+    lora_dropout: Dropout = 0.0
+    use_rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(r) instead of alpha / r, which is more stable for high ranks."
     )
-    lora_dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        validation_alias=AliasChoices("lora_dropout", "dropout"),
-        description="Dropout rate of the adapter's inputs.",
-    )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r), which is more stable for high ranks.")
     rank_pattern: dict[str, PositiveInt] = Field(
         default_factory=dict, description="Ranks of single modules, by module name or regular expression."
     )
@@ -104,9 +93,20 @@ class Lora(LoraCheckpoint[LoraOptions]):
         plain = not config.get("use_dora") and not config.get("alora_invocation_tokens")
         return super().wrote(config) and plain
 
-    def shipped_rank(self, options: LoraOptions) -> int:
-        """The highest rank of any module."""
-        return max([options.r, *options.rank_pattern.values()])
+    def shipped_ranks(self, modules: Sequence[SizedModule], options: LoraOptions) -> list[int]:
+        """That of the first pattern that matches a module, else `r`."""
+        names = [module.name for module in modules]
+        matched = matching([of_key(pattern) for pattern in options.rank_pattern], names, "rank_pattern")
+        ranks = dict.fromkeys(names, options.r)
+        for rank, found in reversed([*zip(options.rank_pattern.values(), matched, strict=True)]):
+            ranks |= dict.fromkeys(found or (), rank)
+        return list(ranks.values())
+
+    def trained_parameters(self, base: BaseShape, options: LoraOptions) -> int:
+        """Both factors of each module."""
+        modules = self.trained_modules(base, options)
+        ranks = self.shipped_ranks(modules, options)
+        return sum(rank * module.values_per_rank for rank, module in zip(ranks, modules, strict=True))
 
     def attach(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> PeftModel:
         """Add LoRA modules in float32 to `base`. Raises UsageError if a target module or pattern matches nothing."""
@@ -138,11 +138,30 @@ def _check_patterns(adapted: set[str], options: LoraOptions) -> None:
     names = sorted({name.rpartition(".")[2] for name in adapted})
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = list(getattr(options, key))
-        found = matching([of_key(pattern) for pattern in patterns], sorted(adapted), key)
-        for pattern, matched in zip(patterns, found, strict=True):
+        modules = matching([of_key(pattern) for pattern in patterns], sorted(adapted), key)
+        for pattern, matched in zip(patterns, modules, strict=True):
             if not matched:
                 remedy = f"use one of {', '.join(names)}, or a regular expression that matches full module names"
                 raise UsageError(f"{key} {pattern!r} matches no adapted module", remedy)
 
 
+class RsLora(Lora):
+    """LoRA whose update keeps its size at high ranks: use it for ranks of 32 and more."""
+
+    variant = "rslora"
+    options = with_defaults(LoraOptions, use_rslora=True, lora_alpha=8)
+    # Its checkpoints are loaded as lora.
+    peft_type = ""
+
+
+class LoraPlus(Lora):
+    """LoRA that learns in fewer steps: use it when you can afford few epochs only."""
+
+    variant = "loraplus"
+    options = with_defaults(LoraOptions, loraplus_lr_ratio=16.0, learning_rate_factor=0.2)
+    # Its checkpoints are loaded as lora.
+    peft_type = ""
+
+
 METHOD = Lora()
+VARIANTS = (RsLora(), LoraPlus())

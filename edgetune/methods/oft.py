@@ -12,6 +12,7 @@ from .common.dense import DenseMethod, DenseOptions
 from .common.peft import peft_targets, task_type
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import BaseShape
     from peft import OFTConfig
     from transformers import PreTrainedModel
 
@@ -29,6 +30,10 @@ class Oft(DenseMethod):
     options = OftOptions
     peft_type = "OFT"
 
+    def trained_parameters(self, base: BaseShape, options: OftOptions) -> int:
+        """A skew-symmetric matrix per block."""
+        return sum(_rotations(module.columns, options.oft_block_size) for module in self.trained_modules(base, options))
+
     def config(self, base: PreTrainedModel, options: OftOptions, steps: int) -> OFTConfig:
         """PEFT's configuration."""
         from peft import OFTConfig  # noqa: PLC0415 - torch only when training
@@ -39,6 +44,12 @@ class Oft(DenseMethod):
             oft_block_size=options.oft_block_size,
             target_modules=peft_targets(options.target_modules),
         )
+
+
+def _rotations(columns: int, size: int) -> int:
+    """The values above the diagonal of all blocks; a size that does not divide the columns is changed as PEFT does."""
+    block = min((width for width in range(1, columns + 1) if columns % width == 0), key=lambda width: abs(width - size))
+    return columns * (block - 1) // 2
 
 
 METHOD = Oft()

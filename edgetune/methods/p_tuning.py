@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt
 
+from .common.base import dense_parameters
 from .common.prompt import PromptOptions, TokenMethod
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import BaseShape
     from peft import PromptEncoderConfig
     from transformers import PreTrainedModel
 
@@ -31,6 +33,18 @@ class PTuning(TokenMethod[PTuningOptions]):
 
     options = PTuningOptions
     peft_type = "P_TUNING"
+
+    def trained_parameters(self, base: BaseShape, options: PTuningOptions) -> int:
+        """The embeddings, and the network that changes them."""
+        width, size = base.hidden, options.encoder_hidden_size or base.hidden
+        embeddings = super().trained_parameters(base, options)
+        if options.encoder_reparameterization_type == "MLP":
+            layers = ((width, size), (size, size), (size, width))
+            return embeddings + sum(dense_parameters(*layer) for layer in layers)
+        # Of an LSTM, each of two directions has four gates, which read the layer's inputs and its state.
+        inputs = (width, *[2 * size] * (options.encoder_num_layers - 1))
+        lstm = sum(2 * 4 * (dense_parameters(count, size) + dense_parameters(size, size)) for count in inputs)
+        return embeddings + lstm + dense_parameters(2 * size, 2 * size) + dense_parameters(2 * size, width)
 
     def config(self, base: PreTrainedModel, options: PTuningOptions) -> PromptEncoderConfig:
         """PEFT's configuration."""

@@ -1,15 +1,88 @@
-"""PiSSA: LoRA initialized with the base's largest singular values. Meng et al. 2024, arXiv:2404.02948."""
+"""PiSSA and OLoRA: LoRA initialized from the base's weights, which changes the base.
+
+PiSSA, with the largest singular values: Meng et al. 2024, arXiv:2404.02948. OLoRA, with an orthonormal basis:
+Büyükakyüz 2024, arXiv:2406.01775.
+
+The trained adapter is saved as the difference from its initialization: a LoRA of twice the rank on the original base,
+made by PEFT's own conversion.
+"""
 
 from __future__ import annotations
 
-from .common.initialized import Initialized
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from .common.base import rate_factor
+from .common.lora_checkpoint import LoraCheckpoint
+from .common.peft import Alpha, Dropout, Rank, TargetOptions, check_targets, lora_config
+
+if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import BaseShape
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 
-class Pissa(Initialized):
+class InitializedOptions(TargetOptions):
+    """Options of a LoRA that is initialized from the base's weights. In the bundle it has twice the rank."""
+
+    r: Rank = 8
+    lora_alpha: Alpha = 8
+    lora_dropout: Dropout = 0.0
+    learning_rate_factor: float = rate_factor(0.2)
+
+
+class Pissa(LoraCheckpoint[InitializedOptions]):
     """LoRA that trains the principal components of the base's weights: use it when plain LoRA learns too slowly."""
 
-    # Fast randomized SVD: the full SVD takes minutes and reaches the same loss (the paper, section 5.4).
+    options = InitializedOptions
+    trains_base = True
+    takes_encoders = False
+    # The value of PEFT's init_lora_weights. Fast randomized SVD: the full SVD takes minutes and reaches the same loss
+    # (the paper, section 5.4).
     start = "pissa_niter_4"
+
+    def shipped_rank(self, options: InitializedOptions) -> int:
+        """The rank of the trained update plus that of its initialization."""
+        return 2 * options.r
+
+    def trained_parameters(self, base: BaseShape, options: InitializedOptions) -> int:
+        """Both factors of each module."""
+        return sum(options.r * module.values_per_rank for module in self.trained_modules(base, options))
+
+    def attach(self, base: PreTrainedModel, options: InitializedOptions, steps: int) -> PeftModel:
+        """Add LoRA modules to `base` and subtract their initial product from its weights; `model.start` keeps it."""
+        check_targets(base, options.target_modules)
+        model = super().attach(base, options, steps)
+        model.start = TemporaryDirectory(prefix="edgetune-")
+        config = model.peft_config["default"]
+        # Otherwise PEFT would compute the initialization again when it loads it.
+        config.init_lora_weights = True
+        model.save_pretrained(model.start.name)
+        config.init_lora_weights = self.start
+        return model
+
+    def config(self, base: PreTrainedModel, options: InitializedOptions, steps: int) -> LoraConfig:
+        """PEFT's configuration."""
+        return lora_config(base, options, init_lora_weights=self.start)
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """Write a LoRA of twice the rank for the original base."""
+        start = model.start.name
+        model.save_pretrained(str(folder), save_embedding_layers=False, path_initial_model_for_weight_conversion=start)
+
+    def detach(self, model: PeftModel) -> None:
+        """Remove PEFT's layers; the base still lacks the initial product."""
+        super().detach(model)
+        model.start.cleanup()
+
+
+class OLora(Pissa):
+    """LoRA with orthonormal initialization: use it like PiSSA; it initializes faster."""
+
+    variant = "olora"
+    start = "olora"
 
 
 METHOD = Pissa()
+VARIANTS = (OLora(),)

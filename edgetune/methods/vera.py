@@ -12,6 +12,7 @@ from edgetune.methods.common.base import rate_factor
 from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import BaseShape
     from peft import VeraConfig
     from transformers import PreTrainedModel
 
@@ -41,6 +42,10 @@ class Vera(WeightMethod[VeraOptions]):
     def shipped_rank(self, options: VeraOptions) -> int:
         """The rank of the shared matrices."""
         return options.r
+
+    def trained_parameters(self, base: BaseShape, options: VeraOptions) -> int:
+        """Two vectors per module."""
+        return sum(module.rows + options.r for module in self.trained_modules(base, options))
 
     def config(self, base: PreTrainedModel, options: VeraOptions, steps: int) -> VeraConfig:
         """PEFT's configuration."""

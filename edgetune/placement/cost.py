@@ -21,28 +21,29 @@ import numpy as np
 from edgetune_devices import boards, fit
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Delta, LowRank
-from edgetune_export.architectures.layout import name_map
+from edgetune_export.architectures.base import LINEAR_MODULES
+from edgetune_export.architectures.shape import BaseShape, SizedModule
 from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_runtime import engines
 from edgetune_runtime.atomic import replacing
+from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.base import Engine
 from edgetune_runtime.formats.gguf_file import GgufHeader
 
 from edgetune import bases
+from edgetune.adapter_sizes import size_in_memory
 from edgetune.bases import Base
 from edgetune.digests import key_of
-from edgetune.methods.common.peft import ALL_LINEAR
+from edgetune.methods.common.peft import ALL_LINEAR, is_target
+from edgetune.methods.lora import LoraOptions
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
 
-PARTS = {
-    **{f"{which}_proj": "self_attn" for which in ("q", "k", "v", "o")},
-    **{f"{which}_proj": "mlp" for which in ("gate", "up", "down")},
-}
-"""The linear modules of a layer and the block that contains each."""
-ATTENTION = tuple(name for name, block in PARTS.items() if block == "self_attn")
-MLP = tuple(name for name, block in PARTS.items() if block == "mlp")
+ATTENTION, MLP = (
+    tuple(module.name.removeprefix(block) for module in LINEAR_MODULES if module.name.startswith(block))
+    for block in ("self_attn.", "mlp.")
+)
 MODULES: tuple[str | tuple[str, ...], ...] = (
     ("o_proj",),
     ("down_proj",),
@@ -70,11 +71,6 @@ class Placement:
 
     target_modules: str | tuple[str, ...]
     r: int
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The modules' names without their path."""
-        return tuple(PARTS) if isinstance(self.target_modules, str) else self.target_modules
 
     @property
     def title(self) -> str:
@@ -119,7 +115,7 @@ def costs(
         progress.say(f"measuring the decode overhead of adapters with {bench.target}")
         with progress.step("placements", len(missing)) as step, bench.plain() as plain:
             for modules, group in groupby(missing, lambda placement: placement.target_modules):
-                known |= bench.measure(plain, Placement(modules, 0).names, list(group))
+                known |= bench.measure(plain, modules, list(group))
                 bench.write(known)
                 step.update("", step.done + sum(placement.target_modules == modules for placement in missing))
     return {placement: known[placement.key] for placement in wanted}
@@ -133,7 +129,11 @@ def busy(spec: AdapterSpec, base: Base, recipe: Recipe, folder: Path) -> str | N
 
 def _predicted(placement: Placement, spec: AdapterSpec, header: GgufHeader, recipe: Recipe) -> float:
     assert recipe.device is not None
-    size = fit.lora_size(header, placement.r, placement.names, dtype=spec.dtype)
+    options = spec.method.options
+    assert isinstance(options, LoraOptions)
+    method = spec.method.model_copy(update={"options": options.placed(placement.target_modules, placement.r)})
+    size = size_in_memory(method, "low_rank", BaseShape.of_header(header), gguf.NAME, dtype=spec.dtype)
+    assert size is not None
     needs = fit.needs_of_header(header, context_length=recipe.context_length, adapters={"adapter": size})
     found = fit.fit(needs, boards.load(recipe.device))
     return 1 - found.adapter_tokens_per_s / found.decode_tokens_per_s
@@ -150,6 +150,7 @@ class _Bench:
         self.dtype = spec.dtype_in(self.target)
         # The method of rounding does not change the speed.
         self.onnx = OnnxOptions(recipe.onnx.weights)
+        self._shape = BaseShape.of_header(base.header)
         self._backend = backends.load(self.target)
         self._engine = engines.load(self.target)
         state = [base.fingerprint, self.target, self.threads, self.dtype, self.onnx.weights]
@@ -179,9 +180,12 @@ class _Bench:
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def measure(self, plain: Engine, names: Sequence[str], group: Sequence[Placement]) -> dict[str, float]:
+    def measure(
+        self, plain: Engine, target_modules: str | tuple[str, ...], group: Sequence[Placement]
+    ) -> dict[str, float]:
         """The cost of placements on the same modules, by key, on a base written for these modules."""
-        adapters = {placement.key: self._random(names, placement) for placement in group}
+        modules = [module for module in self._shape.modules if is_target(module.name, target_modules)]
+        adapters = {placement.key: _random(modules, placement) for placement in group}
         folder = self._folder / "adapted"
         path = self._backend.write_base(self._source, folder, list(adapters.values()))
         found: dict[str, float] = {}
@@ -211,16 +215,6 @@ class _Bench:
         length = len(_BEFORE) + _TIMED + 1
         return self._engine(path, context_length=length, threads=self.threads)
 
-    def _random(self, names: Sequence[str], placement: Placement) -> LowRank:
-        """A random adapter of the placement's size; its values do not affect speed."""
-        random = np.random.default_rng(0)
-        modules = {}
-        for module, (columns, rows) in _modules(self.base.header, names):
-            a = random.normal(0, 0.01, (placement.r, columns)).astype(np.float32)
-            b = random.normal(0, 0.01, (rows, placement.r)).astype(np.float32)
-            modules[module] = Delta(a, b)
-        return LowRank(placement.key, "lora", modules)
-
 
 def _read(file: Path) -> dict[str, float]:
     """Numbers by name from a JSON file; empty if the file is missing or truncated."""
@@ -230,14 +224,15 @@ def _read(file: Path) -> dict[str, float]:
         return {}
 
 
-def _modules(header: GgufHeader, names: Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The base's modules with these names in all layers, with their columns and rows."""
-    known = name_map(header)
-    for layer in range(int(header.metadata[f"{header.architecture}.block_count"])):
-        for name in names:
-            module = f"model.layers.{layer}.{PARTS[name]}.{name}"
-            columns, rows = header.tensors[f"{known.get_name(module)}.weight"].shape
-            yield module, (columns, rows)
+def _random(modules: Sequence[SizedModule], placement: Placement) -> LowRank:
+    """A random adapter of the placement's size; its values do not affect speed."""
+    random = np.random.default_rng(0)
+    deltas = {}
+    for module in modules:
+        a = random.normal(0, 0.01, (placement.r, module.columns)).astype(np.float32)
+        b = random.normal(0, 0.01, (module.rows, placement.r)).astype(np.float32)
+        deltas[module.name] = Delta(a, b)
+    return LowRank(placement.key, "lora", deltas)
 
 
 def _rounds(plain: Engine, adapted: Engine) -> list[float]:

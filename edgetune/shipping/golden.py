@@ -91,7 +91,7 @@ def _answered(runtime: Runtime, name: str, row: TaskRow) -> GoldenAnswer:
 
 def _label_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> float:
     """The lead of the most likely label over the second, in nats."""
-    second, best = sorted(runtime.classify(question.prompt, adapter=name)[1].values())[-2:]
+    second, best = sorted(runtime.classify(question.prompt, adapter=name).probabilities.values())[-2:]
     return math.log(best / second) if second else math.inf
 
 

@@ -27,7 +27,8 @@ class TaskType:
     `base` is what errors call its bases. `metric` is the metric of all its adapters; None: chosen by the rows.
     `refused_keys` maps recipe keys that do not work to the error, `refused_weights` does so for values of
     `onnx.weights`, and `refused_adapter_keys` for keys of an adapter; `{value}` in an error is the value. `not_offered`
-    maps commands that do not work to the error.
+    maps commands that do not work to the error. `runtime_extras` are the extras of edgetune-runtime that its bundles
+    need besides those of the engine and the server.
     """
 
     base: str = "a decoder"
@@ -36,6 +37,7 @@ class TaskType:
     refused_weights: Mapping[str, str] = field(default_factory=dict)
     refused_adapter_keys: Mapping[str, str] = field(default_factory=dict)
     not_offered: Mapping[Feature, Refusal] = field(default_factory=dict)
+    runtime_extras: tuple[str, ...] = ()
 
     def offers(self, feature: Feature) -> bool:
         """Whether the task supports a command."""

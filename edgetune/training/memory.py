@@ -8,13 +8,11 @@ in `_mb` are in MB = 10^6 bytes, other sizes in bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export import architectures
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
 
 from edgetune.objectives.base import LOGITS_PER_CHUNK
 
@@ -28,12 +26,14 @@ MOST_TOKENS = 4096
 FREE_SHARE = 0.9
 """Share of the free memory that training may use."""
 
-# Resident memory after importing torch, transformers, PEFT and accelerate, on x86-64 Linux with torch for CPUs.
-_IMPORTS_MB = 450.0
+IMPORTS_MB = 450.0
+"""Resident memory after importing torch, transformers, PEFT and accelerate, measured on x86-64 Linux with torch for
+CPUs; `PROCESS_MB` of the formats includes the engines."""
 # A chunk's logits, their float32 copy, the log-probabilities and the gradient.
 _COPIES_OF_LOGITS = 4
-# Per trained parameter: its gradient, AdamW's two moments, the best checkpoint, and the copy that is being saved.
-_STATE_BYTES = 5 * 4
+# Numbers in a saved training state per trained parameter: its value, its best value, and AdamW's two moments.
+_SAVED_NUMBERS = 4
+_FLOAT_BYTES = 4
 # Per weight that is packed in int8, once for the forward and once for the backward pass, in addition to float32.
 _PACKED_BYTES = 2
 # Memory that a layer's backward pass needs at once, as a share of what its forward pass kept.
@@ -43,77 +43,6 @@ _BACKWARD = 1.0
 _LOST = 0.05
 _LOST_KEEPING = 0.45
 _MB = 1e6
-# The input of each linear module of a layer; modules with the same input keep it once.
-_READS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention"),
-    "o_proj": "heads",
-    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "mlp"),
-    "down_proj": "inner",
-}
-
-
-@dataclass(frozen=True)
-class BaseShape:
-    """The sizes of a base that determine its training memory; `norms` counts the values per token that a layer's norms
-    read."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    queries: int
-    keys: int
-    vocabulary: int
-    norms: int
-    parameters: int
-    fuses_projections: bool = False
-
-    @classmethod
-    def of_header(cls, header: GgufHeader) -> BaseShape:
-        """The shape of a GGUF base; IncompatibleError if its layers have different numbers of heads."""
-        arch, cache = header.architecture, cache_shape(header)
-        hidden = int(header.metadata[f"{arch}.embedding_length"])
-        lengths = header.metadata[f"{arch}.feed_forward_length"]
-        queries = int(header.metadata[f"{arch}.attention.head_count"]) * cache.key_size
-        keys = cache.heads * cache.key_size
-        known = architectures.of(header)
-        per_head = queries + keys if known.norms_queries_and_keys else 0
-        return cls(
-            layers=cache.layers,
-            hidden=hidden,
-            intermediate=max(lengths) if isinstance(lengths, tuple) else int(lengths),
-            queries=queries,
-            keys=keys,
-            vocabulary=header.tensors["token_embd.weight"].shape[1],
-            norms=hidden * known.norms_per_layer + per_head,
-            fuses_projections=known.fuses_projections,
-            parameters=header.parameters,
-        )
-
-    @property
-    def modules(self) -> Mapping[str, tuple[int, int]]:
-        """Inputs and outputs of a layer's linear modules."""
-        mlp = (self.hidden, self.intermediate)
-        if self.fuses_projections:
-            return {
-                "qkv_proj": (self.hidden, self.queries + 2 * self.keys),
-                "o_proj": (self.queries, self.hidden),
-                "gate_up_proj": (self.hidden, 2 * self.intermediate),
-                "down_proj": mlp[::-1],
-            }
-        return {
-            "q_proj": (self.hidden, self.queries),
-            "k_proj": (self.hidden, self.keys),
-            "v_proj": (self.hidden, self.keys),
-            "o_proj": (self.queries, self.hidden),
-            "gate_proj": mlp,
-            "up_proj": mlp,
-            "down_proj": mlp[::-1],
-        }
-
-    @property
-    def linear_weights(self) -> int:
-        """Weights of the linear modules of all layers."""
-        return self.layers * sum(math.prod(sizes) for sizes in self.modules.values())
 
 
 @dataclass(frozen=True)
@@ -198,11 +127,11 @@ def training_need(
     """Predict the memory for training `method` on the base, for a longest row of `longest_row` tokens and steps of
     `batch_tokens`; `precision` is `bf16`, `fp32` or `int8`. Loading the base may temporarily need more."""
     cost = predicted(shape, method, options, precision)
-    trained = _trained_parameters(shape, method, options)
-    added = 0 if method.trains_base else 4 * trained
+    trained = method.trained_parameters(shape, options)
+    added = _FLOAT_BYTES * trained if method.adds_parameters else 0
     packed = _PACKED_BYTES * shape.linear_weights if precision == "int8" else 0
     weights = shape.parameters * _width(method, precision) + packed
-    fixed = _IMPORTS_MB + (weights + added) / _MB + state_mb(trained)
+    fixed = IMPORTS_MB + (weights + added) / _MB + state_mb(trained)
     longest = longest_row + method.prefix_tokens(options)
     least = cost.pass_mb(longest, cost.most_checkpointed)
     whole = max(longest, min(batch_tokens, MOST_TOKENS))
@@ -213,15 +142,16 @@ def predicted(shape: BaseShape, method: Method[Any], options: MethodOptions, pre
     """Predict what a pass of the method keeps: the inputs of a layer's norms, attention and activation function, and
     those of the modules whose weights are trained."""
     width = _width(method, precision)
-    trained = _trained_modules(shape, method, options)
+    trained = method.trained_modules(shape, options)
     attention, gated = 2 * shape.queries + 2 * shape.keys, 3 * shape.intermediate
-    inputs = sum({_READS[name]: shape.modules[name][0] for name in trained}.values())
+    # Modules of one product have the same inputs.
+    inputs = sum({module.product: module.columns for module in trained}.values())
     ranks = len(trained) * int(getattr(options, "r", 0))
     # Norms compute in float32 whatever the base's dtype, and keep a second input if their weight is trained.
-    norms = 4 * shape.norms * (2 if method.trains_base else 1)
-    per_layer = width * (attention + gated + inputs + ranks) + norms
-    layers = _trained_layers(shape, options)
-    return PassCost(layers, layers * per_layer, width * shape.hidden, 0.0, loss_bytes(shape.vocabulary))
+    norms = 4 * shape.norms * (1 if method.adds_parameters else 2)
+    layers = method.trained_layers(shape, options)
+    per_token = layers * (width * (attention + gated) + norms) + width * (inputs + ranks)
+    return PassCost(layers, per_token, width * shape.hidden, 0.0, loss_bytes(shape.vocabulary))
 
 
 def loss_bytes(vocabulary: int) -> float:
@@ -276,31 +206,16 @@ def measured(small: tuple[int, LayerCost], large: tuple[int, LayerCost], *, laye
 
 
 def state_mb(parameters: int) -> float:
-    """Memory for training that many parameters, besides their values: gradients, optimizer state and copies."""
-    return parameters * _STATE_BYTES / _MB
+    """Memory for training that many parameters, besides their values: gradients, and what a saved state contains, which
+    for the values is a copy while they are saved."""
+    return (1 + _SAVED_NUMBERS) * _FLOAT_BYTES * parameters / _MB
+
+
+def saved_states_mb(parameters: int) -> float:
+    """Disk space of the saved training states: the old one stays until the new one is whole."""
+    return 2 * _SAVED_NUMBERS * _FLOAT_BYTES * parameters / _MB
 
 
 def _width(method: Method[Any], precision: str) -> int:
     """Bytes per weight of the base and per activation."""
     return 2 if precision == "bf16" and not method.trains_base else 4
-
-
-def _trained_modules(shape: BaseShape, method: Method[Any], options: MethodOptions) -> list[str]:
-    """The trained linear modules of a layer; they keep their inputs."""
-    if method.trains_base:
-        return list(shape.modules)
-    targets = getattr(options, "target_modules", ())
-    return [name for name in shape.modules if isinstance(targets, str) or name in targets]
-
-
-def _trained_layers(shape: BaseShape, options: MethodOptions) -> int:
-    """Number of layers that gradients reach; layers before the first trained one keep nothing."""
-    return min(shape.layers, int(getattr(options, "layers", shape.layers)))
-
-
-def _trained_parameters(shape: BaseShape, method: Method[Any], options: MethodOptions) -> int:
-    """Parameters of the trained share of the base's layers, or those of low-rank factors: a guess for other methods."""
-    if method.trains_base:
-        return shape.parameters * _trained_layers(shape, options) // shape.layers
-    rank = int(getattr(options, "r", 0))
-    return shape.layers * rank * sum(sum(shape.modules[name]) for name in _trained_modules(shape, method, options))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from edgetune_runtime.threads.count import EVEN, ThreadCount
+from edgetune_runtime.threads.count import DECODE, ThreadCount
 from edgetune_runtime.threads.machine import usable_cores
 
 # Steps differ in length, so several are compared; a wrong choice slows down whole steps.
@@ -40,7 +40,7 @@ class StepThreads:
         begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
         yield
         wall_s, cpu_s = time.perf_counter() - begin_s, time.process_time() - begin_cpu_s
-        self._count.record(tokens, wall_s, cpu_s, EVEN)
+        self._count.record(tokens, wall_s, cpu_s, DECODE)
 
     def restore(self) -> None:
         """Restore torch's thread count."""

@@ -25,36 +25,62 @@ from .errors import (
 if TYPE_CHECKING:
     from .async_stream import AsyncStream
     from .asynchronous import AsyncRuntime, AsyncSession
+    from .bundle import AdapterEntry, BaseEntry, FileEntry, GoldenAnswer, Manifest
     from .decoding.logprobs import TokenLogprob
+    from .decoding.output import OutputSpec
     from .events import Event
     from .generation import Answer, Stream, Timings
+    from .loaded import Adapters
+    from .opening_options import RuntimeOptions
+    from .options import AnswerOptions, SamplingOptions
     from .runtime import Runtime
-    from .session import Session
+    from .scoring import Classification, NegativeLogLikelihood
+    from .serving.classifier import Embedding
+    from .session import Carry, Session
+    from .text.chat import Message, Prompt
     from .text.sampling import Sampling
     from .tools.calls import ToolCall
+    from .tools.definitions import Tools
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterEntry",
+    "Adapters",
     "Answer",
+    "AnswerOptions",
     "AsyncRuntime",
     "AsyncSession",
     "AsyncStream",
+    "BaseEntry",
     "BusyError",
     "CancelledError",
+    "Carry",
+    "Classification",
     "EdgetuneError",
+    "Embedding",
     "Event",
+    "FileEntry",
+    "GoldenAnswer",
     "IncompatibleError",
+    "Manifest",
+    "Message",
+    "NegativeLogLikelihood",
     "NotFoundError",
     "OutOfSpaceError",
+    "OutputSpec",
+    "Prompt",
     "PromptTooLongError",
     "Runtime",
+    "RuntimeOptions",
     "Sampling",
+    "SamplingOptions",
     "Session",
     "Stream",
     "Timings",
     "TokenLogprob",
     "ToolCall",
+    "Tools",
     "UsageError",
     "VerificationError",
     "__version__",
@@ -65,18 +91,35 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # These import numpy, which takes longer than everything else together, so they are loaded on first use.
 _LAZY = {
+    "AdapterEntry": "bundle",
+    "Adapters": "loaded",
     "Answer": "generation",
+    "AnswerOptions": "options",
     "AsyncRuntime": "asynchronous",
     "AsyncSession": "asynchronous",
     "AsyncStream": "async_stream",
+    "BaseEntry": "bundle",
+    "Carry": "session",
+    "Classification": "scoring",
+    "Embedding": "serving.classifier",
     "Event": "events",
+    "FileEntry": "bundle",
+    "GoldenAnswer": "bundle",
+    "Manifest": "bundle",
+    "Message": "text.chat",
+    "NegativeLogLikelihood": "scoring",
+    "OutputSpec": "decoding.output",
+    "Prompt": "text.chat",
+    "Runtime": "runtime",
+    "RuntimeOptions": "opening_options",
+    "Sampling": "text.sampling",
+    "SamplingOptions": "options",
+    "Session": "session",
     "Stream": "generation",
     "Timings": "generation",
     "TokenLogprob": "decoding.logprobs",
-    "Runtime": "runtime",
-    "Sampling": "text.sampling",
-    "Session": "session",
     "ToolCall": "tools.calls",
+    "Tools": "tools.definitions",
 }
 
 

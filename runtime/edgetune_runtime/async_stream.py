@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
 from typing import Self
 
 from .errors import UsageError
 from .generation import Answer, Stream
+from .wording import CLOSED
 
 _AHEAD = 16
 """Pieces that are computed before they are read, so that decoding does not wait for a reader that keeps up."""
@@ -28,7 +28,7 @@ class StreamThreads:
     def start(self, open_stream: OpenStream, cancel: threading.Event | None) -> _StreamThread:
         """Start reading a stream; UsageError after `close`."""
         if self._closed:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
         thread = _StreamThread(open_stream, cancel)
         self.running.add(thread)
         thread.ended.add_done_callback(lambda _: self.running.discard(thread))
@@ -91,9 +91,7 @@ class AsyncStream(AsyncIterator[str]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self.aclose()
 
     def __del__(self) -> None:
@@ -137,16 +135,13 @@ class _StreamThread:
 
     def _run(self) -> None:
         try:
-            stream = self._open(self._cancel)
-            try:
+            with self._open(self._cancel) as stream:
                 for piece in stream:
                     self._room.acquire()
                     if self._abandoned or not self._tell(self._pieces.put_nowait, piece):
                         break
                 if not self._abandoned:
                     self.answer = stream.answer
-            finally:
-                stream.close()
         except BaseException as error:
             self._error = error
         self._tell(self._finish)

@@ -6,15 +6,17 @@ import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, Unpack, cast
 
 from .async_stream import AsyncStream, StreamThreads
 from .bundle import Manifest
 from .generation import Answer, Stream
 from .loaded import Adapters
+from .opening_options import RuntimeOptions
 from .options import AnswerOptions
 from .runtime import Runtime
+from .scoring import Classification, NegativeLogLikelihood
+from .serving.classifier import Embedding
 from .session import Carry, Session
 from .text.chat import Message, Prompt
 from .tools.definitions import Tools
@@ -37,7 +39,7 @@ class AsyncRuntime:
         self._threads = StreamThreads()
 
     @classmethod
-    async def open(cls, path: str | Path, **options: Any) -> Self:  # noqa: ANN401 - those of `Runtime.open`
+    async def open(cls, path: str | Path, **options: Unpack[RuntimeOptions]) -> Self:
         """Open a bundle; options and errors are those of `Runtime.open`."""
         opening = asyncio.create_task(asyncio.to_thread(Runtime.open, path, **options))
         try:
@@ -82,8 +84,8 @@ class AsyncRuntime:
     ) -> AsyncStream:
         """Like `generate`, but yields the text piece by piece; errors are raised by the first read."""
 
-        def open_stream(given: AnswerOptions) -> Stream:
-            return self.runtime.stream(prompt, adapter=adapter, raw=raw, **given)
+        def open_stream(answer_options: AnswerOptions) -> Stream:
+            return self.runtime.stream(prompt, adapter=adapter, raw=raw, **answer_options)
 
         return _stream(self._threads, open_stream, options)
 
@@ -97,17 +99,21 @@ class AsyncRuntime:
 
     async def classify(
         self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None
-    ) -> tuple[str, dict[str, float]]:
+    ) -> Classification:
         """The most likely label, and the probability of each; see `Runtime.classify`. It is not ended early."""
         return await asyncio.to_thread(self.runtime.classify, prompt, labels, adapter=adapter)
 
-    async def embed(self, text: str) -> tuple[list[float], int]:
+    async def embed(self, text: str) -> Embedding:
         """The pooled last layer for a text, and its number of tokens; see `Runtime.embed`. It is not ended early."""
         return await asyncio.to_thread(self.runtime.embed, text)
 
-    async def perplexity(self, text: str, *, adapter: Adapters = None) -> tuple[float, int]:
-        """The loss of a text and its number of tokens; see `Runtime.perplexity`. It is not ended early."""
-        return await asyncio.to_thread(self.runtime.perplexity, text, adapter=adapter)
+    async def perplexity(self, text: str, *, adapter: Adapters = None) -> float:
+        """The perplexity of a text; see `Runtime.perplexity`. It is not ended early."""
+        return (await self.negative_log_likelihood(text, adapter=adapter)).perplexity
+
+    async def negative_log_likelihood(self, text: str, *, adapter: Adapters = None) -> NegativeLogLikelihood:
+        """The negative log-likelihood of a text; see `Runtime.negative_log_likelihood`. It is not ended early."""
+        return await asyncio.to_thread(self.runtime.negative_log_likelihood, text, adapter=adapter)
 
     async def warm(self, adapters: Sequence[Adapters] | None = None, *, tools: Tools | None = None) -> dict[str, int]:
         """Compute the missing states of fixed prompts; see `Runtime.warm`. It is not ended early."""
@@ -125,9 +131,7 @@ class AsyncRuntime:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self.close()
 
 
@@ -153,7 +157,7 @@ class AsyncSession:
 
     def stream(self, message: Prompt, **options: Unpack[AnswerOptions]) -> AsyncStream:
         """Like `send`, but yields the text piece by piece; see `Session.stream`."""
-        return _stream(self._threads, lambda given: self._session.stream(message, **given), options)
+        return _stream(self._threads, lambda answer_options: self._session.stream(message, **answer_options), options)
 
     async def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
         """Use other adapters from now on; see `Session.use`."""
@@ -170,9 +174,7 @@ class AsyncSession:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self.close()
 
 

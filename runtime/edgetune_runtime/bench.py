@@ -6,10 +6,10 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from .bundle import AdapterEntry
 from .engines.base import Engine
@@ -52,7 +52,7 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
     load_ms = (time.perf_counter() - begin) * 1e3
     with runtime:
         entries = runtime.manifest.adapters.values()
-        merged = [entry.name for entry in entries if entry.shapes.get(runtime.engine) == "merged"]
+        merged = [entry.name for entry in entries if entry.is_merged(runtime.engine)]
         switched = [entry.name for entry in entries if entry.name not in merged]
         progress(f"switching {SWITCHES} times")
         switch_us = _switches(runtime, switched) if switched else None
@@ -88,22 +88,21 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
         }
 
 
-@dataclass(frozen=True)
-class AnswerFigures:
+class _AnswerFigures(NamedTuple):
     """The median time of an answer in ms, and the mean number of tokens per step."""
 
     answer_ms: float
     tokens_per_step: float
 
 
-def _answers(runtime: Runtime, name: str) -> AnswerFigures:
+def _answers(runtime: Runtime, name: str) -> _AnswerFigures:
     times_ms, steps = [], []
     for message in MESSAGES * ROUNDS:
         begin = time.perf_counter()
         answer = runtime.generate(message, adapter=name, max_tokens=ANSWER_TOKENS)
         times_ms.append((time.perf_counter() - begin) * 1e3)
         steps.append(answer.timings.tokens_per_step)
-    return AnswerFigures(statistics.median(times_ms), statistics.fmean(steps))
+    return _AnswerFigures(statistics.median(times_ms), statistics.fmean(steps))
 
 
 def restored_ms(runtime: Runtime) -> float | None:
@@ -112,13 +111,22 @@ def restored_ms(runtime: Runtime) -> float | None:
     None if all adapters are merged. The runtime must have a folder for states; this calls `Runtime.warm` to fill it.
     """
     entries = runtime.manifest.adapters.values()
-    names = [entry.name for entry in entries if entry.shapes.get(runtime.engine) != "merged"]
+    names = [entry.name for entry in entries if not entry.is_merged(runtime.engine)]
     runtime.warm()
+    return _median_ttft_ms(runtime, names) if names else None
+
+
+def _median_ttft_ms(runtime: Runtime, names: list[str]) -> float:
+    """Median time to first token of a short message after the states in memory were dropped."""
     times_ms = []
     for name in names * ROUNDS:
         runtime.clear_cache()
-        times_ms.append(runtime.generate(MESSAGES[0], adapter=name, max_tokens=1).timings.ttft_ms)
-    return statistics.median(times_ms) if times_ms else None
+        times_ms.append(_ttft_ms(runtime, name, MESSAGES[0]))
+    return statistics.median(times_ms)
+
+
+def _ttft_ms(runtime: Runtime, name: str | None, message: str) -> float:
+    return runtime.generate(message, adapter=name, max_tokens=1).timings.ttft_ms
 
 
 def start_ms(command: Sequence[str]) -> float:
@@ -180,26 +188,19 @@ def _timed_us(engine: Engine, adapters: Mapping[str, float]) -> float:
 
 
 def _first_tokens(runtime: Runtime, names: list[str]) -> dict[str, float]:
-    def first(name: str | None, message: str) -> float:
-        return runtime.generate(message, adapter=name, max_tokens=1).timings.ttft_ms
-
-    cold: list[float] = []
-    for name in names * ROUNDS:
-        runtime.clear_cache()
-        cold.append(first(name, MESSAGES[0]))
+    cold = _median_ttft_ms(runtime, names)
     after_switch: list[float] = []
     # Calling the base in between makes each call a switch even with a single adapter.
     for number in range(ROUNDS + 1):
         message = MESSAGES[number % 2]
-        first(None, message)
-        times_ms = [first(name, message) for name in names]
+        _ttft_ms(runtime, None, message)
+        times_ms = [_ttft_ms(runtime, name, message) for name in names]
         if number:
             after_switch += times_ms
-    return {"cold": statistics.median(cold), "after_switch": statistics.median(after_switch)}
+    return {"cold": cold, "after_switch": statistics.median(after_switch)}
 
 
-@dataclass(frozen=True)
-class _Speed:
+class _Speed(NamedTuple):
     """Median decode speed, and whether the steps were slow; see `measure`."""
 
     tokens_per_s: float

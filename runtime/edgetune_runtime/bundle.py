@@ -49,9 +49,10 @@ class BaseEntry:
     recipe or its board requested for this file (`formats/quantization.py` lists the names; f32 or int8 for the graph of
     an encoder), None if the file is unchanged. `files` maps a backend to the base's path in the bundle, and
     `values_by_type` to the number of values that this file has in each type: tensor types in GGUF; f32, f16, int8 and
-    int4 in ONNX. `trained_context_length` is the longest context that the base was trained for, in tokens. `parity`
-    maps a backend to the distance of its base from the trained one, and `gguf/onnx` to the distance between the two.
-    `domain` has the figures of continued pretraining: how the base was trained, and its perplexity before and after.
+    int4 in ONNX. `trained_context_length` is the longest context that the base was trained for, in tokens, and
+    `kv_values_per_token` the numbers in the keys and values that one token adds over all layers. `parity` maps a
+    backend to the distance of its base from the trained one, and `gguf/onnx` to the distance between the two. `domain`
+    has the figures of continued pretraining: how the base was trained, and its perplexity before and after.
     """
 
     name: str
@@ -61,7 +62,7 @@ class BaseEntry:
     parameters: int
     trained_context_length: int
     layers: int
-    kv_bytes_per_token: int
+    kv_values_per_token: int
     tokenizer_sha256: str
     chat_template_sha256: str
     files: Mapping[str, str]
@@ -121,6 +122,10 @@ class AdapterEntry:
     golden: Mapping[str, GoldenAnswer] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    def is_merged(self, engine: str) -> bool:
+        """Whether the adapter is a full model for this engine."""
+        return self.shapes.get(engine) == "merged"
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -146,8 +151,8 @@ class Manifest:
     def adapter(self, name: str) -> AdapterEntry:
         """The adapter called `name`; NotFoundError lists the adapters of the bundle."""
         if name not in self.adapters:
-            known = ", ".join(self.adapters) or "none"
-            raise NotFoundError(f"no adapter {name!r} in bundle {self.name!r}", f"choose one of: {known}")
+            names = ", ".join(self.adapters) or "none"
+            raise NotFoundError(f"no adapter {name!r} in bundle {self.name!r}", f"choose one of: {names}")
         return self.adapters[name]
 
     def to_json(self) -> str:
@@ -243,7 +248,10 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
     try:
         adapters = {name: _adapter(value) for name, value in raw["adapters"].items()}
         files = {name: _build(FileEntry, value) for name, value in raw["files"].items()}
-        base = _build(BaseEntry, raw["base"])
+        entry = raw["base"]
+        # Manifests used to have the bytes of these values in f16.
+        before = {"kv_values_per_token": entry["kv_bytes_per_token"] // 2} if "kv_bytes_per_token" in entry else {}
+        base = _build(BaseEntry, {**before, **entry})
         return _build(Manifest, {**raw, "base": base, "adapters": adapters, "files": files})
     except (KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{path} is not a manifest: {error}", COPY_BUNDLE_AGAIN) from error

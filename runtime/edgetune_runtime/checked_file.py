@@ -45,14 +45,14 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def read_checked(
-    path: Path, kind: str, *, most_bytes: float = math.inf, follows_links: bool = True
+    path: Path, kind: str, *, max_bytes: float = math.inf, follows_links: bool = True
 ) -> CheckedFile | None:
     """Read a file of `write_checked`; None if it is missing, damaged, larger, of another kind or no regular file."""
     try:
         with _opened(path, follows_links) as file:
             head = _head(file, kind)
             size = head["bytes"]
-            if type(size) is not int or size > most_bytes or os.fstat(file.fileno()).st_size != file.tell() + size:
+            if type(size) is not int or size > max_bytes or os.fstat(file.fileno()).st_size != file.tell() + size:
                 return None
             data = np.fromfile(file, np.uint8, size).data
         return CheckedFile(head["about"], data) if zlib.crc32(data) == head["crc32"] else None

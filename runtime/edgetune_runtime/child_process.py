@@ -1,4 +1,4 @@
-"""Runs a child process with a time limit, keeps the end of what it writes, and says in words how it ended."""
+"""Runs a child process with a time limit, keeps the end of its output, and describes how it ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import IO
 from .limits import no_limits
 from .wording import printable
 
-_MOST_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20
 """Kept of each stream: of what a child writes without end, only the end stays in memory."""
 _LINE_CHARACTERS = 300
 _CHECK_S = 0.05
@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProcessResult:
     """How a child ended: its exit code, or minus the number of a signal; killed after `timeout_s`, if not None."""
 
     code: int
@@ -43,7 +43,7 @@ class Ended:
 
     @property
     def how(self) -> str:
-        """The end in words, such as "was ended by SIGABRT"."""
+        """How it ended, as a phrase such as "was ended by SIGABRT"."""
         if self.timeout_s is not None:
             return f"was killed after {self.timeout_s:.0f} s"
         if self.code >= 0:
@@ -74,10 +74,10 @@ def run(
     command: Sequence[str],
     *,
     timeout_s: float,
-    given: bytes = b"",
+    stdin: bytes = b"",
     check: Callable[[], None] = no_limits,
-) -> Ended:
-    """Run `command` with `given` as its standard input; kills it, and what it started, after `timeout_s`.
+) -> ProcessResult:
+    """Run `command` with `stdin` as its standard input; kills it, and what it started, after `timeout_s`.
 
     OSError if it cannot be started. Raises what `check` does, which is called meanwhile.
     """
@@ -90,7 +90,7 @@ def run(
     timed_out = False
     try:
         with suppress(OSError), child.stdin:
-            child.stdin.write(given)
+            child.stdin.write(stdin)
         # Waiting for the process itself would poll.
         end_s = time.monotonic() + timeout_s
         while readers[0].is_alive() and time.monotonic() < end_s:
@@ -107,7 +107,7 @@ def run(
     for reader in readers:
         # What the child started may have left the group and still hold the pipe.
         reader.join(_CLOSING_S)
-    return Ended(child.returncode, bytes(output), bytes(errors), timeout_s if timed_out else None)
+    return ProcessResult(child.returncode, bytes(output), bytes(errors), timeout_s if timed_out else None)
 
 
 def _reader(stream: IO[bytes], kept: bytearray) -> threading.Thread:
@@ -115,7 +115,7 @@ def _reader(stream: IO[bytes], kept: bytearray) -> threading.Thread:
         with stream:
             while block := stream.read1(1 << 16):  # type: ignore[attr-defined]
                 kept.extend(block)
-                del kept[:-_MOST_BYTES]
+                del kept[:-_MAX_BYTES]
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()

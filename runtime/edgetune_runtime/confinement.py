@@ -18,9 +18,11 @@ from .threads.machine import free_mb
 
 _COPIES = 4
 """An engine may have a file twice while it repacks weights; the rest is for buffers that grow with it."""
+_KV_BYTES = 4
+"""Of a number in keys and values: f32, the widest type of any engine."""
 _SPARE_BYTES = 1_000_000_000
 """For Python, the libraries, and what is allocated but never used, such as most of the stacks of threads."""
-_LEAST_S, MOST_S = 60, 3600
+_MIN_S, MAX_S = 60, 3600
 _BYTES_PER_S = 1_000_000
 """Of the slowest disk and processor: a bundle has a second more for each of these."""
 _OPEN_FILES = 256
@@ -42,7 +44,7 @@ class _Capabilities(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProcessLimits:
     """What a process may allocate, without mapped files, how long it may take, and the size of files that it writes."""
 
     memory_bytes: int
@@ -50,17 +52,18 @@ class Limits:
     file_bytes: int = 0
 
 
-def limits_of(manifest: Manifest, context_length: int) -> Limits:
+def limits_of(manifest: Manifest, context_length: int) -> ProcessLimits:
     """What opening a bundle and answering in one context takes at most; what grows with it, within the free memory."""
     file_bytes = sum(entry.bytes for entry in manifest.files.values())
-    grows_bytes = _COPIES * (file_bytes + manifest.base.kv_bytes_per_token * context_length)
+    kv_bytes = _KV_BYTES * manifest.base.kv_values_per_token * context_length
+    grows_bytes = _COPIES * (file_bytes + kv_bytes)
     free = free_mb()
     if free is not None:
         grows_bytes = min(grows_bytes, int(free * 1e6))
-    return Limits(grows_bytes + _SPARE_BYTES, float(min(_LEAST_S + file_bytes // _BYTES_PER_S, MOST_S)))
+    return ProcessLimits(grows_bytes + _SPARE_BYTES, float(min(_MIN_S + file_bytes // _BYTES_PER_S, MAX_S)))
 
 
-def confine(limits: Limits) -> None:
+def confine(limits: ProcessLimits) -> None:
     """Confine this process for the rest of its life. Call it before there are other threads.
 
     It can then allocate no more memory than the limit, and compute for its time on each core. It has no network, and
@@ -95,8 +98,8 @@ def confine(limits: Limits) -> None:
             resource.RLIMIT_CORE: 0,
         }
         for name, limit in figures.items():
-            _, most = resource.getrlimit(name)
-            lowest = limit if most == resource.RLIM_INFINITY else min(limit, most)
+            _, hard_limit = resource.getrlimit(name)
+            lowest = limit if hard_limit == resource.RLIM_INFINITY else min(limit, hard_limit)
             with suppress(OSError, ValueError, OverflowError):
                 resource.setrlimit(name, (lowest, lowest))
 

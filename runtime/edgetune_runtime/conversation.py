@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .errors import NotFoundError, UsageError, VerificationError
+from .states.cache import name_of
 
 if TYPE_CHECKING:
     from .decoding.logprobs import TokenLogprob
@@ -73,12 +74,11 @@ class Conversation:
             self._say(f"{PROGRAM}: no command {command!r}; /help lists the commands")
 
     def _answer(self, text: str) -> None:
-        stream = self._session().stream(text, **self._sampling)
-        try:
-            show(stream, as_json=self._as_json)
-        except KeyboardInterrupt:
-            stream.close()
-            print()
+        with self._session().stream(text, **self._sampling) as stream:
+            try:
+                show(stream, as_json=self._as_json)
+            except KeyboardInterrupt:
+                print()
 
     def _session(self) -> Session:
         if self._name() not in self._sessions:
@@ -86,9 +86,7 @@ class Conversation:
         return self._sessions[self._name()]
 
     def _name(self) -> str:
-        if self._adapters is None or isinstance(self._adapters, str):
-            return self._adapters or "base"
-        return " ".join(f"{name}={scale:g}" for name, scale in self._adapters.items())
+        return name_of(self._adapters)
 
     def _say(self, text: str) -> None:
         # Standard output is reserved for answers.
@@ -136,9 +134,9 @@ def adapter_choice(runtime: Runtime, choices: Sequence[str]) -> str | dict[str, 
     """The adapters of `--adapter` or `/use`: None, a single name, or a mapping of names to scales."""
     scales: dict[str, float] = {}
     for choice in choices:
-        name, given, scale = choice.partition("=")
+        name, equals, scale = choice.partition("=")
         try:
-            scales[name] = float(scale) if given else runtime.manifest.adapter(name).scale
+            scales[name] = float(scale) if equals else runtime.manifest.adapter(name).scale
         except ValueError as error:
             message = f"scale {scale!r} of adapter {name!r} is not a number"
             raise UsageError(message, "give NAME or NAME=SCALE") from error

@@ -21,6 +21,7 @@ from .threads.machine import (
     cpu_quota,
     disturbance,
     free_mb,
+    read_text,
     threads_for,
     throttling,
     usable_cores,
@@ -57,9 +58,9 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
     model.
     """
     quota = cpu_quota(root)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "processor": processor(root),
-        "board": _text(root / "proc/device-tree/model") or None,
+        "board": read_text(root / "proc/device-tree/model") or None,
         "system": {
             "machine": platform.machine(),
             "bits": 8 * struct.calcsize("P"),
@@ -78,13 +79,13 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
         "llama_cpp": _llama_cpp(),
     }
     if manifest is not None:
-        found["bundle"] = {"name": manifest.name, "threads": threads_for(manifest.threads, root)}
-    return found | {"problems": list(_problems(found, manifest))}
+        facts["bundle"] = {"name": manifest.name, "threads": threads_for(manifest.threads, root)}
+    return facts | {"problems": list(_problems(facts, manifest))}
 
 
 def processor(root: Path = ROOT) -> str:
     """The processor's name; on ARM boards, which report none, the name of the board."""
-    lines = (root / "proc/cpuinfo").read_text().splitlines() if (root / "proc/cpuinfo").exists() else []
+    lines = read_text(root / "proc/cpuinfo").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "model\t"))]
     named = next((name for name in names if not name.isdigit()), "")
     is_arm = platform.machine() in ("aarch64", "arm64")
@@ -93,42 +94,42 @@ def processor(root: Path = ROOT) -> str:
 
 def instructions(root: Path = ROOT) -> list[str]:
     """The instruction sets of the processor that the engines have faster code for; empty if it does not report any."""
-    lines = _text(root / "proc/cpuinfo").splitlines()
+    lines = read_text(root / "proc/cpuinfo").splitlines()
     flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
     return [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
 
 
 def memory(root: Path = ROOT) -> dict[str, float]:
     """Total memory and swap, total and used, in MB (10^6 bytes); empty if the system does not report it."""
-    found = re.findall(r"^(MemTotal|SwapTotal|SwapFree): +(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
-    mb = {name: int(kib) * 1024 / 1e6 for name, kib in found}
+    sizes = re.findall(r"^(MemTotal|SwapTotal|SwapFree): +(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE)
+    mb = {name: int(kib) * 1024 / 1e6 for name, kib in sizes}
     if "MemTotal" not in mb:
         return {}
     swap = mb.get("SwapTotal", 0.0)
     return {"total_mb": mb["MemTotal"], "swap_mb": swap, "swap_used_mb": swap - mb.get("SwapFree", 0.0)}
 
 
-def _problems(found: Mapping[str, Any], manifest: Manifest | None) -> Iterator[str]:
-    quota, usable = found["cores"]["quota"], found["cores"]["usable"]
-    if "error" in (found["llama_cpp"] or {}):
-        yield str(found["llama_cpp"]["error"])
-    if found["system"]["bits"] < 64:
+def _problems(facts: Mapping[str, Any], manifest: Manifest | None) -> Iterator[str]:
+    quota, usable = facts["cores"]["quota"], facts["cores"]["usable"]
+    if "error" in (facts["llama_cpp"] or {}):
+        yield str(facts["llama_cpp"]["error"])
+    if facts["system"]["bits"] < 64:
         yield "the system has 32 bits, and the engines need 64; install one, such as Raspberry Pi OS (64-bit)"
-    if found["busy"]:
-        yield f"{found['busy']}: answers take longer, and measurements are not representative"
-    if found["throttled_since_start"] and not found["throttling"]:
-        yield f"since the start there was: {found['throttled_since_start']}; check power supply and cooling"
-    if (found["temperature_c"] or 0) >= _HOT_C:
-        yield f"the processor has {found['temperature_c']:.0f} °C and slows down; cool it"
-    swapped = found["memory"].get("swap_used_mb", 0.0)
-    if swapped > found["memory"].get("total_mb", 0.0) / 8:
+    if facts["busy"]:
+        yield f"{facts['busy']}: answers take longer, and measurements are not representative"
+    if facts["throttled_since_start"] and not facts["throttling"]:
+        yield f"since the start there was: {facts['throttled_since_start']}; check power supply and cooling"
+    if (facts["temperature_c"] or 0) >= _HOT_C:
+        yield f"the processor has {facts['temperature_c']:.0f} °C and slows down; cool it"
+    swapped = facts["memory"].get("swap_used_mb", 0.0)
+    if swapped > facts["memory"].get("total_mb", 0.0) / 8:
         yield f"{swapped:.0f} MB of swap are in use: memory is short, and answers wait for the disk"
     if quota is not None and quota < 1:
         yield f"a CPU quota of {quota:g} cores interrupts each step; set it to at least 1"
     if manifest is not None and manifest.threads and manifest.threads > usable:
         yield f"the bundle asks for {manifest.threads} threads, but only {usable} cores are available"
-    governor = found["clock"].get("governor")
-    if governor == "powersave" and found["processor"].startswith("ARM"):
+    governor = facts["clock"].get("governor")
+    if governor == "powersave" and facts["processor"].startswith("ARM"):
         yield "the CPU frequency governor is powersave, which keeps the clock at its lowest; use ondemand"
 
 
@@ -136,7 +137,7 @@ def _clock(root: Path) -> dict[str, Any]:
     """Frequency governor and MHz of the first core; empty where the system does not report them."""
     clock: dict[str, Any] = {}
     for key, name in (("governor", "scaling_governor"), ("mhz", "scaling_cur_freq"), ("most_mhz", "cpuinfo_max_freq")):
-        text = _text(root / _CLOCK / name)
+        text = read_text(root / _CLOCK / name)
         if text:
             clock[key] = int(text) / 1000 if text.isdigit() else text
     return clock
@@ -156,15 +157,8 @@ def _llama_cpp() -> dict[str, str] | None:
 def _temperature(root: Path) -> float | None:
     """The highest temperature that a sensor of the processor reports, in °C."""
     zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/temp"))
-    texts = [_text(zone) for zone in zones]
+    texts = [read_text(zone) for zone in zones]
     return max((int(text) / 1000 for text in texts if text.lstrip("-").isdigit()), default=None)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
-    except OSError:
-        return ""
 
 
 def _version(name: str) -> str | None:

@@ -8,7 +8,6 @@ EdgetuneError                1
 ├── IncompatibleError        5   valid parts that do not fit together, or that this machine cannot run
 ├── OutOfSpaceError          6   a disk is full
 ├── BusyError                7   too many calls are already waiting
-├── UnreachableError         8   a board cannot be reached, or the connection was lost
 └── CancelledError         130   the user interrupted
 """
 
@@ -74,12 +73,6 @@ class BusyError(EdgetuneError):
     """Too many calls are already waiting for a context."""
 
     exit_code = 7
-
-
-class UnreachableError(EdgetuneError):
-    """A board cannot be reached over ssh, or the connection to it was lost."""
-
-    exit_code = 8
 
 
 class CancelledError(EdgetuneError):

@@ -1,4 +1,4 @@
-"""What a runtime tells an app's callback: something was loaded, switched, evicted or warmed."""
+"""The events that a runtime reports to an app's callback: loaded, switched, evicted, warmed."""
 
 from __future__ import annotations
 

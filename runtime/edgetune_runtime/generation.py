@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from .decoding.constraint import Constraint
 from .decoding.drafts import Drafter, DraftTable
 from .decoding.logprobs import LogprobRecord, TokenLogprob
 from .decoding.output import OutputSpec
 from .engines.base import Logits
-from .limits import Limits, Stopped
+from .limits import CallLimits, Stopped
 from .serving.context import Context
 from .serving.jobs import PromptJob
 from .serving.merged import MergedPool
@@ -22,7 +22,7 @@ from .text.sampling import REPEAT_WINDOW, Sampler, Sampling, sampling_of
 from .text.stream import TextStream
 from .tools.calls import CallReader, ToolCall
 
-_MOST_HELD = 64
+_MAX_HELD = 64
 """Forced tokens whose log-probabilities are computed in one step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
 
@@ -111,7 +111,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Carried:
+class CarriedState:
     """Tokens whose state is carried over unchanged: the adapters that computed each span, and the system prompt."""
 
     tokens: Sequence[int]
@@ -120,7 +120,7 @@ class Carried:
 
 
 @dataclass
-class Generation:
+class Outcome:
     """The result of a generation: the answer, and the tokens of the context's state.
 
     Separate from the stream, so that deleting the stream ends the generation.
@@ -133,10 +133,10 @@ class Generation:
 class Stream(Iterator[str]):
     """Iterator over the pieces of an answer without its tool calls; afterwards `answer` has all of it.
 
-    `close` ends the answer early.
+    `close`, and leaving its `with` block, end the answer early.
     """
 
-    def __init__(self, pieces: Generator[str, None, None], outcome: Generation) -> None:
+    def __init__(self, pieces: Generator[str, None, None], outcome: Outcome) -> None:
         self._pieces = pieces
         self._outcome = outcome
 
@@ -159,11 +159,17 @@ class Stream(Iterator[str]):
         """Stop generating and let other calls run."""
         self._pieces.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
 
 def generate(
     call: Call,
-    outcome: Generation,
-    limits: Limits,
+    outcome: Outcome,
+    limits: CallLimits,
     *,
     sampling: Sampling | None = None,
     logprobs: int | None = None,
@@ -178,7 +184,7 @@ def generate(
 
 
 def _generate(
-    call: Call, sampling: Sampling, limits: Limits, record: LogprobRecord | None, outcome: Generation
+    call: Call, sampling: Sampling, limits: CallLimits, record: LogprobRecord | None, outcome: Outcome
 ) -> Generator[str, None, None]:
     job = replace(call.job, check=limits.check)
     try:
@@ -201,13 +207,13 @@ class _Answering:
     """The state of an answer that is being generated."""
 
     def __init__(
-        self, call: Call, context: Context, sampling: Sampling, limits: Limits, record: LogprobRecord | None
+        self, call: Call, context: Context, sampling: Sampling, limits: CallLimits, record: LogprobRecord | None
     ) -> None:
         self._call, self._context, self._sampling, self._limits = call, context, sampling, limits
         self._sampler, self._text = Sampler(sampling), TextStream(sampling.stop)
         self._constraint, self._reader = call.constraint, call.reader
         self._content = None if call.reader is None else call.reader.stream()
-        # Control tokens stand for no text, but calls may begin with one.
+        # Control tokens have no text, but calls may begin with one.
         self._marks = {} if call.reader is None else call.reader.marks
         self._drafter: Drafter | None = None
         self._record = record
@@ -224,7 +230,7 @@ class _Answering:
         tick = time.perf_counter()
         self._start = context.run(job)
         # To continue, the last token must fit too.
-        self._most = min(self._sampling.max_tokens, context.max_tokens - len(job.tokens) + 1)
+        self._max_tokens = min(self._sampling.max_tokens, context.max_tokens - len(job.tokens) + 1)
         if self._call.drafts is not None:
             self._drafter = Drafter(self._call.drafts, list(job.tokens))
         chosen = self._choose(self._start.logits[None], [])
@@ -289,11 +295,11 @@ class _Answering:
         The last chosen token and the forced ones are not computed yet: they are pending. Where log-probabilities are
         recorded, the forced ones are held back until the next step gives theirs.
         """
-        known = len(self._context.tokens) - len(draft)
+        computed = len(self._context.tokens) - len(draft)
         chosen: list[int] = []
         self._hits = 0
         for row, drafted in zip(rows, [*draft, None], strict=True):
-            token = self._token(row, known + len(chosen))
+            token = self._token(row, computed + len(chosen))
             if token is None:
                 self._pending, self._reason_at_end = [], "dead_end"
                 break
@@ -306,7 +312,7 @@ class _Answering:
             self._hits += 1
         self._drafted += len(draft)
         self._accepted += self._hits
-        forced = self._forced_after(known + len(chosen))
+        forced = self._forced_after(computed + len(chosen))
         self._pending = self._pending + forced
         if self._drafter is not None:
             self._drafter.add(chosen + forced)
@@ -316,14 +322,14 @@ class _Answering:
         self._held = forced
         return chosen
 
-    def _forced_after(self, known: int) -> list[int]:
-        """Accept the forced tokens after `known` ones of prompt and answer, as many as the answer has room for."""
+    def _forced_after(self, length: int) -> list[int]:
+        """Accept the forced tokens after `length` ones of prompt and answer, as many as the answer has room for."""
         if self._constraint is None or not self._pending or self._is_end(self._pending[0]):
             return []
-        room = len(self._call.job.tokens) + self._most - known
+        room = len(self._call.job.tokens) + self._max_tokens - length
         if self._record is not None:
             # Tokens that are held back are computed, so the last one of a full context cannot be among them.
-            room = min(room - 1, _MOST_HELD)
+            room = min(room - 1, _MAX_HELD)
         forced = self._constraint.forced()[: max(0, room)]
         self._constraint.accept(*forced)
         self._forced += len(forced)
@@ -351,7 +357,7 @@ class _Answering:
         if self._drafter is None:
             return [], []
         # A step gives one token more than its draft.
-        draft, chances = self._drafter.propose(self._most - self._count - len(self._held) - 1)
+        draft, chances = self._drafter.propose(self._max_tokens - self._count - len(self._held) - 1)
         if self._constraint is not None:
             draft = draft[: self._constraint.valid_prefix(draft)]
         count = self._context.batch_cost.worthwhile(chances[: len(draft)], len(self._pending))
@@ -386,4 +392,4 @@ class _Answering:
     def _reason_to_stop(self) -> str:
         if self._text.stopped:
             return "stop"
-        return "length" if self._count == self._most else self._limits.reason()
+        return "length" if self._count == self._max_tokens else self._limits.reason()

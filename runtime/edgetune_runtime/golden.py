@@ -13,7 +13,7 @@ from .runtime import Runtime
 
 
 @dataclass(frozen=True)
-class Comparison:
+class GoldenComparison:
     """An adapter's golden answer and its answer on this machine; both None if the bundle has no golden answer."""
 
     golden: GoldenAnswer | None
@@ -37,11 +37,11 @@ class Comparison:
         return f"expected {self.golden.answer!r}, got {self.answer!r}" if self.is_different else "same"
 
 
-def compare(runtime: Runtime) -> Iterator[tuple[str, Comparison]]:
+def compare(runtime: Runtime) -> Iterator[tuple[str, GoldenComparison]]:
     """Ask each adapter in turn; its name and how its answer compares. Raises what `generate` and `classify` raise."""
     for name in runtime.adapters:
         golden = runtime.manifest.adapter(name).golden.get(runtime.engine)
-        yield name, Comparison(golden, None if golden is None else ask(runtime, name, golden))
+        yield name, GoldenComparison(golden, None if golden is None else ask(runtime, name, golden))
 
 
 def report(runtime: Runtime, *, as_json: bool) -> None:
@@ -50,19 +50,19 @@ def report(runtime: Runtime, *, as_json: bool) -> None:
     Raises VerificationError that names the adapters whose answer differs, NotFoundError if no adapter has a golden
     answer for this engine, and what `compare` raises.
     """
-    found = {}
+    comparisons = {}
     for name, comparison in compare(runtime):
-        found[name] = comparison
+        comparisons[name] = comparison
         if not as_json:
             print(f"{name}\t{comparison}", flush=True)
     if as_json:
-        print(json.dumps({name: item.to_json() for name, item in found.items()}, ensure_ascii=False))
-    different = [name for name, item in found.items() if item.is_different]
+        print(json.dumps({name: item.to_json() for name, item in comparisons.items()}, ensure_ascii=False))
+    different = [name for name, item in comparisons.items() if item.is_different]
     if different:
-        message = f"{len(different)} of {len(found)} adapters answer differently with {runtime.engine}"
+        message = f"{len(different)} of {len(comparisons)} adapters answer differently with {runtime.engine}"
         remedy = "compare the margins (--json) and try another engine, or report it as a bug"
         raise VerificationError(f"{message}: {', '.join(different)}", remedy)
-    if all(item.golden is None for item in found.values()):
+    if all(item.golden is None for item in comparisons.values()):
         what = f"bundle {runtime.manifest.name!r} has no golden answer for {runtime.engine}"
         message = f"the files are intact, but {what}"
         raise NotFoundError(message, "build it again with this version, without golden: false")
@@ -71,7 +71,7 @@ def report(runtime: Runtime, *, as_json: bool) -> None:
 def ask(runtime: Runtime, adapter: str, golden: GoldenAnswer) -> str:
     """The adapter's greedy answer to a golden prompt, or the most likely label if the adapter has labels."""
     if runtime.manifest.adapter(adapter).labels:
-        return runtime.classify(golden.prompt, adapter=adapter)[0]
+        return runtime.classify(golden.prompt, adapter=adapter).label
     return runtime.generate(golden.prompt, adapter=adapter, **options_of(golden)).text
 
 

@@ -20,7 +20,7 @@ def no_limits() -> None:
     """The check of a call without limits."""
 
 
-class Limits:
+class CallLimits:
     """When a call must stop; UsageError for a deadline that is not positive."""
 
     def __init__(self, deadline_s: float | None = None, cancel: threading.Event | None = None) -> None:

@@ -15,9 +15,10 @@ from .decoding.output import OutputSpec
 from .engines.base import Tokenizer
 from .errors import IncompatibleError, UsageError, VerificationError
 from .events import Event
-from .generation import Call, Carried
+from .generation import Call, CarriedState
 from .limits import Stopped, no_limits
-from .opening import OpeningOptions, file_of, open_merged
+from .opening import open_merged
+from .opening_options import OpeningOptions, file_of
 from .options import AnswerForm
 from .preparing import Constraints, FixedParts, chat_tokens, raw_tokens
 from .serving.classifier import Classifier
@@ -28,10 +29,12 @@ from .serving.pool import Pool
 from .states.activation import join_spans
 from .states.cache import CALLS, common_prefix
 from .text.chat import Message, Prompt, messages_for
+from .wording import CLOSED
 
 _LOG = logging.getLogger(__name__)
 
 Adapters = str | Mapping[str, float] | None
+"""An adapter by name, adapters with their scales, or None for the plain base."""
 
 _LARGEST_SCALE = 1000
 """Engines compute in float32, and far larger scales would give no numbers."""
@@ -85,7 +88,7 @@ class LoadedBundle:
             message = f"bundle {self.manifest.name!r} only classifies text: it has no generation and no perplexity"
             raise UsageError(message, "use classify")
         scales = self.scales(adapter)
-        merged = [name for name in scales if self._is_merged(self.manifest.adapter(name))]
+        merged = [name for name in scales if self.manifest.adapter(name).is_merged(self.options.engine)]
         if not merged:
             return self._running, scales
         if len(scales) > 1 or scales[merged[0]] != 1:
@@ -99,7 +102,7 @@ class LoadedBundle:
         adapter: Adapters,
         *,
         owner: str = CALLS,
-        carried: Carried | None = None,
+        carried: CarriedState | None = None,
         form: AnswerForm | None = None,
         raw: bool = False,
         check: Callable[[], None] = no_limits,
@@ -119,17 +122,21 @@ class LoadedBundle:
         try:
             with pool.tokenizer() as tokenizer:
                 if raw:
-                    tokens, fixed, is_given = raw_tokens(tokenizer, prompt, form, pool.capacity(active)), 0, False
+                    tokens, fixed, comes_with_call = (
+                        raw_tokens(tokenizer, prompt, form, pool.capacity(active)),
+                        0,
+                        False,
+                    )
                 else:
                     messages = messages_for(prompt, system)
                     tokens = chat_tokens(tokenizer, messages, form, check, pool.capacity(active))
-                    given = _system_in(messages)
-                    is_given = given != own or form.tools is not None or form.think is not None
+                    system_text = _system_in(messages)
+                    comes_with_call = system_text != own or form.tools is not None or form.think is not None
                     # Other adapters computed the beginning of a session that was carried over.
-                    is_shared = carried is None or given == own
+                    is_shared = carried is None or system_text == own
                     fixed = 0
                     if is_shared:
-                        fixed = self._fixed.count(tokenizer, id(pool), given, form, tokens=tokens, check=check)
+                        fixed = self._fixed.count(tokenizer, id(pool), system_text, form, tokens=tokens, check=check)
                 # Merged models have the base's vocabulary.
                 reader, constraint = self._constraints.of(tokenizer, output, form.tools, check)
         except Stopped as stopped:
@@ -140,7 +147,7 @@ class LoadedBundle:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
         drafts = self._drafts.get(first) if first is not None else None
-        job, prepared_s = PromptJob(tokens, spans, fixed, owner, is_given), time.perf_counter() - begin
+        job, prepared_s = PromptJob(tokens, spans, fixed, owner, comes_with_call), time.perf_counter() - begin
         return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
@@ -158,7 +165,7 @@ class LoadedBundle:
         if isinstance(adapter, str):
             entry = self.manifest.adapter(adapter)
             # The weights of a merged model include its scale.
-            return {adapter: 1.0 if self._is_merged(entry) else entry.scale}
+            return {adapter: 1.0 if entry.is_merged(self.options.engine) else entry.scale}
         if not isinstance(adapter, Mapping):
             raise UsageError(f"adapter is {adapter!r}", "give a name, {name: scale}, or None for the base")
         for name, scale in adapter.items():
@@ -177,7 +184,7 @@ class LoadedBundle:
                 verify_files(self.bundle, self.manifest, [entry.draft])
             path = resolve(self.bundle, entry.draft)
             self._drafts[entry.name] = read_table(path, self.manifest.base.tokenizer_sha256)
-        if self._is_merged(entry):
+        if entry.is_merged(self.options.engine):
             if isinstance(self._running, Pool):
                 self._merged_pools[entry.name] = MergedPool(entry.name, self._running, self._merged)
             return
@@ -216,13 +223,10 @@ class LoadedBundle:
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
 
     def _system_of(self, first: str | None) -> str | None:
         return self.manifest.adapter(first).system if first is not None else None
-
-    def _is_merged(self, entry: AdapterEntry) -> bool:
-        return entry.shapes.get(self.options.engine) == "merged"
 
     def _open_merged(self, name: str, make_room: MakeRoom) -> Pool:
         entry = self.manifest.adapter(name)

@@ -10,16 +10,15 @@ Not part of the public API: names and behavior may change in any version.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 from .bundle import Manifest
-from .engines.base import Engine, EngineClass
+from .engines.base import Engine
 from .loaded import LoadedBundle
-from .opening import OpeningOptions
+from .opening_options import OpeningOptions
 from .runtime import Runtime
 from .serving.context import Context
 from .serving.governor import Governor
-from .serving.jobs import Shared
+from .serving.jobs import SharedResources
 from .serving.pool import Pool
 from .states.cache import StateCache
 
@@ -31,8 +30,8 @@ def loaded_bundle(runtime: Runtime) -> LoadedBundle:
 
 def runtime_around(engine: Engine, bundle: Path, manifest: Manifest, name: str) -> Runtime:
     """A runtime on an existing engine, called `name`, without a state cache; closing it closes the engine."""
-    make = cast("EngineClass", type(engine))
-    options = OpeningOptions(name, make, engine.context_length, engine.threads, verify=False)
+    options = OpeningOptions(name, engine.context_length, engine.threads, verify=False)
     governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
-    shared = Shared(manifest.base.fingerprint, manifest.base.kv_bytes_per_token, StateCache(0), governor)
+    kv_bytes = int(manifest.base.kv_values_per_token * engine.kv_bytes)
+    shared = SharedResources(manifest.base.fingerprint, kv_bytes, StateCache(0), governor)
     return Runtime(LoadedBundle(bundle, manifest, Pool(Context(engine, shared)), options))

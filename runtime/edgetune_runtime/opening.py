@@ -1,103 +1,77 @@
-"""Opens a bundle: checks its files, loads the base within the free memory, and finds the places of its states."""
+"""Opens a bundle: checks its files, loads the base within the free memory, and opens the stores of its states."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from . import engines
 from .bundle import STATES_FOLDER, Manifest, resolve, unchanged, verify_files
-from .engines.base import Engine, EngineClass, LabelEngineClass, check_kv
+from .engines.base import Engine, EngineClass
 from .errors import IncompatibleError, VerificationError
-from .events import Emit, ignore
-from .formats.quantization import TENSOR_TYPES
+from .opening_options import OpeningOptions, context_mb
 from .serving.classifier import Classifier
 from .serving.context import Context
 from .serving.governor import Governor
-from .serving.jobs import Shared
+from .serving.jobs import SharedResources
 from .serving.places import Places
 from .serving.pool import Pool
 from .states.cache import StateCache
 from .states.prompts import PromptStates
-from .states.store import StateStore
+from .states.store import StateStore, default_folder
 from .threads.machine import free_mb
-from .threads.priority import NORMAL, ComputeThreads, compute_threads
+from .threads.priority import ComputeThreads, compute_threads
 
 T = TypeVar("T")
 
 _M_MMAP_THRESHOLD = -3
 
-_MOST_CONTEXTS = 4
+_MAX_CONTEXTS = 4
 _SHARE_OF_FREE = 0.25
 """Share of the free memory that additional contexts may use."""
 
 
-@dataclass(frozen=True)
-class OpeningOptions:
-    """How a bundle is opened; see `Runtime.open`."""
-
-    engine: str
-    make: EngineClass | LabelEngineClass
-    context_length: int
-    threads: int | None = None
-    kv: str | None = None
-    repack: bool | None = None
-    verify: bool = True
-    cache_mb: float = 0.0
-    exact: bool = True
-    store: StateStore | None = None
-    contexts: int | None = None
-    waiting: int = 0
-    priority: str = NORMAL
-    map_large_blocks: bool = False
-    drafts: bool = True
-    merged_mb: float | None = None
-    emit: Emit = ignore
-
-
-def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
-    """The file for an engine; IncompatibleError where there is none."""
-    if engine not in files:
-        message = f"{what} has no file for engine {engine!r}"
-        raise IncompatibleError(message, f"use one of: {', '.join(files) or 'none'}")
-    return files[engine]
-
-
-def open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions) -> Pool | Classifier:
-    """Check and load the base that the bundle has in `file`; errors as those of `Runtime.open`."""
+def open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Pool | Classifier:
+    """Check and load the base; errors as those of `Runtime.open`."""
     with unchanged(bundle, manifest.files if options.verify else ()):
-        return _open_base(bundle, manifest, file, options)
+        return _open_base(bundle, manifest, options)
 
 
-def _open_base(bundle: Path, manifest: Manifest, file: str, options: OpeningOptions) -> Pool | Classifier:
+def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Pool | Classifier:
     if options.map_large_blocks:
         _map_large_blocks()
+    file = manifest.base.files[options.engine]
     path, _, fingerprint = _checked(bundle, manifest, file, options)
     if fingerprint != manifest.base.fingerprint:
         raise VerificationError(f"{file} is not the base that the adapters were made for", "build the bundle again")
-    make = options.make
-    context_mb = _context_mb(manifest, options)
-    _check_free(context_mb, options)
+    make = engines.load(options.engine, manifest.task)
+    needed_mb = context_mb(manifest, options)
+    _check_free(needed_mb, options)
     threads = compute_threads(options.priority)
     if not make.has_sequence:
         plain = partial(make, path, context_length=options.context_length, threads=options.threads)
         return Classifier(_loaded(plain, threads), threads)
     running = _load(make, path, options, threads)
-    shared = Shared(
+    store = None
+    if options.disk_mb > 0:
+        folder = Path(options.cache_folder or default_folder())
+        store = StateStore(folder, options.disk_mb, options.disk_mb_per_day)
+    shared = SharedResources(
         manifest.files[file].sha256,
-        int(manifest.base.kv_bytes_per_token / 2 * running.kv_bytes),
+        int(manifest.base.kv_values_per_token * running.kv_bytes),
         StateCache(options.cache_mb, options.emit),
         Governor(running.threads, adjusts=running.adjusts_threads),
         {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation},
-        _prompts(bundle, manifest, running, options),
+        _prompts(bundle, manifest, running, options, store),
         # What is free now, with the weights and the first context in memory.
-        places=Places(options.contexts or _contexts(context_mb, free_mb()), options.waiting),
+        places=Places(options.contexts or _contexts(needed_mb, free_mb()), options.max_waiting),
         exact=options.exact,
         threads=threads,
         emit=options.emit,
@@ -111,7 +85,7 @@ def open_merged(
     file: str,
     options: OpeningOptions,
     *,
-    base: Shared,
+    base: SharedResources,
     make_room: Callable[[float], None],
 ) -> Pool:
     """Check and load the merged model in `file`, which shares with the base what the models of one runtime share.
@@ -120,12 +94,12 @@ def open_merged(
     """
     with unchanged(bundle, manifest.files if options.verify else ()):
         path, parts, _ = _checked(bundle, manifest, file, options)
-        context_mb = _context_mb(manifest, options)
-        make_room(sum(part.stat().st_size for part in parts) / 1e6 + context_mb)
-        _check_free(context_mb, options)
-        assert options.make.has_sequence
-        running = _load(options.make, path, options, base.threads)
-        prompts, governor = _prompts(bundle, manifest, running, options), base.governor.beside()
+        needed_mb = context_mb(manifest, options)
+        make_room(sum(part.stat().st_size for part in parts) / 1e6 + needed_mb)
+        _check_free(needed_mb, options)
+        running = _load(engines.load(options.engine), path, options, base.threads)
+        store = None if base.prompts is None else base.prompts.store
+        prompts, governor = _prompts(bundle, manifest, running, options, store), base.governor.beside()
         shared = replace(base, base=manifest.files[file].sha256, prompts=prompts, governor=governor)
         return Pool(Context(running, shared))
 
@@ -138,29 +112,18 @@ def _checked(
     if options.verify:
         # The file itself first: which others belong to it is read from it.
         verify_files(bundle, manifest, [file])
-    parts, fingerprint = options.make.examine(path, manifest.files[file].sha256)
+    parts, fingerprint = engines.load(options.engine, manifest.task).examine(path, manifest.files[file].sha256)
     if options.verify:
         root = bundle.resolve()
         verify_files(bundle, manifest, [part.relative_to(root).as_posix() for part in parts[1:]])
     return path, parts, fingerprint
 
 
-def _context_mb(manifest: Manifest, options: OpeningOptions) -> float:
-    """The memory of the keys and values of one context."""
-    make = options.make
-    bytes_per_number = make.bytes_per_number
-    if make.has_sequence:
-        check_kv(options.kv, make.KV, options.engine)
-        bytes_per_number = TENSOR_TYPES[options.kv or make.KV[0]].bytes_per_value
-    # The manifest's figure is for the 2 bytes a number of GGUF.
-    return manifest.base.kv_bytes_per_token / 2 * bytes_per_number * options.context_length / 1e6
-
-
-def _check_free(context_mb: float, options: OpeningOptions) -> None:
+def _check_free(needed_mb: float, options: OpeningOptions) -> None:
     """Raise IncompatibleError unless a context fits in the free memory; Linux would kill the process instead."""
     free = free_mb()
-    if free is not None and context_mb > free:
-        message = f"a context of {options.context_length} tokens takes {context_mb:.0f} MB, and {free:.0f} MB are free"
+    if free is not None and needed_mb > free:
+        message = f"a context of {options.context_length} tokens takes {needed_mb:.0f} MB, and {free:.0f} MB are free"
         raise IncompatibleError(message, "open the bundle with a smaller context_length")
 
 
@@ -192,7 +155,9 @@ def _map_large_blocks() -> None:
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-def _prompts(bundle: Path, manifest: Manifest, running: Engine, options: OpeningOptions) -> PromptStates:
+def _prompts(
+    bundle: Path, manifest: Manifest, running: Engine, options: OpeningOptions, store: StateStore | None
+) -> PromptStates:
     digests = {
         name: manifest.files[entry.files[options.engine]].sha256
         for name, entry in manifest.adapters.items()
@@ -201,12 +166,12 @@ def _prompts(bundle: Path, manifest: Manifest, running: Engine, options: Opening
     shipped = [name for name in manifest.files if name.startswith(f"{STATES_FOLDER}/")]
     if shipped and options.verify:
         verify_files(bundle, manifest, shipped)
-    store = StateStore(bundle / STATES_FOLDER, 0) if shipped else None
-    return PromptStates(running.signatures, manifest.name, digests, options.store, store)
+    shipped_store = StateStore(bundle / STATES_FOLDER, 0) if shipped else None
+    return PromptStates(running.signatures, manifest.name, digests, store, shipped_store)
 
 
-def _contexts(context_mb: float, free: float | None) -> int:
+def _contexts(needed_mb: float, free: float | None) -> int:
     """How many contexts there may be: the first one, and those that fit in a share of the memory free beside it."""
     if free is None:
         return 1
-    return min(_MOST_CONTEXTS, 1 + int(free * _SHARE_OF_FREE / max(context_mb, 1)))
+    return min(_MAX_CONTEXTS, 1 + int(free * _SHARE_OF_FREE / max(needed_mb, 1)))

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from .decoding.output import OutputSpec, spec_of
 from .errors import UsageError
-from .limits import Limits
+from .limits import CallLimits
 from .text.sampling import Sampling
 from .tools.definitions import Tools, ToolSet, tool_set
 
@@ -37,8 +37,8 @@ class AnswerOptions(SamplingOptions, total=False):
     so far.
 
     At most one of `schema` (a JSON Schema as mapping or text, or a pydantic model class), `choices` (texts), `regex`
-    and `grammar` (Lark as llguidance reads it) constrains the answer, instead of the adapter's own constraint; `free`
-    removes that.
+    and `grammar` (Lark as llguidance reads it) constrains the answer, instead of the adapter's own constraint;
+    `unconstrained` removes that.
 
     With `logprobs`, `Answer.logprobs` has the log-probability of each token, and of that many of the likeliest tokens
     at its place (0 to 20); see `TokenLogprob`.
@@ -61,7 +61,7 @@ class AnswerOptions(SamplingOptions, total=False):
     choices: Sequence[str] | None
     regex: str | None
     grammar: str | None
-    free: bool
+    unconstrained: bool
     tools: Tools | None
     tool_choice: str | None
     think: bool | None
@@ -69,38 +69,38 @@ class AnswerOptions(SamplingOptions, total=False):
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """What an answer may be: `output`, text and calls of `tools`, anything if `free`, or what the adapter says.
+    """What an answer may be: `output`, text and calls of `tools`, anything if `unconstrained`, or the adapter's form.
 
     With `output` and `tools` it is one of the two. `think` is only rendered.
     """
 
     output: OutputSpec | None = None
     tools: ToolSet | None = None
-    free: bool = False
+    unconstrained: bool = False
     think: bool | None = None
 
     @property
     def is_adapters(self) -> bool:
         """Whether an answer may be what the adapter says."""
-        return self.output is None and self.tools is None and not self.free
+        return self.output is None and self.tools is None and not self.unconstrained
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[Limits, AnswerForm, dict[str, Any]]:
+def split_options(options: Mapping[str, Any]) -> tuple[CallLimits, AnswerForm, dict[str, Any]]:
     """When the call must stop, whose time begins now; what constrains the answer; and the other options.
 
     Raises what `spec_of` and `tool_set` do; UsageError for more than one constraint (other than tools with a schema),
-    `free` with one, and what `Limits` refuses.
+    `unconstrained` with one, and what `CallLimits` refuses.
     """
-    limits = Limits(options.get("deadline_s"), options.get("cancel"))
-    own = (*_CONSTRAINTS, "free", "tools", "tool_choice", "think", "deadline_s", "cancel")
+    limits = CallLimits(options.get("deadline_s"), options.get("cancel"))
+    own = (*_CONSTRAINTS, "unconstrained", "tools", "tool_choice", "think", "deadline_s", "cancel")
     others = {key: value for key, value in options.items() if key not in own}
     tools = tool_set(options.get("tools"), options.get("tool_choice"))
-    given = {key: options[key] for key in _CONSTRAINTS if options.get(key) is not None}
-    is_free = bool(options.get("free", False))
-    kinds = [*(["free"] if is_free else []), *(["tools"] if tools is not None else []), *given]
-    if len(kinds) > 1 and kinds[0] in ("free", "tools") and kinds != ["tools", "schema"]:
+    constraints = {key: options[key] for key in _CONSTRAINTS if options.get(key) is not None}
+    unconstrained = bool(options.get("unconstrained", False))
+    kinds = [*(["unconstrained"] if unconstrained else []), *(["tools"] if tools is not None else []), *constraints]
+    if len(kinds) > 1 and kinds[0] in ("unconstrained", "tools") and kinds != ["tools", "schema"]:
         raise UsageError(f"{kinds[0]} and {kinds[1]} are both given", "give one of them")
     think = options.get("think")
     if think is not None and not isinstance(think, bool):
         raise UsageError(f"think is {think!r}", "give True, False or None")
-    return limits, AnswerForm(spec_of(**given) if given else None, tools, is_free, think), others
+    return limits, AnswerForm(spec_of(**constraints) if constraints else None, tools, unconstrained, think), others

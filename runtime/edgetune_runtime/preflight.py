@@ -12,17 +12,15 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import engines, errors
 from .atomic import replacing
 from .bundle import Manifest, resolve
-from .child_process import Ended, has_python, run
+from .child_process import ProcessResult, has_python, run
 from .confinement import limits_of
 from .errors import EdgetuneError, OutOfSpaceError, VerificationError
-
-if TYPE_CHECKING:
-    from .opening import OpeningOptions
+from .opening_options import OpeningOptions
 
 VARIABLE = "EDGETUNE_PREFLIGHT"
 """0 turns the check off for all processes that inherit it."""
@@ -32,7 +30,7 @@ STEP, ERROR, DONE = "step", "error", "done"
 """Keys of the lines that the child writes, each a JSON object."""
 OPTIONS = ("engine", "threads", "context_length", "kv", "repack", "verify", "priority")
 """Options of opening that the child is given."""
-_MOST_REMEMBERED = 64
+_MAX_REMEMBERED = 64
 _CHARACTERS = 2000
 # Files of the app's own folder must not replace modules, so the child has this process' path, and no other.
 _START = f"import sys; sys.path[:] = sys.argv[1:]; from {__package__}.preflight_child import main; main()"
@@ -41,9 +39,7 @@ _REMEDY = "free some memory if it is short, or do not use this bundle"
 _LOG = logging.getLogger(__name__)
 
 
-def require_opens(
-    bundle: Path, manifest: Manifest, options: OpeningOptions, cache_folder: str | Path | None = None
-) -> None:
+def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions) -> None:
     """Open the bundle in a child process, unless it is remembered in the cache folder that it passed; remember it.
 
     Raises the error of opening it, and VerificationError if the child crashes, hangs, or exceeds its limits. Logs a
@@ -54,31 +50,32 @@ def require_opens(
     digest = _digest_of(bundle, manifest, options)
     # An account without a home has no cache folder; the folder of another one cannot be read.
     with suppress(RuntimeError, OSError):
-        if _place(cache_folder, digest).exists():
+        if _marker_path(options.cache_folder, digest).exists():
             return
     begin = time.perf_counter()
-    ended = _ended(bundle, manifest, options)
+    ended = _run_child(bundle, manifest, options)
     if ended is None:
         return
-    found = _found(ended.output)
-    if isinstance(found.get(ERROR), dict):
-        raise _error(found[ERROR])
-    if STEP not in found:
+    report = _last_values(ended.output)
+    if isinstance(report.get(ERROR), dict):
+        raise _error(report[ERROR])
+    if STEP not in report:
         # Nothing of the bundle was read yet.
         _LOG.warning("cannot check %s in a child process: it %s (%s)", bundle, ended.how, ended.last_line)
         return
-    if ended.code or ended.timeout_s is not None or DONE not in found:
+    if ended.code or ended.timeout_s is not None or DONE not in report:
         reason = f" ({ended.last_line})" if ended.last_line else ""
-        message = f"bundle {bundle} cannot be opened safely: while {found[STEP]}, a child process {ended.how}{reason}"
+        message = f"bundle {bundle} cannot be opened safely: while {report[STEP]}, a child process {ended.how}{reason}"
         raise VerificationError(message, _REMEDY)
     _LOG.info("checked %s in a child process in %.2f s", bundle, time.perf_counter() - begin)
     try:
-        _remember(_place(cache_folder, digest))
+        _remember(_marker_path(options.cache_folder, digest))
     except (RuntimeError, OSError, OutOfSpaceError) as error:
         _LOG.warning("cannot remember that a bundle was checked, so it is checked at each start: %s", error)
 
 
-def _place(cache_folder: str | Path | None, digest: str) -> Path:
+def _marker_path(cache_folder: str | Path | None, digest: str) -> Path:
+    """The empty file that says that a bundle passed."""
     # It imports numpy, which the child must not do before it is confined.
     from .states.store import default_folder  # noqa: PLC0415
 
@@ -89,17 +86,17 @@ def _digest_of(bundle: Path, manifest: Manifest, options: OpeningOptions) -> str
     """A digest of everything that determines what native code reads and does; the manifest has those of the files."""
     # Not imported, because the package imports everything.
     own = sys.modules[__package__].__version__
-    versions = (own, options.make.library_version(), platform.machine())
+    versions = (own, engines.load(options.engine, manifest.task).library_version(), platform.machine())
     opening = (options.engine, options.context_length, options.kv, options.repack)
-    found: list[object] = [versions, opening, manifest.to_json()]
+    identity: list[object] = [versions, opening, manifest.to_json()]
     if not options.verify:
         # Then the files may be others than those of the manifest.
         states = [resolve(bundle, name).stat() for name in manifest.files if resolve(bundle, name).exists()]
-        found += [(state.st_dev, state.st_ino, state.st_size, state.st_ctime_ns) for state in states]
-    return hashlib.sha256(json.dumps(found, default=int).encode()).hexdigest()
+        identity += [(state.st_dev, state.st_ino, state.st_size, state.st_ctime_ns) for state in states]
+    return hashlib.sha256(json.dumps(identity, default=int).encode()).hexdigest()
 
 
-def _ended(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Ended | None:
+def _run_child(bundle: Path, manifest: Manifest, options: OpeningOptions) -> ProcessResult | None:
     """How the child ended; None, with a warning in the log, if there is none."""
     if not has_python():
         return None
@@ -113,19 +110,19 @@ def _ended(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Ended |
     command = [sys.executable, "-I", "-B", "-c", _START, *sys.path]
     try:
         # Numbers may be numpy's.
-        return run(command, timeout_s=limits.time_s, given=json.dumps(request, default=int).encode())
+        return run(command, timeout_s=limits.time_s, stdin=json.dumps(request, default=int).encode())
     except OSError as error:
         _LOG.warning("cannot check %s in a child process: %s", bundle, error)
         return None
 
 
-def _found(output: bytes) -> dict[str, Any]:
+def _last_values(output: bytes) -> dict[str, Any]:
     """The last values that the child wrote under each key."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for line in output.splitlines():
         with suppress(ValueError, RecursionError, TypeError):
-            found |= json.loads(line)
-    return found
+            values |= json.loads(line)
+    return values
 
 
 def _error(raw: Any) -> EdgetuneError:  # noqa: ANN401 - JSON
@@ -144,5 +141,5 @@ def _remember(passed: Path) -> None:
     with replacing(passed) as temporary:
         temporary.touch(mode=0o600)
     others = sorted(passed.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in others[_MOST_REMEMBERED:]:
+    for path in others[_MAX_REMEMBERED:]:
         path.unlink(missing_ok=True)

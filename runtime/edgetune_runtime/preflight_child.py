@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import engines, errors
-from .confinement import Limits, confine
+from .confinement import ProcessLimits, confine
 from .errors import EdgetuneError
 from .preflight import DONE, ERROR, STEP
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .runtime import Runtime
 
 _PROMPT = "A"
-_MOST_TOKENS = 16
+_MAX_TOKENS = 16
 """The end of a prompt, which has the invocation of an activated LoRA; a whole system prompt takes a board seconds."""
 
 Write = Callable[[str, object], None]
@@ -31,7 +31,7 @@ def main() -> NoReturn:
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     engines.__path__[:] = request["engines"]
-    confine(Limits(**request["limits"]))
+    confine(ProcessLimits(**request["limits"]))
 
     def write(key: str, value: object) -> None:
         print(json.dumps({key: value}), file=lines, flush=True)
@@ -56,7 +56,7 @@ def _open(bundle: str, options: Mapping[str, Any], write: Write) -> None:
         write(ERROR, {"name": name, "message": error.message, "remedy": error.remedy})
         return
     adapters = runtime.manifest.adapters.values()
-    merged = [entry.name for entry in adapters if entry.shapes.get(runtime.engine) == "merged"]
+    merged = [entry.name for entry in adapters if entry.is_merged(runtime.engine)]
     with runtime:
         _compute(runtime, None, write)
         for name in runtime.adapters:
@@ -82,7 +82,7 @@ def _compute(runtime: Runtime, name: str | None, write: Write) -> None:
         context, active = loaded.context(name)
         tokens = context.engine.tokenizer.tokenize(_PROMPT)
         with suppress(EdgetuneError):
-            tokens = list(loaded.call(_PROMPT, name).job.tokens)[-_MOST_TOKENS:]
+            tokens = list(loaded.call(_PROMPT, name).job.tokens)[-_MAX_TOKENS:]
         with context.hold():
             context.start(active, tokens)
             context.extend(tokens[-1:])

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from .decoding.constraint import Constraint
 from .decoding.grammars import Grammars
-from .decoding.once import Once
+from .decoding.once import SingleFlightCache
 from .decoding.output import OutputSpec
-from .decoding.trial import TOO_DEAR
+from .decoding.trial import TOO_EXPENSIVE
 from .engines.base import Tokenizer
 from .errors import UsageError
 from .options import AnswerForm
@@ -25,7 +25,7 @@ from .tools.prompts import prompt_tokens, support_of, tokens_within
 
 _PROBES = ("A", "7", "\n", "é", "(")
 """Messages without a common prefix: the common prefix of their prompts is the fixed part."""
-_MOST_FIXED = 256
+_MAX_FIXED = 256
 """Fixed parts that are remembered; apps may give other tools with each call."""
 
 Check = Callable[[], None]
@@ -37,7 +37,7 @@ class FixedParts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: dict[tuple[int, bytes], array[int]] = {}
+        self._tokens: dict[tuple[int, bytes], array[int]] = {}
 
     def count(
         self,
@@ -53,27 +53,27 @@ class FixedParts:
         # A client may send prompts of any length, so only their digests are remembered.
         texts = [system, None if form.tools is None else form.tools.text, form.think]
         key = (model, hashlib.sha256(json.dumps(texts).encode()).digest())
-        known = self._known.get(key)
-        if known is None:
+        fixed = self._tokens.get(key)
+        if fixed is None:
             one, *others = (chat_tokens(tokenizer, messages_for(probe, system), form, check) for probe in _PROBES)
-            known = array("i", one[: min(common_prefix(one, other) for other in others)])
+            fixed = array("i", one[: min(common_prefix(one, other) for other in others)])
             with self._lock:
-                while len(self._known) >= _MOST_FIXED:
-                    del self._known[next(iter(self._known))]
-                self._known[key] = known
-        return len(known) if len(known) < len(tokens) and array("i", tokens[: len(known)]) == known else 0
+                while len(self._tokens) >= _MAX_FIXED:
+                    del self._tokens[next(iter(self._tokens))]
+                self._tokens[key] = fixed
+        return len(fixed) if len(fixed) < len(tokens) and array("i", tokens[: len(fixed)]) == fixed else 0
 
 
 class Constraints:
     """Constraints on the vocabulary of one base, which the first of them reads. Thread-safe."""
 
     def __init__(self) -> None:
-        self._grammars: Once[Grammars] = Once(1)
+        self._grammars: SingleFlightCache[Grammars] = SingleFlightCache(1)
 
     def of(
         self, tokenizer: Tokenizer, output: OutputSpec | None, tools: ToolSet | None, check: Check
     ) -> tuple[CallReader | None, Constraint | None]:
-        """What reads the calls of tools in an answer, and what constrains it to them, or to `output`."""
+        """The call parser and the output constraint; None for what the call does not need."""
         if tools is not None:
             reader, spec = _calls(tokenizer, tools, output)
         elif output is not None:
@@ -86,7 +86,7 @@ class Constraints:
         except UsageError as error:
             if tools is None:
                 raise
-            if TOO_DEAR not in error.message:
+            if TOO_EXPENSIVE not in error.message:
                 # That names the tool.
                 check_schemas(tools)
             reason = error.message.rpartition(" cannot be used: ")[2]
@@ -94,18 +94,20 @@ class Constraints:
 
 
 def chat_tokens(
-    tokenizer: Tokenizer, messages: Sequence[Message], form: AnswerForm, check: Check, most: int | None = None
+    tokenizer: Tokenizer, messages: Sequence[Message], form: AnswerForm, check: Check, max_tokens: int | None = None
 ) -> list[int]:
-    """The tokens of messages made by `messages_for`. PromptTooLongError for more than `most`."""
-    return _not_empty(prompt_tokens(tokenizer, messages, form.tools, think=form.think, most=most, check=check))
+    """The tokens of messages made by `messages_for`. PromptTooLongError for more than `max_tokens`."""
+    return _not_empty(
+        prompt_tokens(tokenizer, messages, form.tools, think=form.think, max_tokens=max_tokens, check=check)
+    )
 
 
-def raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, most: int) -> list[int]:
-    """The tokens of a text that is not rendered. PromptTooLongError for more than `most`."""
+def raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, max_tokens: int) -> list[int]:
+    """The tokens of a text that is not rendered. PromptTooLongError for more than `max_tokens`."""
     if not isinstance(prompt, str) or form.tools is not None:
         what = "messages" if form.tools is None else "tools"
         raise UsageError(f"a raw prompt has no {what}", "give a text, without tools, or leave raw out")
-    return _not_empty(tokens_within(tokenizer, prompt, most))
+    return _not_empty(tokens_within(tokenizer, prompt, max_tokens))
 
 
 def _not_empty(tokens: list[int]) -> list[int]:
@@ -115,7 +117,7 @@ def _not_empty(tokens: list[int]) -> list[int]:
 
 
 def _calls(tokenizer: Tokenizer, tools: ToolSet, output: OutputSpec | None) -> tuple[CallReader | None, OutputSpec]:
-    """What reads the calls of an answer, and what holds it to them, or to `output` where it has none."""
+    """The call parser and the output constraint."""
     template = support_of(tokenizer).format
     controls = control_tokens(template, tokenizer)
     form = written_form(template, controls, tokenizer)

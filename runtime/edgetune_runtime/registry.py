@@ -1,4 +1,4 @@
-"""Finds the modules of a package by listing its folder: each is one thing, such as an engine, under its own name."""
+"""Finds plugins by listing the modules of a package: each module is one, such as an engine, under its own name."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Registry:
 
     def names(self) -> list[str]:
         """The names of the things, in alphabetical order; imports none of them."""
-        found = {module.name for module in pkgutil.iter_modules(import_module(self._package).__path__)}
-        return sorted(found.difference(self._shared))
+        names = {module.name for module in pkgutil.iter_modules(import_module(self._package).__path__)}
+        return sorted(names.difference(self._shared))
 
     def unknown(self, name: str) -> UsageError | None:
         """What is wrong with a name that nothing has, to be raised; else None."""
-        known = self.names()
-        return None if name in known else UsageError(f"no {self._kind} {name!r}", suggestion(name, known))
+        names = self.names()
+        return None if name in names else UsageError(f"no {self._kind} {name!r}", suggestion(name, names))
 
     def load(self, name: str, part: str = "") -> ModuleType:
         """The module of this name, or its submodule `part`; UsageError when there is no such name."""

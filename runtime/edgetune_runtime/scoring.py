@@ -1,38 +1,52 @@
-"""Scores from logits: the probability of each label, and the loss of a text."""
+"""Scores from logits: the probability of each label, and the negative log-likelihood of a text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from .engines.base import Logits
+from .engines.base import log_total
 from .serving.context import Context
+from .text.sampling import softmax
 
 _ROWS = 64
 """Rows of logits per step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
 
-def most_likely(labels: Sequence[str], scores: Sequence[float]) -> tuple[str, dict[str, float]]:
+class Classification(NamedTuple):
+    """The most likely label, and the probability of each label."""
+
+    label: str
+    probabilities: dict[str, float]
+
+
+class NegativeLogLikelihood(NamedTuple):
+    """The sum of the negative log-likelihoods of a text's tokens in nats, and the number of these tokens."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean per token."""
+        return math.exp(self.nats / self.tokens)
+
+
+def most_likely(labels: Sequence[str], scores: Sequence[float]) -> Classification:
     """The label with the highest score (a log probability, up to a constant), and the probability of each."""
-    weights = np.exp(np.asarray(scores, np.float64) - max(scores))
-    probabilities = dict(zip(labels, (weights / weights.sum()).tolist(), strict=True))
-    return max(probabilities, key=probabilities.__getitem__), probabilities
+    probabilities = dict(zip(labels, softmax(np.asarray(scores, np.float64)).tolist(), strict=True))
+    return Classification(max(probabilities, key=probabilities.__getitem__), probabilities)
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:
     """Sum of the negative log-likelihoods (nats) of the tokens except the first."""
     loss, begin = 0.0, 1
     for rows in context.walk(adapters, tokens, _ROWS):
-        targets = tokens[begin : begin + len(rows)]
-        loss += _loss(rows[: len(targets)], targets)
+        # Nothing follows the last row.
+        pairs = zip(rows, tokens[begin : begin + len(rows)], strict=False)
+        loss += sum(log_total(row) - float(row[token]) for row, token in pairs)
         begin += len(rows)
     return loss
-
-
-def _loss(rows: Logits, targets: Sequence[int]) -> float:
-    """Sum of the negative log-likelihoods of `targets`, one target per row of logits."""
-    chosen = rows[np.arange(len(targets)), list(targets)].astype(np.float64)
-    top = rows.max(axis=1).astype(np.float64)
-    totals = top + np.log(np.exp(rows - rows.max(axis=1, keepdims=True)).sum(axis=1, dtype=np.float64))
-    return float((totals - chosen).sum())

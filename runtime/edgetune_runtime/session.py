@@ -6,12 +6,11 @@ import logging
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
 from .checked_file import read_checked, write_checked
 from .errors import IncompatibleError, NotFoundError, UsageError, VerificationError
-from .generation import Answer, Call, Carried, Generation, Stream, generate
+from .generation import Answer, Call, CarriedState, Outcome, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .options import AnswerOptions, split_options
 from .serving.merged import MergedPool
@@ -21,6 +20,7 @@ from .states.store import KIND
 from .text.chat import Message, Prompt, messages_for
 
 Carry = Literal["recompute", "reuse"]
+"""What becomes of the state when a session changes adapters; see `Session.use`."""
 
 _LOG = logging.getLogger(__name__)
 _STOPPED = ("deadline", "cancelled")
@@ -44,7 +44,7 @@ class Session:
         self.history: list[Message] = [dict(message) for message in history]
         self._loaded = loaded
         self._owner = uuid.uuid4().hex
-        self._last: Carried | None = None
+        self._last: CarriedState | None = None
         self._carries = False
 
     def send(self, message: Prompt, **options: Unpack[AnswerOptions]) -> Answer:
@@ -62,7 +62,7 @@ class Session:
         call = self._loaded.call(
             messages, self.adapter, owner=self._owner, carried=carried, form=form, check=limits.check
         )
-        outcome = Generation()
+        outcome = Outcome()
         return Stream(self._recorded(messages, call, generate(call, outcome, limits, **others), outcome), outcome)
 
     def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
@@ -104,13 +104,13 @@ class Session:
     @classmethod
     def _load(cls, loaded: LoadedBundle, path: Path) -> Self:
         """Load what `save` wrote; see `Runtime.load_session`."""
-        found = read_checked(path, KIND)
-        if found is None and not path.exists():
+        stored = read_checked(path, KIND)
+        if stored is None and not path.exists():
             raise NotFoundError(f"no file {path}", "check the path")
         try:
-            if found is None:
+            if stored is None:
                 raise ValueError("its checksum or length is wrong")
-            conversation, state = found.about["conversation"], found.about["state"]
+            conversation, state = stored.about["conversation"], stored.about["state"]
             base, adapter, history = (conversation[key] for key in ("base", "adapter", "history"))
             if base != loaded.manifest.base.fingerprint:
                 message = f"{path} is a session on another base than the one in bundle {loaded.manifest.name!r}"
@@ -121,7 +121,7 @@ class Session:
             pool = session._pool()
             session._carries, session._last = bool(conversation["carries"]), _carried_of(conversation["last"])
             if state is not None:
-                saved = _saved_of(state["key"], found.data)
+                saved = _saved_of(state["key"], stored.data)
                 if pool.identity_of(saved) == state["identity"]:
                     pool.keep(saved, session._owner)
                 else:
@@ -138,29 +138,27 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def _recorded(
-        self, messages: list[Message], call: Call, pieces: Iterator[str], outcome: Generation
+        self, messages: list[Message], call: Call, pieces: Iterator[str], outcome: Outcome
     ) -> Generator[str, None, None]:
         yield from pieces
         answer = outcome.answer
         if answer is not None and answer.stop_reason not in _STOPPED:
             self.history = [*messages, answer.message]
-            self._last = Carried(outcome.tokens, call.job.spans, call.system)
+            self._last = CarriedState(outcome.tokens, call.job.spans, call.system)
 
     def _pool(self) -> Pool | MergedPool:
         return self._loaded.pool(self.adapter)[0]
 
 
-def _carried_of(values: Mapping[str, Any] | None) -> Carried | None:
+def _carried_of(values: Mapping[str, Any] | None) -> CarriedState | None:
     if values is None:
         return None
     spans = tuple((int(since), dict(adapters)) for since, adapters in values["spans"])
-    return Carried([int(token) for token in values["tokens"]], spans, values["system"])
+    return CarriedState([int(token) for token in values["tokens"]], spans, values["system"])
 
 
 def _saved_of(values: Mapping[str, Any], state: memoryview) -> SavedState:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 COPY_FILE_AGAIN = "build or copy the file again"
 COPY_BUNDLE_AGAIN = "build or copy the bundle again"
+CLOSED = ("the runtime is closed", "open the bundle again")
+"""Message and remedy of the UsageError after `close`."""
 
 # C0 and C1, ends of lines, changes of the writing direction, and halves of characters.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -18,19 +20,19 @@ def printable(text: str) -> str:
     return _CONTROL.sub(" ", text)
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is probably a misspelling of."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that `name` is probably a misspelling of."""
+    near = difflib.get_close_matches(name, list(names), n=1)
     return near[0] if near else None
 
 
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """The remedy for an unknown name: the known name that is most similar, or else all known names."""
-    near = nearest(name, known)
-    return f"did you mean {near!r}?" if near else f"choose one of: {', '.join(known)}"
+def suggestion(name: str, names: Sequence[str]) -> str:
+    """The remedy for an unknown name: the most similar one of `names`, or else all of them."""
+    near = nearest(name, names)
+    return f"did you mean {near!r}?" if near else f"choose one of: {', '.join(names)}"
 
 
-def first_of(items: Sequence[str], most: int = 3, separator: str = "; ") -> str:
+def first_of(items: Sequence[str], max_items: int = 3, separator: str = "; ") -> str:
     """The first items, and the number of the others."""
-    more = len(items) - most
-    return separator.join(items[:most]) + (f" and {more} more" if more > 0 else "")
+    more = len(items) - max_items
+    return separator.join(items[:max_items]) + (f" and {more} more" if more > 0 else "")

@@ -54,7 +54,7 @@ def installed(board: Board, bundle: Path) -> Callable[[str], str]:
     @cache
     def install(engine: str) -> str:
         kit = board.shared / f"{engine}-kit"
-        make_kit(bundle, "pi-4", kit, python="3.13", engine=engine, with_bundle=True, wheel=None, progress=Progress())
+        make_kit(bundle, "pi-4", kit, python="3.13", engine=engine, progress=Progress())
         prefix = f"{SHARED}/{engine}"
         board.run("sh", f"{SHARED}/{kit.name}/install.sh", "--prefix", prefix, cpu=INSTALLER_CPU)
         shutil.rmtree(kit)

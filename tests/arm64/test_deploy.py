@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,15 @@ import pytest
 from arm64.board import SHARED, Board
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
-from edgetune_runtime.errors import UnreachableError, VerificationError
+from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.golden import ask
 from runtime.bundles import change_manifest
 from sshd import Sshd, cut_in_the_middle, running
 
+from edgetune.delivery.board.errors import UnreachableError
 from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
-from edgetune.delivery.deploy.kits import Kits
 from edgetune.delivery.deploy.target import parse_target
-from edgetune.delivery.kit.make import make_kit
+from edgetune.delivery.kit.make import AssembledKit, assemble
 from edgetune.progress import Progress
 
 CPU = "cortex-a72"
@@ -63,18 +63,17 @@ def own_bundle(bundle: Path, engine: str, tmp_path: Path) -> Path:
 
 
 def test_a_deploy_that_was_cut_resumes_and_a_wrong_answer_is_refused(
-    board: Board, sshd: Sshd, own_bundle: Path, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    board: Board, sshd: Sshd, own_bundle: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", f"{sshd.programs}{os.pathsep}{os.environ['PATH']}")
     target, where = parse_target(sshd.target), Where("home", f"{SHARED}/deployed-{engine}")
     prefix = board.shared / f"deployed-{engine}"
 
-    def make(name: str, python: str, out: Path, earlier: Sequence[Path]) -> None:
-        make_kit(own_bundle, name, out, python=python, engine=engine, progress=Progress(), earlier=earlier)
+    def make(name: str, python: str) -> AssembledKit:
+        return assemble(own_bundle, name, python=python, engine=engine, progress=Progress())
 
     def send() -> Deployed:
-        kits = Kits(own_bundle, engine, make, tmp_path / "kits")
-        return deploy(target, where, kits, DeployOptions("pi-4"), Progress())
+        return deploy(target, where, make, DeployOptions("pi-4"), Progress())
 
     def states() -> list[tuple[str, str]]:
         return [(item["version"], item["state"]) for item in list_versions(target, where).versions]
@@ -84,7 +83,7 @@ def test_a_deploy_that_was_cut_resumes_and_a_wrong_answer_is_refused(
     there = sum(path.stat().st_size for path in (prefix / "files").iterdir())
     assert not (prefix / "current").is_symlink()
     first = send()
-    kit = Kits(own_bundle, engine, make, tmp_path / "kits").kit_for("pi-4", "3.13").kit
+    kit = make("pi-4", "3.13").kit
     assert there > 0
     assert first.sent_bytes < sum(file.bytes for file in kit.files)
     assert states() == [(first.version, "current")]

@@ -25,7 +25,7 @@ def _needs(header: GgufHeader, **sizes: int) -> Needs:
     needs = fit.needs_of_header(header, context_length=2048, quantization="q8_0", adapters=ADAPTERS)
     needs = replace(needs, head_lengths=(64, 64))
     large = {"base_bytes": 145_000_000, "read_bytes": 145_000_000, "read_parameters": 134_000_000, "layers": 30}
-    return replace(needs, **{**large, "kv_bytes_per_token": 23040, "vocabulary": 49152, **sizes})
+    return replace(needs, **{**large, "kv_values_per_token": 11520, "vocabulary": 49152, **sizes})
 
 
 def _with_free_mb(mb: float) -> boards.Board:
@@ -46,7 +46,7 @@ def test_the_cheapest_change_that_suffices_is_the_only_one(header: GgufHeader) -
 
 
 def test_the_other_engine_costs_nothing_and_comes_first(header: GgufHeader) -> None:
-    onnx = replace(_needs(header), engine="onnx", kv_bytes_per_token=46080)
+    onnx = replace(_needs(header), engine="onnx")
     gguf = _needs(header)
     board = _with_free_mb(kept_mb(gguf, repacks=()) + 5)
     assert [change.what for change in changes.changes_for(onnx, board, other=gguf)] == [
@@ -70,7 +70,7 @@ def test_keys_and_values_in_8_bits_are_proposed_only_where_llama_cpp_has_them(he
 
 def test_each_change_adds_to_those_before_it_until_the_board_fits(header: GgufHeader) -> None:
     needs = _needs(header)
-    short = replace(needs, states_limit_bytes=16_000_000, kv_bytes_per_token=12240, context_length=1000)
+    short = replace(needs, states_limit_bytes=16_000_000, kv="q8_0", context_length=1000)
     found = changes.changes_for(needs, _with_free_mb(kept_mb(short, repacks=())))
     assert [change.what.split(":")[0] for change in found] == [
         "limit saved states",
@@ -132,7 +132,7 @@ def test_a_larger_size_is_proposed_for_a_copy_of_a_board_file(header: GgufHeader
 
 def test_each_engine_has_the_speed_that_was_measured_with_it(header: GgufHeader) -> None:
     gguf = _needs(header)
-    onnx = replace(gguf, engine="onnx", kv_bytes_per_token=46080)
+    onnx = replace(gguf, engine="onnx")
     board = _with_free_mb(kept_mb(gguf, repacks=()) + 5)
     slow, fast = (SpeedFigures(speed, 100, 10, 10, speed) for speed in (1.0, 10.0))
     for figures, known in (({"onnx": slow, "gguf": fast}, True), ({"onnx": slow}, False)):

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 from edgetune_devices import boards, fit
-from edgetune_export.adapters.fold import fold_peft
-from edgetune_export.backends.gguf.backend import write_adapter
 from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
@@ -67,7 +65,7 @@ def _smollm2() -> Path:
 
 
 @pytest.mark.parametrize("arch", TINY)
-def test_kv_bytes_per_token_are_those_that_the_engine_saves(tiny_gguf: Callable[[str], Path], arch: str) -> None:
+def test_kv_values_per_token_are_those_that_the_engine_saves(tiny_gguf: Callable[[str], Path], arch: str) -> None:
     engine = GgufEngine(tiny_gguf(arch), context_length=256, threads=1)
     try:
         engine.decode([5])
@@ -79,13 +77,13 @@ def test_kv_bytes_per_token_are_those_that_the_engine_saves(tiny_gguf: Callable[
         engine.close()
     # Each cell has a position, a count of sequences and a sequence; sliding-window layers have cells of their own.
     cell_bytes = 24 if arch == "gemma3" else 12
-    assert grown == 10 * (fit.kv_bytes_per_token(read_header(tiny_gguf(arch))) + cell_bytes)
+    assert grown == 10 * (2 * fit.kv_values_per_token(read_header(tiny_gguf(arch))) + cell_bytes)
 
 
-def test_kv_bytes_of_layers_that_differ_are_summed() -> None:
+def test_keys_and_values_of_layers_that_differ_are_summed() -> None:
     metadata = {**QWEN_0_5B.metadata, "llama.attention.head_count_kv": (2,) * 20 + (1,) * 4}
     header = replace(QWEN_0_5B, metadata=metadata)
-    assert fit.kv_bytes_per_token(header) == 44 * 128 * 2
+    assert fit.kv_values_per_token(header) == 44 * 128
 
 
 @pytest.mark.parametrize("arch", TINY)
@@ -191,12 +189,11 @@ def test_an_embedding_is_counted_twice_where_it_is_also_a_repacked_head() -> Non
 
 def test_an_adapter_costs_memory_and_speed() -> None:
     header = read_header(_smollm2())
-    size = fit.lora_size(header, 16)
+    size = fit.AdapterSize(9_768_960, 210)
     board = boards.load("laptop")
     plain = fit.fit(fit.needs_of_header(header, context_length=512), board)
     result = fit.fit(fit.needs_of_header(header, context_length=512, adapters={"command": size}), board)
-    assert size.modules == 210
-    states_mb = 2 * 256 * fit.kv_bytes_per_token(header) / fit.MB
+    states_mb = 2 * 256 * 2 * fit.kv_values_per_token(header) / fit.MB
     assert result.needed_mb - plain.needed_mb == pytest.approx(size.file_bytes / fit.MB + states_mb)
     assert result.decode_tokens_per_s == plain.decode_tokens_per_s
     assert result.adapter_tokens_per_s / plain.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
@@ -207,40 +204,13 @@ def test_the_figures_of_the_runtime_are_its_own_defaults() -> None:
     assert inspect.signature(Runtime.open).parameters["cache_mb"].default * 1e6 == CACHE_BYTES
 
 
-@pytest.mark.parametrize(("rank", "targets"), [(8, "all-linear"), (16, ["q_proj", "v_proj"]), (4, ["mlp.gate_proj"])])
-def test_lora_size_is_that_of_the_written_file(
-    tiny_folder: Callable[[str], Path],
-    tiny_gguf: Callable[[str], Path],
-    tmp_path: Path,
-    rank: int,
-    targets: str | list[str],
-) -> None:
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - torch only in the test that needs it
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - as above
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
-    get_peft_model(model, LoraConfig(r=rank, target_modules=targets)).save_pretrained(tmp_path / "peft")
-    out = tmp_path / "adapter.gguf"
-    write_adapter(fold_peft(tmp_path / "peft", "a"), tiny_gguf("llama"), out, dtype="f16", base_fingerprint="0" * 64)
-    size = fit.lora_size(read_header(tiny_gguf("llama")), rank, targets)
-    written = read_header(out)
-    assert size.modules == len(written.tensors) // 2
-    assert size.file_bytes == sum(tensor.nbytes for tensor in written.tensors.values())
-
-
-def test_a_single_target_module_may_be_written_as_text(tiny_gguf: Callable[[str], Path]) -> None:
-    header = read_header(tiny_gguf("llama"))
-    assert fit.lora_size(header, 4, "q_proj") == fit.lora_size(header, 4, ["q_proj"])
-    assert fit.lora_size(header, 4, "q_proj").modules == 2
-
-
 def test_a_rough_estimate_is_near_that_from_the_header() -> None:
     exact = fit.needs_of_header(QWEN_0_5B, context_length=1024, quantization="q8_0")
     rough = fit.estimate_needs(
         parameters=494_000_000,
         bits_per_weight=8.5,
         layers=24,
-        kv_bytes_per_token=fit.kv_bytes_per_token(QWEN_0_5B),
+        kv_values_per_token=fit.kv_values_per_token(QWEN_0_5B),
         context_length=1024,
         vocabulary=151936,
     )

@@ -12,6 +12,7 @@ import torch
 from edgetune_devices import boards
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Delta, LowRank
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime import engines
 from edgetune_runtime.errors import NotFoundError
 from trainings import job, learn
@@ -46,6 +47,8 @@ def test_the_method_is_found_trains_and_folds(
     assert work.method.fold(checkpoint, "low_rank").shape == "low_rank"
     trained = work.method.attach(base, work.options, 1)
     assert all("lora_B" in name for name, p in trained.named_parameters() if p.requires_grad)
+    shape = BaseShape.of_header(tiny_base("llama").header)
+    assert work.method.trained_parameters(shape, work.options) == result.trainable_parameters
 
 
 def test_the_format_is_found_and_writes_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ ENGINES = """
 from edgetune_runtime.bundle import GENERATION
 
 ENGINES = {GENERATION: "engine"}
+KV_TYPES = ("f16",)
 """
 ENGINE = """
 from edgetune_runtime.engines.gguf.engine import GgufEngine

@@ -22,7 +22,7 @@ from assist.words import alike, share_said, spoken
 from edgetune_runtime import Runtime
 from edgetune_runtime.decoding.output import output_of
 from edgetune_runtime.server.rewriting import Rewriter
-from edgetune_runtime.server.settings import Access, Limits
+from edgetune_runtime.server.settings import Access, ServerLimits
 from generator import replies
 from generator.homes import invent, load_home
 from generator.rows import normal, rows
@@ -327,7 +327,7 @@ def test_a_bundle_from_generated_rows_answers_tasks(
         answer = runtime.generate(request.prompt, adapter=request.adapter, schema=request.schema, max_tokens=200)
         assert request.reply(answer.text)
     rewriters = [Rewriter.load("assist=assist.prompt:rewrite", EXAMPLE)]
-    with started(Path("bundle"), Access(), Limits(), rewriters=rewriters, contexts=1, disk_mb=0) as server:
+    with started(Path("bundle"), Access(), ServerLimits(), rewriters=rewriters, contexts=1, disk_mb=0) as server:
         asyncio.run(_converse(server.url))
 
 

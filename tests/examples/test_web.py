@@ -32,7 +32,7 @@ WAIT_S = 30
 def flask_at(bundle: Path) -> Iterator[tuple[str, Runtime]]:
     """The Flask app's address and its runtime, which has one context and lets nobody wait."""
     create_app = runpy.run_path(str(EXAMPLES / "web/flask_app.py"))["create_app"]
-    with Runtime.open(bundle, contexts=1, waiting=0, disk_mb=0) as runtime:
+    with Runtime.open(bundle, contexts=1, max_waiting=0, disk_mb=0) as runtime:
         server = make_server("127.0.0.1", 0, create_app(runtime), threaded=True)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -51,7 +51,7 @@ def starlette_at(bundle: Path) -> Iterator[tuple[str, Runtime]]:
     ready: queue.Queue[tuple[uvicorn.Server, Runtime]] = queue.Queue()
 
     async def serve(listening: socket.socket) -> None:
-        async with await AsyncRuntime.open(bundle, contexts=1, waiting=0, disk_mb=0) as runtime:
+        async with await AsyncRuntime.open(bundle, contexts=1, max_waiting=0, disk_mb=0) as runtime:
             server = uvicorn.Server(uvicorn.Config(create_app(runtime), log_level="error"))
             ready.put((server, runtime.runtime))
             await server.serve(sockets=[listening])

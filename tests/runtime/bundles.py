@@ -176,7 +176,7 @@ def _base_entry(header: GgufHeader, fingerprint: str) -> BaseEntry:
         parameters=100_000,
         trained_context_length=header.metadata[f"{prefix}.context_length"],
         layers=header.metadata[f"{prefix}.block_count"],
-        kv_bytes_per_token=256,
+        kv_values_per_token=128,
         tokenizer_sha256=digest_of_tokenizer(header),
         chat_template_sha256=digest_of_chat_template(header),
         files={"gguf": "base/model.gguf"},

@@ -112,7 +112,7 @@ def test_an_answer_that_ends_early_has_freed_its_context(
     end: Callable[[AsyncRuntime], Awaitable[None]], bundle: Path
 ) -> None:
     async def main() -> None:
-        async with opened(bundle, contexts=1, waiting=0) as runtime:
+        async with opened(bundle, contexts=1, max_waiting=0) as runtime:
             expected = runtime.runtime.generate(PROMPT, max_tokens=8).text
             await end(runtime)
             assert free(runtime)

@@ -56,6 +56,15 @@ def test_keys_that_an_earlier_version_lacks_have_defaults(copy: Path) -> None:
     assert read_manifest(copy).base.values_by_type == read_manifest(copy).adapter("tone").values_by_type == {}
 
 
+def test_bytes_of_keys_and_values_in_an_earlier_manifest_are_read_as_values_of_two_bytes(copy: Path) -> None:
+    values = read_manifest(copy).base.kv_values_per_token
+    rewrite(copy, lambda raw: raw["base"].update(kv_bytes_per_token=2 * raw["base"].pop("kv_values_per_token")))
+    assert read_manifest(copy).base.kv_values_per_token == values > 0
+    rewrite(copy, lambda raw: raw["base"].pop("kv_bytes_per_token"))
+    with pytest.raises(VerificationError, match="kv_values_per_token"):
+        read_manifest(copy)
+
+
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="is not a bundle"):
         read_manifest(tmp_path)

@@ -6,16 +6,16 @@ import time
 
 import pytest
 from edgetune_runtime import child_process
-from edgetune_runtime.child_process import Ended
+from edgetune_runtime.child_process import ProcessResult
 from edgetune_runtime.wording import printable
 
 
-def run(code: str, **options: object) -> Ended:
+def run(code: str, **options: object) -> ProcessResult:
     return child_process.run([sys.executable, "-c", code], **{"timeout_s": 20.0, **options})  # type: ignore[arg-type]
 
 
 def test_a_child_reads_its_input_and_both_streams_are_kept() -> None:
-    ended = run("import sys; print(sys.stdin.read()); print('a\\n\\n b\\x1b[2J\\n', file=sys.stderr)", given=b"yes")
+    ended = run("import sys; print(sys.stdin.read()); print('a\\n\\n b\\x1b[2J\\n', file=sys.stderr)", stdin=b"yes")
     assert (ended.code, ended.output, ended.last_line, ended.how) == (0, b"yes\n", "b [2J", "ended with exit code 0")
 
 

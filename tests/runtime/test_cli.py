@@ -44,8 +44,22 @@ def test_info_tells_the_manifest(run: Run, bundle: Path) -> None:
     assert (code, out) == (0, (bundle / "manifest.json").read_text())
     code, out, err = run("info", bundle, "--verify")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == ["bundle", "base", "adapter", "adapter", "adapter"]
+    names = ["bundle", "base", "adapter", "adapter", "adapter", "opening"]
+    assert [line.split()[0] for line in out.splitlines()] == names
     assert "M parameters, f16, " in out
+
+
+def test_info_shows_how_the_bundle_would_be_opened(run: Run, bundle: Path) -> None:
+    code, out, err = run("info", bundle, "--threads", "1", "--context-length", "32")
+    assert (code, err) == (0, "")
+    opening = out.splitlines()[-1]
+    assert "engine gguf, 1 thread (normal), context 32 tokens, KV cache f16, " in opening
+    with Runtime.open(bundle, threads=1, context_length=32, disk_mb=0) as runtime:
+        assert (runtime.engine, runtime.threads, runtime.context_length) == ("gguf", 1, 32)
+        assert loaded_bundle(runtime).options.kv == "f16"
+    assert "KV cache q8_0, " in run("info", bundle, "--kv", "q8_0")[1]
+    code, _, err = run("info", bundle, "--engine", "onnx")
+    assert (code, err) == (5, "edgetune-run: the base has no file for engine 'onnx'; use one of: gguf\n")
 
 
 def test_nothing_in_a_manifest_controls_the_terminal(run: Run, bundle: Path, tmp_path: Path) -> None:

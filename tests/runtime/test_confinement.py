@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from edgetune_runtime import confinement
 from edgetune_runtime.bundle import BaseEntry, FileEntry, Manifest
-from edgetune_runtime.confinement import Limits, limits_of
+from edgetune_runtime.confinement import ProcessLimits, limits_of
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limits")
 CODE = """
 import json, os, resource, socket, sys
 from pathlib import Path
-from edgetune_runtime.confinement import Limits, confine
+from edgetune_runtime.confinement import ProcessLimits, confine
 
 def rights():
     return int(Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0], 16)
@@ -31,7 +31,7 @@ def tried(action):
     return ""
 
 before = rights()
-confine(Limits(200_000_000, 60.0))
+confine(ProcessLimits(200_000_000, 60.0))
 print(json.dumps({
     "account": os.getuid(),
     "rights": [before, rights()],
@@ -73,14 +73,14 @@ def test_root_becomes_an_account_that_may_only_read(tmp_path: Path) -> None:
         assert after == 0
 
 
-def limits(file_bytes: int, context_length: int) -> Limits:
-    base = BaseEntry("", "", "llama", None, 1, 100, 1, 1000, "", "", {"gguf": "base"})
+def limits(file_bytes: int, context_length: int) -> ProcessLimits:
+    base = BaseEntry("", "", "llama", None, 1, 100, 1, 250, "", "", {"gguf": "base"})
     return limits_of(Manifest("home", base, {}, {"base": FileEntry("", file_bytes)}, 100), context_length)
 
 
 def test_limits_are_those_of_the_files_and_the_context_within_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confinement, "free_mb", lambda: None)
-    assert limits(10**8, 10**4) == Limits(1_440_000_000, 160.0)
+    assert limits(10**8, 10**4) == ProcessLimits(1_440_000_000, 160.0)
     monkeypatch.setattr(confinement, "free_mb", lambda: 500.0)
     assert limits(10**8, 10**4).memory_bytes == 1_440_000_000
-    assert limits(10**400, 10**400) == Limits(1_500_000_000, 3600.0)
+    assert limits(10**400, 10**400) == ProcessLimits(1_500_000_000, 3600.0)

@@ -29,7 +29,7 @@ def logprobs_of(answer: Answer) -> tuple[TokenLogprob, ...]:
 
 def recomputed(runtime: Runtime, prompt: str, tokens: Sequence[int]) -> np.ndarray:
     """The log-probabilities [token, vocabulary] at each place of an answer, one step per token."""
-    job = runtime._loaded.call(prompt, "one", form=AnswerForm(free=True)).job
+    job = runtime._loaded.call(prompt, "one", form=AnswerForm(unconstrained=True)).job
     context = runtime._loaded.context("one")[0]
     with context.hold():
         rows = [context.run(job).logits]

@@ -19,6 +19,7 @@ ENGINES = """
 from edgetune_runtime.bundle import GENERATION
 
 ENGINES = {GENERATION: "engine"}
+KV_TYPES = ("f16",)
 """
 ENGINE = """
 import os
@@ -114,7 +115,7 @@ def test_an_abort_of_a_merged_model_is_found_before_its_first_use(toy: Callable[
 
 
 def test_a_bundle_that_hangs_is_given_up(toy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confinement, "_LEAST_S", 3)
+    monkeypatch.setattr(confinement, "_MIN_S", 3)
     assert "while opening it, a child process was killed after 3 s" in str(error_of(toy("time.sleep(60)")))
 
 

@@ -1,34 +1,55 @@
 from __future__ import annotations
 
+import inspect
+import math
 import subprocess
 import sys
+from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import edgetune_runtime
 import pytest
 
 NAMES = {
+    "AdapterEntry",
+    "Adapters",
     "Answer",
+    "AnswerOptions",
     "AsyncRuntime",
     "AsyncSession",
     "AsyncStream",
+    "BaseEntry",
     "BusyError",
     "CancelledError",
+    "Carry",
+    "Classification",
     "EdgetuneError",
+    "Embedding",
     "Event",
+    "FileEntry",
+    "GoldenAnswer",
     "IncompatibleError",
+    "Manifest",
+    "Message",
+    "NegativeLogLikelihood",
     "NotFoundError",
     "OutOfSpaceError",
+    "OutputSpec",
+    "Prompt",
     "PromptTooLongError",
     "Runtime",
+    "RuntimeOptions",
     "Sampling",
+    "SamplingOptions",
     "Session",
     "Stream",
     "Timings",
     "TokenLogprob",
     "ToolCall",
+    "Tools",
     "UsageError",
     "VerificationError",
     "__version__",
@@ -47,6 +68,7 @@ RUNTIME = {
     "generate",
     "load_session",
     "manifest",
+    "negative_log_likelihood",
     "open",
     "perplexity",
     "session",
@@ -77,6 +99,49 @@ def test_the_public_members_are_these(bundle: Path) -> None:
         assert public(runtime) == RUNTIME
         assert public(session) == {"adapter", "close", "history", "save", "send", "stream", "use"}
         assert public(stream) == {"answer", "close", "read"}
+
+
+def test_every_type_that_a_public_signature_names_is_public() -> None:
+    named = set()
+    for name in NAMES:
+        thing = getattr(edgetune_runtime, name)
+        if inspect.isclass(thing):
+            members = [member for key, member in inspect.getmembers(thing) if not key.startswith("_")]
+            functions = [member for member in members if inspect.isfunction(member) or inspect.ismethod(member)]
+            functions += [member.fget for member in members if isinstance(member, property)]
+            functions += [member.func for member in members if isinstance(member, cached_property)]
+            for hinted in [thing, *functions]:
+                named |= set().union(*map(classes_in, get_type_hints(hinted).values()))
+    assert {cls for cls in named if cls.__module__.startswith("edgetune_runtime")} <= {
+        getattr(edgetune_runtime, name) for name in NAMES
+    }
+
+
+def classes_in(hint: object) -> set[type]:
+    """The classes that a type hint names."""
+    arguments = [
+        part for argument in get_args(hint) for part in (argument if isinstance(argument, list) else [argument])
+    ]
+    found = {hint} if isinstance(hint, type) else set()
+    return found.union(*map(classes_in, arguments))
+
+
+def test_a_with_block_ends_its_stream_and_frees_its_context(bundle: Path) -> None:
+    with edgetune_runtime.Runtime.open(bundle, disk_mb=0, contexts=1) as runtime:
+        with runtime.stream("play", max_tokens=20) as stream:
+            next(stream)
+        assert list(stream) == [] and stream.answer is None
+        assert runtime.generate("play", max_tokens=1).tokens == 1
+
+
+def test_small_results_have_names_and_unpack(bundle: Path) -> None:
+    with edgetune_runtime.Runtime.open(bundle, disk_mb=0) as runtime:
+        found = runtime.classify("play", ["red", "green"])
+        label, probabilities = found
+        assert (found.label, found.probabilities) == (label, probabilities)
+        loss = runtime.negative_log_likelihood("turn on the light")
+        nats, tokens = loss
+        assert runtime.perplexity("turn on the light") == pytest.approx(math.exp(nats / tokens))
 
 
 def public(thing: object) -> set[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -231,19 +232,20 @@ def test_labels_that_are_missing_empty_or_twice_are_refused(
         runtime.classify(PROMPT, labels, adapter=adapter)
 
 
-def test_perplexity_sums_over_all_tokens_but_the_first(runtime: Runtime) -> None:
+def test_negative_log_likelihood_sums_over_all_tokens_but_the_first(runtime: Runtime) -> None:
     context, active = loaded_bundle(runtime).context("tone")
     tokens = context.engine.tokenizer.tokenize(PROMPT)
     with context.hold():
         rows = [context.start(active, tokens[:1]).logits, *context.extend(tokens[1:])]
     expected = sum(np.log(np.exp(row - row[token]).sum()) for row, token in zip(rows, tokens[1:], strict=False))
-    loss, counted = runtime.perplexity(PROMPT, adapter="tone")
-    assert (loss, counted) == (pytest.approx(float(expected), rel=0.01), len(tokens) - 1)
+    loss = runtime.negative_log_likelihood(PROMPT, adapter="tone")
+    assert loss == (pytest.approx(float(expected), rel=0.01), len(tokens) - 1)
+    assert runtime.perplexity(PROMPT, adapter="tone") == loss.perplexity == math.exp(loss.nats / loss.tokens)
 
 
-def test_perplexity_of_a_text_longer_than_the_context_counts_each_token_once(runtime: Runtime) -> None:
+def test_negative_log_likelihood_of_a_text_longer_than_the_context_counts_each_token_once(runtime: Runtime) -> None:
     text = "turn on the lamp " * 200
-    loss, counted = runtime.perplexity(text)
+    loss, counted = runtime.negative_log_likelihood(text)
     assert counted == len(loaded_bundle(runtime).context()[0].engine.tokenizer.tokenize(text)) - 1 > 2 * 256
     assert 0 < loss / counted < 20
 
@@ -395,7 +397,7 @@ def test_a_backend_that_the_bundle_lacks_is_refused(copy: Path) -> None:
 
 
 def test_a_context_that_the_memory_cannot_hold_is_refused_before_linux_kills(copy: Path) -> None:
-    change_manifest(copy, lambda raw: raw["base"].update(kv_bytes_per_token=10**13))
+    change_manifest(copy, lambda raw: raw["base"].update(kv_values_per_token=10**13))
     with pytest.raises(IncompatibleError, match="MB are free"):
         Runtime.open(copy)
 

@@ -100,7 +100,7 @@ def test_an_answer_that_is_too_long_for_its_form_does_not_parse(opened: Runtime)
     ("options", "message"),
     [
         ({"schema": {"type": "object"}, "regex": "a"}, "schema and regex is given"),
-        ({"free": True, "choices": ["a"]}, "free and choices are both given"),
+        ({"unconstrained": True, "choices": ["a"]}, "unconstrained and choices are both given"),
         ({"regex": "("}, "regex"),
         ({"schema": {"enum": []}}, "enum"),
     ],
@@ -118,7 +118,7 @@ def test_an_adapters_own_form_holds_unless_the_answer_is_free(formed: Path) -> N
     with Runtime.open(formed, disk_mb=0) as runtime:
         held = runtime.generate("play", adapter="one", max_tokens=120)
         assert set(held.parsed) >= {"service", "entities"}
-        free = runtime.generate("play", adapter="one", max_tokens=5, free=True)
+        free = runtime.generate("play", adapter="one", max_tokens=5, unconstrained=True)
         other = runtime.generate("play", adapter="one", max_tokens=5, choices=["green"])
         base = runtime.generate("play", max_tokens=5)
     assert free.output is None
@@ -129,7 +129,7 @@ def test_an_adapters_own_form_holds_unless_the_answer_is_free(formed: Path) -> N
 def test_the_vocabulary_is_read_by_the_first_constrained_call_or_by_warm(formed: Path) -> None:
     for read in (lambda runtime: runtime.warm(["one"]), lambda runtime: runtime.generate("play", regex="a")):
         with Runtime.open(formed, disk_mb=0) as runtime:
-            runtime.generate("play", adapter="one", max_tokens=2, free=True)
+            runtime.generate("play", adapter="one", max_tokens=2, unconstrained=True)
             assert not len(runtime._loaded._constraints._grammars)
             read(runtime)
             assert len(runtime._loaded._constraints._grammars)

@@ -34,7 +34,7 @@ class Question:
 
 
 def is_ready(url: str) -> bool:
-    """Whether the server at this address says that it is ready, so that it has computed the states of its prompts."""
+    """Whether the server at this address is ready: it has computed the states of its prompts."""
     return _succeeds(f"{url}/readyz")
 
 
@@ -60,12 +60,12 @@ def questions(bundle: Path, engine: str) -> list[Question]:
         manifest = read_manifest(bundle)
     except VerificationError:
         return []
-    found = {name: entry.golden.get(engine) for name, entry in manifest.adapters.items()}
-    return [_question(manifest, name, golden) for name, golden in found.items() if golden is not None]
+    answers = {name: entry.golden.get(engine) for name, entry in manifest.adapters.items()}
+    return [_question(manifest, name, golden) for name, golden in answers.items() if golden is not None]
 
 
 def check(url: str, key: str | None, asked: Sequence[Question]) -> None:
-    """Ask the server at this address; VerificationError if it fails to answer, or says something else."""
+    """Ask the server at this address; VerificationError if it fails to answer, or answers differently."""
     for question in asked:
         answer = _ask(url, key, question)
         if question.expected not in (None, answer):

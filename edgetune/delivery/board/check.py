@@ -27,7 +27,7 @@ _ARM_FEATURES = {0: "fp", 1: "asimd", 4: "pmull", 7: "crc32", 10: "asimdhp", 20:
 
 
 @dataclass(frozen=True)
-class Board:
+class MachineFacts:
     """What this machine has; memory and disk in MB (10^6 bytes).
 
     `bits` is that of the Python that runs this, as a 64-bit kernel may run a 32-bit system. `glibc` is empty with
@@ -49,19 +49,11 @@ class Board:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong, and what to do."""
-
-    message: str
-    remedy: str
-
-
-def examine(prefix: Path) -> Board:
+def examine(prefix: Path) -> MachineFacts:
     """The facts of this machine, for a prefix that need not exist."""
     memory = _memory_mb()
     machine = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine().lower(), platform.machine())
-    return Board(
+    return MachineFacts(
         machine=machine,
         bits=struct.calcsize("P") * 8,
         instructions=_instructions(machine),
@@ -74,42 +66,48 @@ def examine(prefix: Path) -> Board:
     )
 
 
-def problems(kit: Kit, board: Board, *, disk_mb: int) -> Iterator[Problem]:
+def problems(kit: Kit, facts: MachineFacts, *, disk_mb: int) -> Iterator[IncompatibleError]:
     """What keeps the kit from running on the board; `disk_mb` is what installing it will write."""
-    if board.bits != 64:
-        yield Problem(f"this system has {board.bits} bits, edgetune needs 64", "install a 64-bit system")
+    if facts.bits != 64:
+        yield IncompatibleError(f"this system has {facts.bits} bits, edgetune needs 64", "install a 64-bit system")
         return
-    if board.machine != kit.machine:
+    if facts.machine != kit.machine:
         remedy = "make a kit for this board: edgetune kit BUNDLE --board NAME"
-        yield Problem(f"this machine is {board.machine}, the kit is for {kit.machine} ({kit.board})", remedy)
+        yield IncompatibleError(f"this machine is {facts.machine}, the kit is for {kit.machine} ({kit.board})", remedy)
         return
-    missing = [name for name in kit.needs["instructions"] if name not in board.instructions]
+    missing = [name for name in kit.needs["instructions"] if name not in facts.instructions]
     if missing:
         remedy = "use a newer board, or install edgetune-runtime from its source"
-        yield Problem(f"this processor lacks {', '.join(missing)}, which the kit's libraries need", remedy)
-    if board.python != kit.python:
-        remedy = f"make the kit with --python {board.python}, or install Python {kit.python}"
-        yield Problem(f"this is Python {board.python}, and the kit's wheels are for Python {kit.python}", remedy)
-    if _numbers(board.glibc) < _numbers(kit.needs["glibc"]):
-        remedy = "use a newer system, such as Debian 12"
-        yield Problem(f"glibc is {board.glibc or 'missing'}, the kit's wheels need {kit.needs['glibc']}", remedy)
-    if board.ram_mb < kit.needs["ram_mb"]:
-        remedy = "see what fits: edgetune devices fit BUNDLE --device NAME"
-        yield Problem(
-            f"the bundle needs at least {kit.needs['ram_mb']} MB of memory, this board has {board.ram_mb} MB", remedy
+        yield IncompatibleError(f"this processor lacks {', '.join(missing)}, which the kit's libraries need", remedy)
+    if facts.python != kit.python:
+        remedy = f"make the kit with --python {facts.python}, or install Python {kit.python}"
+        yield IncompatibleError(
+            f"this is Python {facts.python}, and the kit's wheels are for Python {kit.python}", remedy
         )
-    if board.disk_mb < disk_mb + _MARGIN_MB:
+    if _numbers(facts.glibc) < _numbers(kit.needs["glibc"]):
+        remedy = "use a newer system, such as Debian 12"
+        yield IncompatibleError(
+            f"glibc is {facts.glibc or 'missing'}, the kit's wheels need {kit.needs['glibc']}", remedy
+        )
+    if facts.ram_mb < kit.needs["ram_mb"]:
+        remedy = "see what fits: edgetune devices fit BUNDLE --device NAME"
+        yield IncompatibleError(
+            f"the bundle needs at least {kit.needs['ram_mb']} MB of memory, this board has {facts.ram_mb} MB", remedy
+        )
+    if facts.disk_mb < disk_mb + _MARGIN_MB:
         remedy = "free some space, or choose another --prefix"
-        yield Problem(f"the install needs {disk_mb + _MARGIN_MB} MB of disk, {board.disk_mb} MB are free", remedy)
+        yield IncompatibleError(
+            f"the install needs {disk_mb + _MARGIN_MB} MB of disk, {facts.disk_mb} MB are free", remedy
+        )
     if time.time() < _OLDEST_CLOCK:
         remedy = "set it: sudo date -s 'YYYY-MM-DD HH:MM'"
-        yield Problem(f"the clock says {board.clock}, so logs, keys and saved states get wrong times", remedy)
+        yield IncompatibleError(f"the clock says {facts.clock}, so logs, keys and saved states get wrong times", remedy)
 
 
 def require_fit(kit: Kit, prefix: Path, *, disk_mb: int) -> None:
     """IncompatibleError with the first problem of the kit on this machine."""
     for problem in problems(kit, examine(prefix), disk_mb=disk_mb):
-        raise IncompatibleError(problem.message, problem.remedy)
+        raise problem
 
 
 def _memory_mb() -> dict[str, int]:

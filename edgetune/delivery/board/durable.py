@@ -11,6 +11,9 @@ from pathlib import Path
 from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space, replacing
 from edgetune_runtime.errors import BusyError, UsageError
 
+LOCK_NAME = "lock"
+"""Held by each command that changes a prefix, and by a deploy from its first file to its end."""
+
 
 def write_text(path: Path, text: str, *, mode: int = 0o644) -> bool:
     """Replace a file atomically, on disk when this returns. Writes nothing if it has this text; whether it wrote."""
@@ -52,7 +55,7 @@ def locked(prefix: Path) -> Iterator[None]:
     """
     try:
         prefix.mkdir(parents=True, exist_ok=True)
-        file = (prefix / "lock").open("ab")
+        file = (prefix / LOCK_NAME).open("ab")
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"cannot write to {prefix}: {error.strerror}", "choose another --prefix") from error
     with file:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from edgetune_runtime.errors import EdgetuneError, NotFoundError
 
-from . import check, golden, service, venv, versions
+from . import check, golden, service, transfer, venv, versions
 from .durable import locked
-from .kit import Kit, read_kit
-from .service import Service
+from .kit import Kit, read_installed, read_kit
+from .service import Unit
 from .store import Store, check_file
 from .versions import Say
 
 
-def install(folder: Path, prefix: Path, *, unit: Service | None, activates: bool, say: Say) -> bool:
-    """Install the kit in `folder`; whether anything changed.
+def install(folder: Path, prefix: Path, *, unit: Unit | None, say: Say, receives: bool = False) -> bool:
+    """Install the kit in `folder` and switch to it; whether anything changed.
 
-    Files that the folder lacks are taken from the store. Nothing is used before its digest was compared, and the
-    version that runs is not touched before the new one has answered. UsageError for a unit of another install.
+    Files that the folder lacks are taken from the store; with `receives`, those that are missing there are read from
+    standard input first. Nothing is used before its digest was compared, and the version that runs is not touched
+    before the new one has answered. UsageError for a unit of another install.
     """
     kit = read_kit(folder)
     if unit is not None:
@@ -27,6 +29,8 @@ def install(folder: Path, prefix: Path, *, unit: Service | None, activates: bool
     with locked(prefix):
         store = Store(prefix)
         check.require_fit(kit, prefix, disk_mb=mb_to_write(kit, prefix))
+        if receives:
+            transfer.receive_lacking(prefix, kit, sys.stdin.buffer, sys.stdout)
         _check_others(kit, folder)
         changed = False
         if not venv.is_complete(prefix, kit.wheels):
@@ -37,15 +41,7 @@ def install(folder: Path, prefix: Path, *, unit: Service | None, activates: bool
         for file in kit.version_files:
             store.put(file, folder)
         changed |= versions.place(prefix, kit)
-        if activates:
-            changed |= _activate(prefix, kit, unit, say)
-        return changed
-
-
-def activate(prefix: Path, version: str, *, say: Say) -> bool:
-    """Switch to an installed version, as `install` does; whether anything changed."""
-    with locked(prefix):
-        return _activate(prefix, versions.require(prefix, version), None, say)
+        return _activate(prefix, kit, unit, say) or changed
 
 
 def rollback(prefix: Path, *, say: Say) -> str:
@@ -57,31 +53,33 @@ def rollback(prefix: Path, *, say: Say) -> str:
         before = versions.linked(prefix, versions.ROLLING_BACK) or versions.previous(prefix)
         if before is None:
             raise NotFoundError(f"{prefix} has no version before the current one", "install another kit")
-        kit, known = versions.require(prefix, before), service.installed(prefix, say)
-        if known is not None:
-            known.require_own(prefix)
+        kit, old_unit = read_installed(versions.path_of(prefix, before)), service.installed(prefix, say)
+        if old_unit is not None:
+            old_unit.require_own(prefix)
         versions.begin_rollback(prefix, before)
         try:
             # Someone who goes back does not want a strict check to keep them from it.
-            _switch(prefix, kit, known, known, say, asks=False)
+            _switch(prefix, kit, old_unit, old_unit, say, asks=False)
         finally:
             versions.settle(prefix)
         return before
 
 
-def _activate(prefix: Path, kit: Kit, unit: Service | None, say: Say) -> bool:
-    before, known = versions.linked(prefix, versions.CURRENT), service.installed(prefix, say)
-    unit = unit or known
-    changed = before != kit.version or (unit is not None and unit.of(kit) != known)
+def _activate(prefix: Path, kit: Kit, unit: Unit | None, say: Say) -> bool:
+    before, old_unit = versions.linked(prefix, versions.CURRENT), service.installed(prefix, say)
+    unit = unit or old_unit
+    changed = before != kit.version or (unit is not None and unit.of(kit) != old_unit)
     if changed and unit is not None:
         unit.require_own(prefix)
     # A switch before may have been cut off.
     versions.settle(prefix)
     if before != kit.version:
-        _check_answers(prefix, kit, known, say)
+        _check_answers(prefix, kit, old_unit, say)
     if changed:
-        _switch(prefix, kit, unit, known, say)
-    elif unit is not None and not unit.is_active(prefix):
+        _switch(prefix, kit, unit, old_unit, say)
+    elif unit is not None and unit.is_active(prefix):
+        unit.wait()
+    elif unit is not None:
         # It was stopped, or an install was killed while the unit did not run.
         say(f"starting unit {unit.name}")
         unit.start(prefix, kit)
@@ -92,62 +90,56 @@ def _activate(prefix: Path, kit: Kit, unit: Service | None, say: Say) -> bool:
     return changed
 
 
-def _check_answers(prefix: Path, kit: Kit, running: Service | None, say: Say) -> None:
+def _check_answers(prefix: Path, kit: Kit, old_unit: Unit | None, say: Say) -> None:
     """Ask the new version for golden answers while the old one serves, or instead of it where memory is short."""
-    if kit.bundle is None:
-        return
     say("asking for golden answers")
-    if running is None or check.examine(prefix).available_mb >= kit.needs["ram_mb"]:
+    if old_unit is None or check.examine(prefix).available_mb >= kit.needs["ram_mb"]:
         answers = golden.check(prefix, kit)
     else:
         try:
-            running.stop(prefix)
+            old_unit.stop(prefix)
             answers = golden.check(prefix, kit)
         except BaseException:
-            running.resume(prefix)
+            old_unit.resume(prefix)
             raise
     say("the bundle has no golden answers" if answers is None else f"{len(answers)} adapters answer as built")
 
 
-def _switch(
-    prefix: Path, kit: Kit, unit: Service | None, known: Service | None, say: Say, *, asks: bool = True
-) -> None:
+def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, say: Say, *, asks: bool = True) -> None:
     """Switch, restart the unit, and ask it for golden answers.
 
     If it does not answer, or not as built, goes back to the version and the unit that ran, and raises.
     """
-    links = _links_before(prefix, kit, known)
+    links = _links_before(prefix, kit, old_unit)
     if unit is None:
         versions.switch(prefix, kit.version)
         return
-    is_new = known is None or known.unit_path != unit.unit_path
+    is_new = old_unit is None or old_unit.unit_path != unit.unit_path
     try:
         versions.switch(prefix, kit.version)
         say(f"starting unit {unit.name}")
-        if known is not None and is_new:
-            known.remove(prefix)
+        if old_unit is not None and is_new:
+            old_unit.remove(prefix)
         unit.start(prefix, kit)
-        if asks and kit.bundle is not None:
+        if asks:
             count = unit.check(prefix, kit)
             say(f"unit {unit.name} answers" + (f", {count} adapters as built" if count else ""))
     except BaseException:
-        _go_back(prefix, links, unit if is_new else None, known, say)
+        _go_back(prefix, links, unit if is_new else None, old_unit, say)
         raise
     service.remember(prefix, unit.of(kit))
 
 
-def _links_before(prefix: Path, kit: Kit, known: Service | None) -> Mapping[str, str | None]:
+def _links_before(prefix: Path, kit: Kit, old_unit: Unit | None) -> Mapping[str, str | None]:
     """The versions that the links point to; those before, if a switch to `kit` was cut off before the unit ran it."""
     current, previous = versions.linked(prefix, versions.CURRENT), versions.previous(prefix)
-    if known is not None and current == kit.version and previous == known.version:
+    if old_unit is not None and current == kit.version and previous == old_unit.version:
         current, previous = previous, current
     return {versions.CURRENT: current, versions.PREVIOUS: previous}
 
 
-def _go_back(
-    prefix: Path, links: Mapping[str, str | None], new: Service | None, known: Service | None, say: Say
-) -> None:
-    """Restore the links, remove the new unit and run the one before again; what fails is said."""
+def _go_back(prefix: Path, links: Mapping[str, str | None], new: Unit | None, old_unit: Unit | None, say: Say) -> None:
+    """Restore the links, remove the new unit and run the one before again; warnings are printed for what fails."""
     before = links[versions.CURRENT]
     if before is not None:
         say(f"going back to version {before}")
@@ -155,19 +147,16 @@ def _go_back(
     try:
         if new is not None:
             new.remove(prefix)
-        if before is not None and known is not None:
-            known.start(prefix, versions.require(prefix, before))
+        if before is not None and old_unit is not None:
+            old_unit.start(prefix, read_installed(versions.path_of(prefix, before)))
     except EdgetuneError as error:
         say(f"the unit before does not run again: {error}")
 
 
 def mb_to_write(kit: Kit, prefix: Path) -> int:
     """The disk space that installing the kit takes, in MB (10^6 bytes)."""
-    store = Store(prefix)
-    has_packages = venv.is_complete(prefix, kit.wheels)
-    files = (*kit.version_files, *(() if has_packages else kit.wheel_files))
-    packages_mb = 0 if has_packages else int(kit.needs["packages_mb"])
-    return packages_mb + sum(file.bytes for file in files if not store.has(file)) // 10**6
+    packages_mb = 0 if venv.is_complete(prefix, kit.wheels) else int(kit.needs["packages_mb"])
+    return packages_mb + sum(map(Store(prefix).bytes_to_write, venv.needed_files(prefix, kit))) // 10**6
 
 
 def _check_others(kit: Kit, folder: Path) -> None:

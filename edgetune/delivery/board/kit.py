@@ -59,8 +59,8 @@ class Kit:
     """The contents of kit.json; `text` is the file itself.
 
     `needs` has `instructions`, `glibc`, `ram_mb`, and `packages_mb`, the disk space of installed wheels. `wheels` is
-    the id of the set of wheels; `bundle` the digest of the bundle's manifest, None without a bundle; `service` the
-    settings of the systemd unit, `opening` how it and the check open the bundle.
+    the id of the set of wheels; `bundle` the digest of the bundle's manifest; `service` the settings of the systemd
+    unit, `opening` how it and the check open the bundle.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Kit:
     engines: tuple[str, ...]
     needs: Mapping[str, Any]
     wheels: str
-    bundle: str | None
+    bundle: str
     service: Mapping[str, Any]
     opening: Opening
     files: tuple[KitFile, ...]
@@ -146,7 +146,7 @@ def parse_kit(text: str) -> Kit:
             engines=_words(raw, "engines"),
             needs=_needs(_field(raw, "needs", dict)),
             wheels=_text_of(raw, "wheels", _ID),
-            bundle=None if raw.get("bundle") is None else _text_of(raw, "bundle", _DIGEST),
+            bundle=_text_of(raw, "bundle", _DIGEST),
             service=_service(_field(raw, "service", dict)),
             opening=parse_opening(raw.get("opening", {})),
             files=tuple(_file(entry) for entry in _field(raw, "files", list)),
@@ -177,17 +177,17 @@ def _needs(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _service(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = {"port": _number(raw, "port", 65535), "memory_max_mb": _number(raw, "memory_max_mb", _MOST_MB)}
-    if 0 in found.values():
-        raise ValueError(f"service is {found}")
-    return found
+    settings = {"port": _number(raw, "port", 65535), "memory_max_mb": _number(raw, "memory_max_mb", _MOST_MB)}
+    if 0 in settings.values():
+        raise ValueError(f"service is {settings}")
+    return settings
 
 
 def _file(raw: Mapping[str, Any]) -> KitFile:
     path = _text_of(raw, "path", _LINE)
     parts = path.split("/")
-    known = _WHEEL.fullmatch(path) or (parts[0] == BUNDLE_FOLDER and len(parts) > 1) or _NAME.fullmatch(path)
-    if not known or {"", ".", ".."} & set(parts) or "\\" in path or path in (KIT_NAME, SUMS_NAME):
+    is_of_kit = _WHEEL.fullmatch(path) or (parts[0] == BUNDLE_FOLDER and len(parts) > 1) or _NAME.fullmatch(path)
+    if not is_of_kit or {"", ".", ".."} & set(parts) or "\\" in path or path in (KIT_NAME, SUMS_NAME):
         raise ValueError(f"it names {path!r}, which is outside the kit, or no file of one")
     return KitFile(path, _text_of(raw, "sha256", _DIGEST), _number(raw, "bytes", _MOST_BYTES))
 
@@ -221,13 +221,13 @@ def _field(raw: Mapping[str, Any], key: str, kind: type[T]) -> T:
 
 
 def _sums(text: str) -> dict[str, str]:
-    found = {}
+    digests = {}
     for line in text.splitlines():
         digest, separator, path = line.partition("  ")
         if not separator or not _DIGEST.fullmatch(digest):
             raise VerificationError(f"{SUMS_NAME} has the line {line[:80]!r}", COPY_AGAIN)
-        found[path] = digest
-    return found
+        digests[path] = digest
+    return digests
 
 
 def _text(path: Path) -> str:

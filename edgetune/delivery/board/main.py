@@ -13,13 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.errors import BusyError, CancelledError, EdgetuneError, UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
 from edgetune_runtime.wording import printable
 
-from . import check, golden, install, service, systemd, transfer, uninstall, versions
+from . import check, install, service, systemd, uninstall, versions
 from .kit import KIT_NAME, parse_kit, read_kit
-from .store import Store
 
 PROGRAM = "edgetune-board"
 _PORT = 8080
@@ -80,31 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     text = "address that the unit listens on; others than this board's own need the key in PREFIX/keys"
     command.add_argument("--host", metavar="IP", help=f"{text} (default: {service.HERE})")
     command.add_argument("--port", type=int, metavar="N", help=f"port of the unit (default: the kit's, {_PORT})")
-    command.add_argument("--no-activate", action="store_true", help="install only; the current version stays")
+    text = "of `edgetune deploy`: list the files that are missing, and read them from standard input"
+    command.add_argument("--receive", metavar="VERSION", help=text)
     command = _command(commands, "check", _check, "show what this board has, and what keeps a kit from running on it")
     command.add_argument("--kit", type=Path, metavar="KIT", help="a kit's folder or its kit.json (default: this one)")
-    for name, run, text in (
-        ("activate", _activate, "switch to an installed version when it answers as built"),
-        ("golden", _golden, "compare the answers of a version with those that its build stored"),
-    ):
-        command = _command(commands, name, run, text)
-        command.add_argument("version", nargs="?" if name == "golden" else None, metavar="VERSION", help="see list")
     _command(commands, "rollback", _rollback, "switch back to the version before")
     _command(commands, "list", _list, "list the installed versions")
     _command(commands, "uninstall", _uninstall, "remove all versions and the unit")
-    _command(commands, "healthy", _healthy, "wait until the unit answers")
-    _add_transfer(commands)
     return parser
-
-
-def _add_transfer(commands: Any) -> None:  # noqa: ANN401 - argparse's own
-    """The commands of `edgetune deploy`."""
-    command = _command(commands, "have", _have, "list the files that an install of a kit lacks")
-    command.add_argument("kit", type=Path, metavar="KIT", help="a folder with kit.json and SHA256SUMS")
-    command = _command(commands, "receive", _receive, "append standard input to the parts of files that are here")
-    text = "for each file its sha256, the bytes of it that are here, and its size"
-    command.add_argument("parts", nargs="+", metavar="DIGEST OFFSET BYTES", help=text)
-    _command(commands, "hold", _hold, "keep other deploys away until standard input ends")
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's own
@@ -118,16 +100,16 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 
 def _install(options: argparse.Namespace) -> None:
     kit = read_kit(options.kit)
+    if options.receive not in (None, kit.version):
+        raise BusyError("another deploy is sending a kit to this board", "wait until it ends")
     prefix = (options.prefix or default_prefix(kit.name)).absolute()
     unit = None
     if options.service is None and (options.host is not None or options.port is not None):
         raise UsageError("--host and --port are those of a unit", "add --service")
     if options.service is not None:
-        if kit.bundle is None:
-            raise UsageError("--service: the kit has no bundle to serve", "make a kit without --no-bundle")
         port = kit.service["port"] if options.port is None else options.port
-        unit = service.wanted(options.service or f"edgetune-{kit.name}", options.host or service.HERE, port)
-    changed = install.install(options.kit, prefix, unit=unit, activates=not options.no_activate, say=_say)
+        unit = service.unit_from_options(options.service or f"edgetune-{kit.name}", options.host or service.HERE, port)
+    changed = install.install(options.kit, prefix, unit=unit, say=_say, receives=options.receive is not None)
     warnings = [] if unit is None else _unit_warnings(unit)
     if options.json:
         _print({"version": kit.version, "changed": changed, "warnings": warnings})
@@ -137,11 +119,10 @@ def _install(options: argparse.Namespace) -> None:
     print(f"version {kit.version} {'is installed' if changed else 'was installed already'} in {prefix}")
     if unit is not None and unit.needs_key:
         print(f"clients need the key in {prefix / service.KEYS_NAME}")
-    if kit.bundle is not None and not options.no_activate:
-        print(f"run: {prefix / versions.RUN_SCRIPT} info {prefix / versions.CURRENT / 'bundle'}")
+    print(f"run: {prefix / versions.RUN_SCRIPT} info {prefix / versions.CURRENT / 'bundle'}")
 
 
-def _unit_warnings(unit: service.Service) -> list[str]:
+def _unit_warnings(unit: service.Unit) -> list[str]:
     if not unit.user or systemd.lingers():
         return []
     remedy = f"run once: sudo loginctl enable-linger {systemd.user_name()}"
@@ -152,44 +133,33 @@ def _check(options: argparse.Namespace) -> None:
     path = options.kit or _own_folder()
     kit = parse_kit((path / KIT_NAME if path.is_dir() else path).read_text(encoding="utf-8"))
     prefix = options.prefix or default_prefix(kit.name)
-    board = check.examine(prefix)
-    found = list(check.problems(kit, board, disk_mb=install.mb_to_write(kit, prefix)))
+    facts = check.examine(prefix)
+    problems = list(check.problems(kit, facts, disk_mb=install.mb_to_write(kit, prefix)))
     if options.json:
-        _print({**board.to_json(), "problems": [{"message": item.message, "remedy": item.remedy} for item in found]})
+        _print({**facts.to_json(), "problems": [{"message": item.message, "remedy": item.remedy} for item in problems]})
         return
-    for name, value in board.to_json().items():
+    for name, value in facts.to_json().items():
         print(f"{name}\t{' '.join(value) if isinstance(value, tuple) else value}")
-    for item in found:
+    for item in problems:
         print(f"problem\t{item.message}; {item.remedy}")
-    if found:
-        raise IncompatibleError(f"{found[0].message}", found[0].remedy)
-
-
-def _activate(options: argparse.Namespace) -> None:
-    changed = install.activate(_prefix(options), options.version, say=_say)
-    _report(options, options.version, changed=changed)
+    if problems:
+        raise problems[0]
 
 
 def _rollback(options: argparse.Namespace) -> None:
-    _report(options, install.rollback(_prefix(options), say=_say), changed=True)
-
-
-def _golden(options: argparse.Namespace) -> None:
-    prefix = _prefix(options)
-    version = options.version or versions.linked(prefix, versions.CURRENT) or ""
-    found = golden.check(prefix, versions.require(prefix, version))
+    version = install.rollback(_prefix(options), say=_say)
     if options.json:
-        _print(found)
+        _print({"version": version})
     else:
-        print("the bundle has no golden answers" if found is None else f"{len(found)} adapters answer as built")
+        print(f"version {version} is the current one now")
 
 
 def _list(options: argparse.Namespace) -> None:
-    found = versions.listing(_prefix(options), _say)
+    installed = versions.listing(_prefix(options), _say)
     if options.json:
-        _print([item.to_json() for item in found])
+        _print([item.to_json() for item in installed])
         return
-    for item in found:
+    for item in installed:
         print(f"{item.kit.version}\t{item.state or '-'}\t{item.kit.name}\t{', '.join(item.kit.engines)}")
 
 
@@ -198,27 +168,6 @@ def _uninstall(options: argparse.Namespace) -> None:
     uninstall.uninstall(prefix, _say)
     if not options.json:
         print(f"removed all versions from {prefix}")
-
-
-def _healthy(options: argparse.Namespace) -> None:
-    unit = service.installed(_prefix(options), _say)
-    if unit is None:
-        raise NotFoundError("no unit is installed, so none can answer", "deploy with --service")
-    unit.wait()
-
-
-def _have(options: argparse.Namespace) -> None:
-    _print(transfer.missing(_prefix(options), read_kit(options.kit)))
-
-
-def _receive(options: argparse.Namespace) -> None:
-    parts = transfer.parse_parts(options.parts)
-    for part in parts:
-        transfer.receive(Store(_prefix(options)).folder, part, sys.stdin.buffer)
-
-
-def _hold(options: argparse.Namespace) -> None:
-    transfer.hold(_prefix(options), sys.stdin.buffer, sys.stdout)
 
 
 def default_prefix(name: str) -> Path:
@@ -243,13 +192,6 @@ def _prefix(options: argparse.Namespace) -> Path:
 def _own_folder() -> Path:
     """The folder of the kit or of the version that this program lies in."""
     return Path(sys.argv[0]).resolve().parent
-
-
-def _report(options: argparse.Namespace, version: str, *, changed: bool) -> None:
-    if options.json:
-        _print({"version": version, "changed": changed})
-    else:
-        print(f"version {version} {'is the current one now' if changed else 'was the current one already'}")
 
 
 def _say(text: str) -> None:

@@ -82,7 +82,7 @@ PrivateTmp=yes
 
 
 @dataclass(frozen=True)
-class Service:
+class Unit:
     """Name and address of a prefix's unit, and whether it belongs to a user's service manager.
 
     `version` is the one that it was last started with by an install.
@@ -107,7 +107,7 @@ class Service:
         """Whether other machines can reach the server."""
         return not ipaddress.ip_address(self.host).is_loopback
 
-    def of(self, kit: Kit) -> Service:
+    def of(self, kit: Kit) -> Unit:
         """The same unit after a start with this version."""
         return replace(self, version=kit.version)
 
@@ -226,7 +226,7 @@ class Service:
         return len(asked)
 
 
-def wanted(name: str, host: str, port: int) -> Service:
+def unit_from_options(name: str, host: str, port: int) -> Unit:
     """The unit that this user asks for; UsageError for a name that systemd would not take, or a wrong address."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"--service {name!r} is no name of a unit", "use letters, digits, _, . and -")
@@ -238,11 +238,11 @@ def wanted(name: str, host: str, port: int) -> Service:
         raise UsageError(f"--host {host!r} is no IP address", "use 0.0.0.0 to let others in") from error
     if shutil.which("systemctl") is None:
         raise IncompatibleError("this system has no systemctl", "install without --service")
-    return Service(name, port, os.geteuid() != 0, host)
+    return Unit(name, port, os.geteuid() != 0, host)
 
 
-def installed(prefix: Path, say: Say) -> Service | None:
-    """The unit of this prefix; None if it has none, or if its settings are damaged, which is said."""
+def installed(prefix: Path, say: Say) -> Unit | None:
+    """The unit of this prefix; None if it has none, or if its settings are damaged; a warning is printed."""
     path = prefix / SETTINGS_NAME
     if not path.is_file():
         return None
@@ -253,24 +253,24 @@ def installed(prefix: Path, say: Say) -> Service | None:
         return None
 
 
-def remember(prefix: Path, service: Service) -> None:
+def remember(prefix: Path, unit: Unit) -> None:
     """Store the settings of the unit."""
-    write_text(prefix / SETTINGS_NAME, json.dumps(asdict(service), sort_keys=True) + "\n")
+    write_text(prefix / SETTINGS_NAME, json.dumps(asdict(unit), sort_keys=True) + "\n")
 
 
-def _parse(text: str) -> Service:
+def _parse(text: str) -> Unit:
     """The unit in the text of service.json; ValueError, TypeError or AttributeError if it is damaged."""
     raw = json.loads(text)
     # A newer version may have added some.
-    known = {field.name: raw[field.name] for field in fields(Service) if field.name in raw}
-    service = Service(**known)
+    settings = {field.name: raw[field.name] for field in fields(Unit) if field.name in raw}
+    unit = Unit(**settings)
     for name, kind in {"name": str, "port": int, "user": bool, "host": str, "version": str}.items():
-        if type(getattr(service, name)) is not kind:
-            raise TypeError(f"{name} is {getattr(service, name)!r}")
-    if not _NAME.fullmatch(service.name):
-        raise ValueError(f"name is {service.name!r}")
-    ipaddress.ip_address(service.host)
-    return service
+        if type(getattr(unit, name)) is not kind:
+            raise TypeError(f"{name} is {getattr(unit, name)!r}")
+    if not _NAME.fullmatch(unit.name):
+        raise ValueError(f"name is {unit.name!r}")
+    ipaddress.ip_address(unit.host)
+    return unit
 
 
 def _is_of(path: Path, prefix: Path) -> bool:

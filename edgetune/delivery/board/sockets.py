@@ -56,9 +56,9 @@ def _is_taken(host: str, port: int) -> bool:
 
 def _listening(port: int) -> set[str]:
     """The inodes of the sockets that listen on this port."""
-    found = set()
+    inodes = set()
     for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         if table.exists():
             rows = [line.split() for line in table.read_text(encoding="ascii").splitlines()[1:]]
-            found |= {row[9] for row in rows if row[3] == _LISTENING and row[1].endswith(f":{port:04X}")}
-    return found
+            inodes |= {row[9] for row in rows if row[3] == _LISTENING and row[1].endswith(f":{port:04X}")}
+    return inodes

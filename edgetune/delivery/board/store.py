@@ -14,6 +14,7 @@ from edgetune_runtime.errors import NotFoundError, VerificationError
 from .kit import COPY_AGAIN, KitFile
 
 FOLDER = "files"
+PART = ".part"
 _CHUNK_BYTES = 1 << 20
 
 
@@ -31,6 +32,15 @@ class Store:
         """Whether the store has a file of this digest and size; the contents are not read."""
         path = self.path(file.sha256)
         return path.is_file() and path.stat().st_size == file.bytes
+
+    def part(self, sha256: str) -> Path:
+        """Where the part of a file is while it is received."""
+        return self.folder / f"{sha256}{PART}"
+
+    def bytes_to_write(self, file: KitFile) -> int:
+        """What is missing of a file."""
+        part = self.part(file.sha256)
+        return 0 if self.has(file) else max(0, file.bytes - (part.stat().st_size if part.exists() else 0))
 
     def put(self, file: KitFile, kit: Path) -> None:
         """Make sure that the store has the file, with the right contents; copies it from the kit's folder if not.

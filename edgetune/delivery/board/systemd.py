@@ -29,7 +29,7 @@ class Manager:
         return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "systemd/user")
 
     def journal(self, name: str) -> str:
-        """The command that shows what a unit said."""
+        """The command that shows what a unit printed."""
         return f"journalctl {'--user ' if self.user else ''}-u {name}"
 
     def call(self, *words: str) -> str:

@@ -1,140 +1,94 @@
-"""Receives files on the board, named by their digest, and continues those that were cut off. Standard library only.
+"""Receives the files that an install lacks from the host, and continues those that were cut off.
 
-A file is `DIGEST` in the store when it is whole, and `DIGEST.part` until then.
+The board prints one line with what it lacks; the host then sends the rest of each file in this order. A file is
+`DIGEST` in the store when it is whole, and `DIGEST.part` until then.
 """
 
 from __future__ import annotations
 
-import fcntl
+import json
 import os
-import re
 import select
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
 from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import BusyError, UnreachableError, UsageError, VerificationError
+from edgetune_runtime.errors import VerificationError
 
-from . import check, venv
-from .durable import locked
+from . import venv
+from .errors import UnreachableError
 from .kit import Kit
-from .store import Store
+from .store import PART, Store
 
+LACKING = "lacking: "
+"""Start of the line that lists as JSON the digests that the board lacks, with the bytes that it has of each."""
 STALLED_S = 60.0
 """Seconds without a byte from the host after which the connection is taken for dead."""
-LOCK_NAME = "deploy.lock"
-"""Held by a deploy from its first file to its end, while it runs other commands that need the lock of the prefix."""
-HELD = "held"
-_PART = ".part"
 _CHUNK_BYTES = 1 << 18
-_DIGEST = re.compile("[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
-class Part:
-    """A file that the host sends from `offset` on; `size` is that of the whole file, in bytes."""
+def receive_lacking(prefix: Path, kit: Kit, source: IO[bytes], out: IO[str]) -> None:
+    """Print the line of what an install of the kit lacks to `out`, and receive it from `source`.
 
-    digest: str
-    offset: int
-    size: int
+    Raises what `receive` raises. The lock of the prefix must be held.
+    """
+    lacking = missing(prefix, kit)
+    print(f"{LACKING}{json.dumps(lacking)}", file=out, flush=True)
+    sizes = {file.sha256: file.bytes for file in kit.files}
+    for digest in lacking:
+        receive(Store(prefix), digest, sizes[digest], source)
 
 
 def missing(prefix: Path, kit: Kit) -> dict[str, int]:
-    """Digest of each file that an install of the kit needs and the store lacks, and how many bytes it has of it.
-
-    IncompatibleError if the kit does not fit on this board.
-    """
-    has_packages = venv.is_complete(prefix, kit.wheels)
-    needed = (*kit.version_files, *(() if has_packages else kit.wheel_files))
-    sizes = {file.sha256: file.bytes for file in needed}
-    found = have(Store(prefix).folder, sizes)
-    lacking = {digest: found.get(digest, 0) for digest, size in sizes.items() if found.get(digest) != size}
-    bytes_to_write = sum(sizes[digest] - offset for digest, offset in lacking.items())
-    packages_mb = 0 if has_packages else kit.needs["packages_mb"]
-    check.require_fit(kit, prefix, disk_mb=packages_mb + bytes_to_write // 10**6)
-    return lacking
+    """Digest of each file that an install of the kit needs and the store lacks, and how many bytes it has of it."""
+    sizes = {file.sha256: file.bytes for file in venv.needed_files(prefix, kit)}
+    received = have(Store(prefix), sizes)
+    return {digest: received.get(digest, 0) for digest, size in sizes.items() if received.get(digest) != size}
 
 
-def have(store: Path, wanted: Mapping[str, int]) -> dict[str, int]:
-    """How many bytes the store has of each file that it has any of; `wanted` maps digests to sizes.
+def have(store: Store, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes already received, by digest; `sizes` are those of the whole files.
 
     A file that is whole has the right digest. Deletes damaged files, and the parts of other files: nobody will continue
     these.
     """
-    for path in store.glob(f"*{_PART}"):
-        if path.stem not in wanted:
+    for path in store.folder.glob(f"*{PART}"):
+        if path.stem not in sizes:
             path.unlink()
-    found = {digest: _bytes_of(store, digest, size) for digest, size in wanted.items()}
-    return {digest: count for digest, count in found.items() if count is not None}
+    received = {digest: _bytes_of(store, digest, size) for digest, size in sizes.items()}
+    return {digest: count for digest, count in received.items() if count is not None}
 
 
-def parse_parts(words: Sequence[str]) -> list[Part]:
-    """The files that the host sends, three words each; UsageError for anything else."""
-    try:
-        triples = zip(words[::3], words[1::3], words[2::3], strict=True)
-        parts = [Part(digest, int(offset), int(size)) for digest, offset, size in triples]
-    except ValueError as error:
-        raise UsageError(f"the list of files is wrong: {error}", "run the deploy again") from error
-    wrong = next((part for part in parts if not _DIGEST.fullmatch(part.digest)), None)
-    if wrong is not None:
-        raise UsageError(f"{wrong.digest[:80]!r} is not a sha256 in lower-case hex", "run the deploy again")
-    return parts
-
-
-def receive(store: Path, wanted: Part, source: IO[bytes]) -> None:
+def receive(store: Store, digest: str, size: int, source: IO[bytes]) -> None:
     """Append the rest of a file from `source` to its part; then check the digest and give it its name.
 
     Reads no byte more than that. Raises UnreachableError if the bytes end or stop before, and keeps the part;
-    VerificationError if the digest is wrong, and deletes it; BusyError if another process writes to it; UsageError if
-    the part does not end at the offset; OutOfSpaceError if the disk is full.
+    VerificationError if the digest is wrong, and deletes it; OutOfSpaceError if the disk is full.
     """
-    digest, offset, size = wanted.digest, wanted.offset, wanted.size
-    store.mkdir(parents=True, exist_ok=True)
-    part, whole = _part(store, digest), store / digest
-    with raising_out_of_space(part), part.open("ab") as file, _locked(file, f"file {digest[:12]}"):
-        if file.tell() != offset:
-            message = f"the part of {digest[:12]} has {file.tell()} bytes, not {offset}"
-            raise UsageError(message, "run the deploy again")
+    store.folder.mkdir(parents=True, exist_ok=True)
+    part = store.part(digest)
+    with raising_out_of_space(part), part.open("ab") as file:
         try:
-            left = size - offset
-            for data in _parts(source, left):
+            for data in _parts(source, size - file.tell()):
                 file.write(data)
-                left -= len(data)
         finally:
             file.flush()
             os.fsync(file.fileno())
-        if left:
-            raise UnreachableError(f"{size - left} of {size} bytes of {digest[:12]} arrived", "run the deploy again")
+        if file.tell() < size:
+            raise UnreachableError(f"{file.tell()} of {size} bytes of {digest[:12]} arrived", "run the deploy again")
         if sha256_of(part) != digest:
             part.unlink()
             raise VerificationError(f"the bytes that arrived for {digest[:12]} are damaged", "run the deploy again")
         part.chmod(0o444)
-        part.rename(whole)
-        flush_to_disk(store)
+        part.rename(store.path(digest))
+        flush_to_disk(store.folder)
 
 
-def hold(prefix: Path, source: IO[bytes], out: IO[str]) -> None:
-    """Hold the lock of deploys until `source` ends or is silent for STALLED_S; says HELD on `out` when it has it.
-
-    BusyError if another deploy holds it, or an install is at work, which would delete what is sent meanwhile.
-    """
-    prefix.mkdir(parents=True, exist_ok=True)
-    with (prefix / LOCK_NAME).open("ab") as file, _locked(file, str(prefix)):
-        with locked(prefix):
-            pass
-        print(HELD, file=out, flush=True)
-        for _ in _parts(source, sys.maxsize):
-            pass
-
-
-def _bytes_of(store: Path, digest: str, size: int) -> int | None:
+def _bytes_of(store: Store, digest: str, size: int) -> int | None:
     """The bytes that the store has of a file, None if it has none of it."""
-    whole, part = store / digest, _part(store, digest)
+    whole, part = store.path(digest), store.part(digest)
     if not whole.exists() and part.exists() and part.stat().st_size >= size:
         # The board stopped between the last byte and the new name.
         part.chmod(0o444)
@@ -156,17 +110,3 @@ def _parts(source: IO[bytes], most: int) -> Iterator[bytes]:
             return
         most -= len(data)
         yield data
-
-
-@contextmanager
-def _locked(file: IO[bytes], what: str) -> Iterator[None]:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        message = f"another deploy is writing to {what}"
-        raise BusyError(message, f"wait for it to end; a lost connection is noticed after {STALLED_S:.0f} s") from error
-    yield
-
-
-def _part(store: Path, digest: str) -> Path:
-    return store / f"{digest}{_PART}"

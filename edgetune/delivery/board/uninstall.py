@@ -9,13 +9,11 @@ from pathlib import Path
 from edgetune_runtime.errors import NotFoundError
 
 from . import service, store, venv, versions
-from .durable import locked
-from .transfer import LOCK_NAME
+from .durable import LOCK_NAME, locked
 from .versions import Say
 
 INCOMING = "incoming"
 """Folder in the prefix where a deploy puts the description of a kit."""
-_LOCKS = ("lock", LOCK_NAME)
 # The versions last: until all are gone, uninstall can be run again.
 _FOLDERS = (store.FOLDER, venv.FOLDER, INCOMING, versions.FOLDER)
 
@@ -25,7 +23,7 @@ def uninstall(prefix: Path, say: Say) -> None:
 
     NotFoundError if nothing is installed there, and no deploy was cut off there.
     """
-    is_ours = (prefix / versions.FOLDER).is_dir() or any((prefix / name).is_file() for name in _LOCKS)
+    is_ours = (prefix / versions.FOLDER).is_dir() or (prefix / LOCK_NAME).is_file()
     if not is_ours:
         raise NotFoundError(f"nothing is installed in {prefix}", "give the --prefix of the install")
     with locked(prefix):
@@ -37,8 +35,7 @@ def uninstall(prefix: Path, say: Say) -> None:
         for name in _FOLDERS:
             if (prefix / name).is_dir():
                 shutil.rmtree(prefix / name)
-        for name in _LOCKS:
-            (prefix / name).unlink(missing_ok=True)
+        (prefix / LOCK_NAME).unlink(missing_ok=True)
     for folder in ((prefix / versions.RUN_SCRIPT).parent, prefix):
         with suppress(OSError):
             folder.rmdir()

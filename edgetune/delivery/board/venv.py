@@ -11,7 +11,7 @@ from pathlib import Path
 from edgetune_runtime.errors import IncompatibleError, NotFoundError
 
 from .durable import write_text
-from .kit import COPY_AGAIN, Kit
+from .kit import COPY_AGAIN, Kit, KitFile
 from .store import Store
 
 FOLDER = "venvs"
@@ -29,6 +29,11 @@ def is_complete(prefix: Path, wheels: str) -> bool:
     """Whether the environment is there and its Python still exists."""
     folder = path_of(prefix, wheels)
     return (folder / _MARK).is_file() and (folder / "bin/python").exists()
+
+
+def needed_files(prefix: Path, kit: Kit) -> tuple[KitFile, ...]:
+    """The files that an install of the kit needs: without the wheels if their environment is there."""
+    return (*kit.version_files, *(() if is_complete(prefix, kit.wheels) else kit.wheel_files))
 
 
 def build(prefix: Path, kit: Kit, folder: Path) -> None:

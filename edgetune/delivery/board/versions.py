@@ -12,7 +12,6 @@ from typing import Any
 
 from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space
 from edgetune_runtime.errors import NotFoundError, VerificationError
-from edgetune_runtime.wording import suggestion
 
 from . import venv
 from .durable import flush_tree, replace_link, write_text
@@ -23,9 +22,9 @@ FOLDER = "versions"
 CURRENT = "current"
 PREVIOUS = "previous"
 KEPT = ".previous"
-"""What `previous` was before a switch that has not ended."""
+"""Target of `previous` before an unfinished switch."""
 ROLLING_BACK = ".rollback"
-"""The version that a rollback which has not ended goes back to."""
+"""Target of an unfinished rollback."""
 LINKS = (CURRENT, PREVIOUS, KEPT, ROLLING_BACK)
 RUN_SCRIPT = "bin/edgetune-run"
 Say = Callable[[str], None]
@@ -66,8 +65,8 @@ def linked(prefix: Path, link: str) -> str | None:
 
 def previous(prefix: Path) -> str | None:
     """The version before the current one, also if a switch was cut off between its two links; None if there is none."""
-    found = linked(prefix, PREVIOUS)
-    return linked(prefix, KEPT) if found == linked(prefix, CURRENT) else found
+    version = linked(prefix, PREVIOUS)
+    return linked(prefix, KEPT) if version == linked(prefix, CURRENT) else version
 
 
 def place(prefix: Path, kit: Kit) -> bool:
@@ -146,27 +145,18 @@ def settle(prefix: Path) -> None:
 
 
 def listing(prefix: Path, say: Say) -> list[Installed]:
-    """The versions, the current one first, then the one before; those with a damaged kit.json are said and left out."""
+    """The versions, the current one first, then the one before; warns of those with a damaged kit.json."""
     states = {previous(prefix): PREVIOUS, linked(prefix, CURRENT): CURRENT}
     order = {CURRENT: 0, PREVIOUS: 1, "": 2}
     kits = [kit for folder in _folders(prefix) if (kit := _readable(folder, say)) is not None]
-    found = [Installed(kit, states.get(kit.version, "")) for kit in kits]
-    return sorted(found, key=lambda item: (order[item.state], item.kit.version))
-
-
-def require(prefix: Path, version: str) -> Kit:
-    """The kit of an installed version; NotFoundError lists the versions."""
-    names = [folder.name for folder in _folders(prefix)]
-    if version not in names:
-        remedy = suggestion(version, names) if names else "install a kit first"
-        raise NotFoundError(f"no version {version!r} in {prefix}", remedy)
-    return read_installed(path_of(prefix, version))
+    installed = [Installed(kit, states.get(kit.version, "")) for kit in kits]
+    return sorted(installed, key=lambda item: (order[item.state], item.kit.version))
 
 
 def sweep(prefix: Path, say: Say) -> None:
     """Delete versions other than the current one and the one before, and the files and environments they alone used.
 
-    Of a version whose kit.json is damaged, which is said, the folder and the environment stay.
+    If a version's kit.json is damaged, a warning is printed, and its folder and environment stay.
     """
     kept = {version for version in (linked(prefix, CURRENT), previous(prefix)) if version is not None}
     folders = [path_of(prefix, version) for version in kept]
@@ -177,7 +167,7 @@ def sweep(prefix: Path, say: Say) -> None:
 
 
 def _readable(folder: Path, say: Say) -> Kit | None:
-    """The kit of an installed version; None, which is said, if its kit.json is damaged."""
+    """The kit of an installed version; None, with a warning, if its kit.json is damaged."""
     try:
         return read_installed(folder)
     except (VerificationError, NotFoundError) as error:
@@ -223,8 +213,8 @@ def _relink(source: Path, target: Path) -> bool:
 
 def _folders(prefix: Path) -> list[Path]:
     root = prefix / FOLDER
-    found = root.iterdir() if root.is_dir() else ()
-    return sorted(path for path in found if len(path.name) == ID_LENGTH and (path / KIT_NAME).is_file())
+    folders = root.iterdir() if root.is_dir() else ()
+    return sorted(path for path in folders if len(path.name) == ID_LENGTH and (path / KIT_NAME).is_file())
 
 
 def _write_script(prefix: Path) -> None:

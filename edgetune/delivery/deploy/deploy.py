@@ -14,25 +14,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
 
-from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, KitFile
-from edgetune.delivery.board.transfer import HELD
-from edgetune.progress import Progress, Step
+from edgetune.delivery.board.kit import KIT_NAME, PROGRAM_NAME, SUMS_NAME, KitFile
+from edgetune.delivery.board.transfer import LACKING
+from edgetune.delivery.kit import output
+from edgetune.delivery.kit.make import AssembledKit
+from edgetune.progress import Progress
 
 from . import replies
-from .kits import Kits, MadeKit
 from .probe import BoardFacts, probe
 from .ssh import SHORT_S, Connection
 from .target import Target
 
 T = TypeVar("T")
+Assemble = Callable[[str, str], AssembledKit]
+"""Makes the kit of a bundle for a board and a Python version, such as 3.13."""
 
 _MB = 10**6
 _CHUNK_BYTES = 1 << 18
-_RECEIVE_S = 1800.0
-"""More than a slow board needs to write a large file to disk and to read it again."""
 _LONG_S = 7200.0
 """More than the board program itself waits for packages, golden answers and a unit that computes its states."""
 # Read by sh, whatever the login shell is. The name of the unfinished file is of its own for each sender.
@@ -68,7 +68,10 @@ class UnitOptions:
 
 @dataclass(frozen=True)
 class DeployOptions:
-    """`board` is None to go by the board's own model, `unit` to leave its unit as it is."""
+    """`board` is None to go by the board's own model, `unit` to leave its unit as it is.
+
+    An install waits until the unit answers, if there is one; with `waits_healthy` there must be one.
+    """
 
     board: str | None = None
     unit: UnitOptions | None = None
@@ -123,8 +126,8 @@ class Versions:
     versions: Sequence[Mapping[str, Any]]
 
     def __str__(self) -> str:
-        found = (f"{item['version']} {item['state']}".rstrip() for item in self.versions)
-        return f"{self.target}: {', '.join(found)}"
+        versions = (f"{item['version']} {item['state']}".rstrip() for item in self.versions)
+        return f"{self.target}: {', '.join(versions)}"
 
     def to_json(self) -> dict[str, Any]:
         """The versions as JSON values."""
@@ -147,20 +150,24 @@ class _Program:
     def ask(self, name: str, *words: str, parse: Callable[[Any], T], limit_s: float = SHORT_S) -> T:
         """The JSON that a command prints in its last line, checked; a login shell may print others before."""
         text = self.connection.run([*self.command(name, *words), "--json"], limit_s=limit_s)
-        last = text.rpartition("\n")[2]
+        return self.parsed(text.rpartition("\n")[2], parse)
+
+    def parsed(self, line: str, parse: Callable[[Any], T]) -> T:
+        """The JSON in a line of the board program, checked; EdgetuneError if it is of another form."""
         try:
-            return parse(json.loads(last))
+            return parse(json.loads(line))
         except (ValueError, RecursionError) as error:
-            message = f"{self.connection.target}: the board program answered {last[:80]!r} to {name}"
+            message = f"{self.connection.target}: the board program answered {line[:80]!r}"
             raise EdgetuneError(message, "see what its login shell prints") from error
 
 
-def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, progress: Progress) -> Deployed:
-    """Make the bundle of `kits` the current version on a board.
+def deploy(target: Target, where: Where, assemble: Assemble, options: DeployOptions, progress: Progress) -> Deployed:
+    """Make a bundle the current version on a board.
 
     Raises UnreachableError when the board cannot be reached or the connection is lost, IncompatibleError when the board
     cannot run the kit, BusyError while another deploy is at work, OutOfSpaceError when its disk is full, and
-    VerificationError when a file or an answer is wrong. The version before runs on, and the next deploy resumes.
+    VerificationError when a file or an answer is wrong; and what `assemble` raises. The version before runs on, and the
+    next deploy resumes.
     """
     with Connection(target) as connection:
         progress.say(f"{target}: checking the board")
@@ -169,29 +176,16 @@ def deploy(target: Target, where: Where, kits: Kits, options: DeployOptions, pro
             raise NotFoundError(f"{target}: no unit is installed in {facts.prefix}", "add --service NAME")
         board = facts.board_name(options.board)
         progress.say(f"{target}: {facts.ram_mib} MiB of memory, so the kit is the one for {board}")
-        made = kits.kit_for(board, facts.python)
+        made = assemble(board, facts.python)
         program = _send_program(connection, facts, made)
-        with connection.holding(program.command("hold"), HELD):
-            begin = time.monotonic()
-            incoming = f"{facts.prefix}/incoming"
-            sent = sum(_put(connection, made.folder / name, f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
-            sizes = {file.sha256: file.bytes for file in made.kit.files}
-            missing = program.ask("have", incoming, parse=partial(replies.missing, sizes=sizes), limit_s=_LONG_S)
-            sent += _send_files(program, made, missing, progress)
-            seconds = time.monotonic() - begin
-            is_first = any(file.sha256 in missing for file in made.kit.wheel_files)
-            takes = " and its packages, which takes minutes on a small board" if is_first else ""
-            progress.say(f"{target}: installing version {made.kit.version}{takes}")
-            words = [] if options.unit is None else options.unit.words()
-            version, changed, warnings = program.ask(
-                "install", incoming, *words, parse=replies.installed, limit_s=_LONG_S
-            )
-            if version != made.kit.version:
-                message = f"{target}: the board installed version {version}, not {made.kit.version}"
-                raise VerificationError(message, "run the command again")
-            if options.waits_healthy:
-                connection.run(program.command("healthy"), limit_s=_LONG_S)
-        return Deployed(target, version, changed, sent, seconds, warnings)
+        sending = _Sending(program, made, progress)
+        incoming = f"{facts.prefix}/incoming"
+        sent = sum(_put(connection, made.contents[name], f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
+        words = ["--receive", made.kit.version, *([] if options.unit is None else options.unit.words()), "--json"]
+        command = program.command("install", incoming, *words)
+        text = connection.converse(command, LACKING, sending.files, limit_s=_LONG_S)
+        _, changed, warnings = program.parsed(text.rpartition("\n")[2], replies.installed)
+        return Deployed(target, made.kit.version, changed, sent + sending.sent_bytes, sending.seconds, warnings)
 
 
 def roll_back(target: Target, where: Where) -> RolledBack:
@@ -214,11 +208,11 @@ def _installed(connection: Connection, where: Where) -> _Program:
     return _Program(connection, f"{facts.prefix}/current/board.pyz", facts.prefix)
 
 
-def _send_program(connection: Connection, facts: BoardFacts, made: MadeKit) -> _Program:
+def _send_program(connection: Connection, facts: BoardFacts, made: AssembledKit) -> _Program:
     """Put the board program into the store by its digest, where it is never written to again."""
     path = f"{facts.prefix}/files/{made.program.sha256}"
     try:
-        _put(connection, made.path_of(made.program), path)
+        _put(connection, made.contents[PROGRAM_NAME], path)
     except EdgetuneError as error:
         if type(error) is not EdgetuneError:
             raise
@@ -226,37 +220,47 @@ def _send_program(connection: Connection, facts: BoardFacts, made: MadeKit) -> _
     return _Program(connection, path, facts.prefix)
 
 
-def _put(connection: Connection, path: Path, remote: str) -> int:
+def _put(connection: Connection, source: Path | bytes, remote: str) -> int:
     """Send a small file unless it is there already; the number of bytes sent."""
-    found = connection.run(["sh", "-c", 'sha256sum < "$1" 2>/dev/null; true', "sh", remote])
-    if sha256_of(path) in found:
+    digest = connection.run(["sh", "-c", 'sha256sum < "$1" 2>/dev/null; true', "sh", remote])
+    if output.digest_of(source) in digest:
         return 0
-    data = path.read_bytes()
-    connection.run(["sh", "-c", _PUT, "sh", remote], [data])
-    return len(data)
+    with output.opened(source) as file:
+        connection.run(["sh", "-c", _PUT, "sh", remote], file)
+    return output.size_of(source)
 
 
-def _send_files(program: _Program, made: MadeKit, missing: Mapping[str, int], progress: Progress) -> int:
-    """Send the rest of the files that the board lacks; the number of bytes sent."""
-    files = {file.sha256: file for file in made.kit.files}
-    if not missing:
-        return 0
-    parts = [(files[digest], offset) for digest, offset in missing.items()]
-    total = sum(file.bytes - offset for file, offset in parts)
-    words = [word for file, offset in parts for word in (file.sha256, str(offset), str(file.bytes))]
-    with progress.step(f"{program.connection.target}: sending MB", max(1, round(total / _MB))) as step:
-        program.connection.run(program.command("receive", *words), _read(made, parts, step), limit_s=_RECEIVE_S)
-    return total
+class _Sending:
+    """Sends the files of a kit that a board lacks; `sent_bytes` and `seconds` are those of the transfer."""
 
+    def __init__(self, program: _Program, made: AssembledKit, progress: Progress) -> None:
+        self._program, self._made, self._progress = program, made, progress
+        self._target = program.connection.target
+        self.sent_bytes, self.seconds = 0, 0.0
 
-def _read(made: MadeKit, parts: Sequence[tuple[KitFile, int]], step: Step) -> Iterator[bytes]:
-    """The bytes of the files from their offsets on; reports the rate as they are taken."""
-    begin, sent = time.monotonic(), 0
-    for file, offset in parts:
-        with made.path_of(file).open("rb") as source:
+    def files(self, lacking: str) -> Iterator[bytes]:
+        """The rest of each file, in the order of the board's list."""
+        kit = self._made.kit
+        files = {file.sha256: file for file in kit.files}
+        sizes = {digest: file.bytes for digest, file in files.items()}
+        offsets = self._program.parsed(lacking, partial(replies.missing, sizes=sizes))
+        total = sum(sizes[digest] - offset for digest, offset in offsets.items())
+        begin = time.monotonic()
+        if offsets:
+            with self._progress.step(f"{self._target}: sending MB", max(1, round(total / _MB))) as step:
+                for digest, offset in offsets.items():
+                    for data in self._rest_of(files[digest], offset):
+                        yield data
+                        self.sent_bytes += len(data)
+                        self.seconds = time.monotonic() - begin
+                        rate = self.sent_bytes / _MB / max(self.seconds, 1e-3)
+                        step.update(f"{rate:.1f} MB/s, {files[digest].name}", self.sent_bytes // _MB)
+        is_first = any(file.sha256 in offsets for file in kit.wheel_files)
+        packages = " and its packages, which takes minutes on a small board" if is_first else ""
+        self._progress.say(f"{self._target}: installing version {kit.version}{packages}")
+
+    def _rest_of(self, file: KitFile, offset: int) -> Iterator[bytes]:
+        with output.opened(self._made.contents[file.path]) as source:
             source.seek(offset)
             while data := source.read(_CHUNK_BYTES):
                 yield data
-                sent += len(data)
-                rate = sent / _MB / max(time.monotonic() - begin, 1e-3)
-                step.update(f"{rate:.1f} MB/s, {file.name}", sent // _MB)

@@ -1,4 +1,4 @@
-"""Does the same on several boards at once, and goes on when one of them fails."""
+"""Runs a deploy on several boards in parallel, and goes on when one of them fails."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from typing import IO
 
 MOST_BYTES = 10**6
 _CHUNK_BYTES = 1 << 16
-_TAIL_BYTES = 1000
 _LOOK_EVERY_S = 0.2
 _REST_S = 5.0
 """For what is still on its way when the process ends."""
@@ -29,7 +28,7 @@ class LimitedProcess:
         self.exceeded = ""
         """What it did too much of, if it was killed for it."""
         self._limit_s = limit_s
-        self._deadline: float | None = time.monotonic() + limit_s
+        self._deadline = time.monotonic() + limit_s
         self._printed = threading.Condition()
         self._is_closed = False
         self._ended = threading.Event()
@@ -45,17 +44,13 @@ class LimitedProcess:
         assert stream is not None
         stream.write(data)
         stream.flush()
-        if self._deadline is not None:
-            self._deadline = time.monotonic() + self._limit_s
+        self._deadline = time.monotonic() + self._limit_s
 
-    def wait_for(self, line: bytes) -> bool:
-        """Wait until it prints a line; it may then take any time until `finish`. False if it ends without it."""
+    def wait_for(self, start: bytes) -> bytes | None:
+        """Wait until it prints a line with this start; the rest of the line, or None if it ends without one."""
         with self._printed:
-            self._printed.wait_for(lambda: self._has(line) or self._is_closed or self.exceeded)
-            found = self._has(line)
-        if found:
-            self._deadline = None
-        return found
+            self._printed.wait_for(lambda: self._line(start) is not None or self._is_closed or self.exceeded)
+            return self._line(start)
 
     def finish(self) -> tuple[int, bytes, bytes]:
         """End its input and wait for its end: the exit code, and what it printed on both outputs."""
@@ -75,16 +70,16 @@ class LimitedProcess:
         self._process.kill()
         self.finish()
 
-    def _has(self, line: bytes) -> bool:
-        """Whether it printed the line lately."""
-        return line in [found.strip() for found in bytes(self._out[-_TAIL_BYTES:]).splitlines()]
+    def _line(self, start: bytes) -> bytes | None:
+        lines = bytes(self._out).split(b"\n")[:-1]
+        return next((line.removeprefix(start) for line in lines if line.startswith(start)), None)
 
-    def _read(self, stream: IO[bytes], found: bytearray) -> None:
+    def _read(self, stream: IO[bytes], printed: bytearray) -> None:
         while data := stream.read1(_CHUNK_BYTES):  # type: ignore[attr-defined]
             with self._printed:
-                found += data[: MOST_BYTES - len(found)]
+                printed += data[: MOST_BYTES - len(printed)]
                 self._printed.notify_all()
-            if len(found) >= MOST_BYTES:
+            if len(printed) >= MOST_BYTES:
                 self._exceed(f"printed more than {MOST_BYTES // 10**6} MB")
                 break
         stream.close()
@@ -94,8 +89,7 @@ class LimitedProcess:
 
     def _watch(self) -> None:
         while not self._ended.wait(_LOOK_EVERY_S):
-            deadline = self._deadline
-            if deadline is not None and time.monotonic() > deadline:
+            if time.monotonic() > self._deadline:
                 self._exceed(f"did not end in {self._limit_s:.0f} s")
                 return
 

@@ -1,4 +1,4 @@
-"""What must be known of a board before anything is sent to it: processor, memory, Python and earlier deploys."""
+"""Facts of a board, asked before anything is sent to it: processor, memory, Python and earlier deploys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgetune_devices import boards
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
 from edgetune.delivery.board.service import SETTINGS_NAME
-from edgetune.delivery.kit.platforms import platform_of
+from edgetune.delivery.kit.target_python import target_python
 
 from .ssh import Connection
 
@@ -52,7 +52,7 @@ _FORMS = {
     "current": r"(versions/[0-9a-f]{16})?",
     "unit": r"(yes)?",
 }
-"""What a board may say; a hostile one may say anything."""
+"""The forms of a board's answers; a hostile one may print anything."""
 _X86_BOARD = "laptop"
 _KEPT_SHARE = 0.75
 """Of its memory, a board reports at least this share: a Pi 4 with 1,024 MiB reports 909, less with a display."""
@@ -73,16 +73,16 @@ class BoardFacts:
     current: str | None
     has_unit: bool
 
-    def board_name(self, wanted: str | None) -> str:
-        """The board whose kit this one gets: `wanted`, or the one that its model names, in the size of its memory.
+    def board_name(self, requested: str | None) -> str:
+        """The board whose kit this one gets: `requested`, or the one that its model names, in the size of its memory.
 
-        `wanted` is kept if it is a board file, or if this board has as much memory or more. UsageError if none is
-        known, IncompatibleError if `wanted` has another processor, or if this board has less memory than any size of
-        the board.
+        `requested` is kept if it is a board file, or if this board has as much memory or more. UsageError if the model
+        is not known, IncompatibleError if `requested` has another processor, or if this board has less memory than any
+        size of the board.
         """
-        named = self._named_by_model() if wanted is None else wanted
+        named = self._named_by_model() if requested is None else requested
         board = boards.find(named)
-        machine = platform_of(board, self.python).machine
+        machine = target_python(board, self.python).machine
         if machine != self.machine:
             message = f"the board is {self.machine}, and --board {board.name} is {machine}"
             raise IncompatibleError(message, "choose another --board, or leave it out")
@@ -91,22 +91,22 @@ class BoardFacts:
             return named
         sizes = [board.ram_mib]
         if board.name == board.family:
-            sizes = [size for size in board.ram_sizes_mib if wanted is None or size <= board.ram_mib]
-        found = max((size for size in sizes if self.ram_mib >= size * _KEPT_SHARE), default=None)
-        if found is None:
+            sizes = [size for size in board.ram_sizes_mib if requested is None or size <= board.ram_mib]
+        ram_mib = max((size for size in sizes if self.ram_mib >= size * _KEPT_SHARE), default=None)
+        if ram_mib is None:
             message = f"the board has {self.ram_mib} MiB of memory, and {board.name} has {min(sizes)} MiB or more"
             raise IncompatibleError(message, "give a similar board of this size with --board")
-        return board.name if found == board.ram_mib else f"{board.family}-{found // 1024}gb"
+        return board.name if ram_mib == board.ram_mib else f"{board.family}-{ram_mib // 1024}gb"
 
     def _named_by_model(self) -> str:
-        known = [name for name in boards.names() if boards.load(name).system == "linux"]
-        found = [name for pattern, name in _MODELS if re.search(pattern, self.model) and name in known]
-        if found:
-            return found[0]
+        names = [name for name in boards.names() if boards.load(name).system == "linux"]
+        for pattern, name in _MODELS:
+            if re.search(pattern, self.model) and name in names:
+                return name
         if self.machine == "x86_64":
             return _X86_BOARD
         message = f"the board's model {self.model!r} is not known" if self.model else "the board names no model"
-        raise UsageError(message, f"give a similar one with --board: {', '.join(known)}")
+        raise UsageError(message, f"give a similar one with --board: {', '.join(names)}")
 
 
 def probe(connection: Connection, name: str, prefix: str | None) -> BoardFacts:

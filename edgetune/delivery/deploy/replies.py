@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 def installed(value: Any) -> tuple[str, bool, tuple[str, ...]]:  # noqa: ANN401 - JSON
     """The version of `install`, whether anything changed, and warnings; ValueError if it is anything else."""
-    found = _of(dict, value)
-    warnings = [printable(_of(str, text))[:_MOST_CHARACTERS] for text in _of(list, found.get("warnings"))]
-    return version(found), _of(bool, found.get("changed")), tuple(warnings[:_MOST_WARNINGS])
+    reply = _of(dict, value)
+    warnings = [printable(_of(str, text))[:_MOST_CHARACTERS] for text in _of(list, reply.get("warnings"))]
+    return version(reply), _of(bool, reply.get("changed")), tuple(warnings[:_MOST_WARNINGS])
 
 
 def version(value: Any) -> str:  # noqa: ANN401 - JSON
@@ -35,7 +35,7 @@ def versions(value: Any) -> list[Mapping[str, Any]]:  # noqa: ANN401 - JSON
         {
             "version": version(item),
             "state": _matching(_STATE, item.get("state")),
-            "bundle": None if item.get("bundle") is None else _matching(_DIGEST, item["bundle"]),
+            "bundle": _matching(_DIGEST, item.get("bundle")),
             "engines": [_matching(_ENGINE, name) for name in _of(list, item.get("engines"))],
         }
         for item in _of(list, value)
@@ -43,15 +43,15 @@ def versions(value: Any) -> list[Mapping[str, Any]]:  # noqa: ANN401 - JSON
 
 
 def missing(value: Any, sizes: Mapping[str, int]) -> Mapping[str, int]:  # noqa: ANN401 - JSON
-    """How many bytes the board has of each file that it lacks, from `have`; ValueError if it is anything else.
+    """How many bytes the board has of each file that it lacks; ValueError if it is anything else.
 
     `sizes` are those of the kit's files, by digest.
     """
-    found: dict[str, int] = _of(dict, value)
-    for digest, count in found.items():
+    offsets: dict[str, int] = _of(dict, value)
+    for digest, count in offsets.items():
         if digest not in sizes or not 0 <= _of(int, count) <= sizes[digest]:
             raise ValueError("it asks for a file that the kit does not have")
-    return found
+    return offsets
 
 
 def _of(kind: type[T], value: object) -> T:

@@ -7,19 +7,19 @@ import re
 import shlex
 import subprocess
 import tempfile
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from edgetune_runtime.errors import EdgetuneError, UnreachableError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, VerificationError
 from edgetune_runtime.wording import printable
+
+from edgetune.delivery.board.errors import UnreachableError
 
 from .limited import LimitedProcess
 from .target import Target
 
 SHORT_S = 120.0
 """Seconds for a command that has little to do."""
-_SIGN_OF_LIFE_S = 10.0
 # What the board program puts before its errors.
 _PROGRAM = "edgetune-board: "
 # ssh's own exit code, when it cannot connect or lost the connection.
@@ -40,12 +40,12 @@ _OPTIONS = (
     "ForwardAgent=no",
     "ForwardX11=no",
 )
-# What ssh says on standard error, the problem in words, and the remedy; {ssh} is a command to try by hand.
+# What ssh prints on standard error, the problem in words, and the remedy; {ssh} is a command to try by hand.
 _REASONS: tuple[tuple[str, type[EdgetuneError], str, str], ...] = (
     (
         "HOST IDENTIFICATION HAS CHANGED",
         VerificationError,
-        "the host key is not the one in {known}",
+        "the host key is not the one in {known_hosts}",
         "if the board was set up again, remove the old key with `ssh-keygen -R {entry}`; otherwise do not connect",
     ),
     (
@@ -108,32 +108,21 @@ class Connection:
         The command is killed `limit_s` after it took the last of its input, and when it prints more than 1 MB.
         """
         with self._started(command, limit_s) as process:
-            # Why a command stopped reading is in its exit code.
-            with contextlib.suppress(BrokenPipeError):
-                for part in data:
-                    process.write(part)
+            self._write(process, data)
             return self._result(process)
 
-    @contextmanager
-    def holding(self, command: Sequence[str], ready: str, *, limit_s: float = SHORT_S) -> Iterator[None]:
-        """Run a command that says the line `ready` when it is, and end its standard input when the block ends.
+    def converse(
+        self, command: Sequence[str], start: str, answer: Callable[[str], Iterable[bytes]], *, limit_s: float
+    ) -> str:
+        """Run a command that first prints a line with this start, and send it the answer to the rest of the line.
 
-        Until then the command gets a byte every few seconds, as a sign of life. `limit_s` is for each of the two.
+        Output and limits are those of `run`.
         """
         with self._started(command, limit_s) as process:
-            # A login shell may print something first.
-            if not process.wait_for(ready.encode()):
-                self._result(process)
-                raise EdgetuneError(f"{self.target}: {command[0]} ended without {ready!r}", "run the command again")
-            ended = threading.Event()
-            alive = threading.Thread(target=_keep_alive, args=(process, ended), daemon=True)
-            alive.start()
-            try:
-                yield
-            finally:
-                ended.set()
-                alive.join()
-                process.finish()
+            line = process.wait_for(start.encode())
+            if line is not None:
+                self._write(process, answer(line.decode(errors="replace")))
+            return self._result(process)
 
     @contextmanager
     def _started(self, command: Sequence[str], limit_s: float) -> Iterator[LimitedProcess]:
@@ -148,6 +137,13 @@ class Connection:
         except BaseException:
             process.kill()
             raise
+
+    @staticmethod
+    def _write(process: LimitedProcess, data: Iterable[bytes]) -> None:
+        # Why a command stopped reading is in its exit code.
+        with contextlib.suppress(BrokenPipeError):
+            for part in data:
+                process.write(part)
 
     def _result(self, process: LimitedProcess) -> str:
         """The output of a command that ends, or its error."""
@@ -169,29 +165,22 @@ class Connection:
         target = self.target
         port = () if target.port is None else ("-p", str(target.port))
         name = target.host.rpartition("@")[2]
-        facts = {
+        words = {
             "ssh": shlex.join(["ssh", *port, target.host]),
             "entry": shlex.quote(name if target.port in (None, 22) else f"[{name}]:{target.port}"),
-            "known": (re.findall(r"Offending .*? key in (\S+)", text) or ["known_hosts"])[0],
+            "known_hosts": (re.findall(r"Offending .*? key in (\S+)", text) or ["known_hosts"])[0],
         }
         for pattern, cls, problem, remedy in _REASONS:
             if re.search(pattern, text):
-                return cls(f"{target}: {problem.format(**facts)}", remedy.format(**facts))
-        said = f" ({text.splitlines()[-1]})" if text else ""
-        return UnreachableError(f"{target}: the connection was lost{said}", "run the command again, it resumes")
-
-
-def _keep_alive(process: LimitedProcess, ended: threading.Event) -> None:
-    # The next command reports a lost connection.
-    with contextlib.suppress(BrokenPipeError):
-        while not ended.wait(_SIGN_OF_LIFE_S):
-            process.write(b"\n")
+                return cls(f"{target}: {problem.format(**words)}", remedy.format(**words))
+        reason = f" ({text.splitlines()[-1]})" if text else ""
+        return UnreachableError(f"{target}: the connection was lost{reason}", "run the command again, it resumes")
 
 
 def _class_of(code: int) -> type[EdgetuneError]:
     """The class of errors with this exit code."""
-    named = (cls for cls in EdgetuneError.__subclasses__() if cls.__module__ == EdgetuneError.__module__)
-    return next((cls for cls in named if cls.exit_code == code), EdgetuneError)
+    own = (cls for cls in EdgetuneError.__subclasses__() if "exit_code" in vars(cls))
+    return next((cls for cls in own if cls.exit_code == code), EdgetuneError)
 
 
 def _printable(data: bytes) -> str:

@@ -33,13 +33,13 @@ class Target:
 
 def parse_target(text: str) -> Target:
     """The board that `text` names; UsageError if it is not of the form USER@HOST[:PORT]."""
-    found = _TARGET.fullmatch(text)
-    port = int(found["port"]) if found and found["port"] else None
-    if found is None or (port is not None and not 0 < port < 65536):
+    match = _TARGET.fullmatch(text)
+    port = int(match["port"]) if match and match["port"] else None
+    if match is None or (port is not None and not 0 < port < 65536):
         raise UsageError(
             f"{text!r} is not of the form {FORM}", "write for example pi@192.168.1.20 or pi@[fe80::1]:2222"
         )
-    return Target(found["host"].replace("[", "").replace("]", ""), port)
+    return Target(match["host"].replace("[", "").replace("]", ""), port)
 
 
 def read_inventory(path: Path) -> list[Target]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from edgetune_devices import boards, fit
 from edgetune_runtime import __version__
-from edgetune_runtime.bundle import GENERATION, MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
+from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, Needs, needs_of_bundle
@@ -26,18 +26,20 @@ from edgetune.delivery.board.kit import (
     SCHEMA_VERSION,
     SUMS_NAME,
     WHEELS_FOLDER,
+    Kit,
     KitFile,
     parse_kit,
     wheels_id,
 )
 from edgetune.delivery.board.opening import DEFAULTS, Opening
-from edgetune.delivery.wheel import llama_wheel
+from edgetune.delivery.wheel.build import cache_folder, llama_wheel
 from edgetune.progress import Progress
 
-from . import output, rehearsal, sbom, wheels
-from .platforms import Platform, platform_of
+from . import output, rehearsal, sbom
 from .program import board_program, install_script
 from .runtime_wheel import runtime_wheel
+from .target_python import TargetPython, target_python
+from .wheels import LLAMA, Wheel, collect, require_wheel_of
 
 _PORT = 8080
 _HEADROOM = 1.25
@@ -45,18 +47,25 @@ _HEADROOM = 1.25
 
 
 @dataclass(frozen=True)
-class KitResult:
-    """A kit that was written; sizes in bytes. `version` is its id on the board."""
+class AssembledKit:
+    """A kit that is not written: its description, and all its files by their paths in it."""
 
-    path: Path
-    version: str
-    bytes: int
-    bundle_bytes: int
-    wheels: tuple[str, ...]
+    kit: Kit
+    contents: output.Contents
+
+    @property
+    def program(self) -> KitFile:
+        """The board program."""
+        return next(file for file in self.kit.files if file.path == PROGRAM_NAME)
 
     def to_json(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        return {**asdict(self), "path": str(self.path)}
+        """Version id, wheels, and sizes in bytes, as JSON values."""
+        return {
+            "version": self.kit.version,
+            "bytes": sum(map(output.size_of, self.contents.values())),
+            "bundle_bytes": sum(file.bytes for file in self.kit.bundle_files),
+            "wheels": [file.name for file in self.kit.wheel_files],
+        }
 
 
 def make_kit(
@@ -68,103 +77,114 @@ def make_kit(
     progress: Progress,
     engine: str | None = None,
     opening: Opening = DEFAULTS,
-    with_bundle: bool = True,
     wheel: Path | None = None,
-    earlier: Sequence[Path] = (),
-) -> KitResult:
+) -> AssembledKit:
     """Write the kit of a bundle for a board to `out`, a folder, or a tar file if it ends in .tar.
 
-    `board` is the name of a board or the path of a board file. `python` is the board's Python, a version or "system".
+    Raises UsageError if `out` is something else, and what `assemble` raises.
+    """
+    output.check_destination(out)
+    made = assemble(bundle, board, python=python, progress=progress, engine=engine, opening=opening, wheel=wheel)
+    output.write(made.contents, out, f"{made.kit.name}-{made.kit.board}")
+    return made
+
+
+def assemble(
+    bundle: Path,
+    board: str,
+    *,
+    python: str,
+    progress: Progress,
+    engine: str | None = None,
+    opening: Opening = DEFAULTS,
+    wheel: Path | None = None,
+) -> AssembledKit:
+    """The kit of a bundle for a board; its large files stay in the bundle and in the cache of wheels.
+
+    `board` is the name of a board or the path of a board file. `python` is the board's Python, such as 3.13.
     `engine` is the bundle's first format if None, `opening` how the board opens the bundle. `wheel` is a wheel of
-    llama-cpp-python to use instead of building one; `earlier` are wheels of another kit for the same Python and
-    machine, which need not be downloaded. Raises NotFoundError for an unknown board, IncompatibleError if the bundle
-    does not fit on the board, if the board does not run Linux or `wheel` does not run there, or if there are no wheels
-    for its Python, VerificationError if a file of the bundle is damaged or an adapter answers differently with
+    llama-cpp-python to use instead of building one. Raises NotFoundError for an unknown board, IncompatibleError if the
+    bundle does not fit on the board, if the board does not run Linux or `wheel` does not run there, or if there are no
+    wheels for its Python, VerificationError if a file of the bundle is damaged or an adapter answers differently with
     `opening`, UnreachableError if wheels cannot be downloaded.
     """
-    known = boards.find(board)
-    platform = platform_of(known, python)
+    facts = boards.find(board)
+    target = target_python(facts, python)
     if wheel is not None:
-        wheels.require_wheel_of(wheels.LLAMA, wheel, platform)
+        require_wheel_of(LLAMA, wheel, target)
     manifest = read_manifest(bundle)
-    chosen = _engine(manifest, engine)
-    output.check_destination(out)
-    needed_mb, kept_mb = _memory_mb(bundle, manifest, chosen, known, opening=opening, device=board)
-    limit_mb = min(math.ceil((needed_mb + SERVER_MB) * _HEADROOM), int(known.free_mb))
-    if with_bundle:
-        progress.say(f"checking the files of {manifest.name}")
-        verify_files(bundle, manifest)
-        rehearsal.require_golden(bundle, chosen, opening, progress)
+    engine = _engine(manifest, engine)
+    needed_mb, kept_mb = _memory_mb(bundle, manifest, engine, facts, opening=opening, device=board)
+    limit_mb = min(math.ceil((needed_mb + SERVER_MB) * _HEADROOM), int(facts.free_mb))
+    progress.say(f"checking the files of {manifest.name}")
+    verify_files(bundle, manifest)
+    rehearsal.require_golden(bundle, engine, opening, progress)
+    runtime_name, runtime_data = runtime_wheel()
     with tempfile.TemporaryDirectory() as folder:
-        own = _own_wheels(platform, Path(folder), engine=chosen, wheel=wheel, progress=progress)
-        # Requests to the server may ask for JSON or tools, also if no adapter has an output constraint.
-        extras = [chosen, "server", *(["structured"] if manifest.task == GENERATION else [])]
-        found = wheels.collect(extras, platform, [*earlier, *own], Path(folder), progress)
-        contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{item.path.name}": item.path for item in found}
+        runtime = Path(folder, runtime_name)
+        runtime.write_bytes(runtime_data)
+        llama = [wheel or llama_wheel(target.platform, progress=progress)] if engine == gguf.NAME else []
+        extras = [engine, "server", *task_types.load(manifest.task).runtime_extras]
+        cache = cache_folder() / f"{target.platform}-{target.python}"
+        wheels = collect(extras, target, [runtime, *llama], cache, progress)
+        contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{item.path.name}": item.path for item in wheels}
         contents[PROGRAM_NAME] = board_program()
-        contents["install.sh"] = install_script(platform)
-        contents[sbom.NAME] = sbom.bill_of_materials(bundle, manifest, __version__, found).encode()
-        if with_bundle:
-            contents |= {f"{BUNDLE_FOLDER}/{name}": resolve(bundle, name) for name in (*manifest.files, MANIFEST_NAME)}
-        files = output.listed(contents)
-        described = describe(
+        contents["install.sh"] = install_script(target)
+        contents[sbom.NAME] = sbom.bill_of_materials(bundle, manifest, __version__, wheels).encode()
+        contents |= {f"{BUNDLE_FOLDER}/{name}": resolve(bundle, name) for name in (*manifest.files, MANIFEST_NAME)}
+        contents[f"{WHEELS_FOLDER}/{runtime_name}"] = runtime_data
+        return with_description(
+            contents,
             manifest.name,
-            platform,
-            files,
-            found,
-            board=known.name,
-            engine=chosen,
+            target,
+            wheels,
+            board=facts.name,
+            engine=engine,
             opening=opening,
             ram_mb=math.ceil(kept_mb),
             memory_max_mb=limit_mb,
         )
-        contents[KIT_NAME] = described
-        contents[SUMS_NAME] = sums = output.sums(files, described)
-        output.write(contents, out, f"{manifest.name}-{known.name}")
-    kit = parse_kit(described.decode())
-    bundle_bytes = sum(file.bytes for file in kit.bundle_files)
-    sizes = [file.bytes for file in files] + [len(described), len(sums)]
-    names = tuple(item.path.name for item in found)
-    return KitResult(out, kit.version, sum(sizes), bundle_bytes, names)
 
 
-def describe(
+def with_description(
+    contents: output.Contents,
     name: str,
-    platform: Platform,
-    files: Sequence[KitFile],
-    found: Sequence[wheels.Wheel],
+    target: TargetPython,
+    wheels: Sequence[Wheel],
     *,
     board: str,
     engine: str,
     opening: Opening,
     ram_mb: int,
     memory_max_mb: int,
-) -> bytes:
-    """The bytes of kit.json.
+) -> AssembledKit:
+    """The kit with these files, kit.json and SHA256SUMS.
 
     `ram_mb` is the memory that the bundle needs at least, `memory_max_mb` the limit of its unit.
     """
-    manifest = next((file.sha256 for file in files if file.path == f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"), None)
+    files = output.listed(contents)
     raw: Mapping[str, Any] = {
         "schema": SCHEMA_VERSION,
         "name": name,
         "board": board,
-        "machine": platform.machine,
-        "python": platform.python,
+        "machine": target.machine,
+        "python": target.python,
         "engines": [engine],
         "opening": opening.given,
         "needs": {
-            "instructions": list(platform.instructions),
-            "glibc": f"2.{max(wheel.glibc_minor for wheel in found)}",
+            "instructions": list(target.instructions),
+            "glibc": f"2.{max(wheel.glibc_minor for wheel in wheels)}",
             "ram_mb": ram_mb,
-            "packages_mb": math.ceil(sum(wheel.installed_bytes for wheel in found) / 1e6),
+            "packages_mb": math.ceil(sum(wheel.installed_bytes for wheel in wheels) / 1e6),
         },
-        "wheels": wheels_id(platform.python, files),
-        "bundle": manifest,
+        "wheels": wheels_id(target.python, files),
+        "bundle": next(file.sha256 for file in files if file.path == f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"),
         "service": {"port": _PORT, "memory_max_mb": memory_max_mb},
         "files": [asdict(file) for file in files],
     }
-    return (json.dumps(raw, indent=1, sort_keys=True) + "\n").encode()
+    text = json.dumps(raw, indent=1, sort_keys=True) + "\n"
+    described = {KIT_NAME: text.encode(), SUMS_NAME: output.sums(files, text.encode())}
+    return AssembledKit(parse_kit(text), {**contents, **described})
 
 
 def _memory_mb(
@@ -180,8 +200,8 @@ def _memory_mb(
         guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb
         return guessed_mb, guessed_mb
     words = " ".join([str(bundle), "--device", device, "--engine", engine, *opening.words()])
-    found = fit.require_fit(needs, board, f"see what to change: edgetune devices fit {words}")
-    return found.needed_mb, found.kept_mb
+    fitting = fit.require_fit(needs, board, f"see what to change: edgetune devices fit {words}")
+    return fitting.needed_mb, fitting.kept_mb
 
 
 def needs_with(bundle: Path, engine: str | None, opening: Opening) -> Needs | None:
@@ -206,12 +226,3 @@ def _engine(manifest: Manifest, engine: str | None) -> str:
         message = f"bundle {manifest.name!r} has no files for --engine {engine}"
         raise IncompatibleError(message, f"choose one of: {', '.join(formats)}; or build it with targets: [{engine}]")
     return engine or formats[0]
-
-
-def _own_wheels(platform: Platform, folder: Path, *, engine: str, wheel: Path | None, progress: Progress) -> list[Path]:
-    """The wheel of the runtime as it is here, in `folder/own`, and for llama.cpp `wheel` or one that is built."""
-    name, data = runtime_wheel()
-    own = folder / "own"
-    own.mkdir()
-    (own / name).write_bytes(data)
-    return [own / name, *([wheel or llama_wheel(platform.name, progress=progress)] if engine == gguf.NAME else [])]

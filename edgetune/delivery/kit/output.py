@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from edgetune_runtime.atomic import raising_out_of_space, replacing, swap_in
 from edgetune_runtime.bundle import sha256_of
@@ -21,14 +22,29 @@ Contents = Mapping[str, Path | bytes]
 _EXECUTABLE = "install.sh"
 
 
+def size_of(source: Path | bytes) -> int:
+    """The size of a file in bytes."""
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def digest_of(source: Path | bytes) -> str:
+    """The sha256 of a file."""
+    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else sha256_of(source)
+
+
+def opened(source: Path | bytes) -> IO[bytes]:
+    """A file, open for reading."""
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
 def listed(contents: Contents) -> list[KitFile]:
     """Path, digest and size of each file, sorted by path."""
-    return [KitFile(path, *_digest_and_size(contents[path])) for path in sorted(contents)]
+    return [KitFile(path, digest_of(source), size_of(source)) for path, source in sorted(contents.items())]
 
 
 def sums(files: list[KitFile], kit: bytes) -> bytes:
     """The text of SHA256SUMS."""
-    digests = {file.path: file.sha256 for file in files} | {KIT_NAME: hashlib.sha256(kit).hexdigest()}
+    digests = {file.path: file.sha256 for file in files} | {KIT_NAME: digest_of(kit)}
     return "".join(f"{digests[path]}  {path}\n" for path in sorted(digests)).encode()
 
 
@@ -87,16 +103,10 @@ def _write_tar(contents: Contents, path: Path, top: str) -> None:
             source = contents[name]
             info = tarfile.TarInfo(f"{top}/{name}")
             info.mode = _mode(name)
-            info.size = len(source) if isinstance(source, bytes) else source.stat().st_size
-            with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            info.size = size_of(source)
+            with opened(source) as file:
                 archive.addfile(info, file)
 
 
 def _mode(name: str) -> int:
     return 0o755 if name == _EXECUTABLE else 0o644
-
-
-def _digest_and_size(source: Path | bytes) -> tuple[str, int]:
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest(), len(source)
-    return sha256_of(source), source.stat().st_size

@@ -9,10 +9,10 @@ import edgetune_runtime
 
 from edgetune import delivery
 from edgetune.delivery import board
+from edgetune.delivery.wheel.wheel_file import zip_bytes
 from edgetune.templates import environment_of
 
-from .archives import zip_bytes
-from .platforms import Platform
+from .target_python import TargetPython
 
 RUNTIME_MODULES = ("atomic", "bundle", "child_process", "errors", "interrupts", "limits", "wording")
 """The modules of the runtime that the program uses; they import nothing but the standard library and each other."""
@@ -39,7 +39,7 @@ def board_program() -> bytes:
     return zip_bytes(contents)
 
 
-def install_script(platform: Platform) -> bytes:
+def install_script(target: TargetPython) -> bytes:
     """The script install.sh, which finds a Python for the kit's wheels and runs board.pyz with it."""
     template = environment_of(Path(__file__).parent, autoescape=False).get_template(_INSTALL)
-    return template.render(platform=platform).encode()
+    return template.render(target=target).encode()

@@ -23,7 +23,7 @@ def require_golden(bundle: Path, engine: str, opening: Opening, progress: Progre
     progress.say(f"asking for golden answers with {options}")
     try:
         with Runtime.open(bundle, engine=engine, verify=False, disk_mb=0, contexts=1, **opening.given) as runtime:
-            different = [f"{name}: {found}" for name, found in compare(runtime) if found.is_different]
+            different = [f"{name}: {answer}" for name, answer in compare(runtime) if answer.is_different]
     except PromptTooLongError as error:
         message = f"with {options} a golden prompt does not fit: {error.message}"
         raise VerificationError(message, "give a larger --context-length") from error

@@ -18,7 +18,7 @@ from .wheels import Wheel
 NAME = "sbom.cdx.json"
 _SPEC_VERSION = "1.6"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "edgetune")
-# What wheels without License-Expression say, in the words of SPDX.
+# Licences in the metadata of wheels without License-Expression, as SPDX expressions.
 _SPDX = {
     "MIT": "MIT",
     "MIT License": "MIT",
@@ -95,15 +95,17 @@ def _component(wheel: Wheel) -> Mapping[str, Any]:
 
 
 def license_of(wheel: Wheel) -> str | None:
-    """The SPDX expression of a wheel's licence, from its metadata; None if that says none that is known."""
+    """The SPDX expression of a wheel's licence, from its metadata; None if the metadata names no known licence."""
     expression: str | None = wheel.metadata["License-Expression"]
     if expression:
         return expression
     prefix = "License :: OSI Approved :: "
-    said = [text.removeprefix(prefix) for text in wheel.metadata.get_all("Classifier", []) if text.startswith(prefix)]
-    said += [wheel.metadata["License"] or ""]
-    known = next((_SPDX[text] for text in said if text in _SPDX), None)
-    if known is None and any(text in _BSD for text in said):
+    licences = [
+        text.removeprefix(prefix) for text in wheel.metadata.get_all("Classifier", []) if text.startswith(prefix)
+    ]
+    licences += [wheel.metadata["License"] or ""]
+    expression = next((_SPDX[text] for text in licences if text in _SPDX), None)
+    if expression is None and any(text in _BSD for text in licences):
         # The name does not tell the number of clauses.
-        known = "BSD-3-Clause" if "Neither the name" in wheel.text("LICENSE") else "BSD-2-Clause"
-    return known
+        expression = "BSD-3-Clause" if "Neither the name" in wheel.text("LICENSE") else "BSD-2-Clause"
+    return expression

@@ -5,22 +5,25 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from email import message_from_bytes
 from email.message import Message
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from edgetune_runtime.errors import IncompatibleError, UnreachableError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
+from edgetune.delivery.board.errors import UnreachableError
 from edgetune.progress import Progress
 
-from .platforms import Platform
 from .runtime_wheel import DISTRIBUTION
+from .target_python import TargetPython
 
 LLAMA = "llama-cpp-python"
 _PIP = "pip"
@@ -46,6 +49,11 @@ class Wheel:
         """The normalized name of the distribution."""
         return canonicalize_name(self.metadata["Name"])
 
+    def meets(self, requirement: Requirement) -> bool:
+        """Whether this is a wheel of the required distribution, in a version that it allows."""
+        is_same = self.name == canonicalize_name(requirement.name)
+        return is_same and requirement.specifier.contains(self.metadata["Version"], prereleases=True)
+
     @property
     def glibc_minor(self) -> int:
         """The oldest glibc 2.N that the wheel runs with; 0 if it has no native code."""
@@ -60,8 +68,8 @@ class Wheel:
     def text(self, name: str) -> str:
         """The texts of all files with this name in the wheel's metadata folder and below, joined."""
         with zipfile.ZipFile(self.path) as archive:
-            found = [item for item in archive.namelist() if ".dist-info/" in item and name in item.upper()]
-            return "\n".join(archive.read(item).decode(errors="replace") for item in found)
+            texts = [item for item in archive.namelist() if ".dist-info/" in item and name in item.upper()]
+            return "\n".join(archive.read(item).decode(errors="replace") for item in texts)
 
 
 def read_wheel(path: Path) -> Wheel:
@@ -75,8 +83,8 @@ def read_wheel(path: Path) -> Wheel:
         raise VerificationError(f"{path} is not a wheel: {error}", "download or build it again") from error
 
 
-def require_wheel_of(name: str, path: Path, platform: Platform) -> None:
-    """Raise IncompatibleError unless `path` is a wheel of `name` that runs on the platform.
+def require_wheel_of(name: str, path: Path, target: TargetPython) -> None:
+    """Raise IncompatibleError unless `path` is a wheel of `name` that runs with the board's Python.
 
     VerificationError if it is no wheel.
     """
@@ -84,96 +92,115 @@ def require_wheel_of(name: str, path: Path, platform: Platform) -> None:
     *_, tags = parse_wheel_filename(path.name)
     if wheel.name != name:
         raise IncompatibleError(f"{path.name} is a wheel of {wheel.name}", f"give one of {name}")
-    if not any(map(platform.runs, tags)):
-        message = f"{path.name} does not run with Python {platform.python} on {platform.name}"
+    if not any(map(target.runs, tags)):
+        message = f"{path.name} does not run with Python {target.python} on {target.platform}"
         raise IncompatibleError(message, f"give a wheel of {name} for this, or leave out --wheel to build one")
 
 
 def collect(
-    extras: Sequence[str], platform: Platform, given: Sequence[Path], folder: Path, progress: Progress
+    extras: Sequence[str], target: TargetPython, own: Sequence[Path], cache: Path, progress: Progress
 ) -> list[Wheel]:
     """The wheels of the runtime with `extras`, of all that they import, and of pip, sorted by name.
 
-    `given` are the wheels that are not downloaded, of one name the last: the runtime's, llama-cpp-python's if an extra
-    needs it, and those of an earlier kit. The others have the versions that are installed here, with which bundles
-    were checked, or else the newest; they are downloaded into `folder`.
+    `own` are the wheels that are not downloaded: the runtime's, and llama-cpp-python's if an extra needs it. The others
+    have the versions that are installed here, with which bundles were checked, or else the newest; they are downloaded
+    into the folder `cache`, unless it has them.
     """
-    found = {wheel.name: wheel for wheel in map(read_wheel, given)}
+    wheels = {wheel.name: wheel for wheel in map(read_wheel, own)}
     done: dict[str, set[str]] = {}
     pending = [Requirement(f"{DISTRIBUTION}[{','.join(extras)}]"), Requirement(_PIP)]
     while pending:
-        _download([item for item in pending if canonicalize_name(item.name) not in found], platform, folder, progress)
-        found |= {wheel.name: wheel for wheel in map(read_wheel, sorted(folder.glob("*.whl")))}
+        missing = [item for item in pending if canonicalize_name(item.name) not in wheels]
+        cached = [wheel for item in missing if (wheel := _cached(_pinned(item), cache)) is not None]
+        wheels |= {wheel.name: wheel for wheel in cached}
+        missing = [item for item in missing if canonicalize_name(item.name) not in wheels]
+        wheels |= {wheel.name: wheel for wheel in _download(missing, target, cache, progress)}
         following: list[Requirement] = []
         for requirement in pending:
             name = canonicalize_name(requirement.name)
-            wheel = found[name]
-            _require_version(wheel, requirement)
+            wheel = wheels[name]
+            if not wheel.meets(requirement):
+                message = f"{wheel.path.name} does not meet {requirement}"
+                raise IncompatibleError(message, f"install a fitting {requirement.name} here, then make the kit again")
             if name not in done or not requirement.extras <= done[name]:
                 done[name] = done.get(name, set()) | requirement.extras
-                following += dependencies(wheel, done[name], platform)
+                following += dependencies(wheel, done[name], target)
         pending = following
-    return [found[name] for name in sorted(done)]
+    return [wheels[name] for name in sorted(done)]
 
 
-def dependencies(wheel: Wheel, extras: set[str], platform: Platform) -> Iterator[Requirement]:
-    """What a wheel with these extras requires on the platform; pip itself would ask for this machine's markers."""
+def dependencies(wheel: Wheel, extras: set[str], target: TargetPython) -> Iterator[Requirement]:
+    """What a wheel with these extras requires on the board; pip itself would ask for this machine's markers."""
     never = _NEVER_IMPORTED.get(wheel.name, set())
     for text in wheel.metadata.get_all("Requires-Dist", []):
         requirement = Requirement(text)
         if canonicalize_name(requirement.name) in never:
             continue
-        environments = [{**platform.markers(), "extra": extra} for extra in ("", *extras)]
+        environments = [{**target.markers(), "extra": extra} for extra in ("", *extras)]
         if requirement.marker is None or any(map(requirement.marker.evaluate, environments)):
             yield requirement
 
 
-def _require_version(wheel: Wheel, requirement: Requirement) -> None:
-    found = wheel.metadata["Version"]
-    if not requirement.specifier.contains(found, prereleases=True):
-        message = f"{wheel.path.name} does not meet {requirement}"
-        raise IncompatibleError(message, f"install a fitting {requirement.name} here, then make the kit again")
-
-
-def _download(requirements: Sequence[Requirement], platform: Platform, folder: Path, progress: Progress) -> None:
-    wanted = {canonicalize_name(item.name): item for item in requirements}
-    if not wanted:
-        return
-    progress.say(f"downloading wheels for {platform.name} and Python {platform.python}: {', '.join(sorted(wanted))}")
-    pinned = {name: _pinned(item) for name, item in wanted.items()}
-    try:
-        _pip_download(list(pinned.values()), platform, folder)
-    except IncompatibleError:
-        # A release that is installed here may have no wheel for another Python.
-        for name, item in wanted.items():
-            try:
-                _pip_download([pinned[name]], platform, folder)
-            except IncompatibleError:
-                _pip_download([f"{item.name}{item.specifier}"], platform, folder)
-
-
-def _pinned(requirement: Requirement) -> str:
+def _pinned(requirement: Requirement) -> Requirement:
+    """The requirement in the version that is installed here, if that meets it."""
     try:
         installed = version(requirement.name).partition("+")[0]
     except PackageNotFoundError:
-        return f"{requirement.name}{requirement.specifier}"
+        return requirement
     fits = requirement.specifier.contains(installed, prereleases=True)
-    return f"{requirement.name}=={installed}" if fits else f"{requirement.name}{requirement.specifier}"
+    return Requirement(f"{requirement.name}=={installed}") if fits else requirement
 
 
-def _pip_download(requirements: Sequence[str], platform: Platform, folder: Path) -> None:
+def _cached(requirement: Requirement, cache: Path) -> Wheel | None:
+    """The wheel in the cache that meets a requirement; None if there is none, or if it is damaged."""
+    for path in sorted(cache.glob("*.whl"), reverse=True):
+        if parse_wheel_filename(path.name)[0] == canonicalize_name(requirement.name):
+            with suppress(VerificationError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+                wheel = read_wheel(path)
+                if wheel.meets(requirement) and archive.testzip() is None:
+                    return wheel
+    return None
+
+
+def _download(
+    requirements: Sequence[Requirement], target: TargetPython, cache: Path, progress: Progress
+) -> list[Wheel]:
+    """Download wheels into the cache, where they replace other versions."""
+    names = sorted({canonicalize_name(item.name) for item in requirements})
+    if not names:
+        return []
+    progress.say(f"downloading wheels for {target.platform} and Python {target.python}: {', '.join(names)}")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        try:
+            _pip_download([_pinned(item) for item in requirements], target, folder)
+        except IncompatibleError:
+            # A release that is installed here may have no wheel for another Python.
+            for item in requirements:
+                try:
+                    _pip_download([_pinned(item)], target, folder)
+                except IncompatibleError:
+                    _pip_download([item], target, folder)
+        for old in cache.glob("*.whl"):
+            if parse_wheel_filename(old.name)[0] in names:
+                old.unlink()
+        return [read_wheel(path.replace(cache / path.name)) for path in Path(folder).glob("*.whl")]
+
+
+def _pip_download(requirements: Sequence[Requirement], target: TargetPython, folder: str) -> None:
     # Not by importlib.util: a look for the module pip makes setuptools give up its own distutils in this process.
     if not any(distributions(name=_PIP)):
         raise IncompatibleError("pip is not installed here", "run: python -m ensurepip")
-    options = ("--quiet", "--no-deps", "--disable-pip-version-check", "--dest", str(folder))
-    command = [sys.executable, "-P", "-m", _PIP, "download", *options, *platform.pip_options(), *requirements]
+    options = ("--quiet", "--no-deps", "--disable-pip-version-check", "--dest", folder)
+    words = [f"{item.name}{item.specifier}" for item in requirements]
+    command = [sys.executable, "-P", "-m", _PIP, "download", *options, *target.pip_options(), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return
     lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
     missing = next((line.removeprefix(_NO_MATCH) for line in lines if line.startswith(_NO_MATCH)), None)
     if missing is not None:
-        message = f"there is no wheel of {missing} for Python {platform.python} on {platform.machine}"
+        message = f"there is no wheel of {missing} for Python {target.python} on {target.machine}"
         raise IncompatibleError(message, "choose another --python, or check the network")
     reason = (lines or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    raise UnreachableError(f"pip could not download {requirements[0]}: {reason}", "check the network")
+    raise UnreachableError(f"pip could not download {words[0]}: {reason}", "check the network")

@@ -69,9 +69,9 @@ def _unpack(archive: Path, folder: Path) -> Path:
     """Unpack what the wheel is made from; returns the folder of the source distribution."""
     root = archive.name.removesuffix(".tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, _wanted(tar, f"{root}/"), filter="data")
+        tar.extractall(folder, _members(tar, f"{root}/"), filter="data")
     return folder / root
 
 
-def _wanted(tar: tarfile.TarFile, root: str) -> Iterator[tarfile.TarInfo]:
+def _members(tar: tarfile.TarFile, root: str) -> Iterator[tarfile.TarInfo]:
     return (member for member in tar if member.name.startswith(tuple(root + part for part in _PARTS)))

@@ -63,8 +63,8 @@ def find_toolchain() -> Toolchain:
     zig = Path(package.origin).with_name("zig") if package is not None and package.origin is not None else None
     cmake, ninja = _program("cmake"), _program("ninja")
     if zig is None or cmake is None or ninja is None:
-        found = {"zig": zig, "CMake": cmake, "Ninja": ninja}
-        missing = " and ".join(name for name, path in found.items() if path is None)
+        programs = {"zig": zig, "CMake": cmake, "Ninja": ninja}
+        missing = " and ".join(name for name, path in programs.items() if path is None)
         raise IncompatibleError(f"building a wheel needs {missing}, not installed here", _INSTALL)
     return Toolchain(zig, cmake, ninja, importlib.metadata.version("ziglang"))
 

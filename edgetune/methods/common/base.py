@@ -5,20 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 if TYPE_CHECKING:
     import torch
     from edgetune_export.adapters.shapes import Folded
+    from edgetune_export.architectures.shape import BaseShape, SizedModule
     from edgetune_runtime.engines.base import Tokenizer
     from transformers import PreTrainedModel
 
     from edgetune.objectives.base import Objective
     from edgetune.objectives.example import Example
+
+
+P = TypeVar("P", bound="MethodOptions")
 
 
 def rate_factor(default: float, note: str = "") -> Any:  # noqa: ANN401 - as pydantic types a field
@@ -33,6 +38,15 @@ class MethodOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     learning_rate_factor: float = rate_factor(1.0)
+
+
+def with_defaults(options: type[P], **defaults: object) -> type[P]:
+    """The options with other defaults."""
+    fields = {name: copy(options.model_fields[name]) for name in defaults}
+    for name, default in defaults.items():
+        fields[name].default = default
+    types: dict[str, Any] = {name: (field.annotation, field) for name, field in fields.items()}
+    return create_model(options.__name__, __base__=options, __doc__=options.__doc__, **types)
 
 
 O = TypeVar("O", bound=MethodOptions)  # noqa: E741 - the options of one method
@@ -55,7 +69,8 @@ class Method(ABC, Generic[O]):
 
     `peft_type`: the type that PEFT writes into adapter_config.json. `trains_base`: training changes the base's own
     weights, which are float32 then, so the base cannot be used again. `takes_scale`: the adapter can be scaled.
-    `takes_encoders`: the method can tune encoders.
+    `takes_encoders`: the method can tune encoders. `adds_parameters`: what it trains is not part of the base.
+    `variant`: the name of a method that is another one with other defaults, in the file of that one.
     """
 
     options: ClassVar[type[MethodOptions]]
@@ -63,15 +78,21 @@ class Method(ABC, Generic[O]):
     peft_type: ClassVar[str] = ""
     takes_scale: ClassVar[bool] = False
     takes_encoders: ClassVar[bool] = False
+    adds_parameters: ClassVar[bool] = True
+    variant: ClassVar[str] = ""
 
     @property
     def name(self) -> str:
-        """The method's name, which is the name of its file."""
-        return type(self).__module__.rpartition(".")[2]
+        """The method's name, which is the name of its file unless it is a variant."""
+        return self.variant or type(self).__module__.rpartition(".")[2]
 
     @abstractmethod
     def shapes(self, options: O) -> tuple[str, ...]:
         """The shapes it can be folded into, best first."""
+
+    @abstractmethod
+    def trained_parameters(self, base: BaseShape, options: O) -> int:
+        """How many parameters training changes, exactly; with modules still to be chosen, the most."""
 
     @abstractmethod
     def attach(self, base: PreTrainedModel, options: O, steps: int) -> torch.nn.Module:
@@ -119,8 +140,20 @@ class Method(ABC, Generic[O]):
         """Number of context positions that the adapter uses."""
         return 0
 
+    def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
+        """The linear modules that keep their inputs in training, because what is trained reads them."""
+        return []
+
+    def trained_layers(self, base: BaseShape, options: O) -> int:
+        """Number of last layers that gradients reach; the layers before them keep nothing in training."""
+        return base.layers
+
+    def shipped_ranks(self, modules: Sequence[SizedModule], options: O) -> list[int]:
+        """The highest rank that each module can have after folding to low_rank."""
+        return [self.shipped_rank(options)] * len(modules)
+
     def shipped_rank(self, options: O) -> int:
-        """The highest rank after folding, used to predict file sizes; 0 for shapes other than low_rank."""
+        """The highest rank after folding; 0 for shapes other than low_rank."""
         return 0
 
     def parameter_groups(self, model: torch.nn.Module, options: O, learning_rate: float) -> list[dict[str, Any]]:
@@ -141,6 +174,11 @@ class Method(ABC, Generic[O]):
 
     def restore(self, model: torch.nn.Module, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
+
+
+def dense_parameters(inputs: int, outputs: int) -> int:
+    """Parameters of a linear layer with a bias."""
+    return (inputs + 1) * outputs
 
 
 def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

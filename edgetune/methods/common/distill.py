@@ -81,8 +81,8 @@ class Distill:
         teacher = torch.cat([lesson.log_probabilities for lesson in lessons]).to(device)
 
         def loss_of(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-            said = teacher[rows]
-            return (said.exp() * (said - _log_probabilities(logits, tokens[rows]))).sum()
+            expected = teacher[rows]
+            return (expected.exp() * (expected - _log_probabilities(logits, tokens[rows]))).sum()
 
         return summed_loss(partial(packed_logits, forward, batch.packed), model, loss_of)
 

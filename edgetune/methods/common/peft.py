@@ -12,22 +12,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from edgetune_export.adapters.shapes import Delta, Floats, Folded, LowRank, Merged
+from edgetune_export.architectures.base import OUTPUT_LAYER
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import nearest
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, PositiveInt
 
 from .base import Checkpoint, Method, MethodOptions, O
 from .peft_folder import check_peft_folder
 
 if TYPE_CHECKING:
     import torch
+    from edgetune_export.architectures.shape import BaseShape, SizedModule
     from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
+AUTO = "auto"
+"""Modules that the build chooses."""
 _ADAPTER = "default"
 
 
+Rank = Annotated[PositiveInt, Field(validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")]
+"""The option `r`."""
+Alpha = Annotated[
+    float,
+    Field(
+        gt=0,
+        validation_alias=AliasChoices("lora_alpha", "alpha"),
+        description="The update is scaled by alpha / r.",
+    ),
+]
+"""The option `lora_alpha`."""
 Dropout = Annotated[
     float,
     Field(
@@ -49,7 +64,13 @@ class TargetOptions(MethodOptions):
 
 
 class PeftMethod(Method[O]):
-    """A PEFT method; `config` selects which."""
+    """A PEFT method that changes linear modules; `config` selects which method."""
+
+    def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
+        """The target modules."""
+        assert isinstance(options, TargetOptions)
+        modules = (*base.modules, base.output_layer)
+        return [module for module in modules if is_target(module.name, options.target_modules)]
 
     @abstractmethod
     def config(self, base: PreTrainedModel, options: O, steps: int) -> PeftConfig:
@@ -221,19 +242,26 @@ def task_type(base: PreTrainedModel) -> str | None:
     return "CAUSAL_LM" if base.can_generate() else None
 
 
+def is_target(module: str, target_modules: str | tuple[str, ...]) -> bool:
+    """Whether PEFT adapts the linear module of this name; for all-linear, each but the output layer."""
+    if target_modules in (ALL_LINEAR, AUTO):
+        return module != OUTPUT_LAYER
+    return any(module == target or module.endswith(f".{target}") for target in as_names(target_modules))
+
+
 def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) -> set[str]:
     """The names of the linear modules selected by `target_modules`. Raises UsageError for one that the base lacks."""
     linear = {name for name, module in base.named_modules() if type(module).__name__ == "Linear"}
     if target_modules == ALL_LINEAR:
         return linear
-    known = sorted({name.rpartition(".")[2] for name in linear})
+    names = sorted({name.rpartition(".")[2] for name in linear})
     adapted: set[str] = set()
     for target in as_names(target_modules):
-        matched = {name for name in linear if name == target or name.endswith(f".{target}")}
+        matched = {name for name in linear if is_target(name, (target,))}
         if not matched:
-            near = nearest(target, known)
+            near = nearest(target, names)
             hint = f"did you mean {near!r}? Or " if near else ""
-            remedy = f"{hint}set target_modules to all-linear, or to some of {', '.join(known)}"
+            remedy = f"{hint}set target_modules to all-linear, or to some of {', '.join(names)}"
             raise UsageError(f"the base has no module {target!r}", remedy)
         adapted |= matched
     return adapted

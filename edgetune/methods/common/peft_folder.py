@@ -38,8 +38,8 @@ def check_peft_folder(folder: Path, base: PreTrainedModel) -> None:
             raise IncompatibleError(message, f"train without {key}")
     names = [name for name, _ in (*base.named_modules(), *base.named_parameters())]
     for expressions, whole in ((_whole(config), True), (_beginnings(config), False)):
-        found = matching(expressions, names, str(folder / CONFIG_NAME), whole=whole)
-        for expression, matched in zip(expressions, found, strict=True):
+        matches = matching(expressions, names, str(folder / CONFIG_NAME), whole=whole)
+        for expression, matched in zip(expressions, matches, strict=True):
             if matched is None:
                 message = f"{folder / CONFIG_NAME}: {expression[:80]!r} is not a regular expression"
                 raise VerificationError(message, "save or copy the adapter again")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from edgetune_export.architectures.shape import BaseShape
     from edgetune_runtime.engines.base import Tokenizer
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
@@ -120,6 +121,10 @@ class PromptMethod(Method[P]):
 class CacheMethod(PromptMethod[P]):
     """A method that trains the keys and values of every layer."""
 
+    def trained_parameters(self, base: BaseShape, options: P) -> int:
+        """The keys and values of each virtual token."""
+        return options.num_virtual_tokens * base.kv_values_per_token
+
     def behind(self, peft: PeftModel) -> PrefixedModel:
         """The base with these keys and values as its cache."""
         from .prompt_model import CachePrefixedModel  # noqa: PLC0415 - torch only when training
@@ -143,6 +148,10 @@ class CacheMethod(PromptMethod[P]):
 
 class TokenMethod(PromptMethod[P]):
     """A method that trains the embeddings of the virtual tokens."""
+
+    def trained_parameters(self, base: BaseShape, options: P) -> int:
+        """An embedding per virtual token."""
+        return options.num_virtual_tokens * base.hidden
 
     def behind(self, peft: PeftModel) -> PrefixedModel:
         """The base with these embeddings before the sequence."""

@@ -181,7 +181,7 @@ def _read_scaling(config: Mapping[str, Any], path: Path, modules: Sequence[str])
 def _read_invocation(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
     tokens = config.get("alora_invocation_tokens") or []
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
-        raise VerificationError(f"{path} is damaged: alora_invocation_tokens is {str(tokens)[:80]}", _SAVE_AGAIN)
+        raise VerificationError(f"{path} is damaged: alora_invocation_tokens is {repr(tokens)[:80]}", _SAVE_AGAIN)
     return tuple(tokens)
 
 
@@ -265,4 +265,6 @@ def _mismatch(module: str, a: Floats, b: Floats, rank: int) -> str:
 
 def _raise_all(error: type[EdgetuneError], what: str, problems: Sequence[str], remedy: str) -> None:
     if problems:
-        raise error(f"{what}: {first_of(problems)}", remedy)
+        # Their keys and values come from a file, and may have line breaks.
+        lines = [" ".join(problem.split()) for problem in problems]
+        raise error(f"{what}: {first_of(lines)}", remedy)

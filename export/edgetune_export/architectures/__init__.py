@@ -1,4 +1,4 @@
-"""Architectures of decoders: one file with an ARCHITECTURE for each; shared code is in `base` and `layout`."""
+"""Architectures of decoders: one file with an ARCHITECTURE for each; shared code is in `base`, `layout` and `shape`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Architecture
 
 __all__ = ["Architecture", "known", "names", "of", "of_model_type"]
 
-_ARCHITECTURES = Registry(__name__, "architecture", shared=("base", "layout"))
+_ARCHITECTURES = Registry(__name__, "architecture", shared=("base", "layout", "shape"))
 
 
 def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""The description of an architecture: its names, row order, norms, and corrections for transformers and ONNX."""
+"""The description of an architecture: its names, linear modules, norms, and corrections for transformers and ONNX."""
 
 from __future__ import annotations
 
@@ -22,6 +22,30 @@ ENTRIES = {
 
 
 @dataclass(frozen=True)
+class LinearModule:
+    """A linear module of each layer: its name in transformers, its tensor in GGUF files, and the `product` of an ONNX
+    graph that computes it, alone or fused with the modules that read the same inputs."""
+
+    name: str
+    tensor: str
+    product: str
+
+
+LINEAR_MODULES = (
+    LinearModule("self_attn.q_proj", "attn_q", "self_attn.qkv_proj"),
+    LinearModule("self_attn.k_proj", "attn_k", "self_attn.qkv_proj"),
+    LinearModule("self_attn.v_proj", "attn_v", "self_attn.qkv_proj"),
+    LinearModule("self_attn.o_proj", "attn_output", "self_attn.o_proj"),
+    LinearModule("mlp.gate_proj", "ffn_gate", "mlp.gate_up_proj"),
+    LinearModule("mlp.up_proj", "ffn_up", "mlp.gate_up_proj"),
+    LinearModule("mlp.down_proj", "ffn_down", "mlp.down_proj"),
+)
+"""Those of LLaMA; `shape.py` reads their sizes from a header."""
+OUTPUT_LAYER = "lm_head"
+"""The name of the linear module after the layers."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """An architecture of decoders. The defaults are those of LLaMA.
 
@@ -39,8 +63,7 @@ class Architecture:
     interleaves_rows: bool = False
     """Whether llama.cpp's rotary embedding rotates neighbouring values of a head, where Hugging Face rotates the two
     halves; the rows of q and k in GGUF files, and the keys, then have another order (see layout.py)."""
-    fuses_projections: bool = False
-    """Whether q, k and v are one linear module, qkv_proj, and gate and up another, gate_up_proj."""
+    linear_modules: tuple[LinearModule, ...] = LINEAR_MODULES
     transformers_reads_gguf: bool = True
     """Whether transformers can read the config from a GGUF file's metadata."""
     refusals: Mapping[str, str] = field(default_factory=dict)
@@ -50,6 +73,11 @@ class Architecture:
     def model_class(self) -> str:
         """The class in transformers, which config.json names in `architectures`."""
         return f"{self.class_prefix}ForCausalLM"
+
+    @property
+    def fuses_projections(self) -> bool:
+        """Whether q, k and v are one linear module in transformers, and gate and up another."""
+        return self.linear_modules != LINEAR_MODULES
 
     @property
     def rms_norm(self) -> str:

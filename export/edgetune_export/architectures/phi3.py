@@ -8,7 +8,14 @@ from typing import Any
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 
-from .base import Architecture
+from .base import Architecture, LinearModule
+
+_LINEAR_MODULES = (
+    LinearModule("self_attn.qkv_proj", "attn_qkv", "self_attn.qkv_proj"),
+    LinearModule("self_attn.o_proj", "attn_output", "self_attn.o_proj"),
+    LinearModule("mlp.gate_up_proj", "ffn_up", "mlp.gate_up_proj"),
+    LinearModule("mlp.down_proj", "ffn_down", "mlp.down_proj"),
+)
 
 
 class _Phi3(Architecture):
@@ -35,4 +42,4 @@ class _Phi3(Architecture):
         return IncompatibleError(message, "use one with a context of 4k, such as Phi-3-mini-4k-instruct")
 
 
-ARCHITECTURE = _Phi3("phi3", ("phi3",), "Phi3", fuses_projections=True)
+ARCHITECTURE = _Phi3("phi3", ("phi3",), "Phi3", linear_modules=_LINEAR_MODULES)

@@ -9,19 +9,21 @@ from dataclasses import replace
 from typing import Any
 
 from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
-from edgetune_runtime.confinement import MOST_S, confine, limits_of
+from edgetune_runtime.confinement import MAX_S, confine, limits_of
 from edgetune_runtime.conversation import Conversation, adapter_choice, show
 from edgetune_runtime.formats.quantization import describe
+from edgetune_runtime.opening_options import OpeningOptions, context_mb, decide
 from edgetune_runtime.wording import printable
 
-from .options import answer_options, open_runtime, prompt_of
+from .options import answer_options, open_runtime, opening_options, prompt_of
 
 _REPORT_BYTES = 1 << 20
 
 
 def info(options: argparse.Namespace) -> None:
-    """`info`: what is in the bundle; loads no weights."""
+    """`info`: what is in the bundle, and how it would be opened here; loads no weights."""
     manifest = read_manifest(options.bundle)
+    opening = decide(manifest, **opening_options(options))
     if options.verify:
         verify_files(options.bundle, manifest)
     if options.json:
@@ -37,7 +39,17 @@ def info(options: argparse.Namespace) -> None:
     for entry in manifest.adapters.values():
         shapes = " and ".join(dict.fromkeys(entry.shapes.values()))
         lines.append(f"adapter   {entry.name}: {entry.method}, {shapes}, {_size(manifest, entry.files.values())}")
+    lines.append(f"opening   {_described(manifest, opening)}")
     print("\n".join(map(printable, lines)))
+
+
+def _described(manifest: Manifest, opening: OpeningOptions) -> str:
+    """What is decided of the options of opening a bundle."""
+    threads = f"{opening.threads} thread{'s' if opening.threads > 1 else ''}"
+    text = f"engine {opening.engine}, {threads} ({opening.priority}), context {opening.context_length} tokens"
+    if opening.kv is None:
+        return text
+    return f"{text}, KV cache {opening.kv}, {context_mb(manifest, opening):.1f} MB each"
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> str:
@@ -57,12 +69,12 @@ def classify(options: argparse.Namespace) -> None:
     prompt = prompt_of(options)
     labels = None if options.labels is None else [label.strip() for label in options.labels.split(",")]
     with open_runtime(options) as runtime:
-        label, scores = runtime.classify(prompt, labels, adapter=adapter_choice(runtime, options.adapter))
+        label, probabilities = runtime.classify(prompt, labels, adapter=adapter_choice(runtime, options.adapter))
     if options.json:
-        print(json.dumps({"label": label, "scores": scores}, ensure_ascii=False))
+        print(json.dumps({"label": label, "scores": probabilities}, ensure_ascii=False))
         return
-    for name in sorted(scores, key=scores.__getitem__, reverse=True):
-        print(f"{printable(name)}\t{scores[name]:.4f}")
+    for name in sorted(probabilities, key=probabilities.__getitem__, reverse=True):
+        print(f"{printable(name)}\t{probabilities[name]:.4f}")
 
 
 def chat(options: argparse.Namespace) -> None:
@@ -86,7 +98,7 @@ def _confined(options: argparse.Namespace) -> dict[str, Any]:
     manifest = read_manifest(options.bundle)
     limits = limits_of(manifest, options.context_length or manifest.context_length)
     # Long answers of many adapters, and a report that goes to a file.
-    confine(replace(limits, time_s=MOST_S, file_bytes=_REPORT_BYTES))
+    confine(replace(limits, time_s=MAX_S, file_bytes=_REPORT_BYTES))
     return {"contexts": 1, "disk_mb": 0, "preflight": False}
 
 

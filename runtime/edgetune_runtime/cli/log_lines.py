@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 _LONGEST = 2000
-_MOST = 5
+_MAX = 5
 _WINDOW_S = 10.0
 
 
@@ -21,7 +21,7 @@ class LineFormatter(logging.Formatter):
 
 
 class RateFilter(logging.Filter):
-    """Lets through 5 warnings and errors of each kind per 10 s, and tells how many it left out.
+    """Lets through 5 warnings and errors of each kind per 10 s, and reports how many it left out.
 
     Clients can cause some of them as often as they like, which would fill a disk. Debug messages are not limited.
     """
@@ -37,10 +37,10 @@ class RateFilter(logging.Filter):
             return True
         now_s, kind = time.monotonic(), record.msg if isinstance(record.msg, str) else type(record.msg)
         if now_s > self._begin_s + _WINDOW_S:
-            left_out = sum(count - _MOST for count in self._counts.values() if count > _MOST)
+            left_out = sum(count - _MAX for count in self._counts.values() if count > _MAX)
             self._begin_s = now_s
             self._counts.clear()
             if left_out:
                 record.msg, record.args = f"{record.getMessage()} ({left_out} earlier messages were left out)", ()
         self._counts[kind] += 1
-        return self._counts[kind] <= _MOST
+        return self._counts[kind] <= _MAX

@@ -60,20 +60,10 @@ def bench(options: argparse.Namespace) -> None:
             with open_runtime(options) as runtime:
                 figures["ttft_ms"]["restored"] = restored_ms(runtime)
                 name, engine = runtime.adapters[0], runtime.engine
-            command = [sys.executable, "-m", "edgetune_runtime", "generate", str(options.bundle), "--prompt", "?"]
-            command += [
-                "--adapter",
-                name,
-                "--engine",
-                engine,
-                "--max-tokens",
-                "1",
-                "--cache-folder",
-                folder,
-                "--no-preflight",
-            ]
-            command += [] if options.threads is None else ["--threads", str(options.threads)]
-            command += [] if options.kv is None else ["--kv", options.kv]
+            command = [sys.executable, "-m", "edgetune_runtime", "generate", str(options.bundle), "--no-preflight"]
+            flags = {"prompt": "?", "adapter": name, "engine": engine, "max-tokens": 1, "cache-folder": folder}
+            flags |= {name: value for name in ("threads", "kv") if (value := getattr(options, name)) is not None}
+            command += [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
             command += [] if options.repack is None else ["--repack" if options.repack else "--no-repack"]
             figures["start_ms"] = start_ms(command)
     print(json.dumps(figures) if options.json else "\n".join(_lines(figures)))
@@ -88,14 +78,14 @@ def doctor(options: argparse.Namespace) -> None:
     if options.calibrate is not None:
         _require_writable(options.calibrate)
     manifest = None if options.bundle is None else read_manifest(options.bundle)
-    found = examine(manifest)
+    report = examine(manifest)
     if manifest is not None:
-        _try(options, manifest, found)
+        _try(options, manifest, report)
     if options.json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(report, ensure_ascii=False))
         return
-    problems = found.pop("problems")
-    print("\n".join(_lines(found)))
+    problems = report.pop("problems")
+    print("\n".join(_lines(report)))
     print("\n".join(f"problem\t{problem}" for problem in problems) or "no problem found")
 
 
@@ -106,8 +96,8 @@ def _require_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}", "give a file in a folder that you may write to")
 
 
-def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any]) -> None:
-    """Add to `found` what a trial of the bundle finds, and store what it measures."""
+def _try(options: argparse.Namespace, manifest: Manifest, report: dict[str, Any]) -> None:
+    """Add to `report` what a trial of the bundle finds, and store what it measures."""
     from edgetune_runtime.sizing.calibration import read_calibration, write_calibration  # noqa: PLC0415
     from edgetune_runtime.sizing.needs import needs_of_bundle  # noqa: PLC0415
     from edgetune_runtime.sizing.options import with_options  # noqa: PLC0415
@@ -121,24 +111,24 @@ def _try(options: argparse.Namespace, manifest: Manifest, found: dict[str, Any])
         except EdgetuneError as error:
             if options.calibrate is not None:
                 raise
-            found["bundle"]["refused"] = str(error)
-            found["problems"].append(f"refused: {error}")
+            report["bundle"]["refused"] = str(error)
+            report["problems"].append(f"refused: {error}")
             return
-    known = None
+    calibration = None
     if options.calibration is not None and needs is not None:
-        known = read_calibration(options.calibration, needs)
-    repacks = frozenset() if options.repack is False else repacked_types(found["instructions"])
-    trial = try_bundle(lambda: open_runtime(options, disk_mb=0), needs, known=known, repacks=repacks)
-    found["bundle"] |= trial.found
-    found["problems"] += trial.problems
+        calibration = read_calibration(options.calibration, needs)
+    repacks = frozenset() if options.repack is False else repacked_types(report["instructions"])
+    trial = try_bundle(lambda: open_runtime(options, disk_mb=0), needs, known=calibration, repacks=repacks)
+    report["bundle"] |= trial.found
+    report["problems"] += trial.problems
     if options.calibrate is None:
         return
     if trial.figures is None or needs is None:
         reason = trial.found.get("refused") or "it is not a bundle for text generation"
         raise IncompatibleError(f"nothing to calibrate with: {reason}", "give a bundle that runs here")
-    machine = {"processor": found["processor"], "board": found["board"], "threads": trial.found["threads"]}
+    machine = {"processor": report["processor"], "board": report["board"], "threads": trial.found["threads"]}
     write_calibration(options.calibrate, needs, trial.figures, machine)
-    found["calibration"] = str(options.calibrate)
+    report["calibration"] = str(options.calibrate)
 
 
 def _lines(figures: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

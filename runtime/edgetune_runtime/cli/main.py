@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add = partial(_command, commands)
-    info = add("info", answers.info, "show what is in a bundle, without loading it")
+    info = add("info", answers.info, "show what is in a bundle and how it would be opened, without loading it")
     info.add_argument("--verify", action="store_true", help="also compare every file with its digest")
     generate = add("generate", answers.generate, "answer one prompt and print the text as it is generated")
     classify = add("classify", answers.classify, "print the labels for a prompt with their probabilities")
@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_form(chat)
     server.add_options(serve)
     wyoming.add_options(voice)
-    for command in (generate, classify, chat, bench, check, warm, serve, voice, doctor):
+    for command in (info, generate, classify, chat, bench, check, warm, serve, voice, doctor):
         add_opening(command)
     return parser
 

@@ -1,4 +1,4 @@
-"""The options that commands share, and what they stand for: an open runtime, a prompt, a form of the answer."""
+"""The options that commands share, and what they are parsed into: an open runtime, a prompt, answer options."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.opening_options import RuntimeOptions
 from edgetune_runtime.threads.priority import NORMAL, PRIORITIES
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_form(command: argparse.ArgumentParser) -> None:
     forms.add_argument("--choices", metavar="A,B", help="answer with one of these texts")
     forms.add_argument("--regex", metavar="REGEX", help="answer with a text that matches this regular expression")
     forms.add_argument("--grammar", type=Path, metavar="FILE", help="answer with a text of this Lark grammar")
-    forms.add_argument("--free", action="store_true", help="do not constrain the answer")
+    forms.add_argument("--unconstrained", action="store_true", help="do not constrain the answer")
 
 
 def add_tools(command: argparse.ArgumentParser) -> None:
@@ -87,30 +88,39 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
 
 
-def open_runtime(options: argparse.Namespace, **more: Any) -> Runtime:  # noqa: ANN401 - those of `Runtime.open`
+def open_runtime(options: argparse.Namespace, **more: Unpack[RuntimeOptions]) -> Runtime:
     """The bundle of the command line, opened with its options and `more` of `Runtime.open`."""
     # numpy and the engine are loaded only when a command needs them.
-    from edgetune_runtime.runtime import CACHE_MB, DISK_MB_PER_DAY, Runtime  # noqa: PLC0415
+    from edgetune_runtime.runtime import Runtime  # noqa: PLC0415
 
+    opening = opening_options(options)
+    opening.update(more)
+    return Runtime.open(options.bundle, **opening)
+
+
+def opening_options(options: argparse.Namespace) -> RuntimeOptions:
+    """The options of `Runtime.open` on the command line; UsageError for a size that is none."""
     for flag, value in (("--cache-mb", options.cache_mb), ("--disk-mb-per-day", options.disk_mb_per_day)):
         if value is not None and not 0 <= value < math.inf:
             raise UsageError(f"{flag} is {value:g}", "give 0 or more")
-    return Runtime.open(
-        options.bundle,
-        engine=options.engine,
-        threads=options.threads,
-        context_length=options.context_length,
-        kv=options.kv,
-        repack=options.repack,
-        priority=options.priority,
-        verify=not options.no_verify,
-        cache_mb=CACHE_MB if options.cache_mb is None else options.cache_mb,
-        disk_mb_per_day=DISK_MB_PER_DAY if options.disk_mb_per_day is None else options.disk_mb_per_day,
-        cache_folder=options.cache_folder,
-        map_large_blocks=True,
-        drafts=not options.no_drafts,
-        **{"preflight": not options.no_preflight, **more},
-    )
+    opening: RuntimeOptions = {
+        "engine": options.engine,
+        "threads": options.threads,
+        "context_length": options.context_length,
+        "kv": options.kv,
+        "repack": options.repack,
+        "priority": options.priority,
+        "verify": not options.no_verify,
+        "cache_folder": options.cache_folder,
+        "map_large_blocks": True,
+        "drafts": not options.no_drafts,
+        "preflight": not options.no_preflight,
+    }
+    if options.cache_mb is not None:
+        opening["cache_mb"] = options.cache_mb
+    if options.disk_mb_per_day is not None:
+        opening["disk_mb_per_day"] = options.disk_mb_per_day
+    return opening
 
 
 def prompt_of(options: argparse.Namespace) -> str:
@@ -121,15 +131,15 @@ def prompt_of(options: argparse.Namespace) -> str:
 
 def answer_options(options: argparse.Namespace) -> dict[str, Any]:
     """The answer options on the command line; the others have the defaults of `AnswerOptions`."""
-    given = vars(options)
-    found: dict[str, Any] = {name: given[name] for name in (*SAMPLING, "stop", "logprobs") if name in given}
-    if "logprobs" in found and not options.json:
+    values = vars(options)
+    answer: dict[str, Any] = {name: values[name] for name in (*SAMPLING, "stop", "logprobs") if name in values}
+    if "logprobs" in answer and not options.json:
         raise UsageError("--logprobs is given without --json", "add --json")
-    files = {name: _read(given[name]) for name in ("schema", "grammar") if given[name] is not None}
+    files = {name: _read(values[name]) for name in ("schema", "grammar") if values[name] is not None}
     choices = {} if options.choices is None else {"choices": [text.strip() for text in options.choices.split(",")]}
-    tools = {} if given.get("tools") is None else {"tools": _read_json(options.tools)}
-    found |= {"tool_choice": given.get("tool_choice"), "regex": options.regex, "free": options.free}
-    return {**found, **files, **choices, **tools}
+    tools = {} if values.get("tools") is None else {"tools": _read_json(options.tools)}
+    answer |= {"tool_choice": values.get("tool_choice"), "regex": options.regex, "unconstrained": options.unconstrained}
+    return {**answer, **files, **choices, **tools}
 
 
 def _read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON

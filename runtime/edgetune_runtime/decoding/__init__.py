@@ -1,1 +1,1 @@
-"""Which tokens an answer may have, and several of them in one step."""
+"""Output constraints, drafts, and log-probabilities of answers."""

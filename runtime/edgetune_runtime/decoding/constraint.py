@@ -1,4 +1,4 @@
-"""One answer held to its form: which tokens may come next, which must, and where it may end."""
+"""The output constraint of one answer: which tokens may come next, which must, and where it may end."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Constraint:
     def mask(self, logits: Logits) -> Logits | None:
         """A copy of the logits [vocab] with minus infinity for every token that may not come next.
 
-        None behind an end token, and at a dead end: no token of the vocabulary goes on, and the answer may not end.
+        None after an end token, and at a dead end: no token of the vocabulary fits, and the answer may not end.
         """
         if not self._fill_bits():
             return None
@@ -100,8 +100,8 @@ class Constraint:
             return 0
         if self.is_complete:
             return int(bool(tokens) and tokens[0] in self._vocabulary.ends)
-        known = list(takewhile(lambda token: 0 <= token < self._vocabulary.size, tokens))
-        count = self._ask(lambda matcher: int(matcher.validate_tokens(known)))
+        valid = list(takewhile(lambda token: 0 <= token < self._vocabulary.size, tokens))
+        count = self._ask(lambda matcher: int(matcher.validate_tokens(valid)))
         return 0 if self._matcher.is_error() else count
 
     def accept(self, *tokens: int) -> None:
@@ -165,5 +165,5 @@ class Constraint:
     def _check(self) -> None:
         failure = self._failure()
         if failure:
-            message = f"after {len(self.tokens)} tokens the answer cannot be held to its form: {one_line(failure)}"
+            message = f"after {len(self.tokens)} tokens the output constraint failed: {one_line(failure)}"
             raise UsageError(message, "simplify the form, or bound its repetitions")

@@ -1,4 +1,4 @@
-"""Tokens so far in, a draft of the next ones out: from n-grams of the task's training answers, and from the prompt.
+"""Drafts the next tokens from n-grams of the task's training answers and from the prompt.
 
 Drafting needs no model. The engine verifies a draft in one batch, so a wrong draft costs time and changes no answer:
 speculative decoding (Leviathan et al., 2211.17192) with prompt lookup (Saxena, 2023).
@@ -30,7 +30,7 @@ _PRIME = 0x9E3779B97F4A7C15
 _ENTRY_BYTES = 8 + 4 + 1
 _PRIOR = 2.0
 """Tokens counted as expected and accepted before an answer has verified any draft."""
-_MOST_POSITIONS = 8
+_MAX_POSITIONS = 8
 """Latest positions of a token that are searched."""
 
 
@@ -87,16 +87,16 @@ def read_table(path: Path, tokenizer_sha256: str) -> DraftTable:
 
     Raises VerificationError for a damaged file, IncompatibleError for the table of another tokenizer.
     """
-    found = read_checked(path, KIND)
+    stored = read_checked(path, KIND)
     try:
-        if found is None:
+        if stored is None:
             raise ValueError("its bytes are not those that were written")
-        count, copied = int(found.about["entries"]), tuple(map(float, found.about["copied"]))
-        made_for = str(found.about["tokenizer_sha256"])
-        if count < 0 or len(found.data) != count * _ENTRY_BYTES or len(copied) != LONGEST_CONTEXT:
-            raise ValueError(f"it has {len(found.data)} bytes for {count} entries")
-        keys, tokens = found.data[: 8 * count].cast("Q"), found.data[8 * count : 12 * count].cast("I")
-        confidences = found.data[12 * count :]
+        count, copied = int(stored.about["entries"]), tuple(map(float, stored.about["copied"]))
+        made_for = str(stored.about["tokenizer_sha256"])
+        if count < 0 or len(stored.data) != count * _ENTRY_BYTES or len(copied) != LONGEST_CONTEXT:
+            raise ValueError(f"it has {len(stored.data)} bytes for {count} entries")
+        keys, tokens = stored.data[: 8 * count].cast("Q"), stored.data[8 * count : 12 * count].cast("I")
+        confidences = stored.data[12 * count :]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise VerificationError(f"{path} is not a draft table: {error}", COPY_BUNDLE_AGAIN) from error
     if made_for != tokenizer_sha256:
@@ -115,8 +115,8 @@ class Drafter:
         """Index the prompt."""
         self._positions: dict[int, list[int]] = {}
         self._hits, self._drafted = 0.0, 0.0
-        known, self.tokens = self.tokens, []
-        self.add(known)
+        prompt, self.tokens = self.tokens, []
+        self.add(prompt)
 
     def add(self, tokens: Sequence[int]) -> None:
         """Append tokens of the prompt or the answer."""
@@ -162,7 +162,7 @@ class Drafter:
     def _match(self, context: Sequence[int]) -> tuple[int, int]:
         """The position after the longest earlier occurrence of a suffix of `context`, and the suffix's length."""
         best = (0, 0)
-        for place in reversed(self._positions.get(context[-1], ())[-_MOST_POSITIONS:] if context else ()):
+        for place in reversed(self._positions.get(context[-1], ())[-_MAX_POSITIONS:] if context else ()):
             length = 1
             while (
                 length < min(LONGEST_CONTEXT, len(context), place + 1)

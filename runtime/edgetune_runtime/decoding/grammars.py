@@ -1,4 +1,4 @@
-"""Compiled forms of answers for one base: compiled on first use, kept while in use."""
+"""The compiled output constraints of one base: compiled on first use; the last used are kept."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from edgetune_runtime.limits import no_limits
 
 from .constraint import Constraint
 from .library import compile_grammar, refusal
-from .once import Once
+from .once import SingleFlightCache
 from .output import OutputSpec
-from .trial import may_be_dear
+from .trial import may_be_expensive
 from .vocabulary import GrammarVocabulary
 
-_KEPT, _KEPT_DEAR = 16, 2
-"""Compiled forms. One that may be dear takes up to 64 MB, others a few MB, and their automata grow as they are used."""
+_KEPT, _KEPT_EXPENSIVE = 16, 2
+"""Compiled forms. Expensive ones take up to 64 MB, others a few MB, and their automata grow as they are used."""
 
 
 class Grammars:
@@ -30,8 +30,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._vocabulary = GrammarVocabulary(tokenizer)
-        self._cheap: Once[Any] = Once(_KEPT)
-        self._dear: Once[Any] = Once(_KEPT_DEAR)
+        self._cheap: SingleFlightCache[Any] = SingleFlightCache(_KEPT)
+        self._expensive: SingleFlightCache[Any] = SingleFlightCache(_KEPT_EXPENSIVE)
 
     def constraint(self, spec: OutputSpec, check: Callable[[], None] = no_limits) -> Constraint:
         """One answer's constraint, at its beginning.
@@ -51,8 +51,8 @@ class Grammars:
         self._compiled(spec).drop(spec.digest)
         return self._start(spec)
 
-    def _compiled(self, spec: OutputSpec) -> Once[Any]:
-        return self._dear if may_be_dear(spec.grammar) else self._cheap
+    def _compiled(self, spec: OutputSpec) -> SingleFlightCache[Any]:
+        return self._expensive if may_be_expensive(spec.grammar) else self._cheap
 
     def _compile(self, spec: OutputSpec, check: Callable[[], None]) -> Any:  # noqa: ANN401 - llguidance's matcher
         matcher, error = compile_grammar(self._vocabulary.handle, spec.grammar, check)

@@ -10,10 +10,10 @@ from typing import Any
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.limits import no_limits
 
-from .trial import TOO_DEAR, reason_against
+from .trial import TOO_EXPENSIVE, reason_against
 
 DEAD_END = "NoExtensionBias"
-"""In llguidance's error where no token of the vocabulary goes on, and the answer may not end."""
+"""In llguidance's error where no token of the vocabulary fits, and the answer may not end."""
 UNKNOWN_TOKEN = "unknown special token"
 """In llguidance's error for a control token that the vocabulary does not have."""
 
@@ -31,7 +31,7 @@ _REMEDIES = {
     "too large": _SIMPLIFY,
     "too many": _SIMPLIFY,
     "fuel": _SIMPLIFY,
-    TOO_DEAR: _SIMPLIFY,
+    TOO_EXPENSIVE: _SIMPLIFY,
 }
 _NOISE = (
     re.compile(r"<(state|grammar|backtrace)>.*?</\1>|<non-verbose/>", re.DOTALL),
@@ -49,7 +49,7 @@ def library() -> Any:  # noqa: ANN401 - an optional module
     try:
         import llguidance  # noqa: PLC0415 - optional
     except ImportError as error:
-        message = "answers held to a schema, choices, a regex or a grammar need llguidance, which is not installed"
+        message = "output constraints need llguidance, which is not installed"
         raise IncompatibleError(message, _INSTALL) from error
     return llguidance
 
@@ -67,7 +67,7 @@ def compile_grammar(
 ) -> tuple[Any, str]:
     """A matcher at the beginning of an answer, and why it cannot be used, or ''. It holds the GIL only at the end.
 
-    Raises what `check` does, which is called while a grammar that may be dear is tried in a child process.
+    Raises what `check` does, which is called while a grammar that may be expensive is tried in a child process.
     """
     reason = reason_against(grammar, check)
     if reason and UNKNOWN_TOKEN not in reason:

@@ -1,4 +1,4 @@
-"""Logits in, the log-probability of a token and of the likeliest tokens at its place out."""
+"""Log-probabilities of the tokens of an answer, and of the likeliest tokens at each place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgetune_runtime.engines.base import Logits, Tokenizer, log_total
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.sampling import top_tokens
 
-MOST_ALTERNATIVES = 20
+MAX_ALTERNATIVES = 20
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class LogprobRecord:
 
     def __init__(self, alternatives: int) -> None:
         is_count = isinstance(alternatives, int) and not isinstance(alternatives, bool)
-        if not is_count or not 0 <= alternatives <= MOST_ALTERNATIVES:
-            raise UsageError(f"logprobs is {alternatives!r}", f"give an integer from 0 to {MOST_ALTERNATIVES}")
+        if not is_count or not 0 <= alternatives <= MAX_ALTERNATIVES:
+            raise UsageError(f"logprobs is {alternatives!r}", f"give an integer from 0 to {MAX_ALTERNATIVES}")
         self._alternatives = alternatives
         self.tokens: list[TokenLogprob] = []
 

@@ -1,4 +1,4 @@
-"""Values that are made once per key, without a lock held meanwhile; the last used are kept."""
+"""A single-flight cache: values are made once per key, without a lock held meanwhile; the last used are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 _CHECK_S = 0.05
 
 
-class Once(Generic[T]):
+class SingleFlightCache(Generic[T]):
     """The `keep` last used values by key. Thread-safe: calls with a key wait for the one that makes it, others do not.
 
     An error is raised in all calls that waited for it, and not kept. If the call that makes the value is stopped, one

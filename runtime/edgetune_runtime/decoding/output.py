@@ -1,4 +1,4 @@
-"""What an answer may be: a JSON schema, a list of choices, a regular expression or a grammar, checked by llguidance."""
+"""The specification of an output constraint: a JSON schema, choices, a regular expression or a grammar."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class OutputSpec:
         return bool(matcher.consume_tokens(list(text.encode())) and matcher.is_accepting())
 
     def parse(self, text: str) -> Any:  # noqa: ANN401 - whatever the schema describes
-        """The object that an answer stands for: JSON, or an instance of `model`, for a schema; else the text itself.
+        """The parsed answer: JSON, or an instance of `model`, for a schema; else the text itself.
 
         VerificationError when the text is no such JSON, as that of an answer that ended early, or `model` refuses it.
         """
@@ -141,8 +141,8 @@ def _checked(*, spacing: object = "any", **given: object) -> OutputSpec:
     """The spec of the one form that is given, its shape checked, not compiled."""
     kinds = [kind for kind, value in given.items() if value is not None]
     if len(kinds) != 1:
-        found = " and ".join(kinds) or "nothing"
-        raise UsageError(f"{found} is given for the output", f"give exactly one of {', '.join(KINDS)}")
+        names = " and ".join(kinds) or "nothing"
+        raise UsageError(f"{names} is given for the output", f"give exactly one of {', '.join(KINDS)}")
     (kind,) = kinds
     value = given[kind]
     if spacing not in SPACINGS:
@@ -199,9 +199,9 @@ def _choices_text(value: Any) -> str:  # noqa: ANN401 - it is checked here
 
 def _check_lark(text: str) -> None:
     # llguidance overflows the stack where some 2,000 rules, or 600 references in schemas, lead from one to the next.
-    for what, count, most in (("rules", len(_RULE.findall(text)), 500), ("references", text.count('"$ref"'), 200)):
-        if count > most:
-            raise UsageError(f"grammar has {count} {what}", f"give at most {most}")
+    for what, count, max_count in (("rules", len(_RULE.findall(text)), 500), ("references", text.count('"$ref"'), 200)):
+        if count > max_count:
+            raise UsageError(f"grammar has {count} {what}", f"give at most {max_count}")
 
 
 def _lark_of(choices: Sequence[str]) -> str:

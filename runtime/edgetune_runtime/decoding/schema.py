@@ -1,4 +1,4 @@
-"""JSON schemas before llguidance gets them: objects are closed; what nothing fits or nests too deep is refused."""
+"""Prepares JSON schemas for llguidance: closes objects, refuses schemas that nothing fits or that nest too deep."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _children(schema: object) -> list[Any]:
 
 
 def _combines(schema: object) -> bool:
-    """Whether the schema, or one in it, is made of several that hold at once."""
+    """Whether the schema, or one in it, combines several that must all hold."""
     if not isinstance(schema, dict):
         return False
     here = "allOf" in schema or ("properties" in schema and not _COMBINING.isdisjoint(schema))
@@ -141,10 +141,12 @@ def _requirements(schema: object, root: Schema) -> list[list[Any]]:
     """What a JSON that fits the schema must fit too: for each requirement, the schemas of which one is enough."""
     if not isinstance(schema, dict):
         return []
-    found = [[part] for part in _needed(schema)]
+    requirements = [[part] for part in _needed(schema)]
     if isinstance(schema.get("$ref"), str):
-        found.append([_target(schema["$ref"], root)])
-    return found + [options for key in ("anyOf", "oneOf") if isinstance(options := schema.get(key), list) and options]
+        requirements.append([_target(schema["$ref"], root)])
+    return requirements + [
+        options for key in ("anyOf", "oneOf") if isinstance(options := schema.get(key), list) and options
+    ]
 
 
 def _needed(schema: Schema) -> list[Any]:
@@ -160,7 +162,7 @@ def _needed(schema: Schema) -> list[Any]:
 
 def _target(reference: str, root: Schema) -> Any:  # noqa: ANN401 - any JSON
     """What a reference within the schema points to; None if nothing, or for one to elsewhere."""
-    found: Any = root if reference.startswith("#") else None
+    target: Any = root if reference.startswith("#") else None
     for step in filter(None, reference.removeprefix("#").split("/")):
-        found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
-    return found
+        target = target.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
+    return target

@@ -1,4 +1,4 @@
-"""Compiles forms of answers that may be dear in a child process first, which has limits of time and memory."""
+"""Compiles output constraints that may be expensive in a child process first, with limits of time and memory."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from pathlib import Path
 from edgetune_runtime.child_process import has_python, run
 from edgetune_runtime.limits import no_limits
 
-from .once import Once
+from .once import SingleFlightCache
 
-MOST_CPU_S = 2
-MOST_MB = 64
-TOO_DEAR = "takes too long or too much memory"
-_MOST_S = 20.0
+MAX_CPU_S = 2
+MAX_MB = 64
+TOO_EXPENSIVE = "takes too long or too much memory"
+_MAX_S = 20.0
 """Where other processes have the cores, CPU time takes longer."""
 _CHEAP_CHARACTERS = 8192
-_MAY_BE_DEAR = ("multipleOf", "allOf", "attern")
-"""llguidance limits its automata by states, but not what it does to see whether parts that hold at once exclude each
+_MAY_BE_EXPENSIVE = ("multipleOf", "allOf", "attern")
+"""llguidance limits its automata by states, but not what it does to see whether parts that must all hold exclude each
 other, or to count in numbers: the integers of `multipleOf: 999983` take 7 s and 400 MB."""
 _PROGRAM = Path(__file__).with_name("trial_child.py")
 
 _LOG = logging.getLogger(__name__)
 
 
-_reasons: Once[str] = Once(256)
+_reasons: SingleFlightCache[str] = SingleFlightCache(256)
 
 
-def may_be_dear(grammar: str) -> bool:
+def may_be_expensive(grammar: str) -> bool:
     """Whether a grammar may take long to compile: it is large, or has what llguidance does not limit."""
-    return len(grammar) > _CHEAP_CHARACTERS or any(word in grammar for word in _MAY_BE_DEAR)
+    return len(grammar) > _CHEAP_CHARACTERS or any(word in grammar for word in _MAY_BE_EXPENSIVE)
 
 
 def reason_against(grammar: str, check: Callable[[], None] = no_limits) -> str:
-    """llguidance's error for a grammar, or why it is too dear; '' if it can be compiled in this process.
+    """llguidance's error for a grammar, or why it is too expensive; '' if it can be compiled in this process.
 
-    What may be dear is compiled in a child process first. Raises what `check` does, which is called meanwhile.
+    What may be expensive is compiled in a child process first. Raises what `check` does, which is called meanwhile.
     """
-    if not may_be_dear(grammar) or not has_python():
+    if not may_be_expensive(grammar) or not has_python():
         return ""
     digest = hashlib.sha256(grammar.encode()).digest()
-    return _reasons.get(digest, lambda: _try(grammar, check), check)
+    return _reasons.get(digest, lambda: _compile_in_child(grammar, check), check)
 
 
-def _try(grammar: str, check: Callable[[], None]) -> str:
-    request = json.dumps({"grammar": grammar, "cpu_s": MOST_CPU_S, "bytes": MOST_MB * 10**6, "path": sys.path})
-    ended = run([sys.executable, "-I", "-B", str(_PROGRAM)], timeout_s=_MOST_S, given=request.encode(), check=check)
+def _compile_in_child(grammar: str, check: Callable[[], None]) -> str:
+    request = json.dumps({"grammar": grammar, "cpu_s": MAX_CPU_S, "bytes": MAX_MB * 10**6, "path": sys.path})
+    ended = run([sys.executable, "-I", "-B", str(_PROGRAM)], timeout_s=_MAX_S, stdin=request.encode(), check=check)
     if ended.code == 0 and ended.timeout_s is None:
         return ended.output.decode("utf-8", "replace")
-    _LOG.info("a form of answers is refused: compiling it in a child process %s", ended.how)
-    return f"it {TOO_DEAR}: more than {MOST_CPU_S} s or {MOST_MB} MB"
+    _LOG.info("an output constraint is refused: compiling it in a child process %s", ended.how)
+    return f"it {TOO_EXPENSIVE}: more than {MAX_CPU_S} s or {MAX_MB} MB"

@@ -1,4 +1,4 @@
-"""The program that `trial` starts: compiles one grammar within limits, and writes llguidance's error, or nothing."""
+"""The program that `trial` starts: compiles one grammar within limits, and writes llguidance's error, if any."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def _limit(cpu_s: int, memory_bytes: int) -> None:
     import resource  # noqa: PLC0415 - Windows has none
 
     used = resource.getrusage(resource.RUSAGE_SELF)
-    most_s = int(used.ru_utime + used.ru_stime + cpu_s) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (most_s, most_s))
+    max_s = int(used.ru_utime + used.ru_stime + cpu_s) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (max_s, max_s))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-        most_bytes = pages * resource.getpagesize() + memory_bytes
-        resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
+        max_bytes = pages * resource.getpagesize() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A base's tokens as llguidance reads them: the bytes of each, the end tokens, and the base's own tokenization."""
+"""A base's vocabulary for llguidance: the bytes of each token, the end tokens, and the base's own tokenization."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAME = re.compile(r"<[^<>\s]{1,60}>")
 class GrammarVocabulary:
     """The tokens of one base for llguidance, which keeps them in a trie. Make it once per base: see `Grammars`.
 
-    Control tokens and end tokens stand for no text. A grammar may name those control tokens that the chat template
+    Control tokens and end tokens have no text. A grammar may name those control tokens that the chat template
     names, as `<|tool_call|>`, and any by its number, as `<[123]>`. IncompatibleError when llguidance is not installed.
     """
 
@@ -31,7 +31,7 @@ class GrammarVocabulary:
         self.end_list = tokenizer.ends()
         self.ends = frozenset(self.end_list)
         adapter = _LlguidanceTokenizer(tokenizer, self)
-        # Without an end token llguidance adds one of its own, behind the vocabulary, where no logits are.
+        # Without an end token llguidance adds one of its own after the vocabulary, where there are no logits.
         self.handle: Any = library().LLTokenizer(adapter, eos_token=self.end_list or None, slices=_SLICES)
         adapter.tokens = []
 
@@ -61,7 +61,7 @@ class _LlguidanceTokenizer:
         tokens = self._tokenizer.tokenize(text, continues=True)
         if b"".join(map(self._bytes, tokens)) == text.encode():
             return tokens
-        # The tokenizer reads the text of a control token as that token, which stands for no text here.
+        # The tokenizer reads the text of a control token as that token, which has no text here.
         vocabulary = self._vocabulary()
         return [] if vocabulary is None else list(vocabulary.handle.greedy_tokenize(text))
 

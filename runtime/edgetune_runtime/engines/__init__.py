@@ -1,11 +1,14 @@
-"""The engines: one folder per format, whose ENGINES maps each task to the module that defines the class as ENGINE."""
+"""The engines: one folder per format, whose ENGINES maps each task to the module that defines the class as ENGINE.
+
+KV_TYPES of a folder that generates text lists the data types that keys and values can have, the default first.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, overload
 
 from edgetune_runtime.bundle import GENERATION
-from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,6 +29,14 @@ def check_name(name: str) -> None:
         raise error
 
 
+def check_kv(name: str, kv: str | None) -> str:
+    """The data type of an engine's KV cache, by default its first one; UsageError for one that it does not have."""
+    types: tuple[str, ...] = _ENGINES.load(name).KV_TYPES
+    if kv is not None and kv not in types:
+        raise UsageError(f"{name} has no KV cache of type {kv!r}", f"choose one of: {', '.join(types)}")
+    return kv or types[0]
+
+
 @overload
 def load(name: str) -> EngineClass: ...
 @overload
@@ -38,5 +49,5 @@ def load(name: str, task: str = GENERATION) -> EngineClass | LabelEngineClass:
     modules = _ENGINES.load(name).ENGINES
     if task not in modules:
         raise IncompatibleError(f"engine {name!r} does not run {task}", f"use it for: {', '.join(modules)}")
-    found: EngineClass | LabelEngineClass = _ENGINES.load(name, modules[task]).ENGINE
-    return found
+    engine_class: EngineClass | LabelEngineClass = _ENGINES.load(name, modules[task]).ENGINE
+    return engine_class

@@ -211,14 +211,11 @@ class LabelEngine(Protocol):
 class EngineClass(Protocol):
     """The class of an engine: loads a base, or examines one without loading it.
 
-    `has_sequence`: an engine has one sequence, for one call at a time, and so needs contexts. `bytes_per_number` is the
-    largest number of bytes per number in the KV cache. `KV` lists the data types that the cache can have, the default
-    first. `BATCH_COST` is that of `Engine`.
+    `has_sequence`: an engine has one sequence, for one call at a time, and so needs contexts. `BATCH_COST` is that
+    of `Engine`.
     """
 
     has_sequence: Literal[True]
-    bytes_per_number: float
-    KV: tuple[str, ...]
     BATCH_COST: Mapping[int, float]
 
     def __call__(
@@ -230,7 +227,7 @@ class EngineClass(Protocol):
         kv: str | None = None,
         repack: bool | None = None,
     ) -> Engine:
-        """Load the base at `path`; `context_length` is in tokens, `kv` one of `KV`; for `repack` see `Runtime.open`."""
+        """Load the base at `path`; `context_length` is in tokens; for `kv` and `repack` see `RuntimeOptions`."""
 
     def examine(self, path: Path, sha256: str) -> tuple[list[Path], str | None]:
         """All files of the base at `path`, which has the digest `sha256` and is listed first; and the fingerprint."""
@@ -243,7 +240,6 @@ class LabelEngineClass(Protocol):
     """As `EngineClass`, for engines without a sequence and a KV cache."""
 
     has_sequence: Literal[False]
-    bytes_per_number: float
 
     def __call__(self, path: Path, *, context_length: int, threads: int | None = None) -> LabelEngine:
         """Load the base at `path`; `context_length` is in tokens."""
@@ -260,13 +256,6 @@ def check_options(context_length: int, threads: int | None, batch: int) -> None:
     if context_length < 1 or batch < 1 or (threads is not None and threads < 1):
         message = f"context_length {context_length}, batch {batch} and threads {threads} must all be positive"
         raise UsageError(message, "give numbers of at least 1")
-
-
-def check_kv(kv: str | None, known: tuple[str, ...], engine: str) -> str:
-    """The data type of the KV cache, by default the first known one; UsageError for an unknown one."""
-    if kv is not None and kv not in known:
-        raise UsageError(f"{engine} has no KV cache of type {kv!r}", f"choose one of: {', '.join(known)}")
-    return kv or known[0]
 
 
 def check_context_length(context_length: int, trained_context_length: int) -> None:
@@ -309,14 +298,14 @@ def check_scales(adapters: Mapping[str, float], loaded: Container[str]) -> None:
 
 def prefix_among(adapters: Mapping[str, float], prefixes: Container[str]) -> str | None:
     """The active prefix among the adapters; None if there is none. UsageError for two, or a scale other than 0 or 1."""
-    found = [name for name, scale in adapters.items() if name in prefixes and scale != 0]
-    if len(found) > 1:
-        message = f"adapters {found[0]!r} and {found[1]!r} are both prefixes, and a sequence can have only one"
+    active = [name for name, scale in adapters.items() if name in prefixes and scale != 0]
+    if len(active) > 1:
+        message = f"adapters {active[0]!r} and {active[1]!r} are both prefixes, and a sequence can have only one"
         raise UsageError(message, "use one of them")
-    if found and adapters[found[0]] != 1:
-        message = f"adapter {found[0]!r} is a prefix, which cannot be scaled by {adapters[found[0]]:g}"
+    if active and adapters[active[0]] != 1:
+        message = f"adapter {active[0]!r} is a prefix, which cannot be scaled by {adapters[active[0]]:g}"
         raise UsageError(message, "use it with scale 1")
-    return found[0] if found else None
+    return active[0] if active else None
 
 
 def check_prefix_fits(name: str, tokens: int, context_length: int) -> None:

@@ -1,4 +1,4 @@
-"""What tokenizers share: a text is tokenized piece by piece where it would be read wrongly, or be dear, as a whole."""
+"""The base class of tokenizers: splits texts that would be tokenized wrongly, or slowly, as a whole."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
 
 _SENTENCEPIECE, _BYTE_LEVEL = "llama", "gpt2"
 _ABORTS_AT_SPACES = "whitespace"
-_MOST_TOKENS = 1 << 20
+_MAX_TOKENS = 1 << 20
 _TOKEN_TYPES = frozenset(range(7))
 _TOKENIZER_KEYS = re.compile(
     r"chat_templates?(\..*)?|huggingface\.json|rwkv\.world"
@@ -182,8 +182,8 @@ def _wrong_hyperparameters(header: GgufHeader) -> Iterator[str]:
         if bounds is None:
             yield f"it has {key[:80]}, which {header.architecture} bases do not have"
         elif value not in bounds:
-            wanted = f"one of {', '.join(map(str, bounds))}" if isinstance(bounds, tuple) else bounds
-            yield f"{key} is {str(value)[:80]!r}, not {wanted}"
+            expected = f"one of {', '.join(map(str, bounds))}" if isinstance(bounds, tuple) else bounds
+            yield f"{key} is {str(value)[:80]!r}, not {expected}"
 
 
 def _wrong_shapes(header: GgufHeader) -> Iterator[str]:
@@ -196,8 +196,8 @@ def _wrong_shapes(header: GgufHeader) -> Iterator[str]:
     tokens = len(header.metadata["tokenizer.ggml.tokens"])
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or embedding.shape != (width, tokens):
-        found = "no token_embd.weight" if embedding is None else f"token_embd.weight of shape {embedding.shape}"
-        yield f"it has {found} for {tokens} tokens and {header.architecture}.embedding_length {width}"
+        actual = "no token_embd.weight" if embedding is None else f"token_embd.weight of shape {embedding.shape}"
+        yield f"it has {actual} for {tokens} tokens and {header.architecture}.embedding_length {width}"
     if own["vocab_size"] not in (None, tokens):
         yield f"{header.architecture}.vocab_size is {own['vocab_size']}, but there are {tokens} tokens"
     if {match[1] for match in map(_BLOCK.match, header.tensors) if match} != set(map(str, range(layers))):
@@ -221,7 +221,7 @@ def _wrong_tokenizer(header: GgufHeader) -> Iterator[str]:
         if key.startswith("tokenizer.") and not _TOKENIZER_KEYS.fullmatch(key.removeprefix("tokenizer.")):
             yield f"it has {key[:80]}, which tokenizers do not have"
     tokens: Any = metadata.get("tokenizer.ggml.tokens")
-    if not _is_array(tokens, str) or not 0 < len(tokens) <= _MOST_TOKENS:
+    if not _is_array(tokens, str) or not 0 < len(tokens) <= _MAX_TOKENS:
         yield "it has no list of tokens"
         return
     # As llama.cpp reads them.

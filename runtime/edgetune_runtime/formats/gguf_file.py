@@ -179,7 +179,7 @@ def check_prefix(adapter: GgufHeader, base: GgufHeader, name: str) -> int:
     _check_metadata(adapter, base, name, "prefix")
     shape = cache_shape(base)
     sizes = {"k": shape.key_size, "v": shape.value_size}
-    wanted = {prefix_tensor(n, which): size for n in range(shape.layers) for which, size in sizes.items()}
+    widths = {prefix_tensor(n, which): size for n in range(shape.layers) for which, size in sizes.items()}
     tokens = {tensor.shape[2] if len(tensor.shape) == 3 else 0 for tensor in adapter.tensors.values()}
     if len(tokens) != 1 or 0 in tokens:
         message = f"adapter {name!r} has no tensors, or tensors that do not have the same number of tokens"
@@ -188,11 +188,11 @@ def check_prefix(adapter: GgufHeader, base: GgufHeader, name: str) -> int:
         if tensor.type.name not in PREFIX_TYPES:
             message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type.name}"
             raise IncompatibleError(message, f"export it again as one of: {', '.join(PREFIX_TYPES)}")
-        if tensor.shape[:2] != (wanted.get(tensor.name), shape.heads):
+        if tensor.shape[:2] != (widths.get(tensor.name), shape.heads):
             message = f"adapter {name!r} has {tensor.name!r} of shape {tensor.shape}, which does not fit the base"
             raise IncompatibleError(message, "use the base that the adapter was trained on")
-    if len(adapter.tensors) != len(wanted):
-        message = f"adapter {name!r} has {len(adapter.tensors)} tensors, the base needs {len(wanted)}"
+    if len(adapter.tensors) != len(widths):
+        message = f"adapter {name!r} has {len(adapter.tensors)} tensors, the base needs {len(widths)}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
     return tokens.pop()
 
@@ -233,10 +233,10 @@ def check_adapter(adapter: GgufHeader, base: GgufHeader, name: str) -> None:
 
 
 def _check_metadata(adapter: GgufHeader, base: GgufHeader, name: str, wanted_type: str) -> None:
-    for key, wanted in (("general.type", "adapter"), ("adapter.type", wanted_type)):
-        found = adapter.metadata.get(key)
-        if found != wanted:
-            message = f"adapter {name!r} has {key} {found!r} instead of {wanted!r}"
+    for key, expected in (("general.type", "adapter"), ("adapter.type", wanted_type)):
+        actual = adapter.metadata.get(key)
+        if actual != expected:
+            message = f"adapter {name!r} has {key} {actual!r} instead of {expected!r}"
             raise VerificationError(message, "give a GGUF LoRA file, or a prefix file from edgetune")
     if adapter.architecture != base.architecture:
         message = f"adapter {name!r} is for architecture {adapter.architecture!r}, the base is {base.architecture!r}"
@@ -348,10 +348,10 @@ class _Reader:
     def _tensor_bytes(self, name: str, shape: tuple[int, ...], kind: int) -> int:
         if kind not in TYPES_BY_NUMBER:
             raise self._damaged(f"has tensor {name!r} of the unknown type {kind}")
-        found = TYPES_BY_NUMBER[kind]
-        if min(shape) == 0 or shape[0] % found.block:
-            raise self._damaged(f"has tensor {name!r} of shape {shape}, which is invalid for {found.name}")
-        return math.prod(shape) // found.block * found.block_bytes
+        tensor_type = TYPES_BY_NUMBER[kind]
+        if min(shape) == 0 or shape[0] % tensor_type.block:
+            raise self._damaged(f"has tensor {name!r} of shape {shape}, which is invalid for {tensor_type.name}")
+        return math.prod(shape) // tensor_type.block * tensor_type.block_bytes
 
     def _value(self, kind: int) -> object:
         if kind in _SCALARS:

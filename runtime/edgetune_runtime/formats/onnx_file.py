@@ -111,8 +111,8 @@ def check_adapter_arrays(
     """
     if not arrays:
         raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
-    known = {module + suffix for module in slots for suffix in SLOT_SUFFIXES}
-    foreign = [f"unknown slot {key[:80]!r}" for key in arrays if key not in known]
+    slot_names = {module + suffix for module in slots for suffix in SLOT_SUFFIXES}
+    foreign = [f"unknown slot {key[:80]!r}" for key in arrays if key not in slot_names]
     damaged: list[str] = []
     for module, widths in slots.items():
         pair = [arrays.get(module + suffix) for suffix in SLOT_SUFFIXES]
@@ -123,8 +123,8 @@ def check_adapter_arrays(
             continue
         damaged += _contradictions(module, pair[0], pair[1])
         if pair[0].ndim == pair[1].ndim == 2 and (pair[0].shape[0], pair[1].shape[1]) != widths:
-            found = f"{pair[0].shape} and {pair[1].shape}"
-            foreign.append(f"{module!r} has shapes {found}, but the graph's widths are {widths}")
+            actual = f"{pair[0].shape} and {pair[1].shape}"
+            foreign.append(f"{module!r} has shapes {actual}, but the graph's widths are {widths}")
     if damaged:
         raise VerificationError(f"adapter {name!r} is damaged: {first_of(damaged + foreign)}", COPY_FILE_AGAIN)
     if foreign:
@@ -167,8 +167,8 @@ def _slot(header: OnnxHeader, module: str) -> tuple[int, int] | str:
             and all(value.elem_type == _FLOAT for value in inputs + defaults)
         ):
             return width_in, width_out
-    found = " and ".join(f"{value.shape} of type {value.elem_type}" for value in inputs + defaults)
-    return f"is not float32 [in, rank], [rank, out] with defaults [in, 0], [0, out] but {found}"
+    actual = " and ".join(f"{value.shape} of type {value.elem_type}" for value in inputs + defaults)
+    return f"is not float32 [in, rank], [rank, out] with defaults [in, 0], [0, out] but {actual}"
 
 
 class _Header:
@@ -256,14 +256,16 @@ class _Header:
             raise self._damaged(f"has {called} of shape {tuple(shape)} without values")
 
     def _check_external(self, entries: Sequence[Message], nbytes: int, called: str) -> None:
-        found = self._unique("external data", [(entry.get("key", ""), entry.get("value", "")) for entry in entries])
-        unknown = [key for key in found if key not in _EXTERNAL_KEYS]
-        offset, length = found.get("offset", "0"), found.get("length", str(nbytes))
+        properties = self._unique(
+            "external data", [(entry.get("key", ""), entry.get("value", "")) for entry in entries]
+        )
+        unknown = [key for key in properties if key not in _EXTERNAL_KEYS]
+        offset, length = properties.get("offset", "0"), properties.get("length", str(nbytes))
         if unknown or not all(re.fullmatch("[0-9]{1,19}", number) for number in (offset, length)):
             raise self._damaged(f"has {called} with the invalid external data {unknown or (offset[:40], length[:40])}")
         if int(length) != nbytes:
             raise self._damaged(f"has {called} with {length} bytes instead of {nbytes}")
-        location = found.get("location", "")
+        location = properties.get("location", "")
         if location not in self._sizes:
             self._sizes[location] = self._size_of(location)
         if int(offset) + nbytes > self._sizes[location]:

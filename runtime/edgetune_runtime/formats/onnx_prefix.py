@@ -59,8 +59,8 @@ def check_prefix_arrays(
             message = f"adapter {name!r} has {key!r} of type {array.dtype}, or with values that are not finite"
             raise VerificationError(message, COPY_FILE_AGAIN)
         if (array.shape[0], array.shape[1], array.shape[3]) != (1, inputs[key], head_size):
-            wanted = f"{inputs[key]} heads of {head_size}"
-            message = f"adapter {name!r} has {key!r} of shape {array.shape}, the graph has {wanted}"
+            expected = f"{inputs[key]} heads of {head_size}"
+            message = f"adapter {name!r} has {key!r} of shape {array.shape}, the graph has {expected}"
             raise IncompatibleError(message, "use the base that the adapter was trained on")
     return tokens.pop()
 

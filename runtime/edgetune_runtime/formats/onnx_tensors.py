@@ -49,17 +49,17 @@ def tensor_slots_of(header: OnnxHeader) -> dict[str, Shape]:
     All are float32: a scaling [width], a bottleneck [in, rank], [rank], [rank, out] and [out]. VerificationError names
     the slots without an input or a default, and those with shapes that do not fit together.
     """
-    found: dict[str, Shape] = {}
+    slots: dict[str, Shape] = {}
     problems = []
     for slot, parts in _grouped(header.inputs).items():
         shapes = _slot_shapes(header, slot, parts)
         if shapes is None:
             problems.append(f"{slot[:80]!r}")
         else:
-            found |= shapes
+            slots |= shapes
     if problems:
         raise VerificationError(f"the graph's adapter slots are damaged: {first_of(problems)}", COPY_FILE_AGAIN)
-    return found
+    return slots
 
 
 def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, Shape], name: str) -> None:
@@ -119,12 +119,12 @@ def _slot_shapes(header: OnnxHeader, slot: str, parts: Mapping[str, tuple[str, .
     """The shapes of a slot's inputs; None when the slot is invalid."""
     sizes: dict[str, int | str] = {}
     for part, dimensions in parts.items():
-        given, default = (table.get(slot + part) for table in (header.inputs, header.initializers))
-        if given is None or default is None or {given.elem_type, default.elem_type} != {_FLOAT}:
+        graph_input, default = (table.get(slot + part) for table in (header.inputs, header.initializers))
+        if graph_input is None or default is None or {graph_input.elem_type, default.elem_type} != {_FLOAT}:
             return None
-        if len(given.shape) != len(dimensions):
+        if len(graph_input.shape) != len(dimensions):
             return None
-        for dimension, size in zip(dimensions, given.shape, strict=True):
+        for dimension, size in zip(dimensions, graph_input.shape, strict=True):
             if sizes.setdefault(dimension, size) != size or not size or isinstance(size, str) != (dimension == "rank"):
                 return None
         if default.shape != tuple(0 if dimension == "rank" else sizes[dimension] for dimension in dimensions):

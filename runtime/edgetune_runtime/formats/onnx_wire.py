@@ -145,7 +145,7 @@ class _Decoder:
         if depth > _MAX_DEPTH:
             raise self._damaged(f"has messages nested more than {_MAX_DEPTH} levels deep")
         fields = _MESSAGES[kind]
-        found: dict[str, Any] = {}
+        message: dict[str, Any] = {}
         while position < end:
             tag, start = self._varint(position, end)
             wire = tag & 7
@@ -162,14 +162,14 @@ class _Decoder:
                 raise self._damaged(f"has a field of {kind} at byte {position} that is truncated or has no number")
             self._count_field()
             if tag >> 3 in fields:
-                self._keep(found, fields[tag >> 3], wire, (start, stop), depth)
+                self._keep(message, fields[tag >> 3], wire, (start, stop), depth)
             position = stop
-        return found
+        return message
 
     def _keep(
-        self, found: dict[str, Any], field: tuple[str, str], wire: int, place: tuple[int, int], depth: int
+        self, message: dict[str, Any], field: tuple[str, str], wire: int, place: tuple[int, int], depth: int
     ) -> None:
-        """Add a field's value to `found`, in a list if the field is repeated."""
+        """Add a field's value to `message`, in a list if the field is repeated."""
         name, kind = field
         base = kind.removesuffix("*")
         integer = base in _INTEGER_BITS
@@ -185,11 +185,11 @@ class _Decoder:
         else:
             value = self._message(base, *place, depth + 1)
         if base != kind:
-            found.setdefault(name, []).extend(value if integer else (value,))
-        elif name in found:
+            message.setdefault(name, []).extend(value if integer else (value,))
+        elif name in message:
             raise self._damaged(f"has field {name} twice, the second time before byte {place[1]}")
         else:
-            found[name] = value[0] if integer else value
+            message[name] = value[0] if integer else value
 
     def _integers(self, kind: str, position: int, end: int) -> Iterator[int]:
         while position < end:

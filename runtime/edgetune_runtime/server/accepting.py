@@ -67,20 +67,20 @@ class Listener(socket.socket):
             self._spare = None
 
 
-def connections_within_files(most: int) -> int:
-    """How many of `most` connections the process may have open; raises its soft limit of open files if it must."""
+def connections_within_files(limit: int) -> int:
+    """How many of `limit` connections the process may have open; raises its soft limit of open files if it must."""
     if sys.platform == "win32":
-        return most
+        return limit
     import resource  # noqa: PLC0415 - not on Windows
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most + _OTHER_FILES
-    if soft < wanted and soft != resource.RLIM_INFINITY:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = limit + _OTHER_FILES
+    if soft < needed and soft != resource.RLIM_INFINITY:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    fitting = most if soft == resource.RLIM_INFINITY else min(most, max(soft - _OTHER_FILES, soft // 2))
-    if fitting < most:
-        _LOG.warning("at most %d connections instead of %d, because %d files may be open", fitting, most, soft)
+    fitting = limit if soft == resource.RLIM_INFINITY else min(limit, max(soft - _OTHER_FILES, soft // 2))
+    if fitting < limit:
+        _LOG.warning("at most %d connections instead of %d, because %d files may be open", fitting, limit, soft)
     return fitting
 
 

@@ -14,6 +14,8 @@ from edgetune_runtime.text.chat import Prompt
 
 ARRIVED: ContextVar[float] = ContextVar("ARRIVED")
 """When the request that is being answered arrived: its time begins before its body is read."""
+CLIENT: ContextVar[str] = ContextVar("CLIENT", default="")
+"""The address that it came from."""
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from edgetune_runtime.generation import Answer
 from edgetune_runtime.text.chat import Prompt
 
 from .answer_queue import AnswerQueue
-from .answer_request import AnswerRequest
+from .answer_request import CLIENT, AnswerRequest
 from .metrics import Metrics
 from .models import Models, base_name
 from .problems import RequestError
 from .rewriting import Rewriter
-from .settings import Limits
+from .settings import ServerLimits
 
 _LOG = logging.getLogger(__name__)
-_MOST_TEXTS = 2048
+_MAX_TEXTS = 2048
 """Texts in one request for embeddings, as in OpenAI's API."""
 
 
@@ -39,7 +39,7 @@ class Piece:
 class Answering:
     """Answers requests with one runtime. `rewriters` add models of their own."""
 
-    def __init__(self, runtime: AsyncRuntime, limits: Limits, rewriters: Sequence[Rewriter] = ()) -> None:
+    def __init__(self, runtime: AsyncRuntime, limits: ServerLimits, rewriters: Sequence[Rewriter] = ()) -> None:
         self.runtime, self.limits = runtime, limits
         self.models = Models(runtime.manifest, runtime.engine, [rewriter.name for rewriter in rewriters])
         self._rewriters = {rewriter.name: rewriter for rewriter in rewriters}
@@ -54,7 +54,7 @@ class Answering:
         Raises what `Runtime.generate` does, and BusyError for too long a queue and a server that stops.
         """
         index = 0
-        async with self.queue.place(self._seconds_left(request)):
+        async with self.queue.place(self._seconds_left(request), CLIENT.get()):
             if rewriter := self._rewriters.get(base_name(request.model)):
                 request = await rewriter.rewrite(request)
             for prompt in request.prompts:
@@ -75,17 +75,17 @@ class Answering:
         Raises UsageError for a bundle without an encoder, RequestError for too many texts and if they take too long,
         and BusyError for too long a queue and a server that stops.
         """
-        if len(texts) > _MOST_TEXTS:
-            remedy = f"send at most {_MOST_TEXTS} per request"
+        if len(texts) > _MAX_TEXTS:
+            remedy = f"send at most {_MAX_TEXTS} per request"
             raise RequestError(f"input has {len(texts)} texts", remedy, param="input")
         limit_s, vectors, tokens = self.limits.request_s, list[list[float]](), 0
         end_s = time.monotonic() + limit_s
-        async with self.queue.place(limit_s):
+        async with self.queue.place(limit_s, CLIENT.get()):
             for text in texts:
                 self._check(end_s, f"{len(vectors)} of {len(texts)} texts were embedded within {limit_s:g} s")
-                vector, count = await self.runtime.embed(text)
-                vectors.append(_normalized(vector))
-                tokens += count
+                embedding = await self.runtime.embed(text)
+                vectors.append(_normalized(embedding.vector))
+                tokens += embedding.tokens
         return vectors, tokens
 
     async def warm(self) -> None:

@@ -27,12 +27,12 @@ from . import (
 )
 from .answering import Answering
 from .connection import BodyReader, until_disconnect
-from .counted import Counted
+from .counted import MetricsMiddleware
 from .guard import Guard
 from .large_bodies import LargeBodies
 from .metrics import CONTENT_TYPE
 from .problems import RequestError, body_of, error_response, json_response
-from .settings import Access, Limits
+from .settings import Access, ServerLimits
 from .streaming import EVENTS, NDJSON, LineResponse
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def application(answering: Answering, access: Access) -> ASGIApp:
     return Starlette(
         routes=routes,
         middleware=[
-            Middleware(Counted, metrics=answering.metrics),
+            Middleware(MetricsMiddleware, metrics=answering.metrics),
             Middleware(Guard, access=access),
             Middleware(LargeBodies),
         ],
@@ -75,7 +75,7 @@ class _Api:
         self._answering, self._models, self._limits = answering, answering.models, answering.limits
         self._bodies = bodies
 
-    async def _read(self, request: Request, parse: Callable[..., T], *limits: Limits) -> T:
+    async def _read(self, request: Request, parse: Callable[..., T], *limits: ServerLimits) -> T:
         """What `parse` makes of the body, with the models of the bundle and `limits`."""
         return await self._bodies.read(request, lambda body: parse(body, self._models, *limits))
 
@@ -99,19 +99,21 @@ class _OpenAI(_Api):
         return json_response(openai_answers.model_object(self._models, info))
 
     async def _chat(self, request: Request) -> Response:
-        wanted = await self._read(request, openai_requests.chat_request, self._limits)
-        return await self._answer(request, openai_answers.Reply(wanted, openai_answers.ChatShape(wanted.most_calls)))
+        parsed = await self._read(request, openai_requests.chat_request, self._limits)
+        return await self._answer(
+            request, openai_answers.OpenAIReply(parsed, openai_answers.ChatShape(parsed.max_calls))
+        )
 
     async def _complete(self, request: Request) -> Response:
-        wanted = await self._read(request, openai_requests.completion_request, self._limits)
-        return await self._answer(request, openai_answers.Reply(wanted, openai_answers.CompletionShape()))
+        parsed = await self._read(request, openai_requests.completion_request, self._limits)
+        return await self._answer(request, openai_answers.OpenAIReply(parsed, openai_answers.CompletionShape()))
 
     async def _respond(self, request: Request) -> Response:
-        wanted = await self._read(request, responses_requests.responses_request, self._limits)
-        reply = responses_answers.Reply(wanted)
-        if wanted.chat.streams:
+        parsed = await self._read(request, responses_requests.responses_request, self._limits)
+        reply = responses_answers.ResponsesReply(parsed)
+        if parsed.chat.streams:
             return self._stream(request, reply.events(self._answering))
-        (answer,) = await until_disconnect(request.receive, self._answering.answers(wanted.chat.request))
+        (answer,) = await until_disconnect(request.receive, self._answering.answers(parsed.chat.answer_request))
         return json_response(reply.whole(answer))
 
     async def _embed(self, request: Request) -> Response:
@@ -119,10 +121,10 @@ class _OpenAI(_Api):
         vectors, tokens = await until_disconnect(request.receive, self._answering.embeddings(texts))
         return json_response(openai_answers.embedding_list(model, vectors, tokens, as_base64=as_base64))
 
-    async def _answer(self, request: Request, reply: openai_answers.Reply) -> Response:
-        if reply.wanted.streams:
+    async def _answer(self, request: Request, reply: openai_answers.OpenAIReply) -> Response:
+        if reply.request.streams:
             return self._stream(request, reply.events(self._answering))
-        answers = await until_disconnect(request.receive, self._answering.answers(reply.wanted.request))
+        answers = await until_disconnect(request.receive, self._answering.answers(reply.request.answer_request))
         return json_response(reply.whole(answers))
 
     def _stream(self, request: Request, events: AsyncGenerator[bytes, None]) -> Response:
@@ -170,12 +172,12 @@ class _Ollama(_Api):
         return Response(b"".join(lines), media_type=NDJSON)
 
     async def _chat(self, request: Request) -> Response:
-        wanted = await self._read(request, ollama_requests.chat_request, self._limits)
-        return await self._answer(request, ollama_answers.Reply(wanted, is_chat=True))
+        parsed = await self._read(request, ollama_requests.chat_request, self._limits)
+        return await self._answer(request, ollama_answers.OllamaReply(parsed, is_chat=True))
 
     async def _generate(self, request: Request) -> Response:
-        wanted = await self._read(request, ollama_requests.generate_request, self._limits)
-        return await self._answer(request, ollama_answers.Reply(wanted, is_chat=False))
+        parsed = await self._read(request, ollama_requests.generate_request, self._limits)
+        return await self._answer(request, ollama_answers.OllamaReply(parsed, is_chat=False))
 
     async def _embed(self, request: Request) -> Response:
         model, texts = await self._read(request, ollama_requests.embed_request)
@@ -187,16 +189,16 @@ class _Ollama(_Api):
         (vector,), _ = await until_disconnect(request.receive, self._answering.embeddings([text]))
         return json_response({"embedding": vector})
 
-    async def _answer(self, request: Request, reply: ollama_answers.Reply) -> Response:
-        if reply.wanted.is_empty:
+    async def _answer(self, request: Request, reply: ollama_answers.OllamaReply) -> Response:
+        if reply.request.is_empty:
             return json_response(reply.empty())
-        if reply.wanted.streams:
+        if reply.request.streams:
 
             def error_line(error: EdgetuneError) -> bytes:
                 return ollama_answers.line(body_of(error, request.url.path))
 
             return LineResponse(reply.lines(self._answering), NDJSON, error_line)
-        (answer,) = await until_disconnect(request.receive, self._answering.answers(reply.wanted.request))
+        (answer,) = await until_disconnect(request.receive, self._answering.answers(reply.request.answer_request))
         return json_response(reply.whole(answer))
 
 
@@ -205,7 +207,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, method = request.url.path, request.method
     if error.status_code == 404:
-        found = RequestError(f"no route {path}", "see the API's documentation", status=404)
+        problem = RequestError(f"no route {path}", "see the API's documentation", status=404)
     else:
-        found = RequestError(f"{method} {path} is not possible", "use another method", status=error.status_code)
-    return error_response(found, path)
+        problem = RequestError(f"{method} {path} is not possible", "use another method", status=error.status_code)
+    return error_response(problem, path)

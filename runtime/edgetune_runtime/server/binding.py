@@ -1,4 +1,4 @@
-"""A host and a port in, a listening socket out, and who can reach it."""
+"""Opens the listening socket for a host and a port, and determines who can reach it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bind(host: str, port: int) -> Listener:
         family, _, _, _, address = min(
             socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
             # `localhost` has two addresses, and more clients try the one of IPv4.
-            key=lambda found: found[0] != socket.AF_INET,
+            key=lambda info: info[0] != socket.AF_INET,
         )
         return Listener(socket.create_server(address[:2], family=family))
     except OSError as error:
@@ -32,10 +32,10 @@ def bind(host: str, port: int) -> Listener:
 def can_be_reached(host: str) -> bool:
     """Whether other machines can reach a server on this host; UsageError for an unknown host."""
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise UsageError(f"host {host!r} is unknown: {error.strerror}", "give an IP address of this machine") from error
-    return not all(is_loopback(str(address[0])) for *_, address in found)
+    return not all(is_loopback(str(address[0])) for *_, address in addresses)
 
 
 def url_of(listening: socket.socket) -> str:

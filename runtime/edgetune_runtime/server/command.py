@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 
-from .settings import Access, Limits
+from .settings import Access, ServerLimits
 
 if TYPE_CHECKING:
     from edgetune_runtime.runtime import Runtime
@@ -64,7 +64,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     text = "answers that are computed side by side (default: what fits in a quarter of the free memory, at most 4)"
     group.add_argument("--contexts", type=int, metavar="N", help=text)
     limits = command.add_argument_group("limits")
-    for field in fields(Limits):
+    for field in fields(ServerLimits):
         flag, kind = f"--max-{field.name.replace('_', '-')}", type(field.default)
         text = f"{_LIMITS[field.name]} (default: {field.default})"
         limits.add_argument(flag, dest=field.name, type=kind, default=field.default, metavar="N", help=text)
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     if not access.keys and not options.no_api_key and can_be_reached(options.host):
         message = f"others can reach {options.host}, and no key is set"
         raise UsageError(message, "give --api-key-file FILE, or --no-api-key to let everyone use the server")
-    rewriters = [Rewriter.load(given, options.app_dir.resolve()) for given in options.rewrite]
+    rewriters = [Rewriter.load(spec, options.app_dir.resolve()) for spec in options.rewrite]
     with bind(options.host, options.port) as listening, open_bundle(contexts=options.contexts) as runtime:
         url = url_of(listening)
 
@@ -106,13 +106,13 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
         print("stopped", file=sys.stderr)
 
 
-def _limits(options: argparse.Namespace) -> Limits:
-    found = {field.name: getattr(options, field.name) for field in fields(Limits)}
-    wrong = [name for name, value in found.items() if value < (0 if name in ("waiting", "grace_s") else 1)]
+def _limits(options: argparse.Namespace) -> ServerLimits:
+    values = {field.name: getattr(options, field.name) for field in fields(ServerLimits)}
+    wrong = [name for name, value in values.items() if value < (0 if name in ("waiting", "grace_s") else 1)]
     if wrong:
-        flags = ", ".join(f"--max-{name.replace('_', '-')} {found[name]}" for name in wrong)
+        flags = ", ".join(f"--max-{name.replace('_', '-')} {values[name]}" for name in wrong)
         raise UsageError(f"too small: {flags}", "give a larger number")
-    return Limits(**found)
+    return ServerLimits(**values)
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
@@ -128,8 +128,8 @@ def _keys(path: Path | None) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _origins(given: list[str]) -> list[str]:
-    for origin in given:
+def _origins(origins: list[str]) -> list[str]:
+    for origin in origins:
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise UsageError(f"origin {origin!r} is no scheme and host", "give one such as https://example.org")
-    return given
+    return origins

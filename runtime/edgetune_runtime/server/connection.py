@@ -12,18 +12,18 @@ from starlette.types import Receive
 from .fields import read_object
 from .large_bodies import LARGE_BYTES
 from .problems import ClientGoneError, RequestError
-from .settings import Limits
+from .settings import ServerLimits
 
 T = TypeVar("T")
 
-_MOST_VALUES = 100_000
+_MAX_VALUES = 100_000
 """In a body, counted by its commas and opening brackets, also those in texts."""
 
 
 class BodyReader:
     """Reads the bodies of requests. Large ones are parsed one after another, beside the event loop."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ServerLimits) -> None:
         self._limits = limits
         self._parsing = asyncio.Semaphore(1)
 
@@ -35,13 +35,13 @@ class BodyReader:
         data = await _read(request, self._limits)
         if len(data) <= LARGE_BYTES:
             return parse(read_object(data))
-        if sum(data.count(sign) for sign in (b",", b"[", b"{")) > _MOST_VALUES:
-            raise RequestError(f"the body has more than {_MOST_VALUES} values", "send fewer")
+        if sum(data.count(sign) for sign in (b",", b"[", b"{")) > _MAX_VALUES:
+            raise RequestError(f"the body has more than {_MAX_VALUES} values", "send fewer")
         async with self._parsing:
             return await until_disconnect(request.receive, asyncio.to_thread(lambda: parse(read_object(data))))
 
 
-async def _read(request: Request, limits: Limits) -> bytes:
+async def _read(request: Request, limits: ServerLimits) -> bytes:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise RequestError(f"Content-Encoding {encoding!r} is not supported", "send plain JSON", status=415)
@@ -82,5 +82,5 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-def _too_large(limits: Limits) -> RequestError:
+def _too_large(limits: ServerLimits) -> RequestError:
     return RequestError(f"the body is larger than {limits.body_bytes} bytes", "send less", status=413)

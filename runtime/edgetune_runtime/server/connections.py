@@ -1,4 +1,4 @@
-"""Open connections, of which there are at most so many in all and from one address: the idle ones make room."""
+"""Limits the open connections, in total and per address; connections that wait for their client make room."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ _NETWORK_BITS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Connection:
-    """An open connection: whose it is, and how to close it at once."""
+class ClientConnection:
+    """An open connection: its client, and the function that closes it."""
 
     client: str
     close: Callable[[], None]
 
 
 class Connections:
-    """Lets up to `most` connections be open, and up to `most_per_address` of them from one address.
+    """Lets up to `max_connections` connections be open, and up to `max_per_address` of them from one address.
 
     This machine's own addresses have no limit of their own, because a reverse proxy brings everyone's requests. Where
     there is no room, the connection is closed that has waited longest for its client, of the client with most of them.
     """
 
-    def __init__(self, most: int, most_per_address: int) -> None:
-        self._most, self._most_per_address = most, most_per_address
-        self._open: set[Connection] = set()
+    def __init__(self, max_connections: int, max_per_address: int) -> None:
+        self._max_connections, self._max_per_address = max_connections, max_per_address
+        self._open: set[ClientConnection] = set()
         self._counts: Counter[str] = Counter()
         # In the order in which they began to wait.
-        self._waiting: dict[Connection, None] = {}
+        self._waiting: dict[ClientConnection, None] = {}
 
-    def admit(self, address: str, close: Callable[[], None]) -> Connection | None:
+    def admit(self, address: str, close: Callable[[], None]) -> ClientConnection | None:
         """Count a new connection, which waits for its client; None if there is no room.
 
         `close` is called when it has to make room for another one.
         """
         client = _client_of(address)
-        if not is_loopback(address) and self._counts[client] >= self._most_per_address:
+        if not is_loopback(address) and self._counts[client] >= self._max_per_address:
             has_room = self._close_one([other for other in self._waiting if other.client == client])
         else:
-            has_room = len(self._open) < self._most or self._close_one(list(self._waiting))
+            has_room = len(self._open) < self._max_connections or self._close_one(list(self._waiting))
         if not has_room:
             return None
-        connection = Connection(client, close)
+        connection = ClientConnection(client, close)
         self._open.add(connection)
         self._counts[client] += 1
         self._waiting[connection] = None
         return connection
 
-    def wait(self, connection: Connection) -> None:
+    def wait(self, connection: ClientConnection) -> None:
         """The connection waits for its client to send or to read, from now on or still."""
         if connection in self._open:
             self._waiting.setdefault(connection)
 
-    def answer(self, connection: Connection) -> None:
+    def answer(self, connection: ClientConnection) -> None:
         """The connection stays open until it waits again."""
         self._waiting.pop(connection, None)
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: ClientConnection) -> None:
         """The connection is closed; a second call does nothing."""
         if connection not in self._open:
             return
@@ -72,7 +72,7 @@ class Connections:
         if not self._counts[connection.client]:
             del self._counts[connection.client]
 
-    def _close_one(self, candidates: list[Connection]) -> bool:
+    def _close_one(self, candidates: list[ClientConnection]) -> bool:
         if not candidates:
             return False
         connection = max(candidates, key=lambda candidate: self._counts[candidate.client])

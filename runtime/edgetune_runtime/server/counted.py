@@ -7,7 +7,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .answer_request import ARRIVED
+from .answer_request import ARRIVED, CLIENT
 from .metrics import Metrics
 from .problems import ClientGoneError, error_response, failure
 
@@ -18,7 +18,7 @@ GONE = 499
 _LOGGED = 200
 
 
-class Counted:
+class MetricsMiddleware:
     """Counts each request; it has to be the first middleware."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -33,6 +33,7 @@ class Counted:
         has_started = False
         begin_s = time.monotonic()
         ARRIVED.set(begin_s)
+        CLIENT.set((scope.get("client") or [""])[0])
 
         async def counting(message: Message) -> None:
             nonlocal status, has_started

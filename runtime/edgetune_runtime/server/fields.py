@@ -1,4 +1,4 @@
-"""Read the members of a JSON object by type; what has the wrong type is refused by name."""
+"""Reads request bodies and the members of JSON objects by type; a member of the wrong type is refused by name."""
 
 from __future__ import annotations
 
@@ -134,11 +134,11 @@ class Fields:
             if value is not None and value != neutral:
                 raise RequestError(f"{self._path_of(name)} is not supported", "leave it out", param=self._path_of(name))
 
-    def refuse(self, name: str, wanted: str) -> NoReturn:
-        """Raise RequestError: the member called `name` is not what is wanted."""
+    def refuse(self, name: str, expected: str) -> NoReturn:
+        """Raise RequestError: the member called `name` is not what is expected."""
         path, value = self._path_of(name), self.values.get(name)
-        given = "missing" if value is None else _shortened(value)
-        raise RequestError(f"{path} is {given}", f"give {wanted}", param=path)
+        actual = "missing" if value is None else _shortened(value)
+        raise RequestError(f"{path} is {actual}", f"give {expected}", param=path)
 
     def _path_of(self, name: str) -> str:
         return f"{self._path}.{name}" if self._path else name
@@ -165,9 +165,9 @@ def _depth(text: str) -> int:
 
 
 def _require_whole_characters(value: object) -> None:
-    """RequestError for half a surrogate pair, which stands for no character and cannot be sent back."""
+    """RequestError for half a surrogate pair, which is no character and cannot be sent back."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        found = str(error.object)[error.start]
-        raise RequestError(f"{found!a} in the body is half a character", "send whole characters") from error
+        character = str(error.object)[error.start]
+        raise RequestError(f"{character!a} in the body is half a character", "send whole characters") from error

@@ -13,7 +13,7 @@ from .problems import RequestError, error_response
 from .settings import Access
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
-"""Paths that need no key: they tell nothing about the bundle, or load a page that asks for the key."""
+"""Paths that need no key: they reveal nothing about the bundle, or load a page that asks for the key."""
 
 _METHODS = "GET, POST, HEAD, OPTIONS"
 _CORS_AGE_S = 600
@@ -70,10 +70,10 @@ class Guard:
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip())
+        sent = _digest(key.strip())
         # Each comparison takes the same time wherever the keys differ, and all keys are compared.
-        found = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(found)
+        matches = [hmac.compare_digest(sent, digest) for digest in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
 
 
 def _check_length(http_version: str, headers: Headers) -> None:

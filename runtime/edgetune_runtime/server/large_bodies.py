@@ -1,4 +1,4 @@
-"""Middleware that bounds the memory of requests: few with a large body are read, waited for and answered at once."""
+"""Middleware that bounds memory: it limits how many requests with a large body are handled at the same time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from edgetune_runtime.errors import BusyError
 
 LARGE_BYTES = 65_536
 """A chat that fills a context of 8,192 tokens has about half of this."""
-_MOST = 4
+_MAX = 4
 
 
 class LargeBodies:
-    """Refuses a large body while `_MOST` others are there; what their JSON becomes may take 25 times their size."""
+    """Refuses a large body while `_MAX` others are there; what their JSON becomes may take 25 times their size."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app, self._count = app, 0
@@ -26,9 +26,9 @@ class LargeBodies:
             message = await receive()
             size += len(message.get("body", b""))
             if size > LARGE_BYTES and not is_counted:
-                if self._count >= _MOST:
-                    found = f"{self._count} requests with more than {LARGE_BYTES} bytes are already there"
-                    raise BusyError(found, "try again later, or send less")
+                if self._count >= _MAX:
+                    reason = f"{self._count} requests with more than {LARGE_BYTES} bytes are already there"
+                    raise BusyError(reason, "try again later, or send less")
                 self._count, is_counted = self._count + 1, True
             return message
 

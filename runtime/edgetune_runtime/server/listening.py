@@ -14,17 +14,17 @@ from starlette.types import ASGIApp
 
 from .accepting import BACKLOG
 from .protocol import protocol
-from .settings import Limits
+from .settings import ServerLimits
 
 _EXTRA_S = 5
-"""Seconds after the last answer in which the connections can still be told how it ended."""
+"""Seconds after the last answer to send its end to the clients."""
 _POLL_S = 0.02
 
 
 class Server(uvicorn.Server):
     """Serves an application until SIGTERM or SIGINT, or until `stop` is called from any thread.
 
-    `ready` is called when it accepts requests, and `stopping` when it begins to stop: it goes on to accept requests,
+    `ready` is called when it accepts requests, and `stopping` when it begins to stop: it still accepts requests,
     which should be refused from then on, until nothing `is_busy` or the grace time is over. Then `ending` is called,
     which should end the answers that still run.
     """
@@ -32,7 +32,7 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         app: ASGIApp,
-        limits: Limits,
+        limits: ServerLimits,
         *,
         ready: Callable[[], None],
         stopping: Callable[[], None],

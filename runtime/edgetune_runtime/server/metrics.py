@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' text format."""
+"""The metrics of the server, in Prometheus' text format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of models: the bundle's is the base, an adapter's that adapter, `A:0.7+B:0.3` both, a rewriter's its chats."""
+"""Maps model names to the base, an adapter, combined adapters (`A:0.7+B:0.3`) or a rewriter."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Models:
                 raise UsageError(f"--rewrite {name}=… has the name of another model", "choose a name of its own")
         base = None if manifest.name in manifest.adapters else manifest.name
         files = {name: entry.files.get(engine) for name, entry in manifest.adapters.items()}
-        found = [] if base is None else [self._info("base", base, manifest.base.files[engine])]
-        found += [self._info("adapter", name, file) for name, file in files.items() if file is not None]
-        found += [self._info("rewriter", name, manifest.base.files[engine]) for name in rewriters]
-        self.listed: Mapping[str, ModelInfo] = {info.name: info for info in found}
+        infos = [] if base is None else [self._info("base", base, manifest.base.files[engine])]
+        infos += [self._info("adapter", name, file) for name, file in files.items() if file is not None]
+        infos += [self._info("rewriter", name, manifest.base.files[engine]) for name in rewriters]
+        self.listed: Mapping[str, ModelInfo] = {info.name: info for info in infos}
 
     @property
     def created(self) -> datetime:
@@ -67,16 +67,16 @@ class Models:
 
     def info(self, name: str) -> ModelInfo:
         """A listed model or combined adapters by name; RequestError (404) if there is no such model."""
-        known = base_name(name)
-        if known in self.listed:
-            return self.listed[known]
+        plain_name = base_name(name)
+        if plain_name in self.listed:
+            return self.listed[plain_name]
         scales = self.adapters(name)
         if not isinstance(scales, Mapping) or not scales.keys() <= self.listed.keys():
             raise self._unknown(name)
         parts = [self.listed[part] for part in scales]
         text = "+".join(sorted(f"{part.digest}:{scales[part.name]}" for part in parts))
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return ModelInfo("several", known, self.manifest.name, digest, sum(part.bytes for part in parts))
+        return ModelInfo("several", plain_name, self.manifest.name, digest, sum(part.bytes for part in parts))
 
     def adapters_of(self, fields: Fields) -> tuple[str, Adapters]:
         """The model's name in a request and its adapters, which a member `adapters` may give instead."""
@@ -90,14 +90,14 @@ class Models:
         return name, self._given(fields)
 
     def adapters(self, name: str) -> Adapters:
-        """The adapters that a model's name stands for; RequestError (404) if there is no such model."""
-        known = base_name(name)
-        if known in self.manifest.adapters:
-            return known
-        if known == self.manifest.name or known in self._rewriters:
+        """The adapters of a model name; RequestError (404) if there is no such model."""
+        plain_name = base_name(name)
+        if plain_name in self.manifest.adapters:
+            return plain_name
+        if plain_name == self.manifest.name or plain_name in self._rewriters:
             return None
         scales: dict[str, float] = {}
-        for part in known.split("+"):
+        for part in plain_name.split("+"):
             adapter, colon, scale = part.partition(":")
             if adapter not in self.manifest.adapters or adapter in scales:
                 raise self._unknown(name)
@@ -108,15 +108,16 @@ class Models:
         value = fields.values["adapters"]
         if isinstance(value, dict):
             scales = Fields(value, "adapters")
-            given = {name: scales.number(name) for name in value}
+            scale_by_name = {name: scales.number(name) for name in value}
         else:
-            given = dict.fromkeys(fields.texts("adapters"))
-        for name in given:
+            scale_by_name = dict.fromkeys(fields.texts("adapters"))
+        for name in scale_by_name:
             if name not in self.manifest.adapters:
-                known = ", ".join(self.manifest.adapters) or "none"
-                raise RequestError(f"no adapter {name!r}", f"choose from: {known}", status=404, param="adapters")
+                names = ", ".join(self.manifest.adapters) or "none"
+                raise RequestError(f"no adapter {name!r}", f"choose from: {names}", status=404, param="adapters")
         return {
-            name: self.manifest.adapters[name].scale if scale is None else scale for name, scale in given.items()
+            name: self.manifest.adapters[name].scale if scale is None else scale
+            for name, scale in scale_by_name.items()
         } or None
 
     def _scale(self, text: str, name: str) -> float:

@@ -1,4 +1,4 @@
-"""Answers of the runtime in, the JSON of Ollama's API out."""
+"""Writes answers as the JSON of Ollama's API."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _FOREVER = "2999-12-31T23:59:59Z"
 
 
 @dataclass(frozen=True)
-class Reply:
+class OllamaReply:
     """What all lines of one reply have in common; `is_chat` says whether it is one of /api/chat or /api/generate."""
 
-    wanted: OllamaRequest
+    request: OllamaRequest
     is_chat: bool
     begun: int = field(default_factory=time.monotonic_ns)
 
@@ -39,12 +39,12 @@ class Reply:
 
     def empty(self) -> dict[str, Any]:
         """The reply to a request without a prompt, by which clients load and unload a model."""
-        reason = "unload" if self.wanted.unloads else "load"
+        reason = "unload" if self.request.unloads else "load"
         return self._head() | self._text("") | {"done": True, "done_reason": reason}
 
     async def lines(self, answering: Answering) -> AsyncGenerator[bytes, None]:
         """The reply to a streamed request, a JSON object per line."""
-        async with aclosing(answering.pieces(self.wanted.request)) as pieces:
+        async with aclosing(answering.pieces(self.request.answer_request)) as pieces:
             async for piece in pieces:
                 if piece.answer is None:
                     yield line(self._head() | self._text(piece.text) | {"done": False})
@@ -54,7 +54,7 @@ class Reply:
                     yield line(self._head() | self._text("") | self._end(piece.answer))
 
     def _head(self) -> dict[str, Any]:
-        return {"model": self.wanted.request.model, "created_at": _time(datetime.now(UTC))}
+        return {"model": self.request.answer_request.model, "created_at": _time(datetime.now(UTC))}
 
     def _text(self, text: str, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         if not self.is_chat:

@@ -1,4 +1,4 @@
-"""Ollama's request bodies in, requests for answers out."""
+"""Parses the request bodies of Ollama's API."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .messages import messages_of
 from .models import Models
 from .openai_requests import ANY_OBJECT
 from .problems import RequestError
-from .settings import Limits
+from .settings import ServerLimits
 
 _NUMBERS = ("temperature", "top_p", "min_p", "repeat_penalty")
 _DURATION = re.compile(r"[-+]?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+|[-+]?0")
@@ -23,17 +23,17 @@ _DURATION = re.compile(r"[-+]?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+|[-+]?0")
 class OllamaRequest:
     """A request for an answer, and whether it is streamed. Without a prompt, it only loads or unloads the model."""
 
-    request: AnswerRequest
+    answer_request: AnswerRequest
     streams: bool = True
     unloads: bool = False
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to answer."""
-        return not self.request.prompts
+        return not self.answer_request.prompts
 
 
-def chat_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OllamaRequest:
+def chat_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OllamaRequest:
     """A body of /api/chat."""
     fields = Fields(body)
     messages = messages_of(fields)
@@ -42,7 +42,7 @@ def chat_request(body: Mapping[str, Any], models: Models, limits: Limits) -> Oll
     return _request(fields, models, limits, [messages] if messages else [], more)
 
 
-def generate_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OllamaRequest:
+def generate_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OllamaRequest:
     """A body of /api/generate."""
     fields = Fields(body)
     fields.forbid({"suffix": "", "template": "", "context": [], "images": []})
@@ -77,48 +77,51 @@ def model_name(body: Mapping[str, Any]) -> str:
     return fields.text("model") or fields.needed_text("name")
 
 
-def _request(fields: Fields, models: Models, limits: Limits, prompts: list[Any], more: dict[str, Any]) -> OllamaRequest:
+def _request(
+    fields: Fields, models: Models, limits: ServerLimits, prompts: list[Any], more: dict[str, Any]
+) -> OllamaRequest:
     options = fields.mapping("options") or Fields({}, "options")
     # Clients of Ollama can add their own members only to the options.
     has_adapters = options.values.get("adapters") is not None
     source = Fields({**fields.values, "adapters": options.values["adapters"]}) if has_adapters else fields
     model, adapters = models.adapters_of(source)
-    found = _options(options, limits) | _format(fields) | _think(fields, model) | more
+    answer_options = _options(options, limits) | _format(fields) | _think(fields, model) | more
     if fields.flag("logprobs"):
-        found["logprobs"] = fields.integer("top_logprobs") or 0
+        answer_options["logprobs"] = fields.integer("top_logprobs") or 0
     keep_alive = _seconds(fields)
     return OllamaRequest(
-        AnswerRequest(model, adapters, prompts, found),
+        AnswerRequest(model, adapters, prompts, answer_options),
         streams=fields.flag("stream", default=True),
         unloads=keep_alive == 0,
     )
 
 
-def _options(options: Fields, limits: Limits) -> dict[str, Any]:
-    """Those that have a meaning here. Others, such as `num_ctx` or `num_gpu`, are settings of the server."""
-    found: dict[str, Any] = {name: value for name in _NUMBERS if (value := options.number(name)) is not None}
+def _options(options: Fields, limits: ServerLimits) -> dict[str, Any]:
+    """The options that apply here. Others, such as `num_ctx` or `num_gpu`, are settings of the server."""
+    answer_options: dict[str, Any] = {name: value for name in _NUMBERS if (value := options.number(name)) is not None}
     if (top_k := options.integer("top_k")) is not None:
-        found["top_k"] = top_k
-    # A negative seed stands for a random one.
+        answer_options["top_k"] = top_k
+    # A negative seed means a random one.
     if (seed := options.integer("seed")) is not None and seed >= 0:
-        found["seed"] = seed
+        answer_options["seed"] = seed
     if stop := options.texts("stop"):
-        found["stop"] = stop
-    most = options.integer("num_predict")
-    # Negative numbers stand for no limit.
-    found["max_tokens"] = limits.answer_tokens if most is None or most < 0 else min(most, limits.answer_tokens)
-    return found
+        answer_options["stop"] = stop
+    requested = options.integer("num_predict")
+    # Negative numbers mean no limit.
+    bounded = requested if requested is not None and requested >= 0 else limits.answer_tokens
+    answer_options["max_tokens"] = min(bounded, limits.answer_tokens)
+    return answer_options
 
 
 def _format(fields: Fields) -> dict[str, Any]:
-    wanted = fields.values.get("format")
-    if wanted in (None, ""):
+    form = fields.values.get("format")
+    if form in (None, ""):
         return {}
-    if wanted == "json":
+    if form == "json":
         return {"schema": ANY_OBJECT}
-    if not isinstance(wanted, dict):
+    if not isinstance(form, dict):
         fields.refuse("format", '"json" or a JSON Schema')
-    return {"schema": wanted}
+    return {"schema": form}
 
 
 def _think(fields: Fields, model: str) -> dict[str, Any]:
@@ -129,7 +132,7 @@ def _think(fields: Fields, model: str) -> dict[str, Any]:
 
 
 def _seconds(fields: Fields) -> float | None:
-    """`keep_alive`, which is checked only: the bundle stays loaded. 0 for what stands for unloading."""
+    """`keep_alive`, which is only checked, as the bundle stays loaded; 0 if it asks to unload the model."""
     value = fields.values.get("keep_alive")
     if isinstance(value, str):
         if not _DURATION.fullmatch(value):

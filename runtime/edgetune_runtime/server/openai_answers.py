@@ -1,4 +1,4 @@
-"""Answers of the runtime in, the JSON of OpenAI's API out."""
+"""Writes answers as the JSON of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _FINISH = {"end": "stop", "stop": "stop"}
 
 @dataclass(frozen=True)
 class ChatShape:
-    """The shape of /v1/chat/completions, with at most `most_calls` tool calls per answer."""
+    """The shape of /v1/chat/completions, with at most `max_calls` tool calls per answer."""
 
-    most_calls: int | None = None
+    max_calls: int | None = None
     object: str = "chat.completion"
     chunk: str = "chat.completion.chunk"
     prefix: str = "chatcmpl-"
@@ -67,7 +67,7 @@ class ChatShape:
         return {"logprobs": logprobs, "finish_reason": "tool_calls" if answer.tool_calls else finish_reason(answer)}
 
     def _calls(self, answer: Answer) -> list[dict[str, Any]]:
-        return [_call(call) for call in answer.tool_calls[: self.most_calls]]
+        return [_call(call) for call in answer.tool_calls[: self.max_calls]]
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ Shape = ChatShape | CompletionShape
 
 
 @dataclass(frozen=True)
-class Reply:
+class OpenAIReply:
     """What all parts of one reply have in common."""
 
-    wanted: OpenAIRequest
+    request: OpenAIRequest
     shape: Shape
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -122,13 +122,13 @@ class Reply:
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The reply to a request that is not streamed."""
         choices = [self.shape.choice(index, answer) for index, answer in enumerate(answers)]
-        return self._head(self.shape.object) | {"choices": choices, **_facts(answers, self.wanted.request.count)}
+        return self._head(self.shape.object) | {"choices": choices, **self._facts(answers)}
 
     async def events(self, answering: Answering) -> AsyncGenerator[bytes, None]:
         """The reply to a streamed request, as server-sent events."""
         answers: list[Answer] = []
         begun = -1
-        async with aclosing(answering.pieces(self.wanted.request)) as pieces:
+        async with aclosing(answering.pieces(self.request.answer_request)) as pieces:
             async for piece in pieces:
                 if piece.index > begun:
                     begun = piece.index
@@ -140,16 +140,33 @@ class Reply:
                     answers.append(piece.answer)
                     for part in self.shape.end(piece.index, piece.answer):
                         yield self._event(part)
-        if self.wanted.includes_usage:
-            yield event(self._head(self.shape.chunk) | {"choices": [], **_facts(answers, self.wanted.request.count)})
+        if self.request.includes_usage:
+            yield event(self._head(self.shape.chunk) | {"choices": [], **self._facts(answers)})
         yield b"data: [DONE]\n\n"
+
+    def _facts(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The usage, and the timings of the last answer, which OpenAI's API does not have.
+
+        The answers to one prompt count its tokens once.
+        """
+        count = self.request.answer_request.count
+        prompt = sum(answer.timings.prompt_tokens for answer in answers[::count])
+        reused = sum(answer.timings.reused_tokens for answer in answers[::count])
+        made = sum(answer.tokens for answer in answers)
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": reused},
+        }
+        return {"usage": usage, "timings": asdict(answers[-1].timings)}
 
     def _event(self, choice: dict[str, Any]) -> bytes:
         return event(self._head(self.shape.chunk) | {"choices": [choice]})
 
     def _head(self, kind: str) -> dict[str, Any]:
         identity = f"{self.shape.prefix}{self.id}"
-        return {"id": identity, "object": kind, "created": self.created, "model": self.wanted.request.model}
+        return {"id": identity, "object": kind, "created": self.created, "model": self.request.answer_request.model}
 
 
 def event(body: object) -> bytes:
@@ -175,8 +192,8 @@ def model_object(models: Models, info: ModelInfo) -> dict[str, Any]:
 
 def embedding_list(model: str, vectors: Sequence[Sequence[float]], tokens: int, *, as_base64: bool) -> dict[str, Any]:
     """The reply to /v1/embeddings."""
-    found = [_base64(vector) if as_base64 else vector for vector in vectors]
-    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(found)]
+    encoded = [_base64(vector) if as_base64 else vector for vector in vectors]
+    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(encoded)]
     return {
         "object": "list",
         "data": data,
@@ -188,23 +205,6 @@ def embedding_list(model: str, vectors: Sequence[Sequence[float]], tokens: int, 
 def finish_reason(answer: Answer) -> str:
     """Why an answer ended."""
     return _FINISH.get(answer.stop_reason, "length")
-
-
-def _facts(answers: Sequence[Answer], count: int) -> dict[str, Any]:
-    """The usage, and the timings of the last answer, which OpenAI's API does not have.
-
-    `count` answers have the same prompt, which counts once.
-    """
-    prompt = sum(answer.timings.prompt_tokens for answer in answers[::count])
-    reused = sum(answer.timings.reused_tokens for answer in answers[::count])
-    made = sum(answer.tokens for answer in answers)
-    usage = {
-        "prompt_tokens": prompt,
-        "completion_tokens": made,
-        "total_tokens": prompt + made,
-        "prompt_tokens_details": {"cached_tokens": reused},
-    }
-    return {"usage": usage, "timings": asdict(answers[-1].timings)}
 
 
 def arguments_of(call: ToolCall) -> str:

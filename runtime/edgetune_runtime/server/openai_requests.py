@@ -1,4 +1,4 @@
-"""OpenAI's request bodies in, requests for answers out."""
+"""Parses the request bodies of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .fields import Fields
 from .messages import messages_of
 from .models import Models
 from .problems import RequestError
-from .settings import Limits
+from .settings import ServerLimits
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object", "additionalProperties": True}
 """The schema of `json_object`."""
@@ -23,15 +23,15 @@ _UNSUPPORTED = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {},
 
 @dataclass(frozen=True)
 class OpenAIRequest:
-    """A request for answers, and how they are sent: streamed, with usage, with at most so many tool calls."""
+    """A request for answers, and how they are sent: streamed, with usage, and with at most `max_calls` tool calls."""
 
-    request: AnswerRequest
+    answer_request: AnswerRequest
     streams: bool = False
     includes_usage: bool = False
-    most_calls: int | None = None
+    max_calls: int | None = None
 
 
-def chat_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OpenAIRequest:
+def chat_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OpenAIRequest:
     """A body of /v1/chat/completions."""
     fields = Fields(body)
     fields.forbid(_UNSUPPORTED | {"functions": [], "function_call": "none", "web_search_options": None})
@@ -43,11 +43,11 @@ def chat_request(body: Mapping[str, Any], models: Models, limits: Limits) -> Ope
         options["logprobs"] = fields.integer("top_logprobs") or 0
     if fields.text("reasoning_effort") == "none":
         options["think"] = False
-    wanted = _request(fields, models, limits, [messages], options)
-    return wanted if fields.flag("parallel_tool_calls", default=True) else replace(wanted, most_calls=1)
+    request = _request(fields, models, limits, [messages], options)
+    return request if fields.flag("parallel_tool_calls", default=True) else replace(request, max_calls=1)
 
 
-def completion_request(body: Mapping[str, Any], models: Models, limits: Limits) -> OpenAIRequest:
+def completion_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OpenAIRequest:
     """A body of /v1/completions. A prompt of token numbers is refused, as tokens differ from base to base."""
     fields = Fields(body)
     fields.forbid(_UNSUPPORTED | {"suffix": "", "best_of": 1, "echo": False})
@@ -74,7 +74,7 @@ def embedding_request(body: Mapping[str, Any], models: Models) -> tuple[str, lis
 
 
 def _request(
-    fields: Fields, models: Models, limits: Limits, prompts: list[Any], options: dict[str, Any]
+    fields: Fields, models: Models, limits: ServerLimits, prompts: list[Any], options: dict[str, Any]
 ) -> OpenAIRequest:
     count = fields.integer("n")
     count = 1 if count is None else count
@@ -89,16 +89,16 @@ def _request(
     )
 
 
-def _options(fields: Fields, limits: Limits) -> dict[str, Any]:
+def _options(fields: Fields, limits: ServerLimits) -> dict[str, Any]:
     options: dict[str, Any] = {name: value for name in _SAMPLING if (value := fields.number(name)) is not None}
     for name in ("top_k", "seed"):
         if (number := fields.integer(name)) is not None:
             options[name] = number
     if stop := fields.texts("stop"):
         options["stop"] = stop
-    most = fields.integer("max_completion_tokens")
-    most = fields.integer("max_tokens") if most is None else most
-    options["max_tokens"] = limits.answer_tokens if most is None else min(most, limits.answer_tokens)
+    max_tokens = fields.integer("max_completion_tokens")
+    max_tokens = fields.integer("max_tokens") if max_tokens is None else max_tokens
+    options["max_tokens"] = limits.answer_tokens if max_tokens is None else min(max_tokens, limits.answer_tokens)
     return options
 
 
@@ -118,15 +118,15 @@ def _tools(fields: Fields) -> dict[str, Any]:
 
 
 def _response_format(fields: Fields) -> dict[str, Any]:
-    """The output constraint that `response_format` stands for; `text` leaves the adapter's own."""
-    wanted = fields.mapping("response_format")
-    kind = None if wanted is None else wanted.choice("type", ("text", "json_object", "json_schema"))
-    if wanted is None or kind in (None, "text"):
+    """The output constraint of `response_format`; `text` keeps the adapter's own."""
+    response_format = fields.mapping("response_format")
+    kind = None if response_format is None else response_format.choice("type", ("text", "json_object", "json_schema"))
+    if response_format is None or kind in (None, "text"):
         return {}
     if kind == "json_object":
         return {"schema": ANY_OBJECT}
-    given = wanted.mapping("json_schema")
-    schema = None if given is None else given.mapping("schema")
+    json_schema = response_format.mapping("json_schema")
+    schema = None if json_schema is None else json_schema.mapping("schema")
     if schema is None:
         path = "response_format.json_schema.schema"
         raise RequestError(f"{path} is missing", "give a JSON Schema", param=path)

@@ -1,4 +1,4 @@
-"""HTTP on one connection: it is counted, has timeouts, and gives way to others while it waits for its client."""
+"""HTTP on one connection: limits, timeouts, and the count of connections that wait for their client."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from edgetune_runtime.errors import BusyError
 
 from .accepting import connections_within_files
-from .connections import Connection, Connections
+from .connections import ClientConnection, Connections
 from .problems import error_response
-from .settings import Limits, is_loopback
+from .settings import ServerLimits, is_loopback
 
 _LOG = logging.getLogger(__name__)
-_MOST_CHECKS = 8
+_MAX_CHECKS = 8
 """Connections of this machine beyond the limit that can ask whether the server is well."""
 _CHECKS = frozenset({"/healthz", "/readyz"})
 _PART_BYTES = 1 << 14
 """h11 checks the size of a request's head only between the parts that it gets."""
-_MOST_CHUNKS = 2000
-_MOST_HEADERS = 100
+_MAX_CHUNKS = 2000
+_MAX_HEADERS = 100
 _LINGER_S = 2.0
 """Seconds in which a client can read why it was refused while it still sends."""
 _REFUSED = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -36,31 +36,31 @@ class BoundedConnection(h11.Connection):
     _chunks = 0
 
     def next_event(self) -> Any:  # noqa: ANN401 - as h11
-        """The next part of a request; RemoteProtocolError for what is no HTTP, or has too many parts."""
+        """The next part of a request; RemoteProtocolError if it is not HTTP or has too many parts."""
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._chunks = 0
-            if len(event.headers) > _MOST_HEADERS:
-                raise h11.RemoteProtocolError(f"more than {_MOST_HEADERS} headers")
+            if len(event.headers) > _MAX_HEADERS:
+                raise h11.RemoteProtocolError(f"more than {_MAX_HEADERS} headers")
         elif isinstance(event, h11.Data):
             self._chunks += event.chunk_start
-            if self._chunks > _MOST_CHUNKS:
-                raise h11.RemoteProtocolError(f"more than {_MOST_CHUNKS} chunks")
+            if self._chunks > _MAX_CHUNKS:
+                raise h11.RemoteProtocolError(f"more than {_MAX_CHUNKS} chunks")
         return event
 
 
-def protocol(limits: Limits) -> type[H11Protocol]:
+def protocol(limits: ServerLimits) -> type[H11Protocol]:
     """The protocol of a server's connections, which are counted together."""
-    most = connections_within_files(limits.connections)
-    everyone = Connections(most, limits.connections_per_address)
-    checks = Connections(_MOST_CHECKS, _MOST_CHECKS)
+    max_connections = connections_within_files(limits.connections)
+    everyone = Connections(max_connections, limits.connections_per_address)
+    checks = Connections(_MAX_CHECKS, _MAX_CHECKS)
 
     class Protocol(H11Protocol):
         """A connection, which is closed when the client sends or reads nothing for too long."""
 
         _arriving: asyncio.TimerHandle | None = None
         _stalled: asyncio.TimerHandle | None = None
-        _counted: tuple[Connections, Connection] | None = None
+        _counted: tuple[Connections, ClientConnection] | None = None
         _lingers: asyncio.TimerHandle | None = None
 
         def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as uvicorn calls it
@@ -83,7 +83,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                     super().data_received(data[begin : begin + _PART_BYTES])
             if self.cycle is not None and not self.cycle.response_complete:
                 if not self.cycle.more_body and self.conn.trailing_data[0]:
-                    # A client with requests ready for ever (pipelining) would never give way.
+                    # A client that pipelines requests without end would never let others in.
                     self.cycle.keep_alive = False
                 self._cancel(self._arriving)
                 self._arriving = None
@@ -112,7 +112,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             self._count()
 
         def send_400_response(self, msg: str) -> None:
-            # What is no HTTP may also come after a request that is answered already.
+            # Bytes that are not HTTP may also follow a request that is already answered.
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 super().send_400_response(msg)
             else:
@@ -134,7 +134,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                 return False
             if self._is_admitted_by(everyone, address):
                 return True
-            self.app = _checks_only(self.app, most)
+            self.app = _checks_only(self.app, max_connections)
             return is_loopback(address) and self._is_admitted_by(checks, address)
 
         def _is_admitted_by(self, connections: Connections, address: str) -> bool:
@@ -172,14 +172,14 @@ def protocol(limits: Limits) -> type[H11Protocol]:
     return Protocol
 
 
-def _checks_only(app: Any, most: int) -> ASGIApp:  # noqa: ANN401 - as uvicorn calls it
+def _checks_only(app: Any, max_connections: int) -> ASGIApp:  # noqa: ANN401 - as uvicorn calls it
     """The application for a connection beyond the limit."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in _CHECKS:
             await app(scope, receive, send)
             return
-        error = BusyError(f"all {most} connections are in use", "try again later")
+        error = BusyError(f"all {max_connections} connections are in use", "try again later")
         response = error_response(error, scope["path"])
         response.headers["Connection"] = "close"
         await response(scope, receive, send)

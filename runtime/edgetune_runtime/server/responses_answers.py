@@ -1,4 +1,4 @@
-"""Answers of the runtime in, the JSON and the events of OpenAI's /v1/responses out."""
+"""Writes answers as the JSON and the events of OpenAI's /v1/responses."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Item = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Reply:
+class ResponsesReply:
     """What all events of one response have in common."""
 
-    wanted: ResponsesRequest
+    request: ResponsesRequest
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     numbers: Iterator[int] = field(default_factory=count)
@@ -54,7 +54,7 @@ class Reply:
     async def events(self, answering: Answering) -> AsyncGenerator[bytes, None]:
         """The response to a streamed request, as server-sent events."""
         has_begun = has_text = False
-        async with aclosing(answering.pieces(self.wanted.chat.request)) as pieces:
+        async with aclosing(answering.pieces(self.request.chat.answer_request)) as pieces:
             async for piece in pieces:
                 # Not before the first piece, so that an error until then has its status.
                 if not has_begun:
@@ -118,12 +118,12 @@ class Reply:
             "object": "response",
             "created_at": self.created,
             "status": status,
-            "model": self.wanted.chat.request.model,
+            "model": self.request.chat.answer_request.model,
             "output": [],
             "error": None,
             "incomplete_details": None,
             "store": False,
-            **self.wanted.repeated,
+            **self.request.repeated,
         }
 
     @property
@@ -144,7 +144,7 @@ class Reply:
                 "name": call.name,
                 "arguments": arguments_of(call),
             }
-            for number, call in enumerate(answer.tool_calls[: self.wanted.chat.most_calls])
+            for number, call in enumerate(answer.tool_calls[: self.request.chat.max_calls])
         ]
 
 

@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's /v1/responses in, the same requests as those of /v1/chat/completions out."""
+"""Parses bodies of OpenAI's /v1/responses into requests of /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .fields import Fields
 from .messages import message_of
 from .models import Models
 from .openai_requests import OpenAIRequest, chat_request
-from .settings import Limits
+from .settings import ServerLimits
 
 _UNSUPPORTED: Mapping[str, object] = {
     "previous_response_id": None,
@@ -34,7 +34,7 @@ class ResponsesRequest:
     repeated: Mapping[str, Any]
 
 
-def responses_request(body: Mapping[str, Any], models: Models, limits: Limits) -> ResponsesRequest:
+def responses_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> ResponsesRequest:
     """A body of /v1/responses."""
     fields = Fields(body)
     fields.forbid(_UNSUPPORTED)
@@ -51,9 +51,9 @@ def responses_request(body: Mapping[str, Any], models: Models, limits: Limits) -
 
 
 def _messages(fields: Fields) -> list[dict[str, Any]]:
-    given = fields.values.get("input")
-    if isinstance(given, str):
-        messages = [{"role": "user", "content": given}]
+    value = fields.values.get("input")
+    if isinstance(value, str):
+        messages = [{"role": "user", "content": value}]
     else:
         messages = []
         for item in fields.objects("input"):
@@ -100,9 +100,9 @@ def _tool_choice(fields: Fields) -> object:
 def _format(fields: Fields) -> dict[str, Any] | None:
     """`text.format`, whose schema has a level less than that of `response_format`."""
     text = fields.mapping("text")
-    wanted = None if text is None else text.mapping("format")
-    if wanted is None or wanted.choice("type", ("text", "json_object", "json_schema")) != "json_schema":
-        return None if wanted is None else dict(wanted.values)
-    if wanted.mapping("schema") is None:
-        wanted.refuse("schema", "a JSON Schema")
-    return {"type": "json_schema", "json_schema": {"schema": wanted.values["schema"]}}
+    form = None if text is None else text.mapping("format")
+    if form is None or form.choice("type", ("text", "json_object", "json_schema")) != "json_schema":
+        return None if form is None else dict(form.values)
+    if form.mapping("schema") is None:
+        form.refuse("schema", "a JSON Schema")
+    return {"type": "json_schema", "json_schema": {"schema": form.values["schema"]}}

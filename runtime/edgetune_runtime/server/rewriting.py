@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 _FORM = "NAME=MODULE:FUNCTION"
 
 
-class Reply(Protocol):
+class RewriterReply(Protocol):
     """What goes back to the client: a text, or calls with `name` and `arguments`."""
 
     @property
@@ -36,7 +36,7 @@ class Reply(Protocol):
         """The calls."""
 
 
-class Rewritten(Protocol):
+class RewrittenChat(Protocol):
     """A chat in short: the adapter, its prompt, and the schema of its answer."""
 
     @property
@@ -51,11 +51,11 @@ class Rewritten(Protocol):
     def schema(self) -> Mapping[str, Any] | None:
         """The JSON Schema; None for the output constraint of the adapter, if it has one."""
 
-    def reply(self, answer: str) -> Reply:
+    def reply(self, answer: str) -> RewriterReply:
         """What an answer of the adapter means."""
 
 
-Rewrite = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], Rewritten]
+Rewrite = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], RewrittenChat]
 """Takes the messages and the tools of a chat, as the client sent them."""
 
 
@@ -67,27 +67,27 @@ class Rewriter:
     function: Rewrite
 
     @classmethod
-    def load(cls, given: str, folder: Path) -> Rewriter:
+    def load(cls, spec: str, folder: Path) -> Rewriter:
         """The function that NAME=MODULE:FUNCTION names; modules are also looked for in `folder`.
 
         Raises UsageError for another form, and for a module or function that cannot be loaded.
         """
-        name, equals, place = given.partition("=")
+        name, equals, place = spec.partition("=")
         module, colon, function = place.partition(":")
         if not (name and equals and module and colon and function):
             raise UsageError(
-                f"--rewrite {given!r} is not {_FORM}", f"give {_FORM}, such as assist=assist.prompt:rewrite"
+                f"--rewrite {spec!r} is not {_FORM}", f"give {_FORM}, such as assist=assist.prompt:rewrite"
             )
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
         try:
-            found = getattr(importlib.import_module(module), function)
+            rewrite = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, SyntaxError) as error:
             remedy = f"check the name, and that --app-dir (now {folder}) is the folder that has {module}"
-            raise UsageError(f"--rewrite {given!r} cannot be loaded: {error}", remedy) from error
-        if not callable(found):
-            raise UsageError(f"--rewrite {given!r} is no function", "name a function of messages and tools")
-        return cls(name, found)
+            raise UsageError(f"--rewrite {spec!r} cannot be loaded: {error}", remedy) from error
+        if not callable(rewrite):
+            raise UsageError(f"--rewrite {spec!r} is no function", "name a function of messages and tools")
+        return cls(name, rewrite)
 
     async def rewrite(self, request: AnswerRequest) -> AnswerRequest:
         """The request to the adapter. RequestError for one that is no plain chat, or that the function fails with."""

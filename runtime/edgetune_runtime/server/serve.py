@@ -15,7 +15,7 @@ from .answering import Answering
 from .application import application
 from .listening import Server
 from .rewriting import Rewriter
-from .settings import Access, Limits
+from .settings import Access, ServerLimits
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Serving:
     """
 
     access: Access = field(default_factory=Access)
-    limits: Limits = field(default_factory=Limits)
+    limits: ServerLimits = field(default_factory=ServerLimits)
     warms: bool = False
     rewriters: Sequence[Rewriter] = ()
 

@@ -1,4 +1,4 @@
-"""What a server allows: who may call it, and how much one client may ask for."""
+"""The access rules and the limits of a server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HOST = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+(?:%[\w.~%-]+)?)\]|(?P<name>[^:
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """Limits of one server.
 
     A request body has at most `body_bytes`, an answer at most `answer_tokens` tokens, and one request asks for at most
@@ -64,8 +64,8 @@ def is_loopback(address: str) -> bool:
 
 def _host_of(header: str) -> str:
     """A Host header without its port and the brackets of an IPv6 address; empty if it is none."""
-    found = _HOST.fullmatch(header)
-    return "" if found is None else (found["ipv6"] or found["name"]).lower()
+    match = _HOST.fullmatch(header)
+    return "" if match is None else (match["ipv6"] or match["name"]).lower()
 
 
 def _is_address(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Stream the lines of an answer to a client: the first one decides the status, a later error is a line itself."""
+"""Streams the lines of an answer: an error before the first line sets the status, a later one is the last line."""
 
 from __future__ import annotations
 

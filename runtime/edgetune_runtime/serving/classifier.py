@@ -1,16 +1,24 @@
-"""Scores of labels for a prompt, from an engine without a sequence."""
+"""Scores the labels of a prompt with an engine without a sequence."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.engines.base import LabelEngine, Logits
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.threads.priority import ComputeThreads
+
+
+class Embedding(NamedTuple):
+    """The pooled last layer for a text, and the text's number of tokens."""
+
+    vector: list[float]
+    tokens: int
 
 
 class Classifier:
@@ -31,15 +39,15 @@ class Classifier:
         """The logit of each label from the adapter's head; UsageError for an unknown label."""
         unknown = [label for label in labels if label not in entry.labels]
         if unknown:
-            known = ", ".join(entry.labels)
-            raise UsageError(f"adapter {entry.name!r} has no label {unknown[0]!r}", f"choose one of: {known}")
+            names = ", ".join(entry.labels)
+            raise UsageError(f"adapter {entry.name!r} has no label {unknown[0]!r}", f"choose one of: {names}")
         logits = self._run(partial(self.engine.logits, self.engine.tokens_of(prompt), entry.name, scale))
         return [float(logits[entry.labels.index(label)]) for label in labels]
 
-    def embedding(self, text: str) -> tuple[list[float], int]:
-        """The plain base's pooled last layer for a text, and its number of tokens."""
+    def embedding(self, text: str) -> Embedding:
+        """The plain base's pooled last layer for a text."""
         tokens = self.engine.tokens_of(text)
-        return [float(value) for value in self._run(partial(self.engine.pooled, tokens))], len(tokens)
+        return Embedding(self._run(partial(self.engine.pooled, tokens)).tolist(), len(tokens))
 
     def close(self) -> None:
         """Free everything after running calls end; a second call does nothing, others raise UsageError."""

@@ -18,11 +18,12 @@ from edgetune_runtime.limits import Stopped, no_limits
 from edgetune_runtime.serving.governor import AnswerUsage
 from edgetune_runtime.states.activation import Spans, spans_of
 from edgetune_runtime.states.batches import CHUNK, batches, boundaries_of, common_boundary
-from edgetune_runtime.states.cache import CALLS, GIVEN, PROMPTS, Active, Key, SavedState, key_of, name_of, reusable
+from edgetune_runtime.states.cache import CALLS, FROM_CALL, PROMPTS, Active, Key, SavedState, key_of, name_of, reusable
 from edgetune_runtime.states.store import digest_of
-from edgetune_runtime.threads.count import EVEN, UNEVEN, Kind
+from edgetune_runtime.threads.count import DECODE, PREFILL, Kind
+from edgetune_runtime.wording import CLOSED
 
-from .jobs import PromptJob, Shared, Start
+from .jobs import PrefillResult, PromptJob, SharedResources
 from .places import Holder, Patience
 from .turns import POLL_S
 
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 _AGAIN = 2
 """How often a fixed part that comes with calls has to be seen for its state to be saved on disk."""
-_MOST_DECODED = 16
+_MAX_DECODED = 16
 """Tokens of a step that decodes; more are a part of a prompt."""
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ _LOG = logging.getLogger(__name__)
 class Context:
     """An engine with its current sequence, and what it shares with other contexts. Use it only inside `hold`."""
 
-    def __init__(self, engine: Engine, shared: Shared) -> None:
+    def __init__(self, engine: Engine, shared: SharedResources) -> None:
         self.engine = engine
         self.batch_cost = BatchCost(engine.BATCH_COST, engine.LOGITS_COST, engine.logits_excess)
         self.shared = shared
@@ -56,7 +57,7 @@ class Context:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Lock the context; UsageError when a stream that this thread went on with last has it (see `Patience`)."""
+        """Lock the context; UsageError when a stream that this thread read last has it (see `Patience`)."""
         self.acquire()
         try:
             self.check_open()
@@ -81,7 +82,7 @@ class Context:
             self.shared.places.gate.notify_all()
 
     def suspend(self) -> None:
-        """Leave the context to a stream whose reader has a piece now, and goes on on any thread."""
+        """Suspend the stream that holds the context while its reader has a piece; any thread may resume it."""
         assert self.holder is not None
         self.holder.is_suspended = True
 
@@ -96,18 +97,18 @@ class Context:
         """The adapters that are active in each span of these tokens."""
         return spans_of(adapters, self.shared.invocations, tokens)
 
-    def start(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Start:
+    def start(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> PrefillResult:
         """Switch to these adapters and prefill the tokens, except for a cached prefix."""
         return self.run(PromptJob(tokens, self.spans(adapters, tokens)))
 
-    def run(self, job: PromptJob) -> Start:
+    def run(self, job: PromptJob) -> PrefillResult:
         """Prefill the job's prompt, except for a cached prefix, and reset `usage`.
 
         Raises Stopped when the job's `check` does; the tokens computed until then stay in the sequence.
         """
         self._check, self.usage = job.check, AnswerUsage()
         key = key_of(self.shared.base, job.spans)
-        boundaries, keeps, seen = self._places(key, job), self._keeps(job), self._seen(key, job)
+        boundaries, keeps, seen = self._boundaries(key, job), self._keeps(job), self._seen(key, job)
         with self._resetting():
             reused, switch_ns = self._begin(key, job, boundaries)
             if keeps and seen == _AGAIN and reused >= job.fixed:
@@ -118,17 +119,17 @@ class Context:
         for begin, end in batches(reused, len(job.tokens), boundaries):
             job.check()
             with self._resetting():
-                if active != (wanted := _active_at(key, begin)):
-                    switch_ns += self._activate(wanted)
-                    active = wanted
+                if active != (next_active := _active_at(key, begin)):
+                    switch_ns += self._activate(next_active)
+                    active = next_active
                 logits = self._step(end - begin, partial(self.engine.decode, job.tokens[begin:end]))
                 self.tokens = list(job.tokens[:end])
                 if begin == _last(self._ends) and end in boundaries:
                     self._ends.append(end)
                 if keeps and end == job.fixed:
-                    self._keep_prompt(key, job, GIVEN if seen == 1 else PROMPTS)
+                    self._keep_prompt(key, job, FROM_CALL if seen == 1 else PROMPTS)
         assert logits is not None
-        return Start(logits, reused, switch_ns / 1e3)
+        return PrefillResult(logits, reused, switch_ns / 1e3)
 
     def walk(self, adapters: Mapping[str, float], tokens: Sequence[int], rows: int) -> Iterator[Logits]:
         """Like `start`, but yields the logits after each token, at most `rows` at a time."""
@@ -150,8 +151,8 @@ class Context:
         self.check_open()
         decode = partial(self.engine.decode_all, tokens, last=last)
         with self._resetting():
-            if len(tokens) <= _MOST_DECODED:
-                logits = self._step(self.batch_cost.of(len(tokens)), decode, kind=EVEN)
+            if len(tokens) <= _MAX_DECODED:
+                logits = self._step(self.batch_cost.of(len(tokens)), decode, kind=DECODE)
             else:
                 logits = self._step(len(tokens), decode)
             self.tokens.extend(tokens)
@@ -216,7 +217,7 @@ class Context:
     def reusable_tokens(self, job: PromptJob) -> int:
         """The length of the prefix of the current sequence that this job may reuse."""
         key = key_of(self.shared.base, job.spans)
-        return self._reusable_tokens(key, job, self._places(key, job))
+        return self._reusable_tokens(key, job, self._boundaries(key, job))
 
     def _reusable_tokens(self, key: Key, job: PromptJob, boundaries: Sequence[int]) -> int:
         if self._key is None:
@@ -239,9 +240,9 @@ class Context:
     def check_open(self) -> None:
         """Raise UsageError if the context is closed."""
         if self.closed:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
 
-    def _step(self, tokens: float, compute: Callable[[], T], *, kind: Kind = UNEVEN) -> T:
+    def _step(self, tokens: float, compute: Callable[[], T], *, kind: Kind = PREFILL) -> T:
         threads = self.shared.threads
         run = compute if threads is None else partial(threads.run, compute)
         return self.shared.governor.step(self.engine, tokens, run, self._check, self.usage, kind=kind)
@@ -265,7 +266,7 @@ class Context:
         """
         live = self._reusable_tokens(key, job, boundaries)
         # Look up before saving, which may evict the state.
-        found, cached = self.shared.cache.best(key, job.tokens, job.owner, boundaries if self.shared.exact else None)
+        best, cached = self.shared.cache.best(key, job.tokens, job.owner, boundaries if self.shared.exact else None)
         if (key, job.owner) != (self._key, self.owner):
             self._save()
         # Activate first: changing the prefix drops the sequence, and a state is restored after its own prefix.
@@ -276,15 +277,15 @@ class Context:
             self.shared.emit(Event("switched", name_of(active), seconds=switch_ns / 1e9))
         self._key, self.owner, self._capacity = key, job.owner, self.engine.capacity(active)
         self._fixed = job.fixed
-        if found is not None and cached > live:
-            live = cached if self._restored(found.state, found.ends) else 0
+        if best is not None and cached > live:
+            live = cached if self._restored(best.state, best.ends) else 0
         keep = self.engine.truncate(min(live, len(job.tokens) - 1))
         if keep < job.fixed and self._keeps(job):
             keep = self._restore_prompt(key, job, boundaries, keep)
         self.tokens, self._ends = list(job.tokens[:keep]), [end for end in self._ends if end <= keep]
         return keep, switch_ns
 
-    def _places(self, key: Key, job: PromptJob) -> list[int]:
+    def _boundaries(self, key: Key, job: PromptJob) -> list[int]:
         """Where the job's tokens are split into batches. If exact, this is the same with a warm or a cold cache."""
         cuts = [start for start, _ in key.spans]
         rows = CHUNK if self.shared.exact else self.shared.governor.chunk(CHUNK)
@@ -331,7 +332,7 @@ class Context:
 
     def _seen(self, key: Key, job: PromptJob) -> int:
         """How often a fixed part that came with calls was seen; 0 for the adapter's own, which is always kept."""
-        if not job.is_given or not job.is_worth_a_state:
+        if not job.comes_with_call or not job.is_worth_a_state:
             return 0
         return self.shared.sightings.count(key.until(job.fixed), job.tokens[: job.fixed])
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from edgetune_runtime.engines.base import Engine, StepStopped
-from edgetune_runtime.threads.count import EVEN, FULL_SHARE, SHARED, UNEVEN, Kind, ThreadCount, Usage
+from edgetune_runtime.threads.count import DECODE, FULL_SHARE, PREFILL, SHARED, Kind, ThreadCount, Usage
 from edgetune_runtime.threads.watch import WATCH
 
 from .turns import Turn, Turns
@@ -30,7 +30,7 @@ _IDLE_S = 0.5
 _CHUNK_S, _SMALLEST_CHUNK = 0.25, 16
 """Longest time for a prompt chunk whose size may vary, and the smallest chunk in tokens."""
 _SLOW_SHARE, _SLOW_FACTOR, _SLOW_STEPS = 0.75, 2.0, 4
-"""An answer is slow if it got less than this share of its cores, or if its decode steps, at least so many, took this
+"""An answer is slow if it got less than this share of its cores, or if its decode steps (at least this many) took this
 factor of the shortest time so far."""
 
 
@@ -61,16 +61,16 @@ class Clock:
 
 
 class Governor:
-    """Runs the steps of the engines on one base with at most `most` threads together.
+    """Runs the steps of the engines on one base with at most `max_threads` threads together.
 
     With `adjusts=False` a step has all threads, one step runs at a time, and it is stopped only when its call should
     stop.
     """
 
-    def __init__(self, most: int, *, adjusts: bool, turns: Turns | None = None) -> None:
-        self._most = most
-        self._count = ThreadCount(most, adjusts=adjusts)
-        self._turns = turns or Turns(most, shares=adjusts)
+    def __init__(self, max_threads: int, *, adjusts: bool, turns: Turns | None = None) -> None:
+        self._max_threads = max_threads
+        self._count = ThreadCount(max_threads, adjusts=adjusts)
+        self._turns = turns or Turns(max_threads, shares=adjusts)
         self._adjusts = adjusts
         self._lock = threading.Lock()
         self._used = -_IDLE_S
@@ -82,17 +82,17 @@ class Governor:
 
     def beside(self) -> Governor:
         """The governor of another model, whose steps take their turns with those of this one's model."""
-        return Governor(self._most, adjusts=self._adjusts, turns=self._turns)
+        return Governor(self._max_threads, adjusts=self._adjusts, turns=self._turns)
 
     def is_slow(self, usage: AnswerUsage) -> bool:
         """Whether an answer's steps lacked cores or were much slower than the fastest ones so far."""
-        decode, best_s = usage.decode, self._count.best_s(EVEN)
+        decode, best_s = usage.decode, self._count.best_s(DECODE)
         is_late = decode.steps >= _SLOW_STEPS and decode.token_s > _SLOW_FACTOR * best_s > 0
         return usage.all.share < _SLOW_SHARE or is_late
 
-    def chunk(self, most: int) -> int:
-        """Tokens of a prompt per step: `most`, or half, a quarter … of it when steps are slow."""
-        token_s, tokens = self._count.recent_s(UNEVEN), most
+    def chunk(self, max_tokens: int) -> int:
+        """Tokens of a prompt per step: `max_tokens`, or half, a quarter … of it when steps are slow."""
+        token_s, tokens = self._count.recent_s(PREFILL), max_tokens
         while tokens > _SMALLEST_CHUNK and tokens * token_s > _CHUNK_S:
             tokens //= 2
         return tokens
@@ -105,7 +105,7 @@ class Governor:
         check: Callable[[], None],
         usage: AnswerUsage,
         *,
-        kind: Kind = UNEVEN,
+        kind: Kind = PREFILL,
     ) -> T:
         """Wait for a turn and compute one step, again if it stalls.
 
@@ -168,7 +168,7 @@ class Governor:
                 self._count.record(tokens, wall_s, cpu_s / turn.threads * self._count.threads, SHARED)
                 return
             usage.all.add(tokens, wall_s, cpu_s, self._count.limit)
-            if kind == EVEN:
+            if kind == DECODE:
                 usage.decode.add(tokens, wall_s, cpu_s, self._count.limit)
             self._count.record(tokens, wall_s, cpu_s, kind)
 

@@ -1,4 +1,4 @@
-"""What a context is asked to compute, and what the contexts on one base share."""
+"""The prompt that a context computes, its result, and the resources that the contexts on one base share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .places import Places
 
 
 @dataclass(frozen=True)
-class Start:
+class PrefillResult:
     """Logits after a prompt, the number of tokens reused from the cache, and the time of the switch."""
 
     logits: Logits
@@ -32,7 +32,7 @@ class PromptJob:
     """The prompt of a call: its tokens, and the adapters that are active in each span of them.
 
     The first `fixed` tokens are the part of the prompt that other calls have too. From sequences that do not
-    belong to `owner`, only the fixed part is reused. If that part `is_given`, it came with the call and may not come
+    belong to `owner`, only the fixed part is reused. If that part `comes_with_call`, it may not come
     again: its state is kept on disk from the second such call on. If it `is_warmed`, it is computed ahead of calls, and
     its state is always kept on disk. `check` is called before each chunk and ends the work
     by raising.
@@ -42,7 +42,7 @@ class PromptJob:
     spans: Spans
     fixed: int = 0
     owner: str = CALLS
-    is_given: bool = False
+    comes_with_call: bool = False
     is_warmed: bool = False
     check: Callable[[], None] = no_limits
 
@@ -53,14 +53,14 @@ class PromptJob:
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedResources:
     """What the contexts on one base share: its fingerprint, the cached states, the governor and the places of calls.
 
     The models of one runtime share the cached states, the places, and the turns of their governors.
 
     `invocations` are the tokens that activate some of the adapters. With `exact`, a call reuses the states of others
     only where computing them would give the same bits; a session always reuses all of its own state. Steps run on
-    `threads` if given, else on the caller's thread. `emit` is told of switches.
+    `threads` if given, else on the caller's thread. `emit` receives switches.
     """
 
     base: str

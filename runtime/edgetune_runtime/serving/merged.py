@@ -1,4 +1,4 @@
-"""The models of merged adapters: each is opened when a call needs it, and closed when others need the memory."""
+"""Opens the models of merged adapters on demand, and closes unused ones when memory is short."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from edgetune_runtime.limits import no_limits
 from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import SavedState
 from edgetune_runtime.threads.machine import free_mb
+from edgetune_runtime.wording import CLOSED
 
 from .context import Context
 from .jobs import PromptJob
@@ -24,7 +25,7 @@ from .turns import POLL_S
 _LOG = logging.getLogger(__name__)
 
 MakeRoom = Callable[[float], None]
-"""Makes room for a model of so many MB, just before it is loaded."""
+"""Makes room for a model of this size in MB, just before it is loaded."""
 
 
 @dataclass
@@ -89,7 +90,7 @@ class MergedModels:
         with self._changed:
             while True:
                 if self._is_closed:
-                    raise UsageError("the runtime is closed", "open the bundle again")
+                    raise UsageError(*CLOSED)
                 if name in self._models:
                     self._models.move_to_end(name)
                     self._models[name].uses += 1

@@ -1,4 +1,4 @@
-"""The places of a runtime's calls: how many run at the same time, over all its models, and how many wait."""
+"""Limits how many calls run and how many wait at the same time, over all models of a runtime."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from edgetune_runtime.errors import BusyError, UsageError
+from edgetune_runtime.wording import CLOSED
 
 from .turns import POLL_S
 
 PATIENCE_S = 2.0
-"""How long a call waits for streams that its own thread went on with last: another thread may go on with them."""
+"""How long a call waits for streams that its own thread read last: another thread may read them on."""
 
 _LOG = logging.getLogger(__name__)
 
 
 class Holder:
-    """A call or a measurement that has a place or a context, and the thread that went on with it last.
+    """A call or a measurement that has a place or a context, and the thread that used it last.
 
-    A stream is suspended while its reader has a piece; any thread may go on with it.
+    A stream is suspended while its reader has a piece; any thread may read on.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,7 @@ class Holder:
 
     @property
     def is_of_this_thread(self) -> bool:
-        """Whether this thread went on with it last."""
+        """Whether this thread used it last."""
         return self.thread == threading.get_ident()
 
 
@@ -51,7 +52,7 @@ class Patience:
         self._since_s = time.monotonic()
 
     def check(self, holders: Iterable[Holder]) -> None:
-        """Raise UsageError if for `PATIENCE_S` all holders have been streams that this thread went on with last."""
+        """Raise UsageError if for `PATIENCE_S` all holders have been streams that this thread read last."""
         now_s = time.monotonic()
         if not all(holder.is_of_this_thread for holder in list(holders)):
             self._since_s = now_s
@@ -60,17 +61,17 @@ class Patience:
 
 
 class Places:
-    """Lets up to `limit` calls run at the same time, whatever their models; up to `waiting` more wait.
+    """Lets up to `limit` calls run at the same time, whatever their models; up to `max_waiting` more wait.
 
     Each model has a first context; `forks` are those beside them, up to `limit` - 1 in total. `gate` guards all of it,
     and who holds which context; it is held for moments only.
     """
 
-    def __init__(self, limit: int = 1, waiting: int = 0) -> None:
+    def __init__(self, limit: int = 1, max_waiting: int = 0) -> None:
         self.gate = threading.Condition()
         self.limit = limit
         self.forks: list[Fork] = []
-        self._most_waiting, self._waiting = waiting, 0
+        self._max_waiting, self._waiting = max_waiting, 0
         self._running: set[Holder] = set()
         self._is_forking = self._is_closed = False
 
@@ -127,11 +128,11 @@ class Places:
     def check_open(self) -> None:
         """Raise UsageError after `close`."""
         if self._is_closed:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
 
     def _wait(self, check: Callable[[], None]) -> None:
         others = any(not holder.is_of_this_thread for holder in list(self._running))
-        if others and self._waiting >= self._most_waiting:
+        if others and self._waiting >= self._max_waiting:
             message = f"{self._waiting} calls are already waiting for one of {self.limit} contexts"
             raise BusyError(message, "try again later, or open the bundle with more contexts or more waiting")
         patience = Patience()

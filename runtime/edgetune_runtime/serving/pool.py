@@ -12,6 +12,7 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import SavedState
+from edgetune_runtime.wording import CLOSED
 
 from .context import Context
 from .jobs import PromptJob
@@ -44,8 +45,8 @@ class Pool:
         """Lease the free context with the longest reusable prefix; wait if none is free, until `job.check` raises.
 
         Same errors as `Places.enter`: so a thread that has a stream open may wait for the streams of others, but not
-        for its own. Any thread may go on with a stream: its own are those that it went on with last, and that no other
-        thread has gone on with for `PATIENCE_S` since.
+        for its own. Any thread may read a stream: its own are those that it read last, and that no other
+        thread has read for `PATIENCE_S` since.
         """
         with self.places.enter(job.check) as holder, self.take(job, holder) as context:
             yield context
@@ -119,7 +120,7 @@ class Pool:
     def close(self) -> None:
         """Free everything once no other thread runs a call or uses the tokenizer; a second call does nothing.
 
-        Calls that wait for a context and later ones raise UsageError. A stream that this thread went on with last ends
+        Calls that wait for a context and later ones raise UsageError. A stream that this thread read last ends
         with an error.
         """
         gate = self.places.gate
@@ -184,7 +185,7 @@ class Pool:
     def _check_open(self) -> None:
         self.places.check_open()
         if self._is_closed:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
 
 
 def _is_in_use(context: Context) -> bool:

@@ -37,9 +37,9 @@ class Turns:
     number of threads wait until a step ends. A call is known by its thread.
     """
 
-    def __init__(self, most: int, *, shares: bool) -> None:
-        self._most, self._shares = most, shares
-        self._alone = self._limit = most
+    def __init__(self, max_threads: int, *, shares: bool) -> None:
+        self._max_threads, self._shares = max_threads, shares
+        self._alone = self._limit = max_threads
         self._lock = threading.Lock()
         self._waiting: deque[_Waiter] = deque()
         self._running: dict[int, Turn] = {}

@@ -82,11 +82,11 @@ class Needs:
     """Sizes that determine the memory and the speed of a base with its adapters in an engine.
 
     `read_bytes` and `read_parameters` count the weights read per token: all except an embedding that is not also the
-    output head. `kv_bytes_per_token` is in the data type `kv`, None for the engine's default. `head_lengths` are those
-    of a key and a value of one head, if known. `head_bytes` is the size of an output head that is also the embedding,
-    else 0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty if they are unknown.
-    `merged` maps each adapter that is a full model to the bytes of its file. `draft_bytes` is the
-    size of all draft tables; `constrained`: the answers of an adapter are held to a schema or a grammar.
+    output head. `kv_values_per_token` are held in the data type `kv`, None for the engine's default. `head_lengths` are
+    those of a key and a value of one head, if known. `head_bytes` is the size of an output head that is also the
+    embedding, else 0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty if they
+    are unknown. `merged` maps each adapter that is a full model to the bytes of its file. `draft_bytes` is the size of
+    all draft tables; `constrained`: the answers of an adapter are held to a schema or a grammar.
     """
 
     base_bytes: int
@@ -98,7 +98,7 @@ class Needs:
     embedding_length: int
     feed_forward_length: int
     vocabulary: int
-    kv_bytes_per_token: int
+    kv_values_per_token: int
     context_length: int
     adapters: Mapping[str, AdapterSize] = field(default_factory=dict)
     merged: Mapping[str, int] = field(default_factory=dict)
@@ -117,6 +117,11 @@ class Needs:
     def cost(self) -> EngineCost:
         """The constants of the engine."""
         return COSTS[self.engine]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the keys and values that one token adds."""
+        return int(self.kv_values_per_token * TENSOR_TYPES[self.kv or self.cost.kv_types[0]].bytes_per_value)
 
     @property
     def weights(self) -> str:
@@ -272,7 +277,7 @@ def needs_of_sizes(
         embedding_length=number(header, "embedding_length"),
         feed_forward_length=number(header, "feed_forward_length"),
         vocabulary=_vocabulary(header),
-        kv_bytes_per_token=kv_bytes_per_token(header) // 2 * COSTS[engine].kv_bytes,
+        kv_values_per_token=kv_values_per_token(header),
         context_length=context_length,
         engine=engine,
         head_bytes=sizes.get(head, 0) if tied else 0,
@@ -282,12 +287,12 @@ def needs_of_sizes(
     )
 
 
-def kv_bytes_per_token(header: GgufHeader) -> int:
-    """Bytes of keys and values that one token adds, in f16, over all layers.
+def kv_values_per_token(header: GgufHeader) -> int:
+    """Numbers in the keys and values that one token adds, over all layers.
 
     Sliding-window layers (Gemma 3) count in full: the engine keeps all positions (`swa_full`), so that it can truncate.
     """
-    return number(header, "attention.head_count_kv", total=True) * sum(_head_lengths(header)) * 2
+    return number(header, "attention.head_count_kv", total=True) * sum(_head_lengths(header))
 
 
 def _head_lengths(header: GgufHeader) -> tuple[int, int]:
@@ -360,7 +365,7 @@ def _needs_of_graph(path: Path, manifest: Manifest, context_length: int) -> Need
         # The file does not give it; most models have about three times their width.
         feed_forward_length=3 * width,
         vocabulary=vocabulary,
-        kv_bytes_per_token=manifest.base.kv_bytes_per_token // 2 * COSTS[onnx.NAME].kv_bytes,
+        kv_values_per_token=manifest.base.kv_values_per_token,
         context_length=context_length,
         engine=onnx.NAME,
         # 8 bits per weight.

@@ -32,8 +32,7 @@ def with_kv(needs: Needs, kv: str) -> Needs:
     reason = _obstacle(needs, kv)
     if reason is not None:
         raise IncompatibleError(f"keys and values cannot be {kv}: {reason}", f"use {types[0]}")
-    per_token = needs.kv_bytes_per_token / TENSOR_TYPES[needs.kv or types[0]].bytes_per_value
-    return replace(needs, kv=kv, kv_bytes_per_token=int(per_token * TENSOR_TYPES[kv].bytes_per_value))
+    return replace(needs, kv=kv)
 
 
 def kv_types(needs: Needs) -> list[str]:

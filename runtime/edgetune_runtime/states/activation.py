@@ -39,9 +39,9 @@ def join_spans(earlier: Spans, count: int, own: Spans) -> Spans:
     return (*kept, *((max(start, count), adapters) for start, adapters in own)) if kept else own
 
 
-def last_occurrence(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
-    """The start of the last occurrence of `wanted` in `tokens`; None if there is none."""
-    starts, whole = range(len(tokens) - len(wanted), -1, -1), list(wanted)
+def last_occurrence(tokens: Sequence[int], pattern: Sequence[int]) -> int | None:
+    """The start of the last occurrence of `pattern` in `tokens`; None if there is none."""
+    starts, whole = range(len(tokens) - len(pattern), -1, -1), list(pattern)
     return next((start for start in starts if list(tokens[start : start + len(whole)]) == whole), None)
 
 

@@ -23,11 +23,11 @@ def batches(begin: int, end: int, boundaries: Iterable[int]) -> Iterator[tuple[i
     yield from zip([begin, *ends], ends, strict=False)
 
 
-def common_boundary(ends: Sequence[int], boundaries: Sequence[int], most: int) -> int:
-    """The last batch end, at most `most`, up to which a sequence was split at the same `boundaries`."""
+def common_boundary(ends: Sequence[int], boundaries: Sequence[int], max_end: int) -> int:
+    """The last batch end, at most `max_end`, up to which a sequence was split at the same `boundaries`."""
     common = 0
     for one, other in zip(ends, boundaries, strict=False):
-        if one != other or one > most:
+        if one != other or one > max_end:
             break
         common = one
     return common

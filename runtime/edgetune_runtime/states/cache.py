@@ -29,10 +29,10 @@ CALLS = ""
 """Owner of the states of calls without a session: the last state of each set of adapters."""
 PROMPTS = "prompts"
 """Owner of the states of fixed prompts, which all owners may reuse."""
-GIVEN = "given"
+FROM_CALL = "from call"
 """Owner of the states of fixed prompts that came with one call so far: reused by all, and evicted before others."""
 
-_SHARED = (PROMPTS, GIVEN)
+_SHARED = (PROMPTS, FROM_CALL)
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,26 @@ def key_of(base: str, spans: Iterable[tuple[int, Mapping[str, float]]]) -> Key:
 
     The order of adapters, adapters of scale 0, empty spans, and spans that change nothing make no difference.
     """
-    found: list[tuple[int, Active]] = []
+    merged: list[tuple[int, Active]] = []
     for start, adapters in spans:
         active = tuple(sorted((name, float(scale)) for name, scale in adapters.items() if scale != 0))
-        if found and found[-1][0] >= start:
-            found.pop()
-        if not found or found[-1][1] != active:
-            found.append((start, active))
-    return Key(base, tuple(found))
+        if merged and merged[-1][0] >= start:
+            merged.pop()
+        if not merged or merged[-1][1] != active:
+            merged.append((start, active))
+    return Key(base, tuple(merged))
 
 
-def name_of(adapters: Mapping[str, float]) -> str:
-    """Adapters with their scales as one name; `base` for none."""
-    return " ".join(f"{name}={scale:g}" for name, scale in adapters.items()) or "base"
+def name_of(adapters: str | Mapping[str, float] | None) -> str:
+    """Adapters as one name, with their scales if they have any; `base` for none."""
+    if isinstance(adapters, str):
+        return adapters
+    return " ".join(f"{name}={scale:g}" for name, scale in (adapters or {}).items()) or "base"
 
 
-def reusable(state: tuple[Key, Sequence[int]], wanted: tuple[Key, Sequence[int]]) -> int:
-    """The length of the prefix that a state has in common with the wanted one, each given as key and tokens."""
-    (key, tokens), (other, others) = state, wanted
+def reusable(state: tuple[Key, Sequence[int]], prompt: tuple[Key, Sequence[int]]) -> int:
+    """The length of the prefix that a state has in common with a prompt, each given as key and tokens."""
+    (key, tokens), (other, others) = state, prompt
     if key.base != other.base:
         return 0
     shared = common_prefix(tokens, others)
@@ -122,14 +124,21 @@ class StateCache:
 
     def put(self, saved: SavedState, owner: str = CALLS) -> None:
         """Cache a state in place of the owner's last state with the same adapters, evicting others if needed."""
-        slot = _slot(saved.key, owner, saved.tokens)
+        slot, size = _slot(saved.key, owner, saved.tokens), len(saved.state)
         with self._lock:
             self._drop(slot)
             if owner == PROMPTS:
-                self._drop(_slot(saved.key, GIVEN, saved.tokens))
-            if self._evict(len(saved.state), owner):
+                self._drop(_slot(saved.key, FROM_CALL, saved.tokens))
+            evicted = self._evict(size, owner)
+            if self.bytes + size <= self._budget:
                 self._states[slot] = saved
-                self.bytes += len(saved.state)
+                self.bytes += size
+        # Without the lock: the app's callback may take long.
+        for other in evicted:
+            count, other_size = len(other.tokens), len(other.state)
+            _LOG.debug("evicted a state of %d tokens, %.1f MB", count, other_size / 1e6)
+            name = name_of(dict(other.key.spans[-1][1]))
+            self._emit(Event("evicted", name, tokens=count, bytes=other_size))
 
     def prompt(self, key: Key, tokens: Sequence[int]) -> memoryview | None:
         """The state of exactly this fixed prompt, marked as recently used; None if there is none."""
@@ -155,19 +164,19 @@ class StateCache:
         up to the last boundary in common.
         """
         with self._lock:
-            best, most = None, 0
+            best, longest = None, 0
             for slot, saved in self._states.items():
                 if slot[0] not in (owner, *_SHARED):
                     continue
                 reused = reusable((saved.key, saved.tokens), (key, tokens))
                 if boundaries is not None and slot[0] in (CALLS, *_SHARED):
                     reused = common_boundary(saved.ends, boundaries, reused)
-                if reused > most:
-                    best, most = slot, reused
+                if reused > longest:
+                    best, longest = slot, reused
             if best is None:
                 return None, 0
             self._states.move_to_end(best)
-            return self._states[best], most
+            return self._states[best], longest
 
     def drop_states(self, owner: str) -> None:
         """Drop all states of an owner."""
@@ -181,26 +190,24 @@ class StateCache:
             self._states.clear()
             self.bytes = 0
 
-    def _evict(self, size: int, owner: str) -> bool:
-        """Evict the least recently used states until `size` bytes fit; returns whether they fit.
+    def _evict(self, size: int, owner: str) -> list[SavedState]:
+        """Evict the least recently used states until `size` bytes fit, if they can; returns the evicted ones.
 
         States of calls are evicted first, then those of prompts that may not come again. Neither evicts others: they
         are the cheapest to recompute.
         """
         order = [slot for slot in self._states if slot[0] == CALLS]
         if owner != CALLS:
-            order += [slot for slot in self._states if slot[0] == GIVEN]
-        if owner not in (CALLS, GIVEN):
-            order += [slot for slot in self._states if slot[0] not in (CALLS, GIVEN)]
+            order += [slot for slot in self._states if slot[0] == FROM_CALL]
+        if owner not in (CALLS, FROM_CALL):
+            order += [slot for slot in self._states if slot[0] not in (CALLS, FROM_CALL)]
+        evicted = []
         for slot in order:
             if self.bytes + size <= self._budget:
                 break
-            evicted = self._states[slot]
-            _LOG.debug("evicted a state of %d tokens, %.1f MB", len(evicted.tokens), len(evicted.state) / 1e6)
+            evicted.append(self._states[slot])
             self._drop(slot)
-            name, tokens = name_of(dict(evicted.key.spans[-1][1])), len(evicted.tokens)
-            self._emit(Event("evicted", name, tokens=tokens, bytes=len(evicted.state)))
-        return self.bytes + size <= self._budget
+        return evicted
 
     def _drop(self, slot: Slot) -> None:
         dropped = self._states.pop(slot, None)

@@ -1,4 +1,4 @@
-"""How often a prompt's beginning was seen, so that a state is kept only for one that comes again."""
+"""Counts how often the beginning of a prompt was seen, so that only recurring ones are kept on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from .cache import Key
 
-_MOST = 256
+_MAX = 256
 
 
 class Sightings:
@@ -26,7 +26,7 @@ class Sightings:
         digest = hashlib.sha256(repr(key).encode() + np.asarray(tokens, "<i4").tobytes()).digest()
         with self._lock:
             count = self._counts.pop(digest, 0) + 1
-            while len(self._counts) >= _MOST:
+            while len(self._counts) >= _MAX:
                 self._counts.popitem(last=False)
             self._counts[digest] = count
         return count

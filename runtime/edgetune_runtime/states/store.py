@@ -45,9 +45,9 @@ class StoredState:
 
 def default_folder() -> Path:
     """The default folder for states: `$EDGETUNE_CACHE`, else edgetune/states in the user's cache folder."""
-    given = os.environ.get(_VARIABLE)
-    if given:
-        return Path(given)
+    folder = os.environ.get(_VARIABLE)
+    if folder:
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetune" / "states"
 
 
@@ -77,17 +77,17 @@ class StateStore:
     def load(self, identity: Mapping[str, Any]) -> memoryview | None:
         """The state with exactly this identity, marked as recently used; a damaged file is deleted."""
         path = self.path_of(identity)
-        found = read_checked(path, KIND, most_bytes=self._budget or math.inf, follows_links=False)
-        if found is None and not os.path.lexists(path):
+        stored = read_checked(path, KIND, max_bytes=self._budget or math.inf, follows_links=False)
+        if stored is None and not os.path.lexists(path):
             return None
-        if found is None or found.about.get("identity") != json.loads(json.dumps(identity)):
+        if stored is None or stored.about.get("identity") != json.loads(json.dumps(identity)):
             _LOG.warning("dropped a saved state that is damaged or does not match its file name: %s", path)
             self.drop(identity)
             return None
         if self._budget:
             with contextlib.suppress(OSError):
                 os.utime(path)
-        return found.data
+        return stored.data
 
     def drop(self, identity: Mapping[str, Any]) -> None:
         """Delete the state with this identity, if there is one."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 """A message as in OpenAI's API: `role` and `content`, and where they apply `tool_calls`, `tool_call_id` and `name`."""
 Prompt = str | Sequence[Message]
+"""A text of the user, or chat messages."""
 
 
 def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
@@ -27,10 +28,10 @@ def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
 
     UsageError, with the number of the message, for no messages or one that is not of this form.
     """
-    given: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if not given:
+    prompt_messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not prompt_messages:
         raise UsageError("the list of messages is empty", "give at least one message")
-    messages = [_message(number, message) for number, message in enumerate(given, 1)]
+    messages = [_message(number, message) for number, message in enumerate(prompt_messages, 1)]
     _pair_ids(messages)
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
@@ -100,23 +101,23 @@ def _reason(error: Exception) -> str:
 
 def _message(number: int, message: object) -> dict[str, Any]:
     """The message with a content of text and calls with objects as arguments."""
-    found = dict(message) if isinstance(message, Mapping) else {}
-    calls = found.pop("tool_calls", None)
-    content = _text_of_parts(found.get("content"))
+    result = dict(message) if isinstance(message, Mapping) else {}
+    calls = result.pop("tool_calls", None)
+    content = _text_of_parts(result.get("content"))
     if calls and content is None:
         content = ""
-    if not isinstance(found.get("role"), str) or not isinstance(content, str):
+    if not isinstance(result.get("role"), str) or not isinstance(content, str):
         raise UsageError(f"message {number} is {message!r}", 'give {"role": TEXT, "content": TEXT}')
-    found["content"] = content
+    result["content"] = content
     if calls:
-        if found["role"] != "assistant":
+        if result["role"] != "assistant":
             raise UsageError(
-                f"message {number} has tool_calls, but its role is {found['role']!r}", "use role assistant"
+                f"message {number} has tool_calls, but its role is {result['role']!r}", "use role assistant"
             )
         if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
             raise UsageError(f"message {number} has tool_calls of type {type(calls).__name__}", "give a list")
-        found["tool_calls"] = [_call(number, call) for call in calls]
-    return found
+        result["tool_calls"] = [_call(number, call) for call in calls]
+    return result
 
 
 def _text_of_parts(content: object) -> object:
@@ -144,8 +145,8 @@ def _call(number: int, call: object) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         message = f"message {number} calls {name!r} with arguments {function.get('arguments')!r}"
         raise UsageError(message, "give an object, or its JSON")
-    found = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
-    return found if call.get("id") is None else {"id": str(call["id"]), **found}
+    result = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+    return result if call.get("id") is None else {"id": str(call["id"]), **result}
 
 
 def _pair_ids(messages: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Control tokens in texts: keep those that a user writes from being read as such, and cut what is dear to tokenize."""
+"""Control tokens in texts: keeps those that users write from being parsed, and splits texts that tokenize slowly."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from edgetune_runtime.errors import UsageError
 
 MARK = "\ufdd0"
-"""Stands behind the first character of a control token's name that is only text: a code point of no character."""
+"""Inserted after the first character of a control token's name that is only text: a code point of no character."""
 
-_MOST_AT_ONCE = 256
+_MAX_AT_ONCE = 256
 _AT_ONCE = 16
 """llama.cpp's time grows with the square of the control tokens in a text: more than 256 are tokenized 16 at a time."""
 _USUAL = re.compile(r"<[^<>\s]{1,60}>")
@@ -32,7 +32,7 @@ class ControlTokens:
         self._name, self._beginning = re.compile(name), re.compile(rf"(?=({name}))(.)", re.DOTALL)
 
     def as_text(self, value: Any) -> Any:  # noqa: ANN401 - any JSON
-        """A copy of texts, or of lists and mappings of them, in which a control token's name stands for itself.
+        """A copy of texts, or of lists and mappings of them, in which a control token's name is only text.
 
         Its tokens are then those of its letters, see `pieces`. UsageError for more levels than Python can follow.
         """
@@ -46,7 +46,7 @@ class ControlTokens:
         return len(self._found(text)) + text.count(MARK)
 
     def pieces(self, text: str) -> list[str]:
-        """The parts of a text to tokenize one after another: one, unless it has marks or is dear to tokenize."""
+        """The parts of a text to tokenize one after another: one, unless it has marks or is expensive to tokenize."""
         parts = text.split(MARK)
         if len(text) > _LONGEST_RUN:
             parts = [short for part in parts for short in _without_long_runs(part)]
@@ -59,18 +59,18 @@ class ControlTokens:
             return {self._marked(key): self._marked(item) for key, item in value.items()}
         return [self._marked(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def _mark(self, found: re.Match[str]) -> str:
-        return found[2] + MARK if found[1] in self._names else found[2]
+    def _mark(self, match: re.Match[str]) -> str:
+        return match[2] + MARK if match[1] in self._names else match[2]
 
     def _found(self, text: str) -> list[int]:
         """Where control tokens begin."""
-        return [found.start() for found in self._name.finditer(text) if found[0] in self._names]
+        return [match.start() for match in self._name.finditer(text) if match[0] in self._names]
 
     def _with_few_controls(self, text: str) -> list[str]:
-        if len(text) <= _MOST_AT_ONCE:
+        if len(text) <= _MAX_AT_ONCE:
             return [text]
         begins = self._found(text)
-        if len(begins) <= _MOST_AT_ONCE:
+        if len(begins) <= _MAX_AT_ONCE:
             return [text]
         cuts = [0, *begins[_AT_ONCE::_AT_ONCE], len(text)]
         return [text[begin:end] for begin, end in pairwise(cuts)]

@@ -15,7 +15,7 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 
 REPEAT_WINDOW = 64
 """Number of last tokens that `repeat_penalty` applies to."""
-_MOST_STOPS, _LONGEST_STOP = 64, 256
+_MAX_STOPS, _LONGEST_STOP = 64, 256
 """Stop texts, which are looked for after each token, and characters of one."""
 
 
@@ -51,16 +51,16 @@ class Sampling:
             ),
             (self.seed is None or (_is_integer(self.seed) and self.seed >= 0), "seed", "an integer of at least 0"),
             (
-                len(self.stop) <= _MOST_STOPS
+                len(self.stop) <= _MAX_STOPS
                 and all(isinstance(text, str) and 0 < len(text) <= _LONGEST_STOP for text in self.stop),
                 "stop",
-                f"a list of up to {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters",
+                f"a list of up to {_MAX_STOPS} texts of 1 to {_LONGEST_STOP} characters",
             ),
             (_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "an integer of at least 1"),
         )
         wrong = [
-            f"{name} {reprlib.repr(getattr(self, name))} is not {wanted}"
-            for is_valid, name, wanted in rules
+            f"{name} {reprlib.repr(getattr(self, name))} is not {expected}"
+            for is_valid, name, expected in rules
             if not is_valid
         ]
         if wrong:
@@ -72,8 +72,8 @@ def sampling_of(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Samp
     try:
         return replace(sampling or Sampling(), **overrides)
     except TypeError as error:
-        known = ", ".join(Sampling.__dataclass_fields__)
-        raise UsageError(f"unknown sampling option in {sorted(overrides)}: {error}", f"choose from: {known}") from error
+        names = ", ".join(Sampling.__dataclass_fields__)
+        raise UsageError(f"unknown sampling option in {sorted(overrides)}: {error}", f"choose from: {names}") from error
 
 
 class Sampler:
@@ -99,13 +99,13 @@ class Sampler:
             return best
         order = top_tokens(logits, sampling.top_k)
         chosen = logits[order].astype(np.float64)
-        probabilities = _softmax(chosen)
+        probabilities = softmax(chosen)
         if sampling.top_p < 1.0:
             # Include the token that makes the sum reach top_p.
             kept = int(np.searchsorted(probabilities.cumsum(), sampling.top_p)) + 1
             order, chosen, probabilities = order[:kept], chosen[:kept], probabilities[:kept]
         kept = int((probabilities >= sampling.min_p * probabilities[0]).sum())
-        return int(self._random.choice(order[:kept], p=_softmax(chosen[:kept], float(sampling.temperature))))
+        return int(self._random.choice(order[:kept], p=softmax(chosen[:kept], float(sampling.temperature))))
 
 
 def top_tokens(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
@@ -123,7 +123,8 @@ def _penalize(logits: NDArray[np.float32], recent: Sequence[int], penalty: float
     return logits
 
 
-def _softmax(values: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:
+def softmax(values: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np.float64]:
+    """Probabilities from logits, or from log-probabilities up to a constant."""
     # The most likely token has weight 1 at every temperature; those of others may be too small for a number.
     with np.errstate(over="ignore"):
         weights = np.exp((values - values.max()) / temperature)

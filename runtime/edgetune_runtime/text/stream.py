@@ -25,11 +25,11 @@ class TextStream:
 
     def _release(self, text: str, *, final: bool) -> str:
         held = self._held + text
-        found = [place for place in (held.find(stop) for stop in self._stop) if place >= 0]
-        if found:
+        positions = [place for place in (held.find(stop) for stop in self._stop) if place >= 0]
+        if positions:
             self.stopped = True
             self._held = ""
-            return held[: min(found)]
+            return held[: min(positions)]
         keep = 0 if final else self._partial_stop(held)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

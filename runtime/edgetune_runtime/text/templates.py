@@ -27,7 +27,7 @@ from jinja2.visitor import NodeTransformer
 LONGEST_S = 5.0
 """How long a template may render."""
 _LONGEST_TEMPLATE = 1 << 17
-_MOST_WORK = 8_000_000
+_MAX_WORK = 8_000_000
 _STEP_WORK = 16
 """What a step, or an item of a list, counts in characters."""
 _WORK_PER_LOOK = 1024
@@ -59,7 +59,7 @@ class Budget:
 
     def __init__(self, given: object, check: Callable[[], None]) -> None:
         self._given = given
-        self._left = _MOST_WORK
+        self._left = _MAX_WORK
         self._next_look = self._left
         self._end = time.monotonic() + LONGEST_S
         self._check = check
@@ -67,7 +67,7 @@ class Budget:
         self.stopped: Exception | None = None
 
     def spend(self, work: int = _STEP_WORK) -> None:
-        """Count work, such as a step or characters, and look now and then whether to go on."""
+        """Count work, such as a step or characters, and check now and then whether it may continue."""
         self._left -= work
         if self._left < self._next_look:
             self._look()
@@ -116,7 +116,7 @@ class Budget:
     def refuse_growth(self, text: Any, others: Iterable[Any]) -> None:  # noqa: ANN401 - as above
         """LimitError if a function that makes a text longer could exceed the budget: at most their sizes multiplied."""
         factor = 1 + sum(map(self._size, others))
-        if (isinstance(text, str) and _DIGITS.search(text)) or self._size(text) * factor > max(self._left, _MOST_WORK):
+        if (isinstance(text, str) and _DIGITS.search(text)) or self._size(text) * factor > max(self._left, _MAX_WORK):
             raise LimitError("it makes too much text at once")
 
     def _size(self, value: object) -> int:
@@ -280,13 +280,13 @@ def _counted(function: Any, *, grows: bool) -> Callable[..., Any]:  # noqa: ANN4
 
     @functools.wraps(function)
     def counting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of a template
-        budget, given = _BUDGET.get(), list(args)
+        budget, values = _BUDGET.get(), list(args)
         budget.spend()
         if grows:
-            if isinstance(given[passed], Iterator):
-                given[passed] = budget.made(list(given[passed]))
-            budget.refuse_growth(given[passed], [*given[passed + 1 :], *kwargs.values()])
-        return budget.made(function(*given, **kwargs))
+            if isinstance(values[passed], Iterator):
+                values[passed] = budget.made(list(values[passed]))
+            budget.refuse_growth(values[passed], [*values[passed + 1 :], *kwargs.values()])
+        return budget.made(function(*values, **kwargs))
 
     return counting
 

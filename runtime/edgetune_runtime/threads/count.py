@@ -12,11 +12,11 @@ from typing import Literal
 
 from .machine import cores_left, others_running
 
-Kind = Literal["even", "uneven", "shared"]
-"""Even steps decode or train: their tokens all cost the same. Uneven ones prefill prompts. Shared ones are computed
-beside other steps of this process."""
-EVEN: Kind = "even"
-UNEVEN: Kind = "uneven"
+Kind = Literal["decode", "prefill", "shared"]
+"""Steps that decode, or train: their tokens all cost the same; steps that prefill prompts; and steps that are computed
+beside others of this process."""
+DECODE: Kind = "decode"
+PREFILL: Kind = "prefill"
 SHARED: Kind = "shared"
 
 _WINDOW_S = 0.05
@@ -31,26 +31,26 @@ _FAILED_FACTOR = 2.0
 
 @dataclass
 class Usage:
-    """Totals over steps: seconds of wall and CPU time, core-seconds wanted, steps and tokens."""
+    """Totals over steps: seconds of wall and CPU time, core-seconds requested, steps and tokens."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
-    wanted_s: float = 0.0
+    requested_s: float = 0.0
     steps: int = 0
     tokens: float = 0.0
 
     def add(self, tokens: float, wall_s: float, cpu_s: float, threads: int) -> None:
-        """Add a step that wanted `threads` cores."""
+        """Add a step that requested `threads` cores."""
         self.wall_s += wall_s
         self.cpu_s += cpu_s
-        self.wanted_s += wall_s * threads
+        self.requested_s += wall_s * threads
         self.steps += 1
         self.tokens += tokens
 
     @property
     def share(self) -> float:
-        """The share of the wanted core time that was received; 1 before the first step."""
-        return self.cpu_s / self.wanted_s if self.wanted_s else 1.0
+        """The share of the requested core time that was received; 1 before the first step."""
+        return self.cpu_s / self.requested_s if self.requested_s else 1.0
 
     @property
     def token_s(self) -> float:
@@ -68,7 +68,7 @@ class _Trial:
 
 
 class ThreadCount:
-    """The number of compute `threads`, limited by `most` and by the available cores (`limit`).
+    """The number of compute `threads`, limited by `max_threads` and by the available cores (`limit`).
 
     A window of measurements has at least `window_steps` steps, or fewer if the threads lack cores. A number of threads
     that did not help is tried again after `first_hold_s`, doubled each time up to `longest_hold_s`. With
@@ -77,19 +77,19 @@ class ThreadCount:
 
     def __init__(
         self,
-        most: int,
+        max_threads: int,
         *,
         adjusts: bool = True,
         window_steps: int = 4,
         first_hold_s: float = 0.1,
         longest_hold_s: float = 4.0,
     ) -> None:
-        self.most = self.threads = self.limit = most
+        self.max_threads = self.threads = self.limit = max_threads
         self._adjusts = adjusts
         self._window_steps = window_steps
         self._first_hold_s, self._longest_hold_s = first_hold_s, longest_hold_s
         self._window = Usage()
-        self._kind: Kind = UNEVEN
+        self._kind: Kind = PREFILL
         self._trial: _Trial | None = None
         self._best_s: dict[Kind, float] = {}
         self._recent_s: dict[Kind, float] = {}
@@ -100,7 +100,7 @@ class ThreadCount:
     def start_over(self) -> None:
         """Start again with as many threads as there are free cores, as a first guess."""
         left, others = cores_left(), _others()
-        self.limit = min(self.most, left)
+        self.limit = min(self.max_threads, left)
         self.threads = self.limit if others is None else max(1, min(self.limit, left - others))
         self._window, self._trial = Usage(), None
         self._reset_holds()
@@ -120,7 +120,7 @@ class ThreadCount:
         self._back_off()
 
     def record(self, tokens: float, wall_s: float, cpu_s: float, kind: Kind) -> None:
-        """Record a step. Only even steps are used to compare numbers of threads by the time per token."""
+        """Record a step. Only steps that decode are used to compare numbers of threads by the time per token."""
         if kind != self._kind:
             self._window, self._trial, self._kind = Usage(), None, kind
         window, trial = self._window, self._trial
@@ -129,7 +129,7 @@ class ThreadCount:
         if trial is not None and is_more and wall_s > _FAILED_FACTOR * trial.token_s * tokens:
             self._end_trial(trial, window)
             return
-        is_short = kind != UNEVEN and window.steps < self._window_steps and window.share >= FULL_SHARE
+        is_short = kind != PREFILL and window.steps < self._window_steps and window.share >= FULL_SHARE
         if window.wall_s < _WINDOW_S or is_short:
             return
         self._window = Usage()
@@ -151,12 +151,12 @@ class ThreadCount:
         elif self.threads < self.limit and (now >= self._blind_at or (now >= self._up_at and self._is_core_free())):
             self._blind_at = now + _BLIND_HOLDS * self._longest_hold_s
             self._start_trial(self.threads + 1, window, gain=0.97)
-            if self._kind != EVEN:
+            if self._kind != DECODE:
                 self._back_off()
 
     def _start_trial(self, threads: int, window: Usage, gain: float) -> None:
-        """Change the number of threads, as a trial if the steps are even."""
-        self._trial = _Trial(self.threads, window.token_s, gain) if self._kind == EVEN else None
+        """Change the number of threads, as a trial if the steps decode."""
+        self._trial = _Trial(self.threads, window.token_s, gain) if self._kind == DECODE else None
         self.threads = threads
 
     def _end_trial(self, trial: _Trial, window: Usage) -> None:

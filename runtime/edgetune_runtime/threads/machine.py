@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
-MOST_THREADS = 8
+MAX_THREADS = 8
 """More threads than this lose more in synchronization than they gain."""
 
 _SAMPLES, _SAMPLE_S = 10, 0.01
@@ -37,7 +37,7 @@ def usable_cores(root: Path = ROOT) -> int:
     At least 1 and at most 8. A quota of 1.5 cores gives one thread, as a second one would be stopped half of the time.
     """
     fast = len(_performance_cores(_affinity(), root))
-    return min(fast, cores_left(root), MOST_THREADS)
+    return min(fast, cores_left(root), MAX_THREADS)
 
 
 def cores_left(root: Path = ROOT) -> int:
@@ -56,17 +56,17 @@ def others_running(root: Path = ROOT) -> int | None:
 
     None if the system does not report it. Includes this process's other threads if they are not idle.
     """
-    found = re.match(r"\S+ \S+ \S+ (\d+)/", _read(root / "proc/loadavg"))
-    return max(0, int(found[1]) - 1) if found else None
+    match = re.match(r"\S+ \S+ \S+ (\d+)/", read_text(root / "proc/loadavg"))
+    return max(0, int(match[1]) - 1) if match else None
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
     """The CPU quota of this process's cgroups, in cores; None without a quota."""
     quotas = []
     for folder in _cgroups("cpu", root):
-        words = _read(folder / "cpu.max").split()
+        words = read_text(folder / "cpu.max").split()
         if not words:
-            words = [_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+            words = [read_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
         quota, period = (_number(word) for word in (*words, "", "")[:2])
         if quota and period and quota > 0:
             quotas.append(quota / period)
@@ -81,9 +81,9 @@ def resident_mb() -> float | None:
 def peak_mb() -> float | None:
     """Peak resident memory of this process in 10^6 bytes; None on Windows."""
     # On Linux, ru_maxrss is that of the parent if it was larger when it started this process.
-    found = _status_mb("VmHWM")
-    if found is not None:
-        return found
+    peak = _status_mb("VmHWM")
+    if peak is not None:
+        return peak
     try:
         import resource  # noqa: PLC0415 - missing on Windows
     except ImportError:
@@ -99,8 +99,8 @@ def own_mb() -> float:
 
 def _status_mb(key: str) -> float | None:
     """A size of this process in /proc, in 10^6 bytes; None outside Linux."""
-    found = re.search(rf"^{key}:\s+(\d+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
-    return int(found[1]) * 1024 / 1e6 if found else None
+    match = re.search(rf"^{key}:\s+(\d+) kB", read_text(Path("/proc/self/status")), re.MULTILINE)
+    return int(match[1]) * 1024 / 1e6 if match else None
 
 
 def free_mb(root: Path = ROOT) -> float | None:
@@ -108,16 +108,16 @@ def free_mb(root: Path = ROOT) -> float | None:
 
     None if the system does not report it.
     """
-    lines = _read(root / "proc/meminfo").splitlines()
+    lines = read_text(root / "proc/meminfo").splitlines()
     free = [int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("MemAvailable")]
     for folder in _cgroups("memory", root):
         # Above memory.high (MemoryHigh of a systemd unit) the kernel slows the process down to reclaim memory.
-        found = [_number(_read(folder / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
-        limit = min((number for number in found if number is not None), default=None)
-        used = _number(_read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes"))
+        limits = [_number(read_text(folder / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        limit = min((number for number in limits if number is not None), default=None)
+        used = _number(read_text(folder / "memory.current") or read_text(folder / "memory.usage_in_bytes"))
         if limit is not None and used is not None:
             # Cached file pages count as used, but are reclaimed when memory is needed.
-            cached = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)$", read_text(folder / "memory.stat"), re.MULTILINE)
             free.append(max(0.0, limit - used + (int(cached[1]) if cached else 0)) / 1e6)
     return min(free, default=None)
 
@@ -127,7 +127,7 @@ def throttling(root: Path = ROOT, *, since_start: bool = False) -> str | None:
 
     None too where the board does not report it.
     """
-    flags = _read(root / "sys/devices/platform/soc/soc:firmware/get_throttled") or _vcgencmd_throttled(root)
+    flags = read_text(root / "sys/devices/platform/soc/soc:firmware/get_throttled") or _vcgencmd_throttled(root)
     # Flags of Raspberry Pi firmware, written in hexadecimal.
     bits = int(flags, 16) if re.fullmatch(r"(0x)?[0-9a-fA-F]+", flags) else 0
     # The flags of what happened since the start are the same, 16 bits further up.
@@ -158,8 +158,8 @@ def disturbance(root: Path = ROOT) -> str | None:
         time.sleep(_SAMPLE_S)
     running = sorted(looks)[_SAMPLES // 2]
     threads = f"{running} other running thread{'s' if running > 1 else ''} on {os.cpu_count() or 1} cores"
-    found = [threads if running else None, throttling(root)]
-    return "; ".join(reason for reason in found if reason) or None
+    reasons = [threads if running else None, throttling(root)]
+    return "; ".join(reason for reason in reasons if reason) or None
 
 
 def _affinity() -> set[int]:
@@ -171,12 +171,12 @@ def _affinity() -> set[int]:
 def _performance_cores(cores: set[int], root: Path) -> set[int]:
     """The cores that are not much slower than the fastest one."""
     folder = root / "sys/devices/system/cpu"
-    capacity = {core: _number(_read(folder / f"cpu{core}/cpu_capacity")) for core in cores}
+    capacity = {core: _number(read_text(folder / f"cpu{core}/cpu_capacity")) for core in cores}
     if None in capacity.values():
-        fast = _core_list(_read(root / "sys/devices/cpu_core/cpus")) & cores
+        fast = _core_list(read_text(root / "sys/devices/cpu_core/cpus")) & cores
         return fast or cores
-    most = max(value or 0 for value in capacity.values())
-    return {core for core, value in capacity.items() if (value or 0) >= _PERFORMANCE * most}
+    highest = max(value or 0 for value in capacity.values())
+    return {core for core, value in capacity.items() if (value or 0) >= _PERFORMANCE * highest}
 
 
 def _core_list(text: str) -> set[int]:
@@ -188,7 +188,7 @@ def _core_list(text: str) -> set[int]:
 def _cgroups(controller: str, root: Path) -> Iterator[Path]:
     """The folders of this process's cgroups with this controller, up to the root of each hierarchy."""
     mount = root / "sys/fs/cgroup"
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         tops = [mount / names, mount / controller] if names else [mount, mount / "unified"]
@@ -200,10 +200,11 @@ def _cgroups(controller: str, root: Path) -> Iterator[Path]:
             yield from (place for place in (folder, *folder.parents) if place.is_relative_to(top) and place.is_dir())
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file of /proc or /sys without blanks around it; empty if the system does not have the file."""
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
+    except OSError:
         return ""
 
 

@@ -1,4 +1,4 @@
-"""Threads that compute for others, with lower priority if other processes are to run first."""
+"""Compute threads with a priority: normal, low or idle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from edgetune_runtime.errors import UsageError
 
-from .machine import MOST_THREADS
+from .machine import MAX_THREADS
 
 T = TypeVar("T")
 
@@ -22,10 +22,10 @@ _NICER = 10
 
 
 class ComputeThreads:
-    """Runs functions on up to `most` threads of its own; threads that they start inherit the priority."""
+    """Runs functions on up to `max_threads` threads of its own; threads that they start inherit the priority."""
 
-    def __init__(self, priority: str, most: int = 1) -> None:
-        self._executor = ThreadPoolExecutor(most, "edgetune-compute", _lower, (priority,))
+    def __init__(self, priority: str, max_threads: int = 1) -> None:
+        self._executor = ThreadPoolExecutor(max_threads, "edgetune-compute", _lower, (priority,))
 
     def run(self, compute: Callable[[], T]) -> T:
         """Run `compute` on one of the threads; returns or raises what it does."""
@@ -54,7 +54,7 @@ def compute_threads(priority: str) -> ComputeThreads | None:
     if sys.platform != "linux":
         message = f"priority {priority!r} is supported on Linux only"
         raise UsageError(message, "leave it out, or lower the priority of the whole process")
-    return ComputeThreads(priority, MOST_THREADS)
+    return ComputeThreads(priority, MAX_THREADS)
 
 
 def _lower(priority: str) -> None:

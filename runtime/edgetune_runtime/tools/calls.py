@@ -52,10 +52,10 @@ class CallReader:
         calls: list[ToolCall] = []
         at: int | None = _after(text, begin, self.form.begin.lstrip())
         while at is not None:
-            found = self._call(text, at)
-            if found is None:
+            parsed = self._call(text, at)
+            if parsed is None:
                 break
-            call, at = found
+            call, at = parsed
             calls.append(call)
             at = None if self.form.between is None else _after(text, at, self.form.between)
         if not calls and self.names is not None and not self.form.marker:
@@ -125,7 +125,7 @@ class CallsOrJson:
             return piece
         self._held += piece
         begun, marker = self._held.lstrip(), self._reader.form.marker
-        # Without a marker, calls are JSON too, and only the whole answer tells.
+        # Without a marker, calls are JSON too, and only the whole answer shows which it is.
         self._is_json = bool(marker and begun) and not begun.startswith(marker[: len(begun)])
         return self._held if self._is_json else ""
 
@@ -140,8 +140,8 @@ def _after(text: str, at: int, literal: str) -> int | None:
 
 def _value(text: str, at: int, hole: Hole) -> tuple[Any, int | None]:
     if hole is not Hole.ARGUMENTS:
-        found = _WORD.match(text, at)
-        return (found[0], found.end()) if found else (None, None)
+        match = _WORD.match(text, at)
+        return (match[0], match.end()) if match else (None, None)
     try:
         value, end = _DECODER.raw_decode(text, at)
     except (ValueError, RecursionError):

@@ -17,10 +17,10 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import suggestion
 
 MODES = ("auto", "none", "required")
-MOST_TOOLS = 128
-MOST_CHARACTERS = 131_072
+MAX_TOOLS = 128
+MAX_CHARACTERS = 131_072
 """Of all definitions as JSON."""
-_MOST_KEPT = 8
+_MAX_KEPT = 8
 """Lists of definitions that are kept: apps give the same ones with each call."""
 
 Tools = Sequence[Mapping[str, Any] | Callable[..., Any]]
@@ -78,25 +78,25 @@ def tool_set(tools: Tools | None, choice: str | None = None) -> ToolSet | None:
         return None
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
         raise UsageError(f"tools is {type(tools).__name__}, not a list", "give a list of tools")
-    if len(tools) > MOST_TOOLS:
-        raise UsageError(f"{len(tools)} tools are given", f"give at most {MOST_TOOLS}")
-    given = [_of_function(tool) if callable(tool) else tool for tool in tools]
+    if len(tools) > MAX_TOOLS:
+        raise UsageError(f"{len(tools)} tools are given", f"give at most {MAX_TOOLS}")
+    plain = [_of_function(tool) if callable(tool) else tool for tool in tools]
     try:
-        text = json.dumps(given, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"tools are no JSON: {error}", _GIVE) from error
-    if len(text) > MOST_CHARACTERS:
-        message = f"the definitions of tools have {len(text)} characters, and at most {MOST_CHARACTERS} are allowed"
+    if len(text) > MAX_CHARACTERS:
+        message = f"the definitions of tools have {len(text)} characters, and at most {MAX_CHARACTERS} are allowed"
         raise UsageError(message, "give fewer tools")
-    found = _checked(text)
-    names = [tool.name for tool in found]
+    checked = _checked(text)
+    names = [tool.name for tool in checked]
     if choice not in MODES and choice not in names:
         raise UsageError(f"tool_choice is {choice!r}", suggestion(str(choice), (*MODES, *names)))
-    definitions = json.dumps([tool.definition for tool in found], ensure_ascii=False)
-    return ToolSet(definitions, choice, found)
+    definitions = json.dumps([tool.definition for tool in checked], ensure_ascii=False)
+    return ToolSet(definitions, choice, checked)
 
 
-@lru_cache(maxsize=_MOST_KEPT)
+@lru_cache(maxsize=_MAX_KEPT)
 def check_schemas(tools: ToolSet) -> None:
     """Compile the schema of each tool alone.
 
@@ -107,7 +107,7 @@ def check_schemas(tools: ToolSet) -> None:
             output_of(schema=tool.schema)
 
 
-@lru_cache(maxsize=_MOST_KEPT)
+@lru_cache(maxsize=_MAX_KEPT)
 def _checked(text: str) -> tuple[Tool, ...]:
     tools = tuple(_tool(number, tool) for number, tool in enumerate(json.loads(text), 1))
     names = [tool.name for tool in tools]
@@ -117,8 +117,8 @@ def _checked(text: str) -> tuple[Tool, ...]:
     return tools
 
 
-def _tool(number: int, given: object) -> Tool:
-    function = given.get("function", given) if isinstance(given, dict) else None
+def _tool(number: int, value: object) -> Tool:
+    function = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UsageError(f"tool {number} has no name", _GIVE)
     name, parameters = function["name"], function.get("parameters") or {}

@@ -63,8 +63,8 @@ class CallFormat:
     @property
     def marker(self) -> str:
         """The text that begins calls wherever it occurs; '' where calls begin with JSON, the answer's first."""
-        found = _MARKER.match(self.begin)
-        return found[1] if found else ""
+        match = _MARKER.match(self.begin)
+        return match[1] if match else ""
 
     def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
         """The text of calls, each with `name`, `arguments` and maybe `id`."""
@@ -127,16 +127,16 @@ def template_tools(template: str | None, bos: str, eos: str) -> TemplateTools:
     if template is None:
         return unknown
     probe = _Probe(template, bos, eos)
-    found = probe.format()
+    rendered = probe.format()
     shows_tools = all(word in probe.text([_ASK], prompt=True) for word in (*_NAMES, "edgetune_key"))
     mentioned = next((form for mark, form in _MENTIONED.items() if mark in template), None)
-    form = found or mentioned
-    if form is None or not (shows_tools or found):
+    form = rendered or mentioned
+    if form is None or not (shows_tools or rendered):
         return unknown
-    called = probe.called(1) if found else {"role": "assistant", "content": form.write([_call_of(0)])}
+    called = probe.called(1) if rendered else {"role": "assistant", "content": form.write([_call_of(0)])}
     result = {"role": "tool", "name": _NAMES[0], "tool_call_id": _IDS[0], "content": "edgetune_result"}
     shows_results = "edgetune_result" in probe.text([_ASK, called, result], prompt=True)
-    return TemplateTools(shows_tools, found is not None, shows_results, form)
+    return TemplateTools(shows_tools, rendered is not None, shows_results, form)
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,9 @@ class _Probe:
             begin, parts, end = first
             form = CallFormat(begin, parts, None, end, spacing)
             second = _cut(two.removeprefix(begin), 1, arguments)
-            known = CallFormat("", parts, None, "", spacing).write([_call_of(0)])
-            if second is not None and second[0].startswith(known):
-                form = replace(form, between=second[0].removeprefix(known))
+            first_call = CallFormat("", parts, None, "", spacing).write([_call_of(0)])
+            if second is not None and second[0].startswith(first_call):
+                form = replace(form, between=second[0].removeprefix(first_call))
             return form
         return None
 
@@ -210,10 +210,10 @@ def _cut(body: str, number: int, arguments: str) -> tuple[str, tuple[Part, ...],
     places = {Hole.NAME: name, Hole.ARGUMENTS: body.find(arguments, name), Hole.ID: body.find(values[Hole.ID])}
     if places[Hole.NAME] < 0 or places[Hole.ARGUMENTS] < 0:
         return None
-    found = sorted((place, hole.value) for hole, place in places.items() if place >= 0)
+    ordered = sorted((place, hole.value) for hole, place in places.items() if place >= 0)
     parts: list[Part] = []
-    start = at = found[0][0]
-    for place, value in found:
+    start = at = ordered[0][0]
+    for place, value in ordered:
         hole = Hole(value)
         parts += [body[at:place], hole] if place > at else [hole]
         at = place + len(values[hole])

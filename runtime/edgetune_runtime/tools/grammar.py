@@ -20,13 +20,13 @@ _ID = "/[A-Za-z0-9]{9}/"
 
 
 def control_tokens(form: CallFormat, tokenizer: Tokenizer) -> dict[str, int]:
-    """The control tokens in a format, which stand for no text of their own, by their names."""
+    """The control tokens in a format, which have no text of their own, by their names."""
     literals = [form.begin, form.between or "", form.end, *(part for part in form.parts if isinstance(part, str))]
     tokens = {}
     for name in _NAMED.findall("\n".join(literals)):
-        found = tokenizer.tokenize(name, continues=True)
-        if len(found) == 1 and not tokenizer.piece(found[0]):
-            tokens[name] = found[0]
+        ids = tokenizer.tokenize(name, continues=True)
+        if len(ids) == 1 and not tokenizer.piece(ids[0]):
+            tokens[name] = ids[0]
     return tokens
 
 
@@ -87,7 +87,7 @@ class _Writer:
         arguments = object()
         try:
             text = self._form.write([{"name": tool.name, "arguments": {}}])
-            call = json.loads(text, object_hook=lambda found: found or arguments)
+            call = json.loads(text, object_hook=lambda value: value or arguments)
         except ValueError:
             call = None
         if not isinstance(call, dict) or arguments not in call.values():

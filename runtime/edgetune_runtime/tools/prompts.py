@@ -39,7 +39,7 @@ def prompt_tokens(
     tools: ToolSet | None = None,
     *,
     think: bool | None = None,
-    most: int | None = None,
+    max_tokens: int | None = None,
     check: Callable[[], None] = no_limits,
 ) -> list[int]:
     """The tokens of a prompt of messages made by `messages_for`, up to where the answer begins.
@@ -47,21 +47,21 @@ def prompt_tokens(
     What the template does not render is put into the messages' texts: the tools into the system prompt, calls into the
     assistant's answers, and results into messages of the user. The names of control tokens in messages and tools are
     only text, so that nobody can write the beginning of a turn into one. `check` and the errors are those of `render`,
-    and with `most` of `tokens_within` too.
+    and with `max_tokens` of `tokens_within` too.
     """
     text = prompt_text(tokenizer, messages, tools, think=think, check=check)
-    return tokenizer.tokenize(text) if most is None else tokens_within(tokenizer, text, most)
+    return tokenizer.tokenize(text) if max_tokens is None else tokens_within(tokenizer, text, max_tokens)
 
 
-def tokens_within(tokenizer: Tokenizer, text: str, most: int) -> list[int]:
-    """The tokens of a text; PromptTooLongError for more than `most`, which a long text has without tokenizing it."""
-    least = len(text) // tokenizer.longest if len(text) > most * _USUAL_CHARACTERS else 0
-    if len(text) > most:
-        least = max(least, tokenizer.controls.count(text))
-    tokens = [] if least > most else tokenizer.tokenize(text)
-    count = max(least, len(tokens))
-    if count > most:
-        message = f"the prompt has {count} tokens, the context allows 1 to {most}"
+def tokens_within(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[int]:
+    """The tokens of a text; PromptTooLongError for more than `max_tokens`. A text that is too long is not tokenized."""
+    min_tokens = len(text) // tokenizer.longest if len(text) > max_tokens * _USUAL_CHARACTERS else 0
+    if len(text) > max_tokens:
+        min_tokens = max(min_tokens, tokenizer.controls.count(text))
+    tokens = [] if min_tokens > max_tokens else tokenizer.tokenize(text)
+    count = max(min_tokens, len(tokens))
+    if count > max_tokens:
+        message = f"the prompt has {count} tokens, the context allows 1 to {max_tokens}"
         raise PromptTooLongError(message, "change the prompt, or open the bundle with a larger context_length")
     return tokens
 

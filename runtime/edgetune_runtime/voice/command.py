@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgetune_runtime.asynchronous import AsyncRuntime
     from edgetune_runtime.runtime import Runtime
 
-    from .service import Service
+    from .service import WyomingService
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     Raises UsageError for a wrong URI, a host that others can reach without --no-api-key, or a port in use.
     """
     try:
-        from .service import Service, serve  # noqa: PLC0415 - only `wyoming` needs the extra
+        from .service import WyomingService, serve  # noqa: PLC0415 - only `wyoming` needs the extra
     except ImportError as error:
         message = f"the Wyoming service needs {error.name}, which is not installed"
         raise IncompatibleError(message, 'run: pip install "edgetune-runtime[wyoming]"') from error
@@ -55,8 +55,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
         raise UsageError(message, "give --no-api-key to let everyone use the service")
     languages = tuple(name.strip() for name in options.languages.split(","))
 
-    def make(runtime: AsyncRuntime) -> Service:
-        return Service(runtime, adapter, languages, options.max_tokens, options.deadline_s)
+    def make(runtime: AsyncRuntime) -> WyomingService:
+        return WyomingService(runtime, adapter, languages, options.max_tokens, options.deadline_s)
 
     with bind(host, port) as listening, open_bundle() as runtime:
         uri = f"tcp://{host}:{listening.getsockname()[1]}"
@@ -68,8 +68,8 @@ def _adapter(name: str | None, manifest: Manifest) -> str | None:
     if name is not None:
         return manifest.adapter(name).name
     if len(manifest.adapters) > 1:
-        known = ", ".join(manifest.adapters)
-        raise UsageError(f"bundle {manifest.name!r} has several adapters", f"give --adapter, one of: {known}")
+        names = ", ".join(manifest.adapters)
+        raise UsageError(f"bundle {manifest.name!r} has several adapters", f"give --adapter, one of: {names}")
     return next(iter(manifest.adapters), None)
 
 

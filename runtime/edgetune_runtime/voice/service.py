@@ -1,4 +1,4 @@
-"""A Wyoming service that handles intents: a transcript in, the adapter's answer out.
+"""A Wyoming service that handles intents: answers transcripts with an adapter.
 
 Protocol: https://github.com/OHF-Voice/wyoming. Home Assistant's Wyoming integration makes a conversation agent of it.
 """
@@ -26,16 +26,16 @@ from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.runtime import Runtime
 from edgetune_runtime.server.accepting import BACKLOG, connections_within_files
 from edgetune_runtime.server.connections import Connections
-from edgetune_runtime.server.settings import Limits
+from edgetune_runtime.server.settings import ServerLimits
 
 _LOG = logging.getLogger(__name__)
 
-MOST_BYTES = 1 << 16
-"""Size of the largest event that is read: a transcript is short, and no audio is wanted."""
+MAX_BYTES = 1 << 16
+"""Size of the largest event that is read: a transcript is short, and audio is not read."""
 
 
 @dataclass(frozen=True)
-class Service:
+class WyomingService:
     """What answers: a runtime, one of its adapters (None: the base), and limits per answer and of connections."""
 
     runtime: AsyncRuntime
@@ -43,10 +43,10 @@ class Service:
     languages: tuple[str, ...]
     max_tokens: int
     deadline_s: float
-    limits: Limits = field(default_factory=Limits)
+    limits: ServerLimits = field(default_factory=ServerLimits)
 
     def info(self) -> Info:
-        """What a client is told about the service."""
+        """The description of the service for clients."""
         name = self.runtime.manifest.name
         source = Attribution(name="edgetune", url="")
         model = HandleModel(
@@ -70,14 +70,17 @@ class Service:
 
 
 def serve(
-    runtime: Runtime, listening: socket.socket, make: Callable[[AsyncRuntime], Service], ready: Callable[[], None]
+    runtime: Runtime,
+    listening: socket.socket,
+    make: Callable[[AsyncRuntime], WyomingService],
+    ready: Callable[[], None],
 ) -> None:
     """Answer clients on a socket until SIGTERM or SIGINT, then close the socket. The runtime stays open."""
     with suppress(asyncio.CancelledError):
         asyncio.run(run(make(AsyncRuntime(runtime)), listening, ready))
 
 
-async def run(service: Service, listening: socket.socket, ready: Callable[[], None]) -> None:
+async def run(service: WyomingService, listening: socket.socket, ready: Callable[[], None]) -> None:
     """Answer clients until the task is cancelled."""
     limits, tasks = service.limits, set[asyncio.Task[None]]()
     connections = Connections(connections_within_files(limits.connections), limits.connections_per_address)
@@ -99,7 +102,7 @@ async def run(service: Service, listening: socket.socket, ready: Callable[[], No
                 await client.answer(event)
                 connections.wait(connection)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            # The client left, is too slow, or sent what is no event: the library does not check the fields of one.
+            # The client left, is too slow, or sent no valid event, as the library does not check the fields of one.
             _LOG.info("a connection ended: %s", error)
         finally:
             connections.wait(connection)
@@ -111,7 +114,7 @@ async def run(service: Service, listening: socket.socket, ready: Callable[[], No
             connections.leave(connection)
             tasks.discard(task)
 
-    server = await asyncio.start_server(connected, sock=listening, limit=MOST_BYTES, backlog=BACKLOG)
+    server = await asyncio.start_server(connected, sock=listening, limit=MAX_BYTES, backlog=BACKLOG)
     serving = asyncio.current_task()
     assert serving is not None
     # Not on Windows, and not outside the main thread.
@@ -129,7 +132,7 @@ async def run(service: Service, listening: socket.socket, ready: Callable[[], No
 class Client:
     """One client."""
 
-    def __init__(self, service: Service, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, service: WyomingService, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # The library reads as many bytes as an event announces.
         reader.readexactly = partial(_read_exactly, reader.readexactly)  # type: ignore[method-assign]
         self._service, self._reader, self._writer = service, reader, writer
@@ -181,6 +184,6 @@ class Client:
 
 
 async def _read_exactly(read: Callable[[int], Awaitable[bytes]], count: int) -> bytes:
-    if count > MOST_BYTES:
-        raise ValueError(f"an event of {count} bytes is longer than {MOST_BYTES}")
+    if count > MAX_BYTES:
+        raise ValueError(f"an event of {count} bytes is longer than {MAX_BYTES}")
     return await read(count)

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,19 @@ from typing import Any
 import pytest
 from edgetune_devices import boards
 from edgetune_runtime.bundle import MANIFEST_NAME, sha256_of
-from edgetune_runtime.errors import (
-    BusyError,
-    IncompatibleError,
-    NotFoundError,
-    UnreachableError,
-    UsageError,
-    VerificationError,
-)
+from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, with_fields, write_bundle
-from sshd import Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
+from sshd import Answer, Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
 
 from edgetune.cli.main import main
+from edgetune.delivery.board.durable import locked
+from edgetune.delivery.board.errors import UnreachableError
 from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME
-from edgetune.delivery.board.transfer import HELD
-from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
-from edgetune.delivery.deploy.kits import Kits
+from edgetune.delivery.deploy.deploy import Assemble, Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.probe import BoardFacts
-from edgetune.delivery.deploy.ssh import SHORT_S, Connection
+from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target
+from edgetune.delivery.kit.make import AssembledKit
 from edgetune.progress import Progress
 
 pytestmark = needs_sshd
@@ -56,17 +50,13 @@ class Board:
     def where(self) -> Where:
         return Where("home", str(self.prefix))
 
-    def kits(self, bundle: Path, **changes: object) -> Kits:
-        """The kits of a bundle; `changes` go into kit.json."""
-
-        def make(_board: str, _python: str, out: Path, _earlier: Sequence[Path]) -> None:
-            self.maker.write(contents(bundle), out, change=with_fields(**changes))
-
-        return Kits(bundle, json.dumps(changes), make, self.work / "kits")
+    def assemble(self, bundle: Path, **changes: object) -> Assemble:
+        """Makes the kit of a bundle; `changes` go into kit.json."""
+        return lambda _board, _python: self.maker.assembled(contents(bundle), with_fields(**changes))
 
     def deploy(self, bundle: Path, *, waits_healthy: bool = False, **changes: object) -> Deployed:
         options = DeployOptions("laptop", waits_healthy=waits_healthy)
-        return deploy(self.target, self.where, self.kits(bundle, **changes), options, Progress(quiet=True))
+        return deploy(self.target, self.where, self.assemble(bundle, **changes), options, Progress(quiet=True))
 
     def states(self) -> list[tuple[str, str]]:
         return [(item["version"], item["state"]) for item in list_versions(self.target, self.where).versions]
@@ -112,7 +102,7 @@ def bundle(tmp_path: Path) -> Path:
 def test_a_second_deploy_sends_nothing_and_a_changed_bundle_only_what_changed(bare: Board, bundle: Path) -> None:
     first = bare.deploy(bundle)
     assert first.changed
-    kit = bare.kits(bundle).kit_for("laptop", PYTHON).kit
+    kit = bare.assemble(bundle)("laptop", PYTHON).kit
     described = sum((bare.prefix / "incoming" / name).stat().st_size for name in (KIT_NAME, SUMS_NAME))
     needed = [*kit.wheel_files, *kit.bundle_files]
     assert first.sent_bytes == described + sum(file.bytes for file in needed)
@@ -155,18 +145,12 @@ def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(board: Board, bu
         board.deploy(bundle)
     assert board.states() == [(first.version, "current")]
     assert ask(board.prefix) == "one"
-    wait_for(lambda: not is_locked(board.prefix / "deploy.lock"))
+    wait_for(lambda: not is_locked(board.prefix / "lock"))
     assert 0 < part.stat().st_size < len(data)
     second = board.deploy(bundle)
     assert second.sent_bytes < len(data)
     assert (board.prefix / "current/bundle/large").read_bytes() == data
     assert board.states() == [(second.version, "current"), (first.version, "previous")]
-
-
-def _is_held(path: Path) -> bool:
-    """Whether another process holds the lock, seen without taking it."""
-    held = Path("/proc/locks").read_text(encoding="utf-8")
-    return path.exists() and f":{path.stat().st_ino} " in held
 
 
 def is_locked(path: Path) -> bool:
@@ -180,48 +164,11 @@ def is_locked(path: Path) -> bool:
 
 def test_a_file_that_was_damaged_on_the_way_is_refused(board: Board, bundle: Path) -> None:
     first = board.deploy(bundle)
-    kits = board.kits(write_bundle(bundle, "two"))
-    kits.kit_for("laptop", PYTHON)
+    made = board.assemble(write_bundle(bundle, "two"))("laptop", PYTHON)
     (bundle / "answer.txt").write_text("ten")
     with pytest.raises(VerificationError, match="are damaged; run the deploy again"):
-        deploy(board.target, board.where, kits, DeployOptions("laptop"), Progress(quiet=True))
+        deploy(board.target, board.where, lambda *_: made, DeployOptions("laptop"), Progress(quiet=True))
     assert board.states() == [(first.version, "current")]
-
-
-def test_a_damaged_bundle_and_a_damaged_kit_are_not_sent(board: Board, bundle: Path) -> None:
-    kit = board.kits(bundle).kit_for("laptop", PYTHON)
-    program = kit.folder / "board.pyz"
-    program.write_bytes(b"damaged")
-    # It is made again.
-    assert board.kits(bundle).kit_for("laptop", PYTHON).folder == kit.folder
-    assert program.read_bytes() != b"damaged"
-    with (bundle / "base/model.gguf").open("r+b") as file:
-        file.write(b"x")
-    with pytest.raises(VerificationError, match=r"base/model.gguf does not match its digest"):
-        board.kits(bundle)
-
-
-def test_the_kit_of_a_changed_bundle_gets_the_wheels_of_the_one_before(board: Board, bundle: Path) -> None:
-    calls = []
-
-    def make(_board: str, _python: str, out: Path, earlier: Sequence[Path]) -> None:
-        calls.append([path.name for path in earlier])
-        board.maker.write(contents(bundle), out)
-
-    for answer in ("one", "one", "two"):
-        kits = Kits(write_bundle(bundle, answer), None, make, board.work / "kits")
-        made = kits.kit_for("laptop", PYTHON)
-    assert calls == [[], [file.name for file in made.kit.wheel_files]]
-    assert calls[1]
-
-
-def test_kits_in_use_are_not_deleted_for_others(board: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.delivery.deploy.kits._KEPT", 1)
-    kits = board.kits(bundle)
-    made = [kits.kit_for(name, PYTHON) for name in ("laptop", "n100")]
-    assert all((kit.folder / "kit.json").is_file() for kit in made)
-    board.kits(write_bundle(bundle, "two")).kit_for("laptop", PYTHON)
-    assert not any(kit.folder.exists() for kit in made)
 
 
 def test_a_file_damaged_on_the_board_is_sent_again_for_all_versions(board: Board, bundle: Path) -> None:
@@ -247,10 +194,7 @@ def test_another_answer_than_the_golden_one_keeps_the_old_version(board: Board, 
 
 
 def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
-    kit = board.kits(bundle).kit_for("laptop", PYTHON)
-    hold = ["python3", str(kit.folder / "board.pyz"), "hold", "--prefix", str(board.prefix)]
-    problem = f"another deploy is writing to {board.prefix}; wait for it to end"
-    with Connection(board.target) as other, other.holding(hold, HELD), pytest.raises(BusyError, match=problem):
+    with locked(board.prefix), pytest.raises(BusyError, match=f"another install is using {board.prefix}"):
         board.deploy(bundle)
     assert board.deploy(bundle).changed
 
@@ -356,7 +300,7 @@ def test_a_board_with_less_memory_than_the_one_that_is_named_is_refused(wanted: 
 def test_the_kit_is_that_of_the_memory_which_the_board_reports(
     board: Board, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def make(name: str, _python: str, _out: Path, _earlier: Sequence[Path]) -> None:
+    def assemble(name: str, _python: str) -> AssembledKit:
         raise IncompatibleError(f"asked for {name}", "")
 
     said = {"uname": "aarch64", "grep": "MemTotal:         931500 kB"}
@@ -365,9 +309,8 @@ def test_the_kit_is_that_of_the_memory_which_the_board_reports(
         for stub in stubs:
             stub.write_text(f"#!/bin/sh\necho '{said[stub.name]}'\n")
             stub.chmod(0o755)
-        kits = Kits(bundle, None, make, board.work / "kits")
         with pytest.raises(IncompatibleError, match="asked for pi-4-1gb"):
-            deploy(board.target, board.where, kits, DeployOptions("pi-4"), Progress())
+            deploy(board.target, board.where, assemble, DeployOptions("pi-4"), Progress())
     finally:
         for stub in stubs:
             stub.unlink()
@@ -384,7 +327,7 @@ def test_a_prefix_that_cannot_be_written_to_is_named(board: Board, bundle: Path)
     (board.work / "file").touch()
     where = Where("home", str(board.work / "file"))
     with pytest.raises(UsageError, match=r"mkdir: .*; choose another --prefix"):
-        deploy(board.target, where, board.kits(bundle), DeployOptions("laptop"), Progress(quiet=True))
+        deploy(board.target, where, board.assemble(bundle), DeployOptions("laptop"), Progress(quiet=True))
 
 
 @pytest.fixture
@@ -424,22 +367,25 @@ def test_a_login_shell_may_print_something(board: Board, bundle: Path) -> None:
 def test_an_install_goes_on_when_the_connection_is_lost(
     board: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Connection.run
+    whole = Connection.converse
+    digests = {file.sha256 for file in board.assemble(bundle)("laptop", PYTHON).kit.version_files}
 
     def cut_when_installing() -> None:
-        while not _is_held(board.prefix / "lock"):
+        while not digests <= {path.name for path in (board.prefix / "files").iterdir()}:
             time.sleep(0.005)
         cut_ssh()
 
-    def run(self: Connection, command: Sequence[str], data: Iterable[bytes] = (), *, limit_s: float = SHORT_S) -> str:
-        if "install" in command:
+    def converse(self: Connection, command: Sequence[str], start: str, answer: Answer, *, limit_s: float) -> str:
+        def answer_and_cut(lacking: str) -> Iterator[bytes]:
+            yield from answer(lacking)
             threading.Thread(target=cut_when_installing).start()
-        return whole(self, command, data, limit_s=limit_s)
 
-    monkeypatch.setattr(Connection, "run", run)
+        return whole(self, command, start, answer_and_cut, limit_s=limit_s)
+
+    monkeypatch.setattr(Connection, "converse", converse)
     with pytest.raises(UnreachableError, match="connection was lost"):
         board.deploy(bundle)
-    monkeypatch.setattr(Connection, "run", whole)
+    monkeypatch.setattr(Connection, "converse", whole)
     wait_for((board.prefix / "current").exists)
     wait_for(lambda: not is_locked(board.prefix / "lock"))
     again = board.deploy(bundle)
@@ -449,7 +395,7 @@ def test_an_install_goes_on_when_the_connection_is_lost(
 
 def test_a_board_with_another_processor_is_refused_before_a_kit_is_made(board: Board, bundle: Path) -> None:
     with pytest.raises(IncompatibleError, match="the board is x86_64, and --board pi-4 is aarch64"):
-        deploy(board.target, board.where, board.kits(bundle), DeployOptions("pi-4"), Progress(quiet=True))
+        deploy(board.target, board.where, board.assemble(bundle), DeployOptions("pi-4"), Progress(quiet=True))
 
 
 def test_waiting_for_a_unit_needs_one(board: Board, bundle: Path) -> None:
@@ -461,10 +407,10 @@ def test_waiting_for_a_unit_needs_one(board: Board, bundle: Path) -> None:
 def run(board: Board, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """`run(*arguments)` of `edgetune deploy`: exit code, standard output, standard error."""
 
-    def make_kit(bundle: Path, _board: str, out: Path, **_options: object) -> None:
-        board.maker.write(contents(bundle), out)
+    def assemble(bundle: Path, _board: str, **_options: object) -> AssembledKit:
+        return board.maker.assembled(contents(bundle), with_fields())
 
-    monkeypatch.setattr("edgetune.delivery.kit.make.make_kit", make_kit)
+    monkeypatch.setattr("edgetune.delivery.kit.make.assemble", assemble)
     monkeypatch.setenv("XDG_CACHE_HOME", str(board.work / "cache"))
 
     def call(*arguments: object) -> tuple[int, str, str]:

@@ -38,10 +38,10 @@ from edgetune.delivery.board.kit import read_kit
 from edgetune.delivery.board.opening import Opening
 from edgetune.delivery.kit import output, rehearsal, sbom
 from edgetune.delivery.kit.make import make_kit
-from edgetune.delivery.kit.platforms import Platform, platform_of
 from edgetune.delivery.kit.runtime_wheel import runtime_wheel
 from edgetune.delivery.kit.sbom import license_of
-from edgetune.delivery.kit.wheels import Wheel, dependencies, read_wheel
+from edgetune.delivery.kit.target_python import TargetPython, target_python
+from edgetune.delivery.kit.wheels import Wheel, collect, dependencies, read_wheel
 from edgetune.progress import Progress
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
@@ -82,6 +82,7 @@ def _offline(wheelhouse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def set_offline(patch: pytest.MonkeyPatch, wheelhouse: Path) -> None:
+    patch.setenv("XDG_CACHE_HOME", str(wheelhouse / "cache"))
     patch.setenv("PIP_NO_INDEX", "1")
     patch.setenv("PIP_FIND_LINKS", str(wheelhouse))
 
@@ -289,7 +290,7 @@ def test_a_wheel_that_the_board_cannot_use_is_one_line(
 )
 def test_a_wheel_runs_on_its_machine_and_python(tag: str, runs: bool) -> None:
     (parsed,) = parse_tag(tag)
-    assert Platform("aarch64", "3.13").runs(parsed) == runs
+    assert TargetPython("aarch64", "3.13").runs(parsed) == runs
 
 
 def board_file(folder: Path, free_mb: float) -> Path:
@@ -307,7 +308,7 @@ def test_a_board_file_is_a_board_and_the_unit_gets_what_it_leaves(home: Path, wh
     path = board_file(tmp_path, found.kept_mb)
     free_mb = boards.read(path).free_mb
     assert found.kept_mb <= free_mb < found.needed_mb
-    assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path), "--no-bundle") == 0
+    assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path)) == 0
     kit = read_kit(tmp_path / "kit")
     assert (kit.board, kit.needs["ram_mb"]) == ("small", math.ceil(found.kept_mb))
     assert kit.service["memory_max_mb"] == int(free_mb)
@@ -402,27 +403,49 @@ def test_a_damaged_bundle_is_refused(home: Path, wheelhouse: Path, tmp_path: Pat
     assert make(copy, tmp_path / "kit", wheelhouse) == VerificationError.exit_code
 
 
+@pytest.mark.usefixtures("_offline")
+def test_downloaded_wheels_are_kept_and_damaged_ones_are_downloaded_again(
+    wheelhouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = repack("edgetune-runtime", tmp_path, "py3-none-any")
+
+    def collected(extra: str) -> dict[str, bytes]:
+        found = collect([extra], TargetPython(this_machine.machine(), PYTHON), [own], tmp_path / "cache", QUIET)
+        return {wheel.name: wheel.path.read_bytes() for wheel in found}
+
+    first = collected("onnx")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+    assert collected("onnx") == first
+    (numpy,) = (tmp_path / "cache").glob("numpy-*")
+    data = bytearray(numpy.read_bytes())
+    data[len(data) // 2] ^= 255
+    numpy.write_bytes(data)
+    with pytest.raises(IncompatibleError, match="there is no wheel of numpy"):
+        collected("onnx")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheelhouse))
+    assert collected("onnx") == first
+
+
 def test_markers_are_those_of_the_board_and_not_of_this_machine(tmp_path: Path) -> None:
     wheel = read_wheel(repack("starlette", tmp_path))
-    required = {python: names(wheel, Platform("aarch64", python)) for python in ("3.11", "3.13")}
+    required = {python: names(wheel, TargetPython("aarch64", python)) for python in ("3.11", "3.13")}
     assert required["3.11"] - required["3.13"] == {"typing-extensions"}
 
 
-def names(wheel: Wheel, platform: Platform) -> set[str]:
+def names(wheel: Wheel, platform: TargetPython) -> set[str]:
     found: list[Requirement] = list(dependencies(wheel, set(), platform))
     return {requirement.name for requirement in found}
 
 
 def test_pip_is_told_all_older_glibcs() -> None:
-    options = list(Platform("aarch64", "3.13").pip_options())
+    options = list(TargetPython("aarch64", "3.13").pip_options())
     assert {"manylinux_2_36_aarch64", "manylinux_2_31_aarch64", "manylinux2014_aarch64"} <= set(options)
     assert "manylinux_2_37_aarch64" not in options
 
 
-def test_boards_have_their_machine_and_the_python_of_their_system() -> None:
-    machines = {name: platform_of(boards.load(name), "system").machine for name in ("pi-4", "laptop")}
+def test_boards_have_their_machine() -> None:
+    machines = {name: target_python(boards.load(name), "3.13").machine for name in ("pi-4", "laptop")}
     assert machines == {"pi-4": "aarch64", "laptop": "x86_64"}
-    assert platform_of(boards.load("pi-4"), "system") == Platform("aarch64", "3.13", system_python=True)
 
 
 def test_the_runtime_wheel_is_that_of_the_imported_package(tmp_path: Path) -> None:

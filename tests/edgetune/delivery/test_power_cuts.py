@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ import pytest
 from kits import KitMaker
 
 from edgetune.delivery.board import main, transfer, versions
-from edgetune.delivery.board.kit import read_kit
+from edgetune.delivery.board.durable import LOCK_NAME
+from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, read_kit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
 _CHANGES = {
@@ -166,30 +168,32 @@ def test_an_uninstall_that_is_killed_at_any_write_can_be_run_again(installed: Pa
         # The last writes remove empty folders, after which nothing is installed.
         again = main.main(["uninstall", "--prefix", str(prefix)])
         assert again == 0 or not (prefix / versions.FOLDER).exists()
-        assert not any(path.is_file() for path in prefix.rglob("*") if path.name not in {"lock", transfer.LOCK_NAME})
+        assert not any(path.is_file() for path in prefix.rglob("*") if path.name != LOCK_NAME)
     assert kill_at > 20
     assert not prefix.exists()
 
 
 def test_a_transfer_that_is_killed_at_any_write_is_continued(installed: Path, make: KitMaker, tmp_path: Path) -> None:
-    kit, stream = make("two"), tmp_path / "stream"
+    kit, stream, incoming = make("two"), tmp_path / "stream", tmp_path / "incoming"
+    incoming.mkdir()
+    for name in (KIT_NAME, SUMS_NAME):
+        shutil.copy(kit / name, incoming)
     contents = {file.sha256: (kit / file.path).read_bytes() for file in read_kit(kit).version_files}
 
     def receive(prefix: Path, kill_at: int) -> int:
         """Send what the board lacks, as a deploy does."""
         lacking = transfer.missing(prefix, read_kit(kit))
         stream.write_bytes(b"".join(contents[digest][offset:] for digest, offset in lacking.items()))
-        words = [str(word) for digest, offset in lacking.items() for word in (digest, offset, len(contents[digest]))]
-        return run_until(("receive", *words), prefix, kill_at, stdin=stream)
+        words = ("install", str(incoming), "--receive", read_kit(kit).version)
+        return run_until(words, prefix, kill_at, within="/files/", stdin=stream)
 
     for kill_at in range(1, 100):
         prefix = copied(installed, tmp_path / "home")
         code = receive(prefix, kill_at)
-        assert ask(prefix) == "one"
         if code == 0:
             break
         assert code == KILLED
-        if transfer.missing(prefix, read_kit(kit)):
-            assert receive(prefix, 0) == 0
-        assert transfer.missing(prefix, read_kit(kit)) == {}
+        assert receive(prefix, 0) == 0
+        assert ask(prefix) == "two"
+    assert ask(prefix) == "two"
     assert kill_at > 5

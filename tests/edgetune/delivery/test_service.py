@@ -23,6 +23,7 @@ from kits import SYSTEMCTL, KitMaker, ask, with_fields
 
 from edgetune.delivery.board import check, golden, main, service, sockets, versions
 from edgetune.delivery.board.kit import Kit, read_kit
+from edgetune.delivery.board.store import Store
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
 
@@ -121,7 +122,7 @@ def kit_with_golden(make: KitMaker, answer: str) -> Path:
     adapter = {"name": "command", "method": "lora", "shapes": {}, "files": {}, "base_fingerprint": "ab"}
     base = {
         **{"name": "base", "fingerprint": "ab", "architecture": "llama", "quantization": None, "parameters": 1},
-        **{"trained_context_length": 1, "layers": 1, "kv_bytes_per_token": 1, "tokenizer_sha256": ""},
+        **{"trained_context_length": 1, "layers": 1, "kv_values_per_token": 1, "tokenizer_sha256": ""},
         **{"chat_template_sha256": "", "files": {}},
     }
     adapters = {"command": adapter | {"golden": {"gguf": golden}}}
@@ -259,8 +260,11 @@ def test_a_switch_that_was_cut_off_before_the_unit_ran_is_undone_too(
     prefix = tmp_path / "home"
     assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
     mute = make("mute")
-    assert run("install", mute, "--prefix", prefix, "--no-activate") == 0
-    versions.switch(prefix, read_kit(mute).version)
+    kit = read_kit(mute)
+    for file in kit.version_files:
+        Store(prefix).put(file, mute)
+    versions.place(prefix, kit)
+    versions.switch(prefix, kit.version)
     assert run("install", mute, "--prefix", prefix) == 4
     assert (served(port), ask(prefix)) == ("one", "one")
 
@@ -284,17 +288,19 @@ def test_an_answer_of_another_program_does_not_make_the_unit_healthy(
     make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     prefix = tmp_path / "home"
-    assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
-    assert run("healthy", "--prefix", prefix) == 0
+    kit = make("one")
+    assert run("install", kit, "--prefix", prefix, "--service", "--port", port) == 0
+    assert run("install", kit, "--prefix", prefix) == 0
     stopped = int((systemd / "process").read_text())
     os.kill(stopped, signal.SIGTERM)
     sockets.require_free("127.0.0.1", port)
+    (systemd / "process").unlink()
     with other_server(port):
-        assert run("healthy", "--prefix", prefix) == 4
+        assert run("install", kit, "--prefix", prefix) == 2
         # Active, but it is not the unit that listens.
         with subprocess.Popen(["sleep", "60"]) as sleeping:
             (systemd / "process").write_text(str(sleeping.pid))
-            assert run("healthy", "--prefix", prefix) == 4
+            assert run("install", kit, "--prefix", prefix) == 4
             sleeping.kill()
     assert "unit edgetune-home does not answer" in capfd.readouterr().err
 
@@ -360,7 +366,6 @@ def test_damaged_settings_of_the_unit_are_said_and_count_as_none(
     assert len(told) == 1 and f"{settings} is damaged" in told[0]
     assert (ask(prefix), served(port)) == ("two", "one")
     assert run("rollback", "--prefix", prefix) == 0
-    assert run("healthy", "--prefix", prefix) == 3
     assert run("install", make("two"), "--prefix", prefix, *unit) == 0
     assert served(port) == "two"
     settings.write_text(damage)
@@ -411,7 +416,7 @@ def test_systemd_accepts_the_unit(user: bool, make: KitMaker, tmp_path: Path) ->
     kit = make("one", change=with_fields(opening={"context_length": 512, "kv": "q8_0", "cache_mb": 16.0}))
     assert run("install", kit, "--prefix", prefix) == 0
     unit = tmp_path / "edgetune-home.service"
-    unit.write_text(service.Service("edgetune-home", 8080, user, host="::").unit(prefix, read_kit(kit)))
+    unit.write_text(service.Unit("edgetune-home", 8080, user, host="::").unit(prefix, read_kit(kit)))
     command = ["systemd-analyze", "verify", *(["--user"] if user else []), "--man=no", str(unit)]
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

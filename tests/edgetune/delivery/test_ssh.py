@@ -8,16 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.errors import (
-    BusyError,
-    EdgetuneError,
-    NotFoundError,
-    UnreachableError,
-    UsageError,
-    VerificationError,
-)
+from edgetune_runtime.errors import BusyError, EdgetuneError, NotFoundError, UsageError, VerificationError
 from sshd import Sshd, cut_ssh, free_port, needs_sshd, wait_for
 
+from edgetune.delivery.board.errors import UnreachableError
 from edgetune.delivery.deploy import replies
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target, read_inventory
@@ -160,8 +154,8 @@ def test_a_command_that_does_not_end_is_cut_off(sshd: Sshd) -> None:
             board.run(["sleep", "60"], limit_s=1)
         with pytest.raises(UnreachableError, match="did not end in 1 s"):
             board.run(["sleep", "60"], (b"x" * 10**6 for _ in range(100)), limit_s=1)
-        with pytest.raises(UnreachableError, match="did not end in 1 s"), board.holding(["cat"], "ready", limit_s=1):
-            pass
+        with pytest.raises(UnreachableError, match="did not end in 1 s"):
+            board.converse(["cat"], "ready", lambda _: (), limit_s=1)
     assert time.monotonic() < begin + 30
 
 
@@ -209,9 +203,9 @@ def test_a_board_gets_no_use_of_the_users_keys(sshd: Sshd, monkeypatch: pytest.M
         (replies.installed, {"version": "0" * 16, "changed": True, "warnings": [5]}),
         (replies.versions, {}),
         (replies.versions, [5]),
-        (replies.versions, [{"version": "0" * 16, "state": "\x1b", "bundle": None, "engines": []}]),
+        (replies.versions, [{"version": "0" * 16, "state": "\x1b", "bundle": "0" * 64, "engines": []}]),
         (replies.versions, [{"version": "0" * 16, "state": "", "bundle": "x", "engines": []}]),
-        (replies.versions, [{"version": "0" * 16, "state": "", "bundle": None, "engines": ["\x07"]}]),
+        (replies.versions, [{"version": "0" * 16, "state": "", "bundle": "0" * 64, "engines": ["\x07"]}]),
         (partial(replies.missing, sizes={"0" * 64: 3}), {"0" * 64: 4}),
         (partial(replies.missing, sizes={"0" * 64: 3}), {"0" * 64: True}),
         (partial(replies.missing, sizes={"0" * 64: 3}), {"1" * 64: 0}),

@@ -107,7 +107,7 @@ def perplexity(bundle: Path, folder: Path, engine: str = "gguf") -> float:
     """Of the validation text, through the runtime, on the plain base."""
     rows = (folder / "more.jsonl").read_text(encoding="utf-8").splitlines()
     with Runtime.open(bundle, engine=engine) as runtime:
-        losses = [runtime.perplexity(json.loads(row)["text"]) for row in rows]
+        losses = [runtime.negative_log_likelihood(json.loads(row)["text"]) for row in rows]
     return math.exp(sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses))
 
 

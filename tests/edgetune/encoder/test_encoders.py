@@ -32,7 +32,7 @@ from edgetune.cli.validate import check
 from edgetune.encoder import base as encoder_base
 from edgetune.encoder import verify as encoder_verify
 from edgetune.encoder.objective import load_head, logits_of
-from edgetune.evaluate import evaluate
+from edgetune.evaluation import evaluate
 from edgetune.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import load_recipe
@@ -129,7 +129,7 @@ def test_the_manifest_tells_what_is_in_the_bundle(built: Built) -> None:
     manifest = built.manifest
     assert manifest.task == "text-classification"
     assert manifest.base.fingerprint == sha256_of(built.base / "model.safetensors")
-    assert (manifest.base.architecture, manifest.base.layers, manifest.base.kv_bytes_per_token) == ("bert", 2, 0)
+    assert (manifest.base.architecture, manifest.base.layers, manifest.base.kv_values_per_token) == ("bert", 2, 0)
     assert (manifest.base.quantization, manifest.base.trained_context_length, manifest.context_length) == (
         "f32",
         64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from edgetune_export.adapters.shapes import LowRank, Merged
 from edgetune_export.architectures import known
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf import backend as gguf
 from edgetune_export.backends.onnx import backend as onnx
@@ -20,10 +22,11 @@ from edgetune_export.parity import compare
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from tiny import ARCHITECTURES
+from tiny import ARCHITECTURES, make_model
 
 from edgetune import bases, methods
 from edgetune.bases import Base
+from edgetune.methods.common.base import trainable
 from edgetune.objectives.example import Example
 from edgetune.progress import Progress
 from edgetune.recipe.parts import TrainingSpec
@@ -45,7 +48,6 @@ PREFIX = {"gguf": "prefix", "onnx": "prefix"}
 TABLE: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "adalora": (LOW_RANK, {"target_r": 2, "init_r": 4}),
     "alora": (LOW_RANK, {"r": 4, "invocation_tokens": HEADER}),
-    "boft": (MERGED, {"boft_block_size": 4}),
     "bottleneck": ({"onnx": "tensors"}, {"bottleneck_size": 4}),
     "cartridge": (PREFIX, {"num_virtual_tokens": 4}),
     "dora": (MERGED, {"r": 4}),
@@ -65,6 +67,19 @@ TABLE: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "rslora": (LOW_RANK, {"r": 4}),
     "vera": (LOW_RANK, {"r": 8}),
 }
+# Options that change how many parameters are trained.
+COUNTED: list[tuple[str, dict[str, Any]]] = [
+    *((name, options) for name, (_, options) in TABLE.items()),
+    ("bottleneck", {"kind": "houlsby", "reduction_factor": 8}),
+    ("ia3", {"target_modules": "all-linear"}),
+    ("lokr", {"r": 40, "decompose_factor": 3}),
+    ("lora", {"rank_pattern": {"down_proj": 2, "layers.1.+o_proj": 3, ".*o_proj": 5}}),
+    ("lora", {"target_modules": ("down_proj", "layers.0.self_attn.o_proj", "lm_head")}),
+    ("oft", {"oft_block_size": 7}),
+    ("p_tuning", {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 3}),
+    ("prefix", {"prefix_projection": True}),
+    ("prefix", {"prefix_projection": True, "encoder_hidden_size": 16}),
+]
 # A method of each shape, the least that an architecture needs: low rank, scalings, networks, prefix, merged model.
 OF_EACH_SHAPE = ("bottleneck", "full", "ia3", "lora", "prefix")
 # Where q, k and v are one module.
@@ -177,6 +192,31 @@ def engine_of(tuned: Tuned, shape: str, backend: str, source: Source, folder: Pa
 
 def test_the_table_names_every_method() -> None:
     assert sorted(TABLE) == methods.names()
+
+
+def check_count(name: str, options: dict[str, Any], arch: str, base: Base) -> None:
+    method, shape = methods.load(name), BaseShape.of_header(base.header)
+    chosen = method.options.model_validate(options)
+    with warnings.catch_warnings():
+        # PEFT warns of a block size that it changes, and of adapters on a tied output layer.
+        warnings.simplefilter("ignore")
+        tuned = method.attach(make_model(arch, shape.vocabulary), chosen, 10)
+    assert method.trained_parameters(shape, chosen) == sum(p.numel() for _, p in trainable(tuned))
+
+
+@pytest.mark.parametrize(("name", "options"), COUNTED)
+def test_a_method_knows_how_many_parameters_it_trains(name: str, options: dict[str, Any], base: Base) -> None:
+    check_count(name, options, "llama", base)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_methods_know_how_many_parameters_they_train_on_every_architecture(
+    arch: str, tiny_base: Callable[[str], Base]
+) -> None:
+    fused = known()[arch].fuses_projections
+    for name in (*OF_EACH_SHAPE, "last_layers"):
+        options = {**TABLE[name][1], **(FUSED_MODULES.get(name, {}) if fused else {})}
+        check_count(name, options, arch, tiny_base(arch))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

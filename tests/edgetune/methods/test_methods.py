@@ -34,11 +34,23 @@ def refused(**options: object) -> str:
     return message
 
 
+VARIANTS = {"loraplus": "lora", "olora": "pissa", "rslora": "lora"}
+
+
 def test_methods_are_found_by_their_files_names() -> None:
     files = Path(methods.__file__).parent.glob("[!_]*.py")
-    assert methods.names() == sorted(file.stem for file in files)
+    assert methods.names() == sorted([*(file.stem for file in files), *VARIANTS])
     assert all(methods.load(name).name == name for name in methods.names())
     assert LORA.shapes(LORA.options())[0] == "low_rank"
+
+
+@pytest.mark.parametrize(("name", "of"), VARIANTS.items())
+def test_a_variant_is_its_method_with_other_defaults(name: str, of: str) -> None:
+    variant, method = methods.load(name), methods.load(of)
+    assert isinstance(variant, type(method)) and issubclass(variant.options, method.options)
+    options = variant.options.model_validate({"rank": 4, "alpha": 3, "learning_rate_factor": 1})
+    assert (options.r, options.lora_alpha, options.learning_rate_factor) == (4, 3, 1)
+    assert not variant.wrote({"peft_type": "LORA"})
 
 
 @pytest.mark.parametrize(("name", "hint"), [("lorra", "did you mean 'lora'?"), ("zzz", "choose one of: adalora, ")])

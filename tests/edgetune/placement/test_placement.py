@@ -17,7 +17,7 @@ from trainings import Listening
 from edgetune import methods
 from edgetune.bases import Base
 from edgetune.pipeline import build
-from edgetune.placement.cost import costs, placements
+from edgetune.placement.cost import ATTENTION, MLP, costs, placements
 from edgetune.plan import needs_of_recipe
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe, load_recipe
@@ -77,7 +77,7 @@ def test_the_placement_with_the_least_trial_loss_is_chosen(built: Built) -> None
 
 def test_what_was_chosen_is_trained_and_runs(built: Built) -> None:
     chosen, entry = built.figures["placement"], read_manifest(built.bundle).adapters["command"]
-    names = placements(2)[-1].names if chosen["target_modules"] == "all-linear" else chosen["target_modules"]
+    names = (*ATTENTION, *MLP) if chosen["target_modules"] == "all-linear" else chosen["target_modules"]
     assert {module.rpartition(".")[2] for module in entry.ranks} == set(names)
     assert set(entry.ranks.values()) == {chosen["r"]}
     assert entry.training["placement"] == chosen
@@ -156,7 +156,8 @@ def test_a_boards_model_tells_the_costs_without_an_engine(tiny_base: Callable[[s
     cost = {placement.key: share for placement, share in found.items()}
     assert cost["o_proj-r4"] < cost["o_proj-r8"] < cost["o_proj-r16"] < cost["attention-r4"] < cost["all-linear-r4"] < 1
     board, needs = boards.load("pi-5"), needs_of_recipe(recipe, base.header, None)
-    size = fit.lora_size(base.header, 8, ["v_proj"])
+    rank_8 = 8 * (64 + 32)
+    size = fit.AdapterSize(2 * 2 * rank_8, 2)
     predicted = fit.fit(replace(needs, adapters={"command": size}), board)
     assert cost["v_proj-r8"] == 1 - predicted.adapter_tokens_per_s / predicted.decode_tokens_per_s
     assert progress.lines == []

@@ -23,7 +23,6 @@ SYSTEM = range(10, 22)
 OPTIONS: dict[str, dict[str, Any]] = {
     "adalora": {"target_r": 2, "init_r": 4},
     "alora": {"r": 4, "invocation_tokens": tuple(SYSTEM)},
-    "boft": {"boft_block_size": 4},
     "last_layers": {"layers": 1},
     "oft": {"oft_block_size": 8},
     "p_tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},

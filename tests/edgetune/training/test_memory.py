@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from edgetune_runtime.errors import UsageError
+from edgetune_export.architectures.shape import BaseShape, SizedModule
+from edgetune_runtime.errors import CancelledError, UsageError
 from tiny import ARCHITECTURES, make_model
-from trainings import Listening, job
+from trainings import Listening, Stopping, job
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgetune import methods
@@ -17,12 +18,35 @@ from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.training.checkpointing import LayerCost, layer_cost, layers_of
 from edgetune.training.loop import train
-from edgetune.training.memory import MOST_TOKENS, BaseShape, PassCost, measured, plan_passes, predicted, training_need
+from edgetune.training.memory import (
+    MOST_TOKENS,
+    PassCost,
+    measured,
+    plan_passes,
+    predicted,
+    saved_states_mb,
+    training_need,
+)
 
 # 10 layers that keep 0.1 MB per token together, of which their inputs are 0.01 MB; the loss takes 50 MB.
 COST = PassCost(10, 1e5, 1e3, 0.0, 5e7)
+WIDTHS = {"q": (192, 192), "k": (192, 64), "v": (192, 64), "o": (192, 192)}
+WIDTHS |= {"gate": (192, 512), "up": (192, 512), "down": (512, 192)}
+PRODUCTS = {**dict.fromkeys("qkv", "qkv"), "gate": "gate_up", "up": "gate_up"}
 SHAPE = BaseShape(
-    layers=2, hidden=192, intermediate=512, queries=192, keys=64, vocabulary=384, norms=384, parameters=1_000_000
+    modules=tuple(
+        SizedModule(f"model.layers.{layer}.{name}_proj", f"{layer}.{PRODUCTS.get(name, name)}", *widths)
+        for layer in range(2)
+        for name, widths in WIDTHS.items()
+    ),
+    output_layer=SizedModule("lm_head", "lm_head", 192, 384),
+    intermediate=512,
+    queries=192,
+    keys=64,
+    norms=384,
+    kv_values_per_token=2 * 2 * 64,
+    parameters_by_layer=(450_000, 450_000),
+    parameters=1_000_000,
 )
 
 
@@ -119,13 +143,13 @@ def test_the_shape_of_a_base_is_read_from_its_header(tiny_base: Callable[[str], 
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_modules_of_a_layer_are_those_of_the_model(arch: str, tiny_base: Callable[[str], Base]) -> None:
+def test_the_linear_modules_are_those_of_the_model(arch: str, tiny_base: Callable[[str], Base]) -> None:
     shape = BaseShape.of_header(tiny_base(arch).header)
-    layer = layers_of(make_model(arch, 384))[0]
+    named = make_model(arch, shape.vocabulary).named_modules()
     linear = {
-        name.rpartition(".")[2]: module for name, module in layer.named_modules() if hasattr(module, "in_features")
+        name: (module.in_features, module.out_features) for name, module in named if hasattr(module, "in_features")
     }
-    assert shape.modules == {name: (module.in_features, module.out_features) for name, module in linear.items()}
+    assert {m.name: (m.columns, m.rows) for m in (*shape.modules, shape.output_layer)} == linear
 
 
 def test_a_need_grows_with_rows_and_with_what_is_trained() -> None:
@@ -147,6 +171,15 @@ def test_int8_takes_two_bytes_more_for_each_weight_of_the_layers() -> None:
     weights = 2 * (2 * 192 * 192 + 2 * 192 * 64 + 3 * 192 * 512)
     assert int8.least_mb - fp32.least_mb == pytest.approx(2 * weights / 1e6)
     assert int8.planned_mb - fp32.planned_mb == pytest.approx(2 * weights / 1e6)
+
+
+def test_a_saved_state_has_the_size_that_is_predicted(tmp_path: Path) -> None:
+    with pytest.raises(CancelledError):
+        train(make_model("llama", 384), job("lora", {"r": 64}), tmp_path, Stopping(5))
+    (file,) = tmp_path.glob("state.pt")
+    trained = sum(values.numel() for values in torch.load(file, weights_only=True)["weights"].values())
+    # Beside it the next one is written.
+    assert 2 * file.stat().st_size == pytest.approx(saved_states_mb(trained) * 1e6, rel=0.05)
 
 
 def test_a_training_keeps_to_its_limit_and_says_so(tmp_path: Path) -> None:

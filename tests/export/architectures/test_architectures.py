@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from edgetune_export import architectures
+from edgetune_export.architectures.layout import name_map
+from edgetune_export.architectures.shape import linear_modules
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from tiny import ARCHITECTURES
 
 
@@ -51,3 +57,21 @@ def test_gemma3_attends_to_windows_in_torch_where_the_runtime_says_so() -> None:
     assert whole_layers(sliding_window=16) == [5]
     assert whole_layers(sliding_window=16, sliding_window_pattern=3) == [2, 5]
     assert whole_layers() == list(range(7))
+
+
+@pytest.mark.parametrize("name", architectures.names())
+def test_linear_modules_have_the_tensors_that_llama_cpps_converter_gives_them(name: str) -> None:
+    known = architectures.known()[name]
+    names = name_map(GgufHeader({"general.architecture": known.gguf, f"{known.gguf}.block_count": 1}, {}))
+    for module in known.linear_modules:
+        assert names.get_name(f"model.layers.0.{module.name}") == f"blk.0.{module.tensor}"
+
+
+@pytest.mark.parametrize("tensor", ["blk.0.ffn_up.weight", "token_embd.weight"])
+def test_a_base_without_a_matrix_of_its_architecture_is_refused(tensor: str, tiny_gguf: Callable[[str], Path]) -> None:
+    header = read_header(tiny_gguf("llama"))
+    left = {name: info for name, info in header.tensors.items() if name != tensor}
+    flat = {**header.tensors, tensor: replace(header.tensors[tensor], shape=(64,))}
+    for tensors in (left, flat):
+        with pytest.raises(IncompatibleError, match=f"the base has no matrix {tensor}; use a base that"):
+            linear_modules(replace(header, tensors=tensors))

@@ -16,7 +16,7 @@ from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.server.binding import bind, url_of
 from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.serve import Serving, serve
-from edgetune_runtime.server.settings import Access, Limits
+from edgetune_runtime.server.settings import Access, ServerLimits
 
 
 @dataclass
@@ -49,7 +49,7 @@ Start = Callable[..., Running]
 def started(
     bundle: Path,
     access: Access,
-    limits: Limits,
+    limits: ServerLimits,
     *,
     warms: bool = False,
     rewriters: Sequence[Rewriter] = (),
@@ -90,7 +90,7 @@ def start(bundle: Path) -> Iterator[Start]:
         def call(
             folder: Path = bundle,
             access: Access = Access(),  # noqa: B008 - it is frozen
-            limits: Limits = Limits(grace_s=5),  # noqa: B008 - as above
+            limits: ServerLimits = ServerLimits(grace_s=5),  # noqa: B008 - as above
             warms: bool = False,
             **opening: object,
         ) -> Running:

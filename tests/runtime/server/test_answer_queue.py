@@ -69,3 +69,45 @@ def test_a_queue_that_stops_refuses_those_that_wait_and_all_others() -> None:
         assert (queue.running, queue.waiting) == (0, 0)
 
     asyncio.run(main())
+
+
+def test_a_full_queue_makes_room_from_the_client_with_most_waiting() -> None:
+    async def main() -> list[int]:
+        queue, order = AnswerQueue(1, 3), []
+
+        async def ask(number: int, client: str) -> None:
+            async with queue.place(10, client):
+                order.append(number)
+
+        async with queue.place(1, "crowd"):
+            tasks = [asyncio.create_task(ask(number, "crowd")) for number in range(3)]
+            await asyncio.sleep(0)
+            tasks.append(asyncio.create_task(ask(3, "other")))
+            await asyncio.sleep(0)
+            with pytest.raises(BusyError, match="3 requests are already waiting"):
+                await tasks[2]
+            # The crowd has 2 of 3: one more of the other client would not make it fairer.
+            with pytest.raises(BusyError, match="3 requests are already waiting"):
+                await ask(4, "other")
+            with pytest.raises(BusyError, match="3 requests are already waiting"):
+                await ask(5, "crowd")
+        await asyncio.gather(*tasks[:2], tasks[3])
+        return order
+
+    assert asyncio.run(main()) == [0, 1, 3]
+
+
+def test_a_client_with_fewer_running_answers_is_next() -> None:
+    async def main() -> list[str]:
+        queue, order = AnswerQueue(2, 9), []
+
+        async def ask(client: str) -> None:
+            async with queue.place(10, client):
+                order.append(client)
+                await asyncio.sleep(0.01)
+
+        clients = ["crowd", "crowd", "crowd", "crowd", "other", "other"]
+        await asyncio.gather(*map(ask, clients))
+        return order
+
+    assert asyncio.run(main()) == ["crowd", "crowd", "other", "crowd", "other", "crowd"]

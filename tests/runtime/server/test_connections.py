@@ -17,8 +17,8 @@ import httpx
 import pytest
 from edgetune_runtime.server.accepting import connections_within_files
 from edgetune_runtime.server.binding import bind
-from edgetune_runtime.server.connections import Connection, Connections
-from edgetune_runtime.server.settings import Access, Limits
+from edgetune_runtime.server.connections import ClientConnection, Connections
+from edgetune_runtime.server.settings import Access, ServerLimits
 from runtime.server.conftest import Running, Start
 from runtime.server.test_limits import LONG, body, post, streaming
 
@@ -33,7 +33,7 @@ class Opened:
         self.closed: list[int] = []
         self._count = 0
 
-    def open(self, address: str) -> Connection | None:
+    def open(self, address: str) -> ClientConnection | None:
         number = self._count
         self._count += 1
         return self.connections.admit(address, lambda: self.closed.append(number))
@@ -130,7 +130,7 @@ PAGES = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 400
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/comp", PAGES], ids=["nothing", "half a head", "pipelined"])
 def test_clients_that_keep_the_server_waiting_keep_nobody_out(sent: bytes, start: Start) -> None:
-    server = start(limits=Limits(connections=12), access=Access(keys=("k" * 20,)))
+    server = start(limits=ServerLimits(connections=12), access=Access(keys=("k" * 20,)))
     with idle(server, 40, sent) as clients:
         begin = time.monotonic()
         response = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {'k' * 20}"}, timeout=5)
@@ -150,7 +150,7 @@ def test_many_at_once_are_accepted_before_they_try_again(start: Start) -> None:
 
 
 def test_a_client_that_stops_reading_makes_room(start: Start) -> None:
-    server = start(**LONG, limits=Limits(connections=1), send_buffer=8192)
+    server = start(**LONG, limits=ServerLimits(connections=1), send_buffer=8192)
     data = json.dumps(body(stream=True, max_tokens=490, n=8)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
     with socket.socket() as client:
@@ -163,14 +163,14 @@ def test_a_client_that_stops_reading_makes_room(start: Start) -> None:
 
 
 def test_a_body_that_arrives_slowly_makes_room(start: Start) -> None:
-    server = start(limits=Limits(connections=4))
+    server = start(limits=ServerLimits(connections=4))
     head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
     with idle(server, 8, head):
         assert post(server).status_code == 200
 
 
 def test_connections_that_are_answered_are_kept_and_health_is_still_told(start: Start) -> None:
-    server = start(**LONG, limits=Limits(connections=1))
+    server = start(**LONG, limits=ServerLimits(connections=1))
     with streaming(server) as lines, idle(server, 30):
         assert httpx.get(f"{server.url}/healthz", timeout=5).json() == {"status": "ok"}
         refused = httpx.get(f"{server.url}/v1/models", timeout=5)

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from edgetune_runtime.server.settings import Limits
+from edgetune_runtime.server.settings import ServerLimits
 from runtime.server.conftest import Running, Start
 
 MOST = 2048
@@ -35,7 +35,7 @@ def test_more_texts_than_openai_allows_are_refused(path: str, encoder_bundle: Pa
 
 
 def test_texts_that_take_longer_than_a_request_may_are_refused(encoder_bundle: Path, start: Start) -> None:
-    server = start(encoder_bundle, limits=Limits(request_s=0.05))
+    server = start(encoder_bundle, limits=ServerLimits(request_s=0.05))
     refused = post(server, "/v1/embeddings", [LONG] * MOST)
     assert refused.status_code == 413
     assert "of 2048 texts were embedded within 0.05 s; send fewer texts per request" in message(refused)
@@ -45,7 +45,7 @@ def test_texts_that_take_longer_than_a_request_may_are_refused(encoder_bundle: P
 
 
 def test_texts_that_are_not_embedded_when_the_server_ends_get_an_error(encoder_bundle: Path, start: Start) -> None:
-    server = start(encoder_bundle, limits=Limits(grace_s=60))
+    server = start(encoder_bundle, limits=ServerLimits(grace_s=60))
     with ThreadPoolExecutor(1) as other:
         waits = other.submit(post, server, "/v1/embeddings", [LONG] * MOST)
         while "edgetune_requests_running 1.0" not in server.client.get("/metrics").text:

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from edgetune_runtime.server.settings import Access, Limits
+from edgetune_runtime.server.settings import Access, ServerLimits
 from runtime.server.conftest import Running, Start
 
 DIGITS = "1" * 400
@@ -186,7 +186,7 @@ def test_a_body_of_tiny_chunks_is_refused_with_and_without_a_key(start: Start) -
 
 
 def test_a_body_that_never_ends_after_an_answer_is_cut_off(start: Start) -> None:
-    server = start(access=Access(keys=("k" * 20,)), limits=Limits(client_s=0.5))
+    server = start(access=Access(keys=("k" * 20,)), limits=ServerLimits(client_s=0.5))
     head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as client:
         client.sendall(head)

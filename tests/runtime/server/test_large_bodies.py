@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from edgetune_runtime.server.settings import Limits
+from edgetune_runtime.server.settings import ServerLimits
 from runtime.server.conftest import Running, Start
 
 DEAR = {"type": "integer", "multipleOf": 999953}
@@ -57,7 +57,7 @@ def other_waits_s(server: Running, **more: object) -> tuple[httpx.Response, floa
 def test_what_is_too_dear_is_refused_and_nobody_else_waits(
     start: Start, tools_bundle: Path, more: dict[str, Any], told: str
 ) -> None:
-    server = start(tools_bundle, limits=Limits(request_s=10), contexts=2)
+    server = start(tools_bundle, limits=ServerLimits(request_s=10), contexts=2)
     response, waited_s = other_waits_s(server, **more)
     assert response.status_code == 400
     assert told in response.json()["error"]["message"]
@@ -65,7 +65,7 @@ def test_what_is_too_dear_is_refused_and_nobody_else_waits(
 
 
 def test_the_time_of_a_request_begins_with_its_first_byte(start: Start) -> None:
-    server = start(limits=Limits(request_s=1), contexts=1)
+    server = start(limits=ServerLimits(request_s=1), contexts=1)
     data = json.dumps(body(max_tokens=200)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", server.port)) as client:
@@ -84,7 +84,7 @@ def test_a_compressed_body_is_refused(start: Start) -> None:
 
 
 def test_few_large_bodies_are_there_at_once(start: Start) -> None:
-    server = start(limits=Limits(), contexts=1)
+    server = start(limits=ServerLimits(), contexts=1)
     large = b"x" * 100_000
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 200000\r\n\r\n"
     held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]

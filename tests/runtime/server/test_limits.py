@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from edgetune_runtime.server.settings import Limits
+from edgetune_runtime.server.settings import ServerLimits
 from runtime.server.conftest import Running, Start
 
 PROMPT = "turn on the light"
@@ -74,7 +74,7 @@ def test_half_a_surrogate_pair_does_no_harm(server: Running) -> None:
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_a_huge_body_is_refused(is_chunked: bool, start: Start) -> None:
-    server = start(limits=Limits(body_bytes=1000))
+    server = start(limits=ServerLimits(body_bytes=1000))
     data = json.dumps(body(user="x" * 2000)).encode()
     response = server.client.post("/v1/chat/completions", content=iter([data]) if is_chunked else data)
     assert response.status_code == 413
@@ -96,14 +96,14 @@ def test_unknown_paths_and_methods_are_refused_in_the_shape_of_the_api(server: R
 
 
 def test_an_answer_has_no_more_tokens_than_the_server_allows(start: Start) -> None:
-    server = start(limits=Limits(answer_tokens=5))
+    server = start(limits=ServerLimits(answer_tokens=5))
     for most in (None, 200, 3):
         usage = post(server, max_tokens=most).json()["usage"]
         assert usage["completion_tokens"] == min(most or 5, 5)
 
 
 def test_one_more_than_may_wait_is_told_to_come_back(start: Start) -> None:
-    server = start(**LONG, limits=Limits(waiting=1))
+    server = start(**LONG, limits=ServerLimits(waiting=1))
     with streaming(server), ThreadPoolExecutor(1) as other:
         waits = other.submit(post, server)
         while "edgetune_requests_waiting 1.0" not in server.client.get("/metrics").text:
@@ -117,7 +117,7 @@ def test_one_more_than_may_wait_is_told_to_come_back(start: Start) -> None:
 
 
 def test_an_answer_that_takes_too_long_ends_with_what_there_is(start: Start) -> None:
-    server = start(**LONG, limits=Limits(request_s=0.3))
+    server = start(**LONG, limits=ServerLimits(request_s=0.3))
     with streaming(server) as lines:
         text = "".join(lines)
     assert '"finish_reason":"length"' in text
@@ -126,7 +126,7 @@ def test_an_answer_that_takes_too_long_ends_with_what_there_is(start: Start) -> 
 
 
 def test_stopping_lets_running_answers_finish_and_refuses_those_that_wait_or_arrive(start: Start) -> None:
-    server = start(**LONG, limits=Limits(grace_s=30))
+    server = start(**LONG, limits=ServerLimits(grace_s=30))
     expected = server.runtime.generate(PROMPT, adapter="command", max_tokens=490).text
     with streaming(server, n=2) as lines, ThreadPoolExecutor(1) as other:
         waits = other.submit(post, server)
@@ -150,7 +150,7 @@ def test_stopping_lets_running_answers_finish_and_refuses_those_that_wait_or_arr
 
 @pytest.mark.parametrize("stops", [1, 2])
 def test_answers_that_are_not_finished_within_the_grace_time_end_with_an_error(stops: int, start: Start) -> None:
-    server = start(**LONG, limits=Limits(grace_s=0.2 if stops == 1 else 60))
+    server = start(**LONG, limits=ServerLimits(grace_s=0.2 if stops == 1 else 60))
     with streaming(server) as lines:
         for _ in range(stops):
             server.stop()
@@ -162,7 +162,7 @@ def test_answers_that_are_not_finished_within_the_grace_time_end_with_an_error(s
 
 
 def test_a_client_that_stops_reading_is_dropped_and_its_context_is_freed(start: Start) -> None:
-    server = start(**LONG, limits=Limits(client_s=0.3), send_buffer=8192)
+    server = start(**LONG, limits=ServerLimits(client_s=0.3), send_buffer=8192)
     data = json.dumps(body(stream=True, max_tokens=490, n=8)).encode()
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -179,7 +179,7 @@ def test_a_client_that_stops_reading_is_dropped_and_its_context_is_freed(start: 
 
 
 def test_a_client_that_does_not_send_its_request_is_dropped(start: Start) -> None:
-    server = start(limits=Limits(client_s=0.3))
+    server = start(limits=ServerLimits(client_s=0.3))
     for part in (b"", b"POST /v1/chat/comple", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /h"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
             client.sendall(part)
@@ -194,7 +194,7 @@ def test_a_client_that_does_not_send_its_request_is_dropped(start: Start) -> Non
 
 
 def test_a_body_that_does_not_arrive_is_given_up(start: Start) -> None:
-    server = start(limits=Limits(client_s=0.3))
+    server = start(limits=ServerLimits(client_s=0.3))
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
         client.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert client.recv(65536).startswith(b"HTTP/1.1 408")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime.server.rewriting import Rewriter
-from edgetune_runtime.server.settings import Access, Limits
+from edgetune_runtime.server.settings import Access, ServerLimits
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from runtime.bundles import change_manifest
 from runtime.server.conftest import Running, Start, started
@@ -141,7 +141,7 @@ def test_models_are_labelled_by_what_they_answer_with(bundle: Path, tmp_path: Pa
     change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(method=""))
     # Its chats are not asked for.
     rewriters = [Rewriter("short", lambda messages, tools: pytest.fail("a chat was rewritten"))]
-    with started(copy, Access(), Limits(grace_s=5), rewriters=rewriters, contexts=1, disk_mb=0) as server:
+    with started(copy, Access(), ServerLimits(grace_s=5), rewriters=rewriters, contexts=1, disk_mb=0) as server:
         page = visit(server)
         select = page.get_by_label("Adapter", exact=True).first
         names = ["home (base)", "command", "tone", "whole", "short (rewrites chats)"]

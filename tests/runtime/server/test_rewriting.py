@@ -12,7 +12,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.server.models import Models
 from edgetune_runtime.server.rewriting import Rewriter
-from edgetune_runtime.server.settings import Access, Limits
+from edgetune_runtime.server.settings import Access, ServerLimits
 from openai import OpenAI
 from runtime.server.conftest import Running, started
 from runtime.server.test_serve_command import serving
@@ -65,7 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def server(bundle: Path, folder: Path) -> Iterator[Running]:
     rewriters = [Rewriter.load("short=shortened:rewrite", folder)]
-    with started(bundle, Access(), Limits(grace_s=5), rewriters=rewriters, contexts=1, disk_mb=0) as running:
+    with started(bundle, Access(), ServerLimits(grace_s=5), rewriters=rewriters, contexts=1, disk_mb=0) as running:
         yield running
 
 

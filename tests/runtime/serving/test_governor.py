@@ -14,11 +14,11 @@ from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.base import Engine, Logits, StepStopped
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-from edgetune_runtime.limits import Limits, Stopped
+from edgetune_runtime.limits import CallLimits, Stopped
 from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.governor import AnswerUsage, Governor
 from edgetune_runtime.serving.turns import Turn
-from edgetune_runtime.threads.count import EVEN, UNEVEN
+from edgetune_runtime.threads.count import DECODE, PREFILL
 
 TRIES = 2000
 TOKENS = [5, 9, 4, 3] * 20
@@ -84,7 +84,7 @@ def test_scoring_that_was_stopped_can_be_done_again(engine: Engine) -> None:
 @pytest.mark.parametrize("reason", ["deadline", "cancelled"])
 def test_a_step_ends_when_its_call_is_to_stop(engine: Engine, reason: str) -> None:
     cancel = threading.Event()
-    limits = Limits(0.05 if reason == "deadline" else None, cancel)
+    limits = CallLimits(0.05 if reason == "deadline" else None, cancel)
     engine.decode(TOKENS[:5])
     governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
     threading.Timer(0.05, cancel.set).start() if reason == "cancelled" else None
@@ -138,7 +138,7 @@ def _steps(governor: Governor, token_s: float, share: float) -> AnswerUsage:
     """An answer of single tokens that took so long each and had that share of two cores."""
     usage = AnswerUsage()
     for _ in range(8):
-        governor._record(Turn(2, is_shared=False), 1, (token_s, token_s * share * 2), usage, EVEN)
+        governor._record(Turn(2, is_shared=False), 1, (token_s, token_s * share * 2), usage, DECODE)
     return usage
 
 
@@ -152,10 +152,10 @@ def test_an_answer_is_not_slow_because_others_share_the_cores() -> None:
     governor, usage = Governor(2, adjusts=False), AnswerUsage()
     _steps(governor, 0.02, share=1.0)
     for _ in range(8):
-        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.05), usage, EVEN)
+        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.05), usage, DECODE)
     assert not governor.is_slow(usage)
     for _ in range(8):
-        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.02), usage, EVEN)
+        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.02), usage, DECODE)
     assert governor.is_slow(usage), "another process had the core"
 
 
@@ -164,6 +164,6 @@ def test_a_chunk_of_a_prompt_shrinks_where_steps_are_slow() -> None:
     found = [governor.chunk(128)]
     for token_s in (0.001, 0.003, 0.1):
         took = 128 * token_s, 2 * 128 * token_s
-        governor._record(Turn(2, is_shared=False), 128, took, AnswerUsage(), UNEVEN)
+        governor._record(Turn(2, is_shared=False), 128, took, AnswerUsage(), PREFILL)
         found.append(governor.chunk(128))
     assert found == [128, 128, 64, 16]

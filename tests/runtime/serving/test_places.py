@@ -137,7 +137,7 @@ def test_memory_for_contexts_is_counted_for_the_type_of_keys_and_values(
     with Runtime.open(bundle, disk_mb=0) as runtime:
         assert runtime.contexts == 4
     # In f16 a context would take 1.4 times what is free, in q8_0 three quarters of it.
-    change_manifest(bundle, lambda raw: raw["base"].update(kv_bytes_per_token=int(1.4 * free * 1e6 / 256)))
+    change_manifest(bundle, lambda raw: raw["base"].update(kv_values_per_token=int(1.4 * free * 1e6 / 256 / 2)))
     with pytest.raises(IncompatibleError, match="a context of 256 tokens takes"):
         Runtime.open(bundle, disk_mb=0)
     with Runtime.open(bundle, disk_mb=0, kv="q8_0") as runtime:

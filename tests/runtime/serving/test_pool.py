@@ -89,7 +89,7 @@ def test_calls_compute_at_the_same_time_where_threads_can_be_divided(
 
 
 def test_more_calls_than_may_wait_are_told_so(open_: Callable[..., Runtime]) -> None:
-    runtime = open_(contexts=1, waiting=0)
+    runtime = open_(contexts=1, max_waiting=0)
     stream = runtime.stream(PROMPT, max_tokens=50)
     next(stream)
     message = "0 calls are already waiting for one of 1 contexts"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from edgetune_runtime.limits import Limits, Stopped
+from edgetune_runtime.limits import CallLimits, Stopped
 from edgetune_runtime.serving.turns import _RECENT_S, Turn, Turns
 
 
@@ -121,7 +121,7 @@ def test_several_calls_get_a_core_each_even_while_other_processes_use_some() -> 
 def test_a_call_that_stops_while_it_waits_does_not_keep_its_place() -> None:
     with _calls(1) as calls:
         calls.begin("first")
-        with pytest.raises(Stopped, match="deadline"), calls.turns.take(Limits(0.1).check):
+        with pytest.raises(Stopped, match="deadline"), calls.turns.take(CallLimits(0.1).check):
             raise AssertionError("the turn of another call")
         calls.begin("second")
         calls.end("first")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from edgetune_runtime.events import Event
 from edgetune_runtime.states.cache import CALLS, PROMPTS, Key, SavedState, StateCache, common_prefix, key_of, reusable
 
 
@@ -66,6 +67,15 @@ def test_the_least_recently_used_state_is_evicted_first() -> None:
     cache.put(saved(keys[2], [1], size(15)))
     assert [cache.best(one, [1])[1] == 1 for one in keys] == [True, False, True]
     assert cache.bytes == 30
+
+
+def test_evictions_are_reported_without_the_lock() -> None:
+    reported: list[tuple[Event, bool]] = []
+    cache = StateCache(30e-6, lambda event: reported.append((event, cache._lock.locked())))
+    for scale in (1, 2, 3, 4):
+        cache.put(saved(key("base", {"a": scale}), [1, 2], size(15)))
+    events = [Event("evicted", f"a={scale}", tokens=2, bytes=15) for scale in (1, 2)]
+    assert reported == [(event, False) for event in events]
 
 
 def test_a_state_larger_than_the_budget_is_not_kept() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.states.cache import CALLS, GIVEN, PROMPTS, SavedState, StateCache, key_of
+from edgetune_runtime.states.cache import CALLS, FROM_CALL, PROMPTS, SavedState, StateCache, key_of
 from edgetune_runtime.states.sightings import Sightings
 
 SYSTEMS = ("turn off the lamp in the hall and play " * 4, "set heat to red in the kitchen " * 5)
@@ -38,7 +38,7 @@ def fixed(runtime: Runtime, system: str) -> int:
         .call([{"role": "system", "content": system}, {"role": "user", "content": "?"}], "one")
         .job
     )
-    assert job.is_given
+    assert job.comes_with_call
     return job.fixed
 
 
@@ -120,16 +120,16 @@ def test_a_given_prompt_is_evicted_before_a_kept_one_until_it_is_kept_too() -> N
 
     cache = StateCache(30e-6)
     cache.put(saved(1), PROMPTS)
-    cache.put(saved(2), GIVEN)
-    cache.put(saved(3), GIVEN)
-    cache.put(saved(4), GIVEN)
+    cache.put(saved(2), FROM_CALL)
+    cache.put(saved(3), FROM_CALL)
+    cache.put(saved(4), FROM_CALL)
     key = saved().key
     assert [cache.prompt(key, [number]) is not None for number in (1, 2, 3, 4)] == [True, False, True, True]
     cache.put(saved(3), PROMPTS)
     assert cache.bytes == 30
     cache.put(saved(5), CALLS)
     assert cache.last(CALLS, "base") is None
-    cache.put(saved(6), GIVEN)
+    cache.put(saved(6), FROM_CALL)
     assert [cache.prompt(key, [number]) is not None for number in (1, 3, 4, 6)] == [True, True, False, True]
 
 

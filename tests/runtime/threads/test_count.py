@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from edgetune_runtime.threads.count import EVEN, SHARED, UNEVEN, ThreadCount
+from edgetune_runtime.threads.count import DECODE, PREFILL, SHARED, ThreadCount
 
 
 def _impatient(most: int, monkeypatch: pytest.MonkeyPatch) -> ThreadCount:
@@ -13,7 +13,7 @@ def _impatient(most: int, monkeypatch: pytest.MonkeyPatch) -> ThreadCount:
 def _window(count: ThreadCount, token_s: float, share: float) -> int:
     """What is decided after steps of single tokens that took so long and had that share of their cores."""
     for _ in range(4):
-        count.record(1, token_s, token_s * share * count.threads, EVEN)
+        count.record(1, token_s, token_s * share * count.threads, DECODE)
         if not count._window.steps:
             break
     return count.threads
@@ -41,9 +41,9 @@ def test_a_number_of_threads_that_does_not_help_is_taken_back(monkeypatch: pytes
 
 def test_threads_of_uneven_steps_follow_the_cores_that_they_get(monkeypatch: pytest.MonkeyPatch) -> None:
     count = _impatient(4, monkeypatch)
-    count.record(128, 0.4, 0.4 * 2.1, UNEVEN)
+    count.record(128, 0.4, 0.4 * 2.1, PREFILL)
     assert count.threads == 2
-    count.record(22, 0.2, 0.2 * 2, UNEVEN)
+    count.record(22, 0.2, 0.2 * 2, PREFILL)
     assert count.threads == 3
 
 
@@ -55,7 +55,7 @@ def test_shared_steps_tell_how_many_cores_are_left_but_not_which_number_is_faste
     for _ in range(4):
         count.record(1, 0.06, 0.06 * 4 * 0.75, SHARED)
     assert count.threads == 3
-    assert count.best_s(EVEN) == 0.02
+    assert count.best_s(DECODE) == 0.02
 
 
 def test_a_stall_halves_the_threads() -> None:

@@ -23,7 +23,7 @@ def _write(root: Path, files: dict[str, str]) -> Path:
 
 def test_a_system_that_tells_nothing_has_no_limits(tmp_path: Path) -> None:
     assert machine.cores_left(tmp_path) == CORES
-    assert machine.usable_cores(tmp_path) == min(CORES, machine.MOST_THREADS)
+    assert machine.usable_cores(tmp_path) == min(CORES, machine.MAX_THREADS)
     assert machine.cpu_quota(tmp_path) is machine.free_mb(tmp_path) is machine.others_running(tmp_path) is None
     assert machine.throttling(tmp_path) is machine.disturbance(tmp_path) is None
 
@@ -35,7 +35,7 @@ def test_a_quota_of_less_than_two_cores_gives_one_thread(tmp_path: Path, quota: 
     files = {"proc/self/cgroup": "0::/box/app", "sys/fs/cgroup/box/app/cpu.max": "max 100000"}
     root = _write(tmp_path, {**files, "sys/fs/cgroup/box/cpu.max": quota})
     assert machine.cpu_quota(root) == cores
-    assert machine.usable_cores(root) == (min(CORES, machine.MOST_THREADS) if cores is None else 1)
+    assert machine.usable_cores(root) == (min(CORES, machine.MAX_THREADS) if cores is None else 1)
 
 
 def test_the_quota_of_a_container_is_at_the_top_of_what_it_sees(tmp_path: Path) -> None:
@@ -84,11 +84,11 @@ def test_slow_cores_do_not_count(tmp_path: Path) -> None:
     capacities = {f"sys/devices/system/cpu/cpu{core}/cpu_capacity": "1024" for core in cores}
     capacities[f"sys/devices/system/cpu/cpu{cores[-1]}/cpu_capacity"] = "530"
     expected = max(1, len(cores) - 1) if len(cores) > 1 else 1
-    assert machine.usable_cores(_write(tmp_path / "arm", capacities)) == min(expected, machine.MOST_THREADS)
+    assert machine.usable_cores(_write(tmp_path / "arm", capacities)) == min(expected, machine.MAX_THREADS)
     hybrid = _write(tmp_path / "x86", {"sys/devices/cpu_core/cpus": f"{cores[0]}-{cores[0]},4096"})
     assert machine.usable_cores(hybrid) == 1
     foreign = _write(tmp_path / "foreign", {"sys/devices/cpu_core/cpus": "4096-4099"})
-    assert machine.usable_cores(foreign) == min(CORES, machine.MOST_THREADS)
+    assert machine.usable_cores(foreign) == min(CORES, machine.MAX_THREADS)
 
 
 def test_what_spoils_a_measurement_is_told_in_one_line(tmp_path: Path) -> None:

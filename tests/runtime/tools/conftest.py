@@ -27,7 +27,7 @@ def templated(opened: Runtime) -> Iterator[Callable[[str], Runtime]]:
 
     def change(template: str) -> Runtime:
         tokenizer.chat_template = template
-        loaded_bundle(opened)._fixed._known.clear()
+        loaded_bundle(opened)._fixed._tokens.clear()
         return opened
 
     yield change

@@ -298,7 +298,7 @@ def shown(reader: CallReader, text: str) -> str:
     ("options", "told"),
     [
         ({"choices": ["on"]}, "tools and choices are both given; give one of them"),
-        ({"free": True}, "free and tools are both given; give one of them"),
+        ({"unconstrained": True}, "unconstrained and tools are both given; give one of them"),
         ({"tool_choice": "heat"}, "tool_choice is 'heat'"),
     ],
 )

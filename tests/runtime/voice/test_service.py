@@ -16,8 +16,8 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.asynchronous import AsyncRuntime
 from edgetune_runtime.cli import main
 from edgetune_runtime.server.binding import bind
-from edgetune_runtime.server.settings import Limits
-from edgetune_runtime.voice.service import MOST_BYTES, Service, run
+from edgetune_runtime.server.settings import ServerLimits
+from edgetune_runtime.voice.service import MAX_BYTES, WyomingService, run
 from wyoming.asr import Transcript
 from wyoming.client import AsyncClient
 from wyoming.event import Event
@@ -32,8 +32,13 @@ def asked(runtime: Runtime, ask: Ask, **limits: float) -> None:
     """Run `ask(uri)` while the service runs with the first adapter."""
 
     async def both() -> None:
-        service = Service(
-            AsyncRuntime(runtime), runtime.adapters[0], ("en",), max_tokens=12, deadline_s=20, limits=Limits(**limits)
+        service = WyomingService(
+            AsyncRuntime(runtime),
+            runtime.adapters[0],
+            ("en",),
+            max_tokens=12,
+            deadline_s=20,
+            limits=ServerLimits(**limits),
         )  # type: ignore[arg-type]
         with bind("127.0.0.1", 0) as listening:
             serving = asyncio.create_task(run(service, listening, lambda: None))
@@ -103,10 +108,10 @@ def test_a_prompt_that_does_not_fit_is_not_handled_and_says_why(runtime: Runtime
 @pytest.mark.parametrize(
     "data",
     [
-        json.dumps({"type": "transcript", "data_length": 10 * MOST_BYTES}).encode() + b"\n",
-        json.dumps({"type": "audio-chunk", "payload_length": 10 * MOST_BYTES}).encode() + b"\n",
-        b"x" * (3 * MOST_BYTES),
-        b"[" * (MOST_BYTES // 2) + b"\n",
+        json.dumps({"type": "transcript", "data_length": 10 * MAX_BYTES}).encode() + b"\n",
+        json.dumps({"type": "audio-chunk", "payload_length": 10 * MAX_BYTES}).encode() + b"\n",
+        b"x" * (3 * MAX_BYTES),
+        b"[" * (MAX_BYTES // 2) + b"\n",
         b'{"type": "ping", "data": {"text": "\\ud800"}}\n',
         b"[]\n",
         b'{"type": "transcript"}\n',

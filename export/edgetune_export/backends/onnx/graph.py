@@ -37,12 +37,11 @@ LOGITS_START = "logits_start"
 _EXTERNAL_BYTES = 1024
 _ALIGNMENT = 4096
 _RMS_NORM_OPSET = 23
-_PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp)/(?P<which>\w+)_proj/MatMul")
+_PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp)/(?P<product>\w+)/MatMul")
 _ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention")
 # The inputs of GroupQueryAttention for cosines and sines.
 _ROTARY_TABLES = (7, 8)
 _BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
-_FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
 @dataclass(frozen=True)
@@ -101,17 +100,18 @@ def run_builder(folder: Path, out: Path) -> None:
 
 def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
     """The matrix products with weights of the base, in the graph's order."""
-    parts = {} if architectures.of(base).fuses_projections else _FUSED
+    fused: dict[str, list[str]] = {}
+    for module in architectures.of(base).linear_modules:
+        fused.setdefault(module.product, []).append(module.name)
     found = []
     for node in graph:
         name = (node.name or "").removesuffix("_Q4").removesuffix("_Q8")
         match = _PROJECTION.fullmatch(name)
         if match:
-            prefix = f"model.{match['layer']}.{_BLOCKS[match['block']]}"
-            which = parts.get(match["which"], (match["which"],))
-            modules = tuple(f"{prefix}.{part}_proj" for part in which)
-            slot = f"model.{match['layer']}.{match['block']}.{match['which']}_proj"
-            found.append(Projection(node, slot, modules))
+            layer, block, product = f"model.{match['layer']}", match["block"], match["product"]
+            # The builder leaves some modules apart, whose names are those in transformers.
+            parts = fused.get(whole := f"{_BLOCKS[block]}.{product}", [whole])
+            found.append(Projection(node, f"{layer}.{block}.{product}", tuple(f"{layer}.{part}" for part in parts)))
         elif name == HEAD:
             found.append(Projection(node, "lm_head", ("lm_head",)))
     return found

@@ -18,7 +18,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.wording import first_of
 
 from edgetune_export.adapters.shapes import Delta, Floats, LowRank
-from edgetune_export.architectures.layout import name_map, tensor_of
+from edgetune_export.architectures.shape import linear_modules
 
 from .graph import Projection, optional_input, projections
 
@@ -30,17 +30,16 @@ Slots = Mapping[str, Sequence[tuple[str, int, int]]]
 
 def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> None:
     """Add a slot to each product that computes one of `modules`, and list the slots in the metadata."""
-    names = name_map(header)
+    sized = linear_modules(header)
     slots: dict[str, list[tuple[str, int, int]]] = {}
     for projection in projections(model.graph, header):
         if not set(projection.modules) & set(modules):
             continue
-        shapes = [tensor_of(module, header, names).shape for module in projection.modules]
-        parts = [(module, shape[0], shape[1]) for module, shape in zip(projection.modules, shapes, strict=True)]
+        parts = [(name, sized[name].columns, sized[name].rows) for name in projection.modules]
         split = split_after(projection)
         if split is None:
             slots[projection.name] = parts
-            add_slot(model.graph, projection, shapes[0][0], sum(rows for *_, rows in parts))
+            add_slot(model.graph, projection, parts[0][1], sum(rows for *_, rows in parts))
             continue
         for part, plain in zip(parts, split.outputs, strict=True):
             if part[0] in modules:

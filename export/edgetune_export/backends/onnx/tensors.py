@@ -29,7 +29,7 @@ from edgetune_runtime.formats.onnx_tensors import (
 from edgetune_runtime.wording import first_of
 
 from edgetune_export.adapters.shapes import Activation, Bottleneck, Floats, Scaling, Tensors
-from edgetune_export.architectures.layout import name_map, tensor_of
+from edgetune_export.architectures.shape import linear_modules
 
 from .graph import Projection, optional_input, projections
 from .slots import insert_after, split_after
@@ -46,9 +46,8 @@ def add_tensor_slots(model: ir.Model, header: GgufHeader, adapters: Sequence[Ten
 
     IncompatibleError lists modules whose inputs cannot be scaled because other modules share their product.
     """
-    names = name_map(header)
     products = projections(model.graph, header)
-    widths = {module: tensor_of(module, header, names).shape for product in products for module in product.modules}
+    widths = {name: (module.columns, module.rows) for name, module in linear_modules(header).items()}
     # From the outside in: nodes that are inserted after a product later run before those already there.
     _add_bottlenecks(model.graph, products, widths, adapters)
     scaled: dict[str, set[str]] = {side: set() for side in SCALINGS}

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from edgetune_runtime.engines import check_kv
 from edgetune_runtime.engines.base import (
     Logits,
     StepStopped,
     check_continuations,
-    check_kv,
     check_options,
     check_prefix_fits,
     check_scales,
@@ -29,7 +29,7 @@ from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
 
-from . import KV_TYPES
+from . import NAME
 from .base import GgufBase, GgufTokenizer
 from .kv_cache import MAIN, KvCache
 from .llama import StopFlag, decode_batch, last_errors, library, make_context
@@ -47,7 +47,7 @@ BRANCHES = 32
 _CONTEXT_FULL, _STOPPED = 1, 2
 _MEASURED_OUTPUT_SHARE = 0.21
 """That of SmolLM2-135M."""
-_MOST_CHOICES = 256
+_MAX_CHOICES = 256
 
 
 class _Choice(NamedTuple):
@@ -67,7 +67,6 @@ class GgufEngine:
     """
 
     has_sequence: ClassVar[Literal[True]] = True
-    KV: ClassVar[tuple[str, ...]] = KV_TYPES
     BATCH_COST: ClassVar[Mapping[int, float]] = {
         2: 1.6,
         3: 2.1,
@@ -81,7 +80,6 @@ class GgufEngine:
     }
     # Measured on SmolLM2-135M and Gemma 3 270M, whose vocabulary has more than half of the parameters.
     LOGITS_COST: ClassVar[Mapping[int, float]] = {2: 2.2, 3: 2.8, 4: 3.3, 6: 5.3, 8: 3.9, 12: 4.4, 16: 5.0}
-    bytes_per_number: ClassVar[float] = 2
     adjusts_threads = True
 
     def __init__(
@@ -95,7 +93,7 @@ class GgufEngine:
         repack: bool | None = None,
     ) -> None:
         check_options(context_length, threads, batch)
-        self._kv = check_kv(kv, self.KV, "llama.cpp")
+        self._kv = check_kv(NAME, kv)
         self._is_fork = False
         self._begin(GgufBase(path, context_length, repack), context_length, threads or usable_cores(), batch)
 
@@ -175,8 +173,8 @@ class GgufEngine:
             return
         check_adapter(header, self._base.header, name)
         if invocation_of(header, name) != tuple(invocation):
-            found, expected = invocation_of(header, name), tuple(invocation)
-            message = f"adapter {name!r} has the invocation tokens {found}, the manifest has {expected}"
+            actual, expected = invocation_of(header, name), tuple(invocation)
+            message = f"adapter {name!r} has the invocation tokens {actual}, the manifest has {expected}"
             raise IncompatibleError(message, "build the bundle again")
         last_errors()
         adapter = library().llama_adapter_lora_init(self._base.model, os.fsencode(path))
@@ -190,12 +188,12 @@ class GgufEngine:
 
         Keeps the sequence, unless the prefix changes. UsageError for two prefixes or a scaled prefix.
         """
-        wanted = tuple(adapters.items())
-        choice = self._choices.get(wanted)
+        key = tuple(adapters.items())
+        choice = self._choices.get(key)
         if choice is None:
-            if len(self._choices) >= _MOST_CHOICES:
+            if len(self._choices) >= _MAX_CHOICES:
                 self._choices.clear()
-            choice = self._choices[wanted] = self._choice_of(adapters)
+            choice = self._choices[key] = self._choice_of(adapters)
         self._switch(self._context, choice.pointers, len(choice.scales), choice.scales)
         if choice.prefix != self._prefix:
             self._prefix = choice.prefix
@@ -273,10 +271,10 @@ class GgufEngine:
         """
         if self._last is None:
             raise UsageError("there are no logits to score continuations with", "decode at least one token first")
-        wanted = sorted({tuple(tokens) for tokens in continuations})
-        check_continuations(wanted, self._length, self.context_length, self.tokenizer.vocab_size)
+        ordered = sorted({tuple(tokens) for tokens in continuations})
+        check_continuations(ordered, self._length, self.context_length, self.tokenizer.vocab_size)
         scores: dict[Continuation, float] = {}
-        for group in groups(wanted, BRANCHES, self._cache.cells - self._length):
+        for group in groups(ordered, BRANCHES, self._cache.cells - self._length):
             scores.update(self._score_group(group))
         return [scores[tuple(tokens)] for tokens in continuations]
 

@@ -1,4 +1,4 @@
-"""ggml's own libraries: loads the CPU backend where it is a file of its own, and tells which one computes."""
+"""ggml's own libraries: loads the CPU backend where it is a file of its own, and names the one that computes."""
 
 from __future__ import annotations
 

@@ -225,11 +225,11 @@ class Vocabulary(PiecewiseTokenizer):
         convert, vocab, size = library().llama_token_to_piece, self._vocab, 256
         # A buffer per token would take most of the time.
         buffer = ctypes.create_string_buffer(size)
-        found = []
+        pieces = []
         for token in range(self.vocab_size):
             written: int = convert(vocab, token, buffer, size, 0, False)
-            found.append(ctypes.string_at(buffer, written) if written >= 0 else self.piece(token))
-        return found
+            pieces.append(ctypes.string_at(buffer, written) if written >= 0 else self.piece(token))
+        return pieces
 
     def is_end(self, token: int) -> bool:
         """Whether generation ends with `token`."""

@@ -10,10 +10,10 @@ from edgetune_runtime.engines.base import Logits, log_total
 Continuation = tuple[int, ...]
 
 
-def groups(wanted: Sequence[Continuation], branches: int, free: int) -> Iterator[list[Continuation]]:
+def groups(continuations: Sequence[Continuation], branches: int, free: int) -> Iterator[list[Continuation]]:
     """Split sorted continuations into groups of at most `branches` whose tokens fit in `free` KV cells."""
     group: list[Continuation] = []
-    for tokens in wanted:
+    for tokens in continuations:
         if group and (len(group) == branches or sum(map(len, group)) + len(tokens) > free):
             yield group
             group = []

@@ -1,7 +1,7 @@
 """Computes the logits of an adapter's labels with an ONNX encoder: one forward pass on plain onnxruntime.
 
 The graph pools an encoder's last layer and has slots for the adapters' low-rank updates and for their heads. An adapter
-is a set of inputs of a run, so switching is passing others, and several threads may run at once.
+is a set of inputs of a run, so switching means passing others, and several threads may run at the same time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays,
 from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+from edgetune_runtime.wording import CLOSED, COPY_BUNDLE_AGAIN
 
 from .arrays import Arrays
 from .engine import model_version
@@ -40,7 +40,7 @@ LOGITS, POOLED = "logits", "pooled"
 TRAINED_CONTEXT_LENGTH = "edgetune.trained_context_length"
 """Key of the graph's metadata: the tokens that the base was trained for."""
 
-_MOST_CHARACTERS = 256
+_MAX_CHARACTERS = 256
 """Per token of the context: a longer text is not tokenized. Tokenizers may drop accents, so it is no exact bound."""
 
 
@@ -64,7 +64,6 @@ class EncoderEngine:
     """
 
     has_sequence: ClassVar[Literal[False]] = False
-    bytes_per_number: ClassVar[float] = 4
 
     def __init__(self, path: Path, *, context_length: int, threads: int | None = None) -> None:
         check_options(context_length, threads, 1)
@@ -112,7 +111,7 @@ class EncoderEngine:
     def tokens_of(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt's text; UsageError when it does not fit in the context or is a conversation."""
         text, remedy = text_of(prompt), "shorten the prompt, or open the bundle with a larger context_length"
-        if len(text) > self.context_length * _MOST_CHARACTERS:
+        if len(text) > self.context_length * _MAX_CHARACTERS:
             message = f"the prompt has {len(text)} characters, and the context holds {self.context_length} tokens"
             raise PromptTooLongError(message, remedy)
         tokens = self.tokenizer.tokenize(text)
@@ -144,14 +143,14 @@ class EncoderEngine:
         # Another thread may close the engine: this call keeps its session.
         session = self._session
         if session is None:
-            raise UsageError("the runtime is closed", "open the bundle again")
+            raise UsageError(*CLOSED)
         ids = np.array([tokens], np.int64)
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), **adapter}
         try:
-            (found,) = session.run([output], inputs)
+            (values,) = session.run([output], inputs)
         except Exception as error:
             raise graph_error(error) from error
-        return np.asarray(found[0], np.float32)
+        return np.asarray(values[0], np.float32)
 
 
 def _scaled(adapter: Arrays, scale: float) -> Arrays:
@@ -171,9 +170,9 @@ def _check_head(head: Mapping[str, NDArray[np.generic]], hidden: int, labels: in
             and all(array.dtype in (np.float32, np.float16) and np.isfinite(array).all() for array in head.values())
         ):
             return
-    wanted = f"[{hidden}, {'labels' if labels is None else labels}]"
-    found = ", ".join(f"{key} {list(array.shape)} {array.dtype}" for key, array in head.items()) or "none"
-    message = f"adapter {name!r} has no usable head: {HEAD_WEIGHT} should be finite {wanted}, there is {found}"
+    expected = f"[{hidden}, {'labels' if labels is None else labels}]"
+    actual = ", ".join(f"{key} {list(array.shape)} {array.dtype}" for key, array in head.items()) or "none"
+    message = f"adapter {name!r} has no usable head: {HEAD_WEIGHT} should be finite {expected}, there is {actual}"
     raise VerificationError(message, COPY_BUNDLE_AGAIN)
 
 
@@ -181,8 +180,8 @@ def _hidden_size(header: OnnxHeader, path: Path) -> int:
     """Width of the pooled layer; VerificationError when the graph is no encoder's."""
     weight, bias, pooled = header.inputs.get(HEAD_WEIGHT), header.inputs.get(HEAD_BIAS), header.outputs.get(POOLED)
     defaults = [header.initializers.get(name) for name in (HEAD_WEIGHT, HEAD_BIAS)]
-    known = {"input_ids", "attention_mask"} <= header.inputs.keys() and LOGITS in header.outputs
-    if known and weight and bias and pooled and all(defaults):
+    has_interface = {"input_ids", "attention_mask"} <= header.inputs.keys() and LOGITS in header.outputs
+    if has_interface and weight and bias and pooled and all(defaults):
         hidden = weight.shape[0] if len(weight.shape) == 2 else ""
         if isinstance(hidden, int) and hidden > 0 and pooled.shape[-1:] == (hidden,):
             return hidden

@@ -20,12 +20,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetune_runtime.engines import check_kv
 from edgetune_runtime.engines.base import (
     Logits,
     StepStopped,
     check_context_length,
     check_continuations,
-    check_kv,
     check_options,
     check_prefix_fits,
     check_scales,
@@ -43,7 +43,7 @@ from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.states.cache import common_prefix
 from edgetune_runtime.threads.machine import threads_for
 
-from . import KV_TYPES
+from . import NAME
 from .arrays import Arrays, sum_of_adapters
 from .config import read_config
 from .ort import graph_error, library, open_session, run_options
@@ -75,11 +75,11 @@ class OnnxEngine:
     """
 
     has_sequence: ClassVar[Literal[True]] = True
-    KV: ClassVar[tuple[str, ...]] = KV_TYPES
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 1.2, 4: 1.6, 8: 2.4, 16: 4.0}
     LOGITS_COST: ClassVar[Mapping[int, float]] = {}
     logits_excess = 0.0
-    bytes_per_number: ClassVar[float] = 4
+    # Keys and values are f32.
+    kv_bytes = 4.0
     adjusts_threads = False
 
     def __init__(
@@ -93,7 +93,7 @@ class OnnxEngine:
         repack: bool | None = None,
     ) -> None:
         check_options(context_length, threads, batch)
-        check_kv(kv, self.KV, "onnxruntime")
+        check_kv(NAME, kv)
         self.context_length = context_length
         self._batch = batch
         header = read_onnx(path)
@@ -131,11 +131,6 @@ class OnnxEngine:
         self._length = 0
         self._last: Logits | None = None
         self.activate({})
-
-    @property
-    def kv_bytes(self) -> float:
-        """Bytes per number in the KV cache."""
-        return self.bytes_per_number
 
     @property
     def signatures(self) -> tuple[str, ...]:

@@ -52,9 +52,9 @@ class JsonTokenizer(PiecewiseTokenizer):
         bos = self._tokenizer.token_to_id(self.bos)
         self._added_bos: list[int] = [bos] if config["add_bos_token"] and bos is not None else []
         added = self._tokenizer.get_added_tokens_decoder()
-        self._added = {token: b"" if found.special else found.content.encode() for token, found in added.items()}
+        self._added = {token: b"" if entry.special else entry.content.encode() for token, entry in added.items()}
         self._added |= dict.fromkeys(config["unused_tokens"], b"")
-        self._controls = ControlTokens(found.content for found in added.values() if found.special)
+        self._controls = ControlTokens(entry.content for entry in added.values() if entry.special)
         self._sentencepiece = bool(getattr(self._tokenizer.model, "byte_fallback", False))
         self._newline = self._tokenizer.token_to_id("<0x0A>")
         self._adds_space = self._sentencepiece and any(
@@ -88,12 +88,12 @@ class JsonTokenizer(PiecewiseTokenizer):
     def pieces(self) -> list[bytes]:
         """The bytes of every token, as `piece` gives them."""
         self._check(0)
-        found = [b""] * self.vocab_size
+        pieces = [b""] * self.vocab_size
         for text, token in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            found[token] = self._decoded(text)
+            pieces[token] = self._decoded(text)
         for token, data in self._added.items():
-            found[token] = data
-        return found
+            pieces[token] = data
+        return pieces
 
     def is_end(self, token: int) -> bool:
         """Whether generation ends with `token`."""
@@ -110,7 +110,7 @@ class JsonTokenizer(PiecewiseTokenizer):
         self.vocab_size = 0
 
     def _decoded(self, text: str) -> bytes:
-        """The bytes that a token's text in the vocabulary stands for."""
+        """The bytes of a token, from its text in the vocabulary."""
         return _sentencepiece_bytes(text) if self._sentencepiece else _byte_level_bytes(text)
 
     def _raw(self, text: str) -> list[int]:
@@ -135,11 +135,11 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str, *, adds_special_tokens: b
     valid = text.encode("utf-8", "replace").decode()
     with panics_as_errors("the tokenizer of the base fails"):
         if len(valid) <= _SHORT:
-            found = tokenizer.encode(valid, add_special_tokens=adds_special_tokens)
+            encoding = tokenizer.encode(valid, add_special_tokens=adds_special_tokens)
         else:
             # `encode` holds the GIL, which takes seconds for 1 MB.
-            (found,) = tokenizer.encode_batch([valid], add_special_tokens=adds_special_tokens)
-    tokens: list[int] = found.ids
+            (encoding,) = tokenizer.encode_batch([valid], add_special_tokens=adds_special_tokens)
+    tokens: list[int] = encoding.ids
     return tokens
 
 
@@ -181,9 +181,9 @@ def _config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise VerificationError(f"{path} is not JSON: {error}", COPY_BUNDLE_AGAIN) from error
     text = str | None
-    wanted: dict[str, Any] = {"bos_token": text, "eos_token": text, "add_bos_token": bool, "unused_tokens": list}
+    expected: dict[str, Any] = {"bos_token": text, "eos_token": text, "add_bos_token": bool, "unused_tokens": list}
     values = config if isinstance(config, dict) else {}
-    wrong = [key for key, kind in wanted.items() if key not in values or not isinstance(values[key], kind)]
+    wrong = [key for key, kind in expected.items() if key not in values or not isinstance(values[key], kind)]
     if "unused_tokens" not in wrong and not all(isinstance(token, int) for token in values["unused_tokens"]):
         wrong.append("unused_tokens")
     if not isinstance(values.get("chat_template"), text):
@@ -212,7 +212,7 @@ def _byte_level_bytes(text: str) -> bytes:
     try:
         return bytes(map(table.__getitem__, text))
     except KeyError:
-        # llama.cpp's output for a character that does not stand for a byte.
+        # llama.cpp's output for a character that encodes no byte.
         unknown = (f"[UNK_BYTE_0x{character.encode().hex()}{text}]".encode() for character in text)
         return b"".join(
             bytes([table[one]]) if one in table else other for one, other in zip(text, unknown, strict=True)

@@ -358,7 +358,7 @@ def test_both_engines_tell_the_same_of_every_adapter(runtimes: tuple[Runtime, Ru
     for adapter in (None, "command", "tone", "whole", {"tone": 1.0, "command": -0.5}):
         ours, theirs = (runtime.classify(PROMPT, labels, adapter=adapter)[1] for runtime in runtimes)
         assert ours == pytest.approx(theirs, abs=0.02)
-        losses = [runtime.perplexity(TEXT, adapter=adapter) for runtime in runtimes]
+        losses = [runtime.negative_log_likelihood(TEXT, adapter=adapter) for runtime in runtimes]
         assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 

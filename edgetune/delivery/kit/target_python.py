@@ -1,4 +1,4 @@
-"""The platform of a board: its machine, its Python, and what pip and environment markers call them."""
+"""The Python of a board that a kit is for, and what pip and environment markers call its machine and version."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from packaging.tags import Tag, compatible_tags, cpython_tags
 
 from edgetune.delivery.wheel.platforms import GLIBC
 
-SYSTEM = "system"
 SYSTEM_PYTHON = "3.13"
 """The Python of Raspberry Pi OS that is based on Debian 13; older systems have 3.11."""
 _OLDEST_GLIBC_MINOR = 17
@@ -24,18 +23,14 @@ _INSTRUCTIONS = {
 
 
 @dataclass(frozen=True)
-class Platform:
-    """A machine as `uname -m` names it, and a Python version such as 3.13.
-
-    With `system_python` the kit uses /usr/bin/python3, and otherwise the first fitting Python in PATH.
-    """
+class TargetPython:
+    """A machine as `uname -m` names it, and a Python version such as 3.13."""
 
     machine: str
     python: str
-    system_python: bool = False
 
     @property
-    def name(self) -> str:
+    def platform(self) -> str:
         """The platform's name, such as linux-aarch64."""
         return f"linux-{self.machine}"
 
@@ -82,8 +77,8 @@ class Platform:
         }
 
 
-def platform_of(board: Board, python: str) -> Platform:
-    """The platform of a board with Python `python`, a version or "system".
+def target_python(board: Board, python: str) -> TargetPython:
+    """The Python of a board in the version `python`.
 
     UsageError for a version that is too old, IncompatibleError for a board without Linux.
     """
@@ -91,9 +86,8 @@ def platform_of(board: Board, python: str) -> Platform:
         message = f"{board.name} runs {board.system}, and kits are for Linux"
         raise IncompatibleError(message, "choose another --board; on this one, install edgetune-runtime with pip")
     is_x86 = any(name.startswith("x86-64") for name in board.instruction_sets)
-    chosen = SYSTEM_PYTHON if python == SYSTEM else python
-    if not re.fullmatch(r"3\.\d{1,2}", chosen):
-        raise UsageError(f"--python {python!r} is no version", f"write one such as {SYSTEM_PYTHON}, or {SYSTEM}")
-    if int(chosen.partition(".")[2]) < 11:
+    if not re.fullmatch(r"3\.\d{1,2}", python):
+        raise UsageError(f"--python {python!r} is no version", f"write one such as {SYSTEM_PYTHON}")
+    if int(python.partition(".")[2]) < 11:
         raise UsageError(f"--python {python}: edgetune-runtime needs Python 3.11 or newer", f"use {SYSTEM_PYTHON}")
-    return Platform("x86_64" if is_x86 else "aarch64", chosen, system_python=python == SYSTEM)
+    return TargetPython("x86_64" if is_x86 else "aarch64", python)

@@ -16,11 +16,11 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
 
 from edgetune.cli.main import main
-from edgetune.compare.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
-from edgetune.compare.figures import TrialResult, read_outcome
-from edgetune.compare.grid import Request, Trial, recipe_of, trials_of
-from edgetune.compare.process import failed, run_here
-from edgetune.compare.sweep import Comparison, compare
+from edgetune.comparison.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
+from edgetune.comparison.figures import TrialResult, read_outcome
+from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
+from edgetune.comparison.process import failed, run_here
+from edgetune.comparison.sweep import Comparison, compare
 from edgetune.progress import Progress
 
 QUIET = Progress(quiet=True)
@@ -303,7 +303,7 @@ def test_ctrl_c_ends_the_trial_that_runs_and_the_command(request_of: Callable[..
 
 
 def test_a_trial_ends_when_its_parent_is_gone() -> None:
-    trial = "import time; from edgetune.compare.process import end_with_parent; end_with_parent(); time.sleep(60)"
+    trial = "import time; from edgetune.comparison.process import end_with_parent; end_with_parent(); time.sleep(60)"
     ended = subprocess.run([sys.executable, "-c", trial], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
     assert ended.returncode == -signal.SIGINT
     assert b"KeyboardInterrupt" in ended.stderr

@@ -155,7 +155,7 @@ def _answer(task: _Task, row: TaskRow, max_tokens: int) -> str:
     """The most likely label, or a greedy answer."""
     prompt = row.messages or ()
     if task.metric == "label":
-        return task.runtime.classify(prompt, task.labels or None, adapter=task.adapter)[0]
+        return task.runtime.classify(prompt, task.labels or None, adapter=task.adapter).label
     tools = None if row.tools is None else row.tools.definitions
     generate = task.runtime.generate
     answer = generate(prompt, adapter=task.adapter, tools=tools, temperature=0.0, max_tokens=max_tokens)
@@ -165,7 +165,7 @@ def _answer(task: _Task, row: TaskRow, max_tokens: int) -> str:
 def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, int]:
     """Negative log likelihood (nats) of a text, or of a completion after its prompt, and its number of tokens."""
     if example is None:
-        return task.runtime.perplexity(row.text or "", adapter=task.adapter)
+        return task.runtime.negative_log_likelihood(row.text or "", adapter=task.adapter)
     context, active = loaded_bundle(task.runtime).context(task.adapter)
     target = example.tokens[example.prompt_length :]
     with context.hold():

@@ -1,4 +1,4 @@
-"""Builds, scores and times one trial; `python -m edgetune.compare.trial FOLDER` runs it as a process.
+"""Builds, scores and times one trial; `python -m edgetune.comparison.trial FOLDER` runs it as a process.
 
 Each trial has its own process, so that earlier trials do not affect its figures. An interrupted build resumes.
 """
@@ -17,7 +17,7 @@ from edgetune_runtime.errors import IncompatibleError
 
 from edgetune.bases import Base
 from edgetune.data import read_rows
-from edgetune.evaluate import spread
+from edgetune.evaluation import spread
 from edgetune.failure import fail
 from edgetune.pipeline import build
 from edgetune.progress import Progress

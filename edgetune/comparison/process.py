@@ -75,7 +75,7 @@ def end_with_parent() -> None:
 def _started(folder: Path, log: int) -> subprocess.Popen[str]:
     # In its own session it gets a terminal's interrupt only once, through this process.
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "edgetune.compare.trial", str(folder)],
+        [sys.executable, "-P", "-m", "edgetune.comparison.trial", str(folder)],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.PIPE,

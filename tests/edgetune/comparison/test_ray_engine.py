@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from edgetune_runtime.errors import IncompatibleError
 
-from edgetune.compare.figures import read_outcome
-from edgetune.compare.grid import Request, Trial, recipe_of, trials_of
-from edgetune.compare.ray_engine import run_on_ray
+from edgetune.comparison.figures import read_outcome
+from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
+from edgetune.comparison.ray_engine import run_on_ray
 from edgetune.progress import Progress
 
 QUIET = Progress(quiet=True)

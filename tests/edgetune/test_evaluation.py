@@ -15,7 +15,7 @@ from edgetune_runtime.measuring import loaded_bundle
 from runtime.bundles import Adapter, low_rank, write_bundle
 
 from edgetune import metrics
-from edgetune.evaluate import Evaluation, evaluate
+from edgetune.evaluation import Evaluation, evaluate
 from edgetune.progress import Progress
 
 SYSTEM = "answer in one word"
@@ -104,7 +104,7 @@ def test_label_accuracy_is_that_of_classify(bundle_with: Callable[..., Path], wr
 def test_perplexity_of_texts_and_of_completions(bundle_with: Callable[..., Path], write: Callable[..., Path]) -> None:
     bundle = bundle_with("perplexity")
     with Runtime.open(bundle) as runtime:
-        losses = [runtime.perplexity(text, adapter="task") for text in TEXTS]
+        losses = [runtime.negative_log_likelihood(text, adapter="task") for text in TEXTS]
         _, shares = runtime.classify("play", ["on", "off"], adapter="task")
     result = score(bundle, write(*({"text": text} for text in TEXTS)))
     expected = math.exp(sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses))

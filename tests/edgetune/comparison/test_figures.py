@@ -14,13 +14,13 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from matplotlib.text import Annotation
 
 from edgetune.bases import Base, load_torch
-from edgetune.compare import plots
-from edgetune.compare.columns import busy_notes, engine_rows, placement_rows
-from edgetune.compare.figures import BoardFit, EngineFigures, TrainingFigures, TrialResult, standard_error
-from edgetune.compare.page import page
-from edgetune.compare.recommend import Recommendation, recommend
-from edgetune.compare.sweep import Comparison
-from edgetune.compare.torch_engine import TorchEngine
+from edgetune.comparison import plots
+from edgetune.comparison.columns import busy_notes, engine_rows, placement_rows
+from edgetune.comparison.figures import BoardFit, EngineFigures, TrainingFigures, TrialResult, standard_error
+from edgetune.comparison.page import page
+from edgetune.comparison.recommend import Recommendation, recommend
+from edgetune.comparison.sweep import Comparison
+from edgetune.comparison.torch_engine import TorchEngine
 from edgetune.shipping.verify import logits_of
 
 TRAINED = TrainingFigures(1000, 100_000, 10.0, 500.0, 900.0, 0.2, 0.3, 5, 10, None, ((0.5, 1.0, 0.9), (1.0, 0.2, 0.3)))

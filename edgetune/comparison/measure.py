@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from edgetune import bases, methods
 from edgetune.data import TaskRow
-from edgetune.evaluate import Evaluation, score
+from edgetune.evaluation import Evaluation, score
 from edgetune.progress import Progress
 from edgetune.shipping.exported import TrainedAdapter
 

@@ -1,0 +1,121 @@
+"""The sizes of a base, read from its GGUF header: what adapters, training memory and ONNX graphs are sized by."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
+from edgetune_runtime.sizing.needs import kv_values_per_token, number
+
+from . import of
+from .base import OUTPUT_LAYER
+from .layout import count
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class SizedModule:
+    """A linear module of a base: its full name in transformers, the `product` of an ONNX graph that computes it
+    together with the modules that read the same inputs, and its inputs (`columns`) and outputs (`rows`)."""
+
+    name: str
+    product: str
+    columns: int
+    rows: int
+
+    @property
+    def values_per_rank(self) -> int:
+        """Numbers in the two factors of a low-rank update, per rank."""
+        return self.columns + self.rows
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """The sizes of a base. `modules` are the linear modules of all layers.
+
+    `parameters_by_layer` does not count embeddings and the last norm, and `parameters` counts all. `queries` and `keys`
+    are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
+    """
+
+    modules: tuple[SizedModule, ...]
+    output_layer: SizedModule
+    intermediate: int
+    queries: int
+    keys: int
+    norms: int
+    kv_values_per_token: int
+    parameters_by_layer: tuple[int, ...]
+    parameters: int
+
+    @classmethod
+    def of_header(cls, header: GgufHeader) -> BaseShape:
+        """The shape of a GGUF base; IncompatibleError if layers lack a module or differ in their heads."""
+        architecture, cache = of(header), cache_shape(header)
+        queries = number(header, "attention.head_count") * cache.key_size
+        keys = cache.heads * cache.key_size
+        per_head = queries + keys if architecture.norms_queries_and_keys else 0
+        modules = linear_modules(header)
+        output_layer = modules.pop(OUTPUT_LAYER)
+        by_layer: Counter[int] = Counter()
+        parameters = 0
+        for name, tensor in header.tensors.items():
+            # Angles of the rotary embedding are no parameters of the model.
+            if not name.startswith("rope_"):
+                parameters += math.prod(tensor.shape)
+                if layer := _LAYER.match(name):
+                    by_layer[int(layer[1])] += math.prod(tensor.shape)
+        return cls(
+            modules=tuple(modules.values()),
+            output_layer=output_layer,
+            intermediate=number(header, "feed_forward_length"),
+            queries=queries,
+            keys=keys,
+            norms=output_layer.columns * architecture.norms_per_layer + per_head,
+            kv_values_per_token=kv_values_per_token(header),
+            parameters_by_layer=tuple(by_layer[layer] for layer in range(cache.layers)),
+            parameters=parameters,
+        )
+
+    @property
+    def layers(self) -> int:
+        """The number of layers."""
+        return len(self.parameters_by_layer)
+
+    @property
+    def hidden(self) -> int:
+        """The width of the model."""
+        return self.output_layer.columns
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens."""
+        return self.output_layer.rows
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the linear modules of all layers."""
+        return sum(module.columns * module.rows for module in self.modules)
+
+
+def linear_modules(header: GgufHeader) -> dict[str, SizedModule]:
+    """The linear modules of all layers, and the output layer, by name; IncompatibleError if the base lacks one."""
+    table, sized = of(header).linear_modules, {}
+    for layer in range(count(header.metadata, f"{header.architecture}.block_count")):
+        for module in table:
+            name, product = (f"model.layers.{layer}.{part}" for part in (module.name, module.product))
+            sized[name] = SizedModule(name, product, *_size(header, f"blk.{layer}.{module.tensor}.weight"))
+    head = "output.weight" if "output.weight" in header.tensors else "token_embd.weight"
+    return {**sized, OUTPUT_LAYER: SizedModule(OUTPUT_LAYER, OUTPUT_LAYER, *_size(header, head))}
+
+
+def _size(header: GgufHeader, tensor: str) -> tuple[int, int]:
+    """Columns and rows of a matrix."""
+    shape = header.tensors[tensor].shape if tensor in header.tensors else ()
+    if len(shape) != 2:
+        raise IncompatibleError(f"the base has no matrix {tensor}", "use a base that llama.cpp's converter wrote")
+    return shape[0], shape[1]
