@@ -46,7 +46,7 @@ class TaskRow:
     turn: Message | None = None
 
 
-class _BadRowError(Exception):
+class BadRowError(Exception):
     """The reason why a row cannot be used."""
 
 
@@ -58,13 +58,24 @@ def read_rows(
     Raises NotFoundError if there is no such file or data set, UsageError if it is empty, of an unknown type or has bad
     rows. The error lists up to 20 bad rows with their line and reason.
     """
+    return rows_of(source, entries(source), columns, labels=labels)
+
+
+def rows_of(
+    source: str | Rows,
+    found: Iterable[tuple[str, Any]],
+    columns: Columns | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+) -> list[TaskRow]:
+    """The rows of these entries of `source`; raises what `read_rows` does for bad rows and for none."""
     rows, problems = [], []
-    for where, values in _entries(source):
+    for where, values in found:
         try:
-            if isinstance(values, _BadRowError):
+            if isinstance(values, BadRowError):
                 raise values
             rows.append(_row(where, values, columns, labels))
-        except _BadRowError as reason:
+        except BadRowError as reason:
             problems.append(f"{where}: {reason}")
     if problems:
         more = len(problems) - MAX_ERRORS
@@ -119,18 +130,26 @@ def labelled_text(row: TaskRow) -> str:
         raise UsageError(f"{row.where}: {error.message}", "use rows of text and label") from error
 
 
-def _entries(source: str | Rows) -> Iterator[tuple[str, Any]]:
-    """Where each entry of `source` is, and its values, or a _BadRowError instead of the values."""
+def entries(source: str | Rows, most_bytes: int | None = None) -> Iterator[tuple[str, Any]]:
+    """Where each entry of `source` is, and its values, or a BadRowError instead of the values.
+
+    Of a file larger than `most_bytes`, only the lines that end within them. Raises the errors of `read_rows` for files.
+    """
     if isinstance(source, Rows):
         return _json_lines(f"{source} row ", source.lines)
     path = Path(source)
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix in JSONL_SUFFIXES:
+            text = read_text(path, most_bytes)
+            if text.lstrip().startswith("["):
+                remedy = f"write one object per line: jq -c '.[]' {source} > rows.jsonl"
+                raise UsageError(f"{source} is one JSON list", remedy)
             # Not splitlines(): it also splits at U+2028, which JSON strings may contain.
-            return _json_lines(f"{source}:", read_text(path).split("\n"))
+            return _json_lines(f"{source}:", text.split("\n"))
         if suffix in DELIMITERS:
-            return _table_rows(source, read_text(path), DELIMITERS[suffix])
+            text = read_text(path, most_bytes)
+            return _table_rows(source, text, _delimiter_of(text, suffix))
         raise UsageError(f"{source} has an unknown file type", "use a .jsonl, .csv or .tsv file, or a hub id")
     if path.is_dir():
         raise UsageError(f"{source} is a folder", "use a .jsonl, .csv or .tsv file in it")
@@ -139,16 +158,25 @@ def _entries(source: str | Rows) -> Iterator[tuple[str, Any]]:
     raise NotFoundError(f"no data file {source}", "check the path; a hub id has the form owner/name, without a suffix")
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; UsageError if it cannot be read or is not UTF-8."""
+def read_text(path: Path, most_bytes: int | None = None) -> str:
+    """The text of a UTF-8 file, of a larger one the lines within `most_bytes`; UsageError for one that is not UTF-8."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(-1 if most_bytes is None else most_bytes)
+            if file.read(1):
+                data = data[: data.rfind(b"\n") + 1]
         return data.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}:{line}: not UTF-8 text at byte {error.start}", "save the file as UTF-8") from error
+
+
+def _delimiter_of(text: str, suffix: str) -> str:
+    """The delimiter of a table: some programs write a .csv file with semicolons."""
+    header = text.lstrip().partition("\n")[0]
+    return ";" if suffix == ".csv" and ";" in header and "," not in header else DELIMITERS[suffix]
 
 
 def _json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -159,9 +187,9 @@ def _json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
         try:
             values = json.loads(line, parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:
-            values = _BadRowError(f"not JSON: {error.msg} at column {error.colno}")
+            values = BadRowError(f"not JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
-            values = _BadRowError(f"not JSON: {error}")
+            values = BadRowError(f"not JSON: {error}")
         yield f"{place}{number}", values
 
 
@@ -190,7 +218,7 @@ def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, A
             if twice:
                 raise UsageError(f"{source}:{line}: there are two columns {twice[0]!r}", "rename one of them")
         elif len(fields) != len(header):
-            yield f"{source}:{line}", _BadRowError(f"has {len(fields)} fields, the header has {len(header)}")
+            yield f"{source}:{line}", BadRowError(f"has {len(fields)} fields, the header has {len(header)}")
         else:
             yield f"{source}:{line}", dict(zip(header, fields, strict=True))
 
@@ -212,9 +240,9 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 def _row(where: str, values: object, columns: Columns | None, labels: Sequence[str] | None) -> TaskRow:
     if not isinstance(values, dict):
-        raise _BadRowError(f"is {_kind(values)}, not an object; write one object per line")
+        raise BadRowError(f"is {_kind(values)}, not an object; write one object per line")
     if columns is not None:
-        row = _prompt_row(where, values, columns.prompt, columns.completion)
+        row = _mapped_row(where, values, columns)
     elif "messages" in values:
         row = _conversation(where, values["messages"], values.get("tools"))
     elif "prompt" in values or "completion" in values:
@@ -225,29 +253,45 @@ def _row(where: str, values: object, columns: Columns | None, labels: Sequence[s
         row = TaskRow(where, text=_text(values["text"], "text"))
     else:
         keys = ", ".join(map(str, values)) or "none"
-        raise _BadRowError(f"has none of {FORMS}; its keys are {keys}; set `columns` to the keys to use")
+        raise BadRowError(f"has none of {FORMS}; its keys are {keys}; set `columns` to the keys to use")
     if labels is not None:
         _check_label(row, labels)
     return row
 
 
+def _mapped_row(where: str, values: Mapping[str, Any], columns: Columns) -> TaskRow:
+    """The row in the columns that a recipe names."""
+    if columns.text is not None:
+        _check_keys(values, [columns.text])
+        return TaskRow(where, text=_text(values[columns.text], columns.text))
+    if columns.messages is not None:
+        _check_keys(values, [columns.messages])
+        return _conversation(where, values[columns.messages], values.get(columns.tools))
+    assert columns.prompt is not None
+    assert columns.completion is not None
+    return _prompt_row(where, values, columns.prompt, columns.completion)
+
+
 def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: str | Sequence[str]) -> TaskRow:
-    needed = [prompt, *([completion] if isinstance(completion, str) else completion)]
-    for name in needed:
-        if name not in values:
-            near = nearest(name, map(str, values))
-            hint = f"there is {near!r}" if near else f"its keys are {', '.join(map(str, values))}"
-            raise _BadRowError(f"has no {name!r}; {hint}")
+    _check_keys(values, [prompt, *([completion] if isinstance(completion, str) else completion)])
     message = {"role": "user", "content": _text(values[prompt], prompt)}
     answer = values[completion] if isinstance(completion, str) else {name: values[name] for name in completion}
     return TaskRow(where, (message,), _answer(answer, completion if isinstance(completion, str) else "completion"))
 
 
+def _check_keys(values: Mapping[str, Any], needed: Sequence[str]) -> None:
+    for name in needed:
+        if name not in values:
+            near = nearest(name, map(str, values))
+            hint = f"there is {near!r}" if near else f"its keys are {', '.join(map(str, values))}"
+            raise BadRowError(f"has no {name!r}; {hint}")
+
+
 def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa: ANN401 - it is checked here
     if not isinstance(messages, list):
-        raise _BadRowError(f"messages is {_kind(messages)}, not a list of messages")
+        raise BadRowError(f"messages is {_kind(messages)}, not a list of messages")
     if not messages:
-        raise _BadRowError("messages is empty; give at least one message")
+        raise BadRowError("messages is empty; give at least one message")
     for number, message in enumerate(messages, 1):
         _check_message(number, message)
     try:
@@ -258,9 +302,9 @@ def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa:
         if offered is not None:
             check_schemas(offered)
     except UsageError as error:
-        raise _BadRowError(error.message) from error
+        raise BadRowError(error.message) from error
     except ValueError as error:
-        raise _BadRowError(f"tools is not JSON: {error}") from error
+        raise BadRowError(f"tools is not JSON: {error}") from error
     _check_order(turns)
     turn = turns.pop()
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in turn.get("tool_calls", ())]
@@ -274,34 +318,34 @@ def _check_order(turns: Sequence[Message]) -> None:
     for number, turn in enumerate(turns[first:], first + 1):
         role = turn["role"]
         if role not in expected:
-            raise _BadRowError(f"message {number} has role {role}, expected {' or '.join(expected)}")
+            raise BadRowError(f"message {number} has role {role}, expected {' or '.join(expected)}")
         if role == "assistant":
             expected = ["tool"] if "tool_calls" in turn else ["user"]
         else:
             expected = ["assistant", "tool"] if role == "tool" else ["assistant"]
     if turns[-1]["role"] != "assistant":
-        raise _BadRowError(f"the last message has role {turns[-1]['role']}, expected assistant")
+        raise BadRowError(f"the last message has role {turns[-1]['role']}, expected assistant")
 
 
 def _check_calls(names: Sequence[str], tools: ToolSet | None) -> None:
     if names and tools is None:
-        raise _BadRowError(f"calls {names[0]!r}, but has no tools; add the key tools")
+        raise BadRowError(f"calls {names[0]!r}, but has no tools; add the key tools")
     known = [tool.name for tool in tools.tools] if tools is not None else []
     for name in names:
         if name not in known:
-            raise _BadRowError(f"calls {name!r}, which is not one of its tools; {suggestion(name, known)}")
+            raise BadRowError(f"calls {name!r}, which is not one of its tools; {suggestion(name, known)}")
 
 
 def _check_message(number: int, message: object) -> None:
     if not isinstance(message, dict):
-        raise _BadRowError(f"message {number} is {_kind(message)}, not an object with role and content")
+        raise BadRowError(f"message {number} is {_kind(message)}, not an object with role and content")
     role = message.get("role")
     if role not in ("system", "user", "assistant", "tool"):
-        raise _BadRowError(f"message {number} has role {role!r}; use system, user, assistant or tool")
+        raise BadRowError(f"message {number} has role {role!r}; use system, user, assistant or tool")
     keys = ("role", "content", *_MORE_KEYS.get(role, ()))
     extra = [key for key, value in message.items() if key not in keys and value is not None]
     if extra:
-        raise _BadRowError(f"message {number} has {extra[0]!r}, which is not supported; use only {', '.join(keys)}")
+        raise BadRowError(f"message {number} has {extra[0]!r}, which is not supported; use only {', '.join(keys)}")
     if not message.get("tool_calls"):
         _text(message.get("content"), f"the content of message {number}")
 
@@ -314,24 +358,24 @@ def _answer(value: object, name: str) -> str:
 
 def _text(value: object, name: str) -> str:
     if value is None:
-        raise _BadRowError(f"{name} is missing or null")
+        raise BadRowError(f"{name} is missing or null")
     if not isinstance(value, str):
-        raise _BadRowError(f"{name} is {_kind(value)}, not text")
+        raise BadRowError(f"{name} is {_kind(value)}, not text")
     if not value.strip():
-        raise _BadRowError(f"{name} is empty")
+        raise BadRowError(f"{name} is empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise _BadRowError(f"{name} has an unpaired surrogate, which is not valid Unicode") from error
+        raise BadRowError(f"{name} has an unpaired surrogate, which is not valid Unicode") from error
     return value
 
 
 def _check_label(row: TaskRow, labels: Sequence[str]) -> None:
     if row.completion is None:
-        raise _BadRowError("is plain text, but the adapter has labels; add a label to the row")
+        raise BadRowError("is plain text, but the adapter has labels; add a label to the row")
     if row.completion not in labels:
         near = difflib.get_close_matches(row.completion, labels, n=1, cutoff=0.0)
-        raise _BadRowError(f"{row.completion!r} is not one of the labels; did you mean {near[0]!r}?")
+        raise BadRowError(f"{row.completion!r} is not one of the labels; did you mean {near[0]!r}?")
 
 
 def _kind(value: object) -> str:

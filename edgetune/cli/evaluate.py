@@ -77,9 +77,10 @@ def _print_evaluation(result: edgetune.Evaluation, show: int) -> None:
     for row in sorted(wrong, key=lambda row: row.score)[:show]:
         print(f"\n{row.where}: score {row.score:.2f}")
         for name, text in (("prompt", row.prompt), ("expected", row.reference), ("answered", row.answer)):
-            print(f"  {name:<10}{_shortened(text)}")
+            print(f"  {name:<10}{shortened(text)}")
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """A text in one line of at most `MAX_SHOWN` characters."""
     line = printable(" ".join(text.split()))
     return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 1]}…"

@@ -44,7 +44,8 @@ def _write_sections(formatter: Any, records: Iterable[tuple[str, tuple[str, str]
     sections: dict[str, list[tuple[str, str]]] = {}
     for title, record in records:
         if record is not None:
-            sections.setdefault(title, []).append(record)
+            # Typer adds the Python type of arguments.
+            sections.setdefault(title, []).append((record[0].partition(" <")[0], record[1]))
     for title, lines in sections.items():
         with formatter.section(title):
             formatter.write_dl(lines)

@@ -27,6 +27,7 @@ from . import compare as compare_cli
 from . import deploy as deploy_cli
 from . import devices as devices_cli
 from . import evaluate as evaluate_cli
+from . import init as init_cli
 from . import kit as kit_cli
 from . import plan as plan_cli
 from . import report as report_cli
@@ -38,7 +39,6 @@ from .arguments import (
     AsJson,
     Out,
     Quiet,
-    RecipePath,
     Settings,
     Targets,
     pairs_of,
@@ -51,7 +51,6 @@ from .grouped_help import GroupedCommand, GroupedGroup
 
 # Set by the script of --install-completion when a shell asks for completions.
 COMPLETION_VARIABLE = "_EDGETUNE_COMPLETE"
-DEFAULT_RECIPE = Path("recipe.yaml")
 # Titles of the command groups in --help.
 RECIPE_COMMANDS = "Recipe commands"
 BUNDLE_COMMANDS = "Bundle commands"
@@ -141,7 +140,10 @@ def _root(
 
 @app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
 def build(
-    recipe: RecipePath,
+    recipe: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; or data files, for which a recipe is made."),
+    ],
     *,
     out: Out = None,
     as_json: AsJson = False,
@@ -168,20 +170,24 @@ def build(
     """Train the adapters of a recipe and pack a bundle.
 
     Exports the adapters with their base and checks that the exported files match the trained model. An interrupted
-    build resumes where it stopped.
+    build resumes where it stopped. For data files (.jsonl, .csv, .tsv), the recipe that `edgetune init --data` would
+    write is made and kept beside the bundle, as OUT.yaml; the next build of these files uses it, with your changes.
     """
+    from edgetune.progress import Progress  # noqa: PLC0415 - help needs none of it
+
     texts = {"base": base, "quantization": quantization, "device": device}
     # Values are parsed as YAML; JSON quotes keep them strings.
     overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
     if targets is not None:
         overrides["targets"] = targets_of(targets)
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
-    loaded = _load(recipe, overrides | settings_of(settings), training)
+    path = init_cli.recipe_to_build(recipe, out, base, Progress(quiet=quiet))
+    loaded = _load(path, overrides | settings_of(settings), training)
     result = edgetune.build(loaded, out, shown_unless(quiet), converter=converter)
     if result.figures:
         _print_build(result.to_json(), as_json=as_json)
         if not (as_json or quiet):
-            _print_next(loaded, result)
+            _print_next(path, loaded, result)
 
 
 @app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
@@ -244,21 +250,6 @@ def list_methods(*, as_json: AsJson = False) -> None:
 
 
 @app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
-def init(path: Annotated[Path, typer.Argument(metavar="PATH", help="File to write.")] = DEFAULT_RECIPE) -> None:
-    """Write a commented recipe to start from."""
-    from edgetune.recipe.model import TEMPLATE  # noqa: PLC0415 - help needs no pydantic
-
-    target = path / DEFAULT_RECIPE if path.is_dir() else path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(TEMPLATE)
-    except FileExistsError as error:
-        raise UsageError(f"{target} already exists", "choose another file") from error
-    print(target)
-
-
-@app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
 def schema() -> None:
     """Print the JSON schema of recipes for editors."""
     from edgetune.recipe.model import json_schema  # noqa: PLC0415 - help needs no pydantic
@@ -266,6 +257,7 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
+app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)(init_cli.init)
 app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)(plan_cli.validate)
 app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)(plan_cli.plan)
 app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(evaluate_cli.evaluate)
@@ -322,13 +314,13 @@ def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
     print(result["bundle"])
 
 
-def _print_next(recipe: edgetune.Recipe, result: edgetune.Build) -> None:
+def _print_next(path: Path, recipe: edgetune.Recipe, result: edgetune.Build) -> None:
     from .next_commands import next_commands  # noqa: PLC0415 - help needs none of it
 
     # On standard error, so that the bundle's path stays the last line of standard output.
     sys.stdout.flush()
     print("\nRun it, score it, write a report, and check whether it fits on a board:", file=sys.stderr)
-    print("\n".join(f"  {command}" for command in next_commands(recipe, result)), file=sys.stderr)
+    print("\n".join(f"  {command}" for command in next_commands(path, recipe, result)), file=sys.stderr)
 
 
 def _cell(values: Any, path: str, form: str) -> str:  # noqa: ANN401 - JSON values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from edgetune import task_types
 from edgetune.recipe.model import Recipe
@@ -11,8 +12,8 @@ from edgetune.result import Build
 _BOARD = "pi-5"
 
 
-def next_commands(recipe: Recipe, result: Build) -> list[str]:
-    """Shell commands for the bundle just built, ready to copy, for its first adapter and a prompt of its task.
+def next_commands(path: Path, recipe: Recipe, result: Build) -> list[str]:
+    """Shell commands, ready to copy, for the bundle just built from `path`: its first adapter, a prompt of its task.
 
     `fit` is left out for tasks without a prediction for boards.
     """
@@ -21,7 +22,8 @@ def next_commands(recipe: Recipe, result: Build) -> list[str]:
     run = [command, result.bundle, "--adapter", name, "--prompt", result.prompts[name]]
     data = spec.data.validation or spec.data.train
     score = ["edgetune", "evaluate", result.bundle, "--adapter", name, "--data", data]
-    commands = [["edgetune-run", *run], score, ["edgetune", "report", result.bundle, "--out", f"{result.bundle}.html"]]
+    report = ["edgetune", "report", result.bundle, "--recipe", path, "--out", f"{result.bundle}.html"]
+    commands = [["edgetune-run", *run], score, report]
     if task_types.load(recipe.task).offers("fit"):
         device = recipe.device or _BOARD
         commands.append(["edgetune", "devices", "fit", result.bundle, "--device", device])

@@ -231,7 +231,9 @@ def json_schema() -> dict[str, Any]:
 
 
 TEMPLATE = Path(__file__).with_name("template_recipe.yaml").read_text(encoding="utf-8")
-"""The commented recipe that `edgetune init` writes."""
+"""The commented recipe that `edgetune init` writes without data of the user."""
+TEMPLATE_DATA = Path(__file__).with_name("template_data")
+"""The folder with its data."""
 
 
 def _one_of(value: str, known: list[str], what: str) -> str:

@@ -163,19 +163,33 @@ else:
 
 
 class Columns(RecipePart):
-    """Which columns of the data are the prompt and the completion, if they have other names."""
+    """Which columns of the data have other names: prompt and completion, or messages and tools, or text."""
 
-    prompt: Text
+    prompt: Text | None = None
     """Column of the prompt."""
-    completion: Text | tuple[Text, ...]
+    completion: Text | tuple[Text, ...] | None = None
     """Column of the completion, or a list of columns, which become one JSON object."""
+    messages: Text | None = None
+    """Column of the conversation."""
+    tools: Text = "tools"
+    """Column of a conversation's tools."""
+    text: Text | None = None
+    """Column of plain text."""
 
     @field_validator("completion")
     @classmethod
-    def _some(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not value:
+    def _some(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if value is not None and not value:
             raise ValueError("the list is empty; name at least one column")
         return value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Columns:
+        named = [key for key in ("prompt", "completion", "messages", "text") if getattr(self, key) is not None]
+        if named not in (["prompt", "completion"], ["messages"], ["text"]):
+            what = f"{' and '.join(named)} do not make a form of rows" if named else "names no column"
+            raise ValueError(f"{what}; name prompt and completion, or messages, or text")
+        return self
 
 
 class DataSpec(RecipePart):
@@ -194,7 +208,7 @@ class DataSpec(RecipePart):
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training rows that is held out for validation if `validation` is not given."""
     columns: Columns | None = None
-    """Names of the prompt and completion columns; not needed for rows in one of the four standard forms."""
+    """Names of the columns; not needed for rows in one of the four standard forms."""
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens count in the loss: those of the completions, or all."""
 

@@ -25,8 +25,8 @@ from .problems import other_names
 INTRODUCTION = """\
 # Recipe reference
 
-A recipe is a YAML file that describes one base, its tasks and a board. `edgetune init` writes a commented recipe to
-start from, and `edgetune validate RECIPE` reports all problems of a recipe with their lines. `--set KEY=VALUE`
+A recipe is a YAML file that describes one base, its tasks and a board. `edgetune init --data FILE` writes one for your
+rows, and `edgetune validate RECIPE` reports all problems of a recipe with their lines. `--set KEY=VALUE`
 overrides any key for one run; KEY is the key's path with dots, as in `--set adapters.command.method.r=8`. Paths are
 relative to the recipe. `edgetune schema` prints a JSON schema, which lets an editor complete and check keys.
 

@@ -21,12 +21,38 @@ MB = 10**6
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A row's prompt, the answer, and the expected answer, "" where none is known."""
+
+    prompt: str
+    text: str
+    expected: str = ""
+
+
+@dataclass(frozen=True)
 class Score:
-    """A score of an adapter, as printed by `edgetune evaluate --json`."""
+    """A score of an adapter on rows of `source`, as `edgetune evaluate` computes it.
+
+    `points` are the scores of the rows, `best` and `worst` some of the answers; empty where only the score is known.
+    """
 
     metric: str
     value: float
     rows: int
+    source: str = ""
+    points: Sequence[float] = ()
+    best: Sequence[Answer] = ()
+    worst: Sequence[Answer] = ()
+
+    @property
+    def right(self) -> int:
+        """How many answers are the expected ones."""
+        return sum(point >= 1 for point in self.points)
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether answers are more or less right, not right or wrong."""
+        return self.metric in ("rouge_l", "chrf")
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,15 @@ class AdapterFacts:
     train_file: str
     points: Sequence[tuple[int, float, float]]
     score: Score | None
+
+    @property
+    def golden(self) -> Answer | None:
+        """The answer that the build stored, cut to some tokens."""
+        stored = next(iter(self.entry.golden.values()), None)
+        if stored is None:
+            return None
+        prompt = stored.prompt if isinstance(stored.prompt, str) else str(stored.prompt[-1]["content"])
+        return Answer(prompt, stored.answer)
 
     @property
     def output(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,20 @@ WIDTH, HEIGHT = 520, 150
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of a training run as points of SVG polylines, and the values at the ends of the axes."""
+    """The losses of a training run as points of SVG polylines, and the values at the ends of the axes.
+
+    `ships` is where the checkpoint that ships is, None if the manifest does not say; the validation loss rose after it
+    if `rose`.
+    """
 
     train: str
     validation: str
     highest: float
     lowest: float
+    first_step: int
     last_step: int
+    ships: tuple[float, float] | None
+    rose: bool
 
 
 def page(facts: Facts, fits: Sequence[Fit]) -> str:
@@ -49,17 +56,24 @@ def curve(adapter: AdapterFacts) -> Curve | None:
     highest, lowest = max(losses), min(losses)
     steps = [step for step, _, _ in points]
 
-    def place(step: int, loss: float) -> str:
+    def place(step: int, loss: float) -> tuple[float, float]:
         x = WIDTH * (step - steps[0]) / max(steps[-1] - steps[0], 1)
-        y = HEIGHT * (highest - loss) / ((highest - lowest) or 1)
-        return f"{x:.1f},{y:.1f}"
+        return x, HEIGHT * (highest - loss) / ((highest - lowest) or 1)
 
+    def line(losses: Iterable[float]) -> str:
+        return " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in zip(steps, losses, strict=True))
+
+    training = adapter.entry.training
+    ships = next((place(step, loss) for step, _, loss in points if step == training.get("best_step")), None)
     return Curve(
-        train=" ".join(place(step, train) for step, train, _ in points),
-        validation=" ".join(place(step, validation) for step, _, validation in points),
+        train=line(train for _, train, _ in points),
+        validation=line(validation for _, _, validation in points),
         highest=highest,
         lowest=lowest,
+        first_step=steps[0],
         last_step=steps[-1],
+        ships=ships,
+        rose=training.get("overfit_step") is not None,
     )
 
 

@@ -183,6 +183,56 @@ def test_init_writes_a_recipe_and_never_over_another(run: Run, tmp_path: Path) -
     assert path.read_text(encoding="utf-8") == "mine"
 
 
+def test_the_example_of_init_comes_with_its_data_and_validates(
+    run: Run, tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/intent.csv").write_text("sentence,intent\nlamp on,lights\nwarmer,heating\n", encoding="utf-8")
+    assert run("init", tmp_path)[0] == 0
+    found = json.loads(
+        run(
+            "validate",
+            tmp_path / "recipe.yaml",
+            *("--set", f"base={tiny_gguf('llama')}"),
+            "--set",
+            "context_length=256",
+            "--json",
+        )[1]
+    )
+    assert found["adapters"]["command"]["train"] > 9
+    assert found["adapters"]["intent"]["train"] == 1, "a file of the user stays"
+
+
+def test_init_writes_a_recipe_for_data(run: Run, recipe: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    path, base = recipe.with_name("new.yaml"), ("--base", tiny_gguf("llama"))
+    files = (recipe.parent / "tone.jsonl", recipe.parent / "reply.jsonl")
+    assert run("init", path, "--data", *files, *base) == (0, f"{path}\n", "")
+    assert json.loads(run("validate", path, "--json")[1])["adapters"].keys() == {"tone", "reply"}
+    message = "new.yaml already exists; choose another file, or replace it with --force"
+    assert_is_one_error(run("init", "--data", files[0], path, *base), 2, message)
+    assert run("init", "--data", files[0], path, *base, "--force")[0] == 0
+    assert json.loads(run("validate", path, "--json")[1])["adapters"].keys() == {"tone"}
+    assert_is_one_error(run("init", path, "more.yml"), 2, "more.yml is not a data file")
+
+
+def test_build_makes_the_recipe_of_a_data_file_and_keeps_it_for_the_next_build(
+    run: Run, recipe: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
+    data, out, kept = recipe.parent / "tone.jsonl", recipe.parent / "build/Home", recipe.parent / "build/Home.yaml"
+    flags = ("--out", out, "--base", tiny_gguf("llama"), "--set", "training.precision=fp32")
+    code, _, err = run("build", data, *flags, "--set", "adapters.tone.training.max_steps=1", "--json")
+    assert code == 0, err
+    assert f"made the recipe {kept}" in err
+    assert json.loads(run("validate", kept, "--json")[1])["adapters"]["tone"]["metric"] == "label"
+    kept.write_text(kept.read_text(encoding="utf-8").replace("Name the tone.", "Which tone?"), encoding="utf-8")
+    err = run("build", data, *flags, "--set", "adapters.tone.training.max_steps=1")[2]
+    assert f"using the recipe {kept}" in err
+    with Runtime.open(out) as runtime:
+        assert (runtime.manifest.name, runtime.manifest.adapters["tone"].system) == ("home", "Which tone?")
+    assert_is_one_error(run("build", recipe.parent / "reply.jsonl", *flags), 2, "Home.yaml is a recipe for other data")
+    assert_is_one_error(run("build", data, recipe, *flags), 2, "recipe.yaml is not a data file")
+
+
 def test_schema_prints_the_recipes_schema(run: Run) -> None:
     code, out, _ = run("schema")
     assert (code, json.loads(out)) == (0, json_schema())

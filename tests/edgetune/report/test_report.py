@@ -14,6 +14,7 @@ from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
 from runtime.bundles import Adapter, low_rank, write_bundle
 
 from edgetune.cli.main import main
+from edgetune.data import read_rows, split
 from edgetune.report.facts import facts_of
 from edgetune.report.render import HEIGHT, WIDTH, card, curve
 
@@ -99,6 +100,68 @@ def test_what_is_no_score_of_the_bundle_is_refused_in_one_line(
     assert message in error
     assert "\n" not in error
     assert not out.exists()
+
+
+def test_right_and_wrong_answers_of_a_file_are_shown(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    base = tiny_gguf("llama")
+    labels = ("on", "off")
+    bundle = write_bundle(tmp_path / "home", base, {"task": Adapter(low_rank(base, seed=1), labels=labels)})
+    manifest = json.loads((bundle / MANIFEST_NAME).read_text())
+    manifest["adapters"]["task"]["metric"] = "label"
+    (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+    # One of the two answers is right, whichever the adapter gives.
+    rows = [{"text": "say <i>", "label": label} for label in labels]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "page.html"
+    assert main(["report", str(bundle), "--data", f"task={tmp_path / 'rows.jsonl'}", "--out", str(out)]) == 0
+    page = Page(out.read_text(encoding="utf-8"))
+    text = " ".join(page.text.split())
+    assert "label 0.5 on 2 rows" in text
+    assert "A box per answer to 2 rows of rows.jsonl: 1 right, 1 wrong." in text
+    right, _, wrong = text.partition("Right answers")[2].partition("Wrong answers")
+    assert right.strip() in ("say <i>on", "say <i>off")
+    assert wrong.strip().startswith(("say <i>on expected: off", "say <i>off expected: on"))
+    assert "i" not in page.tags, "the texts of rows are escaped"
+
+
+def test_the_recipe_gives_the_rows_that_the_build_held_out(bundle: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(bundle, tmp_path / "copied")
+    manifest = json.loads((copied / MANIFEST_NAME).read_text())
+    manifest["recipe"]["adapters"]["other"] = {
+        "data": {"train": "rows.jsonl", "held_out": 0.5},
+        "training": {"seed": 3},
+    }
+    (copied / MANIFEST_NAME).write_text(json.dumps(manifest))
+    rows = [{"prompt": f"p{number}", "completion": "on"} for number in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: home\nbase: b\nadapters: {other: {data: {train: rows.jsonl}}, more: {data: {train: none}}}"
+    )
+    out = tmp_path / "page.html"
+    assert main(["report", str(copied), "--recipe", str(recipe), "--out", str(out)]) == 0
+    _, held_out = split(read_rows(str(tmp_path / "rows.jsonl")), 0.5, 3)
+    text = Page(out.read_text(encoding="utf-8")).text
+    assert f"A box per answer to {len(held_out)} rows of its validation data" in text
+    shown = {row["prompt"] for row in rows if row["prompt"] in text}
+    assert shown == {row.messages[-1]["content"] for row in held_out if row.messages}
+
+
+def test_a_curve_marks_the_checkpoint_that_ships_and_what_follows(bundle: Path) -> None:
+    drawn = curve(facts_of(bundle, read_manifest(bundle)).adapters[0])
+    assert drawn is not None
+    assert (drawn.first_step, drawn.rose, drawn.ships) == (10, True, (pytest.approx(WIDTH / 3), HEIGHT))
+
+
+def test_a_golden_answer_is_shown_where_no_row_is_answered(bundle: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(bundle, tmp_path / "copied")
+    manifest = json.loads((copied / MANIFEST_NAME).read_text())
+    manifest["adapters"]["task"]["golden"] = {"gguf": {"prompt": "hi <u>", "answer": "hello <u>", "max_tokens": 4}}
+    (copied / MANIFEST_NAME).write_text(json.dumps(manifest))
+    out = tmp_path / "page.html"
+    assert main(["report", str(copied), "--out", str(out)]) == 0
+    page = Page(out.read_text(encoding="utf-8"))
+    assert "hi <u>" in page.text and "hello <u>" in page.text and "u" not in page.tags
 
 
 def test_a_curve_spans_the_plot_and_starts_at_the_first_step(bundle: Path) -> None:

@@ -1,0 +1,220 @@
+"""Finds the columns of a data file that are the prompt and the answer, by their names and their values."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.wording import first_of
+
+# Names that data sets use, the most specific first.
+_PROMPTS = (
+    "prompt", "text", "question", "input", "query", "utterance", "sentence", "message", "user", "request",
+    "instruction", "source", "content", "review", "comment", "email", "title", "body",
+)  # fmt: skip
+_LABELS = ("label", "intent", "category", "class", "topic", "sentiment", "tag", "kind", "type")
+_ANSWERS = (
+    "completion", *_LABELS[:1], "answer", "output", "response", "reply", "target", "assistant", *_LABELS[1:],
+    "command", "call", "summary", "translation", "expected", "result",
+)  # fmt: skip
+_GENERIC = ("completion", "label", "answer", "output", "response", "target", "assistant", "expected", "result", "class")
+_TOOLS = ("tools", "functions")
+_SYSTEM = ("system", "system_prompt", "instruction")
+# Columns about the rows, which are neither prompt nor answer.
+_OTHERS = (
+    "id", "index", "idx", "uuid", "key", "no", "number", "split", "fold", "date", "time", "timestamp", "created", "url",
+)  # fmt: skip
+_SHORT_CHARACTERS = 40
+"""Mean length of values that may be parts of one answer."""
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """Where the rows of a file have their parts: `columns` as in a recipe, None for a standard form, and why.
+
+    `system` is the value of a column that is the same in all rows, `noun` what the answers are called, or "";
+    `is_label` if that is a word for labels.
+    """
+
+    columns: Mapping[str, Any] | None
+    reason: str
+    system: str | None = None
+    noun: str = ""
+    is_label: bool = False
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column with its values that are not empty."""
+
+    name: str
+    values: Sequence[Any]
+    rows: int
+
+    @property
+    def parts(self) -> list[str]:
+        """The words of its name: `user_text` and `userText` have two."""
+        return re.findall(r"[^\W_]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", self.name).lower())
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in self.values]
+
+    @cached_property
+    def distinct(self) -> int:
+        return len(set(self.texts))
+
+    @property
+    def is_text(self) -> bool:
+        """Whether most of its values are texts and not numbers."""
+        numbers = sum(not isinstance(value, str) or _is_number(value) for value in self.values)
+        return numbers * 2 < len(self.values)
+
+    @property
+    def mean_length(self) -> float:
+        return sum(map(len, self.texts)) / max(len(self.values), 1)
+
+    @property
+    def is_constant(self) -> bool:
+        return self.distinct == 1 and len(self.values) > 1
+
+    def rank(self, names: Sequence[str]) -> int | None:
+        """Its place among these names: those of the whole name first, then those of its last word."""
+        whole, last = self.name.strip().lower(), (self.parts or [""])[-1]
+        if whole in names:
+            return names.index(whole)
+        return len(names) + names.index(last) if last in names else None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({f'{self.distinct:,} values' if self.distinct > 1 else 'one value'})"
+
+
+def form_of(path: Path, values: Sequence[Mapping[str, Any]]) -> RowForm:
+    """The form of the rows with these values; UsageError with the columns there are if none fits."""
+    columns = _columns_of(values)
+    conversation = next((column for column in columns if _holds_messages(path, column)), None)
+    if conversation is not None:
+        return _conversation(conversation, columns)
+    candidates = [column for column in columns if not _is_other(column)]
+    prompt = _prompt_of(candidates)
+    if prompt is None:
+        raise UsageError(
+            f"{path} has no usable columns; there are: {first_of(list(map(str, columns)), 20, ', ')}",
+            "give a column of different texts, called text, or prompt with a column completion",
+        )
+    answers, how = _answers_of([column for column in candidates if column is not prompt])
+    if not answers:
+        reason = f"{prompt.name} is the only column of text, so all of it is learned"
+        return RowForm(None if prompt.name == "text" else {"text": prompt.name}, reason)
+    names = [column.name for column in answers]
+    answer = names[0] if len(names) == 1 else names
+    unused = [column for column in columns if column not in (prompt, *answers)]
+    system = next((column for column in unused if column.is_constant and column.rank(_SYSTEM) is not None), None)
+    why = "its name" if prompt.rank(_PROMPTS) is not None else "its texts, which differ most"
+    reason = f"{prompt.name} is the prompt by {why}, and {' and '.join(names)} the answer{how}"
+    left = [column.name for column in unused if column is not system]
+    reason += f"; not used: {first_of(left, 8, ', ')}" if left else ""
+    is_standard = (prompt.name, answer) == _standard_of({str(name) for row in values for name in row})
+    mapped = None if is_standard else {"prompt": prompt.name, "completion": answer}
+    return RowForm(
+        mapped,
+        reason,
+        system.texts[0] if system else None,
+        _noun(answers),
+        len(answers) == 1 and answers[0].rank(_LABELS) is not None,
+    )
+
+
+def _columns_of(values: Sequence[Mapping[str, Any]]) -> list[_Column]:
+    """The columns that at least half of the rows fill, in their order."""
+    filled: dict[str, list[Any]] = {}
+    for row in values:
+        for name, value in row.items():
+            if value not in (None, "") and not (isinstance(value, str) and not value.strip()):
+                filled.setdefault(str(name), []).append(value)
+    return [_Column(name, found, len(values)) for name, found in filled.items() if len(found) * 2 >= len(values)]
+
+
+def _holds_messages(path: Path, column: _Column) -> bool:
+    """Whether a column has conversations; UsageError for the form with `from` and `value`."""
+    first = column.values[0]
+    if not isinstance(first, list) or not first or not isinstance(first[0], dict):
+        return False
+    if {"from", "value"} <= first[0].keys():
+        message = f"{path}: {column.name!r} has messages of from and value"
+        raise UsageError(message, 'write them as {"role": "user" or "assistant", "content": …}')
+    return "role" in first[0]
+
+
+def _conversation(column: _Column, columns: Sequence[_Column]) -> RowForm:
+    tools = next((other.name for other in columns if other.name.lower() in _TOOLS), None)
+    reason = f"{column.name} has conversations, whose last message is the answer"
+    reason += f", and {tools} their tools" if tools else ""
+    if column.name == "messages" and tools in (None, "tools"):
+        return RowForm(None, reason)
+    return RowForm({"messages": column.name, **({"tools": tools} if tools else {})}, reason)
+
+
+def _is_other(column: _Column) -> bool:
+    """Whether a column numbers or dates the rows, or says the same in all of them."""
+    if column.rank(_ANSWERS) is not None:
+        return False
+    is_named = bool(column.parts) and column.parts[-1] in _OTHERS
+    counts = not column.is_text and column.distinct == column.rows
+    return is_named or column.is_constant or counts
+
+
+def _prompt_of(columns: Sequence[_Column]) -> _Column | None:
+    """The column of the prompt: by name, then the one with the most and longest different texts."""
+    texts = [column for column in columns if column.is_text]
+    # Of `instruction` and `input`, the one that is never empty and says more.
+    whole = [column for column in texts if len(column.values) == column.rows] or texts
+    most = max((column.distinct for column in whole), default=0)
+    named = [column for column in whole if column.rank(_PROMPTS) is not None and column.distinct * 2 >= most]
+    if named:
+        return min(named, key=lambda column: column.rank(_PROMPTS) or 0)
+    free = [column for column in texts if column.rank(_ANSWERS) is None]
+    return max(free, key=lambda column: (column.distinct, column.mean_length), default=None)
+
+
+def _answers_of(columns: Sequence[_Column]) -> tuple[list[_Column], str]:
+    """The columns of the answer, and how they were chosen."""
+    named = [column for column in columns if column.rank(_ANSWERS) is not None]
+    if named:
+        return [min(named, key=lambda column: column.rank(_ANSWERS) or 0)], " by its name"
+    # What a prompt is called may be part of the prompt, but no answer.
+    left = [column for column in columns if column.rank(_PROMPTS) is None]
+    if len(left) < 2:
+        return left, ", as the only column left"
+    if all(column.mean_length <= _SHORT_CHARACTERS for column in left):
+        how = " as one JSON object, because no column is named like an answer; remove those that are not part of it"
+        return left, how
+    return [max(left, key=lambda column: column.mean_length)], ", because its values are the longest"
+
+
+def _standard_of(names: Set[str]) -> tuple[str, str] | None:
+    """The prompt and the answer that `data` reads from rows with these columns if a recipe names none."""
+    if "messages" in names:
+        return None
+    return ("prompt", "completion") if names & {"prompt", "completion"} else ("text", "label")
+
+
+def _noun(answers: Sequence[_Column]) -> str:
+    name = " ".join(answers[0].parts) if len(answers) == 1 else ""
+    return "" if name in _GENERIC else name
+
+
+def _is_number(text: object) -> bool:
+    if isinstance(text, bool) or not isinstance(text, str | int | float):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

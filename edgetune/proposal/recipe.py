@@ -1,0 +1,173 @@
+"""Makes a recipe for data files: one task per file, and a context that fits the rows."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.wording import printable
+
+from edgetune import bases
+from edgetune.data import TaskRow, rows_of, split
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import Columns
+from edgetune.tokenization import tokenize_rows
+
+from .choices import Choice, text_of, values_of
+from .columns import form_of
+from .files import Sample, TaskFiles, read_sample, slug, tasks_of
+from .settings import settings_of
+
+DEFAULT_BASE = "smollm2-135m"
+_REASONS = {
+    DEFAULT_BASE: "135 million parameters in 92 MB, for any board; a larger base answers better and more slowly"
+}
+_USEFUL_ROWS = 100
+# Of the rows, those with the most characters are tokenized.
+_LONGEST_ROWS = 100
+# Where the tokenizer is not at hand: a low estimate for English, and what chat templates add.
+_CHARACTERS_PER_TOKEN, _TEMPLATE_TOKENS = 3, 32
+_CONTEXT_STEP, _LEAST_CONTEXT = 128, 256
+"""Context lengths are multiples of the step."""
+_ROOM = 1.25
+"""Context per token of the longest row, for longer prompts and answers than those in the rows."""
+
+
+@dataclass(frozen=True)
+class ProposedRecipe:
+    """A recipe for data files, and its YAML text with the reason for each setting."""
+
+    recipe: Recipe
+    text: str
+
+
+@dataclass(frozen=True)
+class _ProposedTask:
+    """A task's files, its first rows, and the choices for its adapter."""
+
+    files: TaskFiles
+    rows: Sequence[TaskRow]
+    choices: Sequence[Choice]
+
+
+def default_name(files: Sequence[Path | str]) -> str:
+    """The name of a recipe for these files: that of the only task, or of the current folder."""
+    tasks = tasks_of([Path(file) for file in files])
+    return tasks[0].name if len(tasks) == 1 else slug(Path.cwd().name)
+
+
+def recipe_for(
+    files: Sequence[Path | str],
+    *,
+    base: str = DEFAULT_BASE,
+    path: Path = Path("recipe.yaml"),
+    name: str | None = None,
+) -> ProposedRecipe:
+    """A recipe with one task per file, to be written to `path`; its paths are relative to that file's folder.
+
+    The folder must exist. At most 8 MB of each file are read. Raises UsageError or NotFoundError for files that cannot
+    be used, and what `bases.find` does for the base.
+    """
+    folder = path.parent
+    tasks = [_task(found, folder) for found in tasks_of([Path(file) for file in files])]
+    is_path = base not in bases.ALIASES and Path(base).exists()
+    choices = [
+        Choice("name", name or default_name(files)),
+        Choice("base", _as_written(Path(base), folder) if is_path else base, _REASONS.get(base, "")),
+        *(choice for task in tasks for choice in task.choices),
+    ]
+    draft = Recipe.model_validate(values_of(choices), context={"folder": folder})
+    choices.insert(2, _context_length(draft, tasks))
+    recipe = Recipe.model_validate(values_of(choices), context={"folder": folder})
+    return ProposedRecipe(recipe, text_of(choices, _introduction(recipe, tasks, path)))
+
+
+def _task(files: TaskFiles, folder: Path) -> _ProposedTask:
+    sample = read_sample(files.train)
+    if not sample.values:
+        rows_of(str(files.train), sample.entries)  # raises an error that names the lines
+    form = form_of(files.train, sample.values)
+    columns = None if form.columns is None else Columns.model_validate(form.columns)
+    rows = rows_of(str(files.train), sample.entries, columns)
+    choices = [Choice("data.train", _as_written(files.train, folder), _about_file(files, sample))]
+    if files.validation is not None:
+        choices.append(Choice("data.validation", _as_written(files.validation, folder)))
+    else:
+        split(rows, 0.5, 0)  # raises an error if all rows have the same prompt
+    if form.columns is not None:
+        choices.append(Choice("data.columns", form.columns, form.reason))
+    choices += settings_of(files.name, sample, form, rows, held_out=files.validation is None)
+    if files.validation is not None:
+        labels = next((choice.value for choice in choices if choice.key == "labels"), None)
+        known = labels if isinstance(labels, list) else None
+        rows_of(str(files.validation), read_sample(files.validation).entries, columns, labels=known)
+    return _ProposedTask(files, rows, [choice.under(f"adapters.{files.name}") for choice in choices])
+
+
+def _about_file(files: TaskFiles, sample: Sample) -> str:
+    few = "; a useful task needs some hundred" if sample.rows < _USEFUL_ROWS else ""
+    score = f"; {files.test.name} is for `edgetune evaluate`" if files.test is not None else ""
+    return f"{sample}{few}{score}"
+
+
+def _context_length(draft: Recipe, tasks: Sequence[_ProposedTask]) -> Choice:
+    """The context that the longest row needs, with some room, within what the base was trained for."""
+    base = bases.find(draft)
+    file = None if base is None or base.is_folder else base.path
+    longest = [_longest(_by_length(task.rows), draft.adapters[task.files.name].system, file) for task in tasks]
+    tokens = max(longest)
+    name = tasks[longest.index(tokens)].files.name
+    about = "about " if file is None else ""
+    length = max(math.ceil(tokens * _ROOM / _CONTEXT_STEP) * _CONTEXT_STEP, _LEAST_CONTEXT)
+    reason = f"tokens of prompt and answer together: the longest row of {name} has {about}{tokens:,}"
+    if base is not None and length > (most := base.trained_context_length):
+        reason += f"; the base supports {most:,}" + (", and longer rows are left out" if tokens > most else "")
+        length = most
+    return Choice("context_length", length, reason)
+
+
+def _by_length(rows: Sequence[TaskRow]) -> list[TaskRow]:
+    """The rows with the most characters."""
+    return sorted(rows, key=_characters, reverse=True)[:_LONGEST_ROWS]
+
+
+def _longest(rows: Sequence[TaskRow], system: str | None, file: Path | None) -> int:
+    """The tokens of the longest row: counted with the base's GGUF file, if there is one, otherwise estimated."""
+    if file is None:
+        characters = _characters(rows[0]) + len(system or "")
+        return math.ceil(characters / _CHARACTERS_PER_TOKEN) + _TEMPLATE_TOKENS
+    with closing(GgufTokenizer(file)) as tokenizer:
+        examples, _ = tokenize_rows(rows, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)
+    return max(len(example.tokens) for example in examples)
+
+
+def _characters(row: TaskRow) -> int:
+    tools = None if row.tools is None else row.tools.text
+    texts = (tools, row.text, row.completion, *(message["content"] for message in row.messages or ()))
+    return sum(len(text) for text in texts if text)
+
+
+def _introduction(recipe: Recipe, tasks: Sequence[_ProposedTask], path: Path) -> str:
+    names = ", ".join(task.files.train.name for task in tasks)
+    lines = [
+        f"Made by edgetune from {names}, with the reason for each setting.",
+        "Change what you like, then:",
+        f"  edgetune validate {path}",
+        f"  edgetune build {path} --out build/{recipe.name}",
+        "All keys are in docs/recipe.md; `device: pi-4` checks that the bundle fits on a board.",
+    ]
+    if all(spec.metric == "label" for spec in recipe.adapters.values()):
+        lines.append("All tasks choose a label, which a small encoder does faster: docs/encoders.md.")
+    return "\n".join(map(printable, lines))
+
+
+def _as_written(path: Path, folder: Path) -> str:
+    """A path as the recipe in `folder` names it: relative to it, or as given if it is absolute and elsewhere."""
+    is_elsewhere = path.is_absolute() and not path.resolve().is_relative_to(folder.resolve())
+    return str(path) if is_elsewhere else os.path.relpath(path.resolve(), folder.resolve())

@@ -1,0 +1,120 @@
+"""Chooses the settings of a task from its rows, each with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+from edgetune.data import TaskRow
+from edgetune.metrics import metric_for
+
+from .choices import Choice
+from .columns import RowForm
+from .files import Sample
+
+_MOST_LABELS, _LABEL_WORDS, _LABEL_CHARACTERS = 50, 5, 60
+# Rows per distinct answer before the answers are labels: in a column that is called so, and in any other.
+_NAMED_REPEATS, _OTHER_REPEATS = 2, 5
+# A few hundred rows take 10 to 30 passes before a rank-16 adapter answers from them; early stopping ends sooner.
+_ROW_PASSES, _LEAST_EPOCHS, _MOST_EPOCHS = 3000, 3, 20
+_MANY_ROWS = 20_000
+_FEW_ROWS = 200
+# Enough to choose a checkpoint; more only take time.
+_MOST_VALIDATION = 2000
+# Rows per step, by the fewest rows for which it is used.
+_BATCHES = ((400, 16), (100, 8), (0, 4))
+_METRICS = {
+    "label": "the share of right labels",
+    "json": "the share of answers with the right keys and values",
+    "exact": "the share of answers that are word for word the expected one",
+    "rouge_l": "the overlap with the expected answer in order, because answers of several words have many wordings",
+    "perplexity": "how well the text is predicted, because the rows have no answers",
+}
+
+
+def settings_of(task: str, sample: Sample, form: RowForm, rows: Sequence[TaskRow], *, held_out: bool) -> list[Choice]:
+    """The settings of the task whose file starts with these `rows`; `held_out`: without a file for validation."""
+    labels = _labels(rows, _NAMED_REPEATS if form.is_label else _OTHER_REPEATS)
+    metric = metric_for("auto", rows, labels)
+    share = _held_out(sample.rows) if held_out else None
+    trained = sample.rows if share is None else round(sample.rows * (1 - share))
+    choices = []
+    if share is not None:
+        choices.append(Choice("data.held_out", share, _held_out_reason(sample.rows, share)))
+    system = form.system or _common_system(rows)
+    if system is not None:
+        choices.append(Choice("system", system, "the rows have it in common"))
+    elif metric != "perplexity" and not any(row.tools for row in rows):
+        prompt = _prompt(form.noun or task.replace("-", " "), metric)
+        choices.append(
+            Choice("system", prompt, "what the task is; a short prompt is faster, and the rows teach the rest")
+        )
+    if labels:
+        choices += _label_choices(labels, sample)
+    else:
+        choices.append(Choice("metric", metric, _METRICS[metric]))
+    if not any(row.tools for row in rows) and all(_is_json(row.completion) for row in rows):
+        choices.append(Choice("output", "auto", "all answers are JSON: only tokens that fit their schema are allowed"))
+    return [*choices, *_training(trained)]
+
+
+def _labels(rows: Sequence[TaskRow], repeats: int) -> list[str] | None:
+    """The labels if the answers are few, short and repeat; None for other answers."""
+    answers = Counter(row.completion for row in rows if row.completion is not None and row.tools is None)
+    is_few = 2 <= len(answers) <= _MOST_LABELS and len(rows) >= repeats * len(answers)
+    if answers.total() < len(rows) or not is_few or any(map(_is_json, answers)):
+        return None
+    is_short = all(len(a.split()) <= _LABEL_WORDS and len(a) <= _LABEL_CHARACTERS for a in answers)
+    return sorted(answers) if is_short else None
+
+
+def _label_choices(labels: Sequence[str], sample: Sample) -> list[Choice]:
+    reason = f"{len(labels)} short answers repeat in {sample}, so the task is to choose one: {_METRICS['label']}"
+    # Rows behind the sample may have other labels; without the key, the build takes those of all rows.
+    listed = [Choice("labels", list(labels))] if sample.is_whole else []
+    return [Choice("metric", "label", reason), *listed]
+
+
+def _held_out(rows: int) -> float:
+    """The share of the rows for validation."""
+    return 0.2 if rows < _FEW_ROWS else 0.1 if rows * 0.1 <= _MOST_VALIDATION else round(_MOST_VALIDATION / rows, 5)
+
+
+def _held_out_reason(rows: int, share: float) -> str:
+    count = max(1, round(rows * share))
+    return f"the share for validation, which chooses the checkpoint that ships: about {count:,} of {rows:,} rows"
+
+
+def _common_system(rows: Sequence[TaskRow]) -> str | None:
+    """The system message that all rows have; None if they differ or have none."""
+    found = {
+        row.messages[0]["content"] if row.messages and row.messages[0]["role"] == "system" else None for row in rows
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _prompt(noun: str, metric: str) -> str:
+    return f"Name the {noun}." if metric == "label" else f"Give the {noun}{' as JSON' * (metric == 'json')}."
+
+
+def _training(rows: int) -> list[Choice]:
+    """The settings of training on this many rows."""
+    if rows > _MANY_ROWS:
+        return [Choice("training.epochs", 1, f"one pass over {rows:,} rows is enough")]
+    epochs = max(_LEAST_EPOCHS, min(round(_ROW_PASSES / max(rows, 1)), _MOST_EPOCHS))
+    batch = next(size for least, size in _BATCHES if rows >= least)
+    few = f"{rows:,} rows need many passes" if epochs > _LEAST_EPOCHS else f"passes over {rows:,} rows"
+    steps = f"rows per step: {epochs * rows / batch:.0f} steps in all"
+    return [
+        Choice("training.epochs", epochs, f"{few}; training stops earlier when the validation loss rises"),
+        Choice("training.batch_size", batch, steps),
+    ]
+
+
+def _is_json(text: str | None) -> bool:
+    """Whether a text is a JSON object or list."""
+    try:
+        return isinstance(json.loads(text or ""), dict | list)
+    except (ValueError, RecursionError):
+        return False

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime.errors import NotFoundError, UsageError
+
+from edgetune.api import plan
+from edgetune.proposal import files as data_files
+from edgetune.proposal.recipe import recipe_for
+from edgetune.recipe.model import Recipe
+from edgetune.tasks import read_task
+
+THINGS = [
+    f"the {thing} in the {room}" for thing in ("lamp", "fan") for room in ("hall", "attic", "study", "den", "loft")
+]
+KINDS = [
+    *({"text": f"turn off {thing}", "label": "order"} for thing in THINGS),
+    *({"text": f"is {thing} on", "label": "question"} for thing in THINGS),
+]
+TOOLS = [{"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "stop", "arguments": {}}}]}
+
+Write = Callable[..., Path]
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def base(tiny_gguf: Callable[[str], Path]) -> str:
+    return str(tiny_gguf("llama"))
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """`write(name, content)`: a file of rows, as JSON lines or as a table with a header, or of this text."""
+
+    def make(name: str, content: str | bytes | Sequence[dict[str, Any]]) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        if isinstance(content, Sequence) and not isinstance(content, str | bytes):
+            if path.suffix == ".csv":
+                content = "\n".join([",".join(content[0]), *(",".join(map(str, row.values())) for row in content)])
+            else:
+                content = "\n".join(map(json.dumps, content))
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def propose(base: str, tmp_path: Path) -> Make:
+    """`propose(*files)`: the recipe for these files, read again from its text."""
+
+    def make(*paths: Path) -> Recipe:
+        target = tmp_path / "recipe.yaml"
+        made = recipe_for(paths, base=base, path=target)
+        target.write_text(made.text, encoding="utf-8")
+        recipe = Recipe.from_file(target)
+        assert recipe == made.recipe
+        return recipe
+
+    return make
+
+
+def numbered(values: dict[str, Any], count: int = 20) -> list[dict[str, Any]]:
+    """Rows with these values; `{}` in a text becomes the row's number."""
+    return [
+        {key: value.format(n) if isinstance(value, str) else value for key, value in values.items()}
+        for n in range(count)
+    ]
+
+
+def talk(number: int) -> list[dict[str, str]]:
+    """A conversation of three messages."""
+    return [
+        {"role": "system", "content": "Be: short"},
+        {"role": "user", "content": f"hi {number}"},
+        {"role": "assistant", "content": "Hello there, how are you?"},
+    ]
+
+
+def test_a_table_of_two_kinds_becomes_a_recipe_that_validates(write: Write, propose: Make) -> None:
+    recipe = propose(write("Requests 1.csv", [{"Sentence": row["text"], "Kind": row["label"]} for row in KINDS]))
+    spec = recipe.adapters["requests-1"]
+    assert recipe.name == "requests-1"
+    assert spec.data.columns is not None
+    assert (spec.data.columns.prompt, spec.data.columns.completion) == ("Sentence", "Kind")
+    assert (spec.labels, spec.metric, spec.system) == (("order", "question"), "label", "Name the kind.")
+    adapters = plan(recipe).adapters
+    assert [*adapters] == ["requests-1"]
+    planned = adapters["requests-1"]
+    assert planned.rows is not None
+    assert (planned.metric, planned.rows.train, planned.rows.validation, len(planned.labels)) == ("label", 16, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "metric"),
+    [
+        (numbered({"prompt": "call {}", "completion": {"number": 1}}), None, "json"),
+        (numbered({"text": "page {} of a book"}), None, "perplexity"),
+        (numbered({"id": "{}", "body": "page {} of a book"}), {"text": "body"}, "perplexity"),
+        (
+            numbered({"answer": "this is reply {}", "question": "what is {}"}),
+            {"prompt": "question", "completion": "answer"},
+            "rouge_l",
+        ),
+        (
+            numbered({"instruction": "Sum up.", "input": "text {}", "output": "n{}"}),
+            {"prompt": "input", "completion": "output"},
+            "exact",
+        ),
+        (
+            numbered({"instruction": "Sum up {}.", "input": "", "output": "n{}"}),
+            {"prompt": "instruction", "completion": "output"},
+            "exact",
+        ),
+        (
+            numbered({"id": 7, "said": "lamp {} off", "area": "hall {}", "turn": "x{}"}),
+            {"prompt": "said", "completion": ["area", "turn"]},
+            "json",
+        ),
+        (numbered({"prompt": "a {}", "label": "b{}"}), {"prompt": "prompt", "completion": "label"}, "exact"),
+        ([{"messages": talk(n)} for n in range(9)], None, "rouge_l"),
+        ([{"chat": talk(n), "x": 1} for n in range(9)], {"messages": "chat"}, "rouge_l"),
+    ],
+)
+def test_columns_and_metric_are_found_by_names_and_values(
+    write: Write, propose: Make, rows: list[dict[str, Any]], columns: dict[str, Any] | None, metric: str
+) -> None:
+    spec = (recipe := propose(write("task.jsonl", rows))).adapters["task"]
+    found = None if spec.data.columns is None else spec.data.columns.model_dump(mode="json", exclude_unset=True)
+    assert (found, spec.metric) == (columns, metric)
+    assert (spec.output is not None) == (metric == "json")
+    assert read_task("task", recipe).metric == metric
+
+
+def test_a_system_prompt_that_all_rows_have_becomes_that_of_the_task(write: Write, propose: Make) -> None:
+    files = [
+        write("talk.jsonl", [{"messages": talk(n)} for n in range(9)]),
+        write("sum.jsonl", numbered({"instruction": "Sum up.", "input": "text {}", "output": "n{}"})),
+    ]
+    recipe = propose(*files)
+    assert [spec.system for spec in recipe.adapters.values()] == ["Be: short", "Sum up."]
+
+
+def test_conversations_with_tools_under_other_names_are_read(write: Write, propose: Make) -> None:
+    rows = [{"dialog": [{"role": "user", "content": f"stop {n}"}, CALL], "functions": TOOLS} for n in range(8)]
+    recipe = propose(write("calls.jsonl", rows))
+    (task,) = (read_task("calls", recipe),)
+    assert task.train[0].tools is not None
+    assert task.spec.output is None, "the tools constrain the answers"
+
+
+def test_few_rows_get_more_epochs_smaller_steps_and_more_validation(write: Write, propose: Make) -> None:
+    def settings(rows: int) -> tuple[float, int, float]:
+        spec = propose(write("t.jsonl", numbered({"prompt": "p {}", "completion": "c {}"}, rows))).adapters["t"]
+        return spec.training.epochs, spec.training.batch_size, spec.data.held_out
+
+    assert [settings(rows) for rows in (10, 150, 600, 3000, 30_000)] == [
+        (20, 4, 0.2), (20, 8, 0.2), (6, 16, 0.1), (3, 16, 0.1), (1, 16, 0.06667),
+    ]  # fmt: skip
+
+
+def test_the_context_fits_the_longest_row_within_the_base(write: Write, propose: Make) -> None:
+    def context(text: str) -> int:
+        rows = [*numbered({"prompt": "p {}", "completion": "c"}), {"prompt": text, "completion": "c"}]
+        return propose(write("t.jsonl", rows)).context_length
+
+    assert context("p") == 256
+    assert context("a b " * 80) == 384 or context("a b " * 80) == 512
+    assert context("a b " * 2000) == 512, "the tiny base was trained for 512"
+
+
+def test_a_base_that_must_be_downloaded_first_gives_an_estimate(write: Write) -> None:
+    rows = [*numbered({"prompt": "p {}", "completion": "c"}), {"prompt": "p" * 3000, "completion": "c"}]
+    made = recipe_for([write("t.jsonl", rows)], base="owner/name")
+    assert made.recipe.context_length == 1408
+    assert "the longest row of t has about 1,0" in made.text
+
+
+def test_files_are_relative_to_the_recipe_and_roles_are_read_from_names(
+    write: Write, propose: Make, tmp_path: Path
+) -> None:
+    paths = [write(f"rows/kind-{role}.jsonl", KINDS) for role in ("test", "train", "validation")]
+    recipe = propose(*paths)
+    text = (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+    assert "train: rows/kind-train.jsonl" in text
+    assert "kind-test.jsonl is for `edgetune evaluate`" in text
+    data = recipe.adapters["kind"].data
+    assert data.validation == str(tmp_path / "rows/kind-validation.jsonl")
+    assert "held_out" not in text
+    assert list(propose(paths[0]).adapters) == ["kind-test"]
+
+
+def test_only_the_start_of_a_large_file_is_read_and_the_recipe_says_so(
+    write: Write, propose: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_files, "SAMPLE_BYTES", 400)
+    rows = "text,label\n" + "".join(f'"{row["text"]}\n!",{row["label"]}\n' for row in KINDS * 100)
+    spec = propose(write("kind.csv", rows)).adapters["kind"]
+    text = (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+    assert re.search(r"the first \d+ of about \d,\d{3} rows \(", text)
+    assert spec.labels is None, "the rest may have other labels"
+    assert spec.metric != "json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "", "t.csv has no rows; add at least two rows"),
+        ("t.csv", "text,label\n", "t.csv has no rows; add at least two rows"),
+        (
+            "t.csv",
+            "id,score\n1,2\n2,3\n",
+            "t.csv has no usable columns; there are: id (2 values), score (2 values); give a",
+        ),
+        ("t.csv", "text,label\nKüche,a\n".encode("latin-1"), "t.csv:2: not UTF-8 text at byte"),
+        ("t.txt", "text", "has an unknown file type; use a .jsonl, .csv or .tsv file"),
+        ("t.json", '[\n{"text": "a"}\n]', "t.json is one JSON list; write one object per line: jq -c"),
+        ("t.jsonl", "text", "t.jsonl:1: not JSON"),
+        ("t.jsonl", '{"text": "a"}', "only 1 row cannot be split for validation"),
+        (
+            "t.jsonl",
+            '{"chat": [{"from": "human", "value": "a"}]}',
+            "'chat' has messages of from and value; write them as",
+        ),
+    ],
+)
+def test_a_file_without_use_is_one_clear_line(write: Write, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        recipe_for([write(name, content)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_files_of_one_name_and_a_missing_file_are_refused(write: Write, tmp_path: Path) -> None:
+    one, other = write("a/faq.csv", KINDS), write("b/FAQ.csv", KINDS)
+    with pytest.raises(UsageError, match=r"faq\.csv and .*FAQ\.csv would both make the adapter 'faq'; rename one"):
+        recipe_for([one, other])
+    with pytest.raises(NotFoundError, match=r"no data file .*none\.csv; check the path"):
+        recipe_for([tmp_path / "none.csv"])
+
+
+def test_semicolons_of_a_spreadsheet_are_read(write: Write, propose: Make) -> None:
+    recipe = propose(write("kind.csv", "text;label\n" + "".join(f"{row['text']};{row['label']}\n" for row in KINDS)))
+    assert recipe.adapters["kind"].labels == ("order", "question")
+
+
+def test_texts_of_users_are_quoted_as_yaml_needs(write: Write, propose: Make) -> None:
+    labels = ("yes", "no: maybe", "# 0", "é\u2028", "null", "😀", "1")
+    rows = [{"a: #b": f"text {n}", "c\n- d": labels[n % 7]} for n in range(70)]
+    assert propose(write("t.jsonl", rows)).adapters["t"].labels == tuple(sorted(labels))
+
+
+def test_the_tutorial_shows_what_init_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[3] / "docs/tutorials/your-own-data.md").read_text(encoding="utf-8")
+    rows, recipe = re.findall(r"```(?:json|yaml)\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("timer.jsonl").write_text(rows, encoding="utf-8")
+    assert recipe_for(["timer.jsonl"]).text == recipe
