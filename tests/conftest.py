@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -56,7 +58,26 @@ def _states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def built_graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep each graph of onnxruntime-genai's builder, which takes 4 s to start, for the next base that is the same."""
+    from edgetune_export.backends.onnx import backend  # noqa: PLC0415 - only where a test needs a base
+
+    root, build = tmp_path_factory.mktemp("graphs"), backend.run_builder
+
+    def run_builder(folder: Path, out: Path) -> None:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        kept = root / sha256(b"".join(sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+        if not kept.exists():
+            build(folder, kept)
+        shutil.copytree(kept, out, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "run_builder", run_builder)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(built_graphs: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_folder(arch)`: the Hugging Face folder of a tiny random base, arch as in tiny.py."""
     from tiny import make_folder, make_tokenizer  # noqa: PLC0415 - torch only where a test needs a base
 

@@ -42,6 +42,12 @@ _ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention
 # The inputs of GroupQueryAttention for cosines and sines.
 _ROTARY_TABLES = (7, 8)
 _BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
+# The builder's names of norms and biases that have another name in the Hugging Face model.
+_VECTORS = (
+    (re.compile(r"\.attn\.(\w+_norm)\.layernorm\."), r".self_attn.\1."),
+    (re.compile(r"\.layers\.\d+\.final_norm_layernorm\."), ".norm."),
+    (re.compile(r"\.attn\.(\w+_proj)\.Add\."), r".self_attn.\1."),
+)
 _FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
@@ -148,6 +154,29 @@ def put_weights(model: ir.Model, base: Path, weights: str) -> None:
     for projection in projections(model.graph, source.header):
         if projection.node.name != HEAD:
             replace_product(model.graph, projection.node, source.of(projection.modules))
+
+
+def put_vectors(graph: ir.Graph, vectors: Mapping[str, Floats], norm_offset: float) -> None:
+    """Replace norms and biases by `vectors`, which have the names and values of the Hugging Face model.
+
+    Raises IncompatibleError if the graph has no place for one of them.
+    """
+    left = set(vectors)
+    for initial in graph.initializers.values():
+        name, parts = initial.name or "", []
+        for pattern, replacement in _VECTORS:
+            name = pattern.sub(replacement, name)
+        for fused, single in _FUSED.items():
+            if f".{fused}_proj." in name:
+                parts = [name.replace(f".{fused}_proj.", f".{part}_proj.") for part in single]
+        parts = parts or [name]
+        if left.isdisjoint(parts):
+            continue
+        values = np.concatenate([vectors[part] for part in parts]) + (norm_offset if "norm." in name else 0)
+        initial.const_value = ir.Tensor(values.astype(np.float32), name=initial.name)
+        left.difference_update(parts)
+    if left:
+        raise IncompatibleError(f"the ONNX graph has no place for {min(left)}", "build for gguf")
 
 
 def put_ends(model: ir.Model, base: Path, weights: str) -> None:
