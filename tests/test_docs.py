@@ -185,6 +185,9 @@ def test_the_commands_of_a_page_run(
                     # The fixture has run BUILD, and `export` is the shell's.
                     elif words and words != BUILD and words[0] != "export":
                         assert run(words, tiny_gguf("llama")) == 0, line
+    if ollama := sys.modules.get("ollama"):
+        # The client behind its functions, which keeps its connection.
+        ollama._client.close()
     if missing:
         pytest.skip(f"all but the blocks for {', '.join(sorted(missing))}, which is not installed")
 
