@@ -148,32 +148,18 @@ def run_script(arguments: list[str]) -> int:
     return 0
 
 
-@pytest.fixture
-def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The port of a page's servers, which the functions of `ollama` ask."""
-    port = free_port()
-    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
-    # It reads the variable when it is imported.
-    monkeypatch.delitem(sys.modules, "ollama", raising=False)
-    yield port
-    if ollama := sys.modules.get("ollama"):
-        # The client behind its functions, which keeps its connection.
-        ollama._client.close()
-
-
 @pytest.mark.parametrize("page", RUN)
 def test_the_commands_of_a_page_run(
-    page: str,
-    port: int,
-    build_folder: Path,
-    tiny_gguf: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    page: str, build_folder: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("examples").symlink_to(ROOT / "examples")
     Path("build").symlink_to(build_folder)
     names: dict[str, object] = {}
+    port = free_port()
+    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
+    # It reads the variable when it is imported.
+    monkeypatch.delitem(sys.modules, "ollama", raising=False)
     missing = set()
     with contextlib.ExitStack() as servers:
         for block in blocks(page):
