@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
-from functools import cache
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from edgetune_export.backends.base import Source
@@ -56,7 +60,60 @@ def _states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)`: the file or folder that `make(path)` writes, made once for all workers of pytest-xdist."""
+    root = tmp_path_factory.getbasetemp()
+    kept = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "kept"
+    kept.mkdir(exist_ok=True)
+
+    def call(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(kept / f"{name}.lock"):
+            if not (kept / name).exists():
+                make(kept / f"part-{name}")
+                (kept / f"part-{name}").rename(kept / name)
+        return kept / name
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def kept_graphs(once: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[None]:
+    """Keep each graph of onnxruntime-genai's builder, which takes 4 s to start, for the next base that is the same."""
+    from edgetune_export.backends.onnx import backend  # noqa: PLC0415 - only where a test needs a base
+
+    build = backend.run_builder
+
+    def run_builder(folder: Path, out: Path) -> None:
+        digests = [sha256(path.read_bytes()).digest() for path in sorted(folder.rglob("*")) if path.is_file()]
+        kept = once(sha256(b"".join(digests)).hexdigest(), partial(build, folder))
+        shutil.copytree(kept, out, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "run_builder", run_builder)
+        yield
+
+
+@pytest.fixture(scope="session")
+def kept_encoders(once: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[None]:
+    """Keep each encoder that torch exported, which takes 4 s, for the next source with the same files."""
+    from edgetune_export.backends.onnx import encoder  # noqa: PLC0415 - as above
+
+    export = encoder._structure
+
+    def structure(source: EncoderSource) -> Path:
+        digests = [
+            sha256(source.path.with_name(name).read_bytes()).digest() for name in (source.path.name, "config.json")
+        ]
+        kept = once(sha256(b"".join(digests)).hexdigest(), lambda work: export(replace(source, work=work)))
+        return Path(shutil.copytree(kept, source.work, dirs_exist_ok=True)) / "structure.onnx"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "_structure", structure)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(kept_graphs: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_folder(arch)`: the Hugging Face folder of a tiny random base, arch as in tiny.py."""
     from tiny import make_folder, make_tokenizer  # noqa: PLC0415 - torch only where a test needs a base
 
@@ -66,16 +123,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 @pytest.fixture(scope="session")
-def tiny_gguf(tiny_folder: Callable[[str], Path]) -> Callable[[str], Path]:
+def tiny_gguf(
+    tiny_folder: Callable[[str], Path], once: Callable[[str, Callable[[Path], object]], Path]
+) -> Callable[[str], Path]:
     """`tiny_gguf(arch)`: the f16 GGUF of the same base."""
     from edgetune_export.backends.gguf.convert import convert_folder  # noqa: PLC0415 - as above
 
     @cache
     def convert(arch: str) -> Path:
         folder = tiny_folder(arch)
-        out = folder.with_suffix(".gguf")
-        convert_folder(folder, out, dtype="f16")
-        return out
+        # Starting the converter takes 4 s.
+        kept = once(f"{arch}.gguf", partial(convert_folder, folder, dtype="f16"))
+        return Path(shutil.copy(kept, folder.with_suffix(".gguf")))
 
     return convert
 
@@ -117,7 +176,7 @@ def tiny_source(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tiny_encoder(kept_encoders: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_encoder(arch)`: the folder of a tiny random encoder, arch in bert, distilbert, electra, roberta."""
     from tiny import make_encoder_folder  # noqa: PLC0415 - as above
 

@@ -29,7 +29,7 @@ def rows(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(("split", "count"), zip(SPLITS, (30, 8), strict=True))
+@pytest.mark.parametrize(("split", "count"), list(zip(SPLITS, (30, 8), strict=True)))
 def test_each_topic_has_the_same_number_of_messages(split: str, count: int) -> None:
     assert Counter(row["label"] for row in rows(f"topic-{split}")) == dict.fromkeys(LABELS or [], count)
 

@@ -33,8 +33,9 @@ def bundle_of(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 
     @cache
     def make(arch: str) -> Path:
-        base = tiny_gguf(arch)
-        return write_bundle(tmp_path_factory.mktemp(arch) / "home", base, adapters_of(base), merged={"whole": base})
+        base, folder = tiny_gguf(arch), tmp_path_factory.mktemp(arch)
+        merged = {"whole": merge_into(base, 5, folder / "whole.gguf")}
+        return write_bundle(folder / "home", base, adapters_of(base), merged)
 
     return make
 
@@ -82,14 +83,18 @@ def merged_bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest
     """A bundle of both formats with `one` (a long system prompt), and the merged models `whole` and `other`."""
     source, root = tiny_source("llama"), tmp_path_factory.mktemp("merged")
     adapters = {"one": Adapter(low_rank(source.path, seed=1), system=LONG_PROMPTS[0])}
-    merged = {}
-    for seed, name in enumerate(("whole", "other"), 5):
-        merged[name] = root / f"{name}.gguf"
-        tuned = folded(source.path, low_rank(source.path, seed))
-        write_merged(merge(tuned, weights_in(source.path)), source, merged[name])
+    merged = {
+        name: merge_into(source.path, seed, root / f"{name}.gguf") for seed, name in enumerate(("whole", "other"), 5)
+    }
     bundle = write_bundle(root / "home", source.path, adapters, merged)
     add_onnx(bundle, source, adapters)
     return bundle
+
+
+def merge_into(base: Path, seed: int, out: Path) -> Path:
+    """The base with a random low-rank adapter merged into its weights."""
+    write_merged(merge(folded(base, low_rank(base, seed)), weights_in(base)), Source(base, ""), out)
+    return out
 
 
 def adapters_of(base: Path) -> dict[str, Adapter]:

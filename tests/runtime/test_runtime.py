@@ -33,6 +33,13 @@ CHOICES: list[Adapters] = [
 PROMPTS = [PROMPT, "turn on the warm light in the hall", "play", "stop " * 30]
 
 
+@pytest.fixture(params=["gguf", "onnx"])
+def runtime(request: pytest.FixtureRequest, both_of: Callable[[str], Path]) -> Iterator[Runtime]:
+    """The bundle in each engine, opened anew for each test as by the fixture of this name for all others."""
+    with Runtime.open(both_of("llama"), engine=request.param, contexts=1, disk_mb=0, exact=False) as opened:
+        yield opened
+
+
 def greedy(runtime: Runtime, prompt: str, adapter: Adapters, steps: int = 4) -> tuple[list[int], list[float]]:
     """The likeliest tokens one after another, and their logits."""
     context, active = loaded_bundle(runtime).context(adapter)
@@ -123,9 +130,11 @@ def test_scale_zero_is_the_base(runtime: Runtime) -> None:
     assert runtime.generate(PROMPT, adapter={"tone": 0}).text == runtime.generate(PROMPT).text
 
 
-def test_a_merged_adapter_answers_as_a_model_of_its_own(runtime: Runtime) -> None:
-    # It is a copy of the base here.
-    assert runtime.generate(PROMPT, adapter="whole", max_tokens=6).text == runtime.generate(PROMPT, max_tokens=6).text
+def test_a_merged_adapter_answers_as_a_bundle_of_its_model(runtime: Runtime, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "home", runtime.bundle / "adapters/whole/model.gguf", {})
+    with Runtime.open(bundle) as alone:
+        expected, _ = greedy(alone, PROMPT, None)
+    assert greedy(runtime, PROMPT, "whole")[0] == expected != greedy(runtime, PROMPT, None)[0]
 
 
 @pytest.mark.parametrize("adapter", [{"whole": 1, "tone": 1}, {"whole": 0.5}])
@@ -135,7 +144,12 @@ def test_a_merged_adapter_cannot_be_scaled_or_added(runtime: Runtime, adapter: A
 
 
 def test_a_name_alone_takes_the_manifests_scale_and_a_mapping_its_own(runtime: Runtime) -> None:
-    by_name, at_half, at_one = (greedy(runtime, PROMPT, adapter) for adapter in ("tone", {"tone": 0.5}, {"tone": 1.0}))
+    runs = []
+    for adapter in ("tone", {"tone": 0.5}, {"tone": 1.0}):
+        # What is left of a prompt may be computed in another batch, which changes last bits.
+        runtime.clear_cache()
+        runs.append(greedy(runtime, PROMPT, adapter))
+    by_name, at_half, at_one = runs
     assert by_name == at_half != at_one
 
 
@@ -165,14 +179,17 @@ def test_timings_say_what_happened(runtime: Runtime) -> None:
     assert runtime.generate(PROMPT, max_tokens=1).timings.tokens_per_s == 0
 
 
-def test_an_answer_ends_at_max_tokens_or_with_the_context(runtime: Runtime) -> None:
+def test_an_answer_ends_at_max_tokens(runtime: Runtime) -> None:
     answer = runtime.generate(PROMPT, max_tokens=4)
     assert (answer.tokens, answer.stop_reason) == (4, "length")
-    full = runtime.generate(PROMPT, adapter={"tone": 1.0}, max_tokens=1000, repeat_penalty=1.3)
-    assert full.stop_reason in {"length", "end"}
-    prompt_tokens = full.timings.prompt_tokens
-    if full.stop_reason == "length":
-        assert prompt_tokens + full.tokens == 256 + 1
+
+
+def test_an_answer_that_does_not_end_fills_the_context(runtime: Runtime) -> None:
+    answers = [runtime.generate(PROMPT, adapter=adapter, max_tokens=1000) for adapter in (None, "command", "tone")]
+    full = [answer for answer in answers if answer.stop_reason == "length"]
+    assert full
+    # The last token is not decoded, so it needs no room.
+    assert {answer.timings.prompt_tokens + answer.tokens for answer in full} == {256 + 1}
 
 
 def test_an_answer_ends_before_a_stop_text(runtime: Runtime) -> None:
@@ -261,7 +278,7 @@ def test_a_prompt_longer_than_the_context_is_told_with_both_lengths(runtime: Run
     assert runtime.generate(PROMPT, max_tokens=2).tokens == 2
 
 
-def test_an_unknown_adapter_is_told_with_those_there_are(runtime: Runtime) -> None:
+def test_unknown_adapter_error_lists_adapters(runtime: Runtime) -> None:
     for use in (runtime.generate, runtime.stream, runtime.classify, runtime.perplexity):
         with pytest.raises(NotFoundError, match="command, tone, whole"):
             use(PROMPT, adapter="comand")
@@ -418,7 +435,8 @@ def test_options_that_cannot_be_are_refused(bundle: Path, options: dict[str, int
         Runtime.open(bundle, **options)
 
 
-def test_a_shorter_context_is_kept_to(bundle: Path) -> None:
+def test_a_shorter_context_limits_the_answer(bundle: Path) -> None:
     with Runtime.open(bundle, context_length=64) as runtime:
-        answer = runtime.generate("play", max_tokens=500, repeat_penalty=1.2)
-        assert answer.timings.prompt_tokens + answer.tokens <= 65
+        answer = runtime.generate("play", max_tokens=500)
+    assert answer.stop_reason == "length"
+    assert answer.timings.prompt_tokens + answer.tokens == 65

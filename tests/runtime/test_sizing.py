@@ -24,7 +24,7 @@ from edgetune_runtime.sizing.options import kv_types, with_kv, with_options
 from edgetune_runtime.sizing.raw import arithmetic, read_bandwidth
 from edgetune_runtime.sizing.speed import adapter_seconds, speed_of, token_seconds
 from edgetune_runtime.sizing.trial import try_bundle
-from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
+from runtime.bundles import MODULES, Adapter, add_onnx, change_manifest, low_rank, write_bundle
 
 FIGURES = SpeedFigures(10.0, 100.0, 50.0, 5.0, 4.0)
 
@@ -106,10 +106,12 @@ def test_constraints_on_answers_are_counted_once(both: Path, tmp_path: Path) -> 
     assert added == pytest.approx(needs.constraint_bytes / 1e6)
 
 
-def test_a_bundle_is_measured_with_its_largest_adapter(both: Path) -> None:
-    with Runtime.open(both, disk_mb=0, contexts=1, threads=1) as runtime:
+def test_a_bundle_is_measured_with_the_adapter_of_most_modules(both: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(both, tmp_path / "bundle"))
+    change_manifest(bundle, lambda raw: raw["adapters"]["two"].update(ranks=dict.fromkeys(MODULES, 4)))
+    with Runtime.open(bundle, disk_mb=0, contexts=1, threads=1) as runtime:
         measured = measure(runtime)
-    assert measured.adapter in {"one", "two"}
+    assert measured.adapter == "two"
     assert measured.adapter_decode is not None and measured.adapter_decode > 0
     assert measured.decode > 0 and measured.prefill > 0
 

@@ -177,7 +177,8 @@ def test_files_hold_what_is_printed(compared: Compared) -> None:
     told = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     assert (told["task"], told["metric"], told["rows"]) == ("lights", "exact", 3)
     assert [trial["name"] for trial in told["trials"]] == [outcome.name for outcome in compared.result.outcomes]
-    assert told["recommended"] in {"lora-r2", "bottleneck"}
+    assert compared.result.recommended is not None
+    assert told["recommended"] == compared.result.recommended.name
     assert told["reason"]
     for name in ("score-size.png", "score-speed.png", "loss.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")

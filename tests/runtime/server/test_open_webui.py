@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,8 @@ class OpenWebUI:
 
     def __init__(self, server: Running) -> None:
         self.url = server.url
-        headers = {"Host": f"{HOST}:{server.port}", "Authorization": f"Bearer {KEY}"}
-        self._client = httpx.Client(base_url=server.url, headers=headers, timeout=30)
+        self._client = server.client
+        self._client.headers.update({"Host": f"{HOST}:{server.port}", "Authorization": f"Bearer {KEY}"})
 
     def get(self, path: str) -> Any:  # noqa: ANN401 - JSON
         response = self._client.get(path, headers={"Content-Type": "application/json"})
@@ -71,10 +70,8 @@ def server(start: Start) -> Running:
 
 
 @pytest.fixture
-def webui(server: Running) -> Iterator[OpenWebUI]:
-    webui = OpenWebUI(server)
-    with webui._client:
-        yield webui
+def webui(server: Running) -> OpenWebUI:
+    return OpenWebUI(server)
 
 
 def test_a_connection_is_verified_by_the_version(webui: OpenWebUI) -> None:

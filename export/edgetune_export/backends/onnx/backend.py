@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.formats.onnx_file import read_onnx
 
 from edgetune_export import architectures
-from edgetune_export.adapters.shapes import Adapter, Floats, LowRank, Merged, Tensors
+from edgetune_export.adapters.shapes import Adapter, LowRank, Merged, Tensors
 from edgetune_export.architectures import Architecture
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf import backend as gguf
@@ -26,7 +26,7 @@ from edgetune_export.parity import INT4
 from . import slots as onnx_slots
 from . import value_types
 from .adapter import write_tensors
-from .graph import GRAPH, add_logits_start, load_structure, put_ends, put_weights, run_builder, save_model
+from .graph import GRAPH, add_logits_start, load_structure, put_ends, put_vectors, put_weights, run_builder, save_model
 from .prefix import prefix_tensors
 from .tensors import add_tensor_slots, fill_tensors
 from .tokenizer import end_tokens, write_tokenizer
@@ -73,7 +73,7 @@ def write_merged(merged: Merged, source: Source, out: Path) -> None:
     """Write a full model with the merged parameters, which are rounded to the base's types; see the GGUF backend."""
     whole = source.work / f"{merged.name}.gguf"
     gguf.write_merged(merged, source, whole)
-    _write_model(source, whole, out, (), _vectors_of(merged, source))
+    _write_model(source, whole, out, (), merged)
     whole.unlink()
 
 
@@ -95,18 +95,16 @@ def _vectors(source: Source) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in source.model.named_parameters() if parameter.dim() == 1}
 
 
-def _vectors_of(merged: Merged, source: Source) -> Mapping[str, Floats]:
-    """The norms and biases that the merged model changes."""
-    vectors = _vectors(source)
-    return {name: compute() for name, compute in merged.parameters.items() if name in vectors}
-
-
 def _write_model(
-    source: Source, file: Path, out: Path, adapters: Sequence[Adapter], vectors: Mapping[str, Floats] | None = None
+    source: Source, file: Path, out: Path, adapters: Sequence[Adapter], merged: Merged | None = None
 ) -> None:
-    structure = _structure_with(source, vectors) if vectors else _structure(source)
+    structure, base = _structure(source), read_header(source.path)
     config = json.loads((structure / _CONFIG).read_text(encoding="utf-8"))
-    model = load_structure(structure, read_header(source.path))
+    model = load_structure(structure, base)
+    if merged is not None:
+        vectors = {name: parameter.numpy(force=True) for name, parameter in _vectors(source).items()}
+        changed = {name: compute() for name, compute in merged.parameters.items() if name in vectors}
+        put_vectors(model.graph, base, {**vectors, **changed})
     weights = source.onnx.weights
     put_weights(model, file, "fp32" if weights == "int4" else weights)
     put_ends(model, file, "int8" if weights == "int4" else weights)
@@ -128,23 +126,14 @@ def _write_model(
         (out.parent / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _structure_with(source: Source, vectors: Mapping[str, Floats]) -> Path:
-    """The folder of the builder's float32 graph of the base with these norms and biases."""
-    shutil.rmtree(source.work / "structure-merged", ignore_errors=True)
-    return _structure(source, "structure-merged", vectors)
-
-
-def _structure(source: Source, name: str = "structure", vectors: Mapping[str, Floats] | None = None) -> Path:
-    """The folder of the builder's float32 graph, made once per build; `vectors` replace those of the base."""
-    import torch  # noqa: PLC0415 - only where something is exported
-
-    structure = source.work / name
+def _structure(source: Source) -> Path:
+    """The folder of the builder's float32 graph, made once per build."""
+    structure = source.work / "structure"
     if not (structure / GRAPH).exists():
         assert source.model is not None
         folder = source.work / "checkpoint"
-        others = {key: torch.from_numpy(values) for key, values in (vectors or {}).items()}
         with raising_out_of_space(folder):
-            source.model.save_pretrained(folder, state_dict={**_vectors(source), **others})
+            source.model.save_pretrained(folder, state_dict=_vectors(source))
             write_tokenizer(source.path, folder)
             _prepare_config(folder / "config.json", architectures.of(read_header(source.path)))
             run_builder(folder, structure)

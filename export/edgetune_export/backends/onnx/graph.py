@@ -42,6 +42,12 @@ _ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention
 # The inputs of GroupQueryAttention for cosines and sines.
 _ROTARY_TABLES = (7, 8)
 _BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
+# The builder's names of norms and biases that have another name in the Hugging Face model.
+_VECTORS = (
+    (re.compile(r"\.attn\.(\w+_norm)\.layernorm\."), r".self_attn.\1."),
+    (re.compile(r"\.layers\.\d+\.final_norm_layernorm\."), ".norm."),
+    (re.compile(r"\.attn\.(\w+_proj)\.Add\."), r".self_attn.\1."),
+)
 
 
 @dataclass(frozen=True)
@@ -100,9 +106,7 @@ def run_builder(folder: Path, out: Path) -> None:
 
 def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
     """The matrix products with weights of the base, in the graph's order."""
-    fused: dict[str, list[str]] = {}
-    for module in architectures.of(base).linear_modules:
-        fused.setdefault(module.product, []).append(module.name)
+    fused = _modules_by_product(base)
     found = []
     for node in graph:
         name = (node.name or "").removesuffix("_Q4").removesuffix("_Q8")
@@ -148,6 +152,36 @@ def put_weights(model: ir.Model, base: Path, weights: str) -> None:
     for projection in projections(model.graph, source.header):
         if projection.node.name != HEAD:
             replace_product(model.graph, projection.node, source.of(projection.modules))
+
+
+def _modules_by_product(base: GgufHeader) -> dict[str, list[str]]:
+    """The linear modules of a layer that each matrix product of the graph has."""
+    products: dict[str, list[str]] = {}
+    for module in architectures.of(base).linear_modules:
+        products.setdefault(module.product, []).append(module.name)
+    return products
+
+
+def put_vectors(graph: ir.Graph, base: GgufHeader, vectors: Mapping[str, Floats]) -> None:
+    """Replace norms and biases by `vectors`, which have the names and values of the Hugging Face model.
+
+    Raises IncompatibleError if the graph has no place for one of them.
+    """
+    left, norm_offset = set(vectors), architectures.of(base).norm_offset
+    fused = {product: modules for product, modules in _modules_by_product(base).items() if len(modules) > 1}
+    for initial in graph.initializers.values():
+        name = initial.name or ""
+        for pattern, replacement in _VECTORS:
+            name = pattern.sub(replacement, name)
+        product = next((product for product in fused if f".{product}." in name), None)
+        parts = [name] if product is None else [name.replace(product, module) for module in fused[product]]
+        if left.isdisjoint(parts):
+            continue
+        values = np.concatenate([vectors[part] for part in parts]) + (norm_offset if "norm." in name else 0)
+        initial.const_value = ir.Tensor(values.astype(np.float32), name=initial.name)
+        left.difference_update(parts)
+    if left:
+        raise IncompatibleError(f"the ONNX graph has no place for {min(left)}", "build for gguf")
 
 
 def put_ends(model: ir.Model, base: Path, weights: str) -> None:

@@ -214,9 +214,9 @@ class GgufEngine:
     def truncate(self, keep: int) -> int:
         """Truncate the sequence to its first `keep` tokens; returns the new length (0 if it cannot be truncated)."""
         start = self._prefixes[self._prefix].tokens if self._prefix else 0
-        end = start + max(keep, 0)
+        end = min(start + max(keep, 0), self._length)
         if start < end == self._length:
-            return keep
+            return end - start
         self._last = None
         if 0 < end <= self._length and self._cache.truncate(end):
             self._length = end
