@@ -48,11 +48,12 @@ def patterns() -> list[re.Pattern[str]]:
 
 
 def is_printed(text: str, patterns: list[re.Pattern[str]]) -> bool:
-    """Whether `text` is texts of the source, one after the other."""
+    """Whether `text` is texts of the source, one after the other; after each, a value up to the next semicolon."""
     if not text:
         return True
-    ends = (match.end() for pattern in patterns if (match := pattern.match(text)))
-    return any(is_printed(text[end:].lstrip(";: "), patterns) for end in ends)
+    rests = {text[match.end() :].lstrip(";: ") for pattern in patterns if (match := pattern.match(text))}
+    after_values = {rest.partition("; ")[2] for rest in rests if "; " in rest}
+    return any(is_printed(rest, patterns) for rest in rests | after_values)
 
 
 @pytest.mark.parametrize("line", quoted())
