@@ -19,7 +19,7 @@ from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
-from edgetune_runtime.runtime import Runtime
+from edgetune_runtime.opening_options import OpeningOptions
 from edgetune_runtime.sizing.needs import CACHE_BYTES, needed_mb, needs_of_file
 from edgetune_runtime.states.batches import CHUNK
 
@@ -202,7 +202,7 @@ def test_an_adapter_costs_memory_and_speed() -> None:
 
 def test_the_figures_of_the_runtime_are_its_own_defaults() -> None:
     assert inspect.signature(GgufEngine).parameters["batch"].default == CHUNK
-    assert inspect.signature(Runtime.open).parameters["cache_mb"].default * 1e6 == CACHE_BYTES
+    assert inspect.signature(OpeningOptions).parameters["cache_mb"].default * 1e6 == CACHE_BYTES
 
 
 def test_a_rough_estimate_is_near_that_from_the_header() -> None:
