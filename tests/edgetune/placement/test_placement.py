@@ -131,14 +131,15 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(
     tiny_gguf: Callable[[str], Path], tiny_base: Callable[[str], Base], tmp_path: Path
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), "100%")
-    spec, base = recipe.adapters["command"], tiny_base("llama")
+    base = tiny_base("llama")
+    adapter = planned(recipe, base)
     wanted = placements(4)[:6]
-    first = costs(wanted[:3], spec, base, recipe, folder=tmp_path, progress=QUIET)
-    both = costs(wanted, spec, base, recipe, folder=tmp_path, progress=QUIET)
+    first = costs(wanted[:3], adapter, base, recipe, folder=tmp_path, progress=QUIET)
+    both = costs(wanted, adapter, base, recipe, folder=tmp_path, progress=QUIET)
     assert {placement: both[placement] for placement in wanted[:3]} == first
     (file,) = tmp_path.glob("costs-*.json")
     file.write_bytes(file.read_bytes()[:20])
-    assert set(costs(wanted, spec, base, recipe, folder=tmp_path, progress=QUIET)) == set(wanted)
+    assert set(costs(wanted, adapter, base, recipe, folder=tmp_path, progress=QUIET)) == set(wanted)
 
 
 def test_a_budget_of_nothing_is_refused_and_names_the_cheapest(
