@@ -4,8 +4,8 @@
 
 Standard library only, for every Python version that edgetune supports. If a local project among the arguments needs
 llama-cpp-python, it is installed first, without the libraries for images and for llama.cpp's own programs. While it
-compiles, another pip downloads the rest; what that one cannot do, the last pip does and reports. The output goes to the
-file LOG; if pip fails, it is also printed, and the exit code is pip's.
+compiles, another pip downloads the rest; what that one cannot do, the last pip does and reports. The output goes to LOG
+and a second file beside it; if pip fails, it is also printed, and the exit code is pip's.
 """
 
 from __future__ import annotations
@@ -117,24 +117,24 @@ def elapsed(start_s: float) -> str:
 
 
 def compile_llama(log: Path, start_s: float, requirement: str, arguments: Sequence[str]) -> int:
-    """Install llama-cpp-python and, while it compiles, download what the arguments need; returns pip's exit code."""
+    """Install llama-cpp-python, and beside its compiler the wheels that the arguments need; returns pip's exit code."""
     settings = [f"--config-settings={name}={value}" for name, value in LLAMA_SETTINGS.items()]
+    projects = [argument for argument in arguments if argument != "--editable"]
+    beside = log.with_suffix(".downloads.log")
     with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         compiling = stack.enter_context(Pip(log, *INSTALL, "--no-deps", *settings, requirement))
         pips = [compiling]
         while (code := compiling.wait(REPORT_EVERY_S)) is None:
             if len(pips) == 1 and compiling.step.startswith("compiling"):
-                # The files stay in pip's cache.
-                folder = stack.enter_context(tempfile.TemporaryDirectory())
-                projects = [argument for argument in arguments if argument != "--editable"]
-                pips.append(
-                    stack.enter_context(
-                        Pip(log.with_suffix(".downloads.log"), "download", f"--dest={folder}", *projects)
-                    )
-                )
+                pips.append(stack.enter_context(Pip(beside, "download", f"--dest={folder}", *projects)))
             report(start_s, *pips)
         while code == 0 and pips[-1].wait(REPORT_EVERY_S) is None:
             report(start_s, pips[-1])
+        if code == 0 and (wheels := [str(path) for path in Path(folder).glob("*.whl")]):
+            pips.append(stack.enter_context(Pip(beside, *INSTALL, "--no-deps", "--no-index", *wheels)))
+            while pips[-1].wait(REPORT_EVERY_S) is None:
+                report(start_s, pips[-1])
     return code
 
 
