@@ -334,8 +334,12 @@ def test_a_bundle_from_generated_rows_answers_tasks(
 
 
 async def _converse(url: str) -> None:
+    async with ollama.AsyncClient(host=url) as client:
+        await _converse_with(client)
+
+
+async def _converse_with(client: ollama.AsyncClient) -> None:
     """Two requests as Home Assistant's integration of Ollama makes them: a sentence, then the results of calls."""
-    client = ollama.AsyncClient(host=url)
     models = {model["model"] for model in (await client.list()).get("models", [])}
     assert "assist:latest" in models
     said = [{"role": "system", "content": system_of(Home(LAMPS))}, {"role": "user", "content": "lamp on"}]
