@@ -23,7 +23,7 @@ from edgetune.planning.adapters import plan_adapter
 from edgetune.planning.board import bundle_needs
 from edgetune.planning.records import AdapterPlan
 from edgetune.progress import Progress
-from edgetune.recipe.model import Recipe, load_recipe
+from edgetune.recipe.model import Recipe
 from edgetune.targets import shapes_of
 
 QUIET = Progress(quiet=True)
@@ -59,8 +59,7 @@ def tried(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def figures_of(recipe: Recipe, out: Path, progress: Progress = QUIET) -> Mapping[str, Any]:
     result = build(recipe, out, progress=progress)
-    assert result is not None
-    return result.adapters["command"]
+    return result.figures["command"]
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +131,14 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), "100%")
     base = tiny_base("llama")
-    adapter = planned(recipe, base)
+    plan = planned(recipe, base)
     wanted = placements(4)[:6]
-    first = costs(wanted[:3], adapter, base, recipe, folder=tmp_path, progress=QUIET)
-    both = costs(wanted, adapter, base, recipe, folder=tmp_path, progress=QUIET)
+    first = costs(wanted[:3], plan, base, recipe, folder=tmp_path, progress=QUIET)
+    both = costs(wanted, plan, base, recipe, folder=tmp_path, progress=QUIET)
     assert {placement: both[placement] for placement in wanted[:3]} == first
     (file,) = tmp_path.glob("costs-*.json")
     file.write_bytes(file.read_bytes()[:20])
-    assert set(costs(wanted, adapter, base, recipe, folder=tmp_path, progress=QUIET)) == set(wanted)
+    assert set(costs(wanted, plan, base, recipe, folder=tmp_path, progress=QUIET)) == set(wanted)
 
 
 def test_a_budget_of_nothing_is_refused_and_names_the_cheapest(
@@ -248,6 +247,6 @@ def test_auto_is_refused_where_it_means_nothing(top: str, adapter: str, message:
     ]
     (tmp_path / "recipe.yaml").write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        load_recipe(tmp_path / "recipe.yaml")
+        Recipe.from_file(tmp_path / "recipe.yaml")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
