@@ -35,8 +35,8 @@ import jsonschema
 from edgetune_runtime import Answer, Runtime
 from edgetune_runtime.decoding.constraint import Constraint
 from edgetune_runtime.decoding.grammars import Grammars
-from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.options import SamplingOptions
+from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.inference.options import SamplingOptions
 
 from benchmarks.machine import this_machine
 

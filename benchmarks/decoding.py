@@ -33,10 +33,10 @@ from edgetune_runtime.decoding.output import OutputSpec
 
 from benchmarks.decoding_setups import MARGINS, PLAIN, SETUPS, Place, Prompt, Timed
 from benchmarks.machine import this_machine
-from edgetune.data import TaskRow
-from edgetune.outputs.infer import infer
+from edgetune.building.outputs.infer import infer
 from edgetune.recipe.model import Recipe
-from edgetune.tasks import Task, read_task
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.task import Task, read_task
 
 
 def figures(answers: Sequence[Timed]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from edgetune_export import backends
 from edgetune_runtime import Runtime
 
-from edgetune.pipeline import build
+from edgetune.building.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 

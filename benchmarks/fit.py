@@ -187,8 +187,8 @@ def _predicted(row: dict[str, Any], model: dict[str, Any]) -> float:
 def peak(options: argparse.Namespace) -> dict[str, float]:
     """Peak resident memory of this process after prompts for the base and for the adapters."""
     from edgetune_runtime import Runtime
-    from edgetune_runtime.measuring import loaded_bundle
-    from edgetune_runtime.opening_options import CACHE_MB
+    from edgetune_runtime.inference.measuring import loaded_bundle
+    from edgetune_runtime.inference.opening_options import CACHE_MB
 
     with Runtime.open(
         options.bundle,

@@ -141,7 +141,7 @@ def _run(size: str, options: argparse.Namespace, cgroup: Path | None = None) -> 
 
 def build_one(options: argparse.Namespace) -> dict[str, Any]:
     """Build with one base; returns its parameters, and the peak in MB and the seconds of each stage."""
-    from edgetune.pipeline import build  # noqa: PLC0415 - slow to import
+    from edgetune.building.pipeline import build  # noqa: PLC0415 - slow to import
     from edgetune.recipe.model import Recipe  # noqa: PLC0415
 
     if options.cgroup:

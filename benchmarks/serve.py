@@ -41,7 +41,7 @@ from edgetune_runtime.text.chat import messages_for, render
 
 from benchmarks.machine import this_machine
 from edgetune.recipe.model import Recipe
-from edgetune.tasks import read_task
+from edgetune.tasks.task import read_task
 
 MOST_TOKENS = 48
 CONTEXT = 512

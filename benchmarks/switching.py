@@ -86,7 +86,7 @@ def prepare(options: argparse.Namespace) -> None:
     from peft import LoraConfig, get_peft_model
 
     from edgetune.bases import load_torch, resolve
-    from edgetune.pipeline import export_trained
+    from edgetune.building.pipeline import export_trained
     from edgetune.progress import Progress
 
     work, progress = options.work, Progress()
@@ -133,7 +133,7 @@ def task_prompt(number: int, tokens: int, base: Path) -> str:
 def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """The requests in each order, with the tokens that the runtime makes of their prompts."""
     from edgetune_runtime import Runtime
-    from edgetune_runtime.measuring import loaded_bundle
+    from edgetune_runtime.inference.measuring import loaded_bundle
 
     rng, count = random.Random(0), options.adapters
     weights = [1 / (rank + 1) for rank in range(count)]

@@ -79,7 +79,7 @@ class Edgetune:
 
     def __init__(self, folder: Folder, engine: str, *, repack: bool | None = None) -> None:
         from edgetune_runtime import Runtime
-        from edgetune_runtime.measuring import loaded_bundle
+        from edgetune_runtime.inference.measuring import loaded_bundle
 
         self.folder = folder
         self.runtime = Runtime.open(

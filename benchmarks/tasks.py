@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edgetune.building.pipeline import build
 from edgetune.evaluation import Evaluation, evaluate
-from edgetune.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 

@@ -30,11 +30,11 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from transformers import PreTrainedModel
 
 from edgetune import bases, methods
-from edgetune.data import read_rows
 from edgetune.objectives.example import Example
 from edgetune.progress import Progress
 from edgetune.recipe.parts import Columns, TrainingSpec
-from edgetune.tokenization import tokenize_rows
+from edgetune.tasks.data import read_rows
+from edgetune.tasks.tokenization import tokenize_rows
 from edgetune.training.hardware import DTYPES
 from edgetune.training.job import TrainingJob
 from edgetune.training.loop import train

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from edgetune_runtime.errors import EdgetuneError
 
     from .api import build, compare, evaluate, export, plan
+    from .building.result import Build
     from .comparison.comparison import Comparison
     from .evaluation import Evaluation, ScoredRow
     from .planning.records import BuildPlan
     from .progress import ProgressEvent
     from .recipe.model import Recipe
-    from .result import Build
     from .training.job import Point
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
 
 # Loaded on first use: most of them need numpy, pydantic or torch.
 _LAZY = {
-    "Build": "edgetune.result",
+    "Build": "edgetune.building.result",
     "BuildPlan": "edgetune.planning.records",
     "Comparison": "edgetune.comparison.comparison",
     "EdgetuneError": "edgetune_runtime.errors",

@@ -19,11 +19,11 @@ from .recipe.rows import Rows
 from .recipe.saved import save_recipe, save_source
 
 if TYPE_CHECKING:
+    from .building.result import Build
     from .comparison.comparison import Comparison
     from .comparison.sweep import Run
     from .evaluation import Evaluation
     from .planning.records import BuildPlan
-    from .result import Build
 
 AnyRecipe = Recipe | Mapping[str, Any] | str | os.PathLike[str]
 """A recipe, its keys and values, or the path of a recipe file."""
@@ -39,7 +39,7 @@ def plan(recipe: AnyRecipe, out: str | Path | None = None) -> BuildPlan:
     Reads the header of the base and all rows, downloads and trains nothing. `out` is where the bundle would be built,
     by default `build/NAME`. Raises one EdgetuneError for all problems of the recipe, its base and its rows.
     """
-    from .builders.plan import plan_build  # noqa: PLC0415 - numpy and the formats
+    from .building.builders.plan import plan_build  # noqa: PLC0415 - numpy and the formats
 
     return plan_build(_recipe(recipe), None if out is None else Path(out)).plan
 
@@ -62,7 +62,7 @@ def build(
     cannot be built, if another build uses `<out>.work`, and if an exported file does not match the trained model. `out`
     is then unchanged.
     """
-    from . import pipeline  # noqa: PLC0415 - torch
+    from .building import pipeline  # noqa: PLC0415 - torch
 
     loaded = _recipe(recipe)
     folder = loaded.default_out if out is None else Path(out)
@@ -100,7 +100,7 @@ def export(
     for target in targets:
         if (error := backends.unknown(target)) is not None:
             raise error
-    from . import pipeline  # noqa: PLC0415 - torch
+    from .building import pipeline  # noqa: PLC0415 - torch
 
     with _interruptible():
         return pipeline.export_trained(

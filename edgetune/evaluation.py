@@ -13,17 +13,17 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.errors import UsageError, VerificationError
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from pydantic import ValidationError
 
 from edgetune.objectives.example import Example
 
-from . import metrics
-from .data import TaskRow, labelled_text, read_rows, said
 from .progress import Progress, Step
 from .recipe.parts import Columns, Metric
 from .recipe.rows import Rows
-from .tokenization import tokenize_rows
+from .tasks import metrics
+from .tasks.data import TaskRow, labelled_text, read_rows, said
+from .tasks.tokenization import tokenize_rows
 
 # Answers may be this much longer than the longest reference: a worse model writes more, but needs a limit.
 _LENGTH_FACTOR = 1.5

@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from edgetune_export import architectures
 from edgetune_export.architectures.layout import base_rows, name_map
 from edgetune_export.backends.gguf.quantize import dequantize_rows
-from edgetune_runtime.atomic import raising_out_of_space
+from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgetune_runtime.doctor import instructions, memory, processor
 from edgetune_runtime.errors import EdgetuneError, UsageError
-from edgetune_runtime.runtime import Runtime
+from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.sizing.calibration import figures_of, measure
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.needs import needs_of_bundle

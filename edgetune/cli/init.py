@@ -90,7 +90,7 @@ def _target(paths: Sequence[Path]) -> Path:
 
 def _write(target: Path, files: Sequence[Path], base: str | None, *, name: str | None = None) -> None:
     """Write a recipe for these files, or for none the example with its data."""
-    from edgetune_runtime.atomic import replacing  # noqa: PLC0415 - as above
+    from edgetune_runtime.formats.atomic import replacing  # noqa: PLC0415 - as above
 
     from edgetune.proposal.recipe import DEFAULT_BASE, recipe_for  # noqa: PLC0415
     from edgetune.recipe.model import TEMPLATE, TEMPLATE_DATA  # noqa: PLC0415

@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 
 from edgetune import task_types
+from edgetune.building.result import Build
 from edgetune.recipe.model import Recipe
-from edgetune.result import Build
 
 _BOARD = "pi-5"
 

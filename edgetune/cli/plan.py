@@ -60,7 +60,7 @@ def _planned(
     recipe: Path, out: Path | None, settings: list[str] | None, *, trial: bool, quiet: bool
 ) -> tuple[BuildPlan, dict[str, Any]]:
     """The plan, and its JSON values, with those of a trial."""
-    from edgetune.builders.plan import plan_build  # noqa: PLC0415 - help needs none of it
+    from edgetune.building.builders.plan import plan_build  # noqa: PLC0415 - help needs none of it
     from edgetune.recipe.model import Recipe  # noqa: PLC0415 - as above
 
     loaded = Recipe.from_file(recipe, settings_of(settings))

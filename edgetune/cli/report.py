@@ -59,8 +59,8 @@ def report(
     The report is one file without scripts or links: methods, data, loss curves, right and wrong answers, scores,
     parity, sizes, and the boards that the bundle fits on. Answers need --recipe or --data.
     """
-    from edgetune_runtime.atomic import replacing  # noqa: PLC0415 - help needs none of it
     from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415
+    from edgetune_runtime.formats.atomic import replacing  # noqa: PLC0415 - help needs none of it
 
     from edgetune.progress import Progress  # noqa: PLC0415
     from edgetune.report.facts import facts_of, fits_of, scores_of  # noqa: PLC0415
@@ -87,7 +87,7 @@ def _answered(
 
     from edgetune.evaluation import evaluate, score, spread  # noqa: PLC0415
     from edgetune.recipe.model import Recipe  # noqa: PLC0415
-    from edgetune.tasks import read_task  # noqa: PLC0415
+    from edgetune.tasks.task import read_task  # noqa: PLC0415
 
     tasks = []
     if recipe is not None:

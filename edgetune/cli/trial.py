@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgetune import builders, task_types
-from edgetune.builders.plan import with_download
+from edgetune import task_types
+from edgetune.building import builders
+from edgetune.building.builders.plan import with_download
 from edgetune.methods.common.peft import ALL_LINEAR
 from edgetune.methods.lora import LoraOptions
 from edgetune.planning.records import PlannedBuild

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from edgetune_runtime.atomic import replacing
+from edgetune_runtime.formats.atomic import replacing
 
 LOWER_IS_BETTER = ("perplexity",)
 """Metrics for which lower is better."""

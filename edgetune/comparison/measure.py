@@ -14,17 +14,18 @@ from edgetune_export import backends
 from edgetune_export.adapters.shapes import Merged
 from edgetune_export.backends.base import OnnxOptions, Source
 from edgetune_export.merged import source_of_merged
-from edgetune_runtime import Runtime, bench, engines
+from edgetune_runtime import Runtime, engines
 from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest
+from edgetune_runtime.cli import bench
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
-from edgetune_runtime.measuring import runtime_around
+from edgetune_runtime.inference.measuring import runtime_around
 from filelock import FileLock
 
 from edgetune import bases, methods
-from edgetune.data import TaskRow
 from edgetune.evaluation import Evaluation, score
 from edgetune.progress import Progress
 from edgetune.shipping.exported import TrainedAdapter
+from edgetune.tasks.data import TaskRow
 
 from .figures import EngineFigures, standard_error
 from .torch_engine import TorchEngine

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
+from edgetune_runtime.formats.atomic import replacing
 
 from edgetune import bases
-from edgetune.data import read_rows
 from edgetune.planning.build import plan_bundle
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.targets import shapes_of
-from edgetune.tasks import read_task
+from edgetune.tasks.data import read_rows
+from edgetune.tasks.task import read_task
 
 from .comparison import Comparison
 from .figures import TrialResult, goodness, read_outcome

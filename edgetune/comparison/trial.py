@@ -16,13 +16,13 @@ from edgetune_export.backends.base import OnnxOptions
 from edgetune_runtime.errors import IncompatibleError
 
 from edgetune.bases import Base
-from edgetune.data import read_rows
+from edgetune.building.pipeline import build
 from edgetune.evaluation import spread
 from edgetune.failure import fail
-from edgetune.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.tasks import read_task
+from edgetune.tasks.data import read_rows
+from edgetune.tasks.task import read_task
 
 from .figures import BoardFit, TrainingFigures, TrialResult, write_outcome
 from .grid import REQUEST_FILE, Trial

@@ -11,7 +11,7 @@ from edgetune_runtime.formats.quantization import FLOATS
 
 from edgetune.bases import BaseSource, quantization_of
 from edgetune.recipe.model import Recipe
-from edgetune.tasks import Task, Texts
+from edgetune.tasks.task import Task, Texts
 
 from .adapters import plan_adapter
 from .board import Settings, choose_settings

@@ -14,10 +14,10 @@ from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageErr
 from edgetune_runtime.threads import machine
 
 from edgetune import methods
-from edgetune.data import TaskRow
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
-from edgetune.tasks import Task
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.task import Task
 from edgetune.training.memory import saved_states_mb, training_need
 from edgetune.training.schedule import Schedule
 from edgetune.work_folder import work_folder

@@ -15,7 +15,7 @@ from edgetune.bases import BaseSource
 from edgetune.methods import MethodOptions
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
-from edgetune.tasks import Task, Texts
+from edgetune.tasks.task import Task, Texts
 
 # What the recipe has of an adapter, and what `BoardPlan` sums up.
 _LEFT_OUT = ("name", "options", "training", "memory")

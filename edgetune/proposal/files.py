@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError
 
-from edgetune.data import DELIMITERS, JSONL_SUFFIXES, entries
+from edgetune.tasks.data import DELIMITERS, JSONL_SUFFIXES, entries
 
 SUFFIXES = (*JSONL_SUFFIXES, *DELIMITERS)
 SAMPLE_BYTES = 8_000_000

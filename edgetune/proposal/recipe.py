@@ -14,10 +14,10 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.wording import printable
 
 from edgetune import bases
-from edgetune.data import TaskRow, rows_of, split
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import Columns
-from edgetune.tokenization import tokenize_rows
+from edgetune.tasks.data import TaskRow, rows_of, split
+from edgetune.tasks.tokenization import tokenize_rows
 
 from .choices import Choice, text_of, values_of
 from .columns import form_of

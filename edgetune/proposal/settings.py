@@ -6,8 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from edgetune.data import TaskRow
-from edgetune.metrics import metric_for
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.metrics import metric_for
 
 from .choices import Choice
 from .columns import RowForm

@@ -12,7 +12,7 @@ from edgetune.bases import BaseSource
 from edgetune.planning.records import BuildPlan, PlannedBuild
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.tasks import Task
+from edgetune.tasks.task import Task
 
 from .exported import B, BundleSpec, ExportedFormat, Figures, ParityReport, Prepared, PreparedAdapter, TrainedAdapter
 

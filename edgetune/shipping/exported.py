@@ -12,10 +12,10 @@ from edgetune_export.backends.base import OnnxOptions
 from edgetune_runtime.decoding.drafts import DraftTable
 
 from edgetune import methods
-from edgetune.data import TaskRow
 from edgetune.planning.records import AdapterPlan, BuildPlan
-from edgetune.tasks import Task
-from edgetune.tokenization import TooLong
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.task import Task
+from edgetune.tasks.tokenization import TooLong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

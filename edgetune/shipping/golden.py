@@ -19,12 +19,12 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, Manifest
 from edgetune_runtime.decoding.constraint import Constraint
 from edgetune_runtime.errors import PromptTooLongError
-from edgetune_runtime.golden import ask, options_of
-from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.options import split_options
+from edgetune_runtime.inference.golden import ask, options_of
+from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.inference.options import split_options
 
-from edgetune.data import TaskRow
 from edgetune.progress import Progress
+from edgetune.tasks.data import TaskRow
 
 from .exported import TrainedAdapter
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import CancelledError, EdgetuneError
+from edgetune_runtime.formats.atomic import replacing
 
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.base import Batch, TrainingRow, row_length

@@ -23,20 +23,20 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .async_stream import AsyncStream
-    from .asynchronous import AsyncRuntime, AsyncSession
     from .bundle import AdapterEntry, BaseEntry, FileEntry, GoldenAnswer, Manifest
     from .decoding.logprobs import TokenLogprob
     from .decoding.output import OutputSpec
     from .events import Event
-    from .generation import Answer, Stream, Timings
-    from .loaded import Adapters
-    from .opening_options import RuntimeOptions
-    from .options import AnswerOptions, SamplingOptions
-    from .runtime import Runtime
-    from .scoring import Classification, NegativeLogLikelihood
+    from .inference.async_stream import AsyncStream
+    from .inference.asynchronous import AsyncRuntime, AsyncSession
+    from .inference.generation import Answer, Stream, Timings
+    from .inference.loaded import Adapters
+    from .inference.opening_options import RuntimeOptions
+    from .inference.options import AnswerOptions, SamplingOptions
+    from .inference.runtime import Runtime
+    from .inference.scoring import Classification, NegativeLogLikelihood
+    from .inference.session import Carry, Session
     from .serving.classifier import Embedding
-    from .session import Carry, Session
     from .text.chat import Message, Prompt
     from .text.sampling import Sampling
     from .tools.calls import ToolCall
@@ -92,31 +92,31 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 # These import numpy, which takes longer than everything else together, so they are loaded on first use.
 _LAZY = {
     "AdapterEntry": "bundle",
-    "Adapters": "loaded",
-    "Answer": "generation",
-    "AnswerOptions": "options",
-    "AsyncRuntime": "asynchronous",
-    "AsyncSession": "asynchronous",
-    "AsyncStream": "async_stream",
+    "Adapters": "inference.loaded",
+    "Answer": "inference.generation",
+    "AnswerOptions": "inference.options",
+    "AsyncRuntime": "inference.asynchronous",
+    "AsyncSession": "inference.asynchronous",
+    "AsyncStream": "inference.async_stream",
     "BaseEntry": "bundle",
-    "Carry": "session",
-    "Classification": "scoring",
+    "Carry": "inference.session",
+    "Classification": "inference.scoring",
     "Embedding": "serving.classifier",
     "Event": "events",
     "FileEntry": "bundle",
     "GoldenAnswer": "bundle",
     "Manifest": "bundle",
     "Message": "text.chat",
-    "NegativeLogLikelihood": "scoring",
+    "NegativeLogLikelihood": "inference.scoring",
     "OutputSpec": "decoding.output",
     "Prompt": "text.chat",
-    "Runtime": "runtime",
-    "RuntimeOptions": "opening_options",
+    "Runtime": "inference.runtime",
+    "RuntimeOptions": "inference.opening_options",
     "Sampling": "text.sampling",
-    "SamplingOptions": "options",
-    "Session": "session",
-    "Stream": "generation",
-    "Timings": "generation",
+    "SamplingOptions": "inference.options",
+    "Session": "inference.session",
+    "Stream": "inference.generation",
+    "Timings": "inference.generation",
     "TokenLogprob": "decoding.logprobs",
     "ToolCall": "tools.calls",
     "Tools": "tools.definitions",

@@ -13,7 +13,7 @@ from arm64.board import SHARED, Board
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.golden import ask
+from edgetune_runtime.inference.golden import ask
 from runtime.bundles import change_manifest
 from sshd import Sshd, cut_in_the_middle, running
 

@@ -19,7 +19,7 @@ from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
-from edgetune_runtime.opening_options import OpeningOptions
+from edgetune_runtime.inference.opening_options import OpeningOptions
 from edgetune_runtime.sizing.needs import CACHE_BYTES, needed_mb, needs_of_file
 from edgetune_runtime.states.batches import CHUNK
 

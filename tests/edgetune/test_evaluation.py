@@ -11,12 +11,12 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import MANIFEST_NAME
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.bundles import Adapter, low_rank, write_bundle
 
-from edgetune import metrics
 from edgetune.evaluation import Evaluation, evaluate
 from edgetune.progress import Progress
+from edgetune.tasks import metrics
 
 SYSTEM = "answer in one word"
 LABELS = ("red", "green", "warm red", "warm")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.data import TaskRow, read_rows
 from edgetune.recipe.model import Recipe
+from edgetune.tasks.data import TaskRow, read_rows
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smart-home"
 SIZES = {"command": (600, 100, 100), "intent": (600, 100, 100), "reply": (400, 60, 60)}

@@ -10,7 +10,7 @@ from edgetune_export import backends
 from edgetune_runtime import Runtime, engines
 from edgetune_runtime.bundle import read_manifest
 
-from edgetune.pipeline import build
+from edgetune.building.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 

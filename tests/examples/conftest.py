@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from runtime.bundles import Adapter, low_rank, write_bundle
 
-from edgetune.pipeline import build
+from edgetune.building.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import uvicorn
 from edgetune_runtime import AsyncRuntime, Runtime
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.serving.context import Context
 from examples.conftest import EXAMPLES
 from werkzeug.serving import make_server

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from edgetune_runtime import Runtime, __version__
 from edgetune_runtime.cli import main
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.conftest import LABELS
 
 PROMPT = "turn on the light"

@@ -13,7 +13,7 @@ from edgetune_runtime import Runtime, VerificationError
 from edgetune_runtime.engines.gguf.llama import load_model
 from edgetune_runtime.engines.gguf.log import LlamaLog
 from edgetune_runtime.engines.onnx.ort import library, open_session
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 
 PROMPT = "turn on the light"
 DEBUG, INFO, WARNING, ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR

@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 from edgetune_runtime import Runtime
-from runtime.test_structured import HOT
+from runtime.inference.test_structured import HOT
 
 SCHEMAS = sorted((Path(__file__).parents[2] / "benchmarks/schemas").glob("*.json"))
 

@@ -9,7 +9,7 @@ import pytest
 from edgetune_export.backends.base import Source
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer
-from edgetune_runtime.golden import ask
+from edgetune_runtime.inference.golden import ask
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from systemd.machine import Machine, booted, missing, prepare
 

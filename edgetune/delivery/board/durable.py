@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space, replacing
 from edgetune_runtime.errors import BusyError, UsageError
+from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space, replacing
 
 LOCK_NAME = "lock"
 """Held by each command that changes a prefix, and by a deploy from its first file to its end."""

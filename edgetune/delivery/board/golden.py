@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime import child_process
 from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.processes import child_process
 
 from . import versions
 from .kit import BUNDLE_FOLDER, Kit

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from edgetune_runtime.atomic import flush_to_disk, replacing
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.formats.atomic import flush_to_disk, replacing
 
 from .kit import COPY_AGAIN, KitFile
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space
 
 from . import venv
 from .errors import UnreachableError

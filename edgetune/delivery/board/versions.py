@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.atomic import flush_to_disk, raising_out_of_space
 from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space
 
 from . import venv
 from .durable import flush_tree, replace_link, write_text

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from edgetune_runtime.atomic import raising_out_of_space, replacing, swap_in
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.atomic import raising_out_of_space, replacing, swap_in
 
 from edgetune.delivery.board.kit import KIT_NAME, KitFile
 

@@ -14,7 +14,9 @@ from edgetune.templates import environment_of
 
 from .target_python import TargetPython
 
-RUNTIME_MODULES = ("atomic", "bundle", "child_process", "errors", "interrupts", "limits", "wording")
+RUNTIME_MODULES = (
+    "bundle", "errors", "formats/atomic", "interrupts", "limits", "processes/child_process", "wording",
+)  # fmt: skip
 """The modules of the runtime that the program uses; they import nothing but the standard library and each other."""
 _MAIN = """\
 import sys
@@ -29,13 +31,13 @@ def board_program() -> bytes:
     """The zipapp board.pyz."""
     contents = {"__main__.py": _MAIN.encode()}
     empty = [f"{'/'.join(delivery.__name__.split('.')[: depth + 1])}/__init__.py" for depth in range(2)]
-    empty.append(f"{edgetune_runtime.__name__}/__init__.py")
+    runtime = Path(edgetune_runtime.__name__)
+    empty += sorted({f"{(runtime / name).parent}/__init__.py" for name in RUNTIME_MODULES})
     contents |= dict.fromkeys(empty, b"")
     for path in sorted(Path(*board.__path__).glob("*.py")):
         contents[f"{board.__name__.replace('.', '/')}/{path.name}"] = path.read_bytes()
     for name in RUNTIME_MODULES:
-        source = files(edgetune_runtime) / f"{name}.py"
-        contents[f"{edgetune_runtime.__name__}/{name}.py"] = source.read_bytes()
+        contents[f"{runtime}/{name}.py"] = (files(edgetune_runtime) / f"{name}.py").read_bytes()
     return zip_bytes(contents)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgetune_runtime import Runtime
 from edgetune_runtime.errors import PromptTooLongError, VerificationError
-from edgetune_runtime.golden import compare
+from edgetune_runtime.inference.golden import compare
 
 from edgetune.delivery.board.opening import Opening
 from edgetune.progress import Progress

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import platformdirs
 from edgetune_export.backends.gguf.source import download_source
-from edgetune_runtime.atomic import replacing
+from edgetune_runtime.formats.atomic import replacing
 from filelock import FileLock
 
 from edgetune.progress import Progress

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
-from edgetune_runtime.confinement import MAX_S, confine, limits_of
-from edgetune_runtime.conversation import Conversation, adapter_choice, show
 from edgetune_runtime.formats.quantization import describe
-from edgetune_runtime.opening_options import OpeningOptions, context_mb, decide
+from edgetune_runtime.inference.opening_options import OpeningOptions, context_mb, decide
+from edgetune_runtime.processes.confinement import MAX_S, confine, limits_of
 from edgetune_runtime.wording import printable
 
+from .conversation import Conversation, adapter_choice, show
 from .options import answer_options, open_runtime, opening_options, prompt_of
 
 _REPORT_BYTES = 1 << 20
@@ -87,7 +87,7 @@ def chat(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> None:
     """`check`: compare golden answers of the build with those of this machine."""
     more = _confined(options) if options.confined else {}
-    from edgetune_runtime.golden import report  # noqa: PLC0415 - see open_runtime, and it starts threads
+    from edgetune_runtime.inference.golden import report  # noqa: PLC0415 - see open_runtime, and it starts threads
 
     with open_runtime(options, **more) as runtime:
         report(runtime, as_json=options.json)

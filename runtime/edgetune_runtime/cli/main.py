@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from edgetune_runtime import __version__
-from edgetune_runtime.conversation import PROGRAM
 from edgetune_runtime.errors import CancelledError, EdgetuneError, UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
 from edgetune_runtime.server import command as server
@@ -22,6 +21,7 @@ from edgetune_runtime.voice import command as wyoming
 from edgetune_runtime.wording import printable
 
 from . import answers, machine
+from .conversation import PROGRAM
 from .log_lines import LineFormatter, RateFilter
 from .options import add_cache_folder, add_form, add_opening, add_sampling, add_tools, open_runtime
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.opening_options import RuntimeOptions
+from edgetune_runtime.inference.opening_options import RuntimeOptions
 from edgetune_runtime.threads.priority import NORMAL, PRIORITIES
 
 if TYPE_CHECKING:
-    from edgetune_runtime.runtime import Runtime
+    from edgetune_runtime.inference.runtime import Runtime
 
 SAMPLING = {
     "temperature": (float, "randomness; 0 always takes the most likely token (default)"),
@@ -91,7 +91,7 @@ def add_opening(command: argparse.ArgumentParser) -> None:
 def open_runtime(options: argparse.Namespace, **more: Unpack[RuntimeOptions]) -> Runtime:
     """The bundle of the command line, opened with its options and `more` of `Runtime.open`."""
     # numpy and the engine are loaded only when a command needs them.
-    from edgetune_runtime.runtime import Runtime  # noqa: PLC0415
+    from edgetune_runtime.inference.runtime import Runtime  # noqa: PLC0415
 
     opening = opening_options(options)
     opening.update(more)

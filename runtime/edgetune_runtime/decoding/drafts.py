@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgetune_runtime.checked_file import read_checked, write_checked
 from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.formats.checked_file import read_checked, write_checked
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 DRAFT_FILE = "draft.bin"

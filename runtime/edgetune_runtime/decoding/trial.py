@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from edgetune_runtime.child_process import has_python, run
 from edgetune_runtime.limits import no_limits
+from edgetune_runtime.processes.child_process import has_python, run
 
 from .once import SingleFlightCache
 

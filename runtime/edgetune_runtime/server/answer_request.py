@@ -8,8 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgetune_runtime.generation import Answer
-from edgetune_runtime.loaded import Adapters
+from edgetune_runtime.inference.generation import Answer
+from edgetune_runtime.inference.loaded import Adapters
 from edgetune_runtime.text.chat import Prompt
 
 ARRIVED: ContextVar[float] = ContextVar("ARRIVED")

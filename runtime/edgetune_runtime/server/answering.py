@@ -9,9 +9,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from edgetune_runtime.asynchronous import AsyncRuntime
 from edgetune_runtime.errors import BusyError, EdgetuneError
-from edgetune_runtime.generation import Answer
+from edgetune_runtime.inference.asynchronous import AsyncRuntime
+from edgetune_runtime.inference.generation import Answer
 from edgetune_runtime.text.chat import Prompt
 
 from .answer_queue import AnswerQueue

@@ -18,7 +18,7 @@ from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from .settings import Access, ServerLimits
 
 if TYPE_CHECKING:
-    from edgetune_runtime.runtime import Runtime
+    from edgetune_runtime.inference.runtime import Runtime
 
 _SHORTEST_KEY = 16
 _LIMITS = {

@@ -14,8 +14,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from edgetune_runtime.generation import Answer
-from edgetune_runtime.loaded import Adapters
+from edgetune_runtime.inference.generation import Answer
+from edgetune_runtime.inference.loaded import Adapters
 
 from .answer_queue import AnswerQueue
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.loaded import Adapters
+from edgetune_runtime.inference.loaded import Adapters
 
 from .fields import Fields
 from .problems import RequestError

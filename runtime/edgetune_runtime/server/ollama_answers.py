@@ -12,7 +12,7 @@ from typing import Any
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.formats.quantization import describe
-from edgetune_runtime.generation import Answer
+from edgetune_runtime.inference.generation import Answer
 
 from .answering import Answering
 from .models import ModelInfo, Models

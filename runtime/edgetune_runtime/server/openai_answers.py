@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 from edgetune_runtime.decoding.logprobs import TokenLogprob
-from edgetune_runtime.generation import Answer
+from edgetune_runtime.inference.generation import Answer
 from edgetune_runtime.tools.calls import ToolCall
 
 from .answering import Answering, Piece

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any
 
-from edgetune_runtime.generation import Answer
+from edgetune_runtime.inference.generation import Answer
 
 from .answering import Answering
 from .openai_answers import arguments_of, finish_reason

@@ -8,8 +8,8 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from edgetune_runtime.asynchronous import AsyncRuntime
-from edgetune_runtime.runtime import Runtime
+from edgetune_runtime.inference.asynchronous import AsyncRuntime
+from edgetune_runtime.inference.runtime import Runtime
 
 from .answering import Answering
 from .application import application

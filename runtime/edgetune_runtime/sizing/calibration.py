@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.runtime import Runtime
+from edgetune_runtime.formats.atomic import replacing
+from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.states.batches import CHUNK
 
 from .figures import SpeedFigures

@@ -8,7 +8,7 @@ from typing import Any
 
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import EdgetuneError
-from edgetune_runtime.runtime import Runtime
+from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.threads.machine import free_mb, own_mb
 
 from .calibration import Calibration, Measured, figures_of, measure

@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-from edgetune_runtime.checked_file import read_about, write_checked
+from edgetune_runtime.formats.checked_file import read_about, write_checked
 
 COUNT_NAME = "written-today"
 _KIND = "edgetune_written"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.checked_file import read_about, read_checked, write_checked
 from edgetune_runtime.errors import OutOfSpaceError
+from edgetune_runtime.formats.checked_file import read_about, read_checked, write_checked
 
 from .daily import DailyBudget
 

@@ -15,8 +15,8 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.server.binding import bind, can_be_reached
 
 if TYPE_CHECKING:
-    from edgetune_runtime.asynchronous import AsyncRuntime
-    from edgetune_runtime.runtime import Runtime
+    from edgetune_runtime.inference.asynchronous import AsyncRuntime
+    from edgetune_runtime.inference.runtime import Runtime
 
     from .service import WyomingService
 

@@ -21,9 +21,9 @@ from wyoming.info import Attribution, Describe, HandleModel, HandleProgram, Info
 from wyoming.ping import Ping, Pong
 
 from edgetune_runtime import __version__
-from edgetune_runtime.asynchronous import AsyncRuntime
 from edgetune_runtime.errors import EdgetuneError
-from edgetune_runtime.runtime import Runtime
+from edgetune_runtime.inference.asynchronous import AsyncRuntime
+from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.server.accepting import BACKLOG, connections_within_files
 from edgetune_runtime.server.connections import Connections
 from edgetune_runtime.server.settings import ServerLimits

@@ -24,7 +24,7 @@ from edgetune_export.backends.onnx.encoder import EncoderSource
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
-from edgetune_runtime.golden import ask
+from edgetune_runtime.inference.golden import ask
 from edgetune_runtime.sizing.options import with_options
 from kits import PYTHON, KitMaker, install_sh, with_fields
 from packaging.requirements import Requirement

@@ -18,7 +18,7 @@ from edgetune_export.backends.onnx.encoder import EncoderSource
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.golden import ask
+from edgetune_runtime.inference.golden import ask
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
 

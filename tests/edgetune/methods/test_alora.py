@@ -19,13 +19,13 @@ from torch.nn.functional import cross_entropy
 from trainings import VOCABULARY, job, learn, logits_of, stopped_and_resumed
 
 from edgetune import methods
-from edgetune.data import TaskRow
 from edgetune.methods import Checkpoint
 from edgetune.methods.alora import start_of
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.example import Example
 from edgetune.objectives.packing import ATTENTION
-from edgetune.tokenization import tokenize_rows
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.tokenization import tokenize_rows
 
 ALORA = methods.load("alora")
 INVOCATION = (13, 14)

@@ -13,9 +13,9 @@ from edgetune_runtime.formats.gguf_file import read_header
 from tiny import ARCHITECTURES
 
 from edgetune import bases
-from edgetune.builders.plan import plan_build
+from edgetune.building.builders.plan import plan_build
+from edgetune.building.pipeline import build
 from edgetune.folder_header import predict_header
-from edgetune.pipeline import build
 from edgetune.planning import needs as build_needs
 from edgetune.planning.records import BuildNeeds, NeedsReport, Room
 from edgetune.progress import Progress

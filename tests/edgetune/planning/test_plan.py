@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from edgetune_runtime.errors import NotFoundError
 
-from edgetune import builders, methods
-from edgetune.builders.plan import plan_build
+from edgetune import methods
+from edgetune.building import builders
+from edgetune.building.builders.plan import plan_build
 from edgetune.planning.adapters import with_options
 from edgetune.planning.build import plan_bundle
 from edgetune.planning.records import BuildPlan

@@ -13,7 +13,7 @@ from edgetune.api import plan
 from edgetune.proposal import files as data_files
 from edgetune.proposal.recipe import recipe_for
 from edgetune.recipe.model import Recipe
-from edgetune.tasks import read_task
+from edgetune.tasks.task import read_task
 
 THINGS = [
     f"the {thing} in the {room}" for thing in ("lamp", "fan") for room in ("hall", "attic", "study", "den", "loft")

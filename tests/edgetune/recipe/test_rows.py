@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 from edgetune_runtime.errors import UsageError
 
-from edgetune.data import read_rows
 from edgetune.recipe import rows as rows_module
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.rows import Rows
 from edgetune.recipe.saved import save_recipe
-from edgetune.tasks import Texts, read_texts
+from edgetune.tasks.data import read_rows
+from edgetune.tasks.task import Texts, read_texts
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 ROWS = [{"text": "play", "label": "media"}, {"text": "lock the door", "label": "lock"}]

@@ -14,9 +14,9 @@ from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
 from runtime.bundles import Adapter, low_rank, write_bundle
 
 from edgetune.cli.main import main
-from edgetune.data import read_rows, split
 from edgetune.report.facts import facts_of
 from edgetune.report.render import HEIGHT, WIDTH, card, curve
+from edgetune.tasks.data import read_rows, split
 
 HISTORY = [
     {"step": 10, "train_loss": 2.0, "val_loss": 1.5},

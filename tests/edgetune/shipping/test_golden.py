@@ -11,9 +11,9 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.cli import main
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 
-from edgetune.pipeline import build
+from edgetune.building.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.golden import MAX_TOKENS

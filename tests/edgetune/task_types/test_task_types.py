@@ -8,7 +8,8 @@ from edgetune_runtime import engines
 from edgetune_runtime.bundle import TASKS
 from edgetune_runtime.errors import UsageError
 
-from edgetune import builders, task_types
+from edgetune import task_types
+from edgetune.building import builders
 
 FACTS = """
 from edgetune.task_types.base import Refusal, TaskType
@@ -17,7 +18,7 @@ TASK_TYPE = TaskType(base="a tagger", not_offered={"fit": Refusal("is for tagger
 """
 # Nothing of the task is asked for here.
 BUILDER = """
-from edgetune.builders.text_generation import TextGeneration
+from edgetune.building.builders.text_generation import TextGeneration
 
 
 class TextTagging(TextGeneration):

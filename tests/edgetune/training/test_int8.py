@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from trainings import QUIET, VOCABULARY, answer, job, learn, stopped_and_resumed
 
 from edgetune import methods
-from edgetune.encoder.objective import Classify, Labelled
+from edgetune.building.encoder.objective import Classify, Labelled
 from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.training.checkpointing import checkpointed, layers_of
 from edgetune.training.fused import fused

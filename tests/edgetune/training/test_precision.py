@@ -9,8 +9,8 @@ import pytest
 from edgetune_runtime.errors import UsageError
 
 from edgetune import methods
-from edgetune.builders.plan import plan_build
-from edgetune.pipeline import build
+from edgetune.building.builders.plan import plan_build
+from edgetune.building.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.training.precision import require_int8

@@ -10,7 +10,7 @@ from edgetune_export.drafts import Row, table_of
 from edgetune_runtime import IncompatibleError, Runtime, VerificationError
 from edgetune_runtime.bundle import FileEntry, read_manifest, sha256_of
 from edgetune_runtime.decoding.drafts import END, Drafter, DraftTable, read_table, write_table
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runtime.bundles import change_manifest

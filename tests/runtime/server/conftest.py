@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.server.binding import bind, url_of
 from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.serve import Serving, serve

@@ -12,7 +12,7 @@ from edgetune_export.drafts import Row, table_of
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest, sha256_of
 from edgetune_runtime.decoding.drafts import write_table
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.bundles import change_manifest
 from runtime.server.conftest import Start
 from runtime.server.test_health import figures

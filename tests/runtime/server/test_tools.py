@@ -10,7 +10,7 @@ from typing import Any
 import ollama
 import openai
 import pytest
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from openai import OpenAI
 from runtime.server.conftest import Running, Start
 from runtime.tools.templates import FAMILIES

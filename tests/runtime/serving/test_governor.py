@@ -14,8 +14,8 @@ from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.base import Engine, Logits, StepStopped
 from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.limits import CallLimits, Stopped
-from edgetune_runtime.measuring import loaded_bundle
 from edgetune_runtime.serving.governor import AnswerUsage, Governor
 from edgetune_runtime.serving.turns import Turn
 from edgetune_runtime.threads.count import DECODE, PREFILL

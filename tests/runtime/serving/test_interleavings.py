@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.base import Logits
-from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.session import Session
+from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.inference.session import Session
 from edgetune_runtime.text.chat import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

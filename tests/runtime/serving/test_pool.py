@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from edgetune_runtime import BusyError, Runtime, UsageError
 from edgetune_runtime.engines.base import Engine, Logits
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
 

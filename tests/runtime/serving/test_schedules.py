@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, UsageError
-from edgetune_runtime.checked_file import read_checked
-from edgetune_runtime.generation import Stream
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.formats.checked_file import read_checked
+from edgetune_runtime.inference.generation import Stream
+from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.inference.session import Session
 from edgetune_runtime.serving import places
-from edgetune_runtime.session import Session
 from edgetune_runtime.states.daily import COUNT_NAME
 from edgetune_runtime.states.store import KIND
 from edgetune_runtime.text.chat import Message

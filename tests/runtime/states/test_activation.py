@@ -14,7 +14,7 @@ from edgetune_export.backends.base import Source
 from edgetune_export.parity import divergence
 from edgetune_runtime import IncompatibleError, Runtime, UsageError
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.states.activation import join_spans, spans_of
 from runtime.bundles import folded, low_rank, write_manifest

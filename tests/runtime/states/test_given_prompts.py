@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.cache import CALLS, FROM_CALL, PROMPTS, SavedState, StateCache, key_of
 from edgetune_runtime.states.sightings import Sightings
 

@@ -14,7 +14,7 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.gguf import engine as gguf
 from edgetune_runtime.engines.onnx import engine as onnx
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.store import StateStore
 from runtime.bundles import change_manifest
 from runtime.conftest import LONG_PROMPTS

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.checked_file import read_about, read_checked, write_checked
+from edgetune_runtime.formats.checked_file import read_about, read_checked, write_checked
 from edgetune_runtime.states.daily import COUNT_NAME
 from edgetune_runtime.states.store import KIND, StateStore, default_folder
 

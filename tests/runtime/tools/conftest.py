@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 
 ENGINES = ("gguf", "onnx")
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import pytest
 from edgetune_runtime import Runtime, ToolCall, UsageError, cli
 from edgetune_runtime.engines.base import Tokenizer
-from edgetune_runtime.measuring import loaded_bundle
-from edgetune_runtime.options import split_options
+from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.inference.options import split_options
 from edgetune_runtime.tools.calls import CallReader
 from edgetune_runtime.tools.formats import HERMES, CallFormat, Hole
 from jsonschema import validate

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.asynchronous import AsyncRuntime
 from edgetune_runtime.cli import main
+from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.server.binding import bind
 from edgetune_runtime.server.settings import ServerLimits
 from edgetune_runtime.voice.service import MAX_BYTES, WyomingService, run

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from edgetune_runtime.atomic import replacing
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.formats.gguf_file import CacheShape, cache_shape, prefix_tensor, read_header
 
 from edgetune_export import architectures

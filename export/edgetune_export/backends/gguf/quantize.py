@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from edgetune_runtime.atomic import is_full, replacing
 from edgetune_runtime.engines.gguf.ggml import open_library
 from edgetune_runtime.engines.gguf.llama import last_errors, library
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, VerificationError
+from edgetune_runtime.formats.atomic import is_full, replacing
 from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
 from edgetune_runtime.formats.quantization import TYPES_BY_NUMBER, quantization_named
 

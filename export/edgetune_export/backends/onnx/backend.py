@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune_runtime.atomic import raising_out_of_space
+from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.formats.onnx_file import read_onnx
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
-from edgetune_runtime.atomic import raising_out_of_space
 from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, LOGITS, POOLED, TRAINED_CONTEXT_LENGTH
 from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.onnx_file import read_onnx
 from edgetune_runtime.wording import first_of
 from transformers import PreTrainedModel

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from edgetune_runtime.atomic import raising_out_of_space
 from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 

@@ -21,7 +21,7 @@ from edgetune_runtime.formats.onnx_file import read_onnx, slots_of
 from peft import LoraConfig, get_peft_model
 from tiny import ENCODERS, FINGERPRINT, load_encoder
 
-from edgetune.encoder.objective import logits_of
+from edgetune.building.encoder.objective import logits_of
 
 Source = Callable[[str], EncoderSource]
 ROWS = torch.tensor([[2, 5, 9, 11, 7, 3], [2, 8, 6, 3, 0, 0]])

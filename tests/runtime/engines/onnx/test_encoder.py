@@ -19,7 +19,7 @@ from edgetune_runtime.cli import main
 from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, EncoderEngine
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.encoders import LABELS, MODULES, head, low_rank
 from tiny import FINGERPRINT
 

@@ -17,7 +17,7 @@ from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx import ort as _ort
 from edgetune_runtime.engines.onnx.engine import OnnxEngine, model_version
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
-from edgetune_runtime.measuring import loaded_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.bundles import change_manifest, write_manifest
 
 Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]

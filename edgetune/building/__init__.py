@@ -1,0 +1,1 @@
+"""Builds a bundle: prepares base and training jobs, trains, exports; one builder per task."""

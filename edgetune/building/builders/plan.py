@@ -1,0 +1,75 @@
+"""Plans the build of a recipe: reads its base's header and its data once, and reports all problems together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from edgetune_runtime.errors import EdgetuneError
+
+from edgetune.bases import BaseSource
+from edgetune.building.outputs.resolve import output_of_task
+from edgetune.planning.build import plan_bundle, plan_data
+from edgetune.planning.needs import room_for
+from edgetune.planning.records import PlannedBuild
+from edgetune.recipe.model import Recipe
+from edgetune.tasks.task import Texts, read_task, read_texts
+from edgetune.training.precision import check_precision
+
+from . import load
+
+
+def plan_build(recipe: Recipe, out: Path | None = None) -> PlannedBuild:
+    """Read the header of the recipe's base and all rows of its data, and plan the build of the bundle `out`.
+
+    `out` is by default `recipe.default_out`. A base that must be downloaded first is planned as far as it is known
+    without it. Raises one error for all problems, with the exit code of the first.
+    """
+    builder, problems = load(recipe.task), list[EdgetuneError]()
+    source: BaseSource | None = None
+    texts: Texts | None = None
+    with _collected(problems):
+        source = builder.find(recipe)
+    with _collected(problems):
+        shapes = builder.shapes(recipe)
+    with _collected(problems):
+        if not problems:
+            plan = plan_bundle(recipe, source, shapes)
+    with _collected(problems):
+        check_precision(recipe, _device)
+    with _collected(problems):
+        texts = read_texts(recipe)
+    tasks, outputs = [], {}
+    for name in recipe.adapters:
+        with _collected(problems):
+            tasks.append(read_task(name, recipe))
+            outputs[name] = output_of_task(tasks[-1])
+    if problems:
+        raise problems[0] if len(problems) == 1 else type(problems[0])("\n".join(map(str, problems)))
+    return PlannedBuild(plan_data(plan, tasks, outputs, texts, room_for(out or recipe.default_out)), tasks, texts)
+
+
+def with_download(planned: PlannedBuild, recipe: Recipe, out: Path) -> PlannedBuild:
+    """The plan of `recipe` with its base, which is downloaded if necessary."""
+    adapters = planned.plan.adapters
+    shapes = {name: adapter.shapes for name, adapter in adapters.items()}
+    outputs = {name: adapter.output for name, adapter in adapters.items()}
+    plan = plan_bundle(recipe, load(recipe.task).find(recipe, download=True), shapes)
+    return replace(planned, plan=plan_data(plan, planned.tasks, outputs, planned.texts, room_for(out)))
+
+
+@contextmanager
+def _collected(problems: list[EdgetuneError]) -> Iterator[None]:
+    """Add what is raised to the problems, and go on."""
+    try:
+        yield
+    except EdgetuneError as error:
+        problems.append(error)
+
+
+def _device() -> str:
+    from edgetune.training.hardware import processes  # noqa: PLC0415 - torch, which nothing else here needs
+
+    return str(processes().device.type)

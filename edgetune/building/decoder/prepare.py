@@ -1,0 +1,138 @@
+"""Prepares a build with a decoder: converts and quantizes the base, continues its pretraining, chooses modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from edgetune_export.architectures.shape import BaseShape
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.formats.gguf_file import digest_of_tokenizer
+
+from edgetune import bases, methods
+from edgetune.bases import Base
+from edgetune.building.domain import continued as domain
+from edgetune.building.outputs.drafts import draft_of
+from edgetune.building.outputs.resolve import write_inferred
+from edgetune.building.placement import choose as placement
+from edgetune.digests import key_of
+from edgetune.methods.lora import LoraOptions
+from edgetune.objectives.example import Example
+from edgetune.planning.adapters import with_options
+from edgetune.planning.board import check_fit
+from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import TrainingSpec
+from edgetune.shipping.exported import Prepared, PreparedAdapter
+from edgetune.tasks.task import Task, Texts
+from edgetune.training.hardware import processes
+from edgetune.training.job import TrainingJob
+from edgetune.training.jobs import train_all
+
+
+def prepare(planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> Prepared[Base]:
+    """Everything before the training of the adapters; intermediate files are in `work`.
+
+    Errors show as early as possible: if the board cannot run the bundle, or rows cannot be learned.
+    """
+    plan = planned.plan
+    with processes().main_process_first():
+        base = make_base(plan, work, progress, converter)
+    for name, spec in plan.recipe.adapters.items():
+        if spec.output is not None and spec.output.is_auto:
+            write_inferred(name, plan.adapters[name].output, work / "output", progress)
+    if planned.texts is not None:
+        # Report errors in the adapters' rows before hours of training.
+        training_jobs(plan, planned.tasks, base, Progress(quiet=True))
+        base = _continued(plan.recipe, planned.texts, base, work, progress)
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        adapters = [_job(plan, task, base, tokenizer, progress) for task in planned.tasks]
+        adapters = [_with_draft(item, base, tokenizer, plan.recipe.targets[0], progress) for item in adapters]
+    adapters = [_placed(item, base, plan, work, progress) for item in adapters]
+    plan = plan.with_adapters({item.plan.name: item.plan for item in adapters})
+    plot = {"plot": str(work / domain.NAME / "training.png")} if base.domain else {}
+    return Prepared(base, plan, adapters, {**base.domain, **plot})
+
+
+def make_base(plan: BuildPlan, work: Path, progress: Progress, converter: Path | None) -> Base:
+    """The base that the plan found, converted and quantized; IncompatibleError if it is too large for the board."""
+    assert plan.source is not None
+    base = bases.make(plan.source, plan.base.quantization, work=work / "base", progress=progress, converter=converter)
+    # The plan has a predicted header if the base is a folder.
+    check_fit(plan, base.header)
+    return base
+
+
+def training_jobs(plan: BuildPlan, tasks: Sequence[Task], base: Base, progress: Progress) -> list[PreparedAdapter]:
+    """A training job per task, tokenized for the base; reports rows that are too long."""
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        return [_job(plan, task, base, tokenizer, progress) for task in tasks]
+
+
+def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, progress: Progress) -> PreparedAdapter:
+    planned = plan.adapters[task.name]
+    method = methods.load(planned.method)
+    capacity = plan.recipe.context_length - method.prefix_tokens(planned.options)
+    train, validation, too_long = task.tokenize(tokenizer, capacity)
+    if too_long.count:
+        where = ", ".join(too_long.examples)
+        progress.say(f"{task.name}: {too_long.count} rows are longer than {capacity} tokens: {where} …")
+    rows = (*train, *validation)
+    planned = replace(planned, options=method.prepared(planned.options, tokenizer, rows))
+    job = TrainingJob(
+        task.name,
+        method,
+        planned.options,
+        task.training,
+        train,
+        validation,
+        _key(planned, task.training, base, rows),
+        method.objective(planned.options),
+    )
+    return PreparedAdapter(planned, task, job, too_long)
+
+
+def _continued(recipe: Recipe, texts: Texts, base: Base, work: Path, progress: Progress) -> Base:
+    """The base after continued pretraining on the recipe's domain; see `domain.continued`."""
+    load = partial(bases.load_torch, base)
+    trainer = partial(train_all, base=base.name, load=load, work=work, progress=progress)
+    return domain.continued(recipe, texts, base, work, train_all=trainer, progress=progress)
+
+
+def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, progress: Progress) -> PreparedAdapter:
+    """The same with modules and rank chosen, if the recipe has `target_modules: auto`."""
+    options, folder = item.job.options, work / "placement"
+    if not isinstance(options, LoraOptions) or not options.is_auto:
+        return item
+    load = partial(bases.load_torch, base)
+    trials = partial(train_all, base=base.name, load=load, work=folder, progress=progress, plots=False)
+    recipe = plan.recipe
+    choice = placement.choose(item.job, item.plan, base, recipe, folder=folder, train_all=trials, progress=progress)
+    placed = choice.chosen.placement
+    chosen = options.placed(placed.target_modules, placed.r)
+    planned = with_options(item.plan, chosen, BaseShape.of_header(base.header), recipe.onnx.weights)
+    key = _key(planned, item.job.training, base, (*item.job.train, *item.job.validation))
+    job = replace(item.job, options=chosen, key=key)
+    return replace(item, plan=planned, job=job, choices={**item.choices, "placement": choice.to_json()})
+
+
+def _with_draft(
+    item: PreparedAdapter, base: Base, tokenizer: GgufTokenizer, target: str, progress: Progress
+) -> PreparedAdapter:
+    """The same with a draft table, if the recipe asks for one and it makes decoding faster."""
+    if not item.plan.drafts:
+        return item
+    digest = digest_of_tokenizer(base.header)
+    table, worth = draft_of(item.job.train, item.job.validation, tokenizer, digest, target)
+    progress.say(f"{item.plan.name}: drafts give {worth:.1f} tokens per step on the validation rows")
+    return replace(item, draft=table, choices={**item.choices, "draft_tokens_per_step": round(worth, 2)})
+
+
+def _key(planned: AdapterPlan, training: TrainingSpec, base: Base, examples: Sequence[Example]) -> str:
+    method = {"name": planned.method, **planned.options.model_dump(mode="json")}
+    state = [base.fingerprint, method, training.model_dump(mode="json")]
+    return key_of(state, ((example.tokens, example.learned) for example in examples))

@@ -1,0 +1,230 @@
+"""Continued pretraining of the base on plain text: writes a GGUF file that replaces the base in the rest of the build.
+
+The result is the same as that of two builds in a row, the second with the first one's result as its base.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from edgetune_export import backends
+from edgetune_export.adapters.shapes import Floats, Merged
+from edgetune_export.backends.base import OnnxOptions, Source
+from edgetune_export.backends.gguf import backend as gguf
+from edgetune_export.backends.gguf.quantize import quantize_rows
+from edgetune_runtime import engines
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.engines.base import Engine, log_total
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.formats.atomic import replacing
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+
+from edgetune import bases, methods
+from edgetune.bases import Base
+from edgetune.digests import key_of
+from edgetune.evaluation import spread
+from edgetune.objectives.example import Example
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import DomainSpec
+from edgetune.shipping.verify import logits_of
+from edgetune.tasks.task import Texts
+from edgetune.training.hardware import processes
+from edgetune.training.job import TrainingJob, TrainResult
+
+from .texts import split_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "domain"
+"""Name of the training run and of its folder."""
+# Perplexity is measured on windows of about this many tokens in total, spread over the validation text.
+MEASURED_TOKENS = 65536
+# Windows of the training text used for calibration by quantization methods that need it.
+CALIBRATION_WINDOWS = 16
+# Nats per token above which the exponential overflows.
+_MOST_NATS = 700.0
+# Tokens per call of an engine when measuring.
+_ROWS = 64
+
+TrainAll = Callable[[Sequence[TrainingJob[Any]]], Mapping[str, TrainResult]]
+"""Trains all jobs and skips finished ones, like `training.jobs.train_all`."""
+Rows = Callable[[list[int]], Iterable[Floats]]
+"""Maps tokens to the logits after each."""
+
+
+def continued(recipe: Recipe, texts: Texts, base: Base, work: Path, *, train_all: TrainAll, progress: Progress) -> Base:
+    """Continue pretraining of the base on the texts with the recipe's domain options; keeps the base's quantization.
+
+    The training run is in `work/domain`, the file in `work/domain/base`; finished parts are reused. All processes of a
+    launcher must call it. Raises, before any training, UsageError for invalid texts or windows and IncompatibleError
+    for a base of a type that cannot be written; also raises what training raises.
+    """
+    assert recipe.domain is not None
+    _check_writable(base.header)
+    job = _job(recipe, recipe.domain, texts, base)
+    progress.say(f"{NAME}: {len(job.train)} windows for training, {len(job.validation)} for validation")
+    stage = _Stage(recipe, base, job, train_all([job])[NAME], work / NAME, progress)
+    with processes().main_process_first():
+        figures = stage.known() or stage.make()
+    return stage.base(figures)
+
+
+def _check_writable(header: GgufHeader) -> None:
+    """IncompatibleError if weights of the base have a type that cannot be written."""
+    for ggml_type, columns in {(tensor.ggml_type, tensor.shape[0]) for tensor in header.tensors.values()}:
+        quantize_rows(np.zeros((1, columns), np.float32), ggml_type)
+
+
+def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> TrainingJob[Example]:
+    kind, training = methods.load(spec.method.name), recipe.training.under(spec.training)
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        length = spec.window or recipe.context_length
+        train, validation = split_windows(texts, tokenizer, length, spec.data.held_out)
+        options = kind.prepared(spec.method.options, tokenizer, (*train, *validation))
+    tokens = sum(len(window.tokens) for window in validation)
+    validation = list(spread(validation, math.ceil(len(validation) * min(1.0, MEASURED_TOKENS / tokens))))
+    state = [base.fingerprint, spec.method.model_dump(mode="json"), training.model_dump(mode="json")]
+    key = key_of(state, (window.tokens for window in (*train, *validation)))
+    return TrainingJob(NAME, kind, options, training, train, validation, key, kind.objective(options))
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Writes and measures the continued base from a finished training run in `folder`."""
+
+    recipe: Recipe
+    source: Base
+    job: TrainingJob[Example]
+    result: TrainResult
+    folder: Path
+    progress: Progress
+
+    @property
+    def path(self) -> Path:
+        """The continued base's file."""
+        return self.folder / "base" / f"{NAME}-{self.source.path.name}"
+
+    @property
+    def key(self) -> str:
+        """Identifies everything that the figures depend on."""
+        state = [self.job.key, self.recipe.targets, self.recipe.onnx.model_dump(mode="json")]
+        return key_of(state)
+
+    def base(self, figures: Mapping[str, Any]) -> Base:
+        """The continued base with its figures, for the rest of the build."""
+        made = sha256_of(self.path), read_header(self.path)
+        return Base(self.source.name, self.path, *made, self.source.quantization, figures)
+
+    def known(self) -> dict[str, Any] | None:
+        """The figures of a continued base that is already written, else None."""
+        try:
+            known = json.loads((self.folder / "figures.json").read_text(encoding="utf-8"))
+            is_whole = known["key"] == self.key and known["sha256"] == sha256_of(self.path)
+            return dict(known["figures"]) if is_whole else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def make(self) -> dict[str, Any]:
+        """Write the base, measure it and save its figures."""
+        model = bases.load_torch(self.source, torch.float32)
+        checkpoint = methods.Checkpoint(NAME, self.folder / "adapter", model, self.job.options)
+        self._write(checkpoint)
+        self.progress.say(f"{NAME}: measuring perplexity before and after")
+        with self.job.method.loaded(checkpoint) as tuned:
+            trained = _perplexity(logits_of(tuned), self.job.validation)
+        before = self._on_engines(self.source, model)
+        made = self.base({})
+        after = self._on_engines(made, bases.load_torch(made, torch.float32))
+        self._require_finite(after)
+        self._report(before, trained, after)
+        figures = {
+            "method": self.job.method.name,
+            "base_fingerprint": self.source.fingerprint,
+            **{key: value for key, value in asdict(self.result).items() if key != "history"},
+            "perplexity": {"before": before, "trained": trained, "after": after},
+            "lost_by_rounding": {target: value / trained - 1 for target, value in after.items()},
+            "measured_tokens": sum(len(window.tokens) - 1 for window in self.job.validation),
+        }
+        with replacing(self.folder / "figures.json") as path:
+            known = {"key": self.key, "sha256": made.fingerprint, "figures": figures}
+            path.write_text(json.dumps(known, indent=2), encoding="utf-8")
+        return figures
+
+    def _write(self, checkpoint: methods.Checkpoint) -> None:
+        self.progress.say(f"{NAME}: writing the continued base")
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+        self.path.parent.mkdir(parents=True)
+        folded = self.job.method.fold(checkpoint, Merged.shape)
+        assert isinstance(folded, Merged)
+        gguf.write_merged(folded, Source(self.source.path, self.source.fingerprint, checkpoint.base), self.path)
+
+    def _on_engines(self, base: Base, model: PreTrainedModel) -> dict[str, float]:
+        """Perplexity of a base without adapters in each of the recipe's formats, on the runtime's engines."""
+        length = max(len(window.tokens) for window in self.job.validation)
+        rows = tuple(window.tokens for window in self.job.train[:CALIBRATION_WINDOWS])
+        onnx = OnnxOptions(self.recipe.onnx.weights, self.recipe.onnx.method, rows)
+        found: dict[str, float] = {}
+        for target in self.recipe.targets:
+            with TemporaryDirectory(dir=self.folder) as name:
+                source = Source(base.path, base.fingerprint, model, Path(name) / "work", onnx)
+                path = backends.load(target).write_base(source, Path(name), ())
+                made = engines.load(target)
+                with closing(made(path, context_length=length)) as engine:
+                    found[target] = _perplexity(_rows_of(engine), self.job.validation)
+        return found
+
+    def _require_finite(self, after: Mapping[str, float]) -> None:
+        for target, value in after.items():
+            if not math.isfinite(value):
+                message = f"perplexity of the continued base in {target} is {value}: its weights are too large"
+                raise VerificationError(message, "lower domain.training.learning_rate")
+
+    def _report(self, before: Mapping[str, float], trained: float, after: Mapping[str, float]) -> None:
+        main_type = self.source.header.main_type.name
+        for target, old in before.items():
+            change = f"perplexity in {target} {old:.2f} before, {after[target]:.2f} after"
+            self.progress.say(f"{NAME}: {change}, {trained:.2f} before requantizing to {main_type}")
+            if after[target] >= old:
+                why = why_worse(old, trained, main_type)
+                self.progress.say(f"  warning: {NAME}: the continued base is no better in {target}: {why}")
+
+
+def why_worse(before: float, trained: float, main_type: str) -> str:
+    """Why a continued base is no better than the original, and the remedy; `trained` is before requantizing."""
+    if trained < before:
+        return f"requantizing to {main_type} loses more than training gained; use more bits, such as quantization: q8_0"
+    return "training did not improve it; lower domain.training.learning_rate or add more text of the domain"
+
+
+def _perplexity(rows_of: Rows, windows: Sequence[Example]) -> float:
+    """Perplexity of the learned tokens of all windows, from the logits after each token; infinite on overflow."""
+    nats = math.fsum(
+        log_total(row) - float(row[target])
+        for window in windows
+        for row, target in zip(rows_of(list(window.tokens)), window.tokens[1:], strict=False)
+    )
+    mean = nats / sum(len(window.tokens) - 1 for window in windows)
+    return math.exp(mean) if mean < _MOST_NATS else math.inf
+
+
+def _rows_of(engine: Engine) -> Rows:
+    def rows(tokens: list[int]) -> Iterator[Floats]:
+        engine.truncate(0)
+        for start, end in pairwise((*range(0, len(tokens), _ROWS), len(tokens))):
+            yield from engine.decode_all(tokens[start:end])
+
+    return rows

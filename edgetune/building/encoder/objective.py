@@ -1,0 +1,121 @@
+"""The objective of text classification: an encoder and a head learn the label of each row.
+
+The head is a linear layer on the mean of the last layer's vectors, as sentence encoders such as all-MiniLM are trained
+for. It is `classifier` of the PEFT model, and is saved beside the adapter as head.safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from edgetune_export.backends.onnx.encoder import mean_pooled
+from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, EncoderTokenizer
+from edgetune_runtime.errors import UsageError
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+from edgetune.tasks.data import TaskRow, labelled_text
+from edgetune.tasks.tokenization import TooLong
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+HEAD_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The tokens of a row and the number of its label."""
+
+    tokens: tuple[int, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Padded rows: `tokens` and `mask` int64 [rows, longest], `targets` int64 [rows], the numbers of the labels."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    targets: torch.Tensor
+
+    def to(self, device: torch.device) -> Padded:
+        """The same on `device`."""
+        return Padded(self.tokens.to(device), self.mask.to(device), self.targets.to(device))
+
+
+def tokenize_labelled(
+    rows: Sequence[TaskRow], tokenizer: EncoderTokenizer, labels: Sequence[str], max_tokens: int
+) -> tuple[list[Labelled], TooLong]:
+    """Tokenize the rows that fit in `max_tokens`, in order; longer rows are counted, never truncated.
+
+    Raises UsageError for rows other than text and label, and if no row fits.
+    """
+    numbers = {label: number for number, label in enumerate(labels)}
+    found, too_long = [], []
+    for row in rows:
+        tokens = tokenizer.tokenize(labelled_text(row))
+        if len(tokens) <= max_tokens:
+            found.append(Labelled(tuple(tokens), numbers[row.completion or ""]))
+        else:
+            too_long.append(row.where)
+    if too_long and not found:
+        message = f"all {len(rows)} rows are longer than {max_tokens} tokens"
+        raise UsageError(message, "raise context_length, or shorten the rows")
+    return found, TooLong(len(too_long), tuple(too_long[:3]))
+
+
+class Classify:
+    """Trains a head of `labels` outputs on `hidden_size` inputs, together with the weights of the method."""
+
+    attention: str | None = None
+
+    def __init__(self, hidden_size: int, labels: int) -> None:
+        self._hidden_size, self._labels = hidden_size, labels
+
+    def extend(self, model: PeftModel) -> None:
+        """Add a new head in float32 to the model."""
+        model.classifier = torch.nn.Linear(self._hidden_size, self._labels)
+
+    def learned(self, _row: Labelled) -> int:
+        """One prediction per row."""
+        return 1
+
+    def batch(self, rows: Sequence[Labelled]) -> Padded:
+        """The rows padded to the longest; the mask hides the padding, so its token does not matter."""
+        longest = max(len(row.tokens) for row in rows)
+        tokens = [[*row.tokens, *[0] * (longest - len(row.tokens))] for row in rows]
+        mask = [[1] * len(row.tokens) + [0] * (longest - len(row.tokens)) for row in rows]
+        return Padded(torch.tensor(tokens), torch.tensor(mask), torch.tensor([row.label for row in rows]))
+
+    def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Padded) -> torch.Tensor:
+        """The summed cross entropy of the labels."""
+        logits = logits_of(forward, model.classifier, batch.tokens, batch.mask)
+        return cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """Write the head: weight [labels, hidden] and bias [labels]."""
+        head = {HEAD_WEIGHT: model.classifier.weight, HEAD_BIAS: model.classifier.bias}
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in head.items()}, folder / HEAD_FILE)
+
+
+def logits_of(
+    forward: Callable[..., Any], head: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Logits [rows, labels] of padded tokens: the head on the pooled last layer."""
+    last = forward(input_ids=tokens, attention_mask=mask).last_hidden_state
+    logits: torch.Tensor = head(mean_pooled(last, mask))
+    return logits
+
+
+def load_head(folder: Path) -> torch.nn.Linear:
+    """The head that `Classify.save` wrote into `folder`."""
+    tensors = load_file(folder / HEAD_FILE)
+    labels, hidden = tensors[HEAD_WEIGHT].shape
+    head = torch.nn.Linear(hidden, labels)
+    head.load_state_dict({"weight": tensors[HEAD_WEIGHT], "bias": tensors[HEAD_BIAS]})
+    return head

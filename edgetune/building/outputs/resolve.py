@@ -1,0 +1,61 @@
+"""The output constraint of a task: checked against all rows, or inferred from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.wording import first_of
+
+from edgetune.progress import Progress
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.task import Task
+
+from .infer import infer, misfits
+
+
+def output_of_task(task: Task) -> OutputSpec | None:
+    """The output constraint of the task's recipe; None if there is none, or `auto` finds none.
+
+    UsageError names rows that break a given constraint, or have tools.
+    """
+    option = task.spec.output
+    if option is None:
+        return None
+    _check_rows(task, option.spec)
+    return option.spec or infer([row.completion or "" for row in _answered(task)])
+
+
+def write_inferred(name: str, found: OutputSpec | None, folder: Path, progress: Progress) -> None:
+    """Report what `auto` inferred for a task, and write it to `folder/NAME.json`."""
+    if found is None:
+        progress.say(f"{name}: output: auto finds no structure in the completions, so answers are free text")
+        return
+    path = folder / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = found.to_json()
+    path.write_text(json.dumps(stored["schema"] if found.kind == "schema" else stored, indent=2), encoding="utf-8")
+    progress.say(f"{name}: answers are constrained by the {found.kind} inferred from the rows, see {path}")
+
+
+def _check_rows(task: Task, spec: OutputSpec | None) -> None:
+    rows = _answered(task)
+    calling = next((row for row in rows if row.tools is not None), None)
+    if calling is not None:
+        message = f"adapters.{task.name}.output: {calling.where} has tools, whose schemas constrain the answers"
+        raise UsageError(message, "leave output out")
+    if spec is None:
+        return
+    wrong = [rows[place] for place in misfits(spec, (row.completion or "" for row in rows))]
+    if wrong:
+        examples = first_of([f"{row.where} {(row.completion or '')[:60]!r}" for row in wrong])
+        message = (
+            f"adapters.{task.name}.output: {len(wrong)} of {len(rows)} completions break the {spec.kind}: {examples}"
+        )
+        raise UsageError(message, "correct these rows or the output")
+
+
+def _answered(task: Task) -> list[TaskRow]:
+    return [row for row in (*task.train, *task.validation) if row.completion is not None]

@@ -1,0 +1,189 @@
+"""Builds a bundle from a recipe (`edgetune build`), or from adapters trained elsewhere (`edgetune export`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import closing, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edgetune_export import architectures, backends
+from edgetune_export.backends.base import OnnxOptions
+from edgetune_export.pack import check_destination
+from edgetune_runtime.bundle import GENERATION, Manifest
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.text.chat import messages_for
+from edgetune_runtime.tools.prompts import prompt_tokens
+
+from edgetune import bases, methods
+from edgetune.bases import Base, trained_context_length
+from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.shipping.exported import BundleSpec, Prepared, TrainedAdapter
+from edgetune.shipping.ship import ship
+from edgetune.targets import shapes_in
+from edgetune.tasks.data import TaskRow
+from edgetune.training.hardware import processes
+from edgetune.training.jobs import train_all
+from edgetune.work_folder import clear, locked, work_folder
+
+from . import builders
+from .builders import Builder
+from .builders.plan import plan_build, with_download
+from .result import Build
+
+# Training rows per task for calibration, if the ONNX rounding method uses calibration.
+CALIBRATION_ROWS = 16
+# Prompts for the parity check of adapters trained elsewhere, which come without rows.
+PROBES = (
+    "Turn off the lamp in the hall, please.",
+    "What is the weather like in Lisbon tomorrow morning?",
+    'Sort this message: "I have been waiting for my parcel since last week."',
+    "Write one sentence about the sea, and one about a train that is late.",
+)
+
+
+def build(
+    recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None, resume: bool = True
+) -> Build:
+    """Train the adapters, export, check parity and pack `out`; intermediate files are in `<out>.work`.
+
+    A stopped build resumes, unless `resume` is False. With several processes under a launcher, all train and the first
+    one does the rest. Raises EdgetuneError, also if another build uses `<out>.work`; `out` is then unchanged.
+    """
+    state = processes()
+    if not state.is_main_process:
+        progress = Progress(quiet=True)
+    check_destination(out)
+    planned = plan_build(recipe, out)
+    if planned.plan.source is None:
+        with state.main_process_first():
+            planned = with_download(planned, recipe, out)
+    _say_plan(planned.plan, progress)
+    work = work_folder(out)
+    with locked(work) if state.is_main_process else nullcontext():
+        with state.main_process_first():
+            if state.is_main_process and not resume:
+                clear(work)
+        return _built(planned, out, progress, converter)
+
+
+def _built(planned: PlannedBuild, out: Path, progress: Progress, converter: Path | None) -> Build:
+    builder, work = builders.load(planned.plan.recipe.task), work_folder(out)
+    prepared = builder.prepare(planned, work, progress, converter)
+    base, items = prepared.base, {item.plan.name: item for item in prepared.adapters}
+    load = partial(builder.load_torch, base)
+    results = train_all([item.job for item in items.values()], base.name, load, work / "train", progress)
+    if not processes().is_main_process:
+        return Build(out)
+    adapters = {name: builder.trained(item, results[name], work / "train") for name, item in items.items()}
+    spec = _spec_of(prepared, builder)
+    manifest = ship(builder, base, list(adapters.values()), work / "stage", out, spec=spec, progress=progress)
+    figures = {
+        name: {
+            **item.figures(results[name]),
+            **_figures(manifest, name),
+            "rows_too_long": item.too_long.count,
+            "plot": str(work / "train" / name / "training.png"),
+        }
+        for name, item in items.items()
+    }
+    losses = {name: result.history for name, result in results.items()}
+    prompts = {task.name: task.sample_prompt for task in planned.tasks}
+    return Build(out, figures, losses, prepared.domain, base, adapters, prompts)
+
+
+def export_trained(
+    base: str,
+    folders: Mapping[str, Path],
+    out: Path,
+    *,
+    quantization: str | None = None,
+    systems: Mapping[str, str] | None = None,
+    merged: bool = False,
+    targets: tuple[str, ...] = (backends.DEFAULT,),
+    progress: Progress,
+    converter: Path | None = None,
+) -> Build:
+    """Bundle PEFT folders trained elsewhere with their base; parity is checked on built-in prompts."""
+    check_destination(out)
+    started = time.monotonic()
+    defaults = Recipe.model_fields
+    work = work_folder(out)
+    with locked(work):
+        resolved = bases.resolve(
+            base,
+            folder=Path(),
+            quantization=quantization,
+            work=work / "base",
+            progress=progress,
+            converter=converter,
+        )
+        architectures.of(resolved.header).check_formats(targets)
+        prompts = systems or {}
+        adapters = [
+            _from_peft_folder(_plan_peft(name, folder, targets, prompts.get(name), merged=merged), folder, resolved)
+            for name, folder in folders.items()
+        ]
+        context_length = min(defaults["context_length"].default, trained_context_length(resolved.header))
+        spec = BundleSpec(out.name, context_length, targets=targets)
+        builder = builders.load(GENERATION)
+        manifest = ship(builder, resolved, adapters, work / "stage", out, spec=spec, progress=progress)
+    figures = {name: _figures(manifest, name) for name in folders}
+    return Build(out, figures, seconds=round(time.monotonic() - started, 1))
+
+
+def _say_plan(plan: BuildPlan, progress: Progress) -> None:
+    """Report what the build needs, and why it has the settings that it has."""
+    if plan.needs is not None:
+        progress.say(f"needs {plan.needs.summary}")
+        for warning in plan.needs.warnings:
+            progress.say(f"warning: {warning}")
+    if plan.board is not None:
+        progress.say(f"{plan.recipe.device}: {plan.board.reason}")
+
+
+def _spec_of(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
+    """The settings of the bundle; the first training rows of each task are for calibration."""
+    recipe = prepared.plan.recipe
+    rows = [row.tokens for item in prepared.adapters for row in item.job.train[:CALIBRATION_ROWS]]
+    calibration = tuple(map(tuple, rows)) if recipe.onnx.method == "gptq" else ()
+    return BundleSpec(
+        recipe.name,
+        recipe.context_length,
+        recipe.threads,
+        recipe.targets,
+        OnnxOptions(recipe.onnx.weights, recipe.onnx.method, calibration),
+        merged_quantization=recipe.merged_quantization,
+        ships_states=recipe.states == "ship" and builder.keeps_states,
+        warms=recipe.states == "start" and builder.keeps_states,
+        recipe=recipe.resolved(),
+        plan=prepared.plan.for_manifest(),
+    )
+
+
+def _plan_peft(name: str, folder: Path, targets: tuple[str, ...], system: str | None, *, merged: bool) -> AdapterPlan:
+    """The plan of an adapter that was trained elsewhere."""
+    method = methods.of_folder(folder)
+    options = method.options()
+    shapes = shapes_in(targets, method.name, options, merged=merged)
+    dtypes = {target: backends.format_of(target).adapter_dtypes[0] for target in targets}
+    return AdapterPlan(name, method.name, options, shapes, dtypes, system=system, merged=merged)
+
+
+def _from_peft_folder(plan: AdapterPlan, folder: Path, base: Base) -> TrainedAdapter:
+    """The adapter in a folder saved by PEFT, with built-in prompts for the parity check."""
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        rows = [prompt_tokens(tokenizer, messages_for(probe, plan.system)) for probe in PROBES]
+    asked = [TaskRow("built-in", messages=tuple(messages_for(probe, None))) for probe in PROBES]
+    return TrainedAdapter(plan, folder, rows, [len(row) for row in rows], golden_rows=asked)
+
+
+def _figures(manifest: Manifest, name: str) -> dict[str, Any]:
+    """Parity of an adapter, and the size of its files."""
+    parity, folder = manifest.adapters[name].parity, f"adapters/{name}/"
+    size = sum(entry.bytes for file, entry in manifest.files.items() if file.startswith(folder))
+    return {"parity": next(iter(parity.values())), "parity_by_target": parity, "bytes": size}

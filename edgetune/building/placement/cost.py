@@ -1,0 +1,256 @@
+"""Decode overhead of adapter placements, measured on this machine or predicted for a board.
+
+A placement is the modules that an adapter changes, and its rank. Measurements are kept on disk, so that a resumed build
+and every process of a build use the same figures.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from edgetune_devices import boards, fit
+from edgetune_export import backends
+from edgetune_export.adapters.shapes import Delta, LowRank
+from edgetune_export.architectures.base import LINEAR_MODULES
+from edgetune_export.architectures.shape import BaseShape, SizedModule
+from edgetune_export.backends.base import OnnxOptions, Source
+from edgetune_runtime import engines
+from edgetune_runtime.engines.base import Engine
+from edgetune_runtime.formats.atomic import replacing
+from edgetune_runtime.formats.gguf_file import GgufHeader
+
+from edgetune import bases
+from edgetune.bases import Base
+from edgetune.digests import key_of
+from edgetune.methods.common.peft import ALL_LINEAR, is_target
+from edgetune.methods.lora import LoraOptions
+from edgetune.planning.adapters import with_options
+from edgetune.planning.board import bundle_needs
+from edgetune.planning.records import AdapterPlan
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+
+ATTENTION, MLP = (
+    tuple(module.name.removeprefix(block) for module in LINEAR_MODULES if module.name.startswith(block))
+    for block in ("self_attn.", "mlp.")
+)
+MODULES: tuple[str | tuple[str, ...], ...] = (
+    ("o_proj",),
+    ("down_proj",),
+    ("v_proj",),
+    ("q_proj", "v_proj"),
+    ATTENTION,
+    MLP,
+    ALL_LINEAR,
+)
+"""The sets of modules to choose from, as values of `target_modules`."""
+
+# The context before the timed tokens, and the number of timed tokens; one more token warms up.
+_BEFORE = tuple(range(1, 33))
+_TIMED = 4
+# A placement is measured in alternating rounds of base and adapter: for this long, within these numbers of rounds.
+_SECONDS = 2.0
+_ROUNDS = (3, 30)
+# An interquartile range of the rounds above this means that other processes disturbed the measurement.
+_MOST_SPREAD = 0.1
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Modules to adapt, as a value of `target_modules`, and the rank."""
+
+    target_modules: str | tuple[str, ...]
+    r: int
+
+    @property
+    def title(self) -> str:
+        """The modules as text."""
+        known = {ATTENTION: "attention", MLP: "MLP"}
+        names = self.target_modules
+        return names if isinstance(names, str) else known.get(names, ", ".join(names))
+
+    @property
+    def key(self) -> str:
+        """The placement as a file name."""
+        return f"{self.title.replace(', ', '+').lower()}-r{self.r}"
+
+
+def placements(r: int) -> list[Placement]:
+    """All placements to consider, each at a quarter, half and all of `r`."""
+    ranks = sorted({max(1, r // 4), max(1, r // 2), r})
+    return [Placement(modules, rank) for modules in MODULES for rank in ranks]
+
+
+def describe(recipe: Recipe) -> str:
+    """The source of the costs for a recipe, as text."""
+    if recipe.device is not None:
+        return f"predicted for {recipe.device}"
+    return f"measured here with {recipe.targets[0]}"
+
+
+def costs(
+    candidates: Sequence[Placement], plan: AdapterPlan, base: Base, recipe: Recipe, *, folder: Path, progress: Progress
+) -> dict[Placement, float]:
+    """The share of the base's decode speed lost with an adapter of each placement, at least 0.
+
+    For a recipe with a board it is predicted as in `edgetune devices fit`. Otherwise the engine of the recipe's first
+    target runs random adapters and the plain base in turn; the figures are kept in `folder`.
+    """
+    if recipe.device is not None:
+        shape = BaseShape.of_header(base.header)
+        return {placement: _predicted(placement, plan, shape, base.header, recipe) for placement in candidates}
+    bench = _Bench(base, recipe, plan, folder)
+    known = bench.read()
+    missing = [placement for placement in candidates if placement.key not in known]
+    if missing:
+        progress.say(f"measuring the decode overhead of adapters with {bench.target}")
+        with progress.step("placements", len(missing)) as step, bench.plain() as plain:
+            for modules, group in groupby(missing, lambda placement: placement.target_modules):
+                known |= bench.measure(plain, modules, list(group))
+                bench.write(known)
+                step.update("", step.done + sum(placement.target_modules == modules for placement in missing))
+    return {placement: known[placement.key] for placement in candidates}
+
+
+def busy(plan: AdapterPlan, base: Base, recipe: Recipe, folder: Path) -> str | None:
+    """Why the costs measured in `folder` are unreliable, as text; None if the machine was quiet."""
+    spread = 0.0 if recipe.device is not None else _Bench(base, recipe, plan, folder).spread
+    return f"costs varied by {spread:.0%}" if spread > _MOST_SPREAD else None
+
+
+def _predicted(placement: Placement, plan: AdapterPlan, base: BaseShape, header: GgufHeader, recipe: Recipe) -> float:
+    assert recipe.device is not None and isinstance(plan.options, LoraOptions)
+    options = plan.options.placed(placement.target_modules, placement.r)
+    placed = with_options(plan, options, base, recipe.onnx.weights)
+    predicted = fit.fit(bundle_needs(recipe, {plan.name: placed}, header, None), boards.load(recipe.device))
+    return 1 - predicted.adapter_tokens_per_s / predicted.decode_tokens_per_s
+
+
+class _Bench:
+    """Measures with the engine of a recipe's first target, with temporary files in a folder.
+
+    `spread` is the largest interquartile range of a placement's rounds so far, including earlier runs.
+    """
+
+    def __init__(self, base: Base, recipe: Recipe, plan: AdapterPlan, folder: Path) -> None:
+        self.base, self.target, self.threads = base, recipe.targets[0], recipe.threads
+        self.dtype = plan.dtypes[self.target]
+        # The method of rounding does not change the speed.
+        self.onnx = OnnxOptions(recipe.onnx.weights)
+        self._shape = BaseShape.of_header(base.header)
+        self._backend = backends.load(self.target)
+        self._engine = engines.load(self.target)
+        state = [base.fingerprint, self.target, self.threads, self.dtype, self.onnx.weights]
+        digest = key_of(state)
+        self._file, self._folder = folder / f"costs-{digest[:12]}.json", folder / "bench"
+        self._spread_file = folder / f"spread-{digest[:12]}.json"
+        self.spread = max(_read(self._spread_file).values(), default=0.0)
+
+    def read(self) -> dict[str, float]:
+        """The costs measured so far, by placement key."""
+        return _read(self._file)
+
+    def write(self, known: Mapping[str, float]) -> None:
+        """Write the costs and the spread."""
+        for file, values in ((self._spread_file, {"spread": self.spread}), (self._file, known)):
+            with replacing(file) as path:
+                path.write_text(json.dumps(values), encoding="utf-8")
+
+    @contextmanager
+    def plain(self) -> Iterator[Engine]:
+        """The engine on a base written without adapters; deletes all temporary files at the end."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        try:
+            with closing(self._open(self._backend.write_base(self._source, self._folder / "plain", []))) as engine:
+                yield engine
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def measure(
+        self, plain: Engine, target_modules: str | tuple[str, ...], group: Sequence[Placement]
+    ) -> dict[str, float]:
+        """The cost of placements on the same modules, by key, on a base written for these modules."""
+        modules = [module for module in self._shape.modules if is_target(module.name, target_modules)]
+        adapters = {placement.key: _random(modules, placement) for placement in group}
+        folder = self._folder / "adapted"
+        path = self._backend.write_base(self._source, folder, list(adapters.values()))
+        found: dict[str, float] = {}
+        with closing(self._open(path)) as engine:
+            for key, adapter in adapters.items():
+                out = folder / f"{key}.adapter"
+                self._backend.write_adapter(
+                    adapter, path, out, dtype=self.dtype, base_fingerprint=self.base.fingerprint
+                )
+                engine.load_adapter(key, out)
+                engine.activate({key: 1.0})
+                lost = _rounds(plain, engine)
+                found[key] = max(0.0, statistics.median(lost))
+                lower, _, upper = statistics.quantiles(lost, n=4)
+                self.spread = max(self.spread, upper - lower)
+        shutil.rmtree(folder)
+        return found
+
+    @cached_property
+    def _source(self) -> Source:
+        import torch  # noqa: PLC0415 - slow to import, and not needed for GGUF
+
+        model = None if backends.format_of(self.target).links_base else bases.load_torch(self.base, torch.float32)
+        return Source(self.base.path, self.base.fingerprint, model, self._folder / "work", self.onnx)
+
+    def _open(self, path: Path) -> Engine:
+        length = len(_BEFORE) + _TIMED + 1
+        return self._engine(path, context_length=length, threads=self.threads)
+
+
+def _read(file: Path) -> dict[str, float]:
+    """Numbers by name from a JSON file; empty if the file is missing or truncated."""
+    try:
+        return {str(key): float(value) for key, value in json.loads(file.read_bytes()).items()}
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _random(modules: Sequence[SizedModule], placement: Placement) -> LowRank:
+    """A random adapter of the placement's size; its values do not affect speed."""
+    random = np.random.default_rng(0)
+    deltas = {}
+    for module in modules:
+        a = random.normal(0, 0.01, (placement.r, module.columns)).astype(np.float32)
+        b = random.normal(0, 0.01, (module.rows, placement.r)).astype(np.float32)
+        deltas[module.name] = Delta(a, b)
+    return LowRank(placement.key, "lora", deltas)
+
+
+def _rounds(plain: Engine, adapted: Engine) -> list[float]:
+    """The share of the plain engine's speed that the adapted one loses, per round of both."""
+    least, most = _ROUNDS
+    begin = time.monotonic()
+    lost: list[float] = []
+    while len(lost) < least or (len(lost) < most and time.monotonic() - begin < _SECONDS):
+        # Other processes slow down both engines of a round.
+        lost.append(1 - _token_s(plain) / _token_s(adapted))
+    return lost
+
+
+def _token_s(engine: Engine) -> float:
+    """Median seconds per decoded token, always at the same position in the context."""
+    kept = engine.truncate(len(_BEFORE))
+    if kept < len(_BEFORE):
+        engine.decode(_BEFORE[kept:])
+    seconds = []
+    for _ in range(1 + _TIMED):
+        begin = time.perf_counter()
+        engine.decode(_BEFORE[:1])
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:])

@@ -1,0 +1,1 @@
+"""Tasks and their data: rows, splits, tokenized examples, and the metrics of answers."""

@@ -1,0 +1,383 @@
+"""Reads a task's rows from a file or the Hugging Face hub, and splits them."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.text.chat import Message, messages_for, text_of
+from edgetune_runtime.tools.definitions import ToolSet, check_schemas, tool_set
+from edgetune_runtime.wording import nearest, suggestion
+
+from edgetune.recipe.parts import HUB_ID, Columns, is_hub_id
+from edgetune.recipe.rows import Rows, with_label_names
+
+MAX_ERRORS = 20
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+FORMS = "messages, prompt and completion, text and label, or text"
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One row of a task.
+
+    A prompt row has `messages`, without the assistant's last turn, and the text of that turn as `completion`; a text
+    row has only `text`. `where` is the row's source, such as `file.jsonl:12`.
+
+    `tools` are those of the prompt. If the last turn calls some, it is `turn`, and `completion` is `said` of it: its
+    text depends on the base's chat template.
+    """
+
+    where: str
+    messages: tuple[Message, ...] | None = None
+    completion: str | None = None
+    text: str | None = None
+    tools: ToolSet | None = None
+    turn: Message | None = None
+
+
+class BadRowError(Exception):
+    """The reason why a row cannot be used."""
+
+
+def read_rows(
+    source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
+) -> list[TaskRow]:
+    """Read rows from memory, a JSONL, CSV or TSV file, or a hub id; each row's form is detected from its keys.
+
+    Raises NotFoundError if there is no such file or data set, UsageError if it is empty, of an unknown type or has bad
+    rows. The error lists up to 20 bad rows with their line and reason.
+    """
+    return rows_of(source, entries(source), columns, labels=labels)
+
+
+def rows_of(
+    source: str | Rows,
+    found: Iterable[tuple[str, Any]],
+    columns: Columns | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+) -> list[TaskRow]:
+    """The rows of these entries of `source`; raises what `read_rows` does for bad rows and for none."""
+    rows, problems = [], []
+    for where, values in found:
+        try:
+            if isinstance(values, BadRowError):
+                raise values
+            rows.append(_row(where, values, columns, labels))
+        except BadRowError as reason:
+            problems.append(f"{where}: {reason}")
+    if problems:
+        more = len(problems) - MAX_ERRORS
+        shown = problems[:MAX_ERRORS] + ([f"{source}: and {more} more bad rows"] if more > 0 else [])
+        raise UsageError("\n".join(shown))
+    if not rows:
+        raise UsageError(f"{source} has no rows", "add at least two rows")
+    return rows
+
+
+def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[TaskRow], list[TaskRow]]:
+    """Split into training and validation rows, each in the order of `rows`; rows with the same prompt stay together.
+
+    About `held_out` of the rows, and at least one, are for validation; the same seed gives the same split. Raises
+    UsageError if there are not two different prompts.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        key = row.text if row.messages is None else json.dumps([dict(m) for m in row.messages])
+        groups.setdefault(str(key), []).append(index)
+    if len(groups) < 2:
+        what = f"{len(rows)} rows with the same prompt" if len(rows) > 1 else f"only {len(rows)} row"
+        raise UsageError(f"{what} cannot be split for validation", "add rows, or set `validation` to a separate file")
+    wanted = min(max(1, round(held_out * len(rows))), len(rows) - 1)
+    shuffled = list(groups.values())
+    random.Random(seed).shuffle(shuffled)
+    chosen: set[int] = set()
+    for group in shuffled:
+        if len(chosen) + len(group) <= wanted:
+            chosen.update(group)
+    smallest = min(shuffled, key=len)
+    chosen = chosen or set(smallest)
+    train = [row for index, row in enumerate(rows) if index not in chosen]
+    return train, [rows[index] for index in sorted(chosen)]
+
+
+def said(content: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """What an answer says, to compare it with another: its text, or JSON with the name and arguments of its calls."""
+    if not calls:
+        return content
+    listed = [{"name": name, "arguments": dict(arguments)} for name, arguments in calls]
+    return json.dumps({**({"content": content} if content else {}), "tool_calls": listed}, ensure_ascii=False)
+
+
+def labelled_text(row: TaskRow) -> str:
+    """The row's text; UsageError if it has no label or is a conversation."""
+    if row.messages is None:
+        raise UsageError(f"{row.where}: has no label", "use rows of text and label")
+    try:
+        return text_of(row.messages)
+    except UsageError as error:
+        raise UsageError(f"{row.where}: {error.message}", "use rows of text and label") from error
+
+
+def entries(source: str | Rows, most_bytes: int | None = None) -> Iterator[tuple[str, Any]]:
+    """Where each entry of `source` is, and its values, or a BadRowError instead of the values.
+
+    Of a file larger than `most_bytes`, only the lines that end within them. Raises the errors of `read_rows` for files.
+    """
+    if isinstance(source, Rows):
+        return _json_lines(f"{source} row ", source.lines)
+    path = Path(source)
+    if path.is_file():
+        suffix = path.suffix.lower()
+        if suffix in JSONL_SUFFIXES:
+            text = read_text(path, most_bytes)
+            if text.lstrip().startswith("["):
+                remedy = f"write one object per line: jq -c '.[]' {source} > rows.jsonl"
+                raise UsageError(f"{source} is one JSON list", remedy)
+            # Not splitlines(): it also splits at U+2028, which JSON strings may contain.
+            return _json_lines(f"{source}:", text.split("\n"))
+        if suffix in DELIMITERS:
+            text = read_text(path, most_bytes)
+            return _table_rows(source, text, _delimiter_of(text, suffix))
+        raise UsageError(f"{source} has an unknown file type", "use a .jsonl, .csv or .tsv file, or a hub id")
+    if path.is_dir():
+        raise UsageError(f"{source} is a folder", "use a .jsonl, .csv or .tsv file in it")
+    if is_hub_id(source):
+        return _hub_rows(source)
+    raise NotFoundError(f"no data file {source}", "check the path; a hub id has the form owner/name, without a suffix")
+
+
+def read_text(path: Path, most_bytes: int | None = None) -> str:
+    """The text of a UTF-8 file, of a larger one the lines within `most_bytes`; UsageError for one that is not UTF-8."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(-1 if most_bytes is None else most_bytes)
+            if file.read(1):
+                data = data[: data.rfind(b"\n") + 1]
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}:{line}: not UTF-8 text at byte {error.start}", "save the file as UTF-8") from error
+
+
+def _delimiter_of(text: str, suffix: str) -> str:
+    """The delimiter of a table: some programs write a .csv file with semicolons."""
+    header = text.lstrip().partition("\n")[0]
+    return ";" if suffix == ".csv" and ";" in header and "," not in header else DELIMITERS[suffix]
+
+
+def _json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The values of each line that is not empty, at `place` with the line's number."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line, parse_constant=_refuse_constant)
+        except json.JSONDecodeError as error:
+            values = BadRowError(f"not JSON: {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:
+            values = BadRowError(f"not JSON: {error}")
+        yield f"{place}{number}", values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    line = 0
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            # After a missing quotation mark the following rows cannot be separated.
+            raise UsageError(f"{source}:{line}: {error}", "check the quotation marks in this row") from error
+        if fields is None:
+            return
+        if not any(field.strip() for field in fields):
+            continue
+        if header is None:
+            header = [name.strip() for name in fields]
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise UsageError(f"{source}:{line}: there are two columns {twice[0]!r}", "rename one of them")
+        elif len(fields) != len(header):
+            yield f"{source}:{line}", BadRowError(f"has {len(fields)} fields, the header has {len(header)}")
+        else:
+            yield f"{source}:{line}", dict(zip(header, fields, strict=True))
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
+    import datasets  # noqa: PLC0415 - slow to import, and not needed for files
+
+    match = HUB_ID.fullmatch(source)
+    name, config, part = (match["id"], match["config"], match["split"]) if match else (source, None, None)
+    try:
+        loaded = datasets.load_dataset(name, config, split=part or "train")
+    except Exception as error:  # datasets passes on all errors of its file systems, parsers and HTTP clients
+        reason = " ".join(str(error).split())[:200]
+        remedy = "check the id, the network and your token; if it is a file, add its suffix"
+        raise NotFoundError(f"cannot load {source} from the hub: {reason}", remedy) from error
+    for number, values in enumerate(with_label_names(loaded), 1):
+        yield f"{source}:{number}", values
+
+
+def _row(where: str, values: object, columns: Columns | None, labels: Sequence[str] | None) -> TaskRow:
+    if not isinstance(values, dict):
+        raise BadRowError(f"is {_kind(values)}, not an object; write one object per line")
+    if columns is not None:
+        row = _mapped_row(where, values, columns)
+    elif "messages" in values:
+        row = _conversation(where, values["messages"], values.get("tools"))
+    elif "prompt" in values or "completion" in values:
+        row = _prompt_row(where, values, "prompt", "completion")
+    elif "label" in values:
+        row = _prompt_row(where, values, "text", "label")
+    elif "text" in values:
+        row = TaskRow(where, text=_text(values["text"], "text"))
+    else:
+        keys = ", ".join(map(str, values)) or "none"
+        raise BadRowError(f"has none of {FORMS}; its keys are {keys}; set `columns` to the keys to use")
+    if labels is not None:
+        _check_label(row, labels)
+    return row
+
+
+def _mapped_row(where: str, values: Mapping[str, Any], columns: Columns) -> TaskRow:
+    """The row in the columns that a recipe names."""
+    if columns.text is not None:
+        _check_keys(values, [columns.text])
+        return TaskRow(where, text=_text(values[columns.text], columns.text))
+    if columns.messages is not None:
+        _check_keys(values, [columns.messages])
+        return _conversation(where, values[columns.messages], values.get(columns.tools))
+    assert columns.prompt is not None
+    assert columns.completion is not None
+    return _prompt_row(where, values, columns.prompt, columns.completion)
+
+
+def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: str | Sequence[str]) -> TaskRow:
+    _check_keys(values, [prompt, *([completion] if isinstance(completion, str) else completion)])
+    message = {"role": "user", "content": _text(values[prompt], prompt)}
+    answer = values[completion] if isinstance(completion, str) else {name: values[name] for name in completion}
+    return TaskRow(where, (message,), _answer(answer, completion if isinstance(completion, str) else "completion"))
+
+
+def _check_keys(values: Mapping[str, Any], needed: Sequence[str]) -> None:
+    for name in needed:
+        if name not in values:
+            near = nearest(name, map(str, values))
+            hint = f"there is {near!r}" if near else f"its keys are {', '.join(map(str, values))}"
+            raise BadRowError(f"has no {name!r}; {hint}")
+
+
+def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa: ANN401 - it is checked here
+    if not isinstance(messages, list):
+        raise BadRowError(f"messages is {_kind(messages)}, not a list of messages")
+    if not messages:
+        raise BadRowError("messages is empty; give at least one message")
+    for number, message in enumerate(messages, 1):
+        _check_message(number, message)
+    try:
+        # Columns of data sets have a null where a message lacks a key.
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        turns = messages_for(given, None)
+        offered = tool_set(json.loads(tools) if isinstance(tools, str) else tools)
+        if offered is not None:
+            check_schemas(offered)
+    except UsageError as error:
+        raise BadRowError(error.message) from error
+    except ValueError as error:
+        raise BadRowError(f"tools is not JSON: {error}") from error
+    _check_order(turns)
+    turn = turns.pop()
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in turn.get("tool_calls", ())]
+    _check_calls([call["function"]["name"] for each in (*turns, turn) for call in each.get("tool_calls", ())], offered)
+    return TaskRow(where, tuple(turns), said(turn["content"], calls), tools=offered, turn=turn if calls else None)
+
+
+def _check_order(turns: Sequence[Message]) -> None:
+    first = 1 if turns[0]["role"] == "system" else 0
+    expected = ["user"]
+    for number, turn in enumerate(turns[first:], first + 1):
+        role = turn["role"]
+        if role not in expected:
+            raise BadRowError(f"message {number} has role {role}, expected {' or '.join(expected)}")
+        if role == "assistant":
+            expected = ["tool"] if "tool_calls" in turn else ["user"]
+        else:
+            expected = ["assistant", "tool"] if role == "tool" else ["assistant"]
+    if turns[-1]["role"] != "assistant":
+        raise BadRowError(f"the last message has role {turns[-1]['role']}, expected assistant")
+
+
+def _check_calls(names: Sequence[str], tools: ToolSet | None) -> None:
+    if names and tools is None:
+        raise BadRowError(f"calls {names[0]!r}, but has no tools; add the key tools")
+    known = [tool.name for tool in tools.tools] if tools is not None else []
+    for name in names:
+        if name not in known:
+            raise BadRowError(f"calls {name!r}, which is not one of its tools; {suggestion(name, known)}")
+
+
+def _check_message(number: int, message: object) -> None:
+    if not isinstance(message, dict):
+        raise BadRowError(f"message {number} is {_kind(message)}, not an object with role and content")
+    role = message.get("role")
+    if role not in ("system", "user", "assistant", "tool"):
+        raise BadRowError(f"message {number} has role {role!r}; use system, user, assistant or tool")
+    keys = ("role", "content", *_MORE_KEYS.get(role, ()))
+    extra = [key for key, value in message.items() if key not in keys and value is not None]
+    if extra:
+        raise BadRowError(f"message {number} has {extra[0]!r}, which is not supported; use only {', '.join(keys)}")
+    if not message.get("tool_calls"):
+        _text(message.get("content"), f"the content of message {number}")
+
+
+def _answer(value: object, name: str) -> str:
+    """A completion as text: strings unchanged, all other values as JSON."""
+    plain = isinstance(value, str) or value is None
+    return _text(value if plain else json.dumps(value, ensure_ascii=False), name)
+
+
+def _text(value: object, name: str) -> str:
+    if value is None:
+        raise BadRowError(f"{name} is missing or null")
+    if not isinstance(value, str):
+        raise BadRowError(f"{name} is {_kind(value)}, not text")
+    if not value.strip():
+        raise BadRowError(f"{name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"{name} has an unpaired surrogate, which is not valid Unicode") from error
+    return value
+
+
+def _check_label(row: TaskRow, labels: Sequence[str]) -> None:
+    if row.completion is None:
+        raise BadRowError("is plain text, but the adapter has labels; add a label to the row")
+    if row.completion not in labels:
+        near = difflib.get_close_matches(row.completion, labels, n=1, cutoff=0.0)
+        raise BadRowError(f"{row.completion!r} is not one of the labels; did you mean {near[0]!r}?")
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

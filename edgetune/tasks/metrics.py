@@ -1,0 +1,109 @@
+"""Metrics that score answers against references, between 0 and 1."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+
+from edgetune_runtime.errors import UsageError
+
+from edgetune.recipe.parts import Metric
+
+from .data import TaskRow
+
+LONG_ANSWER_WORDS = 3
+
+
+def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | None) -> Metric:
+    """The metric to use: `metric` itself, or for "auto" the one that suits `rows`.
+
+    Label accuracy if there are labels, perplexity for rows of text, JSON equality if all completions are JSON objects,
+    ROUGE-L for completions of more than three words on average, otherwise exact match.
+    """
+    if metric != "auto":
+        return metric
+    if labels:
+        return "label"
+    completions = [row.completion for row in rows if row.completion is not None]
+    if not completions:
+        return "perplexity"
+    if all(isinstance(_parsed(text), dict) for text in completions):
+        return "json"
+    words = sum(len(text.split()) for text in completions) / len(completions)
+    return "rouge_l" if words > LONG_ANSWER_WORDS else "exact"
+
+
+def score(metric: Metric, predictions: Sequence[str], references: Sequence[str]) -> tuple[float, list[float]]:
+    """The mean score and the score of each row, between 0 and 1; compares `predictions[i]` with `references[i]`.
+
+    "exact" and "label" ignore surrounding white space; "json" compares parsed values, so the order of keys does not
+    matter, and scores invalid JSON 0; "rouge_l" is the F-measure of ROUGE-L (Lin 2004) from the rouge-score library;
+    "chrf" is chrF (Popović 2015) of each row from sacrebleu. Raises UsageError for other metrics, without rows, and if
+    the numbers of predictions and references differ.
+    """
+    if len(predictions) != len(references) or not references:
+        message = f"cannot score {len(predictions)} predictions against {len(references)} references"
+        raise UsageError(message, "pass one prediction per reference, and at least one")
+    compare = _comparison(metric)
+    rows = [compare(*pair) for pair in zip(predictions, references, strict=True)]
+    return sum(rows) / len(rows), rows
+
+
+def _comparison(metric: str) -> Callable[[str, str], float]:
+    if metric in ("exact", "label"):
+        return lambda prediction, reference: float(prediction.strip() == reference.strip())
+    if metric == "json":
+        return _json_equality
+    if metric == "rouge_l":
+        return _rouge_l()
+    if metric == "chrf":
+        return _chrf()
+    raise UsageError(f"the metric {metric!r} does not compare answers", "use exact, json, label, rouge_l or chrf")
+
+
+def _json_equality(prediction: str, reference: str) -> float:
+    expected = _parsed(reference)
+    if isinstance(expected, ValueError):
+        raise UsageError(f"the reference {reference[:60]!r} is not JSON", "choose another metric, such as exact")
+    return float(_same(_parsed(prediction), expected))
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        return ValueError("nested too deeply")
+    except ValueError as error:
+        return error
+
+
+def _same(one: object, other: object) -> bool:
+    # True == 1 in Python, but not in JSON.
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other
+
+
+class _Words:
+    """Tokenizer for words of any script: rouge-score's own drops everything except a-z and 0-9."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"\w+", text.lower())
+
+
+def _rouge_l() -> Callable[[str, str], float]:
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - slow to import
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    return lambda prediction, reference: float(scorer.score(reference, prediction)["rougeL"].fmeasure)
+
+
+def _chrf() -> Callable[[str, str], float]:
+    import sacrebleu  # noqa: PLC0415 - slow to import
+
+    return lambda prediction, reference: float(sacrebleu.sentence_chrf(prediction, [reference]).score) / 100

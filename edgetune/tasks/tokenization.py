@@ -1,0 +1,101 @@
+"""Tokenizes a task's rows for training.
+
+Uses the runtime's tokenizer and chat template, so training and device see the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.text.chat import Message, messages_for
+from edgetune_runtime.tools.definitions import ToolSet
+from edgetune_runtime.tools.prompts import prompt_tokens, support_of, turn_text
+
+from edgetune.objectives.example import Example
+
+from .data import TaskRow
+
+
+@dataclass(frozen=True)
+class TooLong:
+    """Rows that do not fit in the context: their number, and where the first three are."""
+
+    count: int
+    examples: tuple[str, ...]
+
+
+def tokenize_rows(
+    rows: Sequence[TaskRow],
+    tokenizer: Tokenizer,
+    *,
+    system: str | None,
+    loss_on: Literal["completion", "all"],
+    max_tokens: int,
+) -> tuple[list[Example], TooLong]:
+    """Tokenize the rows that fit in `max_tokens`, in order; longer rows are counted, never truncated.
+
+    Prompts are rendered and tokenized exactly as in the runtime, followed by the completion and the end-of-turn token.
+    Raises UsageError if no row fits, or the chat template rejects a row.
+    """
+    examples, too_long, shortest = [], [], 0
+    for row in rows:
+        example = _example(row, tokenizer, system, loss_on)
+        if len(example.tokens) <= max_tokens:
+            examples.append(example)
+        else:
+            too_long.append(row.where)
+            shortest = min(shortest or len(example.tokens), len(example.tokens))
+    if too_long and not examples:
+        message = f"all {len(rows)} rows are longer than {max_tokens} tokens; the shortest has {shortest}"
+        raise UsageError(message, "raise context_length or shorten the rows")
+    return examples, TooLong(len(too_long), tuple(too_long[:3]))
+
+
+def _example(row: TaskRow, tokenizer: Tokenizer, system: str | None, loss_on: str) -> Example:
+    if row.messages is None:
+        tokens = [*tokenizer.tokenize(row.text or ""), tokenizer.end_token]
+        return Example(tuple(tokens), (False, *[True] * (len(tokens) - 1)), 1)
+    try:
+        messages = messages_for(row.messages, system)
+        prompt = prompt_tokens(tokenizer, messages, row.tools)
+        target = _target_tokens(_written(row.turn, tokenizer) if row.turn else row.completion or "", tokenizer)
+        learned = [False] * len(prompt) + [True] * len(target)
+        if loss_on == "all":
+            learned = [False] + [True] * (len(learned) - 1)
+        else:
+            _learn_earlier_turns(messages, prompt, learned, tokenizer, row.tools)
+    except UsageError as error:
+        raise UsageError(f"{row.where}: {error.message}", error.remedy) from error
+    return Example((*prompt, *target), tuple(learned), len(prompt))
+
+
+def _learn_earlier_turns(
+    messages: list[Message], prompt: list[int], learned: list[bool], tokenizer: Tokenizer, tools: ToolSet | None
+) -> None:
+    """Mark the assistant's earlier turns in `prompt` as learned, in place.
+
+    A turn is learned only if the tokens up to it are those that the device would see when it answers. It is not learned
+    if the template renders past turns differently, such as without their reasoning.
+    """
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = prompt_tokens(tokenizer, messages[:index], tools)
+        target = _target_tokens(_written(message, tokenizer), tokenizer)
+        start, end = len(before), len(before) + len(target)
+        if prompt[:end] == before + target:
+            learned[start:end] = [True] * len(target)
+
+
+def _written(turn: Message, tokenizer: Tokenizer) -> str:
+    """The text of an assistant's turn, its calls as the base's chat template writes them."""
+    content: str = turn["content"]
+    return turn_text(content, turn["tool_calls"], support_of(tokenizer).format) if "tool_calls" in turn else content
+
+
+def _target_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
+    return [*tokenizer.tokenize(text, continues=True), tokenizer.end_token]

@@ -1,0 +1,145 @@
+"""`edgetune-run chat`: the conversation on the terminal, its commands and its output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
+from edgetune_runtime.states.cache import name_of
+
+if TYPE_CHECKING:
+    from edgetune_runtime.decoding.logprobs import TokenLogprob
+    from edgetune_runtime.inference.generation import Answer, Stream
+    from edgetune_runtime.inference.runtime import Runtime
+    from edgetune_runtime.inference.session import Session
+    from edgetune_runtime.tools.calls import ToolCall
+
+PROGRAM = "edgetune-run"
+
+CHAT_HELP = """/use NAME  switch to an adapter (each has its own history)
+/base      switch to the plain base
+/new       clear the history of this adapter
+/help      show this help
+/quit      quit; so does Ctrl-D. Ctrl-C stops an answer"""
+
+
+class Conversation:
+    """A conversation on the terminal, with a separate history for each choice of adapters."""
+
+    def __init__(
+        self, runtime: Runtime, adapters: Sequence[str], sampling: Mapping[str, Any], *, as_json: bool
+    ) -> None:
+        self._runtime = runtime
+        self._sampling = sampling
+        self._as_json = as_json
+        self._adapters = adapter_choice(runtime, adapters)
+        self._sessions: dict[str, Session] = {}
+
+    def run(self) -> None:
+        """Answer each line of standard input, or run it if it is a command."""
+        self._say(f"adapters: {', '.join(self._runtime.adapters) or 'none'}; /help shows the commands")
+        while (line := self._read()) is not None:
+            if line == "/quit":
+                return
+            try:
+                if line.startswith("/"):
+                    self._command(*line.split(maxsplit=1))
+                elif line:
+                    self._answer(line)
+            except (UsageError, NotFoundError) as error:
+                self._say(f"{PROGRAM}: {error}")
+
+    def _read(self) -> str | None:
+        if sys.stdin.isatty():
+            print(f"{self._name()}> ", end="", flush=True, file=sys.stderr)
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+
+    def _command(self, command: str, rest: str = "") -> None:
+        if command == "/use" and rest:
+            self._adapters = adapter_choice(self._runtime, rest.split())
+        elif command == "/base":
+            self._adapters = None
+        elif command == "/new":
+            self._session().close()
+            del self._sessions[self._name()]
+        elif command == "/help":
+            self._say(CHAT_HELP)
+        else:
+            self._say(f"{PROGRAM}: no command {command!r}; /help lists the commands")
+
+    def _answer(self, text: str) -> None:
+        with self._session().stream(text, **self._sampling) as stream:
+            try:
+                show(stream, as_json=self._as_json)
+            except KeyboardInterrupt:
+                print()
+
+    def _session(self) -> Session:
+        if self._name() not in self._sessions:
+            self._sessions[self._name()] = self._runtime.session(self._adapters)
+        return self._sessions[self._name()]
+
+    def _name(self) -> str:
+        return name_of(self._adapters)
+
+    def _say(self, text: str) -> None:
+        # Standard output is reserved for answers.
+        print(text, file=sys.stderr)
+
+
+def show(stream: Stream, *, as_json: bool) -> None:
+    """Print an answer: its text as it is generated and a line per tool call, or one JSON object with the timings."""
+    for piece in stream:
+        if not as_json:
+            print(piece, end="", flush=True)
+    answer = stream.answer
+    assert answer is not None
+    if as_json:
+        print(json.dumps(_fields_of(answer), ensure_ascii=False), flush=True)
+        return
+    calls = [json.dumps(_call_fields(call), ensure_ascii=False) for call in answer.tool_calls]
+    print("\n".join(["", *calls] if answer.content and calls else calls), flush=True)
+
+
+def _call_fields(call: ToolCall) -> dict[str, Any]:
+    return {"name": call.name, "arguments": call.arguments, "id": call.id}
+
+
+def _fields_of(answer: Answer) -> dict[str, Any]:
+    fields: dict[str, Any] = {"text": answer.text, "tokens": answer.tokens, "stop_reason": answer.stop_reason}
+    if answer.output is not None:
+        with suppress(VerificationError):
+            fields["parsed"] = answer.parsed
+        fields.setdefault("parsed", None)
+    if answer.logprobs is not None:
+        fields["logprobs"] = [_logprob_fields(one) for one in answer.logprobs]
+    fields["tool_calls"] = [_call_fields(call) for call in answer.tool_calls]
+    if answer.tool_calls:
+        fields["content"] = answer.content
+    return fields | asdict(answer.timings)
+
+
+def _logprob_fields(one: TokenLogprob) -> dict[str, Any]:
+    top = [{"token": each.token, "text": each.text, "logprob": each.logprob} for each in one.top]
+    return {"token": one.token, "text": one.text, "bytes": list(one.bytes), "logprob": one.logprob, "top": top}
+
+
+def adapter_choice(runtime: Runtime, choices: Sequence[str]) -> str | dict[str, float] | None:
+    """The adapters of `--adapter` or `/use`: None, a single name, or a mapping of names to scales."""
+    scales: dict[str, float] = {}
+    for choice in choices:
+        name, equals, scale = choice.partition("=")
+        try:
+            scales[name] = float(scale) if equals else runtime.manifest.adapter(name).scale
+        except ValueError as error:
+            message = f"scale {scale!r} of adapter {name!r} is not a number"
+            raise UsageError(message, "give NAME or NAME=SCALE") from error
+    if len(choices) == 1 and "=" not in choices[0]:
+        return choices[0]
+    return scales or None

@@ -1,0 +1,194 @@
+"""The asynchronous API: what `Runtime` and `Session` do, for asyncio programs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, Unpack, cast
+
+from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.serving.classifier import Embedding
+from edgetune_runtime.text.chat import Message, Prompt
+from edgetune_runtime.tools.definitions import Tools
+
+from .async_stream import AsyncStream, StreamThreads
+from .generation import Answer, Stream
+from .loaded import Adapters
+from .opening_options import RuntimeOptions
+from .options import AnswerOptions
+from .runtime import Runtime
+from .scoring import Classification, NegativeLogLikelihood
+from .session import Carry, Session
+
+
+class AsyncRuntime:
+    """A `Runtime` whose calls are awaited: the same names, options, answers and errors.
+
+    async with await AsyncRuntime.open("build/smart-home") as runtime:
+        async for piece in runtime.stream("turn off the lamp in the hall", adapter="command"):
+            print(piece, end="")
+
+    Each answer is computed on a thread of its own, so the event loop never waits for the engine. Cancelling the task
+    that awaits an answer or reads a stream ends the answer and frees its context. `runtime` is the runtime underneath,
+    which may be used too, from any thread.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._threads = StreamThreads()
+
+    @classmethod
+    async def open(cls, path: str | Path, **options: Unpack[RuntimeOptions]) -> Self:
+        """Open a bundle; options and errors are those of `Runtime.open`."""
+        opening = asyncio.create_task(asyncio.to_thread(Runtime.open, path, **options))
+        try:
+            return cls(await asyncio.shield(opening))
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_opened)
+            raise
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self.runtime.manifest
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the bundle's adapters."""
+        return self.runtime.adapters
+
+    @property
+    def context_length(self) -> int:
+        """Maximum number of tokens of prompt and answer together."""
+        return self.runtime.context_length
+
+    @property
+    def contexts(self) -> int:
+        """Maximum number of calls that run at the same time."""
+        return self.runtime.contexts
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine that runs the bundle."""
+        return self.runtime.engine
+
+    async def generate(
+        self, prompt: Prompt, *, adapter: Adapters = None, raw: bool = False, **options: Unpack[AnswerOptions]
+    ) -> Answer:
+        """Answer a prompt; see `Runtime.generate`."""
+        return await self.stream(prompt, adapter=adapter, raw=raw, **options).read()
+
+    def stream(
+        self, prompt: Prompt, *, adapter: Adapters = None, raw: bool = False, **options: Unpack[AnswerOptions]
+    ) -> AsyncStream:
+        """Like `generate`, but yields the text piece by piece; errors are raised by the first read."""
+
+        def open_stream(answer_options: AnswerOptions) -> Stream:
+            return self.runtime.stream(prompt, adapter=adapter, raw=raw, **answer_options)
+
+        return _stream(self._threads, open_stream, options)
+
+    def session(self, adapter: Adapters = None) -> AsyncSession:
+        """Start a conversation with these adapters; see `Runtime.session`."""
+        return AsyncSession(self.runtime.session(adapter), self._threads)
+
+    async def load_session(self, path: str | Path) -> AsyncSession:
+        """Resume a conversation saved by `AsyncSession.save`; see `Runtime.load_session`."""
+        return AsyncSession(await asyncio.to_thread(self.runtime.load_session, path), self._threads)
+
+    async def classify(
+        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None
+    ) -> Classification:
+        """The most likely label, and the probability of each; see `Runtime.classify`. It is not ended early."""
+        return await asyncio.to_thread(self.runtime.classify, prompt, labels, adapter=adapter)
+
+    async def embed(self, text: str) -> Embedding:
+        """The pooled last layer for a text, and its number of tokens; see `Runtime.embed`. It is not ended early."""
+        return await asyncio.to_thread(self.runtime.embed, text)
+
+    async def perplexity(self, text: str, *, adapter: Adapters = None) -> float:
+        """The perplexity of a text; see `Runtime.perplexity`. It is not ended early."""
+        return (await self.negative_log_likelihood(text, adapter=adapter)).perplexity
+
+    async def negative_log_likelihood(self, text: str, *, adapter: Adapters = None) -> NegativeLogLikelihood:
+        """The negative log-likelihood of a text; see `Runtime.negative_log_likelihood`. It is not ended early."""
+        return await asyncio.to_thread(self.runtime.negative_log_likelihood, text, adapter=adapter)
+
+    async def warm(self, adapters: Sequence[Adapters] | None = None, *, tools: Tools | None = None) -> dict[str, int]:
+        """Compute the missing states of fixed prompts; see `Runtime.warm`. It is not ended early."""
+        return await asyncio.to_thread(self.runtime.warm, adapters, tools=tools)
+
+    async def clear_cache(self) -> None:
+        """Drop all sequences and cached states, except those on disk, after running calls."""
+        await asyncio.to_thread(self.runtime.clear_cache)
+
+    async def close(self) -> None:
+        """End unfinished streams, which then raise UsageError, and free base and adapters."""
+        await self._threads.close()
+        await asyncio.to_thread(self.runtime.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.close()
+
+
+class AsyncSession:
+    """A `Session` whose calls are awaited, one after another."""
+
+    def __init__(self, session: Session, threads: StreamThreads) -> None:
+        self._session, self._threads = session, threads
+
+    @property
+    def adapter(self) -> Adapters:
+        """The current adapters."""
+        return self._session.adapter
+
+    @property
+    def history(self) -> list[Message]:
+        """The messages so far."""
+        return self._session.history
+
+    async def send(self, message: Prompt, **options: Unpack[AnswerOptions]) -> Answer:
+        """Answer a message; see `Session.send`."""
+        return await self.stream(message, **options).read()
+
+    def stream(self, message: Prompt, **options: Unpack[AnswerOptions]) -> AsyncStream:
+        """Like `send`, but yields the text piece by piece; see `Session.stream`."""
+        return _stream(self._threads, lambda answer_options: self._session.stream(message, **answer_options), options)
+
+    async def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
+        """Use other adapters from now on; see `Session.use`."""
+        await asyncio.to_thread(self._session.use, adapter, carry=carry)
+
+    async def save(self, path: str | Path) -> None:
+        """Write the conversation and its state to a file; see `Session.save`."""
+        await asyncio.to_thread(self._session.save, path)
+
+    async def close(self) -> None:
+        """Drop the session's state; a second call does nothing."""
+        await asyncio.to_thread(self._session.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.close()
+
+
+def _stream(
+    threads: StreamThreads, open_stream: Callable[[AnswerOptions], Stream], options: Mapping[str, Any]
+) -> AsyncStream:
+    def with_cancel(event: threading.Event) -> Stream:
+        return open_stream(cast("AnswerOptions", {**options, "cancel": event}))
+
+    return AsyncStream(threads, with_cancel, options.get("cancel"))
+
+
+def _close_opened(opening: asyncio.Task[Runtime]) -> None:
+    """Close a runtime that nobody waits for any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()

@@ -1,0 +1,395 @@
+"""Generate one answer: prefill the prompt, decode token by token, measure the timings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from edgetune_runtime.decoding.constraint import Constraint
+from edgetune_runtime.decoding.drafts import Drafter, DraftTable
+from edgetune_runtime.decoding.logprobs import LogprobRecord, TokenLogprob
+from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.engines.base import Logits
+from edgetune_runtime.limits import CallLimits, Stopped
+from edgetune_runtime.serving.context import Context
+from edgetune_runtime.serving.jobs import PromptJob
+from edgetune_runtime.serving.merged import MergedPool
+from edgetune_runtime.serving.pool import Pool
+from edgetune_runtime.states.activation import Spans
+from edgetune_runtime.text.sampling import REPEAT_WINDOW, Sampler, Sampling, sampling_of
+from edgetune_runtime.text.stream import TextStream
+from edgetune_runtime.tools.calls import CallReader, ToolCall
+
+_MAX_HELD = 64
+"""Forced tokens whose log-probabilities are computed in one step; with a vocabulary of 150,000 a row takes 0.6 MB."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Timings of one answer: `switch_us` of the switch alone, `ttft_ms` from the call to the first token.
+
+    `tokens_per_s` is the decode speed after the first token, 0 if there was only one. Of the `prompt_tokens`,
+    `reused_tokens` came from a cached state, and `carried_tokens` were computed with other adapters, because a session
+    carried its state over. Time spent waiting for other calls does not count. `slow` means that other processes took
+    the cores, or that steps took much longer than before.
+
+    `tokens_per_step` is the mean number of tokens per step after the prompt. Steps verified `drafted` tokens (see
+    `decoding.drafts`), and `accepted` of them were right; `forced` tokens were the only ones that the output constraint
+    allowed.
+    """
+
+    switch_us: float
+    ttft_ms: float
+    tokens_per_s: float
+    prompt_tokens: int
+    reused_tokens: int
+    carried_tokens: int = 0
+    slow: bool = False
+    tokens_per_step: float = 0.0
+    forced: int = 0
+    accepted: int = 0
+    drafted: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text of `tokens` tokens.
+
+    With `tools`, `text` is all that the model wrote, `tool_calls` are the calls in it, and `content` is the text before
+    them. A call that was cut off is in `text` only.
+
+    `stop_reason` is `end` (of turn), `stop` (a stop text), `length`, `deadline`, `cancelled`, or `dead_end` where no
+    token satisfies the output constraint; with the last three the text is incomplete. `output` is that constraint.
+    `logprobs` has one entry per token if requested; the end token is not part of the answer.
+    """
+
+    text: str
+    tokens: int
+    timings: Timings
+    stop_reason: str
+    output: OutputSpec | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    content: str = ""
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a chat message: the assistant's `content`, and its `tool_calls` if there are any."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        return message | ({"tool_calls": [call.to_message() for call in self.tool_calls]} if self.tool_calls else {})
+
+    @property
+    def parsed(self) -> Any:  # noqa: ANN401 - whatever the schema describes
+        """The answer as an object; the text itself without a schema, and None if it calls tools beside one.
+
+        VerificationError if the answer ended too early to parse, or a pydantic model rejects it.
+        """
+        if self.output is None:
+            return self.text
+        return None if self.tool_calls else self.output.parse(self.text)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A prepared call: its pool and job, its system prompt, the time to prepare it, and the tokens carried over.
+
+    `stopped` is why it had to stop before it was prepared, if it had to; the job is then empty.
+    """
+
+    pool: Pool | MergedPool
+    job: PromptJob
+    system: str | None
+    prepared_s: float
+    carried: int = 0
+    drafts: DraftTable | None = None
+    output: OutputSpec | None = None
+    constraint: Constraint | None = None
+    reader: CallReader | None = None
+    stopped: str = ""
+
+
+@dataclass(frozen=True)
+class CarriedState:
+    """Tokens whose state is carried over unchanged: the adapters that computed each span, and the system prompt."""
+
+    tokens: Sequence[int]
+    spans: Spans
+    system: str | None
+
+
+@dataclass
+class Outcome:
+    """The result of a generation: the answer, and the tokens of the context's state.
+
+    Separate from the stream, so that deleting the stream ends the generation.
+    """
+
+    answer: Answer | None = None
+    tokens: list[int] = field(default_factory=list)
+
+
+class Stream(Iterator[str]):
+    """Iterator over the pieces of an answer without its tool calls; afterwards `answer` has all of it.
+
+    `close`, and leaving its `with` block, end the answer early.
+    """
+
+    def __init__(self, pieces: Generator[str, None, None], outcome: Outcome) -> None:
+        self._pieces = pieces
+        self._outcome = outcome
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def answer(self) -> Answer | None:
+        """The whole answer with its timings; None until the stream is exhausted."""
+        return self._outcome.answer
+
+    def read(self) -> Answer:
+        """Wait for the whole answer and return it."""
+        for _ in self:
+            pass
+        assert self._outcome.answer is not None
+        return self._outcome.answer
+
+    def close(self) -> None:
+        """Stop generating and let other calls run."""
+        self._pieces.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def generate(
+    call: Call,
+    outcome: Outcome,
+    limits: CallLimits,
+    *,
+    sampling: Sampling | None = None,
+    logprobs: int | None = None,
+    **overrides: object,
+) -> Generator[str, None, None]:
+    """Yield the pieces of the answer while holding a context; put the whole answer into `outcome`.
+
+    Takes the options of `Runtime.generate` without those of `split_options`; they are checked immediately.
+    """
+    record = None if logprobs is None else LogprobRecord(logprobs)
+    return _generate(call, sampling_of(sampling, overrides), limits, record, outcome)
+
+
+def _generate(
+    call: Call, sampling: Sampling, limits: CallLimits, record: LogprobRecord | None, outcome: Outcome
+) -> Generator[str, None, None]:
+    job = replace(call.job, check=limits.check)
+    try:
+        if call.stopped:
+            raise Stopped(call.stopped)
+        with call.pool.lease(job) as context:
+            answering = _Answering(call, context, sampling, limits, record)
+            for piece in answering.pieces(job):
+                context.suspend()
+                yield piece
+                context.resume()
+            outcome.answer, outcome.tokens = answering.answer(), list(context.tokens)
+    except Stopped as stopped:
+        timings = Timings(0.0, 0.0, 0.0, len(job.tokens), 0, call.carried)
+        logprobs = None if record is None else ()
+        outcome.answer = Answer("", 0, timings, stopped.reason, call.output, logprobs)
+
+
+class _Answering:
+    """The state of an answer that is being generated."""
+
+    def __init__(
+        self, call: Call, context: Context, sampling: Sampling, limits: CallLimits, record: LogprobRecord | None
+    ) -> None:
+        self._call, self._context, self._sampling, self._limits = call, context, sampling, limits
+        self._sampler, self._text = Sampler(sampling), TextStream(sampling.stop)
+        self._constraint, self._reader = call.constraint, call.reader
+        self._content = None if call.reader is None else call.reader.stream()
+        # Control tokens have no text, but calls may begin with one.
+        self._marks = {} if call.reader is None else call.reader.marks
+        self._drafter: Drafter | None = None
+        self._record = record
+        self._pending: list[int] = []
+        self._held: list[int] = []
+        self._pieces: list[str] = []
+        self._count = self._steps = self._drafted = self._accepted = self._forced = self._after_first = 0
+        self._first_s = self._rest_s = 0.0
+        self._reason = self._reason_at_end = ""
+
+    def pieces(self, job: PromptJob) -> Generator[str, None, None]:
+        """Prefill the prompt, then decode: several tokens per step where they are forced or a draft is right."""
+        context = self._context
+        tick = time.perf_counter()
+        self._start = context.run(job)
+        # To continue, the last token must fit too.
+        self._max_tokens = min(self._sampling.max_tokens, context.max_tokens - len(job.tokens) + 1)
+        if self._call.drafts is not None:
+            self._drafter = Drafter(self._call.drafts, list(job.tokens))
+        chosen = self._choose(self._start.logits[None], [])
+        self._first_s, self._after_first = time.perf_counter() - tick, len(chosen) - 1
+        while True:
+            yield from self._emit(chosen)
+            if self._reason:
+                break
+            tick = time.perf_counter()
+            try:
+                chosen = self._step()
+            except Stopped as stopped:
+                self._reason = stopped.reason
+                break
+            self._rest_s += time.perf_counter() - tick
+            self._after_first += len(chosen)
+        # Tokens computed beyond the end are not part of the answer.
+        context.truncate(len(job.tokens) + self._count)
+        yield from self._push(self._text.finish())
+        if self._content is not None:
+            yield from filter(None, [self._content.finish()])
+
+    def answer(self) -> Answer:
+        """The whole answer, after the last piece."""
+        start = self._start
+        timings = Timings(
+            switch_us=start.switch_us,
+            ttft_ms=(self._call.prepared_s + self._first_s) * 1e3,
+            tokens_per_s=self._after_first / self._rest_s if self._steps else 0.0,
+            prompt_tokens=len(self._call.job.tokens),
+            reused_tokens=start.reused,
+            carried_tokens=self._call.carried,
+            slow=self._context.is_slow,
+            tokens_per_step=self._after_first / self._steps if self._steps else 0.0,
+            forced=self._forced,
+            accepted=self._accepted,
+            drafted=self._drafted,
+        )
+        text = "".join(self._pieces)
+        content, calls = (text, ()) if self._reader is None else self._reader.read(text)
+        logprobs = None if self._record is None else tuple(self._record.tokens[: self._count])
+        output = self._call.output
+        return Answer(text, self._count, timings, self._reason, output, logprobs, tool_calls=calls, content=content)
+
+    def _step(self) -> list[int]:
+        """Decode the pending tokens and a draft of the next ones; returns the tokens that follow."""
+        context, held = self._context, self._held
+        draft, chances = self._draft()
+        rows = context.extend([*self._pending, *draft], last=len(held) + len(draft) + 1)
+        if self._record is not None:
+            self._record.add(context.engine.tokenizer, rows[: len(held)], held)
+        chosen = held + self._choose(rows[len(held) :], draft)
+        self._steps += 1
+        if self._drafter is not None and draft:
+            self._drafter.learn(chances, self._hits)
+        context.truncate(len(context.tokens) - len(draft) + self._hits)
+        return chosen
+
+    def _choose(self, rows: Logits, draft: Sequence[int]) -> list[int]:
+        """Choose a token from each row of logits, up to the first that differs from the draft, then append forced ones.
+
+        The last chosen token and the forced ones are not computed yet: they are pending. Where log-probabilities are
+        recorded, the forced ones are held back until the next step gives theirs.
+        """
+        computed = len(self._context.tokens) - len(draft)
+        chosen: list[int] = []
+        self._hits = 0
+        for row, drafted in zip(rows, [*draft, None], strict=True):
+            token = self._token(row, computed + len(chosen))
+            if token is None:
+                self._pending, self._reason_at_end = [], "dead_end"
+                break
+            chosen.append(token)
+            if self._constraint is not None:
+                self._constraint.accept(token)
+            if token != drafted:
+                self._pending = [token]
+                break
+            self._hits += 1
+        self._drafted += len(draft)
+        self._accepted += self._hits
+        forced = self._forced_after(computed + len(chosen))
+        self._pending = self._pending + forced
+        if self._drafter is not None:
+            self._drafter.add(chosen + forced)
+        if self._record is None:
+            return chosen + forced
+        self._record.add(self._context.engine.tokenizer, rows[: len(chosen)], chosen)
+        self._held = forced
+        return chosen
+
+    def _forced_after(self, length: int) -> list[int]:
+        """Accept the forced tokens after `length` ones of prompt and answer, as many as the answer has room for."""
+        if self._constraint is None or not self._pending or self._is_end(self._pending[0]):
+            return []
+        room = len(self._call.job.tokens) + self._max_tokens - length
+        if self._record is not None:
+            # Tokens that are held back are computed, so the last one of a full context cannot be among them.
+            room = min(room - 1, _MAX_HELD)
+        forced = self._constraint.forced()[: max(0, room)]
+        self._constraint.accept(*forced)
+        self._forced += len(forced)
+        return forced
+
+    def _token(self, row: Logits, computed: int) -> int | None:
+        """The token chosen from logits after `computed` tokens; None where the output constraint allows none."""
+        constraint, sampling = self._constraint, self._sampling
+        recent = self._context.tokens[max(0, computed - REPEAT_WINDOW) : computed]
+        if constraint is None:
+            return self._sampler.next(row, recent)
+        if constraint.is_complete:
+            return None
+        if sampling.temperature == 0 and sampling.repeat_penalty == 1:
+            return constraint.best(row)
+        forced = constraint.forced()
+        if forced:
+            # Without a draw, so that a seed gives the same answer however many tokens a step has.
+            return forced[0]
+        allowed = constraint.mask(row)
+        return None if allowed is None else self._sampler.next(allowed, recent)
+
+    def _draft(self) -> tuple[list[int], list[float]]:
+        """Drafted tokens that are worth verifying in the next step, and their probabilities."""
+        if self._drafter is None:
+            return [], []
+        # A step gives one token more than its draft.
+        draft, chances = self._drafter.propose(self._max_tokens - self._count - len(self._held) - 1)
+        if self._constraint is not None:
+            draft = draft[: self._constraint.valid_prefix(draft)]
+        count = self._context.batch_cost.worthwhile(chances[: len(draft)], len(self._pending))
+        return draft[:count], chances[:count]
+
+    def _emit(self, tokens: Sequence[int]) -> Iterator[str]:
+        """The text pieces of chosen tokens, up to one that ends the answer."""
+        tokenizer = self._context.engine.tokenizer
+        for token in tokens:
+            if tokenizer.is_end(token):
+                self._reason = "end"
+                return
+            self._count += 1
+            piece = self._marks.get(token) or tokenizer.piece(token)
+            yield from self._push(self._text.push(piece))
+            self._reason = self._reason_to_stop()
+            if self._reason:
+                return
+        if self._constraint is not None and self._constraint.is_complete and not self._held:
+            self._reason = "end"
+        self._reason = self._reason or self._reason_at_end
+
+    def _is_end(self, token: int) -> bool:
+        return self._context.engine.tokenizer.is_end(token)
+
+    def _push(self, piece: str) -> Iterator[str]:
+        self._pieces.append(piece)
+        shown = piece if self._content is None else self._content.push(piece)
+        if shown:
+            yield shown
+
+    def _reason_to_stop(self) -> str:
+        if self._text.stopped:
+            return "stop"
+        return "length" if self._count == self._max_tokens else self._limits.reason()

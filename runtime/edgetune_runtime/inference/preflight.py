@@ -1,0 +1,146 @@
+"""Opens an unknown bundle in a child process with limits before this process does: an abort becomes an error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime import engines, errors
+from edgetune_runtime.bundle import Manifest, resolve
+from edgetune_runtime.errors import EdgetuneError, OutOfSpaceError, VerificationError
+from edgetune_runtime.formats.atomic import replacing
+from edgetune_runtime.processes.child_process import ProcessResult, has_python, run
+from edgetune_runtime.processes.confinement import limits_of
+
+from .opening_options import OpeningOptions
+
+VARIABLE = "EDGETUNE_PREFLIGHT"
+"""0 turns the check off for all processes that inherit it."""
+FOLDER = "checked"
+"""Folder in the cache folder with an empty file for each bundle that passed."""
+STEP, ERROR, DONE = "step", "error", "done"
+"""Keys of the lines that the child writes, each a JSON object."""
+OPTIONS = ("engine", "threads", "context_length", "kv", "repack", "verify", "priority")
+"""Options of opening that the child is given."""
+_MAX_REMEMBERED = 64
+_CHARACTERS = 2000
+# Files of the app's own folder must not replace modules, so the child has this process' path, and no other.
+_START = f"import sys; sys.path[:] = sys.argv[1:]; from {__package__}.preflight_child import main; main()"
+_REMEDY = "free some memory if it is short, or do not use this bundle"
+
+_LOG = logging.getLogger(__name__)
+
+
+def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions) -> None:
+    """Open the bundle in a child process, unless it is remembered in the cache folder that it passed; remember it.
+
+    Raises the error of opening it, and VerificationError if the child crashes, hangs, or exceeds its limits. Logs a
+    warning, and does nothing, if this process cannot start a Python.
+    """
+    if os.environ.get(VARIABLE) == "0":
+        return
+    digest = _digest_of(bundle, manifest, options)
+    # An account without a home has no cache folder; the folder of another one cannot be read.
+    with suppress(RuntimeError, OSError):
+        if _marker_path(options.cache_folder, digest).exists():
+            return
+    begin = time.perf_counter()
+    ended = _run_child(bundle, manifest, options)
+    if ended is None:
+        return
+    report = _last_values(ended.output)
+    if isinstance(report.get(ERROR), dict):
+        raise _error(report[ERROR])
+    if STEP not in report:
+        # Nothing of the bundle was read yet.
+        _LOG.warning("cannot check %s in a child process: it %s (%s)", bundle, ended.how, ended.last_line)
+        return
+    if ended.code or ended.timeout_s is not None or DONE not in report:
+        reason = f" ({ended.last_line})" if ended.last_line else ""
+        message = f"bundle {bundle} cannot be opened safely: while {report[STEP]}, a child process {ended.how}{reason}"
+        raise VerificationError(message, _REMEDY)
+    _LOG.info("checked %s in a child process in %.2f s", bundle, time.perf_counter() - begin)
+    try:
+        _remember(_marker_path(options.cache_folder, digest))
+    except (RuntimeError, OSError, OutOfSpaceError) as error:
+        _LOG.warning("cannot remember that a bundle was checked, so it is checked at each start: %s", error)
+
+
+def _marker_path(cache_folder: str | Path | None, digest: str) -> Path:
+    """The empty file that says that a bundle passed."""
+    # It imports numpy, which the child must not do before it is confined.
+    from edgetune_runtime.states.store import default_folder  # noqa: PLC0415
+
+    return Path(cache_folder or default_folder()) / FOLDER / digest
+
+
+def _digest_of(bundle: Path, manifest: Manifest, options: OpeningOptions) -> str:
+    """A digest of everything that determines what native code reads and does; the manifest has those of the files."""
+    # Not imported, because the package imports everything.
+    own = sys.modules[__package__].__version__
+    versions = (own, engines.load(options.engine, manifest.task).library_version(), platform.machine())
+    opening = (options.engine, options.context_length, options.kv, options.repack)
+    identity: list[object] = [versions, opening, manifest.to_json()]
+    if not options.verify:
+        # Then the files may be others than those of the manifest.
+        states = [resolve(bundle, name).stat() for name in manifest.files if resolve(bundle, name).exists()]
+        identity += [(state.st_dev, state.st_ino, state.st_size, state.st_ctime_ns) for state in states]
+    return hashlib.sha256(json.dumps(identity, default=int).encode()).hexdigest()
+
+
+def _run_child(bundle: Path, manifest: Manifest, options: OpeningOptions) -> ProcessResult | None:
+    """How the child ended; None, with a warning in the log, if there is none."""
+    if not has_python():
+        return None
+    limits = limits_of(manifest, options.context_length)
+    request = {
+        "bundle": str(bundle.absolute()),
+        "engines": list(engines.__path__),
+        "limits": asdict(limits),
+        "options": {name: getattr(options, name) for name in OPTIONS},
+    }
+    command = [sys.executable, "-I", "-B", "-c", _START, *sys.path]
+    try:
+        # Numbers may be numpy's.
+        return run(command, timeout_s=limits.time_s, stdin=json.dumps(request, default=int).encode())
+    except OSError as error:
+        _LOG.warning("cannot check %s in a child process: %s", bundle, error)
+        return None
+
+
+def _last_values(output: bytes) -> dict[str, Any]:
+    """The last values that the child wrote under each key."""
+    values: dict[str, Any] = {}
+    for line in output.splitlines():
+        with suppress(ValueError, RecursionError, TypeError):
+            values |= json.loads(line)
+    return values
+
+
+def _error(raw: Any) -> EdgetuneError:  # noqa: ANN401 - JSON
+    """The error that the child had, which is no more to be trusted than the bundle."""
+    name, message, remedy = (str(raw.get(key))[:_CHARACTERS] for key in ("name", "message", "remedy"))
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, EdgetuneError):
+        return kind(message, remedy)
+    return EdgetuneError(message, remedy)
+
+
+def _remember(passed: Path) -> None:
+    """Create the file, and delete the oldest ones."""
+    for folder in (passed.parents[1], passed.parent):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with replacing(passed) as temporary:
+        temporary.touch(mode=0o600)
+    others = sorted(passed.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in others[_MAX_REMEMBERED:]:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,89 @@
+"""The child process of `preflight`: opens a bundle, computes with the base and each adapter, and writes how it went."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from edgetune_runtime import engines, errors
+from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.processes.confinement import ProcessLimits, confine
+
+from .preflight import DONE, ERROR, STEP
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+_PROMPT = "A"
+_MAX_TOKENS = 16
+"""The end of a prompt, which has the invocation of an activated LoRA; a whole system prompt takes a board seconds."""
+
+Write = Callable[[str, object], None]
+
+
+def main() -> NoReturn:
+    """Read a request from standard input, and write a line of JSON before each step and at the end."""
+    request = json.load(sys.stdin)
+    # Native code writes to standard output too.
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    engines.__path__[:] = request["engines"]
+    confine(ProcessLimits(**request["limits"]))
+
+    def write(key: str, value: object) -> None:
+        print(json.dumps({key: value}), file=lines, flush=True)
+
+    _open(request["bundle"], request["options"], write)
+    # Without the end of Python and of the libraries, which takes time and may fail by itself.
+    os._exit(0)
+
+
+def _open(bundle: str, options: Mapping[str, Any], write: Write) -> None:
+    # After `confine`: libraries start threads.
+    from .runtime import Runtime  # noqa: PLC0415
+
+    def opened() -> Runtime:
+        return Runtime.open(bundle, **options, contexts=1, cache_mb=0, disk_mb=0, preflight=False)
+
+    write(STEP, "opening it")
+    try:
+        runtime = opened()
+    except EdgetuneError as error:
+        name = next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
+        write(ERROR, {"name": name, "message": error.message, "remedy": error.remedy})
+        return
+    adapters = runtime.manifest.adapters.values()
+    merged = [entry.name for entry in adapters if entry.is_merged(runtime.engine)]
+    with runtime:
+        _compute(runtime, None, write)
+        for name in runtime.adapters:
+            if name not in merged:
+                _compute(runtime, name, write)
+    for name in merged:
+        # One at a time, as each is a full model.
+        with opened() as runtime:
+            _compute(runtime, name, write)
+    write(DONE, True)
+
+
+def _compute(runtime: Runtime, name: str | None, write: Write) -> None:
+    """Compute a few tokens with an adapter or the base; errors that a call would raise are left to the calls."""
+    from .measuring import loaded_bundle  # noqa: PLC0415 - as above
+
+    loaded = loaded_bundle(runtime)
+    write(STEP, "computing with the base" if name is None else f"computing with adapter {name!r}")
+    with suppress(EdgetuneError):
+        if loaded.classifier is not None:
+            runtime.embed(_PROMPT) if name is None else runtime.classify(_PROMPT, adapter=name)
+            return
+        context, active = loaded.context(name)
+        tokens = context.engine.tokenizer.tokenize(_PROMPT)
+        with suppress(EdgetuneError):
+            tokens = list(loaded.call(_PROMPT, name).job.tokens)[-_MAX_TOKENS:]
+        with context.hold():
+            context.start(active, tokens)
+            context.extend(tokens[-1:])

@@ -1,0 +1,247 @@
+"""The public API: open a bundle once, then call it with the adapters of your choice."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Self, Unpack
+
+from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.events import Event
+from edgetune_runtime.serving.classifier import Embedding
+from edgetune_runtime.serving.jobs import PromptJob
+from edgetune_runtime.states.cache import name_of
+from edgetune_runtime.text.chat import Prompt
+from edgetune_runtime.tools.definitions import Tools, tool_set
+
+from .generation import Answer, Outcome, Stream, generate
+from .loaded import Adapters, LoadedBundle
+from .opening import open_base
+from .opening_options import RuntimeOptions, decide
+from .options import AnswerForm, AnswerOptions, split_options
+from .preflight import require_opens
+from .scoring import Classification, NegativeLogLikelihood, most_likely, window_loss
+from .session import Session
+
+_LOG = logging.getLogger(__name__)
+
+
+class Runtime:
+    """A bundle that is ready to answer. Use it in a `with` block, or call `close`. Thread-safe."""
+
+    def __init__(self, loaded: LoadedBundle) -> None:
+        self.bundle = loaded.bundle
+        self.manifest = loaded.manifest
+        self._loaded = loaded
+
+    @classmethod
+    def open(cls, path: str | Path, **options: Unpack[RuntimeOptions]) -> Self:
+        """Open a bundle: check its files, map the base and load the adapters; see `RuntimeOptions`.
+
+        Raises NotFoundError for missing files, VerificationError for damaged files, IncompatibleError for adapters of
+        another base or a missing engine, UsageError for invalid options.
+        """
+        begin = time.perf_counter()
+        bundle = Path(path)
+        manifest = read_manifest(bundle)
+        decided = decide(manifest, **options)
+        if decided.preflight:
+            require_opens(bundle, manifest, decided)
+        loaded = LoadedBundle(bundle, manifest, open_base(bundle, manifest, decided), decided)
+        try:
+            for entry in manifest.adapters.values():
+                loaded.load(entry)
+        except BaseException:
+            loaded.close()
+            raise
+        elapsed_s, count = time.perf_counter() - begin, len(manifest.adapters)
+        _LOG.info("opened %s with %s and %d adapters in %.2f s", bundle, decided.engine, count, elapsed_s)
+        decided.emit(Event("loaded", manifest.name, seconds=elapsed_s))
+        return cls(loaded)
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine that runs the bundle."""
+        return self._loaded.options.engine
+
+    @property
+    def context_length(self) -> int:
+        """Maximum number of tokens of prompt and answer together."""
+        return self._loaded.options.context_length
+
+    @property
+    def threads(self) -> int:
+        """Maximum number of threads of a step."""
+        return self._loaded.threads
+
+    @property
+    def contexts(self) -> int:
+        """Maximum number of calls that run at the same time."""
+        return self._loaded.contexts
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the bundle's adapters."""
+        return list(self.manifest.adapters)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: Adapters = None,
+        raw: bool = False,
+        **options: Unpack[AnswerOptions],
+    ) -> Answer:
+        """Answer a prompt (a text or chat messages) with one adapter by name, with several {name: scale}, or the base.
+
+        A name alone uses the manifest's scale. The system prompt of the (first) adapter is used unless the messages
+        begin with one, and its output constraint unless the options give another; see `AnswerOptions`. With `raw`, the
+        prompt is a text that the answer continues, without the chat template and the system prompt.
+
+        Raises NotFoundError for an unknown adapter, UsageError for a prompt that does not fit in the context or an
+        output constraint that cannot be used, BusyError when too many calls are already waiting.
+        """
+        return self.stream(prompt, adapter=adapter, raw=raw, **options).read()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: Adapters = None,
+        raw: bool = False,
+        **options: Unpack[AnswerOptions],
+    ) -> Stream:
+        """Like `generate`, but yields the text piece by piece, without tool calls.
+
+        Keeps a context until it ends or is closed. Any thread may read from it, one at a time. A call waits for a free
+        context, but not for streams that its own thread read last: if for 2 s no other thread reads them, it raises
+        UsageError.
+        """
+        limits, form, others = split_options(options)
+        call, outcome = self._loaded.call(prompt, adapter, form=form, raw=raw, check=limits.check), Outcome()
+        return Stream(generate(call, outcome, limits, **others), outcome)
+
+    def session(self, adapter: Adapters = None) -> Session:
+        """Start a conversation with these adapters; see `Session`."""
+        self._loaded.pool(adapter)
+        return Session(self._loaded, adapter)
+
+    def load_session(self, path: str | Path) -> Session:
+        """Resume a conversation saved by `Session.save`; its state is reused if it matches this bundle and engine.
+
+        Raises NotFoundError when the file or one of its adapters does not exist, VerificationError when the file is
+        damaged or not a session, IncompatibleError when it is a session on another base.
+        """
+        return Session._load(self._loaded, Path(path))
+
+    def classify(
+        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None
+    ) -> Classification:
+        """The most likely of `labels` (default: the adapter's) as the answer, and the probability of each of them.
+
+        All labels are scored in one pass that computes the prompt and the labels' common prefixes once. An encoder has
+        only the labels of its one adapter; the probabilities are normalized over the given labels.
+        """
+        scales, classifier = self._loaded.scales(adapter), self._loaded.classifier
+        if classifier is not None and len(scales) != 1:
+            message = f"an encoder classifies with the labels of one adapter, not of {len(scales)}"
+            raise UsageError(message, f"choose one of: {', '.join(self.adapters)}")
+        if labels is None:
+            first = next(iter(scales), None)
+            labels = self.manifest.adapter(first).labels if first else ()
+        if not labels or len(set(labels)) != len(labels) or not all(labels):
+            what = f"cannot classify with the labels {list(labels)}" if labels else "there are no labels to choose from"
+            raise UsageError(what, "give labels that are unique and not empty, or an adapter that has labels")
+        if classifier is not None:
+            ((name, scale),) = scales.items()
+            return most_likely(labels, classifier.scores(prompt, labels, self.manifest.adapter(name), scale))
+        call = self._loaded.call(prompt, adapter)
+        with call.pool.lease(call.job) as context:
+            tokenizer = context.engine.tokenizer
+            endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
+            context.run(call.job)
+            scores = context.score(endings)
+        return most_likely(labels, scores)
+
+    def embed(self, text: str) -> Embedding:
+        """The plain base's pooled last layer for a text, and its number of tokens.
+
+        UsageError for a text-generation bundle.
+        """
+        classifier = self._loaded.classifier
+        if classifier is None:
+            message = f"bundle {self.manifest.name!r} generates text: it has no encoder for embeddings"
+            raise UsageError(message, "open a text-classification bundle")
+        return classifier.embedding(text)
+
+    def perplexity(self, text: str, *, adapter: Adapters = None) -> float:
+        """The perplexity of a text: the exponential of its mean negative log-likelihood per token."""
+        return self.negative_log_likelihood(text, adapter=adapter).perplexity
+
+    def negative_log_likelihood(self, text: str, *, adapter: Adapters = None) -> NegativeLogLikelihood:
+        """The negative log-likelihood of the text's tokens except the first, to be summed over several texts.
+
+        A text longer than the context is split into windows that overlap by one token.
+        """
+        pool, adapters = self._loaded.pool(adapter)
+        capacity = pool.capacity(adapters)
+        with pool.tokenizer() as tokenizer:
+            tokens = tokenizer.tokenize(text)
+        if len(tokens) < 2:
+            raise UsageError(f"a text of {len(tokens)} tokens has no perplexity", "give a longer text")
+        starts = range(0, len(tokens) - 1, capacity - 1)
+        with pool.lease(PromptJob(tokens[:1], pool.spans(adapters, tokens[:1]))) as context:
+            total = math.fsum(window_loss(context, adapters, tokens[start : start + capacity]) for start in starts)
+        return NegativeLogLikelihood(total, len(tokens) - 1)
+
+    def warm(self, adapters: Sequence[Adapters] | None = None, *, tools: Tools | None = None) -> dict[str, int]:
+        """Compute the missing states of the fixed prompts of these adapters (default: the base and each adapter).
+
+        `tools` are part of the prompts, as in the calls that will give them.
+        Output constraints of these adapters are compiled too, for which the base's vocabulary is read once.
+
+        Returns the number of tokens of each state by name, without prompts that are too short for a state. UsageError
+        for a text-classification bundle.
+        """
+        if self._loaded.classifier is not None:
+            message = f"bundle {self.manifest.name!r} only classifies text: it has no prompts to warm"
+            raise UsageError(message, "use classify")
+        choices = [None, *self.adapters] if adapters is None else adapters
+        form = AnswerForm(tools=tool_set(tools))
+        tokens = {}
+        for choice in choices:
+            call = self._loaded.call("?", choice, form=form)
+            if call.job.is_worth_a_state:
+                begin = time.perf_counter()
+                # Saved now, also the state of tools, which come with calls.
+                job = replace(call.job, comes_with_call=False, is_warmed=True)
+                with call.pool.lease(job) as context:
+                    reused = context.run(job).reused
+                name, count, elapsed_s = name_of(choice), call.job.fixed, time.perf_counter() - begin
+                _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", name, count, reused, elapsed_s * 1e3)
+                self._loaded.options.emit(Event("warmed", name, seconds=elapsed_s, tokens=count))
+                tokens[name] = count
+        return tokens
+
+    def clear_cache(self) -> None:
+        """Drop all sequences and cached states, except those on disk: the next call starts with a cold cache."""
+        self._loaded.clear()
+
+    def close(self) -> None:
+        """Free the base and adapters after the calls of other threads end; a second call does nothing.
+
+        Calls that wait for a context, and all later ones, raise UsageError; so does a stream that this thread went on
+        with last.
+        """
+        self._loaded.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()

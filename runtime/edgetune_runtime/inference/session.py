@@ -1,0 +1,167 @@
+"""A conversation that can change adapters; it has its own KV state and can be saved to a file."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, Unpack
+
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.formats.checked_file import read_checked, write_checked
+from edgetune_runtime.serving.merged import MergedPool
+from edgetune_runtime.serving.pool import Pool
+from edgetune_runtime.states.cache import Key, SavedState
+from edgetune_runtime.states.store import KIND
+from edgetune_runtime.text.chat import Message, Prompt, messages_for
+
+from .generation import Answer, Call, CarriedState, Outcome, Stream, generate
+from .loaded import Adapters, LoadedBundle
+from .options import AnswerOptions, split_options
+
+Carry = Literal["recompute", "reuse"]
+"""What becomes of the state when a session changes adapters; see `Session.use`."""
+
+_LOG = logging.getLogger(__name__)
+_STOPPED = ("deadline", "cancelled")
+
+
+class Session:
+    """A conversation: a history of messages, the current adapters, and a KV state that no other session reuses.
+
+    with runtime.session(adapter="chat") as session:
+        session.send("good morning")
+        session.use("sql")
+        session.send("how many orders came in today?")
+
+    An answer is the one that a newly opened runtime gives to the whole history with the current adapters; only the
+    tokens without a cached state are computed. An answer cut short by a deadline or cancellation is not added to the
+    history. Not thread-safe.
+    """
+
+    def __init__(self, loaded: LoadedBundle, adapter: Adapters, history: Sequence[Message] = ()) -> None:
+        self.adapter = adapter
+        self.history: list[Message] = [dict(message) for message in history]
+        self._loaded = loaded
+        self._owner = uuid.uuid4().hex
+        self._last: CarriedState | None = None
+        self._carries = False
+
+    def send(self, message: Prompt, **options: Unpack[AnswerOptions]) -> Answer:
+        """Answer a message of the user, or chat messages such as the results of tools.
+
+        Same options and errors as `Runtime.generate`.
+        """
+        return self.stream(message, **options).read()
+
+    def stream(self, message: Prompt, **options: Unpack[AnswerOptions]) -> Stream:
+        """Like `send`, but yields the text piece by piece. Only an answer read to its end is added to the history."""
+        messages = [*self.history, *messages_for(message, None)]
+        carried = self._last if self._carries else None
+        limits, form, others = split_options(options)
+        call = self._loaded.call(
+            messages, self.adapter, owner=self._owner, carried=carried, form=form, check=limits.check
+        )
+        outcome = Outcome()
+        return Stream(self._recorded(messages, call, generate(call, outcome, limits, **others), outcome), outcome)
+
+    def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
+        """Use other adapters from now on; NotFoundError for an unknown one, which changes nothing.
+
+        With `carry="recompute"` the history is recomputed with the new adapters, except for what is cached. This is
+        exact. With "reuse" the new adapters continue from the state that the previous adapters computed, with their
+        system prompt. This is immediate, but the answers are not those that the new adapters alone would give.
+        `Answer.timings.carried_tokens` counts the tokens carried over.
+        """
+        if carry not in ("recompute", "reuse"):
+            raise UsageError(f"carry is {carry!r}", "give recompute or reuse")
+        pool, _ = self._loaded.pool(adapter)
+        if carry == "reuse" and pool is not self._pool():
+            message = "the state of one model cannot be reused by another, and a merged adapter is a full model"
+            raise IncompatibleError(message, 'use carry="recompute"')
+        self.adapter = adapter
+        self._carries = carry == "reuse"
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation and its state to a file, atomically.
+
+        OutOfSpaceError on a full disk, OSError when the file cannot be written.
+        """
+        pool, last = self._pool(), self._last
+        saved = pool.saved(self._owner)
+        conversation = {
+            "base": self._loaded.manifest.base.fingerprint,
+            "adapter": self.adapter if self.adapter is None or isinstance(self.adapter, str) else dict(self.adapter),
+            "history": self.history,
+            "carries": self._carries,
+            "last": last and {"tokens": last.tokens, "spans": last.spans, "system": last.system},
+        }
+        key = saved and {"base": saved.key.base, "spans": saved.key.spans, "tokens": saved.tokens}
+        state = saved and {"key": key, "identity": pool.identity_of(saved)}
+        about = {"conversation": conversation, "state": state}
+        write_checked(Path(path), KIND, about, saved.state if saved is not None else memoryview(b""))
+
+    @classmethod
+    def _load(cls, loaded: LoadedBundle, path: Path) -> Self:
+        """Load what `save` wrote; see `Runtime.load_session`."""
+        stored = read_checked(path, KIND)
+        if stored is None and not path.exists():
+            raise NotFoundError(f"no file {path}", "check the path")
+        try:
+            if stored is None:
+                raise ValueError("its checksum or length is wrong")
+            conversation, state = stored.about["conversation"], stored.about["state"]
+            base, adapter, history = (conversation[key] for key in ("base", "adapter", "history"))
+            if base != loaded.manifest.base.fingerprint:
+                message = f"{path} is a session on another base than the one in bundle {loaded.manifest.name!r}"
+                raise IncompatibleError(message, "open the bundle that it was saved with")
+            if not isinstance(adapter, str | dict | None):
+                raise TypeError(f"its adapter is {adapter!r}")
+            session = cls(loaded, adapter, messages_for(history, None) if history else ())
+            pool = session._pool()
+            session._carries, session._last = bool(conversation["carries"]), _carried_of(conversation["last"])
+            if state is not None:
+                saved = _saved_of(state["key"], stored.data)
+                if pool.identity_of(saved) == state["identity"]:
+                    pool.keep(saved, session._owner)
+                else:
+                    _LOG.warning("dropped the state in %s: it was made with other files or another engine", path)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UsageError) as error:
+            raise VerificationError(f"{path} is not a saved session: {error}", "save the session again") from error
+        return session
+
+    def close(self) -> None:
+        """Drop the session's state; a second call does nothing."""
+        self._loaded.drop_states(self._owner)
+        self._last = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def _recorded(
+        self, messages: list[Message], call: Call, pieces: Iterator[str], outcome: Outcome
+    ) -> Generator[str, None, None]:
+        yield from pieces
+        answer = outcome.answer
+        if answer is not None and answer.stop_reason not in _STOPPED:
+            self.history = [*messages, answer.message]
+            self._last = CarriedState(outcome.tokens, call.job.spans, call.system)
+
+    def _pool(self) -> Pool | MergedPool:
+        return self._loaded.pool(self.adapter)[0]
+
+
+def _carried_of(values: Mapping[str, Any] | None) -> CarriedState | None:
+    if values is None:
+        return None
+    spans = tuple((int(since), dict(adapters)) for since, adapters in values["spans"])
+    return CarriedState([int(token) for token in values["tokens"]], spans, values["system"])
+
+
+def _saved_of(values: Mapping[str, Any], state: memoryview) -> SavedState:
+    spans = tuple((int(since), tuple((str(n), float(s)) for n, s in active)) for since, active in values["spans"])
+    return SavedState(Key(values["base"], spans), tuple(int(token) for token in values["tokens"]), state)

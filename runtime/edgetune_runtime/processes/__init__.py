@@ -1,0 +1,1 @@
+"""Child processes with limits, and the limits that a process sets itself."""

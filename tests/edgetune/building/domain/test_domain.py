@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_export.parity import TOLERANCE_KL
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.errors import CancelledError, NotFoundError, UsageError, VerificationError
+from tiny import WORDS
+from trainings import Listening, Stopping, build_in_two_processes
+
+from edgetune.building.builders.plan import plan_build
+from edgetune.building.domain.continued import why_worse
+from edgetune.building.domain.texts import Texts, split_windows, windows_of
+from edgetune.building.pipeline import build
+from edgetune.building.result import Build
+from edgetune.cli.main import main
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+
+QUIET = Progress(quiet=True)
+WINDOW = 32
+TRAINING = {"max_steps": 6, "evals": 2, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"}
+DOMAIN: dict[str, Any] = {
+    "data": {"train": "plays.txt", "validation": "more.jsonl"},
+    "method": {"name": "last_layers", "layers": 2, "learning_rate_factor": 1},
+    "window": WINDOW,
+    "training": {"max_steps": 24, "evals": 4},
+}
+
+
+def lines_of(seed: int, count: int) -> list[str]:
+    """Lines of one simple kind, so that little text teaches much."""
+    rng = random.Random(seed)
+    things = WORDS.split()[3:9]
+    return [f"turn on the {rng.choice(things)} and close the {rng.choice(things)}" for _ in range(count)]
+
+
+def recipe_of(folder: Path, base: Path | str, domain: Mapping[str, Any] | None = DOMAIN, **keys: object) -> Recipe:
+    (folder / "plays.txt").write_text("\n".join(lines_of(0, 120)), encoding="utf-8")
+    texts = [{"text": "\n".join(lines_of(seed, 10))} for seed in (1, 2)]
+    (folder / "more.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts), encoding="utf-8")
+    rows = [{"prompt": f"turn on the light {number}", "completion": "reply on"} for number in range(10)]
+    (folder / "plain.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    adapter = {"data": {"train": "plain.jsonl", "held_out": 0.2}, "method": {"name": "lora", "r": 4}}
+    values = {
+        "name": "home",
+        "base": str(base),
+        "context_length": 256,
+        "training": TRAINING,
+        "adapters": {"plain": adapter},
+        **keys,
+    }
+    values |= {} if domain is None else {"domain": domain}
+    return Recipe.model_validate(values, context={"folder": folder})
+
+
+def modified(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle on a continued base, with what its build returned and said."""
+
+    bundle: Path
+    result: Build
+    manifest: Manifest
+    lines: list[str]
+
+    @property
+    def stage(self) -> Path:
+        """The folder of the first stage."""
+        return self.bundle.with_name(f"{self.bundle.name}.work") / "domain"
+
+
+def built_in(folder: Path, recipe: Recipe) -> Built:
+    listening = Listening()
+    result = build(recipe, folder / "home", progress=listening)
+    return Built(folder / "home", result, read_manifest(folder / "home"), listening.lines)
+
+
+@pytest.fixture(scope="module")
+def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("built")
+    return built_in(folder, recipe_of(folder, tiny_gguf("llama"), quantization="q8_0"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_gguf: Callable[[str], Path]) -> Any:  # noqa: ANN401 - a generator of a tokenizer
+    with closing(GgufTokenizer(tiny_gguf("llama"))) as found:
+        yield found
+
+
+def perplexity(bundle: Path, folder: Path, engine: str = "gguf") -> float:
+    """Of the validation text, through the runtime, on the plain base."""
+    rows = (folder / "more.jsonl").read_text(encoding="utf-8").splitlines()
+    with Runtime.open(bundle, engine=engine) as runtime:
+        losses = [runtime.negative_log_likelihood(json.loads(row)["text"]) for row in rows]
+    return math.exp(sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses))
+
+
+def test_the_bundles_base_knows_the_domain_better_than_the_original(
+    built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
+    original = built_in(tmp_path, recipe_of(tmp_path, tiny_gguf("llama"), None, quantization="q8_0"))
+    before, after = (perplexity(found.bundle, tmp_path) for found in (original, built))
+    assert after < before / 4
+    assert original.manifest.base.domain == {}
+    assert "domain" not in original.result.to_json()
+
+
+def test_the_bundle_ships_the_continued_base_and_adapters_made_for_it(built: Built) -> None:
+    base, adapter = built.manifest.base, built.manifest.adapters["plain"]
+    assert base.files["gguf"].startswith("base/domain-")
+    assert base.fingerprint == adapter.base_fingerprint == sha256_of(built.bundle / base.files["gguf"])
+    assert base.fingerprint != base.domain["base_fingerprint"]
+    assert base.quantization == "q8_0"
+    assert adapter.parity["gguf"]["kl"] <= TOLERANCE_KL["q8_0"]
+
+
+def test_the_figures_are_told_and_kept(built: Built) -> None:
+    told = dict(built.result.to_json()["domain"])
+    assert json.loads(json.dumps(told)) == told
+    assert Path(told.pop("plot")).read_bytes().startswith(b"\x89PNG")
+    assert built.manifest.base.domain == told
+    assert (told["method"], told["steps"], told["precision"]) == ("last_layers", 24, "fp32")
+    found = told["perplexity"]
+    assert found["after"]["gguf"] == pytest.approx(found["trained"], rel=0.02)
+    assert told["lost_by_rounding"]["gguf"] == pytest.approx(found["after"]["gguf"] / found["trained"] - 1)
+    assert math.log(found["trained"]) == pytest.approx(told["val_loss"], rel=1e-3)
+    assert not [line for line in built.lines if "warning" in line]
+
+
+def test_the_figures_are_those_of_the_runtime_in_both_formats(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    # A context as long as a window, so that the runtime cuts the text as training did.
+    domain = {key: value for key, value in DOMAIN.items() if key != "window"}
+    keys = {"context_length": 64, "targets": ["gguf", "onnx"]}
+    result = built_in(tmp_path, recipe_of(tmp_path, tiny_gguf("qwen3"), domain, **keys)).result
+    found = result.domain["perplexity"]
+    assert list(found["before"]) == list(found["after"]) == ["gguf", "onnx"]
+    for engine in ("gguf", "onnx"):
+        assert found["after"][engine] == pytest.approx(perplexity(tmp_path / "home", tmp_path, engine), rel=1e-5)
+        assert found["after"][engine] == pytest.approx(found["trained"], rel=1e-2)
+        assert found["before"][engine] > 2 * found["after"][engine]
+
+
+def test_a_second_build_does_nothing_again(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
+    before = modified(built.stage)
+    again = built_in(built.bundle.parent, recipe_of(built.bundle.parent, tiny_gguf("llama"), quantization="q8_0"))
+    assert modified(built.stage) == before
+    assert again.result == built.result
+    assert not [line for line in again.lines if "loading the base" in line or "measuring" in line]
+
+
+def test_a_base_that_was_lost_is_written_again_without_training(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
+    trained = (built.stage / "result.json").stat().st_mtime_ns
+    next((built.stage / "base").iterdir()).unlink()
+    again = built_in(built.bundle.parent, recipe_of(built.bundle.parent, tiny_gguf("llama"), quantization="q8_0"))
+    assert again.manifest.base.fingerprint == built.manifest.base.fingerprint
+    assert (built.stage / "result.json").stat().st_mtime_ns == trained
+
+
+def test_a_build_that_was_stopped_goes_on(built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q8_0")
+    with pytest.raises(CancelledError, match="training domain stopped at step 13"):
+        build(recipe, tmp_path / "home", progress=Stopping(13))
+    assert not (tmp_path / "home").exists()
+    assert built_in(tmp_path, recipe).manifest.base.fingerprint == built.manifest.base.fingerprint
+
+
+def test_the_second_stage_alone_gives_the_same_adapters(built: Built, tmp_path: Path) -> None:
+    base = built.bundle / built.manifest.base.files["gguf"]
+    recipe = recipe_of(tmp_path, "elsewhere.gguf", None).resolved()
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    command = ["build", str(tmp_path / "recipe.yaml"), "--base", str(base), "--out", str(tmp_path / "home"), "--quiet"]
+    assert main(command) == 0
+    entries = [read_manifest(bundle).adapters["plain"] for bundle in (tmp_path / "home", built.bundle)]
+    assert entries[0].base_fingerprint == entries[1].base_fingerprint
+    assert entries[0].parity == entries[1].parity
+    files = [sha256_of(bundle / "adapters/plain/adapter.gguf") for bundle in (tmp_path / "home", built.bundle)]
+    assert files[0] == files[1]
+
+
+def test_a_lora_is_merged_into_the_base(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    domain = {**DOMAIN, "data": {"train": "plays.txt"}, "method": {"name": "lora", "r": 8}}
+    found = built_in(tmp_path, recipe_of(tmp_path, tiny_gguf("qwen3"), domain)).result.domain
+    assert found["perplexity"]["after"]["gguf"] < found["perplexity"]["before"]["gguf"] / 2
+    assert found["lost_by_rounding"]["gguf"] == pytest.approx(0, abs=0.01)
+
+
+def test_a_base_that_got_worse_is_told(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    # Text of another kind, and no look at the validation text in between.
+    training = {"learning_rate": 0.3, "max_steps": 12, "evals": 1, "schedule": "constant"}
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), {**DOMAIN, "training": training})
+    (tmp_path / "plays.txt").write_text("what is the time reply red\n" * 300, encoding="utf-8")
+    found = built_in(tmp_path, recipe)
+    perplexities = found.result.domain["perplexity"]
+    assert perplexities["after"]["gguf"] > perplexities["before"]["gguf"]
+    told = [line for line in found.lines if "warning" in line]
+    assert len(told) == 1
+    assert "no better in gguf: training did not improve it; lower domain.training.learning_rate" in told[0]
+
+
+def test_the_remedy_for_a_worse_base_depends_on_what_made_it_worse() -> None:
+    assert "use more bits" in why_worse(before=20.0, trained=19.0, main_type="q4_0")
+    assert "lower domain.training.learning_rate" in why_worse(before=20.0, trained=21.0, main_type="q4_0")
+
+
+def test_weights_that_are_beyond_the_bases_type_are_refused(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), {**DOMAIN, "training": {"learning_rate": 1e5}})
+    with pytest.raises(VerificationError, match=r"in gguf is (inf|nan): .*; lower domain.training.learning_rate"):
+        build(recipe, tmp_path / "home", progress=QUIET)
+    assert not (tmp_path / "home").exists()
+
+
+def test_every_token_is_learned_once(tokenizer: GgufTokenizer) -> None:
+    texts = ["\n".join(lines_of(0, 30)), "set heat", "\n".join(lines_of(1, 9))]
+    windows = windows_of(texts, tokenizer, WINDOW)
+    tokens = [tokenizer.tokenize(text) for text in texts]
+    learned = [token for w in windows for token, is_learned in zip(w.tokens, w.learned, strict=True) if is_learned]
+    assert learned == [token for text in tokens for token in text[1:]]
+    assert max(len(window.tokens) for window in windows) == WINDOW
+    assert min(len(window.tokens) for window in windows) > 1
+
+
+@pytest.mark.parametrize("tail", [0, 1, 2])
+def test_a_text_that_just_fills_its_windows_leaves_none_over(tail: int, tokenizer: GgufTokenizer) -> None:
+    text, wanted = "\n".join(lines_of(0, 30)), 2 * (WINDOW - 1) + 1 + tail
+    fitting = next(text[:end] for end in range(len(text)) if len(tokenizer.tokenize(text[:end])) == wanted)
+    cut = [len(window.tokens) for window in windows_of([fitting], tokenizer, WINDOW)]
+    assert cut == [WINDOW, WINDOW, *([tail + 1] if tail else [])]
+
+
+def test_the_end_of_the_text_is_held_out(tokenizer: GgufTokenizer) -> None:
+    text = "\n".join(lines_of(0, 60))
+    train, validation = split_windows(Texts([text]), tokenizer, WINDOW, 0.25)
+    assert [*train, *validation] == windows_of([text], tokenizer, WINDOW)
+    assert len(validation) == round(0.25 * (len(train) + len(validation)))
+
+
+@pytest.mark.parametrize(
+    ("files", "domain", "error"),
+    [
+        ({"plays.txt": " \n"}, {}, "plays.txt is empty; add text to it"),
+        (
+            {"more.jsonl": '{"prompt": "a", "completion": "b"}\n'},
+            {},
+            "more.jsonl:1: not plain text; use rows with only text",
+        ),
+        (
+            {"plays.txt": "turn"},
+            {"data": {"train": "plays.txt"}},
+            "has fewer than 2 windows of 32 tokens, so none",
+        ),
+        ({"plays.txt": "turn"}, {}, "domain.data.train has fewer than 2 tokens, so nothing can be learned"),
+        ({}, {"window": 513}, "domain.window is 513, but"),
+        (
+            {},
+            {"method": {"name": "last_layers", "layers": 3}},
+            "layers is 3, but the base has 2; set layers to 2 or fewer",
+        ),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_in_one_line(
+    files: dict[str, str], domain: dict[str, Any], error: str, tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), {**DOMAIN, **domain})
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=re.escape(error)) as caught:
+        build(recipe, tmp_path / "home", progress=QUIET)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "home.work" / "train").exists()
+
+
+def test_adapters_whose_rows_do_not_fit_are_told_before_the_base_is_trained(
+    tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), context_length=16)
+    with pytest.raises(UsageError, match="all 8 rows are longer than 16 tokens"):
+        build(recipe, tmp_path / "home", progress=QUIET)
+    assert not (tmp_path / "home.work" / "domain").exists()
+
+
+def test_validate_reads_the_texts(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+    size = len((tmp_path / "plays.txt").read_text(encoding="utf-8"))
+    assert str(plan_build(recipe).plan.domain).startswith(f"{size} characters of text, ")
+    assert plan_build(recipe_of(tmp_path, tiny_gguf("llama"), None)).plan.domain is None
+    (tmp_path / "plays.txt").unlink()
+    with pytest.raises(NotFoundError, match=r"no data file .*plays\.txt"):
+        plan_build(recipe)
+
+
+@pytest.mark.parametrize(
+    ("domain", "keys", "problem"),
+    [
+        (
+            {"method": "prefix"},
+            {},
+            "domain.method: prefix cannot be merged into the base; use full, last_layers or lora",
+        ),
+        (
+            {"method": {"name": "lora", "target_modules": "auto"}},
+            {},
+            "domain.method: target_modules: auto does not work here",
+        ),
+        ({"windows": 8}, {}, "domain.windows: unknown key; did you mean 'window'?"),
+        ({"data": {}}, {}, "domain.data.train: is missing"),
+        ({"window": 8}, {}, "domain.window: 8 must be at least 16"),
+        (
+            {},
+            {"task": "text-classification"},
+            "domain: continued pretraining does not work for an encoder; remove domain",
+        ),
+    ],
+)
+def test_problems_of_the_key_have_their_line(
+    domain: dict[str, Any], keys: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    adapters = {"plain": {"data": {"train": "plain.jsonl"}}}
+    values = {"name": "home", "base": "smollm2-135m", **keys, "adapters": adapters, "domain": {**DOMAIN, **domain}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items()), encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        Recipe.from_file(path)
+    line = 1 + list(values).index("domain")
+    assert f"{path}:{line}: {problem}" in str(caught.value)
+
+
+def test_the_resolved_recipe_has_portable_paths_and_what_is_set(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "base.gguf")
+    resolved = recipe.resolved()
+    assert resolved["domain"]["data"] == {"train": "plays.txt", "validation": "more.jsonl", "held_out": 0.1}
+    assert resolved["domain"]["training"] == DOMAIN["training"]
+    assert Recipe.model_validate(resolved, context={"folder": tmp_path}) == recipe
+    assert recipe.domain is not None
+    assert recipe.training.under(recipe.domain.training).model_dump(include={"max_steps", "batch_size"}) == {
+        "max_steps": 24, "batch_size": 4,
+    }  # fmt: skip
+
+
+def test_two_processes_continue_one_base(built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q8_0")
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe.resolved(), "base": recipe.base}), encoding="utf-8")
+    told = build_in_two_processes(tmp_path / "recipe.yaml", tmp_path / "home")["domain"]
+    assert told["val_loss"] == pytest.approx(built.result.domain["val_loss"], rel=1e-2)
+    assert read_manifest(tmp_path / "home").base.domain["perplexity"] == told["perplexity"]

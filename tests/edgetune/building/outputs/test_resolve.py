@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime.errors import UsageError
+from trainings import Listening
+
+from edgetune.building.builders.plan import plan_build
+from edgetune.building.outputs.resolve import output_of_task, write_inferred
+from edgetune.recipe.model import Recipe
+from edgetune.tasks.task import read_task
+
+ROWS = [{"prompt": f"light {number}", "completion": {"on": number % 2 == 0}} for number in range(10)]
+SCHEMA = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+
+
+def recipe_of(folder: Path, output: object, rows: list[dict[str, Any]] = ROWS) -> Recipe:
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    (folder / "schema.json").write_text(json.dumps(SCHEMA), encoding="utf-8")
+    values = {"base": "smollm2-135m", "adapters": {"light": {"data": {"train": "rows.jsonl"}, "output": output}}}
+    return Recipe.model_validate({"name": "home", **values}, context={"folder": folder})
+
+
+def resolved(folder: Path, output: object, rows: list[dict[str, Any]] = ROWS) -> tuple[Any, list[str]]:
+    progress = Listening()
+    task = read_task("light", recipe_of(folder, output, rows))
+    found = output_of_task(task)
+    if output == "auto":
+        write_inferred("light", found, folder / "output", progress)
+    return found, progress.lines
+
+
+def test_auto_infers_a_constraint_and_writes_it_down(tmp_path: Path) -> None:
+    found, said = resolved(tmp_path, "auto")
+    written = json.loads((tmp_path / "output/light.json").read_text(encoding="utf-8"))
+    assert written == json.loads(found.text)
+    assert written["properties"] == {"on": {"type": "boolean"}}
+    assert str(tmp_path / "output/light.json") in said[0]
+    again, _ = resolved(tmp_path, {"schema": "output/light.json", "spacing": "spaced"})
+    assert again == found
+
+
+def test_auto_leaves_free_text_free(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p {number}", "completion": f"answer {number}"} for number in range(10)]
+    found, said = resolved(tmp_path, "auto", rows)
+    assert found is None
+    assert "no structure" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ({"schema": SCHEMA}, {"schema": SCHEMA}),
+        ({"schema": "schema.json"}, {"schema": SCHEMA}),
+        ({"regex": '\\{"on": (true|false)\\}'}, {"regex": '\\{"on": (true|false)\\}'}),
+    ],
+)
+def test_a_given_constraint_is_checked_against_all_rows(
+    tmp_path: Path, output: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert resolved(tmp_path, output)[0].to_json() == expected
+    wrong = [*ROWS, {"prompt": "light", "completion": "never"}]
+    message = r"light\.output: 1 of 11 completions break the \w+: .*rows\.jsonl:11 'never'"
+    with pytest.raises(UsageError, match=message):
+        resolved(tmp_path, output, wrong)
+    with pytest.raises(UsageError, match=message):
+        plan_build(recipe_of(tmp_path, output, wrong))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("jsonish", "'jsonish' is not an output constraint"),
+        ({"shema": {}}, "no key 'shema'"),
+        ({"schema": "none.json"}, "no file .*none.json"),
+        ({"regex": "("}, "regex"),
+        ({"schema": SCHEMA, "choices": ["a"]}, "schema and choices"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_by_the_recipe(tmp_path: Path, output: Any, message: str) -> None:  # noqa: ANN401 - as above
+    with pytest.raises(ValueError, match=message):
+        resolved(tmp_path, output)
+
+
+def test_rows_with_tools_need_no_output(tmp_path: Path) -> None:
+    tools = [{"name": "set_light"}]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "set_light"}}]}
+    rows = [{"messages": [{"role": "user", "content": f"{n}"}, call], "tools": tools} for n in range(4)]
+    with pytest.raises(UsageError, match=r"adapters\.light\.output: .*rows\.jsonl:\d+ has tools, .*; leave output out"):
+        resolved(tmp_path, "auto", rows)
+    assert resolved(tmp_path, None, rows)[0] is None

@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from edgetune_export import parity
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of, verify_files
+from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.formats.gguf_file import read_header
+from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.threads import machine
+from peft import LoraConfig, get_peft_model
+from tiny import make_folder, make_tokenizer
+from trainings import Listening, build_in_two_processes
+from transformers import AutoModelForCausalLM
+
+from edgetune.bases import Base
+from edgetune.building.builders.plan import plan_build
+from edgetune.building.decoder.prepare import make_base
+from edgetune.building.pipeline import build, export_trained
+from edgetune.building.result import Build
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.output import OutputOption
+
+QUIET = Progress(quiet=True)
+QUESTIONS = [f"turn on the light {number}" for number in range(10)]
+DATA = {
+    "plain.jsonl": [{"prompt": question, "completion": "reply on"} for question in QUESTIONS],
+    "scaled.jsonl": [{"prompt": question, "completion": "set red"} for question in QUESTIONS],
+    "whole.jsonl": [{"prompt": question, "completion": "close the blind"} for question in QUESTIONS],
+}
+ADAPTERS: dict[str, Any] = {
+    "plain": {"system": "play", "method": {"name": "lora", "r": 4, "lora_alpha": 32}},
+    "scaled": {
+        "scale": 0.5,
+        "method": {
+            "name": "lora", "r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"q_proj": 2, "down_proj": 9},
+        },
+    },
+    "whole": {"merged": True, "method": {"name": "lora", "r": 4, "lora_alpha": 16}},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle of the three adapters, with what its build returned."""
+
+    bundle: Path
+    result: Build
+    manifest: Manifest
+
+    @property
+    def training(self) -> Path:
+        """The folder of the trainings."""
+        return self.bundle.with_name(f"{self.bundle.name}.work") / "train"
+
+
+def recipe_of(folder: Path, base: Path, names: tuple[str, ...] = ("plain", "scaled"), **keys: object) -> Recipe:
+    for name, rows in DATA.items():
+        if not (folder / name).exists():
+            (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    adapters = {name: {**ADAPTERS[name], "data": {"train": f"{name}.jsonl", "held_out": 0.2}} for name in names}
+    training = {"max_steps": 6, "evals": 2, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"}
+    values = {"name": "home", "base": str(base), "training": training, "adapters": adapters, **keys}
+    return Recipe.model_validate(values, context={"folder": folder})
+
+
+def modified(folder: Path) -> Mapping[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
+
+
+@pytest.fixture(scope="module")
+def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("built")
+    recipe = recipe_of(folder, tiny_gguf("llama"), ("plain", "scaled", "whole"))
+    result = build(recipe, folder / "home", progress=QUIET)
+    return Built(folder / "home", result, read_manifest(folder / "home"))
+
+
+@pytest.fixture(scope="module")
+def peft_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter of the tiny Qwen, saved by PEFT alone."""
+    return save_random_adapter(tiny_folder("qwen3"), tmp_path_factory.mktemp("peft"))
+
+
+def save_random_adapter(model: Path, out: Path) -> Path:
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    peft = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    peft.save_pretrained(out)
+    return out
+
+
+def test_the_bundle_answers_with_each_adapter(built: Built) -> None:
+    with Runtime.open(built.bundle) as runtime:
+        assert runtime.adapters == ["plain", "scaled", "whole"]
+        answers = [
+            runtime.generate(QUESTIONS[0], adapter=name, max_tokens=8).text for name in (None, *runtime.adapters)
+        ]
+        assert len(set(answers)) == 4
+        # And back: nothing of the others is left.
+        assert runtime.generate(QUESTIONS[0], max_tokens=8).text == answers[0]
+
+
+def test_states_ship_with_the_bundle_and_are_found_there_whatever_the_weights(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    recipe = recipe_of(tmp_path / "data", tiny_gguf("llama"), ("plain", "scaled"), states="ship")
+    assert build(recipe, tmp_path / "home", progress=QUIET) is not None
+    manifest = read_manifest(tmp_path / "home")
+    verify_files(tmp_path / "home", manifest)
+    states = [name for name in manifest.files if name.startswith("states/")]
+    assert all((tmp_path / "home" / name).stat().st_mode & 0o044 == 0o044 for name in (*states, "states"))
+    for repack in (False, True):
+        with Runtime.open(tmp_path / "home", disk_mb=0, repack=repack) as runtime:
+            fixed = {name: loaded_bundle(runtime).call("?", name).job for name in (None, *runtime.adapters)}
+            assert len(states) == sum(job.is_worth_a_state for job in fixed.values()) > 0
+            for name, job in fixed.items():
+                answer = runtime.generate(QUESTIONS[0], adapter=name, max_tokens=1)
+                assert answer.timings.reused_tokens == (job.fixed if job.is_worth_a_state else 0)
+
+
+def test_the_figures_tell_training_and_parity(built: Built) -> None:
+    told = built.result.to_json()
+    assert json.loads(json.dumps(told)) == told
+    assert (told["bundle"], list(told["adapters"])) == (str(built.bundle), ["plain", "scaled", "whole"])
+    for name, figures in told["adapters"].items():
+        limit = parity.TOLERANCE_KL_MERGED if name == "whole" else parity.TOLERANCE_KL
+        assert 0 <= figures["parity"]["kl"] <= limit["f16"]
+        assert (figures["parity"]["greedy"], figures["parity"]["rows"]) == (24, 2)
+        assert (figures["steps"], figures["rows_too_long"], figures["precision"]) == (6, 0, "fp32")
+        assert Path(figures["plot"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_manifest_says_what_is_in_the_bundle(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
+    adapters, plan = built.manifest.adapters, built.manifest.plan
+    assert {name: item["target_modules"] for name, item in plan["adapters"].items()}["plain"] == "all-linear"
+    assert plan["adapters"]["plain"]["trainable_parameters"] == adapters["plain"].training["trainable_parameters"]
+    assert plan["needs"]["training_mb"] > 0 and "free_disk_mb" not in plan["needs"]
+    assert built.manifest.base.fingerprint == sha256_of(tiny_gguf("llama"))
+    # The default of 1024 gives way to what the base was trained for.
+    assert built.manifest.context_length == 512
+    assert {name: (entry.shapes["gguf"], entry.scale, entry.system) for name, entry in adapters.items()} == {
+        "plain": ("low_rank", 1.0, "play"),
+        "scaled": ("low_rank", 0.5, None),
+        "whole": ("merged", 1.0, None),
+    }
+    # Nothing was asked for: the file is the tiny base as it was, and the merged model has its types.
+    base, types = built.manifest.base, read_header(tiny_gguf("llama")).values_by_type
+    assert (base.quantization, base.values_by_type, sum(types.values())) == (None, {"gguf": types}, base.parameters)
+    assert (adapters["whole"].quantization, adapters["whole"].values_by_type) == (None, {"gguf": types})
+    assert adapters["plain"].values_by_type == {"gguf": {"f16": adapters["plain"].training["trainable_parameters"]}}
+    assert set(adapters["plain"].ranks.values()) == {4}
+    ranks = {module.rpartition(".")[2]: rank for module, rank in adapters["scaled"].ranks.items()}
+    assert (ranks["q_proj"], ranks["down_proj"], ranks["v_proj"]) == (2, 9, 4)
+    for name, entry in adapters.items():
+        figures = built.result.figures[name]
+        assert entry.parity["gguf"] == figures["parity"]
+        assert entry.training["val_loss"] == figures["val_loss"]
+    assert str(built.bundle.parent) not in (built.bundle / "manifest.json").read_text(encoding="utf-8")
+
+
+def test_a_second_build_trains_nothing(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
+    before = modified(built.training)
+    listening = Listening()
+    recipe = recipe_of(built.bundle.parent, tiny_gguf("llama"), ("plain", "scaled", "whole"))
+    again = build(recipe, built.bundle, progress=listening)
+    assert again is not None
+    assert modified(built.training) == before
+    assert not any("loading the base" in line for line in listening.lines)
+    assert again == built.result
+
+
+def test_a_build_goes_on_and_trains_only_what_is_new(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    out, training = tmp_path / "home", tmp_path / "home.work/train"
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe, out, progress=Listening(stop_at="plain: validation loss"))
+    assert [path.name for path in training.iterdir()] == ["plain"]
+    assert not out.exists()
+    first = modified(training / "plain")
+    build(recipe, out, progress=QUIET)
+    assert modified(training / "plain") == first
+    second = modified(training / "scaled")
+
+    rows = [{"prompt": question, "completion": "stop"} for question in QUESTIONS]
+    (tmp_path / "scaled.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    build(recipe, out, progress=QUIET)
+    assert modified(training / "plain") == first
+    assert modified(training / "scaled")["result.json"] > second["result.json"]
+
+
+def test_an_adapter_that_fails_parity_is_named_and_the_last_bundle_stays(
+    built: Built, tiny_gguf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parity.TOLERANCE_KL, "f16", -1.0)
+    before = modified(built.bundle)
+    recipe = recipe_of(built.bundle.parent, tiny_gguf("llama"), ("plain", "scaled", "whole"))
+    with pytest.raises(VerificationError, match="adapter 'plain' does not match the trained model"):
+        build(recipe, built.bundle, progress=QUIET)
+    assert modified(built.bundle) == before
+
+
+def test_one_training_ships_in_both_formats(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    listening = Listening()
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q4_0", targets=["gguf", "onnx"])
+    result = build(recipe, tmp_path / "home", progress=listening)
+    manifest = read_manifest(tmp_path / "home")
+    assert manifest.base.quantization == manifest.recipe["quantization"] == "q4_0"
+    types = manifest.base.values_by_type
+    assert set(types["gguf"]) == {"f32", "q4_0", "q8_0"}
+    # The graph has the same blocks; besides norms, its f32 values are the tables of rotary embeddings.
+    assert (types["onnx"]["int4"], types["onnx"]["int8"]) == (types["gguf"]["q4_0"], types["gguf"]["q8_0"])
+    assert types["onnx"]["f32"] > types["gguf"]["f32"]
+    adapter = manifest.adapters["plain"].values_by_type
+    assert (set(adapter["gguf"]), set(adapter["onnx"])) == ({"f16"}, {"f32"})
+    assert set(manifest.base.files) == set(manifest.adapters["plain"].files) == {"gguf", "onnx"}
+    assert set(manifest.base.parity) == {"gguf", "onnx", "gguf/onnx"}
+    assert manifest.base.parity["gguf/onnx"]["kl"] < 0.01
+    assert set(result.figures["scaled"]["parity_by_target"]) == {"gguf", "onnx"}
+    assert not [line for line in listening.lines if "warning" in line]
+    answers = []
+    for engine in ("gguf", "onnx"):
+        with Runtime.open(tmp_path / "home", engine=engine) as runtime:
+            answers.append([runtime.generate("turn on", adapter=name, max_tokens=3).text for name in runtime.adapters])
+    assert answers[0] == answers[1]
+
+
+def test_a_folder_is_converted_and_quantized_once_to_what_its_board_picks(
+    tiny_folder: Callable[[str], Path], slow_board: Callable[..., str], tmp_path: Path
+) -> None:
+    recipe, work, listening = (
+        recipe_of(tmp_path, tiny_folder("llama"), device=slow_board()),
+        tmp_path / "w",
+        Listening(),
+    )
+    plan = plan_build(recipe).plan
+    base = make_base(plan, work, listening, None)
+    assert (plan.recipe.quantization, base.quantization, plan.recipe.threads) == ("q4_0", "q4_0", 4)
+    name = tiny_folder("llama").name
+    assert listening.lines == [f"converting {name} to GGUF", f"quantizing {name} to q4_0"]
+    assert [path.name for path in (work / "base").iterdir()] == [base.path.name]
+    # With a converter that does not exist, only what is kept can be taken.
+    assert make_base(plan, work, QUIET, tmp_path / "no converter") == base
+
+
+def test_a_folder_that_its_board_cannot_hold_is_refused_before_it_is_converted(
+    tiny_folder: Callable[[str], Path], slow_board: Callable[..., str], tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_folder("llama"), device=slow_board(ram_free_mib=40))
+    with pytest.raises(IncompatibleError, match="slow leaves 42 MB"):
+        build(recipe, tmp_path / "home", progress=QUIET)
+    assert not (tmp_path / "home.work").exists()
+
+
+def test_two_processes_train_and_the_first_one_ships(
+    tmp_path: Path, built: Built, tiny_gguf: Callable[[str], Path]
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("plain",), context_length=256)
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe.resolved(), "base": recipe.base}), encoding="utf-8")
+    figures = build_in_two_processes(tmp_path / "recipe.yaml", tmp_path / "home")["adapters"]["plain"]
+    assert figures["val_loss"] == pytest.approx(built.result.figures["plain"]["val_loss"], rel=1e-3)
+    assert read_manifest(tmp_path / "home").adapters["plain"].parity["gguf"]["kl"] < 1e-4
+
+
+def test_more_context_than_the_base_takes_is_refused_before_training(
+    tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), context_length=513)
+    with pytest.raises(UsageError, match=r"context_length is 513, but .* supports at most 512 tokens; set it to at"):
+        build(recipe, tmp_path / "home", progress=QUIET)
+    assert not (tmp_path / "home.work/train").exists()
+
+
+def test_rows_that_are_too_long_are_left_out_and_told(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("scaled",), context_length=96)
+    long = {"prompt": "turn on the light " * 40, "completion": "set red"}
+    rows = [*DATA["scaled.jsonl"], long]
+    (tmp_path / "scaled.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    listening = Listening(stop_at="loading the base")
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe, tmp_path / "home", progress=listening)
+    needs, first = listening.lines[:2]
+    assert needs.startswith("needs memory about ")
+    assert first.startswith("scaled: 1 rows are longer than 96 tokens: ")
+    assert "scaled.jsonl:11" in first
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_folder_that_peft_saved_is_bundled(
+    merged: bool, peft_folder: Path, tiny_base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    base = tiny_base("qwen3")
+    folders = {"first": peft_folder, "second": peft_folder}
+    result = export_trained(
+        str(base.path), folders, tmp_path / "home", systems={"second": "play"}, merged=merged, progress=QUIET
+    )
+    assert list(result.figures) == ["first", "second"]
+    limit = (parity.TOLERANCE_KL_MERGED if merged else parity.TOLERANCE_KL)["f16"]
+    assert all(figures["parity"]["kl"] <= limit for figures in result.figures.values())
+    entries = read_manifest(tmp_path / "home").adapters
+    assert {shape for entry in entries.values() for shape in entry.shapes.values()} == {
+        "merged" if merged else "low_rank"
+    }
+    with Runtime.open(tmp_path / "home") as runtime:
+        plain, first, second = (
+            runtime.generate("what is the time", adapter=name, max_tokens=8).text for name in (None, "first", "second")
+        )
+    assert len({plain, first, second}) == 3
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    narrow = make_folder("llama", tmp_path / "narrow", make_tokenizer(tmp_path), hidden_size=32)
+    adapter = save_random_adapter(narrow, tmp_path / "adapter")
+    with pytest.raises(IncompatibleError, match="'other'") as caught:
+        export_trained(str(tiny_gguf("llama")), {"other": adapter}, tmp_path / "home", progress=QUIET)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "home").exists()
+
+
+def test_an_export_maps_the_base_where_memory_is_short(
+    tiny_base: Callable[[str], Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, said = ("plain", "whole"), []
+    recipe = recipe_of(tmp_path, tiny_base("llama").path, names, targets=["gguf", "onnx"])
+    for free_mb in (8000.0, 600.0):
+        monkeypatch.setattr(machine, "free_mb", lambda free_mb=free_mb: free_mb)
+        progress = Listening()
+        build(recipe, tmp_path / f"bundle-{free_mb:.0f}", progress=progress)
+        said.append([line for line in progress.lines if line.startswith("mapping the base")])
+    assert said == [[], ["mapping the base's weights from disk, because only 600 MB of memory are free"]]
+    one, other = (read_manifest(tmp_path / f"bundle-{mb}") for mb in (8000, 600))
+    assert one.files == other.files
+
+
+def test_a_bundle_has_the_output_constraint_and_the_draft_table_of_its_task(
+    tiny_base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_base("llama").path, ("plain",))
+    rows = [
+        {"prompt": question, "completion": {"set": "red", "to": number}} for number, question in enumerate(QUESTIONS)
+    ]
+    (tmp_path / "plain.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    plain = recipe.adapters["plain"].model_copy(update={"output": OutputOption.model_validate("auto")})
+    built = build(recipe.model_copy(update={"adapters": {"plain": plain}}), tmp_path / "home", progress=QUIET)
+    assert built.figures["plain"]["draft_tokens_per_step"] > 1.1
+    entry = read_manifest(tmp_path / "home").adapter("plain")
+    assert entry.draft == "adapters/plain/draft.bin"
+    assert entry.output is not None
+    assert entry.output["schema"]["properties"] == {"set": {"enum": ["red"]}, "to": {"type": "integer"}}
+    with Runtime.open(tmp_path / "home") as runtime:
+        answer = runtime.generate(QUESTIONS[0], adapter="plain", max_tokens=60)
+        assert answer.text.startswith('{"set": "red", "to": ')
+        assert answer.timings.forced > 0

@@ -1,0 +1,434 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.text.chat import messages_for, render
+from edgetune_runtime.tools.definitions import tool_set
+from edgetune_runtime.tools.prompts import prompt_tokens
+
+from edgetune.objectives.example import Example
+from edgetune.recipe.parts import Columns
+from edgetune.tasks.data import TaskRow, read_rows, split
+from edgetune.tasks.tokenization import tokenize_rows
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write_file(text: str | bytes, name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return str(path)
+
+    return write_file
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_gguf: Callable[[str], Path]) -> Iterator[GgufTokenizer]:
+    opened = GgufTokenizer(tiny_gguf("llama"))
+    yield opened
+    opened.close()
+
+
+def row(prompt: str, completion: str = "ok", where: str = "rows.jsonl:1") -> TaskRow:
+    return TaskRow(where, ({"role": "user", "content": prompt},), completion)
+
+
+def problems_of(source: str, columns: Columns | None = None, labels: list[str] | None = None) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        read_rows(source, columns, labels=labels)
+    return str(caught.value).replace(f"{source}:", "").splitlines()
+
+
+def test_each_row_tells_its_own_form(write: Write) -> None:
+    conversation = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+    ]
+    values = [
+        {"messages": conversation},
+        {"prompt": "turn on", "completion": "done", "note": 1},
+        {"text": "is it late", "label": "time"},
+        {"text": "once upon a time"},
+    ]
+    source = write("\n".join(json.dumps(v) for v in values))
+    assert read_rows(source) == [
+        TaskRow(f"{source}:1", tuple(conversation[:2]), "hello"),
+        row("turn on", "done", f"{source}:2"),
+        row("is it late", "time", f"{source}:3"),
+        TaskRow(f"{source}:4", text="once upon a time"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"room": "Küche", "on": True}, '{"room": "Küche", "on": true}'),
+        ([1, "b"], '[1, "b"]'),
+        (21.5, "21.5"),
+        (False, "false"),
+        (" kept as it is ", " kept as it is "),
+    ],
+)
+def test_a_completion_that_is_no_text_becomes_json(write: Write, value: object, text: str) -> None:
+    (read,) = read_rows(write(json.dumps({"prompt": "p", "completion": value})))
+    assert read.completion == text
+
+
+def test_several_columns_become_one_json_object_in_their_order(write: Write) -> None:
+    source = write('{"slots": {"room": "hall"}, "text": "on", "intent": "light"}')
+    (read,) = read_rows(source, Columns(prompt="text", completion=("intent", "slots")))
+    assert read == row("on", '{"intent": "light", "slots": {"room": "hall"}}', f"{source}:1")
+
+
+def test_csv_and_tsv_rows_are_read_by_their_header(write: Write) -> None:
+    table = 'text,label\r\n"is it\r\nlate, now",time\r\n\r\nstop,"say ""stop"""\r\n'
+    source = write("\ufeff" + table, "rows.csv")
+    assert read_rows(source) == [
+        row("is it\r\nlate, now", "time", f"{source}:2"),
+        row("stop", 'say "stop"', f"{source}:5"),
+    ]
+    source = write("q\ta\tb\nstop\t1\t2\n", "rows.tsv")
+    (read,) = read_rows(source, Columns(prompt="q", completion=("a", "b")))
+    assert read.completion == '{"a": "1", "b": "2"}'
+
+
+def test_byte_order_mark_blank_lines_and_windows_line_ends_are_no_rows(write: Write) -> None:
+    source = write('\ufeff{"text": "a\u2028b"}\r\n\r\n  \r\n{"text": "c"}\r\n')
+    assert [(r.text, r.where) for r in read_rows(source)] == [("a\u2028b", f"{source}:1"), ("c", f"{source}:4")]
+
+
+def test_all_bad_rows_are_named_with_line_and_reason(write: Write) -> None:
+    user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    lines = [
+        '{"text": "a"',
+        "[1]",
+        '{"promt": "a"}',
+        '{"prompt": "a", "completon": "b"}',
+        '{"prompt": " ", "completion": "b"}',
+        '{"prompt": "a", "completion": ""}',
+        '{"prompt": "a", "completion": null}',
+        '{"prompt": ["a"], "completion": "b"}',
+        '{"text": "\\ud800"}',
+        '{"text": NaN}',
+        json.dumps({"messages": []}),
+        json.dumps({"messages": [user]}),
+        json.dumps({"messages": [user, user, assistant]}),
+        json.dumps({"messages": [assistant]}),
+        json.dumps({"messages": [user, {"role": "robot", "content": "x"}]}),
+        json.dumps({"messages": [user, {**assistant, "refusal": "no"}]}),
+        json.dumps({"messages": [user, {"role": "assistant"}]}),
+        '{"text": "good"}',
+    ]
+    assert problems_of(write("\n".join(lines))) == [
+        "1: not JSON: Expecting ',' delimiter at column 13",
+        "2: is a list, not an object; write one object per line",
+        "3: has none of messages, prompt and completion, text and label, or text; its keys are promt; "
+        "set `columns` to the keys to use",
+        "4: has no 'completion'; there is 'completon'",
+        "5: prompt is empty",
+        "6: completion is empty",
+        "7: completion is missing or null",
+        "8: prompt is a list, not text",
+        "9: text has an unpaired surrogate, which is not valid Unicode",
+        "10: not JSON: NaN is not a JSON number",
+        "11: messages is empty; give at least one message",
+        "12: the last message has role user, expected assistant",
+        "13: message 2 has role user, expected assistant",
+        "14: message 1 has role assistant, expected user",
+        "15: message 2 has role 'robot'; use system, user, assistant or tool",
+        "16: message 2 has 'refusal', which is not supported; use only role, content, tool_calls",
+        "17: the content of message 2 is missing or null",
+    ]
+
+
+def test_after_twenty_bad_rows_the_rest_is_counted(write: Write) -> None:
+    source = write("{}\n" * 23)
+    with pytest.raises(UsageError) as caught:
+        read_rows(source)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == f"{source}: and 3 more bad rows"
+
+
+def test_a_completion_that_is_no_label_is_named_with_the_closest_one(write: Write) -> None:
+    source = write('{"text": "a", "label": "lihgt"}\n{"text": "b"}\n{"text": "c", "label": "heat"}')
+    assert problems_of(source, labels=["light", "heat"]) == [
+        "1: 'lihgt' is not one of the labels; did you mean 'light'?",
+        "2: is plain text, but the adapter has labels; add a label to the row",
+    ]
+
+
+def test_a_column_that_is_not_there_is_named_with_the_closest_one(write: Write) -> None:
+    columns = Columns(prompt="sentence", completion="intent")
+    assert problems_of(write("sentense,intent\na,b\n", "rows.csv"), columns) == [
+        "2: has no 'sentence'; there is 'sentense'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ("text,label\na\n", "2: has 1 fields, the header has 2"),
+        ("text,label\na,b,c\n", "2: has 3 fields, the header has 2"),
+        ("text,text\na,b\n", "1: there are two columns 'text'; rename one of them"),
+        ('text,label\na,b\n"c,d\n', "3: unexpected end of data; check the quotation marks in this row"),
+    ],
+)
+def test_a_broken_table_is_refused_with_its_line(write: Write, table: str, problem: str) -> None:
+    assert problems_of(write(table, "rows.csv")) == [problem]
+
+
+def test_text_in_another_encoding_is_refused_with_the_byte(write: Write) -> None:
+    assert problems_of(write(b'{"text": "a"}\n{"text": "caf\xe9"}\n')) == [
+        "2: not UTF-8 text at byte 27; save the file as UTF-8"
+    ]
+
+
+@pytest.mark.parametrize(("text", "name"), [("", "a.jsonl"), ("\n \n", "a.jsonl"), ("text,label\n", "a.csv")])
+def test_a_file_without_rows_is_refused(write: Write, text: str, name: str) -> None:
+    with pytest.raises(UsageError, match="has no rows"):
+        read_rows(write(text, name))
+
+
+def test_a_folder_and_an_unknown_kind_are_refused(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a folder"):
+        read_rows(str(tmp_path))
+    with pytest.raises(UsageError, match="has an unknown file type"):
+        read_rows(write("x", "rows.docx"))
+
+
+@pytest.mark.parametrize("source", ["data/rows.jsonl", "./data/rows", "/nowhere/rows", "rows", "a/b/c"])
+def test_a_missing_file_is_not_taken_for_a_hub_id(source: str) -> None:
+    with pytest.raises(NotFoundError, match=r"no data file .*; check the path"):
+        read_rows(source)
+
+
+def test_a_hub_id_offline_ends_in_one_line(tmp_path: Path) -> None:
+    # A process of its own: the hub's library reads these variables when it is imported.
+    code = "from edgetune.tasks.data import read_rows; read_rows('owner/name:config@test')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    last = run.stderr.splitlines()[-1]
+    assert "NotFoundError: cannot load owner/name:config@test from the hub: " in last
+    assert "check the id, the network and your token" in last
+
+
+def test_a_data_set_on_this_machine_is_read_with_the_names_of_its_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A folder whose name has the form of a hub id is loaded by the same call as one from the hub.
+    import datasets  # noqa: PLC0415 - slow
+
+    from edgetune.tasks import data  # noqa: PLC0415 - for its private reader
+
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n"
+        "      class_label:\n        names:\n          '0': light\n          '1': heat\n---\n"
+    )
+    (folder / "train.csv").write_text("text,label\non,0\nwarm,1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    read = [values for _, values in data._hub_rows("owner/name")]
+    assert read == [{"text": "on", "label": "light"}, {"text": "warm", "label": "heat"}]
+
+
+def test_the_split_is_the_same_for_the_same_seed_and_loses_no_row() -> None:
+    rows = [row(f"prompt {n}", where=str(n)) for n in range(50)]
+    train, validation = split(rows, 0.1, seed=3)
+    assert (train, validation) == split(rows, 0.1, seed=3)
+    assert (train, validation) != split(rows, 0.1, seed=4)
+    assert len(validation) == 5
+    assert sorted(int(r.where) for r in [*train, *validation]) == list(range(50))
+    assert [int(r.where) for r in train] == sorted(int(r.where) for r in train)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_with_the_same_prompt_stay_on_one_side(seed: int) -> None:
+    rows = [row(f"prompt {n % 7}", f"answer {n}") for n in range(40)]
+    train, validation = split(rows, 0.2, seed)
+    assert validation
+    assert not {str(r.messages) for r in train} & {str(r.messages) for r in validation}
+
+
+@pytest.mark.parametrize("held_out", [0.01, 0.99])
+def test_each_side_gets_a_row_at_least(held_out: float) -> None:
+    train, validation = split([row("a"), row("b")], held_out, seed=0)
+    assert (len(train), len(validation)) == (1, 1)
+
+
+@pytest.mark.parametrize("rows", [[row("a")], [row("a", "b"), row("a", "c")]])
+def test_rows_that_cannot_be_split_are_refused(rows: list[TaskRow]) -> None:
+    with pytest.raises(UsageError, match="cannot be split"):
+        split(rows, 0.5, seed=0)
+
+
+def tokenize_one(
+    read: TaskRow, tokenizer: GgufTokenizer, system: str | None = None, loss_on: str = "completion"
+) -> Example:
+    examples, _ = tokenize_rows(
+        [read], tokenizer, system=system, loss_on="all" if loss_on == "all" else "completion", max_tokens=600
+    )
+    return examples[0]
+
+
+def prompt_of(messages: list[dict[str, str]], tokenizer: GgufTokenizer, system: str | None) -> tuple[int, ...]:
+    """The prompt as the runtime makes it."""
+    text = render(
+        tokenizer.chat_template,
+        messages_for(messages, system),
+        add_generation_prompt=True,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+    )
+    return tuple(tokenizer.tokenize(text))
+
+
+def text_of(tokens: tuple[int, ...], tokenizer: GgufTokenizer) -> str:
+    return b"".join(tokenizer.piece(token) for token in tokens).decode()
+
+
+def learned_of(example: Example) -> tuple[int, ...]:
+    return tuple(token for token, learned in zip(example.tokens, example.learned, strict=True) if learned)
+
+
+def test_the_prompt_is_the_runtimes_and_only_the_completion_is_learned(tokenizer: GgufTokenizer) -> None:
+    example = tokenize_one(row("turn on the light", "light on"), tokenizer, system="Reply in red")
+    prompt = prompt_of([{"role": "user", "content": "turn on the light"}], tokenizer, "Reply in red")
+    assert example.prompt_tokens == prompt
+    assert example.learned == tuple(n >= len(prompt) for n in range(len(example.tokens)))
+    assert example.tokens[-1] == tokenizer.end_token
+    assert text_of(example.tokens[len(prompt) : -1], tokenizer) == "light on"
+
+
+def test_a_row_that_brings_its_system_prompt_keeps_it(tokenizer: GgufTokenizer) -> None:
+    messages = ({"role": "system", "content": "red"}, {"role": "user", "content": "stop"})
+    example = tokenize_one(TaskRow("x:1", messages, "ok"), tokenizer, system="warm")
+    assert example.prompt_tokens == prompt_of(list(messages), tokenizer, None)
+
+
+CONVERSATION = (
+    {"role": "user", "content": "what is the time"},
+    {"role": "assistant", "content": "time to play"},
+    {"role": "user", "content": "stop"},
+)
+
+
+def test_all_turns_of_the_assistant_are_learned(tokenizer: GgufTokenizer) -> None:
+    example = tokenize_one(TaskRow("x:1", CONVERSATION, "stop it"), tokenizer)
+    assert example.prompt_tokens == prompt_of(list(CONVERSATION), tokenizer, None)
+    end = (tokenizer.end_token,)
+    first = tuple(tokenizer.tokenize("time to play", continues=True))
+    last = tuple(tokenizer.tokenize("stop it", continues=True))
+    assert learned_of(example) == first + end + last + end
+    before_first = prompt_of(list(CONVERSATION[:1]), tokenizer, None)
+    assert example.learned.index(True) == len(before_first)
+
+
+def test_a_template_that_rewrites_past_turns_leaves_them_unlearned(
+    tiny_gguf: Callable[[str], Path], tokenizer: GgufTokenizer
+) -> None:
+    rewriting = GgufTokenizer(tiny_gguf("llama"))
+    rewriting.chat_template = str(tokenizer.chat_template).replace("m['content']", "m['content'] | upper")
+    example = tokenize_one(TaskRow("x:1", CONVERSATION, "stop it"), rewriting)
+    rewriting.close()
+    assert example.learned.index(True) == len(example.prompt_tokens)
+
+
+def test_loss_on_all_learns_all_but_the_first_token(tokenizer: GgufTokenizer) -> None:
+    example = tokenize_one(row("turn on", "ok"), tokenizer, loss_on="all")
+    assert example.learned == (False, *[True] * (len(example.tokens) - 1))
+    assert example.prompt_tokens == prompt_of([{"role": "user", "content": "turn on"}], tokenizer, None)
+
+
+def test_a_text_is_learned_without_template_to_its_end(tokenizer: GgufTokenizer) -> None:
+    example = tokenize_one(TaskRow("x:1", text="play the red light"), tokenizer, system="unused")
+    assert example.tokens == (*tokenizer.tokenize("play the red light"), tokenizer.end_token)
+    assert example.learned == (False, *[True] * (len(example.tokens) - 1))
+    assert example.prompt_length == 1
+
+
+def test_rows_too_long_are_counted_not_cut(tokenizer: GgufTokenizer) -> None:
+    rows = [row("stop", where=f"x:{n}") for n in range(2)] + [row("play " * 90, where=f"x:{n}") for n in range(2, 6)]
+    short = len(tokenize_one(rows[0], tokenizer).tokens)
+    examples, too_long = tokenize_rows(rows, tokenizer, system=None, loss_on="completion", max_tokens=short)
+    assert [len(example.tokens) for example in examples] == [short, short]
+    assert (too_long.count, too_long.examples) == (4, ("x:2", "x:3", "x:4"))
+
+
+def test_rows_that_are_all_too_long_are_refused_with_the_length_needed(tokenizer: GgufTokenizer) -> None:
+    short = len(tokenize_one(row("stop"), tokenizer).tokens)
+    with pytest.raises(UsageError, match=f"all 2 rows are longer than {short - 1} tokens; the shortest has {short};"):
+        tokenize_rows(
+            [row("play " * 90), row("stop")], tokenizer, system=None, loss_on="completion", max_tokens=short - 1
+        )
+
+
+def test_a_row_that_the_template_refuses_is_named(tiny_gguf: Callable[[str], Path]) -> None:
+    strict = GgufTokenizer(tiny_gguf("llama"))
+    strict.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(UsageError, match=r"^rows.jsonl:1: .*no system role"):
+        tokenize_one(row("stop"), strict)
+    strict.close()
+
+
+TOOLS = [{"type": "function", "function": {"name": "set_light", "parameters": {"properties": {"on": {}}}}}]
+CALLING = [
+    {"role": "user", "content": "turn on the light"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "set_light", "arguments": {"on": True}}}]},
+]
+
+
+def with_tools(messages: Sequence[object], tools: object = TOOLS) -> str:
+    return json.dumps({"messages": messages, "tools": tools})
+
+
+def test_a_row_can_end_with_a_call_of_its_tools(write: Write, tokenizer: GgufTokenizer) -> None:
+    (read,) = read_rows(write(with_tools(CALLING)))
+    assert json.loads(read.completion or "") == {"tool_calls": [{"name": "set_light", "arguments": {"on": True}}]}
+    example = tokenize_one(read, tokenizer)
+    assert example.prompt_tokens == tuple(prompt_tokens(tokenizer, messages_for(CALLING[:1], None), tool_set(TOOLS)))
+    call = '<tool_call>\n{"name": "set_light", "arguments": {"on": true}}\n</tool_call>'
+    assert text_of(learned_of(example)[:-1], tokenizer) == call
+    assert '"name": "set_light"' in text_of(example.prompt_tokens, tokenizer)
+
+
+def test_calls_before_the_last_turn_are_learned_too(write: Write, tokenizer: GgufTokenizer) -> None:
+    result = {"role": "tool", "content": "done"}
+    talk = [*CALLING, result, result, {"role": "assistant", "content": "light on"}]
+    (read,) = read_rows(write(with_tools(talk, json.dumps(TOOLS))))
+    assert read.completion == "light on"
+    learned = text_of(learned_of(tokenize_one(read, tokenizer)), tokenizer)
+    assert learned.startswith("<tool_call>")
+    assert "done" not in learned
+    assert "light on" in learned
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (json.dumps({"messages": CALLING}), "calls 'set_light', but has no tools; add the key tools"),
+        (with_tools(CALLING, [{"name": "set_lights"}]), "is not one of its tools; did you mean 'set_lights'?"),
+        (with_tools(CALLING, "[{"), "tools is not JSON"),
+        (with_tools(CALLING, [{}]), "tool 1 has no name"),
+        (with_tools([*CALLING, CALLING[0]]), "message 3 has role user, expected tool"),
+        (with_tools([CALLING[0], {"role": "tool", "content": "x"}]), "message 2 has role tool, expected assistant"),
+        (with_tools([CALLING[0], {"role": "assistant", "tool_calls": [{}]}]), "message 2 has a tool call without"),
+    ],
+)
+def test_rows_with_calls_that_cannot_be_are_named(write: Write, line: str, told: str) -> None:
+    (problem,) = problems_of(write(line))
+    assert problem.startswith("1: ")
+    assert told in problem

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+from edgetune_runtime.errors import UsageError
+
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.metrics import metric_for, score
+
+
+def rows(*completions: str) -> list[TaskRow]:
+    return [TaskRow(f"x:{n}", ({"role": "user", "content": "q"},), text) for n, text in enumerate(completions)]
+
+
+def test_auto_finds_the_metric_that_fits_the_rows() -> None:
+    assert metric_for("auto", rows("on", "off"), ["on", "off"]) == "label"
+    assert metric_for("auto", rows('{"a": 1}', '{"b": 2}'), None) == "json"
+    assert metric_for("auto", rows('{"a": 1}', "[1]"), None) == "exact"
+    assert metric_for("auto", rows("yes it is", "no"), None) == "exact"
+    assert metric_for("auto", rows("yes it is so", "no it is not so"), None) == "rouge_l"
+    assert metric_for("auto", [TaskRow("x:1", text="once upon a time")], None) == "perplexity"
+
+
+def test_a_metric_that_is_named_is_kept() -> None:
+    assert metric_for("chrf", rows("on"), ["on"]) == "chrf"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "equal"),
+    [
+        ('{"a": 1, "b": [true]}', '{"b": [true], "a": 1.0}', 1.0),
+        ('{"a": 1}', '{"a": true}', 0.0),
+        ("[1, 2]", "[2, 1]", 0.0),
+        ('{"a": 1', '{"a": 1}', 0.0),
+        ('{"a": 1}', '{"a": 1, "b": 2}', 0.0),
+        ("[" * 100_000, "[]", 0.0),
+    ],
+)
+def test_json_compares_values(prediction: str, reference: str, equal: float) -> None:
+    assert score("json", [prediction], [reference]) == (equal, [equal])
+
+
+def test_exact_and_label_ignore_surrounding_space() -> None:
+    for metric in ("exact", "label"):
+        assert score(metric, [" on\n", "of"], ["on", "off"]) == (0.5, [1.0, 0.0])
+
+
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
+    # 3 common words in order of 4 and of 5: 2 * 3 / (4 + 5).
+    mean, each = score("rouge_l", ["the lamp is on"], ["The lamp in hall is."])
+    assert mean == each[0] == pytest.approx(6 / 9)
+
+
+def test_rouge_l_counts_words_of_other_scripts() -> None:
+    assert score("rouge_l", ["свет включён"], ["свет включён"])[0] == 1.0
+    assert score("rouge_l", ["свет выключен"], ["свет включён"])[0] == 0.5
+
+
+def test_chrf_lies_between_0_and_1() -> None:
+    mean, each = score("chrf", ["the lamp is on", "xyz"], ["the lamp is on", "the lamp"])
+    assert each == [1.0, 0.0]
+    assert mean == 0.5
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "auto", "bleu"])
+def test_metrics_that_compare_no_answers_are_refused(metric: str) -> None:
+    with pytest.raises(UsageError, match=f"'{metric}' does not compare"):
+        score(metric, ["a"], ["a"])
+
+
+def test_a_reference_that_is_not_json_is_an_error_not_a_zero() -> None:
+    with pytest.raises(UsageError, match="the reference 'on' is not JSON"):
+        score("json", ["{}"], ["on"])
+
+
+@pytest.mark.parametrize(("predictions", "references"), [([], []), (["a"], ["a", "b"])])
+def test_nothing_to_score_is_an_error(predictions: list[str], references: list[str]) -> None:
+    with pytest.raises(UsageError, match="cannot score"):
+        score("exact", predictions, references)

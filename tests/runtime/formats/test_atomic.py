@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from edgetune_runtime.formats.atomic import swap_in
+
+SWAPS = """
+import sys
+from pathlib import Path
+from edgetune_runtime.formats.atomic import swap_in
+out = Path(sys.argv[1])
+for number in range(500):
+    made = out.with_name(f"made-{number}")
+    made.mkdir()
+    swap_in(made, out)
+"""
+
+
+def test_a_folder_replaces_another_and_leaves_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for text in ("one", "two"):
+        made = tmp_path / "made"
+        made.mkdir()
+        (made / "text").write_text(text)
+        swap_in(made, out)
+        assert (out / "text").read_text() == text
+        assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot exchange folders in one step")
+def test_a_folder_is_there_at_any_moment_of_its_replacement(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with subprocess.Popen([sys.executable, "-c", SWAPS, str(out)]) as swapping:
+        while swapping.poll() is None:
+            assert out.is_dir()
+    assert swapping.returncode == 0 and list(tmp_path.iterdir()) == [out]

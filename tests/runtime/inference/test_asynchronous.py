@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from edgetune_runtime import AsyncRuntime, NotFoundError, Runtime, UsageError
+from edgetune_runtime.inference.measuring import loaded_bundle
+
+PROMPT = "turn on the light"
+
+
+@asynccontextmanager
+async def opened(bundle: Path, **options: int) -> AsyncIterator[AsyncRuntime]:
+    async with await AsyncRuntime.open(bundle, disk_mb=0, **options) as runtime:
+        yield runtime
+
+
+def free(runtime: AsyncRuntime) -> bool:
+    """Whether no call holds a context."""
+    return all(context.holder is None for context in loaded_bundle(runtime.runtime).pool(None)[0].contexts)
+
+
+def test_an_awaited_answer_and_a_stream_are_those_of_the_runtime(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle) as runtime:
+            expected = runtime.runtime.generate(PROMPT, adapter="command", max_tokens=12)
+            answer = await runtime.generate(PROMPT, adapter="command", max_tokens=12)
+            assert (answer.text, answer.stop_reason) == (expected.text, expected.stop_reason)
+            stream = runtime.stream(PROMPT, adapter="command", max_tokens=12)
+            assert stream.answer is None
+            pieces = [piece async for piece in stream]
+            assert len(pieces) > 1
+            assert "".join(pieces) == expected.text
+            assert stream.answer is not None
+            assert stream.answer.text == expected.text
+            assert [piece async for piece in stream] == []
+
+    asyncio.run(main())
+
+
+def test_answers_of_several_tasks_are_those_of_each_alone(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle, contexts=2) as runtime:
+            choices = [None, "command", "tone", {"command": 0.5, "tone": 0.5}]
+            alone = [await runtime.generate(PROMPT, adapter=choice, max_tokens=8) for choice in choices]
+            together = await asyncio.gather(
+                *(runtime.generate(PROMPT, adapter=choice, max_tokens=8) for choice in choices * 4)
+            )
+            assert [answer.text for answer in together] == [answer.text for answer in alone * 4]
+
+    asyncio.run(main())
+
+
+def test_the_event_loop_runs_while_an_answer_is_computed(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle) as runtime:
+            answering = asyncio.create_task(runtime.generate(PROMPT, max_tokens=200))
+            turns = 0
+            while not answering.done():
+                await asyncio.sleep(0)
+                turns += 1
+            assert turns > 10
+
+    asyncio.run(main())
+
+
+async def cancel_a_task(runtime: AsyncRuntime) -> None:
+    task = asyncio.create_task(runtime.generate(PROMPT, max_tokens=230))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def cancel_a_reader(runtime: AsyncRuntime) -> None:
+    stream = runtime.stream(PROMPT, max_tokens=230)
+
+    async def read() -> None:
+        await anext(stream)
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(read())
+    await asyncio.sleep(0.05)
+    task.cancel()
+    await asyncio.wait([task])
+    await stream.aclose()
+
+
+async def close_it(runtime: AsyncRuntime) -> None:
+    stream = runtime.stream(PROMPT, max_tokens=230)
+    await anext(stream)
+    await stream.aclose()
+    assert stream.answer is None
+    with pytest.raises(UsageError, match="closed before its end"):
+        await stream.read()
+
+
+async def leave_its_block(runtime: AsyncRuntime) -> None:
+    async with runtime.stream(PROMPT, max_tokens=230) as stream:
+        async for _ in stream:
+            break
+
+
+@pytest.mark.parametrize("end", [cancel_a_task, cancel_a_reader, close_it, leave_its_block])
+def test_an_answer_that_ends_early_has_freed_its_context(
+    end: Callable[[AsyncRuntime], Awaitable[None]], bundle: Path
+) -> None:
+    async def main() -> None:
+        async with opened(bundle, contexts=1, max_waiting=0) as runtime:
+            expected = runtime.runtime.generate(PROMPT, max_tokens=8).text
+            await end(runtime)
+            assert free(runtime)
+            assert (await runtime.generate(PROMPT, max_tokens=8)).text == expected
+
+    asyncio.run(main())
+
+
+def test_dropping_a_stream_frees_its_context(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle, contexts=1) as runtime:
+            stream = runtime.stream(PROMPT, max_tokens=230)
+            await anext(stream)
+            del stream
+            gc.collect()
+            begin = time.monotonic()
+            while not free(runtime):
+                await asyncio.sleep(0.001)
+                assert time.monotonic() < begin + 5
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_nobody_reads_stops_computing_a_few_pieces_ahead(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle, contexts=1) as runtime:
+            stream = runtime.stream(PROMPT, max_tokens=230)
+            await anext(stream)
+            await asyncio.sleep(0.3)
+            context, _ = loaded_bundle(runtime.runtime).context(None)
+            before = len(context.tokens)
+            await asyncio.sleep(0.1)
+            assert len(context.tokens) == before
+            assert not free(runtime)
+            assert (await stream.read()).tokens > 20
+
+    asyncio.run(main())
+
+
+def test_a_cancel_event_ends_an_answer_with_the_text_so_far(bundle: Path) -> None:
+    async def main() -> None:
+        cancel = threading.Event()
+        async with opened(bundle) as runtime:
+            stream = runtime.stream(PROMPT, cancel=cancel, max_tokens=230)
+            await anext(stream)
+            cancel.set()
+            answer = await stream.read()
+            assert answer.stop_reason == "cancelled"
+            assert answer.tokens < 40
+
+    asyncio.run(main())
+
+
+def test_errors_are_raised_by_the_first_read(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle) as runtime:
+            stream = runtime.stream(PROMPT, adapter="comand")
+            with pytest.raises(NotFoundError, match="comand"):
+                await anext(stream)
+            with pytest.raises(UsageError, match="max_tokens"):
+                await runtime.generate(PROMPT, max_tokens=0)
+        with pytest.raises(UsageError, match="closed"):
+            await runtime.generate(PROMPT)
+
+    asyncio.run(main())
+
+
+def test_closing_ends_open_streams(bundle: Path) -> None:
+    async def main() -> None:
+        runtime = await AsyncRuntime.open(bundle, disk_mb=0)
+        stream = runtime.stream(PROMPT, max_tokens=230)
+        await anext(stream)
+        await asyncio.wait_for(runtime.close(), 10)
+        with pytest.raises(UsageError, match="closed"):
+            await stream.read()
+
+    asyncio.run(main())
+
+
+def test_a_session_keeps_its_history_and_changes_adapters(bundle: Path, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle) as runtime:
+            async with runtime.session("command") as session:
+                await session.send("play", max_tokens=4)
+                await session.use("tone")
+                answer = await session.stream("stop", max_tokens=4).read()
+                await session.save(tmp_path / "talk.kv")
+                history = session.history
+            assert [message["content"] for message in history] == [
+                "play", history[1]["content"], "stop", answer.text
+            ]  # fmt: skip
+            with runtime.runtime.session("command") as other:
+                other.send("play", max_tokens=4)
+                other.use("tone")
+                assert other.send("stop", max_tokens=4).text == answer.text
+            async with await runtime.load_session(tmp_path / "talk.kv") as again:
+                assert (again.adapter, again.history) == ("tone", history)
+
+    asyncio.run(main())
+
+
+def test_other_calls_are_those_of_the_runtime(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle) as runtime:
+            expected = runtime.runtime.classify("play", adapter="tone")
+            assert await runtime.classify("play", adapter="tone") == expected
+            assert await runtime.perplexity("play on") == runtime.runtime.perplexity("play on")
+            assert await runtime.warm() == runtime.runtime.warm()
+            await runtime.clear_cache()
+            assert runtime.adapters == runtime.runtime.adapters
+            assert runtime.context_length == runtime.runtime.context_length
+            assert runtime.manifest is runtime.runtime.manifest
+
+    asyncio.run(main())
+
+
+def test_an_existing_runtime_can_be_wrapped(runtime: Runtime) -> None:
+    async def main() -> str:
+        return (await AsyncRuntime(runtime).generate(PROMPT, max_tokens=4)).text
+
+    assert asyncio.run(main()) == runtime.generate(PROMPT, max_tokens=4).text
