@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A worker takes up to 2 GB of memory; tests compute with one thread each.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 BUNDLE := build/smart-home
 DATA := examples/smart-home/data
 
@@ -56,11 +59,11 @@ check: setup docs  ## Run ruff, mypy and import-linter, and build the documentat
 
 fast: setup  ## Run the tests without network, training and boards, in less than 90 s
 	@echo "== fast tests"
-	@$(BIN)/pytest -m "not model and not slow"
+	@$(PYTEST) -m "not model and not slow"
 
 test: check fast  ## Run all checks and tests, as CI does
 	@echo "== all other tests"
-	@$(BIN)/pytest -m "model or slow"
+	@$(PYTEST) -m "model or slow"
 
 fuzz: setup  ## Open 10,000 mutations of each kind of file, in about two hours; ARGS="--kind kit --case 7" runs one
 	@PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)

@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # For models this small, a second thread makes things slower, and 30 times slower if other processes need the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Thousands of tiny bundles are opened; tests/runtime/inference/test_preflight.py opens some of them in a child process first.
+# Thousands of tiny bundles are opened; some of them in a child process first, in test_preflight.py of the runtime.
 os.environ["EDGETUNE_PREFLIGHT"] = "0"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

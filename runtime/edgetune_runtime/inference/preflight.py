@@ -86,7 +86,7 @@ def _marker_path(cache_folder: str | Path | None, digest: str) -> Path:
 def _digest_of(bundle: Path, manifest: Manifest, options: OpeningOptions) -> str:
     """A digest of everything that determines what native code reads and does; the manifest has those of the files."""
     # Not imported, because the package imports everything.
-    own = sys.modules[__package__].__version__
+    own = sys.modules[__name__.partition(".")[0]].__version__
     versions = (own, engines.load(options.engine, manifest.task).library_version(), platform.machine())
     opening = (options.engine, options.context_length, options.kv, options.repack)
     identity: list[object] = [versions, opening, manifest.to_json()]

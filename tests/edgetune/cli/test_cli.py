@@ -199,8 +199,8 @@ def test_the_example_of_init_comes_with_its_data_and_validates(
             "--json",
         )[1]
     )
-    assert found["adapters"]["command"]["train"] > 9
-    assert found["adapters"]["intent"]["train"] == 1, "a file of the user stays"
+    assert found["adapters"]["command"]["rows"]["train"] > 9
+    assert found["adapters"]["intent"]["rows"]["train"] == 1, "a file of the user stays"
 
 
 def test_init_writes_a_recipe_for_data(run: Run, recipe: Path, tiny_gguf: Callable[[str], Path]) -> None:

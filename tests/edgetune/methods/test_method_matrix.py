@@ -201,7 +201,9 @@ def check_count(name: str, options: dict[str, Any], arch: str, base: Base) -> No
         # PEFT warns of a block size that it changes, and of adapters on a tied output layer.
         warnings.simplefilter("ignore")
         tuned = method.attach(make_model(arch, shape.vocabulary), chosen, 10)
-    assert method.trained_parameters(shape, chosen) == sum(p.numel() for _, p in trainable(tuned))
+    counted = sum(p.numel() for _, p in trainable(tuned))
+    method.detach(tuned)
+    assert method.trained_parameters(shape, chosen) == counted
 
 
 @pytest.mark.parametrize(("name", "options"), COUNTED)

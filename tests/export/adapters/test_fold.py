@@ -80,6 +80,8 @@ def test_weights_of_other_float_types_are_read(tmp_path: Path, dtype: str) -> No
     np.testing.assert_array_equal(fold_peft(folder, "command").modules[MODULE].b, [[1.0, -6.0]] * 6)
 
 
+# PEFT warns of some of what edgetune refuses.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     ("options", "named"),
     [

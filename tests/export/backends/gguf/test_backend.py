@@ -163,6 +163,7 @@ def test_modules_that_the_base_cannot_adapt_are_named(
         write_adapter(adapter, tiny_gguf("llama"), tmp_path / "out", base_fingerprint=FINGERPRINT)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_an_adapted_output_layer_works_where_the_base_has_one(
     tiny_gguf: Callable[[str], Path],
     tiny_folder: Callable[[str], Path],
