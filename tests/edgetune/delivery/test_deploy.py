@@ -30,9 +30,7 @@ from edgetune.delivery.deploy.target import Target, parse_target
 from edgetune.delivery.kit.make import AssembledKit
 from edgetune.progress import Progress
 
-pytestmark = pytest.mark.slow
-
-pytestmark = needs_sshd
+pytestmark = [pytest.mark.slow, needs_sshd]
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,7 @@ from edgetune.delivery.board import main, versions
 from edgetune.delivery.board.durable import LOCK_NAME, locked
 from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit, wheels_id
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ from edgetune.delivery.kit.target_python import TargetPython, target_python
 from edgetune.delivery.kit.wheels import Wheel, collect, dependencies, read_wheel
 from edgetune.progress import Progress
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 BOARD = "laptop" if this_machine.machine() == "x86_64" else "pi-5"
 QUIET = Progress(quiet=True)
 LLAMA = "llama-cpp-python"

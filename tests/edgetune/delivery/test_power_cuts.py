@@ -16,9 +16,7 @@ from edgetune.delivery.board import main, transfer, versions
 from edgetune.delivery.board.durable import LOCK_NAME
 from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, read_kit
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 _CHANGES = {
     *("os.rename", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.truncate"),
     *("shutil.rmtree", "fcntl.flock"),

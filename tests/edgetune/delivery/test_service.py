@@ -25,9 +25,7 @@ from edgetune.delivery.board import check, golden, main, service, sockets, versi
 from edgetune.delivery.board.kit import Kit, read_kit
 from edgetune.delivery.board.store import Store
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 
 
 # Tells the file of a unit of the system's packages.

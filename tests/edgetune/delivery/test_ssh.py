@@ -225,5 +225,6 @@ def test_warnings_of_a_board_are_few_short_lines() -> None:
 
 def test_no_ssh_names_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UnreachableError, match="ssh is not installed; Debian: apt install openssh-client"):
-        Connection(Target("pi@host")).run(["true"])
+    message = "ssh is not installed; Debian: apt install openssh-client"
+    with Connection(Target("pi@host")) as connection, pytest.raises(UnreachableError, match=message):
+        connection.run(["true"])
