@@ -33,6 +33,6 @@ def suggestion(name: str, names: Sequence[str]) -> str:
 
 
 def first_of(items: Sequence[str], max_items: int = 3, separator: str = "; ") -> str:
-    """The first items, and the number of the others."""
+    """The first items in one line, whatever is in them, and the number of the others."""
     more = len(items) - max_items
-    return separator.join(items[:max_items]) + (f" and {more} more" if more > 0 else "")
+    return printable(separator.join(items[:max_items])) + (f" and {more} more" if more > 0 else "")

@@ -265,6 +265,4 @@ def _mismatch(module: str, a: Floats, b: Floats, rank: int) -> str:
 
 def _raise_all(error: type[EdgetuneError], what: str, problems: Sequence[str], remedy: str) -> None:
     if problems:
-        # Their keys and values come from a file, and may have line breaks.
-        lines = [" ".join(problem.split()) for problem in problems]
-        raise error(f"{what}: {first_of(lines)}", remedy)
+        raise error(f"{what}: {first_of(problems)}", remedy)

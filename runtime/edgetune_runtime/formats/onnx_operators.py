@@ -60,8 +60,7 @@ OPERATORS = frozenset((
 
 def check_operators(header: OnnxHeader, path: Path) -> None:
     """VerificationError, with up to three of them, for operators that are not in the list."""
-    # In one line, whatever the name has.
-    unknown = sorted(" ".join(operator.split())[:80] for operator in header.ops - OPERATORS)
+    unknown = sorted(operator[:80] for operator in header.ops - OPERATORS)
     if unknown:
         message = f"{path} has operators that no exporter writes: {first_of(unknown)}"
         raise VerificationError(message, "build the bundle again")
