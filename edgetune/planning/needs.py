@@ -16,7 +16,6 @@ from edgetune_runtime.threads import machine
 from edgetune import methods
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
-from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
 from edgetune.training.memory import saved_states_mb, training_need
 from edgetune.training.schedule import Schedule
@@ -25,8 +24,6 @@ from edgetune.work_folder import work_folder
 from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
 
 _FLOAT = 4
-# Characters per token, a low estimate.
-_CHARACTERS = 3
 
 
 def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
@@ -72,7 +69,7 @@ def needs_of(plan: BuildPlan, base: BaseShape) -> BuildNeeds:
 
 def plan_rows(task: Task) -> RowsPlan:
     """The data of a task: its numbers of rows, their lengths and the optimizer steps."""
-    lengths = [_tokens(row, task.spec.system) for row in task.train]
+    lengths = [row.estimated_tokens(task.spec.system) for row in task.train]
     steps = Schedule(len(lengths), task.training).steps if lengths else 0
     mean = sum(lengths) / max(1, len(lengths))
     return RowsPlan(len(lengths), len(task.validation), max(lengths, default=0), mean, steps)
@@ -176,13 +173,6 @@ def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
 def _precision(training: TrainingSpec) -> str:
     """`fp32` unless the recipe says otherwise: only torch knows which formats the hardware computes fast."""
     return "fp32" if training.precision == "auto" else training.precision
-
-
-def _tokens(row: TaskRow, system: str | None) -> int:
-    """A high estimate of the tokens of a row."""
-    tools = None if row.tools is None else row.tools.text
-    texts = (system, tools, row.text, row.completion, *(message["content"] for message in row.messages or ()))
-    return math.ceil(sum(len(text) for text in texts if text) / _CHARACTERS)
 
 
 def _files(folder: Path) -> Iterator[Path]:

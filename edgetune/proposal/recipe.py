@@ -31,8 +31,8 @@ _REASONS = {
 _USEFUL_ROWS = 100
 # Of the rows, those with the most characters are tokenized.
 _LONGEST_ROWS = 100
-# Where the tokenizer is not at hand: a low estimate for English, and what chat templates add.
-_CHARACTERS_PER_TOKEN, _TEMPLATE_TOKENS = 3, 32
+# What chat templates add to a row, where the tokenizer is not at hand.
+_TEMPLATE_TOKENS = 32
 _CONTEXT_STEP, _LEAST_CONTEXT = 128, 256
 """Context lengths are multiples of the step."""
 _ROOM = 1.25
@@ -134,23 +134,16 @@ def _context_length(draft: Recipe, tasks: Sequence[_ProposedTask]) -> Choice:
 
 def _by_length(rows: Sequence[TaskRow]) -> list[TaskRow]:
     """The rows with the most characters."""
-    return sorted(rows, key=_characters, reverse=True)[:_LONGEST_ROWS]
+    return sorted(rows, key=lambda row: row.characters, reverse=True)[:_LONGEST_ROWS]
 
 
 def _longest(rows: Sequence[TaskRow], system: str | None, file: Path | None) -> int:
     """The tokens of the longest row: counted with the base's GGUF file, if there is one, otherwise estimated."""
     if file is None:
-        characters = _characters(rows[0]) + len(system or "")
-        return math.ceil(characters / _CHARACTERS_PER_TOKEN) + _TEMPLATE_TOKENS
+        return rows[0].estimated_tokens(system) + _TEMPLATE_TOKENS
     with closing(GgufTokenizer(file)) as tokenizer:
         examples, _ = tokenize_rows(rows, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)
     return max(len(example.tokens) for example in examples)
-
-
-def _characters(row: TaskRow) -> int:
-    tools = None if row.tools is None else row.tools.text
-    texts = (tools, row.text, row.completion, *(message["content"] for message in row.messages or ()))
-    return sum(len(text) for text in texts if text)
 
 
 def _introduction(recipe: Recipe, tasks: Sequence[_ProposedTask], path: Path) -> str:

@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ _MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
 FORMS = "messages, prompt and completion, text and label, or text"
 
 
+_CHARACTERS_PER_TOKEN = 3
+"""A low estimate."""
+
+
 @dataclass(frozen=True)
 class TaskRow:
     """One row of a task.
@@ -44,6 +49,17 @@ class TaskRow:
     text: str | None = None
     tools: ToolSet | None = None
     turn: Message | None = None
+
+    @property
+    def characters(self) -> int:
+        """The characters of all its texts."""
+        tools = None if self.tools is None else self.tools.text
+        texts = (tools, self.text, self.completion, *(message["content"] for message in self.messages or ()))
+        return sum(len(text) for text in texts if text)
+
+    def estimated_tokens(self, system: str | None) -> int:
+        """A high estimate of its tokens with a system prompt, without those of the chat template."""
+        return math.ceil((self.characters + len(system or "")) / _CHARACTERS_PER_TOKEN)
 
 
 class BadRowError(Exception):
