@@ -13,6 +13,10 @@ min_p.
 
 from __future__ import annotations
 
+from benchmarks.harness.benchmark import Benchmark, Result
+from benchmarks.harness.machine import said_of_machine
+from benchmarks.harness.tables import markdown, progress
+
 import argparse
 import json
 import random
@@ -25,12 +29,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
-sys.path[:] = [
-    str(Path(__file__).resolve().parents[1]),
-    *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
-]
-
 import jsonschema
 from edgetune_runtime import Answer, Runtime
 from edgetune_runtime.decoding.constraint import Constraint
@@ -38,42 +36,12 @@ from edgetune_runtime.decoding.grammars import Grammars
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.inference.options import SamplingOptions
 
-from benchmarks.machine import this_machine
-
 SCHEMAS = Path(__file__).with_name("schemas")
 CALLS = ("accept", "best", "forced", "mask", "valid_prefix")
 UNFILTERED: SamplingOptions = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 WORDS = (
-    "light",
-    "kitchen",
-    "weather",
-    "tomorrow",
-    "invoice",
-    "package",
-    "sensor",
-    "garden",
-    "music",
-    "folder",
-    "berlin",
-    "window",
-    "heater",
-    "ticket",
-    "river",
-    "morning",
-    "blue",
-    "seven",
-    "quickly",
-    "please",
-    "send",
-    "open",
-    "describe",
-    "count",
-    "without",
-    "every",
-    "paper",
-    "number",
-    "alarm",
-    "winter",
+    "light kitchen weather tomorrow invoice package sensor garden music folder berlin window heater ticket river "
+    "morning blue seven quickly please send open describe count without every paper number alarm winter"
 )
 
 
@@ -148,7 +116,7 @@ class Tally:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Judge and time answers under ten JSON schemas.")
+    parser = BENCHMARK.parser(threads=2)
     parser.add_argument("bundle", type=Path, help="a bundle for text generation")
     parser.add_argument("--engine", help="gguf or onnx (default: the bundle's first)")
     parser.add_argument("--adapter", help="answer with this adapter (default: the plain base)")
@@ -156,20 +124,13 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=160, help="longest answer")
     parser.add_argument("--temperature", type=float, default=1.5, help="0: greedy")
     parser.add_argument("--filtered", action="store_true", help="with the default top_k, top_p and min_p")
-    parser.add_argument("--threads", type=int, default=2, help="threads of the engine")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write constraints.json and constraints.md here")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
+    options = BENCHMARK.options(parser, prompts=2)
     result = measure(options)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "constraints.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        (options.out / "constraints.md").write_text(table(result), encoding="utf-8")
-    print(json.dumps(result) if options.json else table(result))
+    BENCHMARK.report(options, result)
     return int(any(found["misfits"] for found in result["schemas"].values()))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> Result:
     """The figures of each schema."""
     found, clock = {}, Clock()
     opened = Runtime.open(options.bundle, engine=options.engine, threads=options.threads, disk_mb=0)
@@ -180,19 +141,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         # The runtime reads it once, for the first constrained call.
         runtime.generate("?", choices=["yes", "no"])
         for path in sorted(SCHEMAS.glob("*.json")):
-            print(f"{path.stem} ...", file=sys.stderr)
+            progress(f"{path.stem} ...")
             found[path.stem] = _tally(runtime, json.loads(path.read_text(encoding="utf-8")), options, clock).to_json()
-        settings = {"bundle": runtime.manifest.name, "base": runtime.manifest.base.name, "engine": runtime.engine}
-    names = ("adapter", "prompts", "max_tokens", "temperature", "filtered", "threads")
-    asked = {name: getattr(options, name) for name in names}
-    return {"machine": this_machine(), **settings, **asked, "vocabulary_ms": vocabulary_ms, "schemas": found}
+        about = {"bundle": runtime.manifest.name, "base": runtime.manifest.base.name, "engine": runtime.engine}
+    return {**about, "vocabulary_ms": vocabulary_ms, "schemas": found}
 
 
 def _tally(runtime: Runtime, schema: dict[str, Any], options: argparse.Namespace, clock: Clock) -> Tally:
     judge = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
     tally, words = Tally(), random.Random(0)
     for seed in range(options.prompts):
-        prompt, clock.seconds = " ".join(words.choices(WORDS, k=words.randint(1, 12))), 0.0
+        prompt, clock.seconds = " ".join(words.choices(WORDS.split(), k=words.randint(1, 12))), 0.0
         begin = time.perf_counter()
         answer = runtime.generate(
             prompt,
@@ -217,25 +176,38 @@ def fit(text: str, judge: jsonschema.protocols.Validator) -> bool:
         return False
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Result) -> str:
     """Markdown: a row for each schema."""
-    machine, filters = result["machine"], "default filters" if result["filtered"] else "no filters"
-    lines = [
+    filters = "default filters" if result["filtered"] else "no filters"
+    about = (
         f"{result['base']}, {result['engine']}, {result['prompts']} prompts per schema, temperature "
-        f"{result['temperature']:g}, {filters}, at most {result['max_tokens']} tokens, {result['threads']} threads, "
-        f"{machine['cpu']} ({machine['kind']}). The vocabulary is read in {result['vocabulary_ms']} ms.",
-        "",
-        "| schema | answers | fit | cut off | complete, but do not fit | tokens | tokens/s | constraint, µs per token "
-        "| share of decode |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"{result['temperature']:g}, {filters}, at most {result['max_tokens']} tokens, {said_of_machine(result)}. "
+        f"The vocabulary is read in {result['vocabulary_ms']} ms."
+    )
+    rows = [
+        {
+            "schema": name,
+            "cut": found["answers"] - found["stop_reasons"].get("end", 0),
+            "misfit": len(found["misfits"]),
+            **found,
+        }
+        for name, found in result["schemas"].items()
     ]
-    for name, found in result["schemas"].items():
-        cut = found["answers"] - found["stop_reasons"].get("end", 0)
-        counts = [found["answers"], found["fit"], cut, len(found["misfits"]), f"{found['tokens']:.0f}"]
-        costs = [f"{found['tokens_per_s']:.0f}", f"{found['constraint_us_per_token']:.0f}"]
-        lines.append(f"| {name} | {' | '.join(map(str, counts + costs))} | {found['constraint_share']:.1%} |")
-    return "\n".join(lines) + "\n"
+    columns = {
+        "schema": "{schema}",
+        "answers": "{answers}",
+        "fit": "{fit}",
+        "cut off": "{cut}",
+        "complete, but do not fit": "{misfit}",
+        "tokens": "{tokens:.0f}",
+        "tokens/s": "{tokens_per_s:.0f}",
+        "constraint, µs per token": "{constraint_us_per_token:.0f}",
+        "share of decode": "{constraint_share:.1%}",
+    }
+    return f"{about}\n\n{markdown(rows, columns)}"
 
+
+BENCHMARK = Benchmark(__file__, __doc__, table)
 
 if __name__ == "__main__":
     sys.exit(main())

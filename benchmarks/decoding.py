@@ -1,4 +1,4 @@
-"""Bundles and rows of their tasks in; how fast each way of decoding answers them out: a table and a plot.
+"""Measure ways of decoding on the rows of bundles' tasks; writes a table and a plot.
 
     pip install -e '.[demo]' xllamacpp onnxruntime-genai
     python benchmarks/decoding.py build/smart-home=examples/smart-home/quick.yaml --out benchmarks/results
@@ -12,31 +12,30 @@ rows.
 
 from __future__ import annotations
 
+from benchmarks.harness.benchmark import Benchmark, Result
+from benchmarks.harness.machine import said_of_machine
+from benchmarks.harness.plots import subplots
+from benchmarks.harness.tables import markdown
+from benchmarks.harness.turns import in_turns
+from benchmarks.harness.worker import in_own_process
+
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
-sys.path[:] = [
-    str(Path(__file__).resolve().parents[1]),
-    *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
-]
 
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.decoding.output import OutputSpec
 
 from benchmarks.decoding_setups import MARGINS, PLAIN, SETUPS, Place, Prompt, Timed
-from benchmarks.machine import this_machine
 from edgetune.building.outputs.infer import infer
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task, read_task
+
+NAMES = [name for name in SETUPS if name != MARGINS]
 
 
 def figures(answers: Sequence[Timed]) -> dict[str, Any]:
@@ -71,96 +70,52 @@ def _margin(answer: Timed, plain: Timed) -> float:
 
 def main() -> None:
     """Run every setup that fits, and write the results."""
-    parser = argparse.ArgumentParser(description="Measure ways of decoding on the rows of bundles' tasks.")
+    parser = BENCHMARK.parser(only=NAMES, threads=2)
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE=RECIPE", help="a bundle, and the recipe with its rows")
     parser.add_argument("--rows", type=int, default=40, help="validation rows per adapter")
     parser.add_argument("--rounds", type=int, default=3, help="processes per setup")
     parser.add_argument("--engines", nargs="+", default=["gguf", "onnx"], help="of those that a bundle has files for")
-    parser.add_argument("--threads", type=int, default=2, help="threads of all setups")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write decoding.json, decoding.md and decoding.png here"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--worker", metavar="ENGINE/ADAPTER/SETUP", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        (pair,) = options.bundles
-        engine, adapter, setup = options.worker.split("/")
-        print(json.dumps([asdict(answer) for answer in measure(pair, engine, adapter, setup, options)]))
-        return
-    tasks = [found for pair in options.bundles for found in _tasks(pair, options)]
-    result = {"machine": this_machine(), **{key: getattr(options, key) for key in ("rows", "rounds", "threads")}}
-    result["tasks"] = tasks
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "decoding.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        (options.out / "decoding.md").write_text(table(result), encoding="utf-8")
-        plot(result, options.out / "decoding.png")
-    print(json.dumps(result) if options.json else table(result))
+    options = BENCHMARK.options(parser, only=NAMES, rows=2, rounds=1)
+    tasks = []
+    for bundle, recipe in (map(Path, pair.split("=", 1)) for pair in options.bundles):
+        manifest = read_manifest(bundle)
+        for engine in (engine for engine in manifest.base.files if engine in options.engines):
+            for adapter in manifest.adapters:
+                setups = _adapter(bundle, read_task(adapter, Recipe.from_file(recipe)), engine, options)
+                tasks.append({"bundle": manifest.name, "engine": engine, "adapter": adapter, "setups": setups})
+    BENCHMARK.report(options, {"tasks": tasks})
 
 
-def _tasks(pair: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The figures of every engine and adapter of a bundle."""
-    manifest = read_manifest(_split(pair)[0])
-    return [
-        {
-            "bundle": manifest.name,
-            "engine": engine,
-            "adapter": adapter,
-            "setups": _adapter(pair, engine, adapter, options),
-        }
-        for engine in manifest.base.files
-        if engine in options.engines
-        for adapter in manifest.adapters
-    ]
-
-
-def _adapter(pair: str, engine: str, adapter: str, options: argparse.Namespace) -> dict[str, Any]:
+def _adapter(bundle: Path, task: Task, engine: str, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of each setup, from `rounds` processes each."""
-    spec = _constraint(pair, adapter)
-    names = [name for name, setup in SETUPS.items() if setup.fits(engine, spec) and name != MARGINS]
-    answers: dict[str, list[Timed]] = {name: [] for name in names}
-
-    def answers_of(name: str) -> list[Timed]:
-        numbers = [f"--{key}={getattr(options, key)}" for key in ("rows", "threads")]
-        command = [sys.executable, sys.argv[0], pair, *numbers, "--worker", f"{engine}/{adapter}/{name}"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-        # Libraries may print before the result.
-        return [Timed(**answer) for answer in json.loads(done.stdout.splitlines()[-1])]
-
-    margins = answers_of(MARGINS)
-    for _ in range(options.rounds):
-        for name in names:
-            answers[name] += answers_of(name)
+    spec = _constraint(bundle, task)
+    place = Place(bundle, engine, task.name, spec, options.threads)
+    prompts = [_prompt_of(row) for row in task.validation[: options.rows + 1]]
+    runs: dict[str, Callable[[], list[Timed]]] = {
+        name: partial(in_own_process, measure, name, place, prompts)
+        for name in options.only
+        if SETUPS[name].fits(engine, spec)
+    }
+    margins: list[Timed] = in_own_process(measure, MARGINS, place, prompts)
+    rounds = in_turns(runs, options.rounds)
+    answers = {name: [answer for found in lists for answer in found] for name, lists in rounds.items()}
     return {
         name: figures(found) | (compared(found[: len(margins)], margins) if name.startswith(PLAIN) else {})
         for name, found in answers.items()
     }
 
 
-def measure(pair: str, engine: str, adapter: str, setup: str, options: argparse.Namespace) -> list[Timed]:
+def measure(setup: str, place: Place, prompts: Sequence[Prompt]) -> list[Timed]:
     """The answers of one setup, after one to warm up."""
-    task = _task(pair, adapter)
-    first, *rows = [_prompt_of(row) for row in task.validation[: options.rows + 1]]
-    place = Place(_split(pair)[0], engine, adapter, _constraint(pair, adapter), options.threads)
     with SETUPS[setup].opened(place) as answer:
-        return [answer(row) for row in (first, *rows)][1:]
+        return [answer(prompt) for prompt in prompts][1:]
 
 
-def _split(pair: str) -> tuple[Path, Path]:
-    bundle, _, recipe = pair.partition("=")
-    return Path(bundle), Path(recipe)
-
-
-def _task(pair: str, adapter: str) -> Task:
-    return read_task(adapter, Recipe.from_file(_split(pair)[1]))
-
-
-def _constraint(pair: str, adapter: str) -> OutputSpec | None:
-    stored = read_manifest(_split(pair)[0]).adapter(adapter).output
+def _constraint(bundle: Path, task: Task) -> OutputSpec | None:
+    stored = read_manifest(bundle).adapter(task.name).output
     if stored is not None:
         return OutputSpec.from_json(stored)
-    return infer([row.completion or "" for row in _task(pair, adapter).train])
+    return infer([row.completion or "" for row in task.train])
 
 
 def _prompt_of(row: TaskRow) -> Prompt:
@@ -169,61 +124,57 @@ def _prompt_of(row: TaskRow) -> Prompt:
     return [{"role": "user", "content": row.text or ""}]
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Result) -> str:
     """Markdown: a table for each engine and adapter, a row for each setup."""
-    machine = result["machine"]
-    about = f"{result['rows']} validation rows per adapter, {result['rounds']} rounds, {result['threads']} threads"
+    about = f"{result['rows']} validation rows per adapter, {result['rounds']} rounds, {said_of_machine(result)}."
     note = (
         "Other texts: answers that are not those of the adapter alone, and the largest margin of its token where one "
         "begins to differ. A constraint changes answers that break it."
     )
-    lines = [f"{about}, {machine['cpu']} ({machine['kind']}). {note}"]
+    columns = {
+        "setup": "{name}",
+        "answer, ms": "{answer_ms:.0f}",
+        "TTFT, ms": "{ttft_ms:.0f}",
+        "decode, tokens/s": "{tokens_per_s:.0f}",
+        "speedup": "{speedup:.2f}",
+        "tokens per step": "{tokens_per_step}",
+        "other texts": "{differ}",
+        "margin, nats": "{margin_nats:g}",
+    }
+    parts = [f"{about} {note}\n"]
     for task in result["tasks"]:
-        plain = task["setups"][PLAIN]["tokens_per_s"]
-        head = "| setup | answer, ms | TTFT, ms | decode, tokens/s | speedup | tokens per step | other texts (nats) |"
-        lines += ["", f"{_title(task)}", "", head, "| --- | --- | --- | --- | --- | --- | --- |"]
-        for setup, found in task["setups"].items():
-            cells = [
-                f"{found['answer_ms']:.0f}",
-                f"{found['ttft_ms']:.0f}",
-                f"{found['tokens_per_s']:.0f}",
-                f"{found['tokens_per_s'] / plain:.2f}" if plain else "",
-                str(found.get("tokens_per_step", "")),
-                f"{found.get('differ', '')}" + (f" ({found['margin_nats']:g})" if "margin_nats" in found else ""),
-            ]
-            lines.append(f"| {setup} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        plain = task["setups"].get(PLAIN, {}).get("tokens_per_s")
+        rows = [
+            {"name": name, "speedup": found["tokens_per_s"] / plain if plain else None, **found}
+            for name, found in task["setups"].items()
+        ]
+        parts.append(f"{_title(task)}\n\n{markdown(rows, columns)}")
+    return "\n".join(parts)
 
 
 def _title(task: dict[str, Any]) -> str:
     return f"{task['bundle']}, {task['adapter']}, {task['engine']}"
 
 
-def plot(result: dict[str, Any], out: Path) -> None:
+def plot(result: Result, out: Path) -> None:
     """Median time of an answer in each setup, a panel for each task and engine."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     tasks = result["tasks"]
     rows = (len(tasks) + 1) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(13, 2.6 * rows), squeeze=False)
-    for task, axis in zip(tasks, axes.flat, strict=False):
-        # The base does not end its answers where an adapter does.
-        names = [name for name in task["setups"] if name != "base"][::-1]
-        colors = ["#c8762c" if name.startswith(PLAIN) else "#4878a8" for name in names]
-        bars = axis.barh(names, [task["setups"][setup]["answer_ms"] for setup in names], color=colors)
-        axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
-        axis.margins(x=0.12)
-        axis.set_title(f"{_title(task)}: median ms per answer", fontsize=9, loc="left")
-        axis.tick_params(labelsize=7)
-    for axis in axes.flat[len(tasks) :]:
-        axis.set_visible(False)
-    figure.tight_layout()
-    figure.savefig(out, dpi=120)
-    plt.close(figure)
+    with subplots(out, rows, 2, dpi=120, figsize=(13, 2.6 * rows), squeeze=False) as axes:
+        for task, axis in zip(tasks, axes.flat, strict=False):
+            # The base does not end its answers where an adapter does.
+            names = [name for name in task["setups"] if name != "base"][::-1]
+            colors = ["#c8762c" if name.startswith(PLAIN) else "#4878a8" for name in names]
+            bars = axis.barh(names, [task["setups"][setup]["answer_ms"] for setup in names], color=colors)
+            axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
+            axis.margins(x=0.12)
+            axis.set_title(f"{_title(task)}: median ms per answer", fontsize=9, loc="left")
+            axis.tick_params(labelsize=7)
+        for axis in axes.flat[len(tasks) :]:
+            axis.set_visible(False)
 
+
+BENCHMARK = Benchmark(__file__, __doc__, table, plot)
 
 if __name__ == "__main__":
     main()

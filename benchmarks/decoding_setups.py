@@ -20,6 +20,8 @@ from edgetune_runtime.decoding.output import KINDS, OutputSpec
 from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.text.chat import Message, messages_for, render
 
+from benchmarks.libraries import complete, genai_adapters, genai_generator, llama_server_params, open_llama
+
 MOST_TOKENS = 160
 CONTEXT = 1024
 PLAIN, MARGINS = "adapter", "margins"
@@ -128,19 +130,12 @@ def llama_cpp_python(*, lookup: bool = False, constrained: bool = False) -> Setu
 
     @contextmanager
     def opened(place: Place) -> Iterator[Answering]:
-        from edgetune_runtime.engines.gguf.llama import library
         from llama_cpp.llama_grammar import LlamaGrammar
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-        llama = library().Llama(
-            str(place.base),
-            lora_path=str(place.adapter_file),
-            n_ctx=CONTEXT,
-            n_threads=place.threads,
-            n_threads_batch=place.threads,
-            verbose=False,
-            draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4) if lookup else None,
-        )
+        drafts = LlamaPromptLookupDecoding(num_pred_tokens=4) if lookup else None
+        adapter = str(place.adapter_file)
+        llama = open_llama(place.base, place.threads, CONTEXT, lora_path=adapter, draft_model=drafts)
         grammar = LlamaGrammar.from_json_schema(place.spec.text, verbose=False) if constrained and place.spec else None
         template = llama.metadata.get("tokenizer.chat_template")
 
@@ -168,36 +163,18 @@ def llama_server(*, lookup: bool = False, constrained: bool = False) -> Setup:
     def opened(place: Place) -> Iterator[Answering]:
         import xllamacpp
 
-        params = xllamacpp.CommonParams()
-        params.model.path = str(place.base)
-        params.n_ctx, params.n_parallel, params.warmup = CONTEXT, 1, False
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = place.threads
-        info = xllamacpp.CommonAdapterLoraInfo()
-        info.path, info.scale = str(place.adapter_file), 1.0
-        params.lora_adapters = [info]
+        params = llama_server_params(place.base, [place.adapter_file], place.threads, CONTEXT, scale=1.0)
         if lookup:
             params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
             # Its default of 12 tokens is longer than what short answers repeat.
             params.speculative.ngram_simple.size_n, params.speculative.ngram_simple.size_m = 3, 4
-        server, tokenizer = xllamacpp.Server(params), _tokenizer(place)
+        server, tokenizer = xllamacpp.Server(params), GgufTokenizer(place.base)
         more = {"json_schema": json.loads(place.spec.text)} if constrained and place.spec else {}
 
         def answer(prompt: Prompt) -> Timed:
             begin = time.perf_counter()
-            pieces: list[tuple[str, float]] = []
-            asked = {
-                "prompt": tokenizer.tokenize(rendered(tokenizer.chat_template, prompt, place)),
-                "n_predict": MOST_TOKENS,
-                "temperature": 0.0,
-                "stream": True,
-                **more,
-            }
-
-            def receive(chunk: Any) -> bool:  # noqa: ANN401 - a JSON object
-                pieces.append((chunk["choices"][0]["text"], time.perf_counter()))
-                return False
-
-            server.handle_completions(asked, receive)
+            tokens = tokenizer.tokenize(rendered(tokenizer.chat_template, prompt, place))
+            pieces = complete(server, prompt=tokens, n_predict=MOST_TOKENS, **more)
             whole_s, text = time.perf_counter() - begin, "".join(piece for piece, _ in pieces)
             return Timed(text, len(tokenizer.tokenize(text, continues=True)) + 1, whole_s, pieces[0][1] - begin)
 
@@ -218,18 +195,15 @@ def genai(*, constrained: bool = False) -> Setup:
         settings = onnxruntime_genai.Config(str(place.base.parent))
         settings.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         model = onnxruntime_genai.Model(settings)
-        adapters, tokenizer = onnxruntime_genai.Adapters(model), onnxruntime_genai.Tokenizer(model)
-        adapters.load(str(place.adapter_file), place.adapter)
+        tokenizer = onnxruntime_genai.Tokenizer(model)
+        adapters = genai_adapters(model, {place.adapter: place.adapter_file})
+        guidance = {"json_schema": place.spec.text} if constrained and place.spec else {}
         template_file = place.base.parent / "chat_template.jinja"
         template = template_file.read_text(encoding="utf-8") if template_file.exists() else None
 
         def answer(prompt: Prompt) -> Timed:
             begin = time.perf_counter()
-            params = onnxruntime_genai.GeneratorParams(model)
-            params.set_search_options(max_length=CONTEXT, do_sample=False)
-            if constrained and place.spec is not None:
-                params.set_guidance("json_schema", place.spec.text)
-            generator = onnxruntime_genai.Generator(model, params)
+            generator = genai_generator(model, CONTEXT, **guidance)
             generator.set_active_adapter(adapters, place.adapter)
             generator.append_tokens(tokenizer.encode(rendered(template, prompt, place)))
             tokens: list[int] = []
@@ -250,10 +224,6 @@ def rendered(template: str | None, prompt: Prompt, place: Place) -> str:
     """The prompt as the base's chat template gives it, with the adapter's system prompt."""
     messages: Sequence[Message] = messages_for(prompt, place.entry.system)
     return render(template, messages, add_generation_prompt=True, bos="", eos="")
-
-
-def _tokenizer(place: Place) -> GgufTokenizer:
-    return GgufTokenizer(place.base)
 
 
 SETUPS = {

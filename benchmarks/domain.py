@@ -8,6 +8,8 @@ the build, measured with the runtime's engines; `runtime` is the perplexity of t
 
 from __future__ import annotations
 
+from benchmarks.harness.benchmark import Benchmark
+
 import argparse
 import json
 import tempfile
@@ -28,7 +30,7 @@ ROWS = [{"prompt": f"Who wrote line {number}?", "completion": "Shakespeare"} for
 
 def main() -> None:
     """Build in a folder and print one JSON object."""
-    parser = argparse.ArgumentParser(description="Measure perplexity before and after continued pretraining.")
+    parser = BENCHMARK.parser(writes=False)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.txt and test.txt")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--quantization", help="quantization of the base (default: unchanged)")
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="build folder, to resume after an interruption (default: a temporary folder)"
     )
-    options = parser.parse_args()
+    options = BENCHMARK.options(parser, characters=8000, steps=1, window=64)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +91,8 @@ def _perplexity(bundle: Path, engine: str, text: str) -> float:
     with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
         return runtime.perplexity(text)
 
+
+BENCHMARK = Benchmark(__file__, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -8,32 +8,29 @@ lengths, each in a process of its own: peak resident memory after a prompt of ne
 of half the context for the adapters, until the saved states reach their limit. Speed: each bundle is calibrated after a
 short prompt, as `edgetune-run doctor --calibrate` does; then decode speed after a long one is predicted and measured,
 from the bundle's own calibration and from that of another quantization.
-Boards: predictions for the published figures in `published.toml`. `--parts` runs some of the three.
+Boards: predictions for the published figures in `published.toml`. `--only` runs some of the three.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+from benchmarks.harness.benchmark import Benchmark, Result, work_folder
+from benchmarks.harness.bundles import export_random, random_adapters, resolve_base
+from benchmarks.harness.prompts import words
+from benchmarks.harness.tables import markdown, progress
+from benchmarks.harness.turns import in_turns
+from benchmarks.harness.worker import in_own_process
+
 import statistics
-import subprocess
-import sys
-import tempfile
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from itertools import cycle, islice, product
+from dataclasses import replace
+from functools import partial
+from itertools import cycle, product
 from pathlib import Path
-from typing import Any
-
-# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
-sys.path[:] = [
-    str(Path(__file__).resolve().parents[1]),
-    *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
-]
+from typing import TYPE_CHECKING, Any
 
 from edgetune_devices import boards
-from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.formats.quantization import repacked_types
 from edgetune_runtime.sizing.calibration import Measured, figures_of, measure
@@ -42,9 +39,9 @@ from edgetune_runtime.sizing.needs import Needs, needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.speed import adapter_seconds, prefill_speed, speed_of, token_seconds
 from edgetune_runtime.threads.machine import disturbance, peak_mb
 
-from benchmarks.machine import this_machine
+if TYPE_CHECKING:
+    from edgetune_runtime import Runtime
 
-PARTS = ("memory", "speed", "boards")
 ENGINES = ("gguf", "onnx")
 QUANTIZATIONS = ("q8_0", "q4_k_m", "q4_0")
 CONTEXTS = (512, 1024, 2048)
@@ -52,7 +49,13 @@ ADAPTERS = (0, 4, 16)
 TURNS = 3
 """Measurements of the short and of the long prompt, whose medians are compared: the machine may be slow for a while."""
 CALIBRATED = "q4_0"
-WORDS = "lamp heater window kitchen garden music alarm morning evening quiet bright never always answer short plain"
+RANK = 8
+SYSTEMS = (
+    "You control the lamps, the blinds and the heating of a house. Answer with one JSON object: the device, the room "
+    "and the action. Leave out what the request does not name. Never explain the answer and never ask back.",
+    "Name the intent of the request in one word: light, climate, cover, media, lock, timer, weather or talk.",
+    "Reply as a polite butler of few words, in one sentence, and do not repeat what was asked.",
+)
 OWN = "own"
 """The calibration with the same bundle, as the documentation advises."""
 LIMITS = {"memory": 0.10, "speed": 0.25, "boards": 0.30}
@@ -61,67 +64,62 @@ LIMITS = {"memory": 0.10, "speed": 0.25, "boards": 0.30}
 
 def main() -> None:
     """Measure the parts and write fit.json and fit.md."""
-    parser = argparse.ArgumentParser(description="Compare predictions of memory and speed with measurements.")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="for the bundles (default: a temporary folder)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write fit.json and fit.md here")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--worker", choices=("memory", "speed"), help=argparse.SUPPRESS)
-    parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
-    parser.add_argument("--context", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(peak(options) if options.worker == "memory" else decode(options)))
-        return
-    result: dict[str, Any] = {"machine": this_machine(), "threads": options.threads, "limits": LIMITS}
-    with tempfile.TemporaryDirectory() as temporary:
-        options.work = options.work or Path(temporary)
-        if "memory" in options.parts or "speed" in options.parts:
-            make_bundles(options.work)
-        result |= {
-            part: {"memory": memory, "speed": speed, "boards": published}[part](options) for part in options.parts
-        }
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "fit.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        (options.out / "fit.md").write_text(tables(result), encoding="utf-8")
-    print(json.dumps(result) if options.json else tables(result))
+    parts = {"memory": memory, "speed": speed, "boards": published}
+    parser = BENCHMARK.parser(only=[*parts], threads=2, works=True)
+    options = BENCHMARK.options(parser, only=[*parts])
+    with work_folder(options) as work:
+        if {"memory", "speed"} & set(options.only):
+            make_bundles(work)
+        found = {part: parts[part](work, options.threads) for part in options.only}
+    BENCHMARK.report(options, {"limits": LIMITS, **found})
 
 
 def make_bundles(work: Path) -> None:
     """A bundle per quantization and number of adapters in `work`, unless they are there."""
-    from benchmarks.fit_bundles import make_bundle, with_fewer
-
+    names = [f"task{number}" for number in range(max(ADAPTERS))]
+    systems = {name: f"{system} ({name})" for name, system in zip(names, cycle(SYSTEMS), strict=False)}
     for quantization in QUANTIZATIONS:
-        whole = work / "whole" / quantization
+        whole = bundle_of(work, quantization, max(ADAPTERS))
         if not whole.exists():
-            make_bundle(whole, work / "bases", quantization, max(ADAPTERS))
+            base = resolve_base(quantization=quantization, work=work / "bases")
+            folders = random_adapters(base, names, RANK, work / "peft" / quantization)
+            export_random(base, folders, whole, systems=systems, targets=ENGINES)
         for count in ADAPTERS:
             if not bundle_of(work, quantization, count).exists():
-                with_fewer(whole, read_manifest(whole), count, bundle_of(work, quantization, count))
+                link_with_fewer(whole, names[:count], bundle_of(work, quantization, count))
+
+
+def link_with_fewer(bundle: Path, names: Sequence[str], out: Path) -> None:
+    """The bundle with only these adapters; its files are links to those of `bundle`."""
+    manifest = read_manifest(bundle)
+    dropped = tuple(f"adapters/{name}/" for name in manifest.adapters if name not in names)
+    files = {name: entry for name, entry in manifest.files.items() if not name.startswith(dropped)}
+    for name in files:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).hardlink_to(bundle / name)
+    kept = replace(manifest, files=files, adapters={name: manifest.adapters[name] for name in names})
+    (out / MANIFEST_NAME).write_text(kept.to_json(), encoding="utf-8")
 
 
 def bundle_of(work: Path, quantization: str, adapters: int) -> Path:
     return work / f"{quantization}-{adapters}"
 
 
-def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+def memory(work: Path, threads: int) -> list[dict[str, Any]]:
     """Predicted and measured peak of resident memory, in MB."""
     repacks = repacked_types(instructions())
     rows = []
     for engine, quantization, count, context in product(ENGINES, QUANTIZATIONS, ADAPTERS, CONTEXTS):
-        bundle = bundle_of(options.work, quantization, count)
+        bundle = bundle_of(work, quantization, count)
         needs = needs_of_bundle(bundle, context_length=context, engine=engine)
-        measured = _worker(options, "memory", bundle, engine, context)["peak_mb"]
+        measured = in_own_process(measured_peak_mb, bundle, engine, context, threads)
         case = {"engine": engine, "quantization": quantization, "adapters": count, "context_length": context}
         rows.append(case | _compared(needed_mb(needs, repacks=repacks), measured))
-        print(rows[-1], file=sys.stderr, flush=True)
+        progress(str(rows[-1]))
     return rows
 
 
-def speed(options: argparse.Namespace) -> dict[str, Any]:
+def speed(work: Path, threads: int) -> dict[str, Any]:
     """Predicted and measured decode speed in tokens/s, with and without an adapter, after a long prompt.
 
     The calibration is that of the bundle itself after a short prompt, or of the bundle in `CALIBRATED`.
@@ -132,11 +130,10 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     for engine in ENGINES:
         other: SpeedFigures | None = None
         for quantization in sorted(QUANTIZATIONS, key=lambda name: name != CALIBRATED):
-            bundle = bundle_of(options.work, quantization, 4)
+            bundle = bundle_of(work, quantization, 4)
             needs = needs_of_bundle(bundle, context_length=context, engine=engine)
-            found = _worker(options, "speed", bundle, engine, context)
-            short, long = (_median([Measured(**one) for one in turns]) for turns in found["measured"])
-            calibrations = {OWN: figures_of(needs, short, options.threads)}
+            short, long = map(_median, in_own_process(measured_speeds, bundle, engine, context, threads))
+            calibrations = {OWN: figures_of(needs, short, threads)}
             if other is None:
                 other = calibrations[OWN]
             else:
@@ -158,7 +155,7 @@ def _median(found: Sequence[Measured]) -> Measured:
     return replace(found[0], **{name: statistics.median(values) for name, values in taken.items() if all(values)})
 
 
-def published(_options: argparse.Namespace) -> list[dict[str, Any]]:
+def published(_work: Path, _threads: int) -> list[dict[str, Any]]:
     """Predictions for each published figure; `calibrated` if it was used to set the board's figures."""
     raw = tomllib.loads(Path(__file__).with_name("published.toml").read_text(encoding="utf-8"))
     return [row | _compared(_predicted(row, raw["models"][row["model"]]), row["published"]) for row in raw["figures"]]
@@ -184,57 +181,35 @@ def _predicted(row: dict[str, Any], model: dict[str, Any]) -> float:
     return prefill_speed(needs, figures) if row.get("prefill") else speed_of(needs, figures).decode
 
 
-def peak(options: argparse.Namespace) -> dict[str, float]:
+def measured_peak_mb(bundle: Path, engine: str, context: int, threads: int) -> float:
     """Peak resident memory of this process after prompts for the base and for the adapters."""
-    from edgetune_runtime import Runtime
     from edgetune_runtime.inference.measuring import loaded_bundle
     from edgetune_runtime.inference.opening_options import CACHE_MB
 
-    with Runtime.open(
-        options.bundle,
-        engine=options.engine,
-        context_length=options.context,
-        threads=options.threads,
-        disk_mb=0,
-        contexts=1,
-        map_large_blocks=True,
-    ) as runtime:
+    with _opened(bundle, engine, context, threads, map_large_blocks=True) as runtime:
         for name in (None, *runtime.adapters):
-            # One token per word, and room for the system prompt, the template and the answer.
-            count = int(options.context * (0.5 if name else 0.9)) - 90
-            runtime.generate(" ".join(islice(cycle(WORDS.split()), count)), adapter=name, max_tokens=8)
+            # Room for the system prompt, the template and the answer.
+            runtime.generate(words(int(context * (0.5 if name else 0.9)) - 90), adapter=name, max_tokens=8)
             if loaded_bundle(runtime).context()[0].shared.cache.bytes > 0.9 * CACHE_MB * 1e6:
                 break  # more states would only evict others
-        measured = peak_mb()
-    assert measured is not None
-    return {"peak_mb": measured}
+        peak = peak_mb()
+    assert peak is not None
+    return peak
 
 
-def decode(options: argparse.Namespace) -> dict[str, Any]:
+def measured_speeds(bundle: Path, engine: str, context: int, threads: int) -> list[list[Measured]]:
     """Speed after a short and after a long prompt, several times in turn."""
+    with _opened(bundle, engine, context, threads) as runtime:
+        lengths = {"short": 128, "long": context * 3 // 4}
+        return [*in_turns({name: partial(measure, runtime, count) for name, count in lengths.items()}, TURNS).values()]
+
+
+def _opened(bundle: Path, engine: str, context: int, threads: int, **options: bool) -> Runtime:
     from edgetune_runtime import Runtime
 
-    found: list[list[dict[str, Any]]] = [[], []]
-    with Runtime.open(
-        options.bundle,
-        engine=options.engine,
-        context_length=options.context,
-        threads=options.threads,
-        disk_mb=0,
-        contexts=1,
-    ) as runtime:
-        for _ in range(TURNS):
-            for turns, tokens in zip(found, (128, options.context * 3 // 4), strict=True):
-                turns.append(asdict(measure(runtime, tokens)))
-    return {"measured": found}
-
-
-def _worker(options: argparse.Namespace, what: str, bundle: Path, engine: str, context: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--worker", what, "--bundle", str(bundle), "--engine", engine]
-    command += ["--context", str(context), "--threads", str(options.threads)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return Runtime.open(
+        bundle, engine=engine, context_length=context, threads=threads, disk_mb=0, contexts=1, **options
+    )
 
 
 def _compared(predicted: float, measured: float) -> dict[str, float]:
@@ -245,30 +220,30 @@ def _compared(predicted: float, measured: float) -> dict[str, float]:
     }
 
 
-def tables(result: dict[str, Any]) -> str:
+def table(result: Result) -> str:
     """The comparisons as Markdown tables, and the largest error of each part."""
-    found = {"memory": result.get("memory", []), "speed": result.get("speed", {}).get("rows", [])}
-    found["boards"] = result.get("boards", [])
-    lines: list[str] = []
+    speed = result.get("speed", {"busy": None, "rows": []})
+    found = {"memory": result.get("memory", []), "speed": speed["rows"], "boards": result.get("boards", [])}
+    texts: list[str] = []
     for part, rows in found.items():
         if not rows:
             continue
         worst = max(abs(row["error"]) for row in rows)
         outside = sum(abs(row["error"]) > LIMITS[part] for row in rows)
-        limit = f"{LIMITS[part]:.0%}"
-        lines += [f"{part}: largest error {worst:.0%}, {outside} of {len(rows)} rows outside {limit}", ""]
-        if part == "speed" and result["speed"]["busy"]:
-            lines += [f"measured while the machine was busy: {result['speed']['busy']}", ""]
-        keys = [key for key in rows[0] if key != "source"]
-        lines += [f"| {' | '.join(keys)} |", f"|{' --- |' * len(keys)}"]
-        lines += [f"| {' | '.join(_cell(row.get(key, '')) for key in keys)} |" for row in rows]
-        lines.append("")
-    return "\n".join(lines)
+        texts.append(f"{part}: largest error {worst:.0%}, {outside} of {len(rows)} rows outside {LIMITS[part]:.0%}\n")
+        if part == "speed" and speed["busy"]:
+            texts.append(f"measured while the machine was busy: {speed['busy']}\n")
+        columns = {key: f"{{{key}}}" for key in rows[0] if key != "source"}
+        shown = [{key: _said(value) for key, value in row.items()} for row in rows]
+        texts.append(markdown(shown, columns))
+    return "\n".join(texts)
 
 
-def _cell(value: object) -> str:
-    return {True: "yes", False: ""}[value] if isinstance(value, bool) else str(value)
+def _said(value: object) -> object:
+    return {True: "yes", False: ""}[value] if isinstance(value, bool) else value
 
+
+BENCHMARK = Benchmark(__file__, __doc__, table)
 
 if __name__ == "__main__":
     main()

@@ -11,6 +11,10 @@ bundle. The exit code is 1 if any attack misses a target.
 
 from __future__ import annotations
 
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.machine import this_machine
+from benchmarks.harness.tables import markdown, progress
+
 import argparse
 import json
 import signal
@@ -23,10 +27,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:] = [str(ROOT), str(ROOT / "tests"), *(place for place in sys.path if Path(place) != ROOT / "benchmarks")]
-
 from edgetune_runtime.bundle import read_manifest
 
 from benchmarks import (
@@ -38,8 +38,7 @@ from benchmarks import (
     hostile_schemas,
 )
 from benchmarks.hostile_attack import WRONG, Attack, Replies
-from benchmarks.hostile_server import Names, OtherClient, Server, serving
-from benchmarks.machine import this_machine
+from benchmarks.hostile_server import Names, OtherClient, Server, attacked_server
 
 # The targets of every attack.
 OTHER_WAIT_S = 5.0
@@ -80,14 +79,14 @@ class Result:
 
 def main() -> int:
     """Run the attacks, and write the figures; 1 if any target is missed."""
-    parser = argparse.ArgumentParser(description="Attack a bundle's server, and open hostile copies of the bundle.")
+    parser = BENCHMARK.parser(writes=False)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--only", action="append", metavar="NAME", help="one attack; may be repeated (default: all)")
     parser.add_argument("--item", action="append", metavar="N", help="the attacks of this item; may be repeated")
     parser.add_argument("--engine", default="gguf", help="engine of the server (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--list", action="store_true", help="only list the attacks")
-    options = parser.parse_args()
+    options = BENCHMARK.options(parser)
     # So that a server does not outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     attacks = [attack for attack in ATTACKS if _is_chosen(attack, options)]
@@ -102,10 +101,10 @@ def main() -> int:
     results = []
     for attack in attacks:
         results.append(measure(attack, options.bundle, names, options.engine))
-        print(f"{attack.name}: {', '.join(results[-1].missed) or 'ok'}", file=sys.stderr)
+        progress(f"{attack.name}: {', '.join(results[-1].missed) or 'ok'}")
     opened = hostile_files.run_all(options.bundle, files, GROWTH_MB) if files else []
     if options.json:
-        found = {"requests": [asdict(result) for result in results], "files": [result.to_json() for result in opened]}
+        found = {"requests": [asdict(result) for result in results], "files": [asdict(result) for result in opened]}
         text = json.dumps({"machine": this_machine(), **found}, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
     print(table(results, opened))
@@ -117,7 +116,7 @@ def measure(attack: Attack, bundle: Path, names: Names, engine: str) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         options = ["--engine", engine, *attack.options]
-        with serving(bundle, names, work, options, attack.open_files) as server:
+        with attacked_server(bundle, names, work, options, attack.open_files) as server:
             before_mb, log_before = server.resident_mb, server.log.stat().st_size
             other = OtherClient(server.target.port, names.base)
             other.start()
@@ -168,32 +167,37 @@ def missed(replies: Replies, other: OtherClient, server: Server, before_mb: floa
 
 def table(results: Sequence[Result], opened: Sequence[hostile_files.FileResult]) -> str:
     """The figures as Markdown."""
-    lines = []
-    if results:
-        lines += [
-            "| item | attack | attacker | s | other's longest wait | before, after, peak MB | missed |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-        ]
-    for result in results:
-        statuses = ", ".join(f"{count} x {status}" for status, count in result.attacker.items())
-        memory = f"{result.before_mb:.0f}, {result.after_mb:.0f}, {result.peak_mb:.0f}"
-        cells = [result.item, result.does, statuses, f"{result.attacker_s:.1f}", f"{result.other_s:.2f} s", memory]
-        lines.append(_row([*cells, "; ".join(result.missed)]))
-    if opened:
-        lines += [
-            "",
-            "| item | file | exit code | s | peak MB | error | missed |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-        ]
-    for file in opened:
-        cells = [file.item, file.does, str(file.code), f"{file.seconds:.1f}", f"{file.peak_mb:.0f}", file.error[:90]]
-        lines.append(_row([*cells, "; ".join(file.missed)]))
+    requests = {
+        "item": "{item}",
+        "attack": "{does}",
+        "attacker": "{statuses}",
+        "s": "{attacker_s:.1f}",
+        "other's longest wait": "{other_s:.2f} s",
+        "before, after, peak MB": "{before_mb:.0f}, {after_mb:.0f}, {peak_mb:.0f}",
+        "missed": "{missed}",
+    }
+    files = {
+        "item": "{item}",
+        "file": "{does}",
+        "exit code": "{code}",
+        "s": "{seconds:.1f}",
+        "peak MB": "{peak_mb:.0f}",
+        "error": "{error:.90}",
+        "missed": "{missed}",
+    }
+    parts = []
+    for found, columns in ((results, requests), (opened, files)):
+        if found:
+            parts.append(markdown([_row(result) for result in found], columns))
     failed = sum(bool(result.missed) for result in [*results, *opened])
-    return "\n".join([*lines, "", f"{failed} of {len(results) + len(opened)} attacks miss a target"])
+    return "\n".join([*parts, f"{failed} of {len(results) + len(opened)} attacks miss a target"])
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |"
+def _row(result: Result | hostile_files.FileResult) -> dict[str, Any]:
+    row = asdict(result) | {"missed": "; ".join(result.missed)}
+    if isinstance(result, Result):
+        row["statuses"] = ", ".join(f"{count} x {status}" for status, count in result.attacker.items())
+    return row
 
 
 def _is_chosen(attack: Any, options: argparse.Namespace) -> bool:  # noqa: ANN401 - an attack of either kind
@@ -201,6 +205,8 @@ def _is_chosen(attack: Any, options: argparse.Namespace) -> bool:  # noqa: ANN40
         return attack.name in (options.only or ()) or attack.item in (options.item or ())
     return True
 
+
+BENCHMARK = Benchmark(__file__, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

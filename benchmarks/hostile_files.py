@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from benchmarks.harness.memory import status_mb
+from benchmarks.harness.tables import progress
+
 import os
 import shutil
 import signal
@@ -11,9 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgetune_runtime.bundle import read_manifest
 
@@ -56,10 +58,6 @@ class FileResult:
     error: str
     missed: Sequence[str]
 
-    def to_json(self) -> Mapping[str, Any]:
-        """The result as JSON values."""
-        return asdict(self)
-
 
 def run_all(bundle: Path, attacks: Sequence[FileAttack], growth_mb: float) -> list[FileResult]:
     """The results of the attacks for whose engine the bundle has files; memory may grow by `growth_mb`."""
@@ -74,7 +72,7 @@ def run_all(bundle: Path, attacks: Sequence[FileAttack], growth_mb: float) -> li
         is_runtime = attack.program == "edgetune_runtime"
         most_mb = unchanged[attack.engine].peak_mb + growth_mb if is_runtime else MEMORY_MB
         results.append(_run(bundle, attack, most_mb))
-        print(f"{attack.name}: {', '.join(results[-1].missed) or 'ok'}", file=sys.stderr)
+        progress(f"{attack.name}: {', '.join(results[-1].missed) or 'ok'}")
     return results
 
 
@@ -127,7 +125,7 @@ def _ended(command: Sequence[str], work: Path, longest_s: float) -> tuple[int | 
         limit_process(process.pid, MEMORY_MB)
         peak_mb = 0.0
         while process.poll() is None and time.monotonic() - begin < longest_s + 5:
-            peak_mb = max(peak_mb, _peak_mb(process.pid))
+            peak_mb = max(peak_mb, status_mb(process.pid, "VmHWM"))
             time.sleep(0.02)
         code = process.poll()
         with suppress(ProcessLookupError):
@@ -139,13 +137,6 @@ def _ended(command: Sequence[str], work: Path, longest_s: float) -> tuple[int | 
             file.seek(0)
             texts.append(file.read(_OUTPUT_BYTES).decode("utf-8", "replace"))
     return code, seconds, peak_mb, texts[0], texts[1]
-
-
-def _peak_mb(pid: int) -> float:
-    with suppress(OSError, IndexError, ValueError):
-        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-        return int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-    return 0.0
 
 
 def _link(source: str, target: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from benchmarks.harness.memory import family, proportional_mb
+from benchmarks.harness.server import serving
+
 import http.client
 import io
 import json
-import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,71 +175,41 @@ class Server:
     target: Target
     log: Path
     peak_mb: float = 0.0
-    _ends: threading.Event = field(default_factory=threading.Event)
 
     @property
     def resident_mb(self) -> float:
         """Resident memory (PSS) in MB (10^6 bytes)."""
-        return sum(_resident_bytes(pid) for pid in _tree(self.process.pid)) / 1e6
+        return sum(map(proportional_mb, family(self.process.pid)))
 
     @property
     def lives(self) -> bool:
         """Whether the process still runs."""
         return self.process.poll() is None
 
-    def watch(self) -> None:
+    def watch(self, ends: threading.Event) -> None:
         """Record the peak of the memory until the end."""
-        while not self._ends.wait(_SAMPLE_S):
+        while not ends.wait(_SAMPLE_S):
             self.peak_mb = max(self.peak_mb, self.resident_mb)
-
-    def end(self) -> None:
-        """End the process and its helpers."""
-        self._ends.set()
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
 
 
 @contextmanager
-def serving(bundle: Path, names: Names, work: Path, options: Sequence[str], open_files: int) -> Iterator[Server]:
+def attacked_server(
+    bundle: Path, names: Names, work: Path, options: Sequence[str], open_files: int
+) -> Iterator[Server]:
     """A server for the bundle with short limits, which has answered a question of each kind once."""
-    log = work / "server.log"
-    command = [
-        sys.executable,
-        "-m",
-        "edgetune_runtime",
-        "serve",
-        str(bundle),
-        "--port",
-        "0",
-        "--json",
-        *OPTIONS,
-        *options,
-    ]
-
-    environment = {**os.environ, "EDGETUNE_CACHE": str(work / "states")}
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
-        )
-    limit_process(process.pid, MEMORY_MB, open_files)
-    server: Server | None = None
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the server does not start: {log.read_text(errors='replace')[-500:]}")
-        port = int(json.loads(line)["url"].rpartition(":")[2])
-        server = Server(process, Target(port, names), log)
+    environment = {"EDGETUNE_CACHE": str(work / "states")}
+    limit, ends = partial(limit_process, memory_mb=MEMORY_MB, open_files=open_files), threading.Event()
+    with (
+        (work / "server.log").open("w") as log,
+        serving(bundle, [*OPTIONS, *options], environment=environment, log=log, limit=limit) as started,
+    ):
+        server = Server(started.process, Target(started.port, names), work / "server.log")
         _warm(server.target)
-        threading.Thread(target=server.watch, daemon=True).start()
-        yield server
-    finally:
-        if server is not None:
-            server.end()
-        else:
-            process.kill()
-            process.communicate()
+        threading.Thread(target=server.watch, args=(ends,), daemon=True).start()
+        try:
+            yield server
+        finally:
+            ends.set()
 
 
 def limit_process(pid: int, memory_mb: int, open_files: int | None = None) -> None:
@@ -258,22 +230,3 @@ def _warm(target: Target) -> None:
 def schema_format(schema: object) -> dict[str, Any]:
     """OpenAI's `response_format` of a schema."""
     return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
-
-
-def _tree(root: int) -> list[int]:
-    """The process and those that it started."""
-    found = [root]
-    for pid in found:
-        with suppress(OSError):
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                found += map(int, (task / "children").read_text(encoding="ascii").split())
-    return found
-
-
-def _resident_bytes(pid: int) -> int:
-    """Resident memory, with a share of what it shares: a child shares all with its parent until it starts a program."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    except (OSError, StopIteration):
-        return 0

@@ -10,21 +10,17 @@ what they cost, and memory is not emulated.
 
 from __future__ import annotations
 
-import argparse
-import json
+from benchmarks.harness.benchmark import Benchmark, Result
+from benchmarks.harness.tables import markdown, progress
+
 import os
-import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
-sys.path[:] = [str(ROOT), str(ROOT / "tests"), *(place for place in sys.path if Path(place) != ROOT / "benchmarks")]
 
 from arm64.board import SHARED, Board
 from arm64.rootfs import missing, prepare
@@ -126,12 +122,9 @@ def install(bundle: Path, board: Board) -> str:
 
 def main() -> None:
     """Measure each processor with each quantization, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = BENCHMARK.parser(only=QUANTIZATIONS)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--quantizations", default=",".join(QUANTIZATIONS))
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = BENCHMARK.options(parser, only=QUANTIZATIONS)
     if missing():
         raise SystemExit(f"this needs {'; and '.join(missing())}")
     base = options.bundle / read_manifest(options.bundle).base.files["gguf"]
@@ -139,24 +132,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         board = Board(prepare(), Path(folder))
         python = install(options.bundle, board)
-        for quantization in options.quantizations.split(","):
+        for quantization in options.only:
             model = f"{quantization}.gguf"
             quantize_gguf(base, board.shared / model, quantization, again=True)
             for cpu, name in CPUS.items():
                 figures = Decoding(board, python, model, cpu).measure()
                 rows.append({"quantization": quantization, "processor": f"{cpu} ({name})", **figures})
-                print(rows[-1], file=sys.stderr)
-    print(json.dumps(rows) if options.json else "\n".join(table(rows)))
-    if options.out is not None:
-        (options.out / "instructions.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                progress(str(rows[-1]))
+    BENCHMARK.report(options, {"rows": rows})
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def table(result: Result) -> str:
     """The rows as a table in Markdown, in millions of instructions per token."""
-    yield from (f"| {' | '.join(rows[0])} |", f"|{' --- |' * len(rows[0])}")
-    for row in rows:
-        yield f"| {' | '.join(map(str, row.values()))} |"
+    return markdown(result["rows"], {name: f"{{{name}}}" for name in result["rows"][0]})
 
+
+BENCHMARK = Benchmark(__file__, __doc__, table)
 
 if __name__ == "__main__":
     main()

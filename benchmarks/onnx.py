@@ -10,21 +10,21 @@ medians are compared. `share` is the decode speed with an adapter relative to th
 
 from __future__ import annotations
 
-import argparse
+from benchmarks.harness.benchmark import Benchmark, Result
+from benchmarks.harness.bundles import resolve_base
+from benchmarks.harness.turns import in_turns
+from benchmarks.harness.worker import Worker
+
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
-
-# Python imports from the script's folder first, where this file would shadow the package onnx.
-sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
+from typing import Any
 
 import gguf
 import numpy as np
@@ -35,9 +35,9 @@ from edgetune_export.backends.base import Source
 from edgetune_export.backends.onnx import backend
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 
+from benchmarks.libraries import genai_adapters, genai_generator
 from edgetune import bases
 from edgetune.bases import Base
-from edgetune.progress import Progress
 
 RANK = 16
 BASE = backend.MODEL_FILE
@@ -50,122 +50,80 @@ HALF = {"layers": 24, "hidden": 896, "inner": 4864, "heads": 14, "kv_heads": 2}
 
 def main() -> None:
     """Build the two bases, run the rounds and print ratios."""
-    parser = argparse.ArgumentParser(description="Compare edgetune's ONNX engine with onnxruntime-genai.")
-    parser.add_argument("--threads", type=int, default=2)
+    names = ["smollm2-135m", "random-0.5b"]
+    parser = BENCHMARK.parser(only=names, threads=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker is not None:
-        WORKERS[options.worker](options.folder, options.threads)
-        return
-    figures: dict[str, Any] = {"threads": options.threads, "rank": RANK}
+    options = BENCHMARK.options(parser, only=names, rounds=1)
+    figures: Result = {"rank": RANK}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        smollm2 = bases.resolve(
-            "smollm2-135m", folder=Path(), quantization="q4_0", work=work, progress=Progress(), converter=None
-        )
-        random_base(work / "half.gguf", smollm2.path)
-        half = bases.resolve(
-            str(work / "half.gguf"), folder=Path(), quantization=None, work=work, progress=Progress(), converter=None
-        )
-        for name, base in {"smollm2-135m": smollm2, "random-0.5b": half}.items():
+        base = resolve_base(quantization="q4_0", work=work)
+        for name in options.only:
+            if name == "random-0.5b":
+                random_base(work / "half.gguf", base.path)
+                base = resolve_base(str(work / "half.gguf"), work=work)
             export(base, work / name, options.threads)
             figures[name] = measure(work / name, options.threads, options.rounds)
-    print(json.dumps(figures) if options.json else json.dumps(figures, indent=2))
+    BENCHMARK.report(options, figures)
 
 
 def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     """Median decode and prefill speed for each engine and adapter, and their ratios."""
-    setups = [(engine, name) for name in ("base", *ADAPTERS) for engine in WORKERS]
-    times: dict[tuple[str, str], list[tuple[float, float]]] = {setup: [] for setup in setups}
+    names = ("base", *ADAPTERS)
     with ExitStack() as stack:
         # Each engine in its own process, so that the spinning threads of one do not slow down the other.
-        workers = {engine: stack.enter_context(Worker(engine, folder, threads)) for engine in WORKERS}
-        for number in range(rounds + 1):
-            print(f"round {number} of {rounds}", file=sys.stderr)
-            for engine, name in setups:
-                times_s = workers[engine].run(name)
-                if number:
-                    times[engine, name].append(times_s)
+        workers = {name: stack.enter_context(Worker(make, folder, threads)) for name, make in ENGINES.items()}
+        runs = {f"{engine} {name}": partial(workers[engine], name) for name in names for engine in ENGINES}
+        times = in_turns(runs, rounds, warmups=1)
     prefill = {setup: PROMPT / statistics.median(first for first, _ in found) for setup, found in times.items()}
     decode = {setup: 1 / statistics.median(step for _, step in found) for setup, found in times.items()}
-    names = ("base", *ADAPTERS)
     return {
-        "decode_tokens_per_s": {" ".join(setup): round(speed, 1) for setup, speed in decode.items()},
-        "prefill_tokens_per_s": {" ".join(setup): round(speed) for setup, speed in prefill.items()},
-        "decode_ratio": {name: round(decode["edgetune", name] / decode["genai", name], 2) for name in names},
-        "prefill_ratio": {name: round(prefill["edgetune", name] / prefill["genai", name], 2) for name in names},
-        "share": {name: round(decode["edgetune", name] / decode["edgetune", "base"], 3) for name in ADAPTERS},
+        "decode_tokens_per_s": {setup: round(speed, 1) for setup, speed in decode.items()},
+        "prefill_tokens_per_s": {setup: round(speed) for setup, speed in prefill.items()},
+        "decode_ratio": {name: round(decode[f"edgetune {name}"] / decode[f"genai {name}"], 2) for name in names},
+        "prefill_ratio": {name: round(prefill[f"edgetune {name}"] / prefill[f"genai {name}"], 2) for name in names},
+        "share": {name: round(decode[f"edgetune {name}"] / decode["edgetune base"], 3) for name in ADAPTERS},
     }
 
 
-class Worker:
-    """A process that measures one engine on demand."""
+def ours(folder: Path, threads: int) -> Callable[[str], tuple[float, float]]:
+    """Open edgetune's engine; returns a function that measures an adapter, or the base.
 
-    def __init__(self, engine: str, folder: Path, threads: int) -> None:
-        command = [sys.executable, __file__, "--worker", engine, "--folder", str(folder), "--threads", str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def run(self, name: str) -> tuple[float, float]:
-        """Seconds per prompt and per decode step with this adapter or the base."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{name}\n")
-        self._process.stdin.flush()
-        prompt_s, step_s = json.loads(self._process.stdout.readline())
-        return prompt_s, step_s
-
-
-def work_ours(folder: Path, threads: int) -> None:
-    """Measure edgetune's engine with each adapter that is named on standard input."""
-    with closing(OnnxEngine(folder / BASE, context_length=CONTEXT, threads=threads)) as engine:
-        for name in ADAPTERS:
-            engine.load_adapter(name, folder / f"{name}.onnx_adapter")
-        for line in sys.stdin:
-            name = line.strip()
-            print(json.dumps(ours(engine, None if name == "base" else name)), flush=True)
-
-
-def work_genai(folder: Path, _threads: int) -> None:
-    """Measure onnxruntime-genai with each adapter that is named on standard input; its config file has the threads."""
-    model = og.Model(str((folder / BASE).parent))
-    adapters = og.Adapters(model)
+    It gives the seconds per prompt, and the median seconds per decode step.
+    """
+    engine = OnnxEngine(folder / BASE, context_length=CONTEXT, threads=threads)
     for name in ADAPTERS:
-        adapters.load(str(folder / f"{name}.onnx_adapter"), name)
-    for line in sys.stdin:
-        name = line.strip()
-        print(json.dumps(genai(model, adapters, None if name == "base" else name)), flush=True)
+        engine.load_adapter(name, folder / f"{name}.onnx_adapter")
+
+    def run(name: str) -> tuple[float, float]:
+        engine.activate({} if name == "base" else {name: 1.0})
+        engine.truncate(0)
+        prompt_s = timed(lambda: engine.decode(range(100, 100 + PROMPT)))
+        return prompt_s, statistics.median(timed(lambda: engine.decode([7])) for _ in range(STEPS))
+
+    return run
 
 
-WORKERS: dict[str, Callable[[Path, int], None]] = {"edgetune": work_ours, "genai": work_genai}
+def genai(folder: Path, _threads: int) -> Callable[[str], tuple[float, float]]:
+    """The same with onnxruntime-genai; its config file has the threads.
+
+    It needs a new generator for each prompt, whose creation is not counted.
+    """
+    model = og.Model(str((folder / BASE).parent))
+    adapters = genai_adapters(model, {name: folder / f"{name}.onnx_adapter" for name in ADAPTERS})
+
+    def run(name: str) -> tuple[float, float]:
+        generator = genai_generator(model, CONTEXT)
+        if name != "base":
+            generator.set_active_adapter(adapters, name)
+        prompt_s = timed(lambda: generator.append_tokens(list(range(100, 100 + PROMPT))))
+        generator.generate_next_token()
+        return prompt_s, statistics.median(timed(generator.generate_next_token) for _ in range(STEPS))
+
+    return run
 
 
-def ours(engine: OnnxEngine, name: str | None) -> tuple[float, float]:
-    """Seconds per prompt, and median seconds per decode step."""
-    engine.activate({} if name is None else {name: 1.0})
-    engine.truncate(0)
-    prompt_s = timed(lambda: engine.decode(range(100, 100 + PROMPT)))
-    return prompt_s, statistics.median(timed(lambda: engine.decode([7])) for _ in range(STEPS))
-
-
-def genai(model: Any, adapters: Any, name: str | None) -> tuple[float, float]:  # noqa: ANN401 - the library's own
-    """The same with onnxruntime-genai. It needs a new generator for each prompt, whose creation is not counted."""
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=CONTEXT, do_sample=False)
-    generator = og.Generator(model, params)
-    if name is not None:
-        generator.set_active_adapter(adapters, name)
-    prompt_s = timed(lambda: generator.append_tokens(list(range(100, 100 + PROMPT))))
-    generator.generate_next_token()
-    return prompt_s, statistics.median(timed(generator.generate_next_token) for _ in range(STEPS))
+ENGINES = {"edgetune": ours, "genai": genai}
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -246,6 +204,8 @@ def add_blocks(writer: gguf.GGUFWriter, random: np.random.Generator, name: str, 
     blocks[..., :2] = np.full((rows, columns // 32, 1), 0.0045, np.float16).view(np.uint8)
     writer.add_tensor(name, blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
 
+
+BENCHMARK = Benchmark(__file__, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -9,13 +9,17 @@ a random rank-16 LoRA on all linear layers, separate (f16 and q8_0) and merged. 
 
 from __future__ import annotations
 
-import argparse
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.bundles import resolve_base
+from benchmarks.harness.tables import markdown, progress
+
 import os
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import torch
@@ -23,13 +27,12 @@ from edgetune_export.adapters.fold import fold_peft, merge
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf.backend import write_adapter, write_merged
 from edgetune_export.backends.gguf.quantize import quantize_gguf
-from edgetune_export.parity import Parity, compare
+from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufEngine, GgufTokenizer
 
 from edgetune import bases, methods
 from edgetune.methods.common.peft import module_weight
-from edgetune.progress import Progress
 from edgetune.shipping.verify import logits_of
 
 QUANTIZATIONS = ("as shipped", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_1", "q4_0")
@@ -40,32 +43,39 @@ B_STD = 0.04
 
 def main() -> None:
     """Print one row of the table per quantization."""
-    parser = argparse.ArgumentParser(description="Measure the parity of llama.cpp with torch, per quantization.")
+    parser = BENCHMARK.parser(writes=False, only=QUANTIZATIONS)
     parser.add_argument("--text", type=Path, required=True, help="a text file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the quantized bases")
-    options = parser.parse_args()
+    options = BENCHMARK.options(parser, only=QUANTIZATIONS)
     options.out.mkdir(parents=True, exist_ok=True)
-    shipped = _resolve("smollm2-135m").path
+    shipped = resolve_base().path
     with closing(GgufTokenizer(shipped)) as tokenizer:
         tokens = tokenizer.tokenize(options.text.read_text(encoding="utf-8")[:60_000])
     rows = [tokens[start : start + ROW_TOKENS] for start in range(300, 300 + 1000 * ROWS, 1000)]
-    print("| base | mostly | base KL | top-1 | + f16 LoRA KL | top-1 | + q8_0 LoRA KL | merged KL | top-1 |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for quantization in QUANTIZATIONS:
-        print(_row(quantization, shipped, rows, options.out), flush=True)
+    found = []
+    for quantization in options.only:
+        progress(quantization)
+        found.append(_row(quantization, shipped, rows, options.out))
+    columns = {
+        "base": "{base}",
+        "mostly": "{mostly}",
+        "base KL": "{plain.kl:.1e}",
+        "base top-1": "{plain.top1:.3f}",
+        "+ f16 LoRA KL": "{f16.kl:.1e}",
+        "+ f16 LoRA top-1": "{f16.top1:.3f}",
+        "+ q8_0 LoRA KL": "{q8_0.kl:.1e}",
+        "merged KL": "{merged.kl:.1e}",
+        "merged top-1": "{merged.top1:.3f}",
+    }
+    print(markdown(found, columns))
 
 
-def _resolve(name: str) -> bases.Base:
-    progress = Progress(quiet=True)
-    return bases.resolve(name, folder=Path(), quantization=None, work=Path(), progress=progress, converter=None)
-
-
-def _row(quantization: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -> str:
-    base = _resolve(str(shipped if quantization == "as shipped" else _quantized(quantization, shipped, out)))
+def _row(quantization: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -> dict[str, Any]:
+    base = resolve_base(str(shipped if quantization == "as shipped" else _quantized(quantization, shipped, out)))
     model = bases.load_torch(base, torch.float32)
     lora = methods.load("lora")
     with closing(GgufEngine(base.path, context_length=ROW_TOKENS)) as engine:
-        results = [compare(logits_of(model), engine, rows)]
+        found: dict[str, Any] = {"plain": compare(logits_of(model), engine, rows)}
         peft = lora.attach(model, lora.options(r=16, lora_alpha=32), 1)
         torch.manual_seed(0)
         with torch.no_grad():
@@ -81,13 +91,13 @@ def _row(quantization: str, shipped: Path, rows: Sequence[Sequence[int]], out: P
             write_adapter(folded, base.path, file, dtype=dtype, base_fingerprint=sha256_of(base.path))
             engine.load_adapter(dtype, file)
             engine.activate({dtype: 1.0})
-            results.append(compare(logits_of(peft), engine, rows))
+            found[dtype] = compare(logits_of(peft), engine, rows)
     plain = bases.load_torch(base, torch.float32)
     merged = merge(folded, partial(module_weight, plain))
     write_merged(merged, Source(base.path, base.fingerprint), out / "merged.gguf")
     with closing(GgufEngine(out / "merged.gguf", context_length=ROW_TOKENS)) as engine:
-        results.append(compare(logits_of(peft), engine, rows))
-    return _cells(quantization, base.header.main_type.name, results)
+        found["merged"] = compare(logits_of(peft), engine, rows)
+    return {"base": quantization, "mostly": base.header.main_type.name, **found}
 
 
 def _quantized(quantization: str, shipped: Path, out: Path) -> Path:
@@ -103,11 +113,7 @@ def _quantized(quantization: str, shipped: Path, out: Path) -> Path:
     return target
 
 
-def _cells(quantization: str, mostly: str, results: Sequence[Parity]) -> str:
-    plain, f16, q8_0, merged = results
-    figures = f"{plain.kl:.1e} | {plain.top1:.3f} | {f16.kl:.1e} | {f16.top1:.3f} | {q8_0.kl:.1e}"
-    return f"| {quantization} | {mostly} | {figures} | {merged.kl:.1e} | {merged.top1:.3f} |"
-
+BENCHMARK = Benchmark(__file__, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -12,47 +12,35 @@ a memory cgroup of 1.25 times the peak of its training, without swap, which need
 
 from __future__ import annotations
 
+from benchmarks.harness.benchmark import Benchmark, Result, work_folder
+from benchmarks.harness.bundles import resolve_base
+from benchmarks.harness.cgroup import memory_limit
+from benchmarks.harness.memory import family, status_mb
+from benchmarks.harness.plots import subplots
+from benchmarks.harness.prompts import WORDS
+from benchmarks.harness.tables import markdown
+from benchmarks.harness.worker import WorkerEndedError, in_own_process
+
 import argparse
 import json
-import math
 import os
 import random
 import shutil
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
-sys.path[:] = [
-    str(Path(__file__).resolve().parents[1]),
-    *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
-]
-
-import numpy as np
-import numpy.typing as npt
 from edgetune_export.backends.gguf.convert import find_converter
-from edgetune_export.backends.onnx.tokenizer import write_tokenizer
 from edgetune_runtime.errors import EdgetuneError
-from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
-from safetensors.numpy import save_file
 
-from benchmarks.cgroup import memory_limit
-from benchmarks.machine import this_machine
-from edgetune.bases import ALIASES, locate
 from edgetune.progress import Progress, Step
 
 RANK = 16
 QUANTIZATION = "q4_0"
-WORDS = (
-    "lamp heater window kitchen garden music alarm morning evening quiet bright never always answer short plain only"
-)
 STAGES = ("convert", "quantize", "load", "step", "fold", "gguf", "onnx", "parity", "pack")
 # The message of a build at the start of each stage; `step` starts with its progress bar.
 _BEGINNINGS = {
@@ -66,7 +54,6 @@ _BEGINNINGS = {
     "  bases of": "pack",
 }
 _SAMPLE_S = 0.02
-_HEAD_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -89,76 +76,57 @@ SIZES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure peak memory and time of each build stage, by base size.")
-    parser.add_argument("--sizes", default=",".join(SIZES), metavar="A,B", help=f"sizes: {', '.join(SIZES)}")
+    parser = BENCHMARK.parser(only=[*SIZES], works=True)
     parser.add_argument("--row-tokens", type=int, default=512, help="context length and length of the rows")
     parser.add_argument("--steps", type=int, default=2, help="training steps, with one row each")
     parser.add_argument("--limit", type=float, metavar="FACTOR", help="build again within FACTOR times training's peak")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="for bases and bundles (default: a temporary folder)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write scale.json, scale.md and scale.png here")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--worker", choices=list(SIZES), help=argparse.SUPPRESS)
-    parser.add_argument("--cgroup", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(build_one(options)))
-        return
+    options = BENCHMARK.options(parser, only=[*SIZES], row_tokens=128, steps=1)
     find_converter()  # download it now, so that the download does not count as conversion
-    with tempfile.TemporaryDirectory() as temporary:
-        options.work = options.work or Path(temporary)
-        found = {size: _measure(size, options) for size in options.sizes.split(",")}
-    settings = {"row_tokens": options.row_tokens, "steps": options.steps, "rank": RANK, "quantization": QUANTIZATION}
-    result = {"machine": this_machine(), **settings, "sizes": found}
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "scale.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        (options.out / "scale.md").write_text(table(result), encoding="utf-8")
-        plot(result, options.out / "scale.png")
-    print(json.dumps(result) if options.json else table(result))
+    with work_folder(options) as work:
+        found = {size: _measure(size, options, work / size) for size in options.only}
+    BENCHMARK.report(options, {"rank": RANK, "quantization": QUANTIZATION, "sizes": found})
 
 
-def _measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
-    found = _run(size, options)
+def _measure(size: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    shutil.rmtree(folder, ignore_errors=True)
+    # In processes of their own, so that the memory of one is not that of the other.
+    parameters = in_own_process(write_base, folder / "base", SIZES[size])
+    write_rows(folder / "rows.jsonl", options.steps + 2, options.row_tokens)
+    found = {"parameters": parameters, **_run(folder, options)}
     if options.limit and "failed" not in found:
         limit_mb = options.limit * _training_mb(found["stages"])
+        for built in folder.glob("bundle*"):
+            shutil.rmtree(built)
         with memory_limit(limit_mb) as limit:
-            within = _run(size, options, limit.folder)
-        found["limited"] = {"limit_mb": round(limit_mb), "stages": within.get("stages", {})}
-        found["limited"] |= {"failed": within["failed"]} if "failed" in within else {}
+            found["limited"] = {"limit_mb": round(limit_mb), **_run(folder, options, limit.procs)}
     return found
 
 
-def _run(size: str, options: argparse.Namespace, cgroup: Path | None = None) -> dict[str, Any]:
-    numbers = ["--row-tokens", str(options.row_tokens), "--steps", str(options.steps)]
-    command = [sys.executable, __file__, "--worker", size, "--work", str(options.work), *numbers]
-    command += ["--cgroup", str(cgroup)] if cgroup else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        return {"failed": f"exit {done.returncode}"}
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def _run(folder: Path, options: argparse.Namespace, procs: Path | None = None) -> dict[str, Any]:
+    try:
+        return dict(in_own_process(build_one, folder, options.row_tokens, options.steps, procs=procs))
+    except WorkerEndedError as error:
+        return {"failed": str(error), "stages": {}}
 
 
-def build_one(options: argparse.Namespace) -> dict[str, Any]:
-    """Build with one base; returns its parameters, and the peak in MB and the seconds of each stage."""
-    from edgetune.building.pipeline import build  # noqa: PLC0415 - slow to import
-    from edgetune.recipe.model import Recipe  # noqa: PLC0415
+def build_one(folder: Path, row_tokens: int, steps: int) -> dict[str, Any]:
+    """Build with the base and the rows in the folder; returns the peak in MB and the seconds of each stage."""
+    from edgetune.building.pipeline import build
+    from edgetune.recipe.model import Recipe
 
-    if options.cgroup:
-        (options.cgroup / "cgroup.procs").write_text(str(os.getpid()))
-    folder = options.work / options.worker
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    smollm = locate("smollm2-135m", Path(), ALIASES)
-    parameters = write_folder(folder / "base", SIZES[options.worker], read_header(smollm), smollm)
-    write_rows(folder / "rows.jsonl", options.steps + 2, options.row_tokens)
-    training = {"max_steps": options.steps, "batch_size": 1, "evals": 1}
     adapter = {
-        "data": {"train": "rows.jsonl", "held_out": 2 / (options.steps + 2)},
+        "data": {"train": "rows.jsonl", "held_out": 2 / (steps + 2)},
         "method": {"name": "lora", "r": RANK, "target_modules": "all-linear"},
     }
-    values = {"name": "scale", "base": "base", "quantization": QUANTIZATION, "targets": ["gguf", "onnx"]}
-    values |= {"context_length": options.row_tokens, "training": training, "adapters": {"task": adapter}}
+    values = {
+        "name": "scale",
+        "base": "base",
+        "quantization": QUANTIZATION,
+        "targets": ["gguf", "onnx"],
+        "context_length": row_tokens,
+        "training": {"max_steps": steps, "batch_size": 1, "evals": 1},
+        "adapters": {"task": adapter},
+    }
     recipe = Recipe.model_validate(values, context={"folder": folder})
     stages = Stages()
     failed = {}
@@ -167,79 +135,40 @@ def build_one(options: argparse.Namespace) -> dict[str, Any]:
             build(recipe, folder / "bundle", progress=stages)
         except EdgetuneError as error:
             failed = {"failed": str(error)}
-    return {"parameters": parameters, **failed, "stages": stages.found}
+    return {**failed, "stages": stages.found}
 
 
-def write_folder(folder: Path, shape: Shape, like: GgufHeader, tokenizer_of: Path) -> int:
-    """Write a transformers folder with random f16 weights, one shard per layer, and the tokenizer of the base `like`.
+def write_base(folder: Path, shape: Shape) -> int:
+    """Write a transformers folder with random f16 weights and SmolLM2's tokenizer; returns the number of parameters."""
+    import torch
+    from edgetune_export.backends.onnx.tokenizer import write_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    Returns the number of parameters.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(tokenizer_of, folder)
-    (folder / "config.json").write_text(json.dumps(_config(shape, like), indent=2), encoding="utf-8")
-    rng = np.random.default_rng(0)
-    vocabulary = len(like.metadata["tokenizer.ggml.tokens"])
-    ends = {"model.embed_tokens.weight": (vocabulary, shape.width), "model.norm.weight": (shape.width,)}
-    parts = [ends, *(_layer(number, shape) for number in range(shape.layers))]
-    places: dict[str, str] = {}
-    for number, sizes in enumerate(parts, 1):
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        save_file({name: _random(size, rng) for name, size in sizes.items()}, folder / file, {"format": "pt"})
-        places |= dict.fromkeys(sizes, file)
-    parameters = sum(math.prod(size) for sizes in parts for size in sizes.values())
-    index = {"metadata": {"total_size": 2 * parameters}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return parameters
-
-
-def _config(shape: Shape, like: GgufHeader) -> dict[str, Any]:
-    metadata = like.metadata
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "float16",
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "hidden_size": shape.width,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.key_heads,
-        "head_dim": _HEAD_SIZE,
-        "intermediate_size": shape.inner,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "max_position_embeddings": metadata["llama.context_length"],
-        "rms_norm_eps": metadata["llama.attention.layer_norm_rms_epsilon"],
-        "rope_theta": metadata["llama.rope.freq_base"],
-        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
-    }
-
-
-def _layer(number: int, shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Names and sizes of a layer's weights."""
-    width, inner, keys = shape.width, shape.inner, shape.key_heads * _HEAD_SIZE
-    sizes: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (width, width),
-        "self_attn.k_proj": (keys, width),
-        "self_attn.v_proj": (keys, width),
-        "self_attn.o_proj": (width, width),
-        "mlp.gate_proj": (inner, width),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-    }
-    return {f"model.layers.{number}.{name}.weight": size for name, size in sizes.items()}
-
-
-def _random(size: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float16]:
-    """Matrices with the standard deviation of trained ones; a norm's weights are ones."""
-    if len(size) == 1:
-        return np.ones(size, np.float16)
-    values = rng.standard_normal(size, np.float32)
-    values *= 0.02
-    return values.astype(np.float16)
+    smollm = resolve_base()
+    metadata = smollm.header.metadata
+    config = LlamaConfig(
+        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        intermediate_size=shape.inner,
+        tie_word_embeddings=True,
+        max_position_embeddings=metadata["llama.context_length"],
+        rms_norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
+        rope_theta=metadata["llama.rope.freq_base"],
+        bos_token_id=metadata["tokenizer.ggml.bos_token_id"],
+        eos_token_id=metadata["tokenizer.ggml.eos_token_id"],
+        dtype="float16",
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    model = LlamaForCausalLM(config)
+    folder.mkdir(parents=True)
+    # About a shard per layer.
+    model.save_pretrained(folder, max_shard_size="150MB")
+    write_tokenizer(smollm.path, folder)
+    return int(model.num_parameters())
 
 
 def write_rows(out: Path, count: int, tokens: int) -> None:
@@ -285,7 +214,7 @@ class Stages(Progress):
             thread.join()
 
     def _begin(self, stage: str) -> None:
-        peak = max(self._most, _status_mb("VmHWM"))
+        peak = max(self._most, status_mb(os.getpid(), "VmHWM"))
         if self._stage:
             seconds = time.monotonic() - self._started
             self.found[self._stage] = {"peak_mb": round(peak), "seconds": round(seconds, 1)}
@@ -295,45 +224,24 @@ class Stages(Progress):
 
     def _sample(self) -> None:
         while not self._ended.wait(_SAMPLE_S):
-            self._most = max(self._most, sum(_status_mb("VmRSS", process) for process in _family(os.getpid())))
+            self._most = max(self._most, sum(status_mb(process, "VmRSS") for process in family(os.getpid())))
 
 
-def _status_mb(key: str, process: int | str = "self") -> float:
-    with suppress(OSError):
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith(key):
-                return int(line.split()[1]) * 1024 / 1e6
-    return 0.0
-
-
-def _family(process: int) -> list[int]:
-    """A process and all its descendants."""
-    found = [process]
-    with suppress(OSError):
-        for thread in Path(f"/proc/{process}/task").iterdir():
-            for child in (thread / "children").read_text().split():
-                found += _family(int(child))
-    return found
-
-
-def table(result: dict[str, Any]) -> str:
+def table(result: Result) -> str:
     """A Markdown table: a row per size with peak and time of each stage, and the build's peak over the training's."""
-    lines = [
+    about = (
         "Peak memory in MB (in parentheses: bytes per parameter) and time of each stage of a build "
-        f"(rows of {result['row_tokens']} tokens, {result['steps']} steps of one row, {result['machine']['cpu']}).",
-        "",
-        f"| base | {' | '.join(STAGES)} | build / training |",
-        f"| --- |{' --- |' * (len(STAGES) + 1)}",
-    ]
+        f"(rows of {result['row_tokens']} tokens, {result['steps']} steps of one row, {result['machine']['cpu']})."
+    )
+    rows = []
     for size, found in result["sizes"].items():
-        stages = found.get("stages", {})
-        cells = [_cell(stages[stage], found["parameters"]) if stage in stages else "" for stage in STAGES]
+        stages = found["stages"]
+        cells = {stage: _cell(figures, found["parameters"]) for stage, figures in stages.items()}
         share = found.get("failed") or f"{_peak(stages) / _training_mb(stages):.2f}"
-        lines.append(f"| {size} | {' | '.join(cells)} | {share} |")
-    for size, found in result["sizes"].items():
-        if "limited" in found:
-            lines += ["", _said_of_limit(size, found)]
-    return "\n".join(lines) + "\n"
+        rows.append({"base": size, **cells, "share": share})
+    columns = {"base": "{base}", **{stage: f"{{{stage}}}" for stage in STAGES}, "build / training": "{share}"}
+    limited = [f"\n{_said_of_limit(size, found)}\n" for size, found in result["sizes"].items() if "limited" in found]
+    return f"{about}\n\n{markdown(rows, columns)}" + "".join(limited)
 
 
 def _said_of_limit(size: str, found: dict[str, Any]) -> str:
@@ -357,26 +265,21 @@ def _peak(stages: dict[str, dict[str, float]]) -> float:
     return max(stage["peak_mb"] for stage in stages.values())
 
 
-def plot(result: dict[str, Any], out: Path) -> None:
+def plot(result: Result, out: Path) -> None:
     """Plot peak memory and time of each stage by the number of parameters."""
-    import matplotlib as mpl  # noqa: PLC0415 - needed only for a plot
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    figure, (memory, seconds) = plt.subplots(1, 2, figsize=(11, 4.5))
     sizes = [found for found in result["sizes"].values() if "failed" not in found]
-    for stage in STAGES:
-        parameters = [found["parameters"] / 1e9 for found in sizes]
-        memory.plot(parameters, [found["stages"][stage]["peak_mb"] / 1e3 for found in sizes], marker="o", label=stage)
-        seconds.plot(parameters, [found["stages"][stage]["seconds"] for found in sizes], marker="o", label=stage)
-    memory.set(xlabel="billion parameters", ylabel="peak memory in GB", ylim=(0, None))
-    seconds.set(xlabel="billion parameters", ylabel="seconds", yscale="log")
-    memory.legend()
-    figure.tight_layout()
-    figure.savefig(out, dpi=120)
-    plt.close(figure)
+    parameters = [found["parameters"] / 1e9 for found in sizes]
+    with subplots(out, 1, 2, dpi=120, figsize=(11, 4.5)) as (memory, seconds):
+        for stage in STAGES:
+            stages = [found["stages"][stage] for found in sizes]
+            memory.plot(parameters, [figures["peak_mb"] / 1e3 for figures in stages], marker="o", label=stage)
+            seconds.plot(parameters, [figures["seconds"] for figures in stages], marker="o", label=stage)
+        memory.set(xlabel="billion parameters", ylabel="peak memory in GB", ylim=(0, None))
+        seconds.set(xlabel="billion parameters", ylabel="seconds", yscale="log")
+        memory.legend()
 
+
+BENCHMARK = Benchmark(__file__, __doc__, table, plot)
 
 if __name__ == "__main__":
     main()

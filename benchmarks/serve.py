@@ -1,4 +1,4 @@
-"""A bundle in; how its server bears a load of many clients out, beside llama.cpp's server: a table.
+"""Measure a bundle's server under the load of many clients, beside llama.cpp's server; writes a table.
 
     pip install -e '.[demo,bench]' -e 'runtime[gguf,server]'
     edgetune build benchmarks/recipes/serve.yaml --out build/serve
@@ -11,13 +11,20 @@ compared with those of a cold runtime, llama.cpp's with its own answers to one r
 
 from __future__ import annotations
 
+from benchmarks.harness.benchmark import Benchmark, Result
+from benchmarks.harness.machine import said_of_machine
+from benchmarks.harness.memory import status_mb
+from benchmarks.harness.server import serving
+from benchmarks.harness.tables import markdown
+from benchmarks.harness.turns import p99
+from benchmarks.harness.worker import Worker
+
 import argparse
 import asyncio
 import json
+import os
 import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,20 +33,13 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
-sys.path[:] = [
-    str(Path(__file__).resolve().parents[1]),
-    *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
-]
-
 import httpx
-import psutil
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest, resolve
 from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.text.chat import messages_for, render
 
-from benchmarks.machine import this_machine
+from benchmarks.libraries import llama_server_params
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import read_task
 
@@ -74,7 +74,7 @@ class Target:
     """A server: its address, the process whose memory counts, and how it is asked and answers."""
 
     url: str
-    process: psutil.Process
+    pid: int
     path: str
     body: Callable[[Ask, bool], Body]
     piece: Callable[[Any], str]
@@ -83,39 +83,22 @@ class Target:
 
 def main() -> None:
     """Serve the bundle, send the requests, and write the figures."""
-    parser = argparse.ArgumentParser(description="Measure a bundle's server under load, beside llama.cpp's.")
+    parser = BENCHMARK.parser(only=[*SERVERS], threads=2)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--recipe", type=Path, required=True, help="the recipe with the rows")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--at-once", type=int, default=16, help="requests at a time")
     parser.add_argument("--rows", type=int, default=25, help="validation rows per adapter")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--servers", nargs="+", choices=sorted(SERVERS), default=list(SERVERS))
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write serve.json and serve.md here")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        run_llama_server(options)
-        return
+    options = BENCHMARK.options(parser, only=[*SERVERS], requests=8, at_once=4, rows=2)
     asks = asks_of(options)
     tokenizer = GgufTokenizer(resolve(options.bundle, read_manifest(options.bundle).base.files["gguf"]))
     found = {}
-    for name in options.servers:
+    for name in options.only:
         with SERVERS[name](options) as target:
             reference = references(options, asks) if name == "edgetune" else one_at_a_time(target, asks)
             sent = list(islice(cycle(asks), options.requests))
             found[name] = measure(target, sent, options.at_once, reference, tokenizer.tokenize)
-    result = {
-        "machine": this_machine(),
-        **{key: getattr(options, key) for key in ("requests", "at_once", "rows", "threads")},
-        "servers": found,
-    }
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "serve.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        (options.out / "serve.md").write_text(table(result), encoding="utf-8")
-    print(json.dumps(result) if options.json else table(result))
+    BENCHMARK.report(options, {"servers": found})
 
 
 def asks_of(options: argparse.Namespace) -> list[Ask]:
@@ -169,14 +152,14 @@ def measure(
         "tokens_per_s": round(sum(len(tokenize(reply.text)) for reply in good) / seconds, 1),
         "ttft_ms": _spread(streamed),
         "answer_ms": _spread(whole),
-        "rss_mb": {"after_100": round(warm_mb, 1), "end": round(_rss_mb(target), 1)},
+        "rss_mb": {"after_100": round(warm_mb, 1), "end": round(status_mb(target.pid, "VmRSS"), 1)},
     }
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     if len(values) < 2:
         return {}
-    return {"p50": round(statistics.median(values), 1), "p99": round(statistics.quantiles(values, n=100)[98], 1)}
+    return {"p50": round(statistics.median(values), 1), "p99": round(p99(values), 1)}
 
 
 async def _load(target: Target, asks: Sequence[Ask], at_once: int) -> tuple[list[Reply], float]:
@@ -191,7 +174,7 @@ async def _load(target: Target, asks: Sequence[Ask], at_once: int) -> tuple[list
             for place in places:
                 replies[place] = await _ask(client, target, asks[place], streams=place % 2 == 0)
                 if place == WARM:
-                    warm_mb = _rss_mb(target)
+                    warm_mb = status_mb(target.pid, "VmRSS")
 
         await asyncio.gather(*(work() for _ in range(at_once)))
     return [reply for reply in replies if reply is not None], warm_mb
@@ -221,8 +204,6 @@ async def _ask(client: httpx.AsyncClient, target: Target, ask: Ask, *, streams: 
 @contextmanager
 def edgetune(options: argparse.Namespace) -> Iterator[Target]:
     """`edgetune-run serve`."""
-    command = [sys.executable, "-m", "edgetune_runtime", "serve", str(options.bundle), "--port", "0", "--json"]
-    command += ["--threads", str(options.threads), "--max-waiting", str(options.at_once)]
 
     def body(ask: Ask, streams: bool) -> Body:
         messages = [{"role": "user", "content": ask.prompt}]
@@ -231,14 +212,12 @@ def edgetune(options: argparse.Namespace) -> Iterator[Target]:
     def piece(event: Any) -> str:  # noqa: ANN401 - JSON
         return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
 
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        url = json.loads(process.stdout.readline())["url"]
-        path = "/v1/chat/completions"
-        yield Target(
-            url, psutil.Process(process.pid), path, body, piece, lambda found: found["choices"][0]["message"]["content"]
-        )
-        process.terminate()
+    def whole(answer: Any) -> str:  # noqa: ANN401 - JSON
+        return str(answer["choices"][0]["message"]["content"])
+
+    limits = ["--threads", str(options.threads), "--max-waiting", str(options.at_once)]
+    with serving(options.bundle, limits) as server:
+        yield Target(server.url, server.process.pid, "/v1/chat/completions", body, piece, whole)
 
 
 @contextmanager
@@ -246,8 +225,6 @@ def llama_server(options: argparse.Namespace) -> Iterator[Target]:
     """llama.cpp's server with the same adapters, a slot for each core, and its prompt cache."""
     manifest = read_manifest(options.bundle)
     numbers = {name: number for number, name in enumerate(manifest.adapters)}
-    command = [sys.executable, __file__, *sys.argv[1:2], "--recipe", str(options.recipe), "--worker"]
-    command += ["--threads", str(options.threads)]
 
     def body(ask: Ask, streams: bool) -> Body:
         messages = messages_for(ask.prompt, manifest.adapters[ask.adapter].system)
@@ -261,43 +238,26 @@ def llama_server(options: argparse.Namespace) -> Iterator[Target]:
             "lora": scales,
         }
 
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        started = next(json.loads(line) for line in process.stdout if line.startswith("{"))
-        template = started["template"]
-        yield Target(
-            started["url"],
-            psutil.Process(process.pid),
-            "/completion",
-            body,
-            lambda event: str(event.get("content", "")),
-            lambda found: str(found["content"]),
-        )
-        process.terminate()
+    def piece(event: Any) -> str:  # noqa: ANN401 - JSON
+        return str(event.get("content", ""))
+
+    with Worker(start_llama_server, options.bundle, options.threads) as worker:
+        url, template, pid = worker()
+        yield Target(url, pid, "/completion", body, piece, piece)
 
 
-def run_llama_server(options: argparse.Namespace) -> None:
-    """Run llama.cpp's server in this process until it is told to stop."""
+def start_llama_server(bundle: Path, threads: int) -> Callable[[], tuple[str, str, int]]:
+    """Run llama.cpp's server in this process; returns a function that gives its address, chat template and process."""
     import xllamacpp
 
-    manifest = read_manifest(options.bundle)
-    base = resolve(options.bundle, manifest.base.files["gguf"])
-    params = xllamacpp.CommonParams()
-    params.model.path = str(base)
-    slots = options.threads
-    params.n_ctx, params.n_parallel, params.port = CONTEXT * slots, slots, _free_port()
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
-    adapters = []
-    for entry in manifest.adapters.values():
-        info = xllamacpp.CommonAdapterLoraInfo()
-        info.path, info.scale = str(resolve(options.bundle, entry.files["gguf"])), 0.0
-        adapters.append(info)
-    params.lora_adapters = adapters
+    manifest = read_manifest(bundle)
+    base = resolve(bundle, manifest.base.files["gguf"])
+    files = [resolve(bundle, entry.files["gguf"]) for entry in manifest.adapters.values()]
+    params = llama_server_params(base, files, threads, CONTEXT * threads)
+    params.n_parallel, params.port = threads, _free_port()
     server = xllamacpp.Server(params)
     template = GgufTokenizer(base).chat_template
-    print(json.dumps({"url": server.listening_address, "template": template}), flush=True)
-    while True:
-        time.sleep(3600)
+    return lambda: (server.listening_address, template, os.getpid())
 
 
 def _free_port() -> int:
@@ -308,38 +268,27 @@ def _free_port() -> int:
 SERVERS = {"edgetune": edgetune, "llama-server": llama_server}
 
 
-def _rss_mb(target: Target) -> float:
-    return float(target.process.memory_info().rss) / 1e6
-
-
-def table(result: dict[str, Any]) -> str:
+def table(result: Result) -> str:
     """Markdown: a row for each server."""
-    machine = result["machine"]
-    lines = [
-        f"{result['requests']} requests, {result['at_once']} at a time, {result['threads']} threads, "
-        f"{machine['cpu']} ({machine['kind']}). RSS after {WARM} requests and at the end.",
-        "",
-        "| server | errors | other texts | requests/s | tokens/s | TTFT p50 / p99, ms | answer p50 / p99 | RSS, MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, found in result["servers"].items():
-        spreads = [
-            f"{spread['p50']:.0f} / {spread['p99']:.0f}" if spread else ""
-            for spread in (found["ttft_ms"], found["answer_ms"])
-        ]
-        memory = f"{found['rss_mb']['after_100']:.0f} / {found['rss_mb']['end']:.0f}"
-        cells = [
-            name,
-            str(found["errors"]),
-            str(found["other_texts"]),
-            f"{found['requests_per_s']:.1f}",
-            f"{found['tokens_per_s']:.0f}",
-            *spreads,
-            memory,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    about = (
+        f"{result['requests']} requests, {result['at_once']} at a time, {said_of_machine(result)}. RSS after {WARM} "
+        "requests and at the end."
+    )
+    columns = {
+        "server": "{name}",
+        "errors": "{errors}",
+        "other texts": "{other_texts}",
+        "requests/s": "{requests_per_s:.1f}",
+        "tokens/s": "{tokens_per_s:.0f}",
+        "TTFT p50 / p99, ms": "{ttft_ms[p50]:.0f} / {ttft_ms[p99]:.0f}",
+        "answer p50 / p99": "{answer_ms[p50]:.0f} / {answer_ms[p99]:.0f}",
+        "RSS, MB": "{rss_mb[after_100]:.0f} / {rss_mb[end]:.0f}",
+    }
+    rows = [{"name": name, **found} for name, found in result["servers"].items()]
+    return f"{about}\n\n{markdown(rows, columns)}"
 
+
+BENCHMARK = Benchmark(__file__, __doc__, table)
 
 if __name__ == "__main__":
     main()

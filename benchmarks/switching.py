@@ -10,24 +10,23 @@ its own process. An answer is wrong if any token differs from a cold run of the 
 
 from __future__ import annotations
 
+from benchmarks.harness.benchmark import Benchmark, Result, work_folder
+from benchmarks.harness.bundles import export_random, random_adapters, resolve_base
+from benchmarks.harness.machine import said_of_machine
+from benchmarks.harness.plots import subplots
+from benchmarks.harness.tables import markdown, progress
+from benchmarks.harness.turns import p99
+from benchmarks.harness.worker import WorkerEndedError, in_own_process
+
 import argparse
 import json
-import platform
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-# Python imports from the script's folder first, where onnx.py would shadow the package onnx.
-sys.path[:] = [
-    str(Path(__file__).resolve().parents[1]),
-    *(place for place in sys.path if Path(place) != Path(__file__).resolve().parent),
-]
 
 from edgetune_runtime.threads.machine import resident_mb
 
@@ -48,79 +47,39 @@ WORDS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the cost of switching between tasks in several setups.")
+    parser = BENCHMARK.parser(only=[*SETUPS], threads=2, works=True)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=512, help="length of each task's fixed prompt")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--setups", default=",".join(SETUPS), metavar="A,B", help="which setups to run")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep prepared files here (default: temporary)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write switching.json, .md and .png here")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--worker", choices=list(SETUPS), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        folder = Folder(options.work, options.adapters, options.threads)
-        print(json.dumps(work(options.worker, folder, _read(options.work))))
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        options.work = options.work or Path(temporary)
-        prepare(options)
-        found = {name: _run(name, options) for name in options.setups.split(",")}
+    options = BENCHMARK.options(parser, only=[*SETUPS], requests=4, adapters=2, prompt_tokens=32)
+    with work_folder(options) as work:
+        prepare(options, work)
+        found = {name: _measured(name, Folder(work, options.adapters, options.threads)) for name in options.only}
         for name in [name for name in found if name.startswith("edgetune") and "failed" not in found[name]]:
-            found[name]["rss_mb_of_one_adapter"] = _run(name, options, adapters=1)["rss_mb"]
-    result = {"machine": _machine(options.threads), **_settings(options), "setups": found}
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "switching.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        (options.out / "switching.md").write_text(table(result), encoding="utf-8")
-        plot(result, options.out / "switching.png")
-    print(json.dumps(result) if options.json else table(result))
+            found[name]["rss_mb_of_one_adapter"] = _measured(name, Folder(work, 1, options.threads))["rss_mb"]
+    BENCHMARK.report(options, {"rank": RANK, "setups": found})
 
 
-def prepare(options: argparse.Namespace) -> None:
+def prepare(options: argparse.Namespace, work: Path) -> None:
     """Make the adapters, the bundle in both formats, the merged models and the requests, unless they exist."""
-    if (options.work / "requests.json").exists():
+    if (work / "requests.json").exists():
         return
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from edgetune.bases import load_torch, resolve
-    from edgetune.building.pipeline import export_trained
-    from edgetune.progress import Progress
-
-    work, progress = options.work, Progress()
     names = [f"task{number}" for number in range(options.adapters)]
-    base = resolve("smollm2-135m", folder=Path(), quantization="q4_0", work=work, progress=progress, converter=None)
-    torch.manual_seed(0)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=False)
-    peft = get_peft_model(load_torch(base, torch.float32), config, adapter_name=names[0])
-    for name in names[1:]:
-        peft.add_adapter(name, config)
-    with torch.no_grad():
-        for key, parameter in peft.named_parameters():
-            if "lora_" in key:
-                # Large enough to change most answers, small enough to keep them sensible.
-                parameter.normal_(0, 0.02 if "lora_B" in key else 0.05)
-    peft.save_pretrained(work / "peft")
-    folders = {name: work / "peft" / name for name in names}
+    base = resolve_base(quantization="q4_0", work=work)
+    folders = random_adapters(base, names, RANK, work / "peft")
     systems = {name: task_prompt(number, options.prompt_tokens, base.path) for number, name in enumerate(names)}
-    export_trained(
-        str(base.path), folders, work / "bundle", systems=systems, targets=("gguf", "onnx"), progress=progress
-    )
-    one = {name: folders[name] for name in names[:1]}
-    export_trained(str(base.path), one, work / "one", systems=systems, targets=("gguf", "onnx"), progress=progress)
-    whole = export_trained(str(base.path), folders, work / "whole", merged=True, progress=progress).bundle
+    both = {"systems": systems, "targets": ("gguf", "onnx")}
+    export_random(base, folders, work / "bundle", **both)
+    export_random(base, {names[0]: folders[names[0]]}, work / "one", **both)
+    whole = export_random(base, folders, work / "whole", merged=True)
     (work / "merged").mkdir()
     for name in names:
         (whole / "adapters" / name / "model.gguf").rename(work / "merged" / f"{name}.gguf")
-    (work / "requests.json").write_text(json.dumps(requests(options)), encoding="utf-8")
+    (work / "requests.json").write_text(json.dumps(requests(options, work)), encoding="utf-8")
 
 
 def task_prompt(number: int, tokens: int, base: Path) -> str:
     """A text of `tokens` tokens, different for each task."""
-    from contextlib import closing
-
     from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 
     rng, words, words_of_tasks = random.Random(number), [f"Task {number}:"], WORDS.split()
@@ -130,7 +89,7 @@ def task_prompt(number: int, tokens: int, base: Path) -> str:
     return " ".join(words)
 
 
-def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def requests(options: argparse.Namespace, work: Path) -> dict[str, list[dict[str, Any]]]:
     """The requests in each order, with the tokens that the runtime makes of their prompts."""
     from edgetune_runtime import Runtime
     from edgetune_runtime.inference.measuring import loaded_bundle
@@ -141,7 +100,7 @@ def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         "round robin": [number % count for number in range(options.requests)],
         "zipf": rng.choices(range(count), weights, k=options.requests),
     }
-    with Runtime.open(options.work / "bundle", context_length=CONTEXT, disk_mb=0) as runtime:
+    with Runtime.open(work / "bundle", context_length=CONTEXT, disk_mb=0) as runtime:
 
         def request(number: int, adapter: int) -> dict[str, Any]:
             message = MESSAGES[number // count % len(MESSAGES)]
@@ -151,11 +110,20 @@ def requests(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         return {order: [request(*pair) for pair in enumerate(chosen)] for order, chosen in orders.items()}
 
 
-def work(name: str, folder: Folder, orders: dict[str, list[Request]]) -> dict[str, Any]:
+def _measured(name: str, folder: Folder) -> dict[str, Any]:
+    progress(name)
+    try:
+        return dict(in_own_process(measure, name, folder))
+    except WorkerEndedError as error:
+        return {"failed": error.code}
+
+
+def measure(name: str, folder: Folder) -> dict[str, Any]:
     """Run all requests with one setup, then again cold, to count the wrong answers."""
     setup = SETUPS[name](folder)
     orders = {
-        order: [request for request in asked if request.adapter < folder.adapters] for order, asked in orders.items()
+        order: [request for request in asked if request.adapter < folder.adapters]
+        for order, asked in read_requests(folder.path).items()
     }
     # Use each adapter once, so that nothing is left to create on first use.
     for adapter in range(folder.adapters):
@@ -163,7 +131,7 @@ def work(name: str, folder: Folder, orders: dict[str, list[Request]]) -> dict[st
     found: dict[str, Any] = {}
     answers: list[tuple[Request, list[int]]] = []
     for order, asked in orders.items():
-        found[order] = _measure(setup, asked, answers)
+        found[order] = _figures(setup, asked, answers)
     found["rss_mb"] = resident_mb()
     if isinstance(setup, Edgetune):
         found.update(adapters=folder.adapters, states_mb=setup.states_mb(), adapters_mb=setup.adapters_mb())
@@ -178,7 +146,7 @@ def work(name: str, folder: Folder, orders: dict[str, list[Request]]) -> dict[st
     return found
 
 
-def _measure(setup: Setup, asked: Sequence[Request], answers: list[tuple[Request, list[int]]]) -> dict[str, float]:
+def _figures(setup: Setup, asked: Sequence[Request], answers: list[tuple[Request, list[int]]]) -> dict[str, float]:
     switches, firsts, last = [], [], -1
     begin = time.perf_counter()
     for number, request in enumerate(asked):
@@ -189,71 +157,48 @@ def _measure(setup: Setup, asked: Sequence[Request], answers: list[tuple[Request
             firsts.append(found.first_s * 1e3)
         last = request.adapter
         if number % 50 == 49:
-            print(f"  {number + 1} of {len(asked)}", file=sys.stderr, flush=True)
+            progress(f"  {number + 1} of {len(asked)}")
     total_s = time.perf_counter() - begin
     return {
         "switch_us_p50": statistics.median(switches),
-        "switch_us_p99": _p99(switches),
+        "switch_us_p99": p99(switches),
         "first_token_ms_p50": statistics.median(firsts),
-        "first_token_ms_p99": _p99(firsts),
+        "first_token_ms_p99": p99(firsts),
         "tokens_per_s": len(asked) * STEPS / total_s,
     }
 
 
-def _p99(values: Sequence[float]) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * 0.99))]
-
-
-def _run(name: str, options: argparse.Namespace, adapters: int = 0) -> dict[str, Any]:
-    print(name, file=sys.stderr, flush=True)
-    command = [sys.executable, __file__, "--worker", name, "--work", str(options.work)]
-    command += ["--threads", str(options.threads), "--adapters", str(adapters or options.adapters)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    if done.returncode:
-        return {"failed": done.returncode}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-def _read(folder: Path) -> dict[str, list[Request]]:
+def read_requests(folder: Path) -> dict[str, list[Request]]:
+    """The prepared requests in each order."""
     orders = json.loads((folder / "requests.json").read_text(encoding="utf-8"))
     return {order: [Request(**values) for values in asked] for order, asked in orders.items()}
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    keys = ("requests", "adapters", "prompt_tokens", "threads")
-    return {"rank": RANK, **{key: getattr(options, key) for key in keys}}
-
-
-def _machine(threads: int) -> str:
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.machine()}, {threads} threads, {platform.system()}"
-
-
-def table(result: dict[str, Any]) -> str:
+def table(result: Result) -> str:
     """The figures as a Markdown table."""
-    lines = [
-        f"{result['machine']}. SmolLM2-135M in q4_0, {result['adapters']} adapters of rank {result['rank']} on all "
-        f"linear layers, task prompts of {result['prompt_tokens']} tokens, {result['requests']} requests of {STEPS} "
-        "tokens in each order. Switch and TTFT are those of requests that change the adapter.",
-        "",
-        "| setup | order | switch µs p50 | p99 | TTFT ms p50 | p99 | tokens/s | RSS MB | wrong |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, found in result["setups"].items():
         if "failed" in found:
-            lines.append(f"| {name} | failed with {found['failed']} | | | | | | | |")
-            continue
-        for order in ORDERS:
-            figures = found[order]
-            cells = [f"{figures[key]:.1f}" for key in ("switch_us_p50", "switch_us_p99")]
-            cells += [f"{figures[key]:.1f}" for key in ("first_token_ms_p50", "first_token_ms_p99", "tokens_per_s")]
-            ends = f"{found['rss_mb']:.0f} | {found['wrong']} of {found['answers']}"
-            lines.append(f"| {name} | {order} | {' | '.join(cells)} | {ends} |")
-    lines += ["", *summary(result["setups"])]
-    return "\n".join(lines) + "\n"
+            rows.append({"name": name, "order": f"failed with {found['failed']}"})
+        else:
+            rows += [{"name": name, "order": order, **found, **found[order]} for order in ORDERS]
+    columns = {
+        "setup": "{name}",
+        "order": "{order}",
+        "switch µs p50": "{switch_us_p50:.1f}",
+        "switch p99": "{switch_us_p99:.1f}",
+        "TTFT ms p50": "{first_token_ms_p50:.1f}",
+        "TTFT p99": "{first_token_ms_p99:.1f}",
+        "tokens/s": "{tokens_per_s:.1f}",
+        "RSS MB": "{rss_mb:.0f}",
+        "wrong": "{wrong} of {answers}",
+    }
+    about = (
+        f"SmolLM2-135M in q4_0, {result['adapters']} adapters of rank {result['rank']} on all linear layers, task "
+        f"prompts of {result['prompt_tokens']} tokens, {result['requests']} requests of {STEPS} tokens in each order, "
+        f"{said_of_machine(result)}. Switch and TTFT are those of requests that change the adapter."
+    )
+    return f"{about}\n\n{markdown(rows, columns)}\n" + "\n".join(summary(result["setups"])) + "\n"
 
 
 def summary(setups: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -274,33 +219,32 @@ def summary(setups: dict[str, dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def plot(result: dict[str, Any], out: Path) -> None:
+def plot(result: Result, out: Path) -> None:
     """Plot the TTFT after a switch in round-robin order, median and 99th percentile, on a logarithmic scale."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import ticker
 
     setups = {name: found["round robin"] for name, found in result["setups"].items() if "failed" not in found}
     names = sorted(setups, key=lambda name: -setups[name]["first_token_ms_p50"])
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(names) + 1.5), layout="constrained")
-    for name in names:
-        median, late = (setups[name][f"first_token_ms_{which}"] for which in ("p50", "p99"))
-        color = "#2a7d4f" if name.startswith("edgetune") else "#6b7785"
-        axes.plot([median, late], [name, name], color=color, linewidth=2.5, marker="|", markevery=[1], markersize=11)
-        axes.plot([median], [name], color=color, marker="o", markersize=9)
-        axes.text(late * 1.12, name, f"{median:.0f} ms", va="center", fontsize=9)
-    axes.set_xscale("log")
-    firsts = [found[f"first_token_ms_{which}"] for found in setups.values() for which in ("p50", "p99")]
-    axes.set_xlim(min(firsts) / 2, max(firsts) * 2)
-    axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
-    axes.grid(axis="x", color="#e3e7eb")
-    axes.set_axisbelow(True)
-    axes.set_xlabel("time to first token after a switch in ms: median (dot), 99th percentile (end of line)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=150)
-    pyplot.close(figure)
+    with subplots(out, dpi=150, figsize=(8, 0.5 * len(names) + 1.5)) as axes:
+        for name in names:
+            median, late = (setups[name][f"first_token_ms_{which}"] for which in ("p50", "p99"))
+            color = "#2a7d4f" if name.startswith("edgetune") else "#6b7785"
+            axes.plot(
+                [median, late], [name, name], color=color, linewidth=2.5, marker="|", markevery=[1], markersize=11
+            )
+            axes.plot([median], [name], color=color, marker="o", markersize=9)
+            axes.text(late * 1.12, name, f"{median:.0f} ms", va="center", fontsize=9)
+        axes.set_xscale("log")
+        firsts = [found[f"first_token_ms_{which}"] for found in setups.values() for which in ("p50", "p99")]
+        axes.set_xlim(min(firsts) / 2, max(firsts) * 2)
+        axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+        axes.grid(axis="x", color="#e3e7eb")
+        axes.set_axisbelow(True)
+        axes.set_xlabel("time to first token after a switch in ms: median (dot), 99th percentile (end of line)")
+        axes.spines[["top", "right"]].set_visible(False)
 
+
+BENCHMARK = Benchmark(__file__, __doc__, table, plot)
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,8 @@ token; `cold` drops all cached tokens. Each process runs one setup, so that its 
 
 from __future__ import annotations
 
+from benchmarks.harness.bundles import resolve_base
+
 import ctypes
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
+
+from benchmarks.libraries import complete, genai_adapters, genai_generator, llama_server_params, open_llama
 
 CONTEXT = 1280
 STEPS = 16
@@ -60,8 +64,10 @@ class Folder:
     def name(self, adapter: int) -> str:
         return f"task{adapter}"
 
-    def file(self, adapter: int, kind: str) -> Path:
-        return self.bundle / "adapters" / self.name(adapter) / kind
+    def files(self, file: str) -> dict[str, Path]:
+        """The file of this name of each adapter."""
+        names = map(self.name, range(self.adapters))
+        return {name: self.bundle / "adapters" / name / file for name in names}
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class LowLevel:
         import llama_cpp
 
         self.low, self.llama = llama_cpp, _llama(folder)
-        paths = [folder.file(adapter, "adapter.gguf") for adapter in range(folder.adapters)]
+        paths = folder.files("adapter.gguf").values()
         adapters = [llama_cpp.llama_adapter_lora_init(self.llama.model, bytes(path)) for path in paths]
         self.adapters = [(llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter) for adapter in adapters]
         self.scale = (ctypes.c_float * 1)(1.0)
@@ -160,7 +166,7 @@ class Reload:
         if request.adapter != self.adapter:
             if self.llama is not None:
                 self.llama.close()
-            self.llama = self._make(str(self.folder.file(request.adapter, "adapter.gguf")))
+            self.llama = self._make(str(self.folder.files("adapter.gguf")[self.folder.name(request.adapter)]))
             self.adapter = request.adapter
         switch_s = time.perf_counter() - begin
         return _timed(self.llama.generate(request.prompt, temp=0.0), begin, switch_s)
@@ -187,44 +193,24 @@ class Server:
     def __init__(self, folder: Folder) -> None:
         import xllamacpp
 
-        self.folder = folder
-        params = xllamacpp.CommonParams()
-        params.model.path = str(folder.base)
-        params.n_ctx, params.n_parallel, params.warmup = CONTEXT, 1, False
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = folder.threads
-        adapters = []
-        for adapter in range(folder.adapters):
-            info = xllamacpp.CommonAdapterLoraInfo()
-            info.path, info.scale = str(folder.file(adapter, "adapter.gguf")), 0.0
-            adapters.append(info)
-        params.lora_adapters = adapters
-        self.server = xllamacpp.Server(params)
-        self.cached = True
+        self.folder, self.cached = folder, True
+        adapters = [*folder.files("adapter.gguf").values()]
+        self.server = xllamacpp.Server(llama_server_params(folder.base, adapters, folder.threads, CONTEXT))
 
     def answer(self, request: Request) -> TimedAnswer:
         begin = time.perf_counter()
-        times: list[float] = []
-        pieces: list[str] = []
-        asked = {
-            "prompt": request.prompt,
-            "n_predict": STEPS,
-            "temperature": 0.0,
-            "top_k": 1,
-            "ignore_eos": True,
-            "stream": True,
-            "cache_prompt": self.cached,
-            "lora": [{"id": n, "scale": float(n == request.adapter)} for n in range(self.folder.adapters)],
-        }
-
-        def receive(chunk: Any) -> bool:  # noqa: ANN401 - a JSON object
-            text = chunk["choices"][0]["text"]
-            if text:
-                times.append(time.perf_counter())
-                pieces.append(text)
-            return False
-
-        self.server.handle_completions(asked, receive)
-        return TimedAnswer(pieces, 0.0, times[0] - begin, _between(times))
+        pieces = complete(
+            self.server,
+            prompt=request.prompt,
+            n_predict=STEPS,
+            top_k=1,
+            ignore_eos=True,
+            cache_prompt=self.cached,
+            lora=[{"id": n, "scale": float(n == request.adapter)} for n in range(self.folder.adapters)],
+        )
+        texts = [text for text, _ in pieces if text]
+        times = [end for text, end in pieces if text]
+        return TimedAnswer(texts, 0.0, times[0] - begin, _between(times))
 
     def cold(self) -> None:
         self.cached = False
@@ -234,14 +220,12 @@ class Genai:
     """onnxruntime-genai: `set_active_adapter` after a rewind to the start."""
 
     def __init__(self, folder: Folder) -> None:
-        import onnxruntime_genai as og
+        import onnxruntime_genai
 
-        self.og, self.folder = og, folder
-        self.model = og.Model(str(folder.bundle / "base/onnx"))
-        self.adapters = og.Adapters(self.model)
-        for adapter in range(folder.adapters):
-            self.adapters.load(str(folder.file(adapter, "adapter.onnx_adapter")), folder.name(adapter))
-        self._make()
+        self.folder = folder
+        self.model = onnxruntime_genai.Model(str(folder.bundle / "base/onnx"))
+        self.adapters = genai_adapters(self.model, folder.files("adapter.onnx_adapter"))
+        self.cold()
 
     def answer(self, request: Request) -> TimedAnswer:
         begin = time.perf_counter()
@@ -258,12 +242,7 @@ class Genai:
         return _timed(steps(), begin, switch_s)
 
     def cold(self) -> None:
-        self._make()
-
-    def _make(self) -> None:
-        params = self.og.GeneratorParams(self.model)
-        params.set_search_options(max_length=CONTEXT, do_sample=False)
-        self.generator = self.og.Generator(self.model, params)
+        self.generator = genai_generator(self.model, CONTEXT)
 
 
 class Peft:
@@ -273,20 +252,11 @@ class Peft:
         import torch
         from peft import PeftModel
 
-        from edgetune.bases import load_torch, resolve
-        from edgetune.progress import Progress
+        from edgetune.bases import load_torch
 
         torch.set_num_threads(folder.threads)
         self.torch, self.folder = torch, folder
-        base = resolve(
-            str(folder.base),
-            folder=Path(),
-            quantization=None,
-            work=folder.path,
-            progress=Progress(quiet=True),
-            converter=None,
-        )
-        model = load_torch(base, torch.bfloat16)
+        model = load_torch(resolve_base(str(folder.base), work=folder.path), torch.bfloat16)
         first, *others = [folder.name(adapter) for adapter in range(folder.adapters)]
         self.model: Any = PeftModel.from_pretrained(model, folder.path / "peft" / first, adapter_name=first)
         for name in others:
@@ -356,20 +326,9 @@ SETUPS: dict[str, Callable[[Folder], Setup]] = {
 }
 
 
-def _llama(folder: Folder, **more: str) -> Any:  # noqa: ANN401 - a `Llama`
-    """llama-cpp-python's class with its defaults, except for flash attention, which is faster for long prompts."""
-    from edgetune_runtime.engines.gguf.llama import library
-
-    # This import silences the log, which has a line for each tensor of an adapter.
-    return library().Llama(
-        str(folder.base),
-        n_ctx=CONTEXT,
-        n_threads=folder.threads,
-        n_threads_batch=folder.threads,
-        flash_attn=True,
-        verbose=False,
-        **more,
-    )
+def _llama(folder: Folder, **options: str) -> Any:  # noqa: ANN401 - a `Llama`
+    # Flash attention is faster for long prompts.
+    return open_llama(folder.base, folder.threads, CONTEXT, flash_attn=True, **options)
 
 
 def _timed(steps: Iterator[int], begin: float, switch_s: float) -> TimedAnswer:

@@ -9,7 +9,8 @@ rows and scores its 77 labels on 500 test rows.
 
 from __future__ import annotations
 
-import argparse
+from benchmarks.harness.benchmark import Benchmark
+
 import json
 import random
 import time
@@ -28,11 +29,11 @@ TEST = {"snips": ("validation.jsonl", 200), "banking77": ("test.jsonl", 500)}
 
 def main() -> None:
     """Build, score and print one JSON object."""
-    parser = argparse.ArgumentParser(description="Build a bundle for one real task and score it.")
+    parser = BENCHMARK.parser(writes=False)
     parser.add_argument("task", choices=sorted(TRAINING_ROWS))
     parser.add_argument("--data", type=Path, required=True, help="folder with the task's train.jsonl and test file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
-    options = parser.parse_args()
+    options = BENCHMARK.options(parser)
     progress = Progress()
     rows = sample(options.data / "train.jsonl", TRAINING_ROWS[options.task], options.out)
     recipe = Recipe.from_file(
@@ -82,6 +83,8 @@ def intent_of(text: str) -> Any:  # noqa: ANN401 - any JSON value
         return None
     return value.get("intent") if isinstance(value, dict) else None
 
+
+BENCHMARK = Benchmark(__file__, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -12,11 +12,12 @@ without gradient checkpointing. The rounds alternate, so that noise affects all 
 
 from __future__ import annotations
 
+from benchmarks.harness.benchmark import Benchmark
+from benchmarks.harness.bundles import resolve_base
+from benchmarks.harness.turns import in_turns, spread
+
 import argparse
-import json
 import random
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -45,24 +46,21 @@ RANK, ALPHA = 16, 32
 
 
 def main() -> None:
-    """Run the rounds and print one JSON object with medians and ratios."""
-    parser = argparse.ArgumentParser(description="Compare the training speed of edgetune and TRL on the same rows.")
+    """Run the rounds and print one JSON object with medians, ranges and ratios."""
+    parser = BENCHMARK.parser()
     parser.add_argument("--data", type=Path, required=True, help="train.jsonl of SNIPS")
     parser.add_argument("--rows", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", nargs="+", choices=sorted(DTYPES), default=["bf16"])
     parser.add_argument("--trl", action=argparse.BooleanOptionalAction, default=True)
-    options = parser.parse_args()
-    progress = Progress()
+    options = BENCHMARK.options(parser, rows=4, rounds=1)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        given = {"folder": Path(), "work": work, "progress": progress}
-        base = bases.resolve("smollm2-135m", quantization=None, converter=None, **given)
+        base = resolve_base(work=work)
         examples = _examples(options.data, options.rows, base.path)
         models = {dtype: bases.load_torch(base, dtype) for dtype in {DTYPES[name] for name in options.precision}}
-        tokens = sum(len(example.tokens) for example in examples)
         trainers: dict[str, Callable[[], float]] = {
-            f"edgetune_{name}": partial(_edgetune, models[DTYPES[name]], name, examples, work / "edgetune", progress)
+            f"edgetune_{name}": partial(_edgetune, models[DTYPES[name]], name, examples, work / "edgetune")
             for name in options.precision
         }
         if options.trl:
@@ -72,15 +70,14 @@ def main() -> None:
                 name: lambda is_on=is_on: _trl(deepcopy(model), examples, work / "trl", gradient_checkpointing=is_on)
                 for name, is_on in (("trl", True), ("trl_no_checkpointing", False))
             }
-        speeds: dict[str, list[float]] = {name: [] for name in trainers}
-        for number in range(options.rounds):
-            for name, run in trainers.items():
-                speeds[name].append(tokens / run())
-                print(f"round {number + 1} {name}: {speeds[name][-1]:.0f} tokens/s", file=sys.stderr)
-    medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
+        seconds = in_turns(trainers, options.rounds)
+    tokens = sum(len(example.tokens) for example in examples)
+    speeds = {name: spread([tokens / one_s for one_s in found]) for name, found in seconds.items()}
+    medians = {name: speed["median"] for name, speed in speeds.items()}
     first, *others = medians
     ratios = {f"{first}/{name}": round(medians[first] / medians[name], 2) for name in others}
-    print(json.dumps({"rows": len(examples), "tokens": tokens, "tokens_per_s": medians, "ratio": ratios}))
+    figures = {"tokens_per_s": medians, "ranges": speeds, "ratio": ratios}
+    BENCHMARK.report(options, {"rows": len(examples), "tokens": tokens, **figures})
 
 
 def _examples(data: Path, count: int, base: Path) -> list[Example]:
@@ -90,23 +87,21 @@ def _examples(data: Path, count: int, base: Path) -> list[Example]:
         return tokenize_rows(rows[:count], tokenizer, system=SYSTEM, loss_on="completion", max_tokens=512)[0]
 
 
-def _edgetune(
-    model: PreTrainedModel, precision: str, examples: Sequence[Example], folder: Path, progress: Progress
-) -> float:
+def _edgetune(model: PreTrainedModel, precision: str, examples: Sequence[Example], folder: Path) -> float:
     """Seconds of one epoch, including a validation on one row at the end."""
     lora = methods.load("lora")
     options = lora.options(r=RANK, lora_alpha=ALPHA)
     training = TrainingSpec(epochs=1, batch_size=BATCH_SIZE, precision=precision, evals=1)
     job = TrainingJob("speed", lora, options, training, examples, examples[:1], key=str(time.monotonic()))
-    return train(model, job, folder, progress).seconds
+    return train(model, job, folder, Progress()).seconds
 
 
 def _trl(model: PreTrainedModel, examples: Sequence[Example], folder: Path, *, gradient_checkpointing: bool) -> float:
     """Seconds of one epoch with SFTTrainer on the same tokens."""
-    from datasets import Dataset  # noqa: PLC0415 - slow to import
-    from peft import LoraConfig  # noqa: PLC0415
-    from transformers import PreTrainedTokenizerFast, PrinterCallback  # noqa: PLC0415
-    from trl import SFTConfig, SFTTrainer  # noqa: PLC0415
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PreTrainedTokenizerFast, PrinterCallback
+    from trl import SFTConfig, SFTTrainer
 
     columns = {
         "input_ids": [list(example.tokens) for example in examples],
@@ -144,11 +139,13 @@ def _trl(model: PreTrainedModel, examples: Sequence[Example], folder: Path, *, g
 
 def _any_tokenizer(cls: type, vocab_size: int) -> object:
     """A tokenizer for TRL, which requires one although the rows are already tokens; only its padding token is used."""
-    from tokenizers import Tokenizer, models  # noqa: PLC0415
+    from tokenizers import Tokenizer, models
 
     words = {f"t{index}": index for index in range(vocab_size)}
     return cls(tokenizer_object=Tokenizer(models.WordLevel(words, "t0")), pad_token="t2", eos_token="t2")
 
+
+BENCHMARK = Benchmark(__file__, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,3 +16,9 @@ def this_machine() -> dict[str, Any]:
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
     kind = "AVX-512 bf16" if any("avx512_bf16" in line for line in lines) else "no bf16"
     return {"cpu": cpu, "kind": kind, "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def said_of_machine(result: Mapping[str, Any]) -> str:
+    """The threads and the machine of a result, in words."""
+    machine = result["machine"]
+    return f"{result['threads']} threads, {machine['cpu']} ({machine['kind']})"

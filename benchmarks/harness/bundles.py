@@ -1,0 +1,51 @@
+"""Bases, and bundles with random adapters: for what depends on sizes and not on answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgetune.bases import Base
+
+# Imports are in functions, so that the processes of other setups do not load torch.
+
+
+def resolve_base(name: str = "smollm2-135m", *, quantization: str | None = None, work: Path = Path()) -> Base:
+    """The base, quantized in `work`."""
+    from edgetune.bases import resolve
+    from edgetune.progress import Progress
+
+    progress = Progress(quiet=True)
+    return resolve(name, folder=Path(), quantization=quantization, work=work, progress=progress, converter=None)
+
+
+def random_adapters(base: Base, names: Iterable[str], rank: int, out: Path) -> dict[str, Path]:
+    """PEFT folders in `out` with random LoRAs on all linear layers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from edgetune.bases import load_torch
+
+    first, *others = names
+    torch.manual_seed(0)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False)
+    peft = get_peft_model(load_torch(base, torch.float32), config, adapter_name=first)
+    for name in others:
+        peft.add_adapter(name, config)
+    with torch.no_grad():
+        for key, parameter in peft.named_parameters():
+            if "lora_" in key:
+                # Large enough to change most answers, small enough to keep them sensible.
+                parameter.normal_(0, 0.02 if "lora_B" in key else 0.05)
+    peft.save_pretrained(out)
+    return {name: out / name for name in (first, *others)}
+
+
+def export_random(base: Base, folders: Mapping[str, Path], out: Path, **options: Any) -> Path:  # noqa: ANN401
+    """The bundle `out` of the base with these PEFT folders; `options` are those of `edgetune.export_trained`."""
+    from edgetune.building.pipeline import export_trained
+    from edgetune.progress import Progress
+
+    return export_trained(str(base.path), folders, out, progress=Progress(), **options).bundle
