@@ -20,7 +20,6 @@ from typing import Any
 from edgetune_export import backends
 from edgetune_runtime import Runtime
 
-from edgetune.building.pipeline import build
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 
@@ -46,6 +45,8 @@ def main() -> None:
         "--out", type=Path, help="build folder, to resume after an interruption (default: a temporary folder)"
     )
     options = BENCHMARK.options(parser, characters=8000, steps=1, window=64)
+    from edgetune.building.pipeline import build  # after the options, as it takes seconds
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

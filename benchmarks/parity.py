@@ -13,7 +13,6 @@ from benchmarks.harness.benchmark import Benchmark
 from benchmarks.harness.bundles import resolve_base
 from benchmarks.harness.tables import markdown, progress
 
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -21,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import torch
 from edgetune_export.adapters.fold import fold_peft, merge
 from edgetune_export.backends.base import Source
@@ -104,10 +102,7 @@ def _quantized(quantization: str, shipped: Path, out: Path) -> Path:
     """Dequantize the shipped base to f16 and requantize it to `quantization`."""
     f16, target = out / "f16.gguf", out / f"{quantization}.gguf"
     if not f16.is_file():
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_F16
-        params.allow_requantize = True
-        llama_cpp.llama_model_quantize(os.fsencode(shipped), os.fsencode(f16), params)
+        quantize_gguf(shipped, f16, "f16", again=True)
     if not target.is_file():
         quantize_gguf(f16, target, quantization)
     return target

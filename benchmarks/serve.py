@@ -243,7 +243,7 @@ def llama_server(options: argparse.Namespace) -> Iterator[Target]:
 
     with Worker(start_llama_server, options.bundle, options.threads) as worker:
         url, template, pid = worker()
-        yield Target(url, pid, "/completion", body, piece, piece)
+        yield Target(url, pid, "/completion", body, piece, lambda answer: str(answer["content"]))
 
 
 def start_llama_server(bundle: Path, threads: int) -> Callable[[], tuple[str, str, int]]:
@@ -254,7 +254,7 @@ def start_llama_server(bundle: Path, threads: int) -> Callable[[], tuple[str, st
     base = resolve(bundle, manifest.base.files["gguf"])
     files = [resolve(bundle, entry.files["gguf"]) for entry in manifest.adapters.values()]
     params = llama_server_params(base, files, threads, CONTEXT * threads)
-    params.n_parallel, params.port = threads, _free_port()
+    params.n_parallel, params.port, params.warmup = threads, _free_port(), True
     server = xllamacpp.Server(params)
     template = GgufTokenizer(base).chat_template
     return lambda: (server.listening_address, template, os.getpid())

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgetune.building.pipeline import build
 from edgetune.evaluation import Evaluation, evaluate
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -34,6 +33,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the task's train.jsonl and test file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     options = BENCHMARK.options(parser)
+    from edgetune.building.pipeline import build  # after the options, as it takes seconds
+
     progress = Progress()
     rows = sample(options.data / "train.jsonl", TRAINING_ROWS[options.task], options.out)
     recipe = Recipe.from_file(

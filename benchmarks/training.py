@@ -25,10 +25,10 @@ from contextlib import closing
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
-from transformers import PreTrainedModel
 
 from edgetune import bases, methods
 from edgetune.objectives.example import Example
@@ -37,8 +37,9 @@ from edgetune.recipe.parts import Columns, TrainingSpec
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.tokenization import tokenize_rows
 from edgetune.training.hardware import DTYPES
-from edgetune.training.job import TrainingJob
-from edgetune.training.loop import train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SYSTEM = "Turn the sentence into JSON with its intent and slots."
 BATCH_SIZE = 16
@@ -89,6 +90,9 @@ def _examples(data: Path, count: int, base: Path) -> list[Example]:
 
 def _edgetune(model: PreTrainedModel, precision: str, examples: Sequence[Example], folder: Path) -> float:
     """Seconds of one epoch, including a validation on one row at the end."""
+    from edgetune.training.job import TrainingJob
+    from edgetune.training.loop import train
+
     lora = methods.load("lora")
     options = lora.options(r=RANK, lora_alpha=ALPHA)
     training = TrainingSpec(epochs=1, batch_size=BATCH_SIZE, precision=precision, evals=1)

@@ -1,12 +1,21 @@
-"""Every benchmark in benchmarks/ can be imported, and explains its options."""
+"""Every benchmark in benchmarks/ can be imported and explains its options; the example of its README runs."""
 
 from __future__ import annotations
 
+from benchmarks.harness.tables import markdown
+from benchmarks.harness.turns import in_turns
+from benchmarks.harness.worker import WorkerEndedError, in_own_process
+
+import json
+import os
+import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from runtime.bundles import write_bundle
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
@@ -27,3 +36,35 @@ def test_a_benchmark_explains_its_options(
 
 def test_there_are_benchmarks() -> None:
     assert len(BENCHMARKS) > 10
+
+
+def test_the_benchmark_in_the_readme_writes_its_results(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "home", tiny_gguf("llama"), {})
+    script = tmp_path / "engines.py"
+    script.write_text((FOLDER / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0])
+    command = [sys.executable, script, bundle, "--only", "gguf", "--quick", "--threads", "1", "--out", tmp_path]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    result = json.loads((tmp_path / "engines.json").read_text(encoding="utf-8"))
+    assert result["engines"]["gguf"]["median"] > 0
+    assert (result["rounds"], result["threads"]) == (1, 1)
+    assert result["machine"]["cores"] == os.cpu_count()
+    assert (tmp_path / "engines.md").read_text(encoding="utf-8").strip() == printed.strip()
+
+
+def test_a_table_leaves_missing_figures_empty() -> None:
+    rows = [{"name": "a|b", "ms": {"p50": 1.26}}, {"name": "c", "ms": None}]
+    assert markdown(rows, {"setup": "{name}", "p50, ms": "{ms[p50]:.1f}"}) == (
+        "| setup | p50, ms |\n| --- | --- |\n| a¦b | 1.3 |\n| c |  |\n"
+    )
+
+
+def test_rounds_take_turns_after_those_that_do_not_count() -> None:
+    calls: list[str] = []
+    found = in_turns({name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}, 2, warmups=1)
+    assert calls == list("ababab")
+    assert found == {"a": [3, 5], "b": [4, 6]}
+
+
+def test_a_process_that_ends_early_is_named_with_its_exit_code() -> None:
+    with pytest.raises(WorkerEndedError, match="exit 3"):
+        in_own_process(os._exit, 3)
