@@ -22,9 +22,10 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -79,42 +80,6 @@ class Clock:
         return timed
 
 
-@dataclass
-class Tally:
-    """What came of the answers under one schema."""
-
-    answers: int = 0
-    fit: int = 0
-    stop_reasons: dict[str, int] = field(default_factory=dict)
-    misfits: list[str] = field(default_factory=list)
-    tokens: int = 0
-    decode_s: float = 0.0
-    constraint_s: float = 0.0
-
-    def add(self, answer: Answer, judge: jsonschema.protocols.Validator) -> None:
-        """Count an answer; one that ended by itself has to fit."""
-        self.answers += 1
-        self.tokens += answer.tokens
-        self.stop_reasons[answer.stop_reason] = self.stop_reasons.get(answer.stop_reason, 0) + 1
-        fits = fit(answer.text, judge)
-        self.fit += fits
-        if answer.stop_reason == "end" and not fits:
-            self.misfits.append(answer.text)
-
-    def to_json(self) -> dict[str, Any]:
-        """Counts, and costs per token."""
-        return {
-            "answers": self.answers,
-            "fit": self.fit,
-            "stop_reasons": self.stop_reasons,
-            "misfits": self.misfits,
-            "tokens": round(self.tokens / self.answers, 1),
-            "tokens_per_s": round(self.tokens / self.decode_s, 1),
-            "constraint_us_per_token": round(self.constraint_s / self.tokens * 1e6, 1),
-            "constraint_share": round(self.constraint_s / self.decode_s, 4),
-        }
-
-
 def main() -> int:
     parser = BENCHMARK.parser(threads=2)
     parser.add_argument("bundle", type=Path, help="a bundle for text generation")
@@ -142,16 +107,18 @@ def measure(options: argparse.Namespace) -> Result:
         runtime.generate("?", choices=["yes", "no"])
         for path in sorted(SCHEMAS.glob("*.json")):
             progress(f"{path.stem} ...")
-            found[path.stem] = _tally(runtime, json.loads(path.read_text(encoding="utf-8")), options, clock).to_json()
+            found[path.stem] = _figures(runtime, json.loads(path.read_text(encoding="utf-8")), options, clock)
         about = {"bundle": runtime.manifest.name, "base": runtime.manifest.base.name, "engine": runtime.engine}
     return {**about, "vocabulary_ms": vocabulary_ms, "schemas": found}
 
 
-def _tally(runtime: Runtime, schema: dict[str, Any], options: argparse.Namespace, clock: Clock) -> Tally:
-    judge = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
-    tally, words = Tally(), random.Random(0)
+def _figures(runtime: Runtime, schema: dict[str, Any], options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    """Counts of the answers under one schema, and costs per token; an answer that ended by itself has to fit."""
+    rng = random.Random(0)
+    answers: list[Answer] = []
+    decode_s = clock.seconds = 0.0
     for seed in range(options.prompts):
-        prompt, clock.seconds = " ".join(words.choices(WORDS.split(), k=words.randint(1, 12))), 0.0
+        prompt = " ".join(rng.choices(WORDS.split(), k=rng.randint(1, 12)))
         begin = time.perf_counter()
         answer = runtime.generate(
             prompt,
@@ -162,10 +129,21 @@ def _tally(runtime: Runtime, schema: dict[str, Any], options: argparse.Namespace
             **({} if options.filtered else UNFILTERED),
             max_tokens=options.max_tokens,
         )
-        tally.decode_s += time.perf_counter() - begin - answer.timings.ttft_ms / 1e3
-        tally.constraint_s += clock.seconds
-        tally.add(answer, judge)
-    return tally
+        decode_s += time.perf_counter() - begin - answer.timings.ttft_ms / 1e3
+        answers.append(answer)
+    judge = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+    misfits = [answer for answer in answers if not fit(answer.text, judge)]
+    tokens = sum(answer.tokens for answer in answers)
+    return {
+        "answers": len(answers),
+        "fit": len(answers) - len(misfits),
+        "stop_reasons": Counter(answer.stop_reason for answer in answers),
+        "misfits": [answer.text for answer in misfits if answer.stop_reason == "end"],
+        "tokens": round(tokens / len(answers), 1),
+        "tokens_per_s": round(tokens / decode_s, 1),
+        "constraint_us_per_token": round(clock.seconds / tokens * 1e6, 1),
+        "constraint_share": round(clock.seconds / decode_s, 4),
+    }
 
 
 def fit(text: str, judge: jsonschema.protocols.Validator) -> bool:

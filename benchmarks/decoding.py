@@ -107,8 +107,8 @@ def _adapter(bundle: Path, task: Task, engine: str, options: argparse.Namespace)
 
 def measure(setup: str, place: Place, prompts: Sequence[Prompt]) -> list[Timed]:
     """The answers of one setup, after one to warm up."""
-    with SETUPS[setup].opened(place) as answer:
-        return [answer(prompt) for prompt in prompts][1:]
+    answer = SETUPS[setup].open(place)
+    return [answer(prompt) for prompt in prompts][1:]
 
 
 def _constraint(bundle: Path, task: Task) -> OutputSpec | None:

@@ -1,15 +1,14 @@
 """The setups that `decoding.py` compares: ways of answering prompts, in edgetune and in other libraries.
 
 Each setup opens a bundle's base with one adapter and gives a function from a prompt to a timed greedy answer. Each
-process runs one setup.
+process runs one setup, and its end closes it.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ class Place:
 class Setup:
     """A way to answer: the engines that it runs on, and the kinds of output constraints that it needs one of."""
 
-    opened: Callable[[Place], AbstractContextManager[Answering]]
+    open: Callable[[Place], Answering]
     engines: tuple[str, ...] = ("gguf", "onnx")
     constraints: tuple[str, ...] = ()
 
@@ -92,8 +91,7 @@ def edgetune(
 ) -> Setup:
     """edgetune's runtime; with `records_margins` it is slower."""
 
-    @contextmanager
-    def opened(place: Place) -> Iterator[Answering]:
+    def open_place(place: Place) -> Answering:
         options: dict[str, Any] = {"unconstrained": True}
         if constrained and place.spec is not None:
             is_json = place.spec.kind in {"schema", "choices"}
@@ -102,34 +100,27 @@ def edgetune(
                 # Stored, with its spacing.
                 options = {}
         name = None if base else place.adapter
-        with Runtime.open(
-            place.bundle, engine=place.engine, threads=place.threads, disk_mb=0, drafts=drafts
-        ) as runtime:
+        runtime = Runtime.open(place.bundle, engine=place.engine, threads=place.threads, disk_mb=0, drafts=drafts)
 
-            def answer(prompt: Prompt) -> Timed:
-                begin = time.perf_counter()
-                found = runtime.generate(
-                    prompt, adapter=name, max_tokens=MOST_TOKENS, logprobs=2 if records_margins else None, **options
-                )
-                whole_s, timings = time.perf_counter() - begin, found.timings
-                # The end of turn counts as a token in all setups.
-                margins = tuple(
-                    (token.text, token.top[0].logprob - token.top[1].logprob) for token in found.logprobs or ()
-                )
-                return Timed(
-                    found.text, found.tokens + 1, whole_s, timings.ttft_ms / 1e3, timings.tokens_per_step, margins
-                )
+        def answer(prompt: Prompt) -> Timed:
+            begin = time.perf_counter()
+            found = runtime.generate(
+                prompt, adapter=name, max_tokens=MOST_TOKENS, logprobs=2 if records_margins else None, **options
+            )
+            whole_s, timings = time.perf_counter() - begin, found.timings
+            # The end of turn counts as a token in all setups.
+            margins = tuple((token.text, token.top[0].logprob - token.top[1].logprob) for token in found.logprobs or ())
+            return Timed(found.text, found.tokens + 1, whole_s, timings.ttft_ms / 1e3, timings.tokens_per_step, margins)
 
-            yield answer
+        return answer
 
-    return Setup(opened, constraints=KINDS if constrained else ())
+    return Setup(open_place, constraints=KINDS if constrained else ())
 
 
 def llama_cpp_python(*, lookup: bool = False, constrained: bool = False) -> Setup:
     """llama-cpp-python's `Llama` with the same adapter."""
 
-    @contextmanager
-    def opened(place: Place) -> Iterator[Answering]:
+    def open_place(place: Place) -> Answering:
         from llama_cpp.llama_grammar import LlamaGrammar
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
@@ -150,17 +141,15 @@ def llama_cpp_python(*, lookup: bool = False, constrained: bool = False) -> Setu
             # The end of turn counts as a token, as in the other setups.
             return Timed(text, len(llama.tokenize(text.encode(), add_bos=False)) + 1, whole_s, pieces[0][1] - begin)
 
-        yield answer
-        llama.close()
+        return answer
 
-    return Setup(opened, engines=("gguf",), constraints=("schema",) if constrained else ())
+    return Setup(open_place, engines=("gguf",), constraints=("schema",) if constrained else ())
 
 
 def llama_server(*, lookup: bool = False, constrained: bool = False) -> Setup:
     """llama.cpp's server with the same adapter: with `lookup` its n-gram speculation, else without any."""
 
-    @contextmanager
-    def opened(place: Place) -> Iterator[Answering]:
+    def open_place(place: Place) -> Answering:
         import xllamacpp
 
         params = llama_server_params(place.base, [place.adapter_file], place.threads, CONTEXT, scale=1.0)
@@ -178,16 +167,15 @@ def llama_server(*, lookup: bool = False, constrained: bool = False) -> Setup:
             whole_s, text = time.perf_counter() - begin, "".join(piece for piece, _ in pieces)
             return Timed(text, len(tokenizer.tokenize(text, continues=True)) + 1, whole_s, pieces[0][1] - begin)
 
-        yield answer
+        return answer
 
-    return Setup(opened, engines=("gguf",), constraints=("schema",) if constrained else ())
+    return Setup(open_place, engines=("gguf",), constraints=("schema",) if constrained else ())
 
 
 def genai(*, constrained: bool = False) -> Setup:
     """onnxruntime-genai with the same files; `constrained` by its guidance."""
 
-    @contextmanager
-    def opened(place: Place) -> Iterator[Answering]:
+    def open_place(place: Place) -> Answering:
         import onnxruntime_genai
 
         config = json.loads((place.base.parent / "genai_config.json").read_text(encoding="utf-8"))
@@ -215,9 +203,9 @@ def genai(*, constrained: bool = False) -> Setup:
             whole_s = time.perf_counter() - begin
             return Timed(tokenizer.decode(tokens), len(tokens), whole_s, first_s)
 
-        yield answer
+        return answer
 
-    return Setup(opened, engines=("onnx",), constraints=("schema",) if constrained else ())
+    return Setup(open_place, engines=("onnx",), constraints=("schema",) if constrained else ())
 
 
 def rendered(template: str | None, prompt: Prompt, place: Place) -> str:

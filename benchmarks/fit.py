@@ -234,13 +234,8 @@ def table(result: Result) -> str:
         if part == "speed" and speed["busy"]:
             texts.append(f"measured while the machine was busy: {speed['busy']}\n")
         columns = {key: f"{{{key}}}" for key in rows[0] if key != "source"}
-        shown = [{key: _said(value) for key, value in row.items()} for row in rows]
-        texts.append(markdown(shown, columns))
+        texts.append(markdown(rows, columns))
     return "\n".join(texts)
-
-
-def _said(value: object) -> object:
-    return {True: "yes", False: ""}[value] if isinstance(value, bool) else value
 
 
 BENCHMARK = Benchmark(__file__, __doc__, table)

@@ -148,11 +148,10 @@ def table(result: Result) -> str:
         "at least": "{predicted_kept_mb:.0f}",
         f"fits {BOARD}, limit": "{predicted_fits_board}, {predicted_fits_limit}",
     }
-    rows = []
-    for engine, found in result["engines"].items():
-        fits = {name: "yes" if value else "no" for name, value in found.items() if name.startswith("predicted_fits")}
-        own = {"engine": engine, "limit_mb": result["limit_mb"], "answered": len(found["answers"])}
-        rows.append({**found, **own, **fits})
+    rows = [
+        {"engine": engine, "limit_mb": result["limit_mb"], "answered": len(found["answers"]), **found}
+        for engine, found in result["engines"].items()
+    ]
     return markdown(rows, columns)
 
 

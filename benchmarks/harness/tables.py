@@ -10,7 +10,8 @@ from typing import Any
 def markdown(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """A Markdown table with a line per row; `columns` has the format of the cells of each column.
 
-    A format is one of `str.format`, such as "{ttft_ms[p50]:.0f}". A cell is empty if a figure in it is missing or None.
+    A format is one of `str.format`, such as "{ttft_ms[p50]:.0f}"; True becomes yes, False no. A cell is empty if a
+    figure in it is missing or None.
     """
     cells = [[_cell(row, template) for template in columns.values()] for row in rows]
     lines = [list(columns), ["---"] * len(columns), *cells]
@@ -18,8 +19,9 @@ def markdown(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> s
 
 
 def _cell(row: Mapping[str, Any], template: str) -> str:
+    words = {name: "yes" if value else "no" for name, value in row.items() if isinstance(value, bool)}
     try:
-        return template.format_map(row).replace("|", "¦")
+        return template.format_map({**row, **words}).replace("|", "¦")
     except (KeyError, TypeError):
         return ""
 
