@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=512, help="length of the task's fixed prompt")
     parser.set_defaults(adapters=1)
-    options = BENCHMARK.options(parser, only=[*SETUPS], requests=1, rounds=1, prompt_tokens=32)
+    options = BENCHMARK.options(parser, requests=1, rounds=1, prompt_tokens=32)
     with work_folder(options) as work:
         prepare(options, work)
         BENCHMARK.report(options, {"setups": measure(options, Folder(work, 1, options.threads))})

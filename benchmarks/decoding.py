@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40, help="validation rows per adapter")
     parser.add_argument("--rounds", type=int, default=3, help="processes per setup")
     parser.add_argument("--engines", nargs="+", default=["gguf", "onnx"], help="of those that a bundle has files for")
-    options = BENCHMARK.options(parser, only=NAMES, rows=2, rounds=1)
+    options = BENCHMARK.options(parser, rows=2, rounds=1)
     tasks = []
     for bundle, recipe in (map(Path, pair.split("=", 1)) for pair in options.bundles):
         manifest = read_manifest(bundle)

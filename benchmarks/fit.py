@@ -20,6 +20,7 @@ from benchmarks.harness.tables import markdown, progress
 from benchmarks.harness.turns import in_turns
 from benchmarks.harness.worker import in_own_process
 
+import shutil
 import statistics
 import tomllib
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ ADAPTERS = (0, 4, 16)
 TURNS = 3
 """Measurements of the short and of the long prompt, whose medians are compared: the machine may be slow for a while."""
 CALIBRATED = "q4_0"
+ADAPTER = "random-adapter"
 RANK = 8
 SYSTEMS = (
     "You control the lamps, the blinds and the heating of a house. Answer with one JSON object: the device, the room "
@@ -66,7 +68,7 @@ def main() -> None:
     """Measure the parts and write fit.json and fit.md."""
     parts = {"memory": memory, "speed": speed, "boards": published}
     parser = BENCHMARK.parser(only=[*parts], threads=2, works=True)
-    options = BENCHMARK.options(parser, only=[*parts])
+    options = BENCHMARK.options(parser)
     with work_folder(options) as work:
         if {"memory", "speed"} & set(options.only):
             make_bundles(work)
@@ -76,29 +78,32 @@ def main() -> None:
 
 def make_bundles(work: Path) -> None:
     """A bundle per quantization and number of adapters in `work`, unless they are there."""
-    names = [f"task{number}" for number in range(max(ADAPTERS))]
-    systems = {name: f"{system} ({name})" for name, system in zip(names, cycle(SYSTEMS), strict=False)}
     for quantization in QUANTIZATIONS:
-        whole = bundle_of(work, quantization, max(ADAPTERS))
-        if not whole.exists():
+        one = work / "one" / quantization
+        if not one.exists():
             base = resolve_base(quantization=quantization, work=work / "bases")
-            folders = random_adapters(base, names, RANK, work / "peft" / quantization)
-            export_random(base, folders, whole, systems=systems, targets=ENGINES)
+            folders = random_adapters(base, [ADAPTER], RANK, work / "peft" / quantization)
+            export_random(base, folders, one, targets=ENGINES)
         for count in ADAPTERS:
             if not bundle_of(work, quantization, count).exists():
-                link_with_fewer(whole, names[:count], bundle_of(work, quantization, count))
+                copy_with(count, one, bundle_of(work, quantization, count))
 
 
-def link_with_fewer(bundle: Path, names: Sequence[str], out: Path) -> None:
-    """The bundle with only these adapters; its files are links to those of `bundle`."""
+def copy_with(count: int, bundle: Path, out: Path) -> None:
+    """A copy of the bundle with its adapter so many times, each with files and a system prompt of its own."""
     manifest = read_manifest(bundle)
-    dropped = tuple(f"adapters/{name}/" for name in manifest.adapters if name not in names)
-    files = {name: entry for name, entry in manifest.files.items() if not name.startswith(dropped)}
-    for name in files:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).hardlink_to(bundle / name)
-    kept = replace(manifest, files=files, adapters={name: manifest.adapters[name] for name in names})
-    (out / MANIFEST_NAME).write_text(kept.to_json(), encoding="utf-8")
+    one = manifest.adapters[ADAPTER]
+    files, adapters = {}, {}
+    for number, system in zip(range(count), cycle(SYSTEMS), strict=False):
+        name = f"task{number}"
+        own = {engine: file.replace(ADAPTER, name) for engine, file in one.files.items()}
+        adapters[name] = replace(one, name=name, files=own, system=f"{system} ({name})")
+    for file, entry in manifest.files.items():
+        for copy in [file.replace(ADAPTER, name) for name in adapters] if ADAPTER in file else [file]:
+            (out / copy).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle / file, out / copy)
+            files[copy] = entry
+    (out / MANIFEST_NAME).write_text(replace(manifest, files=files, adapters=adapters).to_json(), encoding="utf-8")
 
 
 def bundle_of(work: Path, quantization: str, adapters: int) -> Path:

@@ -124,7 +124,7 @@ def main() -> None:
     """Measure each processor with each quantization, and print a table."""
     parser = BENCHMARK.parser(only=QUANTIZATIONS)
     parser.add_argument("bundle", type=Path)
-    options = BENCHMARK.options(parser, only=QUANTIZATIONS)
+    options = BENCHMARK.options(parser)
     if missing():
         raise SystemExit(f"this needs {'; and '.join(missing())}")
     base = options.bundle / read_manifest(options.bundle).base.files["gguf"]

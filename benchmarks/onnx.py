@@ -53,7 +53,7 @@ def main() -> None:
     names = ["smollm2-135m", "random-0.5b"]
     parser = BENCHMARK.parser(only=names, threads=2)
     parser.add_argument("--rounds", type=int, default=7)
-    options = BENCHMARK.options(parser, only=names, rounds=1)
+    options = BENCHMARK.options(parser, rounds=1)
     figures: Result = {"rank": RANK}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

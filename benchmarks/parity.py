@@ -44,7 +44,7 @@ def main() -> None:
     parser = BENCHMARK.parser(writes=False, only=QUANTIZATIONS)
     parser.add_argument("--text", type=Path, required=True, help="a text file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the quantized bases")
-    options = BENCHMARK.options(parser, only=QUANTIZATIONS)
+    options = BENCHMARK.options(parser)
     options.out.mkdir(parents=True, exist_ok=True)
     shipped = resolve_base().path
     with closing(GgufTokenizer(shipped)) as tokenizer:

@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=512, help="context length and length of the rows")
     parser.add_argument("--steps", type=int, default=2, help="training steps, with one row each")
     parser.add_argument("--limit", type=float, metavar="FACTOR", help="build again within FACTOR times training's peak")
-    options = BENCHMARK.options(parser, only=[*SIZES], row_tokens=128, steps=1)
+    options = BENCHMARK.options(parser, row_tokens=128, steps=1)
     find_converter()  # download it now, so that the download does not count as conversion
     with work_folder(options) as work:
         found = {size: _measure(size, options, work / size) for size in options.only}

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--at-once", type=int, default=16, help="requests at a time")
     parser.add_argument("--rows", type=int, default=25, help="validation rows per adapter")
-    options = BENCHMARK.options(parser, only=[*SERVERS], requests=8, at_once=4, rows=2)
+    options = BENCHMARK.options(parser, requests=8, at_once=4, rows=2)
     asks = asks_of(options)
     tokenizer = GgufTokenizer(resolve(options.bundle, read_manifest(options.bundle).base.files["gguf"]))
     found = {}

@@ -48,7 +48,7 @@ def main() -> None:
     parser = BENCHMARK.parser(only=ENGINES)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--limit-mb", type=float, default=280)
-    options = BENCHMARK.options(parser, only=ENGINES)
+    options = BENCHMARK.options(parser)
     found = {}
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
         copies = Path(folder)

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=512, help="length of each task's fixed prompt")
-    options = BENCHMARK.options(parser, only=[*SETUPS], requests=4, adapters=2, prompt_tokens=32)
+    options = BENCHMARK.options(parser, requests=4, adapters=2, prompt_tokens=32)
     with work_folder(options) as work:
         prepare(options, work)
         found = {name: _measured(name, Folder(work, options.adapters, options.threads)) for name in options.only}

@@ -44,8 +44,9 @@ class Benchmark:
         """
         parser = argparse.ArgumentParser(description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         if only:
+            names = ", ".join(only)
             parser.add_argument(
-                "--only", nargs="+", action="extend", choices=only, metavar="NAME", help=f"some of: {', '.join(only)}"
+                "--only", nargs="+", choices=only, default=only, metavar="NAME", help=f"some of: {names}"
             )
         if threads:
             parser.add_argument("--threads", type=int, default=threads, help="of each engine (default: %(default)s)")
@@ -57,10 +58,8 @@ class Benchmark:
             parser.add_argument("--json", action="store_true", help="print one JSON object")
         return parser
 
-    def options(
-        self, parser: argparse.ArgumentParser, *, only: Sequence[str] = (), **quick: object
-    ) -> argparse.Namespace:
-        """The parsed options; `quick` has the defaults of `--quick`, and `only` all names, if none was chosen."""
+    def options(self, parser: argparse.ArgumentParser, **quick: object) -> argparse.Namespace:
+        """The parsed options; `quick` has the defaults of `--quick`."""
         small = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in quick.items())
         if quick:
             parser.add_argument("--quick", action="store_true", help=f"a short run, to see that it works: {small}")
@@ -68,8 +67,6 @@ class Benchmark:
         if quick and options.quick:
             parser.set_defaults(**quick)
             options = parser.parse_args()
-        if only:
-            options.only = options.only or list(only)
         return options
 
     def report(self, options: argparse.Namespace, result: Result) -> None:
