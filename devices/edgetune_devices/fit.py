@@ -95,6 +95,7 @@ class Fit:
 class BoardChoice:
     """The settings for a board; `quantization` is None if the base ships unchanged. `reason` explains them in words."""
 
+    board: Board
     quantization: str | None
     threads: int
     context_length: int
@@ -179,7 +180,7 @@ def choose(
         f"{what} is {why} on {board.name}: {found.kept_mb:.0f} of {found.available_mb:.0f} MB, "
         f"about {found.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
-    return BoardChoice(chosen, threads or board.cores, length, reason)
+    return BoardChoice(board, chosen, threads or board.cores, length, reason)
 
 
 def table(result: Fit) -> list[tuple[str, str]]:

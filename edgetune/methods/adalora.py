@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export.adapters.shapes import Delta
 from pydantic import AliasChoices, Field, PositiveInt
 
-from .common.base import trainable
+from .common.base import TrainedModules, trainable
 from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import BaseShape
     from peft import AdaLoraConfig, PeftModel
     from transformers import PreTrainedModel
 
@@ -49,9 +48,9 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
         """The initial rank, which some modules may keep."""
         return max(options.init_r, options.target_r)
 
-    def trained_parameters(self, base: BaseShape, options: AdaLoraOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: AdaLoraOptions) -> int:
         """Both factors and the values between them."""
-        return sum((m.values_per_rank + 1) * self.shipped_rank(options) for m in self.trained_modules(base, options))
+        return trained.low_rank_values + sum(trained.ranks)
 
     def config(self, base: PreTrainedModel, options: AdaLoraOptions, steps: int) -> AdaLoraConfig:
         """PEFT's configuration."""

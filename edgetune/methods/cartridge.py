@@ -15,13 +15,14 @@ from edgetune.methods.common.base import rate_factor
 from .common.prompt import BeginOptions, CacheMethod
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
     from edgetune_runtime.engines.base import Tokenizer
     from peft import CartridgeConfig, PeftModel
     from transformers import PreTrainedModel
 
     from edgetune.objectives.base import Objective
     from edgetune.objectives.example import Example
+
+    from .common.base import TrainedModules
 
 
 class CartridgeOptions(BeginOptions):
@@ -74,9 +75,9 @@ class Cartridge(CacheMethod[CartridgeOptions]):
     options = CartridgeOptions
     peft_type = "CARTRIDGE"
 
-    def trained_parameters(self, base: BaseShape, options: CartridgeOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: CartridgeOptions) -> int:
         """The keys and values of the tokens that are not frozen."""
-        return (options.num_virtual_tokens - options.num_frozen_tokens) * base.kv_values_per_token
+        return (options.num_virtual_tokens - options.num_frozen_tokens) * trained.base.kv_values_per_token
 
     def config(self, base: PreTrainedModel, options: CartridgeOptions) -> CartridgeConfig:
         """PEFT's configuration."""

@@ -9,9 +9,10 @@ from .common.dense import DenseMethod, DenseOptions
 from .common.peft import Alpha, Dropout, Rank, lora_config
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
     from peft import LoraConfig
     from transformers import PreTrainedModel
+
+    from .common.base import TrainedModules
 
 
 class DoraOptions(DenseOptions):
@@ -32,9 +33,9 @@ class Dora(DenseMethod):
         """A LoRA with use_dora."""
         return super().wrote(config) and bool(config.get("use_dora"))
 
-    def trained_parameters(self, base: BaseShape, options: DoraOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: DoraOptions) -> int:
         """Both factors, and the magnitude of each output."""
-        return sum(options.r * m.values_per_rank + m.rows for m in self.trained_modules(base, options))
+        return sum(options.r * m.values_per_rank + m.rows for m in trained.modules)
 
     def config(self, base: PreTrainedModel, options: DoraOptions, steps: int) -> LoraConfig:
         """PEFT's configuration."""

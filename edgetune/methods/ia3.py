@@ -17,7 +17,7 @@ from pydantic import Field
 
 from edgetune.methods.common.base import rate_factor
 
-from .common.base import Checkpoint, trainable
+from .common.base import Checkpoint, TrainedModules, trainable
 from .common.peft import (
     ALL_LINEAR,
     PeftMethod,
@@ -36,7 +36,6 @@ from .common.peft import (
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import BaseShape
     from peft import IA3Config, PeftModel
     from transformers import PreTrainedModel
 
@@ -69,11 +68,11 @@ class Ia3(PeftMethod[Ia3Options]):
         check_targets(base, options.feedforward_modules)
         return super().attach(base, options, steps)
 
-    def trained_parameters(self, base: BaseShape, options: Ia3Options) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: Ia3Options) -> int:
         """A factor per input of feed-forward modules, and per output of others."""
         return sum(
             module.columns if is_target(module.name, options.feedforward_modules) else module.rows
-            for module in self.trained_modules(base, options)
+            for module in trained.modules
         )
 
     def config(self, base: PreTrainedModel, options: Ia3Options, steps: int) -> IA3Config:

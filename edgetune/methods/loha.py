@@ -10,9 +10,10 @@ from pydantic import AliasChoices, Field, PositiveInt
 from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
     from peft import LoHaConfig
     from transformers import PreTrainedModel
+
+    from .common.base import TrainedModules
 
 
 class LoHaOptions(TargetOptions):
@@ -32,9 +33,9 @@ class LoHa(WeightMethod[LoHaOptions]):
         """r², the rank of the element-wise product."""
         return options.r**2
 
-    def trained_parameters(self, base: BaseShape, options: LoHaOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: LoHaOptions) -> int:
         """The factors of both matrices."""
-        return sum(2 * options.r * module.values_per_rank for module in self.trained_modules(base, options))
+        return sum(2 * options.r * module.values_per_rank for module in trained.modules)
 
     def config(self, base: PreTrainedModel, options: LoHaOptions, steps: int) -> LoHaConfig:
         """PEFT's configuration."""

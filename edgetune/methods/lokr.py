@@ -13,9 +13,11 @@ from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import BaseShape, SizedModule
+    from edgetune_export.architectures.shape import SizedModule
     from peft import LoKrConfig
     from transformers import PreTrainedModel
+
+    from .common.base import TrainedModules
 
 
 class LoKrOptions(TargetOptions):
@@ -36,9 +38,9 @@ class LoKr(WeightMethod[LoKrOptions]):
         """The rank of the larger factor times the size of the smaller one."""
         return options.r * options.decompose_factor
 
-    def trained_parameters(self, base: BaseShape, options: LoKrOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: LoKrOptions) -> int:
         """The smaller factor, and the larger one as a product if that has fewer numbers."""
-        return sum(_values(module, options) for module in self.trained_modules(base, options))
+        return sum(_values(module, options) for module in trained.modules)
 
     def config(self, base: PreTrainedModel, options: LoKrOptions, steps: int) -> LoKrConfig:
         """PEFT's configuration."""

@@ -14,13 +14,13 @@ from edgetune_export.adapters.patterns import matching, of_key
 from edgetune_runtime.errors import UsageError
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from .common.base import trainable, with_defaults
+from .common.base import TrainedModules, trainable, with_defaults
 from .common.lora_checkpoint import LoraCheckpoint
 from .common.peft import ALL_LINEAR, AUTO, Alpha, Dropout, Rank, TargetOptions, check_targets, lora_config
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import BaseShape, SizedModule
+    from edgetune_export.architectures.shape import SizedModule
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
@@ -102,11 +102,9 @@ class Lora(LoraCheckpoint[LoraOptions]):
             ranks |= dict.fromkeys(found or (), rank)
         return list(ranks.values())
 
-    def trained_parameters(self, base: BaseShape, options: LoraOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: LoraOptions) -> int:
         """Both factors of each module."""
-        modules = self.trained_modules(base, options)
-        ranks = self.shipped_ranks(modules, options)
-        return sum(rank * module.values_per_rank for rank, module in zip(ranks, modules, strict=True))
+        return trained.low_rank_values
 
     def attach(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> PeftModel:
         """Add LoRA modules in float32 to `base`. Raises UsageError if a target module or pattern matches nothing."""

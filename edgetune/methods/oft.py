@@ -13,9 +13,10 @@ from .common.dense import DenseMethod, DenseOptions
 from .common.peft import peft_targets, task_type
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
     from peft import OFTConfig
     from transformers import PreTrainedModel
+
+    from .common.base import TrainedModules
 
 
 class OftOptions(DenseOptions):
@@ -31,9 +32,9 @@ class Oft(DenseMethod):
     options = OftOptions
     peft_type = "OFT"
 
-    def trained_parameters(self, base: BaseShape, options: OftOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: OftOptions) -> int:
         """A skew-symmetric matrix per block."""
-        return sum(_rotations(module.columns, options.oft_block_size) for module in self.trained_modules(base, options))
+        return sum(_rotations(module.columns, options.oft_block_size) for module in trained.modules)
 
     def config(self, base: PreTrainedModel, options: OftOptions, steps: int) -> OFTConfig:
         """PEFT's configuration."""

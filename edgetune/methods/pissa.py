@@ -13,12 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from .common.base import rate_factor
+from .common.base import TrainedModules, rate_factor
 from .common.lora_checkpoint import LoraCheckpoint
 from .common.peft import Alpha, Dropout, Rank, TargetOptions, check_targets, lora_config
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
@@ -46,9 +45,9 @@ class Pissa(LoraCheckpoint[InitializedOptions]):
         """The rank of the trained update plus that of its initialization."""
         return 2 * options.r
 
-    def trained_parameters(self, base: BaseShape, options: InitializedOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: InitializedOptions) -> int:
         """Both factors of each module."""
-        return sum(options.r * module.values_per_rank for module in self.trained_modules(base, options))
+        return sum(options.r * module.values_per_rank for module in trained.modules)
 
     def attach(self, base: PreTrainedModel, options: InitializedOptions, steps: int) -> PeftModel:
         """Add LoRA modules to `base` and subtract their initial product from its weights; `model.start` keeps it."""

@@ -11,9 +11,10 @@ from edgetune.methods.common.base import dense_parameters, rate_factor
 from .common.prompt import BeginOptions, CacheMethod
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
     from peft import PeftModel, PrefixTuningConfig
     from transformers import PreTrainedModel
+
+    from .common.base import TrainedModules
 
 
 class PrefixOptions(BeginOptions):
@@ -46,13 +47,13 @@ class Prefix(CacheMethod[PrefixOptions]):
     options = PrefixOptions
     peft_type = "PREFIX_TUNING"
 
-    def trained_parameters(self, base: BaseShape, options: PrefixOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: PrefixOptions) -> int:
         """The keys and values, or an embedding per virtual token and the network that generates them."""
         if not options.prefix_projection:
-            return super().trained_parameters(base, options)
-        size = options.encoder_hidden_size or base.keys
-        network = dense_parameters(base.keys, size) + dense_parameters(size, base.kv_values_per_token)
-        return options.num_virtual_tokens * base.keys + network
+            return super().trained_parameters(trained, options)
+        size = options.encoder_hidden_size or trained.base.keys
+        network = dense_parameters(trained.base.keys, size) + dense_parameters(size, trained.base.kv_values_per_token)
+        return options.num_virtual_tokens * trained.base.keys + network
 
     def config(self, base: PreTrainedModel, options: PrefixOptions) -> PrefixTuningConfig:
         """PEFT's configuration."""

@@ -12,9 +12,10 @@ from edgetune.methods.common.base import rate_factor
 from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
     from peft import VeraConfig
     from transformers import PreTrainedModel
+
+    from .common.base import TrainedModules
 
 
 class VeraOptions(TargetOptions):
@@ -43,9 +44,9 @@ class Vera(WeightMethod[VeraOptions]):
         """The rank of the shared matrices."""
         return options.r
 
-    def trained_parameters(self, base: BaseShape, options: VeraOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: VeraOptions) -> int:
         """Two vectors per module."""
-        return sum(module.rows + options.r for module in self.trained_modules(base, options))
+        return sum(module.rows + options.r for module in trained.modules)
 
     def config(self, base: PreTrainedModel, options: VeraOptions, steps: int) -> VeraConfig:
         """PEFT's configuration."""
