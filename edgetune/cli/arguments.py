@@ -23,6 +23,7 @@ OUTPUT_PANEL = "Output"
 
 BOARD = "The board: see `edgetune devices list`; or a board file, such as one of `edgetune devices detect`."
 
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Settings = Annotated[
     list[str] | None,
@@ -114,6 +115,6 @@ def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
     return pairs
 
 
-def print_json(values: Mapping[str, Any]) -> None:
+def print_json(values: Mapping[str, Any] | Sequence[Any]) -> None:
     """Print the values as one line of JSON."""
     print(json.dumps(values, ensure_ascii=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,12 +26,10 @@ from .arguments import (
     shown_unless,
     targets_of,
 )
+from .tables import print_table
 
 if TYPE_CHECKING:
     from edgetune.comparison.columns import Column
-
-# Width for the widest table, in characters, without a terminal.
-WIDTH = 140
 
 
 def compare(
@@ -126,24 +123,12 @@ def _print_tables(comparison: edgetune.Comparison, out: Path) -> None:
 
 
 def _print_table(columns: Sequence[Column], rows: Iterable[tuple[str, ...]]) -> None:
-    from rich import box  # noqa: PLC0415 - help needs no rich
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    """Print the rows; a shorter one says at its end why the trial has no figures, and is a line below the table."""
+    from edgetune.comparison.columns import TEXT_COLUMNS  # noqa: PLC0415 - help needs none of it
 
-    from edgetune.comparison.columns import TEXT_COLUMNS  # noqa: PLC0415
-
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for column in columns:
-        table.add_column(column.title, justify="left" if column.title in TEXT_COLUMNS else "right")
-    reasons = []
-    for row in rows:
-        if len(row) == len(columns):
-            table.add_row(*row)
-        else:
-            reasons.append(row)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False, highlight=False)
-    console.print(table)
-    for row in reasons:
-        print(f"{', '.join(row[:-1])}: {row[-1]}")
+    cells = list(rows)
+    whole = [row for row in cells if len(row) == len(columns)]
+    print_table([column.title for column in columns], whole, texts=TEXT_COLUMNS)
+    reasons = [f"{', '.join(row[:-1])}: {row[-1]}\n" for row in cells if len(row) != len(columns)]
     if reasons:
-        print()
+        print("".join(reasons))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
-from .arguments import AsJson, CacheMb, ContextLength, Engine, Kv, Quiet, print_json
+from .arguments import AsJson, BundlePath, CacheMb, ContextLength, Engine, Kv, Quiet, print_json
 
 if TYPE_CHECKING:
     from edgetune.delivery.board.opening import Opening
@@ -24,8 +24,8 @@ FLEET_PANEL = "Several boards"
 BOARD_PANEL = "On the board"
 
 
-def deploy_bundle(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+def deploy(
+    bundle: BundlePath,
     host: Annotated[
         str | None, typer.Argument(metavar="USER@HOST[:PORT]", help="The board, as ssh knows it.", show_default=False)
     ] = None,
@@ -99,14 +99,7 @@ def deploy_bundle(
     from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415
 
     from edgetune.delivery.board.opening import Opening  # noqa: PLC0415
-    from edgetune.delivery.deploy.deploy import (  # noqa: PLC0415
-        DeployOptions,
-        UnitOptions,
-        Where,
-        deploy,
-        list_versions,
-        roll_back,
-    )
+    from edgetune.delivery.deploy import deploy as actions  # noqa: PLC0415
     from edgetune.delivery.deploy.target import parse_target, read_inventory  # noqa: PLC0415
     from edgetune.progress import Progress  # noqa: PLC0415
 
@@ -120,20 +113,20 @@ def deploy_bundle(
         raise UsageError("--listen and --port are those of a unit", "add --service NAME")
     if board is not None:
         boards.find(board)
-    where = Where(read_manifest(bundle).name, prefix)
+    where = actions.Where(read_manifest(bundle).name, prefix)
     targets = [parse_target(host)] if host is not None else read_inventory(inventory or Path())
     act: Callable[[Target], Outcome]
     if goes_back:
-        act = partial(roll_back, where=where)
+        act = partial(actions.roll_back, where=where)
     elif lists:
-        act = partial(list_versions, where=where)
+        act = partial(actions.list_versions, where=where)
     else:
         assemble = _assembler(bundle, engine, Opening(context_length, kv, cache_mb), Progress(quiet=quiet))
         # Boards of an inventory have one line each.
         progress = Progress(quiet=quiet or inventory is not None)
-        unit = None if service is None else UnitOptions(service, listen, port)
-        options = DeployOptions(board, unit, waits_healthy=wait_healthy)
-        act = partial(deploy, where=where, assemble=assemble, options=options, progress=progress)
+        unit = None if service is None else actions.UnitOptions(service, listen, port)
+        options = actions.DeployOptions(board, unit, waits_healthy=wait_healthy)
+        act = partial(actions.deploy, where=where, assemble=assemble, options=options, progress=progress)
     if host is not None:
         outcome = act(targets[0])
         if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,13 +9,13 @@ from edgetune_runtime.wording import printable
 
 import edgetune
 
-from .arguments import DATA_PANEL, ENGINE_PANEL, OUTPUT_PANEL, AsJson, Quiet, print_json, shown_unless
+from .arguments import DATA_PANEL, OUTPUT_PANEL, AsJson, BundlePath, Engine, Kv, Quiet, print_json, shown_unless
 
 MAX_SHOWN = 300
 
 
 def evaluate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    bundle: BundlePath,
     *,
     data: Annotated[
         str,
@@ -39,22 +38,8 @@ def evaluate(
             min=0, metavar="N", help="Show up to N wrong answers; not with --json.", rich_help_panel=OUTPUT_PANEL
         ),
     ] = 3,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Run the bundle with gguf or onnx (default: its first format).",
-            rich_help_panel=ENGINE_PANEL,
-        ),
-    ] = None,
-    kv: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Type of the KV cache: f16 (default) or q8_0; only with gguf.",
-            rich_help_panel=ENGINE_PANEL,
-        ),
-    ] = None,
+    engine: Engine = None,
+    kv: Kv = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

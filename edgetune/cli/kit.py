@@ -11,6 +11,7 @@ from .arguments import (
     BOARD,
     OUTPUT_PANEL,
     AsJson,
+    BundlePath,
     CacheMb,
     ContextLength,
     Engine,
@@ -24,7 +25,7 @@ _PYTHON = "3.13"
 
 
 def kit(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    bundle: BundlePath,
     *,
     board: Annotated[str, typer.Option(metavar="NAME", help=BOARD)],
     out: Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import DATA_PANEL, OUTPUT_PANEL, Quiet, pairs_of
+from .arguments import DATA_PANEL, OUTPUT_PANEL, BundlePath, Quiet, pairs_of
 from .evaluate import shortened
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SHOWN_ANSWERS = 3
 
 
 def report(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    bundle: BundlePath,
     *,
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="The HTML file to write.", rich_help_panel=OUTPUT_PANEL)
