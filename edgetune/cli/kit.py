@@ -20,9 +20,6 @@ from .arguments import (
     print_json,
 )
 
-# The Python of current Raspberry Pi OS.
-_PYTHON = "3.13"
-
 
 def kit(
     bundle: BundlePath,
@@ -35,9 +32,9 @@ def kit(
         ),
     ],
     python: Annotated[
-        str,
-        typer.Option(metavar="VERSION", help="The board's Python."),
-    ] = _PYTHON,
+        str | None,
+        typer.Option(metavar="VERSION", help="The board's Python (default: that of the current Raspberry Pi OS)."),
+    ] = None,
     engine: Engine = None,
     context_length: ContextLength = None,
     kv: Kv = None,
@@ -56,13 +53,14 @@ def kit(
     """
     from edgetune.delivery.board.opening import Opening  # noqa: PLC0415 - help needs none of it
     from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415
+    from edgetune.delivery.kit.target_python import SYSTEM_PYTHON  # noqa: PLC0415
     from edgetune.progress import Progress  # noqa: PLC0415
 
     result = make_kit(
         bundle,
         board,
         out,
-        python=python,
+        python=python or SYSTEM_PYTHON,
         engine=engine,
         opening=Opening(context_length, kv, cache_mb),
         wheel=wheel,

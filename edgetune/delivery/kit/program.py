@@ -12,7 +12,7 @@ from edgetune.delivery import board
 from edgetune.delivery.wheel.wheel_file import zip_bytes
 from edgetune.templates import environment_of
 
-from .target_python import TargetPython
+from .target_python import OLDEST_PYTHON, TargetPython
 
 RUNTIME_MODULES = (
     "bundle", "errors", "formats/atomic", "interrupts", "limits", "processes/child_process", "wording",
@@ -44,4 +44,4 @@ def board_program() -> bytes:
 def install_script(target: TargetPython) -> bytes:
     """The script install.sh, which finds a Python for the kit's wheels and runs board.pyz with it."""
     template = environment_of(Path(__file__).parent, autoescape=False).get_template(_INSTALL)
-    return template.render(target=target).encode()
+    return template.render(target=target, oldest=OLDEST_PYTHON).encode()
