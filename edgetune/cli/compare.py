@@ -12,15 +12,15 @@ from edgetune_runtime.errors import UsageError
 import edgetune
 
 from .arguments import (
-    DATA_PANEL,
-    ENGINE_PANEL,
-    OUTPUT_PANEL,
     AsJson,
     Quiet,
     RecipePath,
     Settings,
     Targets,
+    data_option,
+    engine_option,
     names_of,
+    output_option,
     print_json,
     settings_of,
     shown_unless,
@@ -37,29 +37,16 @@ def compare(
     *,
     task: Annotated[str, typer.Option(metavar="NAME", help="The recipe's adapter to compare the methods on.")],
     methods: Annotated[str, typer.Option(metavar="A,B", help="Methods, separated by commas.")],
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for trials, tables and plots.", rich_help_panel=OUTPUT_PANEL)
-    ],
+    out: Annotated[Path, output_option(metavar="DIR", help="Folder for trials, tables and plots.")],
     ranks: Annotated[str | None, typer.Option(metavar="4,16", help="Ranks to try for methods with a rank.")] = None,
     targets: Targets = None,
     settings: Settings = None,
     data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Rows to score on (default: the task's validation rows).",
-            rich_help_panel=DATA_PANEL,
-        ),
+        str | None, data_option(metavar="FILE", help="Rows to score on (default: the task's validation rows).")
     ] = None,
-    rows: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Score at most N rows, spread evenly.", rich_help_panel=DATA_PANEL),
-    ] = 100,
+    rows: Annotated[int, data_option(min=1, metavar="N", help="Score at most N rows, spread evenly.")] = 100,
     engine: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="Where trials run: local, or ray for a Ray cluster.", rich_help_panel=ENGINE_PANEL
-        ),
+        str, engine_option(metavar="NAME", help="Where trials run: local, or ray for a Ray cluster.")
     ] = "local",
     as_json: AsJson = False,
     quiet: Quiet = False,

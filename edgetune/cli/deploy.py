@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from edgetune.delivery.kit.make import AssembledKit
     from edgetune.progress import Progress
 
-# Titles of the option groups in --help.
-FLEET_PANEL = "Several boards"
-BOARD_PANEL = "On the board"
+# Options by the groups in --help.
+fleet_option = partial(typer.Option, rich_help_panel="Several boards")
+board_option = partial(typer.Option, rich_help_panel="On the board")
 
 
 def deploy(
@@ -34,45 +34,32 @@ def deploy(
     lists: Annotated[bool, typer.Option("--list", help="List the versions on the board.")] = False,
     wait_healthy: Annotated[
         bool,
-        typer.Option(
-            "--wait-healthy",
-            help="Fail if the board has no unit (an install waits until its unit answers).",
-            rich_help_panel=BOARD_PANEL,
-        ),
+        board_option("--wait-healthy", help="Fail if the board has no unit (an install waits until its unit answers)."),
     ] = False,
     service: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Run `edgetune-run serve` as the systemd unit NAME.", rich_help_panel=BOARD_PANEL
-        ),
+        str | None, board_option(metavar="NAME", help="Run `edgetune-run serve` as the systemd unit NAME.")
     ] = None,
     listen: Annotated[
         str | None,
-        typer.Option(
+        board_option(
             metavar="IP",
             help="With --service: address that the unit listens on (default: the board's own); 0.0.0.0 for all, with "
             "a key.",
-            rich_help_panel=BOARD_PANEL,
         ),
     ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="With --service: its port (default: 8080).", rich_help_panel=BOARD_PANEL),
-    ] = None,
+    port: Annotated[int | None, board_option(metavar="N", help="With --service: its port (default: 8080).")] = None,
     prefix: Annotated[
         str | None,
-        typer.Option(
+        board_option(
             metavar="DIR",
             help="Folder on the board (default: ~/.local/share/edgetune/NAME; for root /opt/edgetune/NAME).",
-            rich_help_panel=BOARD_PANEL,
         ),
     ] = None,
     board: Annotated[
         str | None,
-        typer.Option(
+        board_option(
             metavar="NAME",
             help="The board: see `edgetune devices list`, or a board file (default: what it says of itself).",
-            rich_help_panel=BOARD_PANEL,
         ),
     ] = None,
     engine: Engine = None,
@@ -80,12 +67,9 @@ def deploy(
     kv: Kv = None,
     cache_mb: CacheMb = None,
     inventory: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Boards, one USER@HOST[:PORT] per line.", rich_help_panel=FLEET_PANEL),
+        Path | None, fleet_option(metavar="FILE", help="Boards, one USER@HOST[:PORT] per line.")
     ] = None,
-    parallel: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Boards at a time.", rich_help_panel=FLEET_PANEL)
-    ] = 8,
+    parallel: Annotated[int, fleet_option(metavar="N", min=1, help="Boards at a time.")] = 8,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

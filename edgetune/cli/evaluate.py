@@ -9,7 +9,7 @@ from edgetune_runtime.wording import printable
 
 import edgetune
 
-from .arguments import DATA_PANEL, OUTPUT_PANEL, AsJson, BundlePath, Engine, Kv, Quiet, print_json, shown_unless
+from .arguments import AsJson, BundlePath, Engine, Kv, Quiet, data_option, output_option, print_json, shown_unless
 
 MAX_SHOWN = 300
 
@@ -18,26 +18,13 @@ def evaluate(
     bundle: BundlePath,
     *,
     data: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="Rows in the form of the training data: .jsonl, .csv or a hub id.",
-            rich_help_panel=DATA_PANEL,
-        ),
+        str, data_option(metavar="FILE", help="Rows in the form of the training data: .jsonl, .csv or a hub id.")
     ],
     adapter: Annotated[
         str | None, typer.Option(metavar="NAME", help="The adapter to score (default: the base without one).")
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Score at most N rows, spread evenly.", rich_help_panel=DATA_PANEL),
-    ] = None,
-    show: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Show up to N wrong answers; not with --json.", rich_help_panel=OUTPUT_PANEL
-        ),
-    ] = 3,
+    limit: Annotated[int | None, data_option(min=1, metavar="N", help="Score at most N rows, spread evenly.")] = None,
+    show: Annotated[int, output_option(min=0, metavar="N", help="Show up to N wrong answers; not with --json.")] = 3,
     engine: Engine = None,
     kv: Kv = None,
     as_json: AsJson = False,

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from edgetune.delivery.wheel.platforms import SYSTEM_PYTHON
+
 from .arguments import (
     BOARD,
-    OUTPUT_PANEL,
     AsJson,
     BundlePath,
     CacheMb,
@@ -17,6 +18,7 @@ from .arguments import (
     Engine,
     Kv,
     Quiet,
+    output_option,
     print_json,
 )
 
@@ -25,16 +27,8 @@ def kit(
     bundle: BundlePath,
     *,
     board: Annotated[str, typer.Option(metavar="NAME", help=BOARD)],
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="KIT", help="The kit's folder, or a tar file if it ends in .tar.", rich_help_panel=OUTPUT_PANEL
-        ),
-    ],
-    python: Annotated[
-        str | None,
-        typer.Option(metavar="VERSION", help="The board's Python (default: that of the current Raspberry Pi OS)."),
-    ] = None,
+    out: Annotated[Path, output_option(metavar="KIT", help="The kit's folder, or a tar file if it ends in .tar.")],
+    python: Annotated[str, typer.Option(metavar="VERSION", help="The board's Python.")] = SYSTEM_PYTHON,
     engine: Engine = None,
     context_length: ContextLength = None,
     kv: Kv = None,
@@ -53,14 +47,13 @@ def kit(
     """
     from edgetune.delivery.board.opening import Opening  # noqa: PLC0415 - help needs none of it
     from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415
-    from edgetune.delivery.kit.target_python import SYSTEM_PYTHON  # noqa: PLC0415
     from edgetune.progress import Progress  # noqa: PLC0415
 
     result = make_kit(
         bundle,
         board,
         out,
-        python=python or SYSTEM_PYTHON,
+        python=python,
         engine=engine,
         opening=Opening(context_length, kv, cache_mb),
         wheel=wheel,

@@ -25,16 +25,16 @@ from edgetune.failure import PROGRAM, drop_output, fail
 
 from . import devices
 from .arguments import (
-    BASE_PANEL,
-    OUTPUT_PANEL,
-    RECIPE_PANEL,
     AsJson,
     Out,
     Quiet,
     Settings,
     Targets,
+    base_option,
+    output_option,
     pairs_of,
     print_json,
+    recipe_option,
     settings_of,
     shown_unless,
     targets_of,
@@ -73,19 +73,11 @@ app = typer.Typer(
 
 Converter = Annotated[
     Path | None,
-    typer.Option(
-        metavar="PATH",
-        help="A llama.cpp checkout to convert the base with (default: downloaded with pip).",
-        rich_help_panel=BASE_PANEL,
-    ),
+    base_option(metavar="PATH", help="A llama.cpp checkout to convert the base with (default: downloaded with pip)."),
 ]
 Quantization = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Quantization of the base (default: a .gguf file unchanged, otherwise q8_0).",
-        rich_help_panel=BASE_PANEL,
-    ),
+    base_option(metavar="NAME", help="Quantization of the base (default: a .gguf file unchanged, otherwise q8_0)."),
 ]
 
 
@@ -145,22 +137,12 @@ def build(
     out: Out = None,
     as_json: AsJson = False,
     settings: Settings = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Override the recipe's base.", rich_help_panel=BASE_PANEL)
-    ] = None,
+    base: Annotated[str | None, base_option(metavar="BASE", help="Override the recipe's base.")] = None,
     quantization: Quantization = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="BOARD", help="The board that the bundle must fit on.", rich_help_panel=RECIPE_PANEL),
-    ] = None,
+    device: Annotated[str | None, recipe_option(metavar="BOARD", help="The board that the bundle must fit on.")] = None,
     targets: Targets = None,
-    epochs: Annotated[
-        float | None,
-        typer.Option(metavar="N", help="Epochs, for all adapters.", rich_help_panel=RECIPE_PANEL),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed, for all adapters.", rich_help_panel=RECIPE_PANEL)
-    ] = None,
+    epochs: Annotated[float | None, recipe_option(metavar="N", help="Epochs, for all adapters.")] = None,
+    seed: Annotated[int | None, recipe_option(metavar="N", help="Seed, for all adapters.")] = None,
     converter: Converter = None,
     quiet: Quiet = False,
 ) -> None:
@@ -189,18 +171,14 @@ def build(
 
 def export(
     *,
-    base: Annotated[
-        str,
-        typer.Option(metavar="BASE", help="The base that the adapters were trained on.", rich_help_panel=BASE_PANEL),
-    ],
+    base: Annotated[str, base_option(metavar="BASE", help="The base that the adapters were trained on.")],
     adapters: Annotated[
         list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="A folder saved by PEFT; repeatable.")
     ],
-    out: Annotated[Path, typer.Option(metavar="OUT", help="The bundle's folder.", rich_help_panel=OUTPUT_PANEL)],
+    out: Annotated[Path, output_option(metavar="OUT", help="The bundle's folder.")],
     quantization: Quantization = None,
     systems: Annotated[
-        list[str] | None,
-        typer.Option("--system", metavar="NAME=TEXT", help="System prompt of an adapter; repeatable."),
+        list[str] | None, typer.Option("--system", metavar="NAME=TEXT", help="System prompt of an adapter; repeatable.")
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Merge each adapter into a full model.")] = False,
     targets: Targets = None,

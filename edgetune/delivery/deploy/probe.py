@@ -14,8 +14,8 @@ from edgetune.delivery.board import versions
 from edgetune.delivery.board.kit import ID_LENGTH
 from edgetune.delivery.board.main import ROOT_FOLDER, USER_FOLDER
 from edgetune.delivery.board.service import SETTINGS_NAME
-from edgetune.delivery.kit.target_python import OLDEST_PYTHON, target_python
-from edgetune.delivery.wheel.platforms import PLATFORMS
+from edgetune.delivery.kit.target_python import target_python
+from edgetune.delivery.wheel.platforms import OLDEST_PYTHON, PLATFORMS
 
 from .ssh import Connection
 

@@ -9,10 +9,11 @@ import edgetune_runtime
 
 from edgetune import delivery
 from edgetune.delivery import board
+from edgetune.delivery.wheel.platforms import OLDEST_PYTHON
 from edgetune.delivery.wheel.wheel_file import zip_bytes
 from edgetune.templates import environment_of
 
-from .target_python import OLDEST_PYTHON, TargetPython
+from .target_python import TargetPython
 
 RUNTIME_MODULES = (
     "bundle", "errors", "formats/atomic", "interrupts", "limits", "processes/child_process", "wording",

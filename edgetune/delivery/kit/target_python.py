@@ -10,12 +10,8 @@ from edgetune_devices.boards import Board
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from packaging.tags import Tag, compatible_tags, cpython_tags
 
-from edgetune.delivery.wheel.platforms import GLIBC
+from edgetune.delivery.wheel.platforms import GLIBC, OLDEST_PYTHON, SYSTEM_PYTHON
 
-SYSTEM_PYTHON = "3.13"
-"""The Python of Raspberry Pi OS that is based on Debian 13; older systems have 3.11."""
-OLDEST_PYTHON = (3, 11)
-"""The oldest that edgetune-runtime supports."""
 _OLDEST_GLIBC_MINOR = 17
 # Every 64-bit ARM processor has the first; numpy's wheels for x86-64 need the second (x86-64-v2).
 _INSTRUCTIONS = {
