@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 from edgetune_export.adapters.shapes import Floats, Folded, Merged
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 
-from edgetune.methods.common.base import rate_factor
-
-from .common.base import Checkpoint, Method, MethodOptions, O, TrainedModules, trainable
+from .common.base import Checkpoint, Method, MethodOptions, O, TrainedModules, rate_factor, trainable
 from .common.peft import array, no_grad
 
 if TYPE_CHECKING:

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 from edgetune_runtime.errors import UsageError
 from pydantic import Field, PositiveInt
 
-from edgetune.methods.common.base import rate_factor
-
-from .common.base import MethodOptions, TrainedModules
+from .common.base import MethodOptions, TrainedModules, rate_factor
 from .full import OwnWeights
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from .common.base import TrainedModules, dense_parameters
 from .common.prompt import PromptOptions, TokenMethod
 
 if TYPE_CHECKING:
-    from peft import PromptEncoderConfig
-    from transformers import PreTrainedModel
+    from .common.base import TrainedModules
 
 
 class PTuningOptions(PromptOptions):
@@ -44,19 +43,6 @@ class PTuning(TokenMethod[PTuningOptions]):
         inputs = (width, *[2 * size] * (options.encoder_num_layers - 1))
         lstm = sum(2 * 4 * (dense_parameters(count, size) + dense_parameters(size, size)) for count in inputs)
         return embeddings + lstm + dense_parameters(2 * size, 2 * size) + dense_parameters(2 * size, width)
-
-    def config(self, base: PreTrainedModel, options: PTuningOptions) -> PromptEncoderConfig:
-        """PEFT's configuration."""
-        from peft import PromptEncoderConfig  # noqa: PLC0415 - torch only when training
-
-        return PromptEncoderConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=options.num_virtual_tokens,
-            encoder_reparameterization_type=options.encoder_reparameterization_type,
-            encoder_hidden_size=options.encoder_hidden_size,
-            encoder_num_layers=options.encoder_num_layers,
-            encoder_dropout=options.encoder_dropout,
-        )
 
 
 METHOD = PTuning()

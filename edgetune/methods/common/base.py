@@ -81,7 +81,8 @@ class Method(ABC, Generic[O]):
     """A tuning method. The first line of a subclass's docstring says what it does and when to use it, and is printed by
     `edgetune methods`. The module cites the paper.
 
-    `peft_type`: the type that PEFT writes into adapter_config.json. `trains_base`: training changes the base's own
+    `peft_type`: the type that PEFT writes into adapter_config.json; folders from elsewhere with this type belong to the
+    class that sets it, and not to its subclasses. `trains_base`: training changes the base's own
     weights, which are float32 then, so the base cannot be used again. `takes_scale`: the adapter can be scaled.
     `takes_encoders`: the method can tune encoders. `adds_parameters`: what it trains is not part of the base.
     `variant`: the name of a method that is another one with other defaults, in the file of that one.
@@ -142,7 +143,7 @@ class Method(ABC, Generic[O]):
 
     def wrote(self, config: Mapping[str, Any]) -> bool:
         """Whether this method loads a folder with this adapter_config.json, which may come from elsewhere."""
-        return config.get("peft_type") == self.peft_type and self.peft_type != ""
+        return "peft_type" in vars(type(self)) and config.get("peft_type") == self.peft_type
 
     def objective(self, options: O) -> Objective[Any]:
         """The objective of training."""
