@@ -16,11 +16,11 @@ from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.engines.gguf.needs import needs_of_file
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
-from edgetune_runtime.inference.opening_options import OpeningOptions
-from edgetune_runtime.sizing.needs import CACHE_BYTES, needed_mb, needs_of_file
+from edgetune_runtime.sizing.needs import needed_mb
 from edgetune_runtime.states.batches import CHUNK
 
 TINY = ("llama", "qwen2", "qwen3", "gemma3")
@@ -200,9 +200,8 @@ def test_an_adapter_costs_memory_and_speed() -> None:
     assert result.adapter_tokens_per_s / plain.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
 
 
-def test_the_figures_of_the_runtime_are_its_own_defaults() -> None:
+def test_a_batch_of_llama_cpp_is_one_chunk() -> None:
     assert inspect.signature(GgufEngine).parameters["batch"].default == CHUNK
-    assert inspect.signature(OpeningOptions).parameters["cache_mb"].default * 1e6 == CACHE_BYTES
 
 
 def test_a_rough_estimate_is_near_that_from_the_header() -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.inference.generation import Answer
@@ -107,7 +106,6 @@ def model_facts(models: Models, info: ModelInfo, context_length: int) -> dict[st
         f"{base.architecture}.block_count": base.layers,
         f"{base.architecture}.context_length": context_length,
     }
-    generates = models.manifest.task == GENERATION
     return {
         "modelfile": "",
         "parameters": "",
@@ -115,7 +113,7 @@ def model_facts(models: Models, info: ModelInfo, context_length: int) -> dict[st
         "system": (adapter.system if adapter else None) or "",
         "details": _details(models, info),
         "model_info": facts,
-        "capabilities": ["completion", "tools"] if generates else ["embedding"],
+        "capabilities": ["completion", "tools"] if base.is_decoder else ["embedding"],
         **_modified(models),
     }
 

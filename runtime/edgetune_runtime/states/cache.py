@@ -25,6 +25,9 @@ Slot = tuple[str, str, tuple[Active, ...], tuple[int, ...]]
 
 _LOG = logging.getLogger(__name__)
 
+CACHE_MB = 128
+"""Memory limit of saved states by default, in MB (10^6 bytes)."""
+
 CALLS = ""
 """Owner of the states of calls without a session: the last state of each set of adapters."""
 PROMPTS = "prompts"
