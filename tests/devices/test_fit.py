@@ -16,7 +16,6 @@ from edgetune_export.backends.gguf.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-from edgetune_runtime.engines.gguf.needs import needs_of_file
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
@@ -167,7 +166,7 @@ def test_predicted_memory_is_within_a_tenth_of_what_a_run_takes(weights: str, tm
     run = [sys.executable, "-c", MEASURE, str(path), weights]
     measured = subprocess.run(run, check=True, capture_output=True, text=True, env=environment).stdout
     repacks = repacked_types(instructions()) if weights == "repacked" else ()
-    needs = needs_of_file(read_header(path), context_length=512)
+    needs = fit.needs_of_header(read_header(path), context_length=512)
     assert needed_mb(needs, repacks=repacks) == pytest.approx(int(measured) * 1024 / 1e6, rel=0.1)
 
 

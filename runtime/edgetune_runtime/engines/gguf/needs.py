@@ -20,18 +20,14 @@ COST = EngineCost(KV_TYPES, 65.0, 33.0, 350, 2 * (BRANCHES + 1), 4 + 2, has_tens
 
 def needs_of_base(path: Path, _manifest: Manifest, context_length: int) -> Needs:
     """See `EngineNeeds`; IncompatibleError if the header lacks a size."""
-    return needs_of_file(read_header(path), context_length=context_length)
+    header = read_header(path)
+    sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
+    return needs_of_sizes(header, sizes, context_length=context_length, main_type=header.main_type.name)
 
 
 def model_bytes(manifest: Manifest, file: str) -> int:
     """See `EngineNeeds`."""
     return manifest.files[file].bytes
-
-
-def needs_of_file(header: GgufHeader, *, context_length: int) -> Needs:
-    """The needs of a base as its GGUF file is; IncompatibleError if the header lacks a size."""
-    sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
-    return needs_of_sizes(header, sizes, context_length=context_length, main_type=header.main_type.name)
 
 
 def needs_of_sizes(
@@ -45,7 +41,7 @@ def needs_of_sizes(
 ) -> Needs:
     """The needs of a base with the shapes of `header` whose tensors have these sizes in bytes.
 
-    `head_type` is by default that in the header.
+    `head_type` is by default that in the header. IncompatibleError if the header lacks a size.
     """
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
     tied = "output.weight" not in header.tensors
