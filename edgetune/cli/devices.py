@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 from edgetune_devices import boards, changes, detect, fit
+from edgetune_runtime import engines
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, resolve
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.sizing.calibration import read_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import COSTS
 from edgetune_runtime.sizing.options import with_options
 
 from edgetune import task_types
@@ -91,8 +91,9 @@ def fit_target(
     as_json: AsJson = False,
 ) -> None:
     """Predict the memory and the speed of a bundle or recipe on a board, and what to change if it does not fit."""
-    if engine is not None and engine not in COSTS:
-        raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(COSTS)}")
+    with_needs = engines.names_with_needs()
+    if engine is not None and engine not in with_needs:
+        raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(with_needs)}")
     board = _board(device, ram_mib)
     needs, header, other = _needs(target, context_length, engine)
     needs = with_options(needs, kv=kv, cache_mb=cache_mb, serves=serve)
@@ -162,7 +163,7 @@ def _needs(target: Path, context_length: int | None, engine: str | None) -> Targ
         file = manifest.base.files.get(gguf.NAME)
         header = None if file is None else read_header(resolve(bundle, file))
         needs = fit.needs_of_bundle(bundle, context_length=context_length, engine=engine)
-        others = [name for name in manifest.base.files if name in COSTS and name != needs.engine]
+        others = [name for name in manifest.base.files if name in engines.names_with_needs() and name != needs.engine]
         other = fit.needs_of_bundle(bundle, context_length=context_length, engine=others[0]) if others else None
         return needs, header, other
     if target.suffix == ".gguf":
@@ -196,7 +197,7 @@ def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None)
         raise IncompatibleError(message, f"choose one of: {', '.join(recipe.targets)}; or add it to targets")
     known = plan.recipe, plan.adapters, header, plan.base.quantization
     needs = bundle_needs(*known, engine)
-    others = [name for name in recipe.targets if name in COSTS and name != needs.engine]
+    others = [name for name in recipe.targets if name in engines.names_with_needs() and name != needs.engine]
     return needs, header, bundle_needs(*known, others[0]) if others else None
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveInt
 
 from .common.base import TrainedModules, dense_parameters
 from .common.prompt import PromptOptions, TokenMethod
-
-if TYPE_CHECKING:
-    from .common.base import TrainedModules
 
 
 class PTuningOptions(PromptOptions):

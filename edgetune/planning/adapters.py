@@ -8,8 +8,8 @@ from dataclasses import replace
 from edgetune_devices import fit
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
+from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
-from edgetune_runtime.sizing.needs import COSTS
 
 from edgetune import methods
 from edgetune.methods import MethodOptions
@@ -65,7 +65,7 @@ def with_options(planned: AdapterPlan, options: MethodOptions, base: BaseShape |
         else:
             sizes[target] = int(written.adapter_bytes(values[shape], planned.dtypes[target], shape))
     # In an engine whose format is not exported, the shape of the first one counts.
-    in_engine = {engine: shapes.get(engine, next(iter(shapes.values()))) for engine in COSTS}
+    in_engine = {engine: shapes.get(engine, next(iter(shapes.values()))) for engine in engines.names_with_needs()}
     return replace(
         planned,
         trained=trained,
@@ -82,8 +82,8 @@ def with_options(planned: AdapterPlan, options: MethodOptions, base: BaseShape |
 
 def size_in_memory(values: int, shape: str, modules: int, engine: str, *, dtype: str) -> fit.AdapterSize:
     """The memory of an adapter beside the base in `engine`, from a GGUF file of `dtype`."""
+    cost = engines.load_needs(engine).COST
     if shape == "prefix":
-        return fit.AdapterSize(values * COSTS[engine].kv_bytes, 0, is_prefix=True)
-    # In other engines than llama.cpp, the factors are f32 in memory, whatever their file has.
-    size = backends.format_of(engine).adapter_bytes(values, dtype if engine == gguf.NAME else "f32", shape)
+        return fit.AdapterSize(values * cost.kv_bytes, 0, is_prefix=True)
+    size = backends.format_of(engine).adapter_bytes(values, "f32" if cost.f32_adapters else dtype, shape)
     return fit.AdapterSize(int(size), modules if shape == "low_rank" else 0)

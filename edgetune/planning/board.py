@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from edgetune_devices import boards, fit
+from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
-from edgetune_runtime.sizing.needs import COSTS
 
 from edgetune import task_types
 from edgetune.bases import BaseSource, is_gguf
@@ -49,8 +49,9 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     base = _plan_base(recipe, source, quantization)
     if source.header is None:
         return Settings(recipe, base)
-    engines = dict.fromkeys((gguf.NAME, *(target for target in recipe.targets if target in COSTS)))
-    needs = {engine: bundle_needs(recipe, adapters, source.header, quantization, engine) for engine in engines}
+    with_needs = engines.names_with_needs()
+    counted = dict.fromkeys((gguf.NAME, *(target for target in recipe.targets if target in with_needs)))
+    needs = {engine: bundle_needs(recipe, adapters, source.header, quantization, engine) for engine in counted}
     base = replace(base, gguf_bytes=needs[gguf.NAME].base_bytes)
     if choice is None:
         return Settings(recipe, base)
@@ -135,7 +136,7 @@ def check_fit(plan: BuildPlan, header: GgufHeader) -> None:
 
 def _engine(recipe: Recipe) -> str:
     """The engine that opens the bundle by default; for one of an unknown format, sizes are those of GGUF."""
-    return recipe.targets[0] if recipe.targets[0] in COSTS else gguf.NAME
+    return recipe.targets[0] if recipe.targets[0] in engines.names_with_needs() else gguf.NAME
 
 
 def _sizes(adapters: Adapters, engine: str) -> tuple[dict[str, fit.AdapterSize], list[str]]:
