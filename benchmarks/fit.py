@@ -37,7 +37,7 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.quantization import repacked_types
-from edgetune_runtime.sizing.calibration import Measured, figures_of, measure
+from edgetune_runtime.sizing.calibration import MeasuredSpeed, figures_of, measure
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.needs import needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.speed import adapter_seconds, prefill_speed, speed_of, token_seconds
@@ -136,7 +136,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
             bundle = bundle_of(options.work, quantization, 4)
             needs = needs_of_bundle(bundle, context_length=context, engine=engine)
             found = _worker(options, "speed", bundle, engine, context)
-            short, long = (_median([Measured(**one) for one in turns]) for turns in found["measured"])
+            short, long = (_median([MeasuredSpeed(**one) for one in turns]) for turns in found["measured"])
             calibrations = {OWN: figures_of(needs, short, options.threads)}
             if other is None:
                 other = calibrations[OWN]
@@ -152,7 +152,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     return {"busy": busy, "rows": rows}
 
 
-def _median(found: Sequence[Measured]) -> Measured:
+def _median(found: Sequence[MeasuredSpeed]) -> MeasuredSpeed:
     """The median of each speed."""
     speeds = ("decode", "prefill", "adapter_decode", "long_decode")
     taken = {name: [getattr(one, name) for one in found] for name in speeds}

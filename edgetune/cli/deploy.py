@@ -123,7 +123,7 @@ def deploy(
 
 def _assembler(bundle: Path, engine: str | None, opening: Opening, progress: Progress) -> Assemble:
     """Makes the kit of a board and a Python once, also if several boards ask for it at the same time."""
-    from edgetune_runtime.decoding.once import SingleFlightCache  # noqa: PLC0415 - help needs none of it
+    from edgetune_runtime.decoding.single_flight import SingleFlightCache  # noqa: PLC0415 - help needs none of it
 
     from edgetune.delivery.kit.make import assemble, needs_with  # noqa: PLC0415
 

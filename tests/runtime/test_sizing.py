@@ -14,16 +14,16 @@ from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.sizing.bundle_check import check_bundle
 from edgetune_runtime.sizing.calibration import (
     Calibration,
-    Measured,
+    MeasuredSpeed,
     figures_of,
     measure,
     read_calibration,
     write_calibration,
 )
 from edgetune_runtime.sizing.figures import SpeedFigures
+from edgetune_runtime.sizing.machine_speed import arithmetic, read_bandwidth
 from edgetune_runtime.sizing.needs import items_of, kept_mb, needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.options import kv_types, with_kv, with_options
-from edgetune_runtime.sizing.raw import arithmetic, read_bandwidth
 from edgetune_runtime.sizing.speed import adapter_seconds, speed_of, token_seconds
 from runtime.bundles import MODULES, Adapter, add_onnx, change_manifest, low_rank, write_bundle
 
@@ -132,7 +132,7 @@ def test_adapters_that_are_mapped_can_be_dropped_up_to_the_one_in_use(both: Path
 @pytest.mark.parametrize("adapter_decode", [80.0, 120.0])
 def test_figures_predict_the_speeds_they_come_from(both: Path, adapter_decode: float) -> None:
     needs = replace(needs_of_bundle(both), adapters={"one": AdapterSize(20_000, modules=14)})
-    measured = Measured(decode=100.0, prefill=1000.0, tokens=64, adapter="one", adapter_decode=adapter_decode)
+    measured = MeasuredSpeed(decode=100.0, prefill=1000.0, tokens=64, adapter="one", adapter_decode=adapter_decode)
     figures = figures_of(needs, measured, 1)
     seconds = token_seconds(needs, figures, measured.tokens)
     assert 1 / seconds == pytest.approx(100.0, rel=0.01)
@@ -144,7 +144,7 @@ def test_figures_predict_the_speeds_they_come_from(both: Path, adapter_decode: f
 @pytest.mark.parametrize("long_decode", [50.0, 99.0, 110.0])
 def test_two_contexts_show_what_attention_costs(both: Path, long_decode: float) -> None:
     needs = needs_of_bundle(both)
-    measured = Measured(100.0, 1000.0, 64, None, None, long_tokens=1000, long_decode=long_decode)
+    measured = MeasuredSpeed(100.0, 1000.0, 64, None, None, long_tokens=1000, long_decode=long_decode)
     figures = figures_of(needs, measured, 1)
     assert 1 / token_seconds(needs, figures, 64) == pytest.approx(100.0, rel=0.01)
     assert 1 / token_seconds(needs, figures, 1000) == pytest.approx(min(100.0, long_decode), rel=0.02)

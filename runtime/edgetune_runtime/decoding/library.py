@@ -10,7 +10,7 @@ from typing import Any
 from edgetune_runtime.errors import UsageError, importing
 from edgetune_runtime.limits import no_limits
 
-from .trial import TOO_EXPENSIVE, reason_against
+from .child_compiler import TOO_EXPENSIVE, reason_against
 
 DEAD_END = "NoExtensionBias"
 """In llguidance's error where no token of the vocabulary fits, and the answer may not end."""

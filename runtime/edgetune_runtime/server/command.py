@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     """
     with importing("serving needs", '"edgetune-runtime[server]"'):
         from .binding import bind, can_be_reached, url_of  # noqa: PLC0415 - only `serve` needs the extra
-        from .counted import LOG  # noqa: PLC0415
+        from .metrics_middleware import LOG  # noqa: PLC0415
         from .rewriting import Rewriter  # noqa: PLC0415
         from .serve import Serving, serve  # noqa: PLC0415
     if options.log_requests:

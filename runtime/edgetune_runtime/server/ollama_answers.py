@@ -34,14 +34,12 @@ class OllamaReply:
     begun: int = field(default_factory=time.monotonic_ns)
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The reply to a request that is not streamed."""
+        """The reply to a request that is not streamed, or that only loads or unloads a model."""
+        if not answers:
+            reason = "unload" if self.request.unloads else "load"
+            return self._head() | self._text("") | {"done": True, "done_reason": reason}
         (answer,) = answers
         return self._head() | self._text(answer.content, _calls(answer)) | self._end(answer)
-
-    def empty(self) -> dict[str, Any]:
-        """The reply to a request without a prompt, by which clients load and unload a model."""
-        reason = "unload" if self.request.unloads else "load"
-        return self._head() | self._text("") | {"done": True, "done_reason": reason}
 
     async def lines(self, answering: Answering) -> AsyncGenerator[bytes, None]:
         """The reply to a streamed request, a JSON object per line."""

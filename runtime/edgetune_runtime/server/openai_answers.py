@@ -28,9 +28,8 @@ _FINISH = {"end": "stop", "stop": "stop"}
 
 @dataclass(frozen=True)
 class ChatShape:
-    """The shape of /v1/chat/completions, with at most `max_calls` tool calls per answer."""
+    """The shape of /v1/chat/completions."""
 
-    max_calls: int | None = None
     object: str = "chat.completion"
     chunk: str = "chat.completion.chunk"
     prefix: str = "chatcmpl-"
@@ -38,8 +37,8 @@ class ChatShape:
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """A whole answer."""
         message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
-        if calls := self._calls(answer):
-            message |= {"content": answer.content or None, "tool_calls": calls}
+        if answer.tool_calls:
+            message |= {"content": answer.content or None, "tool_calls": list(map(_call, answer.tool_calls))}
         return {"index": index, "message": message, **self._end(answer)}
 
     def begin(self, index: int) -> list[dict[str, Any]]:
@@ -52,7 +51,7 @@ class ChatShape:
 
     def end(self, index: int, answer: Answer) -> list[dict[str, Any]]:
         """The parts after the last piece: the calls, then why the answer ended."""
-        calls = [{"index": number, **call} for number, call in enumerate(self._calls(answer))]
+        calls = [{"index": number, **_call(call)} for number, call in enumerate(answer.tool_calls)]
         parts = [_delta(index, {"tool_calls": [call]}) for call in calls]
         return [*parts, _delta(index, {}) | self._end(answer)]
 
@@ -64,9 +63,6 @@ class ChatShape:
             ]
             logprobs = {"content": content, "refusal": None}
         return {"logprobs": logprobs, "finish_reason": "tool_calls" if answer.tool_calls else finish_reason(answer)}
-
-    def _calls(self, answer: Answer) -> list[dict[str, Any]]:
-        return [_call(call) for call in answer.tool_calls[: self.max_calls]]
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,9 @@ _UNSUPPORTED = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {},
 
 @dataclass(frozen=True)
 class OpenAIRequest(AnswerRequest):
-    """A request whose reply has the usage also if it is streamed, and at most `max_calls` tool calls.
-
-    `repeated` are members of a request to /v1/responses that its response repeats.
-    """
+    """A request whose streamed reply may have the usage; the reply to /v1/responses repeats the members `repeated`."""
 
     includes_usage: bool = False
-    max_calls: int | None = None
     repeated: Mapping[str, Any] = field(default_factory=dict)
 
 

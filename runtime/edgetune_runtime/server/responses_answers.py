@@ -147,7 +147,7 @@ class ResponsesReply:
                 "name": call.name,
                 "arguments": arguments_of(call),
             }
-            for number, call in enumerate(answer.tool_calls[: self.request.max_calls])
+            for number, call in enumerate(answer.tool_calls)
         ]
 
 

@@ -11,10 +11,10 @@ from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.threads.machine import free_mb, own_mb
 
-from .calibration import Calibration, Measured, figures_of, measure
+from .calibration import Calibration, MeasuredSpeed, figures_of, measure
 from .figures import SpeedFigures
+from .machine_speed import read_bandwidth
 from .needs import items_of
-from .raw import read_bandwidth
 from .speed import adapter_seconds, prefill_speed, token_seconds
 
 _LAPTOP_LAYER_US = 10
@@ -80,7 +80,9 @@ def _assumed(figures: SpeedFigures, threads: int) -> SpeedFigures:
     return SpeedFigures(bandwidth, figures.compute_gflop_per_s, _LAPTOP_LAYER_US, 0, bandwidth)
 
 
-def _predicted(needs: Needs, figures: SpeedFigures, measured: Measured, *, prefill: bool) -> dict[str, float | None]:
+def _predicted(
+    needs: Needs, figures: SpeedFigures, measured: MeasuredSpeed, *, prefill: bool
+) -> dict[str, float | None]:
     seconds = token_seconds(needs, figures, measured.tokens)
     adapter = None
     if measured.adapter is not None:

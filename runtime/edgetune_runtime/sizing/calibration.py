@@ -19,7 +19,7 @@ from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.states.batches import CHUNK
 
 from .figures import SpeedFigures
-from .raw import read_bandwidth
+from .machine_speed import read_bandwidth
 
 STEPS = 8
 ROUNDS = 3
@@ -27,12 +27,12 @@ ROUNDS = 3
 KIND = "edgetune-calibration"
 _LONGEST, _LONGEST_S = 8 * CHUNK, 4
 """A longer prompt shows what attention costs: at most so many tokens, and as many as take so many seconds per round."""
-_LEAST_LAYER_US = 1.0
-_LEAST_MODULE_US = 0.1
+_MIN_LAYER_US = 1.0
+_MIN_MODULE_US = 0.1
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSpeed:
     """Median decode and prefill speed of a bundle's base, and decode speed with an adapter, in tokens/s.
 
     `tokens` is the number of tokens before the decoded ones, `adapter` the adapter's name, if there is one.
@@ -65,14 +65,14 @@ class Calibration:
         )
 
 
-def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
+def measure(runtime: Runtime, tokens: int = CHUNK) -> MeasuredSpeed:
     """Measure prefill of so many tokens, and some steps of the base and of the largest adapter.
 
     Takes two seconds or three, and at most twelve more for the base after a longer prompt.
     """
     base, _ = loaded_bundle(runtime).context()
-    most = base.engine.capacity({}) - STEPS - 1
-    tokens, name = min(tokens, most), _slowest(runtime)
+    capacity = base.engine.capacity({}) - STEPS - 1
+    tokens, name = min(tokens, capacity), _largest_adapter(runtime)
     prefills_s: list[float] = []
     steps_s: list[float] = []
     long_s: list[float] = []
@@ -82,23 +82,23 @@ def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
         prefills_s.append(prefill_s)
         steps_s += times
         # The first round decides for all.
-        longer = min(most, _LONGEST, int(tokens / prefills_s[0] * _LONGEST_S))
-        if longer >= 2 * tokens:
-            long_s += _timed(runtime, None, longer)[1]
+        long_tokens = min(capacity, _LONGEST, int(tokens / prefills_s[0] * _LONGEST_S))
+        if long_tokens >= 2 * tokens:
+            long_s += _timed(runtime, None, long_tokens)[1]
         if name is not None:
             adapter_s += _timed(runtime, name, tokens)[1]
-    return Measured(
+    return MeasuredSpeed(
         decode=1 / statistics.median(steps_s),
         prefill=tokens / statistics.median(prefills_s),
         tokens=tokens + STEPS // 2,
         adapter=name,
         adapter_decode=1 / statistics.median(adapter_s) if adapter_s else None,
-        long_tokens=longer + STEPS // 2,
+        long_tokens=long_tokens + STEPS // 2,
         long_decode=1 / statistics.median(long_s) if long_s else None,
     )
 
 
-def figures_of(needs: Needs, measured: Measured, threads: int) -> SpeedFigures:
+def figures_of(needs: Needs, measured: MeasuredSpeed, threads: int) -> SpeedFigures:
     """The figures with which `speed_of` predicts what was measured; the bandwidth is measured on `threads` threads."""
     bandwidth = read_bandwidth(threads)
     body = max(needs.read_parameters - needs.head_parameters, 1)
@@ -110,19 +110,19 @@ def figures_of(needs: Needs, measured: Measured, threads: int) -> SpeedFigures:
     computing = 2 * needs.read_parameters / (compute * 1e9)
     # The layers take what is left after reading or computing. Where nothing is left, a step was faster than the
     # measurements of either allow, so it shows what the machine can do.
-    layer_us = max(_LEAST_LAYER_US, (seconds - max(reading, computing)) * 1e6 / needs.layers)
+    layer_us = max(_MIN_LAYER_US, (seconds - max(reading, computing)) * 1e6 / needs.layers)
     left = max(seconds - needs.layers * layer_us / 1e6, seconds / 2)
     bandwidth *= max(1.0, reading / left)
     compute *= max(1.0, computing / left)
-    module_us = _LEAST_MODULE_US
+    module_us = _MIN_MODULE_US
     if measured.adapter is not None and measured.adapter_decode is not None:
         size = needs.adapters[measured.adapter]
         extra = 1 / measured.adapter_decode - 1 / measured.decode - size.file_bytes / (bandwidth * 1e9)
-        module_us = max(_LEAST_MODULE_US, extra * 1e6 / max(size.modules, 1))
+        module_us = max(_MIN_MODULE_US, extra * 1e6 / max(size.modules, 1))
     return SpeedFigures(bandwidth, compute, layer_us, module_us, kv_bandwidth)
 
 
-def _kv_bandwidth(needs: Needs, measured: Measured, bandwidth: float) -> float:
+def _kv_bandwidth(needs: Needs, measured: MeasuredSpeed, bandwidth: float) -> float:
     """The rate at which attention reads keys and values, at most the memory's; the same if nothing shows less."""
     if measured.long_decode is None:
         return bandwidth
@@ -190,7 +190,7 @@ def _prompt(tokens: int) -> list[int]:
     return [3 + number % 97 for number in range(tokens)]
 
 
-def _slowest(runtime: Runtime) -> str | None:
+def _largest_adapter(runtime: Runtime) -> str | None:
     """The adapter that changes most modules, merged models and prefixes apart."""
     entries = runtime.manifest.adapters.values()
     names = [entry.name for entry in entries if entry.shapes.get(runtime.engine) == "low_rank"]

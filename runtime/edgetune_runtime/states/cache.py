@@ -89,9 +89,9 @@ def reusable(state: tuple[Key, Sequence[int]], prompt: tuple[Key, Sequence[int]]
     if key.base != other.base:
         return 0
     shared = common_prefix(tokens, others)
-    for mine, theirs in zip_longest(key.spans, other.spans):
-        if mine != theirs:
-            return min(shared, *(span[0] for span in (mine, theirs) if span is not None))
+    for span, other_span in zip_longest(key.spans, other.spans):
+        if span != other_span:
+            return min(shared, *(each[0] for each in (span, other_span) if each is not None))
     return shared
 
 

@@ -14,7 +14,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.states.cache import common_prefix
 
 from .definitions import Tool, ToolSet
-from .formats import CallFormat, Hole
+from .formats import CallFormat, Placeholder
 
 _NAMED = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,60}\]")
 _ID = "/[A-Za-z0-9]{9}/"
@@ -134,11 +134,11 @@ class _Writer:
         texts: list[str] = []
         rules = []
         for part in self._form.parts:
-            if part is Hole.NAME:
+            if part is Placeholder.NAME:
                 texts.append(self._literal(tool.name))
-            elif part is Hole.ID:
+            elif part is Placeholder.ID:
                 texts.append(_ID)
-            elif part is Hole.ARGUMENTS:
+            elif part is Placeholder.ARGUMENTS:
                 texts.append(f"{name}_arguments")
                 rules.append(_json(f"{name}_arguments", tool.schema, self._form.spacing))
             else:
