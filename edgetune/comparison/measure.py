@@ -12,7 +12,8 @@ from typing import Any
 
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Merged
-from edgetune_export.backends.base import OnnxOptions, Source
+from edgetune_export.backends.base import Source
+from edgetune_export.backends.format import OptionsByFormat
 from edgetune_export.merged import source_of_merged
 from edgetune_runtime import Runtime, engines
 from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest
@@ -103,7 +104,7 @@ class TorchMeasurement:
     base: bases.Base
     trained: TrainedAdapter
     work: Path
-    onnx: OnnxOptions
+    format_options: OptionsByFormat
     merged_quantization: str | None
 
     @cached_property
@@ -143,7 +144,7 @@ class TorchMeasurement:
         try:
             folded = self.method.fold(self.checkpoint, Merged.shape)
             assert isinstance(folded, Merged)
-            source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, self.onnx)
+            source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, self.format_options)
             with _alone_in(self.work):
                 backend.write_merged(folded, source_of_merged(source, self.merged_quantization), out)
             return self._speed(target, out)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_devices import boards, fit
-from edgetune_export.backends.base import OnnxOptions
 from edgetune_runtime.errors import IncompatibleError
 
 from edgetune.bases import Base
@@ -45,9 +44,8 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
     assert isinstance(built.base, Base)
-    # The method of rounding does not affect speed, and gptq would need rows.
-    onnx = OnnxOptions(recipe.onnx.weights)
-    torch = TorchMeasurement(measured, built.base, built.trained[trial.task], shared, onnx, recipe.merged_quantization)
+    trained = built.trained[trial.task]
+    torch = TorchMeasurement(measured, built.base, trained, shared, recipe.format_options, recipe.merged_quantization)
     of_torch = torch.score([row.answer for row in first.details])
     merged = {target: torch.merged_speed(target) for target in recipe.targets}
     return TrialResult(

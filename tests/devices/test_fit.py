@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_devices import boards, fit
-from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine

@@ -22,7 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats
 from edgetune_export.architectures.layout import base_rows, name_map, tensor_of
-from edgetune_export.backends.gguf.quantize import dequantize_rows
+from edgetune_export.base_file.quantize import dequantize_rows
 
 from .weights import BLOCK, PackedWeights, pack, pack_floats, packed_bits, reorder, stack
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from edgetune_runtime.formats.gguf_file import TensorInfo
 
 from edgetune_export.adapters.shapes import Floats
-from edgetune_export.backends.gguf.quantize import dequantize_rows
+from edgetune_export.base_file.quantize import dequantize_rows
 
 BLOCK = 32
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from edgetune_export.backends.gguf.quantize import dequantize_rows, quantize_rows
 from edgetune_export.backends.onnx.weights import BLOCK, PackedWeights, pack, pack_floats, reorder, stack, unpack, widen
+from edgetune_export.base_file.quantize import dequantize_rows, quantize_rows
 from edgetune_runtime.formats.gguf_file import TensorInfo
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 

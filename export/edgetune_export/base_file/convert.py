@@ -24,7 +24,7 @@ from edgetune_export.architectures import Architecture
 from edgetune_export.architectures.base import ENTRIES
 from edgetune_export.hf_folder import CONFIG_NAME, entries, read_config, read_json
 
-from .source import download_source
+from .llama_cpp_source import download_source
 
 SCRIPT = "convert_hf_to_gguf.py"
 # The parts of vendor/llama.cpp that the converter needs.
