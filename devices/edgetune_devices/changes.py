@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgetune_runtime.formats.gguf_file import GgufHeader
@@ -39,14 +39,7 @@ class Change:
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
-        return {
-            "what": self.what,
-            "cost": self.cost,
-            "saves_mb": round(self.saves_mb, 1),
-            "needed_mb": round(self.needed_mb, 1),
-            "adapter_tokens_per_s": None if self.adapter_tokens_per_s is None else round(self.adapter_tokens_per_s, 1),
-            "fits": self.fits,
-        }
+        return {key: round(value, 1) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
 def changes_for(

@@ -18,16 +18,14 @@ from edgetune_runtime.sizing.speed import speed_of
 
 from .boards import Board
 from .changes import SHORTEST_CONTEXT, longest_context
-from .needs import estimate_needs, needs_of_header
+from .needs import needs_of_header
 
 __all__ = [
     "AdapterSize",
     "BoardChoice",
     "Fit",
-    "Item",
     "Needs",
     "choose",
-    "estimate_needs",
     "fit",
     "kv_values_per_token",
     "needs_of_bundle",

@@ -205,20 +205,6 @@ def test_the_figures_of_the_runtime_are_its_own_defaults() -> None:
     assert inspect.signature(OpeningOptions).parameters["cache_mb"].default * 1e6 == CACHE_BYTES
 
 
-def test_a_rough_estimate_is_near_that_from_the_header() -> None:
-    exact = fit.needs_of_header(QWEN_0_5B, context_length=1024, quantization="q8_0")
-    rough = fit.estimate_needs(
-        parameters=494_000_000,
-        bits_per_weight=8.5,
-        layers=24,
-        kv_values_per_token=fit.kv_values_per_token(QWEN_0_5B),
-        context_length=1024,
-        vocabulary=151936,
-    )
-    board = boards.load("pi-4")
-    assert fit.fit(rough, board).needed_mb == pytest.approx(fit.fit(exact, board).needed_mb, rel=0.1)
-
-
 def test_require_fit_says_sum_board_largest_part_and_remedy() -> None:
     needs = fit.needs_of_header(LLAMA_1B, context_length=1024, quantization="q8_0")
     with pytest.raises(IncompatibleError) as caught:
