@@ -32,7 +32,7 @@ from edgetune_export.pooling import Pooled
 
 from . import value_types
 from .adapter import write_tensors
-from .graph import GRAPH, Matrix, Projection, optional_input, replace_gather, replace_product, save_model
+from .graph import GRAPH, Matrix, Projection, named_node, optional_input, replace_gather, replace_product, save_model
 from .options import OnnxOptions
 from .slots import METADATA, add_slot, fill, slots_of
 from .weights import BLOCK, pack_floats
@@ -185,9 +185,8 @@ def _add_head(graph: ir.Graph, hidden: int) -> None:
     weight = optional_input(graph, HEAD_WEIGHT, np.zeros((hidden, 0), np.float32), [hidden, "labels"])
     bias = optional_input(graph, HEAD_BIAS, np.zeros(0, np.float32), ["labels"])
     pooled = graph.outputs[0]
-    product = ir.node("MatMul", [pooled, weight], name="classifier/MatMul")
-    product.outputs[0].name = "classifier/MatMul/output_0"
-    added = ir.node("Add", [product.outputs[0], bias], name="classifier/Add")
+    product = named_node("MatMul", [pooled, weight], "classifier/MatMul")
+    added = named_node("Add", [product.outputs[0], bias], "classifier/Add")
     logits = added.outputs[0]
     logits.name, logits.type, logits.shape = LOGITS, ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "labels"])
     graph.extend([product, added])

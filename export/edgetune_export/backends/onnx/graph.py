@@ -250,10 +250,19 @@ def add_logits_start(graph: ir.Graph) -> None:
     start = optional_input(graph, LOGITS_START, np.zeros(1, np.int64), [1])
     ends = initializer(graph, "logits_end", np.array([np.iinfo(np.int64).max], np.int64))
     axes = initializer(graph, "logits_axis", np.array([1], np.int64))
-    rows = ir.node("Slice", [head.inputs[0], start, ends, axes], name="/lm_head/Slice")
-    rows.outputs[0].name = "/lm_head/Slice/output_0"
+    rows = named_node("Slice", [head.inputs[0], start, ends, axes], "/lm_head/Slice")
     head.replace_input_with(0, rows.outputs[0])
     graph.insert_before(head, rows)
+
+
+def named_node(op_type: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Value | None = None) -> ir.Node:
+    """A node with an output named after it, with the type and shape of `like`."""
+    node = ir.node(op_type, inputs, name=name)
+    output = node.outputs[0]
+    output.name = f"{name}/output_0"
+    if like is not None:
+        output.type, output.shape = like.type, like.shape
+    return node
 
 
 def optional_input(
@@ -372,8 +381,4 @@ def _replace(
 ) -> None:
     """Replace the node by another operator with the same name and output."""
     made = ir.node(op_type, inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
-    old, new = node.outputs[0], made.outputs[0]
-    new.name, new.type, new.shape = old.name, old.type, old.shape
-    graph.insert_after(node, made)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [made], node.outputs, made.outputs)

@@ -20,7 +20,7 @@ from edgetune_runtime.wording import first_of
 from edgetune_export.adapters.shapes import Delta, Floats, LowRank
 from edgetune_export.architectures.shape import linear_modules
 
-from .graph import Projection, optional_input, projections
+from .graph import Projection, named_node, optional_input, projections
 
 METADATA = "edgetune.slots"
 """Metadata key of the graph: JSON of {slot: [[module of the Hugging Face model, its inputs, its outputs], …]}."""
@@ -123,12 +123,9 @@ def _add_pair(graph: ir.Graph, name: str, read: ir.Value | None, plain: ir.Value
     rank = f"{name}.rank"
     a = optional_input(graph, f"{name}.lora_A.weight", np.zeros((columns, 0), np.float32), [columns, rank])
     b = optional_input(graph, f"{name}.lora_B.weight", np.zeros((0, outputs), np.float32), [rank, outputs])
-    down = ir.node("MatMul", [read, a], name=f"{name}/lora_A")
-    up = ir.node("MatMul", [down.outputs[0], b], name=f"{name}/lora_B")
-    added = ir.node("Add", [plain, up.outputs[0]], name=f"{name}/lora_Add")
-    for made in (down, up, added):
-        made.outputs[0].name = f"{made.name}/output_0"
-    added.outputs[0].type, added.outputs[0].shape = plain.type, plain.shape
+    down = named_node("MatMul", [read, a], f"{name}/lora_A")
+    up = named_node("MatMul", [down.outputs[0], b], f"{name}/lora_B")
+    added = named_node("Add", [plain, up.outputs[0]], f"{name}/lora_Add", like=plain)
     insert_after(graph, plain, [down, up, added])
 
 

@@ -31,7 +31,7 @@ from edgetune_runtime.wording import first_of
 from edgetune_export.adapters.shapes import Activation, Bottleneck, Floats, Scaling, Tensors
 from edgetune_export.architectures.shape import linear_modules
 
-from .graph import Projection, optional_input, projections
+from .graph import Projection, named_node, optional_input, projections
 from .slots import insert_after, split_after
 
 METADATA = "edgetune.scalings"
@@ -132,7 +132,7 @@ def _scale_inputs(
         value = product.node.inputs[0]
         assert value is not None
         factors = optional_input(graph, name, np.ones(width, np.float32), [width])
-        node = _node("Mul", [value, factors], f"{name}/Mul", like=value)
+        node = named_node("Mul", [value, factors], f"{name}/Mul", like=value)
         graph.insert_before(product.node, node)
         product.node.replace_input_with(0, node.outputs[0])
         known[name] = [(product.modules[0], width)]
@@ -150,7 +150,7 @@ def _scale_outputs(
                 name, parts = stem + SCALINGS["output"], [(module, widths[module][1]) for module in own]
                 width = sum(width for _, width in parts)
                 factors = optional_input(graph, name, np.ones(width, np.float32), [width])
-                insert_after(graph, value, [_node("Mul", [value, factors], f"{name}/Mul", like=value)])
+                insert_after(graph, value, [named_node("Mul", [value, factors], f"{name}/Mul", like=value)])
                 known[name] = parts
     return known
 
@@ -195,7 +195,7 @@ def _add_bottlenecks(
             slot = bottleneck_slot(block, activation, reads)
             read, columns = (entry, widths[first.modules[0]][0]) if reads == "input" else (value, widths[output][1])
             nodes += _network(graph, slot, activation, read, (columns, widths[output][1]))
-            nodes.append(_node("Add", [total, nodes[-1].outputs[0]], f"{slot}/Add", like=value))
+            nodes.append(named_node("Add", [total, nodes[-1].outputs[0]], f"{slot}/Add", like=value))
             total = nodes[-1].outputs[0]
         insert_after(graph, value, nodes)
 
@@ -211,28 +211,19 @@ def _network(
     down_bias = optional_input(graph, slot + DOWN_BIAS, np.zeros(0, np.float32), [rank])
     up = optional_input(graph, slot + UP, np.zeros((0, rows), np.float32), [rank, rows])
     up_bias = optional_input(graph, slot + UP_BIAS, np.zeros(rows, np.float32), [rows])
-    nodes = [_node("MatMul", [read, down], f"{slot}/down")]
-    nodes.append(_node("Add", [nodes[-1].outputs[0], down_bias], f"{slot}/down_Add"))
+    nodes = [named_node("MatMul", [read, down], f"{slot}/down")]
+    nodes.append(named_node("Add", [nodes[-1].outputs[0], down_bias], f"{slot}/down_Add"))
     nodes += _activation(activation, nodes[-1].outputs[0], slot)
-    nodes.append(_node("MatMul", [nodes[-1].outputs[0], up], f"{slot}/up"))
-    nodes.append(_node("Add", [nodes[-1].outputs[0], up_bias], f"{slot}/up_Add"))
+    nodes.append(named_node("MatMul", [nodes[-1].outputs[0], up], f"{slot}/up"))
+    nodes.append(named_node("Add", [nodes[-1].outputs[0], up_bias], f"{slot}/up_Add"))
     return nodes
 
 
 def _activation(activation: Activation, value: ir.Value, slot: str) -> list[ir.Node]:
     if activation == "relu":
-        return [_node("Relu", [value], f"{slot}/Relu")]
+        return [named_node("Relu", [value], f"{slot}/Relu")]
     if activation == "gelu":
-        return [_node("Gelu", [value], f"{slot}/Gelu")]
+        return [named_node("Gelu", [value], f"{slot}/Gelu")]
     # ONNX has a SiLU operator only from operator set 24 on.
-    gate = _node("Sigmoid", [value], f"{slot}/Sigmoid")
-    return [gate, _node("Mul", [value, gate.outputs[0]], f"{slot}/Mul")]
-
-
-def _node(op_type: str, inputs: Sequence[ir.Value], name: str, like: ir.Value | None = None) -> ir.Node:
-    """A node with an output named after it, with the type and shape of `like`."""
-    node = ir.node(op_type, inputs, name=name)
-    node.outputs[0].name = f"{name}/output_0"
-    if like is not None:
-        node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
-    return node
+    gate = named_node("Sigmoid", [value], f"{slot}/Sigmoid")
+    return [gate, named_node("Mul", [value, gate.outputs[0]], f"{slot}/Mul")]
