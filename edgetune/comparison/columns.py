@@ -92,16 +92,16 @@ def engine_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
 def placement_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
     """A row for each placement that was tried for a trial with `target_modules: auto`."""
     for outcome in outcomes:
-        found = outcome.placement
-        for tried in found["tried"] if found else ():
-            modules, r = tried["target_modules"], tried["r"]
+        placement = outcome.placement
+        for candidate in placement["tried"] if placement else ():
+            modules, r = candidate["target_modules"], candidate["r"]
             yield (
                 outcome.name,
                 modules if isinstance(modules, str) else ", ".join(modules),
                 str(r),
-                f"{tried['cost'] * 100:.1f}",
-                _number(tried["val_loss"]),
-                "yes" if found and (found["target_modules"], found["r"]) == (modules, r) else "",
+                f"{candidate['cost'] * 100:.1f}",
+                _number(candidate["val_loss"]),
+                "yes" if placement and (placement["target_modules"], placement["r"]) == (modules, r) else "",
             )
 
 

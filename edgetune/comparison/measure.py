@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -73,10 +73,10 @@ class BundleMeasurement:
             partial(Runtime.open, self.bundle, engine=target, disk_mb=0, preflight=False), lambda _: None
         )
         shape, speed = self.entry.shapes[target], timed["decode_tokens_per_s"]
-        own, is_merged = speed["adapters"][self.task], shape == Merged.shape
+        decode_speed, is_merged = speed["adapters"][self.task], shape == Merged.shape
         slow, busy = _load_in(timed)
         if is_merged:
-            merged = MergedSpeed(own, slow, busy)
+            merged = MergedSpeed(decode_speed, slow, busy)
         return EngineFigures(
             shape=shape,
             bytes=round(timed["adapter_mb"] * 1e6),
@@ -84,7 +84,7 @@ class BundleMeasurement:
             standard_error=standard_error(scored.metric, scored.score, [row.score for row in scored.details]),
             kl=self.entry.parity[target]["kl"],
             base_tokens_per_s=speed["base"],
-            tokens_per_s=None if is_merged else own,
+            tokens_per_s=None if is_merged else decode_speed,
             merged_tokens_per_s=None if merged is None else merged.tokens_per_s,
             switch_us=timed["switch_us"] and timed["switch_us"]["p50"],
             first_token_ms=timed["ttft_ms"] and timed["ttft_ms"]["after_switch"],
@@ -145,7 +145,9 @@ class TorchMeasurement:
             folded = self.method.fold(self.checkpoint, Merged.shape)
             assert isinstance(folded, Merged)
             source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, self.format_options)
-            with _alone_in(self.work):
+            # Trials that run at the same time share the folder.
+            self.work.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.work / "lock"):
                 backend.write_merged(folded, source_of_merged(source, self.merged_quantization), out)
             return self._speed(target, out)
         finally:
@@ -155,18 +157,10 @@ class TorchMeasurement:
         manifest = replace(self.measured.manifest, adapters={})
         make = engines.load(target)
         engine = make(model, context_length=manifest.context_length, threads=manifest.threads)
-        found = bench.measure(lambda: runtime_around(engine, self.measured.bundle, manifest, target), lambda _: None)
-        return MergedSpeed(float(found["decode_tokens_per_s"]["base"]), *_load_in(found))
+        timed = bench.measure(lambda: runtime_around(engine, self.measured.bundle, manifest, target), lambda _: None)
+        return MergedSpeed(float(timed["decode_tokens_per_s"]["base"]), *_load_in(timed))
 
 
 def _load_in(timed: Mapping[str, Any]) -> tuple[bool, str | None]:
     """Whether the machine was busy during `bench.measure`, and the reason if it is known."""
     return bool(timed.get("slow", False)), timed.get("busy")
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Lock `folder` against trials that run at the same time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        yield

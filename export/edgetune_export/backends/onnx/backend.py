@@ -25,7 +25,7 @@ from edgetune_export.base_file import merge
 from . import slots as onnx_slots
 from . import value_types
 from .adapter import write_tensors
-from .graph import GRAPH, add_logits_start, load_structure, put_ends, put_vectors, put_weights, run_builder, save_model
+from .graph import GRAPH, add_logits_start, load_structure, put_vectors, put_weights, run_builder, save_model
 from .options import OnnxOptions
 from .prefix import prefix_tensors
 from .tensors import add_tensor_slots, fill_tensors
@@ -71,10 +71,10 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f32"
 
 def write_merged(merged: Merged, source: Source, out: Path) -> None:
     """Write a full model with the merged parameters, rounded as in the merged GGUF file."""
-    whole = source.work / f"{merged.name}.gguf"
-    merge.write_merged(merged, source.path, whole)
-    _write_model(source, whole, out, (), merged)
-    whole.unlink()
+    gguf_file = source.work / f"{merged.name}.gguf"
+    merge.write_merged(merged, source.path, gguf_file)
+    _write_model(source, gguf_file, out, (), merged)
+    gguf_file.unlink()
 
 
 def weight_type(source: Source) -> str:
@@ -107,10 +107,10 @@ def _write_model(
         changed = {name: compute() for name, compute in merged.parameters.items() if name in vectors}
         put_vectors(model.graph, base, {**vectors, **changed})
     options = OnnxOptions.of(source.options)
-    weights = options.weights
-    put_weights(model, file, "fp32" if weights == "int4" else weights)
-    put_ends(model, file, "int8" if weights == "int4" else weights)
-    if weights == "int4":
+    if options.weights != "int4":
+        put_weights(model, file, layers=options.weights, vocabulary=options.weights)
+    else:
+        put_weights(model, file, layers="fp32", vocabulary="int8")
         from .quantize import requantize  # noqa: PLC0415 - it sets up logging for the whole process
 
         model = requantize(model, options, source.calibration, config["model"]["decoder"]["head_size"])

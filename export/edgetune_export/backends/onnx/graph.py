@@ -114,7 +114,7 @@ def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
         if match:
             layer, block, product = f"model.{match['layer']}", match["block"], match["product"]
             # The builder leaves some modules apart, whose names are those in transformers.
-            parts = fused.get(whole := f"{_BLOCKS[block]}.{product}", [whole])
+            parts = fused.get(module := f"{_BLOCKS[block]}.{product}", [module])
             found.append(Projection(node, f"{layer}.{block}.{product}", tuple(f"{layer}.{part}" for part in parts)))
         elif name == HEAD:
             found.append(Projection(node, "lm_head", ("lm_head",)))
@@ -142,16 +142,24 @@ def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
     return model
 
 
-def put_weights(model: ir.Model, base: Path, weights: str) -> None:
-    """Replace the graph's products by MatMulNBits with the weights of the GGUF `base`.
+def put_weights(model: ir.Model, base: Path, layers: str, vocabulary: str) -> None:
+    """Replace the graph's products by MatMulNBits with the weights of the GGUF `base`, its embedding by a
+    GatherBlockQuantized.
 
+    `layers` says how the matrices of the layers are stored, `vocabulary` those of the embedding and the output layer:
     `auto` keeps the base's blocks if the operator supports them, converts other blocks to 8 bits and keeps floats;
     `int8` also converts floats to 8 bits; `fp32` dequantizes everything.
     """
-    source = _Source(base, weights)
-    for projection in projections(model.graph, source.header):
+    reader = _MatrixReader(base, layers)
+    for projection in projections(model.graph, reader.header):
         if projection.node.name != HEAD:
-            replace_product(model.graph, projection.node, source.of(projection.modules))
+            replace_product(model.graph, projection.node, reader.of(projection.modules))
+    reader = _MatrixReader(base, vocabulary)
+    for node in list(model.graph):
+        if node.name == HEAD:
+            replace_product(model.graph, node, reader.of(("lm_head",)))
+        elif node.name == EMBEDDING:
+            replace_gather(model.graph, node, reader.of(("model.embed_tokens",)), "model.embed_tokens.weight")
 
 
 def _modules_by_product(base: GgufHeader) -> dict[str, list[str]]:
@@ -167,7 +175,7 @@ def put_vectors(graph: ir.Graph, base: GgufHeader, vectors: Mapping[str, Floats]
 
     Raises IncompatibleError if the graph has no place for one of them.
     """
-    left, norm_offset = set(vectors), architectures.of(base).norm_offset
+    unplaced, norm_offset = set(vectors), architectures.of(base).norm_offset
     fused = {product: modules for product, modules in _modules_by_product(base).items() if len(modules) > 1}
     for initial in graph.initializers.values():
         name = initial.name or ""
@@ -175,26 +183,16 @@ def put_vectors(graph: ir.Graph, base: GgufHeader, vectors: Mapping[str, Floats]
             name = pattern.sub(replacement, name)
         product = next((product for product in fused if f".{product}." in name), None)
         parts = [name] if product is None else [name.replace(product, module) for module in fused[product]]
-        if left.isdisjoint(parts):
+        if unplaced.isdisjoint(parts):
             continue
         values = np.concatenate([vectors[part] for part in parts]) + (norm_offset if "norm." in name else 0)
         initial.const_value = ir.Tensor(values.astype(np.float32), name=initial.name)
-        left.difference_update(parts)
-    if left:
-        raise IncompatibleError(f"the ONNX graph has no place for {min(left)}", "build for gguf")
+        unplaced.difference_update(parts)
+    if unplaced:
+        raise IncompatibleError(f"the ONNX graph has no place for {min(unplaced)}", "build for gguf")
 
 
-def put_ends(model: ir.Model, base: Path, weights: str) -> None:
-    """Like `put_weights`, for the embedding (GatherBlockQuantized) and the output layer (MatMulNBits)."""
-    source = _Source(base, weights)
-    for node in list(model.graph):
-        if node.name == HEAD:
-            replace_product(model.graph, node, source.of(("lm_head",)))
-        elif node.name == EMBEDDING:
-            replace_gather(model.graph, node, source.of(("model.embed_tokens",)), "model.embed_tokens.weight")
-
-
-class _Source:
+class _MatrixReader:
     """Reads matrices from the base's file by their Hugging Face names."""
 
     def __init__(self, base: Path, weights: str) -> None:

@@ -60,12 +60,9 @@ def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
 
     IncompatibleError lists modules without a slot or with another size.
     """
-    known = {module: (rows, columns) for parts in slots.values() for module, columns, rows in parts}
-    problems = [_misfit(module, delta, known) for module, delta in adapter.modules.items()]
-    problems = [problem for problem in problems if problem]
-    if problems:
-        message = f"adapter {adapter.name!r} does not fit the graph: {first_of(problems)}"
-        raise IncompatibleError(message, "export the base and its adapters together")
+    sizes = {module: (rows, columns) for parts in slots.values() for module, columns, rows in parts}
+    problems = [_misfit(module, delta, sizes) for module, delta in adapter.modules.items()]
+    refuse_misfits(adapter.name, [problem for problem in problems if problem])
     tensors: dict[str, Floats] = {}
     for slot, parts in slots.items():
         deltas = [(delta, start) for delta, start in _placed(adapter, parts) if delta is not None]
@@ -90,10 +87,17 @@ def _block_diagonal(deltas: Sequence[tuple[Delta, int]], outputs: int) -> Floats
     return b
 
 
-def _misfit(module: str, delta: Delta, known: Mapping[str, tuple[int, int]]) -> str:
-    if module not in known:
+def refuse_misfits(name: str, problems: Sequence[str]) -> None:
+    """IncompatibleError if there are problems of the adapter `name` with the graph."""
+    if problems:
+        message = f"adapter {name!r} does not fit the graph: {first_of(problems)}"
+        raise IncompatibleError(message, "export the base and its adapters together")
+
+
+def _misfit(module: str, delta: Delta, sizes: Mapping[str, tuple[int, int]]) -> str:
+    if module not in sizes:
         return f"no slot for {module}"
-    rows, columns = known[module]
+    rows, columns = sizes[module]
     if (rows, columns) != (delta.b.shape[0], delta.a.shape[1]):
         return f"{module} is {delta.b.shape[0]}x{delta.a.shape[1]} in the adapter, {rows}x{columns} in the base"
     return ""

@@ -32,7 +32,7 @@ from edgetune_export.adapters.shapes import Activation, Bottleneck, Floats, Scal
 from edgetune_export.architectures.shape import linear_modules
 
 from .graph import Projection, named_node, optional_input, projections
-from .slots import insert_after, split_after
+from .slots import insert_after, refuse_misfits, split_after
 
 METADATA = "edgetune.scalings"
 """Metadata key of the graph: JSON of {input: [[module of the Hugging Face model, its number of factors], …]}."""
@@ -54,9 +54,9 @@ def add_tensor_slots(model: ir.Model, header: GgufHeader, adapters: Sequence[Ten
     for adapter in adapters:
         for module, scaling in adapter.scalings.items():
             scaled[scaling.side].add(module)
-    known = _scale_inputs(model.graph, products, widths, scaled["input"])
-    known |= _scale_outputs(model.graph, products, widths, scaled["output"])
-    model.metadata_props[METADATA] = json.dumps(known)
+    inputs = _scale_inputs(model.graph, products, widths, scaled["input"])
+    inputs |= _scale_outputs(model.graph, products, widths, scaled["output"])
+    model.metadata_props[METADATA] = json.dumps(inputs)
 
 
 def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
@@ -66,10 +66,7 @@ def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
     """
     slots = tensor_slots_of(header)
     inputs = json.loads(header.metadata.get(METADATA, "{}"))
-    problems = [*_misfits(adapter.scalings, inputs), *_without_slot(adapter.bottlenecks, slots)]
-    if problems:
-        message = f"adapter {adapter.name!r} does not fit the graph: {first_of(problems)}"
-        raise IncompatibleError(message, "export the base and its adapters together")
+    refuse_misfits(adapter.name, [*_misfits(adapter.scalings, inputs), *_without_slot(adapter.bottlenecks, slots)])
     tensors: dict[str, Floats] = {}
     for name, parts in inputs.items():
         own = {module: adapter.scalings[module].factors for module in _scaled_by(adapter.scalings, name, parts)}
@@ -119,15 +116,15 @@ def _scale_inputs(
     graph: ir.Graph, products: Sequence[Projection], widths: Mapping[str, tuple[int, ...]], modules: Collection[str]
 ) -> dict[str, _Parts]:
     """Multiply the inputs of these modules' products by factors, only for these products."""
-    own = [product for product in products if set(product.modules) & set(modules)]
+    scaled = [product for product in products if set(product.modules) & set(modules)]
     shared = sorted(
-        set(modules) & {module for product in own if len(product.modules) > 1 for module in product.modules}
+        set(modules) & {module for product in scaled if len(product.modules) > 1 for module in product.modules}
     )
     if shared:
         message = f"ONNX cannot scale the inputs of {first_of(shared, separator=', ')}: other modules share the product"
         raise IncompatibleError(message, "scale the outputs, or merge the adapter (merged: true)")
-    known: dict[str, _Parts] = {}
-    for product in own:
+    inputs: dict[str, _Parts] = {}
+    for product in scaled:
         name, width = product.name + SCALINGS["input"], widths[product.modules[0]][0]
         value = product.node.inputs[0]
         assert value is not None
@@ -135,15 +132,15 @@ def _scale_inputs(
         node = named_node("Mul", [value, factors], f"{name}/Mul", like=value)
         graph.insert_before(product.node, node)
         product.node.replace_input_with(0, node.outputs[0])
-        known[name] = [(product.modules[0], width)]
-    return known
+        inputs[name] = [(product.modules[0], width)]
+    return inputs
 
 
 def _scale_outputs(
     graph: ir.Graph, products: Sequence[Projection], widths: Mapping[str, tuple[int, ...]], modules: Collection[str]
 ) -> dict[str, _Parts]:
     """Multiply the outputs of these modules' products by factors."""
-    known: dict[str, _Parts] = {}
+    inputs: dict[str, _Parts] = {}
     for product in products:
         for stem, value, own in _outputs(product):
             if set(own) & set(modules):
@@ -151,8 +148,8 @@ def _scale_outputs(
                 width = sum(width for _, width in parts)
                 factors = optional_input(graph, name, np.ones(width, np.float32), [width])
                 insert_after(graph, value, [named_node("Mul", [value, factors], f"{name}/Mul", like=value)])
-                known[name] = parts
-    return known
+                inputs[name] = parts
+    return inputs
 
 
 def _outputs(product: Projection) -> list[tuple[str, ir.Value, tuple[str, ...]]]:
@@ -181,7 +178,7 @@ def _add_bottlenecks(
     for adapter in adapters:
         for block, own in adapter.bottlenecks.items():
             kinds.setdefault(block, {})[own.activation, own.reads] = None
-    for block, wanted in kinds.items():
+    for block, variants in kinds.items():
         own_products = [product for product in products if product.modules[0].rpartition(".")[0] == block]
         if not own_products:
             continue
@@ -191,7 +188,7 @@ def _add_bottlenecks(
         entry = first.node.inputs[0]
         assert entry is not None
         nodes, total = [], value
-        for activation, reads in wanted:
+        for activation, reads in variants:
             slot = bottleneck_slot(block, activation, reads)
             read, columns = (entry, widths[first.modules[0]][0]) if reads == "input" else (value, widths[output][1])
             nodes += _network(graph, slot, activation, read, (columns, widths[output][1]))

@@ -42,14 +42,14 @@ def _in_graph(graph: ir.Graph) -> dict[str, int]:
 def _quantized_data(graph: ir.Graph) -> tuple[dict[str, int], set[str]]:
     """Bits per value of each quantized initializer, and the names of the scales and zero points."""
     bits: dict[str, int] = {}
-    others: set[str] = set()
+    scales: set[str] = set()
     for node in graph:
         if node.op_type in _DATA:
             data = node.inputs[_DATA[node.op_type]]
             assert data is not None
             bits[data.name or ""] = node.attributes.get_int("bits", 4)
-            others.update(value.name or "" for value in node.inputs[_SCALES:] if value is not None)
-    return bits, others
+            scales.update(value.name or "" for value in node.inputs[_SCALES:] if value is not None)
+    return bits, scales
 
 
 def _in_adapter(file: Path) -> dict[str, int]:
