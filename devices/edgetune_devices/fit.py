@@ -93,6 +93,7 @@ class Fit:
 class BoardChoice:
     """The settings for a board; `quantization` is None if the base ships unchanged. `reason` explains them in words."""
 
+    board: Board
     quantization: str | None
     threads: int
     context_length: int
@@ -177,7 +178,7 @@ def choose(
         f"{what} is {why} on {board.name}: {predicted.kept_mb:.0f} of {predicted.available_mb:.0f} MB, "
         f"about {predicted.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
-    return BoardChoice(chosen, threads or board.cores, length, reason)
+    return BoardChoice(board, chosen, threads or board.cores, length, reason)
 
 
 def table(result: Fit) -> list[tuple[str, str]]:

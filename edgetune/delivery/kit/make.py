@@ -32,6 +32,7 @@ from edgetune.delivery.board.kit import (
     wheels_id,
 )
 from edgetune.delivery.board.opening import DEFAULTS, Opening
+from edgetune.delivery.board.service import PORT
 from edgetune.delivery.wheel.build import cache_folder, llama_wheel
 from edgetune.progress import Progress
 
@@ -41,7 +42,6 @@ from .runtime_wheel import runtime_wheel
 from .target_python import TargetPython, target_python
 from .wheels import LLAMA, Wheel, collect, require_wheel_of
 
-_PORT = 8080
 _HEADROOM = 1.25
 """The unit's memory limit in relation to the prediction: the kernel ends a process that exceeds it."""
 
@@ -179,7 +179,7 @@ def with_description(
         },
         "wheels": wheels_id(target.python, files),
         "bundle": next(file.sha256 for file in files if file.path == f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"),
-        "service": {"port": _PORT, "memory_max_mb": memory_max_mb},
+        "service": {"port": PORT, "memory_max_mb": memory_max_mb},
         "files": [asdict(file) for file in files],
     }
     text = json.dumps(raw, indent=1, sort_keys=True) + "\n"
