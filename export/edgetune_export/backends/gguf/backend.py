@@ -25,7 +25,7 @@ from edgetune_export.base_file.quantize import quantize_rows
 
 from . import FORMAT
 from .prefix import write_prefix
-from .writer import adapter_file, add_origin
+from .writer import adapter_file
 
 SHAPES = ("low_rank", "prefix", "merged")
 ADAPTER_FILE = "adapter.gguf"
@@ -60,9 +60,7 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16"
         raise IncompatibleError(f"a GGUF adapter cannot hold {adapter.shape}", "choose another target")
     placed = _place(adapter, header)
     alpha = max(delta.rank for _, delta in placed)
-    with adapter_file(adapter, "lora", header.architecture, out) as writer:
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-        add_origin(writer, adapter, base_fingerprint)
+    with adapter_file(adapter, header, out, kind="lora", alpha=alpha, base_fingerprint=base_fingerprint) as writer:
         if adapter.invocation:
             # llama.cpp refuses the signed numbers that add_array would write.
             tokens, kinds = list(adapter.invocation), gguf.GGUFValueType

@@ -15,7 +15,7 @@ from edgetune_runtime.formats.gguf_file import CacheShape, cache_shape, prefix_t
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats, Prefix
 
-from .writer import adapter_file, add_origin
+from .writer import adapter_file
 
 DTYPES = {"f32": np.float32, "f16": np.float16}
 
@@ -33,8 +33,7 @@ def write_prefix(prefix: Prefix, base: Path, out: Path, *, dtype: str, base_fing
     header = read_header(base)
     check_prefix_fits(prefix, cache_shape(header))
     keys = _interleaved(prefix.keys) if architectures.of(header).interleaves_rows else prefix.keys
-    with adapter_file(prefix, prefix.shape, header.architecture, out) as writer:
-        add_origin(writer, prefix, base_fingerprint)
+    with adapter_file(prefix, header, out, kind=prefix.shape, base_fingerprint=base_fingerprint) as writer:
         for layer in range(len(keys)):
             for which, heads in (("k", keys[layer]), ("v", prefix.values[layer])):
                 rows = np.ascontiguousarray(heads.swapaxes(0, 1), DTYPES[dtype])

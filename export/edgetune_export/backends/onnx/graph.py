@@ -323,20 +323,11 @@ def replace_product(graph: ir.Graph, node: ir.Node, weights: Matrix) -> None:
     if weights.bits is None:
         weight.const_value = _lazy(lambda: weights.floats().T, (weights.columns, weights.rows), weight.name)
         return
-    stem = (weight.name or "").removesuffix(".weight")
-    attributes = {"K": weights.columns, "N": weights.rows, "bits": weights.bits, "block_size": BLOCK}
-    blocks = (weights.rows, weights.columns // BLOCK)
-    data = _lazy(
-        lambda: weights.packed().data,
-        (*blocks, BLOCK * weights.bits // 8),
-        f"{stem}.weight_q{weights.bits}",
-        ir.DataType.UINT8,
-    )
-    scales = _lazy(lambda: weights.packed().scales, blocks, f"{stem}.weight_scales")
-    values = [_register(graph, data), _register(graph, scales)]
+    name = f"{(weight.name or '').removesuffix('.weight')}.weight"
+    data, scales = _blocks(graph, weights, name, (weights.columns // BLOCK, BLOCK * weights.bits // 8))
     # accuracy_level 4 rounds activations to 8 bits, which the fast kernels need.
-    graph.opset_imports[MICROSOFT] = 1
-    _replace(graph, node, "MatMulNBits", [node.inputs[0], *values], {**attributes, "accuracy_level": 4})
+    attributes = {"K": weights.columns, "N": weights.rows, "bits": weights.bits, "block_size": BLOCK}
+    _replace(graph, node, "MatMulNBits", [node.inputs[0], data, scales], {**attributes, "accuracy_level": 4})
 
 
 def replace_gather(graph: ir.Graph, node: ir.Node, weights: Matrix, name: str) -> None:
@@ -345,17 +336,17 @@ def replace_gather(graph: ir.Graph, node: ir.Node, weights: Matrix, name: str) -
         table = _lazy(weights.floats, (weights.rows, weights.columns), f"{name}_rows")
         node.replace_input_with(0, _register(graph, table))
         return
+    data, scales = _blocks(graph, weights, name, (weights.columns * weights.bits // 8,))
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": weights.bits}
-    data = _lazy(
-        lambda: weights.packed().data.reshape(weights.rows, -1),
-        (weights.rows, weights.columns * weights.bits // 8),
-        f"{name}_q{weights.bits}",
-        ir.DataType.UINT8,
-    )
+    _replace(graph, node, "GatherBlockQuantized", [data, node.inputs[1], scales], attributes)
+
+
+def _blocks(graph: ir.Graph, weights: Matrix, name: str, row_shape: tuple[int, ...]) -> tuple[ir.Value, ir.Value]:
+    """Initializers for quantized blocks, with `row_shape` for each row, and for their scales."""
+    shape, data_name = (weights.rows, *row_shape), f"{name}_q{weights.bits}"
+    data = _lazy(lambda: weights.packed().data.reshape(shape), shape, data_name, ir.DataType.UINT8)
     scales = _lazy(lambda: weights.packed().scales, (weights.rows, weights.columns // BLOCK), f"{name}_scales")
-    graph.opset_imports[MICROSOFT] = 1
-    values = [_register(graph, data), node.inputs[1], _register(graph, scales)]
-    _replace(graph, node, "GatherBlockQuantized", values, attributes)
+    return _register(graph, data), _register(graph, scales)
 
 
 def _lazy(
@@ -378,5 +369,6 @@ def _replace(
     graph: ir.Graph, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int]
 ) -> None:
     """Replace the node by another operator with the same name and output."""
+    graph.opset_imports[MICROSOFT] = 1
     made = ir.node(op_type, inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
     ir.convenience.replace_nodes_and_values(graph, node, [node], [made], node.outputs, made.outputs)

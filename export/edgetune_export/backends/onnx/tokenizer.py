@@ -1,7 +1,7 @@
 """Writes a GGUF base's tokenizer as `tokenizer.json` with its config, for runtimes without llama.cpp.
 
 The tokens' text, type and score come from llama.cpp itself, which corrects metadata of some files. Texts get the same
-token ids as in llama.cpp with these exceptions, which `differences` finds in given texts:
+token ids as in llama.cpp with these exceptions, of which a build warns if a task's texts have any:
 - Code points new in Unicode 16: the tables of Oniguruma (in tokenizers) have them, those of llama.cpp do not.
 - Overlapping special tokens in a text: here the first one matches, in llama.cpp the longest one.
 - Special tokens that strip the white space after them (Phi-3): Unicode white space here, ASCII in llama.cpp.
@@ -23,7 +23,7 @@ from typing import Any
 
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.engines.gguf.llama import Vocabulary, library, load_model
-from edgetune_runtime.engines.onnx.tokenizers import SPACE, JsonTokenizer, byte_character
+from edgetune_runtime.engines.onnx.tokenizers import SPACE, byte_character
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_base import check_vocabulary
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
@@ -84,12 +84,6 @@ def end_tokens(base: Path) -> list[int]:
     with closing(GgufTokenizer(base)) as tokenizer:
         ends = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
         return sorted(ends, key=lambda token: token != tokenizer.end_token)
-
-
-def differences(base: Path, folder: Path, texts: Sequence[str]) -> list[str]:
-    """The texts for which the tokenizer in `folder` gives different tokens than the base's own."""
-    with closing(GgufTokenizer(base)) as ours, closing(JsonTokenizer(folder, end_tokens(base))) as written:
-        return [text for text in texts if ours.tokenize(text) != written.tokenize(text)]
 
 
 @contextmanager
