@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .figures import EngineFigures, TrainingFigures, TrialResult, megabytes
+from .figures import EngineFigures, TrialResult, megabytes
 
 NONE = "-"
 """Shown for a missing figure."""
@@ -74,7 +74,7 @@ def training_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
             f"{training.peak_memory_mb:.0f}",
             f"{training.val_loss:.3f}",
             f"{training.best_step}/{training.steps}",
-            _overfit(training),
+            _number(training.overfit_step, "{}"),
             _number(outcome.torch_score),
         )
 
@@ -147,10 +147,6 @@ def _on_engine(figures: EngineFigures) -> tuple[str, ...]:
         ),
         f"{figures.kl:.1e}",
     )
-
-
-def _overfit(training: TrainingFigures) -> str:
-    return NONE if training.overfit_step is None else str(training.overfit_step)
 
 
 def _number(value: float | None, form: str = "{:.3f}") -> str:

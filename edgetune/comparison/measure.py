@@ -13,7 +13,6 @@ from typing import Any
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Merged
 from edgetune_export.backends.base import Source
-from edgetune_export.backends.format import OptionsByFormat
 from edgetune_export.merged import source_of_merged
 from edgetune_runtime import Runtime, engines
 from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest
@@ -25,6 +24,7 @@ from filelock import FileLock
 from edgetune import bases, methods
 from edgetune.evaluation import Evaluation, score
 from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
 from edgetune.shipping.exported import TrainedAdapter
 from edgetune.tasks.data import TaskRow
 
@@ -104,8 +104,7 @@ class TorchMeasurement:
     base: bases.Base
     trained: TrainedAdapter
     work: Path
-    format_options: OptionsByFormat
-    merged_quantization: str | None
+    recipe: Recipe
 
     @cached_property
     def checkpoint(self) -> methods.Checkpoint:
@@ -144,11 +143,12 @@ class TorchMeasurement:
         try:
             folded = self.method.fold(self.checkpoint, Merged.shape)
             assert isinstance(folded, Merged)
-            source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, self.format_options)
+            options = self.recipe.format_options
+            source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, options)
             # Trials that run at the same time share the folder.
             self.work.mkdir(parents=True, exist_ok=True)
             with FileLock(self.work / "lock"):
-                backend.write_merged(folded, source_of_merged(source, self.merged_quantization), out)
+                backend.write_merged(folded, source_of_merged(source, self.recipe.merged_quantization), out)
             return self._speed(target, out)
         finally:
             shutil.rmtree(measured.bundle.with_name("merged"), ignore_errors=True)

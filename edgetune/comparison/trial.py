@@ -44,8 +44,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
     assert isinstance(built.base, Base)
-    trained = built.trained[trial.task]
-    torch = TorchMeasurement(measured, built.base, trained, shared, recipe.format_options, recipe.merged_quantization)
+    torch = TorchMeasurement(measured, built.base, built.trained[trial.task], shared, recipe)
     in_torch = torch.score([row.answer for row in first.details])
     merged = {target: torch.merged_speed(target) for target in recipe.targets}
     return TrialResult(

@@ -31,7 +31,7 @@ SCRIPT = "convert_hf_to_gguf.py"
 PARTS = (SCRIPT, "conversion", "gguf-py/gguf", "LICENSE")
 _PROGRAM = Path(__file__).with_name("run_converter.py")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-_MOST_LAYERS = 1024
+_MAX_LAYERS = 1024
 
 
 def check_folder(folder: Path) -> Architecture:
@@ -80,8 +80,8 @@ def _check_class(config: Mapping[str, Any], path: Path, model_class: str) -> Non
 
 def _check_sizes(config: Mapping[str, Any], path: Path) -> None:
     for key in ENTRIES:
-        value, most = config.get(key), _MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
-        if not (value is None or (type(value) is int and 0 < value <= most)):
+        value, maximum = config.get(key), _MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+        if not (value is None or (type(value) is int and 0 < value <= maximum)):
             raise VerificationError(f"{path} has {key} {str(value)[:80]!r}", "download the model again")
 
 

@@ -65,14 +65,14 @@ def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
     IncompatibleError lists modules and blocks without a slot or with another size.
     """
     slots = tensor_slots_of(header)
-    inputs = json.loads(header.metadata.get(METADATA, "{}"))
+    inputs: Mapping[str, _Parts] = json.loads(header.metadata.get(METADATA, "{}"))
     refuse_misfits(adapter.name, [*_misfits(adapter.scalings, inputs), *_without_slot(adapter.bottlenecks, slots)])
     tensors: dict[str, Floats] = {}
     for name, parts in inputs.items():
-        own = {module: adapter.scalings[module].factors for module in _scaled_by(adapter.scalings, name, parts)}
-        if own:
-            factors = [own.get(module, np.ones(width, np.float32)) for module, width in parts]
-            tensors[name] = np.concatenate(factors)
+        scalings = {module: adapter.scalings[module] for module, _ in parts if module in adapter.scalings}
+        factors = {module: scaling.factors for module, scaling in scalings.items() if scaling.side == _side_of(name)}
+        if factors:
+            tensors[name] = np.concatenate([factors.get(module, np.ones(width, np.float32)) for module, width in parts])
     for block, bottleneck in adapter.bottlenecks.items():
         slot = _slot_of(block, bottleneck)
         tensors[slot + DOWN], tensors[slot + DOWN_BIAS] = bottleneck.down.T, bottleneck.down_bias
@@ -81,25 +81,21 @@ def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
     return tensors
 
 
-def _scaled_by(scalings: Mapping[str, Scaling], name: str, parts: _Parts) -> list[str]:
-    """The modules of an input of factors for which these scalings have factors."""
-    own = [module for module, _ in parts if module in scalings]
-    return [module for module in own if name.endswith(SCALINGS[scalings[module].side])]
+def _side_of(name: str) -> str:
+    """Whether an input of factors scales the outputs or the inputs of its modules."""
+    return next(side for side, suffix in SCALINGS.items() if name.endswith(suffix))
 
 
 def _misfits(scalings: Mapping[str, Scaling], inputs: Mapping[str, _Parts]) -> list[str]:
     """Problems with modules that have no input of factors, or another number of them."""
-    widths = {
-        module: dict(parts)[module]
-        for name, parts in ((name, [(module, width) for module, width in raw]) for name, raw in inputs.items())
-        for module in _scaled_by(scalings, name, parts)
-    }
+    widths = {(module, _side_of(name)): width for name, parts in inputs.items() for module, width in parts}
     problems = []
     for module, scaling in scalings.items():
-        if module not in widths:
+        width = widths.get((module, scaling.side))
+        if width is None:
             problems.append(f"no slot for the {scaling.side} of {module}")
-        elif scaling.factors.shape != (widths[module],):
-            problems.append(f"{module} has factors of shape {scaling.factors.shape}, the base needs {widths[module]}")
+        elif scaling.factors.shape != (width,):
+            problems.append(f"{module} has factors of shape {scaling.factors.shape}, the base needs {width}")
     return problems
 
 

@@ -31,11 +31,11 @@ def _in_graph(graph: ir.Graph) -> dict[str, int]:
         tensor = value.const_value
         if tensor is None or name in scales:
             continue
-        place = (tensor.location, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else name
+        data = (tensor.location, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else name
         if name in bits:
-            counted[place] = f"int{bits[name]}", tensor.nbytes * 8 // bits[name]
+            counted[data] = f"int{bits[name]}", tensor.nbytes * 8 // bits[name]
         elif tensor.dtype in _FLOATS:
-            counted[place] = _FLOATS[tensor.dtype], tensor.size
+            counted[data] = _FLOATS[tensor.dtype], tensor.size
     return _sums(counted.values())
 
 
