@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune_export import architectures
 from edgetune_export.architectures.shape import BaseShape
-from edgetune_export.backends.gguf.convert import convert_folder
-from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_export.base_file.convert import convert_folder
+from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.hf_folder import read_config
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError

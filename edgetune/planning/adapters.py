@@ -8,6 +8,7 @@ from dataclasses import replace
 from edgetune_devices import fit
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
+from edgetune_export.backends.format import OptionsByFormat
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 
@@ -37,14 +38,13 @@ def plan_adapter(recipe: Recipe, name: str, shapes: Mapping[str, str], base: Bas
         drafts=spec.draft,
         golden=spec.golden,
     )
-    return with_options(planned, spec.method.options, base, recipe.onnx.weights)
+    return with_options(planned, spec.method.options, base, recipe.format_options)
 
 
-def with_options(planned: AdapterPlan, options: MethodOptions, base: BaseShape | None, weights: str) -> AdapterPlan:
-    """The plan with other options, such as chosen modules, and the sizes that follow from them.
-
-    `weights` are those of the recipe's `onnx`.
-    """
+def with_options(
+    planned: AdapterPlan, options: MethodOptions, base: BaseShape | None, format_options: OptionsByFormat
+) -> AdapterPlan:
+    """The plan with other options of the method, such as chosen modules, and the sizes that follow from them."""
     method = methods.load(planned.method)
     targets = options.target_modules if isinstance(options, TargetOptions) else None
     planned = replace(planned, options=options, target_modules=targets, rank=getattr(options, "r", 0))
@@ -61,7 +61,7 @@ def with_options(planned: AdapterPlan, options: MethodOptions, base: BaseShape |
     for target, shape in shapes.items():
         written = backends.format_of(target)
         if shape == "merged":
-            sizes[target] = int(written.merged_bytes(base.parameters, weights))
+            sizes[target] = int(written.merged_bytes(base.parameters, format_options))
         else:
             sizes[target] = int(written.adapter_bytes(values[shape], planned.dtypes[target], shape))
     # In an engine whose format is not exported, the shape of the first one counts.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_devices import boards, fit
-from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
@@ -201,20 +201,6 @@ def test_an_adapter_costs_memory_and_speed() -> None:
 
 def test_a_batch_of_llama_cpp_is_one_chunk() -> None:
     assert inspect.signature(GgufEngine).parameters["batch"].default == CHUNK
-
-
-def test_a_rough_estimate_is_near_that_from_the_header() -> None:
-    exact = fit.needs_of_header(QWEN_0_5B, context_length=1024, quantization="q8_0")
-    rough = fit.estimate_needs(
-        parameters=494_000_000,
-        bits_per_weight=8.5,
-        layers=24,
-        kv_values_per_token=fit.kv_values_per_token(QWEN_0_5B),
-        context_length=1024,
-        vocabulary=151936,
-    )
-    board = boards.load("pi-4")
-    assert fit.fit(rough, board).needed_mb == pytest.approx(fit.fit(exact, board).needed_mb, rel=0.1)
 
 
 def test_require_fit_says_sum_board_largest_part_and_remedy() -> None:

@@ -109,8 +109,7 @@ def linear_modules(header: GgufHeader) -> dict[str, SizedModule]:
         for module in table:
             name, product = (f"model.layers.{layer}.{part}" for part in (module.name, module.product))
             sized[name] = SizedModule(name, product, *_size(header, f"blk.{layer}.{module.tensor}.weight"))
-    head = "output.weight" if "output.weight" in header.tensors else "token_embd.weight"
-    return {**sized, OUTPUT_LAYER: SizedModule(OUTPUT_LAYER, OUTPUT_LAYER, *_size(header, head))}
+    return {**sized, OUTPUT_LAYER: SizedModule(OUTPUT_LAYER, OUTPUT_LAYER, *_size(header, header.output_tensor))}
 
 
 def _size(header: GgufHeader, tensor: str) -> tuple[int, int]:
