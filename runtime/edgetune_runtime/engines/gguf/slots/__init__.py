@@ -6,6 +6,6 @@ Each token of a batch runs with the factors of its sequence's slot, so sequences
 
 from .model import SlotModel, compose
 from .pool import SlotPool, SlotUse
-from .requirements import obstacle
+from .requirements import obstacle, slot_bytes
 
-__all__ = ["SlotModel", "SlotPool", "SlotUse", "compose", "obstacle"]
+__all__ = ["SlotModel", "SlotPool", "SlotUse", "compose", "obstacle", "slot_bytes"]

@@ -27,17 +27,16 @@ def read_factors(path: Path, base: GgufHeader, name: str, scale: float, dtype: A
     header = read_header(path)
     check_adapter(header, base, name)
     alpha = header.metadata["adapter.lora.alpha"]
+    data = np.fromfile(path, np.uint8)
     factors = {}
     for tensor in header.tensors.values():
         weight, _, suffix = tensor.name.rpartition(".")
         if suffix == "lora_a":
-            other = header.tensors[f"{weight}.lora_b"]
-            rank = tensor.shape[1]
-            a, b = _read(path, tensor, name), _read(path, other, name)
-            factor = scale * alpha / rank if alpha else scale
+            a, b = (_values(data, header.tensors[f"{weight}.lora_{which}"], name) for which in "ab")
+            factor = scale * alpha / len(a) if alpha else scale
             if factor != 1:
                 b = b.astype(np.float32) * np.float32(factor)
-            factors[weight] = _stored(a, dtype, tensor.name, name), _stored(b, dtype, other.name, name)
+            factors[weight] = _stored(a, dtype, weight, name), _stored(b, dtype, weight, name)
     return factors
 
 
@@ -53,22 +52,23 @@ def side_by_side(adapters: Sequence[Factors]) -> Factors:
     }
 
 
-def _read(path: Path, tensor: TensorInfo, name: str) -> _Values:
-    """The values of a tensor, [rows, columns], as stored or in float32."""
-    raw = np.fromfile(path, np.uint8, tensor.nbytes, offset=tensor.offset)
+def _values(data: NDArray[np.uint8], tensor: TensorInfo, name: str) -> _Values:
+    """The values of a tensor in a file's bytes, [rows, columns], as stored or in float32."""
+    raw = data[tensor.offset : tensor.offset + tensor.nbytes]
     if raw.nbytes != tensor.nbytes:
         raise VerificationError(f"adapter {name!r} ends within {tensor.name!r}", COPY_FILE_AGAIN)
     return _READERS[tensor.type.name](raw).reshape(tensor.shape[::-1])
 
 
-def _stored(values: _Values, dtype: Any, tensor: str, name: str) -> _Values:  # noqa: ANN401
-    with np.errstate(over="ignore"):
-        stored = values.astype(dtype, copy=False)
-    # Of a product of a NaN or an infinity with zero, nothing would be left of the base.
-    if not np.isfinite(stored).all():
-        message = f"adapter {name!r} has values in {tensor!r} that are not finite in {np.dtype(dtype).name}"
+def _stored(values: _Values, dtype: Any, weight: str, name: str) -> _Values:  # noqa: ANN401
+    if values.dtype != dtype:
+        with np.errstate(over="ignore"):
+            values = values.astype(dtype)
+    # A product of zero with a NaN or an infinity is not zero, so one value would be in all that the adapter adds.
+    if not np.isfinite(values).all():
+        message = f"adapter {name!r} has values for {weight!r} that are not finite in {np.dtype(dtype).name}"
         raise IncompatibleError(message, "open the bundle without slots, or export the adapter again")
-    return stored
+    return values
 
 
 def _of_q8_0(raw: NDArray[np.uint8]) -> _Values:

@@ -73,7 +73,6 @@ class SlotModel:
         stacks = {name: _array(tensor, layout.dtype) for name, tensor in tensors.items() if ".lora_" in name}
         modules = [name.removesuffix(".lora_a") for name in stacks if name.endswith(".lora_a")]
         self._stacks = {f"{name}.weight": (stacks[f"{name}.lora_a"], stacks[f"{name}.lora_b"]) for name in modules}
-        self.slot_bytes = sum(a[0].nbytes + b[0].nbytes for a, b in self._stacks.values())
         self.write(0, {})
 
     def write(self, slot: int, factors: Factors) -> None:

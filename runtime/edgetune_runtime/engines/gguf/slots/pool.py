@@ -58,13 +58,14 @@ class SlotPool:
         self._slots = OrderedDict((slot, _Slot(None, SlotUse(slot, 0))) for slot in range(1, model.slots + 1))
 
     def add(self, name: str, path: Path) -> None:
-        """Name an adapter's file, which is checked and read when the adapter is first used."""
+        """Name an adapter's file, which is checked and read at each filling; does nothing if the name is there."""
         with self._lock:
-            self._files[name] = path
+            self._files.setdefault(name, path)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; calls that use it go on to their end."""
+        """Forget an adapter; calls that use it go on to their end. NotFoundError if there is none of this name."""
         with self._lock:
+            check_scales({name: 1.0}, self._files)
             del self._files[name]
             for slot in self._slots.values():
                 if slot.adapters and name in dict(slot.adapters):

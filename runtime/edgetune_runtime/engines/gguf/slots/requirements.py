@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
+
+from .native import BOOL, FLOAT32, STRING, UINT32
 
 _ARCHITECTURE = "llama"
 _ALIGNMENT = 32
@@ -64,6 +67,9 @@ def _obstacles(base: GgufHeader, sizes: Sizes) -> Iterator[str]:
     rotated = base.metadata.get("llama.rope.dimension_count", size)
     if rotated != size:
         yield f"it rotates {rotated} of the {size} values of a head, and slots need all"
+    for key in base.metadata:
+        if key.startswith("llama.") and base.value_types[key] not in (UINT32, FLOAT32, BOOL, STRING):
+            yield f"{key[:80]} is a value of type {base.value_types[key]}, which no such base has"
     expected = _shapes(sizes)
     for name, tensor in base.tensors.items():
         if name not in expected:
@@ -81,6 +87,13 @@ def _obstacles(base: GgufHeader, sizes: Sizes) -> Iterator[str]:
             yield f"the types of q, k and v in layer {layer} are {', '.join(kinds)}, and slots need one"
     if not control_tokens(base):
         yield "each of its tokens can be in a text, and slots need some that cannot"
+
+
+def slot_bytes(base: GgufHeader, rank: int, dtype: str = "f16") -> int:
+    """Memory that the factors in one slot of this rank take; so much is also reserved, not taken, for the base."""
+    sizes = sizes_of(base)
+    values = sizes.layers * rank * sum(columns + rows for columns, rows in sizes.modules().values())
+    return int(values * TENSOR_TYPES[dtype].bytes_per_value)
 
 
 def control_tokens(base: GgufHeader) -> list[int]:

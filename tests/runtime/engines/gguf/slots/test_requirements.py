@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from edgetune_runtime import IncompatibleError
-from edgetune_runtime.engines.gguf.slots import compose, obstacle
+from edgetune_runtime.engines.gguf.slots import compose, obstacle, slot_bytes
 from edgetune_runtime.engines.gguf.slots.requirements import control_tokens
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from runtime.engines.gguf.slots.steps import checked
@@ -55,8 +55,16 @@ def test_sizes_that_contradict_the_tensors_are_refused(base: Path) -> None:
         ("llama.block_count", 3, "it has no blk.2.attn_norm.weight"),
     ):
         assert obstacle(changed(header, **{key: value})) == reason
+    typed = replace(header, value_types={**header.value_types, "llama.context_length": 10})
+    assert obstacle(typed) == "llama.context_length is a value of type 10, which no such base has"
     shifted = replace(header.tensors[Q], offset=header.tensors[Q].offset + 8)
     assert obstacle(replace(header, tensors={**header.tensors, Q: shifted})) == f"{Q} is not at a multiple of 32 bytes"
+
+
+def test_the_memory_of_a_slot_is_that_of_its_factors(base: Path) -> None:
+    # Two layers with q, output [64, 64], k, v [64, 32], gate, up, down [64, 128].
+    assert slot_bytes(checked(base), 8) == 2 * 8 * (2 * 128 + 2 * 96 + 3 * 192) * 2
+    assert slot_bytes(checked(base), 4, "f32") == slot_bytes(checked(base), 8)
 
 
 def test_only_tokens_that_texts_do_not_have_choose_a_slot(base: Path) -> None:
