@@ -43,7 +43,7 @@ from .compare import compare
 from .deploy import deploy
 from .evaluate import evaluate
 from .grouped_help import GroupedCommand, GroupedGroup
-from .init import init, recipe_to_build
+from .init import init
 from .kit import kit
 from .methods import methods
 from .plan import plan, validate
@@ -153,6 +153,7 @@ def build(
     write is made and kept beside the bundle, as OUT.yaml; the next build of these files uses it, with your changes.
     """
     from edgetune.progress import Progress  # noqa: PLC0415 - help needs none of it
+    from edgetune.proposal.writing import recipe_to_build  # noqa: PLC0415
 
     texts = {"base": base, "quantization": quantization, "device": device}
     # Values are parsed as YAML; JSON quotes keep them strings.

@@ -68,9 +68,8 @@ def _planned(
     planned = plan_build(loaded, out)
     figures = planned.plan.to_json()
     if trial:
+        from edgetune.building import trial as time_trial  # noqa: PLC0415 - torch
         from edgetune.progress import Progress  # noqa: PLC0415 - as above
-
-        from . import trial as time_trial  # noqa: PLC0415 - torch
 
         figures["trial"] = time_trial.run(loaded, planned, out or loaded.default_out, Progress(quiet=quiet))
     return planned.plan, figures

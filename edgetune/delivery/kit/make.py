@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgetune_devices import boards, fit
 from edgetune_runtime import __version__
 from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
+from edgetune_runtime.decoding.once import SingleFlightCache
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, Needs, needs_of_bundle
@@ -144,6 +146,24 @@ def assemble(
             ram_mb=math.ceil(kept_mb),
             memory_max_mb=limit_mb,
         )
+
+
+def assembler(
+    bundle: Path, engine: str | None, opening: Opening, progress: Progress
+) -> Callable[[str, str], AssembledKit]:
+    """`assemble` for a board and its Python, once for each, also if several boards ask for it at the same time.
+
+    UsageError if the bundle has no keys and values of the type in `opening`.
+    """
+    if opening.kv is not None:
+        needs_with(bundle, engine, opening)
+    kits = SingleFlightCache[AssembledKit](keep=64)
+
+    def kit_for(board: str, python: str) -> AssembledKit:
+        make = partial(assemble, bundle, board, python=python, engine=engine, opening=opening, progress=progress)
+        return kits.get((board, python), make)
+
+    return kit_for
 
 
 def with_description(

@@ -191,15 +191,15 @@ def tuned_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
 
 def merged_weights(layers: dict[str, Any]) -> dict[str, Callable[[], Floats]]:
     """The merged weights of each layer, computed on demand, even after the layers were removed from the base."""
-    return {f"{name}.weight": partial(merged_weight, layer) for name, layer in layers.items()}
+    return {f"{name}.weight": partial(merged_parameter, layer) for name, layer in layers.items()}
 
 
-def merged_weight(layer: Any) -> Floats:  # noqa: ANN401 - as above
-    """A layer's weights [rows, columns] with its update merged in; the layer itself is not changed."""
+def merged_parameter(layer: Any, name: str = "weight") -> Floats:  # noqa: ANN401 - as above
+    """A layer's weights [rows, columns], or its bias, with the update merged in; the layer itself is not changed."""
     copy = deepcopy(layer)
     with no_grad():
         copy.merge()
-    return array(copy.get_base_layer().weight)
+    return array(getattr(copy.get_base_layer(), name))
 
 
 def module_weight(base: PreTrainedModel, module: str) -> Floats:
