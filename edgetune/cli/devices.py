@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -194,10 +195,10 @@ def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None)
     if engine is not None and engine not in recipe.targets:
         message = f"recipe {path} has no target {engine}"
         raise IncompatibleError(message, f"choose one of: {', '.join(recipe.targets)}; or add it to targets")
-    known = plan.recipe, plan.adapters, header, plan.base.quantization
-    needs = bundle_needs(*known, engine)
+    needs_with = partial(bundle_needs, plan.recipe, plan.adapters, header, plan.base.quantization)
+    needs = needs_with(engine)
     others = [name for name in recipe.targets if name in COSTS and name != needs.engine]
-    return needs, header, bundle_needs(*known, others[0]) if others else None
+    return needs, header, needs_with(others[0]) if others else None
 
 
 def _board(name: str, ram_mib: int | None) -> boards.Board:

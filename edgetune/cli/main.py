@@ -84,8 +84,8 @@ Quantization = Annotated[
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; an error is printed as one line on standard error."""
     end_on_interrupt()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
     command = typer.main.get_command(app)
     if COMPLETION_VARIABLE in os.environ:
         command(prog_name=PROGRAM)  # prints completions and exits
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # Deprecation warnings of libraries are of no use to someone who runs a command.
                 warnings.simplefilter("ignore")
             # Not command.main(): it exits the process, with its own codes.
-            with command.make_context(PROGRAM, [argument for argument in given if argument != "--debug"]) as context:
+            with command.make_context(PROGRAM, [word for word in words if word != "--debug"]) as context:
                 command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as end:
@@ -109,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _print_version(*, wanted: bool) -> None:
-    if wanted:
+def _print_version(*, requested: bool) -> None:
+    if requested:
         print(f"{PROGRAM} {version(PROGRAM)}")
         raise typer.Exit
 

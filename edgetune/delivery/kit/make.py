@@ -86,9 +86,9 @@ def make_kit(
     Raises UsageError if `out` is something else, and what `assemble` raises.
     """
     output.check_destination(out)
-    made = assemble(bundle, board, python=python, progress=progress, engine=engine, opening=opening, wheel=wheel)
-    output.write(made.contents, out, f"{made.kit.name}-{made.kit.board}")
-    return made
+    assembled = assemble(bundle, board, python=python, progress=progress, engine=engine, opening=opening, wheel=wheel)
+    output.write(assembled.contents, out, f"{assembled.kit.name}-{assembled.kit.board}")
+    return assembled
 
 
 def assemble(
@@ -190,7 +190,7 @@ def with_description(
         "machine": target.machine,
         "python": target.python,
         "engines": [engine],
-        "opening": opening.given,
+        "opening": opening.changes,
         "needs": {
             "instructions": list(target.instructions),
             "glibc": f"2.{max(wheel.glibc_minor for wheel in wheels)}",
