@@ -80,8 +80,8 @@ def build(
     build resumes where it stopped. For data files (.jsonl, .csv, .tsv), the recipe that `edgetune init --data` would
     write is made and kept beside the bundle, as OUT.yaml; the next build of these files uses it, with your changes.
     """
-    from edgetune.progress import Progress  # noqa: PLC0415 - help needs none of it
-    from edgetune.proposal.writing import recipe_to_build  # noqa: PLC0415
+    from edgetune.progress import Progress
+    from edgetune.proposal.writing import recipe_to_build
 
     texts = {"base": base, "quantization": quantization, "device": device}
     # Values are parsed as YAML; JSON quotes keep them strings.

@@ -76,15 +76,15 @@ def deploy(
     right; the version before stays for --rollback. Uses your ssh configuration, agent and known hosts; never asks for a
     password.
     """
-    from edgetune_devices import boards  # noqa: PLC0415 - help needs none of it
-    from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415
+    from edgetune_devices import boards
+    from edgetune_runtime.bundle import read_manifest
 
-    from edgetune.delivery.board.opening import Opening  # noqa: PLC0415
-    from edgetune.delivery.deploy import deploy as actions  # noqa: PLC0415
-    from edgetune.delivery.deploy.fleet import Failed, on_each  # noqa: PLC0415
-    from edgetune.delivery.deploy.target import parse_target, read_inventory  # noqa: PLC0415
-    from edgetune.delivery.kit.make import assembler  # noqa: PLC0415
-    from edgetune.progress import Progress  # noqa: PLC0415
+    from edgetune.delivery.board.opening import Opening
+    from edgetune.delivery.deploy import deploy as actions
+    from edgetune.delivery.deploy.fleet import Failed, on_each
+    from edgetune.delivery.deploy.target import parse_target, read_inventory
+    from edgetune.delivery.kit.make import assembler
+    from edgetune.progress import Progress
 
     if (host is None) == (inventory is None):
         raise UsageError("give one board, or several with --inventory", "see edgetune deploy --help")

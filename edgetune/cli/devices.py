@@ -178,10 +178,10 @@ def _needs(target: Path, context_length: int | None, engine: str | None) -> Targ
 
 
 def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None) -> Target:
-    from edgetune.building import builders  # noqa: PLC0415 - the other commands need neither recipes nor bases
-    from edgetune.planning.board import bundle_needs  # noqa: PLC0415 - as above
-    from edgetune.planning.build import plan_bundle  # noqa: PLC0415 - as above
-    from edgetune.recipe.model import Recipe  # noqa: PLC0415 - as above
+    from edgetune.building import builders
+    from edgetune.planning.board import bundle_needs
+    from edgetune.planning.build import plan_bundle
+    from edgetune.recipe.model import Recipe
 
     recipe = Recipe.from_file(path, {"context_length": context_length} if context_length else {})
     task_types.load(recipe.task).check_offers("fit", path)

@@ -31,8 +31,8 @@ def init(
     Reads at most 8 MB of each file. NAME-validation and NAME-test belong to the task of NAME-train or NAME. Without
     data, writes an example recipe and its data.
     """
-    from edgetune.proposal.files import is_data  # noqa: PLC0415 - help needs none of it
-    from edgetune.proposal.writing import write_recipe  # noqa: PLC0415
+    from edgetune.proposal.files import is_data
+    from edgetune.proposal.writing import write_recipe
 
     files = [*(data or ()), *(path for path in paths or () if is_data(path))]
     if base is not None and not files:

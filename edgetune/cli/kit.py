@@ -45,9 +45,9 @@ def kit(
     On the board, run `sh install.sh` in the kit's folder. The same bundle and versions give the same bytes. The
     board opens the bundle with --context-length, --kv and --cache-mb, which make one fit that does not otherwise.
     """
-    from edgetune.delivery.board.opening import Opening  # noqa: PLC0415 - help needs none of it
-    from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415
-    from edgetune.progress import Progress  # noqa: PLC0415
+    from edgetune.delivery.board.opening import Opening
+    from edgetune.delivery.kit.make import make_kit
+    from edgetune.progress import Progress
 
     result = make_kit(
         bundle,

@@ -1,7 +1,4 @@
-"""The `edgetune` command: data on standard output, progress on standard error, and exit codes.
-
-Commands import what they need when they run, so that help and `edgetune validate` do not wait for torch.
-"""
+"""The `edgetune` command: exit codes, errors in one line, and the list of commands."""
 
 from __future__ import annotations
 
@@ -91,7 +88,7 @@ def _root(
 
 def schema() -> None:
     """Print the JSON schema of recipes for editors."""
-    from edgetune.recipe.model import json_schema  # noqa: PLC0415 - help needs no pydantic
+    from edgetune.recipe.model import json_schema
 
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 

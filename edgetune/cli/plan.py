@@ -61,15 +61,15 @@ def _planned(
     recipe: Path, out: Path | None, settings: list[str] | None, *, trial: bool, quiet: bool
 ) -> tuple[BuildPlan, dict[str, Any]]:
     """The plan, and its JSON values, with those of a trial."""
-    from edgetune.building.builders.plan import plan_build  # noqa: PLC0415 - help needs none of it
-    from edgetune.recipe.model import Recipe  # noqa: PLC0415 - as above
+    from edgetune.building.builders.plan import plan_build
+    from edgetune.recipe.model import Recipe
 
     loaded = Recipe.from_file(recipe, settings_of(settings))
     planned = plan_build(loaded, out)
     figures = planned.plan.to_json()
     if trial:
-        from edgetune.building import trial as time_trial  # noqa: PLC0415 - torch
-        from edgetune.progress import Progress  # noqa: PLC0415 - as above
+        from edgetune.building import trial as time_trial
+        from edgetune.progress import Progress
 
         figures["trial"] = time_trial.run(loaded, planned, out or loaded.default_out, Progress(quiet=quiet))
     return planned.plan, figures

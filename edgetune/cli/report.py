@@ -34,13 +34,13 @@ def report(
     The report is one file without scripts or links: methods, data, loss curves, right and wrong answers, scores,
     parity, sizes, and the boards that the bundle fits on. Answers need --recipe or --data.
     """
-    from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415
-    from edgetune_runtime.formats.atomic import replacing  # noqa: PLC0415 - help needs none of it
+    from edgetune_runtime.bundle import read_manifest
+    from edgetune_runtime.formats.atomic import replacing
 
-    from edgetune.progress import Progress  # noqa: PLC0415
-    from edgetune.report.answers import score_adapters  # noqa: PLC0415
-    from edgetune.report.facts import facts_of, fits_of, scores_of  # noqa: PLC0415
-    from edgetune.report.render import page  # noqa: PLC0415
+    from edgetune.progress import Progress
+    from edgetune.report.answers import score_adapters
+    from edgetune.report.facts import facts_of, fits_of, scores_of
+    from edgetune.report.render import page
 
     manifest = read_manifest(bundle)
     results = scores_of((name, Path(file)) for name, file in pairs_of(scores or (), "--score", "NAME=FILE").items())
