@@ -71,7 +71,7 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
 
     def penalty(self, model: PeftModel) -> torch.Tensor | float:
         """The orthogonality penalty (equation 4 of the paper), which PEFT's own forward pass adds too."""
-        import torch  # noqa: PLC0415 - torch only when training
+        import torch
 
         weight = _config(model).orth_reg_weight
         distances = []

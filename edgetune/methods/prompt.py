@@ -41,7 +41,7 @@ class Prompt(TokenMethod[PromptTuningOptions]):
 
     def initialize(self, peft: PeftModel, options: PromptTuningOptions) -> None:
         """Initialize from the embeddings of a text's tokens."""
-        from .common.prompt_model import repeated  # noqa: PLC0415 - torch only when training
+        from .common.prompt_model import repeated
 
         if options.prompt_tuning_init == "TEXT" and options.init_tokens:
             embed = peft.get_base_model().get_input_embeddings()

@@ -93,7 +93,7 @@ class PeftMethod(Method[O]):
 
     def attach(self, base: PreTrainedModel, options: O, steps: int) -> PeftModel:
         """Add PEFT's trainable parts in float32 to `base`."""
-        from peft import get_peft_model  # noqa: PLC0415 - torch only when training
+        from peft import get_peft_model
 
         if isinstance(options, TargetOptions):
             check_targets(base, options.target_modules)
@@ -159,7 +159,7 @@ def load_peft(checkpoint: Checkpoint) -> PeftModel:
 
     Raises IncompatibleError if PEFT cannot load it, and what `check_peft_folder` raises.
     """
-    from peft import PeftModel  # noqa: PLC0415 - slow to import
+    from peft import PeftModel
 
     check_peft_folder(checkpoint.folder, checkpoint.base)
     try:
@@ -182,7 +182,7 @@ def scale_layer(layer: Any, scale: float) -> None:  # noqa: ANN401 - as above
 
 def tuned_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
     """The layers that PEFT changes, with their names in the base."""
-    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - slow to import
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and hasattr(module, "merge"):
@@ -223,7 +223,7 @@ def array(tensor: torch.Tensor) -> Floats:
 
 def no_grad() -> Any:  # noqa: ANN401 - a context of torch's
     """torch.no_grad(), with torch imported on demand."""
-    import torch  # noqa: PLC0415 - torch only when training or exporting
+    import torch
 
     return torch.no_grad()
 
@@ -242,7 +242,7 @@ def peft_config(
     peft_type: str, base: PreTrainedModel, options: MethodOptions, settings: Mapping[str, Any]
 ) -> PeftConfig:
     """PEFT's configuration of a method: the options that PEFT has too, which have the same names, and `settings`."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: PLC0415 - torch only when training
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
     values = options.model_dump(include={field.name for field in fields(config_class)})

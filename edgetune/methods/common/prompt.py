@@ -85,7 +85,7 @@ class PromptMethod(Method[P]):
 
     def attach(self, base: PreTrainedModel, options: P, steps: int) -> PrefixedModel:
         """The base with trainable virtual tokens in float32. Raises UsageError if they do not fit in its context."""
-        from peft import get_peft_model  # noqa: PLC0415 - torch only when training
+        from peft import get_peft_model
 
         room = base.config.max_position_embeddings
         if options.num_virtual_tokens >= room:
@@ -106,7 +106,7 @@ class PromptMethod(Method[P]):
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[torch.nn.Module]:
         """PEFT's model of the checkpoint on the base."""
-        from .prompt_model import GivenTokensModel  # noqa: PLC0415 - torch only when exporting
+        from .prompt_model import GivenTokensModel
 
         yield GivenTokensModel(_unscaled(checkpoint))
 
@@ -127,13 +127,13 @@ class CacheMethod(PromptMethod[P]):
 
     def prefixed(self, peft: PeftModel) -> PrefixedModel:
         """The base with these keys and values as its cache."""
-        from .prompt_model import CachePrefixedModel  # noqa: PLC0415 - torch only when training
+        from .prompt_model import CachePrefixedModel
 
         return CachePrefixedModel(peft)
 
     def initialize_from(self, peft: PeftModel, tokens: Sequence[int], length: int) -> None:
         """Initialize from the base's KV cache of `tokens`, repeated as needed; of random tokens if empty."""
-        from .prompt_model import join_states, random_tokens, repeated, states_of  # noqa: PLC0415 - torch only when training
+        from .prompt_model import join_states, random_tokens, repeated, states_of
 
         base = peft.get_base_model()
         states = states_of(base, input_ids=repeated(tokens or random_tokens(base, length), length).to(base.device))
@@ -141,7 +141,7 @@ class CacheMethod(PromptMethod[P]):
 
     def states(self, base: PreTrainedModel, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The trained keys and values."""
-        from .prompt_model import split_states  # noqa: PLC0415 - torch only when exporting
+        from .prompt_model import split_states
 
         return split_states(saved, base.config)
 
@@ -155,13 +155,13 @@ class TokenMethod(PromptMethod[P]):
 
     def prefixed(self, peft: PeftModel) -> PrefixedModel:
         """The base with these embeddings before the sequence."""
-        from .prompt_model import TokenPrefixedModel  # noqa: PLC0415 - torch only when training
+        from .prompt_model import TokenPrefixedModel
 
         return TokenPrefixedModel(peft)
 
     def states(self, base: PreTrainedModel, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that the base computes from the embeddings."""
-        from .prompt_model import states_of  # noqa: PLC0415 - torch only when exporting
+        from .prompt_model import states_of
 
         return states_of(base, inputs_embeds=saved[None].to(base.dtype))
 
