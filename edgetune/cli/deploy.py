@@ -83,7 +83,7 @@ def deploy(
     from edgetune.delivery.deploy import deploy as actions
     from edgetune.delivery.deploy.fleet import Failed, on_each
     from edgetune.delivery.deploy.target import parse_target, read_inventory
-    from edgetune.delivery.kit.make import assembler
+    from edgetune.delivery.kit.make import KitOptions, assembler
     from edgetune.progress import Progress
 
     if (host is None) == (inventory is None):
@@ -104,7 +104,8 @@ def deploy(
     elif lists:
         act = partial(actions.list_versions, where=where)
     else:
-        assemble = assembler(bundle, engine, Opening(context_length, kv, cache_mb), Progress(quiet=quiet))
+        kit_options = KitOptions(engine=engine, opening=Opening(context_length, kv, cache_mb))
+        assemble = assembler(bundle, kit_options, Progress(quiet=quiet))
         # Boards of an inventory have one line each.
         progress = Progress(quiet=quiet or inventory is not None)
         unit = None if service is None else actions.UnitOptions(service, listen, port)
