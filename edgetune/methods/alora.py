@@ -81,7 +81,7 @@ class Alora(Lora[AloraOptions]):
         gate(model)
         return model
 
-    def settings(self, options: AloraOptions, steps: int) -> Mapping[str, Any]:
+    def peft_settings(self, options: AloraOptions, steps: int) -> Mapping[str, Any]:
         """The invocation."""
         return {"alora_invocation_tokens": list(options.invocation_tokens)}
 

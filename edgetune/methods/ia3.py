@@ -65,11 +65,11 @@ class Ia3(PeftMethod[Ia3Options]):
         check_targets(base, options.feedforward_modules)
         return super().attach(base, options, steps)
 
-    def trained_in(self, module: SizedModule, options: Ia3Options) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: Ia3Options) -> int:
         """A factor per input of a feed-forward module, and per output of another."""
         return module.columns if is_target(module.name, options.feedforward_modules) else module.rows
 
-    def settings(self, options: Ia3Options, steps: int) -> Mapping[str, Any]:
+    def peft_settings(self, options: Ia3Options, steps: int) -> Mapping[str, Any]:
         """The feed-forward modules; PEFT refuses names that are not targets."""
         names, targets = as_names(options.feedforward_modules), as_names(options.target_modules)
         return {"feedforward_modules": [name for name in names if ALL_LINEAR in targets or name in targets]}

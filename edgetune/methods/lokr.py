@@ -34,7 +34,7 @@ class LoKr(WeightMethod[LoKrOptions]):
         """The rank of the larger factor times the size of the smaller one."""
         return options.r * options.decompose_factor
 
-    def trained_in(self, module: SizedModule, options: LoKrOptions) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: LoKrOptions) -> int:
         """The smaller factor, and the larger one as a product if that has fewer numbers, as PEFT makes them."""
         sizes = (module.rows, module.columns)
         small_rows, small_columns = (_smaller(size, options.decompose_factor) for size in sizes)

@@ -53,7 +53,7 @@ class Prefix(CacheMethod[PrefixOptions]):
         network = dense_parameters(base.keys, size) + dense_parameters(size, base.kv_values_per_token)
         return options.num_virtual_tokens * base.keys + network
 
-    def settings(self, options: PrefixOptions) -> Mapping[str, Any]:
+    def peft_settings(self, options: PrefixOptions) -> Mapping[str, Any]:
         """PEFT's own initialization; `initialize` sets states."""
         return {"init_weights": "zero" if options.init_weights == "zero" else None}
 

@@ -35,7 +35,7 @@ class Prompt(TokenMethod[PromptTuningOptions]):
     options = PromptTuningOptions
     peft_type = "PROMPT_TUNING"
 
-    def settings(self, options: PromptTuningOptions) -> Mapping[str, Any]:
+    def peft_settings(self, options: PromptTuningOptions) -> Mapping[str, Any]:
         """Another initialization than TEXT, for which PEFT needs a tokenizer on disk: `initialize` sets the text."""
         return {"prompt_tuning_init": "RANDOM" if options.prompt_tuning_init == "RANDOM" else "SAMPLE_VOCAB"}
 

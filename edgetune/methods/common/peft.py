@@ -81,13 +81,13 @@ class PeftMethod(Method[O]):
 
     def trained_parameters(self, base: BaseShape, options: O) -> int:
         """Those of all target modules."""
-        return sum(self.trained_in(module, options) for module in self.trained_modules(base, options))
+        return sum(self.trained_parameters_in(module, options) for module in self.trained_modules(base, options))
 
     @abstractmethod
-    def trained_in(self, module: SizedModule, options: O) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: O) -> int:
         """How many parameters of a target module training changes."""
 
-    def settings(self, options: O, steps: int) -> Mapping[str, Any]:
+    def peft_settings(self, options: O, steps: int) -> Mapping[str, Any]:
         """PEFT's settings, for a training of `steps` steps, that are not options with the same name."""
         return {}
 
@@ -97,7 +97,7 @@ class PeftMethod(Method[O]):
 
         if isinstance(options, TargetOptions):
             check_targets(base, options.target_modules)
-        return get_peft_model(base, peft_config(self.peft_type, base, options, self.settings(options, steps)))
+        return get_peft_model(base, peft_config(self.peft_type, base, options, self.peft_settings(options, steps)))
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write PEFT's folder."""

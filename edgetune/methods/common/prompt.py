@@ -60,7 +60,7 @@ class PromptMethod(Method[P]):
         """The number of virtual tokens."""
         return options.num_virtual_tokens
 
-    def settings(self, options: P) -> Mapping[str, Any]:
+    def peft_settings(self, options: P) -> Mapping[str, Any]:
         """PEFT's settings that are not options with the same name."""
         return {}
 
@@ -91,7 +91,7 @@ class PromptMethod(Method[P]):
         if options.num_virtual_tokens >= room:
             message = f"num_virtual_tokens is {options.num_virtual_tokens}, but the base has {room} positions"
             raise UsageError(message, f"give fewer than {room}")
-        peft = get_peft_model(base, peft_config(self.peft_type, base, options, self.settings(options)))
+        peft = get_peft_model(base, peft_config(self.peft_type, base, options, self.peft_settings(options)))
         self.initialize(peft, options)
         return self.prefixed(peft)
 
