@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from edgetune_runtime import engines
+from edgetune_runtime.engines.needs import MB, Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import COSTS, MB, Needs, kept_mb
+from edgetune_runtime.sizing.needs import kept_mb
 from edgetune_runtime.sizing.options import kv_types, with_kv
 from edgetune_runtime.sizing.speed import speed_of
 
@@ -64,7 +66,7 @@ def changes_for(
     bundle has files for. `limit_mb` is a limit below what the board has free; `figures` are the board's by engine, the
     same for all if None. Empty if it fits as it is.
     """
-    figures = dict.fromkeys(COSTS, board.speed) if figures is None else figures
+    figures = dict.fromkeys(engines.names_with_needs(), board.speed) if figures is None else figures
     whole, board = board, board if limit_mb is None else board.limited(limit_mb)
     found: list[Change] = []
     first = needs
@@ -115,7 +117,7 @@ def _engine(other: Needs | None) -> Callable[[Needs, Board], Step]:
 def _states(needs: Needs, _board: Board) -> Step:
     if needs.state_bytes > _STATES_MB * MB:
         cost = "switching to an adapter that was not used last computes its prompt again"
-        changed = replace(needs, states_limit_bytes=_STATES_MB * MB)
+        changed = replace(needs, cache_mb=_STATES_MB)
         yield f"limit saved states: --cache-mb {_STATES_MB}", cost, changed
 
 

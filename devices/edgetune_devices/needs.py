@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from edgetune_runtime.engines import gguf, onnx
+from edgetune_runtime.engines.gguf.needs import needs_of_sizes
+from edgetune_runtime.engines.needs import AdapterSize, Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
+from edgetune_runtime.formats.gguf_sizes import data_start, number
 from edgetune_runtime.formats.quantization import (
     TENSOR_TYPES,
     Quantization,
@@ -15,7 +18,6 @@ from edgetune_runtime.formats.quantization import (
     quantization_named,
     quantization_of_merged,
 )
-from edgetune_runtime.sizing.needs import AdapterSize, Needs, needs_of_sizes, number
 
 _HEAD_WIDTH = 64
 # A scale in f32 for each block of 32 weights.
@@ -41,11 +43,9 @@ def needs_of_header(
     width = number(header, "embedding_length")
     main_type = header.main_type if chosen is None else _row_type(chosen.most, width)
     sizes = _sizes(header, chosen, engine)
-    start = min((tensor.offset for tensor in header.tensors.values()), default=0)
     needs = needs_of_sizes(
         header,
         sizes,
-        start=start,
         context_length=context_length,
         engine=engine,
         main_type=main_type.name,
@@ -54,7 +54,7 @@ def needs_of_header(
     finer = quantization_of_merged(main_type, merged_quantization)
     merged_bytes = needs.base_bytes
     if finer is not None:
-        merged_bytes = start + sum(_sizes(header, quantization_named(finer), engine).values())
+        merged_bytes = data_start(header) + sum(_sizes(header, quantization_named(finer), engine).values())
     return replace(needs, adapters=dict(adapters or {}), merged=dict.fromkeys(merged, merged_bytes))
 
 
@@ -88,6 +88,7 @@ def estimate_needs(
         vocabulary=vocabulary,
         kv_values_per_token=kv_values_per_token,
         context_length=context_length,
+        engine=gguf.NAME,
         adapters={"adapters": AdapterSize(adapter_bytes, adapter_modules)} if adapter_bytes else {},
     )
 

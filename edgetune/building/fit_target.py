@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from edgetune_devices import fit
+from edgetune_runtime import engines
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, resolve
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
-from edgetune_runtime.sizing.needs import COSTS, Needs
 
 from edgetune import task_types
 from edgetune.planning.board import bundle_needs
@@ -26,8 +26,8 @@ from . import builders
 class FitTarget:
     """The needs in an engine and, if there is one, in another; and the header of the base if it has a GGUF file."""
 
-    needs: Needs
-    other: Needs | None = None
+    needs: fit.Needs
+    other: fit.Needs | None = None
     header: GgufHeader | None = None
 
 
@@ -56,7 +56,7 @@ def _of_bundle(bundle: Path, context_length: int | None, engine: str | None) -> 
     file = manifest.base.files.get(gguf.NAME)
     header = None if file is None else read_header(resolve(bundle, file))
 
-    def needs_in(name: str | None) -> Needs:
+    def needs_in(name: str | None) -> fit.Needs:
         return fit.needs_of_bundle(bundle, context_length=context_length, engine=name)
 
     return _in_both(manifest.base.files, engine, needs_in, header)
@@ -80,8 +80,8 @@ def _of_recipe(path: Path, context_length: int | None, engine: str | None) -> Fi
 
 
 def _in_both(
-    formats: Iterable[str], engine: str | None, needs_in: Callable[[str | None], Needs], header: GgufHeader | None
+    formats: Iterable[str], engine: str | None, needs_in: Callable[[str | None], fit.Needs], header: GgufHeader | None
 ) -> FitTarget:
     needs = needs_in(engine)
-    other = next((name for name in formats if name in COSTS and name != needs.engine), None)
+    other = next((name for name in formats if name in engines.names_with_needs() and name != needs.engine), None)
     return FitTarget(needs, None if other is None else needs_in(other), header)

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 from edgetune_devices import boards, changes, detect, fit
+from edgetune_runtime import engines
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.sizing.calibration import read_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import COSTS
 from edgetune_runtime.sizing.options import with_options
 
 from .arguments import BOARD, AsJson, CacheMb, ContextLength, Engine, Kv, print_json
@@ -88,8 +88,9 @@ def fit_target(
     """Predict the memory and the speed of a bundle or recipe on a board, and what to change if it does not fit."""
     from edgetune.building.fit_target import read_target
 
-    if engine is not None and engine not in COSTS:
-        raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(COSTS)}")
+    with_needs = engines.names_with_needs()
+    if engine is not None and engine not in with_needs:
+        raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(with_needs)}")
     board = _board(device, ram_mib)
     read = read_target(target, context_length, engine)
     needs = with_options(read.needs, kv=kv, cache_mb=cache_mb, serves=serve)

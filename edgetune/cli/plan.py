@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 TEXTS = ("adapter", "method", "modules", "shape", "MB", "metric", "answers")
 TITLES = (*TEXTS[:5], "trained", "rows", "longest", "steps", *TEXTS[5:])
 
-Trial = Annotated[bool, typer.Option("--trial", help="Train ten steps to estimate the build time.")]
+TrialFlag = Annotated[bool, typer.Option("--trial", help="Train ten steps to estimate the build time.")]
 
 
 def validate(
-    recipe: RecipePath, *, out: Out = None, trial: Trial = False, settings: Settings = None, as_json: AsJson = False
+    recipe: RecipePath, *, out: Out = None, trial: TrialFlag = False, settings: Settings = None, as_json: AsJson = False
 ) -> None:
     """Check a recipe, its base and its data.
 
@@ -41,7 +41,7 @@ def validate(
 
 
 def plan(
-    recipe: RecipePath, *, out: Out = None, trial: Trial = False, settings: Settings = None, as_json: AsJson = False
+    recipe: RecipePath, *, out: Out = None, trial: TrialFlag = False, settings: Settings = None, as_json: AsJson = False
 ) -> None:
     """Show what a build will do: its base, adapters and files, the memory and disk it needs, the speed on the board.
 

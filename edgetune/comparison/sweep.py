@@ -12,6 +12,7 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleE
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune import bases
+from edgetune.planning.board import quantization_of
 from edgetune.planning.build import plan_bundle
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -90,7 +91,7 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
         read_rows(request.data, task.spec.data.columns, labels=task.labels or None)
     source = bases.find(recipe, download=True)
     assert source is not None
-    quantization = bases.quantization_of(recipe)
+    quantization = quantization_of(recipe)
     if recipe.device is not None and quantization is not None:
         quantization = plan_bundle(recipe, source, shapes_of(recipe)).base.quantization
         # All trials get the same base, and a folder is converted once.

@@ -14,12 +14,13 @@ from .common.base import rate_factor
 from .common.prompt import CacheMethod, InitializedOptions
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
     from edgetune_runtime.engines.base import Tokenizer
     from peft import PeftModel
 
     from edgetune.objectives.base import Objective
     from edgetune.objectives.example import Example
+
+    from .common.base import TrainedModules
 
 
 class CartridgeOptions(InitializedOptions):
@@ -72,9 +73,9 @@ class Cartridge(CacheMethod[CartridgeOptions]):
     options = CartridgeOptions
     peft_type = "CARTRIDGE"
 
-    def trained_parameters(self, base: BaseShape, options: CartridgeOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: CartridgeOptions) -> int:
         """The keys and values of the tokens that are not frozen."""
-        return (options.num_virtual_tokens - options.num_frozen_tokens) * base.kv_values_per_token
+        return (options.num_virtual_tokens - options.num_frozen_tokens) * trained.base.kv_values_per_token
 
     def prepared(self, options: CartridgeOptions, tokenizer: Tokenizer, rows: Sequence[Example]) -> CartridgeOptions:
         """The options with the document's tokens. Raises NotFoundError if it is missing, UsageError if it is short."""

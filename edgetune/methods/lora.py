@@ -14,13 +14,13 @@ from edgetune_export.adapters.patterns import matching, of_key
 from edgetune_runtime.errors import UsageError
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from .common.base import trainable, with_defaults
+from .common.base import TrainedModules, trainable, with_defaults
 from .common.lora_checkpoint import LoraCheckpoint
 from .common.peft import ALL_LINEAR, AUTO, LowRankOptions, check_targets
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import BaseShape, SizedModule
+    from edgetune_export.architectures.shape import SizedModule
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -102,11 +102,9 @@ class Lora(LoraCheckpoint[L]):
             ranks |= dict.fromkeys(adapted or (), rank)
         return list(ranks.values())
 
-    def trained_parameters(self, base: BaseShape, options: L) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: L) -> int:
         """Both factors of each module, with its own rank."""
-        modules = self.trained_modules(base, options)
-        ranks = self.shipped_ranks(modules, options)
-        return sum(rank * module.values_per_rank for rank, module in zip(ranks, modules, strict=True))
+        return trained.low_rank_values
 
     def attach(self, base: PreTrainedModel, options: L, steps: int) -> PeftModel:
         """Add LoRA modules in float32 to `base`. Raises UsageError if a target module or pattern matches nothing."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from .common.base import dense_parameters
+from .common.base import TrainedModules, dense_parameters
 from .common.prompt import PromptOptions, TokenMethod
-
-if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
 
 
 class PTuningOptions(PromptOptions):
@@ -32,10 +29,10 @@ class PTuning(TokenMethod[PTuningOptions]):
     options = PTuningOptions
     peft_type = "P_TUNING"
 
-    def trained_parameters(self, base: BaseShape, options: PTuningOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: PTuningOptions) -> int:
         """The embeddings, and the network that changes them."""
-        width, size = base.hidden, options.encoder_hidden_size or base.hidden
-        embeddings = super().trained_parameters(base, options)
+        width, size = trained.base.hidden, options.encoder_hidden_size or trained.base.hidden
+        embeddings = super().trained_parameters(trained, options)
         if options.encoder_reparameterization_type == "MLP":
             layers = ((width, size), (size, size), (size, width))
             return embeddings + sum(dense_parameters(*layer) for layer in layers)

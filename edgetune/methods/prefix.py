@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from .common.base import dense_parameters, rate_factor
+from .common.base import TrainedModules, dense_parameters, rate_factor
 from .common.prompt import CacheMethod, InitializedOptions
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
     from peft import PeftModel
 
 
@@ -45,13 +44,13 @@ class Prefix(CacheMethod[PrefixOptions]):
     options = PrefixOptions
     peft_type = "PREFIX_TUNING"
 
-    def trained_parameters(self, base: BaseShape, options: PrefixOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: PrefixOptions) -> int:
         """The keys and values, or an embedding per virtual token and the network that generates them."""
         if not options.prefix_projection:
-            return super().trained_parameters(base, options)
-        size = options.encoder_hidden_size or base.keys
-        network = dense_parameters(base.keys, size) + dense_parameters(size, base.kv_values_per_token)
-        return options.num_virtual_tokens * base.keys + network
+            return super().trained_parameters(trained, options)
+        size = options.encoder_hidden_size or trained.base.keys
+        network = dense_parameters(trained.base.keys, size) + dense_parameters(size, trained.base.kv_values_per_token)
+        return options.num_virtual_tokens * trained.base.keys + network
 
     def peft_settings(self, options: PrefixOptions) -> Mapping[str, Any]:
         """PEFT's own initialization; `initialize` sets states."""

@@ -147,13 +147,13 @@ def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
     recipe = plan.recipe
     needs = []
     for adapter in plan.adapters.values():
-        if adapter.rows is None or not adapter.rows.train:
+        if adapter.rows is None or not adapter.rows.train or adapter.trained is None:
             continue
         needs.append(
             training_need(
-                base,
                 methods.load(adapter.method),
                 adapter.options,
+                adapter.trained,
                 longest_row=min(recipe.context_length, adapter.rows.longest_tokens),
                 batch_tokens=math.ceil(adapter.rows.mean_tokens * adapter.training.batch_size),
                 precision=_precision(adapter.training),
@@ -164,7 +164,8 @@ def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
         method = recipe.domain.method
         sizes = {"longest_row": window, "batch_tokens": window * training.batch_size}
         kind = methods.load(method.name)
-        needs.append(training_need(base, kind, method.options, **sizes, precision=_precision(training)))
+        trained = kind.trained(base, method.options)
+        needs.append(training_need(kind, method.options, trained, **sizes, precision=_precision(training)))
     min_mb, most_mb = max(need.least_mb for need in needs), max(need.planned_mb for need in needs)
     limit_mb = recipe.training.memory_mb
     return min_mb, most_mb if limit_mb is None else max(min_mb, min(most_mb, limit_mb))

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_devices import boards, fit
-from edgetune_runtime import __version__
+from edgetune_runtime import __version__, engines
 from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
 from edgetune_runtime.decoding.once import SingleFlightCache
 from edgetune_runtime.engines import gguf
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, Needs, needs_of_bundle
+from edgetune_runtime.sizing.needs import SERVER_MB, needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 
 from edgetune import task_types
@@ -206,7 +207,8 @@ def _memory_mb(
     needs = needs_with(bundle, engine, opening)
     if needs is None:
         # There is no prediction: twice the files leaves room for activations and caches.
-        guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb
+        runtime_mb = engines.load_needs(engine).COST.runtime_mb
+        guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + runtime_mb
         return guessed_mb, guessed_mb
     words = " ".join([str(bundle), "--device", device, "--engine", engine, *opening.words()])
     fitting = fit.require_fit(needs, board, f"see what to change: edgetune devices fit {words}")

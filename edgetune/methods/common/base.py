@@ -63,6 +63,20 @@ class Checkpoint:
     scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class TrainedModules:
+    """The linear modules of `base` that keep their inputs in training, each with the highest rank that it ships."""
+
+    base: BaseShape
+    modules: Sequence[SizedModule]
+    ranks: Sequence[int]
+
+    @property
+    def low_rank_values(self) -> int:
+        """Numbers in the low-rank factors of all modules."""
+        return sum(rank * module.values_per_rank for rank, module in zip(self.ranks, self.modules, strict=True))
+
+
 class Method(ABC, Generic[O]):
     """A tuning method. The first line of a subclass's docstring says what it does and when to use it, and is printed by
     `edgetune methods`. The module cites the paper.
@@ -92,7 +106,7 @@ class Method(ABC, Generic[O]):
         """The shapes it can be folded into, best first."""
 
     @abstractmethod
-    def trained_parameters(self, base: BaseShape, options: O) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: O) -> int:
         """How many parameters training changes, exactly; with modules still to be chosen, the most."""
 
     @abstractmethod
@@ -144,6 +158,11 @@ class Method(ABC, Generic[O]):
     def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
         """The linear modules that keep their inputs in training, because what is trained reads them."""
         return []
+
+    def trained(self, base: BaseShape, options: O) -> TrainedModules:
+        """The trained modules with their ranks."""
+        modules = self.trained_modules(base, options)
+        return TrainedModules(base, modules, self.shipped_ranks(modules, options))
 
     def trained_layers(self, base: BaseShape, options: O) -> int:
         """Number of last layers that gradients reach; the layers before them keep nothing in training."""

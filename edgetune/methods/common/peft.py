@@ -18,7 +18,7 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import nearest
 from pydantic import AliasChoices, Field, PositiveInt
 
-from .base import Checkpoint, Method, MethodOptions, O
+from .base import Checkpoint, Method, MethodOptions, O, TrainedModules
 from .peft_folder import check_peft_folder
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ class PeftMethod(Method[O]):
         modules = (*base.modules, base.output_layer)
         return [module for module in modules if is_target(module.name, options.target_modules)]
 
-    def trained_parameters(self, base: BaseShape, options: O) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: O) -> int:
         """Those of all target modules."""
-        return sum(self.trained_parameters_in(module, options) for module in self.trained_modules(base, options))
+        return sum(self.trained_parameters_in(module, options) for module in trained.modules)
 
     @abstractmethod
     def trained_parameters_in(self, module: SizedModule, options: O) -> int:

@@ -12,14 +12,13 @@ from edgetune_export.adapters.shapes import Folded, Prefix
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from .base import Checkpoint, Method, MethodOptions
+from .base import Checkpoint, Method, MethodOptions, TrainedModules
 from .peft import array, load_peft, no_grad, peft_config
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from edgetune_export.architectures.shape import BaseShape
     from edgetune_runtime.engines.base import Tokenizer
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -121,9 +120,9 @@ class PromptMethod(Method[P]):
 class CacheMethod(PromptMethod[P]):
     """A method that trains the keys and values of every layer."""
 
-    def trained_parameters(self, base: BaseShape, options: P) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: P) -> int:
         """The keys and values of each virtual token."""
-        return options.num_virtual_tokens * base.kv_values_per_token
+        return options.num_virtual_tokens * trained.base.kv_values_per_token
 
     def prefixed(self, peft: PeftModel) -> PrefixedModel:
         """The base with these keys and values as its cache."""
@@ -149,9 +148,9 @@ class CacheMethod(PromptMethod[P]):
 class TokenMethod(PromptMethod[P]):
     """A method that trains the embeddings of the virtual tokens."""
 
-    def trained_parameters(self, base: BaseShape, options: P) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: P) -> int:
         """An embedding per virtual token."""
-        return options.num_virtual_tokens * base.hidden
+        return options.num_virtual_tokens * trained.base.hidden
 
     def prefixed(self, peft: PeftModel) -> PrefixedModel:
         """The base with these embeddings before the sequence."""

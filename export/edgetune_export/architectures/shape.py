@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
-from edgetune_runtime.sizing.needs import kv_values_per_token, number
+from edgetune_runtime.formats.gguf_sizes import kv_values_per_token, number
 
 from . import of
 from .base import OUTPUT_LAYER

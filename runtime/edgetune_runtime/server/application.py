@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Callable
 from typing import TypeVar
 
 from starlette.applications import Starlette
@@ -14,7 +14,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from edgetune_runtime import __version__
-from edgetune_runtime.errors import EdgetuneError
 
 from . import (
     ollama_answers,
@@ -31,12 +30,12 @@ from .counted import MetricsMiddleware
 from .guard import Guard
 from .large_bodies import LargeBodies
 from .metrics import CONTENT_TYPE
-from .problems import RequestError, body_of, error_response, json_response
+from .problems import RequestError, error_response, json_response
 from .settings import Access, ServerLimits
-from .streaming import EVENTS, NDJSON, LineResponse
+from .streaming import NDJSON, LineResponse, line
 
 T = TypeVar("T")
-Endpoint = Callable[[Request], Awaitable[Response]]
+Reply = openai_answers.OpenAIReply | ollama_answers.OllamaReply | responses_answers.ResponsesReply
 
 
 def application(answering: Answering, access: Access) -> ASGIApp:
@@ -79,6 +78,12 @@ class _Api:
         """What `parse` makes of the body, with the models of the bundle and `limits`."""
         return await self._bodies.read(request, lambda body: parse(body, self._models, *limits))
 
+    async def _answer(self, request: Request, reply: Reply) -> Response:
+        if reply.request.streams:
+            return LineResponse(reply.lines(self._answering), reply.media_type)
+        answers = await until_disconnect(request.receive, self._answering.answers(reply.request))
+        return json_response(reply.whole(answers))
+
 
 class _OpenAI(_Api):
     def routes(self) -> list[Route]:
@@ -100,9 +105,8 @@ class _OpenAI(_Api):
 
     async def _chat(self, request: Request) -> Response:
         parsed = await self._read(request, openai_requests.chat_request, self._limits)
-        return await self._answer(
-            request, openai_answers.OpenAIReply(parsed, openai_answers.ChatShape(parsed.max_calls))
-        )
+        shape = openai_answers.ChatShape(parsed.max_calls)
+        return await self._answer(request, openai_answers.OpenAIReply(parsed, shape))
 
     async def _complete(self, request: Request) -> Response:
         parsed = await self._read(request, openai_requests.completion_request, self._limits)
@@ -110,28 +114,12 @@ class _OpenAI(_Api):
 
     async def _respond(self, request: Request) -> Response:
         parsed = await self._read(request, responses_requests.responses_request, self._limits)
-        reply = responses_answers.ResponsesReply(parsed)
-        if parsed.chat.streams:
-            return self._stream(request, reply.events(self._answering))
-        (answer,) = await until_disconnect(request.receive, self._answering.answers(parsed.chat.answer_request))
-        return json_response(reply.whole(answer))
+        return await self._answer(request, responses_answers.ResponsesReply(parsed))
 
     async def _embed(self, request: Request) -> Response:
         model, texts, as_base64 = await self._read(request, openai_requests.embedding_request)
         vectors, tokens = await until_disconnect(request.receive, self._answering.embeddings(texts))
         return json_response(openai_answers.embedding_list(model, vectors, tokens, as_base64=as_base64))
-
-    async def _answer(self, request: Request, reply: openai_answers.OpenAIReply) -> Response:
-        if reply.request.streams:
-            return self._stream(request, reply.events(self._answering))
-        answers = await until_disconnect(request.receive, self._answering.answers(reply.request.answer_request))
-        return json_response(reply.whole(answers))
-
-    def _stream(self, request: Request, events: AsyncGenerator[bytes, None]) -> Response:
-        def error_event(error: EdgetuneError) -> bytes:
-            return openai_answers.event(body_of(error, request.url.path))
-
-        return LineResponse(events, EVENTS, error_event)
 
 
 class _Ollama(_Api):
@@ -168,16 +156,16 @@ class _Ollama(_Api):
         self._models.adapters(ollama_requests.model_name(body))
         if body.get("stream") is False:
             return json_response({"status": "success"})
-        lines = [ollama_answers.line({"status": status}) for status in ("pulling manifest", "success")]
+        lines = [line({"status": status}) for status in ("pulling manifest", "success")]
         return Response(b"".join(lines), media_type=NDJSON)
 
     async def _chat(self, request: Request) -> Response:
         parsed = await self._read(request, ollama_requests.chat_request, self._limits)
-        return await self._answer(request, ollama_answers.OllamaReply(parsed, is_chat=True))
+        return await self._reply(request, ollama_answers.OllamaReply(parsed, is_chat=True))
 
     async def _generate(self, request: Request) -> Response:
         parsed = await self._read(request, ollama_requests.generate_request, self._limits)
-        return await self._answer(request, ollama_answers.OllamaReply(parsed, is_chat=False))
+        return await self._reply(request, ollama_answers.OllamaReply(parsed, is_chat=False))
 
     async def _embed(self, request: Request) -> Response:
         model, texts = await self._read(request, ollama_requests.embed_request)
@@ -189,17 +177,8 @@ class _Ollama(_Api):
         (vector,), _ = await until_disconnect(request.receive, self._answering.embeddings([text]))
         return json_response({"embedding": vector})
 
-    async def _answer(self, request: Request, reply: ollama_answers.OllamaReply) -> Response:
-        if reply.request.is_empty:
-            return json_response(reply.empty())
-        if reply.request.streams:
-
-            def error_line(error: EdgetuneError) -> bytes:
-                return ollama_answers.line(body_of(error, request.url.path))
-
-            return LineResponse(reply.lines(self._answering), NDJSON, error_line)
-        (answer,) = await until_disconnect(request.receive, self._answering.answers(reply.request.answer_request))
-        return json_response(reply.whole(answer))
+    async def _reply(self, request: Request, reply: ollama_answers.OllamaReply) -> Response:
+        return await self._answer(request, reply) if reply.request.prompts else json_response(reply.empty())
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

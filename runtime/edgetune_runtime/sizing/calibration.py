@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.inference.measuring import loaded_bundle
@@ -18,7 +19,6 @@ from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.states.batches import CHUNK
 
 from .figures import SpeedFigures
-from .needs import Needs
 from .raw import read_bandwidth
 
 STEPS = 8
@@ -56,7 +56,7 @@ class Calibration:
     weights: str
 
     def caution(self, needs: Needs) -> str | None:
-        """What to know before a prediction for other weights; None for those that were measured."""
+        """A warning for predictions of other weights than those that were measured, else None."""
         if self.weights == needs.weights:
             return None
         return (
@@ -153,12 +153,12 @@ def read_calibration(path: Path, needs: Needs) -> Calibration:
     NotFoundError if there are none for the engine, UsageError for a file of another kind.
     """
     engines, engine = _read(path)["engines"], needs.engine
-    found = engines.get(engine)
-    if not found:
+    by_weights = engines.get(engine)
+    if not by_weights:
         remedy = f"measure them on the board: edgetune-run doctor BUNDLE --engine {engine} --calibrate {path.name}"
         raise NotFoundError(f"{path} has no figures for {engine}, only for {', '.join(engines) or 'none'}", remedy)
-    weights = needs.weights if needs.weights in found else next(iter(found))
-    return Calibration(SpeedFigures(**found[weights]), weights)
+    weights = needs.weights if needs.weights in by_weights else next(iter(by_weights))
+    return Calibration(SpeedFigures(**by_weights[weights]), weights)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -170,13 +170,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no JSON: {error}", "give a file of doctor --calibrate") from error
     engines = document.get("engines") if isinstance(document, dict) and document.get("kind") == KIND else None
     is_whole = isinstance(engines, dict) and all(
-        isinstance(found, dict) and all(_is_figures(figures) for figures in found.values())
-        for found in engines.values()
+        isinstance(by_weights, dict) and all(map(_is_figures, by_weights.values())) for by_weights in engines.values()
     )
     if not is_whole:
         raise UsageError(f"{path} is not a file of doctor --calibrate", "measure again on the board")
-    whole: dict[str, Any] = document
-    return whole
+    return cast("dict[str, Any]", document)
 
 
 def _is_figures(value: object) -> bool:

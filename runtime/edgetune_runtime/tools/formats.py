@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.states.cache import common_prefix
 from edgetune_runtime.text.chat import Message, render
 
 SEPARATORS = {"spaced": (", ", ": "), "compact": (",", ":")}
@@ -187,15 +188,10 @@ class _Probe:
         before, answer, after = plain.rpartition(_ANSWER)
         if not text or not answer:
             return ""
-        start = shared(text, before)
+        start = common_prefix(text, before)
         rest = text[start:]
-        tail = shared(rest[::-1], after[::-1])
+        tail = common_prefix(rest[::-1], after[::-1])
         return rest[: len(rest) - tail]
-
-
-def shared(one: str, other: str) -> int:
-    """The length of the common prefix of two texts."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _call_of(number: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.engines.piecewise import PiecewiseTokenizer
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError, importing
 from edgetune_runtime.formats.tokenizer_json import check_tokenizer
 from edgetune_runtime.text.controls import ControlTokens
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
@@ -26,7 +26,6 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _PRINTABLE = frozenset([*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)])
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _SHORT = 10_000
-_INSTALL = 'run: pip install "edgetune-runtime[onnx]"'
 
 
 class JsonTokenizer(PiecewiseTokenizer):
@@ -150,10 +149,8 @@ def byte_character(byte: int) -> str:
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """Load a `tokenizer.json` so that it neither pads nor truncates; same errors as `JsonTokenizer`."""
-    try:
+    with importing("ONNX bundles need", '"edgetune-runtime[onnx]"'):
         from tokenizers import Tokenizer  # noqa: PLC0415 - optional
-    except ImportError as error:
-        raise IncompatibleError("ONNX bundles need tokenizers, which is not installed", _INSTALL) from error
     text = _read(path)
     check_tokenizer(text, path)
     with panics_as_errors(f"{path} is not a tokenizer"):

@@ -1,4 +1,4 @@
-"""Tries a bundle on this machine for `doctor`: what would be refused and why, and speed measured beside predicted."""
+"""Checks a bundle on this machine for `doctor`: why it is refused, its memory, predicted and measured speed."""
 
 from __future__ import annotations
 
@@ -6,45 +6,49 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune_runtime.bundle import GENERATION
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.threads.machine import free_mb, own_mb
 
 from .calibration import Calibration, Measured, figures_of, measure
 from .figures import SpeedFigures
-from .needs import Needs, items_of
+from .needs import items_of
 from .raw import read_bandwidth
 from .speed import adapter_seconds, prefill_speed, token_seconds
 
-_UNKNOWN_LAYER_US = 10
-"""Of a laptop; only used where nothing is known about the machine."""
+_LAPTOP_LAYER_US = 10
+"""Of a laptop, for machines without a calibration."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a trial found, as JSON values, its problems in one line each, and the machine's figures, if measured."""
+class BundleCheck:
+    """What `doctor` reports of a bundle, as JSON values, problems in one line each, and the figures measured."""
 
-    found: dict[str, Any]
+    report: dict[str, Any]
     problems: list[str]
     figures: SpeedFigures | None
 
 
-def try_bundle(
-    open_runtime: Callable[[], Runtime], needs: Needs | None, *, known: Calibration | None, repacks: Collection[str]
-) -> Trial:
+def check_bundle(
+    open_runtime: Callable[[], Runtime],
+    needs: Needs | None,
+    *,
+    calibration: Calibration | None,
+    repacks: Collection[str],
+) -> BundleCheck:
     """Open the bundle, measure it for some seconds (see `measure`), and close it.
 
-    `needs` None (an encoder's) predicts nothing. `known` has the figures that the prediction uses, by default
-    the memory bandwidth measured here. An error of opening is a problem, not raised.
+    Without `needs`, as for an encoder, nothing is predicted and measured. The prediction uses the figures of
+    `calibration`, by default the memory bandwidth measured here. An error of opening is a problem, not raised.
     """
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     problems: list[str] = []
     free = free_mb()
     if needs is not None:
         items = items_of(needs, repacks=repacks)
         needed = sum(item.mb for item in items)
-        found["memory_mb"] = {item.name: round(item.mb, 1) for item in items} | {"needed": round(needed, 1)}
+        report["memory_mb"] = {item.name: round(item.mb, 1) for item in items} | {"needed": round(needed, 1)}
         kept = sum(item.mb - item.droppable_mb for item in items)
         # What this process has already is part of what the bundle needs.
         own = own_mb()
@@ -53,27 +57,27 @@ def try_bundle(
             problems.append(f"the bundle needs about {kept - own:.0f} MB more, and {free:.0f} MB are free: {remedy}")
     try:
         with open_runtime() as runtime:
-            found |= {"engine": runtime.engine, "threads": runtime.threads}
-            if runtime.manifest.task != GENERATION or needs is None:
-                return Trial(found, problems, None)
+            report |= {"engine": runtime.engine, "threads": runtime.threads}
+            if needs is None:
+                return BundleCheck(report, problems, None)
             measured = measure(runtime)
             threads = runtime.threads
     except EdgetuneError as error:
-        return Trial(found | {"refused": str(error)}, [*problems, f"refused: {error}"], None)
+        return BundleCheck(report | {"refused": str(error)}, [*problems, f"refused: {error}"], None)
     figures = figures_of(needs, measured, threads)
-    used = known.figures if known else _assumed(figures, threads)
-    found["predicted_from"] = (
-        f"the figures given, of {known.weights} weights" if known else "the memory bandwidth measured here"
+    used = calibration.figures if calibration else _assumed(figures, threads)
+    report["predicted_from"] = (
+        f"the figures given, of {calibration.weights} weights" if calibration else "the memory bandwidth measured here"
     )
-    found["predicted_tokens_per_s"] = _predicted(needs, used, measured, prefill=known is not None)
-    found["measured_tokens_per_s"] = _speeds(measured.decode, measured.adapter_decode, measured.prefill)
-    return Trial(found, problems, figures)
+    report["predicted_tokens_per_s"] = _predicted(needs, used, measured, prefill=calibration is not None)
+    report["measured_tokens_per_s"] = _speeds(measured.decode, measured.adapter_decode, measured.prefill)
+    return BundleCheck(report, problems, figures)
 
 
 def _assumed(figures: SpeedFigures, threads: int) -> SpeedFigures:
-    """What is known without a calibration: the memory bandwidth, measured on so many threads, and the compute speed."""
+    """The figures without a calibration: memory bandwidth on so many threads, and the measured compute speed."""
     bandwidth = read_bandwidth(threads)
-    return SpeedFigures(bandwidth, figures.compute_gflop_per_s, _UNKNOWN_LAYER_US, 0, bandwidth)
+    return SpeedFigures(bandwidth, figures.compute_gflop_per_s, _LAPTOP_LAYER_US, 0, bandwidth)
 
 
 def _predicted(needs: Needs, figures: SpeedFigures, measured: Measured, *, prefill: bool) -> dict[str, float | None]:
