@@ -5,14 +5,12 @@ An MB is 10^6 bytes. docs/boards.md compares predictions with measurements.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import MB, AdapterSize, Needs
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.gguf_sizes import kv_values_per_token
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from edgetune_runtime.sizing.needs import Item, items_of, needs_of_bundle
@@ -41,6 +39,8 @@ USABLE_TOKENS_PER_S = 5.0
 """About reading speed; a quantization that decodes slower is chosen only if no smaller one is faster."""
 CONTEXT_LENGTHS = (1024, 512, 256)
 """Context lengths to choose from, in tokens, the preferred one first."""
+NeedsOf = Callable[[str | None, int], Needs]
+"""The needs of a bundle with a quantization (None: the base as it is) and a context length in tokens."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,6 @@ class BoardChoice:
 
     board: Board
     quantization: str | None
-    threads: int
     context_length: int
     reason: str
 
@@ -134,18 +133,13 @@ def require_fit(needs: Needs, board: Board, remedy: str | None = None) -> Fit:
 
 def choose(
     board: Board,
-    header: GgufHeader,
+    needs_of: NeedsOf,
     *,
-    adapters: Mapping[str, AdapterSize] | None = None,
-    merged: Sequence[str] = (),
-    merged_quantization: str | None = None,
-    engine: str = gguf.NAME,
     quantization: str | None = None,
     context_length: int | None = None,
-    threads: int | None = None,
     requantize: bool = True,
 ) -> BoardChoice:
-    """Choose the quantization, context length and threads that a recipe for `board` leaves unset.
+    """Choose the quantization and the context length that a recipe for `board` leaves unset.
 
     Given values are kept; with `requantize=False` the base ships unchanged. Chooses the best quantization that fits and
     decodes at `USABLE_TOKENS_PER_S` or more, or else the fastest that fits. IncompatibleError if none fits.
@@ -156,15 +150,7 @@ def choose(
     fitting: list[tuple[str | None, int, Fit]] = []
     for length in (context_length,) if context_length else CONTEXT_LENGTHS:
         for candidate in candidates:
-            needs = needs_of_header(
-                header,
-                context_length=length,
-                quantization=candidate,
-                adapters=adapters,
-                merged=merged,
-                merged_quantization=merged_quantization,
-                engine=engine,
-            )
+            needs = needs_of(candidate, length)
             predicted = fit(needs, board)
             if predicted.fits:
                 fitting.append((candidate, length, predicted))
@@ -180,7 +166,7 @@ def choose(
         f"{what} is {why} on {board.name}: {predicted.kept_mb:.0f} of {predicted.available_mb:.0f} MB, "
         f"about {predicted.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
-    return BoardChoice(board, chosen, threads or board.cores, length, reason)
+    return BoardChoice(board, chosen, length, reason)
 
 
 def table(result: Fit) -> list[tuple[str, str]]:

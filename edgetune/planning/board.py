@@ -40,7 +40,7 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     choice = None
     if recipe.device is not None and source.header is not None:
         choice = _choose(recipe, adapters, source.header, requantize=quantization is not None)
-        chosen = {"threads": choice.threads, "context_length": choice.context_length}
+        chosen = {"threads": recipe.threads or choice.board.cores, "context_length": choice.context_length}
         quantization = choice.quantization
         recipe = recipe.model_copy(update={**chosen, "quantization": quantization})
     # The default may be more than the base supports.
@@ -91,18 +91,15 @@ def _steps(source: BaseSource | None, quantization: str | None) -> list[str]:
 
 
 def _choose(recipe: Recipe, adapters: Adapters, header: GgufHeader, *, requantize: bool) -> fit.BoardChoice:
-    engine = _engine(recipe)
-    sizes, merged = _sizes(adapters, engine)
+    def needs_of(quantization: str | None, context_length: int) -> fit.Needs:
+        candidate = recipe.model_copy(update={"context_length": context_length})
+        return bundle_needs(candidate, adapters, header, quantization)
+
     return fit.choose(
         boards.load(str(recipe.device)),
-        header,
-        adapters=sizes,
-        merged=merged,
-        merged_quantization=recipe.merged_quantization,
-        engine=engine,
+        needs_of,
         quantization=recipe.quantization,
         context_length=recipe.context_length if "context_length" in recipe.model_fields_set else None,
-        threads=recipe.threads,
         requantize=requantize,
     )
 

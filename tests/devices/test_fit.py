@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edgetune_devices import boards, fit
@@ -223,19 +224,25 @@ def test_require_fit_names_the_context_that_would_fit() -> None:
     assert fit.require_fit(fit.needs_of_header(header, context_length=tokens), board).fits
 
 
+def choose(name: str | boards.Board, header: GgufHeader, **given: Any) -> fit.BoardChoice:  # noqa: ANN401 - options of choose
+    def needs_of(quantization: str | None, context_length: int) -> fit.Needs:
+        return fit.needs_of_header(header, quantization=quantization, context_length=context_length)
+
+    return fit.choose(name if isinstance(name, boards.Board) else boards.load(name), needs_of, **given)
+
+
 def test_a_better_board_is_given_a_better_quantization() -> None:
-    chosen = [fit.choose(boards.load(name), LLAMA_1B) for name in ("pi-4", "pi-5")]
+    chosen = [choose(name, LLAMA_1B) for name in ("pi-4", "pi-5")]
     assert [choice.quantization for choice in chosen] == ["q4_0", "q8_0"]
-    assert [choice.threads for choice in chosen] == [4, 4]
     assert [choice.context_length for choice in chosen] == [1024, 1024]
     assert chosen[1].reason.startswith("q8_0 with a context of 1024 tokens is the best that fits on pi-5")
     with pytest.raises(IncompatibleError, match="pi-zero-2w leaves"):
-        fit.choose(boards.load("pi-zero-2w"), LLAMA_1B)
+        choose("pi-zero-2w", LLAMA_1B)
 
 
 def test_choose_keeps_what_the_recipe_sets() -> None:
-    choice = fit.choose(boards.load("pi-5"), QWEN_0_5B, quantization="q4_0", context_length=2048, threads=2)
-    assert (choice.quantization, choice.context_length, choice.threads) == ("q4_0", 2048, 2)
+    choice = choose("pi-5", QWEN_0_5B, quantization="q4_0", context_length=2048)
+    assert (choice.quantization, choice.context_length) == ("q4_0", 2048)
 
 
 def test_choose_shortens_the_context_before_it_gives_up() -> None:
@@ -244,19 +251,19 @@ def test_choose_shortens_the_context_before_it_gives_up() -> None:
     roomless = replace(
         boards.load("pi-4"), ram_free_mib=int(fit.fit(shortest, boards.load("pi-4")).kept_mb * 1e6 / 2**20) + 1
     )
-    assert fit.choose(roomless, header).context_length == 256
+    assert choose(roomless, header).context_length == 256
     with pytest.raises(IncompatibleError, match="leaves 10 MB"):
-        fit.choose(replace(roomless, ram_free_mib=10), header)
+        choose(replace(roomless, ram_free_mib=10), header)
 
 
 def test_choose_takes_the_fastest_when_nothing_is_fast_enough() -> None:
-    choice = fit.choose(boards.load("pi-4"), LLAMA_1B)
+    choice = choose("pi-4", LLAMA_1B)
     assert choice.quantization == "q4_0"
     assert "though below 5 tokens/s" in choice.reason
 
 
 def test_a_base_that_ships_as_it_is_is_not_requantized() -> None:
-    choice = fit.choose(boards.load("pi-5"), read_header(_smollm2()), requantize=False)
+    choice = choose("pi-5", read_header(_smollm2()), requantize=False)
     assert choice.quantization is None
 
 
