@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Any
 from edgetune_devices import boards
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
 from edgetune_runtime.doctor import instructions
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.quantization import repacked_types
-from edgetune_runtime.sizing.calibration import Measured, figures_of, measure
+from edgetune_runtime.sizing.calibration import MeasuredSpeed, figures_of, measure
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import Needs, needed_mb, needs_of_bundle
+from edgetune_runtime.sizing.needs import needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.speed import adapter_seconds, prefill_speed, speed_of, token_seconds
 from edgetune_runtime.threads.machine import disturbance, peak_mb
 
@@ -153,7 +154,7 @@ def speed(work: Path, threads: int) -> dict[str, Any]:
     return {"busy": busy, "rows": rows}
 
 
-def _median(found: Sequence[Measured]) -> Measured:
+def _median(found: Sequence[MeasuredSpeed]) -> MeasuredSpeed:
     """The median of each speed."""
     speeds = ("decode", "prefill", "adapter_decode", "long_decode")
     taken = {name: [getattr(one, name) for one in found] for name in speeds}
@@ -181,6 +182,7 @@ def _predicted(row: dict[str, Any], model: dict[str, Any]) -> float:
         vocabulary=1,
         kv_values_per_token=model["kv_values_per_token"],
         context_length=row.get("tokens", 128),
+        engine="gguf",
     )
     figures = boards.load(row["board"]).speed
     return prefill_speed(needs, figures) if row.get("prefill") else speed_of(needs, figures).decode
@@ -189,7 +191,7 @@ def _predicted(row: dict[str, Any], model: dict[str, Any]) -> float:
 def measured_peak_mb(bundle: Path, engine: str, context: int, threads: int) -> float:
     """Peak resident memory of this process after prompts for the base and for the adapters."""
     from edgetune_runtime.inference.measuring import loaded_bundle
-    from edgetune_runtime.inference.opening_options import CACHE_MB
+    from edgetune_runtime.states.cache import CACHE_MB
 
     with _opened(bundle, engine, context, threads, map_large_blocks=True) as runtime:
         for name in (None, *runtime.adapters):
@@ -202,7 +204,7 @@ def measured_peak_mb(bundle: Path, engine: str, context: int, threads: int) -> f
     return peak
 
 
-def measured_speeds(bundle: Path, engine: str, context: int, threads: int) -> list[list[Measured]]:
+def measured_speeds(bundle: Path, engine: str, context: int, threads: int) -> list[list[MeasuredSpeed]]:
     """Speed after a short and after a long prompt, several times in turn."""
     with _opened(bundle, engine, context, threads) as runtime:
         lengths = {"short": 128, "long": context * 3 // 4}

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_export.backends.gguf.convert import find_converter
+from edgetune_export.base_file.convert import find_converter
 from edgetune_runtime.errors import EdgetuneError
 
 from edgetune.progress import Progress, Step

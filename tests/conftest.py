@@ -17,8 +17,7 @@ import pytest
 from filelock import FileLock
 
 if TYPE_CHECKING:
-    from edgetune_export.backends.base import Source
-    from edgetune_export.backends.onnx.encoder import EncoderSource
+    from edgetune_export.backends.base import EncoderSource, Source
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # For models this small, a second thread makes things slower, and 30 times slower if other processes need the cores.
@@ -127,7 +126,7 @@ def tiny_gguf(
     tiny_folder: Callable[[str], Path], once: Callable[[str, Callable[[Path], object]], Path]
 ) -> Callable[[str], Path]:
     """`tiny_gguf(arch)`: the f16 GGUF of the same base."""
-    from edgetune_export.backends.gguf.convert import convert_folder  # noqa: PLC0415 - as above
+    from edgetune_export.base_file.convert import convert_folder  # noqa: PLC0415 - as above
 
     @cache
     def convert(arch: str) -> Path:
@@ -142,7 +141,7 @@ def tiny_gguf(
 @pytest.fixture(scope="session")
 def wide_gguf(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """`wide_gguf(width)`: the f16 GGUF of a tiny LLaMA of this width; a head has a quarter of it."""
-    from edgetune_export.backends.gguf.convert import convert_folder  # noqa: PLC0415 - as above
+    from edgetune_export.base_file.convert import convert_folder  # noqa: PLC0415 - as above
     from tiny import make_folder  # noqa: PLC0415 - as above
 
     @cache
@@ -189,8 +188,8 @@ def encoder_source(
     tiny_encoder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], EncoderSource]:
     """`encoder_source(arch)`: the tiny encoder in float32. It is exported, which takes seconds, once."""
-    from edgetune_export.backends.base import OnnxOptions  # noqa: PLC0415 - as above
-    from edgetune_export.backends.onnx.encoder import EncoderSource  # noqa: PLC0415
+    from edgetune_export.backends.base import EncoderSource  # noqa: PLC0415 - as above
+    from edgetune_export.backends.onnx.options import OnnxOptions  # noqa: PLC0415
     from tiny import FINGERPRINT, load_encoder  # noqa: PLC0415
 
     @cache
@@ -199,6 +198,8 @@ def encoder_source(
         work = tmp_path_factory.mktemp(f"encoder-{arch}")
         path = folder / "model.safetensors"
         model = load_encoder(folder)
-        return EncoderSource(path, FINGERPRINT, model, work, OnnxOptions("fp32"), trained_context_length=64)
+        return EncoderSource(
+            path, FINGERPRINT, model, work, {"onnx": OnnxOptions(weights="fp32")}, trained_context_length=64
+        )
 
     return make

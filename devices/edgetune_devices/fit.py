@@ -5,29 +5,28 @@ An MB is 10^6 bytes. docs/boards.md compares predictions with measurements.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune_runtime.engines import gguf
+from edgetune_runtime.engines.needs import MB, AdapterSize, Needs
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_sizes import kv_values_per_token
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
-from edgetune_runtime.sizing.needs import AdapterSize, Item, Needs, items_of, kv_values_per_token, needs_of_bundle
+from edgetune_runtime.sizing.needs import Item, items_of, needs_of_bundle
 from edgetune_runtime.sizing.speed import speed_of
 
 from .boards import Board
 from .changes import SHORTEST_CONTEXT, longest_context
-from .needs import estimate_needs, needs_of_header
+from .needs import needs_of_header
 
 __all__ = [
+    "MB",
     "AdapterSize",
     "BoardChoice",
     "Fit",
-    "Item",
     "Needs",
     "choose",
-    "estimate_needs",
     "fit",
     "kv_values_per_token",
     "needs_of_bundle",
@@ -36,11 +35,12 @@ __all__ = [
     "table",
 ]
 
-MB = 10**6
 USABLE_TOKENS_PER_S = 5.0
 """About reading speed; a quantization that decodes slower is chosen only if no smaller one is faster."""
 CONTEXT_LENGTHS = (1024, 512, 256)
 """Context lengths to choose from, in tokens, the preferred one first."""
+NeedsOf = Callable[[str | None, int], Needs]
+"""The needs of a bundle with a quantization (None: the base as it is) and a context length in tokens."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Fit:
 class BoardChoice:
     """The settings for a board; `quantization` is None if the base ships unchanged. `reason` explains them in words."""
 
+    board: Board
     quantization: str | None
-    threads: int
     context_length: int
     reason: str
 
@@ -133,18 +133,13 @@ def require_fit(needs: Needs, board: Board, remedy: str | None = None) -> Fit:
 
 def choose(
     board: Board,
-    header: GgufHeader,
+    needs_of: NeedsOf,
     *,
-    adapters: Mapping[str, AdapterSize] | None = None,
-    merged: Sequence[str] = (),
-    merged_quantization: str | None = None,
-    engine: str = gguf.NAME,
     quantization: str | None = None,
     context_length: int | None = None,
-    threads: int | None = None,
     requantize: bool = True,
 ) -> BoardChoice:
-    """Choose the quantization, context length and threads that a recipe for `board` leaves unset.
+    """Choose the quantization and the context length that a recipe for `board` leaves unset.
 
     Given values are kept; with `requantize=False` the base ships unchanged. Chooses the best quantization that fits and
     decodes at `USABLE_TOKENS_PER_S` or more, or else the fastest that fits. IncompatibleError if none fits.
@@ -155,31 +150,23 @@ def choose(
     fitting: list[tuple[str | None, int, Fit]] = []
     for length in (context_length,) if context_length else CONTEXT_LENGTHS:
         for candidate in candidates:
-            needs = needs_of_header(
-                header,
-                context_length=length,
-                quantization=candidate,
-                adapters=adapters,
-                merged=merged,
-                merged_quantization=merged_quantization,
-                engine=engine,
-            )
-            found = fit(needs, board)
-            if found.fits:
-                fitting.append((candidate, length, found))
+            needs = needs_of(candidate, length)
+            predicted = fit(needs, board)
+            if predicted.fits:
+                fitting.append((candidate, length, predicted))
         if fitting:
             break
     if not fitting:
         require_fit(needs, board)
     usable = [choice for choice in fitting if choice[2].adapter_tokens_per_s >= USABLE_TOKENS_PER_S]
-    chosen, length, found = usable[0] if usable else max(fitting, key=lambda choice: choice[2].adapter_tokens_per_s)
+    chosen, length, predicted = usable[0] if usable else max(fitting, key=lambda choice: choice[2].adapter_tokens_per_s)
     what = f"{chosen or 'the base as it is'} with a context of {length} tokens"
     why = "the best that fits" if usable else f"the fastest that fits, though below {USABLE_TOKENS_PER_S:.0f} tokens/s"
     reason = (
-        f"{what} is {why} on {board.name}: {found.kept_mb:.0f} of {found.available_mb:.0f} MB, "
-        f"about {found.adapter_tokens_per_s:.1f} tokens/s with an adapter"
+        f"{what} is {why} on {board.name}: {predicted.kept_mb:.0f} of {predicted.available_mb:.0f} MB, "
+        f"about {predicted.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
-    return BoardChoice(chosen, threads or board.cores, length, reason)
+    return BoardChoice(board, chosen, length, reason)
 
 
 def table(result: Fit) -> list[tuple[str, str]]:

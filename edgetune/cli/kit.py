@@ -7,36 +7,28 @@ from typing import Annotated
 
 import typer
 
+from edgetune.delivery.wheel.platforms import SYSTEM_PYTHON
+
 from .arguments import (
     BOARD,
-    OUTPUT_PANEL,
     AsJson,
+    BundlePath,
     CacheMb,
     ContextLength,
     Engine,
     Kv,
     Quiet,
+    output_option,
     print_json,
 )
 
-# The Python of current Raspberry Pi OS.
-_PYTHON = "3.13"
-
 
 def kit(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    bundle: BundlePath,
     *,
     board: Annotated[str, typer.Option(metavar="NAME", help=BOARD)],
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="KIT", help="The kit's folder, or a tar file if it ends in .tar.", rich_help_panel=OUTPUT_PANEL
-        ),
-    ],
-    python: Annotated[
-        str,
-        typer.Option(metavar="VERSION", help="The board's Python."),
-    ] = _PYTHON,
+    out: Annotated[Path, output_option(metavar="KIT", help="The kit's folder, or a tar file if it ends in .tar.")],
+    python: Annotated[str, typer.Option(metavar="VERSION", help="The board's Python.")] = SYSTEM_PYTHON,
     engine: Engine = None,
     context_length: ContextLength = None,
     kv: Kv = None,
@@ -53,20 +45,12 @@ def kit(
     On the board, run `sh install.sh` in the kit's folder. The same bundle and versions give the same bytes. The
     board opens the bundle with --context-length, --kv and --cache-mb, which make one fit that does not otherwise.
     """
-    from edgetune.delivery.board.opening import Opening  # noqa: PLC0415 - help needs none of it
-    from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415
-    from edgetune.progress import Progress  # noqa: PLC0415
+    from edgetune.delivery.board.opening import Opening
+    from edgetune.delivery.kit.make import KitOptions, make_kit
+    from edgetune.progress import Progress
 
-    result = make_kit(
-        bundle,
-        board,
-        out,
-        python=python,
-        engine=engine,
-        opening=Opening(context_length, kv, cache_mb),
-        wheel=wheel,
-        progress=Progress(quiet=quiet),
-    )
+    options = KitOptions(python, engine, Opening(context_length, kv, cache_mb), wheel)
+    result = make_kit(bundle, board, out, options, Progress(quiet=quiet))
     figures = {"path": str(out), **result.to_json()}
     if as_json:
         print_json(figures)

@@ -22,11 +22,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from .common.base import Checkpoint, Method, MethodOptions, dense_parameters
+from .common.base import Checkpoint, Method, MethodOptions, TrainedModules, dense_parameters
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import BaseShape
     from transformers import PreTrainedModel
 
     from .common.bottleneck import Bottlenecked
@@ -70,15 +69,15 @@ class BottleneckMethod(Method[BottleneckOptions]):
         """The networks' weights; they cannot be expressed as a change of the base's weights."""
         return (Tensors.shape,)
 
-    def trained_parameters(self, base: BaseShape, options: BottleneckOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: BottleneckOptions) -> int:
         """Both layers of each network, with their biases."""
-        size = _size(base.hidden, options)
-        network = dense_parameters(base.hidden, size) + dense_parameters(size, base.hidden)
-        return base.layers * len(_PLACES[options.kind]) * network
+        size = _size(trained.base.hidden, options)
+        network = dense_parameters(trained.base.hidden, size) + dense_parameters(size, trained.base.hidden)
+        return trained.base.layers * len(_PLACES[options.kind]) * network
 
     def attach(self, base: PreTrainedModel, options: BottleneckOptions, steps: int) -> Bottlenecked:
         """Hook bottlenecks, which add 0 at first, onto `base`. Raises UsageError if it has no such blocks."""
-        from .common.bottleneck import Bottlenecked, BottleneckModule  # noqa: PLC0415 - torch only when training
+        from .common.bottleneck import Bottlenecked, BottleneckModule
 
         width = base.config.hidden_size
         size = _size(width, options)
@@ -102,7 +101,7 @@ class BottleneckMethod(Method[BottleneckOptions]):
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[Bottlenecked]:
         """The folder's bottlenecks, times the scale, on the base."""
-        from .common.bottleneck import Bottlenecked, BottleneckModule  # noqa: PLC0415 - torch only when training or checking
+        from .common.bottleneck import Bottlenecked, BottleneckModule
 
         options, bottlenecks = _read(checkpoint.folder)
         _check_fit(checkpoint, bottlenecks)

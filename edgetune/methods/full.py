@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 from edgetune_export.adapters.shapes import Floats, Folded, Merged
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 
-from edgetune.methods.common.base import rate_factor
-
-from .common.base import Checkpoint, Method, MethodOptions, O, trainable
+from .common.base import Checkpoint, Method, MethodOptions, O, TrainedModules, rate_factor, trainable
 from .common.peft import array, no_grad
 
 if TYPE_CHECKING:
@@ -40,9 +38,9 @@ class OwnWeights(Method[O]):
         """A full model."""
         return ("merged",)
 
-    def trained_parameters(self, base: BaseShape, options: O) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: O) -> int:
         """All parameters of the base."""
-        return base.parameters
+        return trained.base.parameters
 
     def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
         """Those of the layers that gradients reach."""
@@ -63,7 +61,7 @@ class OwnWeights(Method[O]):
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write the trained parameters as safetensors."""
-        from safetensors.torch import save_file  # noqa: PLC0415 - torch only when training
+        from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model)}
@@ -98,7 +96,7 @@ class OwnWeights(Method[O]):
 
 def _names(checkpoint: Checkpoint) -> list[str]:
     """The names of the trained parameters. Raises IncompatibleError if the base lacks one."""
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
+    from safetensors import SafetensorError, safe_open
 
     path = checkpoint.folder / WEIGHTS
     try:
@@ -113,7 +111,7 @@ def _names(checkpoint: Checkpoint) -> list[str]:
 
 
 def _tensor(folder: Path, name: str) -> torch.Tensor:
-    from safetensors import safe_open  # noqa: PLC0415 - as above
+    from safetensors import safe_open
 
     with safe_open(folder / WEIGHTS, "pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)

@@ -13,7 +13,7 @@ from edgetune_runtime.sizing.calibration import write_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
 from typer.testing import CliRunner
 
-from edgetune.bases import BaseSource, quantization_of
+from edgetune.bases import BaseSource
 from edgetune.cli.devices import app
 from edgetune.planning.adapters import plan_adapter
 from edgetune.planning.board import Settings, bundle_needs, choose_settings
@@ -134,7 +134,7 @@ def _needs(recipe: Recipe, header: GgufHeader, quantization: str | None) -> fit.
 
 def _settings(recipe: Recipe, header: GgufHeader) -> Settings:
     source = BaseSource("base", Path("base"), "llama", 512, is_folder=True, header=header)
-    return choose_settings(recipe, _planned(recipe, header), source, quantization_of(recipe))
+    return choose_settings(recipe, _planned(recipe, header), source)
 
 
 def test_needs_of_a_recipe_follow_its_methods_and_quantization(
@@ -154,10 +154,10 @@ def test_a_board_chooses_only_what_the_recipe_leaves_unset(tiny_gguf: Callable[[
     header = read_header(tiny_gguf("llama"))
     assert _settings(_recipe(tmp_path), header).board is None
     free = _settings(_recipe(tmp_path, "device: pi-4\n"), header)
-    assert (free.quantization, free.recipe.context_length, free.recipe.threads) == ("q8_0", 512, 4)
+    assert (free.base.quantization, free.recipe.context_length, free.recipe.threads) == ("q8_0", 512, 4)
     written = "device: pi-4\nquantization: q4_0\ncontext_length: 64\nthreads: 2\n"
     bound = _settings(_recipe(tmp_path, written), header)
-    assert (bound.quantization, bound.recipe.context_length, bound.recipe.threads) == ("q4_0", 64, 2)
+    assert (bound.base.quantization, bound.recipe.context_length, bound.recipe.threads) == ("q4_0", 64, 2)
 
 
 def test_a_recipe_that_cannot_fit_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

@@ -9,18 +9,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edgetune_devices import boards, fit
-from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
-from edgetune_runtime.inference.opening_options import OpeningOptions
-from edgetune_runtime.sizing.needs import CACHE_BYTES, needed_mb, needs_of_file
+from edgetune_runtime.sizing.needs import needed_mb
 from edgetune_runtime.states.batches import CHUNK
 
 TINY = ("llama", "qwen2", "qwen3", "gemma3")
@@ -167,7 +167,7 @@ def test_predicted_memory_is_within_a_tenth_of_what_a_run_takes(weights: str, tm
     run = [sys.executable, "-c", MEASURE, str(path), weights]
     measured = subprocess.run(run, check=True, capture_output=True, text=True, env=environment).stdout
     repacks = repacked_types(instructions()) if weights == "repacked" else ()
-    needs = needs_of_file(read_header(path), context_length=512)
+    needs = fit.needs_of_header(read_header(path), context_length=512)
     assert needed_mb(needs, repacks=repacks) == pytest.approx(int(measured) * 1024 / 1e6, rel=0.1)
 
 
@@ -200,23 +200,8 @@ def test_an_adapter_costs_memory_and_speed() -> None:
     assert result.adapter_tokens_per_s / plain.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
 
 
-def test_the_figures_of_the_runtime_are_its_own_defaults() -> None:
+def test_a_batch_of_llama_cpp_is_one_chunk() -> None:
     assert inspect.signature(GgufEngine).parameters["batch"].default == CHUNK
-    assert inspect.signature(OpeningOptions).parameters["cache_mb"].default * 1e6 == CACHE_BYTES
-
-
-def test_a_rough_estimate_is_near_that_from_the_header() -> None:
-    exact = fit.needs_of_header(QWEN_0_5B, context_length=1024, quantization="q8_0")
-    rough = fit.estimate_needs(
-        parameters=494_000_000,
-        bits_per_weight=8.5,
-        layers=24,
-        kv_values_per_token=fit.kv_values_per_token(QWEN_0_5B),
-        context_length=1024,
-        vocabulary=151936,
-    )
-    board = boards.load("pi-4")
-    assert fit.fit(rough, board).needed_mb == pytest.approx(fit.fit(exact, board).needed_mb, rel=0.1)
 
 
 def test_require_fit_says_sum_board_largest_part_and_remedy() -> None:
@@ -239,19 +224,25 @@ def test_require_fit_names_the_context_that_would_fit() -> None:
     assert fit.require_fit(fit.needs_of_header(header, context_length=tokens), board).fits
 
 
+def choose(name: str | boards.Board, header: GgufHeader, **given: Any) -> fit.BoardChoice:  # noqa: ANN401 - options of choose
+    def needs_of(quantization: str | None, context_length: int) -> fit.Needs:
+        return fit.needs_of_header(header, quantization=quantization, context_length=context_length)
+
+    return fit.choose(name if isinstance(name, boards.Board) else boards.load(name), needs_of, **given)
+
+
 def test_a_better_board_is_given_a_better_quantization() -> None:
-    chosen = [fit.choose(boards.load(name), LLAMA_1B) for name in ("pi-4", "pi-5")]
+    chosen = [choose(name, LLAMA_1B) for name in ("pi-4", "pi-5")]
     assert [choice.quantization for choice in chosen] == ["q4_0", "q8_0"]
-    assert [choice.threads for choice in chosen] == [4, 4]
     assert [choice.context_length for choice in chosen] == [1024, 1024]
     assert chosen[1].reason.startswith("q8_0 with a context of 1024 tokens is the best that fits on pi-5")
     with pytest.raises(IncompatibleError, match="pi-zero-2w leaves"):
-        fit.choose(boards.load("pi-zero-2w"), LLAMA_1B)
+        choose("pi-zero-2w", LLAMA_1B)
 
 
 def test_choose_keeps_what_the_recipe_sets() -> None:
-    choice = fit.choose(boards.load("pi-5"), QWEN_0_5B, quantization="q4_0", context_length=2048, threads=2)
-    assert (choice.quantization, choice.context_length, choice.threads) == ("q4_0", 2048, 2)
+    choice = choose("pi-5", QWEN_0_5B, quantization="q4_0", context_length=2048)
+    assert (choice.quantization, choice.context_length) == ("q4_0", 2048)
 
 
 def test_choose_shortens_the_context_before_it_gives_up() -> None:
@@ -260,19 +251,19 @@ def test_choose_shortens_the_context_before_it_gives_up() -> None:
     roomless = replace(
         boards.load("pi-4"), ram_free_mib=int(fit.fit(shortest, boards.load("pi-4")).kept_mb * 1e6 / 2**20) + 1
     )
-    assert fit.choose(roomless, header).context_length == 256
+    assert choose(roomless, header).context_length == 256
     with pytest.raises(IncompatibleError, match="leaves 10 MB"):
-        fit.choose(replace(roomless, ram_free_mib=10), header)
+        choose(replace(roomless, ram_free_mib=10), header)
 
 
 def test_choose_takes_the_fastest_when_nothing_is_fast_enough() -> None:
-    choice = fit.choose(boards.load("pi-4"), LLAMA_1B)
+    choice = choose("pi-4", LLAMA_1B)
     assert choice.quantization == "q4_0"
     assert "though below 5 tokens/s" in choice.reason
 
 
 def test_a_base_that_ships_as_it_is_is_not_requantized() -> None:
-    choice = fit.choose(boards.load("pi-5"), read_header(_smollm2()), requantize=False)
+    choice = choose("pi-5", read_header(_smollm2()), requantize=False)
     assert choice.quantization is None
 
 

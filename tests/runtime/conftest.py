@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 from edgetune_export.adapters.fold import merge
-from edgetune_export.backends.base import Source
+from edgetune_export.backends.base import EncoderSource, Source
 from edgetune_export.backends.gguf.backend import write_merged
-from edgetune_export.backends.onnx.encoder import EncoderSource
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.formats.gguf_file import read_header
@@ -131,7 +130,7 @@ def tools_bundle(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.Te
     Its vocabulary has the control tokens that begin calls, and its context has room for tools.
     """
     import torch  # noqa: PLC0415 - torch only where a test needs a base
-    from edgetune_export.backends.gguf.convert import convert_folder  # noqa: PLC0415
+    from edgetune_export.base_file.convert import convert_folder  # noqa: PLC0415
     from tiny import make_folder, make_tokenizer  # noqa: PLC0415
 
     from edgetune.bases import Base, load_torch  # noqa: PLC0415
