@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .answer_options import ANY_OBJECT, logprob_options, sampling_options, texts_to_embed, tool_options
 from .answer_request import AnswerRequest
+from .common_fields import ANY_OBJECT, logprob_options, messages_of, sampling_options, texts_to_embed, tool_options
 from .fields import Fields
-from .messages import messages_of
 from .models import Models
 from .problems import RequestError
 from .settings import ServerLimits

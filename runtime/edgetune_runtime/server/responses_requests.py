@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from .common_fields import message_of
 from .fields import Fields
-from .messages import message_of
 from .models import Models
 from .openai_requests import OpenAIRequest, chat_request
 from .settings import ServerLimits

@@ -10,6 +10,7 @@ from edgetune_runtime.errors import NotFoundError, VerificationError
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 _LONGEST_CONTEXT, _LARGEST_HEAD = 1 << 24, 2048
+_SIZES = ("head_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class OnnxConfig:
     trained_context_length: int
     head_size: int
     end_tokens: tuple[int, ...]
+    width: int
+    heads: int
+    layers: int
+    vocabulary: int
 
 
 def read_config(path: Path) -> OnnxConfig:
@@ -27,10 +32,11 @@ def read_config(path: Path) -> OnnxConfig:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
         ends = model["eos_token_id"]
         end_tokens = tuple(int(token) for token in (ends if isinstance(ends, list) else [ends]))
-        context_length, head_size = int(model["context_length"]), int(model["decoder"]["head_size"])
+        context_length, decoder = int(model["context_length"]), model["decoder"]
+        head_size, width, heads, layers = (int(decoder[key]) for key in _SIZES)
         if not (0 < context_length <= _LONGEST_CONTEXT and 0 < head_size <= _LARGEST_HEAD):
             raise ValueError(f"a context of {context_length} tokens and heads of size {head_size}")
-        return OnnxConfig(context_length, head_size, end_tokens)
+        return OnnxConfig(context_length, head_size, end_tokens, width, heads, layers, int(model["vocab_size"]))
     except FileNotFoundError as error:
         raise NotFoundError(f"{path} is missing", COPY_BUNDLE_AGAIN) from error
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
