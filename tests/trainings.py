@@ -105,6 +105,11 @@ def stopped_and_resumed(base: PreTrainedModel, work: TrainingJob[Example], folde
     return train(base, work, folder, QUIET)
 
 
+def modified(folder: Path) -> dict[str, int]:
+    """When each file below a folder was last written, in ns."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def logits_of(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:  # noqa: ANN401 - with or without PEFT around it
     """The logits after each token [tokens, vocabulary]."""
     with torch.no_grad():

@@ -1,23 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import yaml
 from edgetune_runtime.errors import IncompatibleError
+from recipes import adapter_of, make_recipe
 
 from edgetune import methods
 from edgetune.recipe.model import Recipe
 from edgetune.targets import shapes_in, shapes_of
 
 
-def recipe_of(folder: Path, method: str, **spec: object) -> Recipe:
-    """A recipe whose one adapter is tuned by `method`."""
-    values = {"name": "tiny", "base": "base.gguf", "targets": spec.pop("targets", ["gguf"])}
-    values["adapters"] = {"lights": {"data": {"train": "rows.jsonl"}, "method": method, **spec}}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return Recipe.from_file(path)
+def recipe_of(folder: Path, method: str, targets: Sequence[str] = ("gguf",), **adapter: object) -> Recipe:
+    return make_recipe(folder, "base.gguf", {"lights": adapter_of(method, **adapter)}, targets=targets)
 
 
 def shapes(method: str, *, merged: bool = False) -> dict[str, str]:

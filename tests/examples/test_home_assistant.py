@@ -28,6 +28,7 @@ from generator.homes import invent, load_home
 from generator.rows import normal, rows
 from generator.speech import in_words
 from generator.templates import is_held_out, sentences
+from recipes import write_rows
 from runtime.server.conftest import started
 
 from edgetune.cli.main import main as edgetune
@@ -306,7 +307,7 @@ def test_a_bundle_from_generated_rows_answers_tasks(
         {"task_id": text, "category": "light", "text": text, "system": system_of(Home(LAMPS)), "tools": ALL_TOOLS}
         for text in ("desk lamp on", "is the front door locked")
     ]
-    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    write_rows(tmp_path / "tasks.jsonl", tasks)
     monkeypatch.chdir(tmp_path)
     run("generate.py", "--rows", "40", "--exclude", "tasks.jsonl", "--out", "rows", monkeypatch=monkeypatch)
     quick = [

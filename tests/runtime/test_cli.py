@@ -17,6 +17,7 @@ import pytest
 from edgetune_runtime import Runtime, __version__
 from edgetune_runtime.cli import main
 from edgetune_runtime.inference.measuring import loaded_bundle
+from runtime.bundles import change_manifest
 from runtime.conftest import LABELS
 
 PROMPT = "turn on the light"
@@ -64,13 +65,11 @@ def test_info_shows_how_the_bundle_would_be_opened(run: Run, bundle: Path) -> No
 
 def test_nothing_in_a_manifest_controls_the_terminal(run: Run, bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
-    raw = json.loads((copy / "manifest.json").read_text())
-    raw["base"] |= {"quantization": "\x1b[2J", "values_by_type": {"gguf": {"\x1b]0;title\x07": 1}}}
-    (copy / "manifest.json").write_text(json.dumps(raw))
+    escapes = {"quantization": "\x1b[2J", "values_by_type": {"gguf": {"\x1b]0;title\x07": 1}}}
+    change_manifest(copy, lambda raw: raw["base"].update(escapes))
     code, out, err = run("info", copy)
     assert (code, err) == (0, "") and all(line.isprintable() for line in out.splitlines())
-    raw["name"] = "\x1b[2J"
-    (copy / "manifest.json").write_text(json.dumps(raw))
+    change_manifest(copy, lambda raw: raw.update(name="\x1b[2J"))
     code, out, err = run("info", copy)
     assert (code, out) == (4, "") and err.removesuffix("\n").isprintable()
 

@@ -10,18 +10,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import MANIFEST_NAME
-from runtime.bundles import Adapter, low_rank, write_bundle
+from recipes import lights, write_rows
+from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 
 from edgetune.cli.main import main
 from edgetune.recipe.model import TEMPLATE, json_schema
 
 EDGETUNE = [sys.executable, "-m", "edgetune"]
-ROWS = [{"prompt": f"turn on the light {number}", "completion": "on"} for number in range(9)]
+ROWS = lights(9, ("on",))
 LABELED = [{"text": row["prompt"], "label": ("red", "warm")[number % 2]} for number, row in enumerate(ROWS)]
 RECIPE = """\
 name: home
@@ -65,16 +64,10 @@ def recipe(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> Path:
 def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with one adapter, `tone`, that chooses among two labels."""
     base = tiny_gguf("llama")
-    made = write_bundle(
-        tmp_path_factory.mktemp("cli") / "home", base, {"tone": Adapter(low_rank(base, seed=1), labels=("red", "warm"))}
-    )
-    text = (made / MANIFEST_NAME).read_text(encoding="utf-8")
-    (made / MANIFEST_NAME).write_text(text.replace('"metric": "exact"', '"metric": "label"'), encoding="utf-8")
+    adapters = {"tone": Adapter(low_rank(base, seed=1), labels=("red", "warm"))}
+    made = write_bundle(tmp_path_factory.mktemp("cli") / "home", base, adapters)
+    change_manifest(made, lambda raw: raw["adapters"]["tone"].update(metric="label"))
     return made
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

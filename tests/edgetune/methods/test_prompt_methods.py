@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +12,7 @@ import torch
 from edgetune_export.adapters.shapes import Prefix
 from edgetune_runtime.errors import CancelledError, IncompatibleError, NotFoundError, UsageError
 from pydantic import ValidationError
+from recipes import adapter_of, make_recipe
 from safetensors.torch import load_file
 from tiny import make_model
 from torch.nn.functional import cross_entropy
@@ -28,7 +28,6 @@ from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.objectives.packing import ATTENTION
 from edgetune.progress import Progress
-from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
 from edgetune.training.job import TrainingJob
 from edgetune.training.loop import train
@@ -325,9 +324,7 @@ def test_what_cannot_be_is_refused_in_one_line(base_of: BaseOf, document: str, t
 
 def test_a_document_lies_beside_the_recipe(document: str, tmp_path: Path) -> None:
     method = {"name": "cartridge", "document": "document.txt"}
-    recipe = {"name": "x", "base": "b.gguf", "adapters": {"a": {"data": {"train": "rows.jsonl"}, "method": method}}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    read = Recipe.from_file(tmp_path / "recipe.yaml")
+    read = make_recipe(tmp_path, "b.gguf", {"a": adapter_of(method)})
     assert read.adapters["a"].method.options.model_dump()["document"] == document
     prepared = method_of("cartridge", document=document)[1]
     assert prepared.document_tokens == tuple(map(ord, DOCUMENT))

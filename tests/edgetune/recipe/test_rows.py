@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from edgetune_runtime.errors import UsageError
+from recipes import adapter_of, values_of, write_rows
 
 from edgetune.recipe import rows as rows_module
 from edgetune.recipe.model import Recipe
@@ -26,9 +27,7 @@ FEATURES = datasets.Features(text=datasets.Value("string"), label=datasets.Class
 
 
 def recipe_of(train: object, **keys: object) -> Recipe:
-    return Recipe.from_dict(
-        {"name": "home", "base": "x.gguf", "adapters": {"intent": {"data": {"train": train}}}, **keys}
-    )
+    return Recipe.from_dict({**values_of("x.gguf", {"intent": adapter_of(train=train)}), **keys})
 
 
 def of_dataset() -> datasets.Dataset:
@@ -49,8 +48,7 @@ def of_dataset() -> datasets.Dataset:
     ids=["list", "mappings", "iterator", "generator", "pandas", "dataset", "iterable dataset"],
 )
 def test_rows_of_each_kind_read_like_those_of_a_file(make: Callable[[], object], tmp_path: Path) -> None:
-    path = tmp_path / "intent.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS), encoding="utf-8")
+    path = write_rows(tmp_path / "intent.jsonl", ROWS)
     train = recipe_of(make()).adapters["intent"].data.train
     assert [(row.messages, row.completion) for row in read_rows(train)] == [
         (row.messages, row.completion) for row in read_rows(str(path))

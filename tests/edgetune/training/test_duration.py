@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from edgetune_runtime.errors import UsageError
+from recipes import adapter_of, make_recipe
 from trainings import Listening, job
 
 from edgetune.bases import Base, load_torch
@@ -20,12 +20,8 @@ from edgetune.training.loop import train
 
 def recipe_of(folder: Path, base: Path, **keys: object) -> Recipe:
     rows = [{"text": f"turn on the light {number}", "label": ("on", "off")[number % 2]} for number in range(40)]
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    method = {"name": "lora", "target_modules": "all-linear"}
-    adapters = {"command": {"method": method, "data": {"train": "rows.jsonl", "held_out": 0.2}}}
-    training = {"batch_size": 4, "precision": "fp32"}
-    values = {"name": "home", "base": str(base), "training": training, "adapters": adapters, **keys}
-    return Recipe.model_validate(values, context={"folder": folder})
+    adapters = {"command": adapter_of({"name": "lora", "target_modules": "all-linear"})}
+    return make_recipe(folder, base, adapters, data={"rows.jsonl": rows}, training={"max_steps": None}, **keys)
 
 
 def told(steps: int, left: float, later: float, *, tokens: int = 100, seconds: float = 0.5) -> list[str]:
@@ -85,7 +81,7 @@ def test_a_trial_tells_speed_and_time_and_leaves_nothing(tiny_gguf: Callable[[st
     found = trial.run(recipe, plan_build(recipe), tmp_path / "home", Listening())
     assert found["tokens_per_s"] > 0 and found["training_s"] >= 0
     assert re.fullmatch(r"training takes about .+ at the \d+ tokens/s of command", found["summary"])
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "rows.jsonl"}
 
 
 def test_an_encoder_has_no_trial(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import CancelledError, NotFoundError, UsageError, VerificationError
+from recipes import LIGHTS, NAME, adapter_of, make_recipe, write_recipe
 from tiny import WORDS
-from trainings import Listening, Stopping, build_in_two_processes
+from trainings import QUIET, Listening, Stopping, build_in_two_processes, modified
 
 from edgetune.building.builders.plan import plan_build
 from edgetune.building.domain.continued import why_worse
@@ -25,18 +26,16 @@ from edgetune.building.domain.texts import Texts, split_windows, windows_of
 from edgetune.building.pipeline import build
 from edgetune.building.result import Build
 from edgetune.cli.main import main
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 
-QUIET = Progress(quiet=True)
 WINDOW = 32
-TRAINING = {"max_steps": 6, "evals": 2, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"}
 DOMAIN: dict[str, Any] = {
     "data": {"train": "plays.txt", "validation": "more.jsonl"},
     "method": {"name": "last_layers", "layers": 2, "learning_rate_factor": 1},
     "window": WINDOW,
     "training": {"max_steps": 24, "evals": 4},
 }
+ADAPTERS = {"plain": adapter_of({"name": "lora", "r": 4})}
 
 
 def lines_of(seed: int, count: int) -> list[str]:
@@ -49,24 +48,8 @@ def lines_of(seed: int, count: int) -> list[str]:
 def recipe_of(folder: Path, base: Path | str, domain: Mapping[str, Any] | None = DOMAIN, **keys: object) -> Recipe:
     (folder / "plays.txt").write_text("\n".join(lines_of(0, 120)), encoding="utf-8")
     texts = [{"text": "\n".join(lines_of(seed, 10))} for seed in (1, 2)]
-    (folder / "more.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts), encoding="utf-8")
-    rows = [{"prompt": f"turn on the light {number}", "completion": "reply on"} for number in range(10)]
-    (folder / "plain.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    adapter = {"data": {"train": "plain.jsonl", "held_out": 0.2}, "method": {"name": "lora", "r": 4}}
-    values = {
-        "name": "home",
-        "base": str(base),
-        "context_length": 256,
-        "training": TRAINING,
-        "adapters": {"plain": adapter},
-        **keys,
-    }
-    values |= {} if domain is None else {"domain": domain}
-    return Recipe.model_validate(values, context={"folder": folder})
-
-
-def modified(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    keys = {"context_length": 256, **keys, **({} if domain is None else {"domain": domain})}
+    return make_recipe(folder, base, ADAPTERS, data={"more.jsonl": texts, "rows.jsonl": LIGHTS}, **keys)
 
 
 @dataclass(frozen=True)
@@ -181,9 +164,8 @@ def test_a_build_that_was_stopped_goes_on(built: Built, tmp_path: Path, tiny_ggu
 
 def test_the_second_stage_alone_gives_the_same_adapters(built: Built, tmp_path: Path) -> None:
     base = built.bundle / built.manifest.base.files["gguf"]
-    recipe = recipe_of(tmp_path, "elsewhere.gguf", None).resolved()
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    command = ["build", str(tmp_path / "recipe.yaml"), "--base", str(base), "--out", str(tmp_path / "home"), "--quiet"]
+    recipe_of(tmp_path, "elsewhere.gguf", None)
+    command = ["build", str(tmp_path / NAME), "--base", str(base), "--out", str(tmp_path / "home"), "--quiet"]
     assert main(command) == 0
     entries = [read_manifest(bundle).adapters["plain"] for bundle in (tmp_path / "home", built.bundle)]
     assert entries[0].base_fingerprint == entries[1].base_fingerprint
@@ -329,13 +311,10 @@ def test_validate_reads_the_texts(tmp_path: Path, tiny_gguf: Callable[[str], Pat
 def test_problems_of_the_key_have_their_line(
     domain: dict[str, Any], keys: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
-    adapters = {"plain": {"data": {"train": "plain.jsonl"}}}
-    values = {"name": "home", "base": "smollm2-135m", **keys, "adapters": adapters, "domain": {**DOMAIN, **domain}}
-    path = tmp_path / "recipe.yaml"
-    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items()), encoding="utf-8")
+    path = write_recipe(tmp_path, "smollm2-135m", **keys, domain={**DOMAIN, **domain})
     with pytest.raises(UsageError) as caught:
         Recipe.from_file(path)
-    line = 1 + list(values).index("domain")
+    line = len(path.read_text(encoding="utf-8").splitlines())
     assert f"{path}:{line}: {problem}" in str(caught.value)
 
 
@@ -352,8 +331,7 @@ def test_the_resolved_recipe_has_portable_paths_and_what_is_set(tmp_path: Path) 
 
 
 def test_two_processes_continue_one_base(built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q8_0")
-    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe.resolved(), "base": recipe.base}), encoding="utf-8")
-    told = build_in_two_processes(tmp_path / "recipe.yaml", tmp_path / "home")["domain"]
+    recipe_of(tmp_path, tiny_gguf("llama"), quantization="q8_0")
+    told = build_in_two_processes(tmp_path / NAME, tmp_path / "home")["domain"]
     assert told["val_loss"] == pytest.approx(built.result.domain["val_loss"], rel=1e-2)
     assert read_manifest(tmp_path / "home").base.domain["perplexity"] == told["perplexity"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from edgetune_runtime import (
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
 from edgetune_runtime.engines.onnx.encoder import EncoderTokenizer
 from peft import PeftModel
+from recipes import write_recipe as write_values
+from recipes import write_rows
 from safetensors.torch import load_file, save_file
 from tiny import load_encoder
-from trainings import Listening, Stopping
+from trainings import QUIET, Listening, Stopping
 
 from edgetune.bases import resolve as resolve_decoder
 from edgetune.building.builders.plan import plan_build
@@ -35,10 +38,8 @@ from edgetune.building.pipeline import build
 from edgetune.building.result import Build
 from edgetune.cli.main import main
 from edgetune.evaluation import evaluate
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 
-QUIET = Progress(quiet=True)
 PLACES = ("hall", "kitchen", "lamp")
 TEXTS = [
     f"{verb} the {place} {end}"
@@ -80,16 +81,9 @@ def encoder_of(recipe: Recipe) -> encoder_base.EncoderBase:
 
 def write_recipe(folder: Path, base: Path | str, **keys: object) -> Path:
     """A recipe of both tasks, with these keys over it, and its data."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "place.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in DATA["place.jsonl"]))
-    (folder / "power.csv").write_text(
-        "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in DATA["power.csv"])
-    )
-    training = {"epochs": 8, "evals": 4, "batch_size": 4, "learning_rate": 1e-2, "precision": "fp32"}
-    values = {"name": "home", "task": "text-classification", "base": str(base), "training": training}
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps({**values, "adapters": ADAPTERS, **keys}))
-    return path
+    training = {"max_steps": None, "epochs": 8, "evals": 4, "learning_rate": 1e-2}
+    values = {"task": "text-classification", "adapters": ADAPTERS, "training": training, **keys}
+    return write_values(folder, base, data=DATA, **values)
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +183,9 @@ def test_a_second_build_trains_nothing_and_int8_agrees(built: Built, tmp_path: P
 
 def test_rows_that_are_too_long_are_counted_and_left_out(built: Built, tmp_path: Path) -> None:
     rows = [*DATA["place.jsonl"], {"text": "lamp " * 70, "label": "lamp"}]
-    (tmp_path / "long.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    found = evaluate(built.bundle, "place", tmp_path / "long.jsonl", progress=QUIET)
+    found = evaluate(built.bundle, "place", write_rows(tmp_path / "long.jsonl", rows), progress=QUIET)
     assert (found.rows, found.too_long) == (len(TEXTS), 1)
-    recipe = write_recipe(tmp_path, built.base, training={"max_steps": 1, "precision": "fp32"})
+    recipe = write_recipe(tmp_path, built.base, training={"max_steps": 1})
     changes = {"adapters.place.data.train": "long.jsonl", "adapters.power": ADAPTERS["power"]}
     progress = Listening()
     result = build(Recipe.from_file(recipe, changes), tmp_path / "home", progress=progress)
@@ -239,7 +232,7 @@ def test_a_recipe_that_no_encoder_can_follow_is_refused(
     with pytest.raises(UsageError) as caught:
         Recipe.from_file(write_recipe(tmp_path, built.base, **keys))
     assert all(message in str(caught.value) for message in messages)
-    assert "recipe.yaml:1: " in str(caught.value)
+    assert re.match(r".*recipe\.yaml:\d+: ", str(caught.value))
 
 
 def test_a_base_that_writes_text_is_refused_by_name(
@@ -340,7 +333,7 @@ def test_rows_without_a_text_and_a_label_are_refused(
     built: Built, tmp_path: Path, rows: list[dict[str, object]], message: str
 ) -> None:
     recipe = write_recipe(tmp_path, built.base, adapters={"place": ADAPTERS["place"]})
-    (tmp_path / "place.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_rows(tmp_path / "place.jsonl", rows)
     with pytest.raises(UsageError, match=message):
         build(Recipe.from_file(recipe), tmp_path / "home", progress=QUIET)
 
