@@ -54,10 +54,14 @@ def values_of(
     training: Mapping[str, object] | None = None,
     **keys: object,
 ) -> dict[str, Any]:
-    """The values of a recipe, by default with one adapter, `command`; `training` goes over TRAINING."""
+    """The values of a recipe, by default with one adapter, `command`; `training` goes over TRAINING.
+
+    Tiny bases are computed with one thread: more wait for each other, for longer than they compute.
+    """
     return {
         "name": "home",
         "base": str(base),
+        "threads": 1,
         "training": {**TRAINING, **(training or {})},
         "adapters": {"command": adapter_of()} if adapters is None else adapters,
         **keys,

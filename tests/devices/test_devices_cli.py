@@ -148,7 +148,7 @@ def test_needs_of_a_recipe_follow_its_methods_and_quantization(
 def test_a_board_chooses_only_what_the_recipe_leaves_unset(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     header = read_header(tiny_gguf("llama"))
     assert _settings(make_recipe(tmp_path, "base"), header).board is None
-    free = _settings(make_recipe(tmp_path, "base", device="pi-4"), header)
+    free = _settings(make_recipe(tmp_path, "base", device="pi-4", threads=None), header)
     assert (free.quantization, free.recipe.context_length, free.recipe.threads) == ("q8_0", 512, 4)
     written = {"quantization": "q4_0", "context_length": 64, "threads": 2}
     bound = _settings(make_recipe(tmp_path, "base", device="pi-4", **written), header)

@@ -60,7 +60,7 @@ def shown(name: str) -> str:
 
 
 def recipe_of(base: Path, train: object = LIGHTS, **training: object) -> dict[str, Any]:
-    return values_of(base, {"reply": adapter_of(train=train)}, training, threads=1)
+    return values_of(base, {"reply": adapter_of(train=train)}, training)
 
 
 class Recorder:
@@ -143,7 +143,7 @@ def test_events_have_steps_messages_and_losses(built: tuple[edgetune.Build, Reco
 def test_rows_from_a_file_give_the_same_training_as_rows_in_memory(
     built: tuple[edgetune.Build, Recorder], tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
-    recipe, events = write_recipe(tmp_path, tiny_gguf("llama"), {"reply": adapter_of()}, threads=1), Recorder()
+    recipe, events = write_recipe(tmp_path, tiny_gguf("llama"), {"reply": adapter_of()}), Recorder()
     again = edgetune.build(recipe, built[0].bundle, on_progress=events)
     assert not events.steps
     assert again.losses == built[0].losses

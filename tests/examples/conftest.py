@@ -49,7 +49,6 @@ def home_bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempP
         adapters,
         data={f"{name}.jsonl": rows for name, rows in data.items()},
         training={"max_steps": 40, "epochs": 40, "learning_rate": 1e-2, "evals": 1},
-        threads=1,
         context_length=512,
     )
     return build(recipe, folder / "home", progress=Progress(quiet=True)).bundle

@@ -79,7 +79,7 @@ def bundles(
 
 def build_tiny(name: str, folder: Path, base: Path, *settings: str) -> None:
     """Build NAME.yaml with the command of the README and these settings."""
-    settings = (f"base={base}", "training.precision=fp32", *settings)
+    settings = (f"base={base}", "threads=1", "training.precision=fp32", *settings)
     changes = [word for setting in settings for word in ("--set", setting)]
     assert main(["build", str(TRIAGE / f"{name}.yaml"), "--out", str(folder / name), *changes]) == 0
 

@@ -227,7 +227,7 @@ def test_a_folder_is_converted_and_quantized_once_to_what_its_board_picks(
     tiny_folder: Callable[[str], Path], slow_board: Callable[..., str], tmp_path: Path
 ) -> None:
     recipe, work, listening = (
-        recipe_of(tmp_path, tiny_folder("llama"), device=slow_board()),
+        recipe_of(tmp_path, tiny_folder("llama"), device=slow_board(), threads=None),
         tmp_path / "w",
         Listening(),
     )

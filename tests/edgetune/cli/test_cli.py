@@ -26,6 +26,7 @@ RECIPE = """\
 name: home
 base: {base}
 context_length: 96
+threads: 1
 training: {{max_steps: 4, evals: 2, batch_size: 4}}
 adapters:
   reply:
@@ -246,10 +247,11 @@ def test_validate_tells_base_board_and_rows(run: Run, recipe: Path) -> None:
 
 
 def test_plan_shows_what_a_build_will_do(run: Run, recipe: Path) -> None:
-    code, out, err = run("plan", recipe, "--set", "device=pi-4", "--json")
+    board = ("--set", "device=pi-4", "--set", "threads=null", "--json")
+    code, out, err = run("plan", recipe, *board)
     found = json.loads(out)
     assert (code, err) == (0, "")
-    assert found == json.loads(run("validate", recipe, "--set", "device=pi-4", "--json")[1]) | {"needs": found["needs"]}
+    assert found == json.loads(run("validate", recipe, *board)[1]) | {"needs": found["needs"]}
     assert (found["threads"], found["context_length"], found["formats"]) == (4, 96, ["gguf"])
     assert (found["base"]["steps"], found["base"]["quantization"]) == ([], None)
     (fit,) = found["board"]["fits"]

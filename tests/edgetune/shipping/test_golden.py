@@ -56,7 +56,7 @@ def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
         for name in ROWS
     }
     data = {f"{name}.jsonl": rows for name, rows in ROWS.items()}
-    keys = {"targets": ["gguf", "onnx"], "training": {"evals": 1}, "threads": 1, "states": "start"}
+    keys = {"targets": ["gguf", "onnx"], "training": {"evals": 1}, "states": "start"}
     recipe = make_recipe(folder, tiny_gguf("llama"), adapters, data=data, **keys)
     return build(recipe, folder / "home", progress=QUIET).bundle
 
