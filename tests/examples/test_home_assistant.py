@@ -20,7 +20,7 @@ from assist.pick import is_question, pick
 from assist.prompt import Request, rewrite
 from assist.words import alike, share_said, spoken
 from edgetune_runtime import Runtime
-from edgetune_runtime.decoding.output import output_of
+from edgetune_runtime.decoding.output import output_of, spec_of
 from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.settings import Access, ServerLimits
 from generator import replies
@@ -69,7 +69,7 @@ def homes() -> list[Home]:
 @pytest.mark.parametrize("number", range(7))
 def test_a_row_is_what_the_request_of_home_assistant_becomes_and_its_answer_fits_the_schema(number: int) -> None:
     home = homes()[number]
-    for row in islice(rows(f"rows {number}", home, 1.0, training=True), 60):
+    for place, row in enumerate(islice(rows(f"rows {number}", home, 1.0, training=True), 60)):
         *lines, sentence = row["prompt"].split("\n")
         if any(line.startswith("before: ") for line in lines):
             continue
@@ -77,7 +77,9 @@ def test_a_row_is_what_the_request_of_home_assistant_becomes_and_its_answer_fits
         tools = tools if "no timers" not in lines else [*tools, {"function": {"name": "HassCancelAllTimers"}}]
         request = ask(home, sentence.removeprefix("> "), tools=tools)
         assert request.prompt == row["prompt"]
-        assert output_of(schema=request.schema).accepts(row["completion"]), row
+        # One of them within the limits that the runtime sets, in a process of its own.
+        constraint = (spec_of if place else output_of)(schema=request.schema)
+        assert constraint.accepts(row["completion"]), row
 
 
 def test_rows_name_only_devices_and_areas_that_the_prompt_has() -> None:
@@ -96,11 +98,16 @@ def test_the_answers_of_all_rows_fit_the_schema_of_the_adapter() -> None:
 
 @pytest.mark.slow
 def test_every_tool_and_every_kind_of_answer_is_in_the_rows() -> None:
-    found: set[str] = set()
-    for row in islice(rows("tools", load_home(EXAMPLE / "home.yaml"), 0.3, training=True), 2500):
+    missing = {*TOOLS, "ask", "missing", "talk"}
+    made = rows("tools", load_home(EXAMPLE / "home.yaml"), 0.3, training=True)
+    for row in islice(made, 2500):
         answer = json.loads(row["completion"])
-        found |= {call["call"] for call in answer} if isinstance(answer, list) else set(answer)
-    assert found == {*TOOLS, "ask", "missing", "talk"}
+        kinds = {call["call"] for call in answer} if isinstance(answer, list) else set(answer)
+        assert kinds <= {*TOOLS, "ask", "missing", "talk"}
+        missing -= kinds
+        if not missing:
+            break
+    assert not missing
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_gives_others() -> None:

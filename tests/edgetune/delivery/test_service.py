@@ -63,7 +63,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "units"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(service, "_READY_S", 5.0)
+    monkeypatch.setattr(service, "_READY_S", 3.0)
     monkeypatch.setattr(sockets, "_ENDING_S", 1.0)
     yield folder
     with suppress(FileNotFoundError, ProcessLookupError):
