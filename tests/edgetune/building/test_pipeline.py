@@ -16,9 +16,9 @@ from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.threads import machine
 from peft import LoraConfig, get_peft_model
-from recipes import NAME, adapter_of, lights, make_recipe, write_rows
+from recipes import adapter_of, lights, make_recipe, write_rows
 from tiny import make_folder, make_tokenizer
-from trainings import QUIET, Listening, build_in_two_processes, modified
+from trainings import QUIET, Listening, modified
 from transformers import AutoModelForCausalLM
 
 from edgetune.bases import Base
@@ -248,15 +248,6 @@ def test_a_folder_that_its_board_cannot_hold_is_refused_before_it_is_converted(
     with pytest.raises(IncompatibleError, match="slow leaves 42 MB"):
         build(recipe, tmp_path / "home", progress=QUIET)
     assert not (tmp_path / "home.work").exists()
-
-
-def test_two_processes_train_and_the_first_one_ships(
-    tmp_path: Path, built: Built, tiny_gguf: Callable[[str], Path]
-) -> None:
-    recipe_of(tmp_path, tiny_gguf("llama"), ("plain",), context_length=256)
-    figures = build_in_two_processes(tmp_path / NAME, tmp_path / "home")["adapters"]["plain"]
-    assert figures["val_loss"] == pytest.approx(built.result.figures["plain"]["val_loss"], rel=1e-3)
-    assert read_manifest(tmp_path / "home").adapters["plain"].parity["gguf"]["kl"] < 1e-4
 
 
 def test_more_context_than_the_base_takes_is_refused_before_training(

@@ -330,8 +330,13 @@ def test_the_resolved_recipe_has_portable_paths_and_what_is_set(tmp_path: Path) 
     }  # fmt: skip
 
 
-def test_two_processes_continue_one_base(built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+def test_two_processes_train_the_base_and_the_adapter_of_one_bundle(
+    built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
     recipe_of(tmp_path, tiny_gguf("llama"), quantization="q8_0")
-    told = build_in_two_processes(tmp_path / NAME, tmp_path / "home")["domain"]
-    assert told["val_loss"] == pytest.approx(built.result.domain["val_loss"], rel=1e-2)
+    figures = build_in_two_processes(tmp_path / NAME, tmp_path / "home")
+    told, adapter = figures["domain"], figures["adapters"]["plain"]
+    assert told["val_loss"] == pytest.approx(built.result.domain["val_loss"], rel=1e-3)
+    assert adapter["val_loss"] == pytest.approx(built.result.figures["plain"]["val_loss"], rel=1e-3)
+    assert adapter["parity"]["kl"] == pytest.approx(built.result.figures["plain"]["parity"]["kl"], abs=1e-4)
     assert read_manifest(tmp_path / "home").base.domain["perplexity"] == told["perplexity"]
