@@ -87,7 +87,7 @@ def test_an_alias_names_the_package_that_is_missing(
         ("./nowhere/model", "no base './nowhere/model'"),
     ],
 )
-def test_an_unknown_base_is_refused_with_what_there_is(name: str, message: str, resolve: Callable[..., Base]) -> None:
+def test_the_error_about_an_unknown_base_lists_the_bases(name: str, message: str, resolve: Callable[..., Base]) -> None:
     assert_refused(NotFoundError, message, lambda: resolve(name))
 
 

@@ -188,7 +188,7 @@ def test_rows_that_do_not_fit_are_counted_and_not_scored(
         ("exakt", {"prompt": "play", "completion": "on"}, VerificationError, "unknown metric 'exakt'"),
     ],
 )
-def test_what_cannot_be_scored_is_one_clear_error(
+def test_rows_that_cannot_be_scored_are_one_error(
     bundle_with: Callable[..., Path],
     write: Callable[..., Path],
     metric: str,
@@ -207,7 +207,9 @@ def test_an_unknown_adapter_and_missing_data_are_named(plain_bundle: Path, tmp_p
         score(plain_bundle, tmp_path / "rows.jsonl")
 
 
-def test_a_damaged_recipe_in_the_manifest_is_told(bundle_with: Callable[..., Path], write: Callable[..., Path]) -> None:
+def test_a_damaged_recipe_in_the_manifest_is_an_error(
+    bundle_with: Callable[..., Path], write: Callable[..., Path]
+) -> None:
     with pytest.raises(VerificationError, match="has invalid columns"):
         score(bundle_with("exact", {"prompt": 3}), write({"prompt": "play", "completion": "on"}))
 

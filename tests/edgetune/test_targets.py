@@ -38,7 +38,7 @@ def test_a_merged_adapter_is_a_whole_model_in_each_format() -> None:
     assert shapes("lora", merged=True) == {"gguf": "merged", "onnx": "merged"}
 
 
-def test_a_pair_that_cannot_be_expressed_is_refused_with_the_adapter_and_a_way_out(tmp_path: Path) -> None:
+def test_a_method_that_a_target_does_not_support_is_refused_with_the_adapter_and_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="adapter 'lights': ") as refused:
         shapes_of(recipe_of(tmp_path, "bottleneck"))
     assert "gguf" in refused.value.message

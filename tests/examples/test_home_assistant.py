@@ -285,7 +285,7 @@ def test_results_are_read_as_older_and_newer_versions_of_home_assistant_send_the
         assert said in request.prompt.split("\n")[0]
 
 
-def test_without_tools_an_answer_says_what_to_set_in_place_of_calls() -> None:
+def test_without_tools_the_answer_names_the_setting_to_change() -> None:
     request = rewrite([{"role": "user", "content": "what time is it"}])
     assert request.prompt == "> what time is it"
     reply = request.reply('[{"call": "GetDateTime"}]')

@@ -216,7 +216,7 @@ def mqtt_app(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         {"service": "x", "area": None},
     ],
 )
-def test_what_the_model_invents_reaches_no_other_topic(mqtt_app: ModuleType, call: dict[str, object]) -> None:
+def test_invented_areas_and_services_reach_no_other_topic(mqtt_app: ModuleType, call: dict[str, object]) -> None:
     assert mqtt_app.Broker("home").publish_order(call) == "failed: not understood"
 
 

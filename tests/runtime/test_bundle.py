@@ -34,7 +34,7 @@ def test_a_manifest_reads_back_as_it_was_written(bundle: Path) -> None:
     assert manifest.adapter("tone").labels == ("red", "green", "warm red", "warm")
 
 
-def test_an_unknown_adapter_names_those_there_are(bundle: Path) -> None:
+def test_the_error_about_an_unknown_adapter_lists_the_adapters(bundle: Path) -> None:
     with pytest.raises(NotFoundError, match=r"'tome'.*command, tone, whole"):
         read_manifest(bundle).adapter("tome")
 
@@ -70,7 +70,7 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"schema": 2}', '{"schema": "2"}', "[" * 100_000, "\ud800"])
-def test_what_is_no_manifest_is_damaged(text: str, tmp_path: Path) -> None:
+def test_an_invalid_manifest_is_damaged(text: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(VerificationError, match="manifest"):
         read_manifest(tmp_path)

@@ -202,7 +202,7 @@ def test_raw_measurements_are_those_of_a_computer() -> None:
     assert 0.05 < arithmetic(1) < 100_000
 
 
-def test_a_trial_tells_prediction_and_measurement(both: Path) -> None:
+def test_a_trial_reports_prediction_and_measurement(both: Path) -> None:
     needs = needs_of_bundle(both)
     trial = try_bundle(
         lambda: Runtime.open(both, disk_mb=0, threads=1), needs, known=Calibration(FIGURES, needs.weights), repacks=()
@@ -212,7 +212,7 @@ def test_a_trial_tells_prediction_and_measurement(both: Path) -> None:
     assert trial.found["measured_tokens_per_s"]["decode"] > 0
 
 
-def test_a_trial_says_why_a_bundle_is_refused(both: Path) -> None:
+def test_a_trial_reports_why_a_bundle_is_refused(both: Path) -> None:
     needs = needs_of_bundle(both)
     trial = try_bundle(lambda: Runtime.open(both, engine="gguf", kv="f64"), needs, known=None, repacks=())
     assert trial.figures is None

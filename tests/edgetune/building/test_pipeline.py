@@ -118,7 +118,7 @@ def test_states_ship_with_the_bundle_and_are_found_there_whatever_the_weights(
                 assert answer.timings.reused_tokens == (job.fixed if job.is_worth_a_state else 0)
 
 
-def test_the_figures_tell_training_and_parity(built: Built) -> None:
+def test_the_figures_have_training_and_parity(built: Built) -> None:
     told = built.result.to_json()
     assert json.loads(json.dumps(told)) == told
     assert (told["bundle"], list(told["adapters"])) == (str(built.bundle), ["plain", "scaled", "whole"])
@@ -130,7 +130,7 @@ def test_the_figures_tell_training_and_parity(built: Built) -> None:
         assert Path(figures["plot"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_manifest_says_what_is_in_the_bundle(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
+def test_the_manifest_describes_base_and_adapters(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
     adapters, plan = built.manifest.adapters, built.manifest.plan
     assert {name: item["target_modules"] for name, item in plan["adapters"].items()}["plain"] == "all-linear"
     assert plan["adapters"]["plain"]["trainable_parameters"] == adapters["plain"].training["trainable_parameters"]
@@ -169,7 +169,7 @@ def test_a_second_build_trains_nothing(built: Built, tiny_gguf: Callable[[str], 
     assert again == built.result
 
 
-def test_a_build_goes_on_and_trains_only_what_is_new(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+def test_a_resumed_build_trains_only_new_or_changed_adapters(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
     out, training = tmp_path / "home", tmp_path / "home.work/train"
     recipe = recipe_of(tmp_path, tiny_gguf("llama"))
     with pytest.raises(KeyboardInterrupt):

@@ -232,7 +232,7 @@ def test_schema_prints_the_recipes_schema(run: Run) -> None:
     assert (code, json.loads(out)) == (0, json_schema())
 
 
-def test_validate_tells_base_board_and_rows(run: Run, recipe: Path) -> None:
+def test_validate_prints_base_board_and_rows(run: Run, recipe: Path) -> None:
     code, out, err = run("validate", recipe, "--set", "device=pi-4", "--json")
     found = json.loads(out)
     assert (code, err) == (0, "")
@@ -288,7 +288,7 @@ def test_an_error_cannot_control_the_terminal(run: Run, tmp_path: Path) -> None:
     assert "title" in err and err.removesuffix("\n").isprintable()
 
 
-def test_validate_tells_the_problems_of_all_adapters_at_once(run: Run, recipe: Path) -> None:
+def test_validate_reports_the_problems_of_all_adapters_at_once(run: Run, recipe: Path) -> None:
     (recipe.parent / "reply.jsonl").unlink()
     write_rows(recipe.parent / "tone.jsonl", [*LABELED, {"text": "stop", "label": "wram"}])
     code, out, err = run("validate", recipe)
@@ -340,7 +340,7 @@ def test_debug_may_stand_anywhere_and_shows_the_traceback(run: Run, tmp_path: Pa
         assert err.splitlines()[-1].startswith("edgetune: no recipe ")
 
 
-def test_a_full_disk_is_told_in_one_line() -> None:
+def test_a_full_disk_is_a_one_line_error() -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run([*EDGETUNE, "schema"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (

@@ -227,7 +227,7 @@ def test_a_method_that_no_format_holds_is_refused_without_training(request_of: C
         ({"settings": {"dora.r": "2"}}, "--set: dora is not in --methods; add it there, or remove --set dora.…"),
     ],
 )
-def test_a_wrong_request_is_told_before_anything_is_done(
+def test_an_invalid_request_is_refused_before_any_work(
     request_of: Callable[..., Request], tmp_path: Path, keys: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UsageError) as raised:
@@ -236,7 +236,9 @@ def test_a_wrong_request_is_told_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_data_and_a_wrong_folder_are_told_first(request_of: Callable[..., Request], tmp_path: Path) -> None:
+def test_wrong_data_and_a_wrong_folder_are_refused_before_any_work(
+    request_of: Callable[..., Request], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file is not a folder; choose another --out"):
         compare(request_of(out=tmp_path / "file"), no_run, QUIET)
@@ -263,7 +265,7 @@ def test_all_trials_get_the_quantization_that_the_board_picks_and_a_folder_is_co
     assert base.name.endswith("-q4_0.gguf")
 
 
-def test_an_interrupt_says_what_is_finished(request_of: Callable[..., Request], tmp_path: Path) -> None:
+def test_an_interrupt_reports_how_many_trials_are_finished(request_of: Callable[..., Request], tmp_path: Path) -> None:
     def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
         yield failed(trials[0], "for the test")
         raise KeyboardInterrupt

@@ -223,7 +223,7 @@ def test_methods_know_how_many_parameters_they_train_on_every_architecture(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", TABLE)
-def test_what_runs_is_what_was_trained(
+def test_each_engine_computes_what_was_trained(
     name: str, backend: str, tuned: Callable[..., Tuned], source: Source, tmp_path: Path
 ) -> None:
     shapes, options = TABLE[name]

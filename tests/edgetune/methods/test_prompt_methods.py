@@ -182,7 +182,7 @@ def test_a_training_learns_and_leaves_the_base_as_it_was(case: str, base_of: Bas
 
 
 @pytest.mark.parametrize("case", ["prefix", "p_tuning", "cartridge"])
-def test_an_interrupted_run_goes_on_to_the_same_positions(case: str, base_of: BaseOf, tmp_path: Path) -> None:
+def test_an_interrupted_training_resumes_to_the_same_positions(case: str, base_of: BaseOf, tmp_path: Path) -> None:
     base, asked = base_of("llama"), job(case, max_steps=4)
     train(base, asked, tmp_path / "whole", QUIET)
     with pytest.raises(CancelledError):
@@ -201,7 +201,9 @@ def test_bf16_trains_float32_positions(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("case", METHODS)
-def test_the_folded_prefix_says_what_the_checkpoint_says(case: str, arch: str, base_of: BaseOf, tmp_path: Path) -> None:
+def test_the_folded_prefix_computes_what_the_checkpoint_does(
+    case: str, arch: str, base_of: BaseOf, tmp_path: Path
+) -> None:
     base, (method, options) = base_of(arch), method_of(case)
     with attached(case, base) as model, torch.no_grad():
         for _, parameter in trainable(model):
@@ -289,7 +291,7 @@ def test_a_prefix_begins_as_asked(init: str, largest: float, base_of: BaseOf) ->
         assert model.positions().std().item() == pytest.approx(largest, abs=0.1)
 
 
-def test_a_network_behind_a_prefix_learns_more_slowly_unless_told(base_of: BaseOf) -> None:
+def test_a_prefix_encoder_has_a_lower_default_learning_rate(base_of: BaseOf) -> None:
     def rate(**options: object) -> float:
         method, prepared = method_of("prefix", **options)
         with attached("prefix", base_of("llama"), **options) as model:
@@ -301,7 +303,9 @@ def test_a_network_behind_a_prefix_learns_more_slowly_unless_told(base_of: BaseO
     assert rate(prefix_projection=True, learning_rate_factor=3) == pytest.approx(3e-3)
 
 
-def test_what_cannot_be_is_refused_in_one_line(base_of: BaseOf, document: str, tmp_path: Path) -> None:
+def test_impossible_options_of_prompt_methods_are_one_line_errors(
+    base_of: BaseOf, document: str, tmp_path: Path
+) -> None:
     base = base_of("llama")
     with pytest.raises(
         UsageError, match="num_virtual_tokens is 512, but the base has 512 positions; give fewer than 512"
@@ -322,7 +326,7 @@ def test_what_cannot_be_is_refused_in_one_line(base_of: BaseOf, document: str, t
         done.method.fold(checkpoint_of(done, base_of("gemma3"), tmp_path), "prefix")
 
 
-def test_a_document_lies_beside_the_recipe(document: str, tmp_path: Path) -> None:
+def test_the_path_of_a_document_is_relative_to_the_recipe(document: str, tmp_path: Path) -> None:
     method = {"name": "cartridge", "document": "document.txt"}
     read = make_recipe(tmp_path, "b.gguf", {"a": adapter_of(method)})
     assert read.adapters["a"].method.options.model_dump()["document"] == document

@@ -63,7 +63,7 @@ def test_a_format_that_cannot_hold_the_architecture_is_refused(
             bases.find(make_recipe(tmp_path, base, targets=["gguf", "onnx"]))
 
 
-def test_a_damaged_folder_is_told(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_damaged_safetensors_file_is_an_error(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     config = (tiny_folder("llama") / "config.json").read_text(encoding="utf-8")
     (tmp_path / "config.json").write_text(config, encoding="utf-8")
     for content in (b"", b"short", (1 << 60).to_bytes(8, "little") + b"{}", bytes([2, *bytes(7)]) + b"[]"):
@@ -143,7 +143,7 @@ def test_a_machine_with_room_for_all_gets_no_warning(tiny_gguf: Callable[[str], 
         ),
     ],
 )
-def test_what_surely_cannot_be_built_is_refused_with_what_would_fit(
+def test_a_build_without_enough_memory_or_disk_is_refused_with_a_remedy(
     tiny_gguf: Callable[[str], Path], tmp_path: Path, room: dict[str, float], error: type[EdgetuneError], told: str
 ) -> None:
     base = tiny_gguf("llama")
@@ -153,7 +153,7 @@ def test_what_surely_cannot_be_built_is_refused_with_what_would_fit(
     assert str(raised.value) == told.replace("BASE", str(base))
 
 
-def test_what_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_build_that_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, tiny_gguf("llama"))
     disk, memory = build_needs.check(recipe, NEEDS, Room(Path("/data"), 8100.0, 5000.0))
     # The base's weights are mapped from disk too.
@@ -168,7 +168,7 @@ def test_what_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path], tmp_pat
     assert build_needs.check(recipe, NEEDS, Room(Path("/data"), 9000.0, 50000.0)) == []
 
 
-def test_validate_tells_the_needs(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+def test_validate_reports_the_needs(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     found = plan_build(make_recipe(tmp_path, tiny_gguf("llama")), tmp_path / "home").plan.to_json()["needs"]
     for key in ("memory_mb", "training_mb", "export_mb", "disk_mb", "bundle_mb", "free_disk_mb"):
         assert isinstance(found[key], int) and found[key] > 0, key
@@ -177,7 +177,7 @@ def test_validate_tells_the_needs(tiny_gguf: Callable[[str], Path], tmp_path: Pa
     assert plan_build(make_recipe(tmp_path, Path("nobody/nothing"))).plan.needs is None
 
 
-def test_a_build_tells_its_needs_first(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_build_reports_its_needs_before_any_work(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     first_line = Listening(stop_at="")
     with pytest.raises(KeyboardInterrupt):
         build(make_recipe(tmp_path, tiny_folder("llama")), tmp_path / "home", progress=first_line)
@@ -200,7 +200,7 @@ def test_numbers_are_rounded_up() -> None:
     assert math.isclose(NEEDS.memory_mb, 15000)
 
 
-def test_a_limit_that_training_does_not_fit_within_is_told_before_any_work(
+def test_a_memory_limit_below_the_least_for_training_is_refused_before_any_work(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     def recipe(limit_mb: int) -> Recipe:

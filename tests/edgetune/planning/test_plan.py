@@ -31,7 +31,7 @@ def bundle_of(recipe: Recipe) -> BuildPlan:
     ("keys", "steps"),
     [({}, ["convert to GGUF", "quantize to q8_0"]), ({"quantization": "f16"}, ["convert to GGUF f16"])],
 )
-def test_a_plan_says_what_becomes_of_a_folder(
+def test_a_plan_lists_the_conversions_of_a_folder(
     tiny_folder: Callable[[str], Path], tmp_path: Path, keys: dict[str, str], steps: list[str]
 ) -> None:
     base = bundle_of(recipe_of(tmp_path, tiny_folder("llama"), **keys)).base

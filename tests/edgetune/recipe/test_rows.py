@@ -132,7 +132,7 @@ def test_a_recipe_of_python_has_its_problems_in_one_error(values: dict[str, Any]
         recipe_of(ROWS, **values)
 
 
-def test_what_is_no_recipe_is_refused() -> None:
+def test_a_value_that_is_no_recipe_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"^5 is not a recipe; give a Recipe, the path of a recipe file, or a mapping$"
     ):

@@ -88,7 +88,7 @@ def test_a_score_is_shown_with_its_metric(bundle: Path, tmp_path: Path) -> None:
         ("task=", "", "is not the output of edgetune evaluate --json"),
     ],
 )
-def test_what_is_no_score_of_the_bundle_is_refused_in_one_line(
+def test_an_invalid_score_file_is_a_one_line_error(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, content: str, message: str
 ) -> None:
     (tmp_path / "score.json").write_text(content)

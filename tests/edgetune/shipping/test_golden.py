@@ -129,7 +129,7 @@ def test_states_start_has_a_server_compute_them(manifest: Manifest) -> None:
     assert not [name for name in manifest.files if name.startswith("states/")]
 
 
-def test_another_adapter_in_the_place_of_one_is_found(
+def test_check_finds_an_adapter_that_was_swapped_for_another(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "home"))

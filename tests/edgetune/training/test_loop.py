@@ -93,7 +93,7 @@ def loss_of(model: Any, rows: Sequence[Example]) -> float:  # noqa: ANN401 - wit
     return cross_entropy(logits, torch.tensor([row.tokens[5:] for row in rows]).flatten()).item()
 
 
-def test_a_training_learns_its_task_and_tells_its_figures(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_training_learns_its_task_and_returns_its_figures(run: Callable[..., Any], tmp_path: Path) -> None:
     result = run(job(max_steps=40))
     losses = [point.val_loss for point in result.history]
     assert losses[-1] == result.val_loss < 0.7 * losses[0]
@@ -171,7 +171,7 @@ def assert_as_in_one_go(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 9, 12])
-def test_an_interrupted_run_goes_on_to_the_same_weights(
+def test_an_interrupted_training_resumes_to_the_same_weights(
     step: int, run: Callable[..., Any], tmp_path: Path, whole: Path
 ) -> None:
     with pytest.raises(CancelledError, match=f"training reply stopped at step {step}; run the same command to resume"):
@@ -182,7 +182,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert_as_in_one_go(tmp_path / "run", whole)
 
 
-def test_a_killed_run_goes_on_from_its_last_validation(run: Callable[..., Any], tmp_path: Path, whole: Path) -> None:
+def test_a_killed_training_resumes_from_its_last_validation(
+    run: Callable[..., Any], tmp_path: Path, whole: Path
+) -> None:
     with pytest.raises(RuntimeError):
         run(RESUMED, progress=Stopping(8, RuntimeError))
     assert state_of(tmp_path / "run")["step"] == 6
@@ -264,7 +266,7 @@ def test_a_damaged_state_starts_the_run_anew(
     assert_as_in_one_go(tmp_path / "run", whole)
 
 
-def test_a_state_of_another_key_is_not_taken_up(run: Callable[..., Any], tmp_path: Path, whole: Path) -> None:
+def test_a_training_state_with_another_key_is_ignored(run: Callable[..., Any], tmp_path: Path, whole: Path) -> None:
     other = job(learning_rate=5e-2)
     with pytest.raises(CancelledError):
         run(TrainingJob(**{**vars(other), "key": "other"}), progress=Stopping(5, KeyboardInterrupt))

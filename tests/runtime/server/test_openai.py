@@ -112,7 +112,7 @@ def test_several_adapters_answer_with_their_scales_by_name_or_by_an_extra_member
         ({"messages": [{"role": "user", "content": "play " * 400}]}, "the context allows"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_in_the_clients_own_errors(
+def test_an_invalid_request_raises_the_clients_own_error(
     extra: dict[str, object], message: str, client: OpenAI
 ) -> None:
     arguments = {"model": "command", "messages": MESSAGES, **extra}

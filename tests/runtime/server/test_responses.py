@@ -196,7 +196,7 @@ def test_a_client_that_leaves_frees_the_context(start: Start) -> None:
     ],
 )
 @pytest.mark.parametrize("streams", [False, True])
-def test_what_cannot_be_answered_is_refused_in_one_line(
+def test_an_invalid_request_is_a_one_line_error(
     streams: bool, more: dict[str, Any], message: str, client: OpenAI
 ) -> None:
     arguments: dict[str, Any] = {"model": "command", "input": PROMPT, "stream": streams, **more}

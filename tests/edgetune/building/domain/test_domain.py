@@ -112,7 +112,7 @@ def test_the_bundle_ships_the_continued_base_and_adapters_made_for_it(built: Bui
     assert adapter.parity["gguf"]["kl"] <= TOLERANCE_KL["q8_0"]
 
 
-def test_the_figures_are_told_and_kept(built: Built) -> None:
+def test_the_figures_are_returned_and_in_the_manifest(built: Built) -> None:
     told = dict(built.result.to_json()["domain"])
     assert json.loads(json.dumps(told)) == told
     assert Path(told.pop("plot")).read_bytes().startswith(b"\x89PNG")
@@ -138,7 +138,7 @@ def test_the_figures_are_those_of_the_runtime_in_both_formats(tmp_path: Path, ti
         assert found["before"][engine] > 2 * found["after"][engine]
 
 
-def test_a_second_build_does_nothing_again(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
+def test_a_second_build_repeats_no_work(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
     before = modified(built.stage)
     again = built_in(built.bundle.parent, recipe_of(built.bundle.parent, tiny_gguf("llama"), quantization="q8_0"))
     assert modified(built.stage) == before
@@ -154,7 +154,9 @@ def test_a_base_that_was_lost_is_written_again_without_training(built: Built, ti
     assert (built.stage / "result.json").stat().st_mtime_ns == trained
 
 
-def test_a_build_that_was_stopped_goes_on(built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+def test_a_stopped_build_resumes_to_the_same_base(
+    built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q8_0")
     with pytest.raises(CancelledError, match="training domain stopped at step 13"):
         build(recipe, tmp_path / "home", progress=Stopping(13))
@@ -181,7 +183,9 @@ def test_a_lora_is_merged_into_the_base(tmp_path: Path, tiny_gguf: Callable[[str
     assert found["lost_by_rounding"]["gguf"] == pytest.approx(0, abs=0.01)
 
 
-def test_a_base_that_got_worse_is_told(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+def test_a_warning_names_the_format_in_which_continued_training_did_not_help(
+    tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
     # Text of another kind, and no look at the validation text in between.
     training = {"learning_rate": 0.3, "max_steps": 12, "evals": 1, "schedule": "constant"}
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), {**DOMAIN, "training": training})
@@ -254,7 +258,7 @@ def test_the_end_of_the_text_is_held_out(tokenizer: GgufTokenizer) -> None:
         ),
     ],
 )
-def test_what_cannot_be_learned_is_refused_in_one_line(
+def test_a_domain_without_enough_text_is_a_one_line_error(
     files: dict[str, str], domain: dict[str, Any], error: str, tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), {**DOMAIN, **domain})
@@ -266,7 +270,7 @@ def test_what_cannot_be_learned_is_refused_in_one_line(
     assert not (tmp_path / "home.work" / "train").exists()
 
 
-def test_adapters_whose_rows_do_not_fit_are_told_before_the_base_is_trained(
+def test_adapters_whose_rows_are_too_long_are_refused_before_the_base_is_trained(
     tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), context_length=16)

@@ -124,7 +124,7 @@ def test_the_tasks_are_learned(built: Built) -> None:
         assert found.score > 0.9
 
 
-def test_the_manifest_tells_what_is_in_the_bundle(built: Built) -> None:
+def test_the_manifest_describes_the_bundle(built: Built) -> None:
     manifest = built.manifest
     assert manifest.task == "text-classification"
     assert manifest.base.fingerprint == sha256_of(built.base / "model.safetensors")
@@ -193,7 +193,7 @@ def test_rows_that_are_too_long_are_counted_and_left_out(built: Built, tmp_path:
     assert any("place: 1 rows are longer than 64 tokens" in line for line in progress.lines)
 
 
-def test_a_graph_that_is_not_what_was_trained_is_found(
+def test_an_exported_graph_that_differs_from_the_trained_model_fails_the_build(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(built.bundle.with_name("home.work"), tmp_path / "home.work")
@@ -360,7 +360,7 @@ def test_the_plain_base_cannot_be_scored(built: Built) -> None:
         evaluate(built.bundle, None, built.recipe.with_name("place.jsonl"), progress=QUIET)
 
 
-def test_the_command_line_validates_and_tells_what_fits_nowhere(
+def test_validate_works_for_encoders_and_devices_fit_refuses_them(
     built: Built, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["validate", str(built.recipe), "--json"]) == 0
@@ -371,7 +371,7 @@ def test_the_command_line_validates_and_tells_what_fits_nowhere(
         assert "there are no predictions for encoders on boards" in capsys.readouterr().err
 
 
-def test_a_build_that_was_stopped_goes_on_to_the_same_head(built: Built, tmp_path: Path) -> None:
+def test_a_stopped_build_resumes_to_the_same_head(built: Built, tmp_path: Path) -> None:
     recipe = Recipe.from_file(built.recipe)
     with pytest.raises(CancelledError, match="training place stopped at step 5"):
         build(recipe, tmp_path / "home", progress=Stopping(5))

@@ -76,7 +76,7 @@ def test_the_placement_with_the_least_trial_loss_is_chosen(built: Built) -> None
     assert (chosen["max_decode_overhead"], chosen["steps"]) == (1.0, 4)
 
 
-def test_what_was_chosen_is_trained_and_runs(built: Built) -> None:
+def test_the_chosen_placement_is_trained_and_runs(built: Built) -> None:
     chosen, entry = built.figures["placement"], read_manifest(built.bundle).adapters["command"]
     names = (*ATTENTION, *MLP) if chosen["target_modules"] == "all-linear" else chosen["target_modules"]
     assert {module.rpartition(".")[2] for module in entry.ranks} == set(names)
@@ -97,7 +97,7 @@ def test_the_bundles_recipe_names_what_was_chosen(built: Built) -> None:
     assert method["lora_alpha"] / method["r"] == 16
 
 
-def test_the_choice_is_told_in_a_table(built: Built) -> None:
+def test_the_build_prints_a_table_of_the_placements(built: Built) -> None:
     start = next(number for number, line in enumerate(built.lines) if "command: modules and rank for" in line)
     table = built.lines[start + 1 : start + 8]
     assert "measured here with gguf" in built.lines[start]
@@ -109,7 +109,7 @@ def test_the_choice_is_told_in_a_table(built: Built) -> None:
     assert [line.endswith("<- chosen") for line in table].count(True) == 1
 
 
-def test_a_build_that_goes_on_chooses_by_the_first_figures(built: Built) -> None:
+def test_a_resumed_build_keeps_the_placement_that_was_chosen(built: Built) -> None:
     work = built.bundle.with_name("home.work") / "placement"
     kept = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     assert not (work / "bench").exists()
@@ -120,7 +120,7 @@ def test_a_build_that_goes_on_chooses_by_the_first_figures(built: Built) -> None
     assert not any(line.startswith(("measuring", "loading")) for line in progress.lines)
 
 
-def test_what_was_measured_before_a_kill_is_not_measured_again(
+def test_a_resumed_build_keeps_costs_that_were_measured(
     tiny_gguf: Callable[[str], Path], tiny_base: Callable[[str], Base], tmp_path: Path
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), "100%")
@@ -135,7 +135,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(
     assert set(costs(wanted, plan, base, recipe, folder=tmp_path, progress=QUIET)) == set(wanted)
 
 
-def test_a_budget_of_nothing_is_refused_and_names_the_cheapest(
+def test_a_budget_that_no_placement_meets_is_refused_with_the_cheapest_one(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError) as caught:
@@ -214,7 +214,7 @@ def test_a_share_is_written_as_percentage_or_number(written: object, share: floa
 
 
 @pytest.mark.parametrize("written", ["ten%", "101%", -0.1, 10, "nan%", ""])
-def test_what_is_no_share_is_refused(written: object) -> None:
+def test_an_invalid_share_is_refused(written: object) -> None:
     with pytest.raises(ValidationError):
         methods.load("lora").options(max_decode_overhead=written)
 

@@ -197,7 +197,7 @@ def test_empty_slots_change_no_bit(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", FEW)
-def test_an_adapter_does_what_it_does_in_peft(
+def test_an_exported_adapter_computes_what_it_does_in_peft(
     arch: str,
     kind: str,
     made: Made,
@@ -274,7 +274,7 @@ def test_a_merged_model_answers_as_the_adapter(
     assert compare(tuned.plain, engine, rows).kl > 0.05
 
 
-def test_an_adapter_in_f16_takes_half_the_room_and_says_nearly_the_same(
+def test_an_adapter_in_f16_has_half_the_size_and_nearly_the_same_logits(
     made: Made, tune: Callable[..., Any], open_engine: Callable[..., Any], rows: list[list[int]], tmp_path: Path
 ) -> None:
     tuned, base = tune("llama"), made("llama")
@@ -413,7 +413,9 @@ def test_an_unknown_method_is_refused(source_of: Sources, tmp_path: Path) -> Non
         ("q4_1", "auto", "q4_1"),
     ],
 )
-def test_how_the_weights_are_rounded_is_told(held: str, weights: str, said: str, source_of: Sources) -> None:
+def test_the_weight_type_names_how_the_weights_are_rounded(
+    held: str, weights: str, said: str, source_of: Sources
+) -> None:
     assert weight_type(replace(source_of("llama", held), onnx=OnnxOptions(weights))) == said
 
 

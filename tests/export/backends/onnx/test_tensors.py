@@ -269,7 +269,7 @@ def test_the_output_layer_takes_slots_too(
     np.testing.assert_allclose(decoded(engine, rows[0], {"ia3": 1.0, "lora": 1.0}), expected, atol=1e-4)
 
 
-def test_an_adapter_in_f16_says_nearly_the_same(
+def test_an_adapter_in_f16_gives_nearly_the_same_logits(
     made: Made,
     tiny_source: Callable[[str], Source],
     open_engine: Callable[..., OnnxEngine],
