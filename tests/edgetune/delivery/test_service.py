@@ -20,6 +20,7 @@ from threading import Thread
 
 import pytest
 from kits import SYSTEMCTL, KitMaker, ask, with_fields
+from ports import free_port
 
 from edgetune.delivery.board import check, golden, main, service, sockets, versions
 from edgetune.delivery.board.kit import Kit, read_kit
@@ -72,9 +73,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        found: int = taken.getsockname()[1]
-        return found
+    return free_port()
 
 
 def run(*words: object) -> int:

@@ -16,12 +16,6 @@ PROMPT = "turn on the light"
 MESSAGES = [{"role": "user", "content": PROMPT}]
 
 
-@pytest.fixture
-def client(server: Running):  # noqa: ANN201 - an OpenAI client, closed afterwards
-    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
-        yield client
-
-
 def test_models_are_the_base_and_its_adapters_with_their_parent(client: OpenAI) -> None:
     found = {model.id: model.parent for model in client.models.list()}
     assert found == {"home": None, "command": "home", "tone": "home", "whole": "home"}

@@ -34,12 +34,6 @@ class Color(BaseModel):
 
 
 @pytest.fixture
-def client(server: Running) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
 def tools_client(start: Start, tools_bundle: Path) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{start(tools_bundle, contexts=1).url}/v1", api_key="-", max_retries=0) as client:
         yield client
