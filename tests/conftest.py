@@ -99,10 +99,19 @@ def _forking(module: ModuleType) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def forked_converter() -> Iterator[None]:
+    """Let a test convert folders with forks.py; test_bases.py and test_convert.py start the converter as users do."""
+    from edgetune_export.backends.gguf import convert as converter  # noqa: PLC0415 - only where a test needs a base
+
+    with _forking(converter):
+        yield
+
+
 @pytest.fixture(scope="session")
 def convert() -> Callable[[Path, Path], None]:
     """`convert(folder, out)`: write the f16 GGUF of a Hugging Face folder."""
-    from edgetune_export.backends.gguf import convert as converter  # noqa: PLC0415 - only where a test needs a base
+    from edgetune_export.backends.gguf import convert as converter  # noqa: PLC0415 - as above
 
     def call(folder: Path, out: Path) -> None:
         with _forking(converter):

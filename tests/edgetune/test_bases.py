@@ -23,8 +23,6 @@ from edgetune import bases
 from edgetune.bases import Base, load_torch
 from edgetune.progress import Progress
 
-READ_BY_TRANSFORMERS = [arch for arch in ARCHITECTURES if architectures.known()[arch].transformers_reads_gguf]
-
 
 @pytest.fixture
 def resolve(tmp_path: Path) -> Callable[..., Base]:

@@ -223,6 +223,7 @@ def test_one_training_ships_in_both_formats(tmp_path: Path, tiny_gguf: Callable[
     assert answers[0] == answers[1]
 
 
+@pytest.mark.usefixtures("forked_converter")
 def test_a_folder_is_converted_and_quantized_once_to_what_its_board_picks(
     tiny_folder: Callable[[str], Path], slow_board: Callable[..., str], tmp_path: Path
 ) -> None:

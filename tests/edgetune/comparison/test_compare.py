@@ -246,6 +246,7 @@ def test_wrong_data_and_a_wrong_folder_are_refused_before_any_work(
         compare(request_of(out=tmp_path / "out", data="no-such.jsonl"), no_run, QUIET)
 
 
+@pytest.mark.usefixtures("forked_converter")
 def test_all_trials_get_the_quantization_that_the_board_picks_and_a_folder_is_converted_once(
     tiny_folder: Callable[[str], Path], slow_board: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.onnx_file import read_onnx
+from genai import greedy, greedy_in_genai
 from onnx import numpy_helper
 from tiny import ARCHITECTURES, FEW
 from transformers import PreTrainedModel
@@ -310,18 +311,6 @@ def test_logits_start_leaves_out_the_rows_before_it(made: Made, first_rows: np.n
         np.testing.assert_allclose(part, whole[:, start:], atol=1e-5)
 
 
-def greedy(engine: OnnxEngine, prompt: list[int], adapters: dict[str, float], count: int) -> list[int]:
-    engine.activate(adapters)
-    engine.truncate(0)
-    tokens, logits = [], engine.decode(prompt)
-    while len(tokens) < count:
-        tokens.append(int(logits.argmax()))
-        if engine.tokenizer.is_end(tokens[-1]):
-            break
-        logits = engine.decode(tokens[-1:])
-    return tokens
-
-
 @pytest.mark.parametrize("arch", FEW)
 def test_onnxruntime_genai_gives_the_same_texts_on_the_same_folder(
     arch: str, made: Made, tune: Callable[..., Any], open_engine: Callable[..., Any], tmp_path: Path
@@ -337,22 +326,10 @@ def test_onnxruntime_genai_gives_the_same_texts_on_the_same_folder(
     prompt = engine.tokenizer.tokenize("<|im_start|>user\nturn on the warm light in the kitchen<|im_end|>\n")
     assert tokenizer.encode("turn on the lamp").tolist() == engine.tokenizer.tokenize("turn on the lamp")
 
-    def answer(kind: str | None) -> list[int]:
-        parameters = og.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(prompt) + 12, do_sample=False)
-        generator = og.Generator(model, parameters)
-        if kind is not None:
-            generator.set_active_adapter(adapters, kind)
-        generator.append_tokens(np.array([prompt], np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        return list(generator.get_sequence(0)[len(prompt) :])
-
     texts = set()
     for kind in (None, *KINDS, None):
         ours = greedy(engine, prompt, {kind: 1.0} if kind else {}, 12)
-        # It keeps the token that ends a text to itself.
-        assert answer(kind) == [token for token in ours if not engine.tokenizer.is_end(token)], kind
+        assert greedy_in_genai(model, adapters, prompt, kind, 12) == ours, kind
         texts.add(tuple(ours))
     assert len(texts) == 1 + len(KINDS)
 
